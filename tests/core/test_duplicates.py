@@ -1,0 +1,277 @@
+import json
+from itertools import accumulate
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from trio_gateway.core import duplicates
+from trio_gateway.core.duplicates import Duplicates
+from trio_gateway.core.events import Event, parse_event
+from trio_gateway.testing import make_event
+
+STREAM, WAITERS, ADMIN = "events:critical", "channel:branch:1:waiters", "channel:branch:1:admin"
+
+
+def heard(*events: Event) -> list[bool]:
+    """Which of the events are new."""
+    seen = Duplicates()
+    return [not seen.is_duplicate(event) for event in events]
+
+
+def raw(text: str, channel: str, heard_at: float = 0.0) -> Event:
+    """An event whose other keys are JSON text."""
+    whole = '{"type":"A","tenant_id":1,"branch_id":1,' + text + "}"
+    return parse_event(whole.encode(), channel=channel, heard_at=heard_at)
+
+
+def test_one_content_on_several_channels_is_one_event() -> None:
+    copies = [make_event(channel=channel) for channel in (WAITERS, STREAM, ADMIN)]
+
+    assert heard(*copies) == [True, False, False]
+
+
+def test_one_content_twice_on_one_channel_is_two_events() -> None:
+    assert heard(*[make_event(channel=WAITERS)] * 3) == [True, True, True]
+
+
+def test_each_of_two_events_has_its_own_copies() -> None:
+    copies = [make_event(channel=channel) for channel in (WAITERS, WAITERS, ADMIN, ADMIN, ADMIN)]
+
+    assert heard(*copies) == [True, True, False, False, True]
+
+
+@pytest.mark.parametrize(("later", "new"), [(0, False), (4.9, False), (5.0, False), (5.01, True)])
+def test_copies_are_heard_within_5_seconds(later: float, new: bool) -> None:
+    first = make_event(channel=WAITERS, heard_at=1000.0)
+    copy = make_event(channel=ADMIN, heard_at=1000.0 + later)
+
+    assert heard(first, copy) == [True, new]
+
+
+def test_a_copy_does_not_make_the_5_seconds_longer() -> None:
+    times = {WAITERS: 0.0, ADMIN: 4.0, STREAM: 6.0}
+
+    assert heard(*(make_event(channel=c, heard_at=t) for c, t in times.items())) == [
+        True, False, True,
+    ]  # fmt: skip
+
+
+def test_a_copy_that_was_heard_earlier_but_taken_later_is_a_copy() -> None:
+    late, early = make_event(channel=WAITERS, heard_at=3.0), make_event(channel=ADMIN, heard_at=1.0)
+
+    assert heard(late, early) == [True, False]
+
+
+@pytest.mark.parametrize(
+    "change", [{"type": "B"}, {"tenant_id": 2}, {"branch_id": 2}, {"data": 2}, {"more": 1}]
+)
+def test_another_content_is_another_event(change: dict[str, Any]) -> None:
+    one = make_event("A", data=1, channel=WAITERS)
+    keys: dict[str, Any] = {"type": "A", "data": 1} | change
+    other = make_event(**keys, channel=ADMIN)
+
+    assert heard(one, other) == [True, True]
+
+
+SAME = {
+    "a number": ('"ts":1', '"ts":2'),
+    "of other length": ('"ts":1,"a":1', '"ts":12345.5,"a":1'),
+    "a string": ('"ts":"2026-05-20T12:00:00"', '"ts":"2026-05-20T12:00:01.5"'),
+    "a string with quotes": (r'"ts":"a\"b"', r'"ts":"\\\"c"'),
+    "an object": ('"ts":{"at":[1]},"a":"}"', '"ts":{},"a":"}"'),
+    "spaced": ('"ts" : 1 ,"a":1', '"ts" : 2 ,"a":1'),
+    "first": ('"ts":1,"data":{"ts":9}', '"ts":2,"data":{"ts":9}'),
+    "last": ('"data":{"ts":9},"ts":1', '"data":{"ts":9},"ts":2'),
+    "like the nested": ('"data":{"ts":1},"ts":1', '"data":{"ts":1},"ts":2'),
+    "in a list": ('"data":[{"ts":1}],"ts":1', '"data":[{"ts":1}],"ts":2'),
+    "beside a value": ('"a":"ts","ts":1', '"a":"ts","ts":2'),
+    "beside quotes": (r'"a":"\"ts\" {[","ts":1', r'"a":"\"ts\" {[","ts":2'),
+    "null": ('"ts":null', '"ts":1'),
+    "half an emoji elsewhere": (r'"a":"\ud83d","ts":1', r'"a":"\ud83d","ts":2'),
+}
+OTHER = {
+    "nested": ('"ts":1,"data":{"ts":8}', '"ts":1,"data":{"ts":9}'),
+    "nested only": ('"data":{"ts":8}', '"data":{"ts":9}'),
+    "in a list": ('"data":[{"ts":8}],"ts":1', '"data":[{"ts":9}],"ts":1'),
+    "a value": ('"a":"ts","b":1', '"a":"ts","b":2'),
+    "another key": ('"ts":1,"TS":1', '"ts":1,"TS":2'),
+    "one without": ('"ts":1', '"a":1'),
+    "a key like it": ('"ts":1,"ts2":1', '"ts":1,"ts2":2'),
+    "written with an escape, after a value": (
+        r'"a":"ts","b":15,"\u0074s":5', r'"a":"ts","b":25,"\u0074s":5',
+    ),
+    "written with an escape, after a nested one": (
+        r'"a":{"ts":8},"\u0074s":1', r'"a":{"ts":9},"\u0074s":1',
+    ),
+    "with another key beside a value": ('"a":"ts","b":8,"ts":8', '"a":"ts","b":9,"ts":9'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_copies_differ_in_ts_alone(case: str) -> None:
+    one, other = SAME[case]
+
+    assert heard(raw(one, WAITERS), raw(other, ADMIN)) == [True, False]
+
+
+@pytest.mark.parametrize("case", OTHER)
+def test_what_differs_in_more_than_its_ts_is_another_event(case: str) -> None:
+    one, other = OTHER[case]
+
+    assert heard(raw(one, WAITERS), raw(other, ADMIN)) == [True, True]
+
+
+@pytest.mark.parametrize("text", ['"ts":1,"ts":2', r'"\u0074s":1', '"ts":1,"a":{"ts":1},"ts":1'])
+def test_copies_that_agree_to_the_byte_are_copies_however_ts_is_written(text: str) -> None:
+    assert heard(raw(text, WAITERS), raw(text, ADMIN)) == [True, False]
+
+
+# --- the backend's own key ---
+
+
+@pytest.mark.parametrize("start", [0.0, 10.0, 1e6])
+@pytest.mark.parametrize(
+    ("later", "new"), [(0, False), (299, False), (300, False), (300.5, True), (1000, True)]
+)
+def test_an_id_is_known_for_5_minutes(start: float, later: float, new: bool) -> None:
+    first = make_event(id="x", heard_at=start)
+
+    assert heard(first, make_event(id="x", heard_at=start + later)) == [True, new]
+
+
+@pytest.mark.parametrize("channel", [WAITERS, ADMIN, STREAM])
+@pytest.mark.parametrize("data", [1, 2])
+def test_an_id_is_known_by_whatever_way_it_comes(channel: str, data: int) -> None:
+    first = make_event(id="x", channel=WAITERS, data=1)
+
+    assert heard(first, make_event(id="x", channel=channel, data=data)) == [True, False]
+
+
+def test_an_id_is_known_per_tenant() -> None:
+    assert heard(make_event(id="x"), make_event(id="x", tenant_id=2)) == [True, True]
+
+
+def test_one_content_with_two_ids_is_two_events() -> None:
+    one, other = make_event(id="x", channel=WAITERS), make_event(id="y", channel=ADMIN)
+
+    assert heard(one, other) == [True, True]
+
+
+def test_what_was_heard_again_after_5_minutes_is_known_for_5_more() -> None:
+    times = [0.0, 200.0, 400.0, 650.0, 700.5]
+
+    assert heard(*(make_event(id="x", heard_at=t) for t in times)) == [
+        True, False, True, False, True,
+    ]  # fmt: skip
+
+
+# --- memory ---
+
+
+def test_what_is_too_old_to_matter_is_forgotten() -> None:
+    seen = Duplicates()
+    for i in range(100):
+        seen.is_duplicate(make_event(data=i, heard_at=i / 100))
+        seen.is_duplicate(make_event(data=i % 5, channel=ADMIN, heard_at=i / 100))
+        seen.is_duplicate(make_event(id=str(i), heard_at=i / 100))
+    assert len(seen) == 200
+
+    seen.is_duplicate(make_event(heard_at=6.0))
+    assert len(seen) == 101  # the ids, and this one
+
+    seen.is_duplicate(make_event(heard_at=301.5))
+    assert len(seen) == 1
+
+    seen.is_duplicate(make_event(id="last", heard_at=400))
+    assert len(seen) == 1
+
+
+def test_memory_is_bounded_and_the_oldest_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(duplicates, "MOST_REMEMBERED", 10)
+    seen = Duplicates()
+    for i in range(50):
+        assert not seen.is_duplicate(make_event(data=i))
+        assert not seen.is_duplicate(make_event(id=str(i)))
+        assert len(seen) <= 2 * (10 + 1)
+
+    assert seen.is_duplicate(make_event(data=49, channel=ADMIN))
+    assert seen.is_duplicate(make_event(id="49"))
+    assert not seen.is_duplicate(make_event(data=0, channel=ADMIN))
+    assert not seen.is_duplicate(make_event(id="0"))
+
+
+# --- against a model that looks at everything it ever heard ---
+
+
+class Model:
+    def __init__(self) -> None:
+        self.ids: list[tuple[float, int, str]] = []
+        self.contents: list[tuple[float, str, set[str]]] = []
+
+    def is_duplicate(self, event: Event) -> bool:
+        now = event.heard_at
+        if event.id is not None:
+            if any((event.tenant, event.id) == (t, i) and now - at <= 300 for at, t, i in self.ids):
+                return True
+            self.ids.append((now, event.tenant, event.id))
+            return False
+        whole = json.loads(event.payload)
+        content = json.dumps({key: value for key, value in whole.items() if key != "ts"})
+        for at, known, channels in self.contents:
+            if known == content and now - at <= 5 and event.channel not in channels:
+                channels.add(event.channel)
+                return True
+        self.contents.append((now, content, {event.channel}))
+        return False
+
+
+channels = st.sampled_from([STREAM, WAITERS, ADMIN])
+gaps = st.sampled_from([0.0, 0.0, 0.5, 1.0, 2.5, 5.0, 5.5, 60.0, 150.0, 300.0, 300.5])
+few = st.sampled_from([1, 2, "ts"])
+bodies = st.fixed_dictionaries(
+    {"tenant_id": st.integers(1, 2)},
+    optional={
+        "ts": few,
+        "id": st.sampled_from("xy"),
+        "data": few | st.fixed_dictionaries({"ts": few}) | st.lists(few, max_size=1),
+    },
+)
+
+
+@given(st.lists(st.tuples(gaps, channels, bodies), max_size=40), st.sampled_from([0.0, 1e6]))
+def test_it_knows_what_a_model_that_never_forgets_knows(
+    steps: list[tuple[float, str, dict[str, object]]], start: float
+) -> None:
+    seen, model = Duplicates(), Model()
+    times = list(accumulate((gap for gap, _, _ in steps), initial=start))[1:]
+    for now, (_, channel, body) in zip(times, steps, strict=True):
+        whole = {"type": "A", "branch_id": 1} | body
+        event = parse_event(json.dumps(whole).encode(), channel=channel, heard_at=now)
+        assert seen.is_duplicate(event) == model.is_duplicate(event)
+
+
+values = st.recursive(
+    st.sampled_from([None, 1, 15, "ts", '"ts"', '"ts":1', "\\", "}", "ñ", "😀"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["ts", "a", '"ts"', "\\", "{"]), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+@given(st.dictionaries(st.sampled_from(["a", "ts", "z", "\\ts"]), values), values, st.booleans())
+@example({"a": {"ts": 1}, "ts": 1}, 15, False)
+def test_ts_is_left_out_wherever_it_stands(
+    keys: dict[str, object], ts: object, spaced: bool
+) -> None:
+    separators = (" , ", "\t: ") if spaced else (",", ":")
+
+    def event(channel: str, ts: object) -> Event:
+        whole = {"type": "A", "tenant_id": 1, "branch_id": 1} | keys | {"ts": ts}
+        payload = json.dumps(whole, separators=separators).encode()
+        return parse_event(payload, channel=channel, heard_at=0.0)
+
+    assert heard(event(WAITERS, 0), event(ADMIN, ts)) == [True, False]

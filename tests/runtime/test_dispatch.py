@@ -1,0 +1,582 @@
+"""Dispatch: the queue's two ways to be full, and each event once to whoever may hear it."""
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import trio
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from structlog.testing import capture_logs
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from trio_gateway.core.audiences import Endpoint, Principal, audiences_of
+from trio_gateway.core.events import Event
+from trio_gateway.core.limits import DropAlarm
+from trio_gateway.core.routing import ROUTES, Route, To, route
+from trio_gateway.runtime.connection import Connection, Terms
+from trio_gateway.runtime.dispatch import Dispatch, EventQueue, join
+from trio_gateway.runtime.hub import Hub
+from trio_gateway.testing import FakeSocket, make_event, make_principal
+
+
+def numbered(n: int, **keys: Any) -> Event:
+    return make_event(data=n, **keys)
+
+
+def numbers(events: Sequence[Event]) -> list[int]:
+    return [json.loads(event.payload)["data"] for event in events]
+
+
+def heard(socket: FakeSocket) -> list[int]:
+    return [json.loads(text)["data"] for text in socket.texts]
+
+
+async def connect(
+    nursery: trio.Nursery, hub: Hub, principal: Principal, socket: FakeSocket | None = None
+) -> FakeSocket:
+    socket = FakeSocket() if socket is None else socket
+    client = Connection(principal, Terms(stale_after=math.inf, receive_timeout=math.inf))
+    nursery.start_soon(client.run, socket, hub)
+    await wait_all_tasks_blocked()
+    return socket
+
+
+# The queue
+
+
+async def test_offer_drops_the_oldest(autojump_clock: MockClock) -> None:
+    queue = EventQueue(3)
+    for n in range(5):
+        queue.offer(numbered(n))
+
+    assert (queue.depth, queue.dropped, queue.capacity) == (3, 2, 3)
+    assert numbers(await queue.take(9)) == [2, 3, 4]
+
+
+async def test_put_waits_for_room(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
+    queue = EventQueue(2)
+    await queue.put(numbered(0))
+    await queue.put(numbered(1))
+    with trio.move_on_after(5) as scope:
+        await queue.put(numbered(2))
+    assert scope.cancelled_caught
+
+    nursery.start_soon(queue.put, numbered(3))
+    await wait_all_tasks_blocked()
+    assert numbers(await queue.take(1)) == [0]
+    assert numbers(await queue.take(9)) == [1, 3]
+    assert queue.dropped == 0
+
+
+async def test_take_returns_what_is_there_and_never_waits_for_more(
+    autojump_clock: MockClock,
+) -> None:
+    queue = EventQueue(9)
+    for n in range(5):
+        queue.offer(numbered(n))
+
+    assert numbers(await queue.take(3)) == [0, 1, 2]
+    assert numbers(await queue.take(3)) == [3, 4]
+    assert trio.current_time() == 0
+
+
+async def test_take_waits_for_the_first(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
+    queue = EventQueue(9)
+    took: list[tuple[float, list[int]]] = []
+
+    async def take() -> None:
+        took.append((trio.current_time(), numbers(await queue.take(9))))
+        took.append((trio.current_time(), []))
+
+    nursery.start_soon(take)
+    await trio.sleep(7)
+    queue.offer(numbered(0))
+    await wait_all_tasks_blocked()
+
+    assert took == [(0, [0]), (7, [])]
+
+
+async def test_queue_is_idle_when_all_is_delivered(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    queue = EventQueue(9)
+    idle: list[float] = []
+
+    async def wait() -> None:
+        await queue.wait_idle()
+        idle.append(trio.current_time())
+
+    await wait()  # nothing was added yet
+    await queue.put(numbered(0))
+    queue.offer(numbered(1))
+    for _ in range(3):  # each of those who wait
+        nursery.start_soon(wait)
+    await trio.sleep(1)
+    await queue.take(1)
+    await trio.sleep(1)
+    queue.done()
+    await trio.sleep(1)
+    await queue.take(1)
+    await trio.sleep(1)
+    assert idle == [0]
+    queue.done()
+    await wait_all_tasks_blocked()
+    assert idle == [0, 4, 4, 4]
+
+
+async def test_queue_is_not_idle_while_an_event_is_on_its_way(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    queue = EventQueue(9)
+    delivered: list[int] = []
+
+    async def deliver() -> None:
+        while True:
+            delivered.extend(numbers(await queue.take(9)))
+            queue.done()
+
+    for n in range(20):  # Trio runs the tasks that are ready in random order
+        queue.offer(numbered(n))  # taken from the buffer
+        if not n % 10:
+            nursery.start_soon(deliver)
+        await queue.wait_idle()
+        assert delivered[-1] == n
+        await wait_all_tasks_blocked()
+        await queue.put(numbered(-n))  # handed to the task that waits
+        await queue.wait_idle()
+        assert delivered[-1] == -n
+        await wait_all_tasks_blocked()
+
+
+async def test_queue_is_not_idle_while_somebody_waits_for_room(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    queue = EventQueue(1)
+    for n in range(3):
+        nursery.start_soon(queue.put, numbered(n))
+    await wait_all_tasks_blocked()
+
+    for _ in range(3):
+        with trio.move_on_after(1) as scope:
+            await queue.wait_idle()
+        assert scope.cancelled_caught
+        await queue.take(1)
+        queue.done()
+    await queue.wait_idle()
+    assert trio.current_time() == 3
+
+
+async def test_too_many_drops_raise_an_alarm(autojump_clock: MockClock) -> None:
+    queue = EventQueue(100, DropAlarm(window=60, threshold=0.05, cooldown=300))
+
+    with capture_logs() as logs:
+        for n in range(105):
+            queue.offer(numbered(n, heard_at=1.0))
+        assert logs == []
+        for n in range(105, 200):
+            queue.offer(numbered(n, heard_at=2.0))
+
+    assert [log["event"] for log in logs] == ["dropping events"]
+    assert logs[0]["capacity"] == 100
+
+
+# Who hears what
+
+
+async def test_each_connection_hears_an_event_once(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    hub = Hub()
+    admin = make_principal(branches=(1, 2), sectors=(5,), roles=["WAITER", "ADMIN"])
+    socket = await connect(nursery, hub, admin)
+    events = [numbered(0, sector_id=5), numbered(1), numbered(2, branch_id=2)]
+    dispatch = Dispatch(hub)
+
+    await dispatch.deliver(events[:1])
+    await dispatch.deliver(events)
+
+    assert heard(socket) == [0, 0, 1, 2]
+    assert socket.writes == 2
+    assert dispatch.deliveries == 4
+
+
+async def test_event_comes_through_byte_for_byte(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    hub = Hub()
+    socket = await connect(nursery, hub, make_principal())
+    event = make_event(data={"€": 1e400, "z": [1.10, "\u2028"], "a": 12345678901234567890})
+
+    await Dispatch(hub).deliver([event])
+
+    assert socket.texts == [str(event.payload, "utf-8")]
+
+
+async def test_a_batch_keeps_its_order(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
+    hub = Hub()
+    waiter = await connect(nursery, hub, make_principal(sectors=(5,)))
+    kitchen = await connect(nursery, hub, make_principal(Endpoint.KITCHEN))
+    batch = [
+        numbered(n, type="ROUND_READY" if n % 3 else "ROUND_PENDING", sector_id=5 if n % 2 else ...)
+        for n in range(100)
+    ]
+
+    await Dispatch(hub).deliver(batch)
+
+    assert heard(waiter) == list(range(100))
+    assert heard(kitchen) == [n for n in range(100) if n % 3]
+
+
+class Recording(FakeSocket):
+    """Keeps the very objects it was given to write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: list[object] = []
+
+    def try_write(self, data: bytes | memoryview) -> int:
+        self.given.append(data)
+        return super().try_write(data)
+
+
+async def test_who_hears_the_same_is_given_the_same_bytes(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    hub = Hub()
+    waiters = [Recording() for _ in range(3)]
+    kitchens = [Recording() for _ in range(3)]
+    for each in waiters:
+        await connect(nursery, hub, make_principal(), each)
+    for each in kitchens:
+        await connect(nursery, hub, make_principal(Endpoint.KITCHEN), each)
+    batch = [numbered(0), numbered(1, type="ROUND_PENDING"), numbered(2)]
+
+    await Dispatch(hub).deliver(batch)
+    await Dispatch(hub).deliver(batch[:1])
+
+    for group, first in ((waiters, batch), (kitchens, batch[::2])):
+        assert group[0].given == [b"".join(event.frame for event in first), batch[0].frame]
+        for each in group:
+            assert [id(data) for data in each.given] == [id(data) for data in group[0].given]
+        assert group[0].given[1] is batch[0].frame
+
+
+def test_join_of_a_mask() -> None:
+    batch = [numbered(n) for n in range(4)]
+
+    assert join(batch, 0b1010) == (batch[1].frame + batch[3].frame, 2)
+    assert join(batch, 0) == (b"", 0)
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+async def test_uncovered_sector_is_unheard(
+    autojump_clock: MockClock, nursery: trio.Nursery, copies: int
+) -> None:
+    hub = Hub()
+    waiter = await connect(nursery, hub, make_principal(sectors=(5,)))
+    admin = await connect(nursery, hub, make_principal(Endpoint.ADMIN))
+    dispatch = Dispatch(hub)
+
+    await dispatch.deliver([numbered(0, sector_id=6)] * copies)
+
+    assert heard(waiter) == []
+    assert heard(admin) == [0] * copies
+    assert dispatch.unheard == copies
+    assert dispatch.broadcasts == copies
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+async def test_uncovered_sector_can_go_to_the_branch(
+    autojump_clock: MockClock, nursery: trio.Nursery, copies: int
+) -> None:
+    hub = Hub()
+    waiter = await connect(nursery, hub, make_principal(sectors=(5,)))
+    elsewhere = await connect(nursery, hub, make_principal(branches=(2,), sectors=(5,)))
+    dispatch = Dispatch(hub, uncovered_to_branch=True)
+
+    await dispatch.deliver([numbered(0, sector_id=6)] * copies)
+    await dispatch.deliver([numbered(1, sector_id=5)] * copies)
+    await dispatch.deliver([numbered(2, type="CART_SYNC", sector_id=6)] * copies)  # not for waiters
+
+    assert heard(waiter) == [0] * copies + [1] * copies
+    assert heard(elsewhere) == []
+    assert dispatch.unheard == 2 * copies
+    assert dispatch.broadcasts == 2 * copies
+
+
+async def test_event_that_nobody_hears_is_unheard(autojump_clock: MockClock) -> None:
+    dispatch = Dispatch(Hub(), uncovered_to_branch=True)
+
+    await dispatch.deliver([])
+    await dispatch.deliver([numbered(0)])
+    await dispatch.deliver([numbered(1), numbered(2, sector_id=6)])
+
+    assert (dispatch.unheard, dispatch.broadcasts, dispatch.deliveries) == (3, 0, 0)
+
+
+async def test_unknown_type_goes_to_admins_and_is_counted(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    hub = Hub()
+    others = [
+        await connect(nursery, hub, make_principal(endpoint, sectors=(5,)))
+        for endpoint in (Endpoint.WAITER, Endpoint.KITCHEN, Endpoint.DINER)
+    ]
+    admin = await connect(nursery, hub, make_principal(Endpoint.ADMIN))
+    dispatch = Dispatch(hub)
+    unknown = numbered(0, type="NEW_THING", sector_id=5, session_id=456)
+
+    await dispatch.deliver([unknown])
+    await dispatch.deliver([unknown, numbered(1, type="NEW_THING", branch_id=0)])
+
+    assert heard(admin) == [0, 0, 1]
+    assert [heard(each) for each in others] == [[], [], []]
+    assert dispatch.unknown_type == 3
+
+
+async def test_table_of_routes_can_be_another(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    hub = Hub()
+    kitchen = await connect(nursery, hub, make_principal(Endpoint.KITCHEN))
+    dispatch = Dispatch(hub, {"NEW_THING": Route(To.KITCHEN, durable=False)})
+
+    await dispatch.deliver([numbered(0, type="NEW_THING"), numbered(1)])
+
+    assert heard(kitchen) == [0]
+    assert dispatch.unknown_type == 1
+
+
+async def test_dead_neighbour_is_not_noticed(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    hub = Hub()
+    sockets = [await connect(nursery, hub, make_principal()) for _ in range(9)]
+    sockets[4].aborted = True
+
+    await Dispatch(hub).deliver([numbered(0)])
+    await wait_all_tasks_blocked()
+    await Dispatch(hub).deliver([numbered(1), numbered(2)])
+
+    assert len(hub) == 8
+    for socket in sockets[:4] + sockets[5:]:
+        assert heard(socket) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+async def test_others_run_during_a_big_fan_out(
+    autojump_clock: MockClock, nursery: trio.Nursery, copies: int
+) -> None:
+    hub = Hub()
+    sockets = [await connect(nursery, hub, make_principal()) for _ in range(10)]
+    seen: list[int] = []
+
+    async def watch() -> None:
+        while True:
+            await trio.lowlevel.checkpoint()
+            seen.append(sum(socket.writes for socket in sockets))
+
+    async with trio.open_nursery() as watchers:
+        watchers.start_soon(watch)
+        await Dispatch(hub, writes_per_checkpoint=3).deliver([numbered(0)] * copies)
+        watchers.cancel_scope.cancel()
+
+    assert {3, 6, 9} <= set(seen) <= {0, 3, 6, 9, 10}
+
+
+async def test_who_moves_during_a_big_fan_out_is_written_nothing_empty(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    hub = Hub()
+    everybody = {}
+    for _ in range(4):
+        socket = Recording()
+        await connect(nursery, hub, make_principal(sectors=(5,)), socket)
+        everybody[list(hub.connections)[-1]] = socket
+
+    async def move_all() -> None:
+        for connection in everybody:
+            hub.move(connection, make_principal(sectors=(6,)))
+        await trio.lowlevel.checkpoint()
+
+    async with trio.open_nursery() as movers:
+        movers.start_soon(move_all)
+        await Dispatch(hub, writes_per_checkpoint=1).deliver([numbered(0, sector_id=5)] * 2)
+        await trio.lowlevel.checkpoint()
+
+    assert b"" not in [data for socket in everybody.values() for data in socket.given]
+
+
+# The run
+
+
+class Jumping(FakeSocket):
+    """Writing to it takes two seconds."""
+
+    def __init__(self, clock: MockClock) -> None:
+        super().__init__()
+        self.clock = clock
+
+    def try_write(self, data: bytes | memoryview) -> int:
+        self.clock.jump(2)
+        return super().try_write(data)
+
+
+async def test_duplicates_are_dropped_and_counted(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    hub, queue = Hub(), EventQueue(9)
+    socket = await connect(nursery, hub, make_principal())
+    dispatch = Dispatch(hub)
+    nursery.start_soon(dispatch.run, queue, 9)
+
+    for channel in ("a", "b", "a"):
+        queue.offer(numbered(0, channel=channel, ts=channel))
+    await queue.wait_idle()
+    queue.offer(numbered(0, channel="b", ts=0))
+    await queue.wait_idle()
+
+    assert heard(socket) == [0, 0]  # the same content twice on "a" is two events
+    assert dispatch.duplicate == 2
+    assert dispatch.processed == 2
+    assert sum(dispatch.latency.counts) == 2
+    assert sum(dispatch.duration.counts) == 1
+
+
+async def test_batches_are_bounded(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
+    hub, queue = Hub(), EventQueue(99)
+    socket = await connect(nursery, hub, make_principal())
+    dispatch = Dispatch(hub)
+    for n in range(25):
+        queue.offer(numbered(n))
+
+    nursery.start_soon(dispatch.run, queue, 10)
+    await queue.wait_idle()
+
+    assert heard(socket) == list(range(25))
+    assert socket.writes == 3
+    assert dispatch.processed == 25
+
+
+async def test_time_is_observed(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
+    hub, queue = Hub(), EventQueue(9)
+    await connect(nursery, hub, make_principal(), Jumping(autojump_clock))
+    dispatch = Dispatch(hub)
+    await trio.sleep(10)
+    queue.offer(numbered(0, heard_at=7.0))
+    queue.offer(numbered(1, heard_at=9.0))
+
+    nursery.start_soon(dispatch.run, queue, 9)
+    await queue.wait_idle()
+
+    assert dispatch.duration.sum == 2
+    assert dispatch.latency.sum == (12 - 7) + (12 - 9)
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+async def test_batch_that_takes_too_long_is_ended_and_the_next_goes_on(
+    autojump_clock: MockClock, nursery: trio.Nursery, copies: int
+) -> None:
+    hub, queue = Hub(), EventQueue(9)
+    sockets = [
+        await connect(nursery, hub, make_principal(), Jumping(autojump_clock)) for _ in range(9)
+    ]
+    kitchen = await connect(nursery, hub, make_principal(Endpoint.KITCHEN))
+    dispatch = Dispatch(hub, writes_per_checkpoint=1, timeout=5)
+
+    nursery.start_soon(dispatch.run, queue, 9)
+    for n in range(copies):
+        queue.offer(numbered(n, type="TABLE_SESSION_STARTED"))  # not for the kitchen
+    await queue.wait_idle()
+    assert sum(socket.writes for socket in sockets) == 3
+    assert dispatch.failed == dispatch.processed == copies
+    assert dispatch.deliveries == 3 * copies
+    queue.offer(numbered(2, type="TICKET_READY", sector_id=1))  # for the kitchen alone
+    await queue.wait_idle()
+
+    assert heard(kitchen) == [2]
+    assert dispatch.failed == copies
+    assert dispatch.processed == copies + 1
+
+
+# Properties
+
+SMALL = st.sampled_from([1, 2])
+PRINCIPALS = st.builds(
+    make_principal,
+    st.sampled_from(Endpoint),
+    tenant=st.integers(1, 3),
+    branches=st.frozensets(SMALL, min_size=1),
+    sectors=st.frozensets(st.integers(1, 3)),
+    roles=st.frozensets(st.sampled_from(["WAITER", "MANAGER", "ADMIN"])),
+    session=SMALL,
+)
+EVENTS = st.builds(
+    make_event,
+    st.sampled_from([*ROUTES, "NEW_THING"]),
+    tenant_id=st.integers(1, 3),
+    branch_id=st.integers(0, 2),
+    sector_id=st.none() | st.integers(1, 3),
+    session_id=st.none() | SMALL,
+    data=st.integers(0, 9),
+)
+
+
+def delivered(
+    principals: Sequence[Principal], batches: Sequence[Sequence[Event]], *, to_branch: bool = False
+) -> tuple[list[list[str]], list[int]]:
+    """What each of the clients is sent, and what is counted."""
+    dispatch = Dispatch(Hub(), uncovered_to_branch=to_branch, writes_per_checkpoint=2)
+    sockets: list[FakeSocket] = []
+
+    async def scenario() -> None:
+        async with trio.open_nursery() as nursery:
+            for principal in principals:
+                sockets.append(FakeSocket())
+                client = Connection(principal, Terms())
+                nursery.start_soon(client.run, sockets[-1], dispatch._hub)
+            await wait_all_tasks_blocked()
+            for batch in batches:
+                await dispatch.deliver(batch)
+            nursery.cancel_scope.cancel()
+
+    trio.run(scenario, clock=MockClock(autojump_threshold=0))
+    counts = [dispatch.deliveries, dispatch.broadcasts, dispatch.unheard, dispatch.unknown_type]
+    return [socket.texts for socket in sockets], counts
+
+
+@given(st.lists(PRINCIPALS, max_size=6), st.lists(EVENTS, max_size=6), st.booleans())
+@settings(deadline=None)
+def test_one_by_one_and_in_one_batch_agree(
+    principals: list[Principal], events: list[Event], to_branch: bool
+) -> None:
+    one_by_one = delivered(principals, [[event] for event in events], to_branch=to_branch)
+
+    assert delivered(principals, [events], to_branch=to_branch) == one_by_one
+
+
+@given(st.lists(PRINCIPALS, max_size=6), st.lists(EVENTS, max_size=9), st.booleans())
+@settings(deadline=None)
+def test_no_event_crosses_a_tenant(
+    principals: list[Principal], events: list[Event], to_branch: bool
+) -> None:
+    texts, _ = delivered(principals, [events], to_branch=to_branch)
+
+    for principal, mine in zip(principals, texts, strict=True):
+        assert {json.loads(text)["tenant_id"] for text in mine} <= {principal.tenant}
+
+
+@given(st.lists(PRINCIPALS, max_size=6), st.lists(EVENTS, max_size=9))
+@settings(deadline=None)
+def test_each_client_hears_what_the_table_says(
+    principals: list[Principal], events: list[Event]
+) -> None:
+    texts, _ = delivered(principals, [events])
+
+    for principal, mine in zip(principals, texts, strict=True):
+        audiences = audiences_of(principal)
+        expected = [event for event in events if not audiences.isdisjoint(route(event))]
+        assert mine == [event.payload.decode() for event in expected]

@@ -1,0 +1,296 @@
+"""The reaper: pings the quiet, follows the wall clock, removes what failed to remove itself."""
+
+import math
+from typing import NoReturn
+
+import pytest
+import trio
+from structlog.testing import capture_logs
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from trio_gateway.core.closing import Close
+from trio_gateway.core.messages import Message
+from trio_gateway.runtime.connection import Connection, Ping, Pong, Terms
+from trio_gateway.runtime.hub import Hub
+from trio_gateway.runtime.reaper import clean_up, reap
+from trio_gateway.testing import FakeSocket, make_principal
+
+PATIENT = Terms(stale_after=math.inf, receive_timeout=math.inf)
+HOUR = 3600.0
+
+
+class Wall:
+    """A wall clock that can be set; it says 1,000,000 when Trio's says 0."""
+
+    def __init__(self) -> None:
+        self.offset = 1e6
+
+    def __call__(self) -> float:
+        return trio.current_time() + self.offset
+
+
+async def start(nursery: trio.Nursery, hub: Hub, wall: Wall) -> None:
+    async def run() -> NoReturn:
+        await reap(hub, ping_interval=25, cleanup_interval=30, wall_clock=wall)
+
+    nursery.start_soon(run)
+    await wait_all_tasks_blocked()
+
+
+async def connect(
+    nursery: trio.Nursery, hub: Hub, terms: Terms = PATIENT, expires_at: float = math.inf
+) -> tuple[Connection, FakeSocket]:
+    """``expires_at`` is on Trio's clock as it is before the wall clock is set."""
+    socket = FakeSocket()
+    principal = make_principal(expires_at=expires_at + 1e6)
+    connection = Connection(principal, terms, expires_at=expires_at)
+    nursery.start_soon(connection.run, socket, hub)
+    await wait_all_tasks_blocked()
+    return connection, socket
+
+
+async def test_client_that_was_sent_nothing_is_pinged(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    hub = Hub()
+    await start(nursery, hub, Wall())
+    _, socket = await connect(nursery, hub)
+
+    await trio.sleep(24.9)
+    assert socket.pings == 0
+    await trio.sleep(0.2)
+    assert socket.pings == 1
+    await trio.sleep(75)
+    assert socket.pings == 4
+
+
+async def test_client_that_was_sent_something_is_not_pinged(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    hub = Hub()
+    await start(nursery, hub, Wall())
+    connection, socket = await connect(nursery, hub)
+
+    for _ in range(20):
+        await trio.sleep(20)
+        connection.send(b"event")
+
+    assert socket.pings == 0
+
+
+async def test_what_the_client_sends_does_not_spare_it_the_ping(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    hub = Hub()
+    await start(nursery, hub, Wall())
+    _, socket = await connect(nursery, hub)
+
+    for _ in range(10):
+        await trio.sleep(5)
+        await socket.client.send("nothing that is answered")
+    await trio.sleep(1)
+
+    assert socket.pings == 2
+
+
+async def test_pings_are_spread_over_a_tenth_of_the_interval(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    hub = Hub()
+    await start(nursery, hub, Wall())
+    await trio.sleep(1)
+    _, socket = await connect(nursery, hub)
+
+    await trio.sleep(24.9)
+    assert socket.pings == 0
+    await trio.sleep(2.5)
+    assert socket.pings == 1
+
+
+async def test_answering_the_ping_is_not_enough_to_stay(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    hub = Hub()
+    await start(nursery, hub, Wall())
+    connection, socket = await connect(nursery, hub, Terms())
+
+    for n in range(1, 70):
+        await trio.sleep(1)
+        if n % 25 == 0:
+            await socket.client.send(Pong())
+
+    assert socket.pings == 2
+    assert connection.code == Close.HEARTBEAT_TIMEOUT
+    assert connection.ended_at == 60
+
+
+async def test_others_run_while_many_are_pinged(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    hub = Hub()
+    sockets = []
+    for _ in range(250):
+        socket = FakeSocket()
+        sockets.append(socket)
+        nursery.start_soon(Connection(make_principal(), PATIENT).run, socket, hub)
+    await start(nursery, hub, Wall())
+    seen = set()
+
+    await trio.sleep(25)
+    for _ in range(10):
+        await trio.lowlevel.checkpoint()
+        seen.add(sum(socket.pings for socket in sockets))
+
+    assert {100, 200, 250} <= seen <= {0, 100, 200, 250}
+
+
+@pytest.mark.parametrize("step", [HOUR, -HOUR])
+async def test_clock_that_is_set_moves_the_expiry(
+    autojump_clock: MockClock, nursery: trio.Nursery, step: float
+) -> None:
+    hub, wall = Hub(), Wall()
+    await start(nursery, hub, wall)
+    connection, _ = await connect(nursery, hub, expires_at=2 * HOUR)
+    forever, _ = await connect(nursery, hub)
+
+    await trio.sleep(10)
+    wall.offset += step
+    await trio.sleep(4 * HOUR)
+
+    assert connection.code == Close.AUTH_FAILED
+    assert connection.ended_at == 2 * HOUR - step
+    assert not forever.ending
+
+
+async def test_clock_set_beyond_the_expiry_ends_it_with_the_next_clean_up(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    hub, wall = Hub(), Wall()
+    await start(nursery, hub, wall)
+    connection, _ = await connect(nursery, hub, expires_at=600)
+
+    await trio.sleep(10)
+    wall.offset += HOUR
+    await trio.sleep(30)
+
+    assert connection.code == Close.AUTH_FAILED
+    assert connection.ended_at == 30
+
+
+@pytest.mark.parametrize("step", [HOUR, -HOUR])
+async def test_clock_that_is_set_moves_no_interval(
+    autojump_clock: MockClock, nursery: trio.Nursery, step: float
+) -> None:
+    hub, wall = Hub(), Wall()
+    await start(nursery, hub, wall)
+    connection, socket = await connect(nursery, hub, Terms())
+
+    await trio.sleep(10)
+    wall.offset += step
+    await trio.sleep(90)
+
+    assert socket.pings == 2
+    assert connection.code == Close.HEARTBEAT_TIMEOUT
+    assert connection.ended_at == 60
+
+
+async def test_clock_that_drifts_less_than_a_second_moves_nothing(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    hub, wall = Hub(), Wall()
+    await start(nursery, hub, wall)
+    connection, _ = await connect(nursery, hub, expires_at=100)
+
+    wall.offset += 0.9
+    await trio.sleep(200)
+
+    assert connection.ended_at == 100
+
+
+async def test_overdue_connection_is_closed(autojump_clock: MockClock) -> None:
+    hub = Hub()
+    overdue = Connection(make_principal(), Terms(), expires_at=10)
+    in_time = Connection(make_principal(), Terms())
+    for connection in (overdue, in_time):  # and nobody reads from them
+        hub.join(connection)
+
+    clean_up(hub, 20)
+
+    assert overdue.code == Close.AUTH_FAILED
+    assert not in_time.ending
+    clean_up(hub, 61)
+    assert in_time.code == Close.HEARTBEAT_TIMEOUT
+
+
+class Stuck(FakeSocket):
+    """Its close does not end before it is cut off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cut_off = trio.Event()
+
+    async def close(self, code: int, reason: str) -> None:
+        await self.cut_off.wait()
+
+    def abort(self) -> None:
+        super().abort()
+        self.cut_off.set()
+
+
+async def test_stuck_close_is_cut_off(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
+    hub, socket = Hub(), Stuck()
+    await start(nursery, hub, Wall())
+    connection = Connection(make_principal(), PATIENT)
+    nursery.start_soon(connection.run, socket, hub)
+    await wait_all_tasks_blocked()
+
+    with capture_logs() as logs:
+        await trio.sleep(1)
+        connection.close(Close.NORMAL)
+        await trio.sleep(29 + 29.9)
+        assert not socket.aborted
+        await hub.wait_empty()
+
+    assert trio.current_time() == 90  # the first clean-up at which 30 seconds have passed
+    assert [log["event"] for log in logs] == ["stuck connection cut"]
+    assert hub.closed == {Close.NORMAL: 1}
+
+
+async def test_connection_that_does_not_notice_its_end_is_cut_off(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    """Its ``answer`` waits for something that cannot be cancelled, as a thread."""
+    hub, socket, answered = Hub(), FakeSocket(), trio.Event()
+
+    async def answer(connection: Connection, message: Message) -> None:
+        with trio.CancelScope(shield=True):
+            await answered.wait()
+
+    await start(nursery, hub, Wall())
+    connection = Connection(make_principal(), Terms(), answer)
+    nursery.start_soon(connection.run, socket, hub)
+    await socket.client.send("refresh_sectors")
+
+    await trio.sleep(60 + 29)
+    assert (connection.ending, socket.aborted) == (False, False)
+    await trio.sleep(61)
+    assert connection.code == Close.HEARTBEAT_TIMEOUT
+    assert socket.aborted
+    answered.set()
+    await hub.wait_empty()
+    assert hub.closed == {Close.HEARTBEAT_TIMEOUT: 1}
+
+
+async def test_pinging_counts_the_gateways_answers_as_sent(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    hub = Hub()
+    await start(nursery, hub, Wall())
+    _, socket = await connect(nursery, hub)
+
+    for _ in range(10):
+        await trio.sleep(20)
+        await socket.client.send(Ping(b""))
+
+    assert socket.pings == 0
+    assert len(socket.pongs) == 10 - 1  # the last one is still to be read

@@ -1,0 +1,30 @@
+"""``app``, for the hypercorn command: ``hypercorn -c hypercorn.toml trio_gateway.app:app``."""
+
+import sys
+
+import structlog
+
+from . import logs
+from .edges import line
+from .gateway import Gateway, create_app
+from .settings import InvalidSettings, load_settings
+
+__all__ = ["app", "create_app"]
+
+
+def _from_environment() -> Gateway:
+    try:
+        settings = load_settings()
+    except InvalidSettings as invalid:
+        for problem in invalid.problems:
+            print(f"trio-gateway: {problem}", file=sys.stderr)  # noqa: T201 - before there are logs
+        raise SystemExit(2) from None
+    logs.set_up(settings)
+    log = structlog.get_logger()
+    for warning in settings.warnings:
+        log.warning(warning)
+    line.install()
+    return create_app(settings)
+
+
+app = _from_environment()

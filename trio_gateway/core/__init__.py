@@ -1,0 +1,1 @@
+"""Decides: no I/O, no Trio, no clock (time is an argument)."""

@@ -1,0 +1,130 @@
+"""Audiences: the names under which an event and those who may hear it meet."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from types import MappingProxyType
+from typing import NewType
+
+TenantId = NewType("TenantId", int)
+BranchId = NewType("BranchId", int)
+SectorId = NewType("SectorId", int)
+SessionId = NewType("SessionId", int)
+TableId = NewType("TableId", int)
+UserId = NewType("UserId", str)
+
+# (kind, tenant, branch or session, sector). Every audience contains its tenant, so there is no
+# key under which two tenants could meet. A plain tuple, since routing makes a handful per event.
+Audience = NewType("Audience", tuple[str, TenantId, int, int])
+
+
+def waiters(tenant: TenantId, branch: BranchId, sector: SectorId) -> Audience:
+    return Audience(("waiters", tenant, branch, sector))
+
+
+def floor(tenant: TenantId, branch: BranchId) -> Audience:
+    """Every waiter of the branch, whatever the sector."""
+    return Audience(("floor", tenant, branch, 0))
+
+
+def kitchen(tenant: TenantId, branch: BranchId) -> Audience:
+    return Audience(("kitchen", tenant, branch, 0))
+
+
+def admins(tenant: TenantId, branch: BranchId) -> Audience:
+    return Audience(("admins", tenant, branch, 0))
+
+
+def tenant_admins(tenant: TenantId) -> Audience:
+    """The admins of every branch of the tenant."""
+    return Audience(("tenant_admins", tenant, 0, 0))
+
+
+def diners(tenant: TenantId, session: SessionId) -> Audience:
+    return Audience(("diners", tenant, session, 0))
+
+
+def branch_diners(tenant: TenantId, branch: BranchId) -> Audience:
+    return Audience(("branch_diners", tenant, branch, 0))
+
+
+class Role:
+    """The roles that a staff token may name."""
+
+    WAITER = "WAITER"
+    KITCHEN = "KITCHEN"
+    MANAGER = "MANAGER"
+    ADMIN = "ADMIN"
+
+
+_HEADS = frozenset({Role.MANAGER, Role.ADMIN})
+
+
+class Endpoint(Enum):
+    """A WebSocket path, the roles it admits, and whether a browser's Origin is required."""
+
+    WAITER = ("waiter", _HEADS | {Role.WAITER})
+    KITCHEN = ("kitchen", _HEADS | {Role.KITCHEN})
+    ADMIN = ("admin", _HEADS)
+    DINER = ("diner", frozenset[str]())
+
+    def __init__(self, label: str, roles: frozenset[str]) -> None:
+        self.label = label
+        self.path = f"/ws/{label}"
+        self.roles = roles
+        self.staff = bool(roles)
+
+
+ENDPOINTS: Mapping[str, Endpoint] = MappingProxyType({e.path: e for e in Endpoint})
+
+Sectors = Mapping[BranchId, frozenset[SectorId]]
+NO_SECTORS: Sectors = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Principal:
+    """Who a client is, as far as anything here needs to know; times are unix seconds."""
+
+    endpoint: Endpoint
+    tenant: TenantId
+    branches: frozenset[BranchId]
+    expires_at: float
+    user: UserId | None = None
+    roles: frozenset[str] = field(default_factory=frozenset)
+    sectors: Sectors = field(default_factory=lambda: NO_SECTORS)
+    session: SessionId | None = None
+    issued_at: float | None = None
+    token_id: str | None = None
+
+    @property
+    def owner(self) -> tuple[str, TenantId, UserId | SessionId | None]:
+        """Whose connections a limit counts: the tenant's user, or the tenant's session."""
+        if self.session is not None:
+            return ("session", self.tenant, self.session)
+        return ("user", self.tenant, self.user)
+
+
+def audiences_of(principal: Principal) -> frozenset[Audience]:
+    """The audiences that a principal is a member of, on the endpoint it is connected to."""
+    tenant = principal.tenant
+    match principal.endpoint:
+        case Endpoint.DINER:
+            assert principal.session is not None
+            mine = {branch_diners(tenant, branch) for branch in principal.branches}
+            return frozenset(mine | {diners(tenant, principal.session)})
+        case Endpoint.KITCHEN:
+            return frozenset(kitchen(tenant, branch) for branch in principal.branches)
+        case Endpoint.ADMIN:
+            return _admin_audiences(tenant, principal.branches)
+        case Endpoint.WAITER:
+            found = {floor(tenant, branch) for branch in principal.branches}
+            for branch in principal.branches:
+                for sector in principal.sectors.get(branch, ()):
+                    found.add(waiters(tenant, branch, sector))
+            if principal.roles & _HEADS:
+                found |= _admin_audiences(tenant, principal.branches)
+            return frozenset(found)
+
+
+def _admin_audiences(tenant: TenantId, branches: frozenset[BranchId]) -> frozenset[Audience]:
+    return frozenset({tenant_admins(tenant)} | {admins(tenant, branch) for branch in branches})

@@ -1,0 +1,65 @@
+"""A payload as a WebSocket frame, as a server sends it: unmasked and whole (RFC 6455, 5.2)."""
+
+from collections.abc import Iterator
+from struct import Struct
+from typing import Final
+
+_FIN: Final = 0x80
+TEXT: Final = 0x1
+CLOSE: Final = 0x8
+PING: Final = 0x9
+PONG: Final = 0xA
+
+_SHORT: Final = Struct("!BB").pack
+_MEDIUM: Final = Struct("!BBH").pack
+_LONG: Final = Struct("!BBQ").pack
+
+MAX_REASON_BYTES: Final = 123  # a control frame's 125 bytes less the code (RFC 6455, 5.5)
+
+
+def frame(opcode: int, payload: bytes) -> bytes:
+    size = len(payload)
+    if size < 126:
+        return _SHORT(_FIN | opcode, size) + payload
+    if size < 1 << 16:
+        return _MEDIUM(_FIN | opcode, 126, size) + payload
+    return _LONG(_FIN | opcode, 127, size) + payload
+
+
+def text_frame(payload: bytes) -> bytes:
+    return frame(TEXT, payload)
+
+
+def close_frame(code: int, reason: str = "") -> bytes:
+    """A close frame; a reason that is too long is cut between characters."""
+    cut = reason.encode()[:MAX_REASON_BYTES].decode(errors="ignore").encode()
+    return frame(CLOSE, code.to_bytes(2, "big") + cut)
+
+
+PING_FRAME: Final = frame(PING, b"")
+
+
+def split(data: bytes | memoryview) -> Iterator[tuple[int, memoryview]]:
+    """The frames in joined whole frames: opcode and payload of each."""
+    view, start = memoryview(data), 0
+    while start < len(view):
+        body, end = _bounds(view, start)
+        yield view[start] & 0x0F, view[body:end]
+        start = end
+
+
+def boundary(data: bytes | memoryview, offset: int) -> int:
+    """Where the frame that the given offset falls into ends; an offset between two is its own."""
+    view, end = memoryview(data), 0
+    while end < offset:
+        _, end = _bounds(view, end)
+    return end
+
+
+def _bounds(view: memoryview, start: int) -> tuple[int, int]:
+    size = view[start + 1]
+    if size < 126:
+        return start + 2, start + 2 + size
+    width = 2 if size == 126 else 8
+    body = start + 2 + width
+    return body, body + int.from_bytes(view[start + 2 : body], "big")

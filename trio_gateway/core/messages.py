@@ -1,0 +1,90 @@
+"""What clients say, and what they are answered."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Any, Final
+
+import msgspec
+
+from .audiences import SectorId
+
+
+class Said(Enum):
+    """The messages without content."""
+
+    PING = auto()
+    REFRESH_SECTORS = auto()  # the word alone: answered in the word's own form
+    REFRESH_SECTORS_JSON = auto()
+    NOTHING = auto()  # anything else that is text: activity, and no more
+
+
+@dataclass(frozen=True, slots=True)
+class Renew:
+    """A new credential for this connection; None if the message brought no string."""
+
+    token: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """Replay from here; None if the message brought no string."""
+
+    last_event_id: str | None
+
+
+Message = Said | Renew | Resume
+
+_WORDS: Final = {"ping": Said.PING, "refresh_sectors": Said.REFRESH_SECTORS}
+
+
+class _Object(msgspec.Struct, gc=False):
+    type: str
+    token: Any = None
+    last_event_id: Any = None
+
+
+_decode: Final = msgspec.json.Decoder(_Object).decode
+_encode: Final = msgspec.json.encode
+
+
+def read_message(text: str) -> Message:
+    """What the client means. Never fails: what is not understood is :attr:`Said.NOTHING`."""
+    if (word := _WORDS.get(text)) is not None:
+        return word
+    if not text.lstrip().startswith("{"):
+        return Said.NOTHING
+    try:
+        said = _decode(text)
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
+        return Said.NOTHING
+    match said.type:
+        case "ping":
+            return Said.PING
+        case "refresh_sectors":
+            return Said.REFRESH_SECTORS_JSON
+        case "auth":
+            return Renew(said.token if isinstance(said.token, str) else None)
+        case "resume":
+            last = said.last_event_id
+            return Resume(last if isinstance(last, str) else None)
+    return Said.NOTHING
+
+
+PONG: Final = b'{"type":"pong"}'
+
+
+def auth_ok(expires_at: float) -> bytes:
+    return _encode({"type": "auth_ok", "expires_at": int(expires_at)})
+
+
+def sectors_updated(sectors: Collection[SectorId], form: Said) -> bytes:
+    if form is Said.REFRESH_SECTORS:
+        return b"sectors_updated:" + ",".join(map(str, sorted(sectors))).encode()
+    return _encode({"type": "sectors_updated", "sector_ids": sorted(sectors)})
+
+
+def resumed(*, recovered: bool, count: int, last_event_id: str) -> bytes:
+    return _encode(
+        {"type": "resumed", "recovered": recovered, "count": count, "last_event_id": last_event_id}
+    )

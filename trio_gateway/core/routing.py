@@ -1,0 +1,159 @@
+"""Routing: a table from type to audiences, and the function that reads it."""
+
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Flag, auto
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any
+
+from . import audiences
+from .audiences import Audience
+from .events import Event
+
+
+class To(Flag):
+    """Who an event goes to."""
+
+    ADMINS = auto()
+    WAITERS = auto()  # of the event's sector, or of the whole branch if it names none
+    FLOOR = auto()  # every waiter of the branch, whatever the sector
+    KITCHEN = auto()
+    DINERS = auto()  # of the event's session
+    BRANCH_DINERS = auto()  # every diner of the branch
+
+
+@dataclass(frozen=True)
+class Route:
+    """Where events of one type go, and whether they must not be lost."""
+
+    to: To
+    durable: bool
+
+    @cached_property
+    def audiences(self) -> "tuple[Callable[[Event], Audience | None], ...]":
+        return tuple(make for to, make in _MAKERS.items() if to in self.to)
+
+
+def _waiters(event: Event) -> Audience:
+    if event.sector is None:
+        return audiences.floor(event.tenant, event.branch)
+    return audiences.waiters(event.tenant, event.branch, event.sector)
+
+
+def _diners(event: Event) -> Audience | None:
+    return None if event.session is None else audiences.diners(event.tenant, event.session)
+
+
+_MAKERS: Mapping[To, Callable[[Event], Audience | None]] = {
+    To.ADMINS: lambda event: audiences.admins(event.tenant, event.branch),
+    To.WAITERS: _waiters,
+    To.FLOOR: lambda event: audiences.floor(event.tenant, event.branch),
+    To.KITCHEN: lambda event: audiences.kitchen(event.tenant, event.branch),
+    To.DINERS: _diners,
+    To.BRANCH_DINERS: lambda event: audiences.branch_diners(event.tenant, event.branch),
+}
+
+_WAD = To.WAITERS | To.ADMINS | To.DINERS
+_FAD = To.FLOOR | To.ADMINS | To.DINERS
+
+ROUTES: Mapping[str, Route] = MappingProxyType(
+    {
+        "ROUND_PENDING": Route(_FAD, True),
+        "ROUND_CONFIRMED": Route(_WAD, True),
+        # An admin sends a round to the kitchen, so ROUND_SUBMITTED stops short of it.
+        "ROUND_SUBMITTED": Route(_WAD, True),
+        "ROUND_IN_KITCHEN": Route(_WAD | To.KITCHEN, True),
+        "ROUND_READY": Route(_WAD | To.KITCHEN, True),
+        "ROUND_CANCELED": Route(_WAD | To.KITCHEN, True),
+        "ROUND_ITEM_VOIDED": Route(_WAD | To.KITCHEN, True),
+        "ROUND_ITEM_DELETED": Route(_WAD | To.KITCHEN, True),
+        "ROUND_SERVED": Route(_WAD, True),
+        "SERVICE_CALL_CREATED": Route(To.WAITERS | To.ADMINS, True),
+        "SERVICE_CALL_ACKED": Route(_WAD, True),
+        "SERVICE_CALL_CLOSED": Route(_WAD, True),
+        "CHECK_REQUESTED": Route(_WAD, True),
+        "CHECK_PAID": Route(_WAD, True),
+        "PAYMENT_APPROVED": Route(_WAD, True),
+        "PAYMENT_REJECTED": Route(_WAD, True),
+        "PAYMENT_FAILED": Route(_WAD, True),
+        "TABLE_SESSION_STARTED": Route(_FAD, True),
+        "TABLE_CLEARED": Route(_WAD, True),
+        "TABLE_STATUS_CHANGED": Route(_WAD, True),
+        "TABLE_TRANSFERRED": Route(_WAD, True),
+        "TICKET_IN_PROGRESS": Route(To.WAITERS | To.KITCHEN | To.ADMINS, True),
+        "TICKET_READY": Route(To.WAITERS | To.KITCHEN | To.ADMINS, True),
+        "TICKET_DELIVERED": Route(To.WAITERS | To.KITCHEN | To.ADMINS, True),
+        "PRODUCT_AVAILABILITY_CHANGED": Route(
+            To.FLOOR | To.KITCHEN | To.ADMINS | To.BRANCH_DINERS, True
+        ),
+        "CART_ITEM_ADDED": Route(To.DINERS, False),
+        "CART_ITEM_UPDATED": Route(To.DINERS, False),
+        "CART_ITEM_REMOVED": Route(To.DINERS, False),
+        "CART_CLEARED": Route(To.DINERS, False),
+        "CART_SYNC": Route(To.DINERS, False),
+        "ENTITY_CREATED": Route(To.ADMINS, True),
+        "ENTITY_UPDATED": Route(To.ADMINS, True),
+        "ENTITY_DELETED": Route(To.ADMINS, True),
+        "CASCADE_DELETE": Route(To.ADMINS, True),
+    }
+)
+
+UNKNOWN = Route(To.ADMINS, False)
+
+
+def route(event: Event, routes: Mapping[str, Route] = ROUTES) -> list[Audience]:
+    """Who may hear this event. Used alike for live delivery, replay and catch-up."""
+    found = routes.get(event.type, UNKNOWN)
+    if event.branch == 0:  # the whole tenant: its admins, if the type is for admins at all
+        return [audiences.tenant_admins(event.tenant)] if To.ADMINS in found.to else []
+    return [audience for make in found.audiences if (audience := make(event)) is not None]
+
+
+class InvalidRoutes(ValueError):  # noqa: N818 - reads better where it is raised
+    """A routes file is not what it should be; the text names the place."""
+
+
+def read_routes(text: str) -> Mapping[str, Route]:
+    """The table in force: :data:`ROUTES` overridden and extended by a TOML text.
+
+    Raises :exc:`InvalidRoutes` for anything but ``[routes.TYPE]`` tables with ``to``, a list of
+    audience names, and ``durable``, a bool that defaults to what the type had before.
+    """
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InvalidRoutes(f"not TOML: {error}") from None
+    if unknown := sorted(document.keys() - {"routes"}):
+        raise InvalidRoutes(f"unknown table: {unknown[0]} (only [routes.TYPE] is known)")
+    tables = document.get("routes", {})
+    if not isinstance(tables, dict):
+        raise InvalidRoutes("routes: a table per event type, like [routes.ROUND_READY]")
+    return MappingProxyType(dict(ROUTES) | {name: _read(name, t) for name, t in tables.items()})
+
+
+def _read(name: str, table: Any) -> Route:
+    where = f"routes.{name}"
+    if not isinstance(table, dict):
+        raise InvalidRoutes(f"{where}: must be a table")
+    if unknown := sorted(table.keys() - {"to", "durable"}):
+        raise InvalidRoutes(f"{where}: unknown key {unknown[0]!r} (known: to, durable)")
+    before = ROUTES.get(name, UNKNOWN)
+    durable = table.get("durable", before.durable)
+    if not isinstance(durable, bool):
+        raise InvalidRoutes(f"{where}.durable: must be true or false")
+    if "to" not in table:
+        return Route(before.to, durable)
+    names = table["to"]
+    known = [member.name.lower() for member in To if member.name]
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+        raise InvalidRoutes(f"{where}.to: must be a list of audience names")
+    to = To(0)
+    for each in names:
+        if each not in known:
+            raise InvalidRoutes(
+                f"{where}.to: unknown audience {each!r} (known: {', '.join(known)})"
+            )
+        to |= To[each.upper()]
+    return Route(to, durable)

@@ -1,0 +1,300 @@
+"""Tokens: staff JWTs and table tokens, from a string to who it is; time is an argument."""
+
+import hashlib
+import hmac
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import jwt
+
+from .audiences import (
+    BranchId,
+    Endpoint,
+    Principal,
+    SectorId,
+    Sectors,
+    SessionId,
+    TableId,
+    TenantId,
+    UserId,
+)
+from .closing import Close, Rejected
+from .events import MAX_ID
+
+MAX_TOKEN_CHARACTERS: Final = 8192
+TABLE_TOKEN_LIFE: Final = 3 * 3600  # seconds from iat to exp, at most
+_LEGACY_SIGNATURE: Final = 32  # hex digits
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A key and the algorithms it may be used with: fixed here, never taken from the token."""
+
+    value: Any  # a secret, or a public key as cryptography has it
+    algorithms: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """What a token must satisfy besides its signature; leeway is in seconds."""
+
+    issuer: str | None = None
+    audience: str | None = None
+    leeway: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Staff:
+    """A staff token that was found valid."""
+
+    tenant: TenantId
+    user: UserId
+    branches: frozenset[BranchId]
+    roles: frozenset[str]
+    expires_at: float
+    sectors: frozenset[SectorId] = frozenset()
+    issued_at: float | None = None
+    token_id: str | None = None
+
+    def on(self, endpoint: Endpoint) -> Principal:
+        """Who this is on that endpoint, or :exc:`Rejected` as FORBIDDEN."""
+        if not self.roles & endpoint.roles:
+            raise Rejected(Close.FORBIDDEN, "role not admitted here", "role")
+        if not self.branches:
+            raise Rejected(Close.FORBIDDEN, "no branch in the token", "branch")
+        # Without a database the claim's sectors hold in every branch of the claim.
+        sectors: Sectors = {branch: self.sectors for branch in self.branches if self.sectors}
+        return Principal(
+            endpoint=endpoint,
+            tenant=self.tenant,
+            user=self.user,
+            roles=self.roles,
+            branches=self.branches,
+            sectors=sectors,
+            expires_at=self.expires_at,
+            issued_at=self.issued_at,
+            token_id=self.token_id,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """A table token that was found valid."""
+
+    tenant: TenantId
+    branch: BranchId
+    table: TableId
+    session: SessionId
+    expires_at: float
+    issued_at: float | None = None
+    token_id: str | None = None
+
+    def on(self, endpoint: Endpoint) -> Principal:
+        assert endpoint is Endpoint.DINER
+        return Principal(
+            endpoint=endpoint,
+            tenant=self.tenant,
+            session=self.session,
+            branches=frozenset({self.branch}),
+            expires_at=self.expires_at,
+            issued_at=self.issued_at,
+            token_id=self.token_id,
+        )
+
+
+def read_jwt(token: str, keys: Sequence[Key], rules: Rules, now: float) -> Staff:
+    """Return the staff member a JWT names, or raise :exc:`Rejected` as AUTH_FAILED.
+
+    ``now`` is unix time in seconds. No error holds any part of the token (RFC 7519, RFC 8725).
+    """
+    claims = _verified(token, keys)
+    _check_times(claims, rules, now)
+    return Staff(
+        user=_user(claims),
+        tenant=TenantId(_positive(claims, "tenant_id")),
+        branches=frozenset(map(BranchId, _ids(claims, "branch_ids"))),
+        roles=frozenset(_strings(claims, "roles")),
+        sectors=frozenset(
+            map(
+                SectorId, _ids(claims, "sector_ids") if claims.get("sector_ids") is not None else ()
+            )
+        ),
+        expires_at=_time(claims, "exp"),
+        issued_at=_time(claims, "iat") if claims.get("iat") is not None else None,
+        token_id=_token_id(claims),
+    )
+
+
+def read_table_token(token: str, keys: Sequence[Key], rules: Rules, now: float) -> Table:
+    """Return the table session a token names, or raise :exc:`Rejected` as AUTH_FAILED."""
+    claims = _verified(token, keys)
+    _check_times(claims, Rules(leeway=rules.leeway), now)
+    issued_at, expires_at = _time(claims, "iat"), _time(claims, "exp")
+    if expires_at - issued_at > TABLE_TOKEN_LIFE:
+        raise _failed("exp is more than 3 hours after iat")
+    if issued_at > now + max(rules.leeway, 60):
+        raise _failed("iat is in the future")
+    return Table(
+        tenant=TenantId(_positive(claims, "tenant_id")),
+        branch=BranchId(_positive(claims, "branch_id")),
+        table=TableId(_positive(claims, "table_id")),
+        session=SessionId(_positive(claims, "session_id")),
+        expires_at=expires_at,
+        issued_at=issued_at,
+        token_id=_token_id(claims),
+    )
+
+
+def read_legacy_table_token(token: str, secret: str, now: float) -> Table:
+    """Return the table session of a ``tenant:branch:table:session:expires_at:sig`` token, or
+    raise :exc:`Rejected` as AUTH_FAILED.
+    """
+    if len(token) > MAX_TOKEN_CHARACTERS:
+        raise _failed("token too long")
+    fields, _, signature = token.rpartition(":")
+    expected = legacy_signature(fields, secret)
+    if not hmac.compare_digest(
+        expected.encode(), signature.encode("utf-8", errors="surrogatepass")
+    ):
+        raise _failed("token invalid")
+    numbers = fields.split(":")
+    if len(numbers) != 5 or not all(map(_is_decimal, numbers)):
+        raise _failed("token invalid")
+    tenant, branch, table, session, expires_at = map(int, numbers)
+    if not all(0 < number <= MAX_ID for number in (tenant, branch, table, session)):
+        raise _failed("token invalid")
+    if expires_at <= now:
+        raise _failed("token expired")
+    return Table(
+        tenant=TenantId(tenant),
+        branch=BranchId(branch),
+        table=TableId(table),
+        session=SessionId(session),
+        expires_at=float(expires_at),
+    )
+
+
+def legacy_signature(fields: str, secret: str) -> str:
+    """The first 32 lowercase hex digits of HMAC-SHA256 over the first five fields."""
+    data = fields.encode("utf-8", errors="surrogatepass")
+    return hmac.new(secret.encode(), data, hashlib.sha256).hexdigest()[:_LEGACY_SIGNATURE]
+
+
+def _failed(text: str) -> Rejected:
+    return Rejected(Close.AUTH_FAILED, text, "auth")
+
+
+def _verified(token: str, keys: Sequence[Key]) -> Mapping[str, Any]:
+    """The claims of a token that one of the keys signed. Claims are ours to check: PyJWT is
+    lenient with types, and has been with ``iss``.
+    """
+    if len(token) > MAX_TOKEN_CHARACTERS:
+        raise _failed("token too long")
+    try:
+        algorithm = jwt.get_unverified_header(token).get("alg")
+    except (jwt.PyJWTError, ValueError, RecursionError):
+        raise _failed("token invalid") from None
+    fitting = [key for key in keys if algorithm in key.algorithms]
+    if not fitting:
+        raise _failed("token algorithm not allowed")
+    for key in fitting:
+        try:
+            claims = jwt.api_jws.PyJWS().decode(token, key.value, algorithms=list(key.algorithms))
+        except (jwt.PyJWTError, ValueError, TypeError, RecursionError):
+            continue  # TypeError: an algorithm that is allowed, but for another kind of key
+        return _claims(claims)
+    raise _failed("token invalid")
+
+
+def _claims(payload: bytes) -> Mapping[str, Any]:
+    try:
+        claims = json.loads(payload)
+    except (ValueError, RecursionError):
+        raise _failed("token invalid") from None
+    if not isinstance(claims, dict):
+        raise _failed("token invalid")
+    if claims.get("type") == "refresh":
+        raise _failed("a refresh token is no credential here")
+    return claims
+
+
+def _check_times(claims: Mapping[str, Any], rules: Rules, now: float) -> None:
+    if _time(claims, "exp") + rules.leeway <= now:
+        raise _failed("token expired")
+    if claims.get("nbf") is not None and _time(claims, "nbf") - rules.leeway > now:
+        raise _failed("token not valid yet")
+    if rules.issuer is not None and claims.get("iss") != rules.issuer:
+        raise _failed("iss is not ours")
+    if rules.audience is not None:
+        audience = claims.get("aud")
+        named = audience if isinstance(audience, list) else [audience]
+        if rules.audience not in named:
+            raise _failed("aud is not ours")
+
+
+def _time(claims: Mapping[str, Any], name: str) -> float:
+    """A NumericDate (RFC 7519, 2): seconds since 1970."""
+    value = claims.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise _failed(f"{name} missing or not a number")
+    if (isinstance(value, int) and abs(value) > MAX_ID) or not math.isfinite(value):
+        raise _failed(f"{name} out of range")
+    return float(value)
+
+
+def _is_id(value: object) -> bool:
+    return type(value) is int and 0 < value <= MAX_ID
+
+
+def _positive(claims: Mapping[str, Any], name: str) -> int:
+    value = claims.get(name)
+    if not _is_id(value):
+        raise _failed(f"{name} missing or not a positive integer")
+    assert isinstance(value, int)
+    return value
+
+
+def _ids(claims: Mapping[str, Any], name: str) -> list[int]:
+    value = claims.get(name)
+    if not isinstance(value, list) or not all(map(_is_id, value)):
+        raise _failed(f"{name} missing or not a list of positive integers")
+    return value
+
+
+def _strings(claims: Mapping[str, Any], name: str) -> list[str]:
+    value = claims.get(name)
+    if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+        raise _failed(f"{name} missing or not a list of strings")
+    return value
+
+
+def _is_decimal(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= 19
+
+
+def _user(claims: Mapping[str, Any]) -> UserId:
+    value = claims.get("sub")
+    if not isinstance(value, str) or not _is_decimal(value):
+        raise _failed("sub missing or not a decimal string")
+    return UserId(value)
+
+
+def _token_id(claims: Mapping[str, Any]) -> str | None:
+    value = claims.get("jti")
+    if value is None:
+        return None
+    if not isinstance(value, str) or not value or not _encodable(value):
+        raise _failed("jti is not a string")
+    return value
+
+
+def _encodable(text: str) -> bool:
+    """Whether it can become a Redis key: a lone surrogate cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

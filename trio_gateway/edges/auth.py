@@ -1,0 +1,95 @@
+"""Auth: who a client is, by its origin and its credential."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from ..core.audiences import Principal
+from ..core.closing import Close, Rejected
+from ..core.tokens import Key, Rules, read_jwt, read_legacy_table_token, read_table_token
+from ..settings import is_origin
+from .handshake import Handshake
+
+Clock = Callable[[], float]
+
+
+class Auth(Protocol):
+    """A way to authenticate clients."""
+
+    async def authenticate(self, handshake: Handshake) -> Principal:
+        """Return who this is, or raise :exc:`Rejected`."""
+
+
+class JwtAuth:
+    """By a staff JWT."""
+
+    def __init__(self, keys: Sequence[Key], rules: Rules, clock: Clock = time.time) -> None:
+        self._keys = keys
+        self._rules = rules
+        self._clock = clock
+
+    async def authenticate(self, handshake: Handshake) -> Principal:
+        token = read_jwt(_credential(handshake), self._keys, self._rules, self._clock())
+        return token.on(handshake.endpoint)
+
+
+class TableAuth:
+    """By a table token."""
+
+    def __init__(self, keys: Sequence[Key], rules: Rules, clock: Clock = time.time) -> None:
+        self._keys = keys
+        self._rules = rules
+        self._clock = clock
+
+    async def authenticate(self, handshake: Handshake) -> Principal:
+        token = read_table_token(_credential(handshake), self._keys, self._rules, self._clock())
+        return token.on(handshake.endpoint)
+
+
+class LegacyTableAuth:
+    """By a table token of the older kind, ``tenant:branch:table:session:expires_at:sig``."""
+
+    def __init__(self, secret: str, clock: Clock = time.time) -> None:
+        self._secret = secret
+        self._clock = clock
+
+    async def authenticate(self, handshake: Handshake) -> Principal:
+        token = read_legacy_table_token(_credential(handshake), self._secret, self._clock())
+        return token.on(handshake.endpoint)
+
+
+class FirstOf:
+    """By the first of several ways that does not fail; the first one's failure if all do."""
+
+    def __init__(self, *ways: Auth) -> None:
+        self._ways = ways
+
+    async def authenticate(self, handshake: Handshake) -> Principal:
+        first: Rejected | None = None
+        for way in self._ways:
+            try:
+                return await way.authenticate(handshake)
+            except Rejected as rejected:
+                if rejected.close is not Close.AUTH_FAILED:
+                    raise
+                first = first or rejected
+        assert first is not None
+        raise first
+
+
+def check_origin(origin: str | None, allowed: Sequence[str], *, required: bool) -> None:
+    """Raise :exc:`Rejected` unless a browser on this origin may connect (RFC 6455, 10.2)."""
+    if origin is None:
+        if required:
+            raise Rejected(Close.POLICY_VIOLATION, "origin required", "origin")
+        return
+    if not is_origin(origin):
+        raise Rejected(Close.FORBIDDEN, "origin malformed", "origin")
+    if "*" not in allowed and origin.lower() not in allowed:
+        raise Rejected(Close.POLICY_VIOLATION, "origin not allowed", "origin")
+
+
+def _credential(handshake: Handshake) -> str:
+    if not (token := handshake.credential):
+        raise Rejected(Close.AUTH_FAILED, "token missing", "auth")
+    return token

@@ -1,0 +1,247 @@
+"""The handshake: a request head as a :class:`Handshake`, or the status that refuses it."""
+
+import base64
+import binascii
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+import httptools
+
+from ..core.audiences import ENDPOINTS, Endpoint
+
+MAX_HEAD_BYTES: Final = 16_384
+MAX_HEADERS: Final = 100
+SUBPROTOCOL: Final = "gateway.v1"
+_BEARER: Final = "bearer."
+_GUID: Final = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, 1.3
+
+# Said twice, these could mean one thing to us and another to a proxy.
+_ONCE: Final = frozenset(
+    {
+        "authorization", "content-length", "host", "last-event-id", "origin", "sec-websocket-key",
+        "sec-websocket-version", "transfer-encoding", "upgrade",
+    }
+)  # fmt: skip
+_READ: Final = _ONCE | {"connection", "sec-websocket-protocol", "sec-websocket-extensions"}
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """The HTTP status that answers a request we won't upgrade, and why."""
+
+    status: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Handshake:
+    """A client that asks for a WebSocket, whichever door it came through."""
+
+    endpoint: Endpoint
+    query: Mapping[str, str]
+    headers: Mapping[str, str]  # names in lower case, repeated ones joined by commas
+    key: str = ""
+    renewed: str | None = None  # a credential that came later, in a message
+
+    @property
+    def origin(self) -> str | None:
+        return self.headers.get("origin")
+
+    @property
+    def ticket(self) -> str | None:
+        return self.query.get("ticket")
+
+    @property
+    def last_event_id(self) -> str | None:
+        """Where to resume from, if the client asks to; empty asks for the present position."""
+        found = self.query.get("last_event_id")
+        return self.headers.get("last-event-id") if found is None else found
+
+    @property
+    def credential(self) -> str | None:
+        """The token that stands in the query, in ``Authorization``, or among the subprotocols."""
+        if self.renewed is not None:
+            return self.renewed
+        if found := self.query.get("token" if self.endpoint.staff else "table_token"):
+            return found
+        if found := bearer(self.headers.get("authorization")):
+            return found
+        for offered in self._subprotocols:
+            if offered.startswith(_BEARER):
+                return offered.removeprefix(_BEARER)
+        return None
+
+    @property
+    def subprotocol(self) -> str | None:
+        """The subprotocol to answer with."""
+        return SUBPROTOCOL if SUBPROTOCOL in self._subprotocols else None
+
+    def with_credential(self, token: str) -> "Handshake":
+        return replace(self, renewed=token)
+
+    @property
+    def _subprotocols(self) -> list[str]:
+        return [each.strip() for each in self.headers.get("sec-websocket-protocol", "").split(",")]
+
+
+def bearer(authorization: str | None) -> str | None:
+    """The token of an ``Authorization: Bearer`` header (RFC 6750, 2.1)."""
+    scheme, _, token = (authorization or "").strip().partition(" ")
+    return (token.strip() or None) if scheme.lower() == "bearer" else None
+
+
+def read_query(query: str) -> dict[str, str]:
+    """The parameters of a query string; of a repeated one the first counts."""
+    found: dict[str, str] = {}
+    for name, value in parse_qsl(query, keep_blank_values=True, errors="replace"):
+        found.setdefault(name, value)
+    return found
+
+
+def join_headers(headers: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for raw_name, raw_value in headers:
+        name, value = raw_name.decode("latin-1").lower(), raw_value.decode("latin-1").strip()
+        found[name] = f"{found[name]}, {value}" if name in found else value
+    return found
+
+
+class _Head:
+    """What httptools finds in a head."""
+
+    def __init__(self) -> None:
+        self.target = b""
+        self.headers: list[tuple[bytes, bytes]] = []
+        self.complete = False
+
+    def on_url(self, target: bytes) -> None:
+        self.target += target
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.headers.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        self.complete = True
+
+
+def parse_head(head: bytes) -> Handshake | Refusal | None:
+    """Read a request head, up to and with its empty line. None: not a WebSocket's, so not ours.
+
+    What httptools finds malformed is refused, whatever it asked for: a proxy and Hypercorn might
+    disagree about where it ends (RFC 9112, 11.2). The opening handshake is RFC 6455, 4.2.1.
+    """
+    if head.startswith(b"PRI * HTTP/2.0\r\n"):
+        return None  # Hypercorn speaks HTTP/2
+    found = _Head()
+    parser: Any = httptools.HttpRequestParser(found)
+    try:
+        parser.feed_data(head)
+    except httptools.HttpParserUpgrade:
+        pass
+    except httptools.HttpParserError:
+        return Refusal(400, "malformed request")
+    if not found.complete:
+        return Refusal(400, "malformed request")
+    if len(found.headers) > MAX_HEADERS:
+        return Refusal(431, "too many headers")
+    headers = join_headers(found.headers)
+    if not _asks_for_websocket(headers):
+        return None
+    if refusal := _refuse(parser, found, headers):
+        return refusal
+    return _handshake(found.target, headers)
+
+
+def _asks_for_websocket(headers: Mapping[str, str]) -> bool:
+    return "websocket" in _tokens(headers.get("upgrade", "")) or "sec-websocket-key" in headers
+
+
+def _refuse(parser: Any, found: _Head, headers: Mapping[str, str]) -> Refusal | None:
+    names = [name.lower().decode("latin-1") for name, _ in found.headers]
+    for name in _ONCE & set(names):
+        if names.count(name) > 1:
+            return Refusal(400, f"{name} more than once")
+    for name in _READ & set(names):
+        if not headers[name].isascii():
+            return Refusal(400, f"{name} is not ASCII")
+    if parser.get_method() != b"GET":
+        return Refusal(400, "a WebSocket begins with GET")
+    if parser.get_http_version() != "1.1":
+        return Refusal(400, "a WebSocket needs HTTP/1.1")
+    if not headers.get("host"):
+        return Refusal(400, "no host")
+    if headers.get("content-length", "0") != "0" or "transfer-encoding" in headers:
+        return Refusal(400, "a WebSocket handshake has no body")
+    if "websocket" not in _tokens(headers.get("upgrade", "")):
+        return Refusal(426, "upgrade: websocket")
+    if "upgrade" not in _tokens(headers.get("connection", "")):
+        return Refusal(400, "connection: upgrade")
+    if headers.get("sec-websocket-version") != "13":
+        return Refusal(426, "sec-websocket-version: 13")
+    if not _is_key(headers.get("sec-websocket-key", "")):
+        return Refusal(400, "sec-websocket-key is not 16 bytes in base64")
+    return None
+
+
+def _handshake(target: bytes, headers: dict[str, str]) -> Handshake | Refusal:
+    try:
+        url = urlsplit(target.decode("ascii"))
+    except ValueError:
+        return Refusal(400, "malformed request")
+    if (endpoint := ENDPOINTS.get(unquote(url.path))) is None:
+        return Refusal(404, "no such endpoint")
+    return Handshake(endpoint, read_query(url.query), headers, headers["sec-websocket-key"])
+
+
+def _tokens(value: str) -> set[str]:
+    return {token.strip().lower() for token in value.split(",")}
+
+
+def _is_key(text: str) -> bool:
+    try:
+        return len(base64.b64decode(text, validate=True)) == 16
+    except (binascii.Error, ValueError):
+        return False
+
+
+def acceptance(handshake: Handshake) -> bytes:
+    """The response that opens the WebSocket (RFC 6455, 4.2.2)."""
+    digest = hashlib.sha1(handshake.key.encode() + _GUID, usedforsecurity=False).digest()
+    lines = [
+        "HTTP/1.1 101 Switching Protocols",
+        "Upgrade: websocket",
+        "Connection: Upgrade",
+        f"Sec-WebSocket-Accept: {base64.b64encode(digest).decode()}",
+    ]
+    if handshake.subprotocol:
+        lines.append(f"Sec-WebSocket-Protocol: {handshake.subprotocol}")
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
+_PHRASES: Final = {
+    400: "Bad Request",
+    404: "Not Found",
+    408: "Request Timeout",
+    426: "Upgrade Required",
+    431: "Request Header Fields Too Large",
+    503: "Service Unavailable",
+}
+
+
+def refusal_response(refusal: Refusal) -> bytes:
+    """The response that refuses an upgrade, and ends the connection."""
+    body = f"{refusal.reason}\n".encode()
+    lines = [
+        f"HTTP/1.1 {refusal.status} {_PHRASES[refusal.status]}",
+        "Content-Type: text/plain; charset=utf-8",
+        f"Content-Length: {len(body)}",
+        "Connection: close",
+    ]
+    if refusal.status == 426:  # RFC 9110, 15.5.22, and RFC 6455, 4.4
+        lines += ["Upgrade: websocket", "Sec-WebSocket-Version: 13"]
+    if refusal.status == 503:
+        lines.append("Retry-After: 1")
+    return "\r\n".join([*lines, "", ""]).encode() + body

@@ -1,0 +1,349 @@
+"""The line: a socket that asks for a WebSocket never reaches Hypercorn's protocol code.
+
+Hypercorn looks up ``TCPServer`` by name when it starts serving; :func:`install` puts
+:class:`Line` there. It reads the first request head. An upgrade is answered here and served by
+the gateway on the Trio stream, from the first byte to the last; for anything else the bytes go
+back in front of the stream and Hypercorn serves it as ever.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, Protocol, cast
+
+import hypercorn.trio.run
+import structlog
+import trio
+from hypercorn.events import Closed, Event, RawData
+from hypercorn.trio.tcp_server import TCPServer
+from wsproto.connection import Connection as WebSocket
+from wsproto.connection import ConnectionState, ConnectionType
+from wsproto.events import BytesMessage, CloseConnection, TextMessage
+from wsproto.events import Ping as PingFrame
+from wsproto.events import Pong as PongFrame
+
+from ..core.closing import Close
+from ..core.frames import CLOSE, close_frame, frame
+from ..runtime.connection import Left, Ping, Pong, Violation
+from ..runtime.outbox import Outbox
+from .handshake import (
+    MAX_HEAD_BYTES,
+    Handshake,
+    Refusal,
+    acceptance,
+    parse_head,
+    refusal_response,
+)
+
+log = structlog.get_logger()
+
+LINGER: Final = 1.0  # seconds
+_CHUNK: Final = 65_536
+_MOST_EMPTY_FRAGMENTS: Final = 1000
+_END_OF_HEAD: Final = re.compile(rb"\n\r?\n")
+# Windows can't os.write to a socket; there the writer task sends everything.
+_WRITES_DIRECTLY: Final = sys.platform != "win32"
+_GONE: Final = (trio.BrokenResourceError, trio.ClosedResourceError, trio.BusyResourceError)
+
+
+class Served(Protocol):
+    """What the line needs of the gateway."""
+
+    accept_timeout: float
+    write_timeout: float
+    max_message_size: int
+    draining: bool
+
+    def serve_connection(self, handshake: Handshake, socket: "LineSocket") -> Awaitable[None]: ...
+
+    def watch(self, terminated: Callable[[], Awaitable[None]]) -> None: ...
+
+
+class Line(TCPServer):
+    """A TCP connection: ours if it asks for a WebSocket, Hypercorn's if not."""
+
+    async def run(self) -> None:
+        """Serve one connection; its faults end it alone, and never reach the server's nursery."""
+        gateway = cast("Served | None", getattr(self.app, "app", None))
+        if not hasattr(gateway, "serve_connection"):  # another app, or a middleware around ours
+            await super().run()
+            return
+        assert gateway is not None
+        gateway.watch(self.context.terminated.wait)
+        try:
+            await self._serve(gateway)
+        except* (OSError, *_GONE):
+            pass
+        except* Exception as faults:
+            kinds = sorted({type(each).__name__ for each in _leaves(faults)})
+            log.warning("connection failed", errors=kinds)
+        finally:
+            await trio.aclose_forcefully(self.stream)
+
+    async def _serve(self, gateway: Served) -> None:
+        if hasattr(self.stream, "do_handshake"):
+            try:
+                with trio.fail_after(self.config.ssl_handshake_timeout):
+                    await self.stream.do_handshake()
+            except (trio.BrokenResourceError, trio.TooSlowError):
+                return
+            if self.stream.selected_alpn_protocol() == "h2":
+                await super().run()
+                return
+        data, refusal = await read_head(self.stream, gateway.accept_timeout)
+        if refusal is not None:
+            await answer(self.stream, refusal)
+            return
+        if not data:
+            return
+        end = _END_OF_HEAD.search(data)
+        head = data[: end.end()] if end else data
+        match parse_head(head):
+            case Handshake() if gateway.draining:
+                await answer(self.stream, Refusal(503, "draining"))
+            case Handshake() as handshake:
+                with trio.move_on_after(gateway.accept_timeout) as scope:
+                    await self.stream.send_all(acceptance(handshake))
+                if scope.cancelled_caught:
+                    return
+                socket = LineSocket(self.stream, data[len(head) :], gateway.max_message_size)
+                await gateway.serve_connection(handshake, socket)
+            case Refusal() as refusal:
+                await answer(self.stream, refusal)
+            case None:
+                self.stream = cast("Any", Replayed(self.stream, data))
+                await super().run()
+
+    async def protocol_send(self, event: Event) -> None:
+        """As Hypercorn does it, but with a deadline: its own send is shielded for ever, so that
+        one client that stops reading hangs the shutdown.
+        """
+        if not isinstance(event, RawData):
+            await super().protocol_send(event)
+            return
+        async with self.send_lock:
+            timeout = getattr(getattr(self.app, "app", None), "write_timeout", LINGER)
+            try:
+                with trio.CancelScope(shield=True, deadline=trio.current_time() + timeout) as scope:
+                    await self.stream.send_all(event.data)
+                gone = scope.cancelled_caught
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                gone = True
+        if gone:
+            await trio.aclose_forcefully(self.stream)
+            await self.protocol.handle(Closed())
+
+
+def install() -> None:
+    """Let Hypercorn's Trio worker serve with :class:`Line`."""
+    vars(hypercorn.trio.run)["TCPServer"] = Line
+
+
+async def read_head(stream: trio.abc.Stream, timeout: float) -> tuple[bytes, Refusal | None]:
+    """Read until a request head is complete, and maybe beyond; bounded in size and time.
+
+    Returns what was read, and how to refuse it if it is no head. Nothing read: nobody there.
+    """
+    data = bytearray()
+    with trio.move_on_after(timeout):
+        while True:
+            received = await stream.receive_some(_CHUNK)
+            if not received:
+                return bytes(data), Refusal(400, "incomplete request") if data else None
+            # The end may have begun in what was there before.
+            start = max(0, len(data) - 3)
+            data += received
+            end = _END_OF_HEAD.search(data, start)
+            if (end.end() if end else len(data)) > MAX_HEAD_BYTES:
+                return b"", Refusal(431, f"request head is over {MAX_HEAD_BYTES} bytes")
+            if end:
+                return bytes(data), None
+    return bytes(data), Refusal(408, "request head took too long") if data else None
+
+
+async def answer(stream: trio.abc.Stream, refusal: Refusal) -> None:
+    """Refuse over HTTP, such that the answer arrives."""
+    log.info("upgrade refused", status=refusal.status, reason=refusal.reason)
+    with trio.move_on_after(LINGER):
+        await stream.send_all(refusal_response(refusal))
+    await linger(stream)
+
+
+async def linger(stream: trio.abc.Stream) -> None:
+    """Say that nothing more comes, and read on until the peer is done or a second has passed: a
+    socket that is closed with unread data is reset, and what was sent last is lost.
+    """
+    with trio.move_on_after(LINGER):
+        try:
+            if isinstance(stream, trio.abc.HalfCloseableStream):
+                await stream.send_eof()
+            while await stream.receive_some(_CHUNK):
+                pass
+        except _GONE:
+            pass
+
+
+class Replayed:
+    """A stream with some of its bytes put back in front."""
+
+    def __init__(self, stream: trio.abc.Stream, data: bytes) -> None:
+        self._stream = stream
+        self._data = data
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        if not self._data:
+            return bytes(await self._stream.receive_some(max_bytes))
+        await trio.lowlevel.checkpoint()
+        size = len(self._data) if max_bytes is None else max_bytes
+        data, self._data = self._data[:size], self._data[size:]
+        return data
+
+    async def send_all(self, data: bytes) -> None:
+        await self._stream.send_all(data)
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
+class LineSocket:
+    """A WebSocket on a Trio stream: wsproto reads, ready-made frames are written.
+
+    ``rest`` is what the client sent behind its request head: its first frames.
+    """
+
+    __slots__ = (
+        "_aborted", "_broken", "_empty", "_pieces", "_size", "_socket", "_stream", "_websocket",
+        "max_size",
+    )  # fmt: skip
+
+    def __init__(self, stream: trio.abc.Stream, rest: bytes, max_size: int) -> None:
+        self._stream = stream
+        self._websocket = WebSocket(ConnectionType.SERVER, trailing_data=rest)
+        self._socket = (
+            stream.socket if _WRITES_DIRECTLY and isinstance(stream, trio.SocketStream) else None
+        )
+        self.max_size = max_size
+        self._pieces: list[str] = []  # of a message that is not complete yet
+        self._size = 0  # their bytes
+        self._empty = 0  # fragments without a byte
+        self._broken = False  # a write was cut off: the peer may have half a frame
+        self._aborted = False
+
+    def try_write(self, data: bytes | memoryview) -> int:
+        if self._aborted:
+            raise BrokenPipeError
+        if self._socket is None:
+            return 0
+        try:
+            # The number is asked for each time, -1 once closed: the next client gets the old one.
+            return os.write(self._socket.fileno(), data)
+        except BlockingIOError:
+            return 0
+
+    async def write_from(self, outbox: Outbox) -> None:
+        if self._socket is None:
+            data = outbox.head()
+            outbox.took(len(data))
+            await self._send_all(data)
+            return
+        try:
+            await trio.lowlevel.wait_writable(self._socket)
+        except trio.ClosedResourceError:
+            raise BrokenPipeError from None
+        # Only now: what the outbox holds may have changed meanwhile.
+        if outbox.bytes and (taken := self.try_write(outbox.head())):
+            outbox.took(taken)
+
+    async def receive(self) -> str | Ping | Pong:
+        while True:
+            for event in self._websocket.events():
+                match event:
+                    case TextMessage():
+                        if (text := self._text(event)) is not None:
+                            return text
+                    case PingFrame(payload=payload):
+                        return Ping(bytes(payload))
+                    case PongFrame():
+                        return Pong()
+                    case BytesMessage():
+                        raise Violation(Close.UNSUPPORTED_DATA, "binary frames are not supported")
+                    case CloseConnection(code=code, reason=reason):
+                        if self._websocket.state is ConnectionState.REMOTE_CLOSING:
+                            raise Left(int(code), reason or "")
+                        # wsproto's word for what broke RFC 6455
+                        raise Violation(Close(int(code)), _why(Close(int(code))))
+            try:
+                data = await self._stream.receive_some(_CHUNK)
+            except _GONE:
+                data = b""
+            if not data:
+                raise Left(Close.ABNORMAL)
+            self._websocket.receive_data(bytes(data))
+
+    def _text(self, event: TextMessage) -> str | None:
+        """The message, if this piece completes it."""
+        piece = event.data
+        self._size += len(piece) if piece.isascii() else len(piece.encode())
+        if self._size > self.max_size:
+            raise Violation(Close.MESSAGE_TOO_BIG, f"message is over {self.max_size} bytes")
+        if event.message_finished:
+            if not self._pieces:  # the common case: one frame, one piece
+                self._size = self._empty = 0
+                return piece
+            text = "".join([*self._pieces, piece])
+            self._pieces.clear()
+            self._size = self._empty = 0
+            return text
+        if piece:
+            self._pieces.append(piece)
+        else:
+            self._empty += 1
+            if self._empty > _MOST_EMPTY_FRAGMENTS:
+                raise Violation(Close.MESSAGE_TOO_BIG, "too many empty fragments")
+        return None
+
+    async def close(self, code: int, reason: str) -> None:
+        if code != Close.ABNORMAL and not self._broken and not self._aborted:
+            # RFC 6455, 5.5.1: a close frame without a code is answered by one without
+            last = frame(CLOSE, b"") if code == Close.NO_STATUS else close_frame(code, reason)
+            outbox = Outbox()
+            outbox.put(last, 1)
+            with trio.move_on_after(LINGER):
+                try:
+                    while outbox.bytes:
+                        await self.write_from(outbox)
+                except OSError:
+                    pass
+                else:
+                    await linger(self._stream)
+        self.abort()
+        await trio.aclose_forcefully(self._stream)
+
+    def abort(self) -> None:
+        self._aborted = True
+        stream: Any = getattr(self._stream, "transport_stream", self._stream)
+        if (socket := getattr(stream, "socket", None)) is not None:
+            socket.close()
+
+    async def _send_all(self, data: memoryview) -> None:
+        self._broken = True
+        try:
+            await self._stream.send_all(data)
+        except _GONE:
+            raise BrokenPipeError from None
+        self._broken = False
+
+
+def _why(close: Close) -> str:
+    return "text is not UTF-8" if close is Close.INVALID_DATA else "frames break RFC 6455"
+
+
+def _leaves(group: BaseExceptionGroup[Exception]) -> list[Exception]:
+    found: list[Exception] = []
+    for each in group.exceptions:
+        found += _leaves(each) if isinstance(each, BaseExceptionGroup) else [each]
+    return found

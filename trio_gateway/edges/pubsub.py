@@ -1,0 +1,142 @@
+"""The Pub/Sub source: what is published while we listen, at most once."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, Final, NoReturn
+
+import structlog
+import trio
+
+from ..core.resilience import Breaker
+from ..runtime.dispatch import EventQueue
+from ..runtime.intake import Intake
+from ..runtime.supervision import Lost
+from .resp import Address, RedisConnection, open_redis
+
+log = structlog.get_logger()
+
+# A half-open link is noticed after twice this long (seconds), whatever TCP believes.
+LIVENESS: Final = 2.0
+
+
+class PubSub:
+    """Subscribes to patterns and hands on each event as it comes.
+
+    ``listeners`` are for channels that carry something else than events. They must not block.
+    """
+
+    def __init__(
+        self,
+        address: Address,
+        patterns: Sequence[str],
+        intake: Intake,
+        queue: EventQueue,
+        breaker: Breaker,
+        listeners: Mapping[str, Callable[[bytes], None]] | None = None,
+    ) -> None:
+        self._address = address
+        self._patterns = [pattern.encode() for pattern in dict.fromkeys(patterns)]
+        self._intake = intake
+        self._queue = queue
+        self._breaker = breaker
+        self._listeners = {name.encode(): hear for name, hear in (listeners or {}).items()}
+        self._unconfirmed = 0
+        self.connected = False
+        first_match = lru_cache(maxsize=10_000)(self._first_match)
+        self._first_match_of: Callable[[bytes], bytes | None] = first_match
+
+    async def run(self) -> NoReturn:
+        """Listen until the link is :exc:`Lost`."""
+        try:
+            async with open_redis(self._address) as redis:
+                await self._subscribe(redis)
+                await self._listen(redis)
+        finally:
+            self.connected = False
+
+    async def _subscribe(self, redis: RedisConnection) -> None:
+        self._unconfirmed = len(self._patterns) + len(self._listeners)
+        if self._patterns:
+            await redis.send("PSUBSCRIBE", *self._patterns)
+        if self._listeners:
+            await redis.send("SUBSCRIBE", *self._listeners)
+
+    async def _listen(self, redis: RedisConnection) -> NoReturn:
+        pinged = False
+        while True:
+            with trio.move_on_after(LIVENESS) as scope:
+                replies = await redis.receive()
+                pinged = False
+            if scope.cancelled_caught:
+                if pinged:
+                    raise Lost("no answer to PING")
+                await redis.send("PING")
+                pinged = True
+                continue
+            for reply in replies:
+                self._hear(reply)
+
+    def _hear(self, reply: Any) -> None:
+        match reply:
+            case [b"pmessage", pattern, channel, payload]:
+                # A channel that matches several patterns is sent once for each of them.
+                if self._first_match_of(channel) == pattern:
+                    name = channel.decode(errors="replace")
+                    event = self._intake.parse(payload, source="pubsub", channel=name)
+                    if event is not None:
+                        self._queue.offer(event)
+            case [b"message", channel, payload] if channel in self._listeners:
+                self._listeners[channel](payload)
+            case [b"pong", *_]:
+                pass
+            case [b"psubscribe" | b"subscribe", *_]:
+                self._unconfirmed -= 1
+                if not self._unconfirmed:
+                    self.connected = True
+                    self._breaker.succeeded()
+                    log.info("subscribed", source="pubsub", patterns=len(self._patterns))
+            case Exception():
+                raise Lost(f"Redis says {str(reply).split(' ', 1)[0]}")
+            case _:
+                raise Lost("unexpected reply")
+
+    def _first_match(self, channel: bytes) -> bytes | None:
+        for pattern in self._patterns:
+            if glob(pattern).fullmatch(channel):
+                return pattern
+        return None
+
+
+@lru_cache(maxsize=1000)
+def glob(pattern: bytes) -> re.Pattern[bytes]:
+    """A Redis pattern as a regular expression: ``*``, ``?``, ``[a-c]``, ``[^a]``, ``\\x``."""
+    found, at = b"", 0
+    while at < len(pattern):
+        here = pattern[at : at + 1]
+        if here == b"*":
+            found += b".*"
+        elif here == b"?":
+            found += b"."
+        elif here == b"\\" and at + 1 < len(pattern):
+            at += 1
+            found += re.escape(pattern[at : at + 1])
+        elif here == b"[" and (end := _end_of_set(pattern, at)):
+            inside = pattern[at + 1 : end]
+            negated, inside = inside[:1] == b"^", inside.removeprefix(b"^")
+            members = re.sub(rb"([\\\]\[&~|^])", rb"\\\1", inside.replace(b"\\", b""))
+            found += (b"[^" if negated else b"[") + members + b"]"
+            at = end
+        else:
+            found += re.escape(here)
+        at += 1
+    return re.compile(found, re.DOTALL)
+
+
+def _end_of_set(pattern: bytes, start: int) -> int:
+    """Where the set that begins at ``start`` ends, 0 if it has no end or no member."""
+    at = start + 1 + (pattern[start + 1 : start + 2] == b"^")
+    first = at
+    while at < len(pattern) and pattern[at : at + 1] != b"]":
+        at += 2 if pattern[at : at + 1] == b"\\" else 1
+    return at if first < at < len(pattern) else 0

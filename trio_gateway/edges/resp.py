@@ -1,0 +1,162 @@
+"""A Redis connection on a Trio stream; hiredis reads the replies."""
+
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import hiredis
+import trio
+
+from ..runtime.supervision import Lost
+
+CONNECT_TIMEOUT: Final = 3.0  # seconds, for the connection and its greetings
+_CHUNK: Final = 1 << 18
+_NOTHING: Final = object()
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a Redis is and how to get in, from its URL; the password is never shown."""
+
+    host: str = "localhost"
+    port: int = 6379
+    path: str | None = None  # of a unix socket
+    tls: bool = False
+    db: int = 0
+    user: str | None = None
+    password: str | None = field(default=None, repr=False)
+
+    @classmethod
+    def from_url(cls, url: str) -> "Address":
+        """Read ``redis://``, ``rediss://`` and ``unix://`` URLs, as redis-py does.
+
+        Raises :exc:`ValueError` for any other.
+        """
+        parts = urlsplit(url)
+        query = {name: values[0] for name, values in parse_qs(parts.query).items()}
+        user = unquote(parts.username) if parts.username else query.get("username")
+        password = unquote(parts.password) if parts.password else query.get("password")
+        if parts.scheme == "unix":
+            db = query.get("db", "0")
+            return cls(path=unquote(parts.path), db=int(db), user=user, password=password)
+        if parts.scheme not in {"redis", "rediss"}:
+            raise ValueError("a Redis URL begins with redis://, rediss:// or unix://")
+        db = query.get("db") or parts.path.strip("/") or "0"
+        return cls(
+            host=parts.hostname or "localhost",
+            port=parts.port or 6379,
+            tls=parts.scheme == "rediss",
+            db=int(db),
+            user=user,
+            password=password,
+        )
+
+    def __str__(self) -> str:
+        return self.path or f"{self.host}:{self.port}"
+
+
+class RedisConnection:
+    """Commands out, replies in. Every failure is :exc:`Lost`: the connection is of no use then."""
+
+    def __init__(self, stream: trio.abc.Stream) -> None:
+        self._stream = stream
+        self._reader = hiredis.Reader(notEnoughData=_NOTHING)
+
+    async def send(self, *words: str | bytes | int) -> None:
+        try:
+            packed = hiredis.pack_command(words)  # type: ignore[arg-type]  # its stub is too narrow
+            await self._stream.send_all(packed)
+        except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            raise Lost(f"send failed: {type(error).__name__}") from None
+
+    async def receive(self) -> list[Any]:
+        """Wait for data; the replies that are complete with it, maybe none."""
+        try:
+            data = await self._stream.receive_some(_CHUNK)
+        except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            raise Lost(f"receive failed: {type(error).__name__}") from None
+        if not data:
+            raise Lost("closed by Redis")
+        self._reader.feed(bytes(data))
+        return self._complete()
+
+    async def call(self, *words: str | bytes | int) -> Any:
+        """Send one command and wait for its reply, with nothing else under way.
+
+        Raises :exc:`Lost` for an error reply, too.
+        """
+        await self.send(*words)
+        while not (replies := await self.receive()):
+            pass
+        reply = replies[0]
+        if isinstance(reply, hiredis.ReplyError):
+            raise Lost(f"{words[0]!s} failed: {str(reply).split(' ', 1)[0]}")
+        return reply
+
+    def _complete(self) -> list[Any]:
+        found = []
+        try:
+            while (reply := self._reader.gets()) is not _NOTHING:
+                found.append(reply)
+        except hiredis.ProtocolError:
+            raise Lost("what came is not RESP") from None
+        return found
+
+
+@asynccontextmanager
+async def open_redis(address: Address) -> AsyncIterator[RedisConnection]:
+    """Connect, authenticate, choose the database; raise :exc:`Lost` if that fails."""
+    try:
+        with trio.fail_after(CONNECT_TIMEOUT):
+            stream = await _connect(address)
+    except (OSError, trio.BrokenResourceError) as error:
+        raise Lost(f"can't connect to {address}: {_cause(error)}") from None
+    except trio.TooSlowError:
+        raise Lost(f"can't connect to {address}: no answer in {CONNECT_TIMEOUT:g} s") from None
+    try:
+        connection = RedisConnection(stream)
+        with trio.move_on_after(CONNECT_TIMEOUT) as scope:
+            await _greet(connection, address)
+        if scope.cancelled_caught:
+            raise Lost(f"no answer from {address} in {CONNECT_TIMEOUT:g} s")
+        yield connection
+    finally:
+        await trio.aclose_forcefully(stream)
+
+
+async def _connect(address: Address) -> trio.abc.Stream:
+    if address.path is not None:
+        return await trio.open_unix_socket(address.path)
+    stream = await trio.open_tcp_stream(address.host, address.port)
+    if not address.tls:
+        return stream
+    secure = trio.SSLStream(
+        stream, ssl.create_default_context(), server_hostname=address.host, https_compatible=False
+    )
+    try:
+        await secure.do_handshake()
+    except BaseException:
+        await trio.aclose_forcefully(stream)
+        raise
+    return secure
+
+
+async def _greet(connection: RedisConnection, address: Address) -> None:
+    if address.password is not None:
+        user = [address.user] if address.user is not None else []
+        await connection.call("AUTH", *user, address.password)
+    if address.db:
+        await connection.call("SELECT", address.db)
+    await connection.call("CLIENT", "SETNAME", "trio-gateway")
+
+
+def _cause(error: BaseException) -> str:
+    cause = error.__cause__ or error
+    if isinstance(cause, BaseExceptionGroup):
+        cause = cause.exceptions[0]
+    if isinstance(cause, ssl.SSLError) and cause.reason:
+        return cause.reason
+    return (cause.strerror if isinstance(cause, OSError) else None) or type(cause).__name__

@@ -1,0 +1,179 @@
+"""The web: the Quart-Trio routes. Four endpoints, health, metrics, tickets."""
+
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, Final
+
+import trio
+from quart import Response, abort, jsonify, request, websocket
+
+from ..core.audiences import Endpoint
+from ..core.closing import Close, Rejected
+from ..core.resilience import State
+from . import metrics
+from .asgi import DRAIN, AsgiSocket
+from .commands import Unavailable
+from .handshake import SUBPROTOCOL, Handshake, bearer, join_headers, read_query
+from .revocations import TICKET_LIFE
+
+if TYPE_CHECKING:
+    from ..gateway import Gateway
+
+_PING_TIMEOUT: Final = 1.0  # seconds
+_Answer = tuple[Response, int] | Response
+
+
+def add_routes(app: "Gateway") -> None:
+    """Give the app its routes."""
+    for endpoint in Endpoint:
+        app.add_websocket(endpoint.path, endpoint.label, _second_door(app, endpoint))
+        app.add_url_rule(endpoint.path, f"{endpoint.label}_plain", _upgrade_required)
+    for path, answer in {
+        "/ws/health": _health,
+        "/ws/health/detailed": _health_detailed,
+        "/ws/health/ready": _health_ready,
+        "/ws/metrics": _metrics,
+    }.items():
+        app.add_url_rule(path, path, _bound(answer, app))
+    app.add_url_rule("/ws/ticket", "ticket", _bound(_ticket, app), methods=["POST"])
+
+
+def _bound(
+    answer: "Callable[[Gateway], Awaitable[_Answer]]", app: "Gateway"
+) -> Callable[[], Awaitable[_Answer]]:
+    async def view() -> _Answer:
+        return await answer(app)
+
+    return view
+
+
+def _second_door(app: "Gateway", endpoint: Endpoint) -> Callable[[], Awaitable[None]]:
+    async def door() -> None:
+        if app.draining:
+            app.refused[503] += 1
+            abort(503)
+        scope: Any = websocket.scope
+        handshake = Handshake(
+            endpoint,
+            read_query(scope["query_string"].decode("latin-1")),
+            join_headers(scope["headers"]),
+        )
+        # Hypercorn takes the offered subprotocols out of the headers of HTTP/2.
+        offered = scope.get("subprotocols") or []
+        subprotocol = handshake.subprotocol or (SUBPROTOCOL if SUBPROTOCOL in offered else None)
+        await websocket.accept(subprotocol=subprotocol)
+        socket = AsgiSocket(websocket._get_current_object(), app.max_message_size)  # type: ignore[attr-defined]
+        await app.serve_connection(handshake, socket)
+        # Quart's inbound channel holds ten messages; left full, it and two tasks leak.
+        with trio.move_on_after(DRAIN):
+            while True:
+                await websocket.receive()
+
+    return door
+
+
+async def _upgrade_required() -> _Answer:
+    response = Response("This is a WebSocket endpoint.\n", 426, content_type="text/plain")
+    response.headers["Upgrade"] = "websocket"
+    response.headers["Connection"] = "Upgrade"
+    response.headers["Sec-WebSocket-Version"] = "13"
+    return response
+
+
+def _connections(app: "Gateway") -> dict[str, Any]:
+    by_endpoint = {endpoint.label: number for endpoint, number in app.hub.by_endpoint.items()}
+    return {"total": len(app.hub), "by_endpoint": by_endpoint}
+
+
+async def _health(app: "Gateway") -> _Answer:
+    """Answered while the process lives."""
+    healthy = app.ready and app.breakers["commands"].state is State.CLOSED
+    status = "healthy" if healthy else "degraded"
+    return jsonify(status=status, connections=_connections(app)), 200
+
+
+async def _health_ready(app: "Gateway") -> _Answer:
+    ready = app.ready and await _ping(app) is None
+    return jsonify(ready=ready, draining=app.draining), 200 if ready else 503
+
+
+async def _health_detailed(app: "Gateway") -> _Answer:
+    error = await _ping(app)
+    worst = max(app.breakers.values(), key=lambda breaker: breaker.state is not State.CLOSED)
+    ready = app.ready and error is None
+    pubsub, streams = app.pubsub, app.streams
+    body = {
+        "status": "healthy" if ready else "degraded",
+        "draining": app.draining,
+        "connections": _connections(app),
+        "redis_async": {"status": _status(pubsub is not None and pubsub.connected)},
+        "redis_sync": {"status": _status(error is None), **({"error": error} if error else {})},
+        "circuit_breaker": {
+            "state": worst.state.name.lower(),
+            "failures": sum(breaker.failures for breaker in app.breakers.values()),
+            "by_name": {name: b.state.name.lower() for name, b in app.breakers.items()},
+        },
+        "database": {"status": "not configured"},
+        "rate_limiter": {
+            "tracked_connections": sum(c.rate_limited for c in app.hub.connections),
+        },
+        "event_queue": {
+            "depth": app.heard.depth + app.read.depth,
+            "capacity": app.heard.capacity + app.read.capacity,
+            "dropped": app.heard.dropped,
+        },
+        "stream": {
+            "status": _status(streams is not None and streams.connected),
+            "cursor": streams.cursors if streams is not None else {},
+            "lag": app.read.depth,
+        },
+    }
+    return jsonify(body), 200 if ready else 503
+
+
+def _status(connected: bool) -> str:
+    return "connected" if connected else "disconnected"
+
+
+async def _ping(app: "Gateway") -> str | None:
+    """None if Redis answers commands, else why not."""
+    if app.commands is None:
+        return "not started"
+    try:
+        with trio.move_on_after(_PING_TIMEOUT):
+            await app.commands.ping()
+            return None
+    except Unavailable as unavailable:
+        return str(unavailable)
+    return f"no answer in {_PING_TIMEOUT:g} s"
+
+
+async def _metrics(app: "Gateway") -> _Answer:
+    siblings = app.siblings.read() if app.siblings is not None else []
+    return Response(metrics.render([app.sample(), *siblings]), content_type=metrics.CONTENT_TYPE)
+
+
+async def _ticket(app: "Gateway") -> _Answer:
+    """A ticket for a token that is valid on some endpoint, so that no other ever costs a key."""
+    token = bearer(request.headers.get("Authorization"))
+    if token is None:
+        return _problem(401, "Authorization: Bearer with a token is needed")
+    try:
+        await app.check_credential(token)
+        assert app.tickets is not None
+        ticket = await app.tickets.issue(token)
+    except Rejected as rejected:
+        if rejected.close is Close.SERVER_OVERLOADED:
+            return _problem(503, rejected.text)
+        return _problem(403 if rejected.close is Close.FORBIDDEN else 401, rejected.text)
+    except Unavailable:
+        return _problem(503, "can't issue a ticket now")
+    response = jsonify(ticket=ticket, expires_in=TICKET_LIFE)
+    response.headers["Cache-Control"] = "no-store"
+    return response
+
+
+def _problem(status: int, text: str) -> _Answer:
+    response = jsonify(error=text)
+    if status == 401:
+        response.headers["WWW-Authenticate"] = "Bearer"
+    return response, status

@@ -1,0 +1,479 @@
+"""The gateway: the Quart-Trio app that runs every connection, and the sources, in nurseries."""
+
+import random
+import resource
+import sys
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any, Final
+
+import sniffio
+import structlog
+import trio
+from hypercorn.utils import LifespanFailureError
+from quart_trio import QuartTrio
+from quart_trio.asgi import TrioASGILifespan
+
+from .core.audiences import Endpoint, Principal, SectorId
+from .core.closing import Close, Rejected
+from .core.limits import DropAlarm
+from .core.messages import Message, Renew, Resume, Said, auth_ok, resumed, sectors_updated
+from .core.resilience import Breaker
+from .edges import web
+from .edges.auth import Auth, FirstOf, JwtAuth, LegacyTableAuth, TableAuth, check_origin
+from .edges.commands import Commands, open_commands
+from .edges.handshake import Handshake
+from .edges.metrics import SHARED_EVERY, Sample, Siblings
+from .edges.pubsub import PubSub
+from .edges.resp import Address
+from .edges.revocations import CHANNEL, Revocations, Tickets
+from .edges.streams import Streams
+from .runtime.connection import Connection, Socket, Terms
+from .runtime.dispatch import Dispatch, EventQueue
+from .runtime.hub import Hub, Limits
+from .runtime.intake import Intake
+from .runtime.reaper import reap
+from .runtime.supervision import keep_running
+from .settings import Settings
+
+log = structlog.get_logger()
+
+QUEUE_DRAIN: Final = 2.0  # seconds for events that were heard before the shutdown
+CLOSE_DRAIN: Final = 3.0  # seconds for the clients' closes to get through
+_RECONNECTS_PER_SECOND: Final = 500  # what the retry hints spread the clients to
+_FIRST_WINDOW: Final = 2.0  # seconds; the window of a gateway with few clients
+_MOST_CODES: Final = 64  # labels for close codes, which clients choose
+
+
+class _Lifespan(TrioASGILifespan):
+    """The app's life: what the gateway runs is nested in it, and a bug in that ends it.
+
+    Hypercorn logs what its lifespan raises and goes on serving, except for this one error.
+    """
+
+    app: "Gateway"
+
+    async def __call__(self, receive: Any, send: Any) -> None:
+        try:
+            async with self.app.serving():
+                await super().__call__(receive, send)
+        except* Exception as bugs:
+            log.critical("stopped by a bug", exc_info=bugs)
+            raise LifespanFailureError("serving", "stopped by a bug") from None
+
+
+class Gateway(QuartTrio):
+    """Hands each event that Redis brings to exactly the clients that may hear it.
+
+    ``auth`` replaces the way to authenticate per endpoint; ``clock`` is unix time.
+    """
+
+    asgi_lifespan_class = _Lifespan
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        auth: Mapping[Endpoint, Auth] | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        super().__init__(__name__, static_folder=None, template_folder=None)
+        self.settings = settings
+        self.draining = False
+        self.hub = Hub(
+            Limits(
+                total=settings.ws_max_total_connections,
+                per_user=settings.ws_max_connections_per_user,
+                per_session=settings.ws_max_connections_per_session,
+            )
+        )
+        self.intake = Intake()
+        self.heard = EventQueue(  # from Pub/Sub
+            settings.redis_event_queue_size,
+            DropAlarm(
+                settings.ws_drop_alarm_window,
+                settings.ws_drop_alarm_threshold,
+                settings.ws_drop_alarm_cooldown,
+            ),
+        )
+        self.read = EventQueue(settings.redis_event_queue_size)  # from streams
+        self.dispatch = Dispatch(
+            self.hub,
+            settings.routes,
+            uncovered_to_branch=settings.ws_uncovered_sector == "branch",
+            writes_per_checkpoint=settings.ws_broadcast_batch_size,
+            timeout=settings.ws_callback_timeout,
+        )
+        self.breakers = {
+            name: Breaker(settings.circuit_failure_threshold, settings.circuit_recovery_timeout)
+            for name in ("pubsub", "stream", "commands")
+        }
+        self.pubsub: PubSub | None = None
+        self.streams: Streams | None = None
+        self.commands: Commands | None = None
+        self.tickets: Tickets | None = None
+        self.siblings: Siblings | None = None
+        self.rejected: Counter[str] = Counter()  # by reason
+        self.refused: Counter[int] = Counter()  # upgrades, by HTTP status
+        self.accept_timeout = settings.ws_accept_timeout
+        self.write_timeout = settings.ws_write_timeout
+        self.max_message_size = settings.ws_max_message_size
+        self._messages = 0  # of connections that have ended
+        self._clock = clock
+        self._auth = dict(auth) if auth is not None else _auth(settings, clock)
+        self._checks_revocations = auth is None
+        self._revocations: Revocations | None = None
+        self._terms = Terms(
+            stale_after=settings.ws_heartbeat_timeout,
+            receive_timeout=settings.ws_receive_timeout,
+            write_timeout=settings.ws_write_timeout,
+            rate_limit=settings.ws_message_rate_limit,
+            rate_window=settings.ws_message_rate_window,
+            outbox_bytes=settings.ws_outbox_bytes,
+            outbox_messages=settings.ws_outbox_messages,
+        )
+        self._nursery: trio.Nursery | None = None
+        self._sources = trio.CancelScope()
+        self._drained = trio.Event()
+        self._watched = False
+        web.add_routes(self)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if sniffio.current_async_library() != "trio":
+            # Raised in a worker process: its master passes the status on.
+            print(  # noqa: T201 - to a person at a terminal
+                'trio-gateway runs on Trio only: use hypercorn -k trio (worker_class = "trio")',
+                file=sys.stderr,
+            )
+            raise SystemExit(2)
+        await super().__call__(scope, receive, send)
+
+    # Running
+
+    @asynccontextmanager
+    async def serving(self) -> AsyncIterator[None]:
+        """Run the sources and all that delivers; leaving drains and closes every connection.
+
+        Raises whatever a background task raised: that is a bug, and ends the process.
+        """
+        settings = self.settings
+        _raise_fd_limit()
+        async with AsyncExitStack() as stack:
+            self.commands = await stack.enter_async_context(
+                open_commands(
+                    settings.redis_url,
+                    self.breakers["commands"],
+                    max_connections=settings.redis_pool_max_connections,
+                )
+            )
+            self.tickets = Tickets(self.commands)
+            self._revocations = Revocations(self.commands, self.hub)
+            address = Address.from_url(settings.redis_url)
+            self.pubsub = PubSub(
+                address, settings.redis_channel_patterns, self.intake, self.heard,
+                self.breakers["pubsub"], {CHANNEL: self._revocations.hear},
+            )  # fmt: skip
+            self.streams = Streams(
+                address, settings.redis_streams, self.intake, self.read, self.breakers["stream"]
+            )
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                self._start(nursery, self._revocations, self.pubsub, self.streams)
+                try:
+                    yield
+                finally:
+                    with trio.CancelScope(shield=True):  # bounded inside
+                        await self.drain()
+                    self._nursery = None
+                    nursery.cancel_scope.cancel()
+
+    def _start(
+        self, nursery: trio.Nursery, revocations: Revocations, pubsub: PubSub, streams: Streams
+    ) -> None:
+        settings = self.settings
+        nursery.start_soon(self.dispatch.run, self.heard, settings.redis_event_batch_size)
+        nursery.start_soon(self.dispatch.run, self.read, settings.redis_event_batch_size)
+        nursery.start_soon(revocations.answer_checks)
+        nursery.start_soon(revocations.sweep, settings.jwt_revalidation_interval)
+
+        async def reaping() -> None:
+            await reap(
+                self.hub,
+                ping_interval=settings.ws_ping_interval,
+                cleanup_interval=settings.ws_cleanup_interval,
+                wall_clock=self._clock,
+            )
+
+        async def sources() -> None:
+            with self._sources:
+                async with trio.open_nursery() as sources:
+                    sources.start_soon(keep_running, "pubsub", pubsub.run, self.breakers["pubsub"])
+                    sources.start_soon(keep_running, "stream", streams.run, self.breakers["stream"])
+
+        nursery.start_soon(reaping)
+        nursery.start_soon(sources)
+        if (siblings := Siblings.of_this_process()) is not None:
+            self.siblings = siblings
+            nursery.start_soon(self._share, siblings)
+
+    async def _share(self, siblings: Siblings) -> None:
+        try:
+            while True:
+                siblings.write(self.sample())
+                await trio.sleep(SHARED_EVERY)
+        finally:
+            siblings.leave(self.sample())
+
+    def watch(self, terminated: Callable[[], Awaitable[None]]) -> None:
+        """Drain when Hypercorn says that it stops: it would give the clients no word of it."""
+        if self._watched or self._nursery is None:
+            return
+        self._watched = True
+
+        async def wait_and_drain() -> None:
+            await terminated()
+            await self.drain()
+
+        self._nursery.start_soon(wait_and_drain)
+
+    async def drain(self) -> None:
+        """Stop hearing, deliver what was heard, send every client away with a hint when to come
+        back; in this order, and in a few seconds. Readiness is off from the first moment.
+        """
+        if self.draining:
+            await self._drained.wait()
+            return
+        self.draining = True
+        started = trio.current_time()
+        clients = len(self.hub)
+        self._sources.cancel()
+        with trio.move_on_after(QUEUE_DRAIN):
+            await self.heard.wait_idle()
+            await self.read.wait_idle()
+        self._send_everybody_away()
+        with trio.move_on_after(CLOSE_DRAIN):
+            await self.hub.wait_empty()
+        for connection in [*self.hub.connections, *self.hub.leaving]:
+            connection.cut()
+        self._drained.set()
+        log.info("drained", clients=clients, seconds=round(trio.current_time() - started, 3))
+
+    def _send_everybody_away(self) -> None:
+        connections = list(self.hub.connections)
+        random.shuffle(connections)
+        window = max(_FIRST_WINDOW, len(connections) / _RECONNECTS_PER_SECOND)
+        for i, connection in enumerate(connections):
+            after = window * (i + random.random()) / len(connections)  # noqa: S311 - spreads load
+            connection.close(Close.GOING_AWAY, f"retry in {after:.1f}s")
+
+    # One client
+
+    async def serve_connection(self, handshake: Handshake, socket: Socket) -> None:
+        """Serve one client whose upgrade was accepted, whichever door it came through.
+
+        Returns when its close has gone through. A bug in it ends it alone, with 1011.
+        """
+        endpoint = handshake.endpoint
+        try:
+            with trio.move_on_after(self.settings.ws_accept_timeout) as scope:
+                principal = await self._authenticate(handshake)
+            if scope.cancelled_caught:
+                raise Rejected(
+                    Close.SERVER_OVERLOADED, "can't check the credential now", "accept_timeout"
+                )
+            self.hub.admit(principal)
+        except Rejected as rejected:
+            await self._reject(endpoint, socket, rejected)
+            return
+        except Exception:
+            log.exception("authentication failed by a bug", endpoint=endpoint.label)
+            bug = Rejected(Close.INTERNAL_ERROR, "internal error", "internal_error")
+            await self._reject(endpoint, socket, bug)
+            return
+        connection = Connection(
+            principal, self._terms, self._answer, self._on_trios_clock(principal.expires_at)
+        )
+        try:
+            await connection.run(socket, self.hub)
+        except Exception:
+            log.exception("connection ended by a bug", endpoint=endpoint.label)
+        finally:
+            self._messages += connection.messages
+            log.info(
+                "closed",
+                endpoint=endpoint.label,
+                tenant=principal.tenant,
+                user=principal.user,
+                session=principal.session,
+                code=connection.code,
+                reason=connection.close_reason,
+                seconds=round(trio.current_time() - connection.joined_at, 1),
+            )
+
+    async def _authenticate(self, handshake: Handshake) -> Principal:
+        endpoint = handshake.endpoint
+        if self.draining:
+            raise Rejected(Close.GOING_AWAY, "draining", "draining")
+        if endpoint.staff:
+            check_origin(
+                handshake.origin,
+                self.settings.allowed_origins,
+                required=self.settings.production,
+            )
+        if handshake.ticket is not None and self.tickets is not None:
+            handshake = handshake.with_credential(await self.tickets.redeem(handshake.ticket))
+        return await self._authenticate_as(handshake)
+
+    async def check_credential(self, token: str) -> None:
+        """Raise :exc:`Rejected` unless some endpoint would let in who holds this token."""
+        rejections: list[Rejected] = []
+        for endpoint in Endpoint:
+            try:
+                await self._authenticate_as(Handshake(endpoint, {}, {}, renewed=token))
+            except Rejected as rejected:
+                rejections.append(rejected)
+            else:
+                return
+        # FORBIDDEN says more than AUTH_FAILED: that token is valid, though not for this.
+        raise max(rejections, key=lambda rejected: rejected.close)
+
+    async def _authenticate_as(self, handshake: Handshake) -> Principal:
+        principal = await self._auth[handshake.endpoint].authenticate(handshake)
+        if self._revocations is not None and self._checks_revocations:
+            await self._revocations.check(principal)
+        return principal
+
+    async def _reject(self, endpoint: Endpoint, socket: Socket, rejected: Rejected) -> None:
+        self.rejected[rejected.label] += 1
+        self.hub.closed[rejected.close] += 1
+        log.info(
+            "rejected", endpoint=endpoint.label, code=int(rejected.close), reason=rejected.text
+        )
+        with trio.CancelScope(shield=True):  # bounded by the socket
+            await socket.close(rejected.close, rejected.text)
+
+    async def _answer(self, connection: Connection, message: Message) -> None:
+        """What a client asked for that its connection can't answer by itself."""
+        match message:
+            case Renew(token):
+                await self._renew(connection, token)
+            case Resume():
+                # No history is kept, so nothing can be replayed.
+                connection.send(resumed(recovered=False, count=0, last_event_id=""))
+            case Said.REFRESH_SECTORS | Said.REFRESH_SECTORS_JSON as form:
+                if connection.principal.endpoint is Endpoint.WAITER:
+                    sectors: set[SectorId] = set()
+                    connection.send(
+                        sectors_updated(sectors.union(*connection.principal.sectors.values()), form)
+                    )
+
+    async def _renew(self, connection: Connection, token: str | None) -> None:
+        endpoint = connection.principal.endpoint
+        try:
+            with trio.move_on_after(self.settings.ws_accept_timeout) as scope:
+                if token is None:
+                    raise Rejected(Close.AUTH_FAILED, "token missing", "auth")
+                principal = await self._authenticate_as(Handshake(endpoint, {}, {}, renewed=token))
+                if principal.owner != connection.principal.owner:
+                    raise Rejected(Close.FORBIDDEN, "token of somebody else", "renewal")
+            if scope.cancelled_caught:
+                raise Rejected(
+                    Close.SERVER_OVERLOADED, "can't check the token now", "accept_timeout"
+                )
+        except Rejected as rejected:
+            if rejected.close is Close.SERVER_OVERLOADED:
+                # Live connections stay while Redis is down: the old credential holds to its end.
+                return
+            connection.close(rejected.close, rejected.text)
+            return
+        self.hub.move(connection, principal)
+        connection.renew(self._on_trios_clock(principal.expires_at))
+        connection.send(auth_ok(principal.expires_at))
+
+    def _on_trios_clock(self, unix_time: float) -> float:
+        return trio.current_time() + unix_time - self._clock()
+
+    # What others ask
+
+    @property
+    def ready(self) -> bool:
+        """Whether a load balancer should send clients here."""
+        return (
+            not self.draining
+            and self.pubsub is not None
+            and self.pubsub.connected
+            and self.streams is not None
+            and self.streams.connected
+        )
+
+    def sample(self) -> Sample:
+        """This process's figures, for the metrics."""
+        hub, dispatch, intake = self.hub, self.dispatch, self.intake
+        return Sample.of(
+            {
+                "wsgateway_connections_total": len(hub),
+                "wsgateway_connections_by_endpoint": {
+                    endpoint.label: number for endpoint, number in hub.by_endpoint.items()
+                },
+                "wsgateway_circuit_breaker_state": {
+                    name: int(breaker.state) for name, breaker in self.breakers.items()
+                },
+                "wsgateway_event_queue_depth": self.heard.depth + self.read.depth,
+                "wsgateway_connections_rejected_total": self.rejected,
+                "wsgateway_connections_closed_total": _by_code(hub.closed),
+                "wsgateway_upgrades_refused_total": {
+                    str(status): number for status, number in self.refused.items()
+                },
+                "wsgateway_broadcasts_total": dispatch.broadcasts,
+                "wsgateway_broadcasts_failed_total": dispatch.failed,
+                "wsgateway_events_received_total": {"pubsub": 0, "stream": 0} | intake.received,
+                "wsgateway_events_processed_total": dispatch.processed,
+                "wsgateway_events_dropped_total": self.heard.dropped,
+                "wsgateway_events_invalid_total": intake.invalid,
+                "wsgateway_events_duplicate_total": dispatch.duplicate,
+                "wsgateway_events_unheard_total": dispatch.unheard,
+                "wsgateway_events_unknown_type_total": dispatch.unknown_type,
+                "wsgateway_deliveries_total": dispatch.deliveries,
+                "wsgateway_messages_received_total": self._messages
+                + sum(connection.messages for connection in hub.connections),
+            },
+            {
+                "wsgateway_broadcast_duration_seconds": dispatch.duration,
+                "wsgateway_event_latency_seconds": dispatch.latency,
+            },
+        )
+
+
+def create_app(
+    settings: Settings,
+    *,
+    auth: Mapping[Endpoint, Auth] | None = None,
+    clock: Callable[[], float] = time.time,
+) -> Gateway:
+    """A gateway with these settings; ``auth`` and ``clock`` are for tests and embedders."""
+    return Gateway(settings, auth=auth, clock=clock)
+
+
+def _auth(settings: Settings, clock: Callable[[], float]) -> dict[Endpoint, Auth]:
+    staff = JwtAuth(settings.staff_keys, settings.rules, clock)
+    diner: Auth = TableAuth(settings.table_keys, settings.rules, clock)
+    if settings.allow_legacy_table_tokens:
+        diner = FirstOf(diner, LegacyTableAuth(settings.table_secret, clock))
+    return {endpoint: staff if endpoint.staff else diner for endpoint in Endpoint}
+
+
+def _by_code(closed: Counter[int]) -> dict[str, float]:
+    """Clients choose their close codes: the most frequent ones are labels, the rest is "other"."""
+    found = {str(code): float(number) for code, number in closed.most_common(_MOST_CODES)}
+    if rest := closed.total() - sum(found.values()):
+        found["other"] = rest
+    return found
+
+
+def _raise_fd_limit() -> None:
+    """A socket is a descriptor, and the usual soft limit is 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,0 +1,1 @@
+"""Runs: nurseries, channels, cancel scopes; no network library."""

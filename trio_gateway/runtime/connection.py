@@ -1,0 +1,342 @@
+"""A connection: one client's reader, its writer when it is slow, and its one ending."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import structlog
+import trio
+
+from ..core.audiences import Audience, Principal
+from ..core.closing import Close
+from ..core.frames import PING_FRAME, PONG, frame, text_frame
+from ..core.limits import RateLimit
+from ..core.messages import PONG as PONG_TEXT
+from ..core.messages import Message, Said, read_message
+from .hub import Hub
+from .outbox import Outbox
+
+log = structlog.get_logger()
+
+_PONG_TEXT = text_frame(PONG_TEXT)
+DRAIN_TIMEOUT = 2.0  # seconds for what waits in the outbox when a connection ends
+
+
+class Ping(NamedTuple):
+    """A protocol-level ping from the client."""
+
+    payload: bytes
+
+
+class Pong(NamedTuple):
+    """A protocol-level pong: no heartbeat, since the client's library says it, not the client."""
+
+
+class Left(Exception):  # noqa: N818 - an outcome
+    """The client closed, or is gone: then the code is 1006."""
+
+    def __init__(self, code: int, reason: str = "") -> None:
+        super().__init__(code)
+        self.code = code
+        self.reason = reason
+
+
+class Violation(Exception):  # noqa: N818 - an outcome
+    """The client broke a rule of the wire, and is closed with this code."""
+
+    def __init__(self, close: Close, reason: str) -> None:
+        super().__init__(reason)
+        self.close = close
+        self.reason = reason
+
+
+class Socket(Protocol):
+    """What a connection needs of the wire. All bytes are whole WebSocket frames, unmasked."""
+
+    def try_write(self, data: bytes) -> int:
+        """Hand over what can go without waiting, and say how many bytes that were.
+
+        Raises :exc:`OSError` if the client is gone.
+        """
+
+    async def write_from(self, outbox: Outbox) -> None:
+        """Wait until something of the outbox can go, and let it go.
+
+        Raises :exc:`OSError` if the client is gone.
+        """
+
+    async def receive(self) -> "str | Ping | Pong":
+        """The next message. Raises :exc:`Left` or :exc:`Violation`."""
+
+    async def close(self, code: int, reason: str) -> None:
+        """Send the close frame, and linger until it has arrived. Bounded in time."""
+
+    def abort(self) -> None:
+        """Cut the client off at once. Never raises, may be called again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What a client is held to; seconds and bytes."""
+
+    stale_after: float = 60
+    receive_timeout: float = 90
+    write_timeout: float = 10
+    rate_limit: int = 20
+    rate_window: float = 1.0
+    outbox_bytes: int = 1_048_576
+    outbox_messages: int = 1000
+
+
+Answer = Callable[["Connection", Message], Awaitable[None]]
+
+
+async def ignore(_connection: "Connection", _message: Message) -> None:
+    await trio.lowlevel.checkpoint()
+
+
+class Connection:
+    """One client that was let in.
+
+    ``answer`` is asked about the messages that need more than the connection knows.
+    ``expires_at`` is the credential's end on Trio's clock.
+    """
+
+    __slots__ = (
+        "__weakref__", "_answer", "_code", "_heard_at", "_nursery", "_outbox", "_rate",
+        "_reading", "_received_at", "_socket", "_terms", "_writing", "audiences", "close_reason",
+        "ended_at", "expires_at", "joined_at", "messages", "principal", "sent_at",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        principal: Principal,
+        terms: Terms,
+        answer: Answer = ignore,
+        expires_at: float = float("inf"),
+    ) -> None:
+        self.principal = principal
+        self.audiences: frozenset[Audience] = frozenset()
+        self.expires_at = expires_at
+        self.messages = 0
+        self.joined_at = self.sent_at = self._heard_at = self._received_at = 0.0
+        self.close_reason = ""
+        self.ended_at: float | None = None
+        self._answer = answer
+        self._terms = terms
+        self._rate: RateLimit | None = None  # made with the first message
+        self._code: int | None = None
+        self._socket: Socket | None = None
+        self._outbox: Outbox | None = None  # made when the kernel first refuses
+        self._nursery: trio.Nursery | None = None
+        self._reading: trio.CancelScope | None = None
+        self._writing = False
+
+    @property
+    def code(self) -> int:
+        """How it ended: the code the client sent, or the one it was sent."""
+        return int(Close.ABNORMAL) if self._code is None else self._code
+
+    @property
+    def ending(self) -> bool:
+        return self._code is not None
+
+    @property
+    def rate_limited(self) -> bool:
+        """Whether it has said anything yet, so that its rate is tracked."""
+        return self._rate is not None
+
+    @property
+    def waiting_bytes(self) -> int:
+        return 0 if self._outbox is None else self._outbox.bytes
+
+    async def run(self, socket: Socket, hub: Hub) -> None:
+        """Serve the client until it leaves or is closed; returns when the close is through.
+
+        Its place in the hub is given up at once, before a slow close is waited for.
+        """
+        self._socket = socket
+        now = trio.current_time()
+        self.joined_at = self.sent_at = self._heard_at = self._received_at = now
+        hub.join(self)
+        try:
+            try:
+                async with trio.open_nursery() as nursery:
+                    self._nursery = nursery
+                    try:
+                        await self._read(socket)
+                    finally:
+                        hub.leave(self)
+                        self._end_writing(nursery)
+            except Exception:
+                self.close(Close.INTERNAL_ERROR, "internal error")
+                raise
+            finally:
+                self._nursery = None
+                await self._finish(socket)
+        finally:
+            socket.abort()
+            hub.gone(self)
+
+    def write(self, data: bytes, frames: int, now: float) -> None:
+        """Send joined frames. Never waits: the outbox keeps what the kernel won't take."""
+        if self._code is not None or self._socket is None:
+            return
+        self.sent_at = now
+        outbox = self._outbox
+        if outbox is None or not outbox.bytes:
+            try:
+                written = self._socket.try_write(data)
+            except OSError:
+                self.close(Close.ABNORMAL)
+                return
+            if written == len(data):
+                return
+            if outbox is None:
+                outbox = self._outbox = Outbox()
+            outbox.put(data, frames, written)
+        else:
+            outbox.put(data, frames)
+        if outbox.bytes > self._terms.outbox_bytes or outbox.frames > self._terms.outbox_messages:
+            self.close(Close.SLOW_CONSUMER, "too slow: outbox is full")
+        elif not self._writing and self._nursery is not None:
+            self._writing = True
+            self._nursery.start_soon(self._write_out)
+
+    def send(self, text: bytes) -> None:
+        """Send one text message."""
+        self.write(text_frame(text), 1, trio.current_time())
+
+    def ping(self, now: float) -> None:
+        self.write(PING_FRAME, 1, now)
+
+    def close(self, code: int, reason: str = "") -> None:
+        """End the connection; the first reason wins. Returns at once."""
+        if self._code is not None:
+            return
+        self._code, self.close_reason = int(code), reason
+        self.ended_at = trio.current_time()
+        if self._reading is not None:
+            self._reading.cancel()
+
+    def cut(self) -> None:
+        """End the connection without a close that the client could see. Returns at once."""
+        self.close(Close.ABNORMAL)
+        if self._socket is not None:
+            self._socket.abort()
+        if self._nursery is not None:
+            self._nursery.cancel_scope.cancel()
+
+    def renew(self, expires_at: float) -> None:
+        """The credential ends at another time from now on."""
+        self.expires_at = expires_at
+        self._set_deadline()
+
+    def mask(self, heard: dict[Audience, int]) -> int:
+        """The events it hears, as bits: those of its audiences, or-ed."""
+        mask = 0
+        for audience in self.audiences:
+            if audience in heard:
+                mask |= heard[audience]
+        return mask
+
+    async def _read(self, socket: Socket) -> None:
+        while self._code is None:  # again if a word came together with the deadline
+            with trio.CancelScope(deadline=self.deadline) as self._reading:
+                try:
+                    while True:
+                        await self._hear(await socket.receive())
+                except Left as left:
+                    self.close(left.code, left.reason)
+                except Violation as violation:
+                    self.close(violation.close, violation.reason)
+            self.close_on_time(trio.current_time())
+
+    async def _hear(self, said: str | Ping | Pong) -> None:
+        now = self._received_at = trio.current_time()
+        if self._rate is None:
+            self._rate = RateLimit(self._terms.rate_limit, self._terms.rate_window)
+        if self._rate.exceeded(now):
+            raise Violation(Close.RATE_LIMITED, "too many messages")
+        if isinstance(said, Pong):
+            self._set_deadline()
+            return
+        self._heard_at = now
+        self._set_deadline()
+        if isinstance(said, Ping):
+            self.write(frame(PONG, said.payload), 1, now)
+            return
+        self.messages += 1
+        match read_message(said):
+            case Said.PING:
+                self.write(_PONG_TEXT, 1, now)
+            case Said.NOTHING:
+                pass
+            case message:
+                await self._answer(self, message)
+
+    @property
+    def deadline(self) -> float:
+        """When it is closed if nothing more is heard of it."""
+        return min(
+            self._heard_at + self._terms.stale_after,
+            self._received_at + self._terms.receive_timeout,
+            self.expires_at,
+        )
+
+    def _set_deadline(self) -> None:
+        if self._reading is not None:
+            self._reading.deadline = self.deadline
+
+    def close_on_time(self, now: float) -> None:
+        """Close it if its deadline has passed, with the code of whichever that was."""
+        if now >= self.expires_at:
+            self.close(Close.AUTH_FAILED, "token expired")
+        elif now >= self._heard_at + self._terms.stale_after:
+            self.close(Close.HEARTBEAT_TIMEOUT, "no heartbeat")
+        elif now >= self._received_at + self._terms.receive_timeout:
+            self.close(Close.HEARTBEAT_TIMEOUT, "nothing received")
+
+    async def _write_out(self) -> None:
+        """The writer task: lives while the outbox holds something."""
+        socket, outbox = self._socket, self._outbox
+        assert socket is not None
+        assert outbox is not None
+        try:
+            while outbox.bytes:
+                with trio.move_on_after(self._terms.write_timeout) as scope:
+                    await socket.write_from(outbox)
+                if scope.cancelled_caught:
+                    self.close(Close.SLOW_CONSUMER, "too slow: no byte accepted")
+                    self.cut()
+                    return
+        except OSError:
+            self.cut()
+        finally:
+            self._writing = False
+
+    def _end_writing(self, nursery: trio.Nursery) -> None:
+        """Nothing is added to the outbox any more; a bounded time for what it holds."""
+        timeout = DRAIN_TIMEOUT
+        if self.code == Close.SLOW_CONSUMER:
+            timeout = self._terms.write_timeout
+            if self._outbox is not None:
+                self._outbox.discard()
+        if nursery.cancel_scope.cancel_called:  # it was cut
+            return
+        nursery.cancel_scope.deadline = trio.current_time() + timeout
+        # A writer that was never started, because the outbox was over its bound at once:
+        if self._outbox is not None and self._outbox.bytes and not self._writing:
+            self._writing = True
+            nursery.start_soon(self._write_out)
+
+    async def _finish(self, socket: Socket) -> None:
+        """Send the close frame if the wire is between two frames, else there is no way to."""
+        if self.ended_at is None:
+            self.ended_at = trio.current_time()
+        if self._code is None:  # cancelled from outside
+            self._code = int(Close.GOING_AWAY)
+        if self._outbox is not None and self._outbox.partial:
+            return
+        with trio.CancelScope(shield=True):  # bounded by the socket
+            await socket.close(self._code, self.close_reason)

@@ -1,0 +1,139 @@
+"""The hub: the dictionary between audiences and the connections that are in them."""
+
+from collections import Counter
+from collections.abc import Iterable, KeysView
+from typing import TYPE_CHECKING
+
+import trio
+
+from ..core.audiences import Audience, Endpoint, Principal, audiences_of
+from ..core.closing import Close, Rejected
+
+if TYPE_CHECKING:
+    from .connection import Connection
+
+
+class Limits:
+    """How many connections one process holds: in all, per user, per diners' session."""
+
+    def __init__(self, *, total: int, per_user: int, per_session: int) -> None:
+        self.total = total
+        self.per_user = per_user
+        self.per_session = per_session
+
+
+class Hub:
+    """Who is connected, and in which audiences.
+
+    Every method but :meth:`wait_empty` is synchronous, hence atomic: no lock anywhere.
+    """
+
+    def __init__(self, limits: Limits | None = None) -> None:
+        self._limits = limits
+        self._members: dict[Audience, set[Connection]] = {}
+        self._owned: Counter[tuple[str, int, object]] = Counter()
+        self._connections: dict[Connection, None] = {}  # in the order they joined
+        self._leaving: set[Connection] = set()
+        self._emptied = trio.Event()
+        self.by_endpoint: dict[Endpoint, int] = dict.fromkeys(Endpoint, 0)
+        self.closed: Counter[int] = Counter()
+
+    def __len__(self) -> int:
+        return len(self._connections)
+
+    @property
+    def connections(self) -> KeysView["Connection"]:
+        return self._connections.keys()
+
+    @property
+    def leaving(self) -> "set[Connection]":
+        """Those that hear no event any more but whose close has not reached the client yet."""
+        return self._leaving
+
+    def admit(self, principal: Principal) -> None:
+        """Raise :exc:`Rejected` if one more connection of this owner is over a limit.
+
+        Nothing is awaited between this and :meth:`join`, or two could take the last place.
+        """
+        if (limits := self._limits) is None:
+            return
+        if len(self._connections) >= limits.total:
+            raise Rejected(Close.SERVER_OVERLOADED, "too many connections", "total_limit")
+        owned = self._owned[principal.owner]
+        if principal.session is not None and owned >= limits.per_session:
+            raise Rejected(
+                Close.SERVER_OVERLOADED, "too many connections of this session", "session_limit"
+            )
+        if principal.session is None and owned >= limits.per_user:
+            raise Rejected(
+                Close.SERVER_OVERLOADED, "too many connections of this user", "user_limit"
+            )
+
+    def join(self, connection: "Connection") -> None:
+        principal = connection.principal
+        self._connections[connection] = None
+        self._owned[principal.owner] += 1
+        self.by_endpoint[principal.endpoint] += 1
+        connection.audiences = audiences_of(principal)
+        for audience in connection.audiences:
+            self._enter(audience, connection)
+
+    def leave(self, connection: "Connection") -> None:
+        """It hears nothing from now on. It is :meth:`gone` when its close is through."""
+        del self._connections[connection]
+        self._leaving.add(connection)
+        owner = connection.principal.owner
+        self._owned[owner] -= 1
+        if not self._owned[owner]:
+            del self._owned[owner]
+        self.by_endpoint[connection.principal.endpoint] -= 1
+        for audience in connection.audiences:
+            self._exit(audience, connection)
+
+    def gone(self, connection: "Connection") -> None:
+        self._leaving.discard(connection)
+        self.closed[connection.code] += 1
+        if not self._connections and not self._leaving:
+            self._emptied.set()
+
+    def move(self, connection: "Connection", principal: Principal) -> None:
+        """Its audiences are another principal's from now on; same owner, same endpoint."""
+        if connection not in self._connections:  # it left while the other principal was found
+            return
+        assert principal.owner == connection.principal.owner
+        assert principal.endpoint is connection.principal.endpoint
+        before, after = connection.audiences, audiences_of(principal)
+        connection.principal, connection.audiences = principal, after
+        for audience in after - before:
+            self._enter(audience, connection)
+        for audience in before - after:
+            self._exit(audience, connection)
+
+    def members(self, audiences: Iterable[Audience]) -> "list[Connection]":
+        """A snapshot of the connections in any of these audiences, each of them once."""
+        found = [m for audience in audiences if (m := self._members.get(audience)) is not None]
+        if len(found) == 1:
+            return list(found[0])
+        return list(set().union(*found))
+
+    def hears(self, audience: Audience) -> bool:
+        """Whether anybody is in this audience."""
+        return audience in self._members
+
+    async def wait_empty(self) -> None:
+        """Wait until every connection is gone."""
+        while self._connections or self._leaving:
+            if self._emptied.is_set():
+                self._emptied = trio.Event()
+            await self._emptied.wait()
+
+    def _enter(self, audience: Audience, connection: "Connection") -> None:
+        if (members := self._members.get(audience)) is None:
+            members = self._members[audience] = set()
+        members.add(connection)
+
+    def _exit(self, audience: Audience, connection: "Connection") -> None:
+        members = self._members[audience]
+        members.remove(connection)
+        if not members:
+            del self._members[audience]

@@ -1,0 +1,74 @@
+"""The outbox: whole frames that one client's kernel buffer would not take yet."""
+
+from collections import deque
+from itertools import islice
+from typing import Final
+
+from ..core.frames import boundary
+
+_JOINED: Final = 1 << 16  # bytes handed to the kernel in one write, about
+
+
+class Outbox:
+    """Frames in order, of which the first may be partly written. Bounded by its owner."""
+
+    __slots__ = ("_chunks", "_written", "bytes", "frames")
+
+    def __init__(self) -> None:
+        self._chunks: deque[tuple[bytes, int]] = deque()  # joined frames, and how many
+        self._written = 0  # of the first chunk
+        self.bytes = 0
+        self.frames = 0
+
+    def put(self, data: bytes, frames: int, written: int = 0) -> None:
+        """Add joined whole frames, of which the kernel has already taken some bytes."""
+        assert written == 0 or not self._chunks
+        self._chunks.append((data, frames))
+        self._written += written
+        self.bytes += len(data) - written
+        self.frames += frames
+
+    def head(self) -> memoryview:
+        """What is to be written next, if anything: many small chunks are joined into one write."""
+        if not self._chunks:
+            return memoryview(b"")
+        head = memoryview(self._chunks[0][0])[self._written :]
+        if len(self._chunks) == 1 or len(head) >= _JOINED:
+            return head
+        parts, size = [head], len(head)
+        for data, _ in islice(self._chunks, 1, None):
+            parts.append(memoryview(data))
+            size += len(data)
+            if size >= _JOINED:
+                break
+        return memoryview(b"".join(parts))
+
+    def took(self, size: int) -> None:
+        """The kernel took so many bytes of :meth:`head`."""
+        chunks = self._chunks
+        self.bytes -= size
+        self._written += size
+        while chunks and self._written >= len(chunks[0][0]):
+            data, frames = chunks.popleft()
+            self._written -= len(data)
+            self.frames -= frames
+
+    @property
+    def partial(self) -> bool:
+        """Whether a frame is partly written: nothing else can go out before its rest."""
+        if not self._written:
+            return False
+        data = self._chunks[0][0]
+        return boundary(data, self._written) != self._written
+
+    def discard(self) -> None:
+        """Drop everything but the rest of a frame that is partly written."""
+        rest = b""
+        if self._written:
+            data = self._chunks[0][0]
+            rest = data[: boundary(data, self._written)]
+        written = self._written
+        self._chunks.clear()
+        self._written = self.bytes = self.frames = 0
+        if len(rest) > written:
+            self.put(rest, 1, written)

@@ -1,0 +1,56 @@
+"""Supervision: a source that is lost is opened again, for ever."""
+
+from collections.abc import Awaitable, Callable
+from typing import NoReturn
+
+import structlog
+import trio
+
+from ..core.resilience import Backoff, Breaker, State
+
+log = structlog.get_logger()
+
+
+class Lost(Exception):  # noqa: N818 - an outcome
+    """What a source reads from is not there, went away, or talks nonsense; it may come back."""
+
+
+async def keep_running(
+    name: str, work: Callable[[], Awaitable[None]], breaker: Breaker, backoff: Backoff | None = None
+) -> NoReturn:
+    """Run ``work`` again whenever it is :exc:`Lost`; return only when cancelled.
+
+    ``work`` says ``breaker.succeeded()`` once it is connected. Any other exception is a bug and
+    propagates.
+    """
+    backoff = backoff or Backoff()
+    while True:
+        delay = max(
+            breaker.wait(trio.current_time()),
+            backoff.after(breaker.failures) if breaker.failures else 0.0,
+        )
+        await trio.sleep(delay)
+        if not breaker.try_now(trio.current_time()):
+            continue
+        closed = breaker.state is State.CLOSED
+        error = "ended"
+        try:
+            await work()
+        except* Lost as group:  # of one of its tasks, or of several
+            error = str(_first(group))
+        breaker.failed(trio.current_time())
+        log.warning(
+            "source lost",
+            source=name,
+            error=error,
+            failures=breaker.failures,
+            breaker=breaker.state.name.lower(),
+        )
+        if closed and breaker.state is State.OPEN:
+            log.error("breaker opened", source=name, failures=breaker.failures)
+
+
+def _first(lost: BaseException) -> BaseException:
+    while isinstance(lost, BaseExceptionGroup):
+        lost = lost.exceptions[0]
+    return lost

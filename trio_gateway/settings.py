@@ -1,0 +1,325 @@
+"""Settings: read once from the environment and ``.env``, then frozen."""
+
+import difflib
+import os
+import secrets
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
+
+from dotenv import dotenv_values
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from .core.routing import ROUTES, InvalidRoutes, Route, read_routes
+from .core.tokens import Key, Rules
+
+_PATTERNS = (
+    "channel:branch:*:waiters",
+    "channel:branch:*:kitchen",
+    "channel:branch:*:admin",
+    "channel:sector:*:*:waiters",
+    "channel:session:*",
+    "channel:tenant:*:admin",
+    "branch:*:waiters",
+    "branch:*:kitchen",
+    "branch:*:admin",
+    "sector:*:*:waiters",
+    "sector:*:waiters",
+    "session:*",
+    "tenant:*:admin",
+)
+_ORIGINS = tuple(f"http://localhost:{port}" for port in (5176, 5177, 5178))
+_HMAC = frozenset({"HS256", "HS384", "HS512"})
+_SIGNATURES = frozenset(
+    {"RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"}
+)
+MIN_SECRET_BYTES = 32
+
+_List = Annotated[tuple[str, ...], NoDecode]
+_Count = Annotated[int, Field(ge=1)]
+_Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class InvalidSettings(ValueError):  # noqa: N818 - reads better where it is raised
+    """The gateway can't start so; ``problems`` names each setting and what is wrong with it."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class Settings(BaseSettings):
+    """Every setting of the gateway, with its default (contract, section 6).
+
+    ``Settings(...)`` takes keyword arguments by the settings' names in lower case;
+    :func:`load_settings` is what the programs use. Times are seconds, sizes bytes.
+    """
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="ignore",
+        hide_input_in_errors=True,
+        # An empty value is what compose files and unit files write for "not set".
+        env_ignore_empty=True,
+    )
+
+    ws_max_connections_per_user: _Count = 3
+    ws_max_connections_per_session: _Count = 20
+    ws_max_total_connections: _Count = 1000
+    ws_message_rate_limit: _Count = 20
+    ws_message_rate_window: _Seconds = 1.0
+    ws_broadcast_batch_size: _Count = 50
+    ws_heartbeat_timeout: _Seconds = 60
+    ws_cleanup_interval: _Seconds = 30
+    ws_ping_interval: _Seconds = 25
+    ws_accept_timeout: _Seconds = 5
+    ws_receive_timeout: _Seconds = 90
+    ws_write_timeout: _Seconds = 10
+    ws_callback_timeout: _Seconds = 30
+    ws_max_message_size: _Count = 65536
+    ws_compression: bool = False
+    ws_outbox_bytes: _Count = 1_048_576
+    ws_outbox_messages: _Count = 1000
+    ws_history_events: _Count = 50_000
+    ws_history_bytes: _Count = 67_108_864
+    ws_history_age: _Seconds = 3600
+    ws_tenant_event_rate: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0
+    ws_uncovered_sector: Literal["none", "branch"] = "none"
+    ws_drop_alarm_window: _Seconds = 60
+    ws_drop_alarm_threshold: Annotated[float, Field(ge=0, le=1)] = 0.05
+    ws_drop_alarm_cooldown: _Seconds = 300
+    ws_routes_file: Path | None = None
+
+    redis_url: str = Field(default="redis://localhost:6380", repr=False)
+    redis_channel_patterns: _List = _PATTERNS
+    redis_streams: _List = ("events:critical",)
+    redis_event_queue_size: _Count = 5000
+    redis_event_batch_size: _Count = 50
+    redis_pool_max_connections: _Count = 50
+    circuit_failure_threshold: _Count = 5
+    circuit_recovery_timeout: _Seconds = 30
+
+    jwt_secret: str | None = Field(default=None, repr=False)
+    table_token_secret: str | None = Field(default=None, repr=False)
+    jwt_algorithms: _List = ("HS256",)
+    jwt_public_key: str | None = Field(default=None, repr=False)
+    jwt_jwks_url: str | None = None
+    jwt_issuer: str | None = None
+    jwt_audience: str | None = None
+    jwt_leeway: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0
+    jwt_revalidation_interval: _Seconds = 300
+    allow_legacy_table_tokens: bool = False
+    allowed_origins: _List = _ORIGINS
+
+    database_url: str | None = Field(default=None, repr=False)
+    sector_cache_ttl: _Seconds = 300
+    environment: Literal["development", "production"] = "development"
+    log_level: Literal["debug", "info", "warning", "error", "critical"] = "info"
+    log_format: Literal["json", "console"] | None = None
+
+    @field_validator(
+        "redis_channel_patterns", "redis_streams", "jwt_algorithms", "allowed_origins",
+        mode="before",
+    )  # fmt: skip
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+    @field_validator("log_level", "log_format", "environment", mode="before")
+    @classmethod
+    def _lower(cls, value: Any) -> Any:
+        return value.lower() if isinstance(value, str) else value
+
+    @field_validator("jwt_algorithms")
+    @classmethod
+    def _known_algorithms(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value:
+            raise ValueError("names no algorithm")
+        for name in value:
+            if name not in _HMAC | _SIGNATURES:
+                known = ", ".join(sorted(_HMAC | _SIGNATURES))
+                raise ValueError(f"unknown algorithm {name} (known: {known})")
+        return value
+
+    @field_validator("allowed_origins")
+    @classmethod
+    def _well_formed_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in value:
+            if origin != "*" and not is_origin(origin):
+                raise ValueError(f"{origin} is not scheme://host[:port]")
+        return tuple(origin.lower() for origin in value)
+
+    @field_validator("redis_url")
+    @classmethod
+    def _known_scheme(cls, value: str) -> str:
+        if urlsplit(value).scheme not in {"redis", "rediss", "unix"}:
+            raise ValueError("must begin with redis://, rediss:// or unix://")
+        try:
+            _ = urlsplit(value).port
+        except ValueError:
+            raise ValueError("has no usable port") from None
+        return value
+
+    @model_validator(mode="after")
+    def _needs_keys(self) -> Self:
+        problems = []
+        if _SIGNATURES & set(self.jwt_algorithms) and not (
+            self.jwt_public_key or self.jwt_jwks_url
+        ):
+            problems.append("JWT_ALGORITHMS names a signature: set JWT_PUBLIC_KEY or JWT_JWKS_URL")
+        if self.environment == "production":
+            for name in ("jwt_secret", "table_token_secret"):
+                if name == "jwt_secret" and not _HMAC & set(self.jwt_algorithms):
+                    continue
+                secret = getattr(self, name)
+                if secret is None:
+                    problems.append(f"{name.upper()} is not set (production needs one)")
+                elif len(secret.encode()) < MIN_SECRET_BYTES:
+                    problems.append(f"{name.upper()} is shorter than {MIN_SECRET_BYTES} bytes")
+            if "*" in self.allowed_origins:
+                problems.append("ALLOWED_ORIGINS is a wildcard (production needs a list)")
+        # Read now, so that a mistake in them stops the start.
+        for read in ("routes", "staff_keys"):
+            try:
+                getattr(self, read)
+            except InvalidSettings as error:
+                problems += error.problems
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    @cached_property
+    def routes(self) -> Mapping[str, Route]:
+        """The routing table in force."""
+        if self.ws_routes_file is None:
+            return ROUTES
+        try:
+            return read_routes(self.ws_routes_file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+            raise InvalidSettings([f"WS_ROUTES_FILE {self.ws_routes_file}: {reason}"]) from None
+        except InvalidRoutes as error:
+            raise InvalidSettings([f"WS_ROUTES_FILE {self.ws_routes_file}: {error}"]) from None
+
+    @cached_property
+    def staff_secret(self) -> str:
+        """``JWT_SECRET``, or in development a random one that no token was signed with yet."""
+        return self.jwt_secret or secrets.token_urlsafe(MIN_SECRET_BYTES)
+
+    @cached_property
+    def table_secret(self) -> str:
+        """``TABLE_TOKEN_SECRET``, or in development a random one."""
+        return self.table_token_secret or secrets.token_urlsafe(MIN_SECRET_BYTES)
+
+    @cached_property
+    def staff_keys(self) -> tuple[Key, ...]:
+        """The keys that staff tokens may be signed with."""
+        keys = []
+        if hmacs := tuple(name for name in self.jwt_algorithms if name in _HMAC):
+            keys.append(Key(self.staff_secret, hmacs))
+        signatures = tuple(name for name in self.jwt_algorithms if name in _SIGNATURES)
+        if signatures and self.jwt_public_key:
+            keys.append(Key(_public_key(self.jwt_public_key), signatures))
+        return tuple(keys)
+
+    @cached_property
+    def table_keys(self) -> tuple[Key, ...]:
+        return (Key(self.table_secret, ("HS256",)),)
+
+    @cached_property
+    def rules(self) -> Rules:
+        return Rules(issuer=self.jwt_issuer, audience=self.jwt_audience, leeway=self.jwt_leeway)
+
+    @property
+    def production(self) -> bool:
+        return self.environment == "production"
+
+    @property
+    def json_logs(self) -> bool:
+        return (self.log_format or ("json" if self.production else "console")) == "json"
+
+    @property
+    def warnings(self) -> list[str]:
+        """What an operator should know although it does not stop the start."""
+        found = []
+        if self.jwt_secret is None and _HMAC & set(self.jwt_algorithms):
+            found.append("JWT_SECRET is not set: a random one, so no staff token can be valid")
+        if self.table_token_secret is None:
+            found.append("TABLE_TOKEN_SECRET is not set: a random one, so no table token is valid")
+        for name in ("jwt_secret", "table_token_secret"):
+            secret = getattr(self, name)
+            if secret is not None and len(secret.encode()) < MIN_SECRET_BYTES:
+                found.append(f"{name.upper()} is shorter than {MIN_SECRET_BYTES} bytes")
+        return found
+
+
+NAMES = frozenset(name.upper() for name in Settings.model_fields)
+
+
+def is_origin(text: str) -> bool:
+    """Whether this is ``scheme://host[:port]`` and nothing more (RFC 6454, 6.2)."""
+    try:
+        parts = urlsplit(text)
+        port_is_fine = parts.port is None or parts.port > 0
+    except ValueError:
+        return False
+    return (
+        port_is_fine
+        and text.isascii()
+        and not any(character <= " " for character in text)
+        and bool(parts.scheme and parts.hostname)
+        and text == f"{text.partition('://')[0]}://{parts.netloc}"
+        and "@" not in parts.netloc
+    )
+
+
+def load_settings(env_file: str = ".env") -> Settings:
+    """Read the settings from the environment, and what that leaves open from ``.env``.
+
+    Raises :exc:`InvalidSettings` with one problem a line: a bad value, a ``WS_*`` name that is no
+    setting, something that production requires. No problem holds the value of a secret.
+    """
+    problems = [_unknown(name) for name in sorted({*os.environ, *dotenv_values(env_file)})]
+    problems = [problem for problem in problems if problem]
+    try:
+        settings = Settings(_env_file=env_file)  # type: ignore[call-arg]  # pydantic-settings takes it
+    except ValidationError as error:
+        raise InvalidSettings(problems + _explain(error)) from None
+    if problems:
+        raise InvalidSettings(problems)
+    return settings
+
+
+def _unknown(name: str) -> str:
+    """The problem with a name that claims to be a setting of ours and is none, or ``""``."""
+    if not name.upper().startswith("WS_") or name.upper() in NAMES:
+        return ""
+    close = difflib.get_close_matches(name.upper(), NAMES, n=1)
+    return f"unknown setting: {name}" + (f" (did you mean {close[0]}?)" if close else "")
+
+
+def _explain(error: ValidationError) -> list[str]:
+    problems = []
+    for each in error.errors(include_url=False, include_input=False, include_context=False):
+        text = each["msg"].removeprefix("Value error, ")
+        where = "_".join(str(part) for part in each["loc"][:1]).upper()
+        problems += [f"{where}: {text}"] if where else text.splitlines()
+    return problems
+
+
+def _public_key(text: str) -> Any:
+    """A PEM public key, given as such or as the path of a file that holds one."""
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+    try:
+        pem = text if "-----BEGIN" in text else Path(text).read_text(encoding="ascii")
+        return load_pem_public_key(pem.replace("\\n", "\n").encode())
+    except (OSError, ValueError):
+        raise InvalidSettings(
+            ["JWT_PUBLIC_KEY is neither a PEM public key nor a file of one"]
+        ) from None

@@ -1,0 +1,171 @@
+"""Fakes and makers for tests: the gateway's own, and those of whoever builds on it."""
+
+import json
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import jwt
+import trio
+
+from .core.audiences import BranchId, Endpoint, Principal, SectorId, SessionId, TenantId, UserId
+from .core.closing import Close
+from .core.events import Event, parse_event
+from .core.frames import PING, PONG, TEXT, split
+from .edges.handshake import Handshake
+from .runtime.connection import Left, Ping, Pong
+from .runtime.outbox import Outbox
+
+
+def make_principal(
+    endpoint: Endpoint = Endpoint.WAITER,
+    *,
+    tenant: int = 1,
+    user: int = 21,
+    branches: Iterable[int] = (1,),
+    sectors: Iterable[int] = (),
+    roles: Iterable[str] | None = None,
+    session: int = 456,
+    expires_at: float = float("inf"),
+) -> Principal:
+    """A principal with sectors in every one of its branches."""
+    diner = endpoint is Endpoint.DINER
+    return Principal(
+        endpoint=endpoint,
+        tenant=TenantId(tenant),
+        branches=frozenset(map(BranchId, branches)),
+        expires_at=expires_at,
+        user=None if diner else UserId(str(user)),
+        session=SessionId(session) if diner else None,
+        roles=frozenset([endpoint.name] if roles is None else roles),
+        sectors={BranchId(b): frozenset(map(SectorId, sectors)) for b in branches},
+    )
+
+
+def make_payload(type: str = "ROUND_READY", **keys: Any) -> bytes:  # noqa: A002 - the event's key
+    """An event as a backend would publish it; a key set to ``...`` is left out."""
+    event = {"type": type, "tenant_id": 1, "branch_id": 1} | keys
+    return json.dumps({k: v for k, v in event.items() if v is not ...}).encode()
+
+
+def make_event(
+    type: str = "ROUND_READY",  # noqa: A002 - the event's key
+    *,
+    channel: str = "channel:branch:1:waiters",
+    heard_at: float = 0.0,
+    **keys: Any,
+) -> Event:
+    return parse_event(make_payload(type, **keys), channel=channel, heard_at=heard_at)
+
+
+def make_jwt(secret: str, *, life: float = 3600, algorithm: str = "HS256", **claims: Any) -> str:
+    """A staff token; a claim set to ``...`` is left out."""
+    now = int(time.time())
+    found = {
+        "sub": "21", "tenant_id": 1, "branch_ids": [1], "roles": ["WAITER"],
+        "iat": now, "exp": now + life,
+    } | claims  # fmt: skip
+    return jwt.encode({k: v for k, v in found.items() if v is not ...}, secret, algorithm)
+
+
+def make_table_token(secret: str, *, life: float = 3600, **claims: Any) -> str:
+    """A table token; a claim set to ``...`` is left out."""
+    now = int(time.time())
+    found = {
+        "tenant_id": 1, "branch_id": 1, "table_id": 10, "session_id": 456,
+        "iat": now, "exp": now + life,
+    } | claims  # fmt: skip
+    return jwt.encode({k: v for k, v in found.items() if v is not ...}, secret, "HS256")
+
+
+class NullAuth:
+    """Lets everybody in, as the principal it was given or as one made for the endpoint."""
+
+    def __init__(self, principal: Principal | None = None) -> None:
+        self._principal = principal
+
+    async def authenticate(self, handshake: Handshake) -> Principal:
+        await trio.lowlevel.checkpoint()
+        return self._principal or make_principal(handshake.endpoint)
+
+
+class FakeClient:
+    """The other end of a :class:`FakeSocket`."""
+
+    def __init__(self) -> None:
+        self.to_gateway, self.from_client = trio.open_memory_channel[str | Ping | Pong | Exception](
+            1000
+        )
+
+    async def send(self, said: str | Ping | Pong) -> None:
+        await self.to_gateway.send(said)
+
+    async def leave(self, code: int = Close.NORMAL, reason: str = "") -> None:
+        await self.to_gateway.send(Left(code, reason))
+
+    async def misbehave(self, outcome: Exception) -> None:
+        await self.to_gateway.send(outcome)
+
+
+class FakeSocket:
+    """A socket in memory. ``room`` is how many bytes the client's kernel still takes."""
+
+    def __init__(self, room: float = float("inf")) -> None:
+        self.client = FakeClient()
+        self.room = room
+        self.written = bytearray()
+        self.writes = 0
+        self.closed: Close | int | None = None
+        self.reason = ""
+        self.aborted = False
+        self._more_room = trio.Event()
+
+    @property
+    def texts(self) -> list[str]:
+        """The text messages that the client has been sent, of what is written in whole."""
+        return [str(p, "utf-8") for opcode, p in split(bytes(self.written)) if opcode == TEXT]
+
+    @property
+    def pings(self) -> int:
+        return sum(opcode == PING for opcode, _ in split(bytes(self.written)))
+
+    @property
+    def pongs(self) -> list[bytes]:
+        return [bytes(p) for opcode, p in split(bytes(self.written)) if opcode == PONG]
+
+    def read(self, size: float) -> None:
+        """The client reads on: so many bytes more fit."""
+        self.room += size
+        self._more_room.set()
+
+    def try_write(self, data: bytes | memoryview) -> int:
+        if self.aborted:
+            raise BrokenPipeError
+        taken = int(min(self.room, len(data)))
+        self.room -= taken
+        self.written += data[:taken]
+        self.writes += 1
+        return taken
+
+    async def write_from(self, outbox: Outbox) -> None:
+        while not self.room:
+            self._more_room = trio.Event()
+            await self._more_room.wait()
+        outbox.took(self.try_write(outbox.head()))
+
+    async def receive(self) -> str | Ping | Pong:
+        said = await self.client.from_client.receive()
+        if isinstance(said, Exception):
+            raise said
+        return said
+
+    async def close(self, code: int, reason: str) -> None:
+        await trio.lowlevel.checkpoint()
+        try:
+            self.closed = Close(code)
+        except ValueError:
+            self.closed = code
+        self.reason = reason
+
+    def abort(self) -> None:
+        self.aborted = True
