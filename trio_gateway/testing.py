@@ -11,7 +11,7 @@ import trio
 from .core.audiences import BranchId, Endpoint, Principal, SectorId, SessionId, TenantId, UserId
 from .core.closing import Close
 from .core.events import Event, parse_event
-from .core.frames import PING, PONG, TEXT, split
+from .core.frames import PING, PONG, TEXT, boundary, split
 from .edges.handshake import Handshake
 from .runtime.connection import Left, Ping, Pong
 from .runtime.outbox import Outbox
@@ -123,15 +123,22 @@ class FakeSocket:
     @property
     def texts(self) -> list[str]:
         """The text messages that the client has been sent, of what is written in whole."""
-        return [str(p, "utf-8") for opcode, p in split(bytes(self.written)) if opcode == TEXT]
+        return [str(payload, "utf-8") for payload in self._sent(TEXT)]
 
     @property
     def pings(self) -> int:
-        return sum(opcode == PING for opcode, _ in split(bytes(self.written)))
+        return len(self._sent(PING))
 
     @property
     def pongs(self) -> list[bytes]:
-        return [bytes(p) for opcode, p in split(bytes(self.written)) if opcode == PONG]
+        return self._sent(PONG)
+
+    def _sent(self, wanted: int) -> list[bytes]:
+        written, end = memoryview(bytes(self.written)), 0
+        padded = memoryview(self.written + bytes(9))  # a cut head is a head all the same
+        while (following := end + boundary(padded[end:], 1)) <= len(written):
+            end = following
+        return [bytes(payload) for opcode, payload in split(written[:end]) if opcode == wanted]
 
     def read(self, size: float) -> None:
         """The client reads on: so many bytes more fit."""
@@ -148,7 +155,7 @@ class FakeSocket:
         return taken
 
     async def write_from(self, outbox: Outbox) -> None:
-        while not self.room:
+        while not self.room and not self.aborted:
             self._more_room = trio.Event()
             await self._more_room.wait()
         outbox.took(self.try_write(outbox.head()))
@@ -161,6 +168,8 @@ class FakeSocket:
 
     async def close(self, code: int, reason: str) -> None:
         await trio.lowlevel.checkpoint()
+        if self.aborted:
+            return
         try:
             self.closed = Close(code)
         except ValueError:
@@ -169,3 +178,4 @@ class FakeSocket:
 
     def abort(self) -> None:
         self.aborted = True
+        self._more_room.set()

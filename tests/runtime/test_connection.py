@@ -464,31 +464,19 @@ async def test_bug_while_answering_ends_with_1011_and_propagates(autojump_clock:
     assert (len(hub), len(hub.leaving)) == (0, 0)
 
 
-async def test_who_is_cancelled_still_says_going_away(autojump_clock: MockClock) -> None:
+async def test_who_is_cancelled_from_outside_is_gone_without_a_word(
+    autojump_clock: MockClock,
+) -> None:
     hub, socket, client = Hub(), FakeSocket(), make()
 
     async with trio.open_nursery() as nursery:
         await start(nursery, client, socket, hub)
         nursery.cancel_scope.cancel()
 
-    assert socket.closed is Close.GOING_AWAY
-    assert client.code == Close.GOING_AWAY
+    assert socket.closed is Close.ABNORMAL  # which no socket sends
+    assert client.code == Close.ABNORMAL
     assert client.ended_at == 0
     assert (len(hub), len(hub.leaving)) == (0, 0)
-
-
-async def test_who_is_cancelled_between_two_frames_still_says_going_away(
-    autojump_clock: MockClock,
-) -> None:
-    socket, client = FakeSocket(room=0), make()
-
-    async with trio.open_nursery() as nursery:
-        await start(nursery, client, socket)
-        client.send(b"hello")
-        await wait_all_tasks_blocked()
-        nursery.cancel_scope.cancel()
-
-    assert socket.closed is Close.GOING_AWAY
 
 
 async def test_who_is_cancelled_within_a_frame_is_cut(autojump_clock: MockClock) -> None:
@@ -502,7 +490,7 @@ async def test_who_is_cancelled_within_a_frame_is_cut(autojump_clock: MockClock)
 
     assert socket.closed is None
     assert socket.aborted
-    assert client.code == Close.GOING_AWAY
+    assert client.code == Close.ABNORMAL
 
 
 async def test_it_leaves_the_hub_before_a_slow_close(

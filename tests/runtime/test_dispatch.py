@@ -117,12 +117,12 @@ async def test_queue_is_idle_when_all_is_delivered(
     await trio.sleep(1)
     await queue.take(1)
     await trio.sleep(1)
-    queue.done()
+    queue.done(1)
     await trio.sleep(1)
     await queue.take(1)
     await trio.sleep(1)
     assert idle == [0]
-    queue.done()
+    queue.done(1)
     await wait_all_tasks_blocked()
     assert idle == [0, 4, 4, 4]
 
@@ -135,8 +135,9 @@ async def test_queue_is_not_idle_while_an_event_is_on_its_way(
 
     async def deliver() -> None:
         while True:
-            delivered.extend(numbers(await queue.take(9)))
-            queue.done()
+            batch = await queue.take(9)
+            delivered.extend(numbers(batch))
+            queue.done(len(batch))
 
     for n in range(20):  # Trio runs the tasks that are ready in random order
         queue.offer(numbered(n))  # taken from the buffer
@@ -164,9 +165,38 @@ async def test_queue_is_not_idle_while_somebody_waits_for_room(
             await queue.wait_idle()
         assert scope.cancelled_caught
         await queue.take(1)
-        queue.done()
+        queue.done(1)
     await queue.wait_idle()
     assert trio.current_time() == 3
+
+
+async def test_queue_is_idle_though_somebody_gave_up_waiting_for_room(
+    autojump_clock: MockClock,
+) -> None:
+    queue = EventQueue(1)
+    await queue.put(numbered(0))
+    with trio.move_on_after(1):
+        await queue.put(numbered(1))
+
+    queue.done(len(await queue.take(9)))
+    await queue.wait_idle()
+
+    assert trio.current_time() == 1
+
+
+async def test_queue_is_idle_once_the_last_gives_up_waiting_for_room(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    queue = EventQueue(1)
+    await queue.put(numbered(0))
+    async with trio.open_nursery() as putters:
+        putters.start_soon(queue.put, numbered(1))
+        await wait_all_tasks_blocked()
+        queue.offer(numbered(2))
+        putters.cancel_scope.cancel()
+    queue.done(len(await queue.take(9)))
+
+    await queue.wait_idle()
 
 
 async def test_too_many_drops_raise_an_alarm(autojump_clock: MockClock) -> None:

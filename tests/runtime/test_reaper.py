@@ -260,11 +260,11 @@ async def test_connection_that_does_not_notice_its_end_is_cut_off(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     """Its ``answer`` waits for something that cannot be cancelled, as a thread."""
-    hub, socket, answered = Hub(), FakeSocket(), trio.Event()
+    hub, socket = Hub(), FakeSocket()
 
     async def answer(connection: Connection, message: Message) -> None:
         with trio.CancelScope(shield=True):
-            await answered.wait()
+            await trio.sleep(300)
 
     await start(nursery, hub, Wall())
     connection = Connection(make_principal(), Terms(), answer)
@@ -276,8 +276,8 @@ async def test_connection_that_does_not_notice_its_end_is_cut_off(
     await trio.sleep(61)
     assert connection.code == Close.HEARTBEAT_TIMEOUT
     assert socket.aborted
-    answered.set()
     await hub.wait_empty()
+    assert trio.current_time() == 300
     assert hub.closed == {Close.HEARTBEAT_TIMEOUT: 1}
 
 

@@ -334,8 +334,8 @@ class Connection:
         """Send the close frame if the wire is between two frames, else there is no way to."""
         if self.ended_at is None:
             self.ended_at = trio.current_time()
-        if self._code is None:  # cancelled from outside
-            self._code = int(Close.GOING_AWAY)
+        if self._code is None:  # cancelled from outside: gone, or everything is dropped
+            self._code = int(Close.ABNORMAL)
         if self._outbox is not None and self._outbox.partial:
             return
         with trio.CancelScope(shield=True):  # bounded by the socket

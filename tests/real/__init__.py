@@ -1,0 +1,1 @@
+"""The real ring: a real Valkey, real sockets, real processes."""

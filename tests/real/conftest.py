@@ -1,0 +1,26 @@
+"""One Valkey for the whole ring; every test starts with it empty."""
+
+from collections.abc import Iterator
+
+import pytest
+import redis
+from harness import valkey
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[str]:
+    with valkey() as server:
+        yield server.connection_url
+
+
+@pytest.fixture
+def backend(redis_server: str) -> Iterator["redis.Redis"]:
+    """What a backend publishes with."""
+    with redis.Redis.from_url(redis_server) as client:
+        client.flushall()
+        yield client
+
+
+@pytest.fixture
+def redis_url(redis_server: str, backend: "redis.Redis") -> str:
+    return redis_server

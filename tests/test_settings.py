@@ -1,0 +1,460 @@
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ed25519
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from trio_gateway.core.routing import ROUTES, Route, To
+from trio_gateway.core.tokens import Rules, read_jwt, read_table_token
+from trio_gateway.settings import NAMES, InvalidSettings, Settings, is_origin, load_settings
+from trio_gateway.testing import make_jwt, make_table_token
+
+# The contract's table, section 6.
+PATTERNS = (
+    "channel:branch:*:waiters", "channel:branch:*:kitchen", "channel:branch:*:admin",
+    "channel:sector:*:*:waiters", "channel:session:*", "channel:tenant:*:admin",
+    "branch:*:waiters", "branch:*:kitchen", "branch:*:admin", "sector:*:*:waiters",
+    "sector:*:waiters", "session:*", "tenant:*:admin",
+)  # fmt: skip
+DEFAULTS: dict[str, Any] = {
+    "WS_MAX_CONNECTIONS_PER_USER": 3,
+    "WS_MAX_CONNECTIONS_PER_SESSION": 20,
+    "WS_MAX_TOTAL_CONNECTIONS": 1000,
+    "WS_MESSAGE_RATE_LIMIT": 20,
+    "WS_MESSAGE_RATE_WINDOW": 1.0,
+    "WS_BROADCAST_BATCH_SIZE": 50,
+    "WS_HEARTBEAT_TIMEOUT": 60,
+    "WS_CLEANUP_INTERVAL": 30,
+    "WS_PING_INTERVAL": 25,
+    "WS_ACCEPT_TIMEOUT": 5,
+    "WS_RECEIVE_TIMEOUT": 90,
+    "WS_WRITE_TIMEOUT": 10,
+    "WS_CALLBACK_TIMEOUT": 30,
+    "WS_MAX_MESSAGE_SIZE": 65536,
+    "WS_COMPRESSION": False,
+    "WS_OUTBOX_BYTES": 1048576,
+    "WS_OUTBOX_MESSAGES": 1000,
+    "WS_HISTORY_EVENTS": 50000,
+    "WS_HISTORY_BYTES": 67108864,
+    "WS_HISTORY_AGE": 3600,
+    "WS_TENANT_EVENT_RATE": 0,
+    "WS_UNCOVERED_SECTOR": "none",
+    "WS_DROP_ALARM_WINDOW": 60,
+    "WS_DROP_ALARM_THRESHOLD": 0.05,
+    "WS_DROP_ALARM_COOLDOWN": 300,
+    "WS_ROUTES_FILE": None,
+    "REDIS_URL": "redis://localhost:6380",
+    "REDIS_CHANNEL_PATTERNS": PATTERNS,
+    "REDIS_STREAMS": ("events:critical",),
+    "REDIS_EVENT_QUEUE_SIZE": 5000,
+    "REDIS_EVENT_BATCH_SIZE": 50,
+    "REDIS_POOL_MAX_CONNECTIONS": 50,
+    "CIRCUIT_FAILURE_THRESHOLD": 5,
+    "CIRCUIT_RECOVERY_TIMEOUT": 30,
+    "JWT_SECRET": None,
+    "TABLE_TOKEN_SECRET": None,
+    "JWT_ALGORITHMS": ("HS256",),
+    "JWT_PUBLIC_KEY": None,
+    "JWT_JWKS_URL": None,
+    "JWT_ISSUER": None,
+    "JWT_AUDIENCE": None,
+    "JWT_LEEWAY": 0,
+    "JWT_REVALIDATION_INTERVAL": 300,
+    "ALLOW_LEGACY_TABLE_TOKENS": False,
+    "ALLOWED_ORIGINS": (
+        "http://localhost:5176", "http://localhost:5177", "http://localhost:5178",
+    ),
+    "DATABASE_URL": None,
+    "SECTOR_CACHE_TTL": 300,
+    "ENVIRONMENT": "development",
+    "LOG_LEVEL": "info",
+    "LOG_FORMAT": None,
+}  # fmt: skip
+SECRET, OTHER = "s" * 32, "t" * 32
+PRODUCTION = {"ENVIRONMENT": "production", "JWT_SECRET": SECRET, "TABLE_TOKEN_SECRET": OTHER}
+PEM = (
+    ed25519.Ed25519PrivateKey.generate()
+    .public_key()
+    .public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    .decode()
+)
+
+
+@pytest.fixture(autouse=True)
+def _empty_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No settings but the test's own, and no ``.env`` but the test's own."""
+    for name in os.environ:
+        if name.upper() in NAMES or name.upper().startswith("WS_"):
+            monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+
+
+def load(monkeypatch: pytest.MonkeyPatch, **environment: str) -> Settings:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    return load_settings()
+
+
+def problems(monkeypatch: pytest.MonkeyPatch, **environment: str) -> list[str]:
+    with pytest.raises(InvalidSettings) as caught:
+        load(monkeypatch, **environment)
+    assert str(caught.value) == "\n".join(caught.value.problems)
+    return caught.value.problems
+
+
+def test_the_settings_are_the_contracts_with_its_defaults() -> None:
+    settings = load_settings()
+
+    assert {n.upper(): getattr(settings, n) for n in Settings.model_fields} == DEFAULTS
+
+
+def test_times_are_not_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = load(monkeypatch, WS_PING_INTERVAL="0.25", CIRCUIT_RECOVERY_TIMEOUT="1.5")
+
+    assert (settings.ws_ping_interval, settings.circuit_recovery_timeout) == (0.25, 1.5)
+
+
+def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = load(
+        monkeypatch, WS_MAX_TOTAL_CONNECTIONS="7", REDIS_URL="rediss://:pw@redis:6379/2",
+        WS_COMPRESSION="true", WS_UNCOVERED_SECTOR="branch", ENVIRONMENT="Development",
+        LOG_LEVEL="DEBUG",
+    )  # fmt: skip
+
+    assert settings.ws_max_total_connections == 7
+    assert settings.redis_url == "rediss://:pw@redis:6379/2"
+    assert (settings.ws_compression, settings.ws_uncovered_sector) == (True, "branch")
+    assert (settings.environment, settings.log_level) == ("development", "debug")
+
+
+LISTS = {
+    "a,b": ("a", "b"),
+    " a , b ,": ("a", "b"),
+    "a": ("a",),
+    '["a"]': ('["a"]',),
+    ",": (),
+}
+
+
+@pytest.mark.parametrize("text", LISTS)
+def test_lists_are_separated_by_commas(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = load(monkeypatch, REDIS_STREAMS=text, REDIS_CHANNEL_PATTERNS=text)
+
+    assert settings.redis_streams == settings.redis_channel_patterns == LISTS[text]
+
+
+@pytest.mark.parametrize("name", [name for name in DEFAULTS if name != "LOG_FORMAT"])
+def test_an_empty_value_is_not_set(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert getattr(load(monkeypatch, **{name: ""}), name.lower()) == DEFAULTS[name]
+
+
+# --- .env ---
+
+
+def test_what_the_environment_leaves_open_is_read_from_the_file(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    Path(".env").write_text(
+        "# ours\nWS_PING_INTERVAL=5\nexport WS_CLEANUP_INTERVAL='6'\nWS_ACCEPT_TIMEOUT=7\n"
+        "PATH=/x\nREDIS_STREAMS=a,b\nWS_WRITE_TIMEOUT=\n"
+    )
+    settings = load(monkeypatch, WS_PING_INTERVAL="9", WS_ACCEPT_TIMEOUT="")
+
+    assert settings.ws_ping_interval == 9
+    assert settings.ws_cleanup_interval == 6
+    assert settings.ws_accept_timeout == 7
+    assert settings.redis_streams == ("a", "b")
+    assert settings.ws_write_timeout == 10
+
+
+def test_another_file_can_be_named() -> None:
+    Path("other.env").write_text("WS_PING_INTERVAL=5\n")
+
+    assert load_settings("other.env").ws_ping_interval == 5
+    assert load_settings("none.env").ws_ping_interval == 25
+
+
+def test_a_mistake_in_the_file_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path(".env").write_text("WS_PING_INTERVALL=5\nWS_CLEANUP_INTERVAL=never\n")
+
+    first, second = problems(monkeypatch)
+    assert first == "unknown setting: WS_PING_INTERVALL (did you mean WS_PING_INTERVAL?)"
+    assert second.startswith("WS_CLEANUP_INTERVAL: ")
+
+
+# --- mistakes ---
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("WS_MAX_CONECTIONS_PER_USER", " (did you mean WS_MAX_CONNECTIONS_PER_USER?)"),
+        ("ws_ping_intervals", " (did you mean WS_PING_INTERVAL?)"),
+        ("WS_QQQQQQQQQQQQQQ", ""),
+    ],
+)
+@pytest.mark.parametrize("value", ["1", ""])
+def test_an_unknown_setting_stops_the_start(
+    name: str, hint: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert problems(monkeypatch, **{name: value}) == [f"unknown setting: {name}{hint}"]
+
+
+def test_names_that_are_not_ours_are_nobodys_business(monkeypatch: pytest.MonkeyPatch) -> None:
+    load(monkeypatch, REDIS_FOO="1", WSL_DISTRO_NAME="x", JWT_FOO="1", ws_ping_interval="5")
+
+
+COUNTS = [n for n, default in DEFAULTS.items() if type(default) is int and "TIME" not in n]
+SECONDS = [
+    "WS_MESSAGE_RATE_WINDOW", "WS_HEARTBEAT_TIMEOUT", "WS_CLEANUP_INTERVAL", "WS_PING_INTERVAL",
+    "WS_ACCEPT_TIMEOUT", "WS_RECEIVE_TIMEOUT", "WS_WRITE_TIMEOUT", "WS_CALLBACK_TIMEOUT",
+    "WS_HISTORY_AGE", "WS_DROP_ALARM_WINDOW", "WS_DROP_ALARM_COOLDOWN",
+    "CIRCUIT_RECOVERY_TIMEOUT", "JWT_REVALIDATION_INTERVAL", "SECTOR_CACHE_TTL",
+]  # fmt: skip
+NUMBERS = ["WS_TENANT_EVENT_RATE", "WS_DROP_ALARM_THRESHOLD", "JWT_LEEWAY"]  # may be 0
+WHOLE = [n for n in COUNTS if n not in SECONDS and n not in NUMBERS]
+BAD = [
+    *[(name, value) for name in WHOLE for value in ("0", "-1", "1.5", "many", "inf", "nan")],
+    *[(name, value) for name in SECONDS for value in ("0", "-1", "soon", "inf", "nan")],
+    *[(name, value) for name in NUMBERS for value in ("-1", "some", "inf", "nan")],
+    *[("WS_DROP_ALARM_THRESHOLD", "1.01"), ("WS_DROP_ALARM_THRESHOLD", "5%")],
+    *[("WS_COMPRESSION", "maybe"), ("ALLOW_LEGACY_TABLE_TOKENS", "2")],
+    *[("WS_UNCOVERED_SECTOR", "all"), ("ENVIRONMENT", "staging"), ("LOG_LEVEL", "loud")],
+    *[("LOG_FORMAT", "xml"), ("JWT_ALGORITHMS", "none"), ("JWT_ALGORITHMS", ",")],
+    *[("JWT_ALGORITHMS", "HS256,none"), ("JWT_ALGORITHMS", "hs256")],
+    *[("REDIS_URL", url) for url in ("localhost:6379", "http://x", "redis://x:port", "/run/x")],
+    *[("ALLOWED_ORIGINS", o) for o in ("localhost", "http://a/", "http://a,null", "http://*.a b")],
+]
+
+
+@pytest.mark.parametrize(("name", "value"), BAD)
+def test_a_bad_value_is_named_with_its_setting(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [problem] = problems(monkeypatch, **{name: value})
+
+    assert problem.startswith(f"{name}: ")
+    assert len(problem) > len(f"{name}: ") + 5
+
+
+def test_every_mistake_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = problems(monkeypatch, WS_A="", WS_PING_INTERVAL="x", LOG_LEVEL="x", REDIS_URL="x")
+
+    assert [line.partition(":")[0] for line in found] == [
+        "unknown setting", "WS_PING_INTERVAL", "REDIS_URL", "LOG_LEVEL",
+    ]  # fmt: skip
+
+
+def test_no_problem_tells_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = problems(
+        monkeypatch, ENVIRONMENT="production", JWT_SECRET="hunter2", TABLE_TOKEN_SECRET="hunter2",
+        REDIS_URL="http://:hunter2@redis:hunter2", DATABASE_URL="hunter2://hunter2:hunter2@db",
+        JWT_PUBLIC_KEY="-----BEGIN hunter2", JWT_ALGORITHMS="EdDSA,HS256", WS_PING_INTERVAL="x",
+    )  # fmt: skip
+    assert "hunter2" not in "\n".join(told)
+
+    monkeypatch.setenv("REDIS_URL", "redis://:hunter2@redis")
+    monkeypatch.setenv("WS_PING_INTERVAL", "1")
+    assert "hunter2" not in "\n".join(problems(monkeypatch))
+
+
+def test_what_is_printed_of_the_settings_is_no_secret() -> None:
+    settings = Settings(
+        jwt_secret="hunter2", table_token_secret="hunter2", redis_url="redis://:hunter2@redis",
+        database_url="postgresql://:hunter2@db",
+    )  # fmt: skip
+
+    assert "hunter2" not in f"{settings!r} {settings}"
+
+
+def test_settings_do_not_change() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        Settings().ws_ping_interval = 5
+
+
+# --- production ---
+
+
+def test_production_starts_with_two_secrets_of_32_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = load(monkeypatch, **PRODUCTION)
+
+    assert settings.production
+    assert settings.warnings == []
+
+
+@pytest.mark.parametrize("name", ["JWT_SECRET", "TABLE_TOKEN_SECRET"])
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        ("", "is not set (production needs one)"),
+        ("s" * 31, "is shorter than 32 bytes"),
+        ("é" * 15, "is shorter than 32 bytes"),
+    ],
+)
+def test_production_needs_each_secret(
+    name: str, value: str, problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert problems(monkeypatch, **PRODUCTION | {name: value}) == [f"{name} {problem}"]
+
+
+def test_a_secret_is_measured_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    load(monkeypatch, **PRODUCTION | {"JWT_SECRET": "é" * 16})
+
+
+def test_production_needs_no_staff_secret_if_only_signatures_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    load(
+        monkeypatch,
+        **PRODUCTION | {"JWT_SECRET": "", "JWT_ALGORITHMS": "EdDSA", "JWT_PUBLIC_KEY": PEM},
+    )
+
+
+def test_production_needs_to_know_its_origins(monkeypatch: pytest.MonkeyPatch) -> None:
+    [problem] = problems(monkeypatch, **PRODUCTION, ALLOWED_ORIGINS="https://a.b,*")
+
+    assert problem.startswith("ALLOWED_ORIGINS is a wildcard")
+
+
+def test_in_development_a_wildcard_is_fine(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load(monkeypatch, ALLOWED_ORIGINS="*").allowed_origins == ("*",)
+
+
+def test_logs_are_json_in_production_and_readable_elsewhere() -> None:
+    production: dict[str, Any] = {name.lower(): value for name, value in PRODUCTION.items()}
+    formats: list[dict[str, Any]] = [{}, {"log_format": "json"}, {"log_format": "console"}]
+
+    assert [Settings(**one).json_logs for one in formats] == [False, True, False]
+    assert [Settings(**production, **one).json_logs for one in formats] == [True, True, False]
+
+
+def test_development_without_secrets_makes_its_own_and_says_so() -> None:
+    one, other = Settings(), Settings()
+
+    assert one.staff_secret == one.staff_secret != other.staff_secret
+    assert one.table_secret == one.table_secret != other.table_secret
+    assert one.staff_secret != one.table_secret
+    assert [line.split()[0] for line in one.warnings] == ["JWT_SECRET", "TABLE_TOKEN_SECRET"]
+
+
+def test_development_says_when_a_secret_is_short() -> None:
+    settings = Settings(jwt_secret="short", table_token_secret=SECRET)
+
+    assert settings.warnings == ["JWT_SECRET is shorter than 32 bytes"]
+
+
+# --- what is made of them ---
+
+
+def test_tokens_are_checked_with_the_secrets_and_rules() -> None:
+    settings = Settings(jwt_secret=SECRET, table_token_secret=OTHER, jwt_issuer="us", jwt_leeway=5)
+
+    assert settings.rules == Rules(issuer="us", leeway=5)
+    staff = read_jwt(make_jwt(SECRET, iss="us"), settings.staff_keys, settings.rules, 0)
+    now = staff.issued_at or 0
+    assert staff.user == "21"
+    assert read_table_token(make_table_token(OTHER), settings.table_keys, settings.rules, now)
+
+
+@pytest.mark.parametrize("form", ["text", "one line", "file"])
+def test_a_public_key_is_a_pem_or_a_file_of_one(form: str, tmp_path: Path) -> None:
+    (tmp_path / "key.pem").write_text(PEM)
+    value = {"text": PEM, "one line": PEM.replace("\n", "\\n"), "file": str(tmp_path / "key.pem")}
+    settings = Settings(
+        jwt_algorithms=("HS256", "EdDSA"), jwt_public_key=value[form], jwt_secret=SECRET
+    )
+
+    secret, public = settings.staff_keys
+    assert (secret.value, secret.algorithms) == (SECRET, ("HS256",))
+    assert public.algorithms == ("EdDSA",)
+    assert (
+        public.value.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo) == PEM.encode()
+    )
+
+
+@pytest.mark.parametrize("value", ["none.pem", "-----BEGIN PUBLIC KEY-----\nAAAA", "/", "ñ.env"])
+def test_a_public_key_that_is_none_stops_the_start(
+    value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("ñ.env").write_text("ñ", encoding="utf-8")
+
+    assert problems(monkeypatch, JWT_ALGORITHMS="RS256", JWT_PUBLIC_KEY=value) == [
+        "JWT_PUBLIC_KEY is neither a PEM public key nor a file of one"
+    ]
+
+
+def test_signatures_need_a_key_from_somewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    [problem] = problems(monkeypatch, JWT_ALGORITHMS="RS256,ES256")
+    assert "JWT_PUBLIC_KEY or JWT_JWKS_URL" in problem
+
+    settings = load(monkeypatch, JWT_JWKS_URL="https://id.example/jwks.json")
+    assert settings.staff_keys == ()
+
+
+def test_without_a_file_the_routes_are_the_contracts() -> None:
+    assert Settings().routes == ROUTES
+
+
+def test_a_routes_file_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("routes.toml").write_text('[routes."SE ABRIÓ"]\nto = ["kitchen"]\n', encoding="utf-8")
+    settings = load(monkeypatch, WS_ROUTES_FILE="routes.toml")
+
+    assert settings.routes == dict(ROUTES) | {"SE ABRIÓ": Route(To.KITCHEN, False)}
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        (b"[routes.A]\nto = [1]", "routes.A.to: must be a list of audience names"),
+        (b"\xff", "not UTF-8"),
+        (None, "No such file or directory"),
+    ],
+)
+def test_a_mistake_in_the_routes_file_stops_the_start(
+    data: bytes | None, problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if data is not None:
+        Path("routes.toml").write_bytes(data)
+
+    assert problems(monkeypatch, WS_ROUTES_FILE="routes.toml") == [
+        f"WS_ROUTES_FILE routes.toml: {problem}"
+    ]
+
+
+ORIGINS = [
+    "http://localhost:5176", "https://a.b", "https://A.b:443", "http://[::1]:80", "capacitor://x",
+    "http://10.0.0.1",
+]  # fmt: skip
+NO_ORIGINS = [
+    "", "null", "*", "a.b", "//a.b", "http:", "http://", "http:a.b", "http://a.b/", "http://a.b/c",
+    "http://a.b?", "http://a.b#", "http://u@a.b", "http://u:p@a.b", "http://a.b:", "http://a.b:x",
+    "http://a.b:0", "http://a.b:65536", "http://a.b:-1", "http://a b", " http://a.b",
+    "http://a.b ", "http://a.b\n", "http://ñ.b", "http://a.b,http://c.d", "http://[::1", "null ",
+    "http://:80", "http://a.b\\c", "http://a.b:123456", "http://*.b", 'http://a"b', "http://\u212a.b",
+    "http://a.b:٨٠", "://a.b", "http://[a.b]x", "http://a,b", "1http://a.b", "http://a.b:80:80",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ORIGINS)
+def test_an_origin_is_scheme_host_and_port(text: str) -> None:
+    assert is_origin(text)
+
+
+@pytest.mark.parametrize("text", NO_ORIGINS)
+def test_anything_else_is_no_origin(text: str) -> None:
+    assert not is_origin(text)
+
+
+def test_origins_are_compared_in_lower_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = load(monkeypatch, ALLOWED_ORIGINS="HTTPS://App.Example")
+
+    assert settings.allowed_origins == ("https://app.example",)
+
+
+def test_a_key_is_bound_to_its_algorithms() -> None:
+    [key] = Settings().table_keys
+
+    assert dataclasses.asdict(key)["algorithms"] == ("HS256",)
