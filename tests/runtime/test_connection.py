@@ -41,6 +41,20 @@ class SlowToClose(FakeSocket):
         await super().close(code, reason)
 
 
+@given(st.lists(st.sampled_from([0, 5, 125, 126, 300, 65_535, 65_536]), max_size=4), st.data())
+def test_fake_socket_shows_the_texts_that_are_written_in_whole(
+    sizes: list[int], data: st.DataObject
+) -> None:
+    socket = FakeSocket()
+    frames = [text_frame(b"x" * size) for size in sizes]
+    ends = [len(b"".join(frames[:n])) for n in range(len(frames) + 1)]
+    written = data.draw(st.integers(0, ends[-1]) | st.sampled_from(ends))
+
+    socket.try_write(b"".join(frames)[:written])
+
+    assert [len(text) for text in socket.texts] == sizes[: sum(end <= written for end in ends[1:])]
+
+
 # What a client is held to
 
 
@@ -201,8 +215,9 @@ async def test_21st_message_within_a_second_is_one_too_many(
     socket, client = FakeSocket(), make()
     await start(nursery, client, socket)
 
-    for said in ["ping"] * 17 + ["x", Ping(b""), Pong()]:
-        await socket.client.send(said)
+    said: list[str | Ping | Pong] = ["ping"] * 17
+    for each in [*said, "x", Ping(b""), Pong()]:
+        await socket.client.send(each)
     await trio.sleep(0.999)
     assert not client.ending
     await socket.client.send("ping")
@@ -524,9 +539,7 @@ async def test_closing_again_while_a_slow_close_goes_on_changes_nothing(
     assert socket.closed is Close.NORMAL
 
 
-async def test_who_is_cut_is_gone_at_once(
-    autojump_clock: MockClock, nursery: trio.Nursery
-) -> None:
+async def test_who_is_cut_is_gone_at_once(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
     hub, client, socket = Hub(), make(), FakeSocket(room=3)
     await start(nursery, client, socket, hub)
     client.send(b"hello")
@@ -618,10 +631,7 @@ async def test_partial_write_is_finished_before_any_other_frame(
     await wait_all_tasks_blocked()
 
     assert bytes(socket.written) == (
-        text_frame(b"event")
-        + frame(PONG_OPCODE, b"payload")
-        + PING_FRAME
-        + text_frame(b"another")
+        text_frame(b"event") + frame(PONG_OPCODE, b"payload") + PING_FRAME + text_frame(b"another")
     )
     assert socket.closed is Close.GOING_AWAY
 
@@ -791,8 +801,10 @@ async def test_nothing_is_written_to_a_socket_that_was_cut_off(
 async def test_slow_but_steady_reader_is_not_cut_off(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
-    socket, client = FakeSocket(room=0), make(Terms(write_timeout=1.5, stale_after=INFINITE,
-                                                    receive_timeout=INFINITE))
+    socket, client = (
+        FakeSocket(room=0),
+        make(Terms(write_timeout=1.5, stale_after=INFINITE, receive_timeout=INFINITE)),
+    )
     await start(nursery, client, socket)
 
     client.send(b"x" * 100)

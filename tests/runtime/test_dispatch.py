@@ -238,7 +238,7 @@ async def test_event_comes_through_byte_for_byte(
 ) -> None:
     hub = Hub()
     socket = await connect(nursery, hub, make_principal())
-    event = make_event(data={"€": 1e400, "z": [1.10, "\u2028"], "a": 12345678901234567890})
+    event = make_event(data={"€": 1e300, "z": [1.10, "\u2028"], "a": 12345678901234567890})
 
     await Dispatch(hub).deliver([event])
 
@@ -406,15 +406,16 @@ async def test_others_run_during_a_big_fan_out(
 
     async def watch() -> None:
         while True:
-            await trio.lowlevel.checkpoint()
             seen.append(sum(socket.writes for socket in sockets))
+            await trio.lowlevel.checkpoint()
 
     async with trio.open_nursery() as watchers:
         watchers.start_soon(watch)
         await Dispatch(hub, writes_per_checkpoint=3).deliver([numbered(0)] * copies)
         watchers.cancel_scope.cancel()
 
-    assert {3, 6, 9} <= set(seen) <= {0, 3, 6, 9, 10}
+    assert len(seen) >= 2  # it was started with the first checkpoint
+    assert set(seen) <= {3, 6, 9, 10}
 
 
 async def test_who_moves_during_a_big_fan_out_is_written_nothing_empty(

@@ -141,7 +141,8 @@ async def test_others_run_while_many_are_pinged(
         await trio.lowlevel.checkpoint()
         seen.add(sum(socket.pings for socket in sockets))
 
-    assert {100, 200, 250} <= seen <= {0, 100, 200, 250}
+    assert seen <= {0, 100, 200, 250}
+    assert seen & {100, 200}
 
 
 @pytest.mark.parametrize("step", [HOUR, -HOUR])
@@ -247,11 +248,11 @@ async def test_stuck_close_is_cut_off(autojump_clock: MockClock, nursery: trio.N
     with capture_logs() as logs:
         await trio.sleep(1)
         connection.close(Close.NORMAL)
-        await trio.sleep(29 + 29.9)
+        await trio.sleep(58)
         assert not socket.aborted
         await hub.wait_empty()
 
-    assert trio.current_time() == 90  # the first clean-up at which 30 seconds have passed
+    assert trio.current_time() == 60  # the first clean-up after 30 seconds
     assert [log["event"] for log in logs] == ["stuck connection cut"]
     assert hub.closed == {Close.NORMAL: 1}
 
@@ -273,7 +274,7 @@ async def test_connection_that_does_not_notice_its_end_is_cut_off(
 
     await trio.sleep(60 + 29)
     assert (connection.ending, socket.aborted) == (False, False)
-    await trio.sleep(61)
+    await trio.sleep(62)
     assert connection.code == Close.HEARTBEAT_TIMEOUT
     assert socket.aborted
     await hub.wait_empty()
@@ -281,7 +282,7 @@ async def test_connection_that_does_not_notice_its_end_is_cut_off(
     assert hub.closed == {Close.HEARTBEAT_TIMEOUT: 1}
 
 
-async def test_pinging_counts_the_gateways_answers_as_sent(
+async def test_client_that_was_answered_is_not_pinged(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     hub = Hub()
@@ -291,6 +292,7 @@ async def test_pinging_counts_the_gateways_answers_as_sent(
     for _ in range(10):
         await trio.sleep(20)
         await socket.client.send(Ping(b""))
+        await wait_all_tasks_blocked()
 
     assert socket.pings == 0
-    assert len(socket.pongs) == 10 - 1  # the last one is still to be read
+    assert len(socket.pongs) == 10

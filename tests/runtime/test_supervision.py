@@ -1,4 +1,4 @@
-"""Supervision: a lost source is opened again for ever, at intervals that spare what it reads from."""
+"""Supervision: a lost source is opened again for ever, and what it reads from is spared."""
 
 from collections.abc import Awaitable, Callable
 

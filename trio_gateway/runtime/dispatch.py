@@ -64,7 +64,11 @@ class EventQueue:
         try:
             self._put.send_nowait(event)
         except trio.WouldBlock:
-            await self._put.send(event)
+            try:
+                await self._put.send(event)
+            except trio.Cancelled:
+                self.done(1)  # it was not added
+                raise
 
     async def take(self, most: int) -> list[Event]:
         """Wait for one event; return it and what is there besides, up to ``most``."""
@@ -85,7 +89,8 @@ class EventQueue:
     async def wait_idle(self) -> None:
         """Wait until everything that was added is delivered."""
         while self._undelivered:
-            self._idle = trio.Event()
+            if self._idle.is_set():
+                self._idle = trio.Event()
             await self._idle.wait()
 
 
@@ -147,9 +152,9 @@ class Dispatch:
         frame, now = event.frame, trio.current_time()
         for n, connection in enumerate(members, 1):
             connection.write(frame, 1, now)
+            self.deliveries += 1
             if n % self._writes_per_checkpoint == 0:
                 await trio.lowlevel.checkpoint()
-        self.deliveries += len(members)
 
     async def _deliver_many(self, batch: Sequence[Event]) -> None:
         """As one bit mask per audience (bit i: the i-th event), so that the work per connection
@@ -162,7 +167,8 @@ class Dispatch:
         joined: dict[int, tuple[bytes, int]] = {}  # few masks, many connections
         now = trio.current_time()
         for n, connection in enumerate(self._hub.members(heard), 1):
-            mask = connection.mask(heard)
+            if not (mask := connection.mask(heard)):  # it moved since the last checkpoint
+                continue
             if (found := joined.get(mask)) is None:
                 found = joined[mask] = join(batch, mask)
             data, frames = found

@@ -53,7 +53,7 @@ def clean_up(hub: Hub, now: float) -> None:
     for connection in list(hub.connections):
         if connection.deadline < now:
             connection.close_on_time(now)
-    for connection in list(hub.leaving):
+    for connection in [*hub.connections, *hub.leaving]:
         if connection.ended_at is not None and connection.ended_at + STUCK_AFTER < now:
             log.warning("stuck connection cut", endpoint=connection.principal.endpoint.label)
             connection.cut()
