@@ -261,6 +261,12 @@ def test_no_problem_tells_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "hunter2" not in "\n".join(problems(monkeypatch))
 
 
+def test_nor_does_an_error_of_settings_made_by_hand() -> None:
+    with pytest.raises(ValueError, match="redis_url") as caught:
+        Settings(redis_url="hunter2")
+    assert "hunter2" not in str(caught.value)
+
+
 def test_what_is_printed_of_the_settings_is_no_secret() -> None:
     settings = Settings(
         jwt_secret="hunter2", table_token_secret="hunter2", redis_url="redis://:hunter2@redis",

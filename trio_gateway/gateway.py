@@ -1,5 +1,6 @@
 """The gateway: the Quart-Trio app that runs every connection, and the sources, in nurseries."""
 
+import asyncio
 import random
 import resource
 import sys
@@ -19,7 +20,7 @@ from quart_trio.asgi import TrioASGILifespan
 from .core.audiences import Endpoint, Principal, SectorId
 from .core.closing import Close, Rejected
 from .core.limits import DropAlarm
-from .core.messages import Message, Renew, Resume, Said, auth_ok, resumed, sectors_updated
+from .core.messages import GAP, Message, Renew, Said, auth_ok, sectors_updated
 from .core.resilience import Breaker
 from .edges import web
 from .edges.auth import Auth, FirstOf, JwtAuth, LegacyTableAuth, TableAuth, check_origin
@@ -32,9 +33,11 @@ from .edges.revocations import CHANNEL, Revocations, Tickets
 from .edges.streams import Streams
 from .runtime.connection import Connection, Socket, Terms
 from .runtime.dispatch import Dispatch, EventQueue
+from .runtime.history import History
 from .runtime.hub import Hub, Limits
 from .runtime.intake import Intake
 from .runtime.reaper import reap
+from .runtime.resume import Replays
 from .runtime.supervision import keep_running
 from .settings import Settings
 
@@ -99,12 +102,20 @@ class Gateway(QuartTrio):
             ),
         )
         self.read = EventQueue(settings.redis_event_queue_size)  # from streams
+        self.history = History(
+            events=settings.ws_history_events,
+            size=settings.ws_history_bytes,
+            age=settings.ws_history_age,
+        )
+        self.replays = Replays(self.history, self.hub)
         self.dispatch = Dispatch(
             self.hub,
             settings.routes,
+            history=self.history,
             uncovered_to_branch=settings.ws_uncovered_sector == "branch",
             writes_per_checkpoint=settings.ws_broadcast_batch_size,
             timeout=settings.ws_callback_timeout,
+            wall_clock=clock,
         )
         self.breakers = {
             name: Breaker(settings.circuit_failure_threshold, settings.circuit_recovery_timeout)
@@ -142,12 +153,13 @@ class Gateway(QuartTrio):
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if sniffio.current_async_library() != "trio":
-            # Raised in a worker process: its master passes the status on.
             print(  # noqa: T201 - to a person at a terminal
                 'trio-gateway runs on Trio only: use hypercorn -k trio (worker_class = "trio")',
                 file=sys.stderr,
             )
-            raise SystemExit(2)
+            # Raised by the loop itself and not in this task, of which asyncio would print a trace.
+            asyncio.get_running_loop().call_soon(sys.exit, 2)
+            await asyncio.get_running_loop().create_future()
         await super().__call__(scope, receive, send)
 
     # Running
@@ -176,7 +188,16 @@ class Gateway(QuartTrio):
                 self.breakers["pubsub"], {CHANNEL: self._revocations.hear},
             )  # fmt: skip
             self.streams = Streams(
-                address, settings.redis_streams, self.intake, self.read, self.breakers["stream"]
+                address,
+                settings.redis_streams,
+                self.intake,
+                self.read,
+                self.breakers["stream"],
+                routes=settings.routes,
+                dispatch=self.dispatch,
+                history=self.history,
+                on_gap=self._tell_of_gap,
+                wall_clock=self._clock,
             )
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
@@ -195,6 +216,7 @@ class Gateway(QuartTrio):
         settings = self.settings
         nursery.start_soon(self.dispatch.run, self.heard, settings.redis_event_batch_size)
         nursery.start_soon(self.dispatch.run, self.read, settings.redis_event_batch_size)
+        nursery.start_soon(self.replays.decide)
         nursery.start_soon(revocations.answer_checks)
         nursery.start_soon(revocations.sweep, settings.jwt_revalidation_interval)
 
@@ -225,6 +247,13 @@ class Gateway(QuartTrio):
                 await trio.sleep(SHARED_EVERY)
         finally:
             siblings.leave(self.sample())
+
+    def _tell_of_gap(self) -> None:
+        """Events were lost between Redis and us: everybody has to refetch."""
+        for connection in self.hub.held:
+            connection.cursor = connection.accepted_at = self.history.end
+        for connection in list(self.hub.connections):
+            connection.send(GAP)
 
     def watch(self, terminated: Callable[[], Awaitable[None]]) -> None:
         """Drain when Hypercorn says that it stops: it would give the clients no word of it."""
@@ -276,6 +305,7 @@ class Gateway(QuartTrio):
         Returns when its close has gone through. A bug in it ends it alone, with 1011.
         """
         endpoint = handshake.endpoint
+        accepted_at = self.history.end
         try:
             with trio.move_on_after(self.settings.ws_accept_timeout) as scope:
                 principal = await self._authenticate(handshake)
@@ -293,7 +323,13 @@ class Gateway(QuartTrio):
             await self._reject(endpoint, socket, bug)
             return
         connection = Connection(
-            principal, self._terms, self._answer, self._on_trios_clock(principal.expires_at)
+            principal,
+            self._terms,
+            self._answer,
+            self._on_trios_clock(principal.expires_at),
+            replays=self.replays,
+            resume_from=handshake.last_event_id,
+            accepted_at=accepted_at,
         )
         try:
             await connection.run(socket, self.hub)
@@ -326,24 +362,35 @@ class Gateway(QuartTrio):
             handshake = handshake.with_credential(await self.tickets.redeem(handshake.ticket))
         return await self._authenticate_as(handshake)
 
-    async def check_credential(self, token: str) -> None:
-        """Raise :exc:`Rejected` unless some endpoint would let in who holds this token."""
+    async def identify(self, token: str | None, *, staff: bool | None = None) -> list[Principal]:
+        """Who holds this token is, on each endpoint that lets it in: staff, diners, or any.
+
+        Raises :exc:`Rejected` if there is none.
+        """
+        found: list[Principal] = []
         rejections: list[Rejected] = []
         for endpoint in Endpoint:
+            if staff is not None and endpoint.staff is not staff:
+                continue
+            handshake = Handshake(endpoint, {}, {}, renewed=token or "")
             try:
-                await self._authenticate_as(Handshake(endpoint, {}, {}, renewed=token))
+                found.append(await self._auth[endpoint].authenticate(handshake))
             except Rejected as rejected:
                 rejections.append(rejected)
-            else:
-                return
-        # FORBIDDEN says more than AUTH_FAILED: that token is valid, though not for this.
-        raise max(rejections, key=lambda rejected: rejected.close)
+        if not found:
+            # FORBIDDEN says more than AUTH_FAILED: that token is valid, though not for this.
+            raise max(rejections, key=lambda rejected: rejected.close)
+        await self._check_revocation(found[0])  # one token, however many endpoints
+        return found
 
     async def _authenticate_as(self, handshake: Handshake) -> Principal:
         principal = await self._auth[handshake.endpoint].authenticate(handshake)
+        await self._check_revocation(principal)
+        return principal
+
+    async def _check_revocation(self, principal: Principal) -> None:
         if self._revocations is not None and self._checks_revocations:
             await self._revocations.check(principal)
-        return principal
 
     async def _reject(self, endpoint: Endpoint, socket: Socket, rejected: Rejected) -> None:
         self.rejected[rejected.label] += 1
@@ -359,9 +406,6 @@ class Gateway(QuartTrio):
         match message:
             case Renew(token):
                 await self._renew(connection, token)
-            case Resume():
-                # No history is kept, so nothing can be replayed.
-                connection.send(resumed(recovered=False, count=0, last_event_id=""))
             case Said.REFRESH_SECTORS | Said.REFRESH_SECTORS_JSON as form:
                 if connection.principal.endpoint is Endpoint.WAITER:
                     sectors: set[SectorId] = set()
@@ -391,6 +435,10 @@ class Gateway(QuartTrio):
         self.hub.move(connection, principal)
         connection.renew(self._on_trios_clock(principal.expires_at))
         connection.send(auth_ok(principal.expires_at))
+
+    def trim_history(self) -> None:
+        """Forget what has become too old since the last event came."""
+        self.history.trim(self._clock())
 
     def _on_trios_clock(self, unix_time: float) -> float:
         return trio.current_time() + unix_time - self._clock()
@@ -436,6 +484,11 @@ class Gateway(QuartTrio):
                 "wsgateway_events_unheard_total": dispatch.unheard,
                 "wsgateway_events_unknown_type_total": dispatch.unknown_type,
                 "wsgateway_deliveries_total": dispatch.deliveries,
+                "wsgateway_resumes_total": self.replays.resumes,
+                "wsgateway_replayed_events_total": self.replays.replayed,
+                "wsgateway_stream_gaps_total": self.streams.gaps if self.streams else 0,
+                "wsgateway_history_events": len(self.history),
+                "wsgateway_history_bytes": self.history.bytes,
                 "wsgateway_messages_received_total": self._messages
                 + sum(connection.messages for connection in hub.connections),
             },

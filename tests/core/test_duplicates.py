@@ -61,7 +61,8 @@ def test_a_copy_does_not_make_the_5_seconds_longer() -> None:
 def test_a_copy_that_was_heard_earlier_but_taken_later_is_a_copy() -> None:
     late, early = make_event(channel=WAITERS, heard_at=3.0), make_event(channel=ADMIN, heard_at=1.0)
 
-    assert heard(late, early) == [True, False]
+    much_earlier = make_event(channel=STREAM, heard_at=-2.5)
+    assert heard(late, early, much_earlier) == [True, False, True]
 
 
 @pytest.mark.parametrize(
@@ -88,6 +89,7 @@ SAME = {
     "in a list": ('"data":[{"ts":1}],"ts":1', '"data":[{"ts":1}],"ts":2'),
     "beside a value": ('"a":"ts","ts":1', '"a":"ts","ts":2'),
     "beside quotes": (r'"a":"\"ts\" {[","ts":1', r'"a":"\"ts\" {[","ts":2'),
+    "behind an escaped quote": (r'"a":"\"{","ts":1,"b":"ts"', r'"a":"\"{","ts":2,"b":"ts"'),
     "null": ('"ts":null', '"ts":1'),
     "half an emoji elsewhere": (r'"a":"\ud83d","ts":1', r'"a":"\ud83d","ts":2'),
 }

@@ -1,7 +1,7 @@
 from itertools import accumulate
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from trio_gateway.core.frames import (
@@ -68,6 +68,12 @@ def test_a_close_frame_has_its_code_and_reason() -> None:
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=200))
+@example("x" * 123)
+@example("x" * 124)
+@example("é" * 62)
+@example("x" + "é" * 62)
+@example("x" * 120 + "😀")
+@example("x" * 122 + "ñ")
 def test_a_reason_is_cut_between_characters(reason: str) -> None:
     [(opcode, payload)] = split(close_frame(1001, reason))
     kept = bytes(payload[2:]).decode()

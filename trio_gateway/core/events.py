@@ -8,9 +8,11 @@ import msgspec
 
 from .audiences import BranchId, SectorId, SessionId, TenantId
 from .frames import text_frame
+from .positions import Position, Stream, event_id
 
 MAX_EVENT_BYTES: Final = 65_536
 MAX_ID: Final = 2**63 - 1
+_WHITE_SPACE: Final = b" \t\r\n"  # JSON's (RFC 8259, 2)
 
 _Positive = Annotated[int, msgspec.Meta(gt=0, le=MAX_ID)]
 
@@ -52,36 +54,46 @@ class Event:
     """One event on its way through the gateway. ``heard_at`` is on the runtime's clock."""
 
     __slots__ = (
-        "_frame", "branch", "channel", "event_id", "heard_at", "id", "payload", "sector",
-        "session", "tenant", "ts", "type",
+        "_frame", "branch", "channel", "event_id", "heard_at", "id", "payload", "position",
+        "sector", "session", "stream", "tenant", "ts", "type",
     )  # fmt: skip
 
-    def __init__(
-        self,
-        envelope: _Envelope,
-        payload: bytes,
-        channel: str,
-        heard_at: float,
-        event_id: str | None = None,
-    ) -> None:
+    def __init__(self, envelope: _Envelope, payload: bytes, channel: str, heard_at: float) -> None:
         self.type = envelope.type
         self.tenant = TenantId(envelope.tenant_id)
         self.branch = BranchId(envelope.branch_id)
         self.sector = None if envelope.sector_id is None else SectorId(envelope.sector_id)
         self.session = None if envelope.session_id is None else SessionId(envelope.session_id)
-        self.id = envelope.id
+        self.id = envelope.id or None
         self.ts = bytes(envelope.ts)  # as published, JSON
         self.payload = payload  # as published, byte for byte
         self.channel = channel
         self.heard_at = heard_at
-        self.event_id = event_id
+        self.stream: Stream | None = None  # that it was read from
+        self.position: Position | None = None
+        self.event_id: str | None = None  # if it is durable
         self._frame: bytes | None = None
+
+    def stand(self, stream: Stream, position: Position, *, durable: bool) -> None:
+        """It was read from this place of a stream."""
+        self.stream, self.position = stream, position
+        if durable:
+            self.event_id = event_id(stream, position)
+
+    @property
+    def text(self) -> bytes:
+        """What clients get: the payload, to which a durable event's id is spliced at the end."""
+        if self.event_id is None:
+            return self.payload
+        # An event has keys, so a comma is due; ids need no escapes.
+        open_end = self.payload.rstrip(_WHITE_SPACE)[:-1]
+        return b'%b,"event_id":"%b"}' % (open_end, self.event_id.encode())
 
     @property
     def frame(self) -> bytes:
         """The WebSocket frame that every recipient gets, encoded once (RFC 6455, 5.2)."""
         if self._frame is None:
-            self._frame = text_frame(self.payload)
+            self._frame = text_frame(self.text)
         return self._frame
 
     def __repr__(self) -> str:

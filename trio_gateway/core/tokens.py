@@ -122,7 +122,7 @@ def read_jwt(token: str, keys: Sequence[Key], rules: Rules, now: float) -> Staff
                 SectorId, _ids(claims, "sector_ids") if claims.get("sector_ids") is not None else ()
             )
         ),
-        expires_at=_time(claims, "exp"),
+        expires_at=_time(claims, "exp") + rules.leeway,
         issued_at=_time(claims, "iat") if claims.get("iat") is not None else None,
         token_id=_token_id(claims),
     )
@@ -142,7 +142,7 @@ def read_table_token(token: str, keys: Sequence[Key], rules: Rules, now: float) 
         branch=BranchId(_positive(claims, "branch_id")),
         table=TableId(_positive(claims, "table_id")),
         session=SessionId(_positive(claims, "session_id")),
-        expires_at=expires_at,
+        expires_at=expires_at + rules.leeway,
         issued_at=issued_at,
         token_id=_token_id(claims),
     )

@@ -83,15 +83,19 @@ class RedisConnection:
         self._reader.feed(bytes(data))
         return self._complete()
 
-    async def call(self, *words: str | bytes | int) -> Any:
+    async def ask(self, *words: str | bytes | int) -> Any:
         """Send one command and wait for its reply, with nothing else under way.
 
-        Raises :exc:`Lost` for an error reply, too.
+        An error reply is returned as :exc:`hiredis.ReplyError`.
         """
         await self.send(*words)
         while not (replies := await self.receive()):
             pass
-        reply = replies[0]
+        return replies[0]
+
+    async def call(self, *words: str | bytes | int) -> Any:
+        """As :meth:`ask`, but an error reply is :exc:`Lost`, too."""
+        reply = await self.ask(*words)
         if isinstance(reply, hiredis.ReplyError):
             raise Lost(f"{words[0]!s} failed: {str(reply).split(' ', 1)[0]}")
         return reply

@@ -1,13 +1,18 @@
 """The web: the Quart-Trio routes. Four endpoints, health, metrics, tickets."""
 
-from collections.abc import Awaitable, Callable
+import math
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
 from quart import Response, abort, jsonify, request, websocket
 
-from ..core.audiences import Endpoint
+from ..core.audiences import Audience, BranchId, Endpoint, Principal, audiences_of
 from ..core.closing import Close, Rejected
+from ..core.events import MAX_ID
+from ..core.frames import split
+from ..core.positions import read_cursor
 from ..core.resilience import State
 from . import metrics
 from .asgi import DRAIN, AsgiSocket
@@ -34,6 +39,8 @@ def add_routes(app: "Gateway") -> None:
         "/ws/metrics": _metrics,
     }.items():
         app.add_url_rule(path, path, _bound(answer, app))
+    app.add_url_rule("/ws/catchup", "catchup", _bound(_catch_up, app))
+    app.add_url_rule("/ws/catchup/session", "catchup_session", _bound(_catch_up_session, app))
     app.add_url_rule("/ws/ticket", "ticket", _bound(_ticket, app), methods=["POST"])
 
 
@@ -158,18 +165,85 @@ async def _ticket(app: "Gateway") -> _Answer:
     if token is None:
         return _problem(401, "Authorization: Bearer with a token is needed")
     try:
-        await app.check_credential(token)
+        await app.identify(token)
         assert app.tickets is not None
         ticket = await app.tickets.issue(token)
     except Rejected as rejected:
-        if rejected.close is Close.SERVER_OVERLOADED:
-            return _problem(503, rejected.text)
-        return _problem(403 if rejected.close is Close.FORBIDDEN else 401, rejected.text)
+        return _rejected(rejected)
     except Unavailable:
         return _problem(503, "can't issue a ticket now")
     response = jsonify(ticket=ticket, expires_in=TICKET_LIFE)
     response.headers["Cache-Control"] = "no-store"
     return response
+
+
+async def _catch_up(app: "Gateway") -> _Answer:
+    """What staff would have heard in one branch since then, for clients that can't resume."""
+    try:
+        principals = await app.identify(_token("token"), staff=True)
+    except Rejected as rejected:
+        return _rejected(rejected)
+    branch = request.args.get("branch_id", "")
+    if not is_id(branch):
+        return _problem(422, "branch_id must be a positive integer")
+    mine = [p for p in principals if int(branch) in p.branches]
+    if not mine:
+        return _problem(403, "not a branch of this token")
+    only = frozenset({BranchId(int(branch))})
+    return _missed(app, [replace(principal, branches=only) for principal in mine])
+
+
+async def _catch_up_session(app: "Gateway") -> _Answer:
+    """What the diners of a session would have heard since then."""
+    try:
+        principals = await app.identify(_token("table_token"), staff=False)
+    except Rejected as rejected:
+        return _rejected(rejected)
+    session = request.args.get("session_id", "")
+    if not is_id(session):
+        return _problem(422, "session_id must be a positive integer")
+    if int(session) != principals[0].session:
+        return _problem(403, "not the session of this token")
+    return _missed(app, principals)
+
+
+def _missed(app: "Gateway", principals: Sequence[Principal]) -> _Answer:
+    audiences = frozenset[Audience]().union(*map(audiences_of, principals))
+    since, history = request.args.get("since", ""), app.history
+    app.trim_history()
+    try:
+        moment = float(since)
+        if not math.isfinite(moment):
+            raise ValueError
+    except ValueError:
+        try:
+            cursor = read_cursor(since)
+        except ValueError:
+            return _problem(422, "since must be a unix time or an event id")
+        kept, complete = history.missed(cursor, audiences), history.covers(cursor)
+    else:
+        kept, complete = history.since_time(moment, audiences)
+    texts = [bytes(payload) for each in kept for _, payload in split(each.frame)]
+    body = b'{"events":[%b],"count":%d}' % (b",".join(texts), len(texts))
+    response = Response(body, content_type="application/json")
+    response.headers["Cache-Control"] = "no-store"
+    if not complete:  # the contract's body has no room for it
+        response.headers["Gateway-Complete"] = "false"
+    return response
+
+
+def _token(name: str) -> str | None:
+    return request.args.get(name) or bearer(request.headers.get("Authorization"))
+
+
+def is_id(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= 19 and 0 < int(text) <= MAX_ID
+
+
+def _rejected(rejected: Rejected) -> _Answer:
+    if rejected.close is Close.SERVER_OVERLOADED:
+        return _problem(503, rejected.text)
+    return _problem(403 if rejected.close is Close.FORBIDDEN else 401, rejected.text)
 
 
 def _problem(status: int, text: str) -> _Answer:

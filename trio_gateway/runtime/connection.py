@@ -2,7 +2,7 @@
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 import structlog
 import trio
@@ -12,14 +12,19 @@ from ..core.closing import Close
 from ..core.frames import PING_FRAME, PONG, frame, text_frame
 from ..core.limits import RateLimit
 from ..core.messages import PONG as PONG_TEXT
-from ..core.messages import Message, Said, read_message
+from ..core.messages import Message, Resume, Said, read_message
+from ..core.positions import Cursor
 from .hub import Hub
 from .outbox import Outbox
+
+if TYPE_CHECKING:
+    from .resume import Replays
 
 log = structlog.get_logger()
 
 _PONG_TEXT = text_frame(PONG_TEXT)
-DRAIN_TIMEOUT = 2.0  # seconds for what waits in the outbox when a connection ends
+_NOWHERE: Final[Cursor] = {}
+DRAIN_TIMEOUT: Final = 2.0  # seconds for what waits in the outbox when a connection ends
 
 
 class Ping(NamedTuple):
@@ -99,13 +104,18 @@ class Connection:
     """One client that was let in.
 
     ``answer`` is asked about the messages that need more than the connection knows.
-    ``expires_at`` is the credential's end on Trio's clock.
+    ``expires_at`` is the credential's end on Trio's clock. ``replays`` lets it begin where it
+    left off; ``resume_from`` is the last event id that the handshake named, if any;
+    ``accepted_at`` is the place in the history from which on it misses nothing.
+
+    While it has a ``cursor``, durable events come from the history: it has them up to there.
     """
 
     __slots__ = (
-        "__weakref__", "_answer", "_code", "_heard_at", "_nursery", "_outbox", "_rate",
-        "_reading", "_received_at", "_socket", "_terms", "_writing", "audiences", "close_reason",
-        "ended_at", "expires_at", "joined_at", "messages", "principal", "sent_at",
+        "__weakref__", "_answer", "_code", "_errand", "_heard_at", "_nursery", "_outbox", "_rate",
+        "_reading", "_received_at", "_replays", "_socket", "_terms", "_writing", "_written",
+        "accepted_at", "audiences", "close_reason", "cursor", "ended_at", "expires_at", "joined_at",
+        "joined_at_cursor", "messages", "principal", "resume_from", "resuming", "sent_at",
     )  # fmt: skip
 
     def __init__(
@@ -114,6 +124,10 @@ class Connection:
         terms: Terms,
         answer: Answer = ignore,
         expires_at: float = float("inf"),
+        *,
+        replays: "Replays | None" = None,
+        resume_from: str | None = None,
+        accepted_at: Cursor | None = None,
     ) -> None:
         self.principal = principal
         self.audiences: frozenset[Audience] = frozenset()
@@ -122,6 +136,12 @@ class Connection:
         self.joined_at = self.sent_at = self._heard_at = self._received_at = 0.0
         self.close_reason = ""
         self.ended_at: float | None = None
+        self.cursor: Cursor | None = None
+        self.accepted_at = accepted_at
+        self.joined_at_cursor: Cursor = _NOWHERE
+        self.resume_from = resume_from
+        self.resuming = False
+        self._replays = replays
         self._answer = answer
         self._terms = terms
         self._rate: RateLimit | None = None  # made with the first message
@@ -131,6 +151,8 @@ class Connection:
         self._nursery: trio.Nursery | None = None
         self._reading: trio.CancelScope | None = None
         self._writing = False
+        self._written: trio.Event | None = None
+        self._errand: trio.CancelScope | None = None
 
     @property
     def code(self) -> int:
@@ -159,14 +181,20 @@ class Connection:
         now = trio.current_time()
         self.joined_at = self.sent_at = self._heard_at = self._received_at = now
         hub.join(self)
+        if self._replays is not None:
+            self._replays.hold(self, now)
         try:
             try:
                 async with trio.open_nursery() as nursery:
                     self._nursery = nursery
                     try:
+                        if self._replays is not None and self.resume_from is not None:
+                            self.start(self._replays.resume, self, self.resume_from)
                         await self._read(socket)
                     finally:
                         hub.leave(self)
+                        if self._errand is not None:
+                            self._errand.cancel()
                         self._end_writing(nursery)
             except Exception:
                 self.close(Close.INTERNAL_ERROR, "internal error")
@@ -206,6 +234,26 @@ class Connection:
     def send(self, text: bytes) -> None:
         """Send one text message."""
         self.write(text_frame(text), 1, trio.current_time())
+
+    def start(self, errand: Callable[..., Awaitable[None]], *arguments: Any) -> None:
+        """Run one errand beside the reading, until it is done or the connection ends."""
+        if self._nursery is None or self._code is not None:
+            return
+        self._errand = scope = trio.CancelScope()
+
+        async def run() -> None:
+            with scope:
+                await errand(*arguments)
+
+        self._nursery.start_soon(run)
+
+    async def wait_written(self) -> None:
+        """Wait until the outbox is empty."""
+        while self.waiting_bytes:
+            if self._written is None:
+                self._written = trio.Event()
+            await self._written.wait()
+        await trio.lowlevel.checkpoint()
 
     def ping(self, now: float) -> None:
         self.write(PING_FRAME, 1, now)
@@ -267,12 +315,18 @@ class Connection:
             self.write(frame(PONG, said.payload), 1, now)
             return
         self.messages += 1
-        match read_message(said):
+        message = read_message(said)
+        if self.cursor is not None and not self.resuming and not isinstance(message, Resume):
+            assert self._replays is not None
+            self._replays.go_live(self)
+        match message:
             case Said.PING:
                 self.write(_PONG_TEXT, 1, now)
             case Said.NOTHING:
                 pass
-            case message:
+            case Resume(last_event_id) if self._replays is not None:
+                self._replays.ask(self, last_event_id)
+            case _:
                 await self._answer(self, message)
 
     @property
@@ -314,6 +368,9 @@ class Connection:
             self.cut()
         finally:
             self._writing = False
+            if self._written is not None:
+                self._written.set()
+                self._written = None
 
     def _end_writing(self, nursery: trio.Nursery) -> None:
         """Nothing is added to the outbox any more; a bounded time for what it holds."""

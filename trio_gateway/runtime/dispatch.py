@@ -1,9 +1,10 @@
 """Dispatch: from the queue to whoever may hear it, in one write a connection."""
 
 import math
+import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from typing import NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Final, NoReturn
 
 import structlog
 import trio
@@ -13,10 +14,17 @@ from ..core.duplicates import Duplicates
 from ..core.events import Event
 from ..core.histogram import Histogram
 from ..core.limits import DropAlarm
+from ..core.messages import GAP
 from ..core.routing import ROUTES, Route, route
+from .history import History
 from .hub import Hub
 
+if TYPE_CHECKING:
+    from .connection import Connection
+
 log = structlog.get_logger()
+
+MAX_BATCH_BYTES: Final = 262_144  # of payloads, about
 
 
 class EventQueue:
@@ -71,11 +79,15 @@ class EventQueue:
                 raise
 
     async def take(self, most: int) -> list[Event]:
-        """Wait for one event; return it and what is there besides, up to ``most``."""
+        """Wait for one event; return it and what is there besides, up to ``most``, and to what
+        one write may hold: whoever gets it all must not be over its outbox's bound by that.
+        """
         batch = [await self._take.receive()]
+        size = len(batch[0].payload)
         try:
-            while len(batch) < most:
+            while len(batch) < most and size < MAX_BATCH_BYTES:
                 batch.append(self._take.receive_nowait())
+                size += len(batch[-1].payload)
         except trio.WouldBlock:
             pass
         return batch
@@ -94,24 +106,35 @@ class EventQueue:
             await self._idle.wait()
 
 
+_Group = tuple[bytes, int, "list[Connection]"]  # joined frames, how many, and who gets them
+
+
 class Dispatch:
-    """Delivers batches of events to the hub's connections, and counts."""
+    """Delivers batches of events to the hub's connections, keeps the durable ones, and counts.
+
+    ``wall_clock`` is unix time in seconds: the history's age is measured by it.
+    """
 
     def __init__(
         self,
         hub: Hub,
         routes: Mapping[str, Route] = ROUTES,
         *,
+        history: History | None = None,
         uncovered_to_branch: bool = False,
         writes_per_checkpoint: int = 50,
         timeout: float = math.inf,
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._hub = hub
         self._routes = routes
+        self._history = History() if history is None else history
         self._uncovered_to_branch = uncovered_to_branch
         self._writes_per_checkpoint = writes_per_checkpoint
         self._timeout = timeout
+        self._wall_clock = wall_clock
         self._duplicates = Duplicates()
+        self._kept = Duplicates()  # of what stands in the history
         self.processed = self.broadcasts = self.failed = self.deliveries = 0
         self.duplicate = self.unheard = self.unknown_type = 0
         self.duration = Histogram()  # of one batch
@@ -122,81 +145,134 @@ class Dispatch:
         while True:
             batch = await queue.take(batch_size)
             started = trio.current_time()
-            # Not at hearing: a copy that the queue then drops must not count as the first.
-            fresh = [event for event in batch if not self._duplicates.is_duplicate(event)]
-            self.duplicate += len(batch) - len(fresh)
+            fresh: list[Event] = []
             with trio.move_on_after(self._timeout) as scope:
-                await self.deliver(fresh)
+                fresh = await self.deliver(batch)
             ended = trio.current_time()
-            self.processed += len(fresh)
             if scope.cancelled_caught:
-                self.failed += len(fresh)
-                log.error("delivery took too long", events=len(fresh), seconds=self._timeout)
-            if fresh:
+                self.failed += len(batch)
+                log.error("delivery took too long", events=len(batch), seconds=self._timeout)
+            if fresh or scope.cancelled_caught:
                 self.duration.observe(ended - started)
             for event in fresh:
                 self.latency.observe(ended - event.heard_at)
             queue.done(len(batch))
 
-    async def deliver(self, batch: Sequence[Event]) -> None:
-        """Hand each event to whoever may hear it: each connection once, in one write."""
-        if len(batch) == 1:
-            await self._deliver_one(batch[0])
-        elif batch:
-            await self._deliver_many(batch)
+    async def deliver(self, batch: Sequence[Event]) -> list[Event]:
+        """Hand each event to whoever may hear it, each connection once, in one write; return
+        those that were no duplicates.
 
-    async def _deliver_one(self, event: Event) -> None:
-        members = self._hub.members(self.audiences(event))
-        if not members:
-            return
-        frame, now = event.frame, trio.current_time()
-        for n, connection in enumerate(members, 1):
-            connection.write(frame, 1, now)
-            self.deliveries += 1
-            if n % self._writes_per_checkpoint == 0:
-                await trio.lowlevel.checkpoint()
+        History and members are looked at in one step, before anything is awaited: a connection
+        gets an event live if it is not held at that moment, and from the history if it is.
+        """
+        fresh, groups = self._plan(batch)
+        self.processed += len(fresh)
+        now = trio.current_time()
+        written = 0
+        for data, frames, members in groups:
+            for n, connection in enumerate(members):
+                connection.write(data, frames, now)
+                self.deliveries += frames
+                written += 1
+                if written % self._writes_per_checkpoint == 0:
+                    try:
+                        await trio.lowlevel.checkpoint()
+                    except trio.Cancelled:
+                        self._break_off(batch, groups, members, n + 1)
+                        raise
+        return fresh
 
-    async def _deliver_many(self, batch: Sequence[Event]) -> None:
+    def remember(self, event: Event) -> None:
+        """Keep a durable event of the past, which nobody is sent. The oldest comes first."""
+        self._duplicates.is_duplicate(event)
+        self._keep(event, self._audiences(event), heard_before=False)
+
+    def _plan(self, batch: Sequence[Event]) -> tuple[list[Event], list[_Group]]:
+        fresh, routed = [], []
+        for event in batch:
+            audiences = self._audiences(event)
+            # Not at hearing: a copy that the queue then drops must not count as the first.
+            is_copy = self._duplicates.is_duplicate(event)
+            self._keep(event, audiences, heard_before=is_copy)
+            if is_copy:
+                self.duplicate += 1
+            else:
+                self._count(event, audiences)
+                fresh.append(event)
+                routed.append(audiences)
+        if len(fresh) == 1:
+            return fresh, self._plan_one(fresh[0], routed[0])
+        return fresh, self._plan_many(fresh, routed)
+
+    def _plan_one(self, event: Event, audiences: list[Audience]) -> list[_Group]:
+        members = self._hub.members(audiences)
+        if event.event_id is not None and (held := self._hub.held):
+            members = [connection for connection in members if connection not in held]
+        return [(event.frame, 1, members)] if members else []
+
+    def _plan_many(self, batch: list[Event], routed: list[list[Audience]]) -> list[_Group]:
         """As one bit mask per audience (bit i: the i-th event), so that the work per connection
         is to or the masks of its own audiences, and equal masks share one joined byte string.
         """
         heard: defaultdict[Audience, int] = defaultdict(int)
-        for i, event in enumerate(batch):
-            for audience in self.audiences(event):
+        durable = 0
+        for i, (event, audiences) in enumerate(zip(batch, routed, strict=True)):
+            for audience in audiences:
                 heard[audience] |= 1 << i
-        joined: dict[int, tuple[bytes, int]] = {}  # few masks, many connections
-        now = trio.current_time()
-        for n, connection in enumerate(self._hub.members(heard), 1):
-            if not (mask := connection.mask(heard)):  # it moved since the last checkpoint
-                continue
-            if (found := joined.get(mask)) is None:
-                found = joined[mask] = join(batch, mask)
-            data, frames = found
-            connection.write(data, frames, now)
-            self.deliveries += frames
-            if n % self._writes_per_checkpoint == 0:
-                await trio.lowlevel.checkpoint()
+            if event.event_id is not None:
+                durable |= 1 << i
+        held = self._hub.held if durable else ()
+        by_mask: defaultdict[int, list[Connection]] = defaultdict(list)  # few, of many connections
+        for connection in self._hub.members(heard):
+            mask = connection.mask(heard)
+            if held and connection in held:
+                mask &= ~durable
+            by_mask[mask].append(connection)
+        by_mask.pop(0, None)
+        return [(*join(batch, mask), members) for mask, members in by_mask.items()]
 
-    def audiences(self, event: Event) -> list[Audience]:
-        """Who hears it live: :func:`route`, and what an uncovered sector falls back to."""
+    def _audiences(self, event: Event) -> list[Audience]:
+        """Who hears it: :func:`route`, and what an uncovered sector falls back to."""
         found = route(event, self._routes)
+        if self._uncovered_to_branch and self._is_uncovered(event, found):
+            found.append(floor(event.tenant, event.branch))
+        return found
+
+    def _is_uncovered(self, event: Event, audiences: list[Audience]) -> bool:
+        if event.sector is None:
+            return False
+        covering = waiters(event.tenant, event.branch, event.sector)
+        return covering in audiences and not self._hub.hears(covering)
+
+    def _keep(self, event: Event, audiences: list[Audience], *, heard_before: bool) -> None:
+        if event.stream is None or event.position is None:
+            return
+        if event.event_id is None or self._kept.is_duplicate(event):
+            self._history.pass_by(event.stream, event.position)
+            return
+        self._history.add(event, audiences, now=self._wall_clock(), heard_before=heard_before)
+
+    def _count(self, event: Event, audiences: list[Audience]) -> None:
         if event.type not in self._routes:
             self.unknown_type += 1
-        heard = any(map(self._hub.hears, found))
-        if event.sector is not None:
-            covering = waiters(event.tenant, event.branch, event.sector)
-            if covering in found and not self._hub.hears(covering):
-                self.unheard += 1
-                if self._uncovered_to_branch:
-                    found.append(floor(event.tenant, event.branch))
-                    heard = heard or self._hub.hears(found[-1])
-                self.broadcasts += heard
-                return found
-        if heard:
-            self.broadcasts += 1
-        else:
+        heard = any(map(self._hub.hears, audiences))
+        self.broadcasts += heard
+        if not heard or self._is_uncovered(event, audiences):
             self.unheard += 1
-        return found
+
+    def _break_off(
+        self, batch: Sequence[Event], groups: list[_Group], members: "list[Connection]", done: int
+    ) -> None:
+        """Who was not written to may have lost durable events: say so."""
+        if all(event.event_id is None for event in batch):
+            return
+        left = members[done:]
+        for _, _, others in reversed(groups):
+            if others is members:
+                break
+            left += others
+        for connection in left:
+            connection.send(GAP)
 
 
 def join(batch: Sequence[Event], mask: int) -> tuple[bytes, int]:

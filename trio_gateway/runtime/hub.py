@@ -35,6 +35,7 @@ class Hub:
         self._connections: dict[Connection, None] = {}  # in the order they joined
         self._leaving: set[Connection] = set()
         self._emptied = trio.Event()
+        self.held: set[Connection] = set()  # to whom durable events come from the history
         self.by_endpoint: dict[Endpoint, int] = dict.fromkeys(Endpoint, 0)
         self.closed: Counter[int] = Counter()
 
@@ -82,6 +83,7 @@ class Hub:
         """It hears nothing from now on. It is :meth:`gone` when its close is through."""
         del self._connections[connection]
         self._leaving.add(connection)
+        self.held.discard(connection)
         owner = connection.principal.owner
         self._owned[owner] -= 1
         if not self._owned[owner]:

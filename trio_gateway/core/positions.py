@@ -1,0 +1,50 @@
+"""Positions: where in the streams an event stands, and the opaque ids that say so."""
+
+import zlib
+from collections.abc import Mapping
+from typing import Final, NewType
+
+Stream = NewType("Stream", str)  # a stream's tag: the same in every process
+Position = NewType("Position", tuple[int, int])  # an entry's milliseconds and sequence number
+Cursor = Mapping[Stream, Position]
+
+START: Final = Position((0, 0))
+_MAX: Final = 2**64 - 1
+
+
+def tag(name: str) -> Stream:
+    """A stream's tag, short since it goes with every event."""
+    return Stream(f"{zlib.crc32(name.encode()) & 0xFFFF:04x}")
+
+
+def read_position(entry_id: str) -> Position:
+    """The position in an entry's id, as Redis writes it; raises :exc:`ValueError`."""
+    milliseconds, dash, sequence = entry_id.partition("-")
+    if not dash or not (_is_number(milliseconds) and _is_number(sequence)):
+        raise ValueError("not an entry id")
+    return Position((int(milliseconds), int(sequence)))
+
+
+def event_id(stream: Stream, position: Position) -> str:
+    """What a client is given with an event, and gives back to resume after it."""
+    return f"{position[0]}-{position[1]}-{stream}"
+
+
+def cursor_id(cursor: Cursor) -> str:
+    """An id for a place in several streams: that of a client that has received nothing yet."""
+    return ".".join(event_id(stream, position) for stream, position in sorted(cursor.items()))
+
+
+def read_cursor(text: str) -> Cursor:
+    """The place that an id names; raises :exc:`ValueError` if it is none of ours."""
+    found: dict[Stream, Position] = {}
+    for part in text.split("."):
+        entry_id, dash, stream = part.rpartition("-")
+        if not dash or len(stream) != 4:
+            raise ValueError("not an event id")
+        found[Stream(stream)] = read_position(entry_id)
+    return found
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= 20 and int(text) <= _MAX
