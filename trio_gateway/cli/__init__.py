@@ -1,0 +1,33 @@
+"""The command line. Each command imports what it needs when it runs: ``--help`` is instant."""
+
+import click
+
+from .. import __version__
+from .check import check
+from .demo import demo
+from .endings import settings_or_exit
+from .publish import publish
+from .routes import routes
+from .serve import serve
+from .tail import tail
+from .token import token
+
+__all__ = ["main", "settings_or_exit"]
+
+
+class _InOrder(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=_InOrder, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="trio-gateway")
+def main() -> None:
+    """A real-time gateway: events from Redis to the WebSocket clients that may hear them.
+
+    Settings come from the environment and from .env (docs/operations.md).
+    """
+
+
+for command in (serve, demo, token, publish, tail, routes, check):
+    main.add_command(command)

@@ -1,0 +1,188 @@
+"""``check``: is everything here that the gateway needs?"""
+
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from .endings import FAILED, settings_or_exit
+
+if TYPE_CHECKING:
+    from ..edges.resp import Address, RedisConnection
+    from ..settings import Settings
+
+_PATIENCE: Final = 3.0  # seconds for one answer
+_SPARE_FILES: Final = 64  # descriptors beside the clients': Redis, listeners, logs, HTTP
+
+# What Redis or the system says, and how to mend it; the first that fits.
+_MENDS: Final = (
+    ("Connection refused", "start Redis there, or set REDIS_URL to where it is"),
+    ("Name or service not known", "set REDIS_URL to a host that can be resolved"),
+    ("can't connect", "set REDIS_URL to where Redis is; is a firewall in between?"),
+    ("no answer", "is that a Redis, and does it want TLS (rediss://)?"),
+    ("not RESP", "something else than Redis listens there: set REDIS_URL"),
+    ("NOAUTH", "Redis wants a password: REDIS_URL=redis://:PASSWORD@host:port"),
+    ("WRONGPASS", "the user or the password in REDIS_URL is wrong"),
+    ("AUTH failed", "Redis has no password: take it out of REDIS_URL"),
+    ("SELECT failed", "the database number in REDIS_URL is too high"),
+    ("closed by Redis", "is that a Redis, and does it want TLS (rediss://)?"),
+)
+
+
+class _Report:
+    """Says what is right and what is not, a line each."""
+
+    def __init__(self) -> None:
+        self.wrong = 0
+
+    def right(self, text: str) -> None:
+        self._say("ok", text, fg="green")
+
+    def warn(self, text: str) -> None:
+        self._say("warning", text, fg="yellow")
+
+    def fail(self, text: str, mend: str) -> None:
+        self.wrong += 1
+        self._say("wrong", text, fg="red", bold=True)
+        self._say("", f"-> {mend}")
+
+    def _say(self, label: str, text: str, **style: Any) -> None:
+        click.echo(click.style(f"{label:<9}", **style) + text)
+
+    @contextmanager
+    def trying(self, text: str, mend: str, *more: str) -> Iterator[None]:
+        """Report whether what is tried in here raises Lost; ``mend`` is for want of permission."""
+        from ..runtime.supervision import Lost
+
+        try:
+            yield
+        except Lost as lost:
+            problem = str(lost)
+            if "NOPERM" in problem:
+                self.fail(f"{text}: {problem}", mend)
+            else:
+                self.fail(f"{text}: {problem}", next(iter(more), "see the log of Redis"))
+        else:
+            self.right(text)
+
+
+@click.command()
+def check() -> None:
+    """Check the settings and what they name; say what is wrong and how to mend it.
+
+    Leaves Redis as it is. Exit status 0 if all is well, 1 if not, 2 if the settings are no good.
+    """
+    import trio
+
+    from ..edges.resp import Address
+
+    settings = settings_or_exit()
+    report = _Report()
+    _check_settings(settings, report)
+    _check_files(settings, report)
+    try:
+        address = Address.from_url(settings.redis_url)
+    except ValueError:
+        report.fail("REDIS_URL can't be read", "write redis://[[user]:password@]host[:port][/db]")
+    else:
+        trio.run(_check_redis, settings, address, report)
+    if report.wrong:
+        click.echo(f"{report.wrong} wrong")
+        raise SystemExit(FAILED)
+    click.echo("The gateway can start.")
+
+
+def _check_settings(settings: "Settings", report: _Report) -> None:
+    report.right(f"settings ({settings.environment})")
+    for warning in settings.warnings:
+        report.warn(warning)
+    if not settings.staff_keys:
+        report.fail(
+            "no key for staff tokens",
+            "set JWT_PUBLIC_KEY to the key in PEM, or to a file that holds it",
+        )
+    if settings.ws_routes_file is not None:
+        report.right(f"routes from {settings.ws_routes_file}")
+
+
+def _check_files(settings: "Settings", report: _Report) -> None:
+    import resource
+
+    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # the gateway raises the soft one to it
+    needed = settings.ws_max_total_connections + _SPARE_FILES
+    if limit == resource.RLIM_INFINITY or limit >= needed:
+        report.right(f"open files for {settings.ws_max_total_connections} clients")
+        return
+    report.fail(
+        f"{limit} open files are too few for WS_MAX_TOTAL_CONNECTIONS"
+        f" ({settings.ws_max_total_connections})",
+        f"raise the limit to {needed} (ulimit -Hn, LimitNOFILE=), or lower the setting",
+    )
+
+
+async def _check_redis(settings: "Settings", address: "Address", report: _Report) -> None:
+    from ..edges.resp import open_redis
+    from ..runtime.supervision import Lost
+
+    try:
+        async with open_redis(address) as redis:
+            report.right(f"Redis at {address}: connected")
+            await _check_commands(settings, redis, report)
+        async with open_redis(address) as redis:
+            await _check_subscribing(settings, redis, report)
+    except Lost as lost:
+        problem = str(lost)
+        mend = next((mend for sign, mend in _MENDS if sign in problem), "see the log of Redis")
+        report.fail(f"Redis: {problem}", mend)
+
+
+async def _check_commands(settings: "Settings", redis: "RedisConnection", report: _Report) -> None:
+    for stream in dict.fromkeys(settings.redis_streams):
+        with report.trying(
+            f"stream {stream}",
+            f"allow this user XREAD and XREVRANGE: ACL SETUSER … ~{stream} +xread +xrevrange",
+            f"the key {stream} is something else than a stream: name another in REDIS_STREAMS",
+        ):
+            await _call(redis, "XREVRANGE", stream, "+", "-", "COUNT", 1)
+            await _call(redis, "XREAD", "COUNT", 1, "STREAMS", stream, "$")
+    key = f"gateway:ticket:check-{secrets.token_hex(8)}"
+    with report.trying(
+        "tickets (SET, GETDEL)",
+        "allow this user the keys: ACL SETUSER … ~gateway:ticket:* +set +getdel",
+        "GETDEL came with Redis 6.2; a replica takes no SET: name a primary in REDIS_URL",
+    ):
+        await _call(redis, "SET", key, "", "EX", 5)
+        await _call(redis, "GETDEL", key)
+    with report.trying(
+        "revocations (MGET)",
+        "allow this user the keys: ACL SETUSER … ~auth:* +mget",
+    ):
+        await _call(redis, "MGET", "auth:token:blacklist:-", "auth:user:revoked:-")
+
+
+async def _check_subscribing(
+    settings: "Settings", redis: "RedisConnection", report: _Report
+) -> None:
+    from ..edges.revocations import CHANNEL
+
+    patterns = dict.fromkeys(settings.redis_channel_patterns)
+    with report.trying(
+        f"subscribing to {len(patterns)} patterns and {CHANNEL}",
+        "allow this user the channels: ACL SETUSER … allchannels +psubscribe +subscribe",
+    ):
+        for pattern in patterns:
+            await _call(redis, "PSUBSCRIBE", pattern)
+        await _call(redis, "SUBSCRIBE", CHANNEL)
+
+
+async def _call(redis: "RedisConnection", *words: str | int) -> None:
+    import trio
+
+    from ..runtime.supervision import Lost
+
+    with trio.move_on_after(_PATIENCE) as scope:
+        await redis.call(*words)
+    if scope.cancelled_caught:
+        raise Lost(f"no answer in {_PATIENCE:g} s")

@@ -1,0 +1,93 @@
+"""``routes``: the routing table in force."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Final
+
+import click
+
+from .endings import settings_or_exit
+
+if TYPE_CHECKING:
+    from ..core.routing import Route, To
+
+_COLUMNS: Final = {
+    "WAITERS": "W",
+    "FLOOR": "F",
+    "KITCHEN": "K",
+    "ADMINS": "A",
+    "DINERS": "D",
+    "BRANCH_DINERS": "B",
+}
+_LEGEND: Final = """\
+W  waiters of the event's sector, or of the branch if it names none
+F  floor: every waiter of the branch     K  kitchen of the branch
+A  admins of the branch                  D  diners of the event's session
+B  every diner of the branch
+Durable types belong on a stream. Any other type goes to the admins and is not durable."""
+
+
+@click.command()
+@click.option(
+    "--json", "as_json", is_flag=True, help="For programs, in the words of the TOML file."
+)
+def routes(as_json: bool) -> None:
+    """Print who hears which type of event: the table in force, with WS_ROUTES_FILE."""
+    settings = settings_or_exit()
+    if as_json:
+        _print_json(settings.routes)
+        return
+    _print_table(settings.routes)
+    if settings.ws_routes_file is not None:
+        click.echo(f"With {settings.ws_routes_file}.")
+
+
+def _difference(name: str, route: "Route") -> str | None:
+    from ..core.routing import ROUTES
+
+    if name not in ROUTES:
+        return "new"
+    return None if route == ROUTES[name] else "changed"
+
+
+def _names(to: "To") -> list[str]:
+    return [column for column in _COLUMNS if column in {each.name for each in to}]
+
+
+def _print_json(table: "Mapping[str, Route]") -> None:
+    import msgspec
+
+    found = {
+        name: {
+            "to": [column.lower() for column in _names(route.to)],
+            "durable": route.durable,
+            "differs": _difference(name, route),
+        }
+        for name, route in table.items()
+    }
+    click.echo(msgspec.json.format(msgspec.json.encode(found)).decode())
+
+
+def _print_table(table: "Mapping[str, Route]") -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    drawn.add_column("type", no_wrap=True)
+    for letter in _COLUMNS.values():
+        drawn.add_column(letter, justify="center")
+    drawn.add_column("durable", justify="center")
+    drawn.add_column("")
+    for name, route in table.items():
+        here = _names(route.to)
+        difference = _difference(name, route)
+        drawn.add_row(
+            name,
+            *("●" if column in here else "·" for column in _COLUMNS),
+            "yes" if route.durable else "no",
+            difference or "",
+            style="yellow" if difference else None,
+        )
+    console = Console(highlight=False)
+    console.print(drawn)
+    console.print(_LEGEND)

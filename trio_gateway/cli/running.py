@@ -1,0 +1,40 @@
+"""Running something on Trio until it is done or a signal says that it is enough."""
+
+import signal
+from collections.abc import Awaitable, Callable
+
+import trio
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def run(work: Callable[[], Awaitable[None]]) -> None:
+    """Run ``work``, cancelled by the first signal; raise its first failure, out of its group.
+
+    Signals are held back from then on: what is left is to exit, and a second Ctrl-C must not turn
+    that into a traceback.
+    """
+    try:
+        trio.run(_run, work)
+    except BaseExceptionGroup as group:
+        first: BaseException = group
+        while isinstance(first, BaseExceptionGroup):
+            first = first.exceptions[0]
+        raise first from None
+
+
+async def _run(work: Callable[[], Awaitable[None]]) -> None:
+    # Outside of the nursery: signals are heard, and change nothing, while it is being left.
+    with trio.open_signal_receiver(*SIGNALS) as signals:
+        try:
+            async with trio.open_nursery() as nursery:
+
+                async def heed_signals() -> None:
+                    async for _ in signals:
+                        nursery.cancel_scope.cancel()
+
+                nursery.start_soon(heed_signals)
+                await work()
+                nursery.cancel_scope.cancel()
+        finally:
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)

@@ -1,0 +1,111 @@
+"""The screen: an event as a line for people, coloured on a terminal."""
+
+import sys
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+ROLE_STYLES: Final = {"waiter": "cyan", "kitchen": "yellow", "admin": "magenta", "diner": "green"}
+_TYPE_STYLES: Final = {
+    "ROUND": "bold yellow",
+    "SERVICE": "bold magenta",
+    "CHECK": "bold green",
+    "PAYMENT": "bold green",
+    "TABLE": "bold blue",
+    "TICKET": "bold cyan",
+    "CART": "bold white",
+    "PRODUCT": "bold red",
+}
+_PLACES: Final = ("branch_id", "sector_id", "table_id", "session_id")
+_MOST_FACTS: Final = 4
+_MOST_CHARACTERS: Final = 40
+# What a terminal could take for commands, and JSON does not escape.
+_CONTROLS: Final = {code: f"\\u{code:04x}" for code in [*range(32), *range(0x7F, 0xA0)]}
+
+
+class Screen:
+    """Lines on stdout, out at once; BrokenPipeError when nobody reads them any more."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self._console = Console(soft_wrap=True, highlight=False)
+
+    def show(self, text: "Text | str" = "") -> None:
+        with self._console.capture() as captured:
+            self._console.print(text)
+        self.write(captured.get())
+
+    def write(self, text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+def json_text(message: str) -> "Text":
+    """A message as it came, coloured and indented."""
+    from rich.highlighter import JSONHighlighter
+    from rich.text import Text
+
+    text = Text("  " + printable(message))
+    JSONHighlighter().highlight(text)
+    return text
+
+
+def summary(message: str, role: str, *, places: bool = True) -> "Text":
+    """Time, role, type, where (with ``places``), and the first facts of its entity."""
+    from rich.text import Text
+
+    event = _read(message)
+    name = str(event.get("type", "message"))
+    line = Text(no_wrap=True)
+    line.append(f"{datetime.now():%H:%M:%S}", "dim")
+    line.append(f"  {role:<8}", ROLE_STYLES.get(role, ""))
+    line.append(f" {printable(name):<29}", _TYPE_STYLES.get(name.split("_")[0], "bold"))
+    facts = [
+        f"{key.removesuffix('_id')} {event[key]}"
+        for key in (_PLACES if places else _PLACES[2:3])
+        if event.get(key) is not None
+    ]
+    line.append(" " + printable(" · ".join([*facts, *_facts(event.get("entity"))])))
+    return line
+
+
+def published(message: str, channel: str) -> "Text":
+    """What a backend published, to go with the summaries of those who heard it."""
+    from rich.text import Text
+
+    event = _read(message)
+    return Text(
+        f"{datetime.now():%H:%M:%S}  {'backend':<8} {event.get('type', '')!s:<29}"
+        f" tenant {event.get('tenant_id')} -> {channel}",
+        "dim",
+        no_wrap=True,
+    )
+
+
+def printable(text: str) -> str:
+    return text.translate(_CONTROLS)
+
+
+def _read(message: str) -> dict[str, Any]:
+    try:
+        return msgspec.json.decode(message, type=dict[str, Any])
+    except msgspec.DecodeError:
+        return {}
+
+
+def _facts(entity: Any) -> list[str]:
+    if not isinstance(entity, dict):
+        return []
+    found = []
+    for key, value in entity.items():
+        if isinstance(value, str | int | float):
+            text = str(value).lower() if isinstance(value, bool) else str(value)
+            if len(text) > _MOST_CHARACTERS:
+                text = text[: _MOST_CHARACTERS - 1] + "…"
+            found.append(f"{key.removesuffix('_id')} {text}")
+    return found[:_MOST_FACTS]
