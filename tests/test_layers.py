@@ -12,7 +12,7 @@ PACKAGE = Path(trio_gateway.__file__).parent
 NETWORK = {"quart", "quart_trio", "hypercorn", "redis", "hiredis", "sqlalchemy", "wsproto"}
 FORBIDDEN = {
     "core": NETWORK
-    | {"trio", "trio_asyncio", "asyncio", "time", "datetime", "socket", "ssl", "select", "io", "os",
+    | {"trio", "trio_asyncio", "asyncio", "time", "socket", "ssl", "select", "io", "os",
        "pathlib", "subprocess", "threading", "http", "urllib", "logging", "structlog", "sys"},
     "runtime": NETWORK | {"trio_asyncio", "asyncio", "socket", "ssl", "sqlite3"},
 }  # fmt: skip

@@ -1,5 +1,6 @@
 import dataclasses
 import os
+from datetime import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,21 @@ PATTERNS = (
     "branch:*:waiters", "branch:*:kitchen", "branch:*:admin", "sector:*:*:waiters",
     "sector:*:waiters", "session:*", "tenant:*:admin",
 )  # fmt: skip
+OURS = {  # beside the contract's
+    "ALLOW_REDIS_WITHOUT_PASSWORD": False,
+    "JWT_SECRET_PREVIOUS": None,
+    "TABLE_TOKEN_SECRET_PREVIOUS": None,
+    "WS_MAX_HANDSHAKES": 1000,
+    "WS_MAX_CONNECTIONS_PER_ADDRESS": 0,
+    "WS_MAX_FAILED_LOGINS": 0,
+    "WS_PROXY_HOPS": 0,
+    "SECTOR_TABLE": "waiter_sector_assignment",
+    "SECTOR_COLUMNS": (),
+    "SERVICE_TIME_ZONE": "UTC",
+    "SERVICE_TIME_ZONES": (),
+    "SERVICE_DAY_CUTOFF": time(5),
+    "SHIFT_WINDOWS": (),
+}
 DEFAULTS: dict[str, Any] = {
     "WS_MAX_CONNECTIONS_PER_USER": 3,
     "WS_MAX_CONNECTIONS_PER_SESSION": 20,
@@ -108,7 +124,9 @@ def problems(monkeypatch: pytest.MonkeyPatch, **environment: str) -> list[str]:
 def test_the_settings_are_the_contracts_with_its_defaults() -> None:
     settings = load_settings()
 
-    assert {n.upper(): getattr(settings, n) for n in Settings.model_fields} == DEFAULTS
+    assert {name: getattr(settings, name.lower()) for name in DEFAULTS} == DEFAULTS
+    ours = {name.upper() for name in Settings.model_fields} - DEFAULTS.keys()
+    assert {name: getattr(settings, name.lower()) for name in ours} == OURS
 
 
 def test_times_are_not_rounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ __all__ = ["app", "create_app"]
 def _from_environment() -> Gateway:
     try:
         settings = load_settings()
+        gateway = create_app(settings)
     except InvalidSettings as invalid:
         for problem in invalid.problems:
             print(f"trio-gateway: {problem}", file=sys.stderr)  # noqa: T201 - before there are logs
@@ -24,7 +25,7 @@ def _from_environment() -> Gateway:
     for warning in settings.warnings:
         log.warning(warning)
     line.install()
-    return create_app(settings)
+    return gateway
 
 
 app = _from_environment()

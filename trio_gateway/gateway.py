@@ -7,7 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from typing import Any, Final
 
 import sniffio
@@ -23,13 +23,18 @@ from .core.limits import DropAlarm
 from .core.messages import GAP, Message, Renew, Said, auth_ok, sectors_updated
 from .core.resilience import Breaker
 from .edges import web
-from .edges.auth import Auth, FirstOf, JwtAuth, LegacyTableAuth, TableAuth, check_origin
+from .edges.addresses import Addresses, client_address
+from .edges.admission import Admission
+from .edges.auth import Auth
 from .edges.commands import Commands, open_commands
 from .edges.handshake import Handshake
 from .edges.metrics import SHARED_EVERY, Sample, Siblings
 from .edges.pubsub import PubSub
 from .edges.resp import Address
-from .edges.revocations import CHANNEL, Revocations, Tickets
+from .edges.revocations import CHANNEL as REVOKED
+from .edges.revocations import Revocations, Tickets
+from .edges.sectors import CHANNEL as SECTORS_CHANGED
+from .edges.sectors import Assignments, Roster
 from .edges.streams import Streams
 from .runtime.connection import Connection, Socket, Terms
 from .runtime.dispatch import Dispatch, EventQueue
@@ -39,7 +44,7 @@ from .runtime.intake import Intake
 from .runtime.reaper import reap
 from .runtime.resume import Replays
 from .runtime.supervision import keep_running
-from .settings import Settings
+from .settings import InvalidSettings, Settings
 
 log = structlog.get_logger()
 
@@ -119,23 +124,27 @@ class Gateway(QuartTrio):
         )
         self.breakers = {
             name: Breaker(settings.circuit_failure_threshold, settings.circuit_recovery_timeout)
-            for name in ("pubsub", "stream", "commands")
+            for name in ("pubsub", "stream", "commands", "database")
         }
+        self.roster = _roster(settings, self.hub, self.breakers["database"], clock)
+        self.addresses = Addresses(
+            connections=settings.ws_max_connections_per_address,
+            failures=settings.ws_max_failed_logins,
+        )
+        self.admission = Admission(settings, auth=auth, roster=self.roster, clock=clock)
         self.pubsub: PubSub | None = None
         self.streams: Streams | None = None
         self.commands: Commands | None = None
-        self.tickets: Tickets | None = None
         self.siblings: Siblings | None = None
         self.rejected: Counter[str] = Counter()  # by reason
         self.refused: Counter[int] = Counter()  # upgrades, by HTTP status
+        self.handshakes = 0  # in progress
+        self.max_handshakes = settings.ws_max_handshakes
         self.accept_timeout = settings.ws_accept_timeout
         self.write_timeout = settings.ws_write_timeout
         self.max_message_size = settings.ws_max_message_size
         self._messages = 0  # of connections that have ended
         self._clock = clock
-        self._auth = dict(auth) if auth is not None else _auth(settings, clock)
-        self._checks_revocations = auth is None
-        self._revocations: Revocations | None = None
         self._terms = Terms(
             stale_after=settings.ws_heartbeat_timeout,
             receive_timeout=settings.ws_receive_timeout,
@@ -180,12 +189,17 @@ class Gateway(QuartTrio):
                     max_connections=settings.redis_pool_max_connections,
                 )
             )
-            self.tickets = Tickets(self.commands)
-            self._revocations = Revocations(self.commands, self.hub)
+            revocations = Revocations(self.commands, self.hub)
+            self.admission.tickets = Tickets(self.commands)
+            self.admission.revocations = revocations
+            listeners = {REVOKED: revocations.hear}
+            if self.roster is not None:
+                listeners[SECTORS_CHANGED] = self.roster.hear
+                stack.callback(self.roster.close)
             address = Address.from_url(settings.redis_url)
             self.pubsub = PubSub(
                 address, settings.redis_channel_patterns, self.intake, self.heard,
-                self.breakers["pubsub"], {CHANNEL: self._revocations.hear},
+                self.breakers["pubsub"], listeners,
             )  # fmt: skip
             self.streams = Streams(
                 address,
@@ -201,7 +215,7 @@ class Gateway(QuartTrio):
             )
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
-                self._start(nursery, self._revocations, self.pubsub, self.streams)
+                self._start(nursery, revocations, self.pubsub, self.streams)
                 try:
                     yield
                 finally:
@@ -217,6 +231,9 @@ class Gateway(QuartTrio):
         nursery.start_soon(self.dispatch.run, self.heard, settings.redis_event_batch_size)
         nursery.start_soon(self.dispatch.run, self.read, settings.redis_event_batch_size)
         nursery.start_soon(self.replays.decide)
+        if self.roster is not None:
+            nursery.start_soon(self.roster.pay)
+            nursery.start_soon(self.roster.follow_clock)
         nursery.start_soon(revocations.answer_checks)
         nursery.start_soon(revocations.sweep, settings.jwt_revalidation_interval)
 
@@ -306,40 +323,61 @@ class Gateway(QuartTrio):
         """
         endpoint = handshake.endpoint
         accepted_at = self.history.end
-        try:
-            with trio.move_on_after(self.settings.ws_accept_timeout) as scope:
-                principal = await self._authenticate(handshake)
-            if scope.cancelled_caught:
-                raise Rejected(
-                    Close.SERVER_OVERLOADED, "can't check the credential now", "accept_timeout"
-                )
-            self.hub.admit(principal)
-        except Rejected as rejected:
-            await self._reject(endpoint, socket, rejected)
-            return
-        except Exception:
-            log.exception("authentication failed by a bug", endpoint=endpoint.label)
-            bug = Rejected(Close.INTERNAL_ERROR, "internal error", "internal_error")
-            await self._reject(endpoint, socket, bug)
-            return
-        connection = Connection(
-            principal,
-            self._terms,
-            self._answer,
-            self._on_trios_clock(principal.expires_at),
-            replays=self.replays,
-            resume_from=handshake.last_event_id,
-            accepted_at=accepted_at,
+        address = client_address(
+            handshake.peer,
+            handshake.headers.get("x-forwarded-for"),
+            self.settings.ws_proxy_hops,
         )
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(self.addresses.entered(address, trio.current_time()))
+                principal = await self._admit(handshake)
+                self.hub.admit(principal)
+            except Rejected as rejected:
+                if rejected.close is Close.AUTH_FAILED:
+                    self.addresses.failed(address, trio.current_time())
+                await self._reject(endpoint, socket, rejected)
+                return
+            except Exception:
+                log.exception("authentication failed by a bug", endpoint=endpoint.label)
+                bug = Rejected(Close.INTERNAL_ERROR, "internal error", "internal_error")
+                await self._reject(endpoint, socket, bug)
+                return
+            connection = Connection(
+                principal,
+                self._terms,
+                self._answer,
+                self._on_trios_clock(principal.expires_at),
+                replays=self.replays,
+                resume_from=handshake.last_event_id,
+                accepted_at=accepted_at,
+            )
+            await self._run(connection, socket)
+
+    async def _admit(self, handshake: Handshake) -> Principal:
+        if self.draining:
+            raise Rejected(Close.GOING_AWAY, "draining", "draining")
+        if self.handshakes >= self.max_handshakes:
+            raise Rejected(Close.SERVER_OVERLOADED, "too many handshakes", "handshake_limit")
+        self.handshakes += 1
+        try:
+            with trio.move_on_after(self.accept_timeout):
+                return await self.admission.admit(handshake)
+        finally:
+            self.handshakes -= 1
+        raise Rejected(Close.SERVER_OVERLOADED, "can't check the credential now", "accept_timeout")
+
+    async def _run(self, connection: Connection, socket: Socket) -> None:
+        principal = connection.principal
         try:
             await connection.run(socket, self.hub)
         except Exception:
-            log.exception("connection ended by a bug", endpoint=endpoint.label)
+            log.exception("connection ended by a bug", endpoint=principal.endpoint.label)
         finally:
             self._messages += connection.messages
             log.info(
                 "closed",
-                endpoint=endpoint.label,
+                endpoint=principal.endpoint.label,
                 tenant=principal.tenant,
                 user=principal.user,
                 session=principal.session,
@@ -347,50 +385,6 @@ class Gateway(QuartTrio):
                 reason=connection.close_reason,
                 seconds=round(trio.current_time() - connection.joined_at, 1),
             )
-
-    async def _authenticate(self, handshake: Handshake) -> Principal:
-        endpoint = handshake.endpoint
-        if self.draining:
-            raise Rejected(Close.GOING_AWAY, "draining", "draining")
-        if endpoint.staff:
-            check_origin(
-                handshake.origin,
-                self.settings.allowed_origins,
-                required=self.settings.production,
-            )
-        if handshake.ticket is not None and self.tickets is not None:
-            handshake = handshake.with_credential(await self.tickets.redeem(handshake.ticket))
-        return await self._authenticate_as(handshake)
-
-    async def identify(self, token: str | None, *, staff: bool | None = None) -> list[Principal]:
-        """Who holds this token is, on each endpoint that lets it in: staff, diners, or any.
-
-        Raises :exc:`Rejected` if there is none.
-        """
-        found: list[Principal] = []
-        rejections: list[Rejected] = []
-        for endpoint in Endpoint:
-            if staff is not None and endpoint.staff is not staff:
-                continue
-            handshake = Handshake(endpoint, {}, {}, renewed=token or "")
-            try:
-                found.append(await self._auth[endpoint].authenticate(handshake))
-            except Rejected as rejected:
-                rejections.append(rejected)
-        if not found:
-            # FORBIDDEN says more than AUTH_FAILED: that token is valid, though not for this.
-            raise max(rejections, key=lambda rejected: rejected.close)
-        await self._check_revocation(found[0])  # one token, however many endpoints
-        return found
-
-    async def _authenticate_as(self, handshake: Handshake) -> Principal:
-        principal = await self._auth[handshake.endpoint].authenticate(handshake)
-        await self._check_revocation(principal)
-        return principal
-
-    async def _check_revocation(self, principal: Principal) -> None:
-        if self._revocations is not None and self._checks_revocations:
-            await self._revocations.check(principal)
 
     async def _reject(self, endpoint: Endpoint, socket: Socket, rejected: Rejected) -> None:
         self.rejected[rejected.label] += 1
@@ -407,34 +401,27 @@ class Gateway(QuartTrio):
             case Renew(token):
                 await self._renew(connection, token)
             case Said.REFRESH_SECTORS | Said.REFRESH_SECTORS_JSON as form:
-                if connection.principal.endpoint is Endpoint.WAITER:
-                    sectors: set[SectorId] = set()
-                    connection.send(
-                        sectors_updated(sectors.union(*connection.principal.sectors.values()), form)
-                    )
+                await self._refresh_sectors(connection, form)
 
     async def _renew(self, connection: Connection, token: str | None) -> None:
-        endpoint = connection.principal.endpoint
         try:
-            with trio.move_on_after(self.settings.ws_accept_timeout) as scope:
-                if token is None:
-                    raise Rejected(Close.AUTH_FAILED, "token missing", "auth")
-                principal = await self._authenticate_as(Handshake(endpoint, {}, {}, renewed=token))
-                if principal.owner != connection.principal.owner:
-                    raise Rejected(Close.FORBIDDEN, "token of somebody else", "renewal")
-            if scope.cancelled_caught:
-                raise Rejected(
-                    Close.SERVER_OVERLOADED, "can't check the token now", "accept_timeout"
-                )
+            with trio.move_on_after(self.settings.ws_accept_timeout):
+                principal = await self.admission.renew(connection.principal, token)
+                self.hub.move(connection, principal)
+                connection.renew(self._on_trios_clock(principal.expires_at))
+                connection.send(auth_ok(principal.expires_at))
         except Rejected as rejected:
-            if rejected.close is Close.SERVER_OVERLOADED:
-                # Live connections stay while Redis is down: the old credential holds to its end.
-                return
-            connection.close(rejected.close, rejected.text)
+            # Live connections stay while Redis is down: the old credential holds to its end.
+            if rejected.close is not Close.SERVER_OVERLOADED:
+                connection.close(rejected.close, rejected.text)
+
+    async def _refresh_sectors(self, connection: Connection, form: Said) -> None:
+        if connection.principal.endpoint is not Endpoint.WAITER:
             return
-        self.hub.move(connection, principal)
-        connection.renew(self._on_trios_clock(principal.expires_at))
-        connection.send(auth_ok(principal.expires_at))
+        if self.roster is not None:
+            await self.roster.refresh(connection)
+        sectors = frozenset[SectorId]().union(*connection.principal.sectors.values())
+        connection.send(sectors_updated(sectors, form))
 
     def trim_history(self) -> None:
         """Forget what has become too old since the last event came."""
@@ -487,6 +474,7 @@ class Gateway(QuartTrio):
                 "wsgateway_resumes_total": self.replays.resumes,
                 "wsgateway_replayed_events_total": self.replays.replayed,
                 "wsgateway_stream_gaps_total": self.streams.gaps if self.streams else 0,
+                "wsgateway_sector_queries_total": self.roster.queries if self.roster else {},
                 "wsgateway_history_events": len(self.history),
                 "wsgateway_history_bytes": self.history.bytes,
                 "wsgateway_messages_received_total": self._messages
@@ -509,12 +497,26 @@ def create_app(
     return Gateway(settings, auth=auth, clock=clock)
 
 
-def _auth(settings: Settings, clock: Callable[[], float]) -> dict[Endpoint, Auth]:
-    staff = JwtAuth(settings.staff_keys, settings.rules, clock)
-    diner: Auth = TableAuth(settings.table_keys, settings.rules, clock)
-    if settings.allow_legacy_table_tokens:
-        diner = FirstOf(diner, LegacyTableAuth(settings.table_secret, clock))
-    return {endpoint: staff if endpoint.staff else diner for endpoint in Endpoint}
+def _roster(
+    settings: Settings, hub: Hub, breaker: Breaker, clock: Callable[[], float]
+) -> Roster | None:
+    """None without a database: then the tokens' claims say who serves which sector."""
+    if settings.database_url is None:
+        return None
+    try:
+        assignments = Assignments(
+            settings.database_url, settings.sector_table, settings.sector_column_names
+        )
+    except ValueError as error:
+        raise InvalidSettings([f"DATABASE_URL {error}"]) from None
+    return Roster(
+        assignments,
+        hub,
+        breaker,
+        days=settings.service_days,
+        ttl=settings.sector_cache_ttl,
+        wall_clock=clock,
+    )
 
 
 def _by_code(closed: Counter[int]) -> dict[str, float]:

@@ -5,6 +5,7 @@ import os
 import re
 import secrets
 from collections.abc import Mapping
+from datetime import time
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -15,6 +16,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from .core.routing import ROUTES, InvalidRoutes, Route, read_routes
+from .core.service_day import ServiceDays, read_windows, read_zone, read_zones
 from .core.tokens import Key, Rules
 
 _PATTERNS = (
@@ -42,6 +44,9 @@ _SIGNATURES = frozenset(
     {"RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"}
 )
 MIN_SECRET_BYTES = 32
+SECTOR_COLUMNS = (
+    "tenant_id", "branch_id", "sector_id", "waiter_id", "assignment_date", "shift", "is_active",
+)  # fmt: skip
 
 _List = Annotated[tuple[str, ...], NoDecode]
 _Count = Annotated[int, Field(ge=1)]
@@ -97,8 +102,13 @@ class Settings(BaseSettings):
     ws_drop_alarm_threshold: Annotated[float, Field(ge=0, le=1)] = 0.05
     ws_drop_alarm_cooldown: _Seconds = 300
     ws_routes_file: Path | None = None
+    ws_max_handshakes: _Count = 1000  # in progress at a time
+    ws_max_connections_per_address: Annotated[int, Field(ge=0)] = 0  # 0 = off
+    ws_max_failed_logins: Annotated[int, Field(ge=0)] = 0  # per address and minute; 0 = off
+    ws_proxy_hops: Annotated[int, Field(ge=0)] = 0  # proxies of ours that add X-Forwarded-For
 
     redis_url: str = Field(default="redis://localhost:6380", repr=False)
+    allow_redis_without_password: bool = False
     redis_channel_patterns: _List = _PATTERNS
     redis_streams: _List = ("events:critical",)
     redis_event_queue_size: _Count = 5000
@@ -109,6 +119,9 @@ class Settings(BaseSettings):
 
     jwt_secret: str | None = Field(default=None, repr=False)
     table_token_secret: str | None = Field(default=None, repr=False)
+    # While a secret is being changed, tokens signed with the one before are still good.
+    jwt_secret_previous: str | None = Field(default=None, repr=False)
+    table_token_secret_previous: str | None = Field(default=None, repr=False)
     jwt_algorithms: _List = ("HS256",)
     jwt_public_key: str | None = Field(default=None, repr=False)
     jwt_jwks_url: str | None = None
@@ -121,12 +134,19 @@ class Settings(BaseSettings):
 
     database_url: str | None = Field(default=None, repr=False)
     sector_cache_ttl: _Seconds = 300
+    sector_table: str = "waiter_sector_assignment"
+    sector_columns: _List = ()  # name=column, for those that are called otherwise
+    service_time_zone: str = "UTC"
+    service_time_zones: _List = ()  # tenant:branch=Zone
+    service_day_cutoff: time = time(5)
+    shift_windows: _List = ()  # SHIFT=HH:MM-HH:MM
     environment: Literal["development", "production"] = "development"
     log_level: Literal["debug", "info", "warning", "error", "critical"] = "info"
     log_format: Literal["json", "console"] | None = None
 
     @field_validator(
         "redis_channel_patterns", "redis_streams", "jwt_algorithms", "allowed_origins",
+        "sector_columns", "service_time_zones", "shift_windows",
         mode="before",
     )  # fmt: skip
     @classmethod
@@ -159,6 +179,13 @@ class Settings(BaseSettings):
                 raise ValueError(f"{origin} is not scheme://host[:port]")
         return tuple(origin.lower() for origin in value)
 
+    @field_validator("service_day_cutoff")
+    @classmethod
+    def _local(cls, value: time) -> time:
+        if value.tzinfo is not None:
+            raise ValueError("has a time zone of its own: that is SERVICE_TIME_ZONE")
+        return value
+
     @field_validator("redis_url")
     @classmethod
     def _known_scheme(cls, value: str) -> str:
@@ -177,19 +204,10 @@ class Settings(BaseSettings):
             self.jwt_public_key or self.jwt_jwks_url
         ):
             problems.append("JWT_ALGORITHMS names a signature: set JWT_PUBLIC_KEY or JWT_JWKS_URL")
-        if self.environment == "production":
-            for name in ("jwt_secret", "table_token_secret"):
-                if name == "jwt_secret" and not _HMAC & set(self.jwt_algorithms):
-                    continue
-                secret = getattr(self, name)
-                if secret is None:
-                    problems.append(f"{name.upper()} is not set (production needs one)")
-                elif len(secret.encode()) < MIN_SECRET_BYTES:
-                    problems.append(f"{name.upper()} is shorter than {MIN_SECRET_BYTES} bytes")
-            if "*" in self.allowed_origins:
-                problems.append("ALLOWED_ORIGINS is a wildcard (production needs a list)")
+        if self.production:
+            problems += self._production_problems()
         # Read now, so that a mistake in them stops the start.
-        for read in ("routes", "staff_keys"):
+        for read in ("routes", "staff_keys", "service_days", "sector_column_names"):
             try:
                 getattr(self, read)
             except InvalidSettings as error:
@@ -197,6 +215,31 @@ class Settings(BaseSettings):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _production_problems(self) -> list[str]:
+        problems = []
+        for name in self._secrets_in_use:
+            secret = getattr(self, name)
+            if secret is None:
+                if not name.endswith("_previous"):
+                    problems.append(f"{name.upper()} is not set (production needs one)")
+            elif len(secret.encode()) < MIN_SECRET_BYTES:
+                problems.append(f"{name.upper()} is shorter than {MIN_SECRET_BYTES} bytes")
+            elif is_well_known(secret):
+                problems.append(f"{name.upper()} is no secret: it stands in somebody's example")
+        if "*" in self.allowed_origins:
+            problems.append("ALLOWED_ORIGINS is a wildcard (production needs a list)")
+        if not self.allow_redis_without_password and _is_open(self.redis_url):
+            problems.append(
+                "REDIS_URL has no password and is not on this machine"
+                " (ALLOW_REDIS_WITHOUT_PASSWORD=true if the network is yours)"
+            )
+        return problems
+
+    @property
+    def _secrets_in_use(self) -> list[str]:
+        staff = ["jwt_secret", "jwt_secret_previous"] if _HMAC & set(self.jwt_algorithms) else []
+        return [*staff, "table_token_secret", "table_token_secret_previous"]
 
     @cached_property
     def routes(self) -> Mapping[str, Route]:
@@ -226,19 +269,58 @@ class Settings(BaseSettings):
         """The keys that staff tokens may be signed with."""
         keys = []
         if hmacs := tuple(name for name in self.jwt_algorithms if name in _HMAC):
-            keys.append(Key(self.staff_secret, hmacs))
-        signatures = tuple(name for name in self.jwt_algorithms if name in _SIGNATURES)
-        if signatures and self.jwt_public_key:
-            keys.append(Key(_public_key(self.jwt_public_key), signatures))
+            keys = [Key(s, hmacs) for s in (self.staff_secret, self.jwt_secret_previous) if s]
+        if self.jwt_public_key:
+            keys += [
+                Key(public_key, tuple(sorted(fitting)))
+                for public_key in _public_keys(self.jwt_public_key)
+                if (fitting := algorithms_of(public_key) & set(self.jwt_algorithms))
+            ]
         return tuple(keys)
 
     @cached_property
     def table_keys(self) -> tuple[Key, ...]:
-        return (Key(self.table_secret, ("HS256",)),)
+        secrets = (self.table_secret, self.table_token_secret_previous)
+        return tuple(Key(secret, ("HS256",)) for secret in secrets if secret)
 
     @cached_property
     def rules(self) -> Rules:
         return Rules(issuer=self.jwt_issuer, audience=self.jwt_audience, leeway=self.jwt_leeway)
+
+    @cached_property
+    def service_days(self) -> ServiceDays:
+        """When which day's and which shift's assignments hold."""
+        problems = []
+        zone, zones, windows = ServiceDays().zone, {}, {}
+        try:
+            zone = read_zone(self.service_time_zone)
+        except ValueError as error:
+            problems.append(f"SERVICE_TIME_ZONE: {error}")
+        try:
+            zones = dict(read_zones(self.service_time_zones))
+        except ValueError as error:
+            problems.append(f"SERVICE_TIME_ZONES: {error}")
+        try:
+            windows = dict(read_windows(self.shift_windows))
+        except ValueError as error:
+            problems.append(f"SHIFT_WINDOWS: {error}")
+        if problems:
+            raise InvalidSettings(problems)
+        return ServiceDays(zone, zones, self.service_day_cutoff, windows)
+
+    @cached_property
+    def sector_column_names(self) -> Mapping[str, str]:
+        """What the columns of the sector table are called, where not by their own names."""
+        found = {}
+        for item in self.sector_columns:
+            name, equals, called = item.partition("=")
+            if not equals or not called or name not in SECTOR_COLUMNS:
+                known = ", ".join(SECTOR_COLUMNS)
+                raise InvalidSettings(
+                    [f"SECTOR_COLUMNS: {item} is not name=column (names: {known})"]
+                )
+            found[name] = called
+        return found
 
     @property
     def production(self) -> bool:
@@ -256,10 +338,12 @@ class Settings(BaseSettings):
             found.append("JWT_SECRET is not set: a random one, so no staff token can be valid")
         if self.table_token_secret is None:
             found.append("TABLE_TOKEN_SECRET is not set: a random one, so no table token is valid")
-        for name in ("database_url", "jwt_jwks_url", "ws_compression", "ws_tenant_event_rate"):
+        if self.jwt_secret is not None and self.jwt_secret == self.table_token_secret:
+            found.append("JWT_SECRET and TABLE_TOKEN_SECRET are the same: use two")
+        for name in ("ws_compression", "ws_tenant_event_rate"):
             if getattr(self, name):
                 found.append(f"{name.upper()} has no effect in this version")
-        for name in ("jwt_secret", "table_token_secret"):
+        for name in self._secrets_in_use:
             secret = getattr(self, name)
             if secret is not None and len(secret.encode()) < MIN_SECRET_BYTES:
                 found.append(f"{name.upper()} is shorter than {MIN_SECRET_BYTES} bytes")
@@ -309,13 +393,51 @@ def _explain(error: ValidationError) -> list[str]:
     return problems
 
 
-def _public_key(text: str) -> Any:
-    """A PEM public key, given as such or as the path of a file that holds one."""
+def is_well_known(secret: str) -> bool:
+    """Whether a secret was copied from somebody's example."""
+    return any(words in secret.lower() for words in _WELL_KNOWN)
+
+
+_WELL_KNOWN = (
+    "a-string-secret-at-least-256-bits-long", "your-256-bit-secret", "your-secret", "your_secret",
+    "your-super-secret", "change-me", "changeme", "change_me", "change-this", "change-in-prod",
+)  # fmt: skip
+
+
+def _is_open(redis_url: str) -> bool:
+    """Whether anybody on the network may be able to publish there."""
+    parts = urlsplit(redis_url)
+    if parts.scheme == "unix" or parts.password or "password=" in parts.query:
+        return False
+    host = parts.hostname or "localhost"
+    return host != "localhost" and host != "::1" and not host.startswith("127.")
+
+
+def algorithms_of(public_key: Any) -> frozenset[str]:
+    """The algorithms that a public key is for (RFC 7518, 3.1; RFC 8037)."""
+    from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
+
+    match public_key:
+        case rsa.RSAPublicKey():
+            return frozenset({"RS256", "RS384", "RS512", "PS256", "PS384", "PS512"})
+        case ec.EllipticCurvePublicKey():
+            curves = {"secp256r1": "ES256", "secp384r1": "ES384", "secp521r1": "ES512"}
+            return frozenset({curves[name]} if (name := public_key.curve.name) in curves else ())
+        case ed25519.Ed25519PublicKey() | ed448.Ed448PublicKey():
+            return frozenset({"EdDSA"})
+    return frozenset()
+
+
+def _public_keys(text: str) -> list[Any]:
+    """PEM public keys, given as such or as the path of a file that holds them."""
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
     try:
         pem = text if "-----BEGIN" in text else Path(text).read_text(encoding="ascii")
-        return load_pem_public_key(pem.replace("\\n", "\n").encode())
+        blocks = re.findall(r"-----BEGIN [^-]+-----.*?-----END [^-]+-----", pem, re.DOTALL)
+        if not blocks:
+            raise ValueError
+        return [load_pem_public_key(block.replace("\\n", "\n").encode()) for block in blocks]
     except (OSError, ValueError):
         raise InvalidSettings(
             ["JWT_PUBLIC_KEY is neither a PEM public key nor a file of one"]

@@ -8,10 +8,11 @@ from .events import Event
 
 CONTENT_WINDOW: Final = 5.0  # seconds
 ID_WINDOW: Final = 300.0
+_NEVER: Final = (float("-inf"), 0)
 MOST_REMEMBERED: Final = 500_000  # of either kind; past it the oldest are forgotten
 
-# A content's recent occurrences: when each was first heard, and on which channels since.
-_Occurrence = tuple[float, set[str]]
+# A content's recent occurrences: when each was first heard, on which channels since, its mark.
+_Occurrence = tuple[float, set[str], int]
 
 
 class Duplicates:
@@ -27,7 +28,7 @@ class Duplicates:
     """
 
     def __init__(self) -> None:
-        self._ids: dict[int, float] = {}
+        self._ids: dict[int, tuple[float, int]] = {}
         self._contents: dict[int, list[_Occurrence]] = {}
         self._order: deque[tuple[float, int]] = deque()  # by first hearing
 
@@ -36,28 +37,35 @@ class Duplicates:
 
     def is_duplicate(self, event: Event) -> bool:
         """Whether this event has been heard before; if not, it is remembered from now on."""
+        return self.first(event) is not None
+
+    def first(self, event: Event, mark: int = 0) -> int | None:
+        """The mark with which this event was remembered when it was first heard, or None if it is
+        now: then it is remembered with this one.
+        """
         self._forget(event.heard_at)
         if event.id is not None:
             key = hash((event.tenant, event.id))
-            if self._ids.get(key, float("-inf")) + ID_WINDOW >= event.heard_at:
-                return True
+            heard_at, before = self._ids.get(key, _NEVER)
+            if heard_at + ID_WINDOW >= event.heard_at:
+                return before
             self._ids.pop(key, None)  # so that it moves to the end
-            self._ids[key] = event.heard_at
-            return False
+            self._ids[key] = event.heard_at, mark
+            return None
         key = hash(tuple(_content(event)))
         occurrences = self._contents.get(key)
         if occurrences is None:
-            self._contents[key] = [(event.heard_at, {event.channel})]
+            self._contents[key] = [(event.heard_at, {event.channel}, mark)]
         else:
-            for heard_at, channels in occurrences:
+            for heard_at, channels, before in occurrences:
                 if abs(event.heard_at - heard_at) <= CONTENT_WINDOW and (
                     event.channel not in channels
                 ):
                     channels.add(event.channel)
-                    return True
-            occurrences.append((event.heard_at, {event.channel}))
+                    return before
+            occurrences.append((event.heard_at, {event.channel}, mark))
         self._order.append((event.heard_at, key))
-        return False
+        return None
 
     def _forget(self, now: float) -> None:
         while self._order and (
@@ -69,7 +77,7 @@ class Duplicates:
             if not occurrences:
                 del self._contents[key]
         while self._ids and (
-            (oldest := next(iter(self._ids.items())))[1] + ID_WINDOW < now
+            (oldest := next(iter(self._ids.items())))[1][0] + ID_WINDOW < now
             or len(self._ids) > MOST_REMEMBERED
         ):
             del self._ids[oldest[0]]

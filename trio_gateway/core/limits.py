@@ -14,10 +14,14 @@ class RateLimit:
 
     def exceeded(self, now: float) -> bool:
         """Count a message; whether it is one too many."""
-        times = self._times
-        over = len(times) == times.maxlen and now - times[0] < self._window
-        times.append(now)
+        over = self.is_full(now)
+        self._times.append(now)
         return over
+
+    def is_full(self, now: float) -> bool:
+        """Whether one more message would be one too many."""
+        times = self._times
+        return len(times) == times.maxlen and now - times[0] < self._window
 
 
 class DropAlarm:

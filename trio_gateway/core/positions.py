@@ -10,6 +10,7 @@ Cursor = Mapping[Stream, Position]
 
 START: Final = Position((0, 0))
 _MAX: Final = 2**64 - 1
+_NOWHERE: Final = "0-0-none"  # an id that no history covers
 
 
 def tag(name: str) -> Stream:
@@ -32,7 +33,7 @@ def event_id(stream: Stream, position: Position) -> str:
 
 def cursor_id(cursor: Cursor) -> str:
     """An id for a place in several streams: that of a client that has received nothing yet."""
-    return ".".join(event_id(stream, position) for stream, position in sorted(cursor.items()))
+    return ".".join(event_id(s, position) for s, position in sorted(cursor.items())) or _NOWHERE
 
 
 def read_cursor(text: str) -> Cursor:

@@ -35,6 +35,16 @@ class Key:
 
     value: Any  # a secret, or a public key as cryptography has it
     algorithms: tuple[str, ...]
+    id: str | None = None  # as a key set names it; a token that names another is not tried
+
+
+def key_id(token: str) -> str | None:
+    """The key that a token says it was signed with, if any; not verified."""
+    try:
+        found = jwt.get_unverified_header(token).get("kid")
+    except (jwt.PyJWTError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, str) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,12 +204,14 @@ def _verified(token: str, keys: Sequence[Key]) -> Mapping[str, Any]:
     if len(token) > MAX_TOKEN_CHARACTERS:
         raise _failed("token too long")
     try:
-        algorithm = jwt.get_unverified_header(token).get("alg")
+        header = jwt.get_unverified_header(token)
     except (jwt.PyJWTError, ValueError, RecursionError):
         raise _failed("token invalid") from None
+    algorithm, named = header.get("alg"), header.get("kid")
     fitting = [key for key in keys if algorithm in key.algorithms]
     if not fitting:
         raise _failed("token algorithm not allowed")
+    fitting = [key for key in fitting if named is None or key.id is None or key.id == named]
     for key in fitting:
         try:
             claims = jwt.api_jws.PyJWS().decode(token, key.value, algorithms=list(key.algorithms))

@@ -41,7 +41,8 @@ class AsgiSocket:
         return said
 
     async def close(self, code: int, reason: str) -> None:
-        await self._websocket.close(code, reason)
+        if code != Close.ABNORMAL:  # nothing in ASGI cuts a client off: the server would say 1000
+            await self._websocket.close(code, reason)
 
     def abort(self) -> None:
         self._aborted = True

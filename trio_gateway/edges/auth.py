@@ -6,9 +6,17 @@ from typing import Protocol
 
 from ..core.audiences import Principal
 from ..core.closing import Close, Rejected
-from ..core.tokens import Key, Rules, read_jwt, read_legacy_table_token, read_table_token
+from ..core.tokens import (
+    Key,
+    Rules,
+    key_id,
+    read_jwt,
+    read_legacy_table_token,
+    read_table_token,
+)
 from ..settings import is_origin
 from .handshake import Handshake
+from .jwks import KeySet
 
 Clock = Callable[[], float]
 
@@ -21,15 +29,25 @@ class Auth(Protocol):
 
 
 class JwtAuth:
-    """By a staff JWT."""
+    """By a staff JWT, signed with one of some keys, or of a key set."""
 
-    def __init__(self, keys: Sequence[Key], rules: Rules, clock: Clock = time.time) -> None:
-        self._keys = keys
+    def __init__(
+        self,
+        keys: Sequence[Key],
+        rules: Rules,
+        clock: Clock = time.time,
+        key_set: KeySet | None = None,
+    ) -> None:
+        self._keys = tuple(keys)
         self._rules = rules
         self._clock = clock
+        self._key_set = key_set
 
     async def authenticate(self, handshake: Handshake) -> Principal:
-        token = read_jwt(_credential(handshake), self._keys, self._rules, self._clock())
+        credential, keys = _credential(handshake), self._keys
+        if self._key_set is not None:
+            keys += await self._key_set.keys_for(key_id(credential))
+        token = read_jwt(credential, keys, self._rules, self._clock())
         return token.on(handshake.endpoint)
 
 

@@ -45,6 +45,7 @@ class Handshake:
     headers: Mapping[str, str]  # names in lower case, repeated ones joined by commas
     key: str = ""
     renewed: str | None = None  # a credential that came later, in a message
+    peer: str = ""  # the address at the other end of the socket, a proxy's perhaps
 
     @property
     def origin(self) -> str | None:
@@ -78,6 +79,9 @@ class Handshake:
     def subprotocol(self) -> str | None:
         """The subprotocol to answer with."""
         return SUBPROTOCOL if SUBPROTOCOL in self._subprotocols else None
+
+    def seen_from(self, peer: str) -> "Handshake":
+        return replace(self, peer=peer)
 
     def with_credential(self, token: str) -> "Handshake":
         return replace(self, renewed=token)
@@ -187,8 +191,12 @@ def _refuse(parser: Any, found: _Head, headers: Mapping[str, str]) -> Refusal | 
 
 
 def _handshake(target: bytes, headers: dict[str, str]) -> Handshake | Refusal:
+    if b"#" in target:
+        return Refusal(400, "malformed request")
     try:
-        url = urlsplit(target.decode("ascii"))
+        text = target.decode("ascii")
+        # "//a/b" is a path here (RFC 9112, 3.2.1), where urlsplit would see a host.
+        url = urlsplit(f"//{text}" if text.startswith("/") else text)
     except ValueError:
         return Refusal(400, "malformed request")
     if (endpoint := ENDPOINTS.get(unquote(url.path))) is None:

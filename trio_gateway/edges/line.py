@@ -9,6 +9,7 @@ back in front of the stream and Hypercorn serves it as ever.
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, Protocol, cast
 
@@ -54,6 +55,9 @@ class Served(Protocol):
     write_timeout: float
     max_message_size: int
     draining: bool
+    refused: Counter[int]  # by status
+    handshakes: int  # in progress
+    max_handshakes: int
 
     def serve_connection(self, handshake: Handshake, socket: "LineSocket") -> Awaitable[None]: ...
 
@@ -91,9 +95,16 @@ class Line(TCPServer):
             if self.stream.selected_alpn_protocol() == "h2":
                 await super().run()
                 return
-        data, refusal = await read_head(self.stream, gateway.accept_timeout)
+        if gateway.handshakes >= gateway.max_handshakes:
+            gateway.refused[503] += 1  # without a word: there are too many to linger for each
+            return
+        gateway.handshakes += 1
+        try:
+            data, refusal = await read_head(self.stream, gateway.accept_timeout)
+        finally:
+            gateway.handshakes -= 1
         if refusal is not None:
-            await answer(self.stream, refusal)
+            await self._refuse(gateway, refusal)
             return
         if not data:
             return
@@ -101,24 +112,41 @@ class Line(TCPServer):
         head = data[: end.end()] if end else data
         match parse_head(head):
             case Handshake() if gateway.draining:
-                await answer(self.stream, Refusal(503, "draining"))
+                await self._refuse(gateway, Refusal(503, "draining"))
             case Handshake() as handshake:
                 with trio.move_on_after(gateway.accept_timeout) as scope:
                     await self.stream.send_all(acceptance(handshake))
                 if scope.cancelled_caught:
                     return
                 socket = LineSocket(self.stream, data[len(head) :], gateway.max_message_size)
-                await gateway.serve_connection(handshake, socket)
+                await gateway.serve_connection(handshake.seen_from(_peer(self.stream)), socket)
             case Refusal() as refusal:
-                await answer(self.stream, refusal)
+                await self._refuse(gateway, refusal)
             case None:
                 self.stream = cast("Any", Replayed(self.stream, data))
                 await super().run()
 
+    async def _refuse(self, gateway: Served, refusal: Refusal) -> None:
+        gateway.refused[refusal.status] += 1
+        await answer(self.stream, refusal)
+
+    async def _read_data(self) -> None:
+        """As Hypercorn does it, but when the peer is gone the task that pings it is not waited
+        for: it may sleep on for as long as ``websocket_ping_interval``.
+        """
+        await super()._read_data()
+        assert self._task_group._nursery is not None
+        self._task_group._nursery.cancel_scope.deadline = trio.current_time() + LINGER
+
     async def protocol_send(self, event: Event) -> None:
         """As Hypercorn does it, but with a deadline: its own send is shielded for ever, so that
-        one client that stops reading hangs the shutdown.
+        one client that stops reading hangs the shutdown. Its close is not shielded at all, and
+        runs in a task that Quart-Trio cancels at that moment, so that it never came to pass.
         """
+        if isinstance(event, Closed):
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + LINGER):
+                await super().protocol_send(event)
+            return
         if not isinstance(event, RawData):
             await super().protocol_send(event)
             return
@@ -336,6 +364,16 @@ class LineSocket:
         except _GONE:
             raise BrokenPipeError from None
         self._broken = False
+
+
+def _peer(stream: trio.abc.Stream) -> str:
+    """The address at the other end; empty for a unix socket, or if it is gone already."""
+    carrier: Any = getattr(stream, "transport_stream", stream)
+    try:
+        name = carrier.socket.getpeername()
+    except (OSError, AttributeError):
+        return ""
+    return str(name[0]) if isinstance(name, tuple) else ""
 
 
 def _why(close: Close) -> str:

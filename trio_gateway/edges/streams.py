@@ -40,6 +40,8 @@ class _Source:
     # How many entries the stream had when that one was its last: Redis counts them for ever, so
     # that entries which were trimmed away unread show.
     entries: int = 0
+    looked_at: float = 0.0  # when that was last compared with what Redis says
+    is_sure: bool = True  # nothing was read since
 
     @property
     def cursor_id(self) -> str:
@@ -111,17 +113,27 @@ class Streams:
         )  # fmt: skip
         for name, entries in reply or ():
             source = next(each for each in self._sources if each.name == name.decode())
+            is_event = True
             for entry_id, fields in entries:
                 position = read_position(entry_id.decode())
-                await self._hear(source, position, fields)
+                is_event = await self._hear(source, position, fields)
                 source.cursor = position
                 source.entries += 1
+                source.is_sure = False
+            if not is_event:  # no event moves the history's end to here
+                await self._queue.wait_idle()
+                self._history.pass_by(source.stream, position)
             if len(entries) == COUNT:  # we lag: is it trimmed faster than we read?
+                await self._look_for_gap(redis, source)
+        now = trio.current_time()
+        for source in self._sources:
+            if not source.is_sure and (not reply or source.looked_at + BLOCK < now):
                 await self._look_for_gap(redis, source)
 
     async def _hear(
         self, source: _Source, position: Position, fields: Sequence[bytes] | None
-    ) -> None:
+    ) -> bool:
+        """Whether it is an event: then it is on its way."""
         entry_id = _entry_id(position)
         payload = _payload(fields)
         if payload is None:
@@ -130,11 +142,12 @@ class Streams:
                 "no_data", "entry has no field data",
                 source="stream", channel=source.name, entry_id=entry_id,
             )  # fmt: skip
-            return
+            return False
         event = self._intake.parse(payload, source="stream", channel=source.name, entry_id=entry_id)
         if event is not None:
             event.stand(source.stream, position, durable=self._is_durable(event.type))
             await self._queue.put(event)
+        return event is not None
 
     def _is_durable(self, kind: str) -> bool:
         return self._routes.get(kind, UNKNOWN).durable
@@ -148,20 +161,15 @@ class Streams:
         whole = True
         if info is not None:
             entries, whole = await self._past(redis, source.name, info["last-generated-id"])
-            whole = whole and info["entries-added"] == info["length"]
-        if whole:
-            since = START
-        elif entries:
-            since = read_position(entries[0][0].decode())
-        else:
-            since = _position(info)
-        self._history.begin(source.stream, since)
+            whole = whole and info["entries-added"] in (info["length"], None)
+        since = read_position(entries[0][0].decode()) if entries else _position(info)
+        self._history.begin(source.stream, since, whole=whole)
         for n, (entry_id, fields) in enumerate(entries):
             self._remember(source, read_position(entry_id.decode()), fields)
             if n % 100 == 0:
                 await trio.lowlevel.checkpoint()
         source.cursor = _position(info)
-        source.entries = 0 if info is None else info["entries-added"]
+        source.entries = 0 if info is None else info["entries-added"] or 0
         self._history.pass_by(source.stream, source.cursor)
         log.info("history warmed", stream=source.name, entries=len(entries))
 
@@ -206,25 +214,39 @@ class Streams:
 
     async def _look_for_gap(self, redis: RedisConnection, source: _Source) -> None:
         """Find out whether what we would read next is what came next."""
-        assert source.cursor is not None
+        cursor = source.cursor
+        assert cursor is not None
         info = await _info(redis, source.name)
-        last, added = _position(info), 0 if info is None else info["entries-added"]
-        if last == source.cursor:
-            source.entries = added
-        elif last < source.cursor or added < source.entries:
+        source.looked_at, source.is_sure = trio.current_time(), True
+        last = _position(info)
+        first = _first(info)
+        added = 0 if info is None else info["entries-added"]
+        # All before the first entry was taken away: as much as has been read, if all is well.
+        away = None if info is None or added is None else added - info["length"]
+        if last < cursor:
             # A Redis that came back without what it had. What it still holds was read before.
-            await self._gap(source, "stream was recreated", min(last, source.cursor))
-            source.entries = added if last < source.cursor else 0
-            source.cursor = min(last, source.cursor)
-        elif info is not None and added - info["length"] > source.entries:
-            await self._gap(source, "stream was trimmed beyond the cursor", source.cursor)
-            source.entries = added - info["length"]
+            await self._gap(source, "stream was recreated", since=_after(cursor), end=last)
+            source.entries = added or 0
+        elif last == cursor:
+            if added is not None and added != source.entries:
+                await self._gap(source, "entries were taken away unread", since=cursor, end=cursor)
+            source.entries = added or 0
+        elif away is None or first <= cursor or away == source.entries:
+            pass
+        elif away < source.entries:
+            await self._gap(source, "stream was recreated", since=_after(cursor), end=cursor)
+            source.entries = away
+        else:
+            end = _before(first)
+            await self._gap(source, "stream was trimmed beyond the cursor", since=end, end=end)
+            source.entries = away
 
-    async def _gap(self, source: _Source, reason: str, stands_at: Position) -> None:
+    async def _gap(self, source: _Source, reason: str, *, since: Position, end: Position) -> None:
         self.gaps += 1
         log.error("gap", stream=source.name, cursor=source.cursor_id, reason=reason)
         await self._queue.wait_idle()  # what was read before the gap comes before its notice
-        self._history.restart(source.stream, stands_at)
+        source.cursor = end
+        self._history.restart(source.stream, since=since, end=end)
         self._on_gap()
 
 
@@ -242,6 +264,23 @@ def _position(info: "dict[str, Any] | None") -> Position:
     return START if info is None else read_position(info["last-generated-id"].decode())
 
 
+def _first(info: "dict[str, Any] | None") -> Position:
+    """Where the oldest entry stands; where the next one will, if there is none."""
+    if info is None or info["first-entry"] is None:
+        return _after(_position(info))
+    return read_position(info["first-entry"][0].decode())
+
+
+def _before(position: Position) -> Position:
+    milliseconds, sequence = position
+    return Position((milliseconds, sequence - 1) if sequence else (milliseconds - 1, 2**64 - 1))
+
+
+def _after(position: Position) -> Position:
+    milliseconds, sequence = position
+    return Position((milliseconds, sequence + 1) if sequence < 2**64 - 1 else (milliseconds + 1, 0))
+
+
 async def _info(redis: RedisConnection, name: str) -> dict[str, Any] | None:
     """What Redis says of a stream; None if there is none."""
     reply = await _ask(redis, "XINFO", "STREAM", name, may_fail=True)
@@ -250,7 +289,7 @@ async def _info(redis: RedisConnection, name: str) -> dict[str, Any] | None:
             return None
         raise Lost(f"XINFO STREAM failed: {str(reply).split(' ', 1)[0]}")
     info = {key.decode(): value for key, value in zip(reply[::2], reply[1::2], strict=True)}
-    info.setdefault("entries-added", info["length"])  # before Redis 7: trimming goes unnoticed
+    info.setdefault("entries-added", None)  # before Redis 7: what is taken away goes unnoticed
     return info
 
 

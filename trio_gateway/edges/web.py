@@ -63,6 +63,7 @@ def _second_door(app: "Gateway", endpoint: Endpoint) -> Callable[[], Awaitable[N
             endpoint,
             read_query(scope["query_string"].decode("latin-1")),
             join_headers(scope["headers"]),
+            peer=(scope.get("client") or ("",))[0],
         )
         # Hypercorn takes the offered subprotocols out of the headers of HTTP/2.
         offered = scope.get("subprotocols") or []
@@ -93,7 +94,8 @@ def _connections(app: "Gateway") -> dict[str, Any]:
 
 async def _health(app: "Gateway") -> _Answer:
     """Answered while the process lives."""
-    healthy = app.ready and app.breakers["commands"].state is State.CLOSED
+    parts = [app.breakers["commands"], app.breakers["database"]]
+    healthy = app.ready and all(breaker.state is State.CLOSED for breaker in parts)
     status = "healthy" if healthy else "degraded"
     return jsonify(status=status, connections=_connections(app)), 200
 
@@ -119,7 +121,7 @@ async def _health_detailed(app: "Gateway") -> _Answer:
             "failures": sum(breaker.failures for breaker in app.breakers.values()),
             "by_name": {name: b.state.name.lower() for name, b in app.breakers.items()},
         },
-        "database": {"status": "not configured"},
+        "database": _database(app),
         "rate_limiter": {
             "tracked_connections": sum(c.rate_limited for c in app.hub.connections),
         },
@@ -135,6 +137,18 @@ async def _health_detailed(app: "Gateway") -> _Answer:
         },
     }
     return jsonify(body), 200 if ready else 503
+
+
+def _database(app: "Gateway") -> dict[str, Any]:
+    """Not needed to be ready: without it, what it said last holds, or the tokens' claims."""
+    if (roster := app.roster) is None:
+        return {"status": "not configured"}
+    breaker = app.breakers["database"]
+    return {
+        "status": _status(not breaker.failures),
+        "known": roster.known,
+        "owed": roster.owed,
+    }
 
 
 def _status(connected: bool) -> str:
@@ -165,9 +179,9 @@ async def _ticket(app: "Gateway") -> _Answer:
     if token is None:
         return _problem(401, "Authorization: Bearer with a token is needed")
     try:
-        await app.identify(token)
-        assert app.tickets is not None
-        ticket = await app.tickets.issue(token)
+        await app.admission.identify(token)
+        assert app.admission.tickets is not None
+        ticket = await app.admission.tickets.issue(token)
     except Rejected as rejected:
         return _rejected(rejected)
     except Unavailable:
@@ -180,7 +194,7 @@ async def _ticket(app: "Gateway") -> _Answer:
 async def _catch_up(app: "Gateway") -> _Answer:
     """What staff would have heard in one branch since then, for clients that can't resume."""
     try:
-        principals = await app.identify(_token("token"), staff=True)
+        principals = await app.admission.identify(_token("token"), staff=True)
     except Rejected as rejected:
         return _rejected(rejected)
     branch = request.args.get("branch_id", "")
@@ -196,7 +210,7 @@ async def _catch_up(app: "Gateway") -> _Answer:
 async def _catch_up_session(app: "Gateway") -> _Answer:
     """What the diners of a session would have heard since then."""
     try:
-        principals = await app.identify(_token("table_token"), staff=False)
+        principals = await app.admission.identify(_token("table_token"), staff=False)
     except Rejected as rejected:
         return _rejected(rejected)
     session = request.args.get("session_id", "")
@@ -213,7 +227,7 @@ def _missed(app: "Gateway", principals: Sequence[Principal]) -> _Answer:
     app.trim_history()
     try:
         moment = float(since)
-        if not math.isfinite(moment):
+        if not math.isfinite(moment * 1000):
             raise ValueError
     except ValueError:
         try:

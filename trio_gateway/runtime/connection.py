@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 _PONG_TEXT = text_frame(PONG_TEXT)
-_NOWHERE: Final[Cursor] = {}
 DRAIN_TIMEOUT: Final = 2.0  # seconds for what waits in the outbox when a connection ends
 
 
@@ -115,7 +114,7 @@ class Connection:
         "__weakref__", "_answer", "_code", "_errand", "_heard_at", "_nursery", "_outbox", "_rate",
         "_reading", "_received_at", "_replays", "_socket", "_terms", "_writing", "_written",
         "accepted_at", "audiences", "close_reason", "cursor", "ended_at", "expires_at", "joined_at",
-        "joined_at_cursor", "messages", "principal", "resume_from", "resuming", "sent_at",
+        "messages", "number", "principal", "resume_from", "resuming", "sent_at",
     )  # fmt: skip
 
     def __init__(
@@ -138,7 +137,7 @@ class Connection:
         self.ended_at: float | None = None
         self.cursor: Cursor | None = None
         self.accepted_at = accepted_at
-        self.joined_at_cursor: Cursor = _NOWHERE
+        self.number = 0  # the hub's, from 1 in the order of joining
         self.resume_from = resume_from
         self.resuming = False
         self._replays = replays

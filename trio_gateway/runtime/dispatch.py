@@ -15,7 +15,7 @@ from ..core.events import Event
 from ..core.histogram import Histogram
 from ..core.limits import DropAlarm
 from ..core.messages import GAP
-from ..core.routing import ROUTES, Route, route
+from ..core.routing import ROUTES, UNKNOWN, Route, route
 from .history import History
 from .hub import Hub
 
@@ -106,6 +106,8 @@ class EventQueue:
             await self._idle.wait()
 
 
+# An event to be delivered, its audiences, and the last connection that has heard a copy of it.
+_Planned = tuple[Event, list[Audience], int]
 _Group = tuple[bytes, int, "list[Connection]"]  # joined frames, how many, and who gets them
 
 
@@ -135,6 +137,9 @@ class Dispatch:
         self._wall_clock = wall_clock
         self._duplicates = Duplicates()
         self._kept = Duplicates()  # of what stands in the history
+        # One batch after the other, whichever queue it is from: an event on Pub/Sub has reached
+        # everybody before those that follow its copy in the stream do.
+        self._turn = trio.Lock()
         self.processed = self.broadcasts = self.failed = self.deliveries = 0
         self.duplicate = self.unheard = self.unknown_type = 0
         self.duration = Histogram()  # of one batch
@@ -144,11 +149,12 @@ class Dispatch:
         """Deliver what comes; return only when cancelled."""
         while True:
             batch = await queue.take(batch_size)
-            started = trio.current_time()
             fresh: list[Event] = []
-            with trio.move_on_after(self._timeout) as scope:
-                fresh = await self.deliver(batch)
-            ended = trio.current_time()
+            async with self._turn:
+                started = trio.current_time()
+                with trio.move_on_after(self._timeout) as scope:
+                    fresh = await self.deliver(batch)
+                ended = trio.current_time()
             if scope.cancelled_caught:
                 self.failed += len(batch)
                 log.error("delivery took too long", events=len(batch), seconds=self._timeout)
@@ -185,50 +191,67 @@ class Dispatch:
     def remember(self, event: Event) -> None:
         """Keep a durable event of the past, which nobody is sent. The oldest comes first."""
         self._duplicates.is_duplicate(event)
-        self._keep(event, self._audiences(event), heard_before=False)
+        self._keep(event, self._audiences(event), heard_by=0)
 
     def _plan(self, batch: Sequence[Event]) -> tuple[list[Event], list[_Group]]:
-        fresh, routed = [], []
+        fresh: list[Event] = []
+        planned: list[_Planned] = []
+        joins = self._hub.joins
         for event in batch:
             audiences = self._audiences(event)
             # Not at hearing: a copy that the queue then drops must not count as the first.
-            is_copy = self._duplicates.is_duplicate(event)
-            self._keep(event, audiences, heard_before=is_copy)
-            if is_copy:
-                self.duplicate += 1
-            else:
+            heard_by = self._duplicates.first(event, joins)
+            if heard_by is None:
                 self._count(event, audiences)
                 fresh.append(event)
-                routed.append(audiences)
-        if len(fresh) == 1:
-            return fresh, self._plan_one(fresh[0], routed[0])
-        return fresh, self._plan_many(fresh, routed)
+                planned.append((event, audiences, 0))
+                kept = self._keep(event, audiences, heard_by=0)
+            else:
+                self.duplicate += 1
+                kept = self._keep(event, audiences, heard_by=heard_by)
+                # A stream event whose Pub/Sub copy came before some had joined: they get this one.
+                if kept and heard_by < joins:
+                    planned.append((event, audiences, heard_by))
+            if event.stream is not None and event.position is not None:
+                self._history.pass_by(event.stream, event.position)
+        if len(planned) == 1:
+            return fresh, self._plan_one(*planned[0])
+        return fresh, self._plan_many(planned)
 
-    def _plan_one(self, event: Event, audiences: list[Audience]) -> list[_Group]:
+    def _plan_one(self, event: Event, audiences: list[Audience], heard_by: int) -> list[_Group]:
         members = self._hub.members(audiences)
+        if heard_by:
+            members = [connection for connection in members if connection.number > heard_by]
         if event.event_id is not None and (held := self._hub.held):
             members = [connection for connection in members if connection not in held]
         return [(event.frame, 1, members)] if members else []
 
-    def _plan_many(self, batch: list[Event], routed: list[list[Audience]]) -> list[_Group]:
+    def _plan_many(self, planned: list[_Planned]) -> list[_Group]:
         """As one bit mask per audience (bit i: the i-th event), so that the work per connection
         is to or the masks of its own audiences, and equal masks share one joined byte string.
         """
         heard: defaultdict[Audience, int] = defaultdict(int)
         durable = 0
-        for i, (event, audiences) in enumerate(zip(batch, routed, strict=True)):
+        copies: list[tuple[int, int]] = []  # a bit, and who has heard it
+        for i, (event, audiences, heard_by) in enumerate(planned):
             for audience in audiences:
                 heard[audience] |= 1 << i
             if event.event_id is not None:
                 durable |= 1 << i
+            if heard_by:
+                copies.append((1 << i, heard_by))
         held = self._hub.held if durable else ()
         by_mask: defaultdict[int, list[Connection]] = defaultdict(list)  # few, of many connections
         for connection in self._hub.members(heard):
             mask = connection.mask(heard)
             if held and connection in held:
                 mask &= ~durable
+            for bit, heard_by in copies:
+                if connection.number <= heard_by:
+                    mask &= ~bit
             by_mask[mask].append(connection)
         by_mask.pop(0, None)
+        batch = [event for event, _, _ in planned]
         return [(*join(batch, mask), members) for mask, members in by_mask.items()]
 
     def _audiences(self, event: Event) -> list[Audience]:
@@ -244,13 +267,12 @@ class Dispatch:
         covering = waiters(event.tenant, event.branch, event.sector)
         return covering in audiences and not self._hub.hears(covering)
 
-    def _keep(self, event: Event, audiences: list[Audience], *, heard_before: bool) -> None:
-        if event.stream is None or event.position is None:
-            return
+    def _keep(self, event: Event, audiences: list[Audience], *, heard_by: int) -> bool:
+        """Whether it is a durable event that was not kept yet; then it is from now on."""
         if event.event_id is None or self._kept.is_duplicate(event):
-            self._history.pass_by(event.stream, event.position)
-            return
-        self._history.add(event, audiences, now=self._wall_clock(), heard_before=heard_before)
+            return False
+        self._history.add(event, audiences, now=self._wall_clock(), heard_by=heard_by)
+        return True
 
     def _count(self, event: Event, audiences: list[Audience]) -> None:
         if event.type not in self._routes:
@@ -263,8 +285,8 @@ class Dispatch:
     def _break_off(
         self, batch: Sequence[Event], groups: list[_Group], members: "list[Connection]", done: int
     ) -> None:
-        """Who was not written to may have lost durable events: say so."""
-        if all(event.event_id is None for event in batch):
+        """Who was not written to may have lost durable events, or their copies: say so."""
+        if not any(self._routes.get(event.type, UNKNOWN).durable for event in batch):
             return
         left = members[done:]
         for _, _, others in reversed(groups):

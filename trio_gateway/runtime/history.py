@@ -19,15 +19,14 @@ class Kept(NamedTuple):
     position: Position
     frame: bytes
     audiences: tuple[Audience, ...]
-    heard_before: bool  # a Pub/Sub copy of it was delivered live before it came
+    heard_by: int  # connections up to this number were sent a Pub/Sub copy of it live
 
 
 class History:
     """The durable events of the last while, bounded by count, bytes and age (seconds).
 
-    A replay costs what was missed, not what happened: each audience has its own list, read from
-    its end. ``since`` is the place up to which events may have been forgotten: whoever has seen
-    less can't be told what it missed.
+    A replay costs what was missed, not what happened: each audience has its own list per stream,
+    read from its end. Whoever has seen less than what was forgotten can't be told what it missed.
     """
 
     def __init__(self, *, events: int = 50_000, size: int = 67_108_864, age: float = 3600) -> None:
@@ -35,51 +34,59 @@ class History:
         self.most_bytes = size
         self.age = age
         self._kept: deque[Kept] = deque()
-        self._by_audience: dict[Audience, deque[Kept]] = {}
+        self._by_audience: dict[tuple[Stream, Audience], deque[Kept]] = {}
+        self._whole: set[Stream] = set()  # of which everything that ever was is known
+        self._since: dict[Stream, Position] = {}  # where each begins
+        self._forgotten: dict[Stream, Position] = {}  # the last one that was over the bounds
         self._grown = trio.Event()
         self.bytes = 0
-        self.since: dict[Stream, Position] = {}
+        self.began: dict[Stream, Position] = {}  # where each was first read live
         self.end: Cursor = {}  # the present place: replaced, never changed, so it can be shared
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def begin(self, stream: Stream, position: Position) -> None:
-        """Nothing before this place is known of the stream: there the history begins."""
-        self.since[stream] = position
-        self.end = {**self.end, stream: max(self.end.get(stream, START), position)}
+    def begin(self, stream: Stream, since: Position, *, whole: bool = False) -> None:
+        """Nothing before this place is known of the stream; there was nothing, if that is the
+        ``whole``. What it holds is added next, then it is passed by up to where it is read from.
+        """
+        self._since[stream] = since
+        if whole:
+            self._whole.add(stream)
 
-    def restart(self, stream: Stream, position: Position) -> None:
-        """Entries behind this place were lost: who has seen no more can't be told what followed."""
-        for kept in [kept for kept in self._kept if kept.stream == stream]:
-            self._forget(kept)
-        self.since[stream] = Position((position[0], position[1] + 1))
-        self.end = {**self.end, stream: position}
+    def restart(self, stream: Stream, *, since: Position, end: Position) -> None:
+        """Entries were lost: who has seen less than ``since`` can't be told what followed. It is
+        read on from ``end``, which lies before that if the stream is a new one.
+        """
+        self._kept = deque(kept for kept in self._kept if kept.stream != stream)
+        self.bytes = sum(len(kept.frame) for kept in self._kept)
+        for key in [key for key in self._by_audience if key[0] == stream]:
+            del self._by_audience[key]
+        self._whole.discard(stream)
+        self._forgotten.pop(stream, None)
+        self._since[stream] = since
+        self.end = {**self.end, stream: end}
 
     def add(
-        self,
-        event: Event,
-        audiences: Collection[Audience],
-        *,
-        now: float,
-        heard_before: bool = False,
+        self, event: Event, audiences: Collection[Audience], *, now: float, heard_by: int = 0
     ) -> None:
         """Keep a durable event, the newest of its stream. ``now`` is unix time in seconds."""
         assert event.stream is not None
         assert event.position is not None
-        stream, position = event.stream, event.position
-        kept = Kept(stream, position, event.frame, tuple(audiences), heard_before)
+        kept = Kept(event.stream, event.position, event.frame, tuple(audiences), heard_by)
         self._kept.append(kept)
         self.bytes += len(kept.frame)
         for audience in kept.audiences:
-            if (mine := self._by_audience.get(audience)) is None:
-                mine = self._by_audience[audience] = deque()
+            if (mine := self._by_audience.get((kept.stream, audience))) is None:
+                mine = self._by_audience[kept.stream, audience] = deque()
             mine.append(kept)
-        self.pass_by(stream, position)
         self.trim(now)
 
     def pass_by(self, stream: Stream, position: Position) -> None:
         """The stream has been read up to here."""
+        self.began.setdefault(stream, position)
+        if self._since.get(stream) == START:  # an id before the first entry is none of this stream
+            self._since[stream] = position
         self.end = {**self.end, stream: position}
         self._grown.set()
 
@@ -91,26 +98,49 @@ class History:
             or self.bytes > self.most_bytes
             or self._kept[0].position[0] < oldest
         ):
-            kept = self._kept[0]
-            self.since[kept.stream] = max(self.since.get(kept.stream, START), kept.position)
-            self._forget(kept)
+            kept = self._kept.popleft()
+            self.bytes -= len(kept.frame)
+            self._whole.discard(kept.stream)
+            self._forgotten[kept.stream] = kept.position
+            for audience in kept.audiences:  # the oldest of all is the oldest of its audiences, too
+                mine = self._by_audience[kept.stream, audience]
+                mine.popleft()
+                if not mine:
+                    del self._by_audience[kept.stream, audience]
 
     def covers(self, cursor: Cursor) -> bool:
         """Whether everything after this place is still known, as far as it has been read."""
-        return bool(cursor) and all(
-            stream in self.since and (self.since[stream] == START or self.since[stream] <= position)
-            for stream, position in cursor.items()
+        return (
+            bool(cursor)
+            and not self.forgot(cursor)
+            and all(
+                stream in self._since
+                and (
+                    position >= self._since[stream] or (position == START and stream in self._whole)
+                )
+                for stream, position in cursor.items()
+            )
         )
+
+    def forgot(self, cursor: Cursor) -> bool:
+        """Whether something after this place was over the bounds."""
+        forgotten = self._forgotten
+        return any(s in forgotten and forgotten[s] > position for s, position in cursor.items())
 
     def is_ahead(self, cursor: Cursor) -> bool:
         """Whether this place lies beyond what has been read: another process was quicker."""
-        return any(self.end.get(s, START) < position for s, position in cursor.items())
+        end = self.end
+        return any(s in end and end[s] < position for s, position in cursor.items())
+
+    async def wait_begun(self) -> None:
+        """Wait until there is a present place."""
+        while not self.end:
+            await self._wait()
 
     async def wait_for(self, cursor: Cursor) -> None:
         """Wait until it has been read that far."""
         while self.is_ahead(cursor):
-            self._grown = trio.Event()
-            await self._grown.wait()
+            await self._wait()
 
     def missed(self, cursor: Cursor, audiences: Iterable[Audience]) -> list[Kept]:
         """What these audiences heard after this place, each event once, in order.
@@ -118,13 +148,12 @@ class History:
         Only of the streams that the cursor names: a tenant's events live in one of them.
         """
         found: dict[int, Kept] = {}
-        several = len(self.end) > 1
         for audience in audiences:
-            for kept in reversed(self._by_audience.get(audience, ())):
-                if (seen := cursor.get(kept.stream)) is not None and seen < kept.position:
+            for stream, seen in cursor.items():
+                for kept in reversed(self._by_audience.get((stream, audience), ())):
+                    if kept.position <= seen:
+                        break
                     found[id(kept)] = kept
-                elif not several:  # a stream's own are in order
-                    break
         return sorted(found.values(), key=_order)
 
     def since_time(self, moment: float, audiences: Iterable[Audience]) -> tuple[list[Kept], bool]:
@@ -133,17 +162,15 @@ class History:
         """
         just_before = Position((math.floor(moment * 1000), -1))
         cursor = dict.fromkeys(self.end, just_before)
-        return self.missed(cursor, audiences), self.covers(cursor)
+        complete = not self.forgot(cursor) and all(
+            stream in self._whole or self._since[stream] <= just_before for stream in cursor
+        )
+        return self.missed(cursor, audiences), bool(cursor) and complete
 
-    def _forget(self, kept: Kept) -> None:
-        """The oldest of all is the oldest of its audiences, too: found at the head of each."""
-        self._kept.remove(kept)
-        self.bytes -= len(kept.frame)
-        for audience in kept.audiences:
-            mine = self._by_audience[audience]
-            mine.remove(kept)
-            if not mine:
-                del self._by_audience[audience]
+    async def _wait(self) -> None:
+        if self._grown.is_set():
+            self._grown = trio.Event()
+        await self._grown.wait()
 
 
 def _order(kept: Kept) -> tuple[Position, Stream]:

@@ -35,6 +35,7 @@ class Hub:
         self._connections: dict[Connection, None] = {}  # in the order they joined
         self._leaving: set[Connection] = set()
         self._emptied = trio.Event()
+        self.joins = 0  # ever
         self.held: set[Connection] = set()  # to whom durable events come from the history
         self.by_endpoint: dict[Endpoint, int] = dict.fromkeys(Endpoint, 0)
         self.closed: Counter[int] = Counter()
@@ -72,6 +73,8 @@ class Hub:
 
     def join(self, connection: "Connection") -> None:
         principal = connection.principal
+        self.joins += 1
+        connection.number = self.joins
         self._connections[connection] = None
         self._owned[principal.owner] += 1
         self.by_endpoint[principal.endpoint] += 1

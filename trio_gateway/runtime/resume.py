@@ -14,7 +14,7 @@ from typing import Final
 
 import trio
 
-from ..core.messages import resumed
+from ..core.messages import GAP, resumed
 from ..core.positions import Cursor, cursor_id, read_cursor
 from .connection import Connection
 from .history import History, Kept
@@ -39,12 +39,12 @@ class Replays:
 
     def hold(self, connection: Connection, now: float) -> None:
         """It has just joined: durable events wait in the history until it is decided."""
-        connection.joined_at_cursor = self._history.end
         if connection.accepted_at is None:
             connection.accepted_at = self._history.end
         connection.cursor = connection.accepted_at
         self._hub.held.add(connection)
-        if connection.resume_from is None:
+        connection.resuming = connection.resume_from is not None
+        if not connection.resuming:
             self._undecided.append((now + UNDECIDED, connection))
             self._begun.set()
 
@@ -64,13 +64,13 @@ class Replays:
         """It did not ask to resume: live from here, after what came since it joined."""
         if connection.cursor is None or connection.ending:
             return
-        missed = self._missed(connection, connection.cursor)
+        missed = self._missed(connection)
         if len(missed) <= _CHUNK_EVENTS and not connection.waiting_bytes:
             self._write(connection, missed)
             self._let_go(connection)
         else:
             connection.resuming = True
-            connection.start(self._catch_up, connection, missed)
+            connection.start(self._catch_up, connection, missed, self._history.end)
 
     def ask(self, connection: Connection, last_event_id: str | None) -> None:
         """It asks to resume in a message: that must be its first."""
@@ -81,84 +81,100 @@ class Replays:
                 self.resume, connection, "?" if last_event_id is None else last_event_id
             )
             return
-        self.resumes["not_recovered"] += 1
-        place = connection.cursor if connection.cursor is not None else self._history.end
-        connection.send(resumed(recovered=False, count=0, last_event_id=cursor_id(place)))
+        self._refuse(connection)
 
     async def resume(self, connection: Connection, last_event_id: str) -> None:
         """Answer a client that asks to resume, replay, and let it go live."""
-        connection.resuming = True
         history = self._history
-        cursor = await self._find(last_event_id) if last_event_id else connection.accepted_at
+        cursor = await self._find(connection, last_event_id)
+        if connection.ending:
+            return
         if cursor is None or not self._in_order(connection):
-            self.resumes["not_recovered"] += 1
-            place = connection.cursor if connection.cursor is not None else history.end
-            connection.send(resumed(recovered=False, count=0, last_event_id=cursor_id(place)))
+            self._refuse(connection)
             if connection.cursor is not None:
-                await self._catch_up(connection, self._missed(connection, connection.cursor))
+                await self._catch_up(connection, self._missed(connection), history.end)
             return
         self.resumes["recovered"] += 1
-        connection.cursor = cursor
+        # Other streams than the one that an event's id names are heard from here on.
+        place = connection.cursor = {**self._accepted_at(connection), **cursor}
         self._hub.held.add(connection)
-        missed = self._missed(connection, cursor)
-        place = {**cursor, **{s: max(p, cursor.get(s, p)) for s, p in history.end.items()}}
+        missed = self._missed(connection)
+        if not missed:  # else the id that holds is the client's own, until theirs come
+            place = {**place, **{s: max(p, place.get(s, p)) for s, p in history.end.items()}}
         connection.send(resumed(recovered=True, count=len(missed), last_event_id=cursor_id(place)))
-        await self._catch_up(connection, missed)
+        await self._catch_up(connection, missed, history.end)
 
-    async def _find(self, last_event_id: str) -> Cursor | None:
+    def _refuse(self, connection: Connection) -> None:
+        self.resumes["not_recovered"] += 1
+        began, cursor = self._history.began, connection.cursor
+        place = self._history.end if cursor is None else {**began, **cursor}
+        connection.send(resumed(recovered=False, count=0, last_event_id=cursor_id(place)))
+
+    async def _find(self, connection: Connection, last_event_id: str) -> Cursor | None:
         """The place that the id names, if all that came after it is known."""
         try:
-            cursor = read_cursor(last_event_id)
+            cursor = read_cursor(last_event_id) if last_event_id else None
         except ValueError:
             return None
         with trio.move_on_after(PATIENCE) as scope:
-            await self._history.wait_for(cursor)
-        if scope.cancelled_caught or not self._history.covers(cursor):
+            await self._history.wait_begun()
+            if cursor is not None:
+                await self._history.wait_for(cursor)
+        if scope.cancelled_caught:
             return None
-        return cursor
+        if cursor is None:
+            cursor = self._accepted_at(connection)
+        return cursor if self._history.covers(cursor) else None
+
+    def _accepted_at(self, connection: Connection) -> Cursor:
+        """From where on it hears live events; a stream that was read later, from its begin."""
+        assert connection.accepted_at is not None
+        return {**self._history.began, **connection.accepted_at}
 
     def _in_order(self, connection: Connection) -> bool:
         """Whether it was sent no durable event yet, which a replay would have to precede."""
         if connection.cursor is not None:
             return True
-        assert connection.accepted_at is not None
-        return not self._history.missed(connection.accepted_at, connection.audiences)
+        return not self._history.missed(self._accepted_at(connection), connection.audiences)
 
-    def _missed(self, connection: Connection, cursor: Cursor) -> list[Kept]:
+    def _missed(self, connection: Connection) -> list[Kept]:
         """What it has to be sent, without what it was sent live as a Pub/Sub copy."""
-        joined = connection.joined_at_cursor
+        assert connection.cursor is not None
+        cursor = {**self._history.began, **connection.cursor}
+        if self._history.forgot(cursor):  # while it was held: it read too slowly
+            connection.send(GAP)
         return [
             kept
             for kept in self._history.missed(cursor, connection.audiences)
-            if not (kept.heard_before and joined.get(kept.stream, kept.position) < kept.position)
+            if connection.number > kept.heard_by
         ]
 
-    async def _catch_up(self, connection: Connection, missed: list[Kept]) -> None:
-        """Send what was missed, no faster than the client takes it, then what came meanwhile,
-        until nothing is left.
+    async def _catch_up(self, connection: Connection, missed: list[Kept], upto: Cursor) -> None:
+        """Send what was missed up to a place, no faster than the client takes it, then what came
+        meanwhile, until nothing is left.
         """
         while not connection.ending:
-            while missed:
+            await connection.wait_written()
+            if missed:
                 chunk, missed = _first(missed)
                 self._write(connection, chunk)
-                await connection.wait_written()
-                if connection.ending:
-                    return
+                continue
             assert connection.cursor is not None
-            missed = self._missed(connection, connection.cursor)
+            connection.cursor = {**connection.cursor, **upto}
+            missed, upto = self._missed(connection), self._history.end
             if not missed:
                 self._let_go(connection)
                 return
 
     def _write(self, connection: Connection, chunk: list[Kept]) -> None:
-        if not chunk:
-            return
         assert connection.cursor is not None
         places = {kept.stream: kept.position for kept in chunk}
         connection.cursor = {**connection.cursor, **places}
-        data = b"".join([kept.frame for kept in chunk])
-        connection.write(data, len(chunk), trio.current_time())
-        self.replayed += len(chunk)
+        # It may have got other audiences since this was found.
+        frames = [k.frame for k in chunk if not connection.audiences.isdisjoint(k.audiences)]
+        if frames:
+            connection.write(b"".join(frames), len(frames), trio.current_time())
+            self.replayed += len(frames)
 
     def _let_go(self, connection: Connection) -> None:
         connection.cursor = None

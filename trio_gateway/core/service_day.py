@@ -1,0 +1,86 @@
+"""The service day: which day's and which shift's assignments hold at a branch right now."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import date, datetime, time, timedelta
+from typing import Final
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+from .audiences import BranchId, TenantId
+
+_WINDOW: Final = re.compile(r"([A-Z_]+)=(\d\d:\d\d)-(\d\d:\d\d)")
+_ZONE: Final = re.compile(r"(\d+):(\d+)=(.+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Period:
+    """A service day, and the shifts that are off right now."""
+
+    day: date
+    off: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceDays:
+    """A branch's day begins at the cut-off in its time zone, so that a dinner past midnight stays
+    on its day. ``windows`` are the shifts' hours; one without them is on all day.
+    """
+
+    zone: ZoneInfo = field(default_factory=lambda: ZoneInfo("UTC"))
+    zones: Mapping[tuple[TenantId, BranchId], ZoneInfo] = field(default_factory=dict)
+    cut_off: time = time(5)
+    windows: Mapping[str, tuple[time, time]] = field(default_factory=dict)
+
+    def period(self, tenant: TenantId, branch: BranchId, unix_time: float) -> Period:
+        zone = self.zones.get((tenant, branch), self.zone)
+        local = datetime.fromtimestamp(unix_time, zone)
+        day, now = local.date(), local.time()
+        # The instant, too: an hour that clocks repeat in autumn must not bring the old day back.
+        begins = datetime.combine(day, self.cut_off, zone).timestamp()
+        if now < self.cut_off and unix_time < begins:
+            day -= timedelta(days=1)
+        off = (shift for shift, window in self.windows.items() if not _in(now, window))
+        return Period(day, frozenset(off))
+
+
+def _in(now: time, window: tuple[time, time]) -> bool:
+    begin, end = window
+    return begin <= now < end if begin < end else now >= begin or now < end
+
+
+def holds(shift: str | None, period: Period) -> bool:
+    """Whether an assignment for this shift (None: all day) holds in this period."""
+    return shift not in period.off
+
+
+def read_zone(text: str) -> ZoneInfo:
+    """Raises :exc:`ValueError` for what is no zone of the tz database."""
+    try:
+        return ZoneInfo(text)
+    except (ZoneInfoNotFoundError, ValueError, OSError):
+        raise ValueError(f"unknown time zone {text}") from None
+
+
+def read_zones(items: tuple[str, ...]) -> Mapping[tuple[TenantId, BranchId], ZoneInfo]:
+    """``tenant:branch=Zone`` each; raises :exc:`ValueError`."""
+    found = {}
+    for item in items:
+        if (match := _ZONE.fullmatch(item)) is None:
+            raise ValueError(f"{item} is not tenant:branch=Zone")
+        found[TenantId(int(match[1])), BranchId(int(match[2]))] = read_zone(match[3])
+    return found
+
+
+def read_windows(items: tuple[str, ...]) -> Mapping[str, tuple[time, time]]:
+    """``SHIFT=HH:MM-HH:MM`` each, which may pass midnight; raises :exc:`ValueError`."""
+    found = {}
+    for item in items:
+        try:
+            match = _WINDOW.fullmatch(item)
+            if match is None or match[2] == match[3]:
+                raise ValueError
+            found[match[1]] = (time.fromisoformat(match[2]), time.fromisoformat(match[3]))
+        except ValueError:
+            raise ValueError(f"{item} is not SHIFT=HH:MM-HH:MM") from None
+    return found

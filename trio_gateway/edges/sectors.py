@@ -1,0 +1,454 @@
+"""Sectors: who serves which sector today, by the backend's SQL database."""
+
+import math
+import random
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import date
+from typing import Annotated, Any, Final, NamedTuple, NoReturn, Protocol
+from weakref import WeakKeyDictionary
+
+import msgspec
+import sqlalchemy
+import structlog
+import trio
+from sqlalchemy import column, select, table
+from sqlalchemy.engine import URL, Engine, make_url
+
+from ..core.audiences import BranchId, Endpoint, Principal, SectorId, Sectors, TenantId, UserId
+from ..core.events import MAX_ID
+from ..core.limits import RateLimit
+from ..core.resilience import Backoff, Breaker
+from ..core.service_day import Period, ServiceDays, holds
+from ..runtime.connection import Connection
+from ..runtime.hub import Hub
+from ..settings import SECTOR_COLUMNS
+
+log = structlog.get_logger()
+
+CHANNEL: Final = "channel:sectors:changed"
+TIMEOUT: Final = 2.0  # seconds for one query
+REFRESHES: Final = 5  # of one connection that ask the database, in
+REFRESH_WINDOW: Final = 10.0  # seconds
+SPREAD: Final = 60.0  # seconds over which a day's flip is applied
+_TICK: Final = 5.0  # seconds between two looks at the clock
+_THREADS: Final = 4
+_MOST_CACHED: Final = 50_000
+
+
+class Waiter(NamedTuple):
+    """Whose assignments, where."""
+
+    tenant: TenantId
+    branch: BranchId
+    user: UserId
+
+
+Rows = frozenset[tuple[SectorId, str | None]]  # sectors and shifts of one day
+
+
+@dataclass(slots=True)
+class _Known:
+    """What the database said last of a waiter."""
+
+    day: date
+    rows: Rows
+    asked_at: float  # on Trio's clock
+
+
+@dataclass(slots=True)
+class _Question:
+    """What the database is being asked; whoever else wants to know waits for the same answer."""
+
+    done: trio.Event = field(default_factory=trio.Event)
+    outdated: bool = False  # assignments may have changed since it was sent
+    answered: bool | None = None  # None: whoever asked was cancelled
+
+
+class _Changed(msgspec.Struct):
+    """A message on the channel."""
+
+    tenant_id: int
+    waiter_id: int | Annotated[str, msgspec.Meta(pattern="^[0-9]+$")]
+
+
+class Unanswered(Exception):  # noqa: N818 - an outcome
+    """The database failed, or took too long."""
+
+
+class Asked(Protocol):
+    """Who knows the assignments."""
+
+    queries: int
+    failures: int
+
+    async def of(self, waiter: Waiter, day: date, /) -> Rows:
+        """A waiter's assignments of a day; raises :exc:`Unanswered`."""
+
+    def close(self) -> None:
+        """Nothing more is asked."""
+
+
+class Assignments:
+    """The table in the backend's database, asked in a thread of its own under a deadline, so that
+    a hung database neither blocks the loop nor eats the thread pool.
+
+    Raises :exc:`ValueError` for a URL that can't be used; no text holds the password.
+    """
+
+    def __init__(self, url: str, name: str, columns: Mapping[str, str]) -> None:
+        self._engine = _engine(url)
+        schema, _, bare = name.rpartition(".")
+        called = {key: columns.get(key, key) for key in SECTOR_COLUMNS}
+        self._table = table(bare, *map(column, called.values()), schema=schema or None)
+        self._columns = {key: self._table.c[called[key]] for key in SECTOR_COLUMNS}
+        self._limiter = trio.CapacityLimiter(_THREADS)
+        self.queries = 0
+        self.failures = 0
+
+    def close(self) -> None:
+        """Give the connections back that no query holds."""
+        self._engine.dispose()
+
+    async def of(self, key: Waiter, day: date) -> Rows:
+        """A waiter's assignments of a day; raises :exc:`Unanswered`."""
+        if int(key.user) > MAX_ID:
+            return frozenset()
+        self.queries += 1
+        rows: Rows | None = None
+        try:
+            with trio.move_on_after(TIMEOUT):
+                rows = await trio.to_thread.run_sync(
+                    self._query, key, day, abandon_on_cancel=True, limiter=self._limiter
+                )
+        except (sqlalchemy.exc.SQLAlchemyError, OSError, ValueError) as error:
+            self.failures += 1
+            raise Unanswered(type(error).__name__) from None
+        if rows is None:
+            self.failures += 1
+            raise Unanswered(f"no answer in {TIMEOUT:g} s")
+        return rows
+
+    def _query(self, key: Waiter, day: date) -> Rows:
+        at = self._columns
+        query = select(at["sector_id"], at["shift"]).where(
+            at["tenant_id"] == key.tenant,
+            at["branch_id"] == key.branch,
+            at["waiter_id"] == int(key.user),
+            at["assignment_date"] == sqlalchemy.literal(day, sqlalchemy.Date),
+            at["is_active"] == sqlalchemy.literal(True, sqlalchemy.Boolean),
+            at["sector_id"].is_not(None),
+        )
+        with self._engine.connect() as connection:
+            return frozenset(
+                (SectorId(int(sector)), None if shift is None else str(shift))
+                for sector, shift in connection.execute(query)
+            )
+
+
+def _engine(url: str) -> Engine:
+    try:
+        parsed = make_url(url)
+        if parsed.drivername in {"postgresql", "postgres"}:
+            parsed = parsed.set(drivername="postgresql+psycopg")
+        engine = sqlalchemy.create_engine(parsed, pool_pre_ping=True, **_options(parsed))
+    except ImportError:
+        mend = (
+            " (pip install 'trio-gateway[postgres]')"
+            if parsed.drivername == "postgresql+psycopg"
+            else ""
+        )
+        raise ValueError(f"needs a driver that is not installed{mend}") from None
+    except sqlalchemy.exc.NoSuchModuleError:
+        raise ValueError("names a database that SQLAlchemy does not know") from None
+    except (sqlalchemy.exc.ArgumentError, ValueError):
+        raise ValueError("is not driver://user:password@host:port/database") from None
+    if engine.dialect.is_async:
+        raise ValueError(f"names a driver for asyncio: {parsed.drivername}")
+    if engine.dialect.name == "sqlite":
+
+        @sqlalchemy.event.listens_for(engine, "connect")
+        def read_only(connection: Any, _record: Any) -> None:
+            connection.execute("PRAGMA query_only = ON")
+
+    return engine
+
+
+def _options(url: URL) -> dict[str, Any]:
+    """A deadline for whatever the driver lets us give one, so that no thread outlives its query."""
+    if url.drivername.startswith("sqlite"):
+        return {"connect_args": {"timeout": TIMEOUT}}
+    if url.drivername != "postgresql+psycopg":
+        return _POOL
+    given = url.normalized_query.get("options", ())
+    ours = f"-c statement_timeout={int(TIMEOUT * 1000)} -c default_transaction_read_only=on"
+    return _POOL | {
+        "connect_args": {
+            "connect_timeout": math.ceil(TIMEOUT),
+            "tcp_user_timeout": int(TIMEOUT * 1000),
+            "options": " ".join((*given, ours)),
+        }
+    }
+
+
+_POOL: Final[dict[str, Any]] = {"pool_size": _THREADS, "max_overflow": 0, "pool_timeout": TIMEOUT}
+
+
+class Roster:
+    """The waiters' sectors: from a cache, from the database, or from what was known last.
+
+    A failure is never taken for "no sectors": what the database said last holds, else what the
+    token claims; and it is asked again until it answers, which then reaches the live connection.
+    """
+
+    def __init__(
+        self,
+        assignments: Asked,
+        hub: Hub,
+        breaker: Breaker,
+        *,
+        days: ServiceDays | None = None,
+        ttl: float = 300,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._assignments = assignments
+        self._hub = hub
+        self._breaker = breaker
+        self._days = days or ServiceDays()
+        self._ttl = ttl
+        self._wall_clock = wall_clock
+        self._known: OrderedDict[Waiter, _Known] = OrderedDict()
+        self._asking: dict[Waiter, _Question] = {}
+        self._periods: dict[tuple[TenantId, BranchId], Period] = {}  # that live waiters are in
+        self._owed: dict[Waiter, None] = {}  # to be asked again, since the database failed
+        self._wake = trio.Event()
+        self._refreshes: WeakKeyDictionary[Connection, RateLimit] = WeakKeyDictionary()
+
+    @property
+    def known(self) -> int:
+        return len(self._known)
+
+    @property
+    def owed(self) -> int:
+        """Answers that are owed to live connections by a database that failed."""
+        return len(self._owed)
+
+    @property
+    def queries(self) -> dict[str, float]:
+        """Queries so far, by outcome."""
+        asked, failed = self._assignments.queries, self._assignments.failures
+        return {"answered": asked - failed, "failed": failed}
+
+    def close(self) -> None:
+        self._assignments.close()
+
+    async def assign(self, principal: Principal, *, fresh: bool = False) -> Principal:
+        """The principal with today's sectors; ``fresh`` bypasses the cache. Never fails.
+
+        What is awaited last before :meth:`Hub.join` must be this, or a change could slip between.
+        """
+        if principal.endpoint is not Endpoint.WAITER or principal.user is None:
+            return principal
+        unknown: list[Waiter] = []
+
+        async def ask(key: Waiter) -> None:
+            if not await self._ask(key, fresh=fresh):
+                unknown.append(key)
+
+        async with trio.open_nursery() as nursery:  # at once: one deadline for all the branches
+            for branch in principal.branches:
+                key = Waiter(principal.tenant, branch, principal.user)
+                if fresh or not self._is_fresh(key):
+                    nursery.start_soon(ask, key)
+        self._owe(unknown)  # only now: what is owed to nobody is forgotten
+        return self._with_sectors(principal)
+
+    async def refresh(self, connection: Connection) -> None:
+        """A client asks for its sectors: from the database, unless it asks all the time."""
+        if (limit := self._refreshes.get(connection)) is None:
+            limit = self._refreshes[connection] = RateLimit(REFRESHES, REFRESH_WINDOW)
+        now = trio.current_time()
+        fresh = not limit.is_full(now)
+        if fresh:  # who asks too often must not be kept from it for ever
+            limit.exceeded(now)
+        await self.assign(connection.principal, fresh=fresh)
+        self._apply(connection)
+
+    def hear(self, payload: bytes) -> None:
+        """A message on :data:`CHANNEL`: a waiter's assignments have changed."""
+        try:
+            said = msgspec.json.decode(payload, type=_Changed)
+        except (msgspec.DecodeError, UnicodeError, RecursionError):
+            log.warning("invalid sectors message")
+            return
+        tenant, user = TenantId(said.tenant_id), UserId(str(said.waiter_id))
+        for key, question in self._asking.items():
+            if key.tenant == tenant and key.user == user:
+                question.outdated = True
+        for key, known in self._known.items():
+            if key.tenant == tenant and key.user == user:
+                known.asked_at = -math.inf
+        self._owe(
+            Waiter(tenant, branch, user)
+            for connection in self._connections_of(tenant, user)
+            for branch in connection.principal.branches
+        )
+
+    async def pay(self) -> NoReturn:
+        """Ask what is owed until it is answered, and apply it; returns only when cancelled."""
+        backoff, failures = Backoff(first=0.5, most=10), 0
+        while True:
+            while not self._owed:
+                self._wake = trio.Event()
+                await self._wake.wait()
+            key = next(iter(self._owed))
+            if not self._connections_of(key.tenant, key.user):
+                del self._owed[key]
+            elif await self._ask(key, fresh=False):
+                failures = 0
+            else:
+                failures += 1
+                self._owed.pop(key, None)
+                self._owed[key] = None  # behind the others: what it can't answer may be this one
+                wait = self._breaker.wait(trio.current_time())
+                await trio.sleep(max(wait, backoff.after(failures)))
+
+    async def follow_clock(self) -> NoReturn:
+        """When a branch's day or shift changes, look at its live waiters again, over a minute."""
+        while True:
+            changed: list[Connection] = []
+            now: dict[tuple[TenantId, BranchId], Period] = {}
+            for connection in self._waiters():
+                tenant = connection.principal.tenant
+                for branch in connection.principal.branches:
+                    if (place := (tenant, branch)) not in now:
+                        now[place] = self._period(*place)
+                if any(
+                    self._periods.get(place := (tenant, branch)) != now[place]
+                    for branch in connection.principal.branches
+                ):
+                    changed.append(connection)
+            self._periods = now
+            random.shuffle(changed)
+            started = trio.current_time()
+            for i, connection in enumerate(changed, 1):
+                if not connection.ending:
+                    await self.assign(connection.principal)
+                    self._apply(connection)
+                await trio.sleep_until(started + i * min(SPREAD / len(changed), 1.0))
+            await trio.sleep(_TICK)
+
+    def _waiters(self) -> list[Connection]:
+        return [
+            connection
+            for connection in self._hub.connections
+            if connection.principal.endpoint is Endpoint.WAITER
+        ]
+
+    def _connections_of(self, tenant: TenantId, user: UserId) -> list[Connection]:
+        return [
+            connection
+            for connection in self._waiters()
+            if connection.principal.tenant == tenant and connection.principal.user == user
+        ]
+
+    def _apply(self, connection: Connection) -> None:
+        """Let it hear what it serves now: one step, so nothing is missed or doubled."""
+        before = connection.principal
+        after = self._with_sectors(before)
+        if after is not before and not connection.ending:
+            self._hub.move(connection, after)
+
+    def _with_sectors(self, principal: Principal) -> Principal:
+        """By what is known; where nothing is, by what the principal had."""
+        assert principal.user is not None
+        sectors: dict[BranchId, frozenset[SectorId]] = {}
+        for branch in principal.branches:
+            key = Waiter(principal.tenant, branch, principal.user)
+            period = self._period(key.tenant, branch)
+            known = self._known.get(key)
+            if known is None or known.day == period.day:  # else this place is looked at again
+                self._periods.setdefault((key.tenant, branch), period)
+            if known is None:
+                had = principal.sectors.get(branch)
+            else:
+                had = frozenset(sector for sector, shift in known.rows if holds(shift, period))
+            if had:
+                sectors[branch] = had
+        return (
+            principal if _same(sectors, principal.sectors) else replace(principal, sectors=sectors)
+        )
+
+    def _period(self, tenant: TenantId, branch: BranchId) -> Period:
+        return self._days.period(tenant, branch, self._wall_clock())
+
+    def _is_fresh(self, key: Waiter) -> bool:
+        known = self._known.get(key)
+        return (
+            known is not None
+            and known.day == self._period(key.tenant, key.branch).day
+            and trio.current_time() - known.asked_at < self._ttl
+        )
+
+    async def _ask(self, key: Waiter, *, fresh: bool) -> bool:
+        """Ask the database, or wait for who asks already; whether it has answered.
+
+        ``fresh`` wants to know what holds now, and not when that question was sent.
+        """
+        while (asked := self._asking.get(key)) is not None:
+            asked.outdated |= fresh
+            await asked.done.wait()
+            if asked.answered is not None:
+                return asked.answered
+        if not self._breaker.try_now(trio.current_time()):
+            return False
+        question = self._asking[key] = _Question()
+        try:
+            known = await self._answer(key, question)
+        except Unanswered as unanswered:
+            question.answered = False
+            self._breaker.failed(trio.current_time())
+            log.warning("sectors not known", error=str(unanswered), tenant=key.tenant)
+            return False
+        except BaseException:
+            self._breaker.abandoned(trio.current_time())
+            raise
+        finally:
+            del self._asking[key]
+            question.done.set()
+        question.answered = True
+        self._breaker.succeeded()
+        self._learn(key, known)
+        return True
+
+    async def _answer(self, key: Waiter, question: _Question) -> _Known:
+        """What the database says, and said after the last change that was heard of."""
+        while True:
+            question.outdated = False
+            day, asked_at = self._period(key.tenant, key.branch).day, trio.current_time()
+            rows = await self._assignments.of(key, day)
+            if not question.outdated and day == self._period(key.tenant, key.branch).day:
+                return _Known(day, rows, asked_at)
+
+    def _learn(self, key: Waiter, known: _Known) -> None:
+        """Whoever asked: all of the waiter's connections hear what it serves now."""
+        before = self._known.get(key)
+        self._known[key] = known
+        self._known.move_to_end(key)
+        if len(self._known) > _MOST_CACHED:
+            self._known.popitem(last=False)
+        if key in self._owed or (before is not None and before.rows != known.rows):
+            self._owed.pop(key, None)
+            for connection in self._connections_of(key.tenant, key.user):
+                self._apply(connection)
+
+    def _owe(self, keys: Iterable[Waiter]) -> None:
+        for key in keys:
+            self._owed[key] = None
+            self._wake.set()
+
+
+def _same(a: Sectors, b: Sectors) -> bool:
+    return dict(a) == dict(b)
