@@ -3,15 +3,18 @@
 import inspect
 import json
 import os
+import random
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+import h11
 import hypercorn.trio
 import hypercorn.trio.run
 import redis
@@ -37,7 +40,8 @@ Door = Literal["line", "asgi"]
 @contextmanager
 def valkey(**config: Any) -> Iterator[ValkeyServer]:
     """A real Valkey on a free port, with its files in a folder that goes with it."""
-    server = ValkeyServer(**{"save": "", "loglevel": "warning"} | config)
+    # Its own choice is the first free port from a fixed one on, where other test runs look, too.
+    server = ValkeyServer(**{"port": free_port(), "save": "", "loglevel": "warning"} | config)
     server.start()
     try:
         yield server
@@ -155,14 +159,19 @@ async def receive_event(client: WebSocketConnection, seconds: float = 2) -> Any:
         return json.loads(await client.get_message())
 
 
-async def received(client: WebSocketConnection) -> list[Any]:
-    """What came so far: everything before the answer to a ping of ours, decoded."""
-    found: list[Any] = []
+async def received_texts(client: WebSocketConnection) -> list[str]:
+    """What came so far: everything before the answer to a ping of ours."""
+    found: list[str] = []
     await client.send_message('{"type":"ping"}')
     with trio.fail_after(5):
-        while (message := json.loads(await client.get_message())) != {"type": "pong"}:
-            found.append(message)
+        while (message := await client.get_message()) != '{"type":"pong"}':
+            found.append(str(message))
     return found
+
+
+async def received(client: WebSocketConnection) -> list[Any]:
+    """What came so far, decoded."""
+    return [json.loads(text) for text in await received_texts(client)]
 
 
 async def closed(client: WebSocketConnection, seconds: float = 5) -> tuple[int, str]:
@@ -220,16 +229,25 @@ async def http(
     port: int, path: str, *, method: str = "GET", headers: Mapping[str, str] | None = None
 ) -> Reply:
     """One request on a connection of its own."""
-    lines = [f"{method} {path} HTTP/1.1", "Host: localhost", "Connection: close"]
-    lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
-    answer = b""
+    request = h11.Request(
+        method=method, target=path, headers=[("Host", "localhost"), *(headers or {}).items()]
+    )
+    client = h11.Connection(h11.CLIENT)
+    status, body, event = 0, b"", None
     with trio.fail_after(5):
         async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
-            await stream.send_all("\r\n".join([*lines, "", ""]).encode())
-            async for data in stream:
-                answer += data
-    head, _, body = answer.partition(b"\r\n\r\n")
-    return Reply(int(head.split(b" ")[1]), body.decode())
+            await stream.send_all(
+                (client.send(request) or b"") + (client.send(h11.EndOfMessage()) or b"")
+            )
+            while not isinstance(event, h11.EndOfMessage):
+                event = client.next_event()
+                if event is h11.NEED_DATA:
+                    client.receive_data(await stream.receive_some())
+                elif isinstance(event, h11.Response):
+                    status = event.status_code
+                elif isinstance(event, h11.Data):
+                    body += event.data
+    return Reply(status, body.decode())
 
 
 class Metrics:
@@ -273,9 +291,15 @@ async def until(true: Callable[[], Any], seconds: float = 5) -> None:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Below those that the kernel gives to clients: one of them, connecting to a port on which
+    nobody listens, could be given that port and be connected to itself.
+    """
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def environment(redis_url: str, **settings: str) -> dict[str, str]:
@@ -297,24 +321,26 @@ def environment(redis_url: str, **settings: str) -> dict[str, str]:
 async def process(
     *arguments: str, env: Mapping[str, str], port: int | None = None, **options: Any
 ) -> AsyncIterator[subprocess.Popen[bytes]]:
-    """``python -m`` these arguments, killed at the end; with a port: once it accepts there."""
+    """``python -m`` these arguments, killed at the end with whatever it started; with a port: once
+    it accepts there.
+    """
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     started = subprocess.Popen(
-        [sys.executable, "-m", *arguments],
-        env=dict(env),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        **options,
+        [sys.executable, "-m", *arguments], env=dict(env), start_new_session=True, **pipes | options
     )
     try:
         if port is not None:
             with trio.fail_after(15):
                 while not await _accepts(port):
                     if started.poll() is not None:
-                        raise AssertionError((started.stderr or sys.stdin).read())
+                        raise AssertionError(
+                            started.stderr.read() if started.stderr else "it ended"
+                        )
                     await trio.sleep(0.02)
         yield started
     finally:
-        started.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGKILL)
         started.communicate()
 
 

