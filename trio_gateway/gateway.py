@@ -332,6 +332,8 @@ class Gateway(QuartTrio):
             try:
                 stack.enter_context(self.addresses.entered(address, trio.current_time()))
                 principal = await self._admit(handshake)
+                if self.draining:  # asked only now: the others may have been sent away meanwhile
+                    raise Rejected(Close.GOING_AWAY, f"retry in {_FIRST_WINDOW:.1f}s", "draining")
                 self.hub.admit(principal)
             except Rejected as rejected:
                 if rejected.close is Close.AUTH_FAILED:
@@ -355,8 +357,6 @@ class Gateway(QuartTrio):
             await self._run(connection, socket)
 
     async def _admit(self, handshake: Handshake) -> Principal:
-        if self.draining:
-            raise Rejected(Close.GOING_AWAY, "draining", "draining")
         if self.handshakes >= self.max_handshakes:
             raise Rejected(Close.SERVER_OVERLOADED, "too many handshakes", "handshake_limit")
         self.handshakes += 1

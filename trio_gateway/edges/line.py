@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, Protocol, cast
 
+import hypercorn.protocol.h2
+import hypercorn.protocol.h11
 import hypercorn.trio.run
 import structlog
 import trio
@@ -28,6 +30,7 @@ from ..core.closing import Close
 from ..core.frames import CLOSE, close_frame, frame
 from ..runtime.connection import Left, Ping, Pong, Violation
 from ..runtime.outbox import Outbox
+from .bounded import MOST_FRAGMENTS, BoundedStream
 from .handshake import (
     MAX_HEAD_BYTES,
     Handshake,
@@ -41,7 +44,8 @@ log = structlog.get_logger()
 
 LINGER: Final = 1.0  # seconds
 _CHUNK: Final = 65_536
-_MOST_EMPTY_FRAGMENTS: Final = 1000
+# Of frames at a time: seven bytes may be a frame of their own, and others wait meanwhile.
+_FRAMES_CHUNK: Final = 4096
 _END_OF_HEAD: Final = re.compile(rb"\n\r?\n")
 # Windows can't os.write to a socket; there the writer task sends everything.
 _WRITES_DIRECTLY: Final = sys.platform != "win32"
@@ -86,23 +90,20 @@ class Line(TCPServer):
             await trio.aclose_forcefully(self.stream)
 
     async def _serve(self, gateway: Served) -> None:
-        if hasattr(self.stream, "do_handshake"):
-            try:
-                with trio.fail_after(self.config.ssl_handshake_timeout):
-                    await self.stream.do_handshake()
-            except (trio.BrokenResourceError, trio.TooSlowError):
-                return
-            if self.stream.selected_alpn_protocol() == "h2":
-                await super().run()
-                return
         if gateway.handshakes >= gateway.max_handshakes:
             gateway.refused[503] += 1  # without a word: there are too many to linger for each
             return
         gateway.handshakes += 1
         try:
-            data, refusal = await read_head(self.stream, gateway.accept_timeout)
+            if (protocol := await self._secure(gateway.accept_timeout)) == "http/1.1":
+                data, refusal = await read_head(self.stream, gateway.accept_timeout)
         finally:
             gateway.handshakes -= 1
+        if protocol is None:
+            return
+        if protocol == "h2":
+            await super().run()
+            return
         if refusal is not None:
             await self._refuse(gateway, refusal)
             return
@@ -125,6 +126,17 @@ class Line(TCPServer):
             case None:
                 self.stream = cast("Any", Replayed(self.stream, data))
                 await super().run()
+
+    async def _secure(self, timeout: float) -> str | None:
+        """The protocol that is spoken once TLS, if there is any, is through; None if it failed."""
+        if not hasattr(self.stream, "do_handshake"):
+            return "http/1.1"
+        try:
+            with trio.fail_after(min(timeout, self.config.ssl_handshake_timeout)):
+                await self.stream.do_handshake()
+        except (trio.BrokenResourceError, trio.TooSlowError):
+            return None
+        return "h2" if self.stream.selected_alpn_protocol() == "h2" else "http/1.1"
 
     async def _refuse(self, gateway: Served, refusal: Refusal) -> None:
         gateway.refused[refusal.status] += 1
@@ -164,8 +176,10 @@ class Line(TCPServer):
 
 
 def install() -> None:
-    """Let Hypercorn's Trio worker serve with :class:`Line`."""
+    """Let Hypercorn's Trio worker serve with :class:`Line`, and bound its own WebSockets."""
     vars(hypercorn.trio.run)["TCPServer"] = Line
+    vars(hypercorn.protocol.h11)["WSStream"] = BoundedStream
+    vars(hypercorn.protocol.h2)["WSStream"] = BoundedStream
 
 
 async def read_head(stream: trio.abc.Stream, timeout: float) -> tuple[bytes, Refusal | None]:
@@ -244,7 +258,7 @@ class LineSocket:
     """
 
     __slots__ = (
-        "_aborted", "_broken", "_empty", "_pieces", "_size", "_socket", "_stream", "_websocket",
+        "_aborted", "_broken", "_fragments", "_pieces", "_size", "_socket", "_stream", "_websocket",
         "max_size",
     )  # fmt: skip
 
@@ -257,7 +271,7 @@ class LineSocket:
         self.max_size = max_size
         self._pieces: list[str] = []  # of a message that is not complete yet
         self._size = 0  # their bytes
-        self._empty = 0  # fragments without a byte
+        self._fragments = 0  # its frames
         self._broken = False  # a write was cut off: the peer may have half a frame
         self._aborted = False
 
@@ -305,7 +319,7 @@ class LineSocket:
                         # wsproto's word for what broke RFC 6455
                         raise Violation(Close(int(code)), _why(Close(int(code))))
             try:
-                data = await self._stream.receive_some(_CHUNK)
+                data = await self._stream.receive_some(_FRAMES_CHUNK)
             except _GONE:
                 data = b""
             if not data:
@@ -318,20 +332,16 @@ class LineSocket:
         self._size += len(piece) if piece.isascii() else len(piece.encode())
         if self._size > self.max_size:
             raise Violation(Close.MESSAGE_TOO_BIG, f"message is over {self.max_size} bytes")
+        self._fragments += event.frame_finished
+        if self._fragments > MOST_FRAGMENTS:
+            raise Violation(Close.MESSAGE_TOO_BIG, "too many fragments")
         if event.message_finished:
-            if not self._pieces:  # the common case: one frame, one piece
-                self._size = self._empty = 0
-                return piece
-            text = "".join([*self._pieces, piece])
+            text = "".join([*self._pieces, piece]) if self._pieces else piece
             self._pieces.clear()
-            self._size = self._empty = 0
+            self._size = self._fragments = 0
             return text
         if piece:
             self._pieces.append(piece)
-        else:
-            self._empty += 1
-            if self._empty > _MOST_EMPTY_FRAGMENTS:
-                raise Violation(Close.MESSAGE_TOO_BIG, "too many empty fragments")
         return None
 
     async def close(self, code: int, reason: str) -> None:
