@@ -31,3 +31,17 @@ def tests(session: nox.Session) -> None:
     session.run("coverage", "combine", silent=True)
     if not session.posargs:
         session.run("coverage", "report")
+
+
+@nox.session
+def chaos(session: nox.Session) -> None:
+    """Redis and the gateway are killed again and again under load; takes minutes."""
+    session.install("-e", ".[test]")
+    session.run("pytest", "-m", "chaos", "tests/chaos", *session.posargs)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Everything at once on this machine, from a plain installation; Ctrl-C ends it."""
+    session.install(".[demo]")
+    session.run("trio-gateway", "demo", *session.posargs)

@@ -88,6 +88,8 @@ def check() -> None:
         report.fail("REDIS_URL can't be read", "write redis://[[user]:password@]host[:port][/db]")
     else:
         trio.run(_check_redis, settings, address, report)
+    if settings.database_url is not None:
+        trio.run(_check_database, settings, settings.database_url, report)
     if report.wrong:
         click.echo(f"{report.wrong} wrong")
         raise SystemExit(FAILED)
@@ -98,7 +100,7 @@ def _check_settings(settings: "Settings", report: _Report) -> None:
     report.right(f"settings ({settings.environment})")
     for warning in settings.warnings:
         report.warn(warning)
-    if not settings.staff_keys:
+    if not settings.staff_keys and settings.jwt_jwks_url is None:
         report.fail(
             "no key for staff tokens",
             "set JWT_PUBLIC_KEY to the key in PEM, or to a file that holds it",
@@ -142,11 +144,12 @@ async def _check_commands(settings: "Settings", redis: "RedisConnection", report
     for stream in dict.fromkeys(settings.redis_streams):
         with report.trying(
             f"stream {stream}",
-            f"allow this user XREAD and XREVRANGE: ACL SETUSER … ~{stream} +xread +xrevrange",
+            f"allow this user to read it: ACL SETUSER … ~{stream} +xread +xrevrange +xinfo",
             f"the key {stream} is something else than a stream: name another in REDIS_STREAMS",
         ):
             await _call(redis, "XREVRANGE", stream, "+", "-", "COUNT", 1)
             await _call(redis, "XREAD", "COUNT", 1, "STREAMS", stream, "$")
+            await _call(redis, "XINFO", "STREAM", stream, unless="no such key")
     key = f"gateway:ticket:check-{secrets.token_hex(8)}"
     with report.trying(
         "tickets (SET, GETDEL)",
@@ -177,12 +180,42 @@ async def _check_subscribing(
         await _call(redis, "SUBSCRIBE", CHANNEL)
 
 
-async def _call(redis: "RedisConnection", *words: str | int) -> None:
+async def _check_database(settings: "Settings", url: str, report: _Report) -> None:
+    from datetime import date
+
+    from ..core.audiences import BranchId, TenantId, UserId
+    from ..edges.sectors import Assignments, Unanswered, Waiter
+
+    try:
+        assignments = Assignments(url, settings.sector_table, settings.sector_column_names)
+    except ValueError as error:
+        report.fail(
+            f"DATABASE_URL {error}", "write it as SQLAlchemy does: dialect://user@host/name"
+        )
+        return
+    try:
+        nobody = Waiter(TenantId(1), BranchId(1), UserId("0"))
+        await assignments.of(nobody, date(2000, 1, 1))
+    except Unanswered as unanswered:
+        report.fail(
+            f"sectors: {unanswered}",
+            f"is the database up, and may this user read {settings.sector_table}?"
+            " (SECTOR_TABLE, SECTOR_COLUMNS)",
+        )
+    else:
+        report.right(f"sectors from {settings.sector_table}")
+    finally:
+        assignments.close()
+
+
+async def _call(redis: "RedisConnection", *words: str | int, unless: str | None = None) -> None:
     import trio
 
     from ..runtime.supervision import Lost
 
     with trio.move_on_after(_PATIENCE) as scope:
-        await redis.call(*words)
+        reply = await redis.ask(*words)
+        if isinstance(reply, Exception) and (unless is None or unless not in str(reply)):
+            raise Lost(f"{words[0]!s} failed: {str(reply).split(' ', 1)[0]}")
     if scope.cancelled_caught:
         raise Lost(f"no answer in {_PATIENCE:g} s")

@@ -32,11 +32,17 @@ _PATIENCE: Final = 2.0  # seconds for a child to end by itself
 _QUIET: Final = 0.5  # seconds without an event after the last loop
 _LIFE: Final = 3 * 3600
 _LAST_WORDS: Final = 15  # lines
+_TABLE: Final = """
+    CREATE TABLE waiter_sector_assignment (
+        id INTEGER PRIMARY KEY, tenant_id BIGINT, branch_id BIGINT, sector_id BIGINT,
+        waiter_id BIGINT, assignment_date DATE, shift TEXT, is_active BOOLEAN
+    )
+"""
 
 _ROLES: Final = {
     "waiter": (
         "waiter of sector 5",
-        Identity(user=21, roles=("WAITER",), sectors=(5,), life=_LIFE),
+        Identity(user=21, roles=("WAITER",), life=_LIFE),
     ),
     "kitchen": ("kitchen", Identity(user=31, roles=("KITCHEN",), life=_LIFE)),
     "admin": ("admin", Identity(user=3, roles=("ADMIN",), life=_LIFE)),
@@ -105,6 +111,7 @@ class _Stage:
     """What the demo has set up: where things are, and their secrets."""
 
     redis_url: str
+    database_url: str
     port: int
     staff_secret: str
     table_secret: str
@@ -130,6 +137,7 @@ class _Stage:
         }
         return kept | {
             "REDIS_URL": self.redis_url,
+            "DATABASE_URL": self.database_url,
             "JWT_SECRET": self.staff_secret,
             "TABLE_TOKEN_SECRET": self.table_secret,
             "LOG_LEVEL": "warning",
@@ -157,7 +165,11 @@ async def _run(port: int, rate: float, loops: int, screen: "Screen", tally: "_Ta
     with tempfile.TemporaryDirectory(prefix="trio-gateway-demo-") as folder:
         async with _valkey(folder) as server:
             stage = _Stage(
-                server.connection_url, port, secrets.token_urlsafe(48), secrets.token_urlsafe(48)
+                server.connection_url,
+                _database(folder),
+                port,
+                secrets.token_urlsafe(48),
+                secrets.token_urlsafe(48),
             )
             async with _gateway(stage, folder), trio.open_nursery() as nursery:
                 _introduce(stage, screen)
@@ -180,6 +192,27 @@ async def _quiet(tally: _Tally) -> None:
 
 
 # What is started, and ended
+
+
+def _database(folder: str) -> str:
+    """The backend's, in SQLite: waiter 21 serves sector 5, today and for as long as this may run.
+
+    Returns its URL.
+    """
+    import sqlite3
+    from contextlib import closing
+    from datetime import UTC, datetime, timedelta
+
+    path = os.path.join(folder, "backend.db")
+    today = datetime.now(UTC).date()
+    days = [today + timedelta(days=n) for n in range(-1, 8)]  # a day begins at five
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute(_TABLE)
+        connection.executemany(
+            "INSERT INTO waiter_sector_assignment VALUES (NULL, 1, 1, 5, 21, ?, NULL, TRUE)",
+            [(day.isoformat(),) for day in days],
+        )
+    return f"sqlite:///{path}"
 
 
 @asynccontextmanager

@@ -7,7 +7,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import date
-from typing import Annotated, Any, Final, NamedTuple, NoReturn, Protocol
+from typing import Annotated, Any, Final, NamedTuple, NoReturn, Protocol, TypeGuard
+from urllib.parse import quote
 from weakref import WeakKeyDictionary
 
 import msgspec
@@ -35,7 +36,7 @@ REFRESH_WINDOW: Final = 10.0  # seconds
 SPREAD: Final = 60.0  # seconds over which a day's flip is applied
 _TICK: Final = 5.0  # seconds between two looks at the clock
 _THREADS: Final = 4
-_MOST_CACHED: Final = 50_000
+_MOST_CACHED: Final = 50_000  # persons
 
 
 class Waiter(NamedTuple):
@@ -153,6 +154,10 @@ def _engine(url: str) -> Engine:
         parsed = make_url(url)
         if parsed.drivername in {"postgresql", "postgres"}:
             parsed = parsed.set(drivername="postgresql+psycopg")
+        if parsed.drivername in {"sqlite", "sqlite+pysqlite"} and _names_a_file(parsed.database):
+            # Else SQLite would make an empty file where there is none.
+            parsed = parsed.set(database="file:" + quote(parsed.database))
+            parsed = parsed.update_query_dict({"mode": "rw", "uri": "true"})
         engine = sqlalchemy.create_engine(parsed, pool_pre_ping=True, **_options(parsed))
     except ImportError:
         mend = (
@@ -174,6 +179,10 @@ def _engine(url: str) -> Engine:
             connection.execute("PRAGMA query_only = ON")
 
     return engine
+
+
+def _names_a_file(database: str | None) -> TypeGuard[str]:
+    return bool(database) and database != ":memory:" and not str(database).startswith("file:")
 
 
 def _options(url: URL) -> dict[str, Any]:
@@ -219,16 +228,19 @@ class Roster:
         self._days = days or ServiceDays()
         self._ttl = ttl
         self._wall_clock = wall_clock
-        self._known: OrderedDict[Waiter, _Known] = OrderedDict()
+        # By person, in the order of asking; then by branch.
+        self._known: OrderedDict[tuple[TenantId, UserId], dict[BranchId, _Known]] = OrderedDict()
         self._asking: dict[Waiter, _Question] = {}
         self._periods: dict[tuple[TenantId, BranchId], Period] = {}  # that live waiters are in
         self._owed: dict[Waiter, None] = {}  # to be asked again, since the database failed
         self._wake = trio.Event()
         self._refreshes: WeakKeyDictionary[Connection, RateLimit] = WeakKeyDictionary()
 
+    channel = CHANNEL
+
     @property
     def known(self) -> int:
-        return len(self._known)
+        return sum(map(len, self._known.values()))
 
     @property
     def owed(self) -> int:
@@ -287,9 +299,8 @@ class Roster:
         for key, question in self._asking.items():
             if key.tenant == tenant and key.user == user:
                 question.outdated = True
-        for key, known in self._known.items():
-            if key.tenant == tenant and key.user == user:
-                known.asked_at = -math.inf
+        for known in self._known.get((tenant, user), {}).values():
+            known.asked_at = -math.inf
         self._owe(
             Waiter(tenant, branch, user)
             for connection in self._connections_of(tenant, user)
@@ -368,12 +379,12 @@ class Roster:
         for branch in principal.branches:
             key = Waiter(principal.tenant, branch, principal.user)
             period = self._period(key.tenant, branch)
-            known = self._known.get(key)
-            if known is None or known.day == period.day:  # else this place is looked at again
-                self._periods.setdefault((key.tenant, branch), period)
-            if known is None:
+            self._periods.setdefault((key.tenant, branch), period)
+            if (known := self._last(key)) is None:
                 had = principal.sectors.get(branch)
             else:
+                if known.day != period.day:  # better than nothing, until it is asked for
+                    self._owe([key])
                 had = frozenset(sector for sector, shift in known.rows if holds(shift, period))
             if had:
                 sectors[branch] = had
@@ -384,8 +395,11 @@ class Roster:
     def _period(self, tenant: TenantId, branch: BranchId) -> Period:
         return self._days.period(tenant, branch, self._wall_clock())
 
+    def _last(self, key: Waiter) -> _Known | None:
+        return self._known.get((key.tenant, key.user), {}).get(key.branch)
+
     def _is_fresh(self, key: Waiter) -> bool:
-        known = self._known.get(key)
+        known = self._last(key)
         return (
             known is not None
             and known.day == self._period(key.tenant, key.branch).day
@@ -434,9 +448,10 @@ class Roster:
 
     def _learn(self, key: Waiter, known: _Known) -> None:
         """Whoever asked: all of the waiter's connections hear what it serves now."""
-        before = self._known.get(key)
-        self._known[key] = known
-        self._known.move_to_end(key)
+        before = self._last(key)
+        person = (key.tenant, key.user)
+        self._known.setdefault(person, {})[key.branch] = known
+        self._known.move_to_end(person)
         if len(self._known) > _MOST_CACHED:
             self._known.popitem(last=False)
         if key in self._owed or (before is not None and before.rows != known.rows):
