@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import sniffio
 import structlog
@@ -33,8 +33,6 @@ from .edges.pubsub import PubSub
 from .edges.resp import Address
 from .edges.revocations import CHANNEL as REVOKED
 from .edges.revocations import Revocations, Tickets
-from .edges.sectors import CHANNEL as SECTORS_CHANGED
-from .edges.sectors import Assignments, Roster
 from .edges.streams import Streams
 from .runtime.connection import Connection, Socket, Terms
 from .runtime.dispatch import Dispatch, EventQueue
@@ -45,6 +43,9 @@ from .runtime.reaper import reap
 from .runtime.resume import Replays
 from .runtime.supervision import keep_running
 from .settings import InvalidSettings, Settings
+
+if TYPE_CHECKING:
+    from .edges.sectors import Roster
 
 log = structlog.get_logger()
 
@@ -194,7 +195,7 @@ class Gateway(QuartTrio):
             self.admission.revocations = revocations
             listeners = {REVOKED: revocations.hear}
             if self.roster is not None:
-                listeners[SECTORS_CHANGED] = self.roster.hear
+                listeners[self.roster.channel] = self.roster.hear
                 stack.callback(self.roster.close)
             address = Address.from_url(settings.redis_url)
             self.pubsub = PubSub(
@@ -258,6 +259,7 @@ class Gateway(QuartTrio):
             nursery.start_soon(self._share, siblings)
 
     async def _share(self, siblings: Siblings) -> None:
+        siblings.clean_up()
         try:
             while True:
                 siblings.write(self.sample())
@@ -499,10 +501,12 @@ def create_app(
 
 def _roster(
     settings: Settings, hub: Hub, breaker: Breaker, clock: Callable[[], float]
-) -> Roster | None:
+) -> "Roster | None":
     """None without a database: then the tokens' claims say who serves which sector."""
     if settings.database_url is None:
         return None
+    from .edges.sectors import Assignments, Roster  # SQLAlchemy is a third of the start
+
     try:
         assignments = Assignments(
             settings.database_url, settings.sector_table, settings.sector_column_names

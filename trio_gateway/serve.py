@@ -2,6 +2,8 @@
 
 import os
 import signal
+import socket
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -12,6 +14,7 @@ from hypercorn.config import Config
 from hypercorn.trio import serve as hypercorn_serve
 from hypercorn.utils import LifespanFailureError
 
+from . import workers
 from .edges import line
 from .gateway import Gateway
 
@@ -24,7 +27,9 @@ class BadConfig(ValueError):  # noqa: N818 - reads better where it is raised
     """Hypercorn's configuration can't be used; the text says why."""
 
 
-def read_config(path: Path | None, binds: tuple[str, ...] = ()) -> Config:
+def read_config(
+    path: Path | None, binds: tuple[str, ...] = (), insecure_binds: tuple[str, ...] = ()
+) -> Config:
     """Hypercorn's configuration from a TOML file, or what hypercorn.toml says if there is none.
 
     Raises :exc:`BadConfig`.
@@ -44,26 +49,27 @@ def read_config(path: Path | None, binds: tuple[str, ...] = ()) -> Config:
             raise BadConfig(f"{path}: {error}") from None
     if config.worker_class != "trio":
         raise BadConfig(f'trio-gateway runs on Trio only: worker_class = "trio" in {path}')
-    if config.workers > 1:
-        raise BadConfig("serve runs one worker: workers = 1, or use the hypercorn command")
     if binds:
         config.bind = list(binds)
+    if insecure_binds:
+        config.insecure_bind = list(insecure_binds)
     return config
 
 
-def run(app: Gateway, config: Config) -> int:
-    """Serve until SIGTERM or SIGINT; returns the exit status: 0, or 1 after a failure."""
+def run(app: Gateway, config: Config, supervisor: int | None = None) -> int:
+    """Serve until SIGTERM or SIGINT; returns the exit status: 0, or 1 after a failure.
+
+    ``supervisor`` is a socket to who started us as one of several: it is told when we are ready,
+    and when it is gone we stop, too.
+    """
     line.install()
     try:
-        trio.run(_serve, app, config)
+        trio.run(_serve, app, config, supervisor)
     except BaseException as error:
         for failure in _leaves(error):
             match failure:
                 case OSError():
-                    where = ", ".join(config.bind)
-                    click.echo(
-                        f"trio-gateway: can't serve on {where}: {failure.strerror}", err=True
-                    )
+                    _cannot_serve(config, failure)
                 case LifespanFailureError():
                     pass  # logged where it happened
                 case _:
@@ -72,7 +78,21 @@ def run(app: Gateway, config: Config) -> int:
     return 0
 
 
-async def _serve(app: Gateway, config: Config) -> None:
+def supervise(config: Config, arguments: Sequence[str], env: Mapping[str, str]) -> int:
+    """Serve with ``config.workers`` processes; returns the exit status."""
+    try:
+        return workers.supervise(config, arguments, config.workers, env)
+    except OSError as error:
+        return _cannot_serve(config, error)
+
+
+def _cannot_serve(config: Config, error: OSError) -> int:
+    where = ", ".join(config.bind)
+    click.echo(f"trio-gateway: can't serve on {where}: {error.strerror}", err=True)
+    return 1
+
+
+async def _serve(app: Gateway, config: Config, supervisor: int | None) -> None:
     asked = trio.Event()
 
     async def shutdown_trigger() -> None:
@@ -92,7 +112,21 @@ async def _serve(app: Gateway, config: Config) -> None:
                     log.info("stopping", signal=signal.Signals(number).name)
                     asked.set()
 
+        async def heed_supervisor(link: trio.SocketStream) -> None:
+            while not app.ready:  # noqa: ASYNC110 - it depends on many things, and is asked once
+                await trio.sleep(0.05)
+            try:
+                await link.send_all(b"1")
+                await link.receive_some(1)
+            except trio.BrokenResourceError:
+                pass
+            log.warning("supervisor is gone")
+            asked.set()
+
         nursery.start_soon(heed_signals)
+        if supervisor is not None:
+            ours = trio.socket.from_stdlib_socket(socket.socket(fileno=supervisor))
+            nursery.start_soon(heed_supervisor, trio.SocketStream(ours))
         log.info("starting", pid=os.getpid(), bind=config.bind)
         await hypercorn_serve(app, config, shutdown_trigger=shutdown_trigger, mode="asgi")
         nursery.cancel_scope.cancel()

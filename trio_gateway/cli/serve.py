@@ -1,5 +1,6 @@
 """``serve``: run the gateway."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -16,8 +17,20 @@ from .endings import misused, settings_or_exit
     help="Hypercorn's TOML file  [default: hypercorn.toml, if it is there]",
 )
 @click.option("-b", "--bind", multiple=True, help="host:port, unix:path or fd://num; repeatable")
-def serve(config: Path | None, bind: tuple[str, ...]) -> None:
-    """Run the gateway in this process until SIGTERM or Ctrl-C."""
+@click.option("-w", "--workers", type=click.IntRange(min=1), help="Processes on one listener")
+@click.option("--insecure-bind", multiple=True, hidden=True)
+@click.option("--supervisor", type=int, hidden=True)
+def serve(
+    config: Path | None,
+    bind: tuple[str, ...],
+    insecure_bind: tuple[str, ...],
+    workers: int | None,
+    supervisor: int | None,
+) -> None:
+    """Run the gateway until SIGTERM or Ctrl-C.
+
+    With several workers SIGHUP replaces them one by one, and one that dies is started again.
+    """
     import structlog
 
     from .. import logs
@@ -29,14 +42,26 @@ def serve(config: Path | None, bind: tuple[str, ...]) -> None:
     if config is None and Path("hypercorn.toml").exists():
         config = Path("hypercorn.toml")
     try:
-        hypercorn = serving.read_config(config, bind)
+        hypercorn = serving.read_config(config, bind, insecure_bind)
     except serving.BadConfig as bad:
         misused([str(bad)])
+    if workers is not None:
+        hypercorn.workers = workers
     try:
         app = create_app(settings)
     except InvalidSettings as invalid:
         misused(invalid.problems)
     logs.set_up(settings)
-    for warning in settings.warnings:
-        structlog.get_logger().warning(warning)
-    sys.exit(serving.run(app, hypercorn))
+    if supervisor is None:
+        for warning in settings.warnings:
+            structlog.get_logger().warning(warning)
+        if hypercorn.workers > 1:
+            # Random secrets of a development gateway must be the same in all of them.
+            env = {
+                **os.environ,
+                "JWT_SECRET": settings.staff_secret,
+                "TABLE_TOKEN_SECRET": settings.table_secret,
+            }
+            arguments = [] if config is None else ["--config", str(config)]
+            sys.exit(serving.supervise(hypercorn, arguments, env))
+    sys.exit(serving.run(app, hypercorn, supervisor))

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 from ..core.audiences import Endpoint, Principal
 from ..core.closing import Close, Rejected
@@ -10,7 +11,9 @@ from .auth import Auth, FirstOf, JwtAuth, LegacyTableAuth, TableAuth, check_orig
 from .handshake import Handshake
 from .jwks import KeySet
 from .revocations import Revocations, Tickets
-from .sectors import Roster
+
+if TYPE_CHECKING:
+    from .sectors import Roster
 
 
 class Admission:
@@ -24,7 +27,7 @@ class Admission:
         settings: Settings,
         *,
         auth: Mapping[Endpoint, Auth] | None = None,
-        roster: Roster | None = None,
+        roster: "Roster | None" = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._origins = settings.allowed_origins
@@ -71,8 +74,9 @@ class Admission:
             except Rejected as rejected:
                 rejections.append(rejected)
         if not found:
-            # FORBIDDEN says more than AUTH_FAILED: that token is valid, though not for this.
-            raise max(rejections, key=lambda rejected: rejected.close)
+            # FORBIDDEN says more than AUTH_FAILED: that token is valid, though not for this. And
+            # where nobody could look, no other endpoint's word on the token is the last.
+            raise max(rejections, key=lambda r: (r.close is Close.SERVER_OVERLOADED, r.close))
         await self._check_revocation(found[0])  # one token, however many endpoints
         return [await self._assign(principal) for principal in found]
 

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -22,6 +23,9 @@ from ..core.histogram import SECONDS, Histogram
 
 CONTENT_TYPE: Final = prometheus_client.CONTENT_TYPE_PLAIN_0_0_4
 SHARED_EVERY: Final = 0.25  # seconds
+GROUP: Final = "TRIO_GATEWAY_GROUP"  # in the environment of several workers: whose figures to sum
+_PREFIX: Final = "trio-gateway-"
+_ABANDONED: Final = 3600.0  # seconds without a word from any of its workers
 
 
 class _Counter(NamedTuple):
@@ -156,11 +160,23 @@ class Siblings:
     @classmethod
     def of_this_process(cls) -> "Siblings | None":
         """None if no master started this process."""
+        if group := os.environ.get(GROUP):  # one of several that serve runs
+            return cls(_folder(group))
         if multiprocessing.parent_process() is None:
             return None
         # What a master's workers have in common, and nobody else knows.
         common = hashlib.sha256(multiprocessing.current_process().authkey).hexdigest()[:16]
-        return cls(Path(tempfile.gettempdir()) / f"trio-gateway-{common}")
+        return cls(_folder(common))
+
+    def clean_up(self) -> None:
+        """Remove the folders of masters that were killed with all their workers."""
+        for folder in self._folder.parent.glob(f"{_PREFIX}*"):
+            try:
+                status = folder.stat()
+                if status.st_uid == os.getuid() and status.st_mtime < time.time() - _ABANDONED:
+                    shutil.rmtree(folder, ignore_errors=True)
+            except OSError:
+                pass  # somebody else was quicker
 
     def write(self, sample: Sample) -> None:
         self._folder.mkdir(mode=0o700, exist_ok=True)
@@ -191,6 +207,10 @@ class Siblings:
                 shutil.rmtree(self._folder, ignore_errors=True)
         except OSError:
             pass  # the folder has gone with the last one
+
+
+def _folder(group: str) -> Path:
+    return Path(tempfile.gettempdir()) / f"{_PREFIX}{group}"
 
 
 def _is_alive(pid: int) -> bool:

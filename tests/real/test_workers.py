@@ -1,0 +1,163 @@
+"""Several workers under ``serve``: one listener, each its own fate, one true exit status."""
+
+import os
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import trio
+from harness import JWT_SECRET, closed, connect, environment, free_port, metrics, process, wait
+from trio_websocket import WebSocketConnection
+
+from trio_gateway.testing import make_jwt
+
+
+@dataclass
+class Master:
+    """A supervisor process and its listener."""
+
+    pid: int
+    port: int
+
+    @property
+    def workers(self) -> set[int]:
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text()
+        return set(map(int, children.split()))
+
+    def url(self, user: int = 21) -> str:
+        token = make_jwt(JWT_SECRET, sub=str(user))
+        return f"ws://127.0.0.1:{self.port}/ws/waiter?token={token}"
+
+
+@asynccontextmanager
+async def serving(redis: str, workers: int, **settings: str) -> AsyncIterator[Master]:
+    port = free_port()
+    arguments = ["trio_gateway", "serve", "-w", str(workers), "-b", f"127.0.0.1:{port}"]
+    async with process(*arguments, env=environment(redis, **settings)) as started:
+        master = Master(started.pid, port)
+        await until_ready(master, workers)
+        yield master
+        os.kill(started.pid, signal.SIGTERM)
+        status, _, errors = await wait(started, 20)
+        assert status == 0, errors.decode()
+        assert b"Traceback" not in errors
+
+
+async def until_ready(master: Master, workers: int) -> None:
+    """Until every worker has written its figures, and serves."""
+    with trio.fail_after(30):
+        while True:
+            try:
+                found = await metrics(master.port)
+            except (OSError, trio.TooSlowError):
+                found = None
+            if found is not None and len(master.workers) == workers:
+                return
+            await trio.sleep(0.05)
+
+
+async def spread(master: Master, nursery: trio.Nursery, clients: int) -> list[WebSocketConnection]:
+    """Clients that stay connected, and have had their pong."""
+    found: list[WebSocketConnection] = []
+
+    async def stay(user: int, task_status: trio.TaskStatus[WebSocketConnection]) -> None:
+        async with connect(master.url(user)) as client:
+            await client.send_message("ping")
+            assert await client.get_message() == '{"type":"pong"}'
+            task_status.started(client)
+            await trio.sleep_forever()
+
+    for user in range(1, clients + 1):
+        found.append(await nursery.start(stay, user))
+    return found
+
+
+async def lives(client: WebSocketConnection) -> bool:
+    if client.closed:
+        return False
+    await client.send_message("ping")
+    with trio.fail_after(5):
+        return bool(await client.get_message() == '{"type":"pong"}')
+
+
+@pytest.mark.slow
+async def test_a_worker_that_is_killed_is_restarted_and_its_siblings_never_notice(
+    redis_url: str,
+) -> None:
+    async with serving(redis_url, 3) as master, trio.open_nursery() as nursery:
+        clients = await spread(master, nursery, 30)
+        before = master.workers
+
+        victim = min(before)
+        os.kill(victim, signal.SIGKILL)
+        with trio.fail_after(15):
+            while victim in master.workers or len(master.workers) < 3:
+                await trio.sleep(0.02)
+        await trio.sleep(0.1)  # the last of the victim's clients hears of it
+
+        assert len(master.workers & before) == 2
+        alive = [client for client in clients if await lives(client)]
+        assert 0 < len(alive) <= len(clients)
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.slow
+async def test_sighup_replaces_the_workers_one_by_one_and_each_client_hears_1001(
+    redis_url: str,
+) -> None:
+    async with serving(redis_url, 2) as master, trio.open_nursery() as nursery:
+        clients = await spread(master, nursery, 10)
+        before = master.workers
+
+        os.kill(master.pid, signal.SIGHUP)
+        for client in clients:
+            code, reason = await closed(client, 30)
+            assert code == 1001
+            assert reason.startswith("retry in ")
+        with trio.fail_after(15):
+            while len(master.workers) != 2 or master.workers & before:
+                await trio.sleep(0.05)
+
+        async with connect(master.url(99)) as client:  # somebody always listened
+            assert await lives(client)
+        nursery.cancel_scope.cancel()
+
+
+async def test_bad_settings_end_it_with_status_2_and_no_restart(
+    redis_url: str,
+) -> None:
+    env = environment(redis_url, WS_MAX_CONECTIONS="3")
+    async with process("trio_gateway", "serve", "-w", "2", env=env) as started:
+        status, _, errors = await wait(started)
+
+    assert status == 2
+    assert b"unknown setting: WS_MAX_CONECTIONS" in errors
+
+
+async def test_workers_do_not_outlive_a_supervisor_that_is_killed(
+    redis_url: str,
+) -> None:
+    port = free_port()
+    arguments = ["trio_gateway", "serve", "-w", "2", "-b", f"127.0.0.1:{port}"]
+    async with process(*arguments, env=environment(redis_url)) as started:
+        master = Master(started.pid, port)
+        await until_ready(master, 2)
+        async with connect(master.url()) as client:
+            assert await lives(client)
+            workers = master.workers
+            os.kill(started.pid, signal.SIGKILL)
+            assert (await closed(client))[0] == 1001
+        with trio.fail_after(10):
+            while any(Path(f"/proc/{pid}/cmdline").exists() and is_python(pid) for pid in workers):
+                await trio.sleep(0.05)
+
+
+def is_python(pid: int) -> bool:
+    """Whether it still runs; a zombie has no command line."""
+    try:
+        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())
+    except OSError:
+        return False

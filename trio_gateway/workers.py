@@ -1,0 +1,197 @@
+"""Workers: several gateway processes on one listener, each restarted when it dies.
+
+Hypercorn's own master takes the siblings of a worker that died along, and exits with 0. Here a
+worker is a child process that runs ``serve`` on inherited sockets; its siblings never notice.
+"""
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import structlog
+import trio
+from hypercorn.config import Config
+
+from .core.resilience import Backoff
+from .edges.metrics import GROUP
+
+log = structlog.get_logger()
+
+MISUSED: Final = 2  # the status of a worker whose settings are bad: trying again is no use
+_READY_TIMEOUT: Final = 15.0  # seconds that a new worker may take before the old one goes
+_SETTLED: Final = 10.0  # seconds that a worker must have lived for its death to count as the first
+_KILL_AFTER: Final = 10.0  # seconds beyond graceful_timeout
+
+
+class _Worker:
+    """One child process, and the socket pair that says when it is ready and when we are gone."""
+
+    def __init__(self, process: trio.Process, link: trio.SocketStream) -> None:
+        self.process = process
+        self._link = link
+
+    async def wait_ready(self) -> bool:
+        """Whether it came so far; False if it ended or took too long."""
+        with trio.move_on_after(_READY_TIMEOUT):
+            try:
+                return bool(await self._link.receive_some(1))
+            except trio.BrokenResourceError:
+                pass
+        return False
+
+    def signal(self, number: signal.Signals) -> None:
+        if self.process.returncode is None:
+            self.process.send_signal(number)
+
+    async def wait(self) -> int:
+        status = await self.process.wait()
+        await trio.aclose_forcefully(self._link)
+        return status
+
+
+class Supervisor:
+    """Keeps ``count`` workers alive on one set of sockets.
+
+    SIGTERM and SIGINT drain all of them, a second one kills them; SIGHUP replaces them one by
+    one, each old one only when its successor is ready.
+    """
+
+    def __init__(
+        self, config: Config, arguments: Sequence[str], count: int, env: Mapping[str, str]
+    ) -> None:
+        self._arguments = list(arguments)
+        self._count = count
+        self._env = {**env, GROUP: secrets.token_hex(8)}
+        self._patience = config.graceful_timeout + _KILL_AFTER
+        sockets = config.create_sockets()
+        secure, insecure = sockets.secure_sockets, sockets.insecure_sockets
+        self._sockets = [*secure, *insecure]
+        for each in self._sockets:
+            each.listen(config.backlog)
+            each.set_inheritable(True)
+        self._main = secure or insecure
+        self._insecure = insecure if secure else []
+        self._workers: dict[int, _Worker] = {}  # by place
+        self._retiring: set[_Worker] = set()
+        self._stopping = trio.Event()
+        self._status = 0
+
+    async def run(self) -> int:
+        """Supervise until told to stop; returns the exit status: 0 if every worker's was."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._heed_signals)
+            async with trio.open_nursery() as places:
+                for place in range(self._count):
+                    places.start_soon(self._keep, place)
+            nursery.cancel_scope.cancel()
+        for each in self._sockets:
+            each.close()
+        return self._status
+
+    async def _keep(self, place: int) -> None:
+        backoff, failures = Backoff(first=0.2, most=5.0), 0
+        while not self._stopping.is_set():
+            started = trio.current_time()
+            worker = await self._start()
+            self._workers[place] = worker
+            log.info("worker started", pid=worker.process.pid, place=place)
+            status = await worker.wait()
+            while (successor := self._workers[place]) is not worker:  # replaced meanwhile
+                started, worker = trio.current_time(), successor
+                status = await worker.wait()
+            if self._stopping.is_set():
+                self._status = self._status or (1 if status else 0)
+                return
+            if status == MISUSED:
+                log.critical("worker can't start", pid=worker.process.pid, status=status)
+                self._status = status
+                self._stop(signal.SIGTERM)
+                return
+            failures = 1 if trio.current_time() - started > _SETTLED else failures + 1
+            delay = backoff.after(failures)
+            log.error(
+                "worker died", pid=worker.process.pid, status=status, restart_in=round(delay, 2)
+            )
+            with trio.move_on_after(delay):
+                await self._stopping.wait()
+
+    async def _start(self) -> _Worker:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            command = [sys.executable, "-m", "trio_gateway", "serve", *self._arguments]
+            for each in self._main:
+                command += ["--bind", f"fd://{each.fileno()}"]
+            for each in self._insecure:
+                command += ["--insecure-bind", f"fd://{each.fileno()}"]
+            command += ["--supervisor", str(theirs.fileno())]
+            process = await trio.lowlevel.open_process(
+                command,
+                env=self._env,
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno(), *(each.fileno() for each in self._sockets)],
+                # A Ctrl-C at the terminal is for us to pass on, once.
+                process_group=0,
+            )
+        return _Worker(process, trio.SocketStream(trio.socket.from_stdlib_socket(ours)))
+
+    async def _heed_signals(self) -> None:
+        heeded = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+        async with trio.open_nursery() as nursery:
+            with trio.open_signal_receiver(*heeded) as signals:
+                async for number in signals:
+                    name = signal.Signals(number).name
+                    if self._stopping.is_set():
+                        log.warning("stopping at once", signal=name)
+                        self._stop(signal.SIGKILL)
+                    elif number == signal.SIGHUP:
+                        log.info("replacing workers", signal=name)
+                        nursery.start_soon(self._roll)
+                    else:
+                        log.info("stopping", signal=name)
+                        self._stop(signal.SIGTERM)
+                        nursery.start_soon(self._lose_patience)
+
+    def _stop(self, number: signal.Signals) -> None:
+        self._stopping.set()
+        for worker in [*self._workers.values(), *self._retiring]:
+            worker.signal(number)
+
+    async def _lose_patience(self) -> None:
+        await trio.sleep(self._patience)
+        log.error("workers killed", seconds=self._patience)
+        self._stop(signal.SIGKILL)
+
+    async def _roll(self) -> None:
+        for place, old in sorted(self._workers.items()):
+            if self._stopping.is_set() or self._workers[place] is not old:
+                continue
+            new = await self._start()
+            if not await new.wait_ready():
+                log.error("worker not ready, the old one stays", pid=new.process.pid)
+                new.signal(signal.SIGKILL)
+                await new.wait()
+                continue
+            self._workers[place] = new
+            if self._stopping.is_set():
+                new.signal(signal.SIGTERM)
+            log.info("worker replaced", old=old.process.pid, new=new.process.pid)
+            self._retiring.add(old)
+            old.signal(signal.SIGTERM)
+            await old.process.wait()
+            self._retiring.discard(old)
+
+
+def supervise(
+    config: Config, arguments: Sequence[str], count: int, env: Mapping[str, str] | None = None
+) -> int:
+    """Run ``count`` workers that serve with these arguments; returns the exit status.
+
+    Raises :exc:`OSError` if the sockets can't be had.
+    """
+    supervisor = Supervisor(config, arguments, count, dict(os.environ) if env is None else env)
+    return trio.run(supervisor.run)
