@@ -95,9 +95,8 @@ async def running(
     config: Config | None = None,
 ) -> AsyncIterator[Running]:
     """Serve a gateway in this process, through the line or through Hypercorn and Quart alone."""
-    if door == "line":
-        line.install()
-    else:
+    line.install()
+    if door == "asgi":
         vars(hypercorn.trio.run)["TCPServer"] = TCPServer
     app = create_app(settings, auth=auth)
     config = config or Config()

@@ -64,7 +64,7 @@ class History:
             del self._by_audience[key]
         self._whole.discard(stream)
         self._forgotten.pop(stream, None)
-        self._since[stream] = since
+        self._since[stream] = max(since, self._since.get(stream, START))
         self.end = {**self.end, stream: end}
 
     def add(

@@ -1,0 +1,393 @@
+"""History: what it keeps and for how long, and what it can say of a place."""
+
+import time
+from collections.abc import Collection, Sequence
+
+import pytest
+import trio
+from hypothesis import given
+from hypothesis import strategies as st
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from trio_gateway.core.audiences import Audience, BranchId, TenantId, admins, floor, kitchen
+from trio_gateway.core.events import Event
+from trio_gateway.core.positions import START, Position, Stream
+from trio_gateway.runtime.history import History, Kept
+from trio_gateway.testing import make_event
+
+A, B = Stream("aaaa"), Stream("bbbb")
+TENANT, BRANCH = TenantId(1), BranchId(1)
+FLOOR, KITCHEN, ADMINS = floor(TENANT, BRANCH), kitchen(TENANT, BRANCH), admins(TENANT, BRANCH)
+EVERYBODY = (FLOOR, KITCHEN, ADMINS)
+
+
+def at(milliseconds: int, sequence: int = 0) -> Position:
+    return Position((milliseconds, sequence))
+
+
+def event(stream: Stream, position: Position, data: object = None) -> Event:
+    made = make_event(data=data)
+    made.stand(stream, position, durable=True)
+    return made
+
+
+def add(
+    history: History,
+    position: Position,
+    *,
+    stream: Stream = A,
+    audiences: Collection[Audience] = EVERYBODY,
+    now: float = 0.0,
+    data: object = None,
+) -> None:
+    history.add(event(stream, position, data), audiences, now=now)
+    history.pass_by(stream, position)
+
+
+def begun(*streams: Stream, **bounds: float) -> History:
+    """A history of streams in which nothing ever was."""
+    history = History(
+        events=int(bounds.pop("events", 1000)),
+        size=int(bounds.pop("size", 10**9)),
+        age=bounds.pop("age", 10**9),
+    )
+    assert not bounds
+    for stream in streams or (A,):
+        history.begin(stream, START, whole=True)
+        history.pass_by(stream, START)
+    return history
+
+
+def places(kept: Sequence[Kept]) -> list[int]:
+    return [each.position[0] for each in kept]
+
+
+def missed(
+    history: History, position: Position, *audiences: Audience, stream: Stream = A
+) -> list[int]:
+    return places(history.missed({stream: position}, audiences or EVERYBODY))
+
+
+# What it keeps
+
+
+def test_it_is_bounded_by_count_and_the_oldest_goes_first() -> None:
+    history = begun(events=3)
+    for n in range(1, 6):
+        add(history, at(n))
+
+    assert len(history) == 3
+    assert missed(history, START) == [3, 4, 5]
+    assert history.covers({A: at(2)})
+    assert not history.covers({A: at(1)})
+
+
+def test_it_is_bounded_by_the_bytes_of_its_frames() -> None:
+    frame = len(event(A, at(1)).frame)
+    history = begun(size=3 * frame)
+    for n in range(1, 6):
+        add(history, at(n))
+        assert history.bytes == min(n, 3) * frame
+
+    assert missed(history, START) == [3, 4, 5]
+
+
+def test_event_that_is_bigger_than_all_its_room_is_forgotten_at_once() -> None:
+    history = begun(size=10)
+    add(history, at(1))
+
+    assert (len(history), history.bytes) == (0, 0)
+    assert not history.covers({A: START})
+    assert history.covers({A: at(1)})
+
+
+def test_it_is_bounded_by_age() -> None:
+    history = begun(age=10)
+    add(history, at(5_000), now=5)
+    add(history, at(9_000), now=9)
+    add(history, at(15_000), now=15)
+    assert missed(history, START) == [5_000, 9_000, 15_000]
+    history.trim(15.001)
+    assert missed(history, START) == [9_000, 15_000]
+
+    history.trim(1000)
+    assert (len(history), history.bytes) == (0, 0)
+    assert history.covers({A: at(15_000)})
+    assert not history.covers({A: at(9_000)})
+
+
+def test_it_empties_to_nothing() -> None:
+    history = begun(A, B, age=10)
+    for n in range(1, 100):
+        add(
+            history, at(n), stream=A if n % 3 else B, audiences=[admins(TENANT, BranchId(n)), FLOOR]
+        )
+
+    history.trim(1000)
+
+    assert (len(history), history.bytes) == (0, 0)
+    assert not history._by_audience
+    assert not history._kept
+
+
+# What was missed
+
+
+def test_audience_is_told_what_it_heard_and_nothing_else() -> None:
+    history = begun()
+    add(history, at(1), audiences=[FLOOR])
+    add(history, at(2), audiences=[KITCHEN])
+    add(history, at(3), audiences=[FLOOR, ADMINS])
+    add(history, at(4), audiences=[])
+
+    assert missed(history, START, FLOOR) == [1, 3]
+    assert missed(history, START, KITCHEN) == [2]
+    assert missed(history, START, floor(TenantId(2), BRANCH)) == []
+    assert history.missed({A: START}, []) == []
+
+
+def test_event_for_several_audiences_of_one_client_is_missed_once() -> None:
+    history = begun()
+    for n in range(1, 5):
+        add(history, at(n))
+    assert missed(history, at(1), FLOOR, KITCHEN, ADMINS) == [2, 3, 4]
+
+
+def test_only_the_streams_that_a_place_names_are_replayed_in_the_order_of_their_entries() -> None:
+    history = begun(A, B)
+    for n in range(1, 9):
+        add(history, at(n), stream=A if n % 2 else B)
+
+    assert missed(history, at(3)) == [5, 7]
+    assert missed(history, at(4), stream=B) == [6, 8]
+    assert places(history.missed({A: at(3), B: at(4)}, EVERYBODY)) == [5, 6, 7, 8]
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([A, B]), st.sets(st.sampled_from(EVERYBODY))), max_size=30),
+    st.integers(1, 30),
+    st.integers(0, 31),
+    st.sets(st.sampled_from(EVERYBODY)),
+)
+def test_what_is_missed_is_what_a_plain_list_would_say(
+    happened: list[tuple[Stream, set[Audience]]], most: int, seen: int, mine: set[Audience]
+) -> None:
+    history = begun(A, B, events=most)
+    for n, (stream, audiences) in enumerate(happened, 1):
+        add(history, at(n), stream=stream, audiences=audiences)
+
+    kept = list(enumerate(happened, 1))[-most:] if happened else []
+    for cursor in ({A: at(seen)}, {A: at(seen), B: at(seen // 2)}):
+        expected = [
+            n for n, (stream, heard) in kept
+            if stream in cursor and cursor[stream] < at(n) and heard & mine
+        ]  # fmt: skip
+        assert places(history.missed(cursor, mine)) == expected
+
+
+def test_replay_costs_what_was_missed_and_not_what_happened() -> None:
+    def cost(happened: int, streams: Sequence[Stream]) -> float:
+        history = begun(*streams, events=10**6)
+        for n in range(1, happened):
+            add(history, at(n), stream=streams[n % len(streams)])
+        cursor = {streams[0]: at(happened - 20)}
+        took = []
+        for _ in range(20):
+            started = time.perf_counter()
+            history.missed(cursor, EVERYBODY)
+            took.append(time.perf_counter() - started)
+        return min(took)
+
+    for streams in ([A], [A, B]):
+        assert cost(20_000, streams) < 20 * cost(200, streams)  # it would be 100 times as much
+
+
+def test_restart_of_one_stream_among_many_events_of_another_is_quick() -> None:
+    history = begun(A, B, events=10**6)
+    for n in range(1, 20_000):
+        add(history, at(n), stream=A if n % 2 else B, audiences=[FLOOR])
+
+    started = time.perf_counter()
+    history.restart(A, since=at(30_000), end=at(30_000))
+
+    assert time.perf_counter() - started < 1  # it was ten and more
+    assert missed(history, START) == []
+    assert len(missed(history, START, stream=B)) == len(history) == 9_999
+
+
+# What it can say of a place
+
+
+def test_stream_that_was_read_from_its_first_entry_is_covered_from_its_start() -> None:
+    history = begun()
+    assert history.covers({A: START})
+    add(history, at(5))
+    add(history, at(6))
+
+    assert history.covers({A: START})
+    assert history.covers({A: at(5)})
+    # Nothing stood there: it is an id of a stream that is no more.
+    assert not history.covers({A: at(4)})
+
+
+def test_stream_that_was_trimmed_is_covered_from_its_first_entry_on() -> None:
+    history = History(age=10**9)
+    history.begin(A, at(5))
+    add(history, at(5))
+    add(history, at(6))
+
+    assert history.covers({A: at(5)})
+    assert not history.covers({A: at(4, 9)})
+    assert not history.covers({A: START})
+
+
+def test_no_place_and_a_place_in_an_unknown_stream_are_not_covered() -> None:
+    history = begun()
+    add(history, at(5))
+    assert not history.covers({})
+    assert not history.covers({B: at(5)})
+    assert not history.covers({A: at(5), B: at(5)})
+
+
+def test_place_is_ahead_when_another_process_was_quicker() -> None:
+    history = begun()
+    add(history, at(5))
+    assert not history.is_ahead({A: at(5)})
+    assert history.is_ahead({A: at(5, 1)})
+    assert not history.is_ahead({A: at(5), B: at(1)})  # nobody reads that stream
+    history.pass_by(A, at(7))  # not all that is read is an event
+    assert not history.is_ahead({A: at(7)})
+    assert history.covers({A: at(7)})
+
+
+async def test_everybody_who_waits_for_a_place_is_told_when_it_is_read(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    history, told = begun(), list[tuple[int, float]]()
+
+    async def wait(milliseconds: int) -> None:
+        await history.wait_for({A: at(milliseconds)})
+        told.append((milliseconds, trio.current_time()))
+
+    await wait(0)
+    for milliseconds in (3, 2, 2, 3):
+        nursery.start_soon(wait, milliseconds)
+    for n in (1, 2, 3):
+        await trio.sleep(1)
+        history.pass_by(A, at(n))
+    await wait_all_tasks_blocked()
+
+    assert sorted(told) == [(0, 0), (2, 2), (2, 2), (3, 3), (3, 3)]
+
+
+async def test_begin_is_waited_for(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
+    history, told = History(age=10**9), list[float]()
+
+    async def wait() -> None:
+        await history.wait_begun()
+        told.append(trio.current_time())
+
+    nursery.start_soon(wait)
+    nursery.start_soon(wait)
+    await trio.sleep(1)
+    history.begin(A, at(1))
+    history.add(event(A, at(1)), EVERYBODY, now=0)
+    await trio.sleep(1)
+    assert not told
+    assert history.end == {}  # so that nobody who is accepted meanwhile is sent the past
+    history.pass_by(A, at(1))
+    await wait_all_tasks_blocked()
+
+    assert told == [2, 2]
+    assert history.began == {A: at(1)}
+
+
+# When entries were lost
+
+
+def test_trimmed_beyond_the_cursor_it_goes_on_before_the_first_entry_that_is_left() -> None:
+    history = begun()
+    for n in (1, 2, 3):
+        add(history, at(n))
+    history.restart(A, since=at(9), end=at(9))
+
+    assert (len(history), history.bytes) == (0, 0)
+    assert not history.covers({A: at(3)})
+    assert not history.covers({A: START})
+    assert history.covers(history.end)
+    add(history, at(10))
+    assert missed(history, at(9)) == [10]
+
+
+def test_recreated_it_refuses_every_place_of_the_old_stream() -> None:
+    """Redis came back with 1 and 2 of 1, 2, 3: who saw 2 has missed 3, and nobody knows it."""
+    history = begun()
+    for n in (1, 2, 3):
+        add(history, at(n))
+    history.restart(A, since=at(3, 1), end=at(2))
+    add(history, at(10))
+    add(history, at(11))
+
+    for n in (1, 2, 3):
+        assert not history.covers({A: at(n)})
+    assert history.covers({A: at(10)})
+    assert missed(history, at(10)) == [11]
+
+
+def test_recreated_twice_it_still_refuses_the_places_of_the_first_stream() -> None:
+    history = begun()
+    for n in (1, 2, 3):
+        add(history, at(n))
+    history.restart(A, since=at(3, 1), end=START)
+    history.restart(A, since=at(0, 1), end=START)
+    add(history, at(10))
+    assert not history.covers({A: at(2)})
+    assert history.covers({A: at(10)})
+
+
+def test_restart_leaves_other_streams_alone() -> None:
+    history = begun(A, B)
+    for n in range(1, 9):
+        add(history, at(n), stream=A if n % 2 else B)
+    history.restart(A, since=at(20), end=at(20))
+
+    assert missed(history, START) == []
+    assert missed(history, START, stream=B) == [2, 4, 6, 8]
+    assert history.covers({B: START})
+    add(history, at(21))
+    history.trim(10**10)
+    assert (len(history), history.bytes) == (0, 0)
+    assert not history._by_audience
+
+
+# Since a time
+
+
+@pytest.mark.parametrize(
+    ("moment", "expected"),
+    [
+        (0, [1000, 2000, 3000]), (-1e300, [1000, 2000, 3000]), (1.0, [1000, 2000, 3000]),
+        (1.0009, [1000, 2000, 3000]), (1.0011, [2000, 3000]), (3, [3000]), (3.001, []), (1e300, []),
+    ],
+)  # fmt: skip
+def test_since_a_time_means_the_milliseconds_in_which_events_entered_redis(
+    moment: float, expected: list[int]
+) -> None:
+    history = begun()
+    for n in (1000, 2000, 3000):
+        add(history, at(n))
+    kept, complete = history.since_time(moment, EVERYBODY)
+    assert (places(kept), complete) == (expected, True)
+
+
+def test_since_a_time_before_what_is_known_is_not_all() -> None:
+    history = begun(events=2)
+    for n in (1000, 2000, 3000):
+        add(history, at(n))
+    assert [history.since_time(t, [FLOOR])[1] for t in (0.5, 1, 1.5)] == [False, False, True]
+
+    late = History(age=10**9)
+    assert late.since_time(9, [FLOOR]) == ([], False)
+    late.begin(A, at(2000))
+    late.pass_by(A, at(2000))
+    assert [late.since_time(t, [FLOOR])[1] for t in (1, 2, 2.5)] == [False, False, True]
