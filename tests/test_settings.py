@@ -22,6 +22,7 @@ PATTERNS = (
 )  # fmt: skip
 OURS = {  # beside the contract's
     "ALLOW_REDIS_WITHOUT_PASSWORD": False,
+    "REDIS_DLQ_STREAM": None,
     "JWT_SECRET_PREVIOUS": None,
     "TABLE_TOKEN_SECRET_PREVIOUS": None,
     "WS_MAX_HANDSHAKES": 1000,
@@ -243,6 +244,9 @@ BAD = [
     *[("WS_UNCOVERED_SECTOR", "all"), ("ENVIRONMENT", "staging"), ("LOG_LEVEL", "loud")],
     *[("LOG_FORMAT", "xml"), ("JWT_ALGORITHMS", "none"), ("JWT_ALGORITHMS", ",")],
     *[("JWT_ALGORITHMS", "HS256,none"), ("JWT_ALGORITHMS", "hs256")],
+    *[("SERVICE_DAY_CUTOFF", value) for value in ("5", "25:00", "05:00Z", "dawn")],
+    *[("SERVICE_TIME_ZONE", "Mars/Olympus"), ("SERVICE_TIME_ZONES", "1=UTC")],
+    *[("SHIFT_WINDOWS", "NIGHT=22-06"), ("SECTOR_COLUMNS", "id=key"), ("SECTOR_COLUMNS", "shift")],
     *[("REDIS_URL", url) for url in ("localhost:6379", "http://x", "redis://x:port", "/run/x")],
     *[("ALLOWED_ORIGINS", o) for o in ("localhost", "http://a/", "http://a,null", "http://*.a b")],
 ]

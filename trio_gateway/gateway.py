@@ -27,6 +27,7 @@ from .edges.addresses import Addresses, client_address
 from .edges.admission import Admission
 from .edges.auth import Auth
 from .edges.commands import Commands, open_commands
+from .edges.dead_letters import DeadLetter, DeadLetters
 from .edges.handshake import Handshake
 from .edges.metrics import SHARED_EVERY, Sample, Siblings
 from .edges.pubsub import PubSub
@@ -231,6 +232,10 @@ class Gateway(QuartTrio):
         settings = self.settings
         nursery.start_soon(self.dispatch.run, self.heard, settings.redis_event_batch_size)
         nursery.start_soon(self.dispatch.run, self.read, settings.redis_event_batch_size)
+        if (dlq := settings.redis_dlq_stream) is not None and self.commands is not None:
+            dead_letters = DeadLetters(self.commands, dlq)
+            self.intake.put_aside = lambda *entry: dead_letters.offer(DeadLetter(*entry))
+            nursery.start_soon(dead_letters.run)
         nursery.start_soon(self.replays.decide)
         if self.roster is not None:
             nursery.start_soon(self.roster.pay)

@@ -1,6 +1,7 @@
 """Settings: read once from the environment and ``.env``, then frozen."""
 
 import difflib
+import ipaddress
 import os
 import re
 import secrets
@@ -9,7 +10,7 @@ from datetime import time
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from dotenv import dotenv_values
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -40,7 +41,7 @@ _ORIGIN = re.compile(
     re.ASCII | re.IGNORECASE,
 )
 _HMAC = frozenset({"HS256", "HS384", "HS512"})
-_SIGNATURES = frozenset(
+SIGNATURES = frozenset(
     {"RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"}
 )
 MIN_SECRET_BYTES = 32
@@ -111,6 +112,7 @@ class Settings(BaseSettings):
     allow_redis_without_password: bool = False
     redis_channel_patterns: _List = _PATTERNS
     redis_streams: _List = ("events:critical",)
+    redis_dlq_stream: str | None = None  # where entries that are no events are copied to
     redis_event_queue_size: _Count = 5000
     redis_event_batch_size: _Count = 50
     redis_pool_max_connections: _Count = 50
@@ -166,8 +168,8 @@ class Settings(BaseSettings):
         if not value:
             raise ValueError("names no algorithm")
         for name in value:
-            if name not in _HMAC | _SIGNATURES:
-                known = ", ".join(sorted(_HMAC | _SIGNATURES))
+            if name not in _HMAC | SIGNATURES:
+                known = ", ".join(sorted(_HMAC | SIGNATURES))
                 raise ValueError(f"unknown algorithm {name} (known: {known})")
         return value
 
@@ -197,12 +199,19 @@ class Settings(BaseSettings):
             raise ValueError("has no usable port") from None
         return value
 
+    @field_validator("jwt_jwks_url")
+    @classmethod
+    def _on_the_web(cls, value: str | None) -> str | None:
+        if value is not None and not (
+            urlsplit(value).scheme in {"http", "https"} and urlsplit(value).hostname
+        ):
+            raise ValueError("must begin with https:// or http://, and name a host")
+        return value
+
     @model_validator(mode="after")
     def _needs_keys(self) -> Self:
         problems = []
-        if _SIGNATURES & set(self.jwt_algorithms) and not (
-            self.jwt_public_key or self.jwt_jwks_url
-        ):
+        if SIGNATURES & set(self.jwt_algorithms) and not (self.jwt_public_key or self.jwt_jwks_url):
             problems.append("JWT_ALGORITHMS names a signature: set JWT_PUBLIC_KEY or JWT_JWKS_URL")
         if self.production:
             problems += self._production_problems()
@@ -340,6 +349,9 @@ class Settings(BaseSettings):
             found.append("TABLE_TOKEN_SECRET is not set: a random one, so no table token is valid")
         if self.jwt_secret is not None and self.jwt_secret == self.table_token_secret:
             found.append("JWT_SECRET and TABLE_TOKEN_SECRET are the same: use two")
+        url = urlsplit(self.jwt_jwks_url or "")
+        if url.scheme == "http" and not _is_here(url.hostname or ""):
+            found.append("JWT_JWKS_URL is not https: who stands in between can make tokens")
         for name in ("ws_compression", "ws_tenant_event_rate"):
             if getattr(self, name):
                 found.append(f"{name.upper()} has no effect in this version")
@@ -407,10 +419,17 @@ _WELL_KNOWN = (
 def _is_open(redis_url: str) -> bool:
     """Whether anybody on the network may be able to publish there."""
     parts = urlsplit(redis_url)
-    if parts.scheme == "unix" or parts.password or "password=" in parts.query:
+    if parts.scheme == "unix" or parts.password or "password" in parse_qs(parts.query):
         return False
-    host = parts.hostname or "localhost"
-    return host != "localhost" and host != "::1" and not host.startswith("127.")
+    return not _is_here(parts.hostname or "localhost")
+
+
+def _is_here(host: str) -> bool:
+    """Whether this is a name or an address of this machine, and nobody else's."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def algorithms_of(public_key: Any) -> frozenset[str]:

@@ -5,6 +5,7 @@ import click
 from .. import __version__
 from .check import check
 from .demo import demo
+from .dlq import dlq
 from .endings import settings_or_exit
 from .publish import publish
 from .routes import routes
@@ -29,5 +30,5 @@ def main() -> None:
     """
 
 
-for command in (serve, demo, token, publish, tail, routes, check):
+for command in (serve, demo, token, publish, tail, routes, check, dlq):
     main.add_command(command)

@@ -46,6 +46,15 @@ class Commands:
         found: bytes | None = await self._run(lambda redis: redis.getdel(key))
         return found
 
+    async def claim(self, key: str, seconds: int) -> bool:
+        """Whether we are the first to name this key in so many seconds."""
+        return bool(await self._run(lambda redis: redis.set(key, "1", ex=seconds, nx=True)))
+
+    async def add(self, stream: str, fields: dict[str, str | bytes], max_length: int) -> None:
+        """Add an entry to a stream that is kept at about that length."""
+        entry: Any = fields
+        await self._run(lambda redis: redis.xadd(stream, entry, maxlen=max_length))
+
     async def _run(self, give: Callable[[Redis], Awaitable[Any]]) -> Any:
         breaker = self._breaker
         if not breaker.try_now(trio.current_time()):

@@ -1,6 +1,7 @@
 """The intake: what the sources hear is checked, counted, and made an event."""
 
 from collections import Counter
+from collections.abc import Callable
 
 import structlog
 import trio
@@ -17,6 +18,8 @@ class Intake:
     def __init__(self) -> None:
         self.received: Counter[str] = Counter()  # by source
         self.invalid: Counter[str] = Counter()  # by reason
+        # What to do with a stream's entry that is none: stream, entry id, reason, error, payload.
+        self.put_aside: Callable[[str, str, str, str, bytes], None] | None = None
         self._log_limit = LogLimit()
 
     def parse(
@@ -29,15 +32,29 @@ class Intake:
             return parse_event(payload, channel=channel, heard_at=now)
         except InvalidEvent as invalid:
             self.refuse(
-                invalid.reason, str(invalid), source=source, channel=channel, entry_id=entry_id
+                invalid.reason,
+                str(invalid),
+                source=source,
+                channel=channel,
+                entry_id=entry_id,
+                payload=payload,
             )
             return None
 
     def refuse(
-        self, reason: str, text: str, *, source: str, channel: str, entry_id: str | None = None
+        self,
+        reason: str,
+        text: str,
+        *,
+        source: str,
+        channel: str,
+        entry_id: str | None = None,
+        payload: bytes = b"",
     ) -> None:
         """Count and log something that is no event; one log line a second per reason."""
         self.invalid[reason] += 1
+        if entry_id is not None and self.put_aside is not None:
+            self.put_aside(channel, entry_id, reason, text, payload)
         if (held_back := self._log_limit.allows(reason, trio.current_time())) is not None:
             log.warning(
                 "invalid event",

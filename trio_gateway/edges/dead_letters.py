@@ -1,0 +1,69 @@
+"""Dead letters: stream entries that are no events, put aside with the reason."""
+
+from typing import Final, NamedTuple, NoReturn
+
+import structlog
+import trio
+
+from .commands import Commands, Unavailable
+
+log = structlog.get_logger()
+
+MAX_LENGTH: Final = 10_000  # entries, about; the oldest go
+_MOST_WAITING: Final = 100
+_MOST_BYTES: Final = 131_072  # of a payload; what is larger was no event for that alone
+_REMEMBERED: Final = 86_400  # seconds in which another process does not put the same aside again
+
+
+class DeadLetter(NamedTuple):
+    """An entry as it stood in its stream, and why it is no event."""
+
+    stream: str
+    entry_id: str
+    reason: str
+    error: str
+    data: bytes
+
+
+class DeadLetters:
+    """Copies poison to a stream of its own. Never in the way: what there is no room for, or no
+    Redis, is counted and let go; it was logged with its id, and still stands where it stood.
+    """
+
+    def __init__(self, commands: Commands, stream: str) -> None:
+        self._commands = commands
+        self._stream = stream
+        self._put, self._take = trio.open_memory_channel[DeadLetter](_MOST_WAITING)
+        self.copied = 0
+        self.lost = 0
+
+    def offer(self, letter: DeadLetter) -> None:
+        try:
+            self._put.send_nowait(letter)
+        except trio.WouldBlock:
+            self.lost += 1
+
+    async def run(self) -> NoReturn:
+        """Copy what is offered; returns only when cancelled."""
+        while True:
+            letter = await self._take.receive()
+            try:
+                # Every process reads every entry: the first one puts it aside.
+                key = f"gateway:dlq:{letter.stream}:{letter.entry_id}"
+                if await self._commands.claim(key, _REMEMBERED):
+                    await self._commands.add(self._stream, _fields(letter), MAX_LENGTH)
+                    self.copied += 1
+            except Unavailable as error:
+                self.lost += 1
+                log.warning("dead letter lost", entry_id=letter.entry_id, error=str(error))
+
+
+def _fields(letter: DeadLetter) -> dict[str, str | bytes]:
+    return {
+        "stream": letter.stream,
+        "entry_id": letter.entry_id,
+        "reason": letter.reason,
+        "error": letter.error,
+        "size": str(len(letter.data)),
+        "data": letter.data[:_MOST_BYTES],
+    }
