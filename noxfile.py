@@ -1,5 +1,8 @@
 """The project's sessions: `nox -s tests` is the one that must pass."""
 
+import shutil
+from pathlib import Path
+
 import nox
 
 nox.options.sessions = ["lint", "types", "tests"]
@@ -45,3 +48,54 @@ def demo(session: nox.Session) -> None:
     """Everything at once on this machine, from a plain installation; Ctrl-C ends it."""
     session.install(".[demo]")
     session.run("trio-gateway", "demo", *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """What delivering costs, beside what people use instead. Extra arguments are one run's own."""
+    session.install("-e", ".[bench]")
+    if session.posargs:
+        session.run("python", "-m", "bench", *session.posargs)
+        return
+    others = "floor,naive,fastapi,websockets"
+    env = {}
+    if shutil.which("npm"):
+        session.run(
+            "npm",
+            "install",
+            "--prefix",
+            session.create_tmp(),
+            "bun",
+            external=True,
+            success_codes=range(256),
+        )
+        binary = Path(session.create_tmp(), "node_modules/bun/bin/bun.exe").resolve()
+        env["BENCH_BUN"] = str(binary)
+        others += ",bun"
+    for arguments in (
+        ["fanout", "--against", others],
+        ["fanout", "--unbatched", "--against", others],
+        ["steady", "--seconds", "15", "--against", others],
+        ["mixed"],
+        ["small"],
+        ["slow", "--against", "floor"],
+        ["accepts", "--against", "naive"],
+        ["idle", "--clients", "5000"],
+        ["storm", "--resume"],
+    ):
+        session.run("python", "-m", "bench", *arguments, env=env)
+
+
+@nox.session
+def bench_smoke(session: nox.Session) -> None:
+    """The regression guard: half a minute, and ratios that noise does not break."""
+    session.install("-e", ".[bench]")
+    session.run("python", "-m", "bench", "smoke")
+
+
+@nox.session
+def fuzz(session: nox.Session) -> None:
+    """Junk for whatever reads it, 60 seconds in all; arguments: other seconds, some targets."""
+    session.install("-e", ".[test]")
+    session.install("atheris", success_codes=[0, 1])  # no wheel for every Python: mutations then
+    session.run("python", "tests/fuzz/fuzz_run.py", *session.posargs)

@@ -38,13 +38,14 @@ class Key:
     id: str | None = None  # as a key set names it; a token that names another is not tried
 
 
-def key_id(token: str) -> str | None:
-    """The key that a token says it was signed with, if any; not verified."""
+def names_of(token: str) -> tuple[str | None, str | None]:
+    """The algorithm and the key that a token says it was signed with, if any; not verified."""
     try:
-        found = jwt.get_unverified_header(token).get("kid")
+        header = jwt.get_unverified_header(token)
     except (jwt.PyJWTError, ValueError, RecursionError):
-        return None
-    return found if isinstance(found, str) else None
+        return None, None
+    algorithm, key = header.get("alg"), header.get("kid")
+    return algorithm if isinstance(algorithm, str) else None, key if isinstance(key, str) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,6 +3,7 @@
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from ipaddress import IPv6Address, ip_address, ip_network
 from typing import Final
 
 from ..core.closing import Close, Rejected
@@ -16,12 +17,31 @@ def client_address(peer: str, forwarded_for: str | None, hops: int) -> str:
     """Whose connection this is: the peer's, or what ``hops`` proxies of ours say.
 
     Each of them appends the address it saw to ``X-Forwarded-For``; what stands before that is
-    the client's own word and counts for nothing.
+    the client's own word and counts for nothing. What is no address is the peer's.
     """
     if not hops or not forwarded_for:
-        return peer
+        return _owner(peer) or peer
     addresses = [each.strip() for each in forwarded_for.split(",")]
-    return addresses[-hops] if len(addresses) >= hops else addresses[0]
+    return _owner(addresses[-min(hops, len(addresses))]) or _owner(peer) or peer
+
+
+def _owner(text: str) -> str | None:
+    """An address in one form, whatever port stands behind it; None if it is none.
+
+    Of IPv6 the network: who has one address of a /64 has them all.
+    """
+    host = text.partition("]")[0].removeprefix("[") if text.startswith("[") else text
+    if host.count(":") == 1:
+        host = host.partition(":")[0]
+    try:
+        address = ip_address(host)
+    except ValueError:
+        return None
+    if not isinstance(address, IPv6Address):
+        return str(address)
+    if (four := address.ipv4_mapped) is not None:
+        return str(four)
+    return str(ip_network((int(address) >> 64 << 64, 64)))
 
 
 class Addresses:
@@ -44,9 +64,7 @@ class Addresses:
         if not self._most_connections and not self._most_failures:
             yield
             return
-        failures = self._failures.get(address)
-        if failures is not None and failures.is_full(now):
-            raise Rejected(Close.RATE_LIMITED, "too many failed logins", "failed_logins")
+        self.check(address, now)
         if self._most_connections and self._connected[address] >= self._most_connections:
             raise Rejected(
                 Close.SERVER_OVERLOADED, "too many connections of this address", "address_limit"
@@ -58,6 +76,12 @@ class Addresses:
             self._connected[address] -= 1
             if not self._connected[address]:
                 del self._connected[address]
+
+    def check(self, address: str, now: float) -> None:
+        """Raise :exc:`Rejected` if it keeps failing, whatever it brings this time."""
+        failures = self._failures.get(address)
+        if failures is not None and failures.is_full(now):
+            raise Rejected(Close.RATE_LIMITED, "too many failed logins", "failed_logins")
 
     def failed(self, address: str, now: float) -> None:
         """It brought a credential that is none."""

@@ -9,7 +9,7 @@ from ..core.closing import Close, Rejected
 from ..core.tokens import (
     Key,
     Rules,
-    key_id,
+    names_of,
     read_jwt,
     read_legacy_table_token,
     read_table_token,
@@ -46,7 +46,7 @@ class JwtAuth:
     async def authenticate(self, handshake: Handshake) -> Principal:
         credential, keys = _credential(handshake), self._keys
         if self._key_set is not None:
-            keys += await self._key_set.keys_for(key_id(credential))
+            keys += await self._key_set.keys_for(*names_of(credential))
         token = read_jwt(credential, keys, self._rules, self._clock())
         return token.on(handshake.endpoint)
 

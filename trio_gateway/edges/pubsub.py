@@ -79,14 +79,14 @@ class PubSub:
 
     def _hear(self, reply: Any) -> None:
         match reply:
-            case [b"pmessage", pattern, channel, payload]:
+            case [b"pmessage", bytes() as pattern, bytes() as channel, bytes() as payload]:
                 # A channel that matches several patterns is sent once for each of them.
                 if self._first_match_of(channel) == pattern:
                     name = channel.decode(errors="replace")
                     event = self._intake.parse(payload, source="pubsub", channel=name)
                     if event is not None:
                         self._queue.offer(event)
-            case [b"message", channel, payload] if channel in self._listeners:
+            case [b"message", bytes() as channel, bytes() as payload] if channel in self._listeners:
                 self._listeners[channel](payload)
             case [b"pong", *_]:
                 pass

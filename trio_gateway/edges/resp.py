@@ -105,7 +105,7 @@ class RedisConnection:
         try:
             while (reply := self._reader.gets()) is not _NOTHING:
                 found.append(reply)
-        except hiredis.ProtocolError:
+        except (hiredis.ProtocolError, TypeError, ValueError):  # RESP3's maps by lists, and such
             raise Lost("what came is not RESP") from None
         return found
 

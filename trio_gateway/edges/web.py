@@ -15,6 +15,7 @@ from ..core.frames import split
 from ..core.positions import read_cursor
 from ..core.resilience import State
 from . import metrics
+from .addresses import client_address
 from .asgi import DRAIN, AsgiSocket
 from .commands import Unavailable
 from .handshake import SUBPROTOCOL, Handshake, bearer, join_headers, read_query
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from ..gateway import Gateway
 
 _PING_TIMEOUT: Final = 1.0  # seconds
+_STATUS: Final = {Close.SERVER_OVERLOADED: 503, Close.FORBIDDEN: 403, Close.RATE_LIMITED: 429}
 _Answer = tuple[Response, int] | Response
 
 
@@ -179,7 +181,7 @@ async def _ticket(app: "Gateway") -> _Answer:
     if token is None:
         return _problem(401, "Authorization: Bearer with a token is needed")
     try:
-        await app.admission.identify(token)
+        await _identify(app, token)
         assert app.admission.tickets is not None
         ticket = await app.admission.tickets.issue(token)
     except Rejected as rejected:
@@ -194,7 +196,7 @@ async def _ticket(app: "Gateway") -> _Answer:
 async def _catch_up(app: "Gateway") -> _Answer:
     """What staff would have heard in one branch since then, for clients that can't resume."""
     try:
-        principals = await app.admission.identify(_token("token"), staff=True)
+        principals = await _identify(app, _token("token"), staff=True)
     except Rejected as rejected:
         return _rejected(rejected)
     branch = request.args.get("branch_id", "")
@@ -210,7 +212,7 @@ async def _catch_up(app: "Gateway") -> _Answer:
 async def _catch_up_session(app: "Gateway") -> _Answer:
     """What the diners of a session would have heard since then."""
     try:
-        principals = await app.admission.identify(_token("table_token"), staff=False)
+        principals = await _identify(app, _token("table_token"), staff=False)
     except Rejected as rejected:
         return _rejected(rejected)
     session = request.args.get("session_id", "")
@@ -246,6 +248,21 @@ def _missed(app: "Gateway", principals: Sequence[Principal]) -> _Answer:
     return response
 
 
+async def _identify(
+    app: "Gateway", token: str | None, *, staff: bool | None = None
+) -> list[Principal]:
+    """Who holds this token; one that is none counts for the address as it does at connect."""
+    forwarded_for = ", ".join(request.headers.getlist("X-Forwarded-For"))
+    address = client_address(request.remote_addr or "", forwarded_for, app.settings.ws_proxy_hops)
+    app.addresses.check(address, trio.current_time())
+    try:
+        return await app.admission.identify(token, staff=staff)
+    except Rejected as rejected:
+        if rejected.close is Close.AUTH_FAILED:
+            app.addresses.failed(address, trio.current_time())
+        raise
+
+
 def _token(name: str) -> str | None:
     return request.args.get(name) or bearer(request.headers.get("Authorization"))
 
@@ -255,9 +272,7 @@ def is_id(text: str) -> bool:
 
 
 def _rejected(rejected: Rejected) -> _Answer:
-    if rejected.close is Close.SERVER_OVERLOADED:
-        return _problem(503, rejected.text)
-    return _problem(403 if rejected.close is Close.FORBIDDEN else 401, rejected.text)
+    return _problem(_STATUS.get(rejected.close, 401), rejected.text)
 
 
 def _problem(status: int, text: str) -> _Answer:

@@ -1,0 +1,114 @@
+"""Bounds for the second door: what Hypercorn's WebSocket code would take without end."""
+
+import math
+from typing import Any, Final
+
+import trio
+from hypercorn.protocol.events import Data, Event, StreamClosed
+from hypercorn.protocol.ws_stream import (
+    ASGIWebsocketState,
+    FrameTooLargeError,
+    WebsocketBuffer,
+    WSStream,
+)
+from hypercorn.typing import WebsocketAcceptEvent
+from wsproto.connection import ConnectionState
+from wsproto.events import CloseConnection, Message
+from wsproto.events import Event as WebSocketEvent
+from wsproto.events import Ping as PingFrame
+from wsproto.events import Pong as PongFrame
+
+from ..core.closing import Close
+from ..core.limits import RateLimit
+
+MOST_FRAGMENTS: Final = 256  # of one message: each costs as much as a message of its own
+_MOST_CONTROL: Final = 100  # pings and pongs in a second; the gateway's own limit can't see them
+_PIECE: Final = 1024  # bytes at a time: seven may be a frame of their own
+_LINGER: Final = 1.0  # seconds
+_LAST_WORDS: Final = 16_384  # bytes in which the answer to our close must come
+
+
+class _Buffer(WebsocketBuffer):
+    """Counts the fragments of a message, too."""
+
+    def __init__(self, max_length: int) -> None:
+        super().__init__(max_length)
+        self._fragments = 0
+
+    def extend(self, event: Message[Any]) -> None:
+        self._fragments += event.frame_finished
+        if self._fragments > MOST_FRAGMENTS:
+            raise FrameTooLargeError
+        super().extend(event)
+
+    def clear(self) -> None:
+        super().clear()
+        self._fragments = 0
+
+
+class BoundedStream(WSStream):
+    """Agrees to no extension, has an end to what it takes, and lets others have their turn."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.buffer = _Buffer(self.config.websocket_max_message_size)
+        self._control = RateLimit(_MOST_CONTROL, 1.0)
+        self._over_at: float | None = None  # when it was told so
+        self._last_words = _LAST_WORDS
+
+    async def handle(self, event: Event) -> None:
+        if not isinstance(event, Data):
+            await super().handle(event)
+            return
+        for at in range(0, len(event.data), _PIECE):
+            piece = event.data[at : at + _PIECE]
+            if self._last_words > 0:
+                await super().handle(Data(event.stream_id, piece))
+            if self._over_at is not None:
+                await self._wait_for_the_end(len(piece))
+            await trio.lowlevel.checkpoint()
+
+    async def _wait_for_the_end(self, size: int) -> None:
+        """Discard what comes, so that our close frame is not lost to a reset; for so long."""
+        self._last_words -= size
+        assert self._over_at is not None
+        if trio.current_time() - self._over_at > _LINGER and self.app_put is not None:
+            self._over_at = math.inf
+            await self.app_put({"type": "websocket.disconnect", "code": int(Close.ABNORMAL)})
+
+    async def _accept(self, message: WebsocketAcceptEvent) -> None:
+        # permessage-deflate: 65 KB can become 200 MB, and nothing bounds that.
+        self.handshake.extensions = None
+        await super()._accept(message)
+
+    async def _handle_events(self) -> None:
+        for event in self.connection.events():
+            if isinstance(event, CloseConnection):
+                if self.connection.state is ConnectionState.REMOTE_CLOSING:
+                    await self._send_wsproto_event(event.response())
+                await self.send(StreamClosed(stream_id=self.stream_id))
+            elif self._over_at is None and self.state is not ASGIWebsocketState.CLOSED:
+                # Once the app has closed it takes no more, and waiting for it would be for ever.
+                await self._take(event)
+
+    async def _take(self, event: WebSocketEvent) -> None:
+        match event:
+            case Message():
+                try:
+                    self.buffer.extend(event)
+                except FrameTooLargeError:
+                    await self._refuse(Close.MESSAGE_TOO_BIG)
+                    return
+                if event.message_finished:
+                    assert self.app_put is not None
+                    await self.app_put(self.buffer.to_message())
+                    self.buffer.clear()
+            case PingFrame() | PongFrame() if self._control.exceeded(trio.current_time()):
+                await self._refuse(Close.RATE_LIMITED)
+            case PingFrame():
+                await self._send_wsproto_event(event.response())
+
+    async def _refuse(self, close: Close) -> None:
+        self._over_at = trio.current_time()
+        self.buffer.clear()
+        await self._send_wsproto_event(CloseConnection(code=int(close)))
