@@ -22,7 +22,7 @@ from .core.closing import Close, Rejected
 from .core.limits import DropAlarm
 from .core.messages import GAP, Message, Renew, Said, auth_ok, sectors_updated
 from .core.resilience import Breaker
-from .edges import web
+from .edges import line, web
 from .edges.addresses import Addresses, client_address
 from .edges.admission import Admission
 from .edges.auth import Auth
@@ -43,6 +43,7 @@ from .runtime.intake import Intake
 from .runtime.reaper import reap
 from .runtime.resume import Replays
 from .runtime.supervision import keep_running
+from .runtime.turnstile import TooMany, Turnstile
 from .settings import InvalidSettings, Settings
 
 if TYPE_CHECKING:
@@ -140,8 +141,8 @@ class Gateway(QuartTrio):
         self.siblings: Siblings | None = None
         self.rejected: Counter[str] = Counter()  # by reason
         self.refused: Counter[int] = Counter()  # upgrades, by HTTP status
-        self.handshakes = 0  # in progress
-        self.max_handshakes = settings.ws_max_handshakes
+        self.heads: Turnstile[line.Shaken] = Turnstile(settings.ws_max_handshakes)
+        self.admissions: Turnstile[Principal] = Turnstile(settings.ws_max_handshakes)
         self.accept_timeout = settings.ws_accept_timeout
         self.write_timeout = settings.ws_write_timeout
         self.max_message_size = settings.ws_max_message_size
@@ -272,6 +273,11 @@ class Gateway(QuartTrio):
         finally:
             siblings.leave(self.sample())
 
+    @property
+    def handshakes(self) -> int:
+        """How many are in progress."""
+        return self.heads.inside + self.admissions.inside
+
     def _tell_of_gap(self) -> None:
         """Events were lost between Redis and us: everybody has to refetch."""
         for connection in self.hub.held:
@@ -302,6 +308,7 @@ class Gateway(QuartTrio):
         started = trio.current_time()
         clients = len(self.hub)
         self._sources.cancel()
+        self.heads.give_up()
         with trio.move_on_after(QUEUE_DRAIN):
             await self.heard.wait_idle()
             await self.read.wait_idle()
@@ -364,14 +371,17 @@ class Gateway(QuartTrio):
             await self._run(connection, socket)
 
     async def _admit(self, handshake: Handshake) -> Principal:
-        if self.handshakes >= self.max_handshakes:
-            raise Rejected(Close.SERVER_OVERLOADED, "too many handshakes", "handshake_limit")
-        self.handshakes += 1
-        try:
-            with trio.move_on_after(self.accept_timeout):
-                return await self.admission.admit(handshake)
-        finally:
-            self.handshakes -= 1
+        with trio.move_on_after(self.accept_timeout):
+            try:
+                admitted = await self.admissions.run(
+                    lambda: self.admission.admit(handshake), self.accept_timeout / 2
+                )
+            except TooMany:
+                raise Rejected(
+                    Close.SERVER_OVERLOADED, "too many handshakes", "handshake_limit"
+                ) from None
+            assert admitted is not None
+            return admitted
         raise Rejected(Close.SERVER_OVERLOADED, "can't check the credential now", "accept_timeout")
 
     async def _run(self, connection: Connection, socket: Socket) -> None:

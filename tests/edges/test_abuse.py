@@ -135,7 +135,7 @@ async def unaffected(gateway: Running) -> AsyncIterator[None]:
 # Handshakes in progress
 
 
-async def test_sockets_over_the_most_handshakes_are_closed_at_once_and_counted(
+async def test_sockets_over_the_most_handshakes_wait_their_turn_or_are_closed_and_counted(
     redis_url: str,
 ) -> None:
     async with (
@@ -147,19 +147,18 @@ async def test_sockets_over_the_most_handshakes_are_closed_at_once_and_counted(
             for n, drip in enumerate(drips):
                 await drip.send(make_head()[: n + 1] if n else b"")
             await until(lambda: gateway.app.handshakes == 8)
-            for n in range(20):
-                async with dialled(gateway.port) as client:
-                    with trio.fail_after(0.5):
-                        assert await client.rest() == b""
-                assert gateway.app.refused == {503: n + 1}
+            waiting = [await stack.enter_async_context(dialled(gateway.port)) for _ in range(20)]
             for drip in drips[1:]:  # the time is for the whole head, however it drips
                 with trio.fail_after(2):
                     assert (await drip.response())[0] == 408
+            for client in waiting:  # those whose turn came have said nothing either
+                with trio.fail_after(3):
+                    assert await client.rest() == b""
         await until(lambda: gateway.app.handshakes == 0)
         async with admitted(gateway.staff_url("waiter")):
             pass
         figures = await metrics(gateway.port)
-        assert figures["upgrades_refused_total{503}"] == 20
+        assert figures["upgrades_refused_total{503}"] >= 4
         assert figures["upgrades_refused_total{408}"] == 7
 
 
@@ -177,15 +176,15 @@ async def test_silent_tls_handshakes_are_counted_and_have_the_same_deadline(
         silent = [await stack.enter_async_context(dialled(gateway.port)) for _ in range(3)]
         await until(lambda: gateway.app.handshakes == 3)
         async with dialled(gateway.port) as client:
-            with trio.fail_after(0.3):
+            with trio.fail_after(2):
                 assert await client.rest() == b""
         with trio.fail_after(1):
             for each in silent:
                 assert await each.rest() == b""
-        assert gateway.app.handshakes == 0
+        await until(lambda: gateway.app.handshakes == 0)
         url = gateway.staff_url("waiter").replace("ws://", "wss://")
         async with admitted(url, ssl_context=trusting):
-            assert gateway.app.refused == {503: 1}
+            assert gateway.app.refused.keys() <= {503}
 
 
 class Unhurried:
@@ -203,7 +202,8 @@ async def test_clients_over_the_most_that_are_being_admitted_are_told_1013(
     redis_url: str,
 ) -> None:
     """Through the second door: on the line they are not even read from."""
-    auth, settings = Unhurried(), make_settings(redis_url, ws_max_handshakes=4)
+    auth = Unhurried()
+    settings = make_settings(redis_url, ws_max_handshakes=4, ws_accept_timeout=4)
     by_endpoint = dict.fromkeys(Endpoint, auth)
     async with (
         running(settings, door="asgi", auth=by_endpoint) as gateway,
@@ -212,10 +212,9 @@ async def test_clients_over_the_most_that_are_being_admitted_are_told_1013(
         url = f"{gateway.url}/ws/waiter"
         waiting = [await stack.enter_async_context(connect(url)) for _ in range(4)]
         await until(lambda: gateway.app.handshakes == 4)
-        for n in range(3):
-            async with connect(url) as client:
-                assert await closed(client) == (Close.SERVER_OVERLOADED, "too many handshakes")
-            assert gateway.app.rejected == {"handshake_limit": n + 1}
+        async with connect(url) as client:
+            assert await closed(client) == (Close.SERVER_OVERLOADED, "too many handshakes")
+        assert gateway.app.rejected == {"handshake_limit": 1}
         auth.go_on.set()
         for client in waiting:
             await client.send_message("ping")

@@ -6,7 +6,7 @@ import os
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import h2.config
@@ -1160,3 +1160,14 @@ async def test_reading_a_head_reads_no_further_than_it_must() -> None:
     assert (await read_head(theirs, 1))[1] == Refusal(
         431, f"request head is over {MAX_HEAD_BYTES} bytes"
     )
+
+
+async def test_silent_sockets_do_not_hold_up_the_end() -> None:
+    async with AsyncExitStack() as stack:
+        async with serving(ws_accept_timeout=5) as gateway:
+            for _ in range(3):
+                await stack.enter_async_context(dialled(gateway.port))
+            await until(lambda: gateway.app.handshakes == 3)
+            stopped = trio.current_time()
+            gateway.stop.set()
+        assert trio.current_time() - stopped < 2

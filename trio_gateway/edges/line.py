@@ -30,6 +30,7 @@ from ..core.closing import Close
 from ..core.frames import CLOSE, close_frame, frame
 from ..runtime.connection import Left, Ping, Pong, Violation
 from ..runtime.outbox import Outbox
+from ..runtime.turnstile import TooMany, Turnstile
 from .bounded import MOST_FRAGMENTS, BoundedStream
 from .handshake import (
     MAX_HEAD_BYTES,
@@ -52,6 +53,10 @@ _WRITES_DIRECTLY: Final = sys.platform != "win32"
 _GONE: Final = (trio.BrokenResourceError, trio.ClosedResourceError, trio.BusyResourceError)
 
 
+# The protocol that is spoken, what was read of the request, and how to refuse it if it is bad.
+Shaken = tuple[str | None, bytes, Refusal | None]
+
+
 class Served(Protocol):
     """What the line needs of the gateway."""
 
@@ -60,8 +65,7 @@ class Served(Protocol):
     max_message_size: int
     draining: bool
     refused: Counter[int]  # by status
-    handshakes: int  # in progress
-    max_handshakes: int
+    heads: Turnstile["Shaken"]
 
     def serve_connection(self, handshake: Handshake, socket: "LineSocket") -> Awaitable[None]: ...
 
@@ -90,15 +94,14 @@ class Line(TCPServer):
             await trio.aclose_forcefully(self.stream)
 
     async def _serve(self, gateway: Served) -> None:
-        if gateway.handshakes >= gateway.max_handshakes:
+        try:
+            shaken = await gateway.heads.run(lambda: self._shake(gateway), gateway.accept_timeout)
+        except TooMany:
             gateway.refused[503] += 1  # without a word: there are too many to linger for each
             return
-        gateway.handshakes += 1
-        try:
-            if (protocol := await self._secure(gateway.accept_timeout)) == "http/1.1":
-                data, refusal = await read_head(self.stream, gateway.accept_timeout)
-        finally:
-            gateway.handshakes -= 1
+        if shaken is None:  # it had not said what it wants, and now we are stopping
+            return
+        protocol, data, refusal = shaken
         if protocol is None:
             return
         if protocol == "h2":
@@ -126,6 +129,12 @@ class Line(TCPServer):
             case None:
                 self.stream = cast("Any", Replayed(self.stream, data))
                 await super().run()
+
+    async def _shake(self, gateway: Served) -> "Shaken":
+        protocol = await self._secure(gateway.accept_timeout)
+        if protocol != "http/1.1":
+            return protocol, b"", None
+        return protocol, *await read_head(self.stream, gateway.accept_timeout)
 
     async def _secure(self, timeout: float) -> str | None:
         """The protocol that is spoken once TLS, if there is any, is through; None if it failed."""
