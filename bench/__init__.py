@@ -1,0 +1,1 @@
+"""What delivering costs: the gateway under load, and what people use instead in the same run."""

@@ -1,0 +1,45 @@
+"""The bench: that its figures are of what it says, in one short run of each kind."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("numpy", reason="the bench has its own dependencies: pip install -e .[bench]")
+
+
+def bench(*arguments: str) -> dict[str, Any]:
+    """The gateway's figures of a run."""
+    found = subprocess.run(
+        [sys.executable, "-m", "bench", *arguments],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert found.returncode == 0, found.stderr
+    figures: dict[str, Any] = json.loads(found.stdout)["figures"]["gateway"]
+    return figures
+
+
+@pytest.mark.slow
+def test_every_event_is_delivered_to_every_role_that_may_hear_it_and_to_nobody_else() -> None:
+    figures = bench(
+        "mixed", "--clients", "60", "--branches", "6", "--each", "3", "--seconds", "0.5"
+    )
+
+    assert figures["deliveries/s"] > 1000
+    faults = ("missing", "duplicate", "out of order", "to the wrong client")
+    assert [figures[name] for name in faults] == [0, 0, 0, 0]
+
+
+@pytest.mark.slow
+def test_everybody_resumes_at_once_without_a_gap_or_a_question_per_client_to_redis() -> None:
+    figures = bench("storm", "--resume", "--clients", "100", "--missed", "20")
+
+    faults = ("missing", "duplicate", "out of order", "not recovered")
+    assert [figures[name] for name in faults] == [0, 0, 0, 0]
+    assert sum(n for name, n in figures.items() if name.startswith("Redis: ")) < 100
