@@ -7,6 +7,7 @@ import structlog
 from . import logs
 from .edges import line
 from .gateway import Gateway, create_app
+from .serve import calm_collector
 from .settings import InvalidSettings, load_settings
 
 __all__ = ["app", "create_app"]
@@ -25,6 +26,7 @@ def _from_environment() -> Gateway:
     for warning in settings.warnings:
         log.warning(warning)
     line.install()
+    calm_collector()
     return gateway
 
 

@@ -24,8 +24,9 @@ class Master:
 
     @property
     def workers(self) -> set[int]:
-        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text()
-        return set(map(int, children.split()))
+        # Trio starts processes in threads, and each thread has its own children.
+        lists = Path(f"/proc/{self.pid}/task").glob("*/children")
+        return {int(child) for children in lists for child in children.read_text().split()}
 
     def url(self, user: int = 21) -> str:
         token = make_jwt(JWT_SECRET, sub=str(user))

@@ -295,10 +295,10 @@ async def test_who_hears_the_same_is_given_the_same_bytes(
 
 
 def test_join_of_a_mask() -> None:
-    batch = [numbered(n) for n in range(4)]
+    frames = [numbered(n).frame for n in range(4)]
 
-    assert join(batch, 0b1010) == (batch[1].frame + batch[3].frame, 2)
-    assert join(batch, 0) == (b"", 0)
+    assert join(frames, 0b1010) == (frames[1] + frames[3], 2)
+    assert join(frames, 0b0100) == (frames[2], 1)
 
 
 @pytest.mark.parametrize("copies", [1, 2])

@@ -75,11 +75,23 @@ class Served(Protocol):
 class Line(TCPServer):
     """A TCP connection: ours if it asks for a WebSocket, Hypercorn's if not."""
 
+    def __init__(
+        self, app: Any, config: Any, context: Any, state: Any, stream: trio.abc.Stream
+    ) -> None:
+        # Hypercorn's own makes locks and more, which only those need that it serves.
+        self.app, self.config, self.context, self.state = app, config, context, state
+        self.stream = cast("Any", stream)
+
+    async def _hand_over(self) -> None:
+        """Let Hypercorn serve it."""
+        super().__init__(self.app, self.config, self.context, self.state, self.stream)
+        await super().run()
+
     async def run(self) -> None:
         """Serve one connection; its faults end it alone, and never reach the server's nursery."""
         gateway = cast("Served | None", getattr(self.app, "app", None))
         if not hasattr(gateway, "serve_connection"):  # another app, or a middleware around ours
-            await super().run()
+            await self._hand_over()
             return
         assert gateway is not None
         gateway.watch(self.context.terminated.wait)
@@ -91,7 +103,8 @@ class Line(TCPServer):
             kinds = sorted({type(each).__name__ for each in _leaves(faults)})
             log.warning("connection failed", errors=kinds)
         finally:
-            await trio.aclose_forcefully(self.stream)
+            if not _is_closed(self.stream):
+                await trio.aclose_forcefully(self.stream)
 
     async def _serve(self, gateway: Served) -> None:
         try:
@@ -105,7 +118,7 @@ class Line(TCPServer):
         if protocol is None:
             return
         if protocol == "h2":
-            await super().run()
+            await self._hand_over()
             return
         if refusal is not None:
             await self._refuse(gateway, refusal)
@@ -128,7 +141,7 @@ class Line(TCPServer):
                 await self._refuse(gateway, refusal)
             case None:
                 self.stream = cast("Any", Replayed(self.stream, data))
-                await super().run()
+                await self._hand_over()
 
     async def _shake(self, gateway: Served) -> "Shaken":
         protocol = await self._secure(gateway.accept_timeout)
@@ -368,7 +381,8 @@ class LineSocket:
                 else:
                     await linger(self._stream)
         self.abort()
-        await trio.aclose_forcefully(self._stream)
+        if not _is_closed(self._stream):
+            await trio.aclose_forcefully(self._stream)
 
     def abort(self) -> None:
         self._aborted = True
@@ -393,6 +407,11 @@ def _peer(stream: trio.abc.Stream) -> str:
     except (OSError, AttributeError):
         return ""
     return str(name[0]) if isinstance(name, tuple) else ""
+
+
+def _is_closed(stream: trio.abc.Stream) -> bool:
+    """Whether it is a plain socket that was closed already; to close one again is not cheap."""
+    return isinstance(stream, trio.SocketStream) and stream.socket.fileno() == -1
 
 
 def _why(close: Close) -> str:

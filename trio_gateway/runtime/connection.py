@@ -279,14 +279,6 @@ class Connection:
         self.expires_at = expires_at
         self._set_deadline()
 
-    def mask(self, heard: dict[Audience, int]) -> int:
-        """The events it hears, as bits: those of its audiences, or-ed."""
-        mask = 0
-        for audience in self.audiences:
-            if audience in heard:
-                mask |= heard[audience]
-        return mask
-
     async def _read(self, socket: Socket) -> None:
         while self._code is None:  # again if a word came together with the deadline
             with trio.CancelScope(deadline=self.deadline) as self._reading:

@@ -4,6 +4,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from itertools import compress
 from typing import TYPE_CHECKING, Final, NoReturn
 
 import structlog
@@ -242,8 +243,7 @@ class Dispatch:
                 copies.append((1 << i, heard_by))
         held = self._hub.held if durable else ()
         by_mask: defaultdict[int, list[Connection]] = defaultdict(list)  # few, of many connections
-        for connection in self._hub.members(heard):
-            mask = connection.mask(heard)
+        for connection, mask in self._hub.masks(heard).items():
             if held and connection in held:
                 mask &= ~durable
             for bit, heard_by in copies:
@@ -251,8 +251,10 @@ class Dispatch:
                     mask &= ~bit
             by_mask[mask].append(connection)
         by_mask.pop(0, None)
-        batch = [event for event, _, _ in planned]
-        return [(*join(batch, mask), members) for mask, members in by_mask.items()]
+        if not by_mask:
+            return []
+        frames = [event.frame for event, _, _ in planned]
+        return [(*join(frames, mask), members) for mask, members in by_mask.items()]
 
     def _audiences(self, event: Event) -> list[Audience]:
         """Who hears it: :func:`route`, and what an uncovered sector falls back to."""
@@ -297,7 +299,13 @@ class Dispatch:
             connection.send(GAP)
 
 
-def join(batch: Sequence[Event], mask: int) -> tuple[bytes, int]:
-    """The frames of the events whose bits are set, in order, and how many they are."""
-    frames = [event.frame for i, event in enumerate(batch) if mask >> i & 1]
-    return b"".join(frames), len(frames)
+_AS_BITS: Final = bytes(byte == ord("1") for byte in range(256))
+
+
+def join(frames: Sequence[bytes], mask: int) -> tuple[bytes, int]:
+    """The frames whose bits are set, in order, and how many they are."""
+    count = mask.bit_count()
+    if count == 1:
+        return frames[mask.bit_length() - 1], 1
+    bits = bin(mask)[:1:-1].encode().translate(_AS_BITS)  # the lowest first
+    return b"".join(compress(frames, bits)), count

@@ -1,7 +1,7 @@
 """The hub: the dictionary between audiences and the connections that are in them."""
 
 from collections import Counter
-from collections.abc import Iterable, KeysView
+from collections.abc import Iterable, KeysView, Mapping
 from typing import TYPE_CHECKING
 
 import trio
@@ -120,6 +120,22 @@ class Hub:
         if len(found) == 1:
             return list(found[0])
         return list(set().union(*found))
+
+    def masks(self, heard: Mapping[Audience, int]) -> "dict[Connection, int]":
+        """What each connection hears, as bits: those of its audiences, or-ed.
+
+        From the audiences' side: a batch names few, and a connection may be in many.
+        """
+        found: dict[Connection, int] = {}
+        for audience, bits in heard.items():
+            if (members := self._members.get(audience)) is None:
+                continue
+            if not found:
+                found = dict.fromkeys(members, bits)
+                continue
+            for connection in members:
+                found[connection] = found.get(connection, 0) | bits
+        return found
 
     def hears(self, audience: Audience) -> bool:
         """Whether anybody is in this audience."""
