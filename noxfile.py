@@ -29,11 +29,8 @@ def types(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """The three rings of tests, with branch coverage. Extra arguments go to pytest."""
     session.install("-e", ".[test]")
-    session.run("coverage", "erase")
-    session.run("coverage", "run", "-m", "pytest", *session.posargs)
-    session.run("coverage", "combine", silent=True)
-    if not session.posargs:
-        session.run("coverage", "report")
+    everything = ["-n", "2", "--dist", "loadfile", "--cov", "--cov-report", "term:skip-covered"]
+    session.run("pytest", *(session.posargs or everything))
 
 
 @nox.session

@@ -22,6 +22,7 @@ from .hub import Hub
 
 UNDECIDED: Final = 0.5  # seconds that a silent client may still ask to resume
 PATIENCE: Final = 2.0  # seconds for us to read what another process has delivered already
+_PER_CHECKPOINT: Final = 50  # connections that go live at a time
 _CHUNK_EVENTS: Final = 200
 _CHUNK_BYTES: Final = 65_536
 
@@ -54,11 +55,14 @@ class Replays:
             while not self._undecided:
                 self._begun = trio.Event()
                 await self._begun.wait()
-            until, connection = self._undecided[0]
-            await trio.sleep_until(until)
-            self._undecided.popleft()
-            if not connection.resuming:
-                self.go_live(connection)
+            await trio.sleep_until(self._undecided[0][0])
+            now = trio.current_time()
+            for _ in range(_PER_CHECKPOINT):
+                if not self._undecided or self._undecided[0][0] > now:
+                    break
+                _, connection = self._undecided.popleft()
+                if not connection.resuming:
+                    self.go_live(connection)
 
     def go_live(self, connection: Connection) -> None:
         """It did not ask to resume: live from here, after what came since it joined."""

@@ -33,10 +33,7 @@ class Turnstile(Generic[T]):
         with trio.CancelScope() as scope:
             self._scopes.add(scope)
             try:
-                with trio.move_on_after(timeout) as waiting:
-                    await self._turns.acquire()
-                if waiting.cancelled_caught:
-                    raise TooMany
+                await self._wait(timeout)
                 try:
                     return await work()
                 finally:
@@ -44,6 +41,15 @@ class Turnstile(Generic[T]):
             finally:
                 self._scopes.discard(scope)
         return None
+
+    async def _wait(self, timeout: float) -> None:
+        try:
+            self._turns.acquire_nowait()
+        except trio.WouldBlock:
+            with trio.move_on_after(timeout) as waiting:
+                await self._turns.acquire()
+            if waiting.cancelled_caught:
+                raise TooMany from None
 
     def give_up(self) -> None:
         """Cancel what waits and what is at work."""
