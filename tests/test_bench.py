@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("numpy", reason="the bench has its own dependencies: pip install -e .[bench]")
-
 
 def bench(*arguments: str) -> dict[str, Any]:
     """The gateway's figures of a run."""

@@ -1,8 +1,10 @@
 """The gateway: the Quart-Trio app that runs every connection, and the sources, in nurseries."""
 
 import asyncio
+import multiprocessing
 import random
 import resource
+import signal
 import sys
 import time
 from collections import Counter
@@ -17,6 +19,7 @@ from hypercorn.utils import LifespanFailureError
 from quart_trio import QuartTrio
 from quart_trio.asgi import TrioASGILifespan
 
+from . import figures
 from .core.audiences import Endpoint, Principal, SectorId
 from .core.closing import Close, Rejected
 from .core.limits import DropAlarm
@@ -55,7 +58,6 @@ QUEUE_DRAIN: Final = 2.0  # seconds for events that were heard before the shutdo
 CLOSE_DRAIN: Final = 3.0  # seconds for the clients' closes to get through
 _RECONNECTS_PER_SECOND: Final = 500  # what the retry hints spread the clients to
 _FIRST_WINDOW: Final = 2.0  # seconds; the window of a gateway with few clients
-_MOST_CODES: Final = 64  # labels for close codes, which clients choose
 
 
 class _Lifespan(TrioASGILifespan):
@@ -146,7 +148,7 @@ class Gateway(QuartTrio):
         self.accept_timeout = settings.ws_accept_timeout
         self.write_timeout = settings.ws_write_timeout
         self.max_message_size = settings.ws_max_message_size
-        self._messages = 0  # of connections that have ended
+        self.messages = 0  # of connections that have ended
         self._clock = clock
         self._terms = Terms(
             stale_after=settings.ws_heartbeat_timeout,
@@ -161,6 +163,7 @@ class Gateway(QuartTrio):
         self._sources = trio.CancelScope()
         self._drained = trio.Event()
         self._watched = False
+        self._told_to_stop = False
         web.add_routes(self)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -258,7 +261,15 @@ class Gateway(QuartTrio):
                     sources.start_soon(keep_running, "pubsub", pubsub.run, self.breakers["pubsub"])
                     sources.start_soon(keep_running, "stream", streams.run, self.breakers["stream"])
 
+        async def forgetting() -> None:
+            while True:  # what has become too old while no event came
+                await trio.sleep(settings.ws_cleanup_interval)
+                self.trim_history()
+
         nursery.start_soon(reaping)
+        nursery.start_soon(forgetting)
+        if multiprocessing.parent_process() is not None:
+            nursery.start_soon(self._outlive_siblings)
         nursery.start_soon(sources)
         if (siblings := Siblings.of_this_process()) is not None:
             self.siblings = siblings
@@ -293,9 +304,21 @@ class Gateway(QuartTrio):
 
         async def wait_and_drain() -> None:
             await terminated()
+            self._told_to_stop = True
             await self.drain()
 
         self._nursery.start_soon(wait_and_drain)
+
+    async def _outlive_siblings(self) -> None:
+        """Hypercorn's master terminates the other workers as soon as the first one has ended, in
+        the middle of their closes. A SIGTERM is heeded only when every client has been told.
+        """
+        with trio.open_signal_receiver(signal.SIGTERM) as signals:
+            await anext(signals)
+            await self.drain()
+            while self._told_to_stop:  # it ends by itself
+                await anext(signals)
+        signal.raise_signal(signal.SIGTERM)
 
     async def drain(self) -> None:
         """Stop hearing, deliver what was heard, send every client away with a hint when to come
@@ -391,7 +414,7 @@ class Gateway(QuartTrio):
         except Exception:
             log.exception("connection ended by a bug", endpoint=principal.endpoint.label)
         finally:
-            self._messages += connection.messages
+            self.messages += connection.messages
             log.info(
                 "closed",
                 endpoint=principal.endpoint.label,
@@ -462,46 +485,7 @@ class Gateway(QuartTrio):
 
     def sample(self) -> Sample:
         """This process's figures, for the metrics."""
-        hub, dispatch, intake = self.hub, self.dispatch, self.intake
-        return Sample.of(
-            {
-                "wsgateway_connections_total": len(hub),
-                "wsgateway_connections_by_endpoint": {
-                    endpoint.label: number for endpoint, number in hub.by_endpoint.items()
-                },
-                "wsgateway_circuit_breaker_state": {
-                    name: int(breaker.state) for name, breaker in self.breakers.items()
-                },
-                "wsgateway_event_queue_depth": self.heard.depth + self.read.depth,
-                "wsgateway_connections_rejected_total": self.rejected,
-                "wsgateway_connections_closed_total": _by_code(hub.closed),
-                "wsgateway_upgrades_refused_total": {
-                    str(status): number for status, number in self.refused.items()
-                },
-                "wsgateway_broadcasts_total": dispatch.broadcasts,
-                "wsgateway_broadcasts_failed_total": dispatch.failed,
-                "wsgateway_events_received_total": {"pubsub": 0, "stream": 0} | intake.received,
-                "wsgateway_events_processed_total": dispatch.processed,
-                "wsgateway_events_dropped_total": self.heard.dropped,
-                "wsgateway_events_invalid_total": intake.invalid,
-                "wsgateway_events_duplicate_total": dispatch.duplicate,
-                "wsgateway_events_unheard_total": dispatch.unheard,
-                "wsgateway_events_unknown_type_total": dispatch.unknown_type,
-                "wsgateway_deliveries_total": dispatch.deliveries,
-                "wsgateway_resumes_total": self.replays.resumes,
-                "wsgateway_replayed_events_total": self.replays.replayed,
-                "wsgateway_stream_gaps_total": self.streams.gaps if self.streams else 0,
-                "wsgateway_sector_queries_total": self.roster.queries if self.roster else {},
-                "wsgateway_history_events": len(self.history),
-                "wsgateway_history_bytes": self.history.bytes,
-                "wsgateway_messages_received_total": self._messages
-                + sum(connection.messages for connection in hub.connections),
-            },
-            {
-                "wsgateway_broadcast_duration_seconds": dispatch.duration,
-                "wsgateway_event_latency_seconds": dispatch.latency,
-            },
-        )
+        return figures.sample(self)
 
 
 def create_app(
@@ -536,14 +520,6 @@ def _roster(
         ttl=settings.sector_cache_ttl,
         wall_clock=clock,
     )
-
-
-def _by_code(closed: Counter[int]) -> dict[str, float]:
-    """Clients choose their close codes: the most frequent ones are labels, the rest is "other"."""
-    found = {str(code): float(number) for code, number in closed.most_common(_MOST_CODES)}
-    if rest := closed.total() - sum(found.values()):
-        found["other"] = rest
-    return found
 
 
 def _raise_fd_limit() -> None:

@@ -105,7 +105,8 @@ class Supervisor:
                 started, worker = trio.current_time(), successor
                 status = await worker.wait()
             if self._stopping.is_set():
-                self._status = self._status or (1 if status else 0)
+                # One that was told to stop before it could heed the signal has served nobody.
+                self._status = self._status or int(status not in {0, -signal.SIGTERM})
                 return
             if status == MISUSED:
                 log.critical("worker can't start", pid=worker.process.pid, status=status)

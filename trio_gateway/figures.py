@@ -1,0 +1,63 @@
+"""Figures: what the parts have counted, under the names that the metrics promise."""
+
+from collections import Counter
+from typing import TYPE_CHECKING, Final
+
+from .edges.metrics import Sample
+
+if TYPE_CHECKING:
+    from .gateway import Gateway
+
+_MOST_CODES: Final = 64  # labels for close codes, which clients choose
+
+
+def sample(gateway: "Gateway") -> Sample:
+    """This process's figures, for the metrics."""
+    hub, dispatch, intake = gateway.hub, gateway.dispatch, gateway.intake
+    return Sample.of(
+        {
+            "wsgateway_connections_total": len(hub),
+            "wsgateway_connections_by_endpoint": {
+                endpoint.label: number for endpoint, number in hub.by_endpoint.items()
+            },
+            "wsgateway_circuit_breaker_state": {
+                name: int(breaker.state) for name, breaker in gateway.breakers.items()
+            },
+            "wsgateway_event_queue_depth": gateway.heard.depth + gateway.read.depth,
+            "wsgateway_connections_rejected_total": gateway.rejected,
+            "wsgateway_connections_closed_total": _by_code(hub.closed),
+            "wsgateway_upgrades_refused_total": {
+                str(status): number for status, number in gateway.refused.items()
+            },
+            "wsgateway_broadcasts_total": dispatch.broadcasts,
+            "wsgateway_broadcasts_failed_total": dispatch.failed,
+            "wsgateway_events_received_total": {"pubsub": 0, "stream": 0} | intake.received,
+            "wsgateway_events_processed_total": dispatch.processed,
+            "wsgateway_events_dropped_total": gateway.heard.dropped,
+            "wsgateway_events_invalid_total": intake.invalid,
+            "wsgateway_events_duplicate_total": dispatch.duplicate,
+            "wsgateway_events_unheard_total": dispatch.unheard,
+            "wsgateway_events_unknown_type_total": dispatch.unknown_type,
+            "wsgateway_deliveries_total": dispatch.deliveries,
+            "wsgateway_resumes_total": gateway.replays.resumes,
+            "wsgateway_replayed_events_total": gateway.replays.replayed,
+            "wsgateway_stream_gaps_total": gateway.streams.gaps if gateway.streams else 0,
+            "wsgateway_sector_queries_total": gateway.roster.queries if gateway.roster else {},
+            "wsgateway_history_events": len(gateway.history),
+            "wsgateway_history_bytes": gateway.history.bytes,
+            "wsgateway_messages_received_total": gateway.messages
+            + sum(connection.messages for connection in hub.connections),
+        },
+        {
+            "wsgateway_broadcast_duration_seconds": dispatch.duration,
+            "wsgateway_event_latency_seconds": dispatch.latency,
+        },
+    )
+
+
+def _by_code(closed: Counter[int]) -> dict[str, float]:
+    """Clients choose their close codes: the most frequent ones are labels, the rest is "other"."""
+    found = {str(code): float(number) for code, number in closed.most_common(_MOST_CODES)}
+    if rest := closed.total() - sum(found.values()):
+        found["other"] = rest
+    return found
