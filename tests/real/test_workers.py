@@ -1,6 +1,7 @@
 """Several workers under ``serve``: one listener, each its own fate, one true exit status."""
 
 import os
+import random
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -9,7 +10,17 @@ from pathlib import Path
 
 import pytest
 import trio
-from harness import JWT_SECRET, closed, connect, environment, free_port, metrics, process, wait
+from harness import (
+    JWT_SECRET,
+    closed,
+    connect,
+    environment,
+    free_port,
+    http,
+    metrics,
+    process,
+    wait,
+)
 from trio_websocket import WebSocketConnection
 
 from trio_gateway.testing import make_jwt
@@ -71,9 +82,17 @@ async def spread(master: Master, nursery: trio.Nursery, clients: int) -> list[We
             task_status.started(client)
             await trio.sleep_forever()
 
-    for user in range(1, clients + 1):
+    for user in random.sample(range(1, 100_000), clients):
         found.append(await nursery.start(stay, user))
     return found
+
+
+async def most_of_one(master: Master) -> int:
+    """The connections of the worker that has the most of them, of those that answer."""
+    most = 0
+    for _ in range(30):
+        most = max(most, (await http(master.port, "/ws/health")).json["connections"]["total"])
+    return most
 
 
 async def lives(client: WebSocketConnection) -> bool:
@@ -90,6 +109,8 @@ async def test_a_worker_that_is_killed_is_restarted_and_its_siblings_never_notic
 ) -> None:
     async with serving(redis_url, 3) as master, trio.open_nursery() as nursery:
         clients = await spread(master, nursery, 30)
+        while await most_of_one(master) >= len(clients):  # the others came up only now
+            clients += await spread(master, nursery, 10)
         before = master.workers
 
         victim = min(before)
