@@ -260,11 +260,11 @@ async def _while_frozen(
             before = trio.current_time()
             assert await received(waiter) == await received(diner) == []
             slowest = max(slowest, trio.current_time() - before)
-            assert gateway.app.handshakes <= 30
+            assert gateway.app.admissions.inside <= 30
             await trio.sleep(0.12)
     assert set(endings) <= {0, 1013}
     assert endings.count(1013) >= 30
-    assert trio.current_time() - started < 2.5
+    assert trio.current_time() - started < 4
     assert slowest < 0.25
     assert len(gateway.app.hub) == 2
     assert gateway.app.rejected["auth"] == gateway.app.rejected["failed_logins"] == 0
