@@ -3,7 +3,6 @@
 import hashlib
 import multiprocessing
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,7 +23,7 @@ from ..core.histogram import SECONDS, Histogram
 CONTENT_TYPE: Final = prometheus_client.CONTENT_TYPE_PLAIN_0_0_4
 SHARED_EVERY: Final = 0.25  # seconds
 GROUP: Final = "TRIO_GATEWAY_GROUP"  # in the environment of several workers: whose figures to sum
-_PREFIX: Final = "trio-gateway-"
+_PREFIX: Final = "trio-gateway-figures-"
 _ABANDONED: Final = 3600.0  # seconds without a word from any of its workers
 
 
@@ -174,9 +173,9 @@ class Siblings:
             try:
                 status = folder.stat()
                 if status.st_uid == os.getuid() and status.st_mtime < time.time() - _ABANDONED:
-                    shutil.rmtree(folder, ignore_errors=True)
+                    _remove(folder)
             except OSError:
-                pass  # somebody else was quicker
+                pass  # somebody else was quicker, or it is not what it looks like
 
     def write(self, sample: Sample) -> None:
         self._folder.mkdir(mode=0o700, exist_ok=True)
@@ -204,13 +203,21 @@ class Siblings:
         try:
             self.write(sample)
             if all(other.ended for other in self.read()):
-                shutil.rmtree(self._folder, ignore_errors=True)
+                _remove(self._folder)
         except OSError:
             pass  # the folder has gone with the last one
 
 
 def _folder(group: str) -> Path:
     return Path(tempfile.gettempdir()) / f"{_PREFIX}{group}"
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder of figures; one that holds anything else stays, with that."""
+    for pattern in ("*.json", "*.draft"):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
+    folder.rmdir()
 
 
 def _is_alive(pid: int) -> bool:
