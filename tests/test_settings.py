@@ -486,3 +486,8 @@ def test_a_key_is_bound_to_its_algorithms() -> None:
     [key] = Settings().table_keys
 
     assert dataclasses.asdict(key)["algorithms"] == ("HS256",)
+
+
+def test_poison_is_not_copied_to_where_it_came_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InvalidSettings, match="REDIS_DLQ_STREAM is one of REDIS_STREAMS"):
+        load(monkeypatch, REDIS_DLQ_STREAM="b", REDIS_STREAMS="a,b")

@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -18,6 +19,7 @@ from hypercorn.utils import LifespanFailureError
 from . import workers
 from .edges import line
 from .gateway import Gateway
+from .runtime.supervision import leaves
 
 log = structlog.get_logger()
 
@@ -42,7 +44,10 @@ def read_config(
         config.backlog = 4096
         config.alpn_protocols = ["http/1.1"]
         config.graceful_timeout = 5
+        config.keep_alive_timeout = 15
+        config.websocket_max_message_size = 65_536
         config.websocket_ping_interval = 25
+        config.include_server_header = False
     else:
         try:
             config = Config.from_toml(path)
@@ -79,7 +84,7 @@ def run(app: Gateway, config: Config, supervisor: int | None = None) -> int:
     try:
         trio.run(_serve, app, config, supervisor)
     except BaseException as error:
-        for failure in _leaves(error):
+        for failure in leaves(error):
             match failure:
                 case OSError():
                     _cannot_serve(config, failure)
@@ -125,27 +130,24 @@ async def _serve(app: Gateway, config: Config, supervisor: int | None) -> None:
                     log.info("stopping", signal=signal.Signals(number).name)
                     asked.set()
 
-        async def heed_supervisor(link: trio.SocketStream) -> None:
+        async def tell_supervisor(link: trio.SocketStream) -> None:
             while not app.ready:  # noqa: ASYNC110 - it depends on many things, and is asked once
                 await trio.sleep(0.05)
-            try:
+            with suppress(trio.BrokenResourceError):
                 await link.send_all(b"1")
-                await link.receive_some(1)
-            except trio.BrokenResourceError:
-                pass
+
+        async def heed_supervisor(link: trio.SocketStream) -> None:
+            with suppress(trio.BrokenResourceError):
+                await link.receive_some(1)  # it never says anything
             log.warning("supervisor is gone")
             asked.set()
 
         nursery.start_soon(heed_signals)
         if supervisor is not None:
             ours = trio.socket.from_stdlib_socket(socket.socket(fileno=supervisor))
-            nursery.start_soon(heed_supervisor, trio.SocketStream(ours))
+            link = trio.SocketStream(ours)
+            nursery.start_soon(tell_supervisor, link)
+            nursery.start_soon(heed_supervisor, link)
         log.info("starting", pid=os.getpid(), bind=config.bind)
         await hypercorn_serve(app, config, shutdown_trigger=shutdown_trigger, mode="asgi")
         nursery.cancel_scope.cancel()
-
-
-def _leaves(error: BaseException) -> list[BaseException]:
-    if isinstance(error, BaseExceptionGroup):
-        return [leaf for each in error.exceptions for leaf in _leaves(each)]
-    return [error]

@@ -213,6 +213,8 @@ class Settings(BaseSettings):
         problems = []
         if SIGNATURES & set(self.jwt_algorithms) and not (self.jwt_public_key or self.jwt_jwks_url):
             problems.append("JWT_ALGORITHMS names a signature: set JWT_PUBLIC_KEY or JWT_JWKS_URL")
+        if self.redis_dlq_stream in self.redis_streams:
+            problems.append("REDIS_DLQ_STREAM is one of REDIS_STREAMS: each copy would be copied")
         if self.production:
             problems += self._production_problems()
         # Read now, so that a mistake in them stops the start.

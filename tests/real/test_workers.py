@@ -172,9 +172,24 @@ async def test_workers_do_not_outlive_a_supervisor_that_is_killed(
             workers = master.workers
             os.kill(started.pid, signal.SIGKILL)
             assert (await closed(client))[0] == 1001
-        with trio.fail_after(10):
-            while any(Path(f"/proc/{pid}/cmdline").exists() and is_python(pid) for pid in workers):
-                await trio.sleep(0.05)
+        await all_gone(workers)
+
+
+async def test_nor_do_workers_that_were_never_ready() -> None:
+    port = free_port()
+    arguments = ["trio_gateway", "serve", "-w", "2", "-b", f"127.0.0.1:{port}"]
+    async with process(*arguments, env=environment("redis://127.0.0.1:1")) as started:
+        master = Master(started.pid, port)
+        await until_ready(master, 2)  # that is, until it answers
+        workers = master.workers
+        os.kill(started.pid, signal.SIGKILL)
+        await all_gone(workers)
+
+
+async def all_gone(workers: set[int]) -> None:
+    with trio.fail_after(10):
+        while any(map(is_python, workers)):
+            await trio.sleep(0.05)
 
 
 def is_python(pid: int) -> bool:

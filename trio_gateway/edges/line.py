@@ -30,6 +30,7 @@ from ..core.closing import Close
 from ..core.frames import CLOSE, close_frame, frame
 from ..runtime.connection import Left, Ping, Pong, Violation
 from ..runtime.outbox import Outbox
+from ..runtime.supervision import leaves
 from ..runtime.turnstile import TooMany, Turnstile
 from .bounded import MOST_FRAGMENTS, BoundedStream
 from .handshake import (
@@ -100,7 +101,7 @@ class Line(TCPServer):
         except* (OSError, *_GONE):
             pass
         except* Exception as faults:
-            kinds = sorted({type(each).__name__ for each in _leaves(faults)})
+            kinds = sorted({type(each).__name__ for each in leaves(faults)})
             log.warning("connection failed", errors=kinds)
         finally:
             if not _is_closed(self.stream):
@@ -416,10 +417,3 @@ def _is_closed(stream: trio.abc.Stream) -> bool:
 
 def _why(close: Close) -> str:
     return "text is not UTF-8" if close is Close.INVALID_DATA else "frames break RFC 6455"
-
-
-def _leaves(group: BaseExceptionGroup[Exception]) -> list[Exception]:
-    found: list[Exception] = []
-    for each in group.exceptions:
-        found += _leaves(each) if isinstance(each, BaseExceptionGroup) else [each]
-    return found

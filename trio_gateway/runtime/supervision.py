@@ -15,6 +15,13 @@ class Lost(Exception):  # noqa: N818 - an outcome
     """What a source reads from is not there, went away, or talks nonsense; it may come back."""
 
 
+def leaves(error: BaseException) -> list[BaseException]:
+    """What is in an exception group, however nested; an exception alone is its own."""
+    if isinstance(error, BaseExceptionGroup):
+        return [leaf for each in error.exceptions for leaf in leaves(each)]
+    return [error]
+
+
 async def keep_running(
     name: str, work: Callable[[], Awaitable[None]], breaker: Breaker, backoff: Backoff | None = None
 ) -> NoReturn:

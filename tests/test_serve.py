@@ -1,0 +1,26 @@
+"""How ``serve`` is set up."""
+
+from pathlib import Path
+
+import pytest
+
+from trio_gateway.serve import BadConfig, read_config
+
+FILE = Path(__file__).parent.parent / "hypercorn.toml"
+
+
+def test_without_a_file_it_serves_as_with_the_one_that_we_ship() -> None:
+    without, shipped = read_config(None), read_config(FILE)
+
+    named = vars(without).keys() | vars(shipped).keys()
+    assert {name: getattr(without, name) for name in named} == {
+        name: getattr(shipped, name) for name in named
+    }
+
+
+def test_only_trio_will_do(tmp_path: Path) -> None:
+    path = tmp_path / "hypercorn.toml"
+    path.write_text('worker_class = "asyncio"\n')
+
+    with pytest.raises(BadConfig, match="Trio only"):
+        read_config(path)
