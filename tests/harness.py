@@ -65,12 +65,10 @@ def make_settings(redis_url: str, **changes: Any) -> Settings:
 
 
 @dataclass
-class Running:
+class Reachable:
     """A gateway that serves on a real socket."""
 
-    app: Gateway
     port: int
-    stop: trio.Event
 
     @property
     def url(self) -> str:
@@ -83,6 +81,14 @@ class Running:
 
     def diner_url(self, **claims: Any) -> str:
         return f"{self.url}/ws/diner?table_token={make_table_token(TABLE_SECRET, **claims)}"
+
+
+@dataclass
+class Running(Reachable):
+    """One in this process."""
+
+    app: Gateway
+    stop: trio.Event
 
 
 @asynccontextmanager
@@ -124,10 +130,17 @@ async def running(
                 with trio.fail_after(5):
                     while not app.ready:
                         await trio.sleep(0.005)
-            yield Running(app, int(binds[0].rsplit(":", 1)[1]), stop)
+            yield Running(int(binds[0].rsplit(":", 1)[1]), app, stop)
             stop.set()
     finally:
         line.install()
+
+
+@asynccontextmanager
+async def serving(redis_url: str, door: Door, **changes: Any) -> AsyncIterator[Running]:
+    """One with these settings changed, through this door."""
+    async with running(make_settings(redis_url, **changes), door=door) as gateway:
+        yield gateway
 
 
 @asynccontextmanager

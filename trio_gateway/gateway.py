@@ -26,7 +26,7 @@ from .core.limits import DropAlarm
 from .core.messages import GAP, Message, Renew, Said, auth_ok, sectors_updated
 from .core.resilience import Breaker
 from .edges import line, web
-from .edges.addresses import Addresses, client_address
+from .edges.addresses import Addresses
 from .edges.admission import Admission
 from .edges.auth import Auth
 from .edges.commands import Commands, open_commands
@@ -135,6 +135,7 @@ class Gateway(QuartTrio):
         self.addresses = Addresses(
             connections=settings.ws_max_connections_per_address,
             failures=settings.ws_max_failed_logins,
+            hops=settings.ws_proxy_hops,
         )
         self.admission = Admission(settings, auth=auth, roster=self.roster, clock=clock)
         self.pubsub: PubSub | None = None
@@ -360,11 +361,7 @@ class Gateway(QuartTrio):
         """
         endpoint = handshake.endpoint
         accepted_at = self.history.end
-        address = client_address(
-            handshake.peer,
-            handshake.headers.get("x-forwarded-for"),
-            self.settings.ws_proxy_hops,
-        )
+        address = self.addresses.of(handshake.peer, handshake.headers.get("x-forwarded-for"))
         with ExitStack() as stack:
             try:
                 stack.enter_context(self.addresses.entered(address, trio.current_time()))
@@ -445,7 +442,7 @@ class Gateway(QuartTrio):
 
     async def _renew(self, connection: Connection, token: str | None) -> None:
         try:
-            with trio.move_on_after(self.settings.ws_accept_timeout):
+            with trio.move_on_after(self.accept_timeout):
                 principal = await self.admission.renew(connection.principal, token)
                 self.hub.move(connection, principal)
                 connection.renew(self._on_trios_clock(principal.expires_at))

@@ -3,10 +3,10 @@
 import ssl
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import pytest
 import trio
@@ -23,8 +23,8 @@ from harness import (
     make_settings,
     metrics,
     running,
+    serving,
     until,
-    valkey,
 )
 from hypercorn.config import Config
 from trio_websocket import WebSocketConnection
@@ -43,24 +43,6 @@ UNNOTICED: Final = 0.25  # seconds that a bystander's ping may take
 FOUR: Final = Path("/proc/sys/net/ipv4").exists()  # Linux: all of 127.0.0.0/8 is this machine
 
 MANY_ADDRESSES = pytest.mark.skipif(not FOUR, reason="one loopback address only")
-
-
-@pytest.fixture(scope="module")
-def redis_url() -> Iterator[str]:
-    with valkey() as server:
-        yield server.connection_url
-
-
-@pytest.fixture(params=["line", "asgi"])
-def door(request: pytest.FixtureRequest) -> Door:
-    found: Door = request.param
-    return found
-
-
-@asynccontextmanager
-async def serving(redis_url: str, door: Door, **changes: Any) -> AsyncIterator[Running]:
-    async with running(make_settings(redis_url, **changes), door=door) as gateway:
-        yield gateway
 
 
 @asynccontextmanager
@@ -222,6 +204,11 @@ async def test_clients_over_the_most_that_are_being_admitted_are_told_1013(
 
 
 # Addresses
+
+
+def test_nobodys_address_is_looked_at_while_there_is_no_limit() -> None:
+    assert Addresses(hops=1).of("127.0.0.1", "10.0.0.1") == ""
+    assert Addresses(hops=1, failures=1).of("127.0.0.1", "10.0.0.1") == "10.0.0.1"
 
 
 @MANY_ADDRESSES

@@ -2,8 +2,8 @@
 
 import json
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from typing import Any, Final, cast
 
 import pytest
@@ -13,7 +13,6 @@ from harness import (
     JWT_SECRET,
     TABLE_SECRET,
     Door,
-    Running,
     admitted,
     closed,
     connect,
@@ -21,9 +20,9 @@ from harness import (
     make_settings,
     received_texts,
     running,
+    serving,
     settle,
     until,
-    valkey,
 )
 from trio_websocket import WebSocketConnection
 from wire import BINARY, CONTINUATION, PONG_TEXT, client_frame, close_payload, dialled, make_head
@@ -36,24 +35,6 @@ from trio_gateway.testing import make_jwt, make_payload, make_table_token
 ORIGIN: Final = "http://localhost:5176"
 NO_REDIS: Final = "redis://127.0.0.1:1"
 STAFF: Final = ("waiter", "kitchen", "admin")
-
-
-@pytest.fixture(scope="module")
-def redis_url() -> Iterator[str]:
-    with valkey() as server:
-        yield server.connection_url
-
-
-@pytest.fixture(params=["line", "asgi"])
-def door(request: pytest.FixtureRequest) -> Door:
-    found: Door = request.param
-    return found
-
-
-@asynccontextmanager
-async def serving(redis_url: str, door: Door, **changes: Any) -> AsyncIterator[Running]:
-    async with running(make_settings(redis_url, **changes), door=door) as gateway:
-        yield gateway
 
 
 def staff(**claims: Any) -> str:

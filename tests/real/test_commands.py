@@ -18,6 +18,7 @@ from harness import (
     JWT_SECRET,
     TABLE_SECRET,
     Metrics,
+    Reachable,
     environment,
     free_port,
     http,
@@ -53,22 +54,10 @@ HISTOGRAMS = {"broadcast_duration_seconds", "event_latency_seconds"}
 
 
 @dataclass
-class Served:
+class Served(Reachable):
     """A gateway in a process of its own."""
 
     process: "subprocess.Popen[bytes]"
-    port: int
-
-    @property
-    def url(self) -> str:
-        return f"ws://127.0.0.1:{self.port}"
-
-    def staff_url(self, endpoint: str, **claims: Any) -> str:
-        token = make_jwt(JWT_SECRET, **{"roles": [endpoint.upper()]} | claims)
-        return f"{self.url}/ws/{endpoint}?token={token}"
-
-    def diner_url(self, **claims: Any) -> str:
-        return f"{self.url}/ws/diner?table_token={make_table_token(TABLE_SECRET, **claims)}"
 
     async def ready(self) -> bool:
         try:
@@ -97,7 +86,7 @@ async def served(
     words = [word.format(config=copy) for word in COMMANDS[how]]
     pipes = {} if output is None else {"stdout": output, "stderr": output}
     async with process(*words, *options, env=env, port=port, cwd=folder, **pipes) as started:
-        gateway = Served(started, port)
+        gateway = Served(port, started)
         await until(gateway.ready, 10)
         yield gateway
 

@@ -45,16 +45,23 @@ def _owner(text: str) -> str | None:
 
 
 class Addresses:
-    """Limits by address; 0 is no limit."""
+    """Limits by address; 0 is no limit. ``hops`` is how many proxies of ours stand in front."""
 
-    def __init__(self, *, connections: int = 0, failures: int = 0) -> None:
+    def __init__(self, *, connections: int = 0, failures: int = 0, hops: int = 0) -> None:
         self._most_connections = connections
         self._most_failures = failures
+        self._hops = hops
         self._connected: Counter[str] = Counter()
         self._failures: OrderedDict[str, RateLimit] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._connected) + len(self._failures)
+
+    def of(self, peer: str, forwarded_for: str | None) -> str:
+        """As :func:`client_address`; not looked for, and empty, while there is no limit."""
+        if not self._most_connections and not self._most_failures:
+            return ""
+        return client_address(peer, forwarded_for, self._hops)
 
     @contextmanager
     def entered(self, address: str, now: float) -> Iterator[None]:

@@ -15,7 +15,6 @@ from ..core.frames import split
 from ..core.positions import read_cursor
 from ..core.resilience import State
 from . import metrics
-from .addresses import client_address
 from .asgi import DRAIN, AsgiSocket
 from .commands import Unavailable
 from .handshake import SUBPROTOCOL, Handshake, bearer, join_headers, read_query
@@ -253,7 +252,7 @@ async def _identify(
 ) -> list[Principal]:
     """Who holds this token; one that is none counts for the address as it does at connect."""
     forwarded_for = ", ".join(request.headers.getlist("X-Forwarded-For"))
-    address = client_address(request.remote_addr or "", forwarded_for, app.settings.ws_proxy_hops)
+    address = app.addresses.of(request.remote_addr or "", forwarded_for)
     app.addresses.check(address, trio.current_time())
     try:
         return await app.admission.identify(token, staff=staff)
