@@ -39,10 +39,11 @@ from .edges.revocations import CHANNEL as REVOKED
 from .edges.revocations import Revocations, Tickets
 from .edges.streams import Streams
 from .runtime.connection import Connection, Socket, Terms
-from .runtime.dispatch import Dispatch, EventQueue
+from .runtime.dispatch import Dispatch
 from .runtime.history import History
 from .runtime.hub import Hub, Limits
 from .runtime.intake import Intake
+from .runtime.queue import EventQueue
 from .runtime.reaper import reap
 from .runtime.resume import Replays
 from .runtime.supervision import keep_running

@@ -40,9 +40,9 @@ from trio_gateway.edges.pubsub import PubSub
 from trio_gateway.edges.resp import Address, RedisConnection
 from trio_gateway.edges.revocations import Revocations
 from trio_gateway.runtime.connection import Left, Violation
-from trio_gateway.runtime.dispatch import EventQueue
 from trio_gateway.runtime.hub import Hub
 from trio_gateway.runtime.intake import Intake
+from trio_gateway.runtime.queue import EventQueue
 from trio_gateway.runtime.supervision import Lost
 from trio_gateway.testing import make_jwt, make_payload, make_table_token
 

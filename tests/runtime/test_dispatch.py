@@ -17,8 +17,9 @@ from trio_gateway.core.events import Event
 from trio_gateway.core.limits import DropAlarm
 from trio_gateway.core.routing import ROUTES, Route, To, route
 from trio_gateway.runtime.connection import Connection, Terms
-from trio_gateway.runtime.dispatch import Dispatch, EventQueue, join
+from trio_gateway.runtime.dispatch import Dispatch, join
 from trio_gateway.runtime.hub import Hub
+from trio_gateway.runtime.queue import EventQueue
 from trio_gateway.testing import FakeSocket, make_event, make_principal
 
 

@@ -22,9 +22,10 @@ from trio_gateway.core.messages import GAP
 from trio_gateway.core.positions import START, Position, Stream, read_cursor
 from trio_gateway.core.routing import ROUTES, route
 from trio_gateway.runtime.connection import Connection, Terms
-from trio_gateway.runtime.dispatch import Dispatch, EventQueue
+from trio_gateway.runtime.dispatch import Dispatch
 from trio_gateway.runtime.history import History
 from trio_gateway.runtime.hub import Hub
+from trio_gateway.runtime.queue import EventQueue
 from trio_gateway.runtime.resume import Replays
 from trio_gateway.testing import FakeSocket, make_event, make_principal
 

@@ -9,8 +9,8 @@ import structlog
 import trio
 
 from ..core.resilience import Breaker
-from ..runtime.dispatch import EventQueue
 from ..runtime.intake import Intake
+from ..runtime.queue import EventQueue
 from ..runtime.supervision import Lost
 from .resp import Address, RedisConnection, open_redis
 

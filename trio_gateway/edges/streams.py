@@ -13,9 +13,10 @@ from ..core.events import InvalidEvent, parse_event
 from ..core.positions import START, Position, Stream, read_position, tag
 from ..core.resilience import Breaker
 from ..core.routing import UNKNOWN, Route
-from ..runtime.dispatch import Dispatch, EventQueue
+from ..runtime.dispatch import Dispatch
 from ..runtime.history import History
 from ..runtime.intake import Intake
+from ..runtime.queue import EventQueue
 from ..runtime.supervision import Lost
 from .resp import Address, RedisConnection, open_redis
 
