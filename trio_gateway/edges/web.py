@@ -19,6 +19,7 @@ from .asgi import DRAIN, AsgiSocket
 from .commands import Unavailable
 from .handshake import SUBPROTOCOL, Handshake, bearer, join_headers, read_query
 from .revocations import TICKET_LIFE
+from .static import add_files
 
 if TYPE_CHECKING:
     from ..gateway import Gateway
@@ -43,6 +44,7 @@ def add_routes(app: "Gateway") -> None:
     app.add_url_rule("/ws/catchup", "catchup", _bound(_catch_up, app))
     app.add_url_rule("/ws/catchup/session", "catchup_session", _bound(_catch_up_session, app))
     app.add_url_rule("/ws/ticket", "ticket", _bound(_ticket, app), methods=["POST"])
+    add_files(app)
 
 
 def _bound(

@@ -1,0 +1,178 @@
+/**
+ * A real gateway for the tests: a process of its own that can be killed and started again, tokens
+ * for it, and a way to publish. tests/clients/run.py says where Redis is.
+ */
+
+import assert from "node:assert/strict";
+import { spawn } from "node:child_process";
+import { createHmac, randomUUID } from "node:crypto";
+import { once } from "node:events";
+import { createConnection, createServer } from "node:net";
+
+const { TEST_REDIS_URL, TEST_PYTHON, TEST_JWT_SECRET, TEST_TABLE_SECRET } = process.env;
+assert(TEST_REDIS_URL && TEST_PYTHON && TEST_JWT_SECRET && TEST_TABLE_SECRET, "use tests/clients/run.py");
+const redis = new URL(TEST_REDIS_URL);
+
+/** @param {object} claims @param {string} secret */
+const sign = (claims, secret) => {
+  /** @param {object} part */
+  const encode = (part) => Buffer.from(JSON.stringify(part)).toString("base64url");
+  const text = `${encode({ alg: "HS256", typ: "JWT" })}.${encode(claims)}`;
+  return `${text}.${createHmac("sha256", secret).update(text).digest("base64url")}`;
+};
+
+const now = () => Math.floor(Date.now() / 1000);
+
+/** A token of a waiter; no two are the same. @param {Record<string, unknown>} [claims] */
+export const staffToken = (claims) =>
+  sign(
+    {
+      sub: "21",
+      tenant_id: 1,
+      branch_ids: [1],
+      roles: ["WAITER"],
+      sector_ids: [5],
+      iat: now(),
+      exp: now() + 600,
+      jti: randomUUID(),
+      ...claims,
+    },
+    /** @type {string} */ (TEST_JWT_SECRET),
+  );
+
+export const tableToken = () =>
+  sign(
+    { session_id: 456, table_id: 10, branch_id: 1, tenant_id: 1, iat: now(), exp: now() + 600 },
+    /** @type {string} */ (TEST_TABLE_SECRET),
+  );
+
+/** One command to Redis (RESP, inline values as bulk strings). @param {string[]} words */
+export const command = async (...words) => {
+  const socket = createConnection(Number(redis.port), redis.hostname);
+  const bulk = words.map((word) => `$${Buffer.byteLength(word)}\r\n${word}\r\n`);
+  socket.write(`*${words.length}\r\n${bulk.join("")}`);
+  const [answer] = await once(socket, "data");
+  socket.destroy();
+  assert.notEqual(String(answer)[0], "-", String(answer));
+};
+
+/** Publish a durable event to the stream. @param {Record<string, unknown>} event */
+export const publish = (event) =>
+  command("XADD", "events:critical", "*", "data", JSON.stringify({ ...ROUND, ...event }));
+
+export const ROUND = { type: "ROUND_READY", tenant_id: 1, branch_id: 1, sector_id: 5, session_id: 456 };
+
+const freePort = async () => {
+  const server = createServer().listen(0, "127.0.0.1");
+  await once(server, "listening");
+  const { port } = /** @type {import("node:net").AddressInfo} */ (server.address());
+  server.close();
+  await once(server, "close");
+  return port;
+};
+
+/** One gateway process at a time, always on the same port. */
+export class Gateway {
+  /** @type {import("node:child_process").ChildProcess | undefined} */
+  #process;
+  #port = 0;
+  /** @type {Record<string, string>} */
+  #settings;
+  log = "";
+
+  /** @param {Record<string, string>} [settings] */
+  constructor(settings = {}) {
+    this.#settings = settings;
+  }
+
+  /** @param {string} endpoint */
+  url(endpoint) {
+    return `ws://127.0.0.1:${this.#port}/ws/${endpoint}`;
+  }
+
+  /** @param {string} path */
+  http(path) {
+    return fetch(`http://127.0.0.1:${this.#port}${path}`);
+  }
+
+  async start() {
+    this.#port ||= await freePort();
+    const env = {
+      PATH: process.env.PATH,
+      PYTHONPATH: process.env.PYTHONPATH,
+      REDIS_URL: TEST_REDIS_URL,
+      JWT_SECRET: TEST_JWT_SECRET,
+      TABLE_TOKEN_SECRET: TEST_TABLE_SECRET,
+      LOG_FORMAT: "json",
+      WS_MAX_CONNECTIONS_PER_USER: "1000",
+      ...this.#settings,
+    };
+    const words = ["-m", "trio_gateway", "serve", "--bind", `127.0.0.1:${this.#port}`];
+    const started = spawn(/** @type {string} */ (TEST_PYTHON), words, { env });
+    this.#process = started;
+    for (const stream of [started.stdout, started.stderr]) {
+      stream.on("data", (text) => (this.log += text));
+    }
+    for (;;) {
+      assert.equal(started.exitCode, null, this.log);
+      const ready = await this.http("/ws/health/ready").catch(() => null);
+      if (ready?.ok) return;
+      await new Promise((resolve) => setTimeout(resolve, 20));
+    }
+  }
+
+  /** @param {NodeJS.Signals} signal */
+  async stop(signal) {
+    const stopped = this.#process;
+    if (!stopped || stopped.exitCode !== null || stopped.signalCode !== null) return;
+    stopped.kill(signal);
+    await once(stopped, "exit");
+  }
+}
+
+/** What a client told, in order, and a way to wait for it. */
+export class Told {
+  /** @type {{ name: string, detail: any }[]} */
+  all = [];
+  #changed = new EventTarget();
+
+  /** @param {string} name @param {unknown} detail */
+  #note(name, detail) {
+    this.all.push({ name, detail });
+    this.#changed.dispatchEvent(new Event("change"));
+  }
+
+  /** Give these to connect(). */
+  get listeners() {
+    /** @param {string} name */
+    const note = (name) => (/** @type {unknown} */ detail) => this.#note(name, detail);
+    return {
+      onEvent: note("event"),
+      onGap: note("gap"),
+      onState: note("state"),
+      onClose: note("close"),
+      onRefused: note("refused"),
+      onError: note("error"),
+    };
+  }
+
+  /** @param {string} name @returns {any[]} */
+  of(name) {
+    return this.all.filter((told) => told.name === name).map((told) => told.detail);
+  }
+
+  /** Wait until this is true of what was told. @param {() => unknown} true_ @param {number} [seconds] */
+  async until(true_, seconds = 10) {
+    const signal = AbortSignal.timeout(seconds * 1000);
+    while (!true_()) {
+      await Promise.race([
+        once(this.#changed, "change", { signal }),
+      ]).catch(() => assert.fail(`not so within ${seconds} s; told: ${JSON.stringify(this.all)}`));
+    }
+  }
+
+  /** Wait for the n-th time that it is let in. @param {number} [times] */
+  letIn(times = 1) {
+    return this.until(() => this.of("state").filter((state) => state === "open").length >= times);
+  }
+}
