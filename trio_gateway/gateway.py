@@ -1,6 +1,7 @@
 """The gateway: the Quart-Trio app that runs every connection, and the sources, in nurseries."""
 
 import asyncio
+import math
 import multiprocessing
 import random
 import resource
@@ -10,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 import sniffio
@@ -25,7 +27,7 @@ from .core.closing import Close, Rejected
 from .core.limits import DropAlarm
 from .core.messages import GAP, Message, Renew, Said, auth_ok, sectors_updated
 from .core.resilience import Breaker
-from .edges import line, web
+from .edges import line, sse, web
 from .edges.addresses import Addresses
 from .edges.admission import Admission
 from .edges.auth import Auth
@@ -84,6 +86,7 @@ class Gateway(QuartTrio):
     ``auth`` replaces the way to authenticate per endpoint; ``clock`` is unix time.
     """
 
+    asgi_http_class = sse.HttpConnection
     asgi_lifespan_class = _Lifespan
 
     def __init__(
@@ -161,6 +164,8 @@ class Gateway(QuartTrio):
             outbox_bytes=settings.ws_outbox_bytes,
             outbox_messages=settings.ws_outbox_messages,
         )
+        # Who can't speak is not held to it: the dead are found by what is written to them.
+        self._one_way_terms = replace(self._terms, stale_after=math.inf, receive_timeout=math.inf)
         self._nursery: trio.Nursery | None = None
         self._sources = trio.CancelScope()
         self._drained = trio.Event()
@@ -356,7 +361,7 @@ class Gateway(QuartTrio):
     # One client
 
     async def serve_connection(self, handshake: Handshake, socket: Socket) -> None:
-        """Serve one client whose upgrade was accepted, whichever door it came through.
+        """Serve one client that may be answered, whichever door it came through.
 
         Returns when its close has gone through. A bug in it ends it alone, with 1011.
         """
@@ -382,7 +387,7 @@ class Gateway(QuartTrio):
                 return
             connection = Connection(
                 principal,
-                self._terms,
+                self._one_way_terms if handshake.one_way else self._terms,
                 self._answer,
                 self._on_trios_clock(principal.expires_at),
                 replays=self.replays,

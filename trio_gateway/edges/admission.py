@@ -42,12 +42,21 @@ class Admission:
     async def admit(self, handshake: Handshake) -> Principal:
         """Who this is, or :exc:`Rejected`. Its sectors are the last thing that is awaited."""
         if handshake.endpoint.staff:
-            check_origin(handshake.origin, self._origins, required=self._needs_origin)
+            required = self._needs_origin and not handshake.same_origin
+            check_origin(handshake.origin, self._origins, required=required)
         if handshake.ticket is not None:
             if self.tickets is None:
                 raise Rejected(Close.SERVER_OVERLOADED, "not started", "dependency")
             handshake = handshake.with_credential(await self.tickets.redeem(handshake.ticket))
         return await self._authenticate(handshake)
+
+    def is_allowed(self, origin: str) -> bool:
+        """Whether staff may come from a page on this origin."""
+        try:
+            check_origin(origin, self._origins, required=False)
+        except Rejected:
+            return False
+        return True
 
     async def renew(self, principal: Principal, token: str | None) -> Principal:
         """Who this is by another token, on the same endpoint; it must be the same one."""

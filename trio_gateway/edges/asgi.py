@@ -1,13 +1,28 @@
 """The second door: a socket over Quart's websocket, for whatever does not come by the line."""
 
+from typing import Any
+
 from quart import Websocket
 
+from ..core.audiences import Endpoint
 from ..core.closing import Close
 from ..core.frames import TEXT, split
 from ..runtime.connection import Violation
 from ..runtime.outbox import Outbox
+from .handshake import Handshake, join_headers, read_query
 
 DRAIN = 2.0  # seconds
+
+
+def read_scope(endpoint: Endpoint, scope: Any) -> Handshake:
+    """What an ASGI server says of a client that is at this endpoint's door."""
+    return Handshake(
+        endpoint,
+        read_query(scope["query_string"].decode("latin-1")),
+        join_headers(scope["headers"]),
+        peer=(scope.get("client") or ("",))[0],
+        one_way=scope["type"] == "http",
+    )
 
 
 class AsgiSocket:

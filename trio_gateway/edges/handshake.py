@@ -46,6 +46,7 @@ class Handshake:
     key: str = ""
     renewed: str | None = None  # a credential that came later, in a message
     peer: str = ""  # the address at the other end of the socket, a proxy's perhaps
+    one_way: bool = False  # a stream of events: the client can't say anything
 
     @property
     def origin(self) -> str | None:
@@ -58,6 +59,8 @@ class Handshake:
     @property
     def last_event_id(self) -> str | None:
         """Where to resume from, if the client asks to; empty asks for the present position."""
+        if self.one_way and (later := self.headers.get("last-event-id")):
+            return later  # a browser that comes again by itself does so with the same URL
         found = self.query.get("last_event_id")
         return self.headers.get("last-event-id") if found is None else found
 
@@ -85,6 +88,14 @@ class Handshake:
 
     def with_credential(self, token: str) -> "Handshake":
         return replace(self, renewed=token)
+
+    @property
+    def same_origin(self) -> bool:
+        """Whether a browser says that the page came from here: then it sends a GET no Origin.
+
+        No page can set this header (https://w3c.github.io/webappsec-fetch-metadata/).
+        """
+        return self.one_way and self.headers.get("sec-fetch-site") == "same-origin"
 
     @property
     def _subprotocols(self) -> list[str]:

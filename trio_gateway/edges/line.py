@@ -45,6 +45,7 @@ from .handshake import (
 log = structlog.get_logger()
 
 LINGER: Final = 1.0  # seconds
+CUT: Final = "cut"  # in the state that an app is given: ends the TCP connection at once
 _CHUNK: Final = 65_536
 # Of frames at a time: seven bytes may be a frame of their own, and others wait meanwhile.
 _FRAMES_CHUNK: Final = 4096
@@ -84,8 +85,9 @@ class Line(TCPServer):
         self.stream = cast("Any", stream)
 
     async def _hand_over(self) -> None:
-        """Let Hypercorn serve it."""
-        super().__init__(self.app, self.config, self.context, self.state, self.stream)
+        """Let Hypercorn serve it. The app is told how to cut it off, which ASGI has no word for."""
+        state = {**self.state, CUT: lambda: _cut(self.stream)}
+        super().__init__(self.app, self.config, self.context, state, self.stream)
         await super().run()
 
     async def run(self) -> None:
@@ -387,9 +389,7 @@ class LineSocket:
 
     def abort(self) -> None:
         self._aborted = True
-        stream: Any = getattr(self._stream, "transport_stream", self._stream)
-        if (socket := getattr(stream, "socket", None)) is not None:
-            socket.close()
+        _cut(self._stream)
 
     async def _send_all(self, data: memoryview) -> None:
         self._broken = True
@@ -408,6 +408,12 @@ def _peer(stream: trio.abc.Stream) -> str:
     except (OSError, AttributeError):
         return ""
     return str(name[0]) if isinstance(name, tuple) else ""
+
+
+def _cut(stream: trio.abc.Stream) -> None:
+    carrier: Any = getattr(stream, "transport_stream", stream)
+    if (socket := getattr(carrier, "socket", None)) is not None:
+        socket.close()
 
 
 def _is_closed(stream: trio.abc.Stream) -> bool:

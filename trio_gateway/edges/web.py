@@ -1,7 +1,7 @@
 """The web: the Quart-Trio routes. Four endpoints, health, metrics, tickets."""
 
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,9 +15,9 @@ from ..core.frames import split
 from ..core.positions import read_cursor
 from ..core.resilience import State
 from . import metrics
-from .asgi import DRAIN, AsgiSocket
+from .asgi import DRAIN, AsgiSocket, read_scope
 from .commands import Unavailable
-from .handshake import SUBPROTOCOL, Handshake, bearer, join_headers, read_query
+from .handshake import SUBPROTOCOL, bearer
 from .revocations import TICKET_LIFE
 from .static import add_files
 
@@ -25,7 +25,14 @@ if TYPE_CHECKING:
     from ..gateway import Gateway
 
 _PING_TIMEOUT: Final = 1.0  # seconds
-_STATUS: Final = {Close.SERVER_OVERLOADED: 503, Close.FORBIDDEN: 403, Close.RATE_LIMITED: 429}
+_STATUS: Final[Mapping[int, int]] = {
+    Close.GOING_AWAY: 503,
+    Close.POLICY_VIOLATION: 403,
+    Close.INTERNAL_ERROR: 500,
+    Close.SERVER_OVERLOADED: 503,
+    Close.FORBIDDEN: 403,
+    Close.RATE_LIMITED: 429,
+}
 _Answer = tuple[Response, int] | Response
 
 
@@ -62,12 +69,7 @@ def _second_door(app: "Gateway", endpoint: Endpoint) -> Callable[[], Awaitable[N
             app.refused[503] += 1
             abort(503)
         scope: Any = websocket.scope
-        handshake = Handshake(
-            endpoint,
-            read_query(scope["query_string"].decode("latin-1")),
-            join_headers(scope["headers"]),
-            peer=(scope.get("client") or ("",))[0],
-        )
+        handshake = read_scope(endpoint, scope)
         # Hypercorn takes the offered subprotocols out of the headers of HTTP/2.
         offered = scope.get("subprotocols") or []
         subprotocol = handshake.subprotocol or (SUBPROTOCOL if SUBPROTOCOL in offered else None)
@@ -273,7 +275,12 @@ def is_id(text: str) -> bool:
 
 
 def _rejected(rejected: Rejected) -> _Answer:
-    return _problem(_STATUS.get(rejected.close, 401), rejected.text)
+    return _problem(status_of(rejected.close), rejected.text)
+
+
+def status_of(close: int) -> int:
+    """The HTTP status that refuses a client as this close code would."""
+    return _STATUS.get(close, 401)
 
 
 def _problem(status: int, text: str) -> _Answer:

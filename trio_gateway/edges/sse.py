@@ -1,0 +1,176 @@
+"""Server-Sent Events: a socket over an HTTP response, for networks that break WebSockets."""
+
+import json
+import math
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from contextlib import suppress
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+
+import trio
+from quart_trio.asgi import TrioASGIHTTPConnection
+
+from ..core.audiences import Endpoint
+from ..core.closing import Close
+from ..core.event_stream import HELLO, MEDIA_TYPE, as_events, close_event, retry_after
+from ..runtime.connection import Left, Violation
+from ..runtime.outbox import Outbox
+from .asgi import read_scope
+from .handshake import Handshake
+from .line import CUT, LINGER
+from .web import status_of
+
+if TYPE_CHECKING:
+    from ..gateway import Gateway
+
+PATHS: Final[Mapping[str, Endpoint]] = MappingProxyType({f"{e.path}/events": e for e in Endpoint})
+_RETRY_AFTER: Final = {503: 1.0, 429: 60.0}  # seconds, where the reason names none
+
+_Message = MutableMapping[str, Any]
+_Receive = Callable[[], Awaitable[Any]]
+_Send = Callable[[Any], Awaitable[None]]
+_Headers = dict[str, str]
+
+
+class HttpConnection(TrioASGIHTTPConnection):
+    """An HTTP request: ours if it asks for a stream of events, Quart's if not."""
+
+    app: "Gateway"
+
+    async def __call__(self, receive: _Receive, send: _Send) -> None:
+        if (endpoint := PATHS.get(self.scope["path"])) is None:
+            await super().__call__(receive, send)
+            return
+        await serve(self.app, read_scope(endpoint, self.scope), self.scope, receive, send)
+
+
+async def serve(
+    app: "Gateway", handshake: Handshake, scope: Any, receive: _Receive, send: _Send
+) -> None:
+    """The third door. A refusal is an HTTP status; returns when the stream has ended."""
+    readable = _readable(app, handshake)
+    match scope["method"]:
+        case "GET" if app.draining:
+            app.refused[503] += 1
+            await _refuse(send, 503, readable, Close.GOING_AWAY, "draining")
+        case "GET":
+            await app.serve_connection(handshake, EventStream(scope, receive, send, readable))
+        case "OPTIONS":  # asked by pages that bring a header of their own (Fetch, 4.9)
+            allowed = {
+                "Access-Control-Allow-Methods": "GET",
+                "Access-Control-Allow-Headers": "Authorization, Last-Event-ID, Cache-Control",
+                "Access-Control-Max-Age": "600",
+            }
+            told = "Access-Control-Allow-Origin" in readable
+            await _answer(send, 204, readable | allowed if told else readable)
+        case _:
+            await _answer(send, 405, {"Allow": "GET, OPTIONS"})
+
+
+class EventStream:
+    """Listens to nothing: the client says no word, and goes by closing the connection.
+
+    The response begins when the client is let in. A close before that is an HTTP status.
+    """
+
+    def __init__(self, scope: Any, receive: _Receive, send: _Send, headers: _Headers) -> None:
+        self._receive = receive
+        self._send = send
+        self._headers = headers
+        # One stream of several on an HTTP/2 connection must not end the others.
+        self._cut: Callable[[], None] | None = (
+            scope.get("state", {}).get(CUT) if scope["http_version"].startswith("1") else None
+        )
+        self._turn = trio.Lock()  # the reader begins the response, or the writer does
+        self._begun = False
+        self._broken = False  # a send was cut off: the client may have half an event
+        self._ended = False
+        self._aborted = False
+
+    def try_write(self, data: bytes) -> int:
+        if self._aborted:
+            raise BrokenPipeError
+        return 0
+
+    async def write_from(self, outbox: Outbox) -> None:
+        data = outbox.head()
+        outbox.took(len(data))
+        await self._write(as_events(data))
+
+    async def receive(self) -> NoReturn:
+        try:
+            await self._write(b"")
+        except OSError:
+            raise Left(Close.ABNORMAL) from None
+        while (message := await self._receive())["type"] != "http.disconnect":
+            if message.get("body"):
+                raise Violation(Close.UNSUPPORTED_DATA, "a stream of events takes no body")
+        async with self._turn:  # a write that took too long says so first
+            raise Left(Close.ABNORMAL)
+
+    async def close(self, code: int, reason: str) -> None:
+        if code == Close.ABNORMAL or self._broken or self._aborted:
+            return
+        with trio.move_on_after(LINGER), suppress(OSError):
+            if not self._begun:
+                await _refuse(self._send, status_of(code), self._headers, code, reason)
+            else:
+                await self._write(close_event(code, reason), more=False)
+            self._ended = True
+
+    def abort(self) -> None:
+        self._aborted = True
+        if not self._ended and self._cut is not None:
+            self._cut()
+
+    async def _write(self, events: bytes, *, more: bool = True) -> None:
+        async with self._turn:
+            if self._aborted:
+                raise BrokenPipeError
+            self._broken = True
+            if not self._begun:
+                self._begun = True
+                await self._send(_start(200, self._headers | _STREAM_HEADERS))
+                events = HELLO + events
+            if events:
+                await self._send({"type": "http.response.body", "body": events, "more_body": more})
+            self._broken = False
+
+
+_STREAM_HEADERS: Final = {
+    "Content-Type": MEDIA_TYPE,
+    "Cache-Control": "no-store",
+    "X-Accel-Buffering": "no",  # nginx would keep events back until its buffer is full
+}
+
+
+def _readable(app: "Gateway", handshake: Handshake) -> _Headers:
+    """The headers that let a page on an allowed origin read the response (Fetch, 3.2.3)."""
+    if not handshake.endpoint.staff:
+        return {"Access-Control-Allow-Origin": "*"}
+    if handshake.origin is None or not app.admission.is_allowed(handshake.origin):
+        return {"Vary": "Origin"}
+    return {"Vary": "Origin", "Access-Control-Allow-Origin": handshake.origin}
+
+
+async def _refuse(send: _Send, status: int, headers: _Headers, code: int, reason: str) -> None:
+    """Say no as the other routes do; the code is what a WebSocket would have been closed with."""
+    found = headers | {"Content-Type": "application/json", "Cache-Control": "no-store"}
+    if status == 401:
+        found["WWW-Authenticate"] = "Bearer"
+    if status in _RETRY_AFTER:
+        after = retry_after(reason) or _RETRY_AFTER[status]
+        found["Retry-After"] = str(max(1, math.ceil(after)))
+    await _answer(send, status, found, json.dumps({"code": int(code), "error": reason}).encode())
+
+
+async def _answer(send: _Send, status: int, headers: _Headers, body: bytes = b"") -> None:
+    if status != 204:
+        headers = headers | {"Content-Length": str(len(body))}
+    await send(_start(status, headers))
+    await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+def _start(status: int, headers: _Headers) -> _Message:
+    raw = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items()]
+    return {"type": "http.response.start", "status": status, "headers": raw}
