@@ -1,10 +1,11 @@
-"""Bounds for the second door: what Hypercorn's WebSocket code would take without end."""
+"""Bounds for the other doors: what Hypercorn's WebSocket and HTTP/2 code would take without end."""
 
 import math
 from typing import Any, Final
 
 import trio
 from hypercorn.protocol.events import Data, Event, StreamClosed
+from hypercorn.protocol.h2 import BUFFER_LOW_WATER, StreamBuffer
 from hypercorn.protocol.ws_stream import (
     ASGIWebsocketState,
     FrameTooLargeError,
@@ -112,3 +113,20 @@ class BoundedStream(WSStream):
         self._over_at = trio.current_time()
         self.buffer.clear()
         await self._send_wsproto_event(CloseConnection(code=int(close)))
+
+
+class BoundedBuffer(StreamBuffer):
+    """What waits for one HTTP/2 client's flow control.
+
+    Hypercorn lets the sender go on as soon as little is taken out, instead of left in: who opens
+    its window no more would be buffered for without end, and never be found slow.
+    """
+
+    async def pop(self, max_length: int) -> bytes:
+        data = bytes(self.buffer[:max_length])
+        del self.buffer[:max_length]
+        if len(self.buffer) < BUFFER_LOW_WATER:
+            await self._paused.set()
+        if not self.buffer:
+            await self._is_empty.set()
+        return data

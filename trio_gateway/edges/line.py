@@ -32,7 +32,7 @@ from ..runtime.connection import Left, Ping, Pong, Violation
 from ..runtime.outbox import Outbox
 from ..runtime.supervision import leaves
 from ..runtime.turnstile import TooMany, Turnstile
-from .bounded import MOST_FRAGMENTS, BoundedStream
+from .bounded import MOST_FRAGMENTS, BoundedBuffer, BoundedStream
 from .handshake import (
     MAX_HEAD_BYTES,
     Handshake,
@@ -201,10 +201,11 @@ class Line(TCPServer):
 
 
 def install() -> None:
-    """Let Hypercorn's Trio worker serve with :class:`Line`, and bound its own WebSockets."""
+    """Let Hypercorn's Trio worker serve with :class:`Line`, and bound what it does itself."""
     vars(hypercorn.trio.run)["TCPServer"] = Line
     vars(hypercorn.protocol.h11)["WSStream"] = BoundedStream
     vars(hypercorn.protocol.h2)["WSStream"] = BoundedStream
+    vars(hypercorn.protocol.h2)["StreamBuffer"] = BoundedBuffer
 
 
 async def read_head(stream: trio.abc.Stream, timeout: float) -> tuple[bytes, Refusal | None]:
