@@ -238,19 +238,27 @@ class Reply:
 
 
 async def http(
-    port: int, path: str, *, method: str = "GET", headers: Mapping[str, str] | None = None
+    port: int,
+    path: str,
+    *,
+    method: str = "GET",
+    headers: Mapping[str, str] | None = None,
+    json_body: Any = None,
 ) -> Reply:
     """One request on a connection of its own."""
+    sent = b"" if json_body is None else json.dumps(json_body).encode()
+    length = {"Content-Length": str(len(sent))} if sent else {}
     request = h11.Request(
-        method=method, target=path, headers=[("Host", "localhost"), *(headers or {}).items()]
+        method=method,
+        target=path,
+        headers=[("Host", "localhost"), *length.items(), *(headers or {}).items()],
     )
     client = h11.Connection(h11.CLIENT)
     status, body, event = 0, b"", None
     with trio.fail_after(5):
         async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
-            await stream.send_all(
-                (client.send(request) or b"") + (client.send(h11.EndOfMessage()) or b"")
-            )
+            parts = [request, *([h11.Data(sent)] if sent else []), h11.EndOfMessage()]
+            await stream.send_all(b"".join(client.send(part) or b"" for part in parts))
             while not isinstance(event, h11.EndOfMessage):
                 event = client.next_event()
                 if event is h11.NEED_DATA:

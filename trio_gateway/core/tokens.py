@@ -28,6 +28,7 @@ MAX_TOKEN_CHARACTERS: Final = 8192
 _JWS: Final = jwt.api_jws.PyJWS()  # making one costs as much as verifying
 TABLE_TOKEN_LIFE: Final = 3 * 3600  # seconds from iat to exp, at most
 _LEGACY_SIGNATURE: Final = 32  # hex digits
+_LEGACY_COLONS: Final = 5  # of six fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,25 @@ def names_of(token: str) -> tuple[str | None, str | None]:
         return None, None
     algorithm, key = header.get("alg"), header.get("kid")
     return algorithm if isinstance(algorithm, str) else None, key if isinstance(key, str) else None
+
+
+def claims_of(token: str) -> Mapping[str, Any] | None:
+    """What a JWT claims, not verified: fit to tell somebody what is wrong, and for nothing else."""
+    try:
+        claims = json.loads(
+            _JWS.decode_complete(token, options={"verify_signature": False})["payload"]
+        )
+    except (jwt.PyJWTError, ValueError, RecursionError):
+        return None
+    return claims if isinstance(claims, dict) else None
+
+
+def is_for_diners(token: str) -> bool:
+    """Whether a token, valid or not, looks like a table token of either kind."""
+    if token.count(":") == _LEGACY_COLONS:
+        return True
+    claims = claims_of(token)
+    return claims is not None and "session_id" in claims
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,10 +15,10 @@ from ..core.closing import Close
 from ..core.event_stream import HELLO, MEDIA_TYPE, as_events, close_event, retry_after
 from ..runtime.connection import Left, Violation
 from ..runtime.outbox import Outbox
+from .answers import status_of
 from .asgi import read_scope
 from .handshake import Handshake
 from .line import CUT, LINGER
-from .web import status_of
 
 if TYPE_CHECKING:
     from ..gateway import Gateway

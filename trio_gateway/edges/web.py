@@ -1,7 +1,7 @@
 """The web: the Quart-Trio routes. Four endpoints, health, metrics, tickets."""
 
 import math
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -9,14 +9,16 @@ import trio
 from quart import Response, abort, jsonify, request, websocket
 
 from ..core.audiences import Audience, BranchId, Endpoint, Principal, audiences_of
-from ..core.closing import Close, Rejected
+from ..core.closing import Rejected
 from ..core.events import MAX_ID
 from ..core.frames import split
 from ..core.positions import read_cursor
 from ..core.resilience import State
 from . import metrics
+from .answers import Answer, identify, problem, refusal
 from .asgi import DRAIN, AsgiSocket, read_scope
 from .commands import Unavailable
+from .explain import MOST_BYTES, explain
 from .handshake import SUBPROTOCOL, bearer
 from .revocations import TICKET_LIFE
 from .static import add_files
@@ -25,19 +27,12 @@ if TYPE_CHECKING:
     from ..gateway import Gateway
 
 _PING_TIMEOUT: Final = 1.0  # seconds
-_STATUS: Final[Mapping[int, int]] = {
-    Close.GOING_AWAY: 503,
-    Close.POLICY_VIOLATION: 403,
-    Close.INTERNAL_ERROR: 500,
-    Close.SERVER_OVERLOADED: 503,
-    Close.FORBIDDEN: 403,
-    Close.RATE_LIMITED: 429,
-}
-_Answer = tuple[Response, int] | Response
+_BODY_TIMEOUT: Final = 10  # seconds until a request's body must be here; then 408
 
 
 def add_routes(app: "Gateway") -> None:
     """Give the app its routes."""
+    app.config |= {"MAX_CONTENT_LENGTH": MOST_BYTES, "BODY_TIMEOUT": _BODY_TIMEOUT}
     for endpoint in Endpoint:
         app.add_websocket(endpoint.path, endpoint.label, _second_door(app, endpoint))
         app.add_url_rule(endpoint.path, f"{endpoint.label}_plain", _upgrade_required)
@@ -51,13 +46,14 @@ def add_routes(app: "Gateway") -> None:
     app.add_url_rule("/ws/catchup", "catchup", _bound(_catch_up, app))
     app.add_url_rule("/ws/catchup/session", "catchup_session", _bound(_catch_up_session, app))
     app.add_url_rule("/ws/ticket", "ticket", _bound(_ticket, app), methods=["POST"])
+    app.add_url_rule("/ws/explain", "explain", _bound(explain, app), methods=["POST"])
     add_files(app)
 
 
 def _bound(
-    answer: "Callable[[Gateway], Awaitable[_Answer]]", app: "Gateway"
-) -> Callable[[], Awaitable[_Answer]]:
-    async def view() -> _Answer:
+    answer: "Callable[[Gateway], Awaitable[Answer]]", app: "Gateway"
+) -> Callable[[], Awaitable[Answer]]:
+    async def view() -> Answer:
         return await answer(app)
 
     return view
@@ -84,7 +80,7 @@ def _second_door(app: "Gateway", endpoint: Endpoint) -> Callable[[], Awaitable[N
     return door
 
 
-async def _upgrade_required() -> _Answer:
+async def _upgrade_required() -> Answer:
     response = Response("This is a WebSocket endpoint.\n", 426, content_type="text/plain")
     response.headers["Upgrade"] = "websocket"
     response.headers["Connection"] = "Upgrade"
@@ -97,7 +93,7 @@ def _connections(app: "Gateway") -> dict[str, Any]:
     return {"total": len(app.hub), "by_endpoint": by_endpoint}
 
 
-async def _health(app: "Gateway") -> _Answer:
+async def _health(app: "Gateway") -> Answer:
     """Answered while the process lives."""
     parts = [app.breakers["commands"], app.breakers["database"]]
     healthy = app.ready and all(breaker.state is State.CLOSED for breaker in parts)
@@ -105,12 +101,12 @@ async def _health(app: "Gateway") -> _Answer:
     return jsonify(status=status, connections=_connections(app)), 200
 
 
-async def _health_ready(app: "Gateway") -> _Answer:
+async def _health_ready(app: "Gateway") -> Answer:
     ready = app.ready and await _ping(app) is None
     return jsonify(ready=ready, draining=app.draining), 200 if ready else 503
 
 
-async def _health_detailed(app: "Gateway") -> _Answer:
+async def _health_detailed(app: "Gateway") -> Answer:
     error = await _ping(app)
     worst = max(app.breakers.values(), key=lambda breaker: breaker.state is not State.CLOSED)
     ready = app.ready and error is None
@@ -173,60 +169,60 @@ async def _ping(app: "Gateway") -> str | None:
     return f"no answer in {_PING_TIMEOUT:g} s"
 
 
-async def _metrics(app: "Gateway") -> _Answer:
+async def _metrics(app: "Gateway") -> Answer:
     siblings = app.siblings.read() if app.siblings is not None else []
     return Response(metrics.render([app.sample(), *siblings]), content_type=metrics.CONTENT_TYPE)
 
 
-async def _ticket(app: "Gateway") -> _Answer:
+async def _ticket(app: "Gateway") -> Answer:
     """A ticket for a token that is valid on some endpoint, so that no other ever costs a key."""
     token = bearer(request.headers.get("Authorization"))
     if token is None:
-        return _problem(401, "Authorization: Bearer with a token is needed")
+        return problem(401, "Authorization: Bearer with a token is needed")
     try:
-        await _identify(app, token)
+        await identify(app, token)
         assert app.admission.tickets is not None
         ticket = await app.admission.tickets.issue(token)
     except Rejected as rejected:
-        return _rejected(rejected)
+        return refusal(rejected)
     except Unavailable:
-        return _problem(503, "can't issue a ticket now")
+        return problem(503, "can't issue a ticket now")
     response = jsonify(ticket=ticket, expires_in=TICKET_LIFE)
     response.headers["Cache-Control"] = "no-store"
     return response
 
 
-async def _catch_up(app: "Gateway") -> _Answer:
+async def _catch_up(app: "Gateway") -> Answer:
     """What staff would have heard in one branch since then, for clients that can't resume."""
     try:
-        principals = await _identify(app, _token("token"), staff=True)
+        principals = await identify(app, _token("token"), staff=True)
     except Rejected as rejected:
-        return _rejected(rejected)
+        return refusal(rejected)
     branch = request.args.get("branch_id", "")
     if not is_id(branch):
-        return _problem(422, "branch_id must be a positive integer")
+        return problem(422, "branch_id must be a positive integer")
     mine = [p for p in principals if int(branch) in p.branches]
     if not mine:
-        return _problem(403, "not a branch of this token")
+        return problem(403, "not a branch of this token")
     only = frozenset({BranchId(int(branch))})
     return _missed(app, [replace(principal, branches=only) for principal in mine])
 
 
-async def _catch_up_session(app: "Gateway") -> _Answer:
+async def _catch_up_session(app: "Gateway") -> Answer:
     """What the diners of a session would have heard since then."""
     try:
-        principals = await _identify(app, _token("table_token"), staff=False)
+        principals = await identify(app, _token("table_token"), staff=False)
     except Rejected as rejected:
-        return _rejected(rejected)
+        return refusal(rejected)
     session = request.args.get("session_id", "")
     if not is_id(session):
-        return _problem(422, "session_id must be a positive integer")
+        return problem(422, "session_id must be a positive integer")
     if int(session) != principals[0].session:
-        return _problem(403, "not the session of this token")
+        return problem(403, "not the session of this token")
     return _missed(app, principals)
 
 
-def _missed(app: "Gateway", principals: Sequence[Principal]) -> _Answer:
+def _missed(app: "Gateway", principals: Sequence[Principal]) -> Answer:
     audiences = frozenset[Audience]().union(*map(audiences_of, principals))
     since, history = request.args.get("since", ""), app.history
     app.trim_history()
@@ -238,7 +234,7 @@ def _missed(app: "Gateway", principals: Sequence[Principal]) -> _Answer:
         try:
             cursor = read_cursor(since)
         except ValueError:
-            return _problem(422, "since must be a unix time or an event id")
+            return problem(422, "since must be a unix time or an event id")
         kept, complete = history.missed(cursor, audiences), history.covers(cursor)
     else:
         kept, complete = history.since_time(moment, audiences)
@@ -251,40 +247,9 @@ def _missed(app: "Gateway", principals: Sequence[Principal]) -> _Answer:
     return response
 
 
-async def _identify(
-    app: "Gateway", token: str | None, *, staff: bool | None = None
-) -> list[Principal]:
-    """Who holds this token; one that is none counts for the address as it does at connect."""
-    forwarded_for = ", ".join(request.headers.getlist("X-Forwarded-For"))
-    address = app.addresses.of(request.remote_addr or "", forwarded_for)
-    app.addresses.check(address, trio.current_time())
-    try:
-        return await app.admission.identify(token, staff=staff)
-    except Rejected as rejected:
-        if rejected.close is Close.AUTH_FAILED:
-            app.addresses.failed(address, trio.current_time())
-        raise
-
-
 def _token(name: str) -> str | None:
     return request.args.get(name) or bearer(request.headers.get("Authorization"))
 
 
 def is_id(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) <= 19 and 0 < int(text) <= MAX_ID
-
-
-def _rejected(rejected: Rejected) -> _Answer:
-    return _problem(status_of(rejected.close), rejected.text)
-
-
-def status_of(close: int) -> int:
-    """The HTTP status that refuses a client as this close code would."""
-    return _STATUS.get(close, 401)
-
-
-def _problem(status: int, text: str) -> _Answer:
-    response = jsonify(error=text)
-    if status == 401:
-        response.headers["WWW-Authenticate"] = "Bearer"
-    return response, status

@@ -110,14 +110,14 @@ class Dispatch:
     def remember(self, event: Event) -> None:
         """Keep a durable event of the past, which nobody is sent. The oldest comes first."""
         self._duplicates.is_duplicate(event)
-        self._keep(event, self._audiences(event), heard_by=0)
+        self._keep(event, self.audiences(event), heard_by=0)
 
     def _plan(self, batch: Sequence[Event]) -> tuple[list[Event], list[_Group]]:
         fresh: list[Event] = []
         planned: list[_Planned] = []
         joins = self._hub.joins
         for event in batch:
-            audiences = self._audiences(event)
+            audiences = self.audiences(event)
             # Not at hearing: a copy that the queue then drops must not count as the first.
             heard_by = self._duplicates.first(event, joins)
             if heard_by is None:
@@ -174,7 +174,7 @@ class Dispatch:
         frames = [event.frame for event, _, _ in planned]
         return [(*join(frames, mask), members) for mask, members in by_mask.items()]
 
-    def _audiences(self, event: Event) -> list[Audience]:
+    def audiences(self, event: Event) -> list[Audience]:
         """Who hears it: :func:`route`, and what an uncovered sector falls back to."""
         found = route(event, self._routes)
         if self._uncovered_to_branch and self._is_uncovered(event, found):

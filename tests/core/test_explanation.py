@@ -1,0 +1,219 @@
+from collections.abc import Mapping
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trio_gateway.core.audiences import Endpoint, Principal, audiences_of
+from trio_gateway.core.events import Event
+from trio_gateway.core.explanation import Fact, Reason, describe, judge, why_not
+from trio_gateway.core.routing import ROUTES, Route, To, route
+from trio_gateway.testing import make_event, make_principal
+
+few = st.integers(1, 3)
+some = st.none() | few
+principals = st.builds(
+    make_principal,
+    st.sampled_from(Endpoint),
+    tenant=few,
+    branches=st.sets(few, min_size=1),
+    sectors=st.sets(few),
+    roles=st.sets(st.sampled_from(["WAITER", "KITCHEN", "MANAGER", "ADMIN"]), min_size=1),
+    session=few,
+)
+events = st.builds(
+    make_event,
+    st.sampled_from(["CUSTOM", "UNKNOWN"]) | st.sampled_from([*ROUTES]),
+    tenant_id=few,
+    branch_id=st.integers(0, 3),
+    sector_id=some,
+    session_id=some,
+)
+tables = st.integers(0, (~To(0)).value).map(lambda to: {**ROUTES, "CUSTOM": Route(To(to), True)})
+Table = Mapping[str, Route]
+
+
+def hears(event: Event, who: Principal, routes: Table) -> bool:
+    return bool(set(route(event, routes)) & audiences_of(who))
+
+
+@given(events, principals, tables)
+def test_a_reason_is_given_exactly_when_it_is_not_delivered(
+    event: Event, who: Principal, routes: Table
+) -> None:
+    assert (why_not(event, who, routes) is None) is hears(event, who, routes)
+
+
+def mended(fact: Fact, event: Event, who: Principal) -> tuple[Event, Principal]:
+    """As if that one fact were not in the way."""
+    match fact:
+        case Fact.TENANT:
+            return event, replace(who, tenant=event.tenant)
+        case Fact.BRANCH:
+            return event, replace(who, branches=who.branches | {event.branch})
+        case Fact.ROLE:
+            return event, replace(who, roles=who.roles | {"MANAGER"})
+        case Fact.SECTOR:
+            assert event.sector is not None
+            return event, replace(who, sectors={event.branch: frozenset({event.sector})})
+        case Fact.SESSION if event.session is not None:
+            return event, replace(who, session=event.session)
+        case Fact.SESSION:
+            event.session = who.session  # the event is what must be mended
+            return event, who
+    raise AssertionError(fact)
+
+
+@given(events, principals, tables)
+def test_a_reason_is_true_and_the_next_one_shows_when_it_is_mended(
+    event: Event, who: Principal, routes: Table
+) -> None:
+    ranks = [
+        {Fact.TENANT}, {Fact.BRANCH}, {Fact.ROLE, Fact.TYPE}, {Fact.SECTOR}, {Fact.SESSION}
+    ]  # fmt: skip
+    rank = -1
+    while (reason := why_not(event, who, routes)) is not None:
+        before, rank = rank, next(i for i, facts in enumerate(ranks) if reason.fact in facts)
+        assert rank > before
+        if reason.fact is Fact.TYPE:
+            return
+        event, who = mended(reason.fact, event, who)
+    assert hears(event, who, routes)
+
+
+@given(events, principals, tables)
+def test_a_type_is_the_reason_only_if_nobody_of_its_tenant_hears_it_there(
+    event: Event, who: Principal, routes: Table
+) -> None:
+    reason = why_not(event, who, routes)
+    if reason is not None and reason.fact is Fact.TYPE:
+        everything = make_principal(
+            who.endpoint,
+            tenant=event.tenant,
+            branches=range(1, 4),
+            sectors=range(1, 4),
+            roles=["WAITER", "KITCHEN", "MANAGER", "ADMIN"],
+            session=event.session or 1,
+        )
+        assert not hears(event, everything, routes)
+
+
+WORDS = {
+    "tenant": (make_event(tenant_id=2), make_principal(), "the token is another tenant's"),
+    "branch": (
+        make_event(branch_id=2),
+        make_principal(branches=[3, 1]),
+        "the event is for branch 2, the token for 1, 3",
+    ),
+    "sector": (
+        make_event(sector_id=5),
+        make_principal(sectors=[2, 1]),
+        "the event is for sector 5 of branch 1, this waiter has 1, 2",
+    ),
+    "sector, of none": (
+        make_event(sector_id=5),
+        make_principal(),
+        "the event is for sector 5 of branch 1, this waiter has none",
+    ),
+    "session": (
+        make_event(session_id=1),
+        make_principal(Endpoint.DINER),
+        "the event is for session 1, the token for 456",
+    ),
+    "session, not named": (
+        make_event("CART_SYNC"),
+        make_principal(Endpoint.DINER),
+        "CART_SYNC is for one session, and names none",
+    ),
+    "role": (
+        make_event("ENTITY_CREATED"),
+        make_principal(),
+        (
+            "ENTITY_CREATED goes to admins, who on /ws/waiter are ADMIN and MANAGER;"
+            " the token has WAITER"
+        ),
+    ),
+    "type": (
+        make_event("ROUND_SUBMITTED"),
+        make_principal(Endpoint.KITCHEN),
+        "ROUND_SUBMITTED goes to admins, waiters, diners: never to /ws/kitchen",
+    ),
+    "type, not known": (
+        make_event("BREAD"),
+        make_principal(Endpoint.KITCHEN),
+        "BREAD is not a known type, and goes to admins: never to /ws/kitchen",
+    ),
+    "type, of the whole tenant": (
+        make_event("CART_SYNC", branch_id=0),
+        make_principal(Endpoint.ADMIN),
+        (
+            "an event for the whole tenant (branch 0) goes to its admins alone,"
+            " and CART_SYNC never goes to them"
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WORDS)
+def test_reasons_are_words_for_people(case: str) -> None:
+    event, who, text = WORDS[case]
+    assert why_not(event, who) == Reason(Fact(case.split(",")[0]), text)
+
+
+def test_a_sector_that_nobody_covers_is_no_reason_for_those_it_falls_back_to() -> None:
+    event, who = make_event(sector_id=5), make_principal()
+    fallen_back = [*route(event), *route(make_event())]
+    assert why_not(event, who, audiences=fallen_back) is None
+
+
+def test_a_verdict_is_by_endpoint() -> None:
+    roles = ["WAITER", "ADMIN"]
+    found = judge(
+        make_event("ENTITY_CREATED"),
+        [make_principal(endpoint, roles=roles) for endpoint in Endpoint if endpoint.staff],
+    )
+    assert found.as_json() == {
+        "hears": True,
+        "endpoints": ["waiter", "admin"],
+        "reasons": {"kitchen": "type: ENTITY_CREATED goes to admins: never to /ws/kitchen"},
+    }
+
+
+def test_an_endpoint_that_does_not_let_the_role_in_says_so() -> None:
+    found = judge(make_event(), [make_principal()])
+    assert found.as_json() == {
+        "hears": True,
+        "endpoints": ["waiter"],
+        "reasons": {
+            "kitchen": "role: /ws/kitchen lets in ADMIN, KITCHEN, MANAGER; the token has WAITER",
+            "admin": "role: /ws/admin lets in ADMIN, MANAGER; the token has WAITER",
+        },
+    }
+
+
+@given(events, principals)
+def test_of_another_tenants_token_no_more_is_said(event: Event, who: Principal) -> None:
+    if event.tenant != who.tenant:
+        assert judge(event, [who]).as_json() == {
+            "hears": False,
+            "endpoints": [],
+            "reasons": {"token": "tenant: the token is another tenant's"},
+        }
+
+
+def test_audiences_are_described_by_what_they_are_of() -> None:
+    event = make_event("ROUND_READY", tenant_id=9, branch_id=2, sector_id=3, session_id=4)
+    everybody = {"CUSTOM": Route(~(To.WAITERS | To.DINERS), True)}
+    assert [describe(each) for each in route(event)] == [
+        {"audience": "admins", "tenant_id": 9, "branch_id": 2},
+        {"audience": "waiters", "tenant_id": 9, "branch_id": 2, "sector_id": 3},
+        {"audience": "kitchen", "tenant_id": 9, "branch_id": 2},
+        {"audience": "diners", "tenant_id": 9, "session_id": 4},
+    ]
+    custom = make_event("CUSTOM", branch_id=2)
+    assert [describe(each)["audience"] for each in route(custom, everybody)] == [
+        "admins", "floor", "kitchen", "branch_diners"
+    ]  # fmt: skip
+    (whole,) = route(make_event(branch_id=0))
+    assert describe(whole) == {"audience": "tenant_admins", "tenant_id": 1}

@@ -1,0 +1,217 @@
+"""Explanations: which audiences an event names, and why somebody is in none of them, in words.
+
+Whether somebody hears is asked of the functions that deliver, so the two can't disagree; a reason
+is found by asking them again with one fact of the principal changed.
+"""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any, Final
+
+from .audiences import Audience, Endpoint, Principal, Role, SectorId, SessionId, audiences_of
+from .events import Event
+from .routing import ROUTES, UNKNOWN, Route, To, route
+
+EVERYWHERE: Final = "token"  # among reasons by endpoint: it holds on each of them
+
+
+class Fact(StrEnum):
+    """What stands between an event and somebody who does not hear it."""
+
+    TENANT = "tenant"
+    BRANCH = "branch"
+    ROLE = "role"
+    TYPE = "type"
+    SECTOR = "sector"
+    SESSION = "session"
+    TOKEN = "token"  # it is none  # noqa: S105 - a word
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Why not; the text is for people."""
+
+    fact: Fact
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.fact}: {self.text}"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """On which endpoints a token's holder hears an event, and why not on the others."""
+
+    hears: tuple[Endpoint, ...]
+    reasons: Mapping[str, Reason]  # by the endpoint's label, or EVERYWHERE
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "hears": bool(self.hears),
+            "endpoints": [endpoint.label for endpoint in self.hears],
+            "reasons": {where: str(reason) for where, reason in self.reasons.items()},
+        }
+
+
+def refused(text: str) -> Verdict:
+    """Of a token with which nobody is let in, or that is not to be looked at."""
+    return Verdict((), {EVERYWHERE: Reason(Fact.TOKEN, text)})
+
+
+def judge(
+    event: Event,
+    principals: Sequence[Principal],
+    routes: Mapping[str, Route] = ROUTES,
+    audiences: Collection[Audience] | None = None,
+) -> Verdict:
+    """Of one token: ``principals`` is who its holder is, on each endpoint that lets it in.
+
+    Of another tenant's token no more is said than that. ``audiences`` as in :func:`why_not`.
+    """
+    first = principals[0]
+    if first.tenant != event.tenant:
+        return Verdict((), {EVERYWHERE: _of_another_tenant()})
+    hears: list[Endpoint] = []
+    reasons: dict[str, Reason] = {}
+    by_endpoint = {principal.endpoint: principal for principal in principals}
+    for endpoint in Endpoint:
+        if endpoint.staff is not first.endpoint.staff:
+            continue
+        if (principal := by_endpoint.get(endpoint)) is None:
+            reasons[endpoint.label] = _not_let_in(endpoint, first.roles)
+        elif (reason := why_not(event, principal, routes, audiences)) is None:
+            hears.append(endpoint)
+        else:
+            reasons[endpoint.label] = reason
+    return Verdict(tuple(hears), reasons)
+
+
+def why_not(
+    event: Event,
+    principal: Principal,
+    routes: Mapping[str, Route] = ROUTES,
+    audiences: Collection[Audience] | None = None,
+) -> Reason | None:
+    """Why a principal does not hear an event; None if it does.
+
+    ``audiences`` are those that the event goes to, if they are others than :func:`route` says
+    (WS_UNCOVERED_SECTOR). Of several reasons it is the first of: tenant, branch, role or type,
+    sector, session; mend it, and the next one is the reason.
+    """
+    named = frozenset(route(event, routes) if audiences is None else audiences)
+
+    def hears(who: Principal) -> bool:
+        return not named.isdisjoint(audiences_of(who))
+
+    if hears(principal):
+        return None
+    if principal.tenant != event.tenant:
+        return _of_another_tenant()
+    to = routes.get(event.type, UNKNOWN).to
+    mends = _mends(event, principal)
+    ideal = _mended(principal, mends.values())
+    if not hears(ideal):
+        if principal.endpoint is Endpoint.DINER and event.branch and To.DINERS in to:
+            return Reason(Fact.SESSION, f"{event.type} is for one session, and names none")
+        if Fact.BRANCH in mends:
+            return _elsewhere(event, principal)
+        if hears(replace(ideal, roles=ideal.roles | {Role.MANAGER})):
+            return _no_admin(event, principal)
+        return _never(event, principal.endpoint, to, known=event.type in routes)
+    for fact, mend in mends.items():
+        others = [each for other, each in mends.items() if other is not fact]
+        if hears(replace(principal, **mend)) or not hears(_mended(principal, others)):
+            return _REASONS[fact](event, principal)
+    raise AssertionError("the ideal principal hears, and nothing made it so")
+
+
+def describe(audience: Audience) -> dict[str, Any]:
+    """An audience for programs: its kind, and what it is of."""
+    kind, tenant, number, sector = audience
+    found: dict[str, Any] = {"audience": kind, "tenant_id": int(tenant)}
+    if kind == "diners":
+        found["session_id"] = number
+    elif kind != "tenant_admins":
+        found["branch_id"] = number
+    if kind == "waiters":
+        found["sector_id"] = sector
+    return found
+
+
+def _mends(event: Event, principal: Principal) -> dict[Fact, dict[str, Any]]:
+    """What of the principal would have to be otherwise, in the order of telling."""
+    found: dict[Fact, dict[str, Any]] = {}
+    if event.branch and event.branch not in principal.branches:
+        found[Fact.BRANCH] = {"branches": principal.branches | {event.branch}}
+    if principal.endpoint is Endpoint.WAITER and event.sector is not None:
+        has = principal.sectors.get(event.branch, frozenset[SectorId]())
+        if event.sector not in has or Fact.BRANCH in found:
+            sectors = {**principal.sectors, event.branch: has | {event.sector}}
+            found[Fact.SECTOR] = {"sectors": sectors}
+    if principal.endpoint is Endpoint.DINER and event.session not in {None, principal.session}:
+        found[Fact.SESSION] = {"session": event.session}
+    return found
+
+
+def _mended(principal: Principal, mends: Iterable[dict[str, Any]]) -> Principal:
+    for mend in mends:
+        principal = replace(principal, **mend)
+    return principal
+
+
+def _of_another_tenant() -> Reason:
+    return Reason(Fact.TENANT, "the token is another tenant's")
+
+
+def _not_let_in(endpoint: Endpoint, roles: frozenset[str]) -> Reason:
+    wanted = ", ".join(sorted(endpoint.roles))
+    return Reason(Fact.ROLE, f"{endpoint.path} lets in {wanted}; the token has {_words(roles)}")
+
+
+def _elsewhere(event: Event, principal: Principal) -> Reason:
+    mine = _numbers(principal.branches)
+    return Reason(Fact.BRANCH, f"the event is for branch {event.branch}, the token for {mine}")
+
+
+def _other_sector(event: Event, principal: Principal) -> Reason:
+    mine = _numbers(principal.sectors.get(event.branch, ()))
+    text = f"the event is for sector {event.sector} of branch {event.branch}, this waiter has"
+    return Reason(Fact.SECTOR, f"{text} {mine}")
+
+
+def _other_session(event: Event, principal: Principal) -> Reason:
+    mine: SessionId | None = principal.session
+    return Reason(Fact.SESSION, f"the event is for session {event.session}, the token for {mine}")
+
+
+_REASONS: Final = {
+    Fact.BRANCH: _elsewhere,
+    Fact.SECTOR: _other_sector,
+    Fact.SESSION: _other_session,
+}
+
+
+def _no_admin(event: Event, principal: Principal) -> Reason:
+    what = f"{event.type} goes" if event.branch else "an event for the whole tenant (branch 0) goes"
+    heads = "who on /ws/waiter are ADMIN and MANAGER"
+    return Reason(Fact.ROLE, f"{what} to admins, {heads}; the token has {_words(principal.roles)}")
+
+
+def _never(event: Event, endpoint: Endpoint, to: To, *, known: bool) -> Reason:
+    if not event.branch:
+        text = "an event for the whole tenant (branch 0) goes to its admins alone"
+        if To.ADMINS not in to:
+            text += f", and {event.type} never goes to them"
+        return Reason(Fact.TYPE, text)
+    kinds = [kind.name.lower().replace("_", " ") for kind in to if kind.name] or ["nobody"]
+    text = f"{event.type}{'' if known else ' is not a known type, and'} goes to {', '.join(kinds)}"
+    return Reason(Fact.TYPE, f"{text}: never to {endpoint.path}")
+
+
+def _numbers(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, sorted(numbers))) or "none"
+
+
+def _words(words: Iterable[str]) -> str:
+    return ", ".join(sorted(words)) or "none"

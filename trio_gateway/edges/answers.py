@@ -1,0 +1,54 @@
+"""Answers: what the HTTP routes have in common. Who asks, and how he is refused."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Final
+
+import trio
+from quart import Response, jsonify, request
+
+from ..core.audiences import Principal
+from ..core.closing import Close, Rejected
+
+if TYPE_CHECKING:
+    from ..gateway import Gateway
+
+_STATUS: Final[Mapping[int, int]] = {
+    Close.GOING_AWAY: 503,
+    Close.POLICY_VIOLATION: 403,
+    Close.INTERNAL_ERROR: 500,
+    Close.SERVER_OVERLOADED: 503,
+    Close.FORBIDDEN: 403,
+    Close.RATE_LIMITED: 429,
+}
+Answer = tuple[Response, int] | Response
+
+
+async def identify(
+    app: "Gateway", token: str | None, *, staff: bool | None = None
+) -> list[Principal]:
+    """Who holds this token; one that is none counts for the address as it does at connect."""
+    forwarded_for = ", ".join(request.headers.getlist("X-Forwarded-For"))
+    address = app.addresses.of(request.remote_addr or "", forwarded_for)
+    app.addresses.check(address, trio.current_time())
+    try:
+        return await app.admission.identify(token, staff=staff)
+    except Rejected as rejected:
+        if rejected.close is Close.AUTH_FAILED:
+            app.addresses.failed(address, trio.current_time())
+        raise
+
+
+def status_of(close: int) -> int:
+    """The HTTP status that refuses a client as this close code would."""
+    return _STATUS.get(close, 401)
+
+
+def refusal(rejected: Rejected) -> Answer:
+    return problem(status_of(rejected.close), rejected.text)
+
+
+def problem(status: int, text: str) -> Answer:
+    response = jsonify(error=text)
+    if status == 401:
+        response.headers["WWW-Authenticate"] = "Bearer"
+    return response, status
