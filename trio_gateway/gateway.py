@@ -367,33 +367,35 @@ class Gateway(QuartTrio):
         """
         endpoint = handshake.endpoint
         accepted_at = self.history.end
-        address = self.addresses.of(handshake.peer, handshake.headers.get("x-forwarded-for"))
         with ExitStack() as stack:
             try:
+                address = self.addresses.of(
+                    handshake.peer, handshake.headers.get("x-forwarded-for")
+                )
                 stack.enter_context(self.addresses.entered(address, trio.current_time()))
                 principal = await self._admit(handshake)
                 if self.draining:  # asked only now: the others may have been sent away meanwhile
                     raise Rejected(Close.GOING_AWAY, f"retry in {_FIRST_WINDOW:.1f}s", "draining")
                 self.hub.admit(principal)
+                connection = Connection(
+                    principal,
+                    self._one_way_terms if handshake.one_way else self._terms,
+                    self._answer,
+                    self._on_trios_clock(principal.expires_at),
+                    replays=self.replays,
+                    resume_from=handshake.last_event_id,
+                    accepted_at=accepted_at,
+                )
             except Rejected as rejected:
                 if rejected.close is Close.AUTH_FAILED:
                     self.addresses.failed(address, trio.current_time())
                 await self._reject(endpoint, socket, rejected)
                 return
             except Exception:
-                log.exception("authentication failed by a bug", endpoint=endpoint.label)
+                log.exception("admission failed by a bug", endpoint=endpoint.label)
                 bug = Rejected(Close.INTERNAL_ERROR, "internal error", "internal_error")
                 await self._reject(endpoint, socket, bug)
                 return
-            connection = Connection(
-                principal,
-                self._one_way_terms if handshake.one_way else self._terms,
-                self._answer,
-                self._on_trios_clock(principal.expires_at),
-                replays=self.replays,
-                resume_from=handshake.last_event_id,
-                accepted_at=accepted_at,
-            )
             await self._run(connection, socket)
 
     async def _admit(self, handshake: Handshake) -> Principal:

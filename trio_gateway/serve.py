@@ -4,10 +4,10 @@ import gc
 import os
 import signal
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import click
 import structlog
@@ -118,6 +118,18 @@ async def _serve(app: Gateway, config: Config, supervisor: int | None) -> None:
         await asked.wait()
         await app.drain()
 
+    failed = False
+
+    async def beside(work: Callable[..., Awaitable[None]], *arguments: Any) -> None:
+        """A bug beside the server ends it as one inside does: when every client has been told."""
+        nonlocal failed
+        try:
+            await work(*arguments)
+        except Exception:
+            log.critical("stopped by a bug", exc_info=True)
+            failed = True
+            asked.set()
+
     async with trio.open_nursery() as nursery:
 
         async def heed_signals() -> None:
@@ -142,12 +154,14 @@ async def _serve(app: Gateway, config: Config, supervisor: int | None) -> None:
             log.warning("supervisor is gone")
             asked.set()
 
-        nursery.start_soon(heed_signals)
+        nursery.start_soon(beside, heed_signals)
         if supervisor is not None:
             ours = trio.socket.from_stdlib_socket(socket.socket(fileno=supervisor))
             link = trio.SocketStream(ours)
-            nursery.start_soon(tell_supervisor, link)
-            nursery.start_soon(heed_supervisor, link)
+            nursery.start_soon(beside, tell_supervisor, link)
+            nursery.start_soon(beside, heed_supervisor, link)
         log.info("starting", pid=os.getpid(), bind=config.bind)
         await hypercorn_serve(app, config, shutdown_trigger=shutdown_trigger, mode="asgi")
         nursery.cancel_scope.cancel()
+    if failed:
+        raise LifespanFailureError("serving", "stopped by a bug")

@@ -595,7 +595,7 @@ async def test_bug_in_authentication_is_1011() -> None:
         with structlog.testing.capture_logs() as logs:
             client = await dial().upgrade()
             assert await client.closed() == (Close.INTERNAL_ERROR, "internal error")
-        assert "authentication failed by a bug" in [each["event"] for each in logs]
+        assert "admission failed by a bug" in [each["event"] for each in logs]
         await client.leave()
     assert app.rejected == {"internal_error": 1}
 
