@@ -103,6 +103,9 @@ export interface GatewayEventMap {
   error: CustomEvent<unknown>;
 }
 
+/** By this way, since Node's types have no names for these. */
+type Listen = Parameters<EventTarget["addEventListener"]>;
+
 /** A connection that stays, by as many sockets one after the other as it takes. */
 export interface Gateway extends EventTarget {
   readonly state: State;
@@ -115,13 +118,9 @@ export interface Gateway extends EventTarget {
   addEventListener<K extends keyof GatewayEventMap>(
     type: K,
     listener: ((event: GatewayEventMap[K]) => void) | null,
-    options?: boolean | AddEventListenerOptions,
+    options?: Listen[2],
   ): void;
-  addEventListener(
-    type: string,
-    listener: EventListenerOrEventListenerObject | null,
-    options?: boolean | AddEventListenerOptions,
-  ): void;
+  addEventListener(type: string, listener: Listen[1], options?: Listen[2]): void;
 }
 
 /**
@@ -137,3 +136,5 @@ export declare function connect(options: Options): Gateway;
  * or `stop`.
  */
 export declare function afterClose(code: number): "back off" | "cool down" | "renew" | "stop";
+
+export {};

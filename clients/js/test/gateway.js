@@ -71,6 +71,10 @@ const freePort = async () => {
   return port;
 };
 
+/** How many connections it has. @param {Gateway} gateway @returns {Promise<number>} */
+export const connections = async (gateway) =>
+  (await (await gateway.http("/ws/health")).json()).connections.total;
+
 /** One gateway process at a time, always on the same port. */
 export class Gateway {
   /** @type {import("node:child_process").ChildProcess | undefined} */
@@ -95,7 +99,17 @@ export class Gateway {
     return fetch(`http://127.0.0.1:${this.#port}${path}`);
   }
 
+  get pid() {
+    return /** @type {number} */ (this.#process?.pid);
+  }
+
+  get #running() {
+    return this.#process?.exitCode === null && this.#process.signalCode === null;
+  }
+
+  /** Start it, unless it runs, and wait until it is ready. */
   async start() {
+    if (this.#running) return;
     this.#port ||= await freePort();
     const env = {
       PATH: process.env.PATH,
@@ -123,8 +137,8 @@ export class Gateway {
 
   /** @param {NodeJS.Signals} signal */
   async stop(signal) {
-    const stopped = this.#process;
-    if (!stopped || stopped.exitCode !== null || stopped.signalCode !== null) return;
+    if (!this.#running) return;
+    const stopped = /** @type {import("node:child_process").ChildProcess} */ (this.#process);
     stopped.kill(signal);
     await once(stopped, "exit");
   }
@@ -132,13 +146,13 @@ export class Gateway {
 
 /** What a client told, in order, and a way to wait for it. */
 export class Told {
-  /** @type {{ name: string, detail: any }[]} */
+  /** @type {{ name: string, detail: any, at: number }[]} */
   all = [];
   #changed = new EventTarget();
 
   /** @param {string} name @param {unknown} detail */
   #note(name, detail) {
-    this.all.push({ name, detail });
+    this.all.push({ name, detail, at: Date.now() / 1000 });
     this.#changed.dispatchEvent(new Event("change"));
   }
 
@@ -165,9 +179,9 @@ export class Told {
   async until(true_, seconds = 10) {
     const signal = AbortSignal.timeout(seconds * 1000);
     while (!true_()) {
-      await Promise.race([
-        once(this.#changed, "change", { signal }),
-      ]).catch(() => assert.fail(`not so within ${seconds} s; told: ${JSON.stringify(this.all)}`));
+      await once(this.#changed, "change", { signal }).catch(() =>
+        assert.fail(`not so within ${seconds} s; told: ${JSON.stringify(this.all)}`),
+      );
     }
   }
 

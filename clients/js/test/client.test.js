@@ -1,0 +1,755 @@
+/** The client's decisions, on a fake WebSocket and in virtual time. */
+
+import assert from "node:assert/strict";
+import { afterEach, beforeEach, mock, test } from "node:test";
+
+import { afterClose, connect } from "../../../trio_gateway/static/client.js";
+import { Clock, Driven, FakePage, FakeWebSocket, draw, jwt, settle } from "./fakes.js";
+
+const HOUR = 3600;
+/** @type {Clock} */
+let clock;
+
+beforeEach(() => {
+  clock = new Clock();
+  FakeWebSocket.all = [];
+});
+afterEach(() => {
+  for (const { client } of driven.splice(0)) client.close();
+  mock.timers.reset();
+  mock.restoreAll();
+});
+
+/** @type {Driven[]} */
+const driven = [];
+/** @param {ConstructorParameters<typeof Driven>[0]} [options] */
+const start = async (options) => {
+  const started = new Driven(options);
+  driven.push(started);
+  await settle();
+  return started;
+};
+/** @param {ConstructorParameters<typeof Driven>[0]} [options] */
+const open = async (options) => {
+  const opened = await start(options);
+  opened.socket.letIn();
+  return opened;
+};
+const sockets = () => FakeWebSocket.all.length;
+const live = () => FakeWebSocket.all.filter((socket) => socket.live).length;
+
+/** How long it takes until there is one socket more. @param {number} most */
+const untilNext = async (most) => {
+  const before = sockets();
+  for (let waited = 0; waited <= most; waited += 0.1) {
+    if (sockets() > before) return waited;
+    await clock.pass(0.1);
+  }
+  return Infinity;
+};
+
+// Connecting
+
+test("the token stands among the subprotocols and never in the URL", async () => {
+  const { socket } = await start({ token: "a.b.c" });
+  assert.deepEqual(socket.protocols, ["gateway.v1", "bearer.a.b.c"]);
+  assert.equal(socket.url, "wss://gateway.example/ws/waiter");
+});
+
+for (const name of ["token", "table_token", "ticket"]) {
+  test(`a URL with a ${name} in it is refused`, () => {
+    assert.throws(() => connect({ url: `wss://gateway.example/ws/diner?${name}=x`, token: "x" }), {
+      name: "TypeError",
+      message: new RegExp(`^no ${name} in the URL`),
+    });
+    assert.equal(sockets(), 0);
+  });
+}
+
+test("a token that can't be a subprotocol ends it, and stands in no error", async () => {
+  const client = await start({ token: "1:1:10:456:1790000000:secret" });
+  assert.equal(client.client.state, "refused");
+  assert.doesNotMatch(JSON.stringify(client.told), /secret/);
+});
+
+test("http and https URLs will do", async () => {
+  const { socket } = await start({ url: "https://gateway.example/ws/kitchen" });
+  assert.equal(socket.url, "wss://gateway.example/ws/kitchen");
+});
+
+test("it is open once the gateway has let it in, not when the socket opens", async () => {
+  const { client, socket } = await start();
+  socket.open();
+  assert.equal(client.state, "connecting");
+  socket.say({ type: "resumed", recovered: true, count: 0, last_event_id: "0" });
+  assert.equal(client.state, "open");
+});
+
+test("listeners are called only after connect() has returned", async () => {
+  /** @type {string[]} */
+  const states = [];
+  const { client } = await start({ onState: () => states.push(client.state) });
+  driven[0].socket.letIn();
+  assert.deepEqual(states, ["open"]);
+});
+
+test("an attempt that hangs is given up and made again", async () => {
+  draw(0.5);
+  const { told } = await start();
+  await clock.pass(14.9);
+  assert.equal(sockets(), 1);
+  await clock.pass(1);
+  assert.equal(sockets(), 2);
+  assert.equal(live(), 1);
+  assert.deepEqual(told[0], ["close", { code: 1006, reason: "not connected in time", retryIn: 0.5 }]);
+});
+
+// The token provider
+
+test("a provider that fails is asked again with back-off, and its error is told", async () => {
+  draw(0.999);
+  let asked = 0;
+  const client = await start({
+    token: () => {
+      asked++;
+      throw new Error("no network");
+    },
+  });
+  await clock.pass(0.9);
+  assert.equal(asked, 1);
+  await clock.pass(0.2);
+  assert.equal(asked, 2);
+  await clock.pass(10 * 60);
+  assert.ok(asked < 30, `${asked} times`);
+  assert.equal(sockets(), 0);
+  assert.equal(client.of("error")[0].message, "no network");
+});
+
+test("a provider that never answers is asked again", async () => {
+  let asked = 0;
+  await start({
+    token: () => {
+      asked++;
+      return new Promise(() => {});
+    },
+  });
+  await clock.pass(20);
+  assert.equal(asked, 2);
+});
+
+for (const none of [null, undefined, ""]) {
+  test(`a provider that has no token (${JSON.stringify(none)}) ends it`, async () => {
+    const client = await start({ token: async () => none });
+    assert.deepEqual(client.of("refused"), [{ code: 4001, reason: "no token", retryIn: null }]);
+    await clock.pass(HOUR);
+    assert.equal(sockets(), 0);
+  });
+}
+
+test("what a provider says after close() opens nothing", async () => {
+  /** @type {(token: string) => void} */
+  let say = () => {};
+  const { client } = await start({ token: () => new Promise((resolve) => (say = resolve)) });
+  client.close();
+  say("late");
+  await clock.pass(60);
+  assert.equal(sockets(), 0);
+});
+
+// Close codes
+
+const CONTRACT = {
+  "back off": [1000, 1001, 1005, 1006, 1011, 1012, 1013, 4008, 4009, 4500],
+  "cool down": [4029],
+  renew: [4001],
+  stop: [1002, 1003, 1007, 1008, 1009, 4003],
+};
+for (const [what, codes] of Object.entries(CONTRACT)) {
+  for (const code of codes) {
+    test(`${code} means: ${what}`, () => assert.equal(afterClose(code), what));
+  }
+}
+
+for (const code of CONTRACT.stop) {
+  test(`after ${code} it never connects again`, async () => {
+    const client = await open();
+    client.socket.end(code, "the gateway's reason");
+    await clock.pass(HOUR);
+    client.page.show(true);
+    client.page.network(true);
+    await clock.pass(60);
+    assert.equal(sockets(), 1);
+    assert.equal(client.client.state, "refused");
+    const ending = { code, reason: "the gateway's reason", retryIn: null };
+    assert.deepEqual(client.of("close"), [ending]);
+    assert.deepEqual(client.of("refused"), [ending]);
+  });
+}
+
+for (const code of CONTRACT["back off"]) {
+  test(`after ${code} the bound of the wait doubles up to half a minute`, async () => {
+    draw(0.999999);
+    const client = await start();
+    for (const bound of [1, 2, 4, 8, 16, 30, 30, 30]) {
+      client.socket.open();
+      client.socket.end(code);
+      const waited = await untilNext(60);
+      assert.ok(Math.abs(waited - bound) < 0.15, `${waited} instead of ${bound}`);
+    }
+    assert.deepEqual(client.of("refused"), []);
+  });
+}
+
+test("the wait is anything below its bound", async () => {
+  const client = await start();
+  for (const drawn of [0, 0.25, 0.5]) {
+    draw(drawn);
+    client.socket.end(1006);
+    await untilNext(60);
+  }
+  assert.deepEqual(
+    client.of("close").map(({ retryIn }) => retryIn),
+    [0, 0.5, 2],
+  );
+});
+
+test("a connection that held makes the back-off begin anew, one that was short does not", async () => {
+  draw(0.5);
+  const client = await start();
+  for (const held of [0, 0, 0, 3, 11, 0]) {
+    client.socket.letIn();
+    await clock.pass(held);
+    client.socket.end(1013);
+    await untilNext(60);
+  }
+  assert.deepEqual(
+    client.of("close").map(({ retryIn }) => retryIn),
+    [0.5, 1, 2, 4, 0.5, 1],
+  );
+});
+
+test("the gateway's hint is obeyed to the decimal", async () => {
+  const client = await open();
+  client.socket.end(1001, "retry in 3.2s");
+  assert.equal(client.of("close")[0].retryIn, 3.2);
+  await clock.pass(3.1);
+  assert.equal(sockets(), 1);
+  await clock.pass(0.1);
+  assert.equal(sockets(), 2);
+});
+
+test("a tab that is shown and a network that comes back do not shorten the hint", async () => {
+  const client = await open();
+  client.socket.end(1001, "retry in 30.5s");
+  await clock.pass(10);
+  client.page.show(true);
+  client.page.network(false);
+  client.page.network(true);
+  await clock.pass(20.4);
+  assert.equal(sockets(), 1);
+  await clock.pass(0.2);
+  assert.equal(sockets(), 2);
+});
+
+test("a hint of months is no hint of nothing", async () => {
+  const client = await open();
+  client.socket.end(1001, "retry in 9999999s");
+  await clock.pass(HOUR);
+  assert.equal(sockets(), 1);
+});
+
+for (const [drawn, wait] of [
+  [0, 30],
+  [0.5, 45],
+  [0.999, 59.97],
+]) {
+  test(`after 4029 it cools down, ${wait} s if ${drawn} is drawn`, async () => {
+    draw(drawn);
+    const client = await open();
+    client.socket.end(4029, "rate limited");
+    await clock.pass(10);
+    client.page.show(true);
+    await clock.pass(wait - 10.2);
+    assert.equal(sockets(), 1);
+    await clock.pass(0.4);
+    assert.equal(sockets(), 2);
+  });
+}
+
+test("after 4001 the same token is not tried again", async () => {
+  let asked = 0;
+  const client = await start({
+    token: () => {
+      asked++;
+      return "dead";
+    },
+  });
+  client.socket.end(4001, "token expired");
+  await clock.pass(HOUR);
+  assert.equal(asked, 2);
+  assert.equal(sockets(), 1);
+  assert.equal(client.client.state, "refused");
+  assert.equal(client.of("refused")[0].code, 4001);
+});
+
+test("after 4001 a fresh token is tried at once, and the provider knows why it is asked", async () => {
+  /** @type {boolean[]} */
+  const asked = [];
+  const client = await open({
+    token: ({ refused }) => {
+      asked.push(refused);
+      return `token${asked.length}`;
+    },
+  });
+  client.socket.end(4001, "token expired");
+  await clock.pass(0.1);
+  assert.equal(client.socket.token, "token2");
+  client.socket.letIn();
+  assert.equal(client.client.state, "open");
+  client.socket.end(1006);
+  await untilNext(60);
+  assert.deepEqual(asked, [false, true, false]);
+  assert.deepEqual(client.of("refused"), []);
+});
+
+test("fresh tokens that are all refused are tried with back-off", async () => {
+  let asked = 0;
+  const client = await start({ token: () => `token${++asked}` });
+  for (let minute = 0; minute < 10; minute++) {
+    for (let second = 0; second < 60; second++) {
+      await clock.pass(1);
+      if (client.socket.live) client.socket.end(4001, "bad signature");
+    }
+  }
+  assert.ok(asked > 5 && asked < 100, `asked ${asked} times`);
+});
+
+test("a refused token is still known to be refused after attempts that failed otherwise", async () => {
+  const tokens = ["dead", "fresh", "dead"];
+  const client = await start({ token: () => tokens.shift() });
+  client.socket.end(4001, "revoked");
+  await clock.pass(0.1);
+  client.socket.end(1006);
+  await clock.pass(60);
+  assert.equal(sockets(), 2);
+  assert.equal(client.client.state, "refused");
+});
+
+// Resume
+
+test("the first message asks for the present place, later ones for the last that was seen", async () => {
+  draw(0);
+  const client = await start();
+  client.socket.open();
+  assert.deepEqual(client.socket.sent, ['{"type":"resume","last_event_id":""}']);
+  client.socket.end(1006);
+  await clock.pass(0.1);
+  client.socket.letIn({ last_event_id: "place" });
+  client.socket.end(1006);
+  await clock.pass(0.1);
+  client.socket.open();
+  assert.deepEqual(client.socket.sent, ['{"type":"resume","last_event_id":"place"}']);
+  client.socket.letIn({ last_event_id: "place" });
+  client.socket.say({ type: "ROUND_READY", tenant_id: 1, event_id: "7" });
+  client.socket.say({ type: "CART_CLEARED", tenant_id: 1 });
+  assert.equal(client.client.lastEventId, "7");
+  client.socket.end(1006);
+  await clock.pass(0.1);
+  client.socket.open();
+  assert.deepEqual(client.socket.sent, ['{"type":"resume","last_event_id":"7"}']);
+});
+
+test("it can begin where another page left off", async () => {
+  const { socket } = await start({ lastEventId: "kept" });
+  socket.open();
+  assert.deepEqual(socket.sent, ['{"type":"resume","last_event_id":"kept"}']);
+});
+
+test("an event that was seen is not handed on again, one without an id always is", async () => {
+  const client = await open();
+  for (const event_id of ["1", "2", "1", undefined, undefined, "2", "3"]) {
+    client.socket.say({ type: "ROUND_READY", tenant_id: 1, event_id });
+  }
+  assert.deepEqual(
+    client.of("event").map((event) => event.event_id),
+    ["1", "2", undefined, undefined, "3"],
+  );
+});
+
+test("lost events and a place that is forgotten are told as gaps, after it is open", async () => {
+  const client = await start();
+  client.socket.letIn({ recovered: false });
+  client.socket.say({ type: "gap" });
+  assert.deepEqual(client.told, [
+    ["state", "open"],
+    ["gap", "not_recovered"],
+    ["gap", "lost"],
+  ]);
+});
+
+for (const type of ["pong", "gap", "resumed", "auth_ok", "sectors_updated"]) {
+  test(`a backend's event of type ${type} is an event`, async () => {
+    const client = await open();
+    client.socket.say({ type, tenant_id: 1, branch_id: 1 });
+    assert.deepEqual(client.of("event"), [{ type, tenant_id: 1, branch_id: 1 }]);
+    assert.deepEqual(client.of("gap"), []);
+    assert.equal(client.client.lastEventId, "0");
+  });
+}
+
+test("the text of an event is handed on as it came", async () => {
+  const text = '{"type":"X","tenant_id":1,"data":{"id":9007199254740993}}';
+  /** @type {string[]} */
+  const texts = [];
+  const client = await open({ onEvent: (_, text) => texts.push(text) });
+  client.socket.onmessage({ data: text });
+  assert.deepEqual(texts, [text]);
+});
+
+test("what is no JSON, or no object, is passed over", async () => {
+  const client = await open();
+  for (const data of ["sectors_updated:5", "{", "null", "7", '"x"', "[]"]) {
+    client.socket.onmessage({ data });
+  }
+  assert.equal(client.client.state, "open");
+  assert.deepEqual(client.of("event"), []);
+});
+
+// Renewal
+
+test("the token is renewed in place when four fifths of its life are over", async () => {
+  const tokens = [jwt({ exp: clock.seconds + 100 }), jwt({ exp: clock.seconds + 300 })];
+  const second = tokens[1];
+  const client = await open({ token: () => tokens.shift() });
+  await keepAlive(client, 79.9);
+  assert.equal(tokens.length, 1);
+  await keepAlive(client, 0.2);
+  assert.deepEqual(
+    client.socket.sent.filter((text) => text.includes("auth")),
+    [JSON.stringify({ type: "auth", token: second })],
+  );
+  client.socket.say({ type: "auth_ok", expires_at: clock.seconds + 220 });
+  await clock.pass(10);
+  assert.equal(sockets(), 1);
+  assert.equal(client.client.state, "open");
+});
+
+test("a renewal that is not answered is asked for again before the token expires", async () => {
+  const exp = clock.seconds + 100;
+  const fresh = jwt({ exp: exp + 300 });
+  const tokens = [jwt({ exp }), fresh, fresh, fresh];
+  const client = await open({ token: () => tokens.shift() });
+  await keepAlive(client, 99);
+  const renewals = client.socket.sent.filter((text) => text.includes("auth"));
+  assert.ok(renewals.length >= 2, `${renewals.length} times`);
+});
+
+test("a token that expired while its renewal was not answered gives way to the fresh one", async () => {
+  const fresh = jwt({ exp: clock.seconds + 300 });
+  const tokens = [jwt({ exp: clock.seconds + 10 })];
+  const client = await open({ token: () => tokens.shift() ?? fresh });
+  await clock.pass(9.9);
+  client.socket.end(4001, "token expired");
+  await clock.pass(0.1);
+  assert.equal(client.socket.token, fresh);
+  assert.equal(client.client.state, "connecting");
+});
+
+test("a provider that keeps its token or fails is no reason to send anything", async () => {
+  const kept = jwt({ exp: clock.seconds + 100 });
+  const answers = [() => kept, () => kept, () => assert.fail("down"), () => null];
+  const client = await open({ token: () => (answers.shift() ?? (() => kept))() });
+  await keepAlive(client, 99);
+  assert.deepEqual(
+    client.socket.sent.filter((text) => text.includes("auth")),
+    [],
+  );
+  assert.equal(client.of("error").length, 1);
+  assert.equal(client.client.state, "open");
+});
+
+test("a clock that is a day ahead does not make it renew without end", async () => {
+  let minted = 0;
+  const token = () => {
+    minted++;
+    const iat = clock.seconds - 24 * HOUR;
+    return jwt({ iat, exp: iat + 600, jti: `${minted}` });
+  };
+  const client = await open({ token });
+  for (let minute = 0; minute < 60; minute++) {
+    await keepAlive(client, 60);
+    if (client.socket.sent.at(-1)?.includes("auth")) {
+      client.socket.say({ type: "auth_ok", expires_at: clock.seconds - 24 * HOUR + 600 });
+    }
+  }
+  assert.ok(minted >= 6 && minted < 20, `${minted} in an hour`);
+});
+
+test("a token that says nothing of its life is not renewed", async () => {
+  let asked = 0;
+  const client = await open({ token: () => `opaque${++asked}` });
+  await keepAlive(client, HOUR);
+  assert.equal(asked, 1);
+});
+
+/** Answer pings while time passes. @param {Driven} client @param {number} seconds */
+async function keepAlive(client, seconds) {
+  for (let passed = 0; passed < seconds; passed += 1) {
+    await clock.pass(Math.min(1, seconds - passed));
+    if (client.socket.sent.at(-1) === "ping") client.socket.say({ type: "pong" });
+  }
+}
+
+// Heartbeat, sleep, network
+
+test("it says something every 25 seconds, and answers keep the socket", async () => {
+  const client = await open();
+  await keepAlive(client, 200);
+  const pings = client.socket.sent.filter((text) => text === "ping");
+  assert.ok(pings.length >= 7, `${pings.length} pings`);
+  assert.equal(sockets(), 1);
+});
+
+test("a socket that does not answer is replaced, and what it says later is not heard", async () => {
+  draw(0);
+  const client = await open();
+  const dead = client.socket;
+  const { onmessage, onclose } = dead;
+  await clock.pass(34.9);
+  assert.equal(sockets(), 1);
+  await clock.pass(0.3);
+  assert.equal(sockets(), 2);
+  assert.equal(live(), 1);
+  assert.deepEqual(client.of("close"), [{ code: 1006, reason: "no answer to a ping", retryIn: 0 }]);
+  assert.ok(onmessage && onclose);
+  assert.equal(dead.onmessage, null);
+  assert.equal(dead.onclose, null);
+});
+
+test("anything that comes is an answer", async () => {
+  const client = await open();
+  await clock.pass(26);
+  client.socket.say({ type: "CART_CLEARED", tenant_id: 1 });
+  await clock.pass(20);
+  assert.equal(sockets(), 1);
+});
+
+test("a timer that fires much too late means a sleep: the ping is given three seconds", async () => {
+  draw(0);
+  const client = await open();
+  await clock.pass(20);
+  clock.sleep(HOUR);
+  await clock.pass(5);
+  assert.equal(client.socket.sent.at(-1), "ping");
+  await clock.pass(2.9);
+  assert.equal(sockets(), 1);
+  await clock.pass(0.3);
+  assert.equal(sockets(), 2);
+});
+
+test("a sleep between ping and answer is no silence of the gateway's", async () => {
+  const client = await open();
+  await clock.pass(25);
+  clock.sleep(HOUR);
+  await clock.pass(10);
+  assert.equal(sockets(), 1);
+  client.socket.say({ type: "pong" });
+  await clock.pass(20);
+  assert.equal(sockets(), 1);
+  assert.equal(client.client.state, "open");
+});
+
+for (const [name, happen] of /** @type {[string, (page: FakePage) => void][]} */ ([
+  ["shown again", (page) => page.show(true)],
+  ["taken from the back-forward cache", (page) => page.dispatchEvent(new Event("pageshow"))],
+  ["on another network", (page) => page.network(true)],
+])) {
+  test(`a page that is ${name} asks at once whether its socket lives`, async () => {
+    draw(0);
+    const client = await open();
+    happen(client.page);
+    assert.equal(client.socket.sent.at(-1), "ping");
+    client.socket.say({ type: "pong" });
+    await clock.pass(20);
+    assert.equal(sockets(), 1);
+    happen(client.page);
+    await clock.pass(3.2);
+    assert.equal(sockets(), 2);
+  });
+
+  test(`a page that is ${name} does not sit out a back-off`, async () => {
+    draw(0.999);
+    const client = await open();
+    for (let failed = 0; failed < 6; failed++) {
+      client.socket.end(1006);
+      if (failed < 5) await untilNext(60);
+    }
+    await clock.pass(1);
+    assert.equal(sockets(), 6);
+    happen(client.page);
+    await settle();
+    assert.equal(sockets(), 7);
+  });
+}
+
+test("a page that is hidden is left alone", async () => {
+  const client = await open();
+  const before = client.socket.sent.length;
+  client.page.show(false);
+  assert.equal(client.socket.sent.length, before);
+});
+
+test("offline it waits for the network, and goes on at once when that is back", async () => {
+  const client = await open();
+  client.page.network(false);
+  await clock.pass(3.1);
+  assert.equal(client.client.state, "offline");
+  assert.equal(client.of("close")[0].retryIn, null);
+  await clock.pass(HOUR);
+  client.page.show(true);
+  await clock.pass(60);
+  assert.equal(sockets(), 1);
+  client.page.show(false);
+  client.page.network(true);
+  await settle();
+  assert.equal(sockets(), 2);
+});
+
+test("a wait is suspended when the network goes", async () => {
+  draw(0.999);
+  const client = await open();
+  client.socket.end(1006);
+  client.page.network(false);
+  assert.equal(client.client.state, "offline");
+  await clock.pass(60);
+  assert.equal(sockets(), 1);
+});
+
+test("offline in name only: a socket that answers is kept", async () => {
+  const client = await open();
+  client.page.network(false);
+  client.socket.say({ type: "pong" });
+  await clock.pass(20);
+  assert.equal(client.client.state, "open");
+  assert.equal(sockets(), 1);
+});
+
+// One socket a page
+
+test("a second connect of a page to a URL closes the first, whose query may differ", async () => {
+  const first = await open({ url: "wss://gateway.example/ws/waiter?a=1" });
+  const second = new Driven({ url: "wss://gateway.example/ws/waiter", page: first.page });
+  driven.push(second);
+  assert.equal(live(), 0);
+  await settle();
+  assert.equal(live(), 1);
+  assert.equal(first.client.state, "closed");
+  await clock.pass(60);
+  first.page.show(true);
+  await settle();
+  assert.equal(live(), 1);
+});
+
+test("other URLs, other pages, and programs without a page have sockets of their own", async () => {
+  const first = await open();
+  const more = [
+    { url: "wss://gateway.example/ws/kitchen", page: first.page },
+    { page: new FakePage() },
+    { page: null },
+    { page: null },
+  ];
+  for (const options of more) await open(options);
+  assert.equal(live(), 5);
+});
+
+test("closing the one that was replaced does not let go of the second", async () => {
+  const first = await open();
+  const second = await open({ page: first.page });
+  first.client.close();
+  await open({ page: first.page });
+  assert.equal(second.client.state, "closed");
+  assert.equal(live(), 1);
+});
+
+// Sectors
+
+test("sectors are asked for and told", async () => {
+  const { client, socket } = await open();
+  const both = Promise.all([client.refreshSectors(), client.refreshSectors()]);
+  assert.equal(socket.sent.at(-1), '{"type":"refresh_sectors"}');
+  socket.say({ type: "sectors_updated", sector_ids: [5, 6] });
+  assert.deepEqual(await both, [
+    [5, 6],
+    [5, 6],
+  ]);
+});
+
+test("sectors that are not told in time, or lost with the socket, are an error", async () => {
+  const { client, socket } = await open();
+  const late = client.refreshSectors();
+  const asserted = assert.rejects(late, /did not say the sectors/);
+  await clock.pass(10.1);
+  await asserted;
+  const lost = client.refreshSectors();
+  const alsoAsserted = assert.rejects(lost, /did not say the sectors/);
+  socket.end(1006);
+  await alsoAsserted;
+  await assert.rejects(client.refreshSectors(), /not connected: waiting/);
+});
+
+// The end
+
+test("close() ends everything: socket, timers, listeners", async () => {
+  const client = await open();
+  client.client.close();
+  assert.equal(client.client.state, "closed");
+  assert.equal(live(), 0);
+  const told = client.told.length;
+  client.page.show(true);
+  client.page.network(true);
+  await clock.pass(HOUR);
+  client.client.close();
+  assert.equal(client.told.length, told);
+  assert.equal(sockets(), 1);
+});
+
+test("close() before anything has begun opens nothing", async () => {
+  const client = new Driven();
+  client.client.close();
+  await clock.pass(60);
+  assert.equal(sockets(), 0);
+});
+
+for (const name of ["onEvent", "onGap", "onState", "onClose", "onError"]) {
+  test(`close() in ${name} is the end as well`, async () => {
+    draw(0);
+    let calls = 0;
+    const tokens = ["token"];
+    const client = await start({
+      token: () => tokens.shift() ?? assert.fail("down"),
+      [name]: () => {
+        calls++;
+        client.client.close();
+      },
+    });
+    client.socket.letIn({ recovered: false });
+    client.socket.say({ type: "ROUND_READY", tenant_id: 1, event_id: "1" });
+    client.socket.say({ type: "ROUND_READY", tenant_id: 1, event_id: "2" });
+    client.socket.end(1006);
+    await clock.pass(HOUR);
+    assert.equal(calls, name === "onState" ? 2 : 1);
+    assert.equal(client.client.state, "closed");
+    assert.equal(live(), 0);
+  });
+}
+
+test("addEventListener hears the same", async () => {
+  const { client, socket } = await open();
+  /** @type {unknown[]} */
+  const heard = [];
+  client.addEventListener("event", ({ detail }) => heard.push(detail.event.type));
+  client.addEventListener("gap", ({ detail }) => heard.push(detail));
+  socket.say({ type: "ROUND_READY", tenant_id: 1 });
+  socket.say({ type: "gap" });
+  assert.deepEqual(heard, ["ROUND_READY", "lost"]);
+});

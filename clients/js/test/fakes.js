@@ -1,0 +1,160 @@
+/** A WebSocket, a page and a clock that do what the test says. */
+
+import { mock } from "node:test";
+
+import { connect } from "../../../trio_gateway/static/client.js";
+
+/** @typedef {import("../../../trio_gateway/static/client.js").Options} Options */
+
+export class FakeWebSocket {
+  /** @type {FakeWebSocket[]} */
+  static all = [];
+  /** @type {string[]} */
+  sent = [];
+  live = true;
+  /** @type {any} */ onopen = null;
+  /** @type {any} */ onmessage = null;
+  /** @type {any} */ onclose = null;
+
+  /** @param {URL} url @param {string[]} protocols */
+  constructor(url, protocols) {
+    if (protocols.some((each) => /[^\w.~-]/.test(each))) {
+      throw new SyntaxError(`the subprotocol ${protocols} is invalid`);
+    }
+    this.url = url.href;
+    this.protocols = protocols;
+    FakeWebSocket.all.push(this);
+  }
+
+  /** @param {string} text */
+  send(text) {
+    if (!this.onmessage) throw new Error("sent on a socket that was given up");
+    this.sent.push(text);
+  }
+
+  close() {
+    this.live = false;
+  }
+
+  get token() {
+    return this.protocols[1].replace("bearer.", "");
+  }
+
+  // What the gateway does
+
+  open() {
+    this.onopen?.({});
+  }
+
+  /** @param {object} message */
+  say(message) {
+    this.onmessage?.({ data: JSON.stringify(message) });
+  }
+
+  /** Accept it and let it in. */
+  letIn({ recovered = true, last_event_id = "0" } = {}) {
+    this.open();
+    this.say({ type: "resumed", recovered, count: 0, last_event_id });
+  }
+
+  /** @param {number} code */
+  end(code, reason = "") {
+    this.live = false;
+    this.onclose?.({ code, reason });
+  }
+}
+
+/** A window, as far as the client looks at it. */
+export class FakePage extends EventTarget {
+  navigator = { onLine: true };
+  document = { visibilityState: "visible" };
+
+  /** @param {boolean} onLine */
+  network(onLine) {
+    this.navigator.onLine = onLine;
+    this.dispatchEvent(new Event(onLine ? "online" : "offline"));
+  }
+
+  /** @param {boolean} visible */
+  show(visible) {
+    this.document.visibilityState = visible ? "visible" : "hidden";
+    this.dispatchEvent(new Event("visibilitychange"));
+  }
+}
+
+/** Let what is ready run. */
+export const settle = () => new Promise((resolve) => setImmediate(resolve));
+
+const STEP = 100; // milliseconds
+
+/** Time that passes only when told to. */
+export class Clock {
+  #now = 1_790_000_000_000;
+
+  constructor() {
+    mock.timers.enable({ apis: ["setTimeout"] });
+    mock.method(Date, "now", () => this.#now);
+  }
+
+  get seconds() {
+    return this.#now / 1000;
+  }
+
+  /** @param {number} seconds */
+  async pass(seconds) {
+    await settle();
+    for (let left = Math.round(seconds * 1000); left > 0; left -= STEP) {
+      const step = Math.min(left, STEP);
+      this.#now += step;
+      mock.timers.tick(step);
+      await settle();
+    }
+  }
+
+  /** The device sleeps: time passes, and timers don't run. @param {number} seconds */
+  sleep(seconds) {
+    this.#now += seconds * 1000;
+  }
+}
+
+/** What `Math.random` says from now on. @param {number} value */
+export const draw = (value) => mock.method(Math, "random", () => value);
+
+/** @param {{ exp?: number, iat?: number, jti?: string }} claims */
+export const jwt = (claims) => `e30.${Buffer.from(JSON.stringify(claims)).toString("base64url")}.c2ln`;
+
+/** A client on fakes, with all that it told in order. */
+export class Driven {
+  /** @type {[string, any][]} */
+  told = [];
+  page = new FakePage();
+
+  /** @param {Partial<Options>} [options] */
+  constructor(options = {}) {
+    /** @param {string} name */
+    const note = (name) => (/** @type {any} */ detail) => this.told.push([name, detail]);
+    this.client = connect({
+      url: "wss://gateway.example/ws/waiter",
+      token: "token",
+      page: this.page,
+      WebSocket: /** @type {any} */ (FakeWebSocket),
+      onEvent: note("event"),
+      onGap: note("gap"),
+      onState: note("state"),
+      onClose: note("close"),
+      onRefused: note("refused"),
+      onError: note("error"),
+      ...options,
+    });
+  }
+
+  /** The newest one. */
+  get socket() {
+    return /** @type {FakeWebSocket} */ (FakeWebSocket.all.at(-1));
+  }
+
+  /** @param {string} name */
+  of(name) {
+    return this.told.filter(([told]) => told === name).map(([, detail]) => detail);
+  }
+}
