@@ -29,6 +29,7 @@ OURS = {  # beside the contract's
     "WS_MAX_CONNECTIONS_PER_ADDRESS": 0,
     "WS_MAX_FAILED_LOGINS": 0,
     "WS_PROXY_HOPS": 0,
+    "WS_TRACING": False,
     "SECTOR_TABLE": "waiter_sector_assignment",
     "SECTOR_COLUMNS": (),
     "SERVICE_TIME_ZONE": "UTC",
@@ -491,3 +492,12 @@ def test_a_key_is_bound_to_its_algorithms() -> None:
 def test_poison_is_not_copied_to_where_it_came_from(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InvalidSettings, match="REDIS_DLQ_STREAM is one of REDIS_STREAMS"):
         load(monkeypatch, REDIS_DLQ_STREAM="b", REDIS_STREAMS="a,b")
+
+
+def test_tracing_without_what_it_needs_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trio_gateway.settings._OTEL", ("trio_gateway.no_such", "no.such"))
+    monkeypatch.setenv("WS_TRACING", "true")
+    with pytest.raises(InvalidSettings, match=r"WS_TRACING needs .*trio-gateway\[otel\]"):
+        load_settings()
+    monkeypatch.setenv("WS_TRACING", "false")
+    assert load_settings().ws_tracing is False

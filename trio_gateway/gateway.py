@@ -209,6 +209,12 @@ class Gateway(QuartTrio):
             if self.roster is not None:
                 listeners[self.roster.channel] = self.roster.hear
                 stack.callback(self.roster.close)
+            if settings.ws_tracing:
+                from .edges.tracing import open_tracing  # an extra, and nothing while it is off
+
+                self.dispatch.observe = await stack.enter_async_context(
+                    open_tracing(settings.routes)
+                )
             address = Address.from_url(settings.redis_url)
             self.pubsub = PubSub(
                 address, settings.redis_channel_patterns, self.intake, self.heard,

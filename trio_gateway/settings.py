@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Mapping
 from datetime import time
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import parse_qs, urlsplit
@@ -103,6 +104,7 @@ class Settings(BaseSettings):
     ws_drop_alarm_threshold: Annotated[float, Field(ge=0, le=1)] = 0.05
     ws_drop_alarm_cooldown: _Seconds = 300
     ws_routes_file: Path | None = None
+    ws_tracing: bool = False  # needs the extra otel
     ws_max_handshakes: _Count = 1000  # in progress at a time
     ws_max_connections_per_address: Annotated[int, Field(ge=0)] = 0  # 0 = off
     ws_max_failed_logins: Annotated[int, Field(ge=0)] = 0  # per address and minute; 0 = off
@@ -215,6 +217,8 @@ class Settings(BaseSettings):
             problems.append("JWT_ALGORITHMS names a signature: set JWT_PUBLIC_KEY or JWT_JWKS_URL")
         if self.redis_dlq_stream in self.redis_streams:
             problems.append("REDIS_DLQ_STREAM is one of REDIS_STREAMS: each copy would be copied")
+        if self.ws_tracing and not all(map(_is_installed, _OTEL)):
+            problems.append("WS_TRACING needs more: pip install 'trio-gateway[otel]'")
         if self.production:
             problems += self._production_problems()
         # Read now, so that a mistake in them stops the start.
@@ -416,6 +420,16 @@ _WELL_KNOWN = (
     "a-string-secret-at-least-256-bits-long", "your-256-bit-secret", "your-secret", "your_secret",
     "your-super-secret", "change-me", "changeme", "change_me", "change-this", "change-in-prod",
 )  # fmt: skip
+
+
+_OTEL = ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http")
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # not even what it would be in
+        return False
 
 
 def _is_open(redis_url: str) -> bool:

@@ -63,6 +63,7 @@ class Dispatch:
         self.duplicate = self.unheard = self.unknown_type = 0
         self.duration = Histogram()  # of one batch
         self.latency = Histogram()  # of each event, from hearing it to its last write
+        self.observe: Callable[[Sequence[Event], float], None] | None = None  # what was delivered
 
     async def run(self, queue: EventQueue, batch_size: int) -> NoReturn:
         """Deliver what comes; return only when cancelled."""
@@ -81,6 +82,8 @@ class Dispatch:
                 self.duration.observe(ended - started)
             for event in fresh:
                 self.latency.observe(ended - event.heard_at)
+            if self.observe is not None:
+                self.observe(fresh, ended)
             queue.done(len(batch))
 
     async def deliver(self, batch: Sequence[Event]) -> list[Event]:

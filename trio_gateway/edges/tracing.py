@@ -1,0 +1,151 @@
+"""Tracing (the extra ``otel``): a span for each event, from hearing it to its last write.
+
+Nobody imports this module while ``WS_TRACING`` is off. Where the spans go, and how many of them,
+say OpenTelemetry's own ``OTEL_*`` variables.
+"""
+
+import logging
+import os
+import re
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Final
+
+import msgspec
+import structlog
+import trio
+from opentelemetry import trace
+from opentelemetry.context import Context
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import SERVICE_NAME, Resource
+from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+from .. import __version__
+from ..core.events import Event
+from ..core.routing import ROUTES, Route, route
+
+log = structlog.get_logger()
+
+LAST_FLUSH: Final = 2.0  # seconds for what is not exported yet when the gateway stops
+
+# https://www.w3.org/TR/trace-context/#traceparent-header, 3.2.2
+_TRACEPARENT: Final = re.compile(r"00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
+_LATER: Final = re.compile(
+    r"(?!00|ff)[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(?:-.*)?"
+)
+
+_BEGIN: Final = Context()
+Observe = Callable[[Sequence[Event], float], None]
+
+
+class _Carrier(msgspec.Struct, gc=False):
+    traceparent: Any = None
+
+
+_decode: Final = msgspec.json.Decoder(_Carrier).decode
+
+
+class Tracing:
+    """Makes the spans. A ``processor`` takes what has ended; it must not block."""
+
+    def __init__(self, processor: SpanProcessor, routes: Mapping[str, Route] = ROUTES) -> None:
+        # Only ours: whoever else uses OpenTelemetry in this process has a provider of their own.
+        self._provider = TracerProvider(resource=_resource(), shutdown_on_exit=False)
+        self._provider.add_span_processor(processor)
+        self._tracer = self._provider.get_tracer("trio_gateway", __version__)
+        self._routes = routes
+
+    def observe(self, events: Sequence[Event], ended: float) -> None:
+        """They have been delivered; ``ended`` is on Trio's clock, and is now."""
+        now = time.time_ns()
+        for event in events:
+            origin = read_traceparent(event.payload)
+            span = self._tracer.start_span(
+                f"deliver {event.type}" if event.type in self._routes else "deliver",
+                # A new trace if it names none; never one that happens to be current here.
+                _BEGIN
+                if origin is None
+                else trace.set_span_in_context(trace.NonRecordingSpan(origin), _BEGIN),
+                trace.SpanKind.CONSUMER,
+                self._attributes(event),
+                [] if origin is None else [trace.Link(origin)],
+                start_time=now - round((ended - event.heard_at) * 1e9),
+            )
+            span.end(now)
+
+    def _attributes(self, event: Event) -> dict[str, str | int | bool]:
+        found: dict[str, str | int | bool] = {
+            "messaging.system": "redis",
+            "messaging.operation.type": "process",
+            "messaging.destination.name": event.channel,
+            "gateway.source": "pubsub" if event.stream is None else "stream",
+            "gateway.event.type": event.type,
+            "gateway.event.bytes": len(event.payload),
+            "gateway.tenant": event.tenant,
+            "gateway.branch": event.branch,
+            "gateway.durable": event.event_id is not None,
+            "gateway.audiences": len(route(event, self._routes)),
+        }
+        if (name := event.event_id or event.id) is not None:
+            found["messaging.message.id"] = name
+        return found
+
+    def close(self) -> None:
+        """Export what is left; blocks."""
+        self._provider.shutdown()
+
+
+def read_traceparent(payload: bytes) -> trace.SpanContext | None:
+    """The span that an event says it comes from, in its key ``traceparent``; None if it says
+    nothing, or what is no ``traceparent``.
+    """
+    if b'"traceparent"' not in payload:
+        return None
+    try:
+        said = _decode(payload).traceparent
+    except msgspec.DecodeError:
+        return None
+    if not isinstance(said, str):
+        return None
+    if (found := _TRACEPARENT.fullmatch(said) or _LATER.fullmatch(said)) is None:
+        return None
+    context = trace.SpanContext(
+        int(found[1], 16), int(found[2], 16), True, trace.TraceFlags(int(found[3], 16) & 1)
+    )
+    return context if context.is_valid else None  # zeros are not
+
+
+@asynccontextmanager
+async def open_tracing(routes: Mapping[str, Route]) -> AsyncIterator[Observe]:
+    """What Dispatch tells of delivered events; a thread of its own sends the spans over OTLP."""
+    _tell_of_trouble()
+    tracing = Tracing(BatchSpanProcessor(OTLPSpanExporter()), routes)
+    log.info("tracing")
+    try:
+        yield tracing.observe
+    finally:
+        with trio.move_on_after(LAST_FLUSH, shield=True):
+            await trio.to_thread.run_sync(tracing.close, abandon_on_cancel=True)
+
+
+def _resource() -> Resource:
+    named = "OTEL_SERVICE_NAME" in os.environ or "service.name=" in os.environ.get(
+        "OTEL_RESOURCE_ATTRIBUTES", ""
+    )
+    return Resource.create({} if named else {SERVICE_NAME: "trio-gateway"})
+
+
+class _Trouble(logging.Handler):
+    """Says in our log, redacted, what the exporter can't do."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        log.warning("tracing trouble", error=record.getMessage())
+
+
+def _tell_of_trouble() -> None:
+    logger = logging.getLogger("opentelemetry")
+    if not any(isinstance(each, _Trouble) for each in logger.handlers):
+        logger.addHandler(_Trouble(logging.WARNING))
+    logger.propagate = False
