@@ -673,6 +673,23 @@ async def test_slow_client_is_told_if_what_it_waits_for_is_forgotten(
     assert client.said.count(GAP) == 1
 
 
+async def test_slow_client_hears_what_a_stream_made_anew_brings(
+    autojump_clock: MockClock, world: World
+) -> None:
+    await world.publish(*range(1, 501), entity="x" * 100)
+    client = await world.connect(place(0), socket=FakeSocket(room=0))
+    world.history.restart(A, since=at(501), end=at(100))  # of which nobody knows what was lost
+    client.connection.cursor = world.history.end
+    client.connection.send(json.dumps(GAP).encode())
+    await world.publish(101, 102)  # places that the stream had before
+    client.socket.read(math.inf)
+    await wait_all_tasks_blocked()
+
+    assert client.heard[-2:] == [101, 102]
+    assert client.said[-3] == GAP
+    assert not world.hub.held
+
+
 async def test_replay_that_has_all_is_not_said_to_have_a_gap_when_its_past_is_forgotten(
     autojump_clock: MockClock,
     nursery: trio.Nursery,

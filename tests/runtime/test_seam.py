@@ -395,6 +395,16 @@ def test_client_gets_each_durable_event_once_and_in_order_or_is_told(
     play(script, events, age)
 
 
+def test_client_that_catches_up_is_told_of_a_gap_behind_all_that_came_before_it() -> None:
+    for ticks in (0, 0, 0, 0, 1, 1, 1, 1, 1, 1):  # Trio runs the tasks that are ready in any order
+        script: list[Step] = [
+            ("wait", 0, 2000), *(("leave", n, 0) for n in range(4)),
+            *(("resume", n, 10**9) for n in range(4)), ("run", 0, ticks),
+            ("publish", 0, 1), ("lose", 0, 0), ("publish", 0, 1),
+        ]  # fmt: skip
+        play(script, events=100_000, age=10**6)
+
+
 def test_client_that_nothing_happens_to_but_reconnects_is_told_of_no_gap() -> None:
     script: list[Step] = []
     for n in range(30):

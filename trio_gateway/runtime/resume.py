@@ -74,7 +74,7 @@ class Replays:
             self._let_go(connection)
         else:
             connection.resuming = True
-            connection.start(self._catch_up, connection, missed, self._history.end)
+            connection.start(self._catch_up, connection, [], {})
 
     def ask(self, connection: Connection, last_event_id: str | None) -> None:
         """It asks to resume in a message: that must be its first."""
@@ -158,7 +158,10 @@ class Replays:
         meanwhile, until nothing is left.
         """
         while not connection.ending:
+            cursor = connection.cursor
             await connection.wait_written()
+            if connection.cursor is not cursor:  # told of a gap: what was before it is over
+                missed, upto = self._missed(connection), self._history.end
             if missed:
                 chunk, missed = _first(missed)
                 self._write(connection, chunk)
