@@ -324,7 +324,8 @@ def free_port() -> int:
 
 def environment(redis_url: str, **settings: str) -> dict[str, str]:
     """The environment of a gateway process of its own."""
-    kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+    names = ("PATH", "HOME", "LANG", "PYTHONPATH")  # the last: the same code as in this process
+    kept = {name: os.environ[name] for name in names if name in os.environ}
     measured = {name: value for name, value in os.environ.items() if name.startswith("COV")}
     return {
         **kept,
