@@ -33,7 +33,12 @@ def sample(gateway: "Gateway") -> Sample:
             "wsgateway_broadcasts_failed_total": dispatch.failed,
             "wsgateway_events_received_total": {"pubsub": 0, "stream": 0} | intake.received,
             "wsgateway_events_processed_total": dispatch.processed,
-            "wsgateway_events_dropped_total": gateway.heard.dropped,
+            "wsgateway_events_dropped_total": gateway.heard.dropped + gateway.heard.over_rate,
+            "wsgateway_events_dropped_by_source_total": {
+                "pubsub,queue_full": gateway.heard.dropped,
+                "pubsub,tenant_rate": gateway.heard.over_rate,
+                "stream,queue_full": gateway.read.dropped,  # which waits instead
+            },
             "wsgateway_events_invalid_total": intake.invalid,
             "wsgateway_events_duplicate_total": dispatch.duplicate,
             "wsgateway_events_unheard_total": dispatch.unheard,

@@ -24,7 +24,7 @@ from quart_trio.asgi import TrioASGILifespan
 from . import figures
 from .core.audiences import Endpoint, Principal, SectorId
 from .core.closing import Close, Rejected
-from .core.limits import DropAlarm
+from .core.limits import DropAlarm, LogLimit, TenantRate
 from .core.messages import GAP, Message, Renew, Said, auth_ok, sectors_updated
 from .core.resilience import Breaker
 from .edges import line, sse, web
@@ -114,6 +114,7 @@ class Gateway(QuartTrio):
                 settings.ws_drop_alarm_threshold,
                 settings.ws_drop_alarm_cooldown,
             ),
+            TenantRate(settings.ws_tenant_event_rate) if settings.ws_tenant_event_rate else None,
         )
         self.read = EventQueue(settings.redis_event_queue_size)  # from streams
         self.history = History(
@@ -148,6 +149,7 @@ class Gateway(QuartTrio):
         self.siblings: Siblings | None = None
         self.rejected: Counter[str] = Counter()  # by reason
         self.refused: Counter[int] = Counter()  # upgrades, by HTTP status
+        self.log_limit = LogLimit()
         self.heads: Turnstile[line.Shaken] = Turnstile(settings.ws_max_handshakes)
         self.admissions: Turnstile[Principal] = Turnstile(settings.ws_max_handshakes)
         self.accept_timeout = settings.ws_accept_timeout

@@ -1,8 +1,11 @@
+from collections.abc import Iterable
+from itertools import accumulate
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trio_gateway.core.limits import DropAlarm, LogLimit, RateLimit
+from trio_gateway.core.limits import DropAlarm, LogLimit, RateLimit, TenantRate
 
 
 def test_20_messages_in_a_second_are_fine_and_the_21st_is_not() -> None:
@@ -106,3 +109,66 @@ def test_one_kind_of_line_does_not_hold_back_another() -> None:
 
     assert [limit.allows(kind, 5.0) for kind in ("a", "b", "a", "b")] == [0, 0, None, None]
     assert [limit.allows(kind, 15.0) for kind in ("a", "b")] == [1, 1]
+
+
+def allowed(rate: TenantRate, times: Iterable[float], tenant: int = 1) -> list[float]:
+    return [t for t in times if not rate.exceeded(tenant, t)]
+
+
+def test_tenant_may_say_a_seconds_worth_at_once_and_then_at_its_rate() -> None:
+    rate = TenantRate(4)
+
+    assert len(allowed(rate, [100.0] * 9)) == 4
+    assert allowed(rate, [100.125, 100.25, 100.375, 100.5, 100.5, 101.0]) == [100.25, 100.5, 101.0]
+    assert len(allowed(rate, [200.0] * 9)) == 4
+
+
+def test_rate_below_one_is_one_event_in_so_many_seconds() -> None:
+    assert allowed(TenantRate(0.25), map(float, range(10))) == [0, 4, 8]
+
+
+def test_tenant_at_its_rate_is_never_over_it() -> None:
+    rate = TenantRate(3)
+
+    assert len(allowed(rate, (i / 3 for i in range(10_000)))) == 10_000
+
+
+def test_what_was_refused_does_not_count() -> None:
+    rate = TenantRate(2)
+
+    assert allowed(rate, (i / 100 for i in range(300))) == [0, 0.01, 0.5, 1.0, 1.5, 2.0, 2.5]
+
+
+@given(gaps, st.sampled_from([0.5, 1, 2, 3, 10]))
+def test_tenant_is_bounded_by_a_burst_and_its_rate(gaps: list[float], most: float) -> None:
+    rate, times = TenantRate(most), list(accumulate(gaps, initial=0.0))
+    passed = allowed(rate, times)
+    for i, first in enumerate(passed):
+        for n, last in enumerate(passed[i:], 1):
+            assert n <= max(1, most) + (last - first) * most + 1e-6
+
+
+def test_one_tenants_rate_is_not_anothers() -> None:
+    rate = TenantRate(1)
+
+    assert not rate.exceeded(1, 5.0)
+    assert rate.exceeded(1, 5.5)
+    assert not rate.exceeded(2, 5.5)
+
+
+def test_only_who_has_said_something_lately_is_remembered() -> None:
+    rate = TenantRate(10)
+    for tenant in range(100_000):
+        rate.exceeded(tenant, tenant / 1000)  # each once, a thousand a second
+
+    assert len(rate) <= 1001
+    rate.exceeded(99_999, 99.999)
+    for _ in range(20):
+        rate.exceeded(99_999, 99.999)
+    assert rate.exceeded(99_999, 99.999)  # and who is over it is
+
+
+def test_alarms_are_a_second_apart_even_without_a_cooldown() -> None:
+    drops = DropAlarm(window=60, threshold=0, cooldown=0.001)
+
+    assert sum(drops.note(i / 100, dropped=True) for i in range(301)) == 4

@@ -1,4 +1,4 @@
-"""Dispatch: the queue's two ways to be full, and each event once to whoever may hear it."""
+"""Dispatch: each event once to whoever may hear it."""
 
 import json
 import math
@@ -14,7 +14,6 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from trio_gateway.core.audiences import Endpoint, Principal, audiences_of
 from trio_gateway.core.events import Event
-from trio_gateway.core.limits import DropAlarm
 from trio_gateway.core.routing import ROUTES, Route, To, route
 from trio_gateway.runtime.connection import Connection, Terms
 from trio_gateway.runtime.dispatch import Dispatch, join
@@ -43,175 +42,6 @@ async def connect(
     nursery.start_soon(client.run, socket, hub)
     await wait_all_tasks_blocked()
     return socket
-
-
-# The queue
-
-
-async def test_offer_drops_the_oldest(autojump_clock: MockClock) -> None:
-    queue = EventQueue(3)
-    for n in range(5):
-        queue.offer(numbered(n))
-
-    assert (queue.depth, queue.dropped, queue.capacity) == (3, 2, 3)
-    assert numbers(await queue.take(9)) == [2, 3, 4]
-
-
-async def test_put_waits_for_room(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
-    queue = EventQueue(2)
-    await queue.put(numbered(0))
-    await queue.put(numbered(1))
-    with trio.move_on_after(5) as scope:
-        await queue.put(numbered(2))
-    assert scope.cancelled_caught
-
-    nursery.start_soon(queue.put, numbered(3))
-    await wait_all_tasks_blocked()
-    assert numbers(await queue.take(1)) == [0]
-    assert numbers(await queue.take(9)) == [1, 3]
-    assert queue.dropped == 0
-
-
-async def test_take_returns_what_is_there_and_never_waits_for_more(
-    autojump_clock: MockClock,
-) -> None:
-    queue = EventQueue(9)
-    for n in range(5):
-        queue.offer(numbered(n))
-
-    assert numbers(await queue.take(3)) == [0, 1, 2]
-    assert numbers(await queue.take(3)) == [3, 4]
-    assert trio.current_time() == 0
-
-
-async def test_take_waits_for_the_first(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
-    queue = EventQueue(9)
-    took: list[tuple[float, list[int]]] = []
-
-    async def take() -> None:
-        took.append((trio.current_time(), numbers(await queue.take(9))))
-        took.append((trio.current_time(), []))
-
-    nursery.start_soon(take)
-    await trio.sleep(7)
-    queue.offer(numbered(0))
-    await wait_all_tasks_blocked()
-
-    assert took == [(0, [0]), (7, [])]
-
-
-async def test_queue_is_idle_when_all_is_delivered(
-    autojump_clock: MockClock, nursery: trio.Nursery
-) -> None:
-    queue = EventQueue(9)
-    idle: list[float] = []
-
-    async def wait() -> None:
-        await queue.wait_idle()
-        idle.append(trio.current_time())
-
-    await wait()  # nothing was added yet
-    await queue.put(numbered(0))
-    queue.offer(numbered(1))
-    for _ in range(3):  # each of those who wait
-        nursery.start_soon(wait)
-    await trio.sleep(1)
-    await queue.take(1)
-    await trio.sleep(1)
-    queue.done(1)
-    await trio.sleep(1)
-    await queue.take(1)
-    await trio.sleep(1)
-    assert idle == [0]
-    queue.done(1)
-    await wait_all_tasks_blocked()
-    assert idle == [0, 4, 4, 4]
-
-
-async def test_queue_is_not_idle_while_an_event_is_on_its_way(
-    autojump_clock: MockClock, nursery: trio.Nursery
-) -> None:
-    queue = EventQueue(9)
-    delivered: list[int] = []
-
-    async def deliver() -> None:
-        while True:
-            batch = await queue.take(9)
-            delivered.extend(numbers(batch))
-            queue.done(len(batch))
-
-    for n in range(20):  # Trio runs the tasks that are ready in random order
-        queue.offer(numbered(n))  # taken from the buffer
-        if not n % 10:
-            nursery.start_soon(deliver)
-        await queue.wait_idle()
-        assert delivered[-1] == n
-        await wait_all_tasks_blocked()
-        await queue.put(numbered(-n))  # handed to the task that waits
-        await queue.wait_idle()
-        assert delivered[-1] == -n
-        await wait_all_tasks_blocked()
-
-
-async def test_queue_is_not_idle_while_somebody_waits_for_room(
-    autojump_clock: MockClock, nursery: trio.Nursery
-) -> None:
-    queue = EventQueue(1)
-    for n in range(3):
-        nursery.start_soon(queue.put, numbered(n))
-    await wait_all_tasks_blocked()
-
-    for _ in range(3):
-        with trio.move_on_after(1) as scope:
-            await queue.wait_idle()
-        assert scope.cancelled_caught
-        await queue.take(1)
-        queue.done(1)
-    await queue.wait_idle()
-    assert trio.current_time() == 3
-
-
-async def test_queue_is_idle_though_somebody_gave_up_waiting_for_room(
-    autojump_clock: MockClock,
-) -> None:
-    queue = EventQueue(1)
-    await queue.put(numbered(0))
-    with trio.move_on_after(1):
-        await queue.put(numbered(1))
-
-    queue.done(len(await queue.take(9)))
-    await queue.wait_idle()
-
-    assert trio.current_time() == 1
-
-
-async def test_queue_is_idle_once_the_last_gives_up_waiting_for_room(
-    autojump_clock: MockClock, nursery: trio.Nursery
-) -> None:
-    queue = EventQueue(1)
-    await queue.put(numbered(0))
-    async with trio.open_nursery() as putters:
-        putters.start_soon(queue.put, numbered(1))
-        await wait_all_tasks_blocked()
-        queue.offer(numbered(2))
-        putters.cancel_scope.cancel()
-    queue.done(len(await queue.take(9)))
-
-    await queue.wait_idle()
-
-
-async def test_too_many_drops_raise_an_alarm(autojump_clock: MockClock) -> None:
-    queue = EventQueue(100, DropAlarm(window=60, threshold=0.05, cooldown=300))
-
-    with capture_logs() as logs:
-        for n in range(105):
-            queue.offer(numbered(n, heard_at=1.0))
-        assert logs == []
-        for n in range(105, 200):
-            queue.offer(numbered(n, heard_at=2.0))
-
-    assert [log["event"] for log in logs] == ["dropping events"]
-    assert logs[0]["capacity"] == 100
 
 
 # Who hears what
@@ -476,6 +306,42 @@ async def test_duplicates_are_dropped_and_counted(
     assert dispatch.processed == 2
     assert sum(dispatch.latency.counts) == 2
     assert sum(dispatch.duration.counts) == 1
+
+
+async def test_copy_that_waits_long_is_a_copy_all_the_same(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    hub, queue = Hub(), EventQueue(99)
+    socket = await connect(nursery, hub, make_principal())
+    dispatch = Dispatch(hub)
+    queue.offer(numbered(1, heard_at=0.0, channel="channel:branch:1:waiters"))
+    queue.offer(numbered(1, heard_at=0.1, channel="channel:branch:1:admin"))
+    await trio.sleep(10)
+    queue.offer(numbered(2, heard_at=10.0, tenant_id=2))  # has its turn between the two
+    nursery.start_soon(dispatch.run, queue, 50)
+    await queue.wait_idle()
+
+    assert heard(socket) == [1]
+    assert dispatch.duplicate == 1
+
+
+async def test_slow_deliveries_are_logged_once_a_second(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    hub, queue = Hub(), EventQueue(999)
+    for _ in range(60):
+        await connect(nursery, hub, make_principal(), Jumping(autojump_clock))
+    dispatch = Dispatch(hub, timeout=0.1, writes_per_checkpoint=1)
+    nursery.start_soon(dispatch.run, queue, 1)
+    with capture_logs() as logs:
+        for n in range(100):
+            queue.offer(numbered(n))
+        await queue.wait_idle()
+    seconds = trio.current_time()
+
+    assert dispatch.failed == 100
+    assert 1 <= len(logs) <= seconds + 1
+    assert sum(log["held_back"] for log in logs) >= 100 - len(logs) - 20
 
 
 async def test_batches_are_bounded(autojump_clock: MockClock, nursery: trio.Nursery) -> None:

@@ -44,7 +44,7 @@ KINDS: tuple[dict[str, Any], ...] = (
     {"type": "ROUND_READY", "session_id": 456},  # all four
     {"type": "ROUND_SUBMITTED", "sector_id": 5},  # waiter and admin
     {"type": "ENTITY_UPDATED"},  # admin
-    {"type": "ROUND_READY", "branch_id": 2},  # nobody
+    {"type": "ROUND_READY", "tenant_id": 2, "session_id": 456},  # another tenant's: nobody
     {"type": "CART_SYNC", "session_id": 456},  # diner, not durable
 )
 Step = tuple[str, int, int]  # what, who or which kind, how much

@@ -1,5 +1,6 @@
 """Duplicates: one content on several channels is one event."""
 
+import math
 from collections import deque
 from collections.abc import Iterator
 from typing import Final
@@ -28,6 +29,9 @@ class Duplicates:
     """
 
     def __init__(self) -> None:
+        # When the first of the events that are still to come was heard, if they do not come in
+        # the order of their hearing: what it may be a copy of must be remembered till then.
+        self.oldest = math.inf
         self._ids: dict[int, tuple[float, int]] = {}
         self._contents: dict[int, list[_Occurrence]] = {}
         self._order: deque[tuple[float, int]] = deque()  # by first hearing
@@ -43,7 +47,7 @@ class Duplicates:
         """The mark with which this event was remembered when it was first heard, or None if it is
         now: then it is remembered with this one.
         """
-        self._forget(event.heard_at)
+        self._forget(min(event.heard_at, self.oldest))
         if event.id is not None:
             key = hash((event.tenant, event.id))
             heard_at, before = self._ids.get(key, _NEVER)

@@ -1,6 +1,10 @@
-"""Limits: how much a client may say, and how many dropped events are an alarm."""
+"""Limits: how much a client or a tenant may say, what is an alarm, and how often it is logged."""
 
 from collections import deque
+from typing import Final
+
+_FEW: Final = 1000  # tenants that need no sweeping
+_ROUNDING: Final = 1e-9  # seconds
 
 
 class RateLimit:
@@ -24,15 +28,41 @@ class RateLimit:
         return len(times) == times.maxlen and now - times[0] < self._window
 
 
+class TenantRate:
+    """At most ``rate`` events a second of each tenant: a token bucket that holds one second's
+    worth, and one event at least. Only who has said something lately is remembered.
+    """
+
+    def __init__(self, rate: float) -> None:
+        self._interval = 1 / rate
+        self._depth = max(1.0, self._interval) - self._interval  # seconds ahead of its rate
+        self._ahead: dict[int, float] = {}  # until when each tenant is: its bucket is full then
+        self._sweep_at = _FEW
+
+    def __len__(self) -> int:
+        return len(self._ahead)
+
+    def exceeded(self, tenant: int, now: float) -> bool:
+        """Whether this event is one too many; if not, it is counted."""
+        until = self._ahead.get(tenant, now)
+        if until - now > self._depth + _ROUNDING:
+            return True
+        self._ahead[tenant] = max(until, now) + self._interval
+        if len(self._ahead) > self._sweep_at:
+            self._ahead = {who: until for who, until in self._ahead.items() if until > now}
+            self._sweep_at = max(_FEW, 2 * len(self._ahead))
+        return False
+
+
 class DropAlarm:
     """Raised when more than ``threshold`` (a share) of the events of the last ``window`` seconds
-    were dropped; at most once per ``cooldown`` seconds.
+    were dropped; at most once per ``cooldown`` seconds, and once a second.
     """
 
     def __init__(self, window: float, threshold: float, cooldown: float) -> None:
         self._window = window
         self._threshold = threshold
-        self._cooldown = cooldown
+        self._cooldown = max(1.0, cooldown)
         self._seconds: deque[list[float]] = deque()  # [when, heard, dropped], one a second
         self._raised_at = float("-inf")
         self.heard = 0  # within the window

@@ -29,7 +29,7 @@ _ABANDONED: Final = 3600.0  # seconds without a word from any of its workers
 
 class _Counter(NamedTuple):
     help: str
-    label: str | None = None
+    label: str | None = None  # or several, as their values are: separated by commas
 
 
 class _Gauge(NamedTuple):
@@ -55,7 +55,8 @@ METRICS: Final[Mapping[str, _Counter | _Gauge | _Histogram]] = {
     "wsgateway_broadcasts_failed_total": _Counter("Events whose delivery took too long"),
     "wsgateway_events_received_total": _Counter("Events heard, valid or not", "source"),
     "wsgateway_events_processed_total": _Counter("Events dispatched, duplicates left out"),
-    "wsgateway_events_dropped_total": _Counter("Events dropped because the queue was full"),
+    "wsgateway_events_dropped_total": _Counter("Events dropped before they were delivered"),
+    "wsgateway_events_dropped_by_source_total": _Counter("The same, and why", "source,reason"),
     "wsgateway_events_invalid_total": _Counter("What was published and is no event", "reason"),
     "wsgateway_events_duplicate_total": _Counter("Copies of events that were heard before"),
     "wsgateway_events_unheard_total": _Counter("Events nobody heard, or whose sector nobody has"),
@@ -112,7 +113,7 @@ class _Collector(prometheus_client.registry.Collector):
                 yield self._numbers(name, kind)
 
     def _numbers(self, name: str, kind: _Counter | _Gauge) -> Metric:
-        labels = [kind.label] if kind.label else []
+        labels = kind.label.split(",") if kind.label else []
         family: GaugeMetricFamily | CounterMetricFamily
         if isinstance(kind, _Gauge):
             family = GaugeMetricFamily(name, kind.help, labels=labels)
@@ -127,7 +128,7 @@ class _Collector(prometheus_client.registry.Collector):
                 largest = isinstance(kind, _Gauge) and kind.over_workers == "max"
                 merged[value] = max(before, number) if largest else before + number
         for value, number in sorted(merged.items()):
-            family.add_metric([value] if kind.label else [], number)
+            family.add_metric(value.split(",", len(labels) - 1) if labels else [], number)
         return family
 
     def _histogram(self, name: str, kind: _Histogram) -> Metric:

@@ -14,6 +14,7 @@ from ..core.audiences import Audience, floor, waiters
 from ..core.duplicates import Duplicates
 from ..core.events import Event
 from ..core.histogram import Histogram
+from ..core.limits import LogLimit
 from ..core.messages import GAP
 from ..core.routing import ROUTES, UNKNOWN, Route, route
 from .history import History
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from .connection import Connection
 
 log = structlog.get_logger()
+
+LOOK_BACK: Final = 1.0  # seconds
 
 # An event to be delivered, its audiences, and the last connection that has heard a copy of it.
 _Planned = tuple[Event, list[Audience], int]
@@ -59,6 +62,9 @@ class Dispatch:
         # One batch after the other, whichever queue it is from: an event on Pub/Sub has reached
         # everybody before those that follow its copy in the stream do.
         self._turn = trio.Lock()
+        self._queues: list[EventQueue] = []  # that it takes from
+        self._looked_back_at = -math.inf
+        self._log_limit = LogLimit()
         self.processed = self.broadcasts = self.failed = self.deliveries = 0
         self.duplicate = self.unheard = self.unknown_type = 0
         self.duration = Histogram()  # of one batch
@@ -67,17 +73,20 @@ class Dispatch:
 
     async def run(self, queue: EventQueue, batch_size: int) -> NoReturn:
         """Deliver what comes; return only when cancelled."""
+        self._queues.append(queue)
         while True:
-            batch = await queue.take(batch_size)
+            await queue.wait()
             fresh: list[Event] = []
             async with self._turn:
                 started = trio.current_time()
+                self._look_back(started)
+                batch = queue.take(batch_size)
                 with trio.move_on_after(self._timeout) as scope:
                     fresh = await self.deliver(batch)
                 ended = trio.current_time()
             if scope.cancelled_caught:
                 self.failed += len(batch)
-                log.error("delivery took too long", events=len(batch), seconds=self._timeout)
+                self._log_failure(len(batch))
             if fresh or scope.cancelled_caught:
                 self.duration.observe(ended - started)
             for event in fresh:
@@ -85,6 +94,22 @@ class Dispatch:
             if self.observe is not None:
                 self.observe(fresh, ended)
             queue.done(len(batch))
+
+    def _look_back(self, now: float) -> None:
+        """Once a second: how long ago what still waits was heard, for its copies are remembered
+        until it has come. No event that comes later can have been heard earlier than that.
+        """
+        if now - self._looked_back_at >= LOOK_BACK:
+            self._looked_back_at = now
+            oldest = min(now, *(queue.oldest for queue in self._queues))
+            self._duplicates.oldest = self._kept.oldest = oldest
+
+    def _log_failure(self, events: int) -> None:
+        held_back = self._log_limit.allows("failed", trio.current_time())
+        if held_back is not None:
+            log.error(
+                "delivery took too long", events=events, seconds=self._timeout, held_back=held_back
+            )
 
     async def deliver(self, batch: Sequence[Event]) -> list[Event]:
         """Hand each event to whoever may hear it, each connection once, in one write; return

@@ -1,12 +1,16 @@
-"""The queue: events that were heard and wait for dispatch."""
+"""The queue: events that were heard and wait for dispatch, taken from tenant after tenant."""
 
+import math
+from collections import deque
 from typing import Final
 
 import structlog
 import trio
 
+from ..core.audiences import TenantId
 from ..core.events import Event
-from ..core.limits import DropAlarm
+from ..core.limits import DropAlarm, LogLimit, TenantRate
+from ..core.positions import Stream
 
 log = structlog.get_logger()
 
@@ -14,68 +18,104 @@ MAX_BATCH_BYTES: Final = 262_144  # of payloads, about
 
 
 class EventQueue:
-    """Events that were heard and wait to be delivered: a bounded memory channel.
+    """Events that were heard and wait to be delivered, ``capacity`` of them at most.
 
-    :meth:`offer` drops the oldest when full and is for what is lost anyhow if nobody listens
-    (Pub/Sub); :meth:`put` waits, and is for what Redis keeps meanwhile (streams). One queue is
-    filled by one of them only, or a drop could take what was to wait.
+    :meth:`offer` drops when full and is for what is lost anyhow if nobody listens (Pub/Sub);
+    :meth:`put` waits, and is for what Redis keeps meanwhile (streams). One queue is filled by one
+    of them only, or a drop could take what was to wait.
+
+    Each tenant's events wait in a lane of their own, and the lanes are taken from in turn, so
+    that nobody waits behind another's flood. A stream is one lane, whoever its events are for:
+    its order is what clients resume by.
     """
 
-    def __init__(self, capacity: int, alarm: DropAlarm | None = None) -> None:
-        self._put, self._take = trio.open_memory_channel[Event](capacity)
+    def __init__(
+        self, capacity: int, alarm: DropAlarm | None = None, rate: TenantRate | None = None
+    ) -> None:
+        self._lanes: dict[Stream | TenantId, deque[Event]] = {}
+        self._turns: deque[Stream | TenantId] = deque()  # the lanes; the next one comes first
+        self._largest: deque[Event] = deque()  # a lane that had most waiting when it was looked for
+        self._blocked: dict[trio.lowlevel.Task, Event] = {}  # who waits for room, with what
+        self._news = trio.Event()
         self._alarm = alarm
+        self._rate = rate
+        self._log_limit = LogLimit()
         self._undelivered = 0
         self._idle = trio.Event()
         self.capacity = capacity
-        self.dropped = 0
+        self.depth = 0
+        self.dropped = 0  # because it was full
+        self.over_rate = 0  # dropped because their tenant has more than its rate
 
     @property
-    def depth(self) -> int:
-        return self._put.statistics().current_buffer_used
+    def oldest(self) -> float:
+        """When the first of those that wait was heard; infinity if none does."""
+        waiting = [lane[0].heard_at for lane in self._lanes.values() if lane]
+        waiting += [event.heard_at for event in self._blocked.values()]
+        return min(waiting, default=math.inf)
 
     def offer(self, event: Event) -> None:
-        """Add an event; when full, the oldest one makes room. Never waits."""
-        dropped = False
+        """Add an event; when full, an older one makes room. Never waits."""
+        if self._rate is not None and self._rate.exceeded(event.tenant, event.heard_at):
+            self._refuse(event)
+            return
+        dropped = self.depth >= self.capacity
+        if dropped:
+            loser = self._make_room(event)
         self._undelivered += 1
-        while True:
-            try:
-                self._put.send_nowait(event)
-                break
-            except trio.WouldBlock:
-                self._take.receive_nowait()
-                self._undelivered -= 1
-                self.dropped += 1
-                dropped = True
-        if self._alarm is not None and self._alarm.note(event.heard_at, dropped=dropped):
+        self._add(event)
+        if (alarm := self._alarm) is not None and alarm.note(event.heard_at, dropped=dropped):
             log.error(
-                "dropping events", dropped=self._alarm.dropped, heard=self._alarm.heard,
-                capacity=self.capacity,
+                "dropping events", dropped=alarm.dropped, heard=alarm.heard,
+                capacity=self.capacity, tenant=loser.tenant,
             )  # fmt: skip
 
     async def put(self, event: Event) -> None:
         """Add an event, waiting for room."""
         self._undelivered += 1
-        try:
-            self._put.send_nowait(event)
-        except trio.WouldBlock:
-            try:
-                await self._put.send(event)
-            except trio.Cancelled:
-                self.done(1)  # it was not added
-                raise
+        if self.depth < self.capacity:  # then nobody waits
+            self._add(event)
+            return
+        task = trio.lowlevel.current_task()
+        self._blocked[task] = event
 
-    async def take(self, most: int) -> list[Event]:
-        """Wait for one event; return it and what is there besides, up to ``most``, and to what
-        one write may hold: whoever gets it all must not be over its outbox's bound by that.
+        def give_up(_: object) -> trio.lowlevel.Abort:
+            del self._blocked[task]
+            self.done(1)  # it was not added
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        await trio.lowlevel.wait_task_rescheduled(give_up)
+
+    async def wait(self) -> None:
+        """Wait until there is something to take."""
+        while not self.depth:
+            if self._news.is_set():
+                self._news = trio.Event()
+            await self._news.wait()
+
+    def take(self, most: int) -> list[Event]:
+        """What is there, from each lane in turn: up to ``most``, and to what one write may hold,
+        since whoever gets it all must not be over its outbox's bound by that.
         """
-        batch = [await self._take.receive()]
-        size = len(batch[0].payload)
-        try:
-            while len(batch) < most and size < MAX_BATCH_BYTES:
-                batch.append(self._take.receive_nowait())
-                size += len(batch[-1].payload)
-        except trio.WouldBlock:
-            pass
+        batch: list[Event] = []
+        lanes, turns = self._lanes, self._turns
+        left, size = self.depth, 0
+        while left and len(batch) < most and size < MAX_BATCH_BYTES:
+            lane = lanes[turns[0]]
+            if lane:  # else it has lost its only one to a newcomer
+                event = lane.popleft()
+                batch.append(event)
+                size += len(event.payload)
+                left -= 1
+            if lane:
+                turns.rotate(-1)
+            else:
+                del lanes[turns.popleft()]
+        self.depth = left
+        while self._blocked and self.depth < self.capacity:
+            task = next(iter(self._blocked))
+            self._add(self._blocked.pop(task))
+            trio.lowlevel.reschedule(task)
         return batch
 
     def done(self, events: int) -> None:
@@ -90,3 +130,34 @@ class EventQueue:
             if self._idle.is_set():
                 self._idle = trio.Event()
             await self._idle.wait()
+
+    def _add(self, event: Event) -> None:
+        key = event.stream or event.tenant
+        if (lane := self._lanes.get(key)) is None:
+            lane = self._lanes[key] = deque()
+            self._turns.append(key)
+        lane.append(event)
+        if not self.depth:
+            self._news.set()
+        self.depth += 1
+
+    def _make_room(self, newcomer: Event) -> Event:
+        """Drop the oldest event of whoever has as many waiting as its share of the room, or more:
+        the newcomer's tenant if it has, else one that had most. Who has less loses nothing.
+        """
+        lanes = self._lanes
+        share = self.capacity / len(lanes)
+        lane = lanes.get(newcomer.tenant)
+        if lane is None or len(lane) < share:
+            if len(self._largest) < share:
+                self._largest = max(lanes.values(), key=len)
+            lane = self._largest
+        self.depth -= 1
+        self._undelivered -= 1
+        self.dropped += 1
+        return lane.popleft()
+
+    def _refuse(self, event: Event) -> None:
+        self.over_rate += 1
+        if (held_back := self._log_limit.allows("over_rate", event.heard_at)) is not None:
+            log.warning("tenant over its event rate", tenant=event.tenant, held_back=held_back)

@@ -1,0 +1,370 @@
+"""The queue: its two ways to be full, and nobody behind another's flood."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import trio
+from hypothesis import given
+from hypothesis import strategies as st
+from structlog.testing import capture_logs
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from trio_gateway.core.events import Event
+from trio_gateway.core.limits import DropAlarm, TenantRate
+from trio_gateway.core.positions import Position, Stream
+from trio_gateway.runtime.queue import EventQueue
+from trio_gateway.testing import make_event
+
+
+def numbered(n: int, **keys: Any) -> Event:
+    return make_event(data=n, **keys)
+
+
+def numbers(events: Sequence[Event]) -> list[int]:
+    return [json.loads(event.payload)["data"] for event in events]
+
+
+async def test_offer_drops_the_oldest(autojump_clock: MockClock) -> None:
+    queue = EventQueue(3)
+    for n in range(5):
+        queue.offer(numbered(n))
+
+    assert (queue.depth, queue.dropped, queue.capacity) == (3, 2, 3)
+    assert numbers(queue.take(9)) == [2, 3, 4]
+
+
+async def test_put_waits_for_room(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
+    queue = EventQueue(2)
+    await queue.put(numbered(0))
+    await queue.put(numbered(1))
+    with trio.move_on_after(5) as scope:
+        await queue.put(numbered(2))
+    assert scope.cancelled_caught
+
+    nursery.start_soon(queue.put, numbered(3))
+    await wait_all_tasks_blocked()
+    assert numbers(queue.take(1)) == [0]
+    assert numbers(queue.take(9)) == [1, 3]
+    assert queue.dropped == 0
+
+
+async def test_take_returns_what_is_there_and_never_waits_for_more(
+    autojump_clock: MockClock,
+) -> None:
+    queue = EventQueue(9)
+    for n in range(5):
+        queue.offer(numbered(n))
+
+    assert numbers(queue.take(3)) == [0, 1, 2]
+    assert numbers(queue.take(3)) == [3, 4]
+    assert trio.current_time() == 0
+
+
+async def test_wait_ends_with_the_first(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
+    queue = EventQueue(9)
+    took: list[tuple[float, list[int]]] = []
+
+    async def take() -> None:
+        await queue.wait()
+        took.append((trio.current_time(), numbers(queue.take(9))))
+
+    nursery.start_soon(take)
+    await trio.sleep(7)
+    queue.offer(numbered(0))
+    await wait_all_tasks_blocked()
+
+    assert took == [(7, [0])]
+
+
+async def test_queue_is_idle_when_all_is_delivered(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    queue = EventQueue(9)
+    idle: list[float] = []
+
+    async def wait() -> None:
+        await queue.wait_idle()
+        idle.append(trio.current_time())
+
+    await wait()  # nothing was added yet
+    await queue.put(numbered(0))
+    queue.offer(numbered(1))
+    for _ in range(3):  # each of those who wait
+        nursery.start_soon(wait)
+    await trio.sleep(1)
+    queue.take(1)
+    await trio.sleep(1)
+    queue.done(1)
+    await trio.sleep(1)
+    queue.take(1)
+    await trio.sleep(1)
+    assert idle == [0]
+    queue.done(1)
+    await wait_all_tasks_blocked()
+    assert idle == [0, 4, 4, 4]
+
+
+async def test_queue_is_not_idle_while_an_event_is_on_its_way(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    queue = EventQueue(9)
+    delivered: list[int] = []
+
+    async def deliver() -> None:
+        while True:
+            await queue.wait()
+            batch = queue.take(9)
+            delivered.extend(numbers(batch))
+            queue.done(len(batch))
+
+    for n in range(20):  # Trio runs the tasks that are ready in random order
+        queue.offer(numbered(n))  # taken from the buffer
+        if not n % 10:
+            nursery.start_soon(deliver)
+        await queue.wait_idle()
+        assert delivered[-1] == n
+        await wait_all_tasks_blocked()
+        await queue.put(numbered(-n))  # handed to the task that waits
+        await queue.wait_idle()
+        assert delivered[-1] == -n
+        await wait_all_tasks_blocked()
+
+
+async def test_queue_is_not_idle_while_somebody_waits_for_room(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    queue = EventQueue(1)
+    for n in range(3):
+        nursery.start_soon(queue.put, numbered(n))
+    await wait_all_tasks_blocked()
+
+    for _ in range(3):
+        with trio.move_on_after(1) as scope:
+            await queue.wait_idle()
+        assert scope.cancelled_caught
+        queue.take(1)
+        queue.done(1)
+    await queue.wait_idle()
+    assert trio.current_time() == 3
+
+
+async def test_queue_is_idle_though_somebody_gave_up_waiting_for_room(
+    autojump_clock: MockClock,
+) -> None:
+    queue = EventQueue(1)
+    await queue.put(numbered(0))
+    with trio.move_on_after(1):
+        await queue.put(numbered(1))
+
+    queue.done(len(queue.take(9)))
+    await queue.wait_idle()
+
+    assert trio.current_time() == 1
+
+
+async def test_queue_is_idle_once_the_last_gives_up_waiting_for_room(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    queue = EventQueue(1)
+    await queue.put(numbered(0))
+    async with trio.open_nursery() as putters:
+        putters.start_soon(queue.put, numbered(1))
+        await wait_all_tasks_blocked()
+        queue.offer(numbered(2))
+        putters.cancel_scope.cancel()
+    queue.done(len(queue.take(9)))
+
+    await queue.wait_idle()
+
+
+async def test_too_many_drops_raise_an_alarm(autojump_clock: MockClock) -> None:
+    queue = EventQueue(100, DropAlarm(window=60, threshold=0.05, cooldown=300))
+
+    with capture_logs() as logs:
+        for n in range(105):
+            queue.offer(numbered(n, heard_at=1.0))
+        assert logs == []
+        for n in range(105, 200):
+            queue.offer(numbered(n, heard_at=2.0))
+
+    assert [log["event"] for log in logs] == ["dropping events"]
+    assert logs[0]["capacity"] == 100
+
+
+# Fairness
+
+
+def tenants(events: Sequence[Event]) -> list[int]:
+    return [event.tenant for event in events]
+
+
+def of_stream(stream: str, n: int, **keys: Any) -> Event:
+    event = numbered(n, **keys)
+    event.stand(Stream(stream), Position((n, 0)), durable=True)
+    return event
+
+
+def test_nobody_waits_behind_the_flood_of_another() -> None:
+    queue = EventQueue(1000)
+    for n in range(900):
+        queue.offer(numbered(n))
+    for n in range(2):
+        queue.offer(numbered(n, tenant_id=2))
+    queue.offer(numbered(0, tenant_id=3))
+
+    assert tenants(queue.take(4)) == [1, 2, 3, 1]
+    assert tenants(queue.take(3)) == [2, 1, 1]  # in turn, across batches
+
+
+def test_one_tenant_alone_may_fill_the_queue() -> None:
+    queue = EventQueue(100)
+    for n in range(100):
+        queue.offer(numbered(n))
+
+    assert (queue.depth, queue.dropped) == (100, 0)
+
+
+def test_the_flood_of_one_drops_nothing_of_another() -> None:
+    queue = EventQueue(100)
+    for n in range(1000):
+        queue.offer(numbered(n))
+        if n % 100 == 50:
+            queue.offer(numbered(n, tenant_id=2))
+    taken = queue.take(1000)
+
+    assert numbers([e for e in taken if e.tenant == 2]) == list(range(50, 1000, 100))
+    assert numbers([e for e in taken if e.tenant == 1]) == list(range(910, 1000))
+    assert queue.dropped == 910
+
+
+_some_tenant = st.sampled_from([1, 1, 1, 1, 2, 2, 3, 4, 5])
+_happenings = st.lists(st.one_of(_some_tenant, st.integers(-9, -1)), max_size=200)
+
+
+@given(_happenings, st.integers(1, 12))
+def test_each_tenant_is_taken_from_in_turn_and_loses_nothing_of_its_share(
+    happenings: list[int], capacity: int
+) -> None:
+    queue = EventQueue(capacity)
+    waiting: dict[int, list[int]] = {}
+    for n, what in enumerate(happenings):
+        if what > 0:
+            before = Counter({tenant: len(events) for tenant, events in waiting.items()})
+            queue.offer(numbered(n, tenant_id=what))
+            waiting.setdefault(what, []).append(n)
+            if before.total() == capacity:
+                left = Counter(tenants([e for lane in queue._lanes.values() for e in lane]))
+                [loser] = before + Counter([what]) - left
+                del waiting[loser][0]
+                assert before[loser] >= capacity / len(+before)
+                assert loser == what or before[what] < capacity / len(+before)
+            continue
+        batch = queue.take(-what)
+        assert len(batch) == min(-what, sum(map(len, waiting.values())))
+        for event in batch:
+            assert numbers([event]) == [waiting[event.tenant].pop(0)]
+        got = Counter(tenants(batch))
+        for tenant in waiting:  # who could have had more had as many as anybody
+            assert not waiting[tenant] or got[tenant] >= max(got.values()) - 1
+    assert queue.depth == sum(map(len, waiting.values()))
+
+
+def test_who_has_most_now_pays_and_not_who_had_most_before() -> None:
+    queue = EventQueue(20)
+
+    def offer(tenant: int, events: int) -> None:
+        for n in range(events):
+            queue.offer(numbered(n, tenant_id=tenant))
+
+    offer(1, 20)
+    offer(2, 1)  # the first one pays
+    queue.take(19)
+    offer(2, 30)
+    offer(3, 3)
+
+    left = Counter(tenants(queue.take(20)))
+    assert left == {1: 1, 2: 16, 3: 3}
+
+
+@given(
+    st.lists(
+        st.one_of(st.tuples(st.sampled_from("ab"), st.integers(1, 3)), st.integers(1, 9)),
+        max_size=60,
+    ),
+    st.integers(1, 9),
+)
+def test_a_stream_keeps_its_order_whoever_its_events_are_for(
+    happenings: list[tuple[str, int] | int], capacity: int
+) -> None:
+    async def scenario() -> None:
+        queue = EventQueue(capacity)
+        put: dict[str, list[int]] = {"a": [], "b": []}
+        taken: dict[str, list[int]] = {"a": [], "b": []}
+
+        def take(most: int) -> None:
+            for event in queue.take(most):
+                assert event.stream
+                taken[event.stream] += numbers([event])
+
+        async with trio.open_nursery() as nursery:
+            for n, what in enumerate(happenings):
+                if isinstance(what, int):
+                    take(what)
+                    continue
+                stream, tenant = what
+                put[stream].append(n)
+                nursery.start_soon(queue.put, of_stream(stream, n, tenant_id=tenant))
+                await wait_all_tasks_blocked()  # in its place, or waiting for room
+            while queue.depth:
+                take(5)
+        assert taken == put
+
+    trio.run(scenario, clock=MockClock(autojump_threshold=0))
+
+
+async def test_streams_are_taken_from_in_turn(autojump_clock: MockClock) -> None:
+    queue = EventQueue(100)
+    for n in range(60):
+        await queue.put(of_stream("a", n, tenant_id=1 + n // 20))
+    for n in range(5):
+        await queue.put(of_stream("b", 100 + n))
+
+    assert numbers(queue.take(6)) == [0, 100, 1, 101, 2, 102]
+
+
+async def test_oldest_is_when_the_first_that_waits_was_heard(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    queue = EventQueue(2)
+    assert queue.oldest == math.inf
+    await queue.put(numbered(0, tenant_id=1, heard_at=5.0))
+    await queue.put(numbered(1, tenant_id=2, heard_at=4.0))
+    nursery.start_soon(queue.put, numbered(2, tenant_id=3, heard_at=3.0))  # waits for room
+    await wait_all_tasks_blocked()
+
+    assert queue.oldest == 3.0
+    queue.take(1)
+    assert queue.oldest == 3.0
+    assert numbers(queue.take(2)) == [1, 2]
+
+
+def test_tenant_over_its_rate_loses_what_is_over_it_and_nobody_else_does() -> None:
+    queue = EventQueue(1000, rate=TenantRate(10))
+    with capture_logs() as logs:
+        for n in range(300):  # 100 a second
+            queue.offer(numbered(n, heard_at=n / 100))
+            if n % 20 == 0:
+                queue.offer(numbered(n, heard_at=n / 100, tenant_id=2))
+    taken = queue.take(1000)
+
+    assert len([event for event in taken if event.tenant == 2]) == 15
+    assert len([event for event in taken if event.tenant == 1]) == 10 + 29
+    assert queue.over_rate == 300 - 39
+    assert queue.dropped == 0
+    assert {log["event"] for log in logs} == {"tenant over its event rate"}
+    assert len(logs) == 3  # one a second
+    assert logs[-1]["tenant"] == 1
+    assert logs[-1]["held_back"] > 80
