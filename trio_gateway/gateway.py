@@ -400,7 +400,12 @@ class Gateway(QuartTrio):
                 await self._reject(endpoint, socket, rejected)
                 return
             except Exception:
-                log.exception("admission failed by a bug", endpoint=endpoint.label)
+                if (held_back := self._allowed("admission bug")) is not None:
+                    log.exception(
+                        "admission failed by a bug",
+                        endpoint=endpoint.label,
+                        held_back=held_back,
+                    )
                 bug = Rejected(Close.INTERNAL_ERROR, "internal error", "internal_error")
                 await self._reject(endpoint, socket, bug)
                 return
@@ -425,7 +430,12 @@ class Gateway(QuartTrio):
         try:
             await connection.run(socket, self.hub)
         except Exception:
-            log.exception("connection ended by a bug", endpoint=principal.endpoint.label)
+            if (held_back := self._allowed("connection bug")) is not None:
+                log.exception(
+                    "connection ended by a bug",
+                    endpoint=principal.endpoint.label,
+                    held_back=held_back,
+                )
         finally:
             self.messages += connection.messages
             log.info(
@@ -442,11 +452,19 @@ class Gateway(QuartTrio):
     async def _reject(self, endpoint: Endpoint, socket: Socket, rejected: Rejected) -> None:
         self.rejected[rejected.label] += 1
         self.hub.closed[rejected.close] += 1
-        log.info(
-            "rejected", endpoint=endpoint.label, code=int(rejected.close), reason=rejected.text
-        )
+        if (held_back := self._allowed(f"rejected {rejected.label}")) is not None:
+            log.info(
+                "rejected",
+                endpoint=endpoint.label,
+                code=int(rejected.close),
+                reason=rejected.text,
+                held_back=held_back,
+            )
         with trio.CancelScope(shield=True):  # bounded by the socket
             await socket.close(rejected.close, rejected.text)
+
+    def _allowed(self, kind: str) -> int | None:
+        return self.log_limit.allows(kind, trio.current_time())
 
     async def _answer(self, connection: Connection, message: Message) -> None:
         """What a client asked for that its connection can't answer by itself."""

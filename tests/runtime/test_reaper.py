@@ -253,7 +253,7 @@ async def test_stuck_close_is_cut_off(autojump_clock: MockClock, nursery: trio.N
         await hub.wait_empty()
 
     assert trio.current_time() == 60  # the first clean-up after 30 seconds
-    assert [log["event"] for log in logs] == ["stuck connection cut"]
+    assert [log["event"] for log in logs] == ["stuck connections cut"]
     assert hub.closed == {Close.NORMAL: 1}
 
 

@@ -5,6 +5,7 @@ from typing import Final, NamedTuple, NoReturn
 import structlog
 import trio
 
+from ..core.limits import LogLimit
 from .commands import Commands, Unavailable
 
 log = structlog.get_logger()
@@ -45,6 +46,7 @@ class DeadLetters:
 
     async def run(self) -> NoReturn:
         """Copy what is offered; returns only when cancelled."""
+        log_limit = LogLimit()
         while True:
             letter = await self._take.receive()
             try:
@@ -55,7 +57,14 @@ class DeadLetters:
                     self.copied += 1
             except Unavailable as error:
                 self.lost += 1
-                log.warning("dead letter lost", entry_id=letter.entry_id, error=str(error))
+                held_back = log_limit.allows("lost", trio.current_time())
+                if held_back is not None:
+                    log.warning(
+                        "dead letter lost",
+                        entry_id=letter.entry_id,
+                        error=str(error),
+                        held_back=held_back,
+                    )
 
 
 def _fields(letter: DeadLetter) -> dict[str, str | bytes]:

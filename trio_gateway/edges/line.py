@@ -28,6 +28,7 @@ from wsproto.events import Pong as PongFrame
 
 from ..core.closing import Close
 from ..core.frames import CLOSE, close_frame, frame
+from ..core.limits import LogLimit
 from ..runtime.connection import Left, Ping, Pong, Violation
 from ..runtime.outbox import Outbox
 from ..runtime.supervision import leaves
@@ -67,6 +68,7 @@ class Served(Protocol):
     max_message_size: int
     draining: bool
     refused: Counter[int]  # by status
+    log_limit: LogLimit
     heads: Turnstile["Shaken"]
 
     def serve_connection(self, handshake: Handshake, socket: "LineSocket") -> Awaitable[None]: ...
@@ -104,7 +106,9 @@ class Line(TCPServer):
             pass
         except* Exception as faults:
             kinds = sorted({type(each).__name__ for each in leaves(faults)})
-            log.warning("connection failed", errors=kinds)
+            held_back = gateway.log_limit.allows("connection failed", trio.current_time())
+            if held_back is not None:
+                log.warning("connection failed", errors=kinds, held_back=held_back)
         finally:
             if not _is_closed(self.stream):
                 await trio.aclose_forcefully(self.stream)
@@ -165,6 +169,14 @@ class Line(TCPServer):
 
     async def _refuse(self, gateway: Served, refusal: Refusal) -> None:
         gateway.refused[refusal.status] += 1
+        kind = f"refused {refusal.status}"
+        if (held_back := gateway.log_limit.allows(kind, trio.current_time())) is not None:
+            log.info(
+                "upgrade refused",
+                status=refusal.status,
+                reason=refusal.reason,
+                held_back=held_back,
+            )
         await answer(self.stream, refusal)
 
     async def _read_data(self) -> None:
@@ -232,7 +244,6 @@ async def read_head(stream: trio.abc.Stream, timeout: float) -> tuple[bytes, Ref
 
 async def answer(stream: trio.abc.Stream, refusal: Refusal) -> None:
     """Refuse over HTTP, such that the answer arrives."""
-    log.info("upgrade refused", status=refusal.status, reason=refusal.reason)
     with trio.move_on_after(LINGER):
         await stream.send_all(refusal_response(refusal))
     await linger(stream)

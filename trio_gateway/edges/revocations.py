@@ -12,6 +12,7 @@ import trio
 
 from ..core.audiences import Principal
 from ..core.closing import Close, Rejected
+from ..core.limits import LogLimit
 from ..runtime.connection import Connection
 from ..runtime.hub import Hub
 from .commands import Commands, Unavailable
@@ -50,6 +51,7 @@ class Revocations:
     def __init__(self, commands: Commands, hub: Hub) -> None:
         self._commands = commands
         self._hub = hub
+        self._log_limit = LogLimit()
         self._ask, self._asked = trio.open_memory_channel[_Check](1000)
 
     async def check(self, principal: Principal) -> None:
@@ -96,7 +98,14 @@ class Revocations:
         try:
             revoked = await self._revoked([connection.principal for connection in batch])
         except Unavailable as error:
-            log.warning("revocations not checked", connections=len(batch), error=str(error))
+            held_back = self._log_limit.allows("not checked", trio.current_time())
+            if held_back is not None:
+                log.warning(
+                    "revocations not checked",
+                    connections=len(batch),
+                    error=str(error),
+                    held_back=held_back,
+                )
             return
         for connection, is_revoked in zip(batch, revoked, strict=True):
             if is_revoked:
@@ -107,7 +116,8 @@ class Revocations:
         try:
             said = msgspec.json.decode(payload, type=_Revoked)
         except (msgspec.DecodeError, UnicodeError, RecursionError):
-            log.warning("invalid revocation")
+            if (held_back := self._log_limit.allows("invalid", trio.current_time())) is not None:
+                log.warning("invalid revocation", held_back=held_back)
             return
         for connection in list(self._hub.connections):
             if _is_about(said, connection.principal):

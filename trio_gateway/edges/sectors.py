@@ -20,7 +20,7 @@ from sqlalchemy.engine import URL, Engine, make_url
 
 from ..core.audiences import BranchId, Endpoint, Principal, SectorId, Sectors, TenantId, UserId
 from ..core.events import MAX_ID
-from ..core.limits import RateLimit
+from ..core.limits import LogLimit, RateLimit
 from ..core.resilience import Backoff, Breaker
 from ..core.service_day import Period, ServiceDays, holds
 from ..runtime.connection import Connection
@@ -234,6 +234,7 @@ class Roster:
         self._periods: dict[tuple[TenantId, BranchId], Period] = {}  # that live waiters are in
         self._owed: dict[Waiter, None] = {}  # to be asked again, since the database failed
         self._wake = trio.Event()
+        self._log_limit = LogLimit()
         self._refreshes: WeakKeyDictionary[Connection, RateLimit] = WeakKeyDictionary()
 
     channel = CHANNEL
@@ -293,7 +294,8 @@ class Roster:
         try:
             said = msgspec.json.decode(payload, type=_Changed)
         except (msgspec.DecodeError, UnicodeError, RecursionError):
-            log.warning("invalid sectors message")
+            if (held_back := self._log_limit.allows("invalid", trio.current_time())) is not None:
+                log.warning("invalid sectors message", held_back=held_back)
             return
         tenant, user = TenantId(said.tenant_id), UserId(str(said.waiter_id))
         for key, question in self._asking.items():
@@ -424,7 +426,13 @@ class Roster:
         except Unanswered as unanswered:
             question.answered = False
             self._breaker.failed(trio.current_time())
-            log.warning("sectors not known", error=str(unanswered), tenant=key.tenant)
+            if (held_back := self._log_limit.allows("unanswered", trio.current_time())) is not None:
+                log.warning(
+                    "sectors not known",
+                    error=str(unanswered),
+                    tenant=key.tenant,
+                    held_back=held_back,
+                )
             return False
         except BaseException:
             self._breaker.abandoned(trio.current_time())

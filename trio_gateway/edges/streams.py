@@ -10,6 +10,7 @@ import structlog
 import trio
 
 from ..core.events import InvalidEvent, parse_event
+from ..core.limits import LogLimit
 from ..core.positions import START, Position, Stream, read_position, tag
 from ..core.resilience import Breaker
 from ..core.routing import UNKNOWN, Route
@@ -82,6 +83,7 @@ class Streams:
         self._wall_clock = wall_clock
         self.connected = False
         self.gaps = 0
+        self._log_limit = LogLimit()
 
     @property
     def cursors(self) -> dict[str, str]:
@@ -244,7 +246,14 @@ class Streams:
 
     async def _gap(self, source: _Source, reason: str, *, since: Position, end: Position) -> None:
         self.gaps += 1
-        log.error("gap", stream=source.name, cursor=source.cursor_id, reason=reason)
+        if (held_back := self._log_limit.allows(reason, trio.current_time())) is not None:
+            log.error(
+                "gap",
+                stream=source.name,
+                cursor=source.cursor_id,
+                reason=reason,
+                held_back=held_back,
+            )
         await self._queue.wait_idle()  # what was read before the gap comes before its notice
         source.cursor = end
         self._history.restart(source.stream, since=since, end=end)

@@ -53,7 +53,12 @@ def clean_up(hub: Hub, now: float) -> None:
     for connection in list(hub.connections):
         if connection.deadline < now:
             connection.close_on_time(now)
-    for connection in [*hub.connections, *hub.leaving]:
-        if connection.ended_at is not None and connection.ended_at + STUCK_AFTER < now:
-            log.warning("stuck connection cut", endpoint=connection.principal.endpoint.label)
-            connection.cut()
+    stuck = [
+        connection
+        for connection in [*hub.connections, *hub.leaving]
+        if connection.ended_at is not None and connection.ended_at + STUCK_AFTER < now
+    ]
+    for connection in stuck:
+        connection.cut()
+    if stuck:
+        log.warning("stuck connections cut", connections=len(stuck))
