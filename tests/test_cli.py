@@ -25,6 +25,7 @@ from trio_gateway.core.audiences import Endpoint
 from trio_gateway.core.routing import ROUTES
 from trio_gateway.core.tokens import read_jwt, read_legacy_table_token, read_table_token
 from trio_gateway.settings import NAMES, Settings
+from trio_gateway.testing import make_jwt
 
 SECRETS = {"JWT_SECRET": harness.JWT_SECRET, "TABLE_TOKEN_SECRET": harness.TABLE_SECRET}
 EVENT = '{"type":"ROUND_READY","tenant_id":1,"branch_id":1}'
@@ -451,6 +452,43 @@ def test_tail_refuses_what_is_no_address(url: str) -> None:
     done = run("tail", "--url", url, "--token", "x")
     assert done.exit_code == 2
     assert "--url" in done.stderr
+
+
+# explain
+
+
+async def test_explain_asks_a_gateway_who_is_connected(url: str, gateway: int) -> None:
+    where = f"ws://127.0.0.1:{gateway}"
+    waiter = make_jwt(harness.JWT_SECRET)
+    async with harness.admitted(f"{where}/ws/waiter?token={waiter}"):
+        arguments = ["explain", "-", "--json", "--url", where, "--token", waiter]
+        done = await trio.to_thread.run_sync(lambda: run(*arguments, env=SECRETS, stdin=EVENT))
+    assert (done.exit_code, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    assert found["connections"] == {"waiter": 1, "kitchen": 0, "admin": 0, "diner": 0}
+    assert found["tokens"][0]["endpoints"] == ["waiter"]
+
+
+@pytest.mark.parametrize(
+    ("token", "path", "error"),
+    [
+        ("nonsense", "", "HTTP 401 (token invalid): bring a token of this gateway"),
+        (make_jwt(harness.JWT_SECRET), "", "HTTP 403 (for an ADMIN only): bring the token of an"),
+        ("nonsense", "/elsewhere", "HTTP 404: no gateway there"),
+        ("hunter2\n", "", "what TRIO_GATEWAY_TOKEN holds is no token"),
+        ("hünter2", "", "what TRIO_GATEWAY_TOKEN holds is no token"),
+    ],
+)
+def test_explain_says_why_a_gateway_does_not_answer(
+    gateway: int, token: str, path: str, error: str
+) -> None:
+    where = f"http://127.0.0.1:{gateway}{path}"
+    env = {"TRIO_GATEWAY_TOKEN": token}
+    done = run("explain", "-", "--url", where, env=env, stdin=EVENT)
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert error in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert token.strip() not in done.stderr
 
 
 # demo

@@ -136,7 +136,7 @@ class Gateway(QuartTrio):
             name: Breaker(settings.circuit_failure_threshold, settings.circuit_recovery_timeout)
             for name in ("pubsub", "stream", "commands", "database")
         }
-        self.roster = _roster(settings, self.hub, self.breakers["database"], clock)
+        self.roster = make_roster(settings, self.hub, self.breakers["database"], clock)
         self.addresses = Addresses(
             connections=settings.ws_max_connections_per_address,
             failures=settings.ws_max_failed_logins,
@@ -529,7 +529,7 @@ def create_app(
     return Gateway(settings, auth=auth, clock=clock)
 
 
-def _roster(
+def make_roster(
     settings: Settings, hub: Hub, breaker: Breaker, clock: Callable[[], float]
 ) -> "Roster | None":
     """None without a database: then the tokens' claims say who serves which sector."""

@@ -7,6 +7,7 @@ from .check import check
 from .demo import demo
 from .dlq import dlq
 from .endings import settings_or_exit
+from .explain import explain
 from .publish import publish
 from .routes import routes
 from .serve import serve
@@ -30,5 +31,5 @@ def main() -> None:
     """
 
 
-for command in (serve, demo, token, publish, tail, routes, check, dlq):
+for command in (serve, demo, token, publish, tail, routes, explain, check, dlq):
     main.add_command(command)

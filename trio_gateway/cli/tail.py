@@ -1,17 +1,17 @@
 """``tail``: connect as a role and print the events."""
 
 from collections.abc import Sequence
-from urllib.parse import urlsplit
 
 import click
 
 from .credentials import ENDPOINTS, Identity, identity_options, staff_token_by, table_token_by
 from .endings import Failure, settings_or_exit
+from .url import DEFAULT, endpoint_url
 
 
 @click.command()
 @click.option("--as", "endpoint", type=click.Choice(ENDPOINTS), default="admin", show_default=True)
-@click.option("--url", default="ws://127.0.0.1:8001", show_default=True, help="Of the gateway.")
+@click.option("--url", default=DEFAULT, show_default=True, help="Of the gateway.")
 @click.option(
     "--token",
     envvar="TRIO_GATEWAY_TOKEN",
@@ -39,7 +39,7 @@ def tail(
     life: int,
 ) -> None:
     """Connect to the gateway as a role and print the events that come, until Ctrl-C."""
-    where = _address(url, endpoint)
+    where = endpoint_url(url, endpoint)
     if token is None:
         who = Identity(
             tenant=tenant,
@@ -54,21 +54,6 @@ def tail(
         mint = table_token_by if endpoint == "diner" else staff_token_by
         token = mint(settings_or_exit(), who)
     _tail(where, token, endpoint, origin=origin, raw=raw, count=count)
-
-
-def _address(url: str, endpoint: str) -> str:
-    """The endpoint's URL; a path in front of /ws/… is kept, for gateways behind a proxy."""
-    try:
-        parts = urlsplit(url)
-        usable = bool(parts.hostname) and (parts.port is None or parts.port > 0)
-    except ValueError:
-        usable = False
-    scheme = {"http": "ws", "https": "wss"}.get(parts.scheme, parts.scheme) if usable else ""
-    if scheme not in {"ws", "wss"} or parts.query or parts.username:
-        raise click.BadParameter(
-            "must be ws://host[:port] or wss://host[:port], without a query", param_hint="--url"
-        )
-    return f"{scheme}://{parts.netloc}{parts.path.rstrip('/')}/ws/{endpoint}"
 
 
 def _tail(

@@ -1,0 +1,197 @@
+"""``explain``: who hears an event, and why somebody does not."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .endings import MISUSED, Failure, settings_or_exit
+from .url import read_url
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..core.events import Event
+
+Told = Mapping[str, Any]  # as POST /ws/explain answers
+
+
+@click.command()
+@click.argument(
+    "file",
+    type=click.Path(exists=True, dir_okay=False, allow_dash=True),
+    metavar="EVENT.json|-",
+)
+@click.option(
+    "--token",
+    "tokens",
+    multiple=True,
+    metavar="TOKEN|@FILE|-",
+    help="Would its holder hear it? Repeatable. Others can see a command line: a file that holds"
+    " the token, or - for stdin, keeps it to yourself.",
+)
+@click.option(
+    "--url",
+    help="Of a gateway: it answers, by its own table, secrets and database, and says who is"
+    " connected. Asked with the ADMIN's token in TRIO_GATEWAY_TOKEN, else with one minted from"
+    " JWT_SECRET.",
+)
+@click.option("--json", "as_json", is_flag=True, help="For programs, as POST /ws/explain.")
+def explain(file: str, tokens: Sequence[str], url: str | None, as_json: bool) -> None:
+    """Say who hears an event, and why the holders of these tokens do or do not.
+
+    EVENT.json holds one event, or {"channel": …, "event": …}. Nothing is sent to anybody. Without
+    --url it is answered from the settings here: tokens are checked with the secrets that are set,
+    and not whether they have been revoked.
+    """
+    if [file, *tokens].count("-") > 1:
+        raise click.UsageError("- is stdin, and can be read only once")
+    event = _read_event(file)
+    given = [_read_token(each) for each in tokens]
+    told = _locally(event, given) if url is None else _remotely(event, given, url)
+    if as_json:
+        import msgspec
+
+        click.echo(msgspec.json.format(msgspec.json.encode(told)).decode())
+        return
+    _show(told, event, given)
+
+
+def _read_event(file: str) -> "Event":
+    from ..core.events import InvalidEvent, parse_event
+    from .lines import read_lines
+
+    with click.open_file(file, "rb") as opened:
+        found = list(read_lines(opened))
+    if len(found) != 1:
+        raise Failure(f"{file} holds {len(found)} events: one is wanted", MISUSED)
+    try:
+        return parse_event(found[0].event, channel="", heard_at=0)
+    except InvalidEvent as invalid:
+        raise Failure(f"no gateway delivers this: {invalid}") from None
+
+
+def _read_token(given: str) -> str:
+    if given != "-" and not given.startswith("@"):
+        return given
+    file = given.removeprefix("@")
+    try:
+        with click.open_file(file) as opened:
+            token = str(opened.read()).strip()
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "not a text"
+        raise Failure(f"can't read a token from {file}: {why}", MISUSED) from None
+    if not token:
+        raise Failure(f"there is no token in {file}", MISUSED)
+    return token
+
+
+def _locally(event: "Event", tokens: Sequence[str]) -> Told:
+    import trio
+
+    from .local_policy import ask
+
+    return trio.run(ask, settings_or_exit(), event, tokens)
+
+
+def _remotely(event: "Event", tokens: Sequence[str], url: str) -> Told:
+    import msgspec
+
+    from .credentials import Identity, staff_token_by
+    from .gateway_http import post
+
+    read_url(url)  # before a secret is asked for
+    if (token := os.environ.get("TRIO_GATEWAY_TOKEN")) is None:
+        admin = Identity(tenant=event.tenant, branches=(event.branch or 1,), roles=("ADMIN",))
+        token = staff_token_by(settings_or_exit(), admin)
+    body = {"event": msgspec.Raw(event.payload), "tokens": list(tokens)}
+    return post(url, "/ws/explain", token, msgspec.json.encode(body))
+
+
+# Showing it
+
+
+def _show(told: Told, event: "Event", tokens: Sequence[str]) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    kept = "durable if read from a stream" if told["durable"] else "not durable"
+    known = "" if told["known"] else "no known type, "
+
+    def say(text: str, style: str = "") -> None:
+        console.print(Text(_clean(text), style), soft_wrap=True)
+
+    say(f"{told['type']}  ({known}{kept})", "bold")
+    audiences = [_words(each) for each in told["audiences"]] or ["nobody"]
+    for label, text in zip(["goes to", *[""] * len(audiences)], audiences, strict=False):
+        say(f"  {label:<10} {text}")
+    if "connections" in told:
+        numbers = "  ".join(f"{name} {n}" for name, n in told["connections"].items())
+        say(f"  {'connected':<10} {numbers}  (to the process that answered)")
+    for note in told.get("notes", ()):
+        say(f"  {note}", "dim")
+    if tokens:
+        _show_tokens(console, told["tokens"], tokens)
+
+
+def _show_tokens(console: "Console", told: Sequence[Told], tokens: Sequence[str]) -> None:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("token", "holder", "on", "hears", "why not"):
+        drawn.add_column(name)
+    for number, (verdict, token) in enumerate(zip(told, tokens, strict=True), 1):
+        head = [str(number), _holder(token)]
+        for endpoint, reason in _rows(verdict):
+            style = "red" if reason else "green"
+            cells = [*head, endpoint, "no" if reason else "yes", reason]
+            drawn.add_row(*[Text(_clean(cell)) for cell in cells], style=style)
+            head = ["", ""]
+    console.print(drawn)
+
+
+def _rows(verdict: Told) -> Iterator[tuple[str, str]]:
+    for endpoint in verdict["endpoints"]:
+        yield f"/ws/{endpoint}", ""
+    for where, reason in verdict["reasons"].items():
+        yield ("" if where == "token" else f"/ws/{where}"), reason
+
+
+def _holder(token: str) -> str:
+    """Whom a token names, whether it is good or not."""
+    from ..core.tokens import claims_of, is_for_diners
+
+    claims = claims_of(token)
+    if claims is None:
+        legacy = token.split(":")
+        return f"session {legacy[3]}"[:40] if is_for_diners(token) else "?"
+    if is_for_diners(token):
+        return f"session {claims['session_id']}"[:40]
+    roles = claims.get("roles")
+    named = " ".join(map(str, roles)) if isinstance(roles, list) else ""
+    return f"user {claims.get('sub')} {named}"[:40]
+
+
+def _words(audience: Told) -> str:
+    match audience:
+        case {"audience": "waiters", "branch_id": branch, "sector_id": sector}:
+            return f"waiters of sector {sector} in branch {branch}"
+        case {"audience": "floor", "branch_id": branch}:
+            return f"every waiter of branch {branch}"
+        case {"audience": "diners", "session_id": session}:
+            return f"diners of session {session}"
+        case {"audience": "branch_diners", "branch_id": branch}:
+            return f"every diner of branch {branch}"
+        case {"audience": "tenant_admins", "tenant_id": tenant}:
+            return f"admins of every branch of tenant {tenant}"
+    return f"{audience['audience']} of branch {audience['branch_id']}"
+
+
+def _clean(text: str) -> str:
+    from .screen import printable
+
+    return printable(text)

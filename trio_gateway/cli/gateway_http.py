@@ -1,0 +1,63 @@
+"""Asking a gateway over HTTP."""
+
+import http.client
+import ssl
+from collections.abc import Mapping
+from typing import Any, Final
+
+import msgspec
+
+from .endings import Failure
+from .url import read_url
+
+_PATIENCE: Final = 10.0  # seconds for one answer
+_MOST: Final = 1 << 20  # bytes of one
+
+_ADVICE: Final = {
+    401: "bring a token of this gateway in TRIO_GATEWAY_TOKEN",
+    403: "bring the token of an ADMIN of the event's tenant and branch in TRIO_GATEWAY_TOKEN",
+    404: "no gateway there, an older one, or under another path",
+    429: "wait a minute",
+    503: "a dependency of the gateway is down: try again in a while",
+}
+
+
+def post(url: str, path: str, token: str, body: bytes) -> Mapping[str, Any]:
+    """The JSON object that the gateway answers, or :exc:`Failure`. The token goes into a header."""
+    parts = read_url(url)
+    where, host = parts.netloc, parts.hostname or ""
+    connect = http.client.HTTPSConnection if parts.scheme == "wss" else http.client.HTTPConnection
+    connection = connect(host, parts.port, timeout=_PATIENCE)
+    headers = {"Content-Type": "application/json"}
+    try:
+        headers["Authorization"] = f"Bearer {token.encode('ascii').decode()}"
+        connection.request("POST", f"{parts.path}{path}", body, headers)
+        response = connection.getresponse()
+        status, text = response.status, response.read(_MOST)
+    except ConnectionRefusedError:
+        raise Failure(
+            f"nobody listens on {where}: start the gateway (trio-gateway serve),"
+            " or say with --url where it is"
+        ) from None
+    except TimeoutError:
+        raise Failure(f"no answer from {where} in {_PATIENCE:g} s: is that a gateway?") from None
+    except ssl.SSLError as error:
+        raise Failure(f"no TLS with {where}: {error.reason}") from None
+    except OSError as error:
+        raise Failure(f"can't connect to {where}: {error.strerror}") from None
+    except http.client.HTTPException:
+        raise Failure(f"can't ask {where}: what answers there speaks no HTTP") from None
+    except ValueError:  # its text would show the token
+        raise Failure("what TRIO_GATEWAY_TOKEN holds is no token") from None
+    finally:
+        connection.close()
+    try:
+        answer = msgspec.json.decode(text, type=dict[str, Any])
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        answer = {}
+    if status == 200 and answer:
+        return answer
+    said = answer.get("error")
+    problem = f"{where} answers with HTTP {status}" + (f" ({said})" if said else "")
+    advice = _ADVICE.get(status, "no gateway there, or under another path" if not said else "")
+    raise Failure(f"{problem}: {advice}" if advice else problem)

@@ -1,0 +1,175 @@
+"""The policy by the settings of this machine: what a gateway with them would do with a token."""
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import jwt
+import structlog
+
+from ..core.audiences import Audience, Endpoint, Principal
+from ..core.closing import Rejected
+from ..core.events import Event
+from ..core.explanation import Verdict, describe, judge, refused
+from ..core.routing import UNKNOWN, route
+from ..core.tokens import Key, claims_of, is_for_diners, legacy_signature, names_of
+from ..edges.admission import Admission
+from ..edges.auth import Auth, FirstOf, JwtAuth, LegacyTableAuth, TableAuth
+from ..settings import InvalidSettings, Settings
+from .endings import misused
+
+if TYPE_CHECKING:
+    from ..edges.sectors import Roster
+
+_SIGNER: Final = "HS256"
+
+
+@dataclass(frozen=True, slots=True)
+class _Holder:
+    """Who holds a token, or why nobody is let in with it."""
+
+    found: Sequence[Principal] | Verdict
+    verified: bool
+
+
+async def ask(settings: Settings, event: Event, tokens: Sequence[str]) -> Mapping[str, Any]:
+    """What POST /ws/explain would answer, but for who is connected; beside that ``verified`` for
+    each token, and ``notes`` for people.
+    """
+    roster = _roster(settings)
+    try:
+        # Their logs are for operators of a gateway; what matters of them here is in the answer.
+        with structlog.testing.capture_logs():
+            policy = _Policy(settings, roster)
+            holders = [await policy.holder_of(token) for token in tokens]
+        failed = roster is not None and roster.queries["failed"] > 0
+    finally:
+        if roster is not None:
+            roster.close()
+    routes = settings.routes
+    audiences = list(dict.fromkeys(route(event, routes)))
+    return {
+        "type": event.type,
+        "known": event.type in routes,
+        "durable": routes.get(event.type, UNKNOWN).durable,
+        "audiences": [describe(each) for each in audiences],
+        "tokens": [
+            (
+                holder.found
+                if isinstance(holder.found, Verdict)
+                else judge(event, holder.found, routes)
+            ).as_json()
+            | {"verified": holder.verified}
+            for holder in holders
+        ],
+        "notes": [
+            *_notes_on_tokens(settings, holders, database_failed=failed),
+            *_notes_on_sectors(settings, event, audiences),
+        ],
+    }
+
+
+class _Policy:
+    """As a gateway's, and beside it one for tokens whose signature can't be checked here: those are
+    signed anew, with a key that nobody has seen, and then read like any other.
+    """
+
+    def __init__(self, settings: Settings, roster: "Roster | None") -> None:
+        self._settings = settings
+        self._theirs = Admission(settings, roster=roster)
+        self._secret = secrets.token_urlsafe(32)
+        keys = (Key(self._secret, (_SIGNER,)),)
+        staff = JwtAuth(keys, settings.rules)
+        diner: Auth = TableAuth(keys, settings.rules)
+        if settings.allow_legacy_table_tokens:
+            diner = FirstOf(diner, LegacyTableAuth(self._secret))
+        ways = {endpoint: staff if endpoint.staff else diner for endpoint in Endpoint}
+        self._unchecked = Admission(settings, auth=ways, roster=roster)
+
+    async def holder_of(self, token: str) -> _Holder:
+        diners = is_for_diners(token)
+        if diners and claims_of(token) is None and not self._settings.allow_legacy_table_tokens:
+            text = "a table token of the older kind, without ALLOW_LEGACY_TABLE_TOKENS=true"
+            return _Holder(refused(text), verified=False)
+        unchecked = await _identify(self._unchecked, self._signed_anew(token), diners=diners)
+        if not _has_keys(self._settings, diners=diners):
+            return _Holder(unchecked, verified=False)
+        found = await _identify(self._theirs, token, diners=diners)
+        if not isinstance(found, Verdict) or found == unchecked:
+            return _Holder(found, verified=True)
+        allowed = names_of(token)[0]
+        if diners or allowed is None or allowed in self._settings.jwt_algorithms:
+            keys = "TABLE_TOKEN_SECRET" if diners else _staff_keys(self._settings)
+            found = refused(f"not signed with {keys}, or not as it was signed")
+        return _Holder(found, verified=True)
+
+    def _signed_anew(self, token: str) -> str:
+        claims = claims_of(token)
+        if claims is not None:
+            return jwt.encode(dict(claims), self._secret, _SIGNER)
+        fields = token.rpartition(":")[0]
+        return f"{fields}:{legacy_signature(fields, self._secret)}"
+
+
+async def _identify(
+    admission: Admission, token: str, *, diners: bool
+) -> Sequence[Principal] | Verdict:
+    try:
+        return await admission.identify(token, staff=not diners)
+    except Rejected as rejected:
+        return refused(rejected.text)
+
+
+def _has_keys(settings: Settings, *, diners: bool) -> bool:
+    """Whether there is something to check a signature with."""
+    if diners:
+        return settings.table_token_secret is not None
+    return bool(settings.jwt_secret or settings.jwt_public_key or settings.jwt_jwks_url)
+
+
+def _staff_keys(settings: Settings) -> str:
+    names = ("jwt_secret", "jwt_public_key", "jwt_jwks_url")
+    return " or ".join(name.upper() for name in names if getattr(settings, name))
+
+
+def _notes_on_tokens(
+    settings: Settings, holders: Sequence[_Holder], *, database_failed: bool
+) -> list[str]:
+    if not holders:
+        return []
+    found = ["revocation is not looked up here: ask a gateway with --url"]
+    if not all(holder.verified for holder in holders):
+        found.append("claims are believed where JWT_SECRET or TABLE_TOKEN_SECRET is not set")
+    if settings.database_url is None:
+        found.append("sectors are the tokens' sector_ids: DATABASE_URL is not set")
+    elif database_failed:
+        found.append("sectors are the tokens' sector_ids where the database did not answer")
+    else:
+        found.append("sectors are those of today in the database")
+    return found
+
+
+def _notes_on_sectors(settings: Settings, event: Event, audiences: Sequence[Audience]) -> list[str]:
+    named = {kind for kind, *_ in audiences}
+    if settings.ws_uncovered_sector != "branch" or "waiters" not in named:
+        return []
+    nobody = f"if no waiter of sector {event.sector} is connected"
+    return [f"{nobody}, all of branch {event.branch} hear it (WS_UNCOVERED_SECTOR=branch)"]
+
+
+def _roster(settings: Settings) -> "Roster | None":
+    """As the gateway's, with nobody connected."""
+    if settings.database_url is None:
+        return None
+    import time
+
+    from ..core.resilience import Breaker
+    from ..gateway import make_roster
+    from ..runtime.hub import Hub
+
+    breaker = Breaker(settings.circuit_failure_threshold, settings.circuit_recovery_timeout)
+    try:
+        return make_roster(settings, Hub(), breaker, time.time)
+    except InvalidSettings as invalid:
+        misused(invalid.problems)
