@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
@@ -99,12 +100,13 @@ async def running(
     auth: Mapping[Endpoint, Auth] | None = None,
     wait_ready: bool = True,
     config: Config | None = None,
+    clock: Callable[[], float] = time.time,
 ) -> AsyncIterator[Running]:
     """Serve a gateway in this process, through the line or through Hypercorn and Quart alone."""
     line.install()
     if door == "asgi":
         vars(hypercorn.trio.run)["TCPServer"] = TCPServer
-    app = create_app(settings, auth=auth)
+    app = create_app(settings, auth=auth, clock=clock)
     config = config or Config()
     config.bind = ["127.0.0.1:0"]
     config.errorlog = None

@@ -130,7 +130,6 @@ class Gateway(QuartTrio):
             uncovered_to_branch=settings.ws_uncovered_sector == "branch",
             writes_per_checkpoint=settings.ws_broadcast_batch_size,
             timeout=settings.ws_callback_timeout,
-            wall_clock=clock,
         )
         self.breakers = {
             name: Breaker(settings.circuit_failure_threshold, settings.circuit_recovery_timeout)
@@ -496,7 +495,7 @@ class Gateway(QuartTrio):
 
     def trim_history(self) -> None:
         """Forget what has become too old since the last event came."""
-        self.history.trim(self._clock())
+        self.history.trim(trio.current_time())
 
     def _on_trios_clock(self, unix_time: float) -> float:
         return trio.current_time() + unix_time - self._clock()

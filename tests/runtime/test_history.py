@@ -25,8 +25,8 @@ def at(milliseconds: int, sequence: int = 0) -> Position:
     return Position((milliseconds, sequence))
 
 
-def event(stream: Stream, position: Position, data: object = None) -> Event:
-    made = make_event(data=data)
+def event(stream: Stream, position: Position, data: object = None, heard_at: float = 0.0) -> Event:
+    made = make_event(data=data, heard_at=heard_at)
     made.stand(stream, position, durable=True)
     return made
 
@@ -40,7 +40,7 @@ def add(
     now: float = 0.0,
     data: object = None,
 ) -> None:
-    history.add(event(stream, position, data), audiences, now=now)
+    history.add(event(stream, position, data, now), audiences, now=now)
     history.pass_by(stream, position)
 
 
@@ -101,19 +101,19 @@ def test_event_that_is_bigger_than_all_its_room_is_forgotten_at_once() -> None:
     assert history.covers({A: at(1)})
 
 
-def test_it_is_bounded_by_age() -> None:
+def test_it_is_bounded_by_age_which_is_time_since_hearing_whatever_redis_calls_it() -> None:
     history = begun(age=10)
-    add(history, at(5_000), now=5)
-    add(history, at(9_000), now=9)
-    add(history, at(15_000), now=15)
-    assert missed(history, START) == [5_000, 9_000, 15_000]
+    add(history, at(5), now=5)
+    add(history, at(3_600_009), now=9)
+    add(history, at(3_600_010), now=15)
+    assert missed(history, START) == [5, 3_600_009, 3_600_010]
     history.trim(15.001)
-    assert missed(history, START) == [9_000, 15_000]
+    assert missed(history, START) == [3_600_009, 3_600_010]
 
     history.trim(1000)
     assert (len(history), history.bytes) == (0, 0)
-    assert history.covers({A: at(15_000)})
-    assert not history.covers({A: at(9_000)})
+    assert history.covers({A: at(3_600_010)})
+    assert not history.covers({A: at(3_600_009)})
 
 
 def test_it_empties_to_nothing() -> None:

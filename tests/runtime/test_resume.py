@@ -70,9 +70,7 @@ class World:
         self.hub = Hub()
         self.history = History(**{"age": 10**12} | bounds)
         self.replays = Replays(self.history, self.hub)
-        self.dispatch = Dispatch(
-            self.hub, history=self.history, writes_per_checkpoint=1, wall_clock=lambda: 0.0
-        )
+        self.dispatch = Dispatch(self.hub, history=self.history, writes_per_checkpoint=1)
         self.nursery = nursery
         if begun:
             for stream in streams or (A,):

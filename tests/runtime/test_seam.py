@@ -146,7 +146,6 @@ class World:
             self.hub,
             history=self.history,
             writes_per_checkpoint=1,
-            wall_clock=lambda: EPOCH + trio.current_time(),
         )
         self.heard, self.read = EventQueue(10_000), EventQueue(10_000)
         since = self.stream[0][0] if self.stream else self.last_entry
@@ -326,7 +325,7 @@ class World:
                 for _ in range(much):
                     await trio.lowlevel.checkpoint()
             case "trim":
-                self.history.trim(EPOCH + trio.current_time())
+                self.history.trim(trio.current_time())
             case "lose":  # trimmed while the gateway was cut off from Redis
                 await self.read.wait_idle()
                 for _ in range(3):

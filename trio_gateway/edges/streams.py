@@ -205,7 +205,7 @@ class Streams:
     ) -> None:
         if (payload := _payload(fields)) is None:
             return
-        ago = self._wall_clock() - position[0] / 1000
+        ago = max(0.0, self._wall_clock() - position[0] / 1000)  # clocks differ
         try:
             event = parse_event(payload, channel=source.name, heard_at=trio.current_time() - ago)
         except InvalidEvent:

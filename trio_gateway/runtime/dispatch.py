@@ -1,7 +1,6 @@
 """Dispatch: from the queue to whoever may hear it, in one write a connection."""
 
 import math
-import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from itertools import compress
@@ -34,10 +33,7 @@ _Group = tuple[bytes, int, "list[Connection]"]  # joined frames, how many, and w
 
 
 class Dispatch:
-    """Delivers batches of events to the hub's connections, keeps the durable ones, and counts.
-
-    ``wall_clock`` is unix time in seconds: the history's age is measured by it.
-    """
+    """Delivers batches of events to the hub's connections, keeps the durable ones, and counts."""
 
     def __init__(
         self,
@@ -48,7 +44,6 @@ class Dispatch:
         uncovered_to_branch: bool = False,
         writes_per_checkpoint: int = 50,
         timeout: float = math.inf,
-        wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._hub = hub
         self._routes = routes
@@ -56,7 +51,6 @@ class Dispatch:
         self._uncovered_to_branch = uncovered_to_branch
         self._writes_per_checkpoint = writes_per_checkpoint
         self._timeout = timeout
-        self._wall_clock = wall_clock
         self._duplicates = Duplicates()
         self._kept = Duplicates()  # of what stands in the history
         # One batch after the other, whichever queue it is from: an event on Pub/Sub has reached
@@ -219,7 +213,7 @@ class Dispatch:
         """Whether it is a durable event that was not kept yet; then it is from now on."""
         if event.event_id is None or self._kept.is_duplicate(event):
             return False
-        self._history.add(event, audiences, now=self._wall_clock(), heard_by=heard_by)
+        self._history.add(event, audiences, now=trio.current_time(), heard_by=heard_by)
         return True
 
     def _count(self, event: Event, audiences: list[Audience]) -> None:

@@ -17,13 +17,15 @@ class Kept(NamedTuple):
 
     stream: Stream
     position: Position
+    heard_at: float  # on the runtime's clock: positions are by Redis', and wall clocks are set
     frame: bytes
     audiences: tuple[Audience, ...]
     heard_by: int  # connections up to this number were sent a Pub/Sub copy of it live
 
 
 class History:
-    """The durable events of the last while, bounded by count, bytes and age (seconds).
+    """The durable events of the last while, bounded by count, bytes and age (seconds since they
+    were heard).
 
     A replay costs what was missed, not what happened: each audience has its own list per stream,
     read from its end. Whoever has seen less than what was forgotten can't be told what it missed.
@@ -70,10 +72,12 @@ class History:
     def add(
         self, event: Event, audiences: Collection[Audience], *, now: float, heard_by: int = 0
     ) -> None:
-        """Keep a durable event, the newest of its stream. ``now`` is unix time in seconds."""
+        """Keep a durable event, the newest of its stream. ``now`` is on the runtime's clock."""
         assert event.stream is not None
         assert event.position is not None
-        kept = Kept(event.stream, event.position, event.frame, tuple(audiences), heard_by)
+        kept = Kept(
+            event.stream, event.position, event.heard_at, event.frame, tuple(audiences), heard_by
+        )
         self._kept.append(kept)
         self.bytes += len(kept.frame)
         for audience in kept.audiences:
@@ -92,11 +96,11 @@ class History:
 
     def trim(self, now: float) -> None:
         """Forget what is over the bounds."""
-        oldest = (now - self.age) * 1000
+        oldest = now - self.age
         while self._kept and (
             len(self._kept) > self.most_events
             or self.bytes > self.most_bytes
-            or self._kept[0].position[0] < oldest
+            or self._kept[0].heard_at < oldest
         ):
             kept = self._kept.popleft()
             self.bytes -= len(kept.frame)
