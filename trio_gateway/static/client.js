@@ -77,6 +77,7 @@ class Connection extends EventTarget {
   #timings;
   /** @type {URL} */
   #url;
+  #WebSocket;
   /** @type {Page | null} */
   #page;
   /** @type {State} */
@@ -115,6 +116,9 @@ class Connection extends EventTarget {
     this.#lastEventId = options.lastEventId ?? "";
     this.#url = new URL(options.url, globalThis.location?.href);
     this.#url.protocol = this.#url.protocol.replace(/^http/, "ws");
+    this.#url.hash = "";
+    this.#WebSocket = options.WebSocket ?? globalThis.WebSocket;
+    if (!this.#WebSocket) throw new TypeError("no WebSocket here: Node has one since version 22");
     for (const name of ["token", "table_token", "ticket"]) {
       if (this.#url.searchParams.has(name)) {
         throw new TypeError(`no ${name} in the URL: it would stand in logs; use the option token`);
@@ -125,8 +129,7 @@ class Connection extends EventTarget {
     this.#page = options.page === undefined ? page : options.page;
     this.#listen();
     if (this.#page) this.#take(this.#page);
-    // Whoever connects may add listeners first, and has the result when they are called.
-    queueMicrotask(() => this.#ended || this.#connect());
+    this.#connect(); // tells nothing before it has waited, so listeners can be added first
   }
 
   get state() {
@@ -152,6 +155,7 @@ class Connection extends EventTarget {
 
   close() {
     this.#end("closed");
+    this.#listening.abort();
   }
 
   #listen() {
@@ -245,13 +249,12 @@ class Connection extends EventTarget {
 
   /** @param {string} token */
   #open(token) {
-    const { WebSocket = globalThis.WebSocket } = this.#options;
     let socket;
     try {
-      socket = new WebSocket(this.#url, ["gateway.v1", `bearer.${token}`]);
-    } catch {
-      // The error's own text would hold the token.
-      return this.#refuse(AUTH_FAILED, "the token can't stand among the subprotocols");
+      socket = new this.#WebSocket(this.#url, ["gateway.v1", `bearer.${token}`]);
+    } catch (error) {
+      // The token is no subprotocol, or the page may not: waiting mends neither.
+      return this.#refuse(NO_ANSWER, String(error).replaceAll(token, "…"));
     }
     this.#token = token;
     this.#expires = claims(token).exp ?? 0;
@@ -351,7 +354,6 @@ class Connection extends EventTarget {
 
   /** @param {boolean} hurry */
   #ping(hurry) {
-    if (this.#state !== "open") return;
     const patience = hurry ? this.#timings.shortPatience : this.#timings.patience;
     const due = seconds() + patience;
     this.#pinged = true;
@@ -471,13 +473,14 @@ class Connection extends EventTarget {
 
   /** @param {State} state @param {Ending} [ending] */
   #end(state, ending) {
-    if (this.#listening.signal.aborted) return;
+    if (this.#state === "refused" || this.#state === "closed") return;
     this.#drop();
+    // First of all: a listener may connect again.
+    const connections = this.#page && pages.get(this.#page);
+    if (connections?.get(this.#key) === this) connections.delete(this.#key);
     this.#become(state);
     if (ending) this.#tell("refused", ending);
     this.#listening.abort();
-    const connections = this.#page && pages.get(this.#page);
-    if (connections?.get(this.#key) === this) connections.delete(this.#key);
   }
 }
 

@@ -72,6 +72,18 @@ test("a token that can't be a subprotocol ends it, and stands in no error", asyn
   assert.doesNotMatch(JSON.stringify(client.told), /secret/);
 });
 
+test("what the page or the platform does not allow is told as what it is", async () => {
+  const mixed = class {
+    constructor() {
+      throw new DOMException("an insecure connection may not be initiated", "SecurityError");
+    }
+  };
+  const client = await start({ WebSocket: /** @type {any} */ (mixed) });
+  assert.match(client.of("refused")[0].reason, /^SecurityError: an insecure connection/);
+  mock.property(globalThis, "WebSocket", undefined);
+  assert.throws(() => connect({ url: "wss://gateway.example/ws/waiter", token: "x" }), /version 22/);
+});
+
 test("http and https URLs will do", async () => {
   const { socket } = await start({ url: "https://gateway.example/ws/kitchen" });
   assert.equal(socket.url, "wss://gateway.example/ws/kitchen");
@@ -359,6 +371,18 @@ test("the first message asks for the present place, later ones for the last that
   assert.deepEqual(client.socket.sent, ['{"type":"resume","last_event_id":"7"}']);
 });
 
+test("the last thousand are remembered, not more", async () => {
+  const client = await open();
+  for (let id = 0; id <= 1000; id++) {
+    client.socket.say({ type: "ROUND_READY", tenant_id: 1, event_id: `${id}` });
+  }
+  for (const event_id of ["1", "0"]) {
+    client.socket.say({ type: "ROUND_READY", tenant_id: 1, event_id });
+  }
+  assert.equal(client.of("event").length, 1002);
+  assert.equal(client.of("event").at(-1).event_id, "0");
+});
+
 test("it can begin where another page left off", async () => {
   const { socket } = await start({ lastEventId: "kept" });
   socket.open();
@@ -428,10 +452,31 @@ test("the token is renewed in place when four fifths of its life are over", asyn
     client.socket.sent.filter((text) => text.includes("auth")),
     [JSON.stringify({ type: "auth", token: second })],
   );
-  client.socket.say({ type: "auth_ok", expires_at: clock.seconds + 220 });
-  await clock.pass(10);
-  assert.equal(sockets(), 1);
   assert.equal(client.client.state, "open");
+});
+
+test("what auth_ok says is when the next renewal is counted from", async () => {
+  const exp = clock.seconds + 100;
+  const tokens = [jwt({ exp }), jwt({ exp: exp + 1 }), jwt({ exp: exp + 2 })];
+  const client = await open({ token: () => tokens.shift() });
+  await keepAlive(client, 80.2);
+  client.socket.say({ type: "auth_ok", expires_at: clock.seconds + 1000 });
+  await keepAlive(client, 795);
+  assert.equal(tokens.length, 1);
+  await keepAlive(client, 10);
+  assert.equal(tokens.length, 0);
+});
+
+test("a renewed token is the one that a refusal is about", async () => {
+  const fresh = jwt({ exp: clock.seconds + 300 });
+  const tokens = [jwt({ exp: clock.seconds + 10 })];
+  const client = await open({ token: () => tokens.shift() ?? fresh });
+  await clock.pass(8.1);
+  client.socket.say({ type: "auth_ok", expires_at: clock.seconds + 290 });
+  client.socket.end(4001, "revoked");
+  await clock.pass(60);
+  assert.equal(sockets(), 1);
+  assert.equal(client.client.state, "refused");
 });
 
 test("a renewal that is not answered is asked for again before the token expires", async () => {
@@ -458,8 +503,15 @@ test("a token that expired while its renewal was not answered gives way to the f
 test("a provider that keeps its token or fails is no reason to send anything", async () => {
   const kept = jwt({ exp: clock.seconds + 100 });
   const answers = [() => kept, () => kept, () => assert.fail("down"), () => null];
-  const client = await open({ token: () => (answers.shift() ?? (() => kept))() });
-  await keepAlive(client, 99);
+  let asked = 0;
+  const client = await open({
+    token: () => {
+      asked++;
+      return (answers.shift() ?? (() => kept))();
+    },
+  });
+  await keepAlive(client, 99.9);
+  assert.ok(asked < 10, `asked ${asked} times`);
   assert.deepEqual(
     client.socket.sent.filter((text) => text.includes("auth")),
     [],
@@ -705,6 +757,7 @@ test("close() ends everything: socket, timers, listeners", async () => {
   assert.equal(client.client.state, "closed");
   assert.equal(live(), 0);
   const told = client.told.length;
+  assert.deepEqual(client.told.at(-1), ["state", "closed"]);
   client.page.show(true);
   client.page.network(true);
   await clock.pass(HOUR);
@@ -743,6 +796,47 @@ for (const name of ["onEvent", "onGap", "onState", "onClose", "onError"]) {
   });
 }
 
+test("close() when it begins another attempt is the end as well", async () => {
+  draw(0);
+  let asked = 0;
+  const client = await open({
+    token: () => `${++asked}`,
+    onState: (state) => state === "connecting" && client.client.close(),
+  });
+  client.socket.end(1006);
+  await clock.pass(HOUR);
+  assert.equal(client.client.state, "closed");
+  assert.equal(asked, 1);
+  assert.equal(sockets(), 1);
+});
+
+test("close() when it has been refused silences what would still be told, and mends nothing", async () => {
+  const told = /** @type {string[]} */ ([]);
+  const client = await open({ onState: (state) => state === "refused" && client.client.close() });
+  client.client.addEventListener("refused", () => told.push("refused"));
+  client.socket.end(4003);
+  assert.equal(client.client.state, "refused");
+  assert.deepEqual([...told, ...client.of("refused")], []);
+});
+
+test("one that was refused can be connected again from the listener that hears of it", async () => {
+  const page = new FakePage();
+  const again = new Promise((resolve) => {
+    open({ page, onRefused: () => resolve(start({ page, token: "fresh" })) });
+  });
+  await settle();
+  FakeWebSocket.all[0].end(4003);
+  const second = await again;
+  second.socket.letIn();
+  assert.equal(second.socket.token, "fresh");
+  assert.deepEqual(
+    driven.map(({ client }) => client.state),
+    ["refused", "open"],
+  );
+  await start({ page });
+  assert.equal(second.client.state, "closed");
+});
+
 test("addEventListener hears the same", async () => {
   const { client, socket } = await open();
   /** @type {unknown[]} */
@@ -752,4 +846,66 @@ test("addEventListener hears the same", async () => {
   socket.say({ type: "ROUND_READY", tenant_id: 1 });
   socket.say({ type: "gap" });
   assert.deepEqual(heard, ["ROUND_READY", "lost"]);
+});
+
+// Whatever happens
+
+/** Numbers from 0 to 1, the same for the same seed (mulberry32). @param {number} seed */
+const numbers = (seed) => () => {
+  seed = (seed + 0x6d2b79f5) | 0;
+  let mixed = Math.imul(seed ^ (seed >>> 15), 1 | seed);
+  mixed = (mixed + Math.imul(mixed ^ (mixed >>> 7), 61 | mixed)) ^ mixed;
+  return ((mixed ^ (mixed >>> 14)) >>> 0) / 2 ** 32;
+};
+
+test("whatever happens: one socket at most, no attempt too early, and in the end it is open", async () => {
+  for (let seed = 0; seed < 60; seed++) {
+    const number = numbers(seed);
+    mock.method(Math, "random", number);
+    /** @param {readonly any[]} choices */
+    const choose = (choices) => choices[Math.floor(number() * choices.length)];
+    FakeWebSocket.all = [];
+    let notBefore = 0;
+    const client = await start({ token: () => jwt({ exp: clock.seconds + 300, jti: `${number()}` }) });
+    /** @type {Record<string, () => void>} */
+    const happenings = {
+      letIn: () => client.socket.live && client.client.state === "connecting" && client.socket.letIn(),
+      end: () => {
+        if (!client.socket.live) return;
+        client.socket.end(choose([1000, 1006, 1011, 1013, 4001, 4008, 4009]));
+        notBefore = 0;
+      },
+      hint: () => {
+        if (!client.socket.live) return;
+        client.socket.end(1001, "retry in 12.5s");
+        notBefore = clock.seconds + 12.5;
+      },
+      flood: () => {
+        if (!client.socket.live) return;
+        client.socket.end(4029);
+        notBefore = clock.seconds + 30;
+      },
+      pong: () => client.socket.live && client.socket.onmessage?.({ data: '{"type":"pong"}' }),
+      show: () => client.page.show(choose([true, false])),
+      network: () => client.page.network(choose([true, false])),
+      sleep: () => clock.sleep(choose([1, 60, 4000])),
+    };
+    for (let step = 0; step < 40; step++) {
+      const before = sockets();
+      const name = choose(Object.keys(happenings));
+      happenings[name]();
+      await clock.pass(choose([0, 0.1, 0.5, 3]));
+      const story = `seed ${seed}, step ${step}, ${name}`;
+      assert.ok(live() <= 1, `${live()} sockets: ${story}`);
+      if (sockets() > before) assert.ok(clock.seconds >= notBefore, `too early: ${story}`);
+    }
+    client.page.network(true);
+    for (let passed = 0; client.client.state !== "open" && passed < 200; passed++) {
+      await clock.pass(0.5);
+      happenings.letIn();
+    }
+    assert.equal(client.client.state, "open", `seed ${seed}`);
+    client.client.close();
+    assert.equal(live(), 0, `seed ${seed}`);
+  }
 });
