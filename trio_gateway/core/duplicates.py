@@ -1,19 +1,19 @@
 """Duplicates: one content on several channels is one event."""
 
-import math
 from collections import deque
-from collections.abc import Iterator
+from math import inf
 from typing import Final
 
 from .events import Event
 
 CONTENT_WINDOW: Final = 5.0  # seconds
 ID_WINDOW: Final = 300.0
-_NEVER: Final = (float("-inf"), 0)
+_NEVER: Final = (-inf, 0)
+_FORGETS_EVERY: Final = 0.1  # seconds
 MOST_REMEMBERED: Final = 500_000  # of either kind; past it the oldest are forgotten
 
 # A content's recent occurrences: when each was first heard, on which channels since, its mark.
-_Occurrence = tuple[float, set[str], int]
+_Occurrence = tuple[float, tuple[str, ...], int]
 
 
 class Duplicates:
@@ -31,10 +31,14 @@ class Duplicates:
     def __init__(self) -> None:
         # When the first of the events that are still to come was heard, if they do not come in
         # the order of their hearing: what it may be a copy of must be remembered till then.
-        self.oldest = math.inf
+        self.oldest = inf
         self._ids: dict[int, tuple[float, int]] = {}
-        self._contents: dict[int, list[_Occurrence]] = {}
-        self._order: deque[tuple[float, int]] = deque()  # by first hearing
+        self._contents: dict[int, tuple[_Occurrence, ...]] = {}
+        # By first hearing. A dictionary keeps its order, too, but to find the oldest it steps over
+        # every place from which one was taken.
+        self._ids_in_order: deque[tuple[float, int]] = deque()
+        self._contents_in_order: deque[tuple[float, int]] = deque()
+        self._forgets_at = -inf
 
     def __len__(self) -> int:
         return len(self._ids) + len(self._contents)
@@ -47,62 +51,60 @@ class Duplicates:
         """The mark with which this event was remembered when it was first heard, or None if it is
         now: then it is remembered with this one.
         """
-        self._forget(min(event.heard_at, self.oldest))
+        now = event.heard_at
+        if now >= self._forgets_at or len(self) > MOST_REMEMBERED:
+            self._forgets_at = now + _FORGETS_EVERY
+            self._forget(min(now, self.oldest))
         if event.id is not None:
             key = hash((event.tenant, event.id))
             heard_at, before = self._ids.get(key, _NEVER)
-            if heard_at + ID_WINDOW >= event.heard_at:
+            if heard_at + ID_WINDOW >= now:
                 return before
-            self._ids.pop(key, None)  # so that it moves to the end
-            self._ids[key] = event.heard_at, mark
+            self._ids[key] = now, mark
+            self._ids_in_order.append((now, key))
             return None
-        key = hash(tuple(_content(event)))
-        occurrences = self._contents.get(key)
-        if occurrences is None:
-            self._contents[key] = [(event.heard_at, {event.channel}, mark)]
-        else:
-            for heard_at, channels, before in occurrences:
-                if abs(event.heard_at - heard_at) <= CONTENT_WINDOW and (
-                    event.channel not in channels
-                ):
-                    channels.add(event.channel)
-                    return before
-            occurrences.append((event.heard_at, {event.channel}, mark))
-        self._order.append((event.heard_at, key))
+        key = hash(_content(event))
+        channel = event.channel
+        occurrences = self._contents.get(key, ())
+        for n, (heard_at, channels, before) in enumerate(occurrences):
+            if abs(now - heard_at) <= CONTENT_WINDOW and channel not in channels:
+                one = heard_at, (*channels, channel), before
+                self._contents[key] = (*occurrences[:n], one, *occurrences[n + 1 :])
+                return before
+        self._contents[key] = (*occurrences, (now, (channel,), mark))
+        self._contents_in_order.append((now, key))
         return None
 
     def _forget(self, now: float) -> None:
-        while self._order and (
-            self._order[0][0] + CONTENT_WINDOW < now or len(self._order) > MOST_REMEMBERED
-        ):
-            _, key = self._order.popleft()
-            occurrences = self._contents[key]
-            del occurrences[0]
-            if not occurrences:
-                del self._contents[key]
-        while self._ids and (
-            (oldest := next(iter(self._ids.items())))[1][0] + ID_WINDOW < now
-            or len(self._ids) > MOST_REMEMBERED
-        ):
-            del self._ids[oldest[0]]
+        order, contents = self._contents_in_order, self._contents
+        while order and (order[0][0] + CONTENT_WINDOW < now or len(order) > MOST_REMEMBERED):
+            _, key = order.popleft()
+            if left := contents[key][1:]:
+                contents[key] = left
+            else:
+                del contents[key]
+        order, ids = self._ids_in_order, self._ids
+        while order and (order[0][0] + ID_WINDOW < now or len(order) > MOST_REMEMBERED):
+            heard_at, key = order.popleft()
+            if ids[key][0] == heard_at:  # it was not heard again since
+                del ids[key]
 
 
-def _content(event: Event) -> Iterator[bytes]:
+def _content(event: Event) -> tuple[bytes, ...]:
     """The payload without the value of its own, outermost ``ts``."""
     payload, ts = event.payload, event.ts
     if not ts:
-        yield payload
-        return
+        return (payload,)
     # Few events hold the four characters "ts" with quotes more than once: then the one value
     # behind them is the one msgspec found. If there are more, find the one at depth one.
-    start = payload.index(b'"ts"') if payload.count(b'"ts"') == 1 else _outermost_ts(payload)
+    start = payload.find(b'"ts"')
+    if start < 0 or payload.find(b'"ts"', start + 4) >= 0:
+        start = _outermost_ts(payload)
     value = payload.find(ts, start + 4) if start >= 0 else -1
     if value < 0 or payload[start + 4 : value].strip() != b":":
         # Written with escapes, or twice: then copies must agree to the byte.
-        yield payload
-        return
-    yield payload[:start]
-    yield payload[value + len(ts) :]
+        return (payload,)
+    return payload[:start], payload[value + len(ts) :]
 
 
 def _outermost_ts(payload: bytes) -> int:
