@@ -336,7 +336,7 @@ async def test_slow_deliveries_are_logged_once_a_second(
     with capture_logs() as logs:
         for n in range(100):
             queue.offer(numbered(n))
-        await queue.wait_idle()
+            await queue.wait_idle()
     seconds = trio.current_time()
 
     assert dispatch.failed == 100
@@ -344,19 +344,22 @@ async def test_slow_deliveries_are_logged_once_a_second(
     assert sum(log["held_back"] for log in logs) >= 100 - len(logs) - 20
 
 
-async def test_batches_are_bounded(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
+@pytest.mark.parametrize(("waiting", "writes"), [(10, 1), (11, 1), (40, 1), (45, 2), (85, 3)])
+async def test_one_write_carries_a_batch_and_four_of_a_backlog(
+    autojump_clock: MockClock, nursery: trio.Nursery, waiting: int, writes: int
+) -> None:
     hub, queue = Hub(), EventQueue(99)
     socket = await connect(nursery, hub, make_principal())
     dispatch = Dispatch(hub)
-    for n in range(25):
+    for n in range(waiting):
         queue.offer(numbered(n))
 
     nursery.start_soon(dispatch.run, queue, 10)
     await queue.wait_idle()
 
-    assert heard(socket) == list(range(25))
-    assert socket.writes == 3
-    assert dispatch.processed == 25
+    assert heard(socket) == list(range(waiting))
+    assert socket.writes == writes
+    assert dispatch.processed == waiting
 
 
 async def test_time_is_observed(autojump_clock: MockClock, nursery: trio.Nursery) -> None:

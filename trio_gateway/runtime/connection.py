@@ -114,7 +114,7 @@ class Connection:
         "__weakref__", "_answer", "_code", "_errand", "_heard_at", "_nursery", "_outbox", "_rate",
         "_reading", "_received_at", "_replays", "_socket", "_terms", "_writing", "_written",
         "accepted_at", "audiences", "close_reason", "cursor", "ended_at", "expires_at", "joined_at",
-        "messages", "number", "principal", "resume_from", "resuming", "sent_at",
+        "mask", "messages", "number", "principal", "resume_from", "resuming", "sent_at",
     )  # fmt: skip
 
     def __init__(
@@ -138,6 +138,7 @@ class Connection:
         self.cursor: Cursor | None = None
         self.accepted_at = accepted_at
         self.number = 0  # the hub's, from 1 in the order of joining
+        self.mask = 0  # the hub's, while it looks for who hears a batch
         self.resume_from = resume_from
         self.resuming = False
         self._replays = replays

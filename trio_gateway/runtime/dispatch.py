@@ -29,7 +29,11 @@ LOOK_BACK: Final = 1.0  # seconds
 
 # An event to be delivered, its audiences, and the last connection that has heard a copy of it.
 _Planned = tuple[Event, list[Audience], int]
-_Group = tuple[bytes, int, "list[Connection]"]  # joined frames, how many, and who gets them
+# Which frames (bit i: the i-th), and who gets them.
+_Group = tuple[int, "list[Connection]"]
+
+
+_BATCHES_OF_A_BACKLOG: Final = 4
 
 
 class Dispatch:
@@ -66,7 +70,11 @@ class Dispatch:
         self.observe: Callable[[Sequence[Event], float], None] | None = None  # what was delivered
 
     async def run(self, queue: EventQueue, batch_size: int) -> NoReturn:
-        """Deliver what comes; return only when cancelled."""
+        """Deliver what comes; return only when cancelled.
+
+        When more waits than one batch holds, several go in one write: what a write costs is then
+        shared by more events, and that is how a backlog is worked off.
+        """
         self._queues.append(queue)
         while True:
             await queue.wait()
@@ -74,7 +82,8 @@ class Dispatch:
             async with self._turn:
                 started = trio.current_time()
                 self._look_back(started)
-                batch = queue.take(batch_size)
+                batches = _BATCHES_OF_A_BACKLOG if queue.depth > batch_size else 1
+                batch = queue.take(batch_size * batches)
                 with trio.move_on_after(self._timeout) as scope:
                     fresh = await self.deliver(batch)
                 ended = trio.current_time()
@@ -112,14 +121,16 @@ class Dispatch:
         History and members are looked at in one step, before anything is awaited: a connection
         gets an event live if it is not held at that moment, and from the history if it is.
         """
-        fresh, groups = self._plan(batch)
+        fresh, frames, groups = self._plan(batch)
         self.processed += len(fresh)
         now = trio.current_time()
         written = 0
-        for data, frames, members in groups:
+        for mask, members in groups:
+            # Joined just before they are written: then the kernel finds the bytes in the cache.
+            data, number = join(frames, mask)
             for n, connection in enumerate(members):
-                connection.write(data, frames, now)
-                self.deliveries += frames
+                connection.write(data, number, now)
+                self.deliveries += number
                 written += 1
                 if written % self._writes_per_checkpoint == 0:
                     try:
@@ -134,7 +145,8 @@ class Dispatch:
         self._duplicates.is_duplicate(event)
         self._keep(event, self.audiences(event), heard_by=0)
 
-    def _plan(self, batch: Sequence[Event]) -> tuple[list[Event], list[_Group]]:
+    def _plan(self, batch: Sequence[Event]) -> tuple[list[Event], list[bytes], list[_Group]]:
+        """Those that were no duplicates, the frames to send, and who gets which of them."""
         fresh: list[Event] = []
         planned: list[_Planned] = []
         joins = self._hub.joins
@@ -155,9 +167,8 @@ class Dispatch:
                     planned.append((event, audiences, heard_by))
             if event.stream is not None and event.position is not None:
                 self._history.pass_by(event.stream, event.position)
-        if len(planned) == 1:
-            return fresh, self._plan_one(*planned[0])
-        return fresh, self._plan_many(planned)
+        groups = self._plan_one(*planned[0]) if len(planned) == 1 else self._plan_many(planned)
+        return fresh, [event.frame for event, _, _ in planned] if groups else [], groups
 
     def _plan_one(self, event: Event, audiences: list[Audience], heard_by: int) -> list[_Group]:
         members = self._hub.members(audiences)
@@ -165,7 +176,7 @@ class Dispatch:
             members = [connection for connection in members if connection.number > heard_by]
         if event.event_id is not None and (held := self._hub.held):
             members = [connection for connection in members if connection not in held]
-        return [(event.frame, 1, members)] if members else []
+        return [(1, members)] if members else []
 
     def _plan_many(self, planned: list[_Planned]) -> list[_Group]:
         """As one bit mask per audience (bit i: the i-th event), so that the work per connection
@@ -181,20 +192,29 @@ class Dispatch:
                 durable |= 1 << i
             if heard_by:
                 copies.append((1 << i, heard_by))
-        held = self._hub.held if durable else ()
-        by_mask: defaultdict[int, list[Connection]] = defaultdict(list)  # few, of many connections
-        for connection, mask in self._hub.masks(heard).items():
-            if held and connection in held:
-                mask &= ~durable
-            for bit, heard_by in copies:
-                if connection.number <= heard_by:
-                    mask &= ~bit
-            by_mask[mask].append(connection)
-        by_mask.pop(0, None)
-        if not by_mask:
-            return []
-        frames = [event.frame for event, _, _ in planned]
-        return [(*join(frames, mask), members) for mask, members in by_mask.items()]
+        by_mask: Mapping[int, list[Connection]] = self._hub.masks(heard)
+        if copies or (durable and self._hub.held):
+            by_mask = self._without(by_mask, durable, copies)
+        return list(by_mask.items())
+
+    def _without(
+        self,
+        by_mask: "Mapping[int, list[Connection]]",
+        durable: int,
+        copies: Sequence[tuple[int, int]],
+    ) -> "Mapping[int, list[Connection]]":
+        """Without what they have heard already, or get from the history."""
+        found: defaultdict[int, list[Connection]] = defaultdict(list)
+        held = self._hub.held
+        for mask, members in by_mask.items():
+            for connection in members:
+                left = mask & ~durable if connection in held else mask
+                for bit, heard_by in copies:
+                    if connection.number <= heard_by:
+                        left &= ~bit
+                found[left].append(connection)
+        found.pop(0, None)
+        return found
 
     def audiences(self, event: Event) -> list[Audience]:
         """Who hears it: :func:`route`, and what an uncovered sector falls back to."""
@@ -231,7 +251,7 @@ class Dispatch:
         if not any(self._routes.get(event.type, UNKNOWN).durable for event in batch):
             return
         left = members[done:]
-        for _, _, others in reversed(groups):
+        for _, others in reversed(groups):
             if others is members:
                 break
             left += others

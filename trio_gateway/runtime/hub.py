@@ -1,6 +1,6 @@
 """The hub: the dictionary between audiences and the connections that are in them."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, KeysView, Mapping
 from typing import TYPE_CHECKING
 
@@ -121,21 +121,24 @@ class Hub:
             return list(found[0])
         return list(set().union(*found))
 
-    def masks(self, heard: Mapping[Audience, int]) -> "dict[Connection, int]":
-        """What each connection hears, as bits: those of its audiences, or-ed.
+    def masks(self, heard: Mapping[Audience, int]) -> "dict[int, list[Connection]]":
+        """Who hears what, as bits: those of the audiences that a connection is in, or-ed.
 
-        From the audiences' side: a batch names few, and a connection may be in many.
+        From the audiences' side: a batch names few, and a connection may be in many. The mask is
+        collected on the connection itself, which costs half of what a dictionary does.
         """
-        found: dict[Connection, int] = {}
+        found: set[Connection] = set()
         for audience, bits in heard.items():
             if (members := self._members.get(audience)) is None:
                 continue
-            if not found:
-                found = dict.fromkeys(members, bits)
-                continue
             for connection in members:
-                found[connection] = found.get(connection, 0) | bits
-        return found
+                connection.mask |= bits
+            found |= members
+        by_mask: defaultdict[int, list[Connection]] = defaultdict(list)  # few, of many connections
+        for connection in found:
+            by_mask[connection.mask].append(connection)
+            connection.mask = 0
+        return by_mask
 
     def hears(self, audience: Audience) -> bool:
         """Whether anybody is in this audience."""
