@@ -10,8 +10,9 @@ import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import sniffio
@@ -374,12 +375,14 @@ class Gateway(QuartTrio):
         """
         endpoint = handshake.endpoint
         accepted_at = self.history.end
-        with ExitStack() as stack:
+        address, entered = "", False
+        try:
             try:
                 address = self.addresses.of(
                     handshake.peer, handshake.headers.get("x-forwarded-for")
                 )
-                stack.enter_context(self.addresses.entered(address, trio.current_time()))
+                self.addresses.enter(address, trio.current_time())
+                entered = True
                 principal = await self._admit(handshake)
                 if self.draining:  # asked only now: the others may have been sent away meanwhile
                     raise Rejected(Close.GOING_AWAY, f"retry in {_FIRST_WINDOW:.1f}s", "draining")
@@ -409,20 +412,26 @@ class Gateway(QuartTrio):
                 await self._reject(endpoint, socket, bug)
                 return
             await self._run(connection, socket)
+        finally:
+            if entered:
+                self.addresses.leave(address)
 
     async def _admit(self, handshake: Handshake) -> Principal:
-        with trio.move_on_after(self.accept_timeout):
-            try:
-                admitted = await self.admissions.run(
-                    lambda: self.admission.admit(handshake), self.accept_timeout / 2
-                )
-            except TooMany:
-                raise Rejected(
-                    Close.SERVER_OVERLOADED, "too many handshakes", "handshake_limit"
-                ) from None
-            assert admitted is not None
-            return admitted
-        raise Rejected(Close.SERVER_OVERLOADED, "can't check the credential now", "accept_timeout")
+        try:
+            admitted = await self.admissions.run(
+                partial(self.admission.admit, handshake),
+                self.accept_timeout,
+                patience=self.accept_timeout / 2,
+            )
+        except TooMany:
+            raise Rejected(
+                Close.SERVER_OVERLOADED, "too many handshakes", "handshake_limit"
+            ) from None
+        if admitted is None:
+            raise Rejected(
+                Close.SERVER_OVERLOADED, "can't check the credential now", "accept_timeout"
+            )
+        return admitted
 
     async def _run(self, connection: Connection, socket: Socket) -> None:
         principal = connection.principal

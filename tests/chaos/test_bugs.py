@@ -28,7 +28,7 @@ from hypercorn.utils import LifespanFailureError
 import trio_gateway
 from trio_gateway import serve
 from trio_gateway.core.closing import Close
-from trio_gateway.edges.line import LineSocket
+from trio_gateway.edges.wire import LineSocket
 from trio_gateway.gateway import create_app
 from trio_gateway.runtime.connection import Connection
 from trio_gateway.runtime.resume import Replays

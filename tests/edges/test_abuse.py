@@ -207,8 +207,8 @@ async def test_clients_over_the_most_that_are_being_admitted_are_told_1013(
 
 
 def test_nobodys_address_is_looked_at_while_there_is_no_limit() -> None:
-    assert Addresses(hops=1).of("127.0.0.1", "10.0.0.1") == ""
-    assert Addresses(hops=1, failures=1).of("127.0.0.1", "10.0.0.1") == "10.0.0.1"
+    assert Addresses(hops=1).of(lambda: "127.0.0.1", "10.0.0.1") == ""
+    assert Addresses(hops=1, failures=1).of(lambda: "127.0.0.1", "10.0.0.1") == "10.0.0.1"
 
 
 @MANY_ADDRESSES
@@ -370,10 +370,11 @@ async def test_failures_are_forgotten_after_their_time(
 
 def is_free(found: Addresses, address: str, now: float) -> bool:
     try:
-        with found.entered(address, now):
-            return True
+        found.enter(address, now)
     except Rejected as rejected:
         return rejected.close is not Close.RATE_LIMITED
+    found.leave(address)
+    return True
 
 
 def test_failures_are_forgotten_a_minute_after_they_were_made() -> None:
@@ -401,8 +402,8 @@ def test_what_is_remembered_of_addresses_is_bounded() -> None:
     found = Addresses(connections=5, failures=5)
     for n in range(30_000):
         found.failed(f"address {n}", 0.0)
-        with found.entered(f"address {n}", 0.0):
-            pass
+        found.enter(f"address {n}", 0.0)
+        found.leave(f"address {n}")
     assert len(found) == 10_000
 
 
@@ -410,8 +411,8 @@ def test_without_limits_nothing_is_remembered() -> None:
     found = Addresses()
     for n in range(100):
         found.failed("a", 0.0)
-        with found.entered("a", float(n)):
-            assert len(found) == 0
+        found.enter("a", float(n))
+        assert len(found) == 0
 
 
 # Floods

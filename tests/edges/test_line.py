@@ -45,7 +45,8 @@ from trio_gateway.core.closing import Close
 from trio_gateway.core.frames import CLOSE, PING, PONG, TEXT
 from trio_gateway.edges.auth import Auth
 from trio_gateway.edges.handshake import MAX_HEAD_BYTES, Handshake, Refusal
-from trio_gateway.edges.line import LINGER, Line, LineSocket, install, read_head
+from trio_gateway.edges.line import Line, install, read_head
+from trio_gateway.edges.wire import LINGER, LineSocket
 from trio_gateway.gateway import Gateway, create_app
 from trio_gateway.runtime.connection import Connection
 from trio_gateway.testing import NullAuth, make_event, make_principal
@@ -1152,11 +1153,11 @@ async def test_another_app_is_none_of_its_business() -> None:
 async def test_reading_a_head_reads_no_further_than_it_must() -> None:
     ours, theirs = trio.testing.memory_stream_pair()
     await ours.send_all(make_head() + b"behind")
-    data, refusal = await read_head(theirs, 1)
+    data, refusal = await read_head(theirs, bytearray())
 
     assert (data, refusal) == (make_head() + b"behind", None)
     await ours.send_all(b"x" * (MAX_HEAD_BYTES + 1))
-    assert (await read_head(theirs, 1))[1] == Refusal(
+    assert (await read_head(theirs, bytearray()))[1] == Refusal(
         431, f"request head is over {MAX_HEAD_BYTES} bytes"
     )
 

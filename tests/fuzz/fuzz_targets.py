@@ -35,10 +35,11 @@ from trio_gateway.edges.handshake import (
     refusal_response,
 )
 from trio_gateway.edges.jwks import KeySet
-from trio_gateway.edges.line import LineSocket, read_head
+from trio_gateway.edges.line import read_head
 from trio_gateway.edges.pubsub import PubSub
 from trio_gateway.edges.resp import Address, RedisConnection
 from trio_gateway.edges.revocations import Revocations
+from trio_gateway.edges.wire import LineSocket
 from trio_gateway.runtime.connection import Left, Violation
 from trio_gateway.runtime.hub import Hub
 from trio_gateway.runtime.intake import Intake
@@ -232,7 +233,7 @@ def heads_in_pieces(data: bytes) -> None:
     async def read() -> list[Any]:
         found = []
         for cut in (data[:1], b"\0", b"\1"):
-            text, refusal = await read_head(_Pieces(cut + data[1:]), 1)
+            text, refusal = await read_head(_Pieces(cut + data[1:]), bytearray())
             end = max(text.find(b"\n\n"), text.find(b"\n\r\n"))
             found.append((text[:end] if end >= 0 else text, refusal))
         return found

@@ -39,6 +39,26 @@ def close_frame(code: int, reason: str = "") -> bytes:
 PING_FRAME: Final = frame(PING, b"")
 
 
+_LONGEST_SHORT: Final = 125
+_SHORT_HEAD: Final = 6  # with its mask
+_SHORT_OPCODES: Final = {_FIN | opcode: opcode for opcode in (TEXT, PING, PONG)}
+
+
+def short_frame(data: bytes) -> tuple[int, bytes, int] | None:
+    """The opcode and the payload of the frame at the beginning, as a client sends it, and where
+    it ends; None unless it is text, ping or pong, whole, of 125 bytes at most, and all there.
+    """
+    if len(data) < _SHORT_HEAD or (opcode := _SHORT_OPCODES.get(data[0])) is None:
+        return None
+    size = data[1] - 0x80  # the first bit says that it is masked, as it must be
+    end = _SHORT_HEAD + size
+    if not 0 <= size <= _LONGEST_SHORT or len(data) < end:
+        return None
+    key = int.from_bytes(data[2:_SHORT_HEAD] * (size // 4 + 1), "little") & ((1 << 8 * size) - 1)
+    payload = int.from_bytes(data[_SHORT_HEAD:end], "little") ^ key
+    return opcode, payload.to_bytes(size, "little"), end
+
+
 def split(data: bytes | memoryview) -> Iterator[tuple[int, memoryview]]:
     """The frames in joined whole frames: opcode and payload of each."""
     view, start = memoryview(data), 0

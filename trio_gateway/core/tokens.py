@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final
 
 import jwt
@@ -25,7 +26,27 @@ from .closing import Close, Rejected
 from .events import MAX_ID
 
 MAX_TOKEN_CHARACTERS: Final = 8192
-_JWS: Final = jwt.api_jws.PyJWS()  # making one costs as much as verifying
+
+
+class _Hmac(jwt.algorithms.HMACAlgorithm):
+    """Asks of each secret only once whether it is a key of another kind: PyJWT asks for every
+    token, which costs as much as all the rest.
+    """
+
+    def __init__(self, hash_algorithm: Any) -> None:
+        super().__init__(hash_algorithm)
+        self.prepare_key = lru_cache(maxsize=8)(super().prepare_key)  # type: ignore[method-assign]
+
+
+def _verifier() -> jwt.api_jws.PyJWS:
+    verifier = jwt.api_jws.PyJWS()
+    for bits in (256, 384, 512):
+        verifier.unregister_algorithm(f"HS{bits}")
+        verifier.register_algorithm(f"HS{bits}", _Hmac(getattr(hashlib, f"sha{bits}")))
+    return verifier
+
+
+_JWS: Final = _verifier()  # making one costs as much as verifying
 TABLE_TOKEN_LIFE: Final = 3 * 3600  # seconds from iat to exp, at most
 _LEGACY_SIGNATURE: Final = 32  # hex digits
 _LEGACY_COLONS: Final = 5  # of six fields

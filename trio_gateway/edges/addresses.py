@@ -1,8 +1,7 @@
 """Addresses: how many connections one has, and how often it failed to get in."""
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from ipaddress import IPv6Address, ip_address, ip_network
 from typing import Final
 
@@ -57,32 +56,31 @@ class Addresses:
     def __len__(self) -> int:
         return len(self._connected) + len(self._failures)
 
-    def of(self, peer: str, forwarded_for: str | None) -> str:
-        """As :func:`client_address`; not looked for, and empty, while there is no limit."""
+    def of(self, peer: Callable[[], str], forwarded_for: str | None) -> str:
+        """As :func:`client_address`; not asked for, and empty, while there is no limit."""
         if not self._most_connections and not self._most_failures:
             return ""
-        return client_address(peer, forwarded_for, self._hops)
+        return client_address(peer(), forwarded_for, self._hops)
 
-    @contextmanager
-    def entered(self, address: str, now: float) -> Iterator[None]:
-        """Count a connection while it lasts, or raise :exc:`Rejected` for one too many, or for an
-        address that keeps failing. ``now`` is on Trio's clock.
+    def enter(self, address: str, now: float) -> None:
+        """Count a connection until :meth:`leave`, or raise :exc:`Rejected` for one too many,
+        or for an address that keeps failing. ``now`` is on Trio's clock.
         """
-        if not self._most_connections and not self._most_failures:
-            yield
-            return
         self.check(address, now)
-        if self._most_connections and self._connected[address] >= self._most_connections:
+        if not self._most_connections:
+            return
+        if self._connected[address] >= self._most_connections:
             raise Rejected(
                 Close.SERVER_OVERLOADED, "too many connections of this address", "address_limit"
             )
         self._connected[address] += 1
-        try:
-            yield
-        finally:
-            self._connected[address] -= 1
-            if not self._connected[address]:
-                del self._connected[address]
+
+    def leave(self, address: str) -> None:
+        if not self._most_connections:
+            return
+        self._connected[address] -= 1
+        if not self._connected[address]:
+            del self._connected[address]
 
     def check(self, address: str, now: float) -> None:
         """Raise :exc:`Rejected` if it keeps failing, whatever it brings this time."""

@@ -28,7 +28,7 @@ async def identify(
 ) -> list[Principal]:
     """Who holds this token; one that is none counts for the address as it does at connect."""
     forwarded_for = ", ".join(request.headers.getlist("X-Forwarded-For"))
-    address = app.addresses.of(request.remote_addr or "", forwarded_for)
+    address = app.addresses.of(lambda: request.remote_addr or "", forwarded_for)
     app.addresses.check(address, trio.current_time())
     try:
         return await app.admission.identify(token, staff=staff)

@@ -20,7 +20,7 @@ def read_scope(endpoint: Endpoint, scope: Any) -> Handshake:
         endpoint,
         read_query(scope["query_string"].decode("latin-1")),
         join_headers(scope["headers"]),
-        peer=(scope.get("client") or ("",))[0],
+        peer=lambda: str((scope.get("client") or ("",))[0]),
         one_way=scope["type"] == "http",
     )
 

@@ -3,7 +3,7 @@
 import base64
 import binascii
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -45,7 +45,8 @@ class Handshake:
     headers: Mapping[str, str]  # names in lower case, repeated ones joined by commas
     key: str = ""
     renewed: str | None = None  # a credential that came later, in a message
-    peer: str = ""  # the address at the other end of the socket, a proxy's perhaps
+    # Asks for the address at the other end of the socket, a proxy's perhaps.
+    peer: Callable[[], str] = str
     one_way: bool = False  # a stream of events: the client can't say anything
 
     @property
@@ -82,9 +83,6 @@ class Handshake:
     def subprotocol(self) -> str | None:
         """The subprotocol to answer with."""
         return SUBPROTOCOL if SUBPROTOCOL in self._subprotocols else None
-
-    def seen_from(self, peer: str) -> "Handshake":
-        return replace(self, peer=peer)
 
     def with_credential(self, token: str) -> "Handshake":
         return replace(self, renewed=token)
@@ -142,7 +140,7 @@ class _Head:
         self.complete = True
 
 
-def parse_head(head: bytes) -> Handshake | Refusal | None:
+def parse_head(head: bytes, peer: Callable[[], str] = str) -> Handshake | Refusal | None:
     """Read a request head, up to and with its empty line. None: not a WebSocket's, so not ours.
 
     What httptools finds malformed is refused, whatever it asked for: a proxy and Hypercorn might
@@ -165,23 +163,27 @@ def parse_head(head: bytes) -> Handshake | Refusal | None:
     headers = join_headers(found.headers)
     if not _asks_for_websocket(headers):
         return None
-    if refusal := _refuse(parser, found, headers):
+    if refusal := _refuse(parser, found, headers, is_ascii=head.isascii()):
         return refusal
-    return _handshake(found.target, headers)
+    return _handshake(found.target, headers, peer)
 
 
 def _asks_for_websocket(headers: Mapping[str, str]) -> bool:
-    return "websocket" in _tokens(headers.get("upgrade", "")) or "sec-websocket-key" in headers
+    return "sec-websocket-key" in headers or "websocket" in _tokens(headers.get("upgrade", ""))
 
 
-def _refuse(parser: Any, found: _Head, headers: Mapping[str, str]) -> Refusal | None:
-    names = [name.lower().decode("latin-1") for name, _ in found.headers]
-    for name in _ONCE & set(names):
-        if names.count(name) > 1:
-            return Refusal(400, f"{name} more than once")
-    for name in _READ & set(names):
-        if not headers[name].isascii():
-            return Refusal(400, f"{name} is not ASCII")
+def _refuse(
+    parser: Any, found: _Head, headers: Mapping[str, str], *, is_ascii: bool
+) -> Refusal | None:
+    if len(headers) != len(found.headers):  # some were repeated
+        names = [name.lower().decode("latin-1") for name, _ in found.headers]
+        for name in _ONCE & headers.keys():
+            if names.count(name) > 1:
+                return Refusal(400, f"{name} more than once")
+    if not is_ascii:
+        for name in _READ & headers.keys():
+            if not headers[name].isascii():
+                return Refusal(400, f"{name} is not ASCII")
     if parser.get_method() != b"GET":
         return Refusal(400, "a WebSocket begins with GET")
     if parser.get_http_version() != "1.1":
@@ -201,18 +203,27 @@ def _refuse(parser: Any, found: _Head, headers: Mapping[str, str]) -> Refusal | 
     return None
 
 
-def _handshake(target: bytes, headers: dict[str, str]) -> Handshake | Refusal:
+def _handshake(
+    target: bytes, headers: dict[str, str], peer: Callable[[], str]
+) -> Handshake | Refusal:
     if b"#" in target:
         return Refusal(400, "malformed request")
     try:
-        text = target.decode("ascii")
-        # "//a/b" is a path here (RFC 9112, 3.2.1), where urlsplit would see a host.
-        url = urlsplit(f"//{text}" if text.startswith("/") else text)
+        path, query = _path_and_query(target.decode("ascii"))
     except ValueError:
         return Refusal(400, "malformed request")
-    if (endpoint := ENDPOINTS.get(unquote(url.path))) is None:
+    if (endpoint := ENDPOINTS.get(path) or ENDPOINTS.get(unquote(path))) is None:
         return Refusal(404, "no such endpoint")
-    return Handshake(endpoint, read_query(url.query), headers, headers["sec-websocket-key"])
+    return Handshake(endpoint, read_query(query), headers, headers["sec-websocket-key"], peer=peer)
+
+
+def _path_and_query(target: str) -> tuple[str, str]:
+    """Of a request target (RFC 9112, 3.2.1): ``//a/b`` is a path; urlsplit would see a host."""
+    if target.startswith("/"):
+        path, _, query = target.partition("?")
+        return path, query
+    url = urlsplit(target)
+    return url.path, url.query
 
 
 def _tokens(value: str) -> set[str]:
@@ -221,7 +232,7 @@ def _tokens(value: str) -> set[str]:
 
 def _is_key(text: str) -> bool:
     try:
-        return len(base64.b64decode(text, validate=True)) == 16
+        return len(binascii.a2b_base64(text, strict_mode=True)) == 16
     except (binascii.Error, ValueError):
         return False
 

@@ -18,7 +18,8 @@ from ..runtime.outbox import Outbox
 from .answers import status_of
 from .asgi import read_scope
 from .handshake import Handshake
-from .line import CUT, LINGER
+from .line import CUT
+from .wire import LINGER
 
 if TYPE_CHECKING:
     from ..gateway import Gateway

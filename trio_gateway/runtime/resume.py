@@ -21,6 +21,7 @@ from .history import History, Kept
 from .hub import Hub
 
 UNDECIDED: Final = 0.5  # seconds that a silent client may still ask to resume
+_TOGETHER: Final = 0.05  # seconds: whose time comes so soon is decided at once, in one wake-up
 PATIENCE: Final = 2.0  # seconds for us to read what another process has delivered already
 _PER_CHECKPOINT: Final = 50  # connections that go live at a time
 _CHUNK_EVENTS: Final = 200
@@ -56,9 +57,9 @@ class Replays:
                 self._begun = trio.Event()
                 await self._begun.wait()
             await trio.sleep_until(self._undecided[0][0])
-            now = trio.current_time()
+            together = trio.current_time() + _TOGETHER
             for _ in range(_PER_CHECKPOINT):
-                if not self._undecided or self._undecided[0][0] > now:
+                if not self._undecided or self._undecided[0][0] > together:
                     break
                 _, connection = self._undecided.popleft()
                 if not connection.resuming:

@@ -26,30 +26,35 @@ class Turnstile(Generic[T]):
     def inside(self) -> int:
         return self._most - self._turns.value
 
-    async def run(self, work: Callable[[], Awaitable[T]], timeout: float) -> T | None:
-        """Do the work when it is our turn; raise :exc:`TooMany` if that takes longer than the
-        timeout (seconds), return None if everything was given up meanwhile.
+    async def run(
+        self, work: Callable[[], Awaitable[T]], timeout: float, patience: float | None = None
+    ) -> T | None:
+        """Do the work when it is our turn. Raise :exc:`TooMany` if that did not come within our
+        patience (seconds; the timeout if None); return None if the work took longer than the
+        timeout, or if everything was given up meanwhile.
         """
-        with trio.CancelScope() as scope:
+        has_turn = False
+        # The one scope of all that happens here: with its two turnstiles a handshake has few.
+        with trio.CancelScope(deadline=trio.current_time() + timeout) as scope:
             self._scopes.add(scope)
             try:
-                await self._wait(timeout)
+                try:
+                    self._turns.acquire_nowait()
+                except trio.WouldBlock:
+                    if patience is not None:
+                        scope.deadline = trio.current_time() + patience
+                    await self._turns.acquire()
+                    scope.deadline = trio.current_time() + timeout
+                has_turn = True
                 try:
                     return await work()
                 finally:
                     self._turns.release()
             finally:
                 self._scopes.discard(scope)
+        if not has_turn and trio.current_time() >= scope.deadline:
+            raise TooMany
         return None
-
-    async def _wait(self, timeout: float) -> None:
-        try:
-            self._turns.acquire_nowait()
-        except trio.WouldBlock:
-            with trio.move_on_after(timeout) as waiting:
-                await self._turns.acquire()
-            if waiting.cancelled_caught:
-                raise TooMany from None
 
     def give_up(self) -> None:
         """Cancel what waits and what is at work."""
