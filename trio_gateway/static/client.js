@@ -259,7 +259,12 @@ class Connection extends EventTarget {
     this.#token = token;
     this.#expires = claims(token).exp ?? 0;
     this.#socket = socket;
-    socket.onopen = () => this.#say({ type: "resume", last_event_id: this.#lastEventId });
+    // Node 22 says no more than this of a connection that it could not make.
+    socket.onerror = () => this.#lost(NO_ANSWER, "");
+    socket.onopen = () => {
+      socket.onerror = null; // from here on the close event follows, and brings the code
+      this.#say({ type: "resume", last_event_id: this.#lastEventId });
+    };
     socket.onmessage = ({ data }) => this.#hear(data);
     socket.onclose = ({ code, reason }) => this.#lost(code, reason);
   }
@@ -423,7 +428,7 @@ class Connection extends EventTarget {
     const socket = this.#socket;
     this.#socket = null;
     if (!socket) return;
-    socket.onopen = socket.onmessage = socket.onclose = null;
+    socket.onopen = socket.onmessage = socket.onerror = socket.onclose = null;
     // Its close event may be a minute away if the network is gone.
     socket.close(1000);
     this.#answerAsked(null);

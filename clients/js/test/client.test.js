@@ -116,6 +116,22 @@ test("an attempt that hangs is given up and made again", async () => {
   assert.deepEqual(told[0], ["close", { code: 1006, reason: "not connected in time", retryIn: 0.5 }]);
 });
 
+test("an error is enough to know that the socket could not be opened", async () => {
+  draw(0.5);
+  const client = await start();
+  client.socket.fail();
+  assert.deepEqual(client.of("close"), [{ code: 1006, reason: "", retryIn: 0.5 }]);
+  await clock.pass(0.6);
+  assert.equal(sockets(), 2);
+});
+
+test("an error of an open socket waits for the code that follows it", async () => {
+  const client = await open();
+  client.socket.end(4003, "forbidden");
+  assert.equal(client.of("refused")[0].code, 4003);
+  assert.equal(client.of("close").length, 1);
+});
+
 // The token provider
 
 test("a provider that fails is asked again with back-off, and its error is told", async () => {

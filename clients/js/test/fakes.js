@@ -12,8 +12,10 @@ export class FakeWebSocket {
   /** @type {string[]} */
   sent = [];
   live = true;
+  #opened = false;
   /** @type {any} */ onopen = null;
   /** @type {any} */ onmessage = null;
+  /** @type {any} */ onerror = null;
   /** @type {any} */ onclose = null;
 
   /** @param {URL} url @param {string[]} protocols */
@@ -43,6 +45,7 @@ export class FakeWebSocket {
   // What the gateway does
 
   open() {
+    this.#opened = true;
     this.onopen?.({});
   }
 
@@ -57,10 +60,18 @@ export class FakeWebSocket {
     this.say({ type: "resumed", recovered, count: 0, last_event_id });
   }
 
-  /** @param {number} code */
+  /** Every code but 1006 comes after the gateway has accepted. @param {number} code */
   end(code, reason = "") {
+    if (!this.#opened && code !== 1006) this.open();
     this.live = false;
+    this.onerror?.({});
     this.onclose?.({ code, reason });
+  }
+
+  /** As in Node 22: no close event after it. */
+  fail() {
+    this.live = false;
+    this.onerror?.({});
   }
 }
 
