@@ -863,6 +863,32 @@ async def test_slow_http_client_is_cut_after_the_write_timeout(
                 assert len(await client.rest()) < 10_000_000
 
 
+@pytest.mark.parametrize("keep_alive", [0.1, 60])
+async def test_idle_http_connection_is_closed_after_its_time_or_at_the_end(
+    keep_alive: float,
+) -> None:
+    config = Config()
+    config.keep_alive_timeout = keep_alive
+    async with trio.open_nursery() as nursery:
+        async with serving(config=config) as gateway:
+            client = await nursery.start(keep, gateway.port)
+            if keep_alive < 1:
+                with trio.fail_after(2):
+                    assert await client.rest() == b""
+            stopped = trio.current_time()
+        assert trio.current_time() - stopped < 1  # of Hypercorn's 3 s of patience
+        nursery.cancel_scope.cancel()
+
+
+async def keep(port: int, *, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
+    """A client that has had an answer, and keeps its connection for the next request."""
+    async with dialled(port) as client:
+        await client.send(b"GET /ws/health HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert (await client.response())[0] == 200
+        task_status.started(client)
+        await trio.sleep_forever()
+
+
 async def test_stuck_client_of_the_second_door_is_cut_after_the_write_timeout() -> None:
     auth = dict.fromkeys(Endpoint, BySession())
     async with (

@@ -174,15 +174,13 @@ class Line(TCPServer):
 
     async def protocol_send(self, event: Event) -> None:
         """As Hypercorn does it, but with a deadline: its own send is shielded for ever, so that
-        one client that stops reading hangs the shutdown. Its close is not shielded at all, and
-        runs in a task that Quart-Trio cancels at that moment, so that it never came to pass.
+        one client that stops reading hangs the shutdown. What follows a response, to close the
+        connection or to watch it while it is idle, is not shielded at all, and runs in a task that
+        Quart-Trio cancels at that moment, so that it never came to pass.
         """
-        if isinstance(event, Closed):
+        if not isinstance(event, RawData):
             with trio.CancelScope(shield=True, deadline=trio.current_time() + LINGER):
                 await super().protocol_send(event)
-            return
-        if not isinstance(event, RawData):
-            await super().protocol_send(event)
             return
         async with self.send_lock:
             timeout = getattr(getattr(self.app, "app", None), "write_timeout", LINGER)
