@@ -48,7 +48,8 @@ def clients(session: nox.Session) -> None:
         session.run("npm", "ci", "--no-audit", "--no-fund", silent=True)
         session.run("npm", "run", "types", silent=True)
     tests = sorted(map(str, Path("clients/js/test").glob("*.test.js")))
-    run = ["python", "tests/clients/run.py", "node", "--test", "--test-timeout=60000"]
+    node = ["node", "--experimental-eventsource", "--test", "--test-timeout=60000"]
+    run = ["python", "tests/clients/run.py", *node]
     session.run(*run, *(session.posargs or tests))
 
 

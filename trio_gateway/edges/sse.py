@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, NoReturn
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 PATHS: Final[Mapping[str, Endpoint]] = MappingProxyType({f"{e.path}/events": e for e in Endpoint})
 _RETRY_AFTER: Final = {503: 1.0, 429: 60.0}  # seconds, where the reason names none
 
-_Message = MutableMapping[str, Any]
 _Receive = Callable[[], Awaitable[Any]]
 _Send = Callable[[Any], Awaitable[None]]
 _Headers = dict[str, str]
@@ -78,10 +77,13 @@ class EventStream:
         self._receive = receive
         self._send = send
         self._headers = headers
+        self._start = _start(200, headers | _STREAM_HEADERS)
+        self._cut: Callable[[], None] | None = None
         # One stream of several on an HTTP/2 connection must not end the others.
-        self._cut: Callable[[], None] | None = (
-            scope.get("state", {}).get(CUT) if scope["http_version"].startswith("1") else None
-        )
+        if scope["http_version"].startswith("1"):
+            self._cut = scope.get("state", {}).get(CUT)
+            # Who is sent away must not come back here, to be refused, on the same connection.
+            self._start["headers"].append((b"connection", b"close"))
         self._turn = trio.Lock()  # the reader begins the response, or the writer does
         self._begun = False
         self._broken = False  # a send was cut off: the client may have half an event
@@ -131,7 +133,7 @@ class EventStream:
             self._broken = True
             if not self._begun:
                 self._begun = True
-                await self._send(_start(200, self._headers | _STREAM_HEADERS))
+                await self._send(self._start)
                 events = HELLO + events
             if events:
                 await self._send({"type": "http.response.body", "body": events, "more_body": more})
@@ -172,6 +174,6 @@ async def _answer(send: _Send, status: int, headers: _Headers, body: bytes = b""
     await send({"type": "http.response.body", "body": body, "more_body": False})
 
 
-def _start(status: int, headers: _Headers) -> _Message:
+def _start(status: int, headers: _Headers) -> dict[str, Any]:
     raw = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items()]
     return {"type": "http.response.start", "status": status, "headers": raw}
