@@ -84,8 +84,8 @@ test("what the page or the platform does not allow is told as what it is", async
   assert.throws(() => connect({ url: "wss://gateway.example/ws/waiter", token: "x" }), /version 22/);
 });
 
-test("http and https URLs will do", async () => {
-  const { socket } = await start({ url: "https://gateway.example/ws/kitchen" });
+test("http and https URLs will do, and a fragment, which WebSockets had none of for long", async () => {
+  const { socket } = await start({ url: "https://gateway.example/ws/kitchen#here" });
   assert.equal(socket.url, "wss://gateway.example/ws/kitchen");
 });
 
@@ -114,6 +114,20 @@ test("an attempt that hangs is given up and made again", async () => {
   assert.equal(sockets(), 2);
   assert.equal(live(), 1);
   assert.deepEqual(told[0], ["close", { code: 1006, reason: "not connected in time", retryIn: 0.5 }]);
+});
+
+test("what becomes of a socket that was given up does not matter", async () => {
+  draw(0.5);
+  const client = await start();
+  await clock.pass(16);
+  const [first, second] = FakeWebSocket.all;
+  first.fail();
+  first.end(4003);
+  first.letIn();
+  assert.equal(client.of("close").length, 1);
+  assert.equal(client.client.state, "connecting");
+  second.letIn();
+  assert.equal(client.client.state, "open");
 });
 
 test("an error is enough to know that the socket could not be opened", async () => {
@@ -551,6 +565,21 @@ test("a clock that is a day ahead does not make it renew without end", async () 
     }
   }
   assert.ok(minted >= 6 && minted < 20, `${minted} in an hour`);
+});
+
+test("a clock that is ahead by almost a token's life makes it renew once a second at most", async () => {
+  let minted = 0;
+  const client = await open({
+    token: () => jwt({ exp: clock.seconds + 0.1, jti: `${minted++}` }),
+  });
+  for (let passed = 0; passed < 60; passed += 0.1) {
+    await clock.pass(0.1);
+    if (client.socket.sent.at(-1)?.includes("auth")) {
+      client.socket.say({ type: "auth_ok", expires_at: clock.seconds + 0.1 });
+    }
+    if (client.socket.sent.at(-1) === "ping") client.socket.say({ type: "pong" });
+  }
+  assert.ok(minted > 1 && minted <= 61, `${minted} in a minute`);
 });
 
 test("a token that says nothing of its life is not renewed", async () => {
