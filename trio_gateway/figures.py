@@ -56,6 +56,8 @@ def sample(gateway: "Gateway") -> Sample:
         {
             "wsgateway_broadcast_duration_seconds": dispatch.duration,
             "wsgateway_event_latency_seconds": dispatch.latency,
+            "wsgateway_loop_stall_seconds": gateway.stalls.turns,
+            "wsgateway_gc_pause_seconds": gateway.stalls.collections,
         },
     )
 

@@ -49,6 +49,7 @@ from .runtime.intake import Intake
 from .runtime.queue import EventQueue
 from .runtime.reaper import reap
 from .runtime.resume import Replays
+from .runtime.stalls import Stalls
 from .runtime.supervision import keep_running
 from .runtime.turnstile import TooMany, Turnstile
 from .settings import InvalidSettings, Settings
@@ -156,6 +157,7 @@ class Gateway(QuartTrio):
         self.write_timeout = settings.ws_write_timeout
         self.max_message_size = settings.ws_max_message_size
         self.messages = 0  # of connections that have ended
+        self.stalls = Stalls()
         self._clock = clock
         self._terms = Terms(
             stale_after=settings.ws_heartbeat_timeout,
@@ -234,6 +236,7 @@ class Gateway(QuartTrio):
                 on_gap=self._tell_of_gap,
                 wall_clock=self._clock,
             )
+            stack.enter_context(self.stalls.watched())
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 self._start(nursery, revocations, self.pubsub, self.streams)

@@ -71,6 +71,8 @@ METRICS: Final[Mapping[str, _Counter | _Gauge | _Histogram]] = {
     "wsgateway_messages_received_total": _Counter("Messages from clients"),
     "wsgateway_broadcast_duration_seconds": _Histogram("Delivering one batch of events"),
     "wsgateway_event_latency_seconds": _Histogram("From hearing an event to its last write"),
+    "wsgateway_loop_stall_seconds": _Histogram("Turns of the event loop that took 10 ms or more"),
+    "wsgateway_gc_pause_seconds": _Histogram("Collections of garbage"),
 }
 
 
