@@ -13,6 +13,9 @@ const { TEST_REDIS_URL, TEST_PYTHON, TEST_JWT_SECRET, TEST_TABLE_SECRET } = proc
 assert(TEST_REDIS_URL && TEST_PYTHON && TEST_JWT_SECRET && TEST_TABLE_SECRET, "use tests/clients/run.py");
 const redis = new URL(TEST_REDIS_URL);
 
+/** A stream of its own: Node runs each test file in a process, several at a time. */
+export const STREAM = `events:${process.pid}`;
+
 /** @param {object} claims @param {string} secret */
 const sign = (claims, secret) => {
   /** @param {object} part */
@@ -58,7 +61,7 @@ export const command = async (...words) => {
 
 /** Publish a durable event to the stream. @param {Record<string, unknown>} event */
 export const publish = (event) =>
-  command("XADD", "events:critical", "*", "data", JSON.stringify({ ...ROUND, ...event }));
+  command("XADD", STREAM, "*", "data", JSON.stringify({ ...ROUND, ...event }));
 
 export const ROUND = { type: "ROUND_READY", tenant_id: 1, branch_id: 1, sector_id: 5, session_id: 456 };
 
@@ -115,6 +118,7 @@ export class Gateway {
       PATH: process.env.PATH,
       PYTHONPATH: process.env.PYTHONPATH,
       REDIS_URL: TEST_REDIS_URL,
+      REDIS_STREAMS: STREAM,
       JWT_SECRET: TEST_JWT_SECRET,
       TABLE_TOKEN_SECRET: TEST_TABLE_SECRET,
       LOG_FORMAT: "json",

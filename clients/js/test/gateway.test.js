@@ -7,7 +7,7 @@ import { setTimeout as sleep } from "node:timers/promises";
 
 import { connect } from "../../../trio_gateway/static/client.js";
 import { FakePage } from "./fakes.js";
-import { Gateway, Told, command, connections, publish, staffToken, tableToken } from "./gateway.js";
+import { Gateway, STREAM, Told, command, connections, publish, staffToken, tableToken } from "./gateway.js";
 
 /** @typedef {import("../../../trio_gateway/static/client.js").Options} Options */
 
@@ -181,7 +181,7 @@ test("a place that was forgotten is told as a gap", async () => {
   await gateway.stop("SIGKILL");
   await publish({ id: "lost" });
   await publish({ id: "kept" });
-  await command("XTRIM", "events:critical", "MAXLEN", "1");
+  await command("XTRIM", STREAM, "MAXLEN", "1");
   await gateway.start();
   await told.letIn(2);
   await told.until(() => told.of("gap").length);
@@ -194,7 +194,7 @@ test("entries that were taken away unread are told as a gap", async () => {
   process.kill(gateway.pid, "SIGSTOP");
   // The first may be read already: Redis answers whoever waits for it.
   for (const id of ["read", "taken away", "left"]) await publish({ id });
-  await command("XTRIM", "events:critical", "MAXLEN", "1");
+  await command("XTRIM", STREAM, "MAXLEN", "1");
   process.kill(gateway.pid, "SIGCONT");
   await told.until(() => told.of("gap").length);
   assert.deepEqual(told.of("gap"), ["lost"]);
