@@ -59,8 +59,8 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-QUEUE_DRAIN: Final = 2.0  # seconds for events that were heard before the shutdown
-CLOSE_DRAIN: Final = 3.0  # seconds for the clients' closes to get through
+PATIENCE: Final = 5.0  # seconds for a drain, where the server does not say
+_FOR_QUEUE: Final = 0.4  # of it, for events that were heard before; the rest is for the closes
 _RECONNECTS_PER_SECOND: Final = 500  # what the retry hints spread the clients to
 _FIRST_WINDOW: Final = 2.0  # seconds; the window of a gateway with few clients
 
@@ -155,6 +155,8 @@ class Gateway(QuartTrio):
         self.admissions: Turnstile[Principal] = Turnstile(settings.ws_max_handshakes)
         self.accept_timeout = settings.ws_accept_timeout
         self.write_timeout = settings.ws_write_timeout
+        self.shields: set[trio.CancelScope] = set()  # around what HTTP clients are being sent
+        self.patience = PATIENCE  # seconds for a drain: the server's graceful_timeout
         self.max_message_size = settings.ws_max_message_size
         self.messages = 0  # of connections that have ended
         self.stalls = Stalls()
@@ -175,6 +177,7 @@ class Gateway(QuartTrio):
         self._drained = trio.Event()
         self._watched = False
         self._told_to_stop = False
+        self._window = _FIRST_WINDOW  # seconds over which the retry hints are spread
         web.add_routes(self)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -314,15 +317,19 @@ class Gateway(QuartTrio):
         for connection in list(self.hub.connections):
             connection.send(GAP)
 
-    def watch(self, terminated: Callable[[], Awaitable[None]]) -> None:
-        """Drain when Hypercorn says that it stops: it would give the clients no word of it."""
+    def watch(self, terminated: Callable[[], Awaitable[None]], patience: float) -> None:
+        """Drain when Hypercorn says that it stops: it would give the clients no word of it. It
+        waits for so many seconds then.
+        """
         if self._watched or self._nursery is None:
             return
         self._watched = True
+        self.patience = patience
 
         async def wait_and_drain() -> None:
             await terminated()
             self._told_to_stop = True
+            self._drop_shields()  # Hypercorn's deadline holds for everybody
             await self.drain()
 
         self._nursery.start_soon(wait_and_drain)
@@ -340,7 +347,9 @@ class Gateway(QuartTrio):
 
     async def drain(self) -> None:
         """Stop hearing, deliver what was heard, send every client away with a hint when to come
-        back; in this order, and in a few seconds. Readiness is off from the first moment.
+        back; in this order, and within ``patience``. Readiness is off from the first moment.
+
+        Cancelled, it drops everything that is left.
         """
         if self.draining:
             await self._drained.wait()
@@ -348,26 +357,44 @@ class Gateway(QuartTrio):
         self.draining = True
         started = trio.current_time()
         clients = len(self.hub)
+        self._window = max(_FIRST_WINDOW, clients / _RECONNECTS_PER_SECOND)
         self._sources.cancel()
         self.heads.give_up()
-        with trio.move_on_after(QUEUE_DRAIN):
-            await self.heard.wait_idle()
-            await self.read.wait_idle()
-        self._send_everybody_away()
-        with trio.move_on_after(CLOSE_DRAIN):
-            await self.hub.wait_empty()
-        for connection in [*self.hub.connections, *self.hub.leaving]:
-            connection.cut()
-        self._drained.set()
-        log.info("drained", clients=clients, seconds=round(trio.current_time() - started, 3))
+        try:
+            with trio.move_on_after(self.patience * _FOR_QUEUE):
+                await self.heard.wait_idle()
+                await self.read.wait_idle()
+            undelivered = self.heard.undelivered + self.read.undelivered
+            self._send_everybody_away()
+            with trio.move_on_at(started + self.patience):
+                await self.hub.wait_empty()
+            log.info(
+                "drained",
+                clients=clients,
+                cut=len(self.hub.connections) + len(self.hub.leaving),
+                undelivered=undelivered,
+                seconds=round(trio.current_time() - started, 3),
+            )
+        finally:
+            for connection in [*self.hub.connections, *self.hub.leaving]:
+                connection.cut()
+            self._drop_shields()
+            self._drained.set()
+
+    def _drop_shields(self) -> None:
+        for scope in self.shields:
+            scope.shield = False
 
     def _send_everybody_away(self) -> None:
         connections = list(self.hub.connections)
         random.shuffle(connections)
-        window = max(_FIRST_WINDOW, len(connections) / _RECONNECTS_PER_SECOND)
         for i, connection in enumerate(connections):
-            after = window * (i + random.random()) / len(connections)  # noqa: S311 - spreads load
-            connection.close(Close.GOING_AWAY, f"retry in {after:.1f}s")
+            place = (i + random.random()) / len(connections)  # noqa: S311 - spreads load
+            connection.close(Close.GOING_AWAY, self._retry(place))
+
+    def _retry(self, place: float) -> str:
+        """When to come back, for who is at this place (0 to 1) in the window."""
+        return f"retry in {self._window * place:.1f}s"
 
     # One client
 
@@ -388,7 +415,8 @@ class Gateway(QuartTrio):
                 entered = True
                 principal = await self._admit(handshake)
                 if self.draining:  # asked only now: the others may have been sent away meanwhile
-                    raise Rejected(Close.GOING_AWAY, f"retry in {_FIRST_WINDOW:.1f}s", "draining")
+                    late = self._retry(random.random())  # noqa: S311 - spreads load
+                    raise Rejected(Close.GOING_AWAY, late, "draining")
                 self.hub.admit(principal)
                 connection = Connection(
                     principal,

@@ -24,6 +24,7 @@ from .runtime.supervision import leaves
 log = structlog.get_logger()
 
 DEFAULT_BIND: Final = "0.0.0.0:8001"
+_LAST_WORDS: Final = 0.5  # seconds for HTTP answers, however long the drain took
 
 
 class BadConfig(ValueError):  # noqa: N818 - reads better where it is raised
@@ -76,13 +77,14 @@ def calm_collector() -> None:
 
 
 def run(app: Gateway, config: Config, supervisor: int | None = None) -> int:
-    """Serve until SIGTERM or SIGINT; returns the exit status: 0, or 1 after a failure.
+    """Serve until SIGTERM, SIGINT or SIGHUP; returns the exit status: 0, or 1 after a failure.
 
     ``supervisor`` is a socket to who started us as one of several: it is told when we are ready,
     and when it is gone we stop, too.
     """
     line.install()
     calm_collector()
+    app.patience = config.graceful_timeout
     try:
         trio.run(_serve, app, config, supervisor)
     except BaseException as error:
@@ -112,13 +114,26 @@ def _cannot_serve(config: Config, error: OSError) -> int:
     return 1
 
 
+def heeded() -> list[signal.Signals]:
+    """What ends it. One process has nothing to roll at SIGHUP: it ends, too, and not in silence;
+    under nohup it is to be ignored.
+    """
+    found = [signal.SIGTERM, signal.SIGINT]
+    hup = getattr(signal, "SIGHUP", None)  # not on Windows
+    return found if hup is None or signal.getsignal(hup) == signal.SIG_IGN else [*found, hup]
+
+
 async def _serve(app: Gateway, config: Config, supervisor: int | None) -> None:
     asked = trio.Event()
 
     async def shutdown_trigger() -> None:
         # Hypercorn stops accepting when this returns: until then HTTP answers "draining".
         await asked.wait()
+        began = trio.current_time()
         await app.drain()
+        # Its patience with HTTP clients begins only now: it is what is left of the one there is.
+        left = config.graceful_timeout - (trio.current_time() - began)
+        config.graceful_timeout = max(_LAST_WORDS, left)
 
     failed = False
 
@@ -135,7 +150,7 @@ async def _serve(app: Gateway, config: Config, supervisor: int | None) -> None:
     async with trio.open_nursery() as nursery:
 
         async def heed_signals() -> None:
-            with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            with trio.open_signal_receiver(*heeded()) as signals:
                 async for number in signals:
                     if asked.is_set():
                         log.warning("stopping at once", signal=signal.Signals(number).name)

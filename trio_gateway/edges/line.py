@@ -49,6 +49,7 @@ class Served(Protocol):
 
     accept_timeout: float
     write_timeout: float
+    shields: set[trio.CancelScope]  # taken away when the server stops
     max_message_size: int
     draining: bool
     refused: Counter[int]  # by status
@@ -57,7 +58,7 @@ class Served(Protocol):
 
     def serve_connection(self, handshake: Handshake, socket: LineSocket) -> Awaitable[None]: ...
 
-    def watch(self, terminated: Callable[[], Awaitable[None]]) -> None: ...
+    def watch(self, terminated: Callable[[], Awaitable[None]], patience: float) -> None: ...
 
 
 class Line(TCPServer):
@@ -83,7 +84,7 @@ class Line(TCPServer):
             await self._hand_over()
             return
         assert gateway is not None
-        gateway.watch(self.context.terminated.wait)
+        gateway.watch(self.context.terminated.wait, self.config.graceful_timeout)
         try:
             await self._serve(gateway)
         except* (OSError, *GONE, trio.TooSlowError):
@@ -182,14 +183,22 @@ class Line(TCPServer):
             with trio.CancelScope(shield=True, deadline=trio.current_time() + LINGER):
                 await super().protocol_send(event)
             return
+        gateway = getattr(self.app, "app", None)
+        shields: set[trio.CancelScope] = getattr(gateway, "shields", set())
         async with self.send_lock:
-            timeout = getattr(getattr(self.app, "app", None), "write_timeout", LINGER)
+            timeout = getattr(gateway, "write_timeout", LINGER)
+            scope = trio.CancelScope(deadline=trio.current_time() + timeout)
+            # Once the server stops, its own deadline is enough, and must hold.
+            scope.shield = not self.context.terminated.is_set()
+            shields.add(scope)
             try:
-                with trio.CancelScope(shield=True, deadline=trio.current_time() + timeout) as scope:
+                with scope:
                     await self.stream.send_all(event.data)
                 gone = scope.cancelled_caught
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 gone = True
+            finally:
+                shields.discard(scope)
         if gone:
             await trio.aclose_forcefully(self.stream)
             await self.protocol.handle(Closed())

@@ -40,7 +40,7 @@ class EventQueue:
         self._alarm = alarm
         self._rate = rate
         self._log_limit = LogLimit()
-        self._undelivered = 0
+        self.undelivered = 0  # that wait, or are being delivered
         self._idle = trio.Event()
         self.capacity = capacity
         self.depth = 0
@@ -62,7 +62,7 @@ class EventQueue:
         dropped = self.depth >= self.capacity
         if dropped:
             loser = self._make_room(event)
-        self._undelivered += 1
+        self.undelivered += 1
         self._add(event)
         if (alarm := self._alarm) is not None and alarm.note(event.heard_at, dropped=dropped):
             log.error(
@@ -72,7 +72,7 @@ class EventQueue:
 
     async def put(self, event: Event) -> None:
         """Add an event, waiting for room."""
-        self._undelivered += 1
+        self.undelivered += 1
         if self.depth < self.capacity:  # then nobody waits
             self._add(event)
             return
@@ -120,13 +120,13 @@ class EventQueue:
 
     def done(self, events: int) -> None:
         """So many of those that were taken are delivered."""
-        self._undelivered -= events
-        if not self._undelivered:
+        self.undelivered -= events
+        if not self.undelivered:
             self._idle.set()
 
     async def wait_idle(self) -> None:
         """Wait until everything that was added is delivered."""
-        while self._undelivered:
+        while self.undelivered:
             if self._idle.is_set():
                 self._idle = trio.Event()
             await self._idle.wait()
@@ -153,7 +153,7 @@ class EventQueue:
                 self._largest = max(lanes.values(), key=len)
             lane = self._largest
         self.depth -= 1
-        self._undelivered -= 1
+        self.undelivered -= 1
         self.dropped += 1
         return lane.popleft()
 
