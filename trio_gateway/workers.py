@@ -25,7 +25,7 @@ log = structlog.get_logger()
 MISUSED: Final = 2  # the status of a worker whose settings are bad: trying again is no use
 _READY_TIMEOUT: Final = 15.0  # seconds that a new worker may take before the old one goes
 _SETTLED: Final = 10.0  # seconds that a worker must have lived for its death to count as the first
-_KILL_AFTER: Final = 10.0  # seconds beyond graceful_timeout
+_KILL_AFTER: Final = 2.0  # seconds beyond graceful_timeout
 
 
 class _Worker:
@@ -34,6 +34,11 @@ class _Worker:
     def __init__(self, process: trio.Process, link: trio.SocketStream) -> None:
         self.process = process
         self._link = link
+        self._told: signal.Signals | None = None
+
+    @property
+    def ended(self) -> bool:
+        return self.process.returncode is not None
 
     async def wait_ready(self) -> bool:
         """Whether it came so far; False if it ended or took too long."""
@@ -45,7 +50,9 @@ class _Worker:
         return False
 
     def signal(self, number: signal.Signals) -> None:
-        if self.process.returncode is None:
+        """Send it a signal, unless that was the last one: to a worker a second means hurry."""
+        if not self.ended and number != self._told:
+            self._told = number
             self.process.send_signal(number)
 
     async def wait(self) -> int:
@@ -64,7 +71,7 @@ class Supervisor:
     def __init__(
         self, config: Config, arguments: Sequence[str], count: int, env: Mapping[str, str]
     ) -> None:
-        self._arguments = list(arguments)
+        self.command = [sys.executable, "-m", "trio_gateway", "serve", *arguments]  # of a worker
         self._count = count
         self._env = {**env, GROUP: secrets.token_hex(8)}
         self._patience = config.graceful_timeout + _KILL_AFTER
@@ -77,15 +84,17 @@ class Supervisor:
         self._main = secure or insecure
         self._insecure = insecure if secure else []
         self._workers: dict[int, _Worker] = {}  # by place
-        self._retiring: set[_Worker] = set()
+        self._passing: set[_Worker] = set()  # that come or go while workers are replaced
+        self._rolling = trio.Lock()
         self._stopping = trio.Event()
+        self._told = signal.SIGTERM  # the last that all were sent, once we are stopping
         self._status = 0
 
     async def run(self) -> int:
         """Supervise until told to stop; returns the exit status: 0 if every worker's was."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._heed_signals)
             async with trio.open_nursery() as places:
+                nursery.start_soon(self._heed_signals, places)
                 for place in range(self._count):
                     places.start_soon(self._keep, place)
             nursery.cancel_scope.cancel()
@@ -124,7 +133,7 @@ class Supervisor:
     async def _start(self) -> _Worker:
         ours, theirs = socket.socketpair()
         with theirs:
-            command = [sys.executable, "-m", "trio_gateway", "serve", *self._arguments]
+            command = list(self.command)
             for each in self._main:
                 command += ["--bind", f"fd://{each.fileno()}"]
             for each in self._insecure:
@@ -138,9 +147,12 @@ class Supervisor:
                 # A Ctrl-C at the terminal is for us to pass on, once.
                 process_group=0,
             )
-        return _Worker(process, trio.SocketStream(trio.socket.from_stdlib_socket(ours)))
+        worker = _Worker(process, trio.SocketStream(trio.socket.from_stdlib_socket(ours)))
+        if self._stopping.is_set():  # meanwhile
+            worker.signal(self._told)
+        return worker
 
-    async def _heed_signals(self) -> None:
+    async def _heed_signals(self, places: trio.Nursery) -> None:
         heeded = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
         async with trio.open_nursery() as nursery:
             with trio.open_signal_receiver(*heeded) as signals:
@@ -151,7 +163,7 @@ class Supervisor:
                         self._stop(signal.SIGKILL)
                     elif number == signal.SIGHUP:
                         log.info("replacing workers", signal=name)
-                        nursery.start_soon(self._roll)
+                        places.start_soon(self._roll)
                     else:
                         log.info("stopping", signal=name)
                         self._stop(signal.SIGTERM)
@@ -159,7 +171,8 @@ class Supervisor:
 
     def _stop(self, number: signal.Signals) -> None:
         self._stopping.set()
-        for worker in [*self._workers.values(), *self._retiring]:
+        self._told = number
+        for worker in [*self._workers.values(), *self._passing]:
             worker.signal(number)
 
     async def _lose_patience(self) -> None:
@@ -168,23 +181,34 @@ class Supervisor:
         self._stop(signal.SIGKILL)
 
     async def _roll(self) -> None:
-        for place, old in sorted(self._workers.items()):
-            if self._stopping.is_set() or self._workers[place] is not old:
-                continue
-            new = await self._start()
-            if not await new.wait_ready():
-                log.error("worker not ready, the old one stays", pid=new.process.pid)
-                new.signal(signal.SIGKILL)
-                await new.wait()
-                continue
+        async with self._rolling:  # who asks again meanwhile has them replaced again
+            for place, old in sorted(self._workers.items()):
+                # One that has died is being replaced anyway.
+                if not self._stopping.is_set() and self._serves(place, old):
+                    await self._replace(place, old)
+
+    def _serves(self, place: int, worker: _Worker) -> bool:
+        return self._workers[place] is worker and not worker.ended
+
+    async def _replace(self, place: int, old: _Worker) -> None:
+        new = await self._start()
+        self._passing.add(new)
+        ready = await new.wait_ready()
+        if ready and self._serves(place, old) and not self._stopping.is_set():
             self._workers[place] = new
-            if self._stopping.is_set():
-                new.signal(signal.SIGTERM)
             log.info("worker replaced", old=old.process.pid, new=new.process.pid)
-            self._retiring.add(old)
-            old.signal(signal.SIGTERM)
-            await old.process.wait()
-            self._retiring.discard(old)
+            leaving = old
+        else:
+            if not ready and not self._stopping.is_set():
+                log.error("worker not ready, the old one stays", pid=new.process.pid)
+            leaving = new  # it may have clients
+        self._passing = {leaving}
+        leaving.signal(signal.SIGTERM)
+        with trio.move_on_after(self._patience):
+            await leaving.process.wait()
+        leaving.signal(signal.SIGKILL)
+        await leaving.wait()
+        self._passing.clear()
 
 
 def supervise(

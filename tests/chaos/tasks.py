@@ -35,7 +35,7 @@ SUPERVISED: Final = {
     "serve.py: beside, heed_supervisor, link": "_serve.<locals>.heed_supervisor",
 }
 SUPERVISOR: Final = {
-    "workers.py: self._heed_signals": "Supervisor._heed_signals",
+    "workers.py: self._heed_signals, places": "Supervisor._heed_signals",
     "workers.py: self._keep, place": "Supervisor._keep",
     "workers.py: self._roll": "Supervisor._roll",
     "workers.py: self._lose_patience": "Supervisor._lose_patience",
