@@ -4,6 +4,7 @@ import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any, Final
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -12,7 +13,10 @@ import trio
 
 from ..runtime.supervision import Lost
 
-CONNECT_TIMEOUT: Final = 3.0  # seconds, for the connection and its greetings
+CONNECT_TIMEOUT: Final = 3.0  # seconds for the connection, and as many for its greetings
+# Bytes: a link that brings so many while it is waited for is slow; one that brings fewer, and no
+# answer, is lost, though some trickle in.
+ENOUGH: Final = 65_536
 _CHUNK: Final = 1 << 18
 _NOTHING: Final = object()
 
@@ -64,6 +68,7 @@ class RedisConnection:
     def __init__(self, stream: trio.abc.Stream) -> None:
         self._stream = stream
         self._reader = hiredis.Reader(notEnoughData=_NOTHING)
+        self.received = 0  # bytes
 
     async def send(self, *words: str | bytes | int) -> None:
         try:
@@ -80,22 +85,32 @@ class RedisConnection:
             raise Lost(f"receive failed: {type(error).__name__}") from None
         if not data:
             raise Lost("closed by Redis")
+        self.received += len(data)
         self._reader.feed(bytes(data))
         return self._complete()
 
-    async def ask(self, *words: str | bytes | int) -> Any:
+    async def ask(self, *words: str | bytes | int, patience: float = inf) -> Any:
         """Send one command and wait for its reply, with nothing else under way.
 
-        An error reply is returned as :exc:`hiredis.ReplyError`.
+        An error reply is returned as :exc:`hiredis.ReplyError`. Neither a reply nor
+        :data:`ENOUGH` bytes of one in ``patience`` seconds is :exc:`Lost`.
         """
         await self.send(*words)
-        while not (replies := await self.receive()):
-            pass
+        replies: list[Any] = []
+        while not replies:
+            before = self.received
+            with trio.move_on_after(patience) as scope:
+                while not (replies := await self.receive()):
+                    pass
+            if scope.cancelled_caught and self.received - before < ENOUGH:
+                raise Lost(f"no answer to {words[0]!s}")
+        if len(replies) > 1:
+            raise Lost("more replies than commands")
         return replies[0]
 
-    async def call(self, *words: str | bytes | int) -> Any:
+    async def call(self, *words: str | bytes | int, patience: float = inf) -> Any:
         """As :meth:`ask`, but an error reply is :exc:`Lost`, too."""
-        reply = await self.ask(*words)
+        reply = await self.ask(*words, patience=patience)
         if isinstance(reply, hiredis.ReplyError):
             raise Lost(f"{words[0]!s} failed: {str(reply).split(' ', 1)[0]}")
         return reply
@@ -105,7 +120,8 @@ class RedisConnection:
         try:
             while (reply := self._reader.gets()) is not _NOTHING:
                 found.append(reply)
-        except (hiredis.ProtocolError, TypeError, ValueError):  # RESP3's maps by lists, and such
+        # RESP3's maps by lists; arrays of four thousand million members; and such.
+        except (hiredis.ProtocolError, TypeError, ValueError, MemoryError):
             raise Lost("what came is not RESP") from None
         return found
 

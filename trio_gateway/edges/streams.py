@@ -3,15 +3,14 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, NoReturn
+from typing import Final, NoReturn
 
-import hiredis
 import structlog
 import trio
 
 from ..core.events import InvalidEvent, parse_event
 from ..core.limits import LogLimit
-from ..core.positions import START, Position, Stream, read_position, tag
+from ..core.positions import START, Position, Stream, tag
 from ..core.resilience import Breaker
 from ..core.routing import UNKNOWN, Route
 from ..runtime.dispatch import Dispatch
@@ -20,6 +19,7 @@ from ..runtime.intake import Intake
 from ..runtime.queue import EventQueue
 from ..runtime.supervision import Lost
 from .resp import Address, RedisConnection, open_redis
+from .stream_replies import Entry, entry_id, read_entries, read_info, read_news
 
 log = structlog.get_logger()
 
@@ -27,9 +27,6 @@ BLOCK: Final = 2.0  # seconds that Redis waits for news before it says that ther
 PATIENCE: Final = 2.0  # seconds beyond that before the link counts as lost
 COUNT: Final = 500  # entries in one reply
 _PAGE: Final = 1000  # entries in one reply while warming
-_FIELD: Final = b"data"
-
-_Entry = tuple[bytes, Sequence[bytes] | None]
 
 
 @dataclass(slots=True)
@@ -47,7 +44,7 @@ class _Source:
 
     @property
     def cursor_id(self) -> str:
-        return _entry_id(self.cursor or START)
+        return entry_id(self.cursor or START)
 
 
 class Streams:
@@ -99,6 +96,7 @@ class Streams:
                         await self._begin(redis, source)
                     else:
                         await self._look_for_gap(redis, source)
+                await self._read(redis, block=False)  # nothing less shows that we may
                 self.connected = True
                 self._breaker.succeeded()
                 log.info("reading", source="stream", cursors=self.cursors)
@@ -107,46 +105,53 @@ class Streams:
         finally:
             self.connected = False
 
-    async def _read(self, redis: RedisConnection) -> None:
-        reply = await _ask(
-            redis, "XREAD", "COUNT", COUNT, "BLOCK", int(BLOCK * 1000), "STREAMS",
+    async def _read(self, redis: RedisConnection, *, block: bool = True) -> None:
+        waiting = ("BLOCK", str(int(BLOCK * 1000))) if block else ()
+        reply = await redis.call(
+            "XREAD", "COUNT", COUNT, *waiting, "STREAMS",
             *(source.name for source in self._sources),
             *(source.cursor_id for source in self._sources),
             patience=BLOCK + PATIENCE,
         )  # fmt: skip
-        for name, entries in reply or ():
-            source = next(each for each in self._sources if each.name == name.decode())
+        news = read_news(reply)
+        for name, entries in news:
+            source = self._named(name)
             is_event = True
-            for entry_id, fields in entries:
-                position = read_position(entry_id.decode())
-                is_event = await self._hear(source, position, fields)
-                source.cursor = position
+            for entry in entries:
+                if entry.position <= (source.cursor or START):
+                    raise Lost("an answer to an earlier question")  # its entries would come twice
+                is_event = await self._hear(source, entry)
+                source.cursor = entry.position
                 source.entries += 1
                 source.is_sure = False
             if not is_event:  # no event moves the history's end to here
                 await self._queue.wait_idle()
-                self._history.pass_by(source.stream, position)
+                self._history.pass_by(source.stream, entry.position)
             if len(entries) == COUNT:  # we lag: is it trimmed faster than we read?
                 await self._look_for_gap(redis, source)
         now = trio.current_time()
         for source in self._sources:
-            if not source.is_sure and (not reply or source.looked_at + BLOCK < now):
+            if not source.is_sure and (not news or source.looked_at + BLOCK < now):
                 await self._look_for_gap(redis, source)
 
-    async def _hear(
-        self, source: _Source, position: Position, fields: Sequence[bytes] | None
-    ) -> bool:
+    def _named(self, name: str) -> _Source:
+        for source in self._sources:
+            if source.name == name:
+                return source
+        raise Lost("a stream that was not asked for")
+
+    async def _hear(self, source: _Source, entry: Entry) -> bool:
         """Whether it is an event: then it is on its way."""
-        entry_id = _entry_id(position)
-        payload = _payload(fields)
+        position, payload = entry
+        where = entry_id(position)
         if payload is None:
             self._intake.received["stream"] += 1
             self._intake.refuse(
                 "no_data", "entry has no field data",
-                source="stream", channel=source.name, entry_id=entry_id,
+                source="stream", channel=source.name, entry_id=where,
             )  # fmt: skip
             return False
-        event = self._intake.parse(payload, source="stream", channel=source.name, entry_id=entry_id)
+        event = self._intake.parse(payload, source="stream", channel=source.name, entry_id=where)
         if event is not None:
             event.stand(source.stream, position, durable=self._is_durable(event.type))
             await self._queue.put(event)
@@ -159,51 +164,48 @@ class Streams:
 
     async def _begin(self, redis: RedisConnection, source: _Source) -> None:
         """Stand at the stream's end, with the history of what it still holds."""
-        info = await _info(redis, source.name)
-        entries: list[_Entry] = []
-        whole = True
-        if info is not None:
-            entries, whole = await self._past(redis, source.name, info["last-generated-id"])
-            whole = whole and info["entries-added"] in (info["length"], None)
-        since = read_position(entries[0][0].decode()) if entries else _position(info)
+        info = read_info(await redis.ask("XINFO", "STREAM", source.name, patience=PATIENCE))
+        entries, whole = await self._past(redis, source.name, info.last)
+        whole = whole and info.added in (info.length, None)
+        since = entries[0].position if entries else info.last
         self._history.begin(source.stream, since, whole=whole)
-        for n, (entry_id, fields) in enumerate(entries):
-            self._remember(source, read_position(entry_id.decode()), fields)
+        for n, entry in enumerate(entries):
+            self._remember(source, entry)
             if n % 100 == 0:
                 await trio.lowlevel.checkpoint()
-        source.cursor = _position(info)
-        source.entries = 0 if info is None else info["entries-added"] or 0
+        source.cursor = info.last
+        source.entries = info.added or 0
         self._history.pass_by(source.stream, source.cursor)
         log.info("history warmed", stream=source.name, entries=len(entries))
 
     async def _past(
-        self, redis: RedisConnection, name: str, last: bytes
-    ) -> tuple[list[_Entry], bool]:
+        self, redis: RedisConnection, name: str, last: Position
+    ) -> tuple[list[Entry], bool]:
         """The entries up to ``last`` that the history has room for, the oldest first, and
         whether they are all that the stream holds.
         """
-        found: list[_Entry] = []
-        size, end = 0, last.decode()
+        found: list[Entry] = []
+        size, end = 0, entry_id(last)
         too_old = (self._wall_clock() - self._history.age) * 1000
         while True:
-            page = await _ask(redis, "XREVRANGE", name, end, "-", "COUNT", _PAGE)
+            reply = await redis.call("XREVRANGE", name, end, "-", "COUNT", _PAGE, patience=PATIENCE)
+            page = read_entries(reply)
             for entry in page:
-                size += sum(map(len, entry[1] or ()))
+                size += len(entry.payload or b"")
                 if (
                     len(found) >= self._history.most_events
                     or size > self._history.most_bytes
-                    or read_position(entry[0].decode())[0] < too_old
+                    or entry.position[0] < too_old
                 ):
                     return found[::-1], False
                 found.append(entry)
             if len(page) < _PAGE:
                 return found[::-1], True
-            end = f"({page[-1][0].decode()}"
+            end = f"({entry_id(page[-1].position)}"
 
-    def _remember(
-        self, source: _Source, position: Position, fields: Sequence[bytes] | None
-    ) -> None:
-        if (payload := _payload(fields)) is None:
+    def _remember(self, source: _Source, entry: Entry) -> None:
+        position, payload = entry
+        if payload is None:
             return
         ago = max(0.0, self._wall_clock() - position[0] / 1000)  # clocks differ
         try:
@@ -219,13 +221,12 @@ class Streams:
         """Find out whether what we would read next is what came next."""
         cursor = source.cursor
         assert cursor is not None
-        info = await _info(redis, source.name)
+        info = read_info(await redis.ask("XINFO", "STREAM", source.name, patience=PATIENCE))
         source.looked_at, source.is_sure = trio.current_time(), True
-        last = _position(info)
-        first = _first(info)
-        added = 0 if info is None else info["entries-added"]
+        last, added = info.last, info.added
+        first = info.first or _after(last)  # where the next one will stand, if there is none
         # All before the first entry was taken away: as much as has been read, if all is well.
-        away = None if info is None or added is None else added - info["length"]
+        away = None if added is None else added - info.length
         if last < cursor:
             # A Redis that came back without what it had. What it still holds was read before.
             await self._gap(source, "stream was recreated", since=_after(cursor), end=last)
@@ -260,27 +261,6 @@ class Streams:
         self._on_gap()
 
 
-def _payload(fields: Sequence[bytes] | None) -> bytes | None:
-    if not fields:
-        return None
-    return dict(zip(fields[::2], fields[1::2], strict=True)).get(_FIELD)
-
-
-def _entry_id(position: Position) -> str:
-    return f"{position[0]}-{position[1]}"
-
-
-def _position(info: "dict[str, Any] | None") -> Position:
-    return START if info is None else read_position(info["last-generated-id"].decode())
-
-
-def _first(info: "dict[str, Any] | None") -> Position:
-    """Where the oldest entry stands; where the next one will, if there is none."""
-    if info is None or info["first-entry"] is None:
-        return _after(_position(info))
-    return read_position(info["first-entry"][0].decode())
-
-
 def _before(position: Position) -> Position:
     milliseconds, sequence = position
     return Position((milliseconds, sequence - 1) if sequence else (milliseconds - 1, 2**64 - 1))
@@ -289,28 +269,3 @@ def _before(position: Position) -> Position:
 def _after(position: Position) -> Position:
     milliseconds, sequence = position
     return Position((milliseconds, sequence + 1) if sequence < 2**64 - 1 else (milliseconds + 1, 0))
-
-
-async def _info(redis: RedisConnection, name: str) -> dict[str, Any] | None:
-    """What Redis says of a stream; None if there is none."""
-    reply = await _ask(redis, "XINFO", "STREAM", name, may_fail=True)
-    if isinstance(reply, hiredis.ReplyError):
-        if "no such key" in str(reply):
-            return None
-        raise Lost(f"XINFO STREAM failed: {str(reply).split(' ', 1)[0]}")
-    info = {key.decode(): value for key, value in zip(reply[::2], reply[1::2], strict=True)}
-    info.setdefault("entries-added", None)  # before Redis 7: what is taken away goes unnoticed
-    return info
-
-
-async def _ask(
-    redis: RedisConnection,
-    *words: str | int,
-    patience: float = PATIENCE,
-    may_fail: bool = False,
-) -> Any:
-    with trio.move_on_after(patience) as scope:
-        reply = await (redis.ask(*words) if may_fail else redis.call(*words))
-    if scope.cancelled_caught:
-        raise Lost(f"no answer to {words[0]}")
-    return reply
