@@ -47,6 +47,9 @@ def sample(gateway: "Gateway") -> Sample:
             "wsgateway_resumes_total": gateway.replays.resumes,
             "wsgateway_replayed_events_total": gateway.replays.replayed,
             "wsgateway_stream_gaps_total": gateway.streams.gaps if gateway.streams else 0,
+            "wsgateway_dead_letters_total": (
+                gateway.dead_letters.outcomes if gateway.dead_letters else {}
+            ),
             "wsgateway_sector_queries_total": gateway.roster.queries if gateway.roster else {},
             "wsgateway_history_events": len(gateway.history),
             "wsgateway_history_bytes": gateway.history.bytes,

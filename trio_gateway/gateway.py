@@ -135,7 +135,7 @@ class Gateway(QuartTrio):
         )
         self.breakers = {
             name: Breaker(settings.circuit_failure_threshold, settings.circuit_recovery_timeout)
-            for name in ("pubsub", "stream", "commands", "database")
+            for name in ("pubsub", "stream", "commands", "writes", "database")
         }
         self.roster = make_roster(settings, self.hub, self.breakers["database"], clock)
         self.addresses = Addresses(
@@ -147,6 +147,7 @@ class Gateway(QuartTrio):
         self.pubsub: PubSub | None = None
         self.streams: Streams | None = None
         self.commands: Commands | None = None
+        self.dead_letters: DeadLetters | None = None
         self.siblings: Siblings | None = None
         self.rejected: Counter[str] = Counter()  # by reason
         self.refused: Counter[int] = Counter()  # upgrades, by HTTP status
@@ -206,6 +207,7 @@ class Gateway(QuartTrio):
                 open_commands(
                     settings.redis_url,
                     self.breakers["commands"],
+                    self.breakers["writes"],
                     max_connections=settings.redis_pool_max_connections,
                 )
             )
@@ -258,7 +260,7 @@ class Gateway(QuartTrio):
         nursery.start_soon(self.dispatch.run, self.heard, settings.redis_event_batch_size)
         nursery.start_soon(self.dispatch.run, self.read, settings.redis_event_batch_size)
         if (dlq := settings.redis_dlq_stream) is not None and self.commands is not None:
-            dead_letters = DeadLetters(self.commands, dlq)
+            self.dead_letters = dead_letters = DeadLetters(self.commands, dlq)
             self.intake.put_aside = lambda *entry: dead_letters.offer(DeadLetter(*entry))
             nursery.start_soon(dead_letters.run)
         nursery.start_soon(self.replays.decide)

@@ -32,12 +32,15 @@ class Relay:
     after :meth:`forward` it goes through. :meth:`orphan` makes it never.
     """
 
-    def __init__(self, target: int, nursery: trio.Nursery, buffer: int | None) -> None:
+    def __init__(
+        self, target: int, nursery: trio.Nursery, buffer: int | None = None, delay: float = 0
+    ) -> None:
         self.port = free_port()
         self.accepted = 0
         self._target = target
         self._nursery = nursery
         self._buffer = buffer
+        self._delay = delay
         self._pairs: set[_Pair] = set()
         self._listener: trio.SocketListener | None = None
         self._rates: dict[Way, float] = {}
@@ -188,6 +191,8 @@ class _Pair:
                 raise
             if not data:
                 break
+            if self._relay._delay:
+                await trio.sleep(self._relay._delay)
             if way is Way.TO_CLIENT:
                 await self.say(self._relay._junk)
             while data:
@@ -232,12 +237,15 @@ def _reset(stream: trio.SocketStream) -> None:
 
 
 @asynccontextmanager
-async def open_relay(target: int, *, buffer: int | None = None) -> AsyncIterator[Relay]:
+async def open_relay(
+    target: int, *, buffer: int | None = None, delay: float = 0
+) -> AsyncIterator[Relay]:
     """A relay to a port of this machine, on a port of its own. ``buffer`` bounds the bytes that
-    its sockets take without being read, so that who sends to a slow or silent one feels it soon.
+    its sockets take without being read, so that who sends to a slow or silent one feels it soon;
+    ``delay`` is how far away the server is, in seconds one way.
     """
     async with trio.open_nursery() as nursery:
-        relay = Relay(target, nursery, buffer)
+        relay = Relay(target, nursery, buffer, delay)
         try:
             yield relay
         finally:

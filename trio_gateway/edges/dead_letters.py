@@ -1,5 +1,6 @@
 """Dead letters: stream entries that are no events, put aside with the reason."""
 
+from collections import Counter
 from typing import Final, NamedTuple, NoReturn
 
 import structlog
@@ -35,14 +36,13 @@ class DeadLetters:
         self._commands = commands
         self._stream = stream
         self._put, self._take = trio.open_memory_channel[DeadLetter](_MOST_WAITING)
-        self.copied = 0
-        self.lost = 0
+        self.outcomes = Counter(copied=0, lost=0)  # of those that are ours to copy
 
     def offer(self, letter: DeadLetter) -> None:
         try:
             self._put.send_nowait(letter)
         except trio.WouldBlock:
-            self.lost += 1
+            self.outcomes["lost"] += 1
 
     async def run(self) -> NoReturn:
         """Copy what is offered; returns only when cancelled."""
@@ -54,9 +54,9 @@ class DeadLetters:
                 key = f"gateway:dlq:{letter.stream}:{letter.entry_id}"
                 if await self._commands.claim(key, _REMEMBERED):
                     await self._commands.add(self._stream, _fields(letter), MAX_LENGTH)
-                    self.copied += 1
+                    self.outcomes["copied"] += 1
             except Unavailable as error:
-                self.lost += 1
+                self.outcomes["lost"] += 1
                 held_back = log_limit.allows("lost", trio.current_time())
                 if held_back is not None:
                     log.warning(

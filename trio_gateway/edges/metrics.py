@@ -67,6 +67,7 @@ METRICS: Final[Mapping[str, _Counter | _Gauge | _Histogram]] = {
     "wsgateway_stream_gaps_total": _Counter("Times that stream entries were lost unread"),
     "wsgateway_history_events": _Gauge("Durable events in memory"),
     "wsgateway_history_bytes": _Gauge("Their bytes"),
+    "wsgateway_dead_letters_total": _Counter("Stream entries that are no events", "outcome"),
     "wsgateway_sector_queries_total": _Counter("Queries to the database", "outcome"),
     "wsgateway_messages_received_total": _Counter("Messages from clients"),
     "wsgateway_broadcast_duration_seconds": _Histogram("Delivering one batch of events"),
