@@ -217,7 +217,7 @@ async def test_answer_to_an_earlier_question_is_not_delivered_again() -> None:
     hub = Hub(Limits(total=1, per_user=1, per_session=1))
     streams = Streams(
         Address(), ["s"], intake, EventQueue(10), Breaker(5, 30), routes=ROUTES,
-        dispatch=Dispatch(hub, ROUTES), history=history, on_gap=lambda: None,
+        dispatch=Dispatch(hub, ROUTES), history=history, on_begin=lambda: None, on_gap=lambda: None,
     )  # fmt: skip
     (source,) = streams._sources
     source.cursor, source.looked_at = START, trio.current_time()

@@ -150,6 +150,45 @@ async def test_ticket_whose_answer_is_lost_is_not_called_invalid(
             assert (await closed(client))[0] == 1013
 
 
+async def test_client_that_came_before_the_stream_was_read_is_told_of_what_it_may_have_missed(
+    redis_url: str, backend: "redis.Redis"
+) -> None:
+    async with open_relay(int(redis_url.rpartition(":")[2])) as relay:
+        relay.refuse()
+        settings = make_settings(f"redis://127.0.0.1:{relay.port}", **NOW)
+        async with (
+            running(settings, wait_ready=False) as gateway,
+            admitted(gateway.diner_url()) as live,
+            admitted(gateway.diner_url() + "&last_event_id=") as resuming,
+        ):
+            backend.xadd(STREAM, {"data": EVENT})
+            async with connect(gateway.diner_url()) as held:
+                await until(lambda: len(gateway.app.hub) == 3)
+                relay.forward()
+                await until(lambda: gateway.app.ready)
+                for client in (live, held):
+                    assert await receive_event(client) == {"type": "gap"}
+            assert (await receive_event(resuming))["type"] == "resumed"
+            backend.xadd(STREAM, {"data": EVENT})
+            for client in (live, resuming):
+                assert (await receive_event(client))["type"] == "ROUND_READY"
+
+
+async def test_nobody_is_told_of_a_gap_if_the_stream_was_empty(
+    redis_url: str, backend: "redis.Redis"
+) -> None:
+    async with open_relay(int(redis_url.rpartition(":")[2])) as relay:
+        relay.refuse()
+        settings = make_settings(f"redis://127.0.0.1:{relay.port}", **NOW)
+        async with (
+            running(settings, wait_ready=False) as gateway,
+            admitted(gateway.diner_url()) as client,
+        ):
+            relay.forward()
+            await until(lambda: gateway.app.ready)
+            assert await received(client) == []
+
+
 REPLIES = [
     b"+OK\r\n", b":1\r\n", b"*0\r\n", b"*1\r\n$3\r\nfoo\r\n", b"$-1\r\n", b"%1\r\n+a\r\n+b\r\n",
     b"*1\r\n%1\r\n*0\r\n+x\r\n", b">1\r\n:5\r\n+OK\r\n", b">0\r\n+OK\r\n", b"*4294967295\r\n",

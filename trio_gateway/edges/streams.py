@@ -50,8 +50,9 @@ class _Source:
 class Streams:
     """Reads streams from their end, and after a lost connection from where it was.
 
-    A fresh process warms its history from what the streams still hold. ``on_gap`` is called when
-    entries were lost unread: every client has to be told.
+    A fresh process warms its history from what the streams still hold. ``on_begin`` is called then
+    for each that has entries: clients may have come before. ``on_gap`` is called when entries were
+    lost unread: every client has to be told.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Streams:
         routes: Mapping[str, Route],
         dispatch: Dispatch,
         history: History,
+        on_begin: Callable[[], None],
         on_gap: Callable[[], None],
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
@@ -76,6 +78,7 @@ class Streams:
         self._routes = routes
         self._dispatch = dispatch
         self._history = history
+        self._on_begin = on_begin
         self._on_gap = on_gap
         self._wall_clock = wall_clock
         self.connected = False
@@ -176,6 +179,8 @@ class Streams:
         source.cursor = info.last
         source.entries = info.added or 0
         self._history.pass_by(source.stream, source.cursor)
+        if source.cursor > START:
+            self._on_begin()
         log.info("history warmed", stream=source.name, entries=len(entries))
 
     async def _past(

@@ -94,6 +94,11 @@ class History:
         self.end = {**self.end, stream: position}
         self._grown.set()
 
+    @property
+    def late(self) -> list[Stream]:
+        """The streams that had entries when they were first read."""
+        return [stream for stream, position in self.began.items() if position > START]
+
     def trim(self, now: float) -> None:
         """Forget what is over the bounds."""
         oldest = now - self.age

@@ -69,6 +69,8 @@ class Replays:
         """It did not ask to resume: live from here, after what came since it joined."""
         if connection.cursor is None or connection.ending:
             return
+        if any(stream not in connection.cursor for stream in self._history.late):
+            connection.send(GAP)  # it was there before anything was read
         missed = self._missed(connection)
         if len(missed) <= _CHUNK_EVENTS and not connection.waiting_bytes:
             self._write(connection, missed)
@@ -76,6 +78,14 @@ class Replays:
         else:
             connection.resuming = True
             connection.start(self._catch_up, connection, [], {})
+
+    def tell_of_begin(self) -> None:
+        """A stream that has entries is read for the first time: whoever is live already may have
+        missed some of them.
+        """
+        for connection in list(self._hub.connections):
+            if connection.cursor is None:
+                connection.send(GAP)
 
     def ask(self, connection: Connection, last_event_id: str | None) -> None:
         """It asks to resume in a message: that must be its first."""
