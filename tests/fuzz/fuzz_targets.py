@@ -187,7 +187,11 @@ def key_sets(data: bytes) -> None:
 
 def revocations(data: bytes) -> None:
     """Heard or passed over."""
-    _REVOCATIONS.hear(data)
+
+    async def hear() -> None:
+        _REVOCATIONS.hear(data)
+
+    trio.run(hear)
 
 
 def replies(data: bytes) -> None:
@@ -200,7 +204,7 @@ def replies(data: bytes) -> None:
         intake,
         EventQueue(10),
         Breaker(5, 30),
-        {"channel:auth:revoked": revocations},
+        {"channel:auth:revoked": _REVOCATIONS.hear},
     )
 
     async def listen() -> None:
