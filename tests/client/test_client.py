@@ -1,0 +1,639 @@
+"""The client's behaviour, in virtual time, against a gateway in memory."""
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from trio_gateway.client import Client, Refused, Status, connect
+from trio_gateway.testing import make_jwt
+
+from .fakes import FakeGateway, Peer, closing, fake_gateway, hang_up, welcome
+
+URL = "ws://gateway.example/ws/waiter"
+SECRET = "x" * 32
+
+
+def connecting(gateway: FakeGateway, token: Any = "t", **options: Any) -> Any:
+    return connect(URL, token, dial=gateway.dial, **options)
+
+
+async def numbers(client: Client, count: int) -> list[int]:
+    return [(await anext(client)).data["n"] for _ in range(count)]
+
+
+# What comes
+
+
+async def test_events_come_as_they_are(autojump_clock: MockClock) -> None:
+    async def script(peer: Peer) -> None:
+        await peer.let_in(last_event_id="0")
+        await peer.publish(1)
+        await peer.say(type="CART_SYNC", tenant_id=1, branch_id=1)
+        await peer.stay()
+
+    async with fake_gateway(script) as gateway, connecting(gateway) as client:
+        await client.wait_open()
+        first, second = await anext(client), await anext(client)
+    assert (first.type, first.event_id, first.data["n"]) == ("ROUND_READY", "1", 1)
+    assert first.text.endswith('"event_id": "1"}')
+    assert (second.type, second.event_id) == ("CART_SYNC", None)
+    assert client.last_event_id == "1"
+
+
+async def test_an_event_that_came_already_is_not_handed_on_again(autojump_clock: MockClock) -> None:
+    async def script(peer: Peer) -> None:
+        await peer.let_in()
+        for number in (1, 2, 1, 2, 3):
+            await peer.publish(number)
+        await peer.stay()
+
+    async with fake_gateway(script) as gateway, connecting(gateway) as client:
+        assert await numbers(client, 3) == [1, 2, 3]
+
+
+async def test_the_gateways_own_messages_are_no_events_and_its_types_no_messages(
+    autojump_clock: MockClock,
+) -> None:
+    gaps: list[str] = []
+
+    async def script(peer: Peer) -> None:
+        await peer.let_in()
+        await peer.say(type="sectors_updated", sector_ids=[1])
+        await peer._socket.send_message("sectors_updated:1")
+        await peer._socket.send_message("[" * 100_000)
+        await peer.publish(1, type="gap")
+        await peer.stay()
+
+    async with fake_gateway(script) as gateway, connecting(gateway, on_gap=gaps.append) as client:
+        assert (await anext(client)).type == "gap"
+    assert gaps == []
+
+
+async def test_gaps_are_told_in_the_order_of_the_events(autojump_clock: MockClock) -> None:
+    told: list[Any] = []
+
+    async def gap(why: str) -> None:
+        await trio.sleep(1)
+        told.append(why)
+
+    async def script(peer: Peer) -> None:
+        await peer.let_in(recovered=False, last_event_id="7")
+        await peer.publish(8)
+        await peer.say(type="gap")
+        await peer.publish(9)
+        await peer.stay()
+
+    async with fake_gateway(script) as gateway, connecting(gateway, on_gap=gap) as client:
+        async for event in client:
+            told.append(event.data["n"])
+            if event.data["n"] == 9:
+                break
+    assert told == ["not_recovered", 8, "lost", 9]
+
+
+async def test_the_last_event_id_is_of_what_was_given_out(autojump_clock: MockClock) -> None:
+    async def script(peer: Peer) -> None:
+        await peer.let_in(last_event_id="0")
+        await peer.publish(1)
+        await peer.publish(2)
+        await peer.stay()
+
+    async with (
+        fake_gateway(script) as gateway,
+        connecting(gateway, last_event_id="before") as client,
+    ):
+        await client.wait_open()
+        await trio.sleep(1)
+        assert client.last_event_id == "before"
+        await anext(client)
+        assert client.last_event_id == "1"
+    assert gateway.heard[0] == {"type": "resume", "last_event_id": "before"}
+
+
+# Credential
+
+
+async def test_the_token_stands_in_a_header_and_nowhere_else(autojump_clock: MockClock) -> None:
+    async with (
+        fake_gateway(welcome) as gateway,
+        connecting(gateway, "secret", origin="https://app.example") as client,
+    ):
+        await client.wait_open()
+    (headers,) = gateway.headers
+    assert headers["authorization"] == "Bearer secret"
+    assert headers["origin"] == "https://app.example"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://x", "ws://", "ws://u:p@x/ws/waiter", "wss://x/ws/diner?table_token=t",
+        "wss://x/ws/waiter?ticket=", "ws://x:y/",
+    ],
+)  # fmt: skip
+async def test_a_url_that_is_none_or_holds_a_credential_is_an_error(url: str) -> None:
+    with pytest.raises(ValueError):
+        async with connect(url, "t"):
+            raise AssertionError
+
+
+async def test_a_provider_is_asked_before_every_connect(autojump_clock: MockClock) -> None:
+    asked: list[bool] = []
+
+    async def provide(refused: bool) -> str:
+        asked.append(refused)
+        return f"t{len(asked)}"
+
+    async with (
+        fake_gateway(hang_up, closing(4001, "token revoked"), welcome) as gateway,
+        connecting(gateway, provide) as client,
+    ):
+        await client.wait_open()
+    assert asked == [False, False, True]
+    assert [h["authorization"] for h in gateway.headers] == ["Bearer t1", "Bearer t2", "Bearer t3"]
+
+
+async def test_a_provider_that_fails_is_asked_again(
+    autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    said = iter([OSError("no backend"), "t"])
+    told: list[Status] = []
+
+    def provide(refused: bool) -> str:
+        if isinstance(found := next(said), Exception):
+            raise found
+        return str(found)
+
+    async with (
+        fake_gateway(welcome) as gateway,
+        connecting(gateway, provide, on_state=told.append) as client,
+    ):
+        await client.wait_open()
+    assert len(gateway.dialled) == 1
+    assert str(told[1].error) == "no backend"
+    assert caplog.record_tuples == [
+        ("trio_gateway.client", logging.WARNING, "the token provider failed")
+    ]
+
+
+@pytest.mark.parametrize("token", ["", "a b", "a\r\nX: y", "ü"])
+async def test_what_can_be_no_token_is_refused_without_a_try(
+    autojump_clock: MockClock, token: str
+) -> None:
+    async with fake_gateway(welcome) as gateway, connecting(gateway, token) as client:
+        with pytest.raises(Refused) as refused:
+            await anext(client)
+    assert refused.value.code == 4001
+    assert not token or token not in str(refused.value)
+    assert gateway.dialled == []
+
+
+async def test_the_same_token_again_is_the_end(autojump_clock: MockClock) -> None:
+    async with (
+        fake_gateway(closing(4001, "token expired")) as gateway,
+        connecting(gateway) as client,
+    ):
+        with pytest.raises(Refused, match=r"^refused: 4001 AUTH_FAILED \(token expired\)$"):
+            await client.wait_open()
+        with pytest.raises(Refused):
+            await anext(client)
+    assert len(gateway.dialled) == 1
+
+
+async def test_fresh_tokens_that_are_all_refused_are_tried_less_and_less(
+    autojump_clock: MockClock,
+) -> None:
+    made = iter(range(1000))
+    async with (
+        fake_gateway(closing(4001)) as gateway,
+        connecting(gateway, lambda refused: f"t{next(made)}"),
+    ):
+        await trio.sleep(600)
+    assert gateway.dialled[1] == gateway.dialled[0]
+    assert 20 < len(gateway.dialled) < 100
+
+
+def renewing(*answers: Callable[[Peer], Any]) -> Callable[[Peer], Any]:
+    """Lets in, and answers each renewal in turn."""
+
+    async def script(peer: Peer) -> None:
+        await peer.let_in()
+        for answer in answers:
+            while (said := await peer.hear()) == "ping":
+                await peer.say(type="pong")
+            assert said["type"] == "auth"
+            await answer(peer)
+        await peer.stay()
+
+    return script
+
+
+async def test_a_token_is_renewed_in_place_before_it_expires(autojump_clock: MockClock) -> None:
+    tokens = [make_jwt(SECRET, life=life) for life in (100, 200, 300)]
+    given = iter(tokens)
+    renewed: list[float] = []
+
+    async def ok(peer: Peer) -> None:
+        renewed.append(trio.current_time())
+        await peer.say(type="auth_ok", expires_at=int(time.time()) + 200)
+
+    async with (
+        fake_gateway(renewing(ok, ok)) as gateway,
+        connecting(gateway, lambda refused: next(given)) as client,
+    ):
+        await client.wait_open()
+        await trio.sleep(250)
+    said = [each["token"] for each in gateway.heard if each != "ping" and each["type"] == "auth"]
+    assert said == tokens[1:]
+    assert renewed == [pytest.approx(80, abs=2), pytest.approx(80 + 160, abs=4)]
+    assert len(gateway.dialled) == 1
+
+
+async def test_a_provider_that_has_nothing_new_is_asked_until_it_has(
+    autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    old, new = make_jwt(SECRET, life=1000), make_jwt(SECRET, life=5000)
+    answers: list[Any] = [old, old, OSError(), "", new]
+
+    def provide(refused: bool) -> str:
+        if isinstance(found := answers.pop(0), Exception):
+            raise found
+        return str(found)
+
+    async def ok(peer: Peer) -> None:
+        await peer.say(type="auth_ok", expires_at=int(time.time()) + 10**6)
+
+    async with fake_gateway(renewing(ok)) as gateway, connecting(gateway, provide) as client:
+        await client.wait_open()
+        await trio.sleep(5000)
+    assert answers == []
+    assert gateway.heard[-1] == "ping"
+    assert {"type": "auth", "token": new} in gateway.heard
+    assert len(caplog.records) == 1
+
+
+async def test_a_renewal_that_is_refused_is_followed_by_another_token(
+    autojump_clock: MockClock,
+) -> None:
+    asked: list[bool] = []
+
+    def provide(refused: bool) -> str:
+        asked.append(refused)
+        return make_jwt(SECRET, life=100, sub=str(len(asked)))
+
+    async def refuse(peer: Peer) -> None:
+        await peer.close(4001, "token revoked")
+
+    async with (
+        fake_gateway(renewing(refuse), welcome) as gateway,
+        connecting(gateway, provide) as client,
+    ):
+        await client.wait_open()
+        await trio.sleep(81)
+    assert asked[:3] == [False, False, True]
+    assert len(gateway.dialled) == 2
+
+
+# Whether it lives
+
+
+async def test_it_says_ping_while_nothing_comes(autojump_clock: MockClock) -> None:
+    async with fake_gateway(welcome) as gateway, connecting(gateway) as client:
+        await client.wait_open()
+        await trio.sleep(101)
+    assert gateway.heard[1:] == ["ping"] * 4
+    assert len(gateway.dialled) == 1
+
+
+async def test_a_ping_without_an_answer_means_another_socket(autojump_clock: MockClock) -> None:
+    async def mute(peer: Peer) -> None:
+        await peer.let_in()
+        await peer.stay(answering=False)
+
+    told: list[Status] = []
+    async with (
+        fake_gateway(mute, welcome) as gateway,
+        connecting(gateway, on_state=told.append) as client,
+    ):
+        await client.wait_open()
+        await trio.sleep(40)
+    assert (told[2].code, told[2].reason) == (1006, "no answer to a ping")
+    assert told[2].retry_in is not None
+    assert gateway.dialled[1] == pytest.approx(35 + told[2].retry_in)
+
+
+async def test_a_slow_reader_keeps_his_connection_and_every_event(
+    autojump_clock: MockClock,
+) -> None:
+    """While he is at it nothing is read, hence no answer to a ping either."""
+
+    async def script(peer: Peer) -> None:
+        await peer.let_in()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(peer.stay)
+            for number in range(20):
+                await peer.publish(number)
+
+    async with fake_gateway(script) as gateway, connecting(gateway, buffer=2) as client:
+        found = []
+        for _ in range(20):
+            found += await numbers(client, 1)
+            await trio.sleep(60)
+    assert found == list(range(20))
+    assert len(gateway.dialled) == 1
+    assert gateway.heard.count("ping") > 40
+
+
+async def test_a_gateway_that_takes_nothing_means_another_socket(
+    autojump_clock: MockClock,
+) -> None:
+    class Stuck(trio.abc.Stream):
+        """A socket whose other side stops reading once it has let us in."""
+
+        def __init__(self, stream: trio.abc.Stream) -> None:
+            self._stream = stream
+            self.stuck = False
+
+        async def send_all(self, data: Any) -> None:
+            if self.stuck:
+                await trio.sleep_forever()
+            await self._stream.send_all(data)
+
+        async def wait_send_all_might_not_block(self) -> None:
+            raise AssertionError
+
+        async def receive_some(self, max_bytes: int | None = None) -> Any:
+            return await self._stream.receive_some(max_bytes)
+
+        async def aclose(self) -> None:
+            await self._stream.aclose()
+
+    streams: list[Stuck] = []
+
+    async def dial() -> trio.abc.Stream:
+        streams.append(Stuck(await gateway.dial()))
+        return streams[-1]
+
+    async with fake_gateway(welcome) as gateway, connect(URL, "t", dial=dial) as client:
+        await client.wait_open()
+        streams[0].stuck = True
+        await trio.sleep(25 + 10 + 1.1)
+    assert len(streams) == 2
+
+
+# The end of a socket, and what comes after
+
+
+@pytest.mark.parametrize("code", [1002, 1003, 1007, 1008, 1009, 4003])
+async def test_codes_that_waiting_would_not_mend_are_the_end(
+    autojump_clock: MockClock, code: int
+) -> None:
+    told: list[Status] = []
+    async with (
+        fake_gateway(closing(code, "why")) as gateway,
+        connecting(gateway, on_state=told.append) as client,
+    ):
+        with pytest.raises(Refused) as refused:
+            await anext(client)
+    assert (refused.value.code, refused.value.reason) == (code, "why")
+    assert told[-1] == Status("refused", code, "why")
+    assert len(gateway.dialled) == 1
+
+
+@pytest.mark.parametrize("code", [1000, 1001, 1006, 1011, 1013, 4008, 4009, 4999])
+async def test_all_others_are_tried_again_with_a_back_off_that_grows_to_half_a_minute(
+    autojump_clock: MockClock, code: int
+) -> None:
+    told: list[Status] = []
+    script = hang_up if code == 1006 else closing(code)
+    async with fake_gateway(script) as gateway, connecting(gateway, on_state=told.append):
+        await trio.sleep(300)
+    waits = [status.retry_in for status in told if status.state == "waiting"]
+    assert {status.code for status in told if status.state == "waiting"} == {code}
+    for wait, bound in zip(waits, [1, 2, 4, 8, 16, *[30] * 100], strict=False):
+        assert wait is not None
+        assert 0 <= wait <= bound
+    assert max(filter(None, waits)) > 10
+    assert len(gateway.dialled) == len(waits)
+
+
+async def test_a_hint_is_obeyed(autojump_clock: MockClock) -> None:
+    async with (
+        fake_gateway(closing(1001, "retry in 3.2s"), welcome) as gateway,
+        connecting(gateway) as client,
+    ):
+        await client.wait_open()
+    assert gateway.dialled == [0, pytest.approx(3.2)]
+
+
+async def test_a_connection_that_held_begins_the_back_off_anew(autojump_clock: MockClock) -> None:
+    told: list[Status] = []
+    scripts = [*[hang_up] * 8, closing(1011, after=11), closing(1011, after=11), welcome]
+    async with fake_gateway(*scripts) as gateway, connecting(gateway, on_state=told.append):
+        await trio.sleep(300)
+    waits = [status.retry_in for status in told if status.state == "waiting"]
+    assert len(waits) == 10
+    assert all(wait is not None and wait <= 1 for wait in waits[8:])
+
+
+async def test_too_many_messages_are_followed_by_a_cool_down(autojump_clock: MockClock) -> None:
+    async with (
+        fake_gateway(closing(4029, "rate limited"), welcome) as gateway,
+        connecting(gateway) as client,
+    ):
+        await client.wait_open()
+    assert 30 <= gateway.dialled[1] <= 60
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 426, 431])
+async def test_an_upgrade_that_is_refused_for_good_is_the_end(
+    autojump_clock: MockClock, status: int
+) -> None:
+    async with fake_gateway(status) as gateway, connecting(gateway) as client:
+        with pytest.raises(Refused, match=f"^refused: {status} \\(HTTP {status}\\)$") as refused:
+            await anext(client)
+    assert refused.value.code == status
+    assert len(gateway.dialled) == 1
+
+
+@pytest.mark.parametrize("status", [408, 429, 502, 503, 504])
+async def test_an_upgrade_that_is_refused_for_now_is_tried_again(
+    autojump_clock: MockClock, status: int
+) -> None:
+    async with fake_gateway(status, status, welcome) as gateway, connecting(gateway) as client:
+        await client.wait_open()
+    assert len(gateway.dialled) == 3
+
+
+async def test_what_is_no_gateway_is_tried_again_and_that_is_told(
+    autojump_clock: MockClock,
+) -> None:
+    answers = [b"SSH-2.0-x\r\n\r\n", b"", None]
+    told: list[Status] = []
+
+    async with trio.open_nursery() as nursery:
+
+        async def answer(stream: trio.abc.Stream) -> None:
+            said = answers.pop(0) if answers else b""
+            await stream.receive_some()
+            if said is None:
+                await trio.sleep_forever()
+            else:
+                await stream.send_all(said)
+                await stream.aclose()
+
+        async def dial() -> trio.abc.Stream:
+            ours, theirs = trio.testing.memory_stream_pair()
+            nursery.start_soon(answer, theirs)
+            return ours
+
+        async with connect(URL, "t", dial=dial, on_state=told.append):
+            await trio.sleep(25)
+        nursery.cancel_scope.cancel()
+    waiting = [status for status in told if status.state == "waiting"]
+    assert [status.reason for status in waiting[:3]] == [
+        "what answers there speaks no WebSocket",
+        "",
+        "not connected in 15 s",
+    ]
+    assert isinstance(waiting[2].error, TimeoutError)
+
+
+async def test_a_network_that_is_not_there_is_tried_again(autojump_clock: MockClock) -> None:
+    outcomes: list[Exception] = [OSError("unreachable"), trio.BrokenResourceError()]
+
+    async with fake_gateway(welcome) as gateway:
+
+        async def dial() -> trio.abc.Stream:
+            if outcomes:
+                raise outcomes.pop(0)
+            return await gateway.dial()
+
+        async with connect(URL, "t", dial=dial) as client:
+            await client.wait_open()
+
+
+async def test_it_resumes_from_the_last_event_that_came(autojump_clock: MockClock) -> None:
+    async def first(peer: Peer) -> None:
+        await peer.let_in(last_event_id="0")
+        await peer.publish(1)
+        await peer.publish(2)
+
+    async def second(peer: Peer) -> None:
+        await peer.let_in(last_event_id="2")
+        await peer.publish(2)
+        await peer.publish(3)
+        await peer.stay()
+
+    async with fake_gateway(first, second) as gateway, connecting(gateway) as client:
+        assert await numbers(client, 3) == [1, 2, 3]
+    resumes = [said["last_event_id"] for said in gateway.heard if said != "ping"]
+    assert resumes == ["", "2"]
+
+
+async def test_it_resumes_from_the_place_it_was_told_if_nothing_came(
+    autojump_clock: MockClock,
+) -> None:
+    async with (
+        fake_gateway(closing(4009, after=1), welcome) as gateway,
+        connecting(gateway),
+    ):
+        await trio.sleep(5)
+    resumes = [said["last_event_id"] for said in gateway.heard if said != "ping"]
+    assert resumes == ["", "0"]
+
+
+async def test_a_slow_reader_hears_of_a_gap_though_he_was_slow(autojump_clock: MockClock) -> None:
+    """Being let in must not wait for him, or what was said with it could be lost."""
+    gaps: list[str] = []
+
+    async def full(peer: Peer) -> None:
+        await peer.let_in()
+        for number in range(3):
+            await peer.publish(number)
+
+    async def forgetful(peer: Peer) -> None:
+        await peer.let_in(recovered=False)
+        await peer.publish(9)
+        await peer.stay()
+
+    async with (
+        fake_gateway(full, forgetful) as gateway,
+        connecting(gateway, buffer=1, on_gap=gaps.append) as client,
+    ):
+        await trio.sleep(100)
+        assert await numbers(client, 4) == [0, 1, 2, 9]
+    assert gaps == ["not_recovered"]
+    assert len(gateway.dialled) == 2
+
+
+# Leaving
+
+
+async def test_leaving_says_goodbye(autojump_clock: MockClock) -> None:
+    codes: list[int] = []
+
+    async def script(peer: Peer) -> None:
+        try:
+            await welcome(peer)
+        finally:
+            assert peer._socket.closed is not None
+            codes.append(peer._socket.closed.code)
+
+    async with fake_gateway(script) as gateway:
+        async with connecting(gateway) as client:
+            await client.wait_open()
+        await wait_all_tasks_blocked()
+    assert codes == [1000]
+    assert trio.current_time() == 0
+
+
+async def test_leaving_a_gateway_that_does_not_answer_takes_half_a_second(
+    autojump_clock: MockClock,
+) -> None:
+    async def dial() -> trio.abc.Stream:
+        stream = await gateway.dial()
+        streams.append(stream)
+        return stream
+
+    streams: list[Any] = []
+    async with fake_gateway(welcome) as gateway:
+        async with connect(URL, "t", dial=dial) as client:
+            await client.wait_open()
+            streams[0].send_stream.send_all_hook = trio.sleep_forever
+        assert trio.current_time() == 0.5
+
+
+async def test_what_the_block_raises_comes_out_as_it_was_raised(autojump_clock: MockClock) -> None:
+    async def listen() -> None:
+        async with connecting(gateway) as client:
+            await client.wait_open()
+            raise KeyError
+
+    async with fake_gateway(welcome) as gateway:
+        with pytest.raises(KeyError):
+            await listen()
+
+
+async def test_a_cancelled_block_is_left_as_any_other(autojump_clock: MockClock) -> None:
+    async with fake_gateway(welcome) as gateway:
+        with trio.move_on_after(3) as scope:
+            async with connecting(gateway) as client:
+                async for _ in client:
+                    raise AssertionError
+        assert scope.cancelled_caught
+
+
+async def test_a_bug_in_on_state_comes_out(autojump_clock: MockClock) -> None:
+    def buggy(status: Status) -> None:
+        raise KeyError
+
+    async with fake_gateway(welcome) as gateway:
+        with pytest.raises(KeyError):
+            async with connecting(gateway, on_state=buggy):
+                await trio.sleep_forever()

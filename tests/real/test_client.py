@@ -1,0 +1,90 @@
+"""The Python client against real gateways and a real Valkey."""
+
+import json
+import time
+
+import pytest
+import redis
+import trio
+from harness import JWT_SECRET, Door, make_settings, running, until
+
+from trio_gateway.client import Client, Refused, Status, connect, session
+from trio_gateway.testing import make_jwt
+
+
+def publish(backend: "redis.Redis", *numbers: int) -> None:
+    for number in numbers:
+        event = {"type": "ROUND_READY", "tenant_id": 1, "branch_id": 1, "n": number}
+        backend.xadd("events:critical", {"data": json.dumps(event)})
+
+
+async def numbers(client: Client, count: int) -> list[int]:
+    with trio.fail_after(10):
+        return [(await anext(client)).data["n"] for _ in range(count)]
+
+
+@pytest.mark.parametrize("door", ["line", "asgi"])
+async def test_it_hears_what_its_token_may_hear_through_either_door(
+    redis_url: str, backend: "redis.Redis", door: Door
+) -> None:
+    async with (
+        running(make_settings(redis_url), door=door) as gateway,
+        connect(f"{gateway.url}/ws/waiter", make_jwt(JWT_SECRET)) as client,
+    ):
+        await client.wait_open()
+        publish(backend, 1, 2)
+        assert await numbers(client, 2) == [1, 2]
+        assert client.last_event_id
+
+
+async def test_a_token_that_is_none_is_refused(redis_url: str) -> None:
+    async with running(make_settings(redis_url)) as gateway:
+        for endpoint, token, code in [
+            ("waiter", "nonsense", 4001),
+            ("kitchen", make_jwt(JWT_SECRET), 4003),
+            ("nowhere", make_jwt(JWT_SECRET), 404),
+        ]:
+            async with connect(f"{gateway.url}/ws/{endpoint}", token) as client:
+                with trio.fail_after(5), pytest.raises(Refused) as refused:
+                    await client.wait_open()
+                assert refused.value.code == code
+
+
+async def test_it_renews_before_its_token_expires(
+    redis_url: str, backend: "redis.Redis", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "RENEW_AT", 0.01)  # at once: in a second
+    told: list[Status] = []
+    lives = iter([20, 600])
+
+    async def provide(refused: bool) -> str:
+        assert not refused
+        return make_jwt(JWT_SECRET, life=next(lives))
+
+    async with (
+        running(make_settings(redis_url)) as gateway,
+        connect(f"{gateway.url}/ws/waiter", provide, on_state=told.append) as client,
+    ):
+        await client.wait_open()
+        (connection,) = gateway.app.hub.connections
+        await until(lambda: connection.principal.expires_at > time.time() + 60)
+        publish(backend, 1)
+        assert await numbers(client, 1) == [1]
+    assert [status.state for status in told] == ["connecting", "open"]
+
+
+async def test_over_a_broken_connection_nothing_is_lost_or_doubled(
+    redis_url: str, backend: "redis.Redis"
+) -> None:
+    async with (
+        running(make_settings(redis_url)) as gateway,
+        connect(f"{gateway.url}/ws/waiter", make_jwt(JWT_SECRET)) as client,
+    ):
+        await client.wait_open()
+        publish(backend, 1, 2)
+        assert await numbers(client, 2) == [1, 2]
+        (connection,) = gateway.app.hub.connections
+        connection.cut()
+        publish(backend, 3, 4)
+        assert await numbers(client, 2) == [3, 4]
+        assert gateway.app.hub.joins == 2

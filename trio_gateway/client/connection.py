@@ -1,0 +1,214 @@
+"""One connection to the gateway, over any number of sockets."""
+
+import logging
+import math
+import random
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from inspect import isawaitable
+from typing import Final, Self
+
+import trio
+
+from ..core.closing import Close
+from ..core.resilience import Backoff
+from .address import Dial, read_address
+from .credential import Credential, NoToken
+from .feed import Feed, Item, Missed, Resumed
+from .policy import Next, after_status, retry_hint
+from .session import Ending, Session, after, broken
+from .values import Event, Gap, Refused, Status, TokenProvider
+from .wire import Ended, NoUpgrade, Wire
+
+CONNECT_TIMEOUT: Final = 15.0  # seconds, from asking for a token to being let in
+STABLE: Final = 10.0  # seconds that a connection must hold to begin the back-off anew
+COOL_DOWN: Final = 30.0  # seconds at least, and twice that at most
+FIRST_BOUND: Final = 1.0  # seconds, of the back-off
+LONGEST_BOUND: Final = 30.0
+
+log = logging.getLogger("trio_gateway.client")
+
+
+@asynccontextmanager
+async def connect(
+    url: str,
+    token: str | TokenProvider,
+    *,
+    last_event_id: str = "",
+    on_gap: Callable[[Gap], Awaitable[None] | None] | None = None,
+    on_state: Callable[[Status], None] | None = None,
+    origin: str | None = None,
+    buffer: int = 100,
+    ssl_context: ssl.SSLContext | None = None,
+    dial: Dial | None = None,
+) -> AsyncIterator["Client"]:
+    """Connect to an endpoint, and stay connected until the block is left.
+
+    ``url`` names the endpoint (``wss://gateway.example/ws/waiter``); a token in it is a
+    :exc:`ValueError`. ``token`` is one, or a function that gets one, sync or async: it is asked
+    before every connect and before the token expires, and called with True if the last one was
+    refused, so that it can pass over what it has kept. ``on_gap`` is called by the iteration, in
+    the order of the events, when some may be missing: fetch your state again. ``on_state`` is
+    called at once. ``buffer`` events wait for you; what comes then waits in the gateway, which
+    closes with 4009 when that is too much, and the client resumes. ``dial`` opens the stream
+    instead of us: through a proxy, a Unix socket.
+    """
+    address = read_address(url, ssl_context)
+    client = Client(
+        Credential(token),
+        Feed(last_event_id),
+        host=address.host,
+        target=address.target,
+        dial=dial or address.dial,
+        headers=[] if origin is None else [(b"Origin", origin.encode())],
+        on_gap=on_gap,
+        on_state=on_state,
+        buffer=buffer,
+    )
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(client._run)
+            try:
+                yield client
+            finally:
+                nursery.cancel_scope.cancel()
+        return
+    except BaseExceptionGroup as group:
+        if len(group.exceptions) > 1:
+            raise
+        (only,) = group.exceptions
+    raise only  # what the block raised, as it raised it
+
+
+class Client:
+    """What :func:`connect` gives: iterate over it for the events, in one task at a time."""
+
+    def __init__(
+        self,
+        credential: Credential,
+        feed: Feed,
+        *,
+        host: str,
+        target: str,
+        dial: Dial,
+        headers: list[tuple[bytes, bytes]],
+        on_gap: Callable[[Gap], Awaitable[None] | None] | None,
+        on_state: Callable[[Status], None] | None,
+        buffer: int,
+    ) -> None:
+        self._credential, self._feed = credential, feed
+        self._host, self._target, self._dial, self._headers = host, target, dial, headers
+        self._on_gap, self._on_state = on_gap, on_state
+        self._inbox_in, self._inbox = trio.open_memory_channel[Item](buffer)
+        self._last_event_id = feed.place
+        self._refusal: Refused | None = None
+        self._settled = trio.Event()  # let in for the first time, or refused
+        self._opened_at = math.inf
+        self.status = Status("connecting")
+
+    @property
+    def last_event_id(self) -> str:
+        """Where to resume from after what iteration has given out so far; keep it over restarts."""
+        return self._last_event_id
+
+    async def wait_open(self) -> None:
+        """Wait until the gateway has let us in for the first time; raises :exc:`Refused`.
+
+        From then on no durable event is missed without ``on_gap``.
+        """
+        await self._settled.wait()
+        if self._refusal is not None:
+            raise self._refusal
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Event:
+        """The next event. Raises :exc:`Refused` when the gateway has ended it for good."""
+        while True:
+            try:
+                item = await self._inbox.receive()
+            except trio.EndOfChannel:
+                assert self._refusal is not None
+                raise self._refusal from None
+            match item:
+                case Event():
+                    self._last_event_id = item.event_id or self._last_event_id
+                    return item
+                case Resumed(last_event_id):
+                    self._last_event_id = last_event_id
+                case Missed(why):
+                    if self._on_gap is not None and isawaitable(told := self._on_gap(why)):
+                        await told
+
+    async def _run(self) -> None:
+        """Socket after socket, until refused or cancelled."""
+        failures, backoff = 0, Backoff(FIRST_BOUND, LONGEST_BOUND)
+        async with self._inbox_in:
+            while True:
+                self._opened_at = math.inf
+                ending = await self._attempt()
+                if trio.current_time() - self._opened_at >= STABLE:
+                    failures = 0
+                if ending.next is Next.STOP:
+                    self._refusal = Refused(ending.code, ending.reason)
+                    self._settled.set()
+                    self._become(Status("refused", ending.code, ending.reason, None, ending.error))
+                    return
+                if (asked := retry_hint(ending.reason)) is not None:
+                    wait = asked  # the gateway has spread its clients already
+                elif ending.next is Next.COOL_DOWN:
+                    wait = COOL_DOWN * (1 + random.random())  # noqa: S311 - spreads load
+                elif ending.next is Next.RENEW and not failures:
+                    wait, failures = 0.0, 1
+                else:
+                    wait, failures = backoff.after(failures), failures + 1
+                self._become(Status("waiting", ending.code, ending.reason, wait, ending.error))
+                await trio.sleep(wait)
+
+    async def _attempt(self) -> Ending:
+        """Connect, and listen until it has ended."""
+        self._become(Status("connecting"))
+        stream: trio.abc.Stream | None = None
+        try:
+            with trio.move_on_after(CONNECT_TIMEOUT) as connecting:
+                if (ending := await self._get_token()) is not None:
+                    return ending
+                stream = await self._dial()
+                session = Session(Wire(stream), self._feed, self._credential, self._inbox_in.send)
+                token = (b"Authorization", b"Bearer " + self._credential.token.encode())
+                await session.get_in(self._host, self._target, [token, *self._headers])
+            if connecting.cancelled_caught:
+                return broken(f"not connected in {CONNECT_TIMEOUT:g} s", TimeoutError())
+            self._opened_at = trio.current_time()
+            self._settled.set()
+            self._become(Status("open"))
+            return await session.run()
+        except Ended as ended:
+            return after(ended, self._credential)
+        except NoUpgrade as refused:
+            if refused.status is None:
+                return broken("what answers there speaks no WebSocket", refused)
+            what = after_status(refused.status)
+            return Ending(refused.status, f"HTTP {refused.status}", what, refused)
+        except (OSError, trio.BrokenResourceError) as error:
+            return broken("can't connect", error)
+        finally:
+            if stream is not None:
+                await trio.aclose_forcefully(stream)
+
+    async def _get_token(self) -> Ending | None:
+        try:
+            await self._credential.get()
+        except NoToken as none:
+            return Ending(Close.AUTH_FAILED, str(none), Next.STOP)
+        except Exception as error:
+            log.warning("the token provider failed", exc_info=error)
+            return broken("the token provider failed", error)
+        return None
+
+    def _become(self, status: Status) -> None:
+        self.status = status
+        if self._on_state is not None:
+            self._on_state(status)

@@ -1,0 +1,74 @@
+"""The feed: what the gateway's messages mean, over any number of sockets. Each event once."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from .values import Event, Gap
+
+REMEMBERED: Final = 1000  # event ids
+
+
+@dataclass(frozen=True, slots=True)
+class Missed:
+    """Events may be missing here."""
+
+    why: Gap
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """We are let in, and this is a place to resume from."""
+
+    last_event_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Renewed:
+    """The credential that was offered holds until then, unix time."""
+
+    expires_at: float
+
+
+Item = Event | Missed | Resumed | Renewed
+
+
+class Feed:
+    """Reads messages. ``place`` is where to resume from: behind the last event that was read."""
+
+    def __init__(self, last_event_id: str) -> None:
+        self.place = last_event_id
+        self._seen: dict[str, None] = {}
+
+    def read(self, text: str) -> list[Item]:
+        """What a message says, in order; nothing, if it is none that we know."""
+        try:
+            message = json.loads(text)
+        except (ValueError, RecursionError):
+            return []
+        match message:
+            # Events name their tenant, the gateway's own messages don't: whatever types there are.
+            case {"tenant_id": _, "type": str(name)}:
+                return self._read_event(name, message, text)
+            case {"type": "resumed", "recovered": recovered, "last_event_id": str(place)}:
+                self.place = place
+                gap: list[Item] = [] if recovered else [Missed("not_recovered")]
+                return [*gap, Resumed(place)]
+            case {"type": "gap"}:
+                return [Missed("lost")]
+            case {"type": "auth_ok", "expires_at": int(expires_at)}:
+                return [Renewed(expires_at)]
+        return []
+
+    def _read_event(self, name: str, data: Mapping[str, Any], text: str) -> list[Item]:
+        event_id = data.get("event_id")
+        if not isinstance(event_id, str):
+            return [Event(name, data, text, None)]
+        if event_id in self._seen:
+            return []
+        self._seen[event_id] = None
+        if len(self._seen) > REMEMBERED:
+            del self._seen[next(iter(self._seen))]
+        self.place = event_id
+        return [Event(name, data, text, event_id)]

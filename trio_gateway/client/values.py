@@ -1,0 +1,51 @@
+"""What a user of the client sees."""
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..core.closing import Close
+
+TokenProvider = Callable[[bool], str | Awaitable[str]]
+Gap = Literal["lost", "not_recovered"]
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """An event as it came."""
+
+    type: str
+    data: Mapping[str, Any]  # decoded
+    text: str  # byte for byte what the backend published, and the event_id at its end
+    event_id: str | None  # of a durable one
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """How the connection stands, and what brought it there.
+
+    ``code`` is a close code, or the HTTP status that refused the upgrade; ``error`` what kept us
+    from connecting at all.
+    """
+
+    state: Literal["connecting", "open", "waiting", "refused"]
+    code: int | None = None
+    reason: str = ""
+    retry_in: float | None = None  # seconds, if waiting
+    error: Exception | None = None
+
+
+class Refused(Exception):  # noqa: N818 - an outcome
+    """The gateway does not want this client, and trying again would not change that.
+
+    ``code`` is its close code, or the HTTP status that refused the upgrade.
+    """
+
+    def __init__(self, code: int, reason: str) -> None:
+        try:
+            name = f" {Close(code).name}"
+        except ValueError:
+            name = ""
+        super().__init__(f"refused: {code}{name}" + (f" ({reason})" if reason else ""))
+        self.code = code
+        self.reason = reason
