@@ -103,6 +103,28 @@ class Recording(FakeSocket):
         return super().try_write(data)
 
 
+async def test_the_few_are_written_to_before_the_many(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    hub = Hub()
+    order: list[int] = []
+
+    class Noting(FakeSocket):
+        def __init__(self, tenant: int) -> None:
+            super().__init__()
+            self.tenant = tenant
+
+        def try_write(self, data: bytes | memoryview) -> int:
+            order.append(self.tenant)
+            return super().try_write(data)
+
+    for tenant in (1, 1, 1, 2, 3, 3):
+        await connect(nursery, hub, make_principal(tenant=tenant), Noting(tenant))
+    await Dispatch(hub).deliver([numbered(n, tenant_id=n) for n in (1, 2, 3, 1)])
+
+    assert order == [2, 3, 3, 1, 1, 1]
+
+
 async def test_who_hears_the_same_is_given_the_same_bytes(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:

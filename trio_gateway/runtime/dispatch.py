@@ -195,7 +195,8 @@ class Dispatch:
         by_mask: Mapping[int, list[Connection]] = self._hub.masks(heard)
         if copies or (durable and self._hub.held):
             by_mask = self._without(by_mask, durable, copies)
-        return list(by_mask.items())
+        # The few before the many: nobody waits for the writes to another's crowd.
+        return sorted(by_mask.items(), key=_crowd)
 
     def _without(
         self,
@@ -257,6 +258,10 @@ class Dispatch:
             left += others
         for connection in left:
             connection.send(GAP)
+
+
+def _crowd(group: _Group) -> int:
+    return len(group[1])
 
 
 _AS_BITS: Final = bytes(byte == ord("1") for byte in range(256))
