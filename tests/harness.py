@@ -289,6 +289,13 @@ class Metrics:
         key = (f"wsgateway_{bare}", label[:-1]) if label else (f"wsgateway_{bare}",)
         return self._samples.get(key, 0.0)
 
+    def by_source_and_reason(self, name: str) -> dict[tuple[str, str], float]:
+        """The values of a metric with these two labels."""
+        found = self.families[f"wsgateway_{name}".removesuffix("_total")].samples
+        return {
+            (sample.labels["source"], sample.labels["reason"]): sample.value for sample in found
+        }
+
     def by_label(self, name: str) -> dict[str, float]:
         """The values of a metric by the value of its label."""
         return {
