@@ -172,7 +172,7 @@ class GatewayProcess:
 
     def __init__(self, redis_url: str, folder: Path, **settings: str) -> None:
         self.port = free_port()
-        self._log = folder / "gateway.log"
+        self.log = folder / "gateway.log"
         self._env = environment(
             redis_url,
             WS_MAX_CONNECTIONS_PER_USER="100000",
@@ -185,7 +185,7 @@ class GatewayProcess:
         self.process: subprocess.Popen[bytes] | None = None
 
     async def start(self) -> None:
-        with self._log.open("ab") as log:
+        with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "trio_gateway", "serve", "--bind", f"127.0.0.1:{self.port}"],
                 env=self._env,
@@ -194,7 +194,7 @@ class GatewayProcess:
             )
         with trio.fail_after(20):
             while not await _accepts(self.port):
-                assert self.process.poll() is None, self._log.read_text()
+                assert self.process.poll() is None, self.log.read_text()
                 await trio.sleep(0.01)
 
     def kill(self) -> None:
@@ -256,13 +256,13 @@ Disturb = Callable[[ValkeyServer, GatewayProcess, Callable[[], Awaitable[None]]]
 
 
 async def run(
-    what: str, disturb: Disturb, *, clients: int, kills: int, rate: float = 200
+    what: str, disturb: Disturb, *, clients: int, kills: int, rate: float = 200, **settings: str
 ) -> Figures:
     """Disturb a gateway and its Redis under load; ``disturb`` gets a way to wait for progress."""
     figures = Figures(what, clients, kills)
     async with own_redis() as server, trio.open_nursery() as nursery:
         with tempfile.TemporaryDirectory() as folder:
-            gateway = GatewayProcess(server.connection_url, Path(folder))
+            gateway = GatewayProcess(server.connection_url, Path(folder), **settings)
             await gateway.start()
             try:
                 # Some are restless: so they resume while the others stay.
