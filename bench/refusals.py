@@ -20,7 +20,7 @@ from trio_gateway.testing import make_jwt
 _AT_A_TIME = 100
 
 
-def _cpu(pid: int) -> float:
+def cpu(pid: int) -> float:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
@@ -65,13 +65,13 @@ async def _measure(what: str, tokens: list[str], port: int, pid: int) -> None:
     async with trio.open_nursery() as watching:
         watching.start_soon(bystander)
         await trio.sleep(0.3)
-        before, started = _cpu(pid), time.perf_counter()
+        before, started = cpu(pid), time.perf_counter()
         async with trio.open_nursery() as nursery:
             for token in tokens:
                 nursery.start_soon(one, token)
-        seconds, cpu = time.perf_counter() - started, _cpu(pid) - before
+        seconds, spent = time.perf_counter() - started, cpu(pid) - before
         watching.cancel_scope.cancel()
-    each = cpu / len(tokens) * 1e6
+    each = spent / len(tokens) * 1e6
     print(
         f"{what:16} {len(tokens) / seconds:6.0f} a second, {each:4.0f} µs of CPU each,"
         f" slowest ping of a bystander {slowest * 1000:.0f} ms"

@@ -159,6 +159,7 @@ class Gateway(QuartTrio):
         self.shields: set[trio.CancelScope] = set()  # around what HTTP clients are being sent
         self.patience = PATIENCE  # seconds for a drain: the server's graceful_timeout
         self.max_message_size = settings.ws_max_message_size
+        self.compresses = settings.ws_compression
         self.messages = 0  # of connections that have ended
         self.stalls = Stalls()
         self._clock = clock
@@ -429,6 +430,7 @@ class Gateway(QuartTrio):
                     replays=self.replays,
                     resume_from=handshake.last_event_id,
                     accepted_at=accepted_at,
+                    deflates=handshake.deflates,
                 )
             except Rejected as rejected:
                 if rejected.close is Close.AUTH_FAILED:

@@ -358,8 +358,6 @@ class Settings(BaseSettings):
         url = urlsplit(self.jwt_jwks_url or "")
         if url.scheme == "http" and not _is_here(url.hostname or ""):
             found.append("JWT_JWKS_URL is not https: who stands in between can make tokens")
-        if self.ws_compression:
-            found.append("WS_COMPRESSION has no effect in this version")
         for name in self._secrets_in_use:
             secret = getattr(self, name)
             if secret is not None and len(secret.encode()) < MIN_SECRET_BYTES:

@@ -7,11 +7,12 @@ from typing import Annotated, Final
 import msgspec
 
 from .audiences import BranchId, SectorId, SessionId, TenantId
-from .frames import text_frame
+from .frames import deflated_frame, text_frame
 from .positions import Position, Stream, event_id
 
 MAX_EVENT_BYTES: Final = 65_536
 MAX_ID: Final = 2**63 - 1
+WORTH_DEFLATING: Final = 1024  # bytes
 _WHITE_SPACE: Final = b" \t\r\n"  # JSON's (RFC 8259, 2)
 
 _Positive = Annotated[int, msgspec.Meta(gt=0, le=MAX_ID)]
@@ -54,8 +55,8 @@ class Event:
     """One event on its way through the gateway. ``heard_at`` is on the runtime's clock."""
 
     __slots__ = (
-        "_frame", "branch", "channel", "event_id", "heard_at", "id", "payload", "position",
-        "sector", "session", "stream", "tenant", "ts", "type",
+        "_deflated", "_frame", "branch", "channel", "event_id", "heard_at", "id", "payload",
+        "position", "sector", "session", "stream", "tenant", "ts", "type",
     )  # fmt: skip
 
     def __init__(self, envelope: _Envelope, payload: bytes, channel: str, heard_at: float) -> None:
@@ -73,6 +74,7 @@ class Event:
         self.position: Position | None = None
         self.event_id: str | None = None  # if it is durable
         self._frame: bytes | None = None
+        self._deflated: bytes | None = None
 
     def stand(self, stream: Stream, position: Position, *, durable: bool) -> None:
         """It was read from this place of a stream."""
@@ -95,6 +97,16 @@ class Event:
         if self._frame is None:
             self._frame = text_frame(self.text)
         return self._frame
+
+    @property
+    def deflated(self) -> bytes:
+        """The frame of a big event compressed, once, for recipients that agreed to it; a small
+        one's is the plain frame itself.
+        """
+        if self._deflated is None:
+            big = len(self.payload) >= WORTH_DEFLATING
+            self._deflated = deflated_frame(self.text) if big else self.frame
+        return self._deflated
 
     def __repr__(self) -> str:
         return f"<Event {self.type} tenant={self.tenant} branch={self.branch}>"

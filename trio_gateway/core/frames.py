@@ -1,10 +1,12 @@
 """A payload as a WebSocket frame, as a server sends it: unmasked and whole (RFC 6455, 5.2)."""
 
+import zlib
 from collections.abc import Iterator
 from struct import Struct
 from typing import Final
 
 _FIN: Final = 0x80
+_RSV1: Final = 0x40  # compressed
 TEXT: Final = 0x1
 CLOSE: Final = 0x8
 PING: Final = 0x9
@@ -28,6 +30,17 @@ def frame(opcode: int, payload: bytes) -> bytes:
 
 def text_frame(payload: bytes) -> bytes:
     return frame(TEXT, payload)
+
+
+def deflated_frame(payload: bytes) -> bytes:
+    """The payload compressed on its own (RFC 7692, 7.2.1), or plain if that is no longer.
+
+    For everybody at once, so it is worth little time: the fastest level is used.
+    """
+    compressor = zlib.compressobj(level=zlib.Z_BEST_SPEED, wbits=-zlib.MAX_WBITS)
+    data = compressor.compress(payload) + compressor.flush(zlib.Z_SYNC_FLUSH)
+    deflated = frame(_RSV1 | TEXT, data.removesuffix(b"\x00\x00\xff\xff"))
+    return min(deflated, text_frame(payload), key=len)
 
 
 def close_frame(code: int, reason: str = "") -> bytes:

@@ -48,6 +48,7 @@ class Handshake:
     # Asks for the address at the other end of the socket, a proxy's perhaps.
     peer: Callable[[], str] = str
     one_way: bool = False  # a stream of events: the client can't say anything
+    deflates: bool = False  # it was agreed that messages may be compressed
 
     @property
     def origin(self) -> str | None:
@@ -78,6 +79,11 @@ class Handshake:
             if offered.startswith(_BEARER):
                 return offered.removeprefix(_BEARER)
         return None
+
+    @property
+    def extensions(self) -> str:
+        """What the client offers."""
+        return self.headers.get("sec-websocket-extensions", "")
 
     @property
     def subprotocol(self) -> str | None:
@@ -237,7 +243,7 @@ def _is_key(text: str) -> bool:
         return False
 
 
-def acceptance(handshake: Handshake) -> bytes:
+def acceptance(handshake: Handshake, extensions: str | None = None) -> bytes:
     """The response that opens the WebSocket (RFC 6455, 4.2.2)."""
     digest = hashlib.sha1(handshake.key.encode() + _GUID, usedforsecurity=False).digest()
     lines = [
@@ -248,6 +254,8 @@ def acceptance(handshake: Handshake) -> bytes:
     ]
     if handshake.subprotocol:
         lines.append(f"Sec-WebSocket-Protocol: {handshake.subprotocol}")
+    if extensions:
+        lines.append(f"Sec-WebSocket-Extensions: {extensions}")
     return "\r\n".join([*lines, "", ""]).encode()
 
 

@@ -9,6 +9,7 @@ back in front of the stream and Hypercorn serves it as ever.
 import re
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final, Protocol, cast
 
@@ -24,6 +25,7 @@ from ..core.limits import LogLimit
 from ..runtime.supervision import leaves
 from ..runtime.turnstile import TooMany, Turnstile
 from .bounded import BoundedBuffer, BoundedStream
+from .compression import agree
 from .handshake import (
     MAX_HEAD_BYTES,
     Handshake,
@@ -51,6 +53,7 @@ class Served(Protocol):
     write_timeout: float
     shields: set[trio.CancelScope]  # taken away when the server stops
     max_message_size: int
+    compresses: bool
     draining: bool
     refused: Counter[int]  # by status
     log_limit: LogLimit
@@ -128,7 +131,11 @@ class Line(TCPServer):
                 await self._refuse(gateway, Refusal(503, "draining"))
             case Handshake() as handshake:
                 socket = LineSocket(self.stream, data[len(head) :], gateway.max_message_size)
-                await socket.send(acceptance(handshake), gateway.accept_timeout)
+                extensions = None
+                if gateway.compresses and (agreed := agree(handshake.extensions)) is not None:
+                    socket.deflate, extensions = agreed
+                    handshake = replace(handshake, deflates=True)
+                await socket.send(acceptance(handshake, extensions), gateway.accept_timeout)
                 await gateway.serve_connection(handshake, socket)
             case Refusal() as refusal:
                 await self._refuse(gateway, refusal)

@@ -11,6 +11,7 @@ from wsproto.connection import ConnectionState, ConnectionType
 from wsproto.events import BytesMessage, CloseConnection, TextMessage
 from wsproto.events import Ping as PingFrame
 from wsproto.events import Pong as PongFrame
+from wsproto.extensions import Extension, PerMessageDeflate
 
 from ..core.closing import Close
 from ..core.frames import CLOSE, close_frame, frame, short_frame
@@ -82,13 +83,14 @@ class LineSocket:
 
     __slots__ = (
         "_aborted", "_broken", "_fragments", "_pieces", "_size", "_socket", "_stream", "_unread",
-        "_websocket", "max_size",
+        "_websocket", "deflate", "max_size",
     )  # fmt: skip
 
     def __init__(self, stream: trio.abc.Stream, rest: bytes, max_size: int) -> None:
         self._stream = stream
         self._socket = stream.socket if _DIRECT and type(stream) is trio.SocketStream else None
         self.max_size = max_size
+        self.deflate: PerMessageDeflate | None = None  # reads compressed messages, if agreed to
         self._unread = rest
         self._websocket: WebSocket | None = None  # made for the first frame that is not short
         self._pieces: list[str] = []  # of a message that is not complete yet
@@ -159,7 +161,8 @@ class LineSocket:
         if not self._unread:
             return None
         if (found := short_frame(self._unread)) is None:
-            self._websocket = WebSocket(ConnectionType.SERVER, trailing_data=self._unread)
+            extensions: list[Extension] = [] if self.deflate is None else [self.deflate]
+            self._websocket = WebSocket(ConnectionType.SERVER, extensions, self._unread)
             self._unread = b""
             return self._said(self._websocket)
         opcode, payload, end = found

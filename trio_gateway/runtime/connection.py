@@ -105,7 +105,8 @@ class Connection:
     ``answer`` is asked about the messages that need more than the connection knows.
     ``expires_at`` is the credential's end on Trio's clock. ``replays`` lets it begin where it
     left off; ``resume_from`` is the last event id that the handshake named, if any;
-    ``accepted_at`` is the place in the history from which on it misses nothing.
+    ``accepted_at`` is the place in the history from which on it misses nothing. ``deflates`` says
+    that it can read compressed messages.
 
     While it has a ``cursor``, durable events come from the history: it has them up to there.
     """
@@ -113,8 +114,9 @@ class Connection:
     __slots__ = (
         "__weakref__", "_answer", "_code", "_errand", "_heard_at", "_nursery", "_outbox", "_rate",
         "_reading", "_received_at", "_replays", "_socket", "_terms", "_writing", "_written",
-        "accepted_at", "audiences", "close_reason", "cursor", "ended_at", "expires_at", "joined_at",
-        "mask", "messages", "number", "principal", "resume_from", "resuming", "sent_at",
+        "accepted_at", "audiences", "close_reason", "cursor", "deflates", "ended_at", "expires_at",
+        "joined_at", "mask", "messages", "number", "principal", "resume_from", "resuming",
+        "sent_at",
     )  # fmt: skip
 
     def __init__(
@@ -127,6 +129,7 @@ class Connection:
         replays: "Replays | None" = None,
         resume_from: str | None = None,
         accepted_at: Cursor | None = None,
+        deflates: bool = False,
     ) -> None:
         self.principal = principal
         self.audiences: frozenset[Audience] = frozenset()
@@ -137,6 +140,7 @@ class Connection:
         self.ended_at: float | None = None
         self.cursor: Cursor | None = None
         self.accepted_at = accepted_at
+        self.deflates = deflates
         self.number = 0  # the hub's, from 1 in the order of joining
         self.mask = 0  # the hub's, while it looks for who hears a batch
         self.resume_from = resume_from

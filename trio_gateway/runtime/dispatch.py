@@ -29,8 +29,8 @@ LOOK_BACK: Final = 1.0  # seconds
 
 # An event to be delivered, its audiences, and the last connection that has heard a copy of it.
 _Planned = tuple[Event, list[Audience], int]
-# Which frames (bit i: the i-th), and who gets them.
-_Group = tuple[int, "list[Connection]"]
+# Frames, which of them (bit i: the i-th), and who gets those.
+_Group = tuple[list[bytes], int, "list[Connection]"]
 
 
 _BATCHES_OF_A_BACKLOG: Final = 4
@@ -121,11 +121,11 @@ class Dispatch:
         History and members are looked at in one step, before anything is awaited: a connection
         gets an event live if it is not held at that moment, and from the history if it is.
         """
-        fresh, frames, groups = self._plan(batch)
+        fresh, groups = self._plan(batch)
         self.processed += len(fresh)
         now = trio.current_time()
         written = 0
-        for mask, members in groups:
+        for frames, mask, members in groups:
             # Joined just before they are written: then the kernel finds the bytes in the cache.
             data, number = join(frames, mask)
             for n, connection in enumerate(members):
@@ -145,8 +145,8 @@ class Dispatch:
         self._duplicates.is_duplicate(event)
         self._keep(event, self.audiences(event), heard_by=0)
 
-    def _plan(self, batch: Sequence[Event]) -> tuple[list[Event], list[bytes], list[_Group]]:
-        """Those that were no duplicates, the frames to send, and who gets which of them."""
+    def _plan(self, batch: Sequence[Event]) -> tuple[list[Event], list[_Group]]:
+        """Those that were no duplicates, and who gets what."""
         fresh: list[Event] = []
         planned: list[_Planned] = []
         joins = self._hub.joins
@@ -168,7 +168,11 @@ class Dispatch:
             if event.stream is not None and event.position is not None:
                 self._history.pass_by(event.stream, event.position)
         groups = self._plan_one(*planned[0]) if len(planned) == 1 else self._plan_many(planned)
-        return fresh, [event.frame for event, _, _ in planned] if groups else [], groups
+        if groups and self._hub.deflating:
+            deflated = [event.deflated for event, _, _ in planned]
+            if any(event.frame is not event.deflated for event, _, _ in planned):
+                groups = _with_deflated(groups, deflated)
+        return fresh, groups
 
     def _plan_one(self, event: Event, audiences: list[Audience], heard_by: int) -> list[_Group]:
         members = self._hub.members(audiences)
@@ -176,7 +180,7 @@ class Dispatch:
             members = [connection for connection in members if connection.number > heard_by]
         if event.event_id is not None and (held := self._hub.held):
             members = [connection for connection in members if connection not in held]
-        return [(1, members)] if members else []
+        return [([event.frame], 1, members)] if members else []
 
     def _plan_many(self, planned: list[_Planned]) -> list[_Group]:
         """As one bit mask per audience (bit i: the i-th event), so that the work per connection
@@ -195,8 +199,9 @@ class Dispatch:
         by_mask: Mapping[int, list[Connection]] = self._hub.masks(heard)
         if copies or (durable and self._hub.held):
             by_mask = self._without(by_mask, durable, copies)
+        frames = [event.frame for event, _, _ in planned] if by_mask else []
         # The few before the many: nobody waits for the writes to another's crowd.
-        return sorted(by_mask.items(), key=_crowd)
+        return sorted(((frames, mask, them) for mask, them in by_mask.items()), key=_crowd)
 
     def _without(
         self,
@@ -252,7 +257,7 @@ class Dispatch:
         if not any(self._routes.get(event.type, UNKNOWN).durable for event in batch):
             return
         left = members[done:]
-        for _, others in reversed(groups):
+        for _, _, others in reversed(groups):
             if others is members:
                 break
             left += others
@@ -261,7 +266,18 @@ class Dispatch:
 
 
 def _crowd(group: _Group) -> int:
-    return len(group[1])
+    return len(group[2])
+
+
+def _with_deflated(groups: list[_Group], deflated: list[bytes]) -> list[_Group]:
+    """The same, but for who can read compressed frames those."""
+    found: list[_Group] = []
+    for frames, mask, members in groups:
+        if plain := [connection for connection in members if not connection.deflates]:
+            found.append((frames, mask, plain))
+        if can := [connection for connection in members if connection.deflates]:
+            found.append((deflated, mask, can))
+    return found
 
 
 _AS_BITS: Final = bytes(byte == ord("1") for byte in range(256))

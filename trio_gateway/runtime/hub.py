@@ -36,6 +36,7 @@ class Hub:
         self._leaving: set[Connection] = set()
         self._emptied = trio.Event()
         self.joins = 0  # ever
+        self.deflating = 0  # connections that can read compressed messages
         self.held: set[Connection] = set()  # to whom durable events come from the history
         self.by_endpoint: dict[Endpoint, int] = dict.fromkeys(Endpoint, 0)
         self.closed: Counter[int] = Counter()
@@ -78,6 +79,7 @@ class Hub:
         self._connections[connection] = None
         self._owned[principal.owner] += 1
         self.by_endpoint[principal.endpoint] += 1
+        self.deflating += connection.deflates
         connection.audiences = audiences_of(principal)
         for audience in connection.audiences:
             self._enter(audience, connection)
@@ -92,6 +94,7 @@ class Hub:
         if not self._owned[owner]:
             del self._owned[owner]
         self.by_endpoint[connection.principal.endpoint] -= 1
+        self.deflating -= connection.deflates
         for audience in connection.audiences:
             self._exit(audience, connection)
 

@@ -1,0 +1,109 @@
+"""Big events are compressed once, for who agreed to it; the others get them plain."""
+
+import zlib
+
+import pytest
+import redis
+import trio
+from harness import JWT_SECRET, serving
+from hypothesis import given
+from hypothesis import strategies as st
+from websockets.trio.client import connect
+from wire import client_frame, dialled, make_head
+
+from trio_gateway.core.closing import Close
+from trio_gateway.core.frames import TEXT, deflated_frame, split, text_frame
+from trio_gateway.edges.compression import agree
+from trio_gateway.testing import make_jwt, make_payload
+
+
+@given(st.one_of(st.binary(max_size=300), st.integers(0, 20_000).map(lambda n: b'{"a":1}' * n)))
+def test_a_compressed_frame_inflates_to_the_payload_and_is_never_longer(payload: bytes) -> None:
+    found = deflated_frame(payload)
+
+    assert len(found) <= len(text_frame(payload))
+    if found[0] == 0x81:
+        assert found == text_frame(payload)
+        return
+    assert found[0] == 0xC1
+    ((opcode, body),) = split(found)
+    inflated = zlib.decompressobj(-15).decompress(bytes(body) + b"\0\0\xff\xff")
+    assert (opcode, inflated) == (TEXT, payload)
+
+
+_NO_CONTEXT = "permessage-deflate; client_no_context_takeover; server_no_context_takeover"
+
+
+@pytest.mark.parametrize(
+    ("offers", "answer"),
+    [
+        ("", None),
+        ("x-webkit-deflate-frame", None),
+        ("permessage-deflate", _NO_CONTEXT),
+        ("permessage-deflate; client_max_window_bits", f"{_NO_CONTEXT}; client_max_window_bits=15"),
+        ("foo, permessage-deflate", _NO_CONTEXT),
+        ("permessage-deflate; server_max_window_bits=10", None),  # ours is the whole window
+        ("permessage-deflate; server_max_window_bits=10, permessage-deflate", _NO_CONTEXT),
+        ("permessage-deflate; server_max_window_bits=x", None),
+        ("permessage-deflate; client_max_window_bits=99", None),
+    ],
+)
+def test_what_is_agreed_to(offers: str, answer: str | None) -> None:
+    agreed = agree(offers)
+
+    assert (agreed and agreed.answer) == answer
+
+
+async def test_who_agreed_gets_big_events_compressed_and_who_did_not_plain(redis_url: str) -> None:
+    big = make_payload(data={"items": [f"plate {n}" for n in range(500)]})
+    small = make_payload(data="ñ")
+    async with serving(redis_url, "line", ws_compression=True) as gateway:
+        url = f"ws://127.0.0.1:{gateway.port}/ws/waiter?token={make_jwt_of('1')}"
+        other = f"ws://127.0.0.1:{gateway.port}/ws/waiter?token={make_jwt_of('2')}"
+        async with (
+            connect(url, compression="deflate", proxy=None) as packed,
+            connect(other, compression=None, proxy=None) as plain,
+            dialled(gateway.port) as raw,
+        ):
+            offer = "Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits"
+            target = f"/ws/waiter?token={make_jwt_of('3')}"
+            await raw.send(make_head(offer, request=f"GET {target} HTTP/1.1"))
+            head = b""
+            while b"\r\n\r\n" not in head:
+                head += bytes(await raw.stream.receive_some(1))
+            for client in (packed, plain):
+                await client.send("ping" + " " * 3000 + "?")  # compressed by who agreed
+                await client.send("ping")
+                assert await client.recv() == '{"type":"pong"}'
+            await raw.send(client_frame(TEXT, b"ping"))
+            backend = redis.Redis.from_url(redis_url)
+            for payload in (big, small, big + b" "):
+                backend.publish("channel:branch:1:waiters", payload)
+            backend.close()
+            for client in (packed, plain):
+                heard = [(await client.recv()).encode() for _ in range(3)]  # type: ignore[union-attr]
+                assert heard == [big, small, big + b" "]
+            expected = text_frame(b'{"type":"pong"}') + deflated_frame(big)
+            received = b""
+            with trio.fail_after(3):
+                while len(received) < len(expected):
+                    received += bytes(await raw.stream.receive_some(len(expected)))
+
+    assert b"sec-websocket-extensions: permessage-deflate" in head.lower()
+    assert received[: len(expected)] == expected
+    assert len(deflated_frame(big)) < len(big) / 3
+
+
+async def test_what_inflates_beyond_the_bound_is_too_big(redis_url: str) -> None:
+    async with serving(redis_url, "line", ws_compression=True) as gateway:
+        url = f"ws://127.0.0.1:{gateway.port}/ws/waiter?token={make_jwt_of('1')}"
+        async with connect(url, compression="deflate", proxy=None) as client:
+            await client.send("x" * 10_000_000)  # ten kilobytes on the wire
+            with trio.fail_after(3), pytest.raises(Exception) as ended:
+                await client.recv()
+
+    assert ended.value.rcvd.code == Close.MESSAGE_TOO_BIG  # type: ignore[attr-defined]
+
+
+def make_jwt_of(user: str) -> str:
+    return make_jwt(JWT_SECRET, sub=user)
