@@ -302,9 +302,16 @@ class Gateway(QuartTrio):
 
     async def _share(self, siblings: Siblings) -> None:
         siblings.clean_up()
+        failed = False
         try:
             while True:
-                siblings.write(self.sample())
+                try:
+                    siblings.write(self.sample())
+                    failed = False
+                except OSError as error:  # a full disk, say: no reason to end
+                    if not failed:
+                        log.error("figures not shared", error=error.strerror)
+                    failed = True
                 await trio.sleep(SHARED_EVERY)
         finally:
             siblings.leave(self.sample())

@@ -5,8 +5,13 @@ import time
 from pathlib import Path
 
 import pytest
+import structlog
+import trio
+from harness import make_settings
+from trio.testing import MockClock
 
 from trio_gateway.edges.metrics import Sample, Siblings
+from trio_gateway.gateway import create_app
 
 SAMPLE = Sample({}, {})
 LONG_AGO = time.time() - 7200
@@ -55,3 +60,19 @@ def test_last_one_out_takes_the_folder_along(own: Siblings, tmp_path: Path) -> N
     own.leave(SAMPLE)
 
     assert list(tmp_path.iterdir()) == []
+
+
+async def test_figures_that_can_t_be_written_are_an_error_in_the_log_and_not_the_end(
+    own: Siblings, tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    folder = tmp_path / "trio-gateway-figures-own"
+    folder.touch()  # no folder can be made here
+    app = create_app(make_settings("redis://127.0.0.1:1"))
+    with structlog.testing.capture_logs() as logs:
+        with trio.move_on_after(5):
+            await app._share(own)
+        folder.unlink()
+        with trio.move_on_after(5):
+            await app._share(own)
+
+    assert [line["event"] for line in logs] == ["figures not shared"]
