@@ -322,6 +322,12 @@ class _SocketStandIn:
     def getsockname(self) -> tuple[str, int]:
         return "127.0.0.1", 8001
 
+    def fileno(self) -> int:
+        return 0
+
+    def setsockopt(self, *option: object) -> None:
+        pass
+
     def close(self) -> None:
         self._stream.send_stream.close()
         self._stream.receive_stream.close()

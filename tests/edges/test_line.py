@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import re
+import select
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -798,6 +799,14 @@ async def bystanding_diner(gateway: Running, session: int) -> AsyncIterator[Clie
         yield await client.upgrade(f"/ws/diner?session={session}")
 
 
+def is_told(client: Client) -> bool:
+    """Whether a client that does not read has been reset: an end behind the data would not come."""
+    assert isinstance(client.stream, trio.SocketStream)
+    poll = select.poll()
+    poll.register(client.stream.socket.fileno(), 0)
+    return bool(poll.poll(0))
+
+
 async def test_client_that_accepts_no_byte_is_cut_after_the_write_timeout() -> None:
     auth = dict.fromkeys(Endpoint, BySession())
     async with (
@@ -812,6 +821,7 @@ async def test_client_that_accepts_no_byte_is_cut_after_the_write_timeout() -> N
             await gateway.app.hub.wait_empty()
         assert 0.25 < trio.current_time() - started < 1
         assert gateway.app.hub.closed == {Close.SLOW_CONSUMER: 1}
+        await until(lambda: is_told(client))
 
 
 # Where the socket can't be written to at once (TLS, Windows), the writer task sends everything.
@@ -903,6 +913,7 @@ async def test_stuck_client_of_the_second_door_is_cut_after_the_write_timeout() 
         fill(gateway.app, 1, 8_000_000)
         with trio.fail_after(3):
             await gateway.app.hub.wait_empty()
+        await until(lambda: is_told(client))
 
 
 # Shutdown

@@ -207,6 +207,7 @@ class Line(TCPServer):
             finally:
                 shields.discard(scope)
         if gone:
+            cut(self.stream)
             await trio.aclose_forcefully(self.stream)
             await self.protocol.handle(Closed())
 

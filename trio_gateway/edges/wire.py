@@ -1,8 +1,10 @@
 """The wire: frames of one client on a Trio stream, read and written with as little as it takes."""
 
 import os
+import struct
 import sys
 from contextlib import suppress
+from socket import SO_LINGER, SOL_SOCKET
 from typing import Any, Final
 
 import trio
@@ -22,6 +24,7 @@ from ..runtime.outbox import Outbox
 from .bounded import MOST_FRAGMENTS
 
 LINGER: Final = 1.0  # seconds
+_RESETS: Final = struct.pack("ii", 1, 0)  # a close that waits for nothing
 CHUNK: Final = 65_536
 # Of frames at a time: seven bytes may be a frame of their own, and others wait meanwhile.
 _FRAMES_CHUNK: Final = 4096
@@ -68,10 +71,18 @@ def is_closed(stream: trio.abc.Stream) -> bool:
 
 
 def cut(stream: trio.abc.Stream) -> None:
-    """Close the socket at once, below TLS if there is any."""
-    carrier: Any = getattr(stream, "transport_stream", stream)
-    if (socket := getattr(carrier, "socket", None)) is not None:
+    """Reset the connection at once, below TLS if there is any: for a peer that takes nothing, the
+    kernel would keep what was not sent for minutes, and not even the end would reach it.
+    """
+    socket = _socket(stream)
+    if socket is not None and socket.fileno() != -1:
+        with suppress(OSError):
+            socket.setsockopt(SOL_SOCKET, SO_LINGER, _RESETS)
         socket.close()
+
+
+def _socket(stream: trio.abc.Stream) -> Any:
+    return getattr(getattr(stream, "transport_stream", stream), "socket", None)
 
 
 class LineSocket:
@@ -226,7 +237,9 @@ class LineSocket:
             with suppress(OSError, trio.TooSlowError):
                 await self.send(last, LINGER)
                 await linger(self._stream)
-        self.abort()
+        self._aborted = True
+        if (socket := _socket(self._stream)) is not None:
+            socket.close()
         if not is_closed(self._stream):
             await trio.aclose_forcefully(self._stream)
 
