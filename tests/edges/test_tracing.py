@@ -1,6 +1,7 @@
 """Tracing: a span for each event, and nothing at all while it is off."""
 
 import json
+import logging
 import signal
 import subprocess
 import sys
@@ -19,11 +20,12 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind
+from structlog.testing import capture_logs
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from trio_gateway.core.events import Event
 from trio_gateway.core.positions import Position, tag
-from trio_gateway.edges.tracing import Tracing, read_traceparent
+from trio_gateway.edges.tracing import Tracing, _tell_of_trouble, read_traceparent
 from trio_gateway.runtime.dispatch import Dispatch
 from trio_gateway.runtime.hub import Hub
 from trio_gateway.runtime.queue import EventQueue
@@ -218,3 +220,19 @@ def test_nothing_is_imported_while_it_is_off() -> None:
         [sys.executable, "-c", OFF], env=env, capture_output=True, check=True, timeout=20
     )
     assert found.stdout.decode().splitlines()[-1] == "[]"
+
+
+def test_trouble_with_every_span_is_a_line_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    _tell_of_trouble()
+    trouble = logging.getLogger("opentelemetry.sdk.of.this.test")
+    with capture_logs() as logs:
+        for n in range(50):
+            trouble.warning("queue full, %d dropped", n)
+        now += 1
+        trouble.warning("queue full")
+
+    assert [(log["event"], log["held_back"]) for log in logs] == [
+        ("tracing trouble", 0), ("tracing trouble", 49),
+    ]  # fmt: skip

@@ -24,6 +24,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
 from .. import __version__
 from ..core.events import Event
+from ..core.limits import LogLimit
 from ..core.routing import ROUTES, Route, route
 
 log = structlog.get_logger()
@@ -138,10 +139,18 @@ def _resource() -> Resource:
 
 
 class _Trouble(logging.Handler):
-    """Says in our log, redacted, what the exporter can't do."""
+    """Says in our log, redacted, what the exporter can't do. A line a second: a burst of events
+    is more spans than the exporter's queue holds, and it says so for each.
+    """
+
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self._log_limit = LogLimit()
 
     def emit(self, record: logging.LogRecord) -> None:
-        log.warning("tracing trouble", error=record.getMessage())
+        held_back = self._log_limit.allows("trouble", time.monotonic())
+        if held_back is not None:
+            log.warning("tracing trouble", error=record.getMessage(), held_back=held_back)
 
 
 def _tell_of_trouble() -> None:
