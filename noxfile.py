@@ -94,6 +94,9 @@ def bench(session: nox.Session) -> None:
         ["storm", "--resume"],
     ):
         session.run("python", "-m", "bench", *arguments, env=env)
+    session.install("-e", ".[test]")
+    session.run("python", "-m", "bench.doors")
+    session.run("python", "-m", "bench.compression")
 
 
 @nox.session

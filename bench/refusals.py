@@ -25,6 +25,11 @@ def cpu(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def memory(pid: int) -> int:
+    """Bytes."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 async def main(number: int) -> None:
     port, token = free_port(), make_jwt(JWT_SECRET)
     start, _, signature = token.rpartition(".")
