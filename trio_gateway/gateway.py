@@ -239,7 +239,7 @@ class Gateway(QuartTrio):
                 routes=settings.routes,
                 dispatch=self.dispatch,
                 history=self.history,
-                on_begin=self.replays.tell_of_begin,
+                on_begin=self.replays.begin,
                 on_gap=self._tell_of_gap,
                 wall_clock=self._clock,
             )

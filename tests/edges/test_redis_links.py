@@ -15,7 +15,7 @@ from trio_gateway.core.resilience import Breaker
 from trio_gateway.core.routing import ROUTES
 from trio_gateway.edges.pubsub import LIVENESS, PubSub
 from trio_gateway.edges.resp import ENOUGH, Address, RedisConnection
-from trio_gateway.edges.stream_replies import Info, read_entries, read_info, read_news
+from trio_gateway.edges.stream_replies import Info, read_entries, read_info, read_news, read_time
 from trio_gateway.edges.streams import Streams
 from trio_gateway.runtime.dispatch import Dispatch
 from trio_gateway.runtime.history import History
@@ -179,12 +179,12 @@ SHAPES: list[Any] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("read", [read_news, read_entries, read_info])
+@pytest.mark.parametrize("read", [read_news, read_entries, read_info, read_time])
 @pytest.mark.parametrize("reply", SHAPES, ids=repr)
 def test_reply_of_another_shape_is_a_lost_link_and_no_bug(
     reply: Any, read: Callable[[Any], Any]
 ) -> None:
-    if reply == [] and read is not read_info:
+    if reply == [] and read in {read_news, read_entries}:
         assert read(reply) == []
         return
     with pytest.raises(Lost, match="unexpected reply"):
@@ -201,6 +201,8 @@ def test_replies_are_read() -> None:
     assert read_info(info) == ((5, 0), (1, 2), 3, None)
     assert read_info([*info, b"entries-added", 9, b"new-in-redis-99", b"?"]).added == 9
     assert read_info(hiredis.ReplyError("ERR no such key")) == Info()
+    assert read_time([b"1700000000", b"250000"]) == 1_700_000_000.25
+    assert read_time(hiredis.ReplyError("NOPERM no")) is None
     with pytest.raises(Lost, match="XINFO failed: NOPERM"):
         read_info(hiredis.ReplyError("NOPERM no"))
 
@@ -217,7 +219,8 @@ async def test_answer_to_an_earlier_question_is_not_delivered_again() -> None:
     hub = Hub(Limits(total=1, per_user=1, per_session=1))
     streams = Streams(
         Address(), ["s"], intake, EventQueue(10), Breaker(5, 30), routes=ROUTES,
-        dispatch=Dispatch(hub, ROUTES), history=history, on_begin=lambda: None, on_gap=lambda: None,
+        dispatch=Dispatch(hub, ROUTES), history=history,
+        on_begin=lambda stream, ahead: None, on_gap=lambda: None,
     )  # fmt: skip
     (source,) = streams._sources
     source.cursor, source.looked_at = START, trio.current_time()

@@ -1,5 +1,6 @@
 """The faults of tests/chaos, for a moment, and what each of them had found."""
 
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -30,7 +31,6 @@ from trio_gateway.edges.commands import Unavailable, open_commands
 from trio_gateway.testing import make_jwt
 
 STREAM = "events:critical"
-EVENT = '{"type":"ROUND_READY","tenant_id":1,"branch_id":1,"session_id":456}'
 NOW = {
     "circuit_failure_threshold": 2,
     "circuit_recovery_timeout": 0.05,
@@ -46,6 +46,11 @@ async def relayed(redis_url: str, **changes: object) -> AsyncIterator[tuple[Rela
         async with running(settings, wait_ready=False) as gateway:
             await until(lambda: gateway.app.ready or gateway.app.breakers["stream"].failures)
             yield relay, gateway
+
+
+def event(entity: object = 0) -> str:
+    keys = {"type": "ROUND_READY", "tenant_id": 1, "branch_id": 1, "session_id": 456}
+    return json.dumps(keys | {"entity": entity})
 
 
 async def issue(gateway: Running) -> tuple[int, str]:
@@ -85,7 +90,7 @@ async def test_fault_of_redis_is_noticed_and_recovered_from(name: str) -> None:
 
             await until(recovered)
             with stage.admin() as backend:
-                backend.xadd(STREAM, {"data": EVENT})
+                backend.xadd(STREAM, {"data": event()})
             assert (await receive_event(diner))["type"] == "ROUND_READY"
 
 
@@ -150,43 +155,66 @@ async def test_ticket_whose_answer_is_lost_is_not_called_invalid(
             assert (await closed(client))[0] == 1013
 
 
-async def test_client_that_came_before_the_stream_was_read_is_told_of_what_it_may_have_missed(
-    redis_url: str, backend: "redis.Redis"
-) -> None:
+@asynccontextmanager
+async def unreached(redis_url: str, **changes: object) -> AsyncIterator[tuple[Relay, Running]]:
+    """A gateway whose Redis is up, but refuses it."""
     async with open_relay(int(redis_url.rpartition(":")[2])) as relay:
         relay.refuse()
-        settings = make_settings(f"redis://127.0.0.1:{relay.port}", **NOW)
-        async with (
-            running(settings, wait_ready=False) as gateway,
-            admitted(gateway.diner_url()) as live,
-            admitted(gateway.diner_url() + "&last_event_id=") as resuming,
-        ):
-            backend.xadd(STREAM, {"data": EVENT})
-            async with connect(gateway.diner_url()) as held:
-                await until(lambda: len(gateway.app.hub) == 3)
-                relay.forward()
-                await until(lambda: gateway.app.ready)
-                for client in (live, held):
-                    assert await receive_event(client) == {"type": "gap"}
-            assert (await receive_event(resuming))["type"] == "resumed"
-            backend.xadd(STREAM, {"data": EVENT})
-            for client in (live, resuming):
-                assert (await receive_event(client))["type"] == "ROUND_READY"
+        settings = make_settings(f"redis://127.0.0.1:{relay.port}", **NOW | changes)
+        async with running(settings, wait_ready=False) as gateway:
+            yield relay, gateway
 
 
-async def test_nobody_is_told_of_a_gap_if_the_stream_was_empty(
+async def test_client_that_came_before_redis_was_reached_gets_what_it_has_missed(
     redis_url: str, backend: "redis.Redis"
 ) -> None:
-    async with open_relay(int(redis_url.rpartition(":")[2])) as relay:
-        relay.refuse()
-        settings = make_settings(f"redis://127.0.0.1:{relay.port}", **NOW)
-        async with (
-            running(settings, wait_ready=False) as gateway,
-            admitted(gateway.diner_url()) as client,
-        ):
+    backend.xadd(STREAM, {"data": event("long ago")}, id="1000-0")
+    async with (
+        unreached(redis_url) as (relay, gateway),
+        admitted(gateway.diner_url()) as live,
+        admitted(gateway.diner_url() + "&last_event_id=") as resuming,
+    ):
+        for n in range(3):
+            backend.xadd(STREAM, {"data": event(n)})
+        async with connect(gateway.diner_url()) as held:
+            await until(lambda: len(gateway.app.hub) == 3)
             relay.forward()
             await until(lambda: gateway.app.ready)
-            assert await received(client) == []
+            backend.xadd(STREAM, {"data": event(3)})
+            assert (await receive_event(resuming))["type"] == "resumed"
+            for client in (live, resuming, held):
+                found = [await receive_event(client) for _ in range(4)]
+                assert [each["entity"] for each in found] == [0, 1, 2, 3]
+                assert await received(client) == []
+
+
+async def test_client_that_came_before_redis_was_reached_is_told_if_not_all_is_known(
+    redis_url: str, backend: "redis.Redis"
+) -> None:
+    async with (
+        unreached(redis_url, ws_history_events=2) as (relay, gateway),
+        admitted(gateway.diner_url()) as client,
+    ):
+        for n in range(3):
+            backend.xadd(STREAM, {"data": event(n)})
+        relay.forward()
+        await until(lambda: gateway.app.ready)
+        assert await receive_event(client) == {"type": "gap"}
+        backend.xadd(STREAM, {"data": event(3)})
+        assert (await receive_event(client))["entity"] == 3
+
+
+async def test_client_that_came_before_redis_was_reached_and_missed_nothing_hears_nothing(
+    redis_url: str, backend: "redis.Redis"
+) -> None:
+    backend.xadd(STREAM, {"data": event("long ago")}, id="1000-0")
+    async with (
+        unreached(redis_url) as (relay, gateway),
+        admitted(gateway.diner_url()) as client,
+    ):
+        relay.forward()
+        await until(lambda: gateway.app.ready)
+        assert await received(client) == []
 
 
 REPLIES = [

@@ -72,6 +72,15 @@ def read_info(reply: Any) -> Info:
         )
 
 
+def read_time(reply: Any) -> float | None:
+    """Of TIME, unix time; None from one that does not tell us."""
+    if isinstance(reply, hiredis.ReplyError):
+        return None
+    with _shaped():
+        seconds, microseconds = _convert(reply, tuple[bytes, bytes])
+        return int(seconds) + int(microseconds) / 1e6
+
+
 def _read_entry(raw: _RawEntry) -> Entry:
     entry_id, fields = raw
     if fields is not None and len(fields) == 2 and fields[0] == _FIELD:  # nearly always

@@ -19,7 +19,7 @@ from ..runtime.intake import Intake
 from ..runtime.queue import EventQueue
 from ..runtime.supervision import Lost
 from .resp import Address, RedisConnection, open_redis
-from .stream_replies import Entry, entry_id, read_entries, read_info, read_news
+from .stream_replies import Entry, entry_id, read_entries, read_info, read_news, read_time
 
 log = structlog.get_logger()
 
@@ -50,9 +50,9 @@ class _Source:
 class Streams:
     """Reads streams from their end, and after a lost connection from where it was.
 
-    A fresh process warms its history from what the streams still hold. ``on_begin`` is called then
-    for each that has entries: clients may have come before. ``on_gap`` is called when entries were
-    lost unread: every client has to be told.
+    A fresh process warms its history from what the streams still hold. ``on_begin`` is called then,
+    with how far Redis' clock is ahead of Trio's: clients may have come before. ``on_gap`` is called
+    when entries were lost unread: every client has to be told.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Streams:
         routes: Mapping[str, Route],
         dispatch: Dispatch,
         history: History,
-        on_begin: Callable[[], None],
+        on_begin: Callable[[Stream, float | None], None],
         on_gap: Callable[[], None],
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
@@ -167,10 +167,12 @@ class Streams:
 
     async def _begin(self, redis: RedisConnection, source: _Source) -> None:
         """Stand at the stream's end, with the history of what it still holds."""
+        now = read_time(await redis.ask("TIME", patience=PATIENCE))
+        ahead = now - trio.current_time() if now is not None else None
         info = read_info(await redis.ask("XINFO", "STREAM", source.name, patience=PATIENCE))
-        entries, whole = await self._past(redis, source.name, info.last)
-        whole = whole and info.added in (info.length, None)
-        since = entries[0].position if entries else info.last
+        entries, unread = await self._past(redis, source.name, info.last)
+        whole = unread is None and info.added in (info.length, None)
+        since = unread or (entries[0].position if entries else info.last)
         self._history.begin(source.stream, since, whole=whole)
         for n, entry in enumerate(entries):
             self._remember(source, entry)
@@ -179,15 +181,15 @@ class Streams:
         source.cursor = info.last
         source.entries = info.added or 0
         self._history.pass_by(source.stream, source.cursor)
-        if source.cursor > START:
-            self._on_begin()
+        if entries or not whole:
+            self._on_begin(source.stream, ahead)
         log.info("history warmed", stream=source.name, entries=len(entries))
 
     async def _past(
         self, redis: RedisConnection, name: str, last: Position
-    ) -> tuple[list[Entry], bool]:
-        """The entries up to ``last`` that the history has room for, the oldest first, and
-        whether they are all that the stream holds.
+    ) -> tuple[list[Entry], Position | None]:
+        """The entries up to ``last`` that the history has room for, the oldest first, and where
+        the one before them stands, if there is one.
         """
         found: list[Entry] = []
         size, end = 0, entry_id(last)
@@ -202,10 +204,10 @@ class Streams:
                     or size > self._history.most_bytes
                     or entry.position[0] < too_old
                 ):
-                    return found[::-1], False
+                    return found[::-1], entry.position
                 found.append(entry)
             if len(page) < _PAGE:
-                return found[::-1], True
+                return found[::-1], None
             end = f"({entry_id(page[-1].position)}"
 
     def _remember(self, source: _Source, entry: Entry) -> None:

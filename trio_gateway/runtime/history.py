@@ -94,10 +94,16 @@ class History:
         self.end = {**self.end, stream: position}
         self._grown.set()
 
-    @property
-    def late(self) -> list[Stream]:
-        """The streams that had entries when they were first read."""
-        return [stream for stream, position in self.began.items() if position > START]
+    def place_at(self, stream: Stream, moment: float) -> Position | None:
+        """A place before all that entered Redis from this unix time on; None if not all of that is
+        known.
+        """
+        place = Position((max(0, math.floor(moment * 1000)), 0))
+        if place < self._since[stream]:
+            if stream not in self._whole:
+                return None
+            place = START
+        return None if self.forgot({stream: place}) else place
 
     def trim(self, now: float) -> None:
         """Forget what is over the bounds."""

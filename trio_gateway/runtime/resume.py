@@ -15,7 +15,7 @@ from typing import Final
 import trio
 
 from ..core.messages import GAP, resumed
-from ..core.positions import Cursor, cursor_id, read_cursor
+from ..core.positions import Cursor, Position, Stream, cursor_id, read_cursor
 from .connection import Connection
 from .history import History, Kept
 from .hub import Hub
@@ -25,6 +25,7 @@ _TOGETHER: Final = 0.05  # seconds: whose time comes so soon is decided at once,
 PATIENCE: Final = 2.0  # seconds for us to read what another process has delivered already
 _PER_CHECKPOINT: Final = 50  # connections that go live at a time
 _CHUNK_EVENTS: Final = 200
+_BEFORE: Final = 1.0  # seconds that an entry's time may be behind: Redis looks it up now and then
 _CHUNK_BYTES: Final = 65_536
 
 
@@ -69,8 +70,6 @@ class Replays:
         """It did not ask to resume: live from here, after what came since it joined."""
         if connection.cursor is None or connection.ending:
             return
-        if any(stream not in connection.cursor for stream in self._history.late):
-            connection.send(GAP)  # it was there before anything was read
         missed = self._missed(connection)
         if len(missed) <= _CHUNK_EVENTS and not connection.waiting_bytes:
             self._write(connection, missed)
@@ -79,13 +78,30 @@ class Replays:
             connection.resuming = True
             connection.start(self._catch_up, connection, [], {})
 
-    def tell_of_begin(self) -> None:
-        """A stream that has entries is read for the first time: whoever is live already may have
-        missed some of them.
+    def begin(self, stream: Stream, ahead: float | None) -> None:
+        """A stream is read for the first time: who was there before is owed what has entered it
+        since. ``ahead`` is how far Redis' unix time is at least ahead of Trio's, if it is known.
         """
+        history = self._history
         for connection in list(self._hub.connections):
-            if connection.cursor is None:
+            since = None
+            if ahead is not None:
+                since = history.place_at(stream, connection.joined_at + ahead - _BEFORE)
+            if since is None:
                 connection.send(GAP)
+            elif since < history.end[stream]:
+                self._hold_back(connection, stream, since)
+
+    def _hold_back(self, connection: Connection, stream: Stream, since: Position) -> None:
+        """Let it go live from there in this stream."""
+        live = connection.cursor is None
+        was = self._history.end if live else connection.cursor
+        connection.cursor = {**(was or {}), stream: since}
+        connection.accepted_at = {**(connection.accepted_at or {}), stream: since}
+        if live:
+            connection.resuming = True
+            self._hub.held.add(connection)
+            connection.start(self._catch_up, connection, [], {})
 
     def ask(self, connection: Connection, last_event_id: str | None) -> None:
         """It asks to resume in a message: that must be its first."""
