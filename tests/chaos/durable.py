@@ -33,6 +33,8 @@ _PING = b"\x81\x84\x00\x00\x00\x00ping"  # masked with zeroes
 class Client:
     """A client that stays: when it is closed it comes again, with the last id it saw."""
 
+    lull = 0.02  # seconds between reads: many clients in one process read seldom, and much
+
     def __init__(self, port: int, path: str, patience: float = math.inf) -> None:
         self.port = port
         self.patience = patience  # seconds after which it hangs up by itself
@@ -75,7 +77,7 @@ class Client:
                 nursery.start_soon(self._beat, stream)
                 nursery.cancel_scope.deadline = trio.current_time() + self.patience
                 while self._take(data):
-                    await trio.sleep(0.02)  # many clients in one process: fewer, bigger reads
+                    await trio.sleep(self.lull)
                     data += await _some(stream)
 
     async def _beat(self, stream: trio.SocketStream) -> None:
@@ -154,14 +156,14 @@ class Backend:
                 "session_id": 456, "id": f"event-{n}",
             }  # fmt: skip
             payload = json.dumps(event, separators=(",", ":"))
-            while True:
+            while not self._stop.is_set():
                 try:
                     client.xadd(STREAM, {"data": payload})
+                    self.published = n
                     break
                 except redis.RedisError:
                     self.again += 1
                     time.sleep(0.02)
-            self.published = n
             due = max(due + 1 / self.rate, time.monotonic() - 0.1)
             time.sleep(max(0.0, due - time.monotonic()))
         client.close()
@@ -173,15 +175,14 @@ class GatewayProcess:
     def __init__(self, redis_url: str, folder: Path, **settings: str) -> None:
         self.port = free_port()
         self.log = folder / "gateway.log"
-        self._env = environment(
-            redis_url,
-            WS_MAX_CONNECTIONS_PER_USER="100000",
-            WS_MAX_CONNECTIONS_PER_SESSION="100000",
-            WS_MAX_TOTAL_CONNECTIONS="100000",
-            CIRCUIT_RECOVERY_TIMEOUT="0.2",
-            LOG_LEVEL="warning",
-            **settings,
-        )
+        defaults = {
+            "WS_MAX_CONNECTIONS_PER_USER": "100000",
+            "WS_MAX_CONNECTIONS_PER_SESSION": "100000",
+            "WS_MAX_TOTAL_CONNECTIONS": "100000",
+            "CIRCUIT_RECOVERY_TIMEOUT": "0.2",
+            "LOG_LEVEL": "warning",
+        }
+        self._env = environment(redis_url, **defaults | settings)
         self.process: subprocess.Popen[bytes] | None = None
 
     async def start(self) -> None:

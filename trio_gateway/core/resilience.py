@@ -67,10 +67,10 @@ class Backoff:
 
     def __init__(self, first: float = 0.1, most: float = 5.0) -> None:
         self._first = first
-        self._most = most
+        self.most = most
         self._random = random.Random()  # noqa: S311 - spreads load, keeps no secret
 
     def after(self, failures: int) -> float:
         """Seconds to wait after so many failures in a row."""
-        bound = min(self._most, self._first * 2 ** min(failures, 30))
+        bound = min(self.most, self._first * 2 ** min(failures, 30))
         return self._random.uniform(0, bound)
