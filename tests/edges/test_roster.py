@@ -854,7 +854,7 @@ def test_after_any_moves_the_hub_knows_exactly_the_last_sectors(
 
     def heard() -> set[int]:
         here = (TenantId(1), BranchId(1))
-        return {n for n in (1, 2, 3) if hub.hears(waiters(*here, SectorId(n)))}
+        return {n for n in (1, 2, 3) if hub.hears([waiters(*here, SectorId(n))])}
 
     assert heard() == serving[-1]
     hub.leave(client)

@@ -136,7 +136,7 @@ def test_who_moves_hears_the_new_audiences_only() -> None:
 
     hub.move(connection, make_principal(sectors=(6,)))
 
-    assert not hub.hears(waiters(ONE, BRANCH, SectorId(5)))
+    assert not hub.hears([waiters(ONE, BRANCH, SectorId(5))])
     assert hub.members([waiters(ONE, BRANCH, SectorId(6))]) == [connection]
     assert hub.members([floor(ONE, BRANCH)]) == [connection]
 
@@ -148,7 +148,7 @@ def test_who_has_left_no_longer_moves() -> None:
 
     hub.move(connection, make_principal(sectors=(6,)))
 
-    assert not hub.hears(waiters(ONE, BRANCH, SectorId(6)))
+    assert not hub.hears([waiters(ONE, BRANCH, SectorId(6))])
 
 
 def test_who_left_is_leaving_until_it_is_gone() -> None:
@@ -285,7 +285,7 @@ class HubAgainstPlainSets(RuleBasedStateMachine):
             found = self.hub.members([audience])
             assert len(found) == len(expected)
             assert set(found) == expected
-            assert self.hub.hears(audience) is bool(expected)
+            assert self.hub.hears([audience]) is bool(expected)
         everybody = self.hub.members(self.known)
         assert len(everybody) == len(self.model)
         assert set(everybody) == set(self.model)

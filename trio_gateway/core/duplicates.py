@@ -52,7 +52,8 @@ class Duplicates:
         now: then it is remembered with this one.
         """
         now = event.heard_at
-        if now >= self._forgets_at or len(self) > MOST_REMEMBERED:
+        most = len(self._contents if event.id is None else self._ids)
+        if now >= self._forgets_at or most > MOST_REMEMBERED:
             self._forgets_at = now + _FORGETS_EVERY
             self._forget(min(now, self.oldest))
         if event.id is not None:

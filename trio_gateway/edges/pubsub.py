@@ -76,12 +76,11 @@ class PubSub:
                 replies = await redis.receive()
             waited += trio.current_time() - started
             for reply in replies:
-                match reply:
-                    case [b"pong", *_]:
-                        pinged, waited = False, 0.0
-                        self._answered()
-                    case _:
-                        self._hear(reply)
+                if pinged and isinstance(reply, list) and reply[:1] == [b"pong"]:
+                    pinged, waited = False, 0.0
+                    self._answered()
+                else:
+                    self._hear(reply)
             if waited >= LIVENESS:
                 if not pinged:
                     await redis.send("PING")

@@ -233,7 +233,7 @@ class Dispatch:
         if event.sector is None:
             return False
         covering = waiters(event.tenant, event.branch, event.sector)
-        return covering in audiences and not self._hub.hears(covering)
+        return covering in audiences and not self._hub.hears([covering])
 
     def _keep(self, event: Event, audiences: list[Audience], *, heard_by: int) -> bool:
         """Whether it is a durable event that was not kept yet; then it is from now on."""
@@ -245,7 +245,7 @@ class Dispatch:
     def _count(self, event: Event, audiences: list[Audience]) -> None:
         if event.type not in self._routes:
             self.unknown_type += 1
-        heard = any(map(self._hub.hears, audiences))
+        heard = self._hub.hears(audiences)
         self.broadcasts += heard
         if not heard or self._is_uncovered(event, audiences):
             self.unheard += 1

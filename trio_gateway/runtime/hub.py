@@ -143,9 +143,9 @@ class Hub:
             connection.mask = 0
         return by_mask
 
-    def hears(self, audience: Audience) -> bool:
-        """Whether anybody is in this audience."""
-        return audience in self._members
+    def hears(self, audiences: Iterable[Audience]) -> bool:
+        """Whether anybody is in any of these audiences."""
+        return not self._members.keys().isdisjoint(audiences)
 
     async def wait_empty(self) -> None:
         """Wait until every connection is gone."""
