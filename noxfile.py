@@ -27,10 +27,17 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """The three rings of tests, with branch coverage. Extra arguments go to pytest."""
+    """The three rings of tests. Extra arguments go to pytest."""
     session.install("-e", ".[test]")
-    everything = ["-n", "2", "--dist", "loadfile", "--cov", "--cov-report", "term:skip-covered"]
-    session.run("pytest", *(session.posargs or everything))
+    session.run("pytest", *(session.posargs or ["-n", "2", "--dist", "loadfile"]))
+
+
+@nox.session
+def coverage(session: nox.Session) -> None:
+    """Which branches the tests do not take; slower, and blind to what processes of theirs do."""
+    session.install("-e", ".[test]")
+    report = ["--cov", "--cov-report", "term:skip-covered"]
+    session.run("pytest", "-n", "2", "--dist", "loadfile", *report, *session.posargs)
 
 
 @nox.session
