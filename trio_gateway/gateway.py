@@ -586,7 +586,8 @@ def make_roster(
     """None without a database: then the tokens' claims say who serves which sector."""
     if settings.database_url is None:
         return None
-    from .edges.sectors import Assignments, Roster  # SQLAlchemy is a third of the start
+    from .edges.assignments import Assignments  # SQLAlchemy is a third of the start
+    from .edges.sectors import Roster
 
     try:
         assignments = Assignments(

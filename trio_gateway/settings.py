@@ -20,6 +20,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from .core.routing import ROUTES, InvalidRoutes, Route, read_routes
 from .core.service_day import ServiceDays, read_windows, read_zone, read_zones
 from .core.tokens import Key, Rules
+from .keys import MIN_SECRET_BYTES, SIGNATURES, algorithms_of, is_well_known, public_keys
 
 _PATTERNS = (
     "channel:branch:*:waiters",
@@ -42,10 +43,6 @@ _ORIGIN = re.compile(
     re.ASCII | re.IGNORECASE,
 )
 _HMAC = frozenset({"HS256", "HS384", "HS512"})
-SIGNATURES = frozenset(
-    {"RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"}
-)
-MIN_SECRET_BYTES = 32
 SECTOR_COLUMNS = (
     "tenant_id", "branch_id", "sector_id", "waiter_id", "assignment_date", "shift", "is_active",
 )  # fmt: skip
@@ -288,7 +285,7 @@ class Settings(BaseSettings):
         if self.jwt_public_key:
             keys += [
                 Key(public_key, tuple(sorted(fitting)))
-                for public_key in _public_keys(self.jwt_public_key)
+                for public_key in _read_public_keys(self.jwt_public_key)
                 if (fitting := algorithms_of(public_key) & set(self.jwt_algorithms))
             ]
         return tuple(keys)
@@ -408,17 +405,6 @@ def _explain(error: ValidationError) -> list[str]:
     return problems
 
 
-def is_well_known(secret: str) -> bool:
-    """Whether a secret was copied from somebody's example."""
-    return any(words in secret.lower() for words in _WELL_KNOWN)
-
-
-_WELL_KNOWN = (
-    "a-string-secret-at-least-256-bits-long", "your-256-bit-secret", "your-secret", "your_secret",
-    "your-super-secret", "change-me", "changeme", "change_me", "change-this", "change-in-prod",
-)  # fmt: skip
-
-
 _OTEL = ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http")
 
 
@@ -445,32 +431,8 @@ def _is_here(host: str) -> bool:
         return host == "localhost"
 
 
-def algorithms_of(public_key: Any) -> frozenset[str]:
-    """The algorithms that a public key is for (RFC 7518, 3.1; RFC 8037)."""
-    from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
-
-    match public_key:
-        case rsa.RSAPublicKey():
-            return frozenset({"RS256", "RS384", "RS512", "PS256", "PS384", "PS512"})
-        case ec.EllipticCurvePublicKey():
-            curves = {"secp256r1": "ES256", "secp384r1": "ES384", "secp521r1": "ES512"}
-            return frozenset({curves[name]} if (name := public_key.curve.name) in curves else ())
-        case ed25519.Ed25519PublicKey() | ed448.Ed448PublicKey():
-            return frozenset({"EdDSA"})
-    return frozenset()
-
-
-def _public_keys(text: str) -> list[Any]:
-    """PEM public keys, given as such or as the path of a file that holds them."""
-    from cryptography.hazmat.primitives.serialization import load_pem_public_key
-
+def _read_public_keys(text: str) -> list[Any]:
     try:
-        pem = text if "-----BEGIN" in text else Path(text).read_text(encoding="ascii")
-        blocks = re.findall(r"-----BEGIN [^-]+-----.*?-----END [^-]+-----", pem, re.DOTALL)
-        if not blocks:
-            raise ValueError
-        return [load_pem_public_key(block.replace("\\n", "\n").encode()) for block in blocks]
-    except (OSError, ValueError):
-        raise InvalidSettings(
-            ["JWT_PUBLIC_KEY is neither a PEM public key nor a file of one"]
-        ) from None
+        return public_keys(text)
+    except ValueError as error:
+        raise InvalidSettings([f"JWT_PUBLIC_KEY {error}"]) from None

@@ -27,7 +27,8 @@ from trio_gateway.core.audiences import (
 from trio_gateway.core.resilience import Breaker, State
 from trio_gateway.core.service_day import ServiceDays, read_windows
 from trio_gateway.edges import sectors
-from trio_gateway.edges.sectors import Roster, Rows, Unanswered, Waiter
+from trio_gateway.edges.assignments import Rows, Unanswered, Waiter
+from trio_gateway.edges.sectors import Roster
 from trio_gateway.runtime.connection import Connection, Terms
 from trio_gateway.runtime.dispatch import Dispatch
 from trio_gateway.runtime.hub import Hub

@@ -40,7 +40,8 @@ from trio_gateway.cli.demo import _database as demo_database
 from trio_gateway.core.audiences import BranchId, TenantId, UserId
 from trio_gateway.core.resilience import Breaker
 from trio_gateway.core.service_day import ServiceDays
-from trio_gateway.edges.sectors import Assignments, Roster, Unanswered, Waiter
+from trio_gateway.edges.assignments import Assignments, Unanswered, Waiter
+from trio_gateway.edges.sectors import Roster
 from trio_gateway.gateway import create_app
 from trio_gateway.runtime.hub import Hub
 from trio_gateway.settings import InvalidSettings

@@ -184,7 +184,7 @@ async def _check_database(settings: "Settings", url: str, report: _Report) -> No
     from datetime import date
 
     from ..core.audiences import BranchId, TenantId, UserId
-    from ..edges.sectors import Assignments, Unanswered, Waiter
+    from ..edges.assignments import Assignments, Unanswered, Waiter
 
     try:
         assignments = Assignments(url, settings.sector_table, settings.sector_column_names)

@@ -14,7 +14,7 @@ import trio
 
 from ..core.closing import Close, Rejected
 from ..core.tokens import Key
-from ..settings import SIGNATURES, algorithms_of
+from ..keys import SIGNATURES, algorithms_of
 
 log = structlog.get_logger()
 
