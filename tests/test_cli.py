@@ -431,6 +431,30 @@ async def test_tail_says_why_it_is_refused(url: str, gateway: int) -> None:
     assert len(err.splitlines()) == 1
 
 
+async def test_tail_connects_again_and_prints_what_came_meanwhile(
+    url: str, store: "redis.Redis"
+) -> None:
+    async with harness.running(harness.make_settings(url)) as gateway:
+        arguments = f"tail --as waiter --json --count 2 --url {gateway.url}".split()
+        env = harness.environment(url)
+        async with harness.process("trio_gateway", *arguments, env=env) as process:
+            assert process.stderr is not None
+            assert b"connected to" in await trio.to_thread.run_sync(process.stderr.readline)
+            store.xadd("events:critical", {"data": EVENT})
+            await harness.settle(gateway)
+            (connection,) = gateway.app.hub.connections
+            connection.cut()
+            store.xadd("events:critical", {"data": EVENT.replace("READY", "SERVED")})
+            status, out, err = await harness.wait(process)
+    assert status == 0
+    types = [json.loads(line)["type"] for line in out.decode().splitlines()]
+    assert types == ["ROUND_READY", "ROUND_SERVED"]
+    lost, again = err.decode().splitlines()
+    assert lost.startswith("closed by the gateway: 1006 ABNORMAL: the connection broke")
+    assert "; again in " in lost
+    assert again.startswith("connected again to ws://127.0.0.1")
+
+
 async def test_tail_of_nobody_says_how_to_start_a_gateway(url: str) -> None:
     where = f"ws://127.0.0.1:{harness.free_port()}"
     status, _, err = await ran("tail", "--url", where, env=harness.environment(url))

@@ -629,11 +629,42 @@ async def test_a_cancelled_block_is_left_as_any_other(autojump_clock: MockClock)
         assert scope.cancelled_caught
 
 
-async def test_a_bug_in_on_state_comes_out(autojump_clock: MockClock) -> None:
+@pytest.mark.parametrize("state", ["connecting", "open", "waiting", "refused"])
+async def test_what_on_state_raises_comes_out_as_it_was_raised(
+    autojump_clock: MockClock, state: str
+) -> None:
     def buggy(status: Status) -> None:
-        raise KeyError
+        if status.state == state:
+            raise KeyError
 
-    async with fake_gateway(welcome) as gateway:
+    async def listen() -> None:
+        async with connecting(gateway, on_state=buggy) as client:
+            await anext(client)
+
+    async with fake_gateway(closing(1011, after=1), closing(4003)) as gateway:
         with pytest.raises(KeyError):
-            async with connecting(gateway, on_state=buggy):
-                await trio.sleep_forever()
+            await listen()
+
+
+async def test_leaving_with_events_unread_is_nothing_special(autojump_clock: MockClock) -> None:
+    async def script(peer: Peer) -> None:
+        await peer.let_in()
+        for number in range(5):
+            await peer.publish(number)
+
+    told: list[Status] = []
+    async with (
+        fake_gateway(script) as gateway,
+        connecting(gateway, buffer=1, on_state=told.append) as client,
+    ):
+        await client.wait_open()
+        await trio.sleep(1)
+    assert [status.state for status in told] == ["connecting", "open"]
+
+
+async def test_iteration_ends_with_the_block(autojump_clock: MockClock) -> None:
+    async with fake_gateway(welcome) as gateway:
+        async with connecting(gateway) as client:
+            await client.wait_open()
+        with pytest.raises(trio.ClosedResourceError):
+            await anext(client)

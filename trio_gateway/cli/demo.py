@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -355,28 +355,21 @@ async def _listen(
     *,
     task_status: "trio.TaskStatus[None]",
 ) -> None:
-    """Connect as a role and show what comes; again with a fresh token when that one expires."""
+    """Connect as a role and show what comes."""
     import trio
 
-    from .client import Closed, NoConnection, listen
+    from ..client import connect
     from .screen import summary
 
-    def hear(message: str) -> None:
-        tally.last_at = trio.current_time()
-        tally.heard[role] += 1
-        screen.show(summary(message, role, places=False))
-
-    admitted: Callable[[], None] = task_status.started
-    while True:
-        try:
-            await listen(f"{stage.url}/ws/{role}", stage.token(role), hear, admitted=admitted)
-        except (Closed, NoConnection):
-            await trio.sleep(1)  # if the gateway is gone, whoever watches it says so
-        admitted = _nothing
-
-
-def _nothing() -> None:
-    pass
+    url = f"{stage.url}/ws/{role}"
+    # If the gateway is gone, whoever watches it says so.
+    async with connect(url, lambda _: stage.token(role)) as client:
+        await client.wait_open()
+        task_status.started()
+        async for event in client:
+            tally.last_at = trio.current_time()
+            tally.heard[role] += 1
+            screen.show(summary(event.text, role, places=False))
 
 
 async def _play(stage: _Stage, rate: float, loops: int, screen: "Screen", tally: _Tally) -> None:

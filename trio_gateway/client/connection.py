@@ -78,6 +78,8 @@ async def connect(
         if len(group.exceptions) > 1:
             raise
         (only,) = group.exceptions
+    finally:
+        client._inbox.close()
     raise only  # what the block raised, as it raised it
 
 
@@ -125,7 +127,9 @@ class Client:
         return self
 
     async def __anext__(self) -> Event:
-        """The next event. Raises :exc:`Refused` when the gateway has ended it for good."""
+        """The next event. Raises :exc:`Refused` when the gateway has ended it for good, and
+        :exc:`trio.ClosedResourceError` once the block of :func:`connect` was left.
+        """
         while True:
             try:
                 item = await self._inbox.receive()
@@ -145,27 +149,27 @@ class Client:
     async def _run(self) -> None:
         """Socket after socket, until refused or cancelled."""
         failures, backoff = 0, Backoff(FIRST_BOUND, LONGEST_BOUND)
-        async with self._inbox_in:
-            while True:
-                self._opened_at = math.inf
-                ending = await self._attempt()
-                if trio.current_time() - self._opened_at >= STABLE:
-                    failures = 0
-                if ending.next is Next.STOP:
-                    self._refusal = Refused(ending.code, ending.reason)
-                    self._settled.set()
-                    self._become(Status("refused", ending.code, ending.reason, None, ending.error))
-                    return
-                if (asked := retry_hint(ending.reason)) is not None:
-                    wait = asked  # the gateway has spread its clients already
-                elif ending.next is Next.COOL_DOWN:
-                    wait = COOL_DOWN * (1 + random.random())  # noqa: S311 - spreads load
-                elif ending.next is Next.RENEW and not failures:
-                    wait, failures = 0.0, 1
-                else:
-                    wait, failures = backoff.after(failures), failures + 1
-                self._become(Status("waiting", ending.code, ending.reason, wait, ending.error))
-                await trio.sleep(wait)
+        while True:
+            self._opened_at = math.inf
+            ending = await self._attempt()
+            if trio.current_time() - self._opened_at >= STABLE:
+                failures = 0
+            if ending.next is Next.STOP:
+                self._become(Status("refused", ending.code, ending.reason, None, ending.error))
+                self._refusal = Refused(ending.code, ending.reason)
+                self._settled.set()
+                self._inbox_in.close()
+                return
+            if (asked := retry_hint(ending.reason)) is not None:
+                wait = asked  # the gateway has spread its clients already
+            elif ending.next is Next.COOL_DOWN:
+                wait = COOL_DOWN * (1 + random.random())  # noqa: S311 - spreads load
+            elif ending.next is Next.RENEW and not failures:
+                wait, failures = 0.0, 1
+            else:
+                wait, failures = backoff.after(failures), failures + 1
+            self._become(Status("waiting", ending.code, ending.reason, wait, ending.error))
+            await trio.sleep(wait)
 
     async def _attempt(self) -> Ending:
         """Connect, and listen until it has ended."""
