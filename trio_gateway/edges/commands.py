@@ -50,7 +50,7 @@ class Commands:
             self._writes,
             lambda redis: redis.set("gateway:ticket:check", "", xx=True),  # never there: no change
             _is_true_or_none,
-            seconds=deadline - trio.current_time(),
+            seconds=max(0.0, deadline - trio.current_time()),
         )
 
     async def mget(self, keys: Sequence[str]) -> list[bytes | None]:
