@@ -3,7 +3,6 @@
 import asyncio
 import math
 import multiprocessing
-import random
 import resource
 import signal
 import sys
@@ -13,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import sniffio
 import structlog
@@ -43,6 +42,7 @@ from .edges.revocations import Revocations, Tickets
 from .edges.streams import Streams
 from .runtime.connection import Connection, Socket, Terms
 from .runtime.dispatch import Dispatch
+from .runtime.drain import Drain
 from .runtime.history import History
 from .runtime.hub import Hub, Limits
 from .runtime.intake import Intake
@@ -52,17 +52,12 @@ from .runtime.resume import Replays
 from .runtime.stalls import Stalls
 from .runtime.supervision import keep_running
 from .runtime.turnstile import TooMany, Turnstile
-from .settings import InvalidSettings, Settings
+from .settings import Settings
 
 if TYPE_CHECKING:
     from .edges.sectors import Roster
 
 log = structlog.get_logger()
-
-PATIENCE: Final = 5.0  # seconds for a drain, where the server does not say
-_FOR_QUEUE: Final = 0.4  # of it, for events that were heard before; the rest is for the closes
-_RECONNECTS_PER_SECOND: Final = 500  # what the retry hints spread the clients to
-_FIRST_WINDOW: Final = 2.0  # seconds; the window of a gateway with few clients
 
 
 class _Lifespan(TrioASGILifespan):
@@ -100,7 +95,6 @@ class Gateway(QuartTrio):
     ) -> None:
         super().__init__(__name__, static_folder=None, template_folder=None)
         self.settings = settings
-        self.draining = False
         self.hub = Hub(
             Limits(
                 total=settings.ws_max_total_connections,
@@ -137,7 +131,11 @@ class Gateway(QuartTrio):
             name: Breaker(settings.circuit_failure_threshold, settings.circuit_recovery_timeout)
             for name in ("pubsub", "stream", "commands", "writes", "database")
         }
-        self.roster = make_roster(settings, self.hub, self.breakers["database"], clock)
+        self.roster: Roster | None = None
+        if settings.database_url is not None:
+            from .edges.sectors import make_roster  # SQLAlchemy is a third of the start
+
+            self.roster = make_roster(settings, self.hub, self.breakers["database"], clock)
         self.addresses = Addresses(
             connections=settings.ws_max_connections_per_address,
             failures=settings.ws_max_failed_logins,
@@ -156,8 +154,8 @@ class Gateway(QuartTrio):
         self.admissions: Turnstile[Principal] = Turnstile(settings.ws_max_handshakes)
         self.accept_timeout = settings.ws_accept_timeout
         self.write_timeout = settings.ws_write_timeout
-        self.shields: set[trio.CancelScope] = set()  # around what HTTP clients are being sent
-        self.patience = PATIENCE  # seconds for a drain: the server's graceful_timeout
+        self.end = Drain(self.hub, (self.heard, self.read), self._stop_hearing)
+        self.shields = self.end.shields  # around what HTTP clients are being sent
         self.max_message_size = settings.ws_max_message_size
         self.compresses = settings.ws_compression
         self.messages = 0  # of connections that have ended
@@ -176,10 +174,8 @@ class Gateway(QuartTrio):
         self._one_way_terms = replace(self._terms, stale_after=math.inf, receive_timeout=math.inf)
         self._nursery: trio.Nursery | None = None
         self._sources = trio.CancelScope()
-        self._drained = trio.Event()
         self._watched = False
         self._told_to_stop = False
-        self._window = _FIRST_WINDOW  # seconds over which the retry hints are spread
         web.add_routes(self)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -335,12 +331,12 @@ class Gateway(QuartTrio):
         if self._watched or self._nursery is None:
             return
         self._watched = True
-        self.patience = patience
+        self.end.patience = patience
 
         async def wait_and_drain() -> None:
             await terminated()
             self._told_to_stop = True
-            self._drop_shields()  # Hypercorn's deadline holds for everybody
+            self.end.drop_shields()  # Hypercorn's deadline holds for everybody
             await self.drain()
 
         self._nursery.start_soon(wait_and_drain)
@@ -358,54 +354,13 @@ class Gateway(QuartTrio):
 
     async def drain(self) -> None:
         """Stop hearing, deliver what was heard, send every client away with a hint when to come
-        back; in this order, and within ``patience``. Readiness is off from the first moment.
-
-        Cancelled, it drops everything that is left.
+        back. Readiness is off from the first moment. Cancelled, it drops everything that is left.
         """
-        if self.draining:
-            await self._drained.wait()
-            return
-        self.draining = True
-        started = trio.current_time()
-        clients = len(self.hub)
-        self._window = max(_FIRST_WINDOW, clients / _RECONNECTS_PER_SECOND)
+        await self.end.run()
+
+    def _stop_hearing(self) -> None:
         self._sources.cancel()
         self.heads.give_up()
-        try:
-            with trio.move_on_after(self.patience * _FOR_QUEUE):
-                await self.heard.wait_idle()
-                await self.read.wait_idle()
-            undelivered = self.heard.undelivered + self.read.undelivered
-            self._send_everybody_away()
-            with trio.move_on_at(started + self.patience):
-                await self.hub.wait_empty()
-            log.info(
-                "drained",
-                clients=clients,
-                cut=len(self.hub.connections) + len(self.hub.leaving),
-                undelivered=undelivered,
-                seconds=round(trio.current_time() - started, 3),
-            )
-        finally:
-            for connection in [*self.hub.connections, *self.hub.leaving]:
-                connection.cut()
-            self._drop_shields()
-            self._drained.set()
-
-    def _drop_shields(self) -> None:
-        for scope in self.shields:
-            scope.shield = False
-
-    def _send_everybody_away(self) -> None:
-        connections = list(self.hub.connections)
-        random.shuffle(connections)
-        for i, connection in enumerate(connections):
-            place = (i + random.random()) / len(connections)  # noqa: S311 - spreads load
-            connection.close(Close.GOING_AWAY, self._retry(place))
-
-    def _retry(self, place: float) -> str:
-        """When to come back, for who is at this place (0 to 1) in the window."""
-        return f"retry in {self._window * place:.1f}s"
 
     # One client
 
@@ -426,8 +381,7 @@ class Gateway(QuartTrio):
                 entered = True
                 principal = await self._admit(handshake)
                 if self.draining:  # asked only now: the others may have been sent away meanwhile
-                    late = self._retry(random.random())  # noqa: S311 - spreads load
-                    raise Rejected(Close.GOING_AWAY, late, "draining")
+                    raise Rejected(Close.GOING_AWAY, self.end.hint(), "draining")
                 self.hub.admit(principal)
                 connection = Connection(
                     principal,
@@ -555,6 +509,11 @@ class Gateway(QuartTrio):
     # What others ask
 
     @property
+    def draining(self) -> bool:
+        """Whether clients are being sent away."""
+        return self.end.begun
+
+    @property
     def ready(self) -> bool:
         """Whether a load balancer should send clients here."""
         return (
@@ -578,31 +537,6 @@ def create_app(
 ) -> Gateway:
     """A gateway with these settings; ``auth`` and ``clock`` are for tests and embedders."""
     return Gateway(settings, auth=auth, clock=clock)
-
-
-def make_roster(
-    settings: Settings, hub: Hub, breaker: Breaker, clock: Callable[[], float]
-) -> "Roster | None":
-    """None without a database: then the tokens' claims say who serves which sector."""
-    if settings.database_url is None:
-        return None
-    from .edges.assignments import Assignments  # SQLAlchemy is a third of the start
-    from .edges.sectors import Roster
-
-    try:
-        assignments = Assignments(
-            settings.database_url, settings.sector_table, settings.sector_column_names
-        )
-    except ValueError as error:
-        raise InvalidSettings([f"DATABASE_URL {error}"]) from None
-    return Roster(
-        assignments,
-        hub,
-        breaker,
-        days=settings.service_days,
-        ttl=settings.sector_cache_ttl,
-        wall_clock=clock,
-    )
 
 
 def _raise_fd_limit() -> None:

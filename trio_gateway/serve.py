@@ -84,7 +84,7 @@ def run(app: Gateway, config: Config, supervisor: int | None = None) -> int:
     """
     line.install()
     calm_collector()
-    app.patience = config.graceful_timeout
+    app.end.patience = config.graceful_timeout
     try:
         trio.run(_serve, app, config, supervisor)
     except BaseException as error:

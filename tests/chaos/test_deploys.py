@@ -69,7 +69,7 @@ async def test_a_drain_takes_no_longer_than_the_server_waits(
                 await trio.sleep(0.01)
 
     app = create_app(make_settings(NO_REDIS))
-    app.patience = patience
+    app.end.patience = patience
     app.heard.undelivered = 1  # of an event that never gets through
     started = trio.current_time()
     async with trio.open_nursery() as nursery:

@@ -341,7 +341,7 @@ async def test_drain_sends_streams_away_at_once_and_cuts_the_stuck() -> None:
         await late.send(b"GET /ws/health HTTP/1.1\r\nHost: a\r\n\r\n")
         await late.response()
         await until(lambda: len(gateway.app.hub) == 2)
-        gateway.app.patience = 0.5
+        gateway.app.end.patience = 0.5
         for connection in gateway.app.hub.connections:
             if connection.principal.endpoint is Endpoint.WAITER:
                 connection.send(b"1" * 8_000_000)

@@ -165,7 +165,7 @@ def _roster(settings: Settings) -> "Roster | None":
     import time
 
     from ..core.resilience import Breaker
-    from ..gateway import make_roster
+    from ..edges.sectors import make_roster
     from ..runtime.hub import Hub
 
     breaker = Breaker(settings.circuit_failure_threshold, settings.circuit_recovery_timeout)

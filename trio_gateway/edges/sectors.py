@@ -20,7 +20,8 @@ from ..core.resilience import Backoff, Breaker
 from ..core.service_day import Period, ServiceDays, holds
 from ..runtime.connection import Connection
 from ..runtime.hub import Hub
-from .assignments import Asked, Rows, Unanswered, Waiter
+from ..settings import InvalidSettings, Settings
+from .assignments import Asked, Assignments, Rows, Unanswered, Waiter
 
 log = structlog.get_logger()
 
@@ -327,3 +328,27 @@ class Roster:
 
 def _same(a: Sectors, b: Sectors) -> bool:
     return dict(a) == dict(b)
+
+
+def make_roster(
+    settings: Settings, hub: Hub, breaker: Breaker, clock: Callable[[], float]
+) -> Roster:
+    """The roster by the database that the settings name, which there must be one.
+
+    Raises :exc:`InvalidSettings` if its URL can't be used.
+    """
+    assert settings.database_url is not None
+    try:
+        assignments = Assignments(
+            settings.database_url, settings.sector_table, settings.sector_column_names
+        )
+    except ValueError as error:
+        raise InvalidSettings([f"DATABASE_URL {error}"]) from None
+    return Roster(
+        assignments,
+        hub,
+        breaker,
+        days=settings.service_days,
+        ttl=settings.sector_cache_ttl,
+        wall_clock=clock,
+    )

@@ -1,0 +1,86 @@
+"""The drain: hear no more, deliver what was heard, send every client away."""
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import structlog
+import trio
+
+from ..core.closing import Close
+from .hub import Hub
+from .queue import EventQueue
+
+log = structlog.get_logger()
+
+PATIENCE: Final = 5.0  # seconds for all of it, where the server does not say
+_FOR_QUEUES: Final = 0.4  # of it, for events that were heard before; the rest is for the closes
+_RECONNECTS_PER_SECOND: Final = 500  # what the retry hints spread the clients to
+_FIRST_WINDOW: Final = 2.0  # seconds; the window of a gateway with few clients
+
+
+class Drain:
+    """The end of a gateway, in this order and within ``patience``.
+
+    ``stop`` is called first: nothing comes in any more. ``shields`` are around what other clients
+    than the hub's are being sent.
+    """
+
+    def __init__(self, hub: Hub, queues: Sequence[EventQueue], stop: Callable[[], None]) -> None:
+        self._hub = hub
+        self._queues = queues
+        self._stop = stop
+        self._done = trio.Event()
+        self._window = _FIRST_WINDOW  # seconds over which the retry hints are spread
+        self.begun = False
+        self.patience = PATIENCE  # seconds: the server's graceful_timeout
+        self.shields: set[trio.CancelScope] = set()
+
+    async def run(self) -> None:
+        """Drain, or wait for who does already. Cancelled, it drops everything that is left."""
+        if self.begun:
+            await self._done.wait()
+            return
+        self.begun = True
+        hub, started = self._hub, trio.current_time()
+        clients = len(hub)
+        self._window = max(_FIRST_WINDOW, clients / _RECONNECTS_PER_SECOND)
+        self._stop()
+        try:
+            with trio.move_on_after(self.patience * _FOR_QUEUES):
+                for queue in self._queues:
+                    await queue.wait_idle()
+            undelivered = sum(queue.undelivered for queue in self._queues)
+            self._send_everybody_away()
+            with trio.move_on_at(started + self.patience):
+                await hub.wait_empty()
+            log.info(
+                "drained",
+                clients=clients,
+                cut=len(hub.connections) + len(hub.leaving),
+                undelivered=undelivered,
+                seconds=round(trio.current_time() - started, 3),
+            )
+        finally:
+            for connection in [*hub.connections, *hub.leaving]:
+                connection.cut()
+            self.drop_shields()
+            self._done.set()
+
+    def drop_shields(self) -> None:
+        """From now on a deadline of the server holds for everybody."""
+        for scope in self.shields:
+            scope.shield = False
+
+    def hint(self, place: float | None = None) -> str:
+        """When to come back, for who is at this place (0 to 1) in the window, or at any."""
+        if place is None:
+            place = random.random()  # noqa: S311 - spreads load
+        return f"retry in {self._window * place:.1f}s"
+
+    def _send_everybody_away(self) -> None:
+        connections = list(self._hub.connections)
+        random.shuffle(connections)
+        for i, connection in enumerate(connections):
+            place = (i + random.random()) / len(connections)  # noqa: S311 - spreads load
+            connection.close(Close.GOING_AWAY, self.hint(place))
