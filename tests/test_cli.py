@@ -162,6 +162,17 @@ def test_routes_marks_what_a_file_changes(tmp_path: Path) -> None:
     assert found["ROUND_SERVED"]["differs"] is None
 
 
+# asyncapi
+
+
+def test_asyncapi_prints_the_document_of_these_settings() -> None:
+    done = run("asyncapi", env={"REDIS_STREAMS": "events:elsewhere"})
+    assert done.exit_code == 0
+    document = json.loads(done.stdout)
+    assert document["asyncapi"] == "3.0.0"
+    assert document["channels"]["stream_1"]["address"] == "events:elsewhere"
+
+
 # publish
 
 

@@ -26,6 +26,7 @@ from .core.audiences import Endpoint, Principal, SectorId
 from .core.closing import Close, Rejected
 from .core.limits import DropAlarm, LogLimit, TenantRate
 from .core.messages import GAP, Message, Renew, Said, auth_ok, sectors_updated
+from .core.notices import REVOKED
 from .core.resilience import Breaker
 from .edges import line, sse, web
 from .edges.addresses import Addresses
@@ -37,7 +38,6 @@ from .edges.handshake import Handshake
 from .edges.metrics import SHARED_EVERY, Sample, Siblings
 from .edges.pubsub import PubSub
 from .edges.resp import Address
-from .edges.revocations import CHANNEL as REVOKED
 from .edges.revocations import Revocations, Tickets
 from .edges.streams import Streams
 from .runtime.connection import Connection, Socket, Terms

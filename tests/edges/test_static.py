@@ -6,7 +6,7 @@ import pytest
 from harness import make_settings
 from quart import Response
 
-from trio_gateway.edges.static import FILES
+from trio_gateway.edges.static import CONTRACT, FILES
 from trio_gateway.gateway import create_app
 
 
@@ -30,7 +30,7 @@ async def test_file_is_served_as_it_stands_in_the_package_and_its_type_is_not_gu
     assert response.headers["X-Content-Type-Options"] == "nosniff"
 
 
-@pytest.mark.parametrize("path", FILES)
+@pytest.mark.parametrize("path", [*FILES, CONTRACT])
 async def test_file_is_sent_again_only_once_it_has_changed(path: str) -> None:
     first = await get(path)
     assert first.headers["Cache-Control"] == "no-cache"

@@ -3,6 +3,7 @@
 import click
 
 from .. import __version__
+from .asyncapi import asyncapi
 from .check import check
 from .demo import demo
 from .dlq import dlq
@@ -31,5 +32,5 @@ def main() -> None:
     """
 
 
-for command in (serve, demo, token, publish, tail, routes, explain, check, dlq):
+for command in (serve, demo, token, publish, tail, routes, asyncapi, explain, check, dlq):
     main.add_command(command)

@@ -168,16 +168,16 @@ async def _check_commands(settings: "Settings", redis: "RedisConnection", report
 async def _check_subscribing(
     settings: "Settings", redis: "RedisConnection", report: _Report
 ) -> None:
-    from ..edges.revocations import CHANNEL
+    from ..core.notices import REVOKED
 
     patterns = dict.fromkeys(settings.redis_channel_patterns)
     with report.trying(
-        f"subscribing to {len(patterns)} patterns and {CHANNEL}",
+        f"subscribing to {len(patterns)} patterns and {REVOKED}",
         "allow this user the channels: ACL SETUSER … allchannels +psubscribe +subscribe",
     ):
         for pattern in patterns:
             await _call(redis, "PSUBSCRIBE", pattern)
-        await _call(redis, "SUBSCRIBE", CHANNEL)
+        await _call(redis, "SUBSCRIBE", REVOKED)
 
 
 async def _check_database(settings: "Settings", url: str, report: _Report) -> None:

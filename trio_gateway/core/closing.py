@@ -4,24 +4,77 @@ from enum import IntEnum
 
 
 class Close(IntEnum):
-    """Close codes (RFC 6455, 7.4; 4000 and up are the gateway's own)."""
+    """Close codes (RFC 6455, 7.4; 4000 and up are the gateway's own).
 
-    NORMAL = 1000
-    GOING_AWAY = 1001
-    PROTOCOL_ERROR = 1002
-    UNSUPPORTED_DATA = 1003
+    ``when`` one is sent and what ``then`` the client should do, in the words of the contract:
+    docs/protocol.md and the AsyncAPI document are made from them.
+    """
+
+    when: str
+    then: str
+
+    def __new__(cls, code: int, when: str = "", then: str = "–") -> "Close":
+        close = int.__new__(cls, code)
+        close._value_ = code
+        close.when, close.then = when, then
+        return close
+
+    NORMAL = 1000, "it asked"
+    GOING_AWAY = 1001, "shutdown; the reason is `retry in 3.2s`", "reconnect after that time"
+    PROTOCOL_ERROR = 1002, "frames that break RFC 6455", "mend itself"
+    UNSUPPORTED_DATA = 1003, "a binary frame", "mend itself"
     NO_STATUS = 1005  # never sent: the client's close frame carried no code
     ABNORMAL = 1006  # never sent: the client went without a close frame
-    INVALID_DATA = 1007
-    POLICY_VIOLATION = 1008
-    MESSAGE_TOO_BIG = 1009
-    INTERNAL_ERROR = 1011
-    SERVER_OVERLOADED = 1013
-    AUTH_FAILED = 4001
-    FORBIDDEN = 4003
-    HEARTBEAT_TIMEOUT = 4008
-    SLOW_CONSUMER = 4009
-    RATE_LIMITED = 4029
+    INVALID_DATA = 1007, "text that is not UTF-8", "mend itself"
+    POLICY_VIOLATION = 1008, "Origin not allowed, or missing in production", "not retry"
+    MESSAGE_TOO_BIG = (
+        1009,
+        "a message over `WS_MAX_MESSAGE_SIZE` bytes, or in more than 256 fragments",
+        "not retry",
+    )
+    INTERNAL_ERROR = 1011, "a bug of ours", "retry with back-off"
+    SERVER_OVERLOADED = (
+        1013,
+        (
+            "a limit is reached (in all, per user, session or address, clients being admitted), "
+            "or what is needed to admit it is down"
+        ),
+        "retry with back-off",
+    )
+    AUTH_FAILED = (
+        4001,
+        "token missing, invalid, expired, revoked",
+        "not retry with the same token",
+    )
+    FORBIDDEN = (
+        4003,
+        "role not admitted here, no branch in the token, a malformed Origin",
+        "not retry",
+    )
+    HEARTBEAT_TIMEOUT = (
+        4008,
+        "no heartbeat for `WS_HEARTBEAT_TIMEOUT`, or nothing at all for `WS_RECEIVE_TIMEOUT`",
+        "reconnect",
+    )
+    SLOW_CONSUMER = (
+        4009,
+        "too slow: its outbox is full, or it accepted no byte for `WS_WRITE_TIMEOUT`",
+        "reconnect",
+    )
+    RATE_LIMITED = (
+        4029,
+        (
+            "over `WS_MESSAGE_RATE_LIMIT` messages in `WS_MESSAGE_RATE_WINDOW`; or, at connect, "
+            "`WS_MAX_FAILED_LOGINS` of its address in a minute: then the credential was not "
+            "looked at"
+        ),
+        "cool down",
+    )
+
+    @property
+    def sent(self) -> bool:
+        """Whether it goes over the wire; the others are what logs and metrics call an end."""
+        return bool(self.when)
 
 
 class Rejected(Exception):  # noqa: N818 - a decision, not an error of ours

@@ -18,8 +18,8 @@ _WHITE_SPACE: Final = b" \t\r\n"  # JSON's (RFC 8259, 2)
 _Positive = Annotated[int, msgspec.Meta(gt=0, le=MAX_ID)]
 
 
-class _Envelope(msgspec.Struct, gc=False):
-    """The keys that decide who hears an event; all the others pass through unseen."""
+class Keys(msgspec.Struct, gc=False):
+    """The keys of an event that have rules; all the others pass through unseen."""
 
     type: Annotated[str, msgspec.Meta(min_length=1)]
     tenant_id: _Positive
@@ -28,6 +28,9 @@ class _Envelope(msgspec.Struct, gc=False):
     session_id: _Positive | None = None
     table_id: _Positive | None = None
     id: str | None = None
+
+
+class _Envelope(Keys, gc=False):
     ts: msgspec.Raw = msgspec.Raw()
 
 

@@ -4,7 +4,7 @@ import hashlib
 import secrets
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Annotated, Final, NoReturn
+from typing import Final, NoReturn
 
 import msgspec
 import structlog
@@ -13,25 +13,17 @@ import trio
 from ..core.audiences import Principal
 from ..core.closing import Close, Rejected
 from ..core.limits import LogLimit
+from ..core.notices import Revoked
 from ..runtime.connection import Connection
 from ..runtime.hub import Hub
 from .commands import Commands, Unavailable
 
 log = structlog.get_logger()
 
-CHANNEL: Final = "channel:auth:revoked"
 _BATCH: Final = 250  # principals in one MGET
 _REST: Final = 0.005  # seconds between two
 TICKET_LIFE: Final = 30  # seconds
 _TICKET_BYTES: Final = 16
-
-
-class _Revoked(msgspec.Struct):
-    """A message on the channel: a token, or a user (of one tenant, or of any)."""
-
-    jti: str | None = None
-    user_id: int | Annotated[str, msgspec.Meta(pattern="^[0-9]+$")] | None = None
-    tenant_id: int | None = None
 
 
 class _Check:
@@ -119,9 +111,9 @@ class Revocations:
                 connection.close(Close.AUTH_FAILED, "token revoked")
 
     def hear(self, payload: bytes) -> None:
-        """A message on :data:`CHANNEL`: close whom it is about, at once."""
+        """A message on :data:`~.notices.REVOKED`: close whom it is about, at once."""
         try:
-            said = msgspec.json.decode(payload, type=_Revoked)
+            said = msgspec.json.decode(payload, type=Revoked)
         except (msgspec.DecodeError, UnicodeError, RecursionError):
             if (held_back := self._log_limit.allows("invalid", trio.current_time())) is not None:
                 log.warning("invalid revocation", held_back=held_back)
@@ -163,7 +155,7 @@ def _is_revoked(principal: Principal, found: dict[str, bytes | None]) -> bool:
     return moment.timestamp() > principal.issued_at
 
 
-def _is_about(said: _Revoked, principal: Principal) -> bool:
+def _is_about(said: Revoked, principal: Principal) -> bool:
     if said.tenant_id is not None and said.tenant_id != principal.tenant:
         return False
     if said.jti is not None and said.jti == principal.token_id:

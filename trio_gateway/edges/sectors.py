@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from datetime import date
-from typing import Annotated, Final, NoReturn
+from typing import Final, NoReturn
 from weakref import WeakKeyDictionary
 
 import msgspec
@@ -16,6 +16,7 @@ import trio
 
 from ..core.audiences import BranchId, Endpoint, Principal, SectorId, Sectors, TenantId, UserId
 from ..core.limits import LogLimit, RateLimit
+from ..core.notices import SECTORS_CHANGED, SectorsChanged
 from ..core.resilience import Backoff, Breaker
 from ..core.service_day import Period, ServiceDays, holds
 from ..runtime.connection import Connection
@@ -25,7 +26,6 @@ from .assignments import Asked, Assignments, Rows, Unanswered, Waiter
 
 log = structlog.get_logger()
 
-CHANNEL: Final = "channel:sectors:changed"
 REFRESHES: Final = 5  # of one connection that ask the database, in
 REFRESH_WINDOW: Final = 10.0  # seconds
 SPREAD: Final = 60.0  # seconds over which a day's flip is applied
@@ -49,13 +49,6 @@ class _Question:
     done: trio.Event = field(default_factory=trio.Event)
     outdated: bool = False  # assignments may have changed since it was sent
     answered: bool | None = None  # None: whoever asked was cancelled
-
-
-class _Changed(msgspec.Struct):
-    """A message on the channel."""
-
-    tenant_id: int
-    waiter_id: int | Annotated[str, msgspec.Meta(pattern="^[0-9]+$")]
 
 
 class Roster:
@@ -90,7 +83,7 @@ class Roster:
         self._log_limit = LogLimit()
         self._refreshes: WeakKeyDictionary[Connection, RateLimit] = WeakKeyDictionary()
 
-    channel = CHANNEL
+    channel = SECTORS_CHANGED
 
     @property
     def known(self) -> int:
@@ -143,9 +136,9 @@ class Roster:
         self._apply(connection)
 
     def hear(self, payload: bytes) -> None:
-        """A message on :data:`CHANNEL`: a waiter's assignments have changed."""
+        """A message on :data:`~.notices.SECTORS_CHANGED`: a waiter's assignments have changed."""
         try:
-            said = msgspec.json.decode(payload, type=_Changed)
+            said = msgspec.json.decode(payload, type=SectorsChanged)
         except (msgspec.DecodeError, UnicodeError, RecursionError):
             if (held_back := self._log_limit.allows("invalid", trio.current_time())) is not None:
                 log.warning("invalid sectors message", held_back=held_back)

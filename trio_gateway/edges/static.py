@@ -1,13 +1,16 @@
-"""The files that the gateway serves as they stand in the package: the JavaScript client.
+"""What is served as it stands: the JavaScript client, and the contract for machines.
 
-They are public: no credential is asked for, and pages of any origin may load them.
+It is public: no credential is asked for, and pages of any origin may load it.
 """
 
+import json
 from collections.abc import Awaitable, Callable, Mapping
 from importlib.resources import files
 from typing import TYPE_CHECKING, Final
 
 from quart import Response, request
+
+from .asyncapi import describe
 
 if TYPE_CHECKING:
     from ..gateway import Gateway
@@ -17,6 +20,7 @@ FILES: Final[Mapping[str, tuple[str, str, Mapping[str, str]]]] = {
     "/ws/client.js": ("client.js", "text/javascript", {"X-TypeScript-Types": "./client.d.ts"}),
     "/ws/client.d.ts": ("client.d.ts", "application/typescript", {}),
 }
+CONTRACT: Final = "/ws/asyncapi.json"
 _HEADERS: Final = {
     "Access-Control-Allow-Origin": "*",
     "Cache-Control": "no-cache",  # kept, but asked for again: then 304
@@ -26,10 +30,12 @@ _HEADERS: Final = {
 
 
 def add_files(app: "Gateway") -> None:
-    """Give the app a route for each of the files; they are read now, once."""
+    """Give the app a route for each of the files, which are read now, once, and the contract."""
     for path, (name, content_type, headers) in FILES.items():
         body = files("trio_gateway").joinpath("static", name).read_bytes()
         app.add_url_rule(path, path, _served(body, content_type, {**_HEADERS, **headers}))
+    contract = json.dumps(describe(app.settings)).encode()
+    app.add_url_rule(CONTRACT, CONTRACT, _served(contract, "application/json", _HEADERS))
 
 
 def _served(

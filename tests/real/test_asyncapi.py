@@ -1,0 +1,48 @@
+"""What a running gateway says is what its own document says."""
+
+import json
+from typing import Any
+
+import redis
+from harness import connect as connect_to
+from harness import http, make_settings, receive_event, running
+from jsonschema import Draft7Validator
+
+from trio_gateway.core.catalogue import REQUESTS
+from trio_gateway.edges.asyncapi import describe
+from trio_gateway.testing import make_jwt
+
+
+async def test_messages_of_a_running_gateway_fit_the_schemas_that_it_serves(
+    backend: "redis.Redis", redis_url: str
+) -> None:
+    settings = make_settings(redis_url)
+    async with running(settings) as gateway:
+        reply = await http(gateway.port, "/ws/asyncapi.json")
+        document = reply.json
+        assert document == json.loads(json.dumps(describe(settings)))
+
+        def check(name: str, payload: Any) -> None:
+            schema = {"$ref": f"#/components/messages/{name}/payload"}
+            Draft7Validator({**document, **schema}).validate(payload)
+
+        heard = set()
+        async with connect_to(gateway.staff_url("waiter")) as client:
+            for name, said in sorted(REQUESTS.items(), key=lambda each: each[0] != "resume"):
+                text = said.example
+                if name == "auth":
+                    text = json.dumps(
+                        {"type": "auth", "token": make_jwt(settings.jwt_secret or "")}
+                    )
+                check(name, json.loads(text) if text.startswith("{") else text)
+                await client.send_message(text)
+                answer = str(await client.get_message())
+                check(said.answer, json.loads(answer) if answer.startswith("{") else answer)
+                heard.add(name)
+            assert heard == REQUESTS.keys()
+            event = {"type": "ROUND_READY", "tenant_id": 1, "branch_id": 1, "entity": {"x": "ñ"}}
+            backend.xadd("events:critical", {"data": json.dumps(event)})
+            live = await receive_event(client)
+            check("event.ROUND_READY", live)
+            assert live.pop("event_id")
+            assert live == event

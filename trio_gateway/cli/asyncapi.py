@@ -1,0 +1,15 @@
+"""``asyncapi``: the contract for machines."""
+
+import click
+
+from .endings import settings_or_exit
+
+
+@click.command()
+def asyncapi() -> None:
+    """Print the contract as an AsyncAPI 3 document, as GET /ws/asyncapi.json answers it."""
+    import json
+
+    from ..edges.asyncapi import describe
+
+    click.echo(json.dumps(describe(settings_or_exit()), indent=2, ensure_ascii=False))
