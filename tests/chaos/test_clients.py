@@ -58,6 +58,7 @@ class Figures:
     faults: int
     stalls: int  # turns of the gateway's loop of 10 ms and more, meanwhile
     stalled: float  # ms, all of them
+    waited: float  # ms that it was ready and had no core, because of others on this machine
 
     @property
     def ratio(self) -> float:
@@ -79,7 +80,8 @@ class Figures:
             f"ping {self.before.ping99:.1f} / {self.during.ping99:.1f} / {self.after.ping99:.1f}, "
             f"worst {self.during.worst:.0f}, ratio {self.ratio:.2f}; "
             f"grown {self.grown:.1f} MB, kept {self.kept:.1f}, descriptors {self.descriptors}; "
-            f"stalls {self.stalls}, {self.stalled:.0f} ms in all; "
+            f"stalls {self.stalls}, {self.stalled:.0f} ms in all, "
+            f"no core for {self.waited:.0f} ms; "
             f"{self.ends}"
         )
 
@@ -162,9 +164,10 @@ def run(name: str, count: int, seconds: float, **settings: str) -> Figures:
             before = good.measure(PHASE)
             rss, descriptors = _rss(good.worker), _descriptors(good.worker)
             good.most = rss
-            stalls = _stalls(server)
+            stalls, waited = _stalls(server), _waited(good.worker)
             bad = _start_bad(name, count, server.port, seconds, redis, cores)
             during = good.measure(seconds, bad)
+            waited = _waited(good.worker) - waited
             out, errors = bad.communicate()
             assert bad.returncode == 0, errors
             time.sleep(1.5)  # the lingering is over
@@ -185,6 +188,7 @@ def run(name: str, count: int, seconds: float, **settings: str) -> Figures:
                 lost.missing + lost.duplicate + lost.out_of_order + lost.strange,
                 int(stalls[0]),
                 stalls[1] * 1000,
+                waited,
             )
         finally:
             load.shut()
@@ -214,6 +218,10 @@ def _stalls(server: Server) -> list[float]:
     """How many, and their seconds."""
     found = server.metrics()
     return [found[f"wsgateway_loop_stall_seconds_{name}"] for name in ("count", "sum")]
+
+
+def _waited(pid: int) -> float:
+    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e6
 
 
 def _descriptors(pid: int) -> int:
