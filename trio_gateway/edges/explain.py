@@ -29,7 +29,7 @@ class _Asked(msgspec.Struct):
 
 
 async def explain(app: "Gateway") -> Answer:
-    """For an ADMIN, of an event of its own tenant and branches; nothing is sent to anybody."""
+    """Who would hear an event, see below; for an ADMIN, of its own tenant and branches."""
     try:
         principals = await identify(app, bearer(request.headers.get("Authorization")), staff=True)
     except Rejected as rejected:

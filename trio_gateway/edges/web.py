@@ -1,7 +1,7 @@
 """The web: the Quart-Trio routes. Four endpoints, health, metrics, tickets."""
 
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -36,17 +36,8 @@ def add_routes(app: "Gateway") -> None:
     for endpoint in Endpoint:
         app.add_websocket(endpoint.path, endpoint.label, _second_door(app, endpoint))
         app.add_url_rule(endpoint.path, f"{endpoint.label}_plain", _upgrade_required)
-    for path, answer in {
-        "/ws/health": _health,
-        "/ws/health/detailed": _health_detailed,
-        "/ws/health/ready": _health_ready,
-        "/ws/metrics": _metrics,
-    }.items():
-        app.add_url_rule(path, path, _bound(answer, app))
-    app.add_url_rule("/ws/catchup", "catchup", _bound(_catch_up, app))
-    app.add_url_rule("/ws/catchup/session", "catchup_session", _bound(_catch_up_session, app))
-    app.add_url_rule("/ws/ticket", "ticket", _bound(_ticket, app), methods=["POST"])
-    app.add_url_rule("/ws/explain", "explain", _bound(explain, app), methods=["POST"])
+    for (method, path), answer in HTTP.items():
+        app.add_url_rule(path, path, _bound(answer, app), methods=[method])
     add_files(app)
 
 
@@ -94,7 +85,7 @@ def _connections(app: "Gateway") -> dict[str, Any]:
 
 
 async def _health(app: "Gateway") -> Answer:
-    """Answered while the process lives."""
+    """200 while the process lives; `status` is `healthy` or `degraded`."""
     parts = [app.breakers[name] for name in ("commands", "writes", "database")]
     healthy = app.ready and all(breaker.state is State.CLOSED for breaker in parts)
     status = "healthy" if healthy else "degraded"
@@ -102,11 +93,13 @@ async def _health(app: "Gateway") -> Answer:
 
 
 async def _health_ready(app: "Gateway") -> Answer:
+    """200 or 503: for load balancers; 503 as soon as draining starts."""
     ready = app.ready and await _check(app) is None
     return jsonify(ready=ready, draining=app.draining), 200 if ready else 503
 
 
 async def _health_detailed(app: "Gateway") -> Answer:
+    """Every part; 503 unless all that is needed works."""
     error = await _check(app)
     worst = max(app.breakers.values(), key=lambda breaker: breaker.state is not State.CLOSED)
     ready = app.ready and error is None
@@ -168,17 +161,18 @@ async def _check(app: "Gateway") -> str | None:
 
 
 async def _metrics(app: "Gateway") -> Answer:
+    """Prometheus text, summed over the workers of one master."""
     siblings = app.siblings.read() if app.siblings is not None else []
     return Response(metrics.render([app.sample(), *siblings]), content_type=metrics.CONTENT_TYPE)
 
 
 async def _ticket(app: "Gateway") -> Answer:
-    """A ticket for a token that is valid on some endpoint, so that no other ever costs a key."""
+    """A ticket for the token, see Tokens; 401, 403, 503."""
     token = bearer(request.headers.get("Authorization"))
     if token is None:
         return problem(401, "Authorization: Bearer with a token is needed")
     try:
-        await identify(app, token)
+        await identify(app, token)  # good on some endpoint: no other token ever costs a key
         assert app.admission.tickets is not None
         ticket = await app.admission.tickets.issue(token)
     except Rejected as rejected:
@@ -191,7 +185,7 @@ async def _ticket(app: "Gateway") -> Answer:
 
 
 async def _catch_up(app: "Gateway") -> Answer:
-    """What staff would have heard in one branch since then, for clients that can't resume."""
+    """What staff would have heard in one branch since then, see Resume."""
     try:
         principals = await identify(app, _token("token"), staff=True)
     except Rejected as rejected:
@@ -207,7 +201,7 @@ async def _catch_up(app: "Gateway") -> Answer:
 
 
 async def _catch_up_session(app: "Gateway") -> Answer:
-    """What the diners of a session would have heard since then."""
+    """What the diners of a session would have heard since then, see Resume."""
     try:
         principals = await identify(app, _token("table_token"), staff=False)
     except Rejected as rejected:
@@ -251,3 +245,16 @@ def _token(name: str) -> str | None:
 
 def is_id(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) <= 19 and 0 < int(text) <= MAX_ID
+
+
+# The first line of each docstring is the words of docs/protocol.md.
+HTTP: Final[Mapping[tuple[str, str], "Callable[[Gateway], Awaitable[Answer]]"]] = {
+    ("GET", "/ws/health"): _health,
+    ("GET", "/ws/health/detailed"): _health_detailed,
+    ("GET", "/ws/health/ready"): _health_ready,
+    ("GET", "/ws/metrics"): _metrics,
+    ("GET", "/ws/catchup"): _catch_up,
+    ("GET", "/ws/catchup/session"): _catch_up_session,
+    ("POST", "/ws/ticket"): _ticket,
+    ("POST", "/ws/explain"): explain,
+}

@@ -1,0 +1,32 @@
+"""The pages say what the code does."""
+
+import re
+
+import pytest
+from harness import make_settings
+
+from tools import tables
+from trio_gateway.edges.web import HTTP
+from trio_gateway.gateway import create_app
+
+PAGE = tables.PAGE.read_text("utf-8")
+
+
+def test_tables_of_the_protocol_are_those_of_the_code() -> None:
+    assert set(re.findall("<!-- generated: (.*) -->", PAGE)) == set(tables.TABLES)
+    assert tables.renewed(PAGE) == PAGE, "run python -m tools.tables"
+
+
+@pytest.mark.parametrize("name", tables.TABLES)
+def test_drift_is_found_in_each_table(name: str) -> None:
+    start = PAGE.index(f"<!-- generated: {name} -->")
+    cell = PAGE.index("`" if name != "closes" else "1000", start)
+    drifted = f"{PAGE[:cell]}X{PAGE[cell:]}"
+    assert tables.renewed(drifted) == PAGE
+
+
+def test_every_path_that_is_answered_is_in_the_protocol() -> None:
+    app = create_app(make_settings("redis://127.0.0.1:1"))
+    paths = {rule.rule for rule in app.url_map.iter_rules()}
+    assert paths > {path for _, path in HTTP}
+    assert {path for path in paths if f"{path}`" not in PAGE} == set()

@@ -1,0 +1,103 @@
+"""The tables of docs/protocol.md, made from the tables in the code: ``python -m tools.tables``.
+
+A table stands between ``<!-- generated: NAME -->`` and ``<!-- end -->``; a test finds drift.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import Final
+
+from trio_gateway.core.audiences import Endpoint, Role
+from trio_gateway.core.catalogue import ANSWERS, REQUESTS
+from trio_gateway.core.closing import Close
+from trio_gateway.core.routing import ROUTES
+from trio_gateway.edges.sse import PATHS
+from trio_gateway.edges.static import CONTRACT, FILES
+from trio_gateway.edges.web import HTTP
+
+PAGE: Final = Path(__file__).parent.parent / "docs" / "protocol.md"
+_TABLE: Final = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->\n)", re.DOTALL)
+_ROLES: Final = (Role.WAITER, Role.KITCHEN, Role.MANAGER, Role.ADMIN)
+
+
+def _table(*rows: Iterable[str]) -> str:
+    head, *body = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    lines = [f"| {' | '.join(row)} |" for row in (head, *body)]
+    lines.insert(1, "|---" * len(head) + "|")
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _code(text: str) -> str:
+    return f"`{text}`"
+
+
+def endpoints() -> str:
+    rows = [
+        (
+            _code(endpoint.path),
+            "staff JWT" if endpoint.staff else "table token",
+            ", ".join(role for role in _ROLES if role in endpoint.roles) or "none needed",
+            "yes" if endpoint.staff else "no",
+        )
+        for endpoint in Endpoint
+    ]
+    return _table(("path", "credential", "roles admitted", "Origin checked"), *rows)
+
+
+def requests() -> str:
+    rows = [
+        (_code(said.example), _code(ANSWERS[said.answer].example), said.note)
+        for said in REQUESTS.values()
+    ]
+    others = [
+        ("any other text", "none", "it counts as a heartbeat"),
+        ("a binary frame", f"close {Close.UNSUPPORTED_DATA}", ""),
+    ]
+    return _table(("text frame", "answer", ""), *rows, *others)
+
+
+def answers() -> str:
+    rows = [(_code(said.example), said.note) for said in ANSWERS.values()]
+    return _table(("text frame", "what it means"), *rows)
+
+
+def closes() -> str:
+    rows = [(str(int(close)), close.name, close.when, close.then) for close in Close if close.sent]
+    return _table(("code", "name", "when", "the client should"), *rows)
+
+
+def routes() -> str:
+    rows = []
+    for route, types in groupby(ROUTES, ROUTES.__getitem__):
+        to = ", ".join(to.name.lower() for to in route.to if to.name)
+        rows.append((", ".join(map(_code, types)), to, "yes" if route.durable else "no"))
+    return _table(("type", "to", "durable"), *rows)
+
+
+def http() -> str:
+    rows = []
+    for (method, path), view in HTTP.items():
+        words = (view.__doc__ or "").partition("\n")[0].removesuffix(".")
+        rows.append((_code(f"{method} {path}"), words))
+    streams = ", ".join(_code(f"GET {path}") for path in PATHS)
+    rows.append((streams, "see Server-Sent Events"))
+    rows.append((_code(f"GET {CONTRACT}"), "this contract, for machines; public"))
+    files = ", ".join(_code(f"GET {path}") for path in FILES)
+    rows.append((files, "the JavaScript client and its types; public, for pages of any origin"))
+    return _table(("path", "answer"), *rows)
+
+
+TABLES: Final[Mapping[str, Callable[[], str]]] = {
+    made.__name__: made for made in (endpoints, requests, answers, closes, routes, http)
+}
+
+
+def renewed(page: str) -> str:
+    """The page with its tables made anew; KeyError for a name that is none of :data:`TABLES`."""
+    return _TABLE.sub(lambda found: f"{found[1]}\n{TABLES[found[2]]()}\n{found[3]}", page)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(renewed(PAGE.read_text("utf-8")), "utf-8")
