@@ -1,5 +1,6 @@
 """The project's sessions: `nox -s tests` is the one that must pass."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -9,11 +10,13 @@ nox.options.sessions = ["lint", "types", "tests"]
 nox.options.default_venv_backend = "venv"
 nox.options.reuse_existing_virtualenvs = True
 
+LOCK = "constraints.txt"  # the versions that CI runs; `nox -s lock` renews it
+
 
 @nox.session
 def lint(session: nox.Session) -> None:
     """Style and simple mistakes."""
-    session.install("ruff>=0.6")
+    session.install("-c", LOCK, "ruff")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
 
@@ -21,14 +24,14 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Types, strictly, of the package and its tests."""
-    session.install("-e", ".[lint,test]", "nox")
+    session.install("-c", LOCK, "-e", ".[lint,test]", "nox")
     session.run("mypy")
 
 
 @nox.session
 def tests(session: nox.Session) -> None:
     """The three rings of tests. Extra arguments go to pytest."""
-    session.install("-e", ".[test]")
+    session.install("-c", LOCK, "-e", ".[test]")
     session.run("pytest", *(session.posargs or ["-n", "2", "--dist", "loadfile"]))
 
 
@@ -132,3 +135,54 @@ def fuzz(session: nox.Session) -> None:
     session.install("-e", ".[test]")
     session.install("atheris", success_codes=[0, 1])  # no wheel for every Python: mutations then
     session.run("python", "tests/fuzz/fuzz_run.py", *session.posargs)
+
+
+@nox.session
+def deploy(session: nox.Session) -> None:
+    """What is in `deploy/`, with the real nginx, HAProxy and promtool: from Debian if missing."""
+    wanted = {"nginx": "nginx-light", "haproxy": "haproxy", "promtool": "prometheus"}
+    path = os.environ["PATH"] + ":/usr/sbin"
+    missing = [package for name, package in wanted.items() if not shutil.which(name, path=path)]
+    if missing:
+        if not shutil.which("apt-get") or os.geteuid() != 0:
+            session.error(f"not installed: {', '.join(missing)}")
+        # Nothing of it is to run by itself.
+        quiet = {"DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
+        session.run("apt-get", "update", "-qq", external=True, env=quiet)
+        install = ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *missing]
+        session.run(*install, external=True, env=quiet, silent=True)
+    session.run("promtool", "check", "rules", "deploy/prometheus/alerts.yml", external=True)
+    session.install("-c", LOCK, "-e", ".[test]")
+    session.run("pytest", "-m", "deploy", "tests/deploy", *session.posargs)
+
+
+@nox.session
+def package(session: nox.Session) -> None:
+    """Wheel and sdist, and that the wheel works where the source tree is not."""
+    session.install("build")
+    made = Path(session.create_tmp()).resolve()
+    shutil.rmtree(made / "dist", ignore_errors=True)
+    session.run("python", "-m", "build", "--outdir", str(made / "dist"))  # the wheel by the sdist
+    session.run("python", "-m", "venv", "--clear", str(made / "venv"))
+    (wheel,) = (made / "dist").glob("*.whl")
+    pip = str(made / "venv/bin/pip")
+    session.run(pip, "install", "-q", f"{wheel}[demo]", external=True)
+    with session.chdir(made):
+        session.run("venv/bin/trio-gateway", "--version", external=True)
+        session.run("venv/bin/trio-gateway", "demo", "--loops", "1", external=True, silent=True)
+        look = (
+            "from importlib.resources import files; f = files('trio_gateway');"
+            "assert (f / 'py.typed').is_file(); assert (f / 'static/client.js').is_file()"
+        )
+        session.run("venv/bin/python", "-c", look, external=True)
+
+
+@nox.session
+def lock(session: nox.Session) -> None:
+    """Renew the versions that CI runs."""
+    session.install("--upgrade", "-e", ".[bench,demo,lint,otel,postgres,test]", "nox")
+    found = session.run("pip", "freeze", "--exclude-editable", silent=True) or ""
+    head = "# What CI runs; made by `nox -s lock`.\n"
+    Path(LOCK).write_text(
+        head + "".join(f"{line}\n" for line in found.splitlines() if "==" in line)
+    )

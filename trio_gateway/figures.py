@@ -16,7 +16,9 @@ def sample(gateway: "Gateway") -> Sample:
     hub, dispatch, intake = gateway.hub, gateway.dispatch, gateway.intake
     return Sample.of(
         {
+            "wsgateway_ready": int(gateway.ready),
             "wsgateway_connections_total": len(hub),
+            "wsgateway_connections_limit": gateway.settings.ws_max_total_connections,
             "wsgateway_connections_by_endpoint": {
                 endpoint.label: number for endpoint, number in hub.by_endpoint.items()
             },

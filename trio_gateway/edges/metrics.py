@@ -44,7 +44,9 @@ class _Histogram(NamedTuple):
 
 # The names are a promise (contract, section 5). No label has unbounded values.
 METRICS: Final[Mapping[str, _Counter | _Gauge | _Histogram]] = {
+    "wsgateway_ready": _Gauge("Processes that clients should be sent to"),
     "wsgateway_connections_total": _Gauge("Open connections"),
+    "wsgateway_connections_limit": _Gauge("How many may be open"),
     "wsgateway_connections_by_endpoint": _Gauge("Open connections by endpoint", "endpoint"),
     "wsgateway_circuit_breaker_state": _Gauge("0 closed, 1 open, 2 half-open", "name", "max"),
     "wsgateway_event_queue_depth": _Gauge("Events that wait to be delivered"),

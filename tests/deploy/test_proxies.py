@@ -1,0 +1,212 @@
+"""Clients come through nginx and HAProxy as they do without."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+import trio
+from harness import (
+    JWT_SECRET,
+    admitted,
+    closed,
+    connect,
+    environment,
+    free_port,
+    http,
+    process,
+    receive_event,
+    until,
+    valkey,
+    wait,
+)
+
+from trio_gateway.testing import make_jwt
+
+pytestmark = pytest.mark.deploy
+DEPLOY = Path(__file__).parents[2] / "deploy"
+IDLE = 2  # seconds after which the proxies let go who is silent
+PING = "0.5"
+
+
+@dataclass
+class Behind:
+    """Two gateways behind a proxy."""
+
+    port: int
+    gateways: "list[subprocess.Popen[bytes]]"
+    backend: "redis.Redis"
+    log: Path
+
+    def url(self, **claims: Any) -> str:
+        token = make_jwt(JWT_SECRET, **claims)
+        return f"ws://127.0.0.1:{self.port}/ws/waiter?token={token}"
+
+    def publish(self, marker: int) -> None:
+        event = {"type": "ROUND_READY", "tenant_id": 1, "branch_id": 1, "marker": marker}
+        self.backend.xadd("events:critical", {"data": json.dumps(event)})
+
+
+def nginx(folder: Path, port: int, ports: list[int]) -> list[str]:
+    text = (DEPLOY / "nginx.conf").read_text()
+    text = text.replace("listen 8080;", f"listen 127.0.0.1:{port};")
+    for before, now in zip((8001, 8002), ports, strict=True):
+        text = text.replace(f"127.0.0.1:{before}", f"127.0.0.1:{now}")
+    text = text.replace("75s", f"{IDLE}s").replace("/var/log/nginx/gateway", f"{folder}/access")
+    places = "".join(
+        f"{kind}_temp_path {folder}/{kind};\n"
+        for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    config = folder / "nginx.conf"
+    config.write_text(
+        f"daemon off; pid {folder}/pid; error_log {folder}/error.log;\n"
+        f"events {{}}\nhttp {{\n{places}{text}\n}}\n"
+    )
+    return ["nginx", "-p", str(folder), "-c", str(config)]
+
+
+def haproxy(folder: Path, port: int, ports: list[int]) -> list[str]:
+    text = (DEPLOY / "haproxy.cfg").read_text()
+    text = text.replace("bind :8080", f"bind 127.0.0.1:{port}")
+    for before, now in zip((8001, 8002), ports, strict=True):
+        text = text.replace(f"127.0.0.1:{before}", f"127.0.0.1:{now}")
+    text = text.replace("75s", f"{IDLE}s").replace("maxconn 50000", "maxconn 500")
+    text = text.replace("log /dev/log local0", "log stdout format raw local0")
+    config = folder / "haproxy.cfg"
+    config.write_text(text)
+    return ["haproxy", "-db", "-f", str(config)]
+
+
+PROXIES = {"nginx": nginx, "haproxy": haproxy}
+
+
+@pytest.fixture(params=sorted(PROXIES))
+def proxy(request: pytest.FixtureRequest) -> str:
+    if shutil.which(request.param, path="/usr/sbin:/usr/bin:/usr/local/sbin") is None:
+        pytest.fail(f"{request.param} is not installed")
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(scope="module")
+def redis_url() -> Iterator[str]:
+    with valkey() as server:
+        yield server.connection_url
+
+
+@asynccontextmanager
+async def behind(proxy: str, redis_url: str, folder: Path) -> AsyncIterator[Behind]:
+    async with AsyncExitStack() as stack:
+        ports, gateways = [free_port(), free_port()], []
+        settings = {"WS_PROXY_HOPS": "1", "WS_PING_INTERVAL": PING, "WS_CLEANUP_INTERVAL": "0.2"}
+        env = environment(redis_url, **settings)
+        for port in ports:
+            command = ("trio_gateway", "serve", "--bind", f"127.0.0.1:{port}")
+            gateways.append(await stack.enter_async_context(process(*command, env=env, port=port)))
+        port = free_port()
+        log = folder / "access.log"
+        with log.open("ab") as out:
+            program = PROXIES[proxy](folder, port, ports)
+            paths = {"PATH": "/usr/sbin:/usr/bin:/bin:/usr/local/sbin"}
+            running = subprocess.Popen(program, stdout=out, stderr=out, env=paths)
+        stack.callback(running.wait)
+        stack.callback(running.kill)
+        if proxy == "nginx":
+            stack.callback(running.terminate)
+
+        async def ready() -> bool:
+            try:
+                return (await http(port, "/ws/health/ready")).status == 200
+            except OSError:
+                return False
+
+        await until(ready, 10)
+        with redis.Redis.from_url(redis_url) as backend:
+            yield Behind(port, gateways, backend, log)
+
+
+async def test_events_and_close_codes_come_through_and_pings_keep_the_silent(
+    proxy: str, redis_url: str, tmp_path: Path
+) -> None:
+    async with behind(proxy, redis_url, tmp_path) as at:
+        async with connect(f"ws://127.0.0.1:{at.port}/ws/waiter?token=nonsense") as client:
+            assert (await closed(client))[0] == 4001
+        async with admitted(at.url(sub="1")) as client:
+            await trio.sleep(2.5 * IDLE)  # says nothing; the gateway pings
+            at.publish(1)
+            assert (await receive_event(client))["marker"] == 1
+
+
+async def test_a_drained_gateways_clients_resume_at_the_other(
+    proxy: str, redis_url: str, tmp_path: Path
+) -> None:
+    async with behind(proxy, redis_url, tmp_path) as at:
+        async with connect(at.url(sub="1")) as client:
+            await client.send_message('{"type":"resume","last_event_id":""}')
+            place = (await receive_event(client))["last_event_id"]
+            for n in (1, 2):
+                at.publish(n)
+            seen = [await receive_event(client) for _ in range(2)]
+            # Whose client it is shows which one ends it.
+            at.gateways[0].send_signal(signal.SIGTERM)
+            at.gateways[0].wait(10)
+            at.publish(3)
+            try:
+                seen.append(await receive_event(client))
+            except Exception:
+                assert client.closed is not None
+                assert client.closed.code == 1001
+            place = seen[-1]["event_id"]
+        async with connect(at.url(sub="1")) as client:
+            await client.send_message(json.dumps({"type": "resume", "last_event_id": place}))
+            answer = await receive_event(client)
+            assert answer["recovered"] is True
+            seen += [await receive_event(client) for _ in range(answer["count"])]
+            assert [event["marker"] for event in seen] == [1, 2, 3]
+
+
+async def test_a_stream_of_events_is_not_held_back(
+    proxy: str, redis_url: str, tmp_path: Path
+) -> None:
+    async with behind(proxy, redis_url, tmp_path) as at:
+        token = make_jwt(JWT_SECRET, sub="1")
+        stream = await trio.open_tcp_stream("127.0.0.1", at.port)
+        request = f"GET /ws/waiter/events?token={token} HTTP/1.1\r\nHost: a\r\n\r\n"
+        await stream.send_all(request.encode())
+        received = b""
+        while b"text/event-stream" not in received:
+            received += bytes(await stream.receive_some(4096))
+        await trio.sleep(0.5)
+        started = time.monotonic()
+        at.publish(7)
+        while b'"marker": 7' not in received and b'"marker":7' not in received:
+            with trio.fail_after(5):
+                received += bytes(await stream.receive_some(4096))
+        assert time.monotonic() - started < 1
+        await stream.aclose()
+
+
+async def test_no_log_of_a_proxy_holds_a_token(proxy: str, redis_url: str, tmp_path: Path) -> None:
+    async with behind(proxy, redis_url, tmp_path) as at:
+        async with admitted(at.url(sub="1")):
+            pass
+        await http(at.port, "/ws/catchup?token=eyJsecret&branch_id=1&since=0")
+
+        def logged() -> str:
+            return "".join(path.read_text() for path in tmp_path.glob("*.log"))
+
+        await until(lambda: "/ws/catchup" in logged())
+    text = logged()
+    assert "/ws/waiter" in text
+    assert not re.search(r"eyJ|token=", text)
+    status, _, _ = await wait(at.gateways[1])
+    assert status is not None
