@@ -46,7 +46,7 @@ def coverage(session: nox.Session) -> None:
 
 @nox.session
 def chaos(session: nox.Session) -> None:
-    """Redis and the gateway are killed again and again under load; takes minutes."""
+    """Faults under load: kills, deploys and more; takes many minutes."""
     session.install("-e", ".[test]")
     session.run("pytest", "-m", "chaos", "tests/chaos", *session.posargs)
 

@@ -42,7 +42,7 @@ class Client:
 
     __slots__ = (
         "began_at", "code", "heard", "heard_from", "lost", "number", "place", "ready", "ready_at",
-        "receive", "request", "socket", "tail", "texts", "upgraded",
+        "reason", "receive", "request", "socket", "tail", "texts", "upgraded",
     )  # fmt: skip
 
     def __init__(self, number: int, target: str, heard: Heard | None) -> None:
@@ -62,6 +62,7 @@ class Client:
         self.tail = b""
         self.lost: set[int] = set()
         self.code: int | None = None  # how it ended
+        self.reason = b""
         self.texts: list[bytes] = []  # what came that is no event, but for the first pong
 
 
@@ -326,6 +327,7 @@ class Load:
                     self._log.append((now or _clock(), client.number, place_of, end - start))
             elif opcode == 0x8:
                 client.code = int.from_bytes(data[body : body + 2], "big") if end > body else 1005
+                client.reason = data[body + 2 : end]
             elif opcode == 0x1:
                 text = data[body:end]
                 if text == _READY:

@@ -3,6 +3,8 @@
 from collections import Counter
 from typing import TYPE_CHECKING, Final
 
+import trio
+
 from .edges.metrics import Sample
 
 if TYPE_CHECKING:
@@ -53,6 +55,7 @@ def sample(gateway: "Gateway") -> Sample:
                 gateway.dead_letters.outcomes if gateway.dead_letters else {}
             ),
             "wsgateway_sector_queries_total": gateway.roster.queries if gateway.roster else {},
+            "wsgateway_tasks": trio.lowlevel.current_statistics().tasks_living,
             "wsgateway_history_events": len(gateway.history),
             "wsgateway_history_bytes": gateway.history.bytes,
             "wsgateway_messages_received_total": gateway.messages

@@ -35,8 +35,10 @@ class Client:
 
     lull = 0.02  # seconds between reads: many clients in one process read seldom, and much
 
-    def __init__(self, port: int, path: str, patience: float = math.inf) -> None:
-        self.port = port
+    def __init__(
+        self, port: int, path: str, patience: float = math.inf, others: Sequence[int] = ()
+    ) -> None:
+        self.ports = [port, *others]  # in turn, whenever it comes again
         self.patience = patience  # seconds after which it hangs up by itself
         self.path = path
         self.last_event_id = ""
@@ -57,7 +59,8 @@ class Client:
             await trio.sleep(0.05)
 
     async def _live(self) -> None:
-        stream = await trio.open_tcp_stream("127.0.0.1", self.port)
+        self.ports.append(self.ports.pop(0))
+        stream = await trio.open_tcp_stream("127.0.0.1", self.ports[-1])
         async with stream:
             where = f"{self.path}&last_event_id={quote(self.last_event_id)}"
             head = (
@@ -79,6 +82,7 @@ class Client:
                 while self._take(data):
                     await trio.sleep(self.lull)
                     data += await _some(stream)
+                nursery.cancel_scope.cancel()
 
     async def _beat(self, stream: trio.SocketStream) -> None:
         while True:
@@ -172,9 +176,10 @@ class Backend:
 class GatewayProcess:
     """``trio-gateway serve`` in a process that may be killed; its log goes to a file."""
 
-    def __init__(self, redis_url: str, folder: Path, **settings: str) -> None:
+    def __init__(self, redis_url: str, folder: Path, *arguments: str, **settings: str) -> None:
         self.port = free_port()
-        self.log = folder / "gateway.log"
+        self.beside: list[GatewayProcess] = []  # that serve the same clients
+        self.log = folder / f"{self.port}.log"
         defaults = {
             "WS_MAX_CONNECTIONS_PER_USER": "100000",
             "WS_MAX_CONNECTIONS_PER_SESSION": "100000",
@@ -182,17 +187,21 @@ class GatewayProcess:
             "CIRCUIT_RECOVERY_TIMEOUT": "0.2",
             "LOG_LEVEL": "warning",
         }
+        self._arguments = arguments
         self._env = environment(redis_url, **defaults | settings)
         self.process: subprocess.Popen[bytes] | None = None
 
     async def start(self) -> None:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "trio_gateway", "serve", "--bind", f"127.0.0.1:{self.port}"],
+                [
+                    sys.executable, "-m", "trio_gateway", "serve",
+                    "--bind", f"127.0.0.1:{self.port}", *self._arguments,
+                ],
                 env=self._env,
                 stdout=log,
                 stderr=log,
-            )
+            )  # fmt: skip
         with trio.fail_after(20):
             while not await _accepts(self.port):
                 assert self.process.poll() is None, self.log.read_text()
@@ -202,6 +211,15 @@ class GatewayProcess:
         assert self.process is not None
         self.process.kill()
         self.process.wait()
+
+    async def stop(self) -> int:
+        """As a deploy stops it; returns its exit status."""
+        assert self.process is not None
+        self.process.terminate()
+        with trio.fail_after(20):
+            while (status := self.process.poll()) is None:
+                await trio.sleep(0.01)
+        return status
 
 
 @dataclass
@@ -257,18 +275,41 @@ Disturb = Callable[[ValkeyServer, GatewayProcess, Callable[[], Awaitable[None]]]
 
 
 async def run(
-    what: str, disturb: Disturb, *, clients: int, kills: int, rate: float = 200, **settings: str
+    what: str,
+    disturb: Disturb,
+    arguments: Sequence[str] = (),
+    gateways: int = 1,
+    /,
+    *,
+    clients: int,
+    kills: int,
+    rate: float = 200,
+    **settings: str,
 ) -> Figures:
-    """Disturb a gateway and its Redis under load; ``disturb`` gets a way to wait for progress."""
+    """Disturb a gateway and its Redis under load; ``disturb`` gets a way to wait for progress.
+
+    With several gateways it gets the first of them; clients come back to the next one.
+    """
     figures = Figures(what, clients, kills)
     async with own_redis() as server, trio.open_nursery() as nursery:
         with tempfile.TemporaryDirectory() as folder:
-            gateway = GatewayProcess(server.connection_url, Path(folder), **settings)
-            await gateway.start()
+            fleet = [
+                GatewayProcess(server.connection_url, Path(folder), *arguments, **settings)
+                for _ in range(gateways)
+            ]
+            gateway, *gateway.beside = fleet
+            ports = [each.port for each in fleet]
             try:
+                for each in fleet:
+                    await each.start()
                 # Some are restless: so they resume while the others stay.
                 crowd = [
-                    Client(gateway.port, path, math.inf if n % 4 else 1 + n / clients)
+                    Client(
+                        ports[n % gateways],
+                        path,
+                        math.inf if n % 4 else 1 + n / clients,
+                        [*ports[n % gateways + 1 :], *ports[: n % gateways]],
+                    )
                     for n, path in enumerate(paths(clients))
                 ]
                 for client in crowd:
@@ -301,7 +342,9 @@ async def run(
                         await trio.sleep(0.05)
                 figures.count(crowd, backend)
             finally:
-                gateway.kill()
+                for each in fleet:
+                    if each.process is not None:
+                        each.kill()
                 nursery.cancel_scope.cancel()
     return figures
 
