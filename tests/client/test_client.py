@@ -299,6 +299,40 @@ async def test_a_renewal_that_is_refused_is_followed_by_another_token(
     assert len(gateway.dialled) == 2
 
 
+async def test_an_offered_token_that_is_refused_is_not_tried_again(
+    autojump_clock: MockClock,
+) -> None:
+    tokens = iter([make_jwt(SECRET, life=100), *[make_jwt(SECRET, life=100, sub="2")] * 2])
+
+    async def refuse(peer: Peer) -> None:
+        await peer.close(4001, "token revoked")
+
+    async with (
+        fake_gateway(renewing(refuse)) as gateway,
+        connecting(gateway, lambda refused: next(tokens)) as client,
+    ):
+        with trio.fail_after(600), pytest.raises(Refused, match="token revoked"):
+            await anext(client)
+    assert len(gateway.dialled) == 1
+
+
+async def test_a_provider_hears_of_a_refusal_until_a_token_holds(
+    autojump_clock: MockClock,
+) -> None:
+    asked: list[bool] = []
+
+    def provide(refused: bool) -> str:
+        asked.append(refused)
+        return f"t{len(asked)}"
+
+    async with (
+        fake_gateway(closing(4001), closing(1011), closing(1011, after=1), welcome) as gateway,
+        connecting(gateway, provide),
+    ):
+        await trio.sleep(60)
+    assert asked == [False, True, True, False]
+
+
 # Whether it lives
 
 
@@ -349,8 +383,9 @@ async def test_a_slow_reader_keeps_his_connection_and_every_event(
     assert gateway.heard.count("ping") > 40
 
 
+@pytest.mark.parametrize("reader", ["quick", "slow"])
 async def test_a_gateway_that_takes_nothing_means_another_socket(
-    autojump_clock: MockClock,
+    autojump_clock: MockClock, reader: str
 ) -> None:
     class Stuck(trio.abc.Stream):
         """A socket whose other side stops reading once it has let us in."""
@@ -379,10 +414,24 @@ async def test_a_gateway_that_takes_nothing_means_another_socket(
         streams.append(Stuck(await gateway.dial()))
         return streams[-1]
 
-    async with fake_gateway(welcome) as gateway, connect(URL, "t", dial=dial) as client:
+    async def script(peer: Peer) -> None:
+        await peer.let_in()
+        if reader == "slow":
+            for number in range(2):
+                await peer.publish(number)
+        await peer.stay()
+
+    async with (
+        fake_gateway(script, welcome) as gateway,
+        connect(URL, "t", dial=dial, buffer=2) as client,
+    ):
         await client.wait_open()
+        await wait_all_tasks_blocked()
         streams[0].stuck = True
         await trio.sleep(25 + 10 + 1.1)
+        if reader == "slow":  # one of them waits for him, behind the place to resume from
+            assert await numbers(client, 2) == [0, 1]
+            await trio.sleep(1.1)
     assert len(streams) == 2
 
 
