@@ -30,6 +30,13 @@ def types(session: nox.Session) -> None:
 
 
 @nox.session
+def hooks(session: nox.Session) -> None:
+    """What `pre-commit install` lets run before each commit, now and on all files."""
+    session.install("-c", LOCK, "-e", ".", "pre-commit>=4")
+    session.run("pre-commit", "run", "--all-files", *session.posargs)
+
+
+@nox.session
 def tests(session: nox.Session) -> None:
     """The three rings of tests. Extra arguments go to pytest."""
     session.install("-c", LOCK, "-e", ".[test]")

@@ -1,6 +1,7 @@
 """The pages say what the code does."""
 
 import re
+from collections.abc import Collection
 from itertools import pairwise
 from pathlib import Path
 
@@ -8,8 +9,10 @@ import pytest
 from harness import make_settings
 
 from tools import tables
+from trio_gateway.edges.metrics import METRICS
 from trio_gateway.edges.web import HTTP
 from trio_gateway.gateway import create_app
+from trio_gateway.settings import NAMES
 
 PAGE = tables.PAGE.read_text("utf-8")
 DOCS = tables.PAGE.parent
@@ -26,7 +29,8 @@ def test_drift_is_found_in_each_table(name: str) -> None:
     start = PAGE.index(f"<!-- generated: {name} -->")
     cell = PAGE.index("`" if name != "closes" else "1000", start)
     drifted = f"{PAGE[:cell]}X{PAGE[cell:]}"
-    assert tables.renewed(drifted) == PAGE
+    assert tables.renewed(drifted) == tables.renewed(PAGE)
+    assert tables.renewed(PAGE) != drifted
 
 
 def test_every_path_that_is_answered_is_in_the_protocol() -> None:
@@ -51,3 +55,17 @@ def test_lists_stand_apart_from_the_text_before_them(page: Path) -> None:
         if line.startswith("- ") and before.strip() and not before.startswith(("- ", "  "))
     ]
     assert glued == []
+
+
+@pytest.mark.parametrize("names", [NAMES, METRICS], ids=["settings", "metrics"])
+def test_every_setting_and_metric_is_in_the_docs(names: Collection[str]) -> None:
+    text = "".join(page.read_text("utf-8") for page in PAGES)
+    tails = tuple(set(re.findall("…(_\\w+)", text)))  # of names in a row, `…_like_this`
+    assert len(names) > 20
+    assert [name for name in names if name not in text and not name.endswith(tails)] == []
+
+
+def test_hooks_run_the_ruff_that_ci_runs() -> None:
+    config = (DOCS.parent / ".pre-commit-config.yaml").read_text("utf-8")
+    (pinned,) = re.findall(r"\bruff==[\d.]+", config)
+    assert pinned in (DOCS.parent / "constraints.txt").read_text("utf-8").splitlines()

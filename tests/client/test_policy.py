@@ -16,6 +16,21 @@ def test_only_what_waiting_would_not_mend_is_the_end() -> None:
     assert after_close(4999) is Next.BACK_OFF
 
 
+def test_what_is_done_is_what_the_contract_asks_for() -> None:
+    asked = {
+        "not retry": Next.STOP,
+        "mend itself": Next.STOP,
+        "not retry with the same token": Next.RENEW,
+        "cool down": Next.COOL_DOWN,
+        "reconnect": Next.BACK_OFF,
+        "reconnect after that time": Next.BACK_OFF,
+        "retry with back-off": Next.BACK_OFF,
+    }
+    for close in set(Close) - {Close.NORMAL}:
+        if close.sent:
+            assert after_close(close) is asked[close.then]
+
+
 @pytest.mark.parametrize(
     ("reason", "seconds"),
     [("retry in 3.2s", 3.2), ("busy, retry in 10s", 10), ("", None), ("retry in -1s", None)],

@@ -10,7 +10,7 @@ import trio
 from harness import make_settings
 from trio.testing import MockClock
 
-from trio_gateway.edges.metrics import Sample, Siblings
+from trio_gateway.edges.metrics import METRICS, Sample, Siblings
 from trio_gateway.gateway import create_app
 
 SAMPLE = Sample({}, {})
@@ -76,3 +76,9 @@ async def test_figures_that_can_t_be_written_are_an_error_in_the_log_and_not_the
             await app._share(own)
 
     assert [line["event"] for line in logs] == ["figures not shared"]
+
+
+def test_every_metric_has_its_figure_and_every_figure_its_metric() -> None:
+    sample = create_app(make_settings("redis://127.0.0.1:1")).sample()
+
+    assert sample.numbers.keys() | sample.histograms.keys() == METRICS.keys()
