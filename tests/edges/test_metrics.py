@@ -78,7 +78,7 @@ async def test_figures_that_can_t_be_written_are_an_error_in_the_log_and_not_the
     assert [line["event"] for line in logs] == ["figures not shared"]
 
 
-def test_every_metric_has_its_figure_and_every_figure_its_metric() -> None:
+async def test_every_metric_has_its_figure_and_every_figure_its_metric() -> None:
     sample = create_app(make_settings("redis://127.0.0.1:1")).sample()
 
     assert sample.numbers.keys() | sample.histograms.keys() == METRICS.keys()
