@@ -1,4 +1,6 @@
+import re
 import time
+from importlib.resources import files
 
 import pytest
 
@@ -29,6 +31,14 @@ def test_what_is_done_is_what_the_contract_asks_for() -> None:
     for close in set(Close) - {Close.NORMAL}:
         if close.sent:
             assert after_close(close) is asked[close.then]
+
+
+def test_both_clients_stop_at_the_same_codes() -> None:
+    source = files("trio_gateway").joinpath("static", "client.js").read_text("utf-8")
+    (stops,) = re.findall(r"^const STOP = new Set\(\[(.*)\]\);$", source, re.MULTILINE)
+    assert {int(code) for code in stops.split(",")} == {
+        close for close in Close if after_close(close) is Next.STOP
+    }
 
 
 @pytest.mark.parametrize(
