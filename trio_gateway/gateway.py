@@ -33,6 +33,7 @@ from .edges.addresses import Addresses
 from .edges.admission import Admission
 from .edges.auth import Auth
 from .edges.commands import Commands, open_commands
+from .edges.console import Feed
 from .edges.dead_letters import DeadLetter, DeadLetters
 from .edges.handshake import Handshake
 from .edges.metrics import SHARED_EVERY, Sample, Siblings
@@ -160,6 +161,7 @@ class Gateway(QuartTrio):
         self.compresses = settings.ws_compression
         self.messages = 0  # of connections that have ended
         self.stalls = Stalls()
+        self.feed = Feed(self)  # to the console
         self._clock = clock
         self._terms = Terms(
             stale_after=settings.ws_heartbeat_timeout,
@@ -262,6 +264,7 @@ class Gateway(QuartTrio):
             self.intake.put_aside = lambda *entry: dead_letters.offer(DeadLetter(*entry))
             nursery.start_soon(dead_letters.run)
         nursery.start_soon(self.replays.decide)
+        nursery.start_soon(self.feed.run)
         if self.roster is not None:
             nursery.start_soon(self.roster.pay)
             nursery.start_soon(self.roster.follow_clock)
@@ -478,6 +481,8 @@ class Gateway(QuartTrio):
                 await self._renew(connection, token)
             case Said.REFRESH_SECTORS | Said.REFRESH_SECTORS_JSON as form:
                 await self._refresh_sectors(connection, form)
+            case Said.WATCH | Said.UNWATCH as said:
+                self.feed.hear(connection, said)
 
     async def _renew(self, connection: Connection, token: str | None) -> None:
         try:

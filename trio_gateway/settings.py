@@ -353,7 +353,7 @@ class Settings(BaseSettings):
         if self.jwt_secret is not None and self.jwt_secret == self.table_token_secret:
             found.append("JWT_SECRET and TABLE_TOKEN_SECRET are the same: use two")
         url = urlsplit(self.jwt_jwks_url or "")
-        if url.scheme == "http" and not _is_here(url.hostname or ""):
+        if url.scheme == "http" and not is_here(url.hostname or ""):
             found.append("JWT_JWKS_URL is not https: who stands in between can make tokens")
         for name in self._secrets_in_use:
             secret = getattr(self, name)
@@ -420,10 +420,10 @@ def _is_open(redis_url: str) -> bool:
     parts = urlsplit(redis_url)
     if parts.scheme == "unix" or parts.password or "password" in parse_qs(parts.query):
         return False
-    return not _is_here(parts.hostname or "localhost")
+    return not is_here(parts.hostname or "localhost")
 
 
-def _is_here(host: str) -> bool:
+def is_here(host: str) -> bool:
     """Whether this is a name or an address of this machine, and nobody else's."""
     try:
         return ipaddress.ip_address(host).is_loopback

@@ -8,6 +8,7 @@ GATEWAY: Final = {
     "gateway.py: self.dispatch.run, self.read": "Dispatch.run#2",
     "gateway.py: dead_letters.run": "DeadLetters.run",
     "gateway.py: self.replays.decide": "Replays.decide",
+    "gateway.py: self.feed.run": "Feed.run",
     "gateway.py: self.roster.pay": "Roster.pay",
     "gateway.py: self.roster.follow_clock": "Roster.follow_clock",
     "gateway.py: revocations.answer_checks": "Revocations.answer_checks",

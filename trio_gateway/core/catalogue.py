@@ -69,6 +69,12 @@ ANSWERS: Final[Mapping[str, Answer]] = {
         _object("resumed", recovered={"type": "boolean"}, count=_COUNT, last_event_id=_STRING),
         "to who asked to resume, before the `count` events that it missed",
     ),
+    "statistics": Answer(
+        messages.statistics({"at": 1790000000.5, "pid": 42, "numbers": {}}, []).decode(),
+        _object("statistics", at={"type": "number"}, pid=_COUNT, numbers={"type": "object"}),
+        "to an ADMIN that watches, once a second: this process's metrics, breakers and links, and "
+        "the slow clients of its tenant",
+    ),
     "gap": Answer(
         messages.GAP.decode(),
         _object("gap"),
@@ -100,6 +106,13 @@ REQUESTS: Final[Mapping[str, Request]] = {
         "auth_ok",
         "a token of somebody else closes with 4003, a bad one with 4001; while Redis can't say "
         "whether the token is revoked nothing is answered and the old one holds: try again",
+    ),
+    "watch": Request(
+        '{"type":"watch"}',
+        _object("watch"),
+        "statistics",
+        "for the role ADMIN on `/ws/admin`, until it says `unwatch`",
+        frozenset({Endpoint.ADMIN}),
     ),
     "resume": Request(
         '{"type":"resume","last_event_id":"…"}',

@@ -1,7 +1,7 @@
 """What clients say, and what they are answered."""
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any, Final
@@ -17,6 +17,8 @@ class Said(Enum):
     PING = auto()
     REFRESH_SECTORS = auto()  # the word alone: answered in the word's own form
     REFRESH_SECTORS_JSON = auto()
+    WATCH = auto()  # an admin wants figures once a second
+    UNWATCH = auto()
     NOTHING = auto()  # anything else that is text: activity, and no more
 
 
@@ -68,6 +70,10 @@ def read_message(text: str) -> Message:
             return Said.PING
         case "refresh_sectors":
             return Said.REFRESH_SECTORS_JSON
+        case "watch":
+            return Said.WATCH
+        case "unwatch":
+            return Said.UNWATCH
         case "auth":
             return Renew(said.token if isinstance(said.token, str) else None)
         case "resume":
@@ -88,6 +94,10 @@ def sectors_updated(sectors: Collection[SectorId], form: Said) -> bytes:
     if form is Said.REFRESH_SECTORS:
         return b"sectors_updated:" + ",".join(map(str, sorted(sectors))).encode()
     return _encode({"type": "sectors_updated", "sector_ids": sorted(sectors)})
+
+
+def statistics(figures: Mapping[str, Any], slow: Sequence[Mapping[str, Any]]) -> bytes:
+    return _encode({"type": "statistics", **figures, "slow": slow})
 
 
 def resumed(*, recovered: bool, count: int, last_event_id: str) -> bytes:

@@ -24,16 +24,19 @@ def client_address(peer: str, forwarded_for: str | None, hops: int) -> str:
     return _owner(addresses[-min(hops, len(addresses))]) or _owner(peer) or peer
 
 
+def host_of(text: str) -> str:
+    """A name or an address without the port that may stand behind it."""
+    host = text.partition("]")[0].removeprefix("[") if text.startswith("[") else text
+    return host.partition(":")[0] if host.count(":") == 1 else host
+
+
 def _owner(text: str) -> str | None:
     """An address in one form, whatever port stands behind it; None if it is none.
 
     Of IPv6 the network: who has one address of a /64 has them all.
     """
-    host = text.partition("]")[0].removeprefix("[") if text.startswith("[") else text
-    if host.count(":") == 1:
-        host = host.partition(":")[0]
     try:
-        address = ip_address(host)
+        address = ip_address(host_of(text))
     except ValueError:
         return None
     if not isinstance(address, IPv6Address):

@@ -14,7 +14,8 @@ from ..core.tokens import (
     read_legacy_table_token,
     read_table_token,
 )
-from ..settings import is_origin
+from ..settings import is_here, is_origin
+from .addresses import host_of
 from .handshake import Handshake
 from .jwks import KeySet
 
@@ -105,6 +106,15 @@ def check_origin(origin: str | None, allowed: Sequence[str], *, required: bool) 
         raise Rejected(Close.FORBIDDEN, "origin malformed", "origin")
     if "*" not in allowed and origin.lower() not in allowed:
         raise Rejected(Close.POLICY_VIOLATION, "origin not allowed", "origin")
+
+
+def is_own_page(handshake: Handshake) -> bool:
+    """Whether a browser on this very machine comes from a page that this gateway has served.
+
+    Names that anybody can point here are none of this machine's (DNS rebinding).
+    """
+    host = handshake.headers.get("host", "")
+    return is_here(host_of(host)) and handshake.origin in {f"http://{host}", f"https://{host}"}
 
 
 def _credential(handshake: Handshake) -> str:

@@ -74,6 +74,11 @@ class Commands:
         )
         return found
 
+    async def publish(self, channel: str, payload: bytes) -> None:
+        await self._run(
+            self._writes, lambda redis: redis.publish(channel, payload), _is_count, again=False
+        )
+
     async def claim(self, key: str, seconds: int) -> bool:
         """Whether we are the first to name this key in so many seconds."""
         first = await self._run(
@@ -146,6 +151,10 @@ class Commands:
             raise
         breaker.succeeded()
         return reply
+
+
+def _is_count(reply: Any) -> bool:
+    return isinstance(reply, int)
 
 
 def _is_value(reply: Any) -> bool:

@@ -14,7 +14,7 @@ from ..core.events import MAX_ID
 from ..core.frames import split
 from ..core.positions import read_cursor
 from ..core.resilience import State
-from . import metrics
+from . import console, metrics
 from .answers import Answer, identify, problem, refusal
 from .asgi import DRAIN, AsgiSocket, read_scope
 from .commands import Unavailable
@@ -257,4 +257,7 @@ HTTP: Final[Mapping[tuple[str, str], "Callable[[Gateway], Awaitable[Answer]]"]] 
     ("GET", "/ws/catchup/session"): _catch_up_session,
     ("POST", "/ws/ticket"): _ticket,
     ("POST", "/ws/explain"): explain,
+    ("GET", "/ws/console"): console.page,
+    ("POST", "/ws/console/token"): console.token,
+    ("POST", "/ws/console/publish"): console.publish,
 }
