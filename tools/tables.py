@@ -48,7 +48,11 @@ def endpoints() -> str:
 
 def requests() -> str:
     rows = [
-        (_code(said.example), _code(ANSWERS[said.answer].example), said.note)
+        (
+            _code(said.example),
+            "none" if said.answer is None else _code(ANSWERS[said.answer].example),
+            said.note,
+        )
         for said in REQUESTS.values()
     ]
     others = [

@@ -39,9 +39,11 @@ async def test_messages_of_a_running_gateway_fit_the_schemas_that_it_serves(
                     )
                 check(name, json.loads(text) if text.startswith("{") else text)
                 await client.send_message(text)
+                heard.add(name)
+                if said.answer is None:
+                    continue
                 answer = str(await client.get_message())
                 check(said.answer, json.loads(answer) if answer.startswith("{") else answer)
-                heard.add(name)
             assert heard == REQUESTS.keys()
             event = {"type": "ROUND_READY", "tenant_id": 1, "branch_id": 1, "entity": {"x": "ñ"}}
             backend.xadd("events:critical", {"data": json.dumps(event)})

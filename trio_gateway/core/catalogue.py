@@ -36,11 +36,11 @@ class Answer:
 
 @dataclass(frozen=True)
 class Request:
-    """Something that a client may say; ``answer`` names one of :data:`ANSWERS`."""
+    """Something that a client may say; ``answer`` names one of :data:`ANSWERS`, if there is any."""
 
     example: str
     schema: Schema
-    answer: str
+    answer: str | None
     note: str = ""
     endpoints: frozenset[Endpoint] = _ALL
 
@@ -112,6 +112,13 @@ REQUESTS: Final[Mapping[str, Request]] = {
         _object("watch"),
         "statistics",
         "for the role ADMIN on `/ws/admin`, until it says `unwatch`",
+        frozenset({Endpoint.ADMIN}),
+    ),
+    "unwatch": Request(
+        '{"type":"unwatch"}',
+        _object("unwatch"),
+        None,
+        "no more figures",
         frozenset({Endpoint.ADMIN}),
     ),
     "resume": Request(

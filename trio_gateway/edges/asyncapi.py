@@ -155,13 +155,13 @@ def _add_endpoint(
     channels[here] = channel
     schemes = [token, "ticket", "bearer"]
     for name, said in asked.items():
-        operations[f"{here}_{name}"] = {
-            **_operation("receive", here, [name], [*schemes, "subprotocol"]),
-            "reply": {
+        operation = _operation("receive", here, [name], [*schemes, "subprotocol"])
+        if said.answer is not None:
+            operation["reply"] = {
                 "channel": _ref("channels", here),
                 "messages": [_ref("channels", here, "messages", said.answer)],
-            },
-        }
+            }
+        operations[f"{here}_{name}"] = operation
     operations[f"{here}_hears"] = _operation(
         "send", here, ["gap", *types], [*schemes, "subprotocol"]
     )
