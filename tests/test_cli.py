@@ -165,6 +165,20 @@ def test_routes_marks_what_a_file_changes(tmp_path: Path) -> None:
 # asyncapi
 
 
+def test_completion_completes_in_a_real_shell() -> None:
+    line = (
+        'eval "$(trio-gateway completion bash)"; COMP_WORDS=(trio-gateway ex); COMP_CWORD=1;'
+        " _trio_gateway_completion trio-gateway; echo ${COMPREPLY[@]}"
+    )
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    found = subprocess.run(
+        ["bash", "-c", line], env=os.environ | {"PATH": path}, capture_output=True, text=True
+    )
+
+    assert found.stdout.split() == ["explain"], found.stderr
+    assert run("completion", "csh").exit_code == 2
+
+
 def test_asyncapi_prints_the_document_of_these_settings() -> None:
     done = run("asyncapi", env={"REDIS_STREAMS": "events:elsewhere"})
     assert done.exit_code == 0

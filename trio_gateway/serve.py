@@ -24,6 +24,7 @@ from .runtime.supervision import leaves
 log = structlog.get_logger()
 
 DEFAULT_BIND: Final = "0.0.0.0:8001"
+_LAST_PORT: Final = 65_535
 _LAST_WORDS: Final = 0.5  # seconds for HTTP answers, however long the drain took
 
 
@@ -60,6 +61,10 @@ def read_config(
         config.bind = list(binds)
     if insecure_binds:
         config.insecure_bind = list(insecure_binds)
+    for bind in [*config.bind, *config.insecure_bind]:
+        port = bind.rpartition(":")[2]
+        if not bind.startswith(("unix:", "fd:")) and port.isdecimal() and int(port) > _LAST_PORT:
+            raise BadConfig(f"can't serve on {bind}: there is no such port")
     return config
 
 

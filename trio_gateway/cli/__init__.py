@@ -5,6 +5,7 @@ import click
 from .. import __version__
 from .asyncapi import asyncapi
 from .check import check
+from .completion import completion
 from .demo import demo
 from .dlq import dlq
 from .endings import settings_or_exit
@@ -32,5 +33,7 @@ def main() -> None:
     """
 
 
-for command in (serve, demo, token, publish, tail, routes, asyncapi, explain, check, dlq):
+for command in (
+    serve, demo, token, publish, tail, routes, asyncapi, explain, check, dlq, completion,
+):  # fmt: skip
     main.add_command(command)
