@@ -30,6 +30,7 @@ OURS = {  # beside the contract's
     "WS_MAX_FAILED_LOGINS": 0,
     "WS_PROXY_HOPS": 0,
     "WS_TRACING": False,
+    "WS_CONSOLE_TOKENS": False,
     "SECTOR_TABLE": "waiter_sector_assignment",
     "SECTOR_COLUMNS": (),
     "SERVICE_TIME_ZONE": "UTC",

@@ -102,6 +102,7 @@ class Settings(BaseSettings):
     ws_drop_alarm_cooldown: _Seconds = 300
     ws_routes_file: Path | None = None
     ws_tracing: bool = False  # needs the extra otel
+    ws_console_tokens: bool = False  # the console makes tokens; in development only
     ws_max_handshakes: _Count = 1000  # in progress at a time
     ws_max_connections_per_address: Annotated[int, Field(ge=0)] = 0  # 0 = off
     ws_max_failed_logins: Annotated[int, Field(ge=0)] = 0  # per address and minute; 0 = off
@@ -239,6 +240,8 @@ class Settings(BaseSettings):
                 problems.append(f"{name.upper()} is shorter than {MIN_SECRET_BYTES} bytes")
             elif is_well_known(secret):
                 problems.append(f"{name.upper()} is no secret: it stands in somebody's example")
+        if self.ws_console_tokens:
+            problems.append("WS_CONSOLE_TOKENS lets anybody in (it is for development)")
         if "*" in self.allowed_origins:
             problems.append("ALLOWED_ORIGINS is a wildcard (production needs a list)")
         if not self.allow_redis_without_password and _is_open(self.redis_url):

@@ -90,7 +90,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def gateway(redis_url: str) -> Iterator[Gateway]:
-    found = Gateway(redis_url)
+    found = Gateway(redis_url, WS_CONSOLE_TOKENS="true")
     yield found
     found.kill()
 

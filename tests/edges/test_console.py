@@ -20,7 +20,9 @@ from trio.testing import MockClock
 
 from trio_gateway.core.audiences import Endpoint
 from trio_gateway.core.messages import Said
+from trio_gateway.core.resilience import Breaker
 from trio_gateway.edges.auth import is_own_page
+from trio_gateway.edges.commands import open_commands
 from trio_gateway.edges.console import Feed, slow
 from trio_gateway.edges.handshake import Handshake
 from trio_gateway.gateway import create_app
@@ -78,12 +80,30 @@ async def test_what_is_for_development_is_not_there_in_production(path: str) -> 
     assert response.status_code == 404
 
 
+def test_production_does_not_start_where_the_console_would_let_anybody_in() -> None:
+    with pytest.raises(ValueError, match="WS_CONSOLE_TOKENS lets anybody in"):
+        make_settings(NO_REDIS, environment="production", ws_console_tokens=True)
+
+
+async def test_tokens_are_made_only_where_that_was_asked_for() -> None:
+    client = create_app(make_settings(NO_REDIS)).test_client()
+    response = await client.post(
+        "/ws/console/token",
+        json={"endpoint": "admin"},
+        headers={"Host": "localhost"},
+        scope_base={"client": ("127.0.0.1", 5000)},
+    )
+    assert response.status_code == 404
+
+
 @pytest.mark.parametrize(
     ("changes", "status"),
     [
         ({"headers": {"Content-Type": "text/plain"}}, 415),  # what a form of any page may send
         ({"headers": {"Host": "rebound.example"}}, 403),
         ({"scope_base": {"client": ("192.0.2.7", 5000)}}, 403),
+        ({"headers": {"X-Forwarded-For": "203.0.113.9"}}, 403),  # through a proxy on this machine
+        ({"headers": {"Forwarded": "for=203.0.113.9"}}, 403),
         ({}, 200),
     ],
 )
@@ -91,7 +111,7 @@ async def test_tokens_are_made_for_pages_on_this_machine_alone(
     changes: dict[str, Any], status: int
 ) -> None:
     headers = {"Content-Type": "application/json", "Host": "localhost:8001"}
-    response = await client_of().post(
+    response = await client_of(ws_console_tokens=True).post(
         "/ws/console/token",
         data=json.dumps({"endpoint": "waiter"}),
         headers=headers | changes.get("headers", {}),
@@ -101,15 +121,17 @@ async def test_tokens_are_made_for_pages_on_this_machine_alone(
 
 
 async def test_playground_makes_tokens_for_each_endpoint_and_publishes(redis_url: str) -> None:
-    async with serving(redis_url, "line") as gateway:
+    async with serving(redis_url, "line", ws_console_tokens=True) as gateway:
 
         async def post(path: str, body: dict[str, Any]) -> Any:
-            headers = {"Content-Type": "application/json"}
+            headers = {"Content-Type": "application/json", "Authorization": f"Bearer {admin}"}
             reply = await http(gateway.port, path, method="POST", headers=headers, json_body=body)
             assert reply.status == 200, reply.text
             return reply.json
 
+        admin = "none yet"
         wanted = {"sector_ids": [5], "session_id": 456}
+        admin = (await post("/ws/console/token", {"endpoint": "admin"}))["token"]
         event = {
             "type": "ROUND_READY", "tenant_id": 1, "branch_id": 1, "sector_id": 5,
             "session_id": 456,
@@ -127,6 +149,35 @@ async def test_playground_makes_tokens_for_each_endpoint_and_publishes(redis_url
         cart = event | {"type": "CART_CLEARED"}
         answer = await post("/ws/console/publish", {"event": cart})
         assert answer == {"channel": "channel:session:456"}
+
+
+@pytest.mark.parametrize(
+    ("claims", "event", "status"),
+    [
+        ({"roles": ["ADMIN"]}, {}, 503),  # let through, and there is no Redis
+        ({"roles": ["MANAGER"]}, {}, 403),
+        ({"roles": ["ADMIN"], "tenant_id": 2}, {}, 403),
+        ({"roles": ["ADMIN"]}, {"type": 7}, 422),
+        (None, {}, 401),
+    ],
+)
+async def test_samples_are_published_by_admins_for_their_own_tenant(
+    claims: dict[str, Any] | None, event: dict[str, Any], status: int
+) -> None:
+    app = create_app(make_settings(NO_REDIS))
+    headers = {}
+    if claims is not None:
+        headers["Authorization"] = f"Bearer {make_jwt(JWT_SECRET, **claims)}"
+    sample = {"type": "ROUND_READY", "tenant_id": 1, "branch_id": 1} | event
+
+    async with open_commands(
+        NO_REDIS, Breaker(5, 30), Breaker(5, 30), max_connections=1
+    ) as app.commands:
+        response = await app.test_client().post(
+            "/ws/console/publish", json={"event": sample}, headers=headers
+        )
+
+    assert response.status_code == status
 
 
 async def test_an_admin_that_watches_is_told_figures_and_others_are_not(redis_url: str) -> None:
@@ -167,6 +218,7 @@ async def test_feed_ends_with_the_role_and_spares_who_reads_slowly(
 
     feed.hear(admin, Said.WATCH)
     await trio.sleep(2.5)
+    feed.hear(admin, Said.WATCH)  # which it does already
     told = len(socket.texts)
     app.hub.move(admin, make_principal(Endpoint.ADMIN, roles=["MANAGER"]))
     await trio.sleep(5)
@@ -187,7 +239,7 @@ async def test_slow_clients_of_other_tenants_are_nobodys_business(nursery: trio.
 
     (found,) = slow(app, make_principal(Endpoint.ADMIN, tenant=1, roles=["ADMIN"]))
 
-    assert found == {"endpoint": "waiter", "user": "1", "session": None, "bytes": 102}
+    assert found == {"endpoint": "waiter", "user": "1", "session": None, "bytes": 102, "frames": 1}
     nursery.cancel_scope.cancel()
 
 

@@ -142,6 +142,7 @@ class _Stage:
             "TABLE_TOKEN_SECRET": self.table_secret,
             "LOG_LEVEL": "warning",
             "LOG_FORMAT": "console",
+            "WS_CONSOLE_TOKENS": "true",
         }
 
 

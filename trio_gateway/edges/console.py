@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 import time
+from collections.abc import Collection
 from importlib.resources import files
 from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn, TypeVar
 
@@ -23,7 +24,7 @@ from ..publisher import channel_for
 from ..runtime.connection import Connection
 from ..settings import is_here
 from .addresses import host_of
-from .answers import Answer, identify, problem, status_of
+from .answers import Answer, identify, problem, refusal, status_of
 from .commands import Unavailable
 from .handshake import bearer
 
@@ -35,6 +36,7 @@ T = TypeVar("T")
 EVERY: Final = 1.0  # seconds between two messages of figures
 MOST_SLOW: Final = 20  # slow clients that are named
 TOKEN_LIFE: Final = 3600  # seconds
+_FORWARDED: Final = ("Forwarded", "Via", "X-Forwarded-For", "X-Real-Ip")
 _KEPT: Final = 10_000  # entries of a stream, about, that samples are added to
 
 
@@ -55,7 +57,7 @@ class Feed:
         """A client said WATCH or UNWATCH; who may not is not answered, as to any other text."""
         if said is Said.UNWATCH:
             self._watchers.discard(connection)
-        elif may_watch(connection.principal):
+        elif may_watch(connection.principal) and connection not in self._watchers:
             self._watchers.add(connection)
             self._tell([connection])
             self._begun.set()
@@ -70,13 +72,14 @@ class Feed:
             # Who has left, or is an admin no more since its token was renewed:
             here = self._watchers & self._app.hub.connections
             self._watchers = {each for each in here if may_watch(each.principal)}
-            self._tell([each for each in self._watchers if not each.waiting_bytes])
+            self._tell(self._watchers)
 
-    def _tell(self, watchers: list[Connection]) -> None:
-        if not watchers:
+    def _tell(self, watchers: Collection[Connection]) -> None:
+        reading = [each for each in watchers if not each.waiting_bytes]
+        if not reading:
             return
         found = figures(self._app)
-        for each in watchers:
+        for each in reading:
             each.send(statistics(found, slow(self._app, each.principal)))
 
 
@@ -84,7 +87,7 @@ def figures(app: "Gateway") -> dict[str, Any]:
     """What the metrics say of this process, and the state that is no number."""
     sample = app.sample()
     return {
-        "at": time.time(),
+        "at": trio.current_time(),  # which nobody sets
         "pid": os.getpid(),
         "ready": app.ready,
         "draining": app.draining,
@@ -113,6 +116,7 @@ def slow(app: "Gateway", admin: Principal) -> list[dict[str, Any]]:
             "user": each.principal.user,
             "session": each.principal.session,
             "bytes": each.waiting_bytes,
+            "frames": each.waiting_frames,
         }
         for each in waiting[:MOST_SLOW]
     ]
@@ -155,17 +159,19 @@ async def page(app: "Gateway") -> Answer:
             await _admit(app)
         except Rejected as rejected:
             return _html(_GATE, status_of(rejected.close))
-    return _html(_PAGE.replace("{environment}", app.settings.environment), 200)
+    text = _PAGE.replace("{environment}", app.settings.environment)
+    return _html(text.replace("{tokens}", str(app.settings.ws_console_tokens).lower()), 200)
 
 
-async def _admit(app: "Gateway") -> None:
+async def _admit(app: "Gateway") -> Principal:
+    """The ADMIN who asks; else :exc:`Rejected`."""
     token = bearer(request.headers.get("Authorization"))
     if (ticket := request.args.get("ticket")) is not None:
         assert app.admission.tickets is not None
         token = await app.admission.tickets.redeem(ticket)
     for principal in await identify(app, token, staff=True):
         if may_watch(principal):
-            return
+            return principal
     raise Rejected(Close.FORBIDDEN, "for an ADMIN only", "role")
 
 
@@ -195,8 +201,16 @@ class _Sample(msgspec.Struct):
 
 
 async def token(app: "Gateway") -> Answer:
-    """Development only: a token for the console's playground."""
-    wanted = await _asked(app, _Wanted)
+    """Development only, where `WS_CONSOLE_TOKENS` allows it: a token for the playground."""
+    if not app.settings.ws_console_tokens:
+        return problem(404, "not found")
+    # What makes tokens for whoever asks is for this machine: not for who comes through a proxy
+    # on it, nor for a page under a name that was pointed here.
+    if not (is_here(request.remote_addr or "") and is_here(host_of(request.host))) or any(
+        name in request.headers for name in _FORWARDED
+    ):
+        return problem(403, "for a browser on the gateway's own machine")
+    wanted = await _asked(_Wanted)
     if not isinstance(wanted, _Wanted):
         return wanted
     endpoint = ENDPOINTS.get(f"/ws/{wanted.endpoint}")
@@ -230,8 +244,14 @@ async def token(app: "Gateway") -> Answer:
 
 
 async def publish(app: "Gateway") -> Answer:
-    """Development only: publish a sample, a durable type on the first stream."""
-    sample = await _asked(app, _Sample)
+    """Development only: an ADMIN publishes a sample for its tenant, if durable on a stream."""
+    if app.settings.production:
+        return problem(404, "not found")
+    try:
+        admin = await _admit(app)
+    except Rejected as rejected:
+        return refusal(rejected)
+    sample = await _asked(_Sample)
     if not isinstance(sample, _Sample):
         return sample
     payload = bytes(sample.event)
@@ -239,6 +259,8 @@ async def publish(app: "Gateway") -> Answer:
         event = parse_event(payload, channel="", heard_at=0)
     except InvalidEvent as invalid:
         return problem(422, f"event: {invalid}")
+    if event.tenant != admin.tenant:
+        return problem(403, "an event of another tenant")
     routes, streams = app.settings.routes, app.settings.redis_streams
     assert app.commands is not None
     try:
@@ -252,15 +274,10 @@ async def publish(app: "Gateway") -> Answer:
     return jsonify(channel=channel)
 
 
-async def _asked(app: "Gateway", kind: type[T]) -> T | Answer:
-    """The body of a request that is for development alone, from this machine, and from a page of
-    our own: no other can send JSON without asking first (Fetch, 3.2.2), which we don't answer,
-    and a name that was pointed here to be one of ours is none of this machine's.
+async def _asked(kind: type[T]) -> T | Answer:
+    """The body of a request from a page of our own: no other can send JSON without asking first
+    (Fetch, 3.2.2), which we don't answer.
     """
-    if app.settings.production:
-        return problem(404, "not found")
-    if not is_here(request.remote_addr or "") or not is_here(host_of(request.host)):
-        return problem(403, "for a browser on the gateway's own machine")
     if request.mimetype != "application/json":
         return problem(415, "application/json only")
     try:

@@ -176,6 +176,10 @@ class Connection:
     def waiting_bytes(self) -> int:
         return 0 if self._outbox is None else self._outbox.bytes
 
+    @property
+    def waiting_frames(self) -> int:
+        return 0 if self._outbox is None else self._outbox.frames
+
     async def run(self, socket: Socket, hub: Hub) -> None:
         """Serve the client until it leaves or is closed; returns when the close is through.
 
