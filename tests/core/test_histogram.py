@@ -25,6 +25,16 @@ def test_values_are_counted_and_summed() -> None:
     assert histogram.sum == 0.5 + 3 * 1.5 + 2 * 9.0
 
 
+def test_many_are_observed_as_each_of_them() -> None:
+    one, many = Histogram([1.0, 2.0]), Histogram([1.0, 2.0])
+    values = [0.5, 1.5, 9.0, 1.0, 0.5]
+    for value in values:
+        one.observe(value)
+    many.observe_all(values)
+
+    assert (many.counts, many.sum) == (one.counts, one.sum)
+
+
 def test_bounds_of_seconds_rise() -> None:
     assert sorted(set(SECONDS)) == list(SECONDS)
     assert len(Histogram().counts) == len(SECONDS) + 1

@@ -102,7 +102,7 @@ def _content(event: Event) -> tuple[bytes, ...]:
     if start < 0 or payload.find(b'"ts"', start + 4) >= 0:
         start = _outermost_ts(payload)
     value = payload.find(ts, start + 4) if start >= 0 else -1
-    if value < 0 or payload[start + 4 : value].strip() != b":":
+    if value < 0 or ((between := payload[start + 4 : value]) != b":" and between.strip() != b":"):
         # Written with escapes, or twice: then copies must agree to the byte.
         return (payload,)
     return payload[:start], payload[value + len(ts) :]

@@ -226,7 +226,8 @@ async def read_head(stream: trio.abc.Stream, data: bytearray) -> tuple[bytes, Re
     Returns what was read, and how to refuse it if it is no head. Nothing read: nobody there.
     """
     while True:
-        received = await receive(stream, CHUNK)
+        # What is accepted has mostly said already what it wants.
+        received = await receive(stream, CHUNK, at_once=not data)
         if not received:
             return bytes(data), Refusal(400, "incomplete request") if data else None
         # The end may have begun in what was there before.

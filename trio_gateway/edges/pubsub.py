@@ -45,7 +45,7 @@ class PubSub:
         self._unconfirmed = 0
         self.connected = False
         first_match = lru_cache(maxsize=10_000)(self._first_match)
-        self._first_match_of: Callable[[bytes], bytes | None] = first_match
+        self._first_match_of: Callable[[bytes], tuple[bytes | None, str]] = first_match
 
     async def run(self) -> NoReturn:
         """Listen until the link is :exc:`Lost`."""
@@ -92,8 +92,8 @@ class PubSub:
         match reply:
             case [b"pmessage", bytes() as pattern, bytes() as channel, bytes() as payload]:
                 # A channel that matches several patterns is sent once for each of them.
-                if self._first_match_of(channel) == pattern:
-                    name = channel.decode(errors="replace")
+                first, name = self._first_match_of(channel)
+                if first == pattern:
                     event = self._intake.parse(payload, source="pubsub", channel=name)
                     if event is not None:
                         self._queue.offer(event)
@@ -112,11 +112,13 @@ class PubSub:
             self._breaker.succeeded()
             log.info("subscribed", source="pubsub", patterns=len(self._patterns))
 
-    def _first_match(self, channel: bytes) -> bytes | None:
+    def _first_match(self, channel: bytes) -> tuple[bytes | None, str]:
+        """Of our patterns; and the channel's name."""
+        name = channel.decode(errors="replace")
         for pattern in self._patterns:
             if glob(pattern).fullmatch(channel):
-                return pattern
-        return None
+                return pattern, name
+        return None, name
 
 
 @lru_cache(maxsize=1000)

@@ -33,16 +33,19 @@ _DIRECT: Final = sys.platform != "win32"
 GONE: Final = (trio.BrokenResourceError, trio.ClosedResourceError, trio.BusyResourceError)
 
 
-async def receive(stream: trio.abc.Stream, size: int) -> bytes:
+async def receive(stream: trio.abc.Stream, size: int, *, at_once: bool = False) -> bytes:
     """Some bytes, none at the end. Raises :exc:`OSError` or one of :data:`GONE`.
 
-    Of a plain socket they are read without the stream's own steps, of which there are many.
+    Of a plain socket they are read without the stream's own steps, of which there are many;
+    ``at_once`` without waiting, and then without a checkpoint, if some are there.
     """
     if not _DIRECT or type(stream) is not trio.SocketStream:
         return bytes(await stream.receive_some(size))
     socket = stream.socket
     while not is_closed(stream):
-        await trio.lowlevel.wait_readable(socket)
+        if not at_once:
+            await trio.lowlevel.wait_readable(socket)
+        at_once = False
         try:
             # The number is asked for each time, -1 once closed: the next client gets the old one.
             return os.read(socket.fileno(), size)

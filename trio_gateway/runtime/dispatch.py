@@ -92,8 +92,7 @@ class Dispatch:
                 self._log_failure(len(batch))
             if fresh or scope.cancelled_caught:
                 self.duration.observe(ended - started)
-            for event in fresh:
-                self.latency.observe(ended - event.heard_at)
+            self.latency.observe_all([ended - event.heard_at for event in fresh])
             if self.observe is not None:
                 self.observe(fresh, ended)
             queue.done(len(batch))
