@@ -161,6 +161,7 @@ def deploy(session: nox.Session) -> None:
     if missing:
         _from_debian(session, *missing)
     session.run("promtool", "check", "rules", "deploy/prometheus/alerts.yml", external=True)
+    session.run("promtool", "test", "rules", "tests/deploy/alerts.test.yml", external=True)
     session.install("-c", LOCK, "-e", ".[test]")
     session.run("pytest", "-m", "deploy", "tests/deploy", *session.posargs)
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
+from .core.closing import Close
 from .edges.metrics import Sample
 
 if TYPE_CHECKING:
@@ -48,7 +49,8 @@ def sample(gateway: "Gateway") -> Sample:
             "wsgateway_events_unheard_total": dispatch.unheard,
             "wsgateway_events_unknown_type_total": dispatch.unknown_type,
             "wsgateway_deliveries_total": dispatch.deliveries,
-            "wsgateway_resumes_total": gateway.replays.resumes,
+            "wsgateway_resumes_total": {"recovered": 0, "not_recovered": 0}
+            | gateway.replays.resumes,
             "wsgateway_replayed_events_total": gateway.replays.replayed,
             "wsgateway_stream_gaps_total": gateway.streams.gaps if gateway.streams else 0,
             "wsgateway_dead_letters_total": (
@@ -71,8 +73,12 @@ def sample(gateway: "Gateway") -> Sample:
 
 
 def _by_code(closed: Counter[int]) -> dict[str, float]:
-    """Clients choose their close codes: the most frequent ones are labels, the rest is "other"."""
-    found = {str(code): float(number) for code, number in closed.most_common(_MOST_CODES)}
+    """Clients choose their close codes: the most frequent ones are labels, the rest is "other".
+
+    Our own are there from the start, or the first of them would be no increase.
+    """
+    found = {str(int(close)): 0.0 for close in Close if close.sent}
+    found |= {str(code): float(number) for code, number in closed.most_common(_MOST_CODES)}
     if rest := closed.total() - sum(found.values()):
         found["other"] = rest
     return found
