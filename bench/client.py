@@ -347,8 +347,8 @@ class Load:
             self.faults.strange += 1
             return k
         got = heard.before(n)
-        if k < 0:
-            k = min(got, heard.before(client.heard_from))
+        if k < 0:  # its first one; before it is ready it is owed nothing
+            k = min(got, heard.before(client.heard_from)) if client.ready else got
         if got >= k:
             self.faults.missing += got - k
             client.lost.update(range(k, got))

@@ -8,6 +8,10 @@ from typing import Any
 
 import pytest
 
+from bench.client import Client, Load
+from bench.crowd import Heard, Kind, Template
+from trio_gateway.core.frames import text_frame
+
 
 def bench(*arguments: str) -> dict[str, Any]:
     """The gateway's figures of a run."""
@@ -41,3 +45,27 @@ def test_everybody_resumes_at_once_without_a_gap_or_a_question_per_client_to_red
     faults = ("missing", "duplicate", "out of order", "not recovered")
     assert [figures[name] for name in faults] == [0, 0, 0, 0]
     assert sum(n for name, n in figures.items() if name.startswith("Redis: ")) < 100
+
+
+@pytest.mark.parametrize(("texts", "missing"), [("eeP", 0), ("Pee", 0), ("P-e", 1), ("eP-e", 1)])
+def test_who_hears_an_event_before_its_first_pong_has_missed_none_of_those_before(
+    texts: str, missing: int
+) -> None:
+    """``e`` is the next event, ``-`` one that does not come, ``P`` the pong of who is let in."""
+    template = Template([Kind("c", {"type": "A"})] * 10, 300)
+    load, client = Load(1, template), Client(1, "/ws/waiter", Heard(range(10), 10))
+    number, data = 5000, b""
+    for text in texts:
+        if text == "P":
+            data += text_frame(b'{"type":"pong"}')
+            continue
+        if text == "e":
+            data += text_frame(template.payload(number, 0))
+        number += 1
+    load.heard_from = lambda: 5000 + texts[: texts.index("P")].count("e")
+    load._read(client, data)
+    load.shut()
+    client.socket.close()
+
+    assert client.ready
+    assert load.faults.missing == missing
