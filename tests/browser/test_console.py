@@ -184,7 +184,8 @@ def test_when_the_gateway_is_lost_the_page_says_so_comes_back_and_resumes(
     gateway.kill()
     try:
         expect(page.locator("#link")).to_contain_text("connection lost")
-        expect(page.locator("#playState")).to_contain_text("trying again in")
+        expect(page.locator("#playState")).to_contain_text("connection lost")
+        expect(page.locator("#playWait")).to_contain_text("trying again in")
         publish(backend, "meanwhile")
     finally:
         gateway.start()

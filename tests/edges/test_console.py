@@ -1,6 +1,8 @@
 """The console: who gets it, and what it is told."""
 
 import json
+import re
+from importlib.resources import files
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from harness import (
 from trio.testing import MockClock
 
 from trio_gateway.core.audiences import Endpoint
+from trio_gateway.core.histogram import SECONDS
 from trio_gateway.core.messages import Said
 from trio_gateway.core.resilience import Breaker
 from trio_gateway.edges.auth import is_own_page
@@ -47,7 +50,14 @@ async def test_in_development_anyone_gets_the_page_which_holds_no_secret() -> No
     policy = response.headers["Content-Security-Policy"]
     assert policy.startswith("default-src 'none'; script-src 'sha256-")
     assert "unsafe" not in policy
+    assert "connect-src 'self';" in policy
     assert "frame-ancestors 'none'" in policy
+
+
+def test_the_pages_buckets_are_those_of_the_histograms() -> None:
+    page = files("trio_gateway").joinpath("static", "console.html").read_text("utf-8")
+    (found,) = re.findall(r"const BOUNDS = (\[.*\]);", page)
+    assert tuple(json.loads(found)) == SECONDS
 
 
 async def test_in_production_the_page_is_for_admins(redis_url: str) -> None:

@@ -144,7 +144,7 @@ _HEADERS: Final = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": (
         f"default-src 'none'; script-src {_allowed('script')}; style-src {_allowed('style')}; "
-        "connect-src 'self' ws: wss:; img-src data:; base-uri 'none'; form-action 'none'; "
+        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
         "frame-ancestors 'none'"
     ),
     "Referrer-Policy": "no-referrer",
