@@ -1,5 +1,8 @@
-"""One profile for hypothesis: the same examples on every run, and not too many."""
+"""One profile for hypothesis: the same examples on every run, and not too many. What is collected."""
 
+from pathlib import Path
+
+import pytest
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(
@@ -11,3 +14,9 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("gateway")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """The browser's tests import what is an extra of its own: who wants them says ``-m browser``."""
+    wanted = config.getoption("markexpr") == "browser"
+    return True if collection_path.name == "browser" and not wanted else None
