@@ -1,4 +1,4 @@
-"""One profile for hypothesis: the same examples on every run, and not too many. What is collected."""
+"""One profile for hypothesis: the same examples on every run, and not too many."""
 
 from pathlib import Path
 
@@ -17,6 +17,6 @@ settings.load_profile("gateway")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """The browser's tests import what is an extra of its own: who wants them says ``-m browser``."""
+    """The browser's tests need an extra of their own: who wants them says ``-m browser``."""
     wanted = config.getoption("markexpr") == "browser"
     return True if collection_path.name == "browser" and not wanted else None
