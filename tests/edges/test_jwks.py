@@ -436,7 +436,9 @@ async def test_server_that_hangs_delays_nobody_whose_key_is_there(
             async with admitted(f"{url}/ws/waiter?token={known}"):
                 pass
             assert await received(bystander) == []
-            assert trio.current_time() - started < 0.25
+            assert (
+                trio.current_time() - started < 1
+            )  # a connect that waited for the server would take seconds
         assert not gateway.app.rejected  # those still wait
         issuer.answers.set()
         await until(lambda: gateway.app.rejected == {"auth": 20})

@@ -265,7 +265,7 @@ async def _while_frozen(
     assert set(endings) <= {0, 1013}
     assert endings.count(1013) >= 30
     assert trio.current_time() - started < 4
-    assert slowest < 0.25
+    assert slowest < 1  # as long as Redis is given would be 2
     assert len(gateway.app.hub) == 2
     assert gateway.app.rejected["auth"] == gateway.app.rejected["failed_logins"] == 0
 

@@ -467,7 +467,7 @@ async def test_frozen_database_delays_a_connect_by_two_seconds_and_nobody_else(
         nursery.cancel_scope.cancel()
         await until(partial(_no_query_hangs, gateway))
     assert len(latencies) > 30
-    assert max(latencies) < 0.25
+    assert max(latencies) < 1  # as long as the database is given would be 2
 
 
 async def test_when_it_stays_frozen_nobody_waits_any_more(
