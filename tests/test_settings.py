@@ -376,6 +376,27 @@ def test_development_says_when_a_secret_is_short() -> None:
     assert settings.warnings == ["JWT_SECRET is shorter than 32 bytes"]
 
 
+@pytest.mark.parametrize(
+    ("intervals", "named"),
+    [
+        ({}, []),
+        ({"ws_ping_interval": 60, "ws_heartbeat_timeout": 90}, ["WS_PING_INTERVAL"]),
+        ({"ws_ping_interval": 50, "ws_heartbeat_timeout": 50}, ["WS_PING_INTERVAL"]),
+        ({"ws_receive_timeout": 59}, ["WS_RECEIVE_TIMEOUT"]),
+        ({"ws_heartbeat_timeout": 49}, ["WS_HEARTBEAT_TIMEOUT"]),
+        ({"ws_receive_timeout": 40}, ["WS_RECEIVE_TIMEOUT", "WS_RECEIVE_TIMEOUT"]),
+        ({"ws_ping_interval": 29, "ws_heartbeat_timeout": 59}, []),
+    ],
+    ids=str,
+)
+def test_intervals_that_do_not_fit_are_named_at_the_start(
+    intervals: dict[str, Any], named: list[str]
+) -> None:
+    settings = Settings(jwt_secret=SECRET, table_token_secret=OTHER, **intervals)
+
+    assert [line.split()[0] for line in settings.warnings] == named
+
+
 # --- what is made of them ---
 
 

@@ -25,7 +25,7 @@ from . import figures
 from .core.audiences import Endpoint, Principal, SectorId
 from .core.closing import Close, Rejected
 from .core.limits import DropAlarm, LogLimit, TenantRate
-from .core.messages import GAP, Message, Renew, Said, auth_ok, sectors_updated
+from .core.messages import GAP, Message, Renew, Said, auth_ok, intervals, sectors_updated
 from .core.notices import REVOKED
 from .core.resilience import Breaker
 from .edges import line, sse, web
@@ -171,6 +171,11 @@ class Gateway(QuartTrio):
             rate_window=settings.ws_message_rate_window,
             outbox_bytes=settings.ws_outbox_bytes,
             outbox_messages=settings.ws_outbox_messages,
+        )
+        self._intervals = intervals(
+            heartbeat_timeout=settings.ws_heartbeat_timeout,
+            receive_timeout=settings.ws_receive_timeout,
+            ping_interval=settings.ws_ping_interval,
         )
         # Who can't speak is not held to it: the dead are found by what is written to them.
         self._one_way_terms = replace(self._terms, stale_after=math.inf, receive_timeout=math.inf)
@@ -481,6 +486,8 @@ class Gateway(QuartTrio):
                 await self._renew(connection, token)
             case Said.REFRESH_SECTORS | Said.REFRESH_SECTORS_JSON as form:
                 await self._refresh_sectors(connection, form)
+            case Said.INTERVALS:
+                connection.send(self._intervals)
             case Said.WATCH | Said.UNWATCH as said:
                 self.feed.hear(connection, said)
 

@@ -90,6 +90,8 @@ def run(app: Gateway, config: Config, supervisor: int | None = None) -> int:
     line.install()
     calm_collector()
     app.end.patience = config.graceful_timeout
+    # Hypercorn pings the WebSockets that it serves itself.
+    config.websocket_ping_interval = app.settings.ws_ping_interval
     try:
         trio.run(_serve, app, config, supervisor)
     except BaseException as error:

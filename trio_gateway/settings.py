@@ -42,6 +42,8 @@ _ORIGIN = re.compile(
     r"[a-z][a-z0-9+.-]*://(?:[a-z0-9._~%-]+|\[[0-9a-f:.]+\])(?::(?P<port>[0-9]{1,5}))?",
     re.ASCII | re.IGNORECASE,
 )
+_USUAL_IDLE_TIMEOUT = 60  # seconds: nginx, AWS ALB and others, unless told otherwise
+_USUAL_PING = 25  # seconds between the pings of our clients unless the gateway names another
 _HMAC = frozenset({"HS256", "HS384", "HS512"})
 SECTOR_COLUMNS = (
     "tenant_id", "branch_id", "sector_id", "waiter_id", "assignment_date", "shift", "is_active",
@@ -362,6 +364,34 @@ class Settings(BaseSettings):
             secret = getattr(self, name)
             if secret is not None and len(secret.encode()) < MIN_SECRET_BYTES:
                 found.append(f"{name.upper()} is shorter than {MIN_SECRET_BYTES} bytes")
+        return found + self._interval_warnings()
+
+    def _interval_warnings(self) -> list[str]:
+        """Intervals that clients, proxies or other settings can not be expected to fit."""
+        heartbeat, receive = self.ws_heartbeat_timeout, self.ws_receive_timeout
+        found = []
+        if self.ws_ping_interval >= heartbeat:
+            found.append(
+                f"WS_PING_INTERVAL ({self.ws_ping_interval:g} s) is not below WS_HEARTBEAT_TIMEOUT"
+                f" ({heartbeat:g} s): a dead connection is found only by the heartbeat timeout"
+            )
+        if self.ws_ping_interval >= _USUAL_IDLE_TIMEOUT:
+            found.append(
+                f"WS_PING_INTERVAL ({self.ws_ping_interval:g} s) is not below {_USUAL_IDLE_TIMEOUT}"
+                " s, the usual idle timeout of proxies: they close connections without events"
+            )
+        if receive < heartbeat:
+            found.append(
+                f"WS_RECEIVE_TIMEOUT ({receive:g} s) is below WS_HEARTBEAT_TIMEOUT"
+                f" ({heartbeat:g} s), which then never applies"
+            )
+        if min(heartbeat, receive) < 2 * _USUAL_PING:
+            name = "WS_HEARTBEAT_TIMEOUT" if heartbeat <= receive else "WS_RECEIVE_TIMEOUT"
+            found.append(
+                f"{name} ({min(heartbeat, receive):g} s) is below {2 * _USUAL_PING} s: clients that"
+                f" ping every {_USUAL_PING} s and do not ask for the intervals are closed with 4008"
+                " when one ping is late"
+            )
         return found
 
 

@@ -34,6 +34,7 @@ UNDERSTOOD: list[tuple[str, Message]] = [
     ('{"type":"auth","token":["abc"]}', Renew(None)),
     ('{"type":"resume","last_event_id":"1-0"}', Resume("1-0")),
     ('{"type":"resume","last_event_id":""}', Resume("")),
+    ('{"type":"intervals","x":1}', Said.INTERVALS),
     ('{"type":"resume"}', Resume(None)),
     ('{"type":"resume","last_event_id":10}', Resume(None)),
 ]

@@ -230,6 +230,29 @@ async def test_ping_is_answered_in_all_its_forms(redis_url: str, door: Door, pin
                     assert await client.get_message() == PONG_TEXT
 
 
+async def test_client_that_asks_for_the_intervals_is_told_those_in_force(
+    redis_url: str, door: Door
+) -> None:
+    intervals = {
+        "ws_heartbeat_timeout": 7,
+        "ws_receive_timeout": 8.5,
+        "ws_ping_interval": 2,
+    }
+    async with (
+        serving(redis_url, door, **intervals) as gateway,
+        admitted(gateway.staff_url("waiter")) as client,
+    ):
+        await client.send_message('{"type":"intervals"}')
+        assert [json.loads(text) for text in await received_texts(client)] == [
+            {
+                "type": "intervals",
+                "heartbeat_timeout": 7,
+                "receive_timeout": 8.5,
+                "ping_interval": 2,
+            }
+        ]
+
+
 async def test_other_text_is_ignored_and_counted(redis_url: str, door: Door) -> None:
     junk = ["", "hello", "PING", "pong", "{", "[]", "null", "{}", '{"type":1}', '{"typ":"ping"}']
     async with serving(redis_url, door) as gateway, admitted(gateway.staff_url("waiter")) as client:

@@ -14,6 +14,7 @@ from .messages import Said
 Schema = Mapping[str, Any]
 _STRING: Final[Schema] = {"type": "string"}
 _COUNT: Final[Schema] = {"type": "integer", "minimum": 0}
+_SECONDS: Final[Schema] = {"type": "number", "minimum": 0}
 _ALL: Final = frozenset(Endpoint)
 
 
@@ -69,6 +70,19 @@ ANSWERS: Final[Mapping[str, Answer]] = {
         _object("resumed", recovered={"type": "boolean"}, count=_COUNT, last_event_id=_STRING),
         "to who asked to resume, before the `count` events that it missed",
     ),
+    "intervals": Answer(
+        messages.intervals(
+            heartbeat_timeout=60.0, receive_timeout=90.0, ping_interval=25.0
+        ).decode(),
+        _object(
+            "intervals",
+            heartbeat_timeout=_SECONDS,
+            receive_timeout=_SECONDS,
+            ping_interval=_SECONDS,
+        ),
+        "the gateway's own settings in seconds: send something at least once in half of the "
+        "smaller of the first two; the gateway sends something at least once in the third",
+    ),
     "statistics": Answer(
         messages.statistics({"at": 1790000000.5, "pid": 42, "numbers": {}}, []).decode(),
         _object("statistics", at={"type": "number"}, pid=_COUNT, numbers={"type": "object"}),
@@ -106,6 +120,12 @@ REQUESTS: Final[Mapping[str, Request]] = {
         "auth_ok",
         "a token of somebody else closes with 4003, a bad one with 4001; while Redis can't say "
         "whether the token is revoked nothing is answered and the old one holds: try again",
+    ),
+    "ask_intervals": Request(
+        '{"type":"intervals"}',
+        _object("intervals"),
+        "intervals",
+        "after a `resume`, if there is one: that must be the first message",
     ),
     "watch": Request(
         '{"type":"watch"}',

@@ -19,6 +19,7 @@ class Said(Enum):
     REFRESH_SECTORS_JSON = auto()
     WATCH = auto()  # an admin wants figures once a second
     UNWATCH = auto()
+    INTERVALS = auto()  # how often it must be heard from, and how often it hears from us
     NOTHING = auto()  # anything else that is text: activity, and no more
 
 
@@ -74,6 +75,8 @@ def read_message(text: str) -> Message:
             return Said.WATCH
         case "unwatch":
             return Said.UNWATCH
+        case "intervals":
+            return Said.INTERVALS
         case "auth":
             return Renew(said.token if isinstance(said.token, str) else None)
         case "resume":
@@ -98,6 +101,18 @@ def sectors_updated(sectors: Collection[SectorId], form: Said) -> bytes:
 
 def statistics(figures: Mapping[str, Any], slow: Sequence[Mapping[str, Any]]) -> bytes:
     return _encode({"type": "statistics", **figures, "slow": slow})
+
+
+def intervals(*, heartbeat_timeout: float, receive_timeout: float, ping_interval: float) -> bytes:
+    """What the gateway measures silence by, in seconds (``WS_HEARTBEAT_TIMEOUT`` and so on)."""
+    return _encode(
+        {
+            "type": "intervals",
+            "heartbeat_timeout": heartbeat_timeout,
+            "receive_timeout": receive_timeout,
+            "ping_interval": ping_interval,
+        }
+    )
 
 
 def resumed(*, recovered: bool, count: int, last_event_id: str) -> bytes:
