@@ -2,9 +2,12 @@
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -20,7 +23,7 @@ import trio
 from click.testing import CliRunner, Result
 
 import trio_gateway
-from trio_gateway.cli import main
+from trio_gateway.cli import demo_file, main
 from trio_gateway.core.audiences import Endpoint
 from trio_gateway.core.routing import ROUTES
 from trio_gateway.core.tokens import read_jwt, read_legacy_table_token, read_table_token
@@ -597,9 +600,6 @@ def test_demo_shows_every_role_its_events_and_leaves_nothing(
             if not waiting:
                 break
         assert not waiting, process.communicate()
-        for endpoint in Endpoint:
-            assert f"ws://127.0.0.1:{port}{endpoint.path}?" in shown
-            assert f"trio-gateway tail --as {endpoint.label}" in shown
         assert list(temporary.iterdir())
         assert len(mentioning(str(temporary))) >= 2
         started = time.monotonic()
@@ -616,6 +616,102 @@ def test_demo_shows_every_role_its_events_and_leaves_nothing(
     assert group(process.pid) == []
     assert mentioning(str(temporary)) == []
     assert mentioning(f"127.0.0.1:{port}") == []
+
+
+async def test_demo_names_the_console_first_and_a_command_that_needs_no_token_for_each_role(
+    tmp_path: Path,
+) -> None:
+    arguments = f"demo --rate 40 --port {harness.free_port()}".split()
+    bare = {"PATH": os.environ["PATH"], "TMPDIR": str(tmp_path)}
+    async with harness.process("trio_gateway", *arguments, env=bare) as process:
+        assert process.stdout is not None
+        lines = [process.stdout.readline().decode().rstrip()]
+        while lines[-1] != "Ctrl-C ends everything.":
+            lines.append(process.stdout.readline().decode().rstrip())
+        assert re.fullmatch(r"Open the console in a browser: http://\S+/ws/console", lines[0])
+        with urllib.request.urlopen(lines[0].split()[-1], timeout=5) as response:
+            assert response.status == 200
+        assert max(map(len, lines)) < 200
+        (file,) = tmp_path.glob("*/demo.json")
+        assert (file.stat().st_mode & 0o777, file.parent.stat().st_mode & 0o777) == (0o600, 0o700)
+
+        async def run_it(command: str) -> None:
+            name, *arguments = shlex.split(command, comments=True)
+            assert name == "trio-gateway"
+            status, out, err = await ran(*arguments, "--count", "1", "--json", env=bare)
+            assert (status, len(out)) == (0, 1), err
+
+        printed = [line for line in lines if "trio-gateway tail" in line]
+        assert [shlex.split(line, True)[-1] for line in printed] == [e.label for e in Endpoint]
+        async with trio.open_nursery() as nursery:
+            for command in [*printed, "trio-gateway tail --as waiter"]:
+                nursery.start_soon(run_it, command)
+
+
+def put_demo(folder: Path, mode: int = 0o600, **changes: Any) -> Path:
+    """The file of a demo that runs, as far as it says."""
+    folder.mkdir()
+    values = {"pid": os.getpid(), "url": "ws://127.0.0.1:1", "jwt_secret": "s" * 32}
+    path = folder / "demo.json"
+    path.write_text(json.dumps(values | {"table_token_secret": "t" * 32} | changes))
+    path.chmod(mode)
+    return path
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def test_tail_takes_the_demo_that_started_last(temporary: Path) -> None:
+    for number in (1, 2):
+        path = put_demo(temporary / f"trio-gateway-demo-{number}", url=f"ws://127.0.0.1:{number}")
+        os.utime(path, (number, number))
+    assert "nobody listens on 127.0.0.1:2" in run("tail", "--demo").stderr
+    assert "nobody listens on 127.0.0.1:2" in run("tail").stderr
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"mode": 0o640}, {"mode": 0o602}, {"pid": 2**22 + 1}, {"more": 1}],
+    ids=str,
+)
+def test_tail_takes_no_demo_file_that_is_not_private_or_not_of_a_running_demo(
+    temporary: Path, changes: dict[str, Any]
+) -> None:
+    put_demo(temporary / "trio-gateway-demo-1", **changes)
+    assert run("tail", "--demo").stderr.startswith("trio-gateway: no demo of yours runs")
+    assert run("tail").stderr.startswith("trio-gateway: JWT_SECRET is not set")
+
+
+def test_tail_takes_no_demo_file_that_is_a_link_a_pipe_or_another_users(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = put_demo(temporary / "elsewhere")
+    folders = [temporary / f"trio-gateway-demo-{n}" for n in range(2)]
+    for folder in folders:
+        folder.mkdir()
+    (folders[0] / "demo.json").symlink_to(target)
+    os.mkfifo(folders[1] / "demo.json", 0o600)
+    assert demo_file.find() is None
+    put_demo(temporary / "trio-gateway-demo-2")
+    assert demo_file.find() is not None
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    assert demo_file.find() is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "secrets"),
+    [(("--url", "ws://127.0.0.1:9"), SECRETS), (("--token", "x"), {}), ((), SECRETS)],
+    ids=["url", "token", "secrets"],
+)
+def test_tail_leaves_the_demo_alone_where_another_gateway_is_meant(
+    temporary: Path, arguments: tuple[str, ...], secrets: dict[str, str]
+) -> None:
+    put_demo(temporary / "trio-gateway-demo-1")
+    assert "127.0.0.1:1:" not in run("tail", *arguments, env=secrets).stderr
+    assert run("tail", "--demo", "--url", "ws://127.0.0.1:9").exit_code == 2
 
 
 async def test_demo_ends_by_itself_after_its_loops(tmp_path: Path) -> None:

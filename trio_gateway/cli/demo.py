@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from . import demo_file
 from .credentials import Identity, staff_token, table_token
 from .endings import MISUSED, Failure
 
@@ -65,7 +66,9 @@ _ROLES: Final = {
     help="Play the events so often; 0, the default, is for ever.",
 )  # fmt: skip
 def demo(port: int | None, rate: float, loops: int) -> None:
-    """Start a Redis-compatible server and a gateway, play events, show who hears them.
+    """Start a Redis-compatible server and a gateway, play events, show who receives them.
+
+    While it runs, `trio-gateway tail --demo --as waiter` in another terminal needs no token.
 
     Ctrl-C ends it all and leaves nothing behind.
     """
@@ -120,6 +123,16 @@ class _Stage:
     def url(self) -> str:
         return f"ws://127.0.0.1:{self.port}"
 
+    @property
+    def found(self) -> demo_file.RunningDemo:
+        """What ``tail`` finds."""
+        return demo_file.RunningDemo(
+            pid=os.getpid(),
+            url=self.url,
+            jwt_secret=self.staff_secret,
+            table_token_secret=self.table_secret,
+        )
+
     def token(self, role: str) -> str:
         _, who = _ROLES[role]
         if role == "diner":
@@ -143,6 +156,7 @@ class _Stage:
             "LOG_LEVEL": "warning",
             "LOG_FORMAT": "console",
             "WS_CONSOLE_TOKENS": "true",
+            "WS_MAX_CONNECTIONS_PER_USER": "100",  # whoever tries it is one user in many terminals
         }
 
 
@@ -163,7 +177,7 @@ async def _run(port: int, rate: float, loops: int, screen: "Screen", tally: "_Ta
 
     import trio
 
-    with tempfile.TemporaryDirectory(prefix="trio-gateway-demo-") as folder:
+    with tempfile.TemporaryDirectory(prefix=demo_file.FOLDER) as folder:
         async with _valkey(folder) as server:
             stage = _Stage(
                 server.connection_url,
@@ -173,6 +187,7 @@ async def _run(port: int, rate: float, loops: int, screen: "Screen", tally: "_Ta
                 secrets.token_urlsafe(48),
             )
             async with _gateway(stage, folder), trio.open_nursery() as nursery:
+                demo_file.write(folder, stage.found)
                 _introduce(stage, screen)
                 for role in _ROLES:
                     await nursery.start(_listen, stage, role, screen, tally)
@@ -328,22 +343,19 @@ async def _is_ready(port: int) -> bool:
 def _introduce(stage: _Stage, screen: "Screen") -> None:
     from rich.text import Text
 
-    screen.show(
-        Text.assemble("A gateway serves on ", (stage.url, "bold"), ", fed by a Valkey of its own.")
-    )
-    screen.show("Connect to it from another terminal, as one of these:\n")
+    console = f"http://127.0.0.1:{stage.port}/ws/console"
+    screen.show(Text.assemble("Open the console in a browser: ", (console, "bold")))
+    screen.show(f"The gateway is at {stage.url}; its Redis is a Valkey of its own.")
+    screen.show("\nIn another terminal, see what a role receives (no token, no variable needed):\n")
+    width = max(map(len, _ROLES))
     for role, (title, _) in _ROLES.items():
-        token = stage.token(role)
-        parameter = "table_token" if role == "diner" else "token"
-        screen.show(Text(f"  {title}", "bold"))
-        screen.show(Text(f"    websocat '{stage.url}/ws/{role}?{parameter}={token}'"))
-        screen.show(Text(f"    trio-gateway tail --as {role} --url {stage.url} --token '{token}'"))
+        screen.show(Text(f"    trio-gateway tail --demo --as {role:<{width}}  # {title}"))
     screen.show("\nPublish to it, as a backend would:\n")
     event = '{"type":"ROUND_READY","tenant_id":1,"branch_id":1,"sector_id":5,"session_id":456}'
     screen.show(Text(f"    echo '{event}' | REDIS_URL={stage.redis_url} trio-gateway publish -\n"))
     screen.show(
-        "Sample events now come in, and each role hears its own. One that a backend publishes on\n"
-        "several channels is heard once; one of another tenant, by nobody here.\n"
+        "Sample events follow, each with the roles that receive it. An event that a backend\n"
+        "publishes on several channels is received once; one of another tenant, by nobody here.\n"
         "Ctrl-C ends everything.\n"
     )
 

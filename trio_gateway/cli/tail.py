@@ -1,21 +1,39 @@
 """``tail``: connect as a role and print the events."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import click
 
-from .credentials import ENDPOINTS, Identity, identity_options, staff_token_by, table_token_by
+from . import demo_file
+from .credentials import (
+    ENDPOINTS,
+    Identity,
+    identity_options,
+    staff_token,
+    staff_token_by,
+    table_token,
+    table_token_by,
+)
 from .endings import Failure, settings_or_exit
 from .url import DEFAULT, endpoint_url
 
 if TYPE_CHECKING:
     from ..client import TokenProvider
+    from .demo_file import RunningDemo
 
 
 @click.command()
 @click.option("--as", "endpoint", type=click.Choice(ENDPOINTS), default="admin", show_default=True)
-@click.option("--url", default=DEFAULT, show_default=True, help="Of the gateway.")
+@click.option("--url", help=f"Of the gateway.  [default: {DEFAULT}]")
+@click.option(
+    "--demo",
+    "of_demo",
+    is_flag=True,
+    help="The gateway of the `trio-gateway demo` that runs on this machine, with its secrets.  "
+    "[default: if neither --url, --token, JWT_SECRET nor TABLE_TOKEN_SECRET says another]",
+)
 @click.option(
     "--token",
     envvar="TRIO_GATEWAY_TOKEN",
@@ -28,7 +46,8 @@ if TYPE_CHECKING:
 @identity_options(staff=True, diner=True)
 def tail(
     endpoint: str,
-    url: str,
+    url: str | None,
+    of_demo: bool,
     token: str | None,
     origin: str | None,
     raw: bool,
@@ -47,6 +66,9 @@ def tail(
     A connection that ends is made again, and what came meanwhile is printed then; --token is good
     for as long as it lives, a minted one is renewed. Exit status 1 if the first attempt fails.
     """
+    demo = _running_demo(of_demo, url, token)
+    if url is None:
+        url = demo.url if demo else DEFAULT
     where = endpoint_url(url, endpoint)
     if token is None:
         who = Identity(
@@ -59,12 +81,37 @@ def tail(
             session=session,
             life=life,
         )
-        mint = table_token_by if endpoint == "diner" else staff_token_by
-        settings = settings_or_exit()
-        mint(settings, who)  # what is wrong with that is said before anything is tried
-        _tail(where, lambda _: mint(settings, who), endpoint, origin=origin, raw=raw, count=count)
+        mint = _mint(endpoint, who, demo)
+        mint()  # what is wrong with that is said before anything is tried
+        _tail(where, lambda _: mint(), endpoint, origin=origin, raw=raw, count=count)
     else:
         _tail(where, token, endpoint, origin=origin, raw=raw, count=count)
+
+
+def _running_demo(wanted: bool, url: str | None, token: str | None) -> "RunningDemo | None":
+    """The demo that is asked for, or one that runs if nothing says which gateway is meant."""
+    if wanted:
+        if url is not None:
+            raise click.UsageError("--demo and --url exclude each other")
+        demo = demo_file.find()
+        if demo is None:
+            raise Failure("no demo of yours runs on this machine: start one with trio-gateway demo")
+        return demo
+    if url is not None or token is not None:
+        return None
+    settings = settings_or_exit()
+    configured = settings.jwt_secret or settings.table_token_secret
+    return None if configured else demo_file.find()
+
+
+def _mint(endpoint: str, who: Identity, demo: "RunningDemo | None") -> Callable[[], str]:
+    """What mints a token for this endpoint, with the demo's secret or the settings' own."""
+    diner = endpoint == "diner"
+    if demo is None:
+        return partial(table_token_by if diner else staff_token_by, settings_or_exit(), who)
+    if diner:
+        return partial(table_token, demo.table_token_secret, who)
+    return partial(staff_token, demo.jwt_secret, who)
 
 
 def _tail(
