@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -233,6 +233,7 @@ class Reply:
 
     status: int
     text: str
+    headers: Mapping[str, str] = field(default_factory=dict)  # names in lower case
 
     @property
     def json(self) -> Any:
@@ -257,6 +258,7 @@ async def http(
     )
     client = h11.Connection(h11.CLIENT)
     status, body, event = 0, b"", None
+    received: dict[str, str] = {}
     with trio.fail_after(5):
         async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
             parts = [request, *([h11.Data(sent)] if sent else []), h11.EndOfMessage()]
@@ -267,9 +269,12 @@ async def http(
                     client.receive_data(await stream.receive_some())
                 elif isinstance(event, h11.Response):
                     status = event.status_code
+                    for name, value in event.headers:
+                        key, text = name.decode(), value.decode()
+                        received[key] = f"{received[key]}, {text}" if key in received else text
                 elif isinstance(event, h11.Data):
                     body += event.data
-    return Reply(status, body.decode())
+    return Reply(status, body.decode(), received)
 
 
 class Metrics:

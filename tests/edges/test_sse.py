@@ -99,7 +99,7 @@ async def test_each_hears_its_own_events_and_nobody_elses(
         let_in(gateway, table(tenant_id=2)) as strange_diner,
     ):
         assert waiter.headers["content-type"] == "text/event-stream"
-        assert waiter.headers["cache-control"] == "no-store"
+        assert waiter.headers["cache-control"] == "no-store, no-transform"
         assert waiter.headers["x-accel-buffering"] == "no"
         health = (await http(gateway.port, "/ws/health")).json["connections"]
         assert health == {
@@ -478,7 +478,7 @@ async def test_socket_that_was_cut_off_takes_nothing_more() -> None:
     cut: list[bool] = []
     response = Response()
     scope = {"http_version": "1.1", "state": {"cut": lambda: cut.append(True)}}
-    stream = EventStream(scope, response.receive, response.send, {})
+    stream = EventStream(scope, response.receive, response.send)
     stream.abort()
     stream.abort()
     with pytest.raises(BrokenPipeError):

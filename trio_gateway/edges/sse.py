@@ -15,6 +15,7 @@ from ..core.closing import Close
 from ..core.event_stream import HELLO, MEDIA_TYPE, as_events, close_event, retry_after
 from ..runtime.connection import Left, Violation
 from ..runtime.outbox import Outbox
+from . import cors
 from .answers import status_of
 from .asgi import read_scope
 from .handshake import Handshake
@@ -29,16 +30,25 @@ _RETRY_AFTER: Final = {503: 1.0, 429: 60.0}  # seconds, where the reason names n
 
 _Receive = Callable[[], Awaitable[Any]]
 _Send = Callable[[Any], Awaitable[None]]
-_Headers = dict[str, str]
 
 
 class HttpConnection(TrioASGIHTTPConnection):
-    """An HTTP request: ours if it asks for a stream of events, Quart's if not."""
+    """An HTTP request: ours if it asks for a stream of events, Quart's if not; what pages of
+    other origins may call is answered such that they can read it.
+    """
 
     app: "Gateway"
 
     async def __call__(self, receive: _Receive, send: _Send) -> None:
-        if (endpoint := PATHS.get(self.scope["path"])) is None:
+        path, headers, is_allowed = (
+            self.scope["path"], self.scope["headers"], self.app.admission.is_allowed,
+        )  # fmt: skip
+        if (shared := cors.PATHS.get(path)) is not None:
+            if self.scope["method"] == "OPTIONS":
+                await cors.answer_options(shared, headers, is_allowed, send)
+                return
+            send = cors.adding(cors.response_headers(shared, headers, is_allowed), send)
+        if (endpoint := PATHS.get(path)) is None:
             await super().__call__(receive, send)
             return
         await serve(self.app, read_scope(endpoint, self.scope), self.scope, receive, send)
@@ -48,21 +58,12 @@ async def serve(
     app: "Gateway", handshake: Handshake, scope: Any, receive: _Receive, send: _Send
 ) -> None:
     """The third door. A refusal is an HTTP status; returns when the stream has ended."""
-    readable = _readable(app, handshake)
     match scope["method"]:
         case "GET" if app.draining:
             app.refused[503] += 1
-            await _refuse(send, 503, readable, Close.GOING_AWAY, "draining")
+            await _refuse(send, 503, Close.GOING_AWAY, "draining")
         case "GET":
-            await app.serve_connection(handshake, EventStream(scope, receive, send, readable))
-        case "OPTIONS":  # asked by pages that bring a header of their own (Fetch, 4.9)
-            allowed = {
-                "Access-Control-Allow-Methods": "GET",
-                "Access-Control-Allow-Headers": "Authorization, Last-Event-ID, Cache-Control",
-                "Access-Control-Max-Age": "600",
-            }
-            told = "Access-Control-Allow-Origin" in readable
-            await _answer(send, 204, readable | allowed if told else readable)
+            await app.serve_connection(handshake, EventStream(scope, receive, send))
         case _:
             await _answer(send, 405, {"Allow": "GET, OPTIONS"})
 
@@ -73,11 +74,10 @@ class EventStream:
     The response begins when the client is let in. A close before that is an HTTP status.
     """
 
-    def __init__(self, scope: Any, receive: _Receive, send: _Send, headers: _Headers) -> None:
+    def __init__(self, scope: Any, receive: _Receive, send: _Send) -> None:
         self._receive = receive
         self._send = send
-        self._headers = headers
-        self._start = _start(200, headers | _STREAM_HEADERS)
+        self._start = _start(200, _STREAM_HEADERS)
         self._cut: Callable[[], None] | None = None
         # One stream of several on an HTTP/2 connection must not end the others.
         if scope["http_version"].startswith("1"):
@@ -116,7 +116,7 @@ class EventStream:
             return
         with trio.move_on_after(LINGER), suppress(OSError):
             if not self._begun:
-                await _refuse(self._send, status_of(code), self._headers, code, reason)
+                await _refuse(self._send, status_of(code), code, reason)
             else:
                 await self._write(close_event(code, reason), more=False)
             self._ended = True
@@ -142,23 +142,15 @@ class EventStream:
 
 _STREAM_HEADERS: Final = {
     "Content-Type": MEDIA_TYPE,
-    "Cache-Control": "no-store",
+    # A proxy that compressed or rewrote it would keep events back (RFC 9111, 5.2.2.6).
+    "Cache-Control": "no-store, no-transform",
     "X-Accel-Buffering": "no",  # nginx would keep events back until its buffer is full
 }
 
 
-def _readable(app: "Gateway", handshake: Handshake) -> _Headers:
-    """The headers that let a page on an allowed origin read the response (Fetch, 3.2.3)."""
-    if not handshake.endpoint.staff:
-        return {"Access-Control-Allow-Origin": "*"}
-    if handshake.origin is None or not app.admission.is_allowed(handshake.origin):
-        return {"Vary": "Origin"}
-    return {"Vary": "Origin", "Access-Control-Allow-Origin": handshake.origin}
-
-
-async def _refuse(send: _Send, status: int, headers: _Headers, code: int, reason: str) -> None:
+async def _refuse(send: _Send, status: int, code: int, reason: str) -> None:
     """Say no as the other routes do; the code is what a WebSocket would have been closed with."""
-    found = headers | {"Content-Type": "application/json", "Cache-Control": "no-store"}
+    found = {"Content-Type": "application/json", "Cache-Control": "no-store"}
     if status == 401:
         found["WWW-Authenticate"] = "Bearer"
     if status in _RETRY_AFTER:
@@ -167,13 +159,11 @@ async def _refuse(send: _Send, status: int, headers: _Headers, code: int, reason
     await _answer(send, status, found, json.dumps({"code": int(code), "error": reason}).encode())
 
 
-async def _answer(send: _Send, status: int, headers: _Headers, body: bytes = b"") -> None:
-    if status != 204:
-        headers = headers | {"Content-Length": str(len(body))}
-    await send(_start(status, headers))
+async def _answer(send: _Send, status: int, headers: Mapping[str, str], body: bytes = b"") -> None:
+    await send(_start(status, {**headers, "Content-Length": str(len(body))}))
     await send({"type": "http.response.body", "body": body, "more_body": False})
 
 
-def _start(status: int, headers: _Headers) -> dict[str, Any]:
+def _start(status: int, headers: Mapping[str, str]) -> dict[str, Any]:
     raw = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items()]
     return {"type": "http.response.start", "status": status, "headers": raw}
