@@ -410,6 +410,13 @@ def test_tokens_are_checked_with_the_secrets_and_rules() -> None:
     assert read_table_token(make_table_token(OTHER), settings.table_keys, settings.rules, now)
 
 
+def test_an_env_file_that_can_t_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_bytes(b"JWT_ISSUER=\xff\n")
+
+    with pytest.raises(InvalidSettings, match=r"^\.env: not UTF-8$"):
+        load_settings()
+
+
 @pytest.mark.parametrize("form", ["text", "one line", "file"])
 def test_a_public_key_is_a_pem_or_a_file_of_one(form: str, tmp_path: Path) -> None:
     (tmp_path / "key.pem").write_text(PEM)

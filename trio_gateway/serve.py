@@ -170,7 +170,7 @@ async def _serve(app: Gateway, config: Config, supervisor: int | None) -> None:
             while not app.ready:  # noqa: ASYNC110 - it depends on many things, and is asked once
                 await trio.sleep(0.05)
             with suppress(trio.BrokenResourceError):
-                await link.send_all(b"1")
+                await link.send_all(workers.READY)
 
         async def heed_supervisor(link: trio.SocketStream) -> None:
             with suppress(trio.BrokenResourceError):

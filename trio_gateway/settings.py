@@ -1,6 +1,7 @@
 """Settings: read once from the environment and ``.env``, then frozen."""
 
 import difflib
+import hmac
 import ipaddress
 import os
 import re
@@ -274,12 +275,12 @@ class Settings(BaseSettings):
     @cached_property
     def staff_secret(self) -> str:
         """``JWT_SECRET``, or in development a random one that no token was signed with yet."""
-        return self.jwt_secret or secrets.token_urlsafe(MIN_SECRET_BYTES)
+        return self.jwt_secret or _random_secret("staff")
 
     @cached_property
     def table_secret(self) -> str:
         """``TABLE_TOKEN_SECRET``, or in development a random one."""
-        return self.table_token_secret or secrets.token_urlsafe(MIN_SECRET_BYTES)
+        return self.table_token_secret or _random_secret("table")
 
     @cached_property
     def staff_keys(self) -> tuple[Key, ...]:
@@ -395,6 +396,18 @@ class Settings(BaseSettings):
         return found
 
 
+# In the environment of several workers: what their random secrets are made from.
+DEVELOPMENT_SECRET = "TRIO_GATEWAY_DEVELOPMENT_SECRET"  # noqa: S105 - a name
+
+
+def _random_secret(kind: str) -> str:
+    """A secret that nobody knows; workers of one supervisor have the same."""
+    seed = os.environ.get(DEVELOPMENT_SECRET)
+    if seed is None:
+        return secrets.token_urlsafe(MIN_SECRET_BYTES)
+    return hmac.new(seed.encode(), kind.encode(), "sha256").hexdigest()
+
+
 NAMES = frozenset(name.upper() for name in Settings.model_fields)
 
 
@@ -410,7 +423,12 @@ def load_settings(env_file: str = ".env") -> Settings:
     Raises :exc:`InvalidSettings` with one problem a line: a bad value, a ``WS_*`` name that is no
     setting, something that production requires. No problem holds the value of a secret.
     """
-    problems = [_unknown(name) for name in sorted({*os.environ, *dotenv_values(env_file)})]
+    try:
+        in_file = dotenv_values(env_file)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise InvalidSettings([f"{env_file}: {reason}"]) from None
+    problems = [_unknown(name) for name in sorted({*os.environ, *in_file})]
     problems = [problem for problem in problems if problem]
     try:
         settings = Settings(_env_file=env_file)  # type: ignore[call-arg]  # pydantic-settings takes it

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Final
 
 import structlog
@@ -22,32 +23,55 @@ from .edges.metrics import GROUP
 
 log = structlog.get_logger()
 
-MISUSED: Final = 2  # the status of a worker whose settings are bad: trying again is no use
+MISUSED: Final = 2  # the status of a worker whose settings are bad
+READY: Final = b"1"  # what a worker tells its supervisor once it is ready
 _READY_TIMEOUT: Final = 15.0  # seconds that a new worker may take before the old one goes
 _SETTLED: Final = 10.0  # seconds that a worker must have lived for its death to count as the first
 _KILL_AFTER: Final = 2.0  # seconds beyond graceful_timeout
+_LAST_WORDS: Final = 0.5  # seconds until what a worker said before it ended has been read
+_MOST_BYTES: Final = 16_384  # of problems
+
+
+class _CannotStart(Exception):  # noqa: N818 - an outcome
+    """A process can't be started at this moment; the text says why."""
 
 
 class _Worker:
-    """One child process, and the socket pair that says when it is ready and when we are gone."""
+    """One child process, and the socket pair that says when it is ready and when we are gone.
+
+    On its end of the pair the worker writes :data:`READY` once, or what is wrong with its settings.
+    """
 
     def __init__(self, process: trio.Process, link: trio.SocketStream) -> None:
         self.process = process
         self._link = link
         self._told: signal.Signals | None = None
+        self._heard = trio.Event()
+        self.ready = False
+        self.problems: list[str] = []  # with its settings
 
     @property
     def ended(self) -> bool:
         return self.process.returncode is not None
 
+    async def listen(self) -> None:
+        """Hear what it has to say; returns when it has said it or is gone."""
+        said = b""
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            while len(said) < _MOST_BYTES and (data := await self._link.receive_some()):
+                said += data
+                if said.startswith(READY):
+                    self.ready = True
+                    break
+        if not self.ready:
+            self.problems = said.decode(errors="replace").splitlines()
+        self._heard.set()
+
     async def wait_ready(self) -> bool:
         """Whether it came so far; False if it ended or took too long."""
         with trio.move_on_after(_READY_TIMEOUT):
-            try:
-                return bool(await self._link.receive_some(1))
-            except trio.BrokenResourceError:
-                pass
-        return False
+            await self._heard.wait()
+        return self.ready
 
     def signal(self, number: signal.Signals) -> None:
         """Send it a signal, unless that was the last one: to a worker a second means hurry."""
@@ -57,6 +81,8 @@ class _Worker:
 
     async def wait(self) -> int:
         status = await self.process.wait()
+        with trio.move_on_after(_LAST_WORDS):  # a child of its own may hold the other end open
+            await self._heard.wait()
         await trio.aclose_forcefully(self._link)
         return status
 
@@ -65,7 +91,9 @@ class Supervisor:
     """Keeps ``count`` workers alive on one set of sockets.
 
     SIGTERM and SIGINT drain all of them, a second one kills them; SIGHUP replaces them one by
-    one, each old one only when its successor is ready.
+    one, each old one only when its successor is ready. Bad settings end everything at the start
+    only: once a worker has been ready, whatever ends another one or keeps it from starting is
+    tried again with back-off, and the others serve on.
     """
 
     def __init__(
@@ -87,17 +115,19 @@ class Supervisor:
         self._passing: set[_Worker] = set()  # that come or go while workers are replaced
         self._rolling = trio.Lock()
         self._stopping = trio.Event()
+        self._proven = False  # a worker has been ready, or has lived long, with our settings
+        self._listeners: trio.Nursery | None = None  # to what workers say
         self._told = signal.SIGTERM  # the last that all were sent, once we are stopping
         self._status = 0
 
     async def run(self) -> int:
         """Supervise until told to stop; returns the exit status: 0 if every worker's was."""
-        async with trio.open_nursery() as nursery:
+        async with trio.open_nursery() as self._listeners:
             async with trio.open_nursery() as places:
-                nursery.start_soon(self._heed_signals, places)
+                self._listeners.start_soon(self._heed_signals, places)
                 for place in range(self._count):
                     places.start_soon(self._keep, place)
-            nursery.cancel_scope.cancel()
+            self._listeners.cancel_scope.cancel()
         for each in self._sockets:
             each.close()
         return self._status
@@ -106,7 +136,19 @@ class Supervisor:
         backoff, failures = Backoff(first=0.2, most=5.0), 0
         while not self._stopping.is_set():
             started = trio.current_time()
-            worker = await self._start()
+            try:
+                worker = await self._start()
+            except _CannotStart as error:
+                failures += 1
+                delay = backoff.after(failures)
+                log.error(
+                    "worker can't be started",
+                    place=place,
+                    error=str(error),
+                    restart_in=round(delay, 2),
+                )
+                await self._wait_stopping(delay)
+                continue
             self._workers[place] = worker
             log.info("worker started", pid=worker.process.pid, place=place)
             status = await worker.wait()
@@ -117,40 +159,74 @@ class Supervisor:
                 # One that was told to stop before it could heed the signal has served nobody.
                 self._status = self._status or int(status not in {0, -signal.SIGTERM})
                 return
-            if status == MISUSED:
-                log.critical("worker can't start", pid=worker.process.pid, status=status)
+            settled = trio.current_time() - started > _SETTLED
+            self._proven |= worker.ready or settled
+            if status == MISUSED and not self._proven:
+                log.critical(
+                    "worker can't start",
+                    pid=worker.process.pid,
+                    status=status,
+                    problems=worker.problems,
+                )
                 self._status = status
                 self._stop(signal.SIGTERM)
                 return
-            failures = 1 if trio.current_time() - started > _SETTLED else failures + 1
+            failures = 1 if settled else failures + 1
             delay = backoff.after(failures)
             log.error(
-                "worker died", pid=worker.process.pid, status=status, restart_in=round(delay, 2)
+                "worker died",
+                pid=worker.process.pid,
+                status=status,
+                restart_in=round(delay, 2),
+                **_why(worker),
             )
-            with trio.move_on_after(delay):
-                await self._stopping.wait()
+            await self._wait_stopping(delay)
+
+    async def _wait_stopping(self, seconds: float) -> None:
+        with trio.move_on_after(seconds):
+            await self._stopping.wait()
 
     async def _start(self) -> _Worker:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            command = list(self.command)
-            for each in self._main:
-                command += ["--bind", f"fd://{each.fileno()}"]
-            for each in self._insecure:
-                command += ["--insecure-bind", f"fd://{each.fileno()}"]
-            command += ["--supervisor", str(theirs.fileno())]
-            process = await trio.lowlevel.open_process(
-                command,
-                env=self._env,
-                stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno(), *(each.fileno() for each in self._sockets)],
-                # A Ctrl-C at the terminal is for us to pass on, once.
-                process_group=0,
-            )
+        """Start a worker; raises :exc:`_CannotStart`."""
+        try:
+            process, ours = await self._open_process()
+        # Trio starts it in a thread, and a system without room for one raises RuntimeError.
+        except (OSError, RuntimeError, MemoryError) as error:
+            raise _CannotStart(getattr(error, "strerror", None) or str(error)) from None
         worker = _Worker(process, trio.SocketStream(trio.socket.from_stdlib_socket(ours)))
+        assert self._listeners is not None
+        self._listeners.start_soon(self._listen, worker)
         if self._stopping.is_set():  # meanwhile
             worker.signal(self._told)
         return worker
+
+    async def _open_process(self) -> tuple[trio.Process, socket.socket]:
+        """A worker's process, and our end of the pair."""
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs:
+                command = list(self.command)
+                for each in self._main:
+                    command += ["--bind", f"fd://{each.fileno()}"]
+                for each in self._insecure:
+                    command += ["--insecure-bind", f"fd://{each.fileno()}"]
+                command += ["--supervisor", str(theirs.fileno())]
+                process = await trio.lowlevel.open_process(
+                    command,
+                    env=self._env,
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=[theirs.fileno(), *(each.fileno() for each in self._sockets)],
+                    # A Ctrl-C at the terminal is for us to pass on, once.
+                    process_group=0,
+                )
+        except BaseException:
+            ours.close()
+            raise
+        return process, ours
+
+    async def _listen(self, worker: _Worker) -> None:
+        await worker.listen()
+        self._proven |= worker.ready
 
     async def _heed_signals(self, places: trio.Nursery) -> None:
         heeded = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
@@ -183,15 +259,21 @@ class Supervisor:
     async def _roll(self) -> None:
         async with self._rolling:  # who asks again meanwhile has them replaced again
             for place, old in sorted(self._workers.items()):
-                # One that has died is being replaced anyway.
-                if not self._stopping.is_set() and self._serves(place, old):
-                    await self._replace(place, old)
+                if self._stopping.is_set() or not self._serves(place, old):
+                    continue  # one that has died is being replaced anyway
+                if not await self._replace(place, old):
+                    return  # the next one would not fare better
 
     def _serves(self, place: int, worker: _Worker) -> bool:
         return self._workers[place] is worker and not worker.ended
 
-    async def _replace(self, place: int, old: _Worker) -> None:
-        new = await self._start()
+    async def _replace(self, place: int, old: _Worker) -> bool:
+        """Whether its successor could serve; if not, the old one stays."""
+        try:
+            new = await self._start()
+        except _CannotStart as error:
+            log.error("worker can't be started, the old ones stay", place=place, error=str(error))
+            return False
         self._passing.add(new)
         ready = await new.wait_ready()
         if ready and self._serves(place, old) and not self._stopping.is_set():
@@ -200,7 +282,7 @@ class Supervisor:
             leaving = old
         else:
             if not ready and not self._stopping.is_set():
-                log.error("worker not ready, the old one stays", pid=new.process.pid)
+                log.error("worker not ready, the old ones stay", pid=new.process.pid, **_why(new))
             leaving = new  # it may have clients
         self._passing = {leaving}
         leaving.signal(signal.SIGTERM)
@@ -209,6 +291,11 @@ class Supervisor:
         leaving.signal(signal.SIGKILL)
         await leaving.wait()
         self._passing.clear()
+        return ready
+
+
+def _why(worker: _Worker) -> dict[str, list[str]]:
+    return {"problems": worker.problems} if worker.problems else {}
 
 
 def supervise(

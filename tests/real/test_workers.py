@@ -12,6 +12,7 @@ import pytest
 import trio
 from harness import (
     JWT_SECRET,
+    TABLE_SECRET,
     closed,
     connect,
     environment,
@@ -23,7 +24,7 @@ from harness import (
 )
 from trio_websocket import WebSocketConnection
 
-from trio_gateway.testing import make_jwt
+from trio_gateway.testing import make_jwt, make_table_token
 
 
 @dataclass
@@ -146,6 +147,62 @@ async def test_sighup_replaces_the_workers_one_by_one_and_each_client_hears_1001
         async with connect(master.url(99)) as client:  # somebody always listened
             assert await lives(client)
         nursery.cancel_scope.cancel()
+
+
+async def replaced(master: Master, before: set[int]) -> None:
+    """Until two others are there and none of these."""
+    with trio.fail_after(30):
+        while len(master.workers) != 2 or master.workers & before:
+            await trio.sleep(0.05)
+
+
+async def test_new_workers_read_the_env_file_as_it_is_then(redis_url: str, tmp_path: Path) -> None:
+    old, new, file = "old" * 16, "new" * 16, tmp_path / ".env"
+    file.write_text(f"JWT_SECRET={old}\nTABLE_TOKEN_SECRET={new}\n")
+    env = environment(redis_url)  # TABLE_TOKEN_SECRET is exported, and counts
+    del env["JWT_SECRET"]
+    port = free_port()
+    arguments = ["trio_gateway", "serve", "-w", "2", "-b", f"127.0.0.1:{port}"]
+
+    async def status(secret: str) -> int:
+        token = make_jwt(secret, roles=["WAITER"])
+        bearer = {"Authorization": f"Bearer {token}"}
+        return (await http(port, "/ws/ticket", method="POST", headers=bearer)).status
+
+    async with process(*arguments, env=env, cwd=tmp_path) as started:
+        master = Master(started.pid, port)
+        await until_ready(master, 2)
+        assert (await status(old), await status(new)) == (200, 401)
+        before = master.workers
+
+        file.write_text(f"JWT_SECRET={new}\nTABLE_TOKEN_SECRET={new}\n")
+        os.kill(master.pid, signal.SIGHUP)
+        await replaced(master, before)
+        assert (await status(old), await status(new)) == (401, 200)
+        url = f"ws://127.0.0.1:{port}/ws/diner?table_token="
+        async with connect(url + make_table_token(TABLE_SECRET)) as client:
+            assert await lives(client)
+
+        file.write_text(f"JWT_SECRET={new}\nWS_PING_INTERVALL=3\n")
+        victim, healthy = sorted(master.workers)
+        os.kill(victim, signal.SIGKILL)
+        with trio.fail_after(20):
+            while master.workers != {healthy}:
+                await trio.sleep(0.02)
+            while not (there := master.workers - {victim, healthy}):
+                await trio.sleep(0.02)
+            while there & master.workers:  # it finds the typo
+                await trio.sleep(0.02)
+        assert await status(new) == 200
+
+        file.write_text(f"JWT_SECRET={new}\n")
+        with trio.fail_after(30):
+            while len([pid for pid in master.workers if is_python(pid)]) < 2:
+                await trio.sleep(0.05)
+        os.kill(started.pid, signal.SIGTERM)
+        ended, _, errors = await wait(started, 20)
+    assert ended == 0
+    assert b"unknown setting: WS_PING_INTERVALL (did you mean WS_PING_INTERVAL?)" in errors
 
 
 async def test_bad_settings_end_it_with_status_2_and_no_restart(

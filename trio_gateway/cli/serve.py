@@ -1,12 +1,16 @@
 """``serve``: run the gateway."""
 
 import os
+import secrets
 import sys
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 import click
 
-from .endings import misused, settings_or_exit
+from .endings import MISUSED, misused
 
 
 @click.command()
@@ -36,32 +40,41 @@ def serve(
     from .. import logs
     from .. import serve as serving
     from ..gateway import create_app
-    from ..settings import InvalidSettings
+    from ..settings import DEVELOPMENT_SECRET, InvalidSettings, load_settings
 
-    settings = settings_or_exit()
+    try:
+        settings = load_settings()
+    except InvalidSettings as invalid:
+        _refuse(invalid.problems, supervisor)
     if config is None and Path("hypercorn.toml").exists():
         config = Path("hypercorn.toml")
     try:
         hypercorn = serving.read_config(config, bind, insecure_bind)
     except serving.BadConfig as bad:
-        misused([str(bad)])
+        _refuse([str(bad)], supervisor)
     if workers is not None:
         hypercorn.workers = workers
     try:
         app = create_app(settings)
     except InvalidSettings as invalid:
-        misused(invalid.problems)
+        _refuse(invalid.problems, supervisor)
     logs.set_up(settings)
     if supervisor is None:
         for warning in settings.warnings:
             structlog.get_logger().warning(warning)
         if hypercorn.workers > 1:
-            # Random secrets of a development gateway must be the same in all of them.
-            env = {
-                **os.environ,
-                "JWT_SECRET": settings.staff_secret,
-                "TABLE_TOKEN_SECRET": settings.table_secret,
-            }
+            # Each worker reads ``.env`` for itself, as it is then. What was set nowhere is random,
+            # and must be the same in all of them.
+            env = {DEVELOPMENT_SECRET: secrets.token_urlsafe()} | os.environ
             arguments = [] if config is None else ["--config", str(config)]
             sys.exit(serving.supervise(hypercorn, arguments, env))
     sys.exit(serving.run(app, hypercorn, supervisor))
+
+
+def _refuse(problems: Sequence[str], supervisor: int | None) -> NoReturn:
+    """Exit because of these. The supervisor logs those of a worker."""
+    if supervisor is None:
+        misused(problems)
+    with suppress(OSError):  # it may be gone
+        os.write(supervisor, "\n".join(problems).encode(errors="replace"))
+    sys.exit(MISUSED)
