@@ -80,7 +80,7 @@ DEFAULTS: dict[str, Any] = {
     "JWT_JWKS_URL": None,
     "JWT_ISSUER": None,
     "JWT_AUDIENCE": None,
-    "JWT_LEEWAY": 0,
+    "JWT_LEEWAY": 10,
     "JWT_REVALIDATION_INTERVAL": 300,
     "ALLOW_LEGACY_TABLE_TOKENS": False,
     "ALLOWED_ORIGINS": (
@@ -404,10 +404,9 @@ def test_tokens_are_checked_with_the_secrets_and_rules() -> None:
     settings = Settings(jwt_secret=SECRET, table_token_secret=OTHER, jwt_issuer="us", jwt_leeway=5)
 
     assert settings.rules == Rules(issuer="us", leeway=5)
-    staff = read_jwt(make_jwt(SECRET, iss="us"), settings.staff_keys, settings.rules, 0)
-    now = staff.issued_at or 0
-    assert staff.user == "21"
-    assert read_table_token(make_table_token(OTHER), settings.table_keys, settings.rules, now)
+    staff, diner = make_jwt(SECRET, iss="us", iat=5), make_table_token(OTHER, iat=5, exp=10)
+    assert read_jwt(staff, settings.staff_keys, settings.rules, 0).user == "21"
+    assert read_table_token(diner, settings.table_keys, settings.rules, 0)
 
 
 def test_an_env_file_that_can_t_be_read_is_named(tmp_path: Path) -> None:

@@ -132,7 +132,8 @@ class Settings(BaseSettings):
     jwt_jwks_url: str | None = None
     jwt_issuer: str | None = None
     jwt_audience: str | None = None
-    jwt_leeway: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0
+    # For nbf and iat, of an issuer whose clock is ahead; exp is exact.
+    jwt_leeway: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 10
     jwt_revalidation_interval: _Seconds = 300
     allow_legacy_table_tokens: bool = False
     allowed_origins: _List = _ORIGINS

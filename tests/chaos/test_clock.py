@@ -69,8 +69,9 @@ async def test_a_step_of_an_hour_ends_tokens_and_neither_heartbeats_nor_what_is_
     settings = make_settings(redis_url, ws_cleanup_interval=0.05)
     with redis.Redis.from_url(redis_url) as backend:
         async with running(settings, clock=lambda: time.time() + wrong) as gateway:
-            url = gateway.staff_url("waiter", exp=time.time() + 2.5 * HOUR)
-            short = gateway.staff_url("waiter", life=HOUR / 2)
+            issued = time.time() - 2 * HOUR  # in the past by either clock
+            url = gateway.staff_url("waiter", iat=issued, exp=time.time() + 2.5 * HOUR)
+            short = gateway.staff_url("waiter", iat=issued, life=HOUR / 2)
             async with admitted(url) as stays, admitted(short) as first, admitted(short) as second:
                 publish(backend, 1)
                 seen = (await next_event(stays))["event_id"]

@@ -133,7 +133,7 @@ def test_the_largest_ids_are_ids() -> None:
 
 
 def test_a_token_is_good_up_to_its_exp_and_no_longer() -> None:
-    token = sign(STAFF | {"exp": 500})
+    token = sign(STAFF | {"iat": 400, "exp": 500})
 
     assert read_jwt(token, HS256, Rules(), 499.9).expires_at == 500
     for now in (500, 500.1):
@@ -141,15 +141,22 @@ def test_a_token_is_good_up_to_its_exp_and_no_longer() -> None:
             read_jwt(token, HS256, Rules(), now)
 
 
-def test_leeway_is_given_to_exp_and_nbf() -> None:
-    late, early = sign(STAFF | {"exp": 500}), sign(STAFF | {"nbf": 500})
+@pytest.mark.parametrize("claim", ["nbf", "iat"])
+def test_nbf_and_iat_may_lie_in_the_future_by_the_leeway(claim: str) -> None:
+    token = sign(STAFF | {"iat": 400, claim: 500})
 
-    assert read_jwt(late, HS256, Rules(leeway=10), 509.9).user == "21"
-    assert read_jwt(early, HS256, Rules(leeway=10), 490).user == "21"
+    assert read_jwt(token, HS256, Rules(leeway=10), 490).user == "21"
+    with pytest.raises(Rejected, match=r"not valid yet|in the future") as caught:
+        read_jwt(token, HS256, Rules(leeway=10), 489.9)
+    assert caught.value.close is Close.AUTH_FAILED
+
+
+def test_exp_is_exact_whatever_the_leeway() -> None:
+    token = sign(STAFF | {"iat": 400, "exp": 500})
+
+    assert read_jwt(token, HS256, Rules(leeway=10), 499.9).expires_at == 500
     with pytest.raises(Rejected, match="expired"):
-        read_jwt(late, HS256, Rules(leeway=10), 510)
-    with pytest.raises(Rejected, match="not valid yet"):
-        read_jwt(early, HS256, Rules(leeway=10), 489.9)
+        read_jwt(token, HS256, Rules(leeway=10), 500)
 
 
 def test_nbf_in_the_past_is_fine() -> None:
@@ -415,10 +422,17 @@ def test_a_table_token_lives_3_hours_and_no_longer() -> None:
         table(iat=issued, exp=issued + 3 * 3600 + 1)
 
 
-def test_a_table_token_is_given_leeway_too() -> None:
-    assert table(Rules(leeway=10), exp=NOW - 9).session == 456
+@pytest.mark.parametrize("claim", ["nbf", "iat"])
+def test_a_table_token_is_given_the_same_leeway(claim: str) -> None:
+    assert table(Rules(leeway=10), **{claim: NOW + 10}).session == 456
+    with pytest.raises(Rejected, match=r"not valid yet|in the future"):
+        table(Rules(leeway=10), **{claim: NOW + 11})
+
+
+def test_a_table_tokens_exp_is_exact_whatever_the_leeway() -> None:
+    assert table(Rules(leeway=10), exp=NOW + 1).expires_at == NOW + 1
     with pytest.raises(Rejected, match="expired"):
-        table(Rules(leeway=10), exp=NOW - 10)
+        table(Rules(leeway=10), exp=NOW)
 
 
 def test_iss_and_aud_are_for_staff_tokens() -> None:

@@ -72,15 +72,28 @@ async def test_silent_clients_are_closed_when_their_tokens_end(
 
 
 @DOORS
-async def test_leeway_is_given_to_live_connections_too(
+async def test_expiry_is_exact_and_a_clock_that_is_ahead_is_forgiven_by_the_leeway(
     backend: "redis.Redis", redis_url: str, door: Door
 ) -> None:
-    settings = make_settings(redis_url, jwt_leeway=1)
-    async with running(settings, door=door) as gateway:
-        ends = time.time() - 0.4
-        async with admitted(gateway.staff_url("waiter", exp=ends)) as client:
-            assert await closed(client) == (4001, "token expired")
-            assert 0 <= time.time() - ends - 1 < 0.3
+    async with running(make_settings(redis_url), door=door) as gateway:
+        now = time.time()
+        for url in (
+            gateway.staff_url("waiter", exp=now - 0.4),
+            gateway.staff_url("waiter", iat=now + 60),
+            gateway.staff_url("waiter", nbf=now + 60),
+            gateway.diner_url(iat=now + 60),
+        ):
+            async with connect(url) as client:
+                assert (await closed(client))[0] == 4001
+        ends = time.time() + 0.5
+        ahead = {"iat": now + 5, "nbf": now + 5, "exp": ends}
+        async with (
+            admitted(gateway.staff_url("waiter", **ahead)) as client,
+            admitted(gateway.diner_url(**ahead)) as diner,
+        ):
+            for each in (client, diner):
+                assert await closed(each) == (4001, "token expired")
+                assert 0 <= time.time() - ends < 0.3
 
 
 @DOORS
