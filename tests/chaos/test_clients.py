@@ -28,7 +28,8 @@ GOOD: Final = 300
 RATE: Final = 20.0  # events a second, each to all of the good ones
 PHASE: Final = 4.0  # seconds without the bad ones, before and after
 LATE: Final = 100.0  # ms
-TRIES: Final = 3  # what else the machine does breaks one run, a fault breaks all
+TRIES: Final = 3  # of a run in which the machine was busy with something else
+BUSY: Final = 50.0  # ms for which the gateway had no core in it
 OUTBOX: Final = 1_048_576
 _HERE: Final = text_frame(b"still here")  # which is not answered
 _clock = time.monotonic_ns
@@ -289,7 +290,7 @@ def test_good_clients_notice_nothing_of_bad_ones(case: Case) -> None:
     for _ in range(TRIES):
         figures = run(case.name, case.count, case.seconds, **case.settings)
         print(f"\n{case.name} x {case.count}: {figures}")
-        if figures.unnoticed:
+        if figures.unnoticed or figures.waited < BUSY:
             break
     assert figures.unnoticed
     ends = figures.ends

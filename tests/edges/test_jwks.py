@@ -27,6 +27,7 @@ from harness import (
     valkey,
 )
 from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
+from stopwatch import Stopwatch
 from structlog.testing import capture_logs
 from trio.testing import MockClock, wait_all_tasks_blocked
 
@@ -383,9 +384,9 @@ async def test_server_that_drips_is_given_up_and_holds_no_thread(
     monkeypatch.setattr(jwks, "TIMEOUT", 0.2)
     issuer.drips = True
     keys = KeySet(issuer.url, SIGNATURES)
-    started = trio.current_time()
+    watch = Stopwatch()
     assert await unavailable(keys, signed("RS256", kid="RS256"))
-    assert trio.current_time() - started < 0.5
+    assert watch.net < 0.5
     await until(lambda: not keys._limiter.borrowed_tokens, 1)
     issuer.drips = False
     assert await is_good(keys, signed("RS256", kid="RS256"))
@@ -432,13 +433,11 @@ async def test_server_that_hangs_delays_nobody_whose_key_is_there(
             nursery.start_soon(with_an_unknown_key)
         await until(lambda: issuer.requests == 2)
         for _ in range(10):
-            started = trio.current_time()
+            watch = Stopwatch()
             async with admitted(f"{url}/ws/waiter?token={known}"):
                 pass
             assert await received(bystander) == []
-            assert (
-                trio.current_time() - started < 1
-            )  # a connect that waited for the server would take seconds
+            assert watch.net < 0.25
         assert not gateway.app.rejected  # those still wait
         issuer.answers.set()
         await until(lambda: gateway.app.rejected == {"auth": 20})

@@ -28,6 +28,7 @@ from harness import (
     until,
     valkey,
 )
+from stopwatch import Stopwatch
 from trio_websocket import WebSocketConnection
 from wire import dialled
 
@@ -61,10 +62,11 @@ async def test_silent_clients_are_closed_when_their_tokens_end(
         urls = [gateway.staff_url(name, exp=ends) for name in ("waiter", "kitchen")]
         urls += [gateway.staff_url("admin", exp=ends), gateway.diner_url(exp=ends)]
         clients = [await stack.enter_async_context(admitted(url)) for url in urls]
+        watch = Stopwatch()
         later = await stack.enter_async_context(admitted(gateway.staff_url("waiter")))
         for client in clients:
             assert await closed(client) == (4001, "token expired")
-            assert 0 <= time.time() - ends < 0.3
+            assert 0 <= time.time() - ends < 0.3 + watch.taken
         assert await received(later) == []
         await until(lambda: not gateway.app.hub.leaving)
         figures = await metrics(gateway.port)
@@ -108,8 +110,9 @@ async def test_renewal_moves_the_end_in_both_directions(
         ):
             await renew(longer, staff(exp=started + 600))
             await renew(shorter, table(exp=started + 0.8))
+            watch = Stopwatch()
             assert await closed(shorter) == (4001, "token expired")
-            assert 0 <= time.time() - started - 0.8 < 0.3
+            assert 0 <= time.time() - started - 0.8 < 0.3 + watch.taken
             (answer,) = await received(longer)
             assert answer == {"type": "auth_ok", "expires_at": int(started + 600)}
 
@@ -270,15 +273,15 @@ async def _while_frozen(
         for n in range(60):
             nursery.start_soon(one, n)
         while len(endings) < 60:
-            before = trio.current_time()
+            watch = Stopwatch()
             assert await received(waiter) == await received(diner) == []
-            slowest = max(slowest, trio.current_time() - before)
+            slowest = max(slowest, watch.net)
             assert gateway.app.admissions.inside <= 30
             await trio.sleep(0.12)
     assert set(endings) <= {0, 1013}
     assert endings.count(1013) >= 30
     assert trio.current_time() - started < 4
-    assert slowest < 1  # as long as Redis is given would be 2
+    assert slowest < 0.25
     assert len(gateway.app.hub) == 2
     assert gateway.app.rejected["auth"] == gateway.app.rejected["failed_logins"] == 0
 

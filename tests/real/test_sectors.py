@@ -34,6 +34,7 @@ from harness import (
 from postgres import Postgres, postgres
 from sqlalchemy import BigInteger, Boolean, Column, Date, Integer, MetaData, String, Table
 from sqlalchemy.pool import NullPool
+from stopwatch import Stopwatch
 from trio_websocket import WebSocketConnection
 
 from trio_gateway.cli.demo import _database as demo_database
@@ -430,9 +431,9 @@ async def test_frozen_database_delays_a_connect_by_two_seconds_and_nobody_else(
 
     async def ping(client: WebSocketConnection) -> None:
         while True:
-            sent = trio.current_time()
+            watch = Stopwatch()
             assert await received(client) == []
-            latencies.append(trio.current_time() - sent)
+            latencies.append(watch.net)
             await trio.sleep(0.06)  # the rate limit is 20 a second
 
     async with (
@@ -443,15 +444,16 @@ async def test_frozen_database_delays_a_connect_by_two_seconds_and_nobody_else(
     ):
         nursery.start_soon(ping, bystander)
         server.freeze()
-        started = trio.current_time()
+        watch = Stopwatch()
         async with admitted(gateway.staff_url("waiter", sub="22")) as client:
-            assert trio.current_time() - started < 0.5
+            assert watch.net < 0.5
             assert await heard(gateway, backend, client) == {6}  # from the cache
 
-        started = trio.current_time()
+        watch = Stopwatch()
         both = gateway.staff_url("waiter", branch_ids=[1, 2], sector_ids=[9])
         async with admitted(both) as client:
-            assert 1.9 < trio.current_time() - started < 2.5
+            assert watch.elapsed > 1.9
+            assert watch.net < 2.5
             assert await heard(gateway, backend, client) == {9}  # what the token claims
             health = await http(gateway.port, "/ws/health/detailed")
             assert health.json["database"] == {"status": "disconnected", "known": 2, "owed": 2}
@@ -467,7 +469,7 @@ async def test_frozen_database_delays_a_connect_by_two_seconds_and_nobody_else(
         nursery.cancel_scope.cancel()
         await until(partial(_no_query_hangs, gateway))
     assert len(latencies) > 30
-    assert max(latencies) < 1  # as long as the database is given would be 2
+    assert max(latencies) < 0.25
 
 
 async def test_when_it_stays_frozen_nobody_waits_any_more(
@@ -486,9 +488,9 @@ async def test_when_it_stays_frozen_nobody_waits_any_more(
             for user in range(30, 50):  # more than there are threads for
                 nursery.start_soon(enter, user)
         assert trio.current_time() - started < 3.5
-        started = trio.current_time()
+        watch = Stopwatch()
         await enter(60)
-        assert trio.current_time() - started < 0.5
+        assert watch.net < 0.5
         health = (await http(gateway.port, "/ws/health")).json
         assert health["status"] == "degraded"
         server.thaw()

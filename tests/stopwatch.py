@@ -1,0 +1,97 @@
+"""Latencies net of the machine: a slow machine is told apart from a loop that stalls.
+
+What the machine takes is measured in two places. The kernel counts for how long this thread was
+ready to run and had no core; and a process of its own, which only sleeps, sees how late it wakes
+up. Neither grows while this process computes, waits for a lock or for a peer: that counts in full.
+"""
+
+import atexit
+import mmap
+import os
+import struct
+import subprocess
+import sys
+import time
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+_EVERY: Final = 0.005  # seconds that the sleeper sleeps
+_FAIR: Final = 0.002  # seconds that it may wake up late on a machine that is idle
+_SCHEDSTAT: Final = Path("/proc/thread-self/schedstat")  # of Linux
+_RECORD: Final = struct.Struct("dd")  # when it last woke up, and how late it was in all
+_SLEEPER: Final = f"""
+import mmap, os, struct, sys, time
+shared, parent, late = mmap.mmap(int(sys.argv[1]), {_RECORD.size}), os.getppid(), 0.0
+woke = time.monotonic()
+while os.getppid() == parent:
+    shared[:] = struct.pack("dd", woke, late)
+    time.sleep({_EVERY})
+    before, woke = woke, time.monotonic()
+    late += max(0.0, woke - before - {_EVERY + _FAIR})
+"""
+
+
+class Stopwatch:
+    """Runs from its making on, in the thread that made it."""
+
+    def __init__(self) -> None:
+        self._sleeper = _sleeper()
+        self._waited, self._late = _waited(), self._sleeper.late
+        self._started = time.monotonic()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds, all of them."""
+        return time.monotonic() - self._started
+
+    @property
+    def net(self) -> float:
+        """Seconds without those that the machine took."""
+        return self.elapsed - self.taken
+
+    @property
+    def taken(self) -> float:
+        """Seconds that the machine took so far."""
+        return max(_waited() - self._waited, self._sleeper.late - self._late)
+
+
+class _Sleeper:
+    """The other process; it ends with this one."""
+
+    def __init__(self) -> None:
+        descriptor = os.memfd_create("sleeper")
+        os.ftruncate(descriptor, _RECORD.size)
+        self._shared = mmap.mmap(descriptor, _RECORD.size)
+        self.process = subprocess.Popen(
+            [sys.executable, "-S", "-E", "-c", _SLEEPER, str(descriptor)], pass_fds=[descriptor]
+        )
+        os.close(descriptor)
+        atexit.register(self.process.wait)
+        atexit.register(self.process.kill)
+        while not _RECORD.unpack(self._shared)[0]:
+            time.sleep(0.001)
+
+    @property
+    def late(self) -> float:
+        """Seconds, since its start."""
+        late: float = _RECORD.unpack(self._shared)[1]
+        return late + self.overdue
+
+    @property
+    def overdue(self) -> float:
+        """Seconds for which it should have been awake by now."""
+        woke: float = _RECORD.unpack(self._shared)[0]
+        return max(0.0, time.monotonic() - woke - _EVERY - _FAIR)
+
+
+@cache
+def _sleeper() -> _Sleeper:
+    return _Sleeper()
+
+
+def _waited() -> float:
+    """Seconds for which this thread was ready to run and did not, since its start."""
+    if not _SCHEDSTAT.exists():
+        return 0.0
+    return int(_SCHEDSTAT.read_text().split()[1]) / 1e9

@@ -1,0 +1,67 @@
+"""The stopwatch: what is left out is the machine's, and only that."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from stopwatch import Stopwatch, _sleeper
+
+
+@contextmanager
+def crowded(others: int) -> Iterator[None]:
+    """One core for this thread and for so many processes that want all of it."""
+    cores = os.sched_getaffinity(0)
+    with ExitStack() as stack:
+        stack.callback(os.sched_setaffinity, 0, cores)
+        os.sched_setaffinity(0, {min(cores)})
+        for _ in range(others):
+            hog = subprocess.Popen(
+                [sys.executable, "-S", "-c", "print(flush=True)\nwhile True: pass"],
+                stdout=subprocess.PIPE,
+            )
+            stack.enter_context(hog)
+            stack.callback(hog.kill)
+            assert hog.stdout is not None
+            hog.stdout.readline()
+        yield
+
+
+def compute(seconds: float) -> None:
+    until = time.thread_time() + seconds
+    while time.thread_time() < until:
+        pass
+
+
+def test_time_without_a_core_is_left_out() -> None:
+    with crowded(4):
+        watch = Stopwatch()
+        compute(0.1)
+        assert watch.net < 0.2 < watch.elapsed
+
+
+def test_time_in_which_this_process_computes_counts() -> None:
+    watch = Stopwatch()
+    compute(0.2)
+    assert watch.net > 0.15
+
+
+def test_time_in_which_this_process_waits_counts() -> None:
+    watch = Stopwatch()
+    time.sleep(0.2)
+    assert 0.15 < watch.net <= watch.elapsed
+
+
+def test_another_process_that_is_late_is_left_out_while_it_is_late() -> None:
+    sleeper = _sleeper()
+    watch = Stopwatch()
+    sleeper.process.send_signal(signal.SIGSTOP)
+    time.sleep(0.1)
+    assert watch.net < 0.05 < watch.elapsed
+    sleeper.process.send_signal(signal.SIGCONT)
+    while sleeper.overdue > 0:
+        time.sleep(0.001)
+    assert watch.net < watch.elapsed - 0.05
