@@ -245,6 +245,15 @@ class Client:
             size = int.from_bytes(await self._take(8), "big")
         return first & 0x0F, await self._take(size)
 
+    async def contains(self, wanted: bytes) -> bool:
+        """Read until this has come, among whatever else; False at the end."""
+        while wanted not in self._data:
+            try:
+                await self._more()
+            except EOFError:
+                return False
+        return True
+
     async def text(self) -> str:
         """The next message; pings and pongs before it are passed over."""
         while (frame := await self.frame())[0] in {PING, PONG}:

@@ -226,6 +226,55 @@ async def test_upgrade_with_a_frame_as_second_request_hurts_nobody_else() -> Non
         await client.rest()
 
 
+@pytest.mark.parametrize("transport", ["direct", "second request", "events"])
+async def test_clients_may_come_and_go_while_they_are_written_to(transport: str) -> None:
+    auth = dict.fromkeys(Endpoint, BySession())
+
+    async def open_one(client: Client, session: int) -> None:
+        if transport == "events":
+            head = f"GET /ws/diner/events?session={session} HTTP/1.1\r\nHost: a\r\n\r\n"
+            await client.send(head.encode())
+            return
+        if transport == "second request":  # as a proxy that keeps its connections sends it
+            await client.send(b"GET /ws/health HTTP/1.1\r\nHost: a\r\n\r\n")
+            await client.response()
+        await client.upgrade(f"/ws/diner?session={session}")
+
+    async def come_and_go(port: int) -> None:
+        for turn in range(8):
+            async with dialled(port, receive_buffer=4096) as client:
+                await open_one(client, 2)
+                await trio.sleep(0.001 * turn)
+                await (client.reset() if turn % 2 else client.leave())
+
+    async with serving(auth) as gateway, dialled(gateway.port) as honest:
+        hub = gateway.app.hub
+        await open_one(honest, 1)
+        await until(lambda: len(hub) == 1)
+        (stays,) = hub.connections
+        seen: set[Connection] = set()
+
+        async def write_at_every_step() -> None:
+            """As a snapshot of the hub does that is older than a client's end."""
+            while True:
+                seen.update(hub.connections)
+                for connection in seen - {stays}:
+                    connection.send(b"x" * 5000)
+                await trio.lowlevel.checkpoint()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(write_at_every_step)
+            async with trio.open_nursery() as guests:
+                for _ in range(6):
+                    guests.start_soon(come_and_go, gateway.port)
+            await until(lambda: len(hub) == 1)
+            nursery.cancel_scope.cancel()
+        assert len(seen) > 10
+        event = make_event("CART_SYNC", session_id=1)
+        gateway.app.heard.offer(event)
+        assert await honest.contains(event.payload)
+
+
 @pytest.mark.parametrize("name", ["Connection", "Sec-WebSocket-Protocol", "Origin"])
 async def test_high_byte_in_a_second_request_hurts_nobody_else(name: str) -> None:
     async with serving() as gateway, bystanding(gateway.port), dialled(gateway.port) as client:

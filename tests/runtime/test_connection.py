@@ -1,6 +1,6 @@
 """A connection: what it is held to, how it ends, and what a slow one gets."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import trio
@@ -470,7 +470,7 @@ async def test_bug_while_answering_ends_with_1011_and_propagates(autojump_clock:
     client = Connection(make_principal(), PATIENT, answer)
     await socket.client.send("refresh_sectors")
 
-    with pytest.RaisesGroup(ZeroDivisionError):
+    with pytest.RaisesGroup(ZeroDivisionError, flatten_subgroups=True):
         await client.run(socket, hub)
 
     assert socket.closed is Close.INTERNAL_ERROR
@@ -492,6 +492,60 @@ async def test_who_is_cancelled_from_outside_is_gone_without_a_word(
     assert client.code == Close.ABNORMAL
     assert client.ended_at == 0
     assert (len(hub), len(hub.leaving)) == (0, 0)
+
+
+@pytest.mark.parametrize("room", [0, 3])
+@pytest.mark.parametrize("action", ["send", "ping", "start", "close", "cut"])
+async def test_connection_that_is_cancelled_from_outside_can_be_written_to_at_every_step(
+    autojump_clock: MockClock, action: str, room: int
+) -> None:
+    started: list[int] = []
+
+    async def errand(step: int) -> None:
+        started.append(step)
+        await trio.sleep_forever()
+
+    act: dict[str, Callable[[Connection, int], None]] = {
+        "send": lambda client, _: client.send(b"hello"),  # which starts the writer
+        "ping": lambda client, _: client.ping(trio.current_time()),
+        "start": lambda client, step: client.start(errand, step),
+        "close": lambda client, _: client.close(Close.GOING_AWAY),
+        "cut": lambda client, _: client.cut(),
+    }
+    for step in [*range(10)] * 8:  # tasks of one step run in either order
+        hub, socket, client = Hub(), FakeSocket(room=room), make()
+        serving = trio.CancelScope()
+
+        async def serve() -> None:
+            with serving:
+                await client.run(socket, hub)  # noqa: B023 - ends in the same round
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(serve)
+            await wait_all_tasks_blocked()
+            serving.cancel()
+            for _ in range(step):
+                await trio.lowlevel.checkpoint()
+            act[action](client, step)
+
+        assert client.ending
+        assert (len(hub), len(hub.leaving)) == (0, 0)
+    assert 9 not in started
+
+
+async def test_bug_beside_the_reader_is_1011(autojump_clock: MockClock) -> None:
+    async def errand() -> None:
+        await trio.sleep(1)
+        raise ZeroDivisionError
+
+    hub, socket, client = Hub(), FakeSocket(), make()
+    with pytest.RaisesGroup(ZeroDivisionError, flatten_subgroups=True):
+        async with trio.open_nursery() as nursery:
+            await start(nursery, client, socket, hub)
+            client.start(errand)
+
+    assert socket.closed is Close.INTERNAL_ERROR
+    assert hub.closed == {Close.INTERNAL_ERROR: 1}
 
 
 async def test_who_is_cancelled_within_a_frame_is_cut(autojump_clock: MockClock) -> None:

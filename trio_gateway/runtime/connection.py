@@ -199,14 +199,17 @@ class Connection:
                         if self._replays is not None and self.resume_from is not None:
                             self.start(self._replays.resume, self, self.resume_from)
                         await self._read(socket)
+                    except Exception:
+                        self.close(Close.INTERNAL_ERROR, "internal error")
+                        raise
                     finally:
+                        # Cancelled from outside, it is ending, too: the nursery is closed one step
+                        # before its block is left, and takes no task in that step.
+                        self.close(Close.ABNORMAL)
                         hub.leave(self)
                         if self._errand is not None:
                             self._errand.cancel()
                         self._end_writing(nursery)
-            except Exception:
-                self.close(Close.INTERNAL_ERROR, "internal error")
-                raise
             finally:
                 self._nursery = None
                 await self._finish(socket)
@@ -237,7 +240,7 @@ class Connection:
             self.close(Close.SLOW_CONSUMER, "too slow: outbox is full")
         elif not self._writing and self._nursery is not None:
             self._writing = True
-            self._nursery.start_soon(self._write_out)
+            self._nursery.start_soon(self._run_task, self._write_out)
 
     def send(self, text: bytes) -> None:
         """Send one text message."""
@@ -253,7 +256,7 @@ class Connection:
             with scope:
                 await errand(*arguments)
 
-        self._nursery.start_soon(run)
+        self._nursery.start_soon(self._run_task, run)
 
     async def wait_written(self) -> None:
         """Wait until the outbox is empty."""
@@ -385,14 +388,19 @@ class Connection:
         # A writer that was never started, because the outbox was over its bound at once:
         if self._outbox is not None and self._outbox.bytes and not self._writing:
             self._writing = True
-            nursery.start_soon(self._write_out)
+            nursery.start_soon(self._run_task, self._write_out)
+
+    async def _run_task(self, task: Callable[[], Awaitable[None]]) -> None:
+        """Run a task beside the reader, which is cancelled by what it raises: a bug, so 1011."""
+        try:
+            await task()
+        except Exception:
+            self.close(Close.INTERNAL_ERROR, "internal error")
+            raise
 
     async def _finish(self, socket: Socket) -> None:
         """Send the close frame if the wire is between two frames, else there is no way to."""
-        if self.ended_at is None:
-            self.ended_at = trio.current_time()
-        if self._code is None:  # cancelled from outside: gone, or everything is dropped
-            self._code = int(Close.ABNORMAL)
+        assert self._code is not None
         if self._outbox is not None and self._outbox.partial:
             return
         with trio.CancelScope(shield=True):  # bounded by the socket
