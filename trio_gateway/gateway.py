@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import sniffio
 import structlog
@@ -59,6 +59,8 @@ if TYPE_CHECKING:
     from .edges.sectors import Roster
 
 log = structlog.get_logger()
+
+_OPEN_MAX: Final = 10_240  # open files of a process on macOS
 
 
 class _Lifespan(TrioASGILifespan):
@@ -552,7 +554,20 @@ def create_app(
 
 
 def _raise_fd_limit() -> None:
-    """A socket is a descriptor, and the usual soft limit is 1024."""
+    """Raise the soft limit of open files, usually 1024, as far as the system allows.
+
+    Each client needs one.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if soft == hard:
+        return
+    refused: Exception | None = None
+    # macOS reports no hard limit, and refuses to go beyond OPEN_MAX.
+    for wanted in (hard, max(soft, _OPEN_MAX)):
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        except (OSError, ValueError) as error:
+            refused = error
+        else:
+            return
+    log.warning("limit of open files not raised", limit=soft, error=str(refused))

@@ -1,5 +1,7 @@
 """The service day: its cut-off, its zones, the hours that clocks skip and repeat, the shifts."""
 
+import sys
+import zoneinfo
 from datetime import date, datetime, time, timedelta
 from zoneinfo import ZoneInfo
 
@@ -231,3 +233,19 @@ def test_what_is_no_window_is_named(item: str) -> None:
 
 def test_windows_are_read() -> None:
     assert SHIFTS["NIGHT"] == (time(22), time(6))
+
+
+def test_without_time_zone_data_utc_is_there_and_others_say_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for package in ("tzdata", "tzdata.zoneinfo.Europe"):
+        monkeypatch.setitem(sys.modules, package, None)
+    zoneinfo.reset_tzpath([])
+    ZoneInfo.clear_cache()
+    try:
+        assert ServiceDays(read_zone("UTC")) == ServiceDays()
+        assert ServiceDays().period(*HERE, 0.0).day == date(1969, 12, 31)
+        with pytest.raises(ValueError, match=r"unknown time zone Europe/Berlin \(.*tzdata\)"):
+            read_zone("Europe/Berlin")
+    finally:
+        zoneinfo.reset_tzpath()

@@ -26,6 +26,7 @@ _MENDS: Final = (
     ("NOAUTH", "Redis wants a password: REDIS_URL=redis://:PASSWORD@host:port"),
     ("WRONGPASS", "the user or the password in REDIS_URL is wrong"),
     ("AUTH failed", "Redis has no password: take it out of REDIS_URL"),
+    ("SELECT failed: NOPERM", "allow this user: ACL SETUSER … +select"),
     ("SELECT failed", "the database number in REDIS_URL is too high"),
     ("closed by Redis", "is that a Redis, and does it want TLS (rediss://)?"),
 )
@@ -141,15 +142,19 @@ async def _check_redis(settings: "Settings", address: "Address", report: _Report
 
 
 async def _check_commands(settings: "Settings", redis: "RedisConnection", report: _Report) -> None:
+    with report.trying("liveness (PING)", "allow this user: ACL SETUSER … +ping"):
+        await _call(redis, "PING")
     for stream in dict.fromkeys(settings.redis_streams):
         with report.trying(
             f"stream {stream}",
-            f"allow this user to read it: ACL SETUSER … ~{stream} +xread +xrevrange +xinfo",
+            "allow this user to read it:"
+            f" ACL SETUSER … ~{stream} +xread +xrevrange +xinfo|stream +time",
             f"the key {stream} is something else than a stream: name another in REDIS_STREAMS",
         ):
             await _call(redis, "XREVRANGE", stream, "+", "-", "COUNT", 1)
             await _call(redis, "XREAD", "COUNT", 1, "STREAMS", stream, "$")
             await _call(redis, "XINFO", "STREAM", stream, unless="no such key")
+            await _call(redis, "TIME", unless="unknown command")
     key = f"gateway:ticket:check-{secrets.token_hex(8)}"
     with report.trying(
         "tickets (SET, GETDEL)",
@@ -163,6 +168,15 @@ async def _check_commands(settings: "Settings", redis: "RedisConnection", report
         "allow this user the keys: ACL SETUSER … ~auth:* +mget",
     ):
         await _call(redis, "MGET", "auth:token:blacklist:-", "auth:user:revoked:-")
+    if (dlq := settings.redis_dlq_stream) is not None:
+        with report.trying(
+            f"dead letters ({dlq})",
+            f"allow this user the keys: ACL SETUSER … ~gateway:dlq:* ~{dlq} +set +xadd",
+            f"the key {dlq} is something else than a stream: name another in REDIS_DLQ_STREAM",
+        ):
+            await _call(redis, "SET", "gateway:dlq:check", "", "XX")  # never there: no change
+            # No entry can have this id: an error, and nothing added.
+            await _call(redis, "XADD", dlq, "0-0", "check", "", unless="greater than 0-0")
 
 
 async def _check_subscribing(

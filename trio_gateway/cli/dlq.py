@@ -84,7 +84,9 @@ def _open() -> "tuple[redis.Redis, str]":
     import redis
 
     settings = settings_or_exit()
-    client = redis.Redis.from_url(settings.redis_url, socket_timeout=5, socket_connect_timeout=5)
+    client = redis.Redis.from_url(
+        settings.redis_url, protocol=2, socket_timeout=5, socket_connect_timeout=5
+    )
     return client, settings.redis_dlq_stream or _DEFAULT
 
 

@@ -3,9 +3,9 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import date, datetime, time, timedelta
+from datetime import UTC, date, datetime, time, timedelta, tzinfo
 from typing import Final
-from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError, available_timezones
 
 from .audiences import BranchId, TenantId
 
@@ -27,8 +27,8 @@ class ServiceDays:
     on its day. ``windows`` are the shifts' hours; one without them is on all day.
     """
 
-    zone: ZoneInfo = field(default_factory=lambda: ZoneInfo("UTC"))
-    zones: Mapping[tuple[TenantId, BranchId], ZoneInfo] = field(default_factory=dict)
+    zone: tzinfo = UTC
+    zones: Mapping[tuple[TenantId, BranchId], tzinfo] = field(default_factory=dict)
     cut_off: time = time(5)
     windows: Mapping[str, tuple[time, time]] = field(default_factory=dict)
 
@@ -54,15 +54,18 @@ def holds(shift: str | None, period: Period) -> bool:
     return shift not in period.off
 
 
-def read_zone(text: str) -> ZoneInfo:
-    """Raises :exc:`ValueError` for what is no zone of the tz database."""
+def read_zone(text: str) -> tzinfo:
+    """Raises :exc:`ValueError` for what is no zone of the tz database. UTC needs no database."""
+    if text == "UTC":
+        return UTC
     try:
         return ZoneInfo(text)
     except (ZoneInfoNotFoundError, ValueError, OSError):
-        raise ValueError(f"unknown time zone {text}") from None
+        hint = "" if available_timezones() else " (no time zone data here: pip install tzdata)"
+        raise ValueError(f"unknown time zone {text}{hint}") from None
 
 
-def read_zones(items: tuple[str, ...]) -> Mapping[tuple[TenantId, BranchId], ZoneInfo]:
+def read_zones(items: tuple[str, ...]) -> Mapping[tuple[TenantId, BranchId], tzinfo]:
     """``tenant:branch=Zone`` each; raises :exc:`ValueError`."""
     found = {}
     for item in items:

@@ -173,6 +173,7 @@ async def open_commands(
     async with trio_asyncio.open_loop() as loop:
         pool = BlockingConnectionPool.from_url(
             url,
+            protocol=2,  # RESP3 begins with HELLO, which some proxies do not know
             max_connections=max_connections,
             timeout=TIMEOUT,
             socket_connect_timeout=TIMEOUT,

