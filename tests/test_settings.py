@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from trio_gateway.core.routing import ROUTES, Route, To
 from trio_gateway.core.tokens import Rules, read_jwt, read_table_token
-from trio_gateway.settings import NAMES, InvalidSettings, Settings, is_origin, load_settings
+from trio_gateway.settings import NAMES, InvalidSettings, Settings, load_settings
 from trio_gateway.testing import make_jwt, make_table_token
 
 # The contract's table, section 6.
@@ -481,34 +481,10 @@ def test_a_mistake_in_the_routes_file_stops_the_start(
     ]
 
 
-ORIGINS = [
-    "http://localhost:5176", "https://a.b", "https://A.b:443", "http://[::1]:80", "capacitor://x",
-    "http://10.0.0.1",
-]  # fmt: skip
-NO_ORIGINS = [
-    "", "null", "*", "a.b", "//a.b", "http:", "http://", "http:a.b", "http://a.b/", "http://a.b/c",
-    "http://a.b?", "http://a.b#", "http://u@a.b", "http://u:p@a.b", "http://a.b:", "http://a.b:x",
-    "http://a.b:0", "http://a.b:65536", "http://a.b:-1", "http://a b", " http://a.b",
-    "http://a.b ", "http://a.b\n", "http://ñ.b", "http://a.b,http://c.d", "http://[::1", "null ",
-    "http://:80", "http://a.b\\c", "http://a.b:123456", "http://*.b", 'http://a"b', "http://\u212a.b",
-    "http://a.b:٨٠", "://a.b", "http://[a.b]x", "http://a,b", "1http://a.b", "http://a.b:80:80",
-]  # fmt: skip
+def test_origins_are_kept_as_browsers_send_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = load(monkeypatch, ALLOWED_ORIGINS="HTTPS://App.Example:443, http://[0::1]:80")
 
-
-@pytest.mark.parametrize("text", ORIGINS)
-def test_an_origin_is_scheme_host_and_port(text: str) -> None:
-    assert is_origin(text)
-
-
-@pytest.mark.parametrize("text", NO_ORIGINS)
-def test_anything_else_is_no_origin(text: str) -> None:
-    assert not is_origin(text)
-
-
-def test_origins_are_compared_in_lower_case(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = load(monkeypatch, ALLOWED_ORIGINS="HTTPS://App.Example")
-
-    assert settings.allowed_origins == ("https://app.example",)
+    assert settings.allowed_origins == ("https://app.example", "http://[::1]")
 
 
 def test_a_key_is_bound_to_its_algorithms() -> None:

@@ -2,9 +2,7 @@
 
 import difflib
 import hmac
-import ipaddress
 import os
-import re
 import secrets
 from collections.abc import Mapping
 from datetime import time
@@ -18,6 +16,7 @@ from dotenv import dotenv_values
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from .core.origins import is_loopback, read_origin
 from .core.routing import ROUTES, InvalidRoutes, Route, read_routes
 from .core.service_day import ServiceDays, read_windows, read_zone, read_zones
 from .core.tokens import Key, Rules
@@ -39,10 +38,6 @@ _PATTERNS = (
     "tenant:*:admin",
 )
 _ORIGINS = tuple(f"http://localhost:{port}" for port in (5176, 5177, 5178))
-_ORIGIN = re.compile(
-    r"[a-z][a-z0-9+.-]*://(?:[a-z0-9._~%-]+|\[[0-9a-f:.]+\])(?::(?P<port>[0-9]{1,5}))?",
-    re.ASCII | re.IGNORECASE,
-)
 _USUAL_IDLE_TIMEOUT = 60  # seconds: nginx, AWS ALB and others, unless told otherwise
 _USUAL_PING = 25  # seconds between the pings of our clients unless the gateway names another
 _HMAC = frozenset({"HS256", "HS384", "HS512"})
@@ -180,10 +175,15 @@ class Settings(BaseSettings):
     @field_validator("allowed_origins")
     @classmethod
     def _well_formed_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        found = []
         for origin in value:
-            if origin != "*" and not is_origin(origin):
-                raise ValueError(f"{origin} is not scheme://host[:port]")
-        return tuple(origin.lower() for origin in value)
+            try:
+                found.append(origin if origin == "*" else read_origin(origin))
+            except ValueError:
+                raise ValueError(
+                    f"{origin} is not scheme://host[:port] (nothing may follow, not even a slash)"
+                ) from None
+        return tuple(found)
 
     @field_validator("service_day_cutoff")
     @classmethod
@@ -360,7 +360,7 @@ class Settings(BaseSettings):
         if self.jwt_secret is not None and self.jwt_secret == self.table_token_secret:
             found.append("JWT_SECRET and TABLE_TOKEN_SECRET are the same: use two")
         url = urlsplit(self.jwt_jwks_url or "")
-        if url.scheme == "http" and not is_here(url.hostname or ""):
+        if url.scheme == "http" and not is_loopback(url.hostname or ""):
             found.append("JWT_JWKS_URL is not https: who stands in between can make tokens")
         for name in self._secrets_in_use:
             secret = getattr(self, name)
@@ -410,12 +410,6 @@ def _random_secret(kind: str) -> str:
 
 
 NAMES = frozenset(name.upper() for name in Settings.model_fields)
-
-
-def is_origin(text: str) -> bool:
-    """Whether this is ``scheme://host[:port]`` and nothing more (RFC 6454, 6.2)."""
-    match = _ORIGIN.fullmatch(text)
-    return match is not None and 0 < int(match["port"] or 1) < 1 << 16
 
 
 def load_settings(env_file: str = ".env") -> Settings:
@@ -472,15 +466,7 @@ def _is_open(redis_url: str) -> bool:
     parts = urlsplit(redis_url)
     if parts.scheme == "unix" or parts.password or "password" in parse_qs(parts.query):
         return False
-    return not is_here(parts.hostname or "localhost")
-
-
-def is_here(host: str) -> bool:
-    """Whether this is a name or an address of this machine, and nobody else's."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    return not is_loopback(parts.hostname or "localhost")
 
 
 def _read_public_keys(text: str) -> list[Any]:

@@ -203,6 +203,24 @@ async def test_origin_is_checked_for_staff_only(
             assert await is_let_in(gateway.diner_url(), origin)
 
 
+@pytest.mark.parametrize(
+    ("listed", "sent"),
+    [
+        ("https://app.example:443", "https://app.example"),
+        ("http://app.example", "HTTP://App.Example:80"),
+        ("http://[::1]:5176", "http://[0:0::1]:5176"),
+        ("https://café.example", "https://xn--caf-dma.example"),
+    ],
+)
+async def test_origins_are_compared_as_origins(
+    redis_url: str, door: Door, listed: str, sent: str
+) -> None:
+    async with serving(redis_url, door, allowed_origins=(listed,)) as gateway:
+        assert await is_let_in(gateway.staff_url("waiter"), sent)
+        code, _ = await refusal(gateway.staff_url("waiter"), sent.replace("://", "://x."))
+        assert code in {Close.POLICY_VIOLATION, Close.FORBIDDEN}  # x.[::1] is not an origin
+
+
 async def test_origin_is_looked_at_before_the_token(redis_url: str, door: Door) -> None:
     async with serving(redis_url, door) as gateway:
         code, _ = await refusal(f"{gateway.url}/ws/waiter?token=x", "http://evil.example")

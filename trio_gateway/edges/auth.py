@@ -6,6 +6,7 @@ from typing import Protocol
 
 from ..core.audiences import Principal
 from ..core.closing import Close, Rejected
+from ..core.origins import is_loopback, normalise
 from ..core.tokens import (
     Key,
     Rules,
@@ -14,7 +15,6 @@ from ..core.tokens import (
     read_legacy_table_token,
     read_table_token,
 )
-from ..settings import is_here, is_origin
 from .addresses import host_of
 from .handshake import Handshake
 from .jwks import KeySet
@@ -97,14 +97,19 @@ class FirstOf:
 
 
 def check_origin(origin: str | None, allowed: Sequence[str], *, required: bool) -> None:
-    """Raise :exc:`Rejected` unless a browser on this origin may connect (RFC 6455, 10.2)."""
+    """Raise :exc:`Rejected` unless a browser on this origin may connect (RFC 6455, 10.2).
+
+    ``allowed`` are origins as :func:`~..core.origins.normalise` writes them, or ``*``.
+    """
     if origin is None:
         if required:
             raise Rejected(Close.POLICY_VIOLATION, "origin required", "origin")
         return
-    if not is_origin(origin):
-        raise Rejected(Close.FORBIDDEN, "origin malformed", "origin")
-    if "*" not in allowed and origin.lower() not in allowed:
+    try:
+        origin = normalise(origin)
+    except ValueError:
+        raise Rejected(Close.FORBIDDEN, "origin malformed", "origin") from None
+    if "*" not in allowed and origin not in allowed:
         raise Rejected(Close.POLICY_VIOLATION, "origin not allowed", "origin")
 
 
@@ -114,7 +119,15 @@ def is_own_page(handshake: Handshake) -> bool:
     Names that anybody can point here are none of this machine's (DNS rebinding).
     """
     host = handshake.headers.get("host", "")
-    return is_here(host_of(host)) and handshake.origin in {f"http://{host}", f"https://{host}"}
+    if handshake.origin is None or not is_loopback(host_of(host)):
+        return False
+    try:
+        return normalise(handshake.origin) in {
+            normalise(f"http://{host}"),
+            normalise(f"https://{host}"),
+        }
+    except ValueError:
+        return False
 
 
 def _credential(handshake: Handshake) -> str:

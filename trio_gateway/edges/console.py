@@ -19,10 +19,10 @@ from ..core.audiences import ENDPOINTS, Endpoint, Principal, Role
 from ..core.closing import Close, Rejected
 from ..core.events import InvalidEvent, parse_event
 from ..core.messages import Said, statistics
+from ..core.origins import is_loopback
 from ..core.routing import UNKNOWN
 from ..publisher import channel_for
 from ..runtime.connection import Connection
-from ..settings import is_here
 from .addresses import host_of
 from .answers import Answer, identify, problem, refusal, status_of
 from .commands import Unavailable
@@ -206,7 +206,7 @@ async def token(app: "Gateway") -> Answer:
         return problem(404, "not found")
     # What makes tokens for whoever asks is for this machine: not for who comes through a proxy
     # on it, nor for a page under a name that was pointed here.
-    if not (is_here(request.remote_addr or "") and is_here(host_of(request.host))) or any(
+    if not (is_loopback(request.remote_addr or "") and is_loopback(host_of(request.host))) or any(
         name in request.headers for name in _FORWARDED
     ):
         return problem(403, "for a browser on the gateway's own machine")
