@@ -25,12 +25,21 @@ class Peer:
     def __init__(self, socket: WebSocketConnection, heard: list[Any]) -> None:
         self._socket = socket
         self.heard = heard  # what the client has said, on all sockets; JSON is decoded
+        self.intervals: tuple[float, float] | None = None  # None: an older gateway
 
     async def hear(self) -> Any:
-        """The next thing that the client says."""
-        text = await self._socket.get_message()
-        self.heard.append(text if text == "ping" else json.loads(text))
-        return self.heard[-1]
+        """The next thing that the client says, except that it asks for the intervals."""
+        while True:
+            text = await self._socket.get_message()
+            said = text if text == "ping" else json.loads(text)
+            if said != {"type": "intervals"}:
+                self.heard.append(said)
+                return said
+            if self.intervals is not None:
+                heartbeat, receive = self.intervals
+                await self.say(
+                    type="intervals", heartbeat_timeout=heartbeat, receive_timeout=receive
+                )
 
     async def say(self, **message: Any) -> None:
         await self._socket.send_message(json.dumps(message))

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
+from trio_websocket import wrap_server_stream
 
 from trio_gateway.client import Client, Refused, Status, connect
-from trio_gateway.testing import make_jwt
+from trio_gateway.testing import make_jwt, make_payload
 
 from .fakes import FakeGateway, Peer, closing, fake_gateway, hang_up, welcome
 
@@ -299,21 +300,144 @@ async def test_a_renewal_that_is_refused_is_followed_by_another_token(
     assert len(gateway.dialled) == 2
 
 
-async def test_an_offered_token_that_is_refused_is_not_tried_again(
+async def test_a_refusal_while_a_renewal_is_open_blames_neither_token_for_sure(
     autojump_clock: MockClock,
 ) -> None:
-    tokens = iter([make_jwt(SECRET, life=100), *[make_jwt(SECRET, life=100, sub="2")] * 2])
+    """The offered one is presented once more; what then is said is about it."""
+    offered = make_jwt(SECRET, life=100, sub="2")
+    tokens = iter([make_jwt(SECRET, life=100), *[offered] * 3])
 
     async def refuse(peer: Peer) -> None:
         await peer.close(4001, "token revoked")
 
     async with (
-        fake_gateway(renewing(refuse)) as gateway,
+        fake_gateway(renewing(refuse), closing(4001, "token revoked")) as gateway,
         connecting(gateway, lambda refused: next(tokens)) as client,
     ):
         with trio.fail_after(600), pytest.raises(Refused, match="token revoked"):
             await anext(client)
+    assert gateway.headers[1]["authorization"] == f"Bearer {offered}"
+    assert len(gateway.dialled) == 2
+
+
+async def unanswered(peer: Peer) -> None:
+    """Redis can't say whether it is revoked: the old one holds, until its expiry."""
+    with trio.move_on_after(15):
+        await peer.stay()
+    await peer.close(4001, "token expired")
+
+
+async def cut(peer: Peer) -> None:
+    raise trio.BrokenResourceError
+
+
+@pytest.mark.parametrize("answer", [unanswered, cut])
+async def test_a_token_that_no_gateway_has_judged_is_not_blamed(
+    autojump_clock: MockClock, answer: Callable[[Peer], Any]
+) -> None:
+    first, second = make_jwt(SECRET, life=100), make_jwt(SECRET, life=1000)
+    tokens = iter([first, *[second] * 10])
+    async with (
+        fake_gateway(renewing(answer), welcome) as gateway,
+        connecting(gateway, lambda refused: next(tokens)) as client,
+    ):
+        await trio.sleep(200)
+        assert client.status.state == "open"
+    presented = [headers["authorization"] for headers in gateway.headers]
+    assert presented == [f"Bearer {first}", f"Bearer {second}"]
+
+
+async def test_the_present_token_is_tried_again_after_a_renewal_was_refused(
+    autojump_clock: MockClock,
+) -> None:
+    """The refusal was about the other one."""
+    first = make_jwt(SECRET, life=1000)
+    tokens = iter([first, make_jwt(SECRET, life=1000, sub="2"), *[first] * 10])
+    async with (
+        fake_gateway(renewing(lambda peer: peer.close(4001, "bad signature")), welcome) as gateway,
+        connecting(gateway, lambda refused: next(tokens)) as client,
+    ):
+        await trio.sleep(900)
+        assert client.status.state == "open"
+    assert [headers["authorization"] for headers in gateway.headers] == [f"Bearer {first}"] * 2
+
+
+async def test_two_answers_to_a_renewal_lose_no_token(autojump_clock: MockClock) -> None:
+    tokens = iter([make_jwt(SECRET, life=100), *[make_jwt(SECRET, life=1000)] * 5])
+
+    async def twice(peer: Peer) -> None:
+        for _ in range(2):
+            await peer.say(type="auth_ok", expires_at=int(time.time()) + 1000)
+        await peer.close(4001, "token revoked")
+
+    async with (
+        fake_gateway(renewing(twice)) as gateway,
+        connecting(gateway, lambda refused: next(tokens)) as client,
+    ):
+        with pytest.raises(Refused, match="token revoked"):
+            await anext(client)
     assert len(gateway.dialled) == 1
+
+
+@pytest.mark.parametrize("skew", [-600, -60, 0, 60, 600])
+@pytest.mark.parametrize("life", [120, 900, 7200])
+@pytest.mark.parametrize("says_iat", [True, False], ids=["iat", "no iat"])
+async def test_renewal_does_not_depend_on_this_devices_clock(
+    autojump_clock: MockClock,
+    monkeypatch: pytest.MonkeyPatch,
+    skew: float,
+    life: int,
+    says_iat: bool,
+) -> None:
+    began = 1_790_000_000
+
+    def true_time() -> int:
+        return began + int(trio.current_time())
+
+    def provide(refused: bool) -> str:
+        minted.append(true_time())
+        iat: Any = true_time() if says_iat else ...
+        return make_jwt(SECRET, iat=iat, exp=true_time() + life, jti=str(len(minted)))
+
+    async def script(peer: Peer) -> None:
+        """As the gateway: closes on time at the expiry of the token that it accepted last."""
+        await peer.let_in()
+        expires = minted[-1] + life
+        while True:
+            with trio.move_on_at(expires - began) as scope:
+                said = await peer.hear()
+            if scope.cancelled_caught:
+                await peer.close(4001, "token expired")
+                return
+            if said == "ping":
+                await peer.say(type="pong")
+            else:
+                expires = minted[-1] + life
+                await peer.say(type="auth_ok", expires_at=expires)
+
+    minted: list[int] = []
+    monkeypatch.setattr(time, "time", lambda: began + trio.current_time() + skew)
+    async with fake_gateway(script) as gateway, connecting(gateway, provide):
+        await trio.sleep(6 * life)
+    # A short token without iat, and a clock that is behind: only an expiry can tell.
+    assert len(gateway.dialled) == (2 if not says_iat and life == 120 and skew < 0 else 1)
+    assert 6 <= len(minted) < (25 if says_iat else 60)
+
+
+async def test_a_clock_that_makes_each_token_seem_old_does_not_renew_all_the_time(
+    autojump_clock: MockClock,
+) -> None:
+    made = iter(range(10**6))
+
+    async def ok(peer: Peer) -> None:
+        await peer.say(type="auth_ok", expires_at=int(time.time()) + 1)
+
+    def provide(refused: bool) -> str:
+        return make_jwt(SECRET, iat=..., exp=int(time.time()) + 1, sub=str(next(made)))
+
+    async with fake_gateway(renewing(*[ok] * 1000)) as gateway, connecting(gateway, provide):
+        await trio.sleep(600)
+    assert 2 < next(made) < 70
 
 
 async def test_a_provider_hears_of_a_refusal_until_a_token_holds(
@@ -333,7 +457,85 @@ async def test_a_provider_hears_of_a_refusal_until_a_token_holds(
     assert asked == [False, True, True, False]
 
 
+# Sectors
+
+
+async def test_sectors_are_asked_for_and_told(autojump_clock: MockClock) -> None:
+    async def script(peer: Peer) -> None:
+        await peer.let_in()
+        assert await peer.hear() == {"type": "refresh_sectors"}
+        await peer.say(type="sectors_updated", sector_ids=[5, 6])
+        await peer.stay()
+
+    async with fake_gateway(script) as gateway, connecting(gateway) as client:
+        with pytest.raises(ConnectionError, match="not connected: connecting"):
+            await client.refresh_sectors()
+        await client.wait_open()
+        assert await client.refresh_sectors() == (5, 6)
+
+
+async def test_sectors_that_are_not_told_are_an_error(autojump_clock: MockClock) -> None:
+    async def leave(peer: Peer) -> None:
+        await peer.let_in()
+        await peer.hear()
+
+    async with fake_gateway(welcome) as gateway, connecting(gateway) as client:
+        await client.wait_open()
+        with pytest.raises(TimeoutError):
+            await client.refresh_sectors()
+    async with fake_gateway(leave) as gateway, connecting(gateway) as client:
+        await client.wait_open()
+        with pytest.raises(ConnectionError, match="ended"):
+            await client.refresh_sectors()
+
+
 # Whether it lives
+
+
+@pytest.mark.parametrize(
+    ("intervals", "every"), [((60, 90), 25), ((20, 90), 10), ((60, 8.0), 4), ((0, 0), 0.5)]
+)
+async def test_it_says_ping_as_often_as_the_gateway_asks(
+    autojump_clock: MockClock, intervals: tuple[float, float], every: float
+) -> None:
+    async def script(peer: Peer) -> None:
+        peer.intervals = intervals
+        await welcome(peer)
+
+    async with fake_gateway(script) as gateway, connecting(gateway) as client:
+        await client.wait_open()
+        await trio.sleep(10 * every + 0.1)
+    assert gateway.heard.count("ping") == 10
+
+
+async def test_half_a_message_is_an_answer_to_a_ping(autojump_clock: MockClock) -> None:
+    """On a line that takes 4 KB a second, an event may take longer than the patience."""
+
+    async def dial() -> trio.abc.Stream:
+        client, server = trio.testing.memory_stream_pair()
+        nursery.start_soon(serve, server)
+        return client
+
+    async def serve(stream: Any) -> None:
+        dialled.append(trio.current_time())
+        async with trio.open_nursery() as serving:
+            request = await wrap_server_stream(serving, stream)
+            peer = Peer(await request.accept(), [])
+            await peer.let_in()
+            await peer.hear()  # the ping
+            text = make_payload(event_id="1", data="x" * 40_000)
+            frame = b"\x81\x7e" + len(text).to_bytes(2, "big") + text
+            for at in range(0, len(frame), 4096):
+                await stream.send_all(frame[at : at + 4096])
+                await trio.sleep(3)
+            await peer.stay()
+
+    dialled: list[float] = []
+    async with trio.open_nursery() as nursery:
+        async with connect(URL, "t", dial=dial) as client:
+            assert (await anext(client)).event_id == "1"
+        nursery.cancel_scope.cancel()
+    assert dialled == [0]
 
 
 async def test_it_says_ping_while_nothing_comes(autojump_clock: MockClock) -> None:
@@ -508,6 +710,43 @@ async def test_an_upgrade_that_is_refused_for_good_is_the_end(
             await anext(client)
     assert refused.value.code == status
     assert len(gateway.dialled) == 1
+
+
+async def test_a_401_is_followed_by_another_token(autojump_clock: MockClock) -> None:
+    """A proxy that checks tokens itself answers like that."""
+    asked: list[bool] = []
+
+    def provide(refused: bool) -> str:
+        asked.append(refused)
+        return f"t{len(asked)}"
+
+    async with fake_gateway(401, welcome) as gateway, connecting(gateway, provide) as client:
+        await client.wait_open()
+    assert asked == [False, True]
+    assert gateway.dialled == [0, 0]
+
+
+@pytest.mark.parametrize("status", [429, 503])
+async def test_a_retry_after_is_waited_for(autojump_clock: MockClock, status: int) -> None:
+    async def dial() -> trio.abc.Stream:
+        dialled.append(trio.current_time())
+        client, server = trio.testing.memory_stream_pair()
+        nursery.start_soon(answer, server)
+        return client
+
+    async def answer(stream: trio.abc.Stream) -> None:
+        await stream.receive_some()
+        head = f"HTTP/1.1 {status} No\r\nRetry-After: 40\r\nContent-Length: 0\r\n\r\n"
+        await stream.send_all(head.encode())
+
+    dialled: list[float] = []
+    async with trio.open_nursery() as nursery:
+        async with connect(URL, "t", dial=dial):
+            await trio.sleep(100)
+        nursery.cancel_scope.cancel()
+    first, second, third, *_ = dialled
+    assert 40 <= second - first <= 41
+    assert 40 <= third - second <= 42
 
 
 @pytest.mark.parametrize("status", [408, 429, 502, 503, 504])

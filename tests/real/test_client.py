@@ -8,7 +8,7 @@ import redis
 import trio
 from harness import JWT_SECRET, Door, make_settings, running, until
 
-from trio_gateway.client import Client, Refused, Status, connect, session
+from trio_gateway.client import Client, Refused, Status, connect, credential
 from trio_gateway.testing import make_jwt
 
 
@@ -53,7 +53,7 @@ async def test_a_token_that_is_none_is_refused(redis_url: str) -> None:
 async def test_it_renews_before_its_token_expires(
     redis_url: str, backend: "redis.Redis", monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session, "RENEW_AT", 0.01)  # at once: in a second
+    monkeypatch.setattr(credential, "RENEW_AT", 0.001)  # at once: in a second
     told: list[Status] = []
     lives = iter([20, 600])
 
@@ -71,6 +71,19 @@ async def test_it_renews_before_its_token_expires(
         publish(backend, 1)
         assert await numbers(client, 1) == [1]
     assert [status.state for status in told] == ["connecting", "open"]
+
+
+async def test_it_says_something_as_often_as_this_gateway_asks(redis_url: str) -> None:
+    settings = make_settings(redis_url, ws_heartbeat_timeout=1.2, ws_cleanup_interval=0.1)
+    async with (
+        running(settings) as gateway,
+        connect(f"{gateway.url}/ws/waiter", make_jwt(JWT_SECRET, sector_ids=[5])) as client,
+    ):
+        await client.wait_open()
+        assert await client.refresh_sectors() == (5,)
+        await trio.sleep(1.6)
+        assert client.status.state == "open"
+        assert gateway.app.hub.joins == 1
 
 
 async def test_over_a_broken_connection_nothing_is_lost_or_doubled(

@@ -11,7 +11,6 @@ from typing import Final, Self
 
 import trio
 
-from ..core.closing import Close
 from ..core.resilience import Backoff
 from .address import Dial, read_address
 from .credential import Credential, NoToken
@@ -107,6 +106,7 @@ class Client:
         self._refusal: Refused | None = None
         self._settled = trio.Event()  # let in for the first time, or refused
         self._opened_at = math.inf
+        self._session: Session | None = None  # while open
         self.status = Status("connecting")
 
     @property
@@ -122,6 +122,16 @@ class Client:
         await self._settled.wait()
         if self._refusal is not None:
             raise self._refusal
+
+    async def refresh_sectors(self) -> tuple[int, ...]:
+        """Ask the gateway to look up this waiter's sectors now; gives those in force.
+
+        Somebody must iterate meanwhile, if events come. Raises :exc:`ConnectionError` without a
+        connection, :exc:`TimeoutError` without an answer.
+        """
+        if self._session is None:
+            raise ConnectionError(f"not connected: {self.status.state}")
+        return await self._session.refresh_sectors()
 
     def __aiter__(self) -> Self:
         return self
@@ -162,6 +172,9 @@ class Client:
                 return
             if (asked := retry_hint(ending.reason)) is not None:
                 wait = asked  # the gateway has spread its clients already
+            elif ending.retry_after is not None:
+                wait = ending.retry_after + backoff.after(failures)
+                failures += 1
             elif ending.next is Next.COOL_DOWN:
                 wait = COOL_DOWN * (1 + random.random())  # noqa: S311 - spreads load
             elif ending.next is Next.RENEW and not failures:
@@ -188,17 +201,21 @@ class Client:
             self._opened_at = trio.current_time()
             self._settled.set()
             self._become(Status("open"))
+            self._session = session
             return await session.run()
         except Ended as ended:
             return after(ended, self._credential)
         except NoUpgrade as refused:
             if refused.status is None:
                 return broken("what answers there speaks no WebSocket", refused)
-            what = after_status(refused.status)
-            return Ending(refused.status, f"HTTP {refused.status}", what, refused)
+            what, why = after_status(refused.status), f"HTTP {refused.status}"
+            if what is Next.RENEW:
+                self._credential.refused(refused.status, why)
+            return Ending(refused.status, why, what, refused, refused.retry_after)
         except (OSError, trio.BrokenResourceError) as error:
             return broken("can't connect", error)
         finally:
+            self._session = None
             if stream is not None:
                 await trio.aclose_forcefully(stream)
 
@@ -206,7 +223,7 @@ class Client:
         try:
             await self._credential.get()
         except NoToken as none:
-            return Ending(Close.AUTH_FAILED, str(none), Next.STOP)
+            return Ending(none.code, str(none), Next.STOP)
         except Exception as error:
             log.warning("the token provider failed", exc_info=error)
             return broken("the token provider failed", error)

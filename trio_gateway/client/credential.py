@@ -1,40 +1,60 @@
 """The credential: a token, where to get the next one, and which one was refused."""
 
+import time
 from inspect import isawaitable
+from typing import Final
 
-from .policy import expiry
+import trio
+
+from ..core.closing import Close
+from .lifetime import Lifetime, claimed, expiry
 from .values import TokenProvider
+
+RENEW_AT: Final = 0.8  # of what is left of a token's life
+_SELDOM: Final = 0.1  # of a token's whole life at least, between two renewals
+_SELDOM_UNKNOWN: Final = 10.0  # seconds: the same if the token does not say how long it lives
+_OVERDUE: Final = 30.0  # seconds until the provider is asked again, past the supposed expiry
 
 
 class NoToken(Exception):  # noqa: N818 - an outcome
-    """There is none that could be tried."""
+    """There is no token that could be tried; ``code`` is that of the refusal."""
+
+    def __init__(self, why: str, code: int = Close.AUTH_FAILED) -> None:
+        super().__init__(why)
+        self.code = code
 
 
 class Credential:
-    """Of one client. No text of it holds a token."""
+    """Of one client. No text of it holds a token.
+
+    A token counts as refused only after it was presented and an answer was about it for sure.
+    While a renewal has no answer, a refusal may be about the present token or about the offered
+    one: then another is asked for, and whichever comes is presented again.
+    """
 
     def __init__(self, given: str | TokenProvider) -> None:
         self._given = given
         self._offered = ""  # to renew the present one, not answered yet
         self._refused = ""
-        self._why = ""
+        self._unwanted = False  # a token was refused since the last one that was accepted
+        self._why, self._code = "", int(Close.AUTH_FAILED)
+        self._lifetime = Lifetime()
+        self._ends = 0.0  # Trio's time
+        self._expires_at: float | None = None  # unix time, by the gateway's clock
         self.token = ""
-        self.expires_at: float | None = None  # unix time; None if nobody knows
-
-    @property
-    def renewable(self) -> bool:
-        return not isinstance(self._given, str)
+        self.renew_at: float | None = None  # Trio's time; None: never
 
     async def get(self) -> None:
         """Get a token to connect with; raises :exc:`NoToken`, and whatever the provider raises."""
-        token = await self._ask(refused=bool(self._refused))
+        self._offered = ""
+        token = await self._ask(refused=self._unwanted)
         if not token:
             raise NoToken("no token")
         if token == self._refused:
-            raise NoToken(self._why)
+            raise NoToken(self._why, self._code)
         if not (token.isascii() and token.isprintable() and " " not in token):
             raise NoToken("a token that no header can hold")
-        self.token, self._offered, self.expires_at = token, "", expiry(token)
+        self.token, self._expires_at, self.renew_at = token, expiry(token), None
 
     async def offer(self) -> str | None:
         """A token to renew the present one with, if there is another; may raise as above."""
@@ -46,15 +66,45 @@ class Credential:
 
     def held(self) -> None:
         """The gateway has let us in with it."""
-        self._refused = ""
+        self._refused, self._unwanted = "", False
+        self._plan()
 
     def renewed(self, expires_at: float) -> None:
-        """The gateway has taken what was offered."""
-        self.token, self._offered, self.expires_at = self._offered, "", expires_at
+        """The gateway has accepted what was offered."""
+        if not self._offered:
+            return  # a second answer
+        self.token, self._offered, self._expires_at = self._offered, "", expires_at
+        self._plan(seldom=True)
 
-    def refused(self, why: str) -> None:
-        """The gateway has refused what was offered last."""
-        self._refused, self._why = self._offered or self.token, why
+    def postpone(self) -> None:
+        """Ask again later: nothing has come of a renewal yet, and the present token holds."""
+        now = trio.current_time()
+        left = self._ends - now
+        self.renew_at = now + (max(1.0, RENEW_AT * left) if left > 0 else _OVERDUE)
+
+    def refused(self, code: int, why: str) -> None:
+        """The gateway, or a proxy, has refused a token."""
+        self._unwanted, self._why, self._code = True, why, code
+        self._refused = "" if self._offered else self.token
+        held = self.renew_at is not None and self._expires_at is not None
+        if held and not self._offered and "expired" in why:
+            assert self._expires_at is not None
+            self._lifetime.expired(self._expires_at, time.time())
+
+    def _plan(self, *, seldom: bool = False) -> None:
+        """Plan the renewal. A token that is new and seems to be at its end shows a wrong clock."""
+        if isinstance(self._given, str) or self._expires_at is None:
+            return
+        now = trio.current_time()
+        left = self._lifetime.left(self.token, self._expires_at, time.time())
+        issued_at = claimed(self.token, "iat")
+        least = 1.0
+        if seldom and issued_at is None:
+            least = _SELDOM_UNKNOWN
+        elif seldom and issued_at is not None:
+            least = max(1.0, _SELDOM * (self._expires_at - issued_at))
+        self._ends = now + left
+        self.renew_at = now + max(least, RENEW_AT * left)
 
     async def _ask(self, *, refused: bool) -> str:
         if isinstance(self._given, str):

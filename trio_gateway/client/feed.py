@@ -31,7 +31,21 @@ class Renewed:
     expires_at: float
 
 
-Item = Event | Missed | Resumed | Renewed
+@dataclass(frozen=True, slots=True)
+class Intervals:
+    """The gateway closes after so many seconds of silence."""
+
+    silence: float
+
+
+@dataclass(frozen=True, slots=True)
+class Sectors:
+    """The sectors that a waiter was asked for."""
+
+    ids: tuple[int, ...]
+
+
+Item = Event | Missed | Resumed | Renewed | Intervals | Sectors
 
 
 class Feed:
@@ -59,6 +73,14 @@ class Feed:
                 return [Missed("lost")]
             case {"type": "auth_ok", "expires_at": int(expires_at)}:
                 return [Renewed(expires_at)]
+            case {
+                "type": "intervals",
+                "heartbeat_timeout": int() | float() as heartbeat,
+                "receive_timeout": int() | float() as receive,
+            }:
+                return [Intervals(min(heartbeat, receive))]
+            case {"type": "sectors_updated", "sector_ids": list(ids)}:
+                return [Sectors(tuple(ids))]
         return []
 
     def _read_event(self, name: str, data: Mapping[str, Any], text: str) -> list[Item]:

@@ -1,11 +1,11 @@
 """The policy: what comes after each way that a connection can end. Decides, does nothing."""
 
 import re
+from email.utils import parsedate_to_datetime
 from enum import Enum, auto
 from typing import Final
 
 from ..core.closing import Close
-from ..core.tokens import claims_of
 
 
 class Next(Enum):
@@ -28,8 +28,8 @@ _AFTER_CLOSE: Final = {
     Close.RATE_LIMITED: Next.COOL_DOWN,
 }
 _PASSING: Final = frozenset({408, 425, 429})  # HTTP statuses below 500 that come and go
+_LONGEST_HINT: Final = 3600.0  # seconds of a Retry-After that are believed
 _HINT: Final = re.compile(r"\bretry in (\d+(?:\.\d+)?)s")
-_SUPPOSED_LIFE: Final = 300.0  # seconds, of a token that seems expired and says nothing more
 
 
 def after_close(code: int) -> Next:
@@ -38,7 +38,12 @@ def after_close(code: int) -> Next:
 
 
 def after_status(status: int) -> Next:
-    """After an HTTP status instead of an upgrade: proxies say 502, a gateway that drains 503."""
+    """After an HTTP status instead of an upgrade: proxies say 502, a gateway that drains 503.
+
+    A 401 comes from a proxy that checks the credential itself.
+    """
+    if status == 401:
+        return Next.RENEW
     return Next.BACK_OFF if status >= 500 or status in _PASSING else Next.STOP
 
 
@@ -48,23 +53,18 @@ def retry_hint(reason: str) -> float | None:
     return float(found[1]) if found else None
 
 
-def expiry(token: str) -> float | None:
-    """When a JWT says that it ends, unix time; not verified."""
-    return _number(token, "exp")
+def retry_after(value: str, date: str) -> float | None:
+    """The seconds of an HTTP ``Retry-After`` (RFC 9110, 10.2.3); None if it says nothing of use.
 
-
-def life_left(token: str, expires_at: float, now: float) -> float:
-    """Seconds until then. A clock that is ahead finds every token expired: then it is the whole
-    life that the token claims.
+    A time of day is compared with the ``Date`` of the same answer: this device's clock may be
+    wrong.
     """
-    if (left := expires_at - now) > 0:
-        return left
-    expires, issued = _number(token, "exp"), _number(token, "iat")
-    if expires is not None and issued is not None and expires > issued:
-        return expires - issued
-    return _SUPPOSED_LIFE
-
-
-def _number(token: str, name: str) -> float | None:
-    value = (claims_of(token) or {}).get(name)
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+    if value.isascii() and value.isdigit():
+        seconds = float(value[:9])
+    else:
+        try:
+            then, now = parsedate_to_datetime(value), parsedate_to_datetime(date)
+            seconds = (then - now).total_seconds()
+        except (TypeError, ValueError):
+            return None
+    return min(max(0.0, seconds), _LONGEST_HINT)

@@ -2,22 +2,22 @@
 
 import json
 import logging
-import time
+import math
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import trio
 
 from ..core.closing import Close
 from .credential import Credential
-from .feed import Feed, Item, Renewed, Resumed
-from .policy import Next, after_close, life_left
+from .feed import Feed, Intervals, Item, Renewed, Resumed, Sectors
+from .policy import Next, after_close
 from .wire import Ended, Wire
 
-PING_EVERY: Final = 25.0  # seconds: the gateway wants a word from us every 60
-PATIENCE: Final = 10.0  # seconds for the answer to a ping, and to send anything
-RENEW_AT: Final = 0.8  # of what is left of a token's life
+PING_EVERY: Final = 25.0  # seconds between two pings, or less if the gateway asks for it
+PING_LEAST: Final = 0.5  # seconds, whatever the gateway says: pings count towards its rate limit
+PATIENCE: Final = 10.0  # seconds without a byte after a ping, and for sending anything
 GOODBYE: Final = 0.5  # seconds for it to arrive
 
 log = logging.getLogger("trio_gateway.client")
@@ -31,10 +31,17 @@ class Ending:
     reason: str
     next: Next
     error: Exception | None = None
+    retry_after: float | None = None  # seconds, by the header of an HTTP answer
 
 
 def broken(reason: str, error: Exception | None = None) -> Ending:
     return Ending(Close.ABNORMAL, reason, Next.BACK_OFF, error)
+
+
+@dataclass(eq=False)
+class _Question:
+    answered: trio.Event = field(default_factory=trio.Event)
+    sectors: tuple[int, ...] | None = None
 
 
 class Session:
@@ -55,6 +62,9 @@ class Session:
         self._reading: trio.CancelScope | None = None  # while nothing is handed on
         self._dead = False  # the stream: it is to be given up
         self._renewed = trio.Event()
+        self._ping_every = PING_EVERY
+        self._told_intervals = trio.Event()
+        self._asked: list[_Question] = []
 
     async def get_in(self, host: str, target: str, headers: Sequence[tuple[bytes, bytes]]) -> None:
         """Connect, and wait until the answer to a resume says that we are let in.
@@ -70,6 +80,7 @@ class Session:
 
     async def run(self) -> Ending:
         """Hand on what comes until it has ended, with a word from us now and then."""
+        self._wire.on_data = self._moved
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._beat)
             nursery.start_soon(self._renew)
@@ -79,8 +90,33 @@ class Session:
                 with trio.move_on_after(GOODBYE, shield=True):
                     await self._wire.say_goodbye()
                 raise
+            finally:
+                self._answer(None)
             nursery.cancel_scope.cancel()
         return ending
+
+    async def refresh_sectors(self) -> tuple[int, ...]:
+        """Ask the gateway to look up the sectors, and wait for the answer.
+
+        Raises :exc:`ConnectionError` if the connection ends first, :exc:`TimeoutError` after
+        ``PATIENCE``.
+        """
+        question = _Question()
+        self._asked.append(question)
+        try:
+            with trio.move_on_after(PATIENCE):
+                if await self._say(_message("refresh_sectors")):
+                    await question.answered.wait()
+                else:
+                    raise ConnectionError("the connection has ended")
+        finally:
+            if question in self._asked:
+                self._asked.remove(question)
+        if not question.answered.is_set():
+            raise TimeoutError("the gateway did not say the sectors")
+        if question.sectors is None:
+            raise ConnectionError("the connection has ended")
+        return question.sectors
 
     async def _hear(self) -> Ending:
         """What was taken off the wire is always handed on: an event counts as seen once it was
@@ -96,32 +132,55 @@ class Session:
                 if reading.cancelled_caught:
                     break
                 for item in self._feed.read(text):
-                    if isinstance(item, Renewed):
-                        self._credential.renewed(item.expires_at)
-                        self._renewed.set()
-                    else:
-                        await self._hand_on(item)
+                    match item:
+                        case Renewed(expires_at):
+                            self._credential.renewed(expires_at)
+                            self._renewed.set()
+                        case Intervals(silence):
+                            self._ping_every = min(PING_EVERY, max(PING_LEAST, silence / 2))
+                            self._told_intervals.set()
+                        case Sectors(ids):
+                            self._answer(ids)
+                        case _:
+                            await self._hand_on(item)
         except Ended as ended:
             return after(ended, self._credential)
         finally:
             self._reading = None
         return broken("no answer to a ping")
 
+    def _moved(self) -> None:
+        """Something came: also half a message on a slow line is an answer to a ping."""
+        if self._reading is not None and self._reading.deadline != math.inf:
+            self._reading.deadline = trio.current_time() + PATIENCE
+
+    def _answer(self, sectors: tuple[int, ...] | None) -> None:
+        """Answer those that have asked for the sectors; None: the connection has ended."""
+        for question in self._asked:
+            question.sectors = sectors
+            question.answered.set()
+        self._asked.clear()
+
     async def _beat(self) -> None:
         """Say something now and then, and look whether it is answered."""
-        await trio.sleep(PING_EVERY)
+        began = trio.current_time()
+        if not await self._say(_message("intervals")):
+            return
+        with trio.move_on_at(began + PING_EVERY):  # an older gateway does not answer
+            await self._told_intervals.wait()
+        await trio.sleep_until(began + self._ping_every)
         while await self._say("ping"):
             # While the reader is slow nothing is read, and no answer can be missed.
             if self._reading is not None:
                 self._reading.deadline = trio.current_time() + PATIENCE
-            await trio.sleep(PING_EVERY)
+            await trio.sleep(self._ping_every)
 
     async def _renew(self) -> None:
         """Renew the credential in place before it expires."""
         credential = self._credential
-        while credential.renewable and credential.expires_at is not None:
-            left = life_left(credential.token, credential.expires_at, time.time())
-            await trio.sleep(max(1.0, RENEW_AT * left))
+        while credential.renew_at is not None:
+            await trio.sleep_until(credential.renew_at)
+            credential.postpone()
             try:
                 token = await credential.offer()
             except Exception as error:  # the present one holds for a while: again, later
@@ -153,7 +212,7 @@ def after(ended: Ended, credential: Credential) -> Ending:
     """What comes after the gateway, or the network, has ended a socket."""
     what = after_close(ended.code)
     if what is Next.RENEW:
-        credential.refused(ended.reason)
+        credential.refused(ended.code, ended.reason)
     return Ending(ended.code, ended.reason, what)
 
 

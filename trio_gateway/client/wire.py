@@ -1,6 +1,6 @@
 """The wire: one WebSocket on a Trio stream, from the client's side (RFC 6455)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Final
 
@@ -10,6 +10,7 @@ from wsproto import events as ws
 from wsproto.utilities import LocalProtocolError, RemoteProtocolError
 
 from ..core.closing import Close
+from .policy import retry_after
 
 MOST: Final = 1 << 20  # characters of one message; events have 65,536 bytes and an id
 
@@ -24,18 +25,26 @@ class Ended(Exception):  # noqa: N818 - an outcome
 
 
 class NoUpgrade(Exception):  # noqa: N818 - an outcome
-    """What answers has refused the upgrade with an HTTP status; None if it speaks no HTTP."""
+    """What answers has refused the upgrade with an HTTP status; None if it speaks no HTTP.
 
-    def __init__(self, status: int | None) -> None:
+    ``retry_after`` is what that header asks for, in seconds.
+    """
+
+    def __init__(self, status: int | None, retry_after: float | None = None) -> None:
         super().__init__("no HTTP" if status is None else f"HTTP {status}")
         self.status = status
+        self.retry_after = retry_after
 
 
 class Wire:
-    """One task may receive while others send; whoever is cancelled at it must drop the stream."""
+    """One task may receive while others send; whoever is cancelled at it must drop the stream.
+
+    ``on_data`` is called whenever bytes have come, also those of half a message.
+    """
 
     def __init__(self, stream: trio.abc.Stream) -> None:
         self._stream = stream
+        self.on_data: Callable[[], None] | None = None
         self._ws = WSConnection(ConnectionType.CLIENT)
         self._turn = trio.Lock()  # to send: what wsproto makes must go out in that order
 
@@ -48,8 +57,12 @@ class Wire:
                     match event:
                         case ws.AcceptConnection():
                             return
-                        case ws.RejectConnection(status_code=status):
-                            raise NoUpgrade(status)
+                        case ws.RejectConnection(status_code=status, headers=answered):
+                            said = {
+                                name.lower(): value.decode("latin-1") for name, value in answered
+                            }
+                            wait = retry_after(said.get(b"retry-after", ""), said.get(b"date", ""))
+                            raise NoUpgrade(status, wait)
                 await self._more()
         except RemoteProtocolError:
             raise NoUpgrade(None) from None
@@ -102,4 +115,6 @@ class Wire:
             raise Ended from None
         if not data:
             raise Ended
+        if self.on_data is not None:
+            self.on_data()
         self._ws.receive_data(bytes(data))
