@@ -498,6 +498,18 @@ def test_poison_is_not_copied_to_where_it_came_from(monkeypatch: pytest.MonkeyPa
         load(monkeypatch, REDIS_DLQ_STREAM="b", REDIS_STREAMS="a,b")
 
 
+@pytest.mark.parametrize(
+    ("one", "other"), [("events:critical", "events:25267"), ("orders:583", "orders:7000")]
+)
+def test_streams_whose_events_would_have_the_same_ids_are_refused(
+    monkeypatch: pytest.MonkeyPatch, one: str, other: str
+) -> None:
+    assert problems(monkeypatch, REDIS_STREAMS=f"{one},payments,{other}") == [
+        f"REDIS_STREAMS: events of {one} and of {other} would have the same ids; rename one"
+    ]
+    assert load(monkeypatch, REDIS_STREAMS=f"{one},{one}").redis_streams == (one, one)
+
+
 def test_tracing_without_what_it_needs_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trio_gateway.settings._OTEL", ("trio_gateway.no_such", "no.such"))
     monkeypatch.setenv("WS_TRACING", "true")

@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from .core.origins import is_loopback, read_origin
+from .core.positions import tag
 from .core.routing import ROUTES, InvalidRoutes, Route, read_routes
 from .core.service_day import ServiceDays, read_windows, read_zone, read_zones
 from .core.tokens import Key, Rules
@@ -219,6 +220,7 @@ class Settings(BaseSettings):
             problems.append("JWT_ALGORITHMS names a signature: set JWT_PUBLIC_KEY or JWT_JWKS_URL")
         if self.redis_dlq_stream in self.redis_streams:
             problems.append("REDIS_DLQ_STREAM is one of REDIS_STREAMS: each copy would be copied")
+        problems += self._streams_that_share_a_tag()
         if self.ws_tracing and not all(map(_is_installed, _OTEL)):
             problems.append("WS_TRACING needs more: pip install 'trio-gateway[otel]'")
         if self.production:
@@ -232,6 +234,15 @@ class Settings(BaseSettings):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _streams_that_share_a_tag(self) -> list[str]:
+        """An event id names its stream by a tag of 16 bits: two streams must not have the same."""
+        first: dict[str, str] = {}
+        return [
+            f"REDIS_STREAMS: events of {other} and of {name} would have the same ids; rename one"
+            for name in self.redis_streams
+            if (other := first.setdefault(tag(name), name)) != name
+        ]
 
     def _production_problems(self) -> list[str]:
         problems = []

@@ -170,6 +170,49 @@ def test_what_was_heard_again_after_5_minutes_is_known_for_5_more() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(("one", "other"), [(1, 2**61), (7, 7 + 2**61 - 1), (2**62, 4)])
+def test_tenants_whose_numbers_have_one_hash_do_not_share_ids(one: int, other: int) -> None:
+    events = [make_event(id="x", tenant_id=tenant) for tenant in (one, other, one, other)]
+
+    assert heard(*events) == [True, True, False, False]
+
+
+def test_long_ids_are_told_apart() -> None:
+    ids = ["x" * 5000 + end for end in "abab"]
+
+    assert heard(*(make_event(id=each) for each in ids)) == [True, True, False, False]
+
+
+# --- one content again and again ---
+
+
+def _cost(events: list[Event]) -> float:
+    seen = Duplicates()
+    began = time.thread_time()
+    for event in events:
+        seen.is_duplicate(event)
+    return time.thread_time() - began
+
+
+@pytest.mark.parametrize("way", ["on one channel", "on many channels", "on two in turn"])
+def test_an_event_costs_no_more_when_its_content_was_heard_often(way: str) -> None:
+    def events(number: int) -> list[Event]:
+        channels = {"on one channel": 1, "on many channels": number, "on two in turn": 2}[way]
+        return [make_event(channel=str(i % channels), heard_at=i / 5000) for i in range(number)]
+
+    few, many = events(1000), events(16_000)
+    assert min(_cost(many) for _ in range(3)) < 4 * 16 * min(_cost(few) for _ in range(5))
+
+
+def test_what_one_channel_repeats_is_joined_one_by_one_by_another() -> None:
+    seen = Duplicates()
+    first = [seen.first(make_event(channel=WAITERS), mark) for mark in range(3)]
+    copies = [seen.first(make_event(channel=ADMIN), 9) for _ in range(4)]
+
+    assert first == [None, None, None]
+    assert copies == [0, 1, 2, None]
+
+
 # --- memory ---
 
 
@@ -221,6 +264,26 @@ def test_memory_is_bounded_and_the_oldest_go_first(monkeypatch: pytest.MonkeyPat
     assert not seen.is_duplicate(make_event(id="0"))
 
 
+def test_memory_for_the_channels_of_one_content_is_bounded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(duplicates, "MOST_REMEMBERED", 50)
+    seen = Duplicates()
+    for i in range(500):
+        seen.is_duplicate(make_event(channel=str(i)))
+        assert len(seen) + seen._extra <= 52
+    for i in range(500):
+        seen.is_duplicate(make_event(channel=str(i % 2)))
+        assert len(seen) + seen._extra <= 52
+
+
+def test_a_content_that_never_rests_does_not_collect_channels() -> None:
+    seen = Duplicates()
+    for i in range(2000):  # the channels of a session each
+        seen.is_duplicate(make_event(channel=str(i), heard_at=i / 10))
+        assert len(seen) + seen._extra < 200
+
+
 # --- against a model that looks at everything it ever heard ---
 
 
@@ -239,7 +302,7 @@ class Model:
         whole = json.loads(event.payload)
         content = json.dumps({key: value for key, value in whole.items() if key != "ts"})
         for at, known, channels in self.contents:
-            if known == content and now - at <= 5 and event.channel not in channels:
+            if known == content and abs(now - at) <= 5 and event.channel not in channels:
                 channels.add(event.channel)
                 return True
         self.contents.append((now, content, {event.channel}))
@@ -268,6 +331,21 @@ def test_it_knows_what_a_model_that_never_forgets_knows(
     for now, (_, channel, body) in zip(times, steps, strict=True):
         whole = {"type": "A", "branch_id": 1} | body
         event = parse_event(json.dumps(whole).encode(), channel=channel, heard_at=now)
+        assert seen.is_duplicate(event) == model.is_duplicate(event)
+
+
+@given(
+    st.lists(st.tuples(gaps, channels, st.integers(1, 2)), max_size=60),
+    st.fixed_dictionaries({c: st.sampled_from([0.0, 2.0, 6.0, 20.0]) for c in (STREAM, WAITERS)}),
+)
+def test_sources_that_lag_behind_others_change_nothing(
+    steps: list[tuple[float, str, int]], lags: dict[str, float]
+) -> None:
+    seen, model, now = Duplicates(), Model(), 0.0
+    for gap, channel, data in steps:
+        now += gap
+        seen.oldest = now - 20
+        event = make_event(data=data, channel=channel, heard_at=now - lags.get(channel, 0.0))
         assert seen.is_duplicate(event) == model.is_duplicate(event)
 
 

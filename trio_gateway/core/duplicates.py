@@ -11,9 +11,91 @@ ID_WINDOW: Final = 300.0
 _NEVER: Final = (-inf, 0)
 _FORGETS_EVERY: Final = 0.1  # seconds
 MOST_REMEMBERED: Final = 500_000  # of either kind; past it the oldest are forgotten
+_LONG: Final = 100  # characters of an id; of a longer one only a hash is kept
+# How many occurrences that were heard long after an event are looked at for it. There are some
+# only while one source lags behind another by more than the window.
+_MOST_SKIPPED: Final = 64
+_FEW: Final = 16
 
-# A content's recent occurrences: when each was first heard, on which channels since, its mark.
-_Occurrence = tuple[float, tuple[str, ...], int]
+_Occurrence = tuple[float, int]  # when it was first heard, its mark
+_Once = tuple[float, str, int]  # the same of a content that was heard once, and its channel
+
+
+class _Content:
+    """The occurrences of one content, the oldest first, and which channels have carried them.
+
+    An event costs the same however often its content was heard: a channel carries the occurrences
+    in their order, so that one number per channel tells which ones are left for it.
+    """
+
+    __slots__ = ("_channels", "_first", "_occurrences", "_prune_at", "_skipped")
+
+    def __init__(self, once: _Once) -> None:
+        heard_at, channel, mark = once
+        self._occurrences: deque[_Occurrence] = deque([(heard_at, mark)])
+        self._first = 0  # the number of the first of them; they are numbered in order
+        self._channels = {channel: 1}  # the next number that is left for each channel
+        self._skipped: dict[str, deque[int]] = {}  # earlier ones that are left for it, too
+        self._prune_at = _FEW
+
+    @property
+    def size(self) -> int:
+        return len(self._occurrences) + len(self._channels)
+
+    def join(self, now: float, channel: str) -> int | None:
+        """The mark of the oldest occurrence in the window that this channel has not carried; it
+        has now. None if there is none.
+        """
+        for number in self._skipped.get(channel, ()):
+            if number >= self._first:
+                heard_at, mark = self._occurrences[number - self._first]
+                if abs(now - heard_at) <= CONTENT_WINDOW:
+                    self._skipped[channel].remove(number)
+                    return mark
+        end = self._first + len(self._occurrences)
+        number = max(self._channels.get(channel, 0), self._first)
+        found = None
+        skipped: list[int] = []
+        while number < end and len(skipped) < _MOST_SKIPPED:
+            heard_at, mark = self._occurrences[number - self._first]
+            number += 1
+            if abs(now - heard_at) <= CONTENT_WINDOW:
+                found = mark
+                break
+            if heard_at > now:
+                skipped.append(number - 1)
+        if found is not None:
+            self._carry(channel, number, skipped)
+        return found
+
+    def add(self, now: float, channel: str, mark: int) -> None:
+        """Another occurrence, which this channel was the first to carry."""
+        number = max(self._channels.get(channel, 0), self._first)
+        end = self._first + len(self._occurrences)
+        skipped = []
+        if number < end:
+            later = range(number, min(end, number + _MOST_SKIPPED))
+            skipped = [n for n in later if self._occurrences[n - self._first][0] > now]
+        self._occurrences.append((now, mark))
+        self._carry(channel, end + 1, skipped)
+
+    def forget_first(self) -> bool:
+        """Forget the oldest occurrence; whether none is left."""
+        self._occurrences.popleft()
+        self._first += 1
+        return not self._occurrences
+
+    def _carry(self, channel: str, number: int, skipped: list[int]) -> None:
+        self._channels[channel] = number
+        if skipped:
+            left = self._skipped.setdefault(channel, deque(maxlen=_MOST_SKIPPED))
+            left.extend(skipped)
+        if len(self._channels) > self._prune_at:
+            # A channel for which all are left is like one that was never heard.
+            first = self._first
+            self._channels = {c: n for c, n in self._channels.items() if n > first}
+            self._skipped = {c: s for c, s in self._skipped.items() if s and s[-1] >= first}
+            self._prune_at = max(_FEW, 2 * len(self._channels))
 
 
 class Duplicates:
@@ -32,12 +114,13 @@ class Duplicates:
         # When the first of the events that are still to come was heard, if they do not come in
         # the order of their hearing: what it may be a copy of must be remembered till then.
         self.oldest = inf
-        self._ids: dict[int, tuple[float, int]] = {}
-        self._contents: dict[int, tuple[_Occurrence, ...]] = {}
+        self._ids: dict[tuple[int, str | int], tuple[float, int]] = {}
+        self._contents: dict[int, _Once | _Content] = {}
         # By first hearing. A dictionary keeps its order, too, but to find the oldest it steps over
         # every place from which one was taken.
-        self._ids_in_order: deque[tuple[float, int]] = deque()
+        self._ids_in_order: deque[tuple[float, tuple[int, str | int]]] = deque()
         self._contents_in_order: deque[tuple[float, int]] = deque()
+        self._extra = 0  # what the contents hold beside one occurrence and one channel each
         self._forgets_at = -inf
 
     def __len__(self) -> int:
@@ -52,43 +135,61 @@ class Duplicates:
         now: then it is remembered with this one.
         """
         now = event.heard_at
-        most = len(self._contents if event.id is None else self._ids)
+        most = len(self._contents) + self._extra if event.id is None else len(self._ids)
         if now >= self._forgets_at or most > MOST_REMEMBERED:
             self._forgets_at = now + _FORGETS_EVERY
             self._forget(min(now, self.oldest))
         if event.id is not None:
-            key = hash((event.tenant, event.id))
+            # As a tuple, since an int's hash is the int modulo 2^61-1, and tenants go beyond.
+            key = event.tenant, event.id if len(event.id) <= _LONG else hash(event.id)
             heard_at, before = self._ids.get(key, _NEVER)
             if heard_at + ID_WINDOW >= now:
                 return before
             self._ids[key] = now, mark
             self._ids_in_order.append((now, key))
             return None
-        key = hash(_content(event))
-        channel = event.channel
-        occurrences = self._contents.get(key, ())
-        for n, (heard_at, channels, before) in enumerate(occurrences):
-            if abs(now - heard_at) <= CONTENT_WINDOW and channel not in channels:
-                one = heard_at, (*channels, channel), before
-                self._contents[key] = (*occurrences[:n], one, *occurrences[n + 1 :])
-                return before
-        self._contents[key] = (*occurrences, (now, (channel,), mark))
-        self._contents_in_order.append((now, key))
-        return None
+        return self._first_of_content(hash(_content(event)), now, event.channel, mark)
+
+    def _first_of_content(self, key: int, now: float, channel: str, mark: int) -> int | None:
+        found = self._contents.get(key)
+        if found is None:
+            self._contents[key] = now, channel, mark
+            self._contents_in_order.append((now, key))
+            return None
+        if isinstance(found, tuple):
+            found = self._contents[key] = _Content(found)
+        size = found.size
+        before = found.join(now, channel)
+        if before is None:
+            found.add(now, channel, mark)
+            self._contents_in_order.append((now, key))
+        self._extra += found.size - size
+        return before
 
     def _forget(self, now: float) -> None:
-        order, contents = self._contents_in_order, self._contents
-        while order and (order[0][0] + CONTENT_WINDOW < now or len(order) > MOST_REMEMBERED):
+        order = self._contents_in_order
+        while order and (
+            order[0][0] + CONTENT_WINDOW < now
+            or len(self._contents) + self._extra > MOST_REMEMBERED
+        ):
             _, key = order.popleft()
-            if left := contents[key][1:]:
-                contents[key] = left
+            found = self._contents[key]
+            if isinstance(found, tuple):
+                del self._contents[key]
+                continue
+            size = found.size
+            if found.forget_first():
+                del self._contents[key]
+                self._extra -= size - 2
             else:
-                del contents[key]
-        order, ids = self._ids_in_order, self._ids
-        while order and (order[0][0] + ID_WINDOW < now or len(order) > MOST_REMEMBERED):
-            heard_at, key = order.popleft()
-            if ids[key][0] == heard_at:  # it was not heard again since
-                del ids[key]
+                self._extra -= 1
+        ids_in_order, ids = self._ids_in_order, self._ids
+        while ids_in_order and (
+            ids_in_order[0][0] + ID_WINDOW < now or len(ids_in_order) > MOST_REMEMBERED
+        ):
+            heard_at, known = ids_in_order.popleft()
+            if ids[known][0] == heard_at:  # it was not heard again since
+                del ids[known]
 
 
 def _content(event: Event) -> tuple[bytes, ...]:

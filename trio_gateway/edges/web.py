@@ -120,8 +120,8 @@ async def _health_detailed(app: "Gateway") -> Answer:
             "tracked_connections": sum(c.rate_limited for c in app.hub.connections),
         },
         "event_queue": {
-            "depth": app.heard.depth + app.read.depth,
-            "capacity": app.heard.capacity + app.read.capacity,
+            "depth": app.heard.depth,
+            "capacity": app.heard.capacity,
             "dropped": app.heard.dropped,
         },
         "stream": {
