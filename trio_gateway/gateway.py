@@ -32,6 +32,7 @@ from .edges import line, sse, web
 from .edges.addresses import Addresses
 from .edges.admission import Admission
 from .edges.auth import Auth
+from .edges.catchup import Turns
 from .edges.commands import Commands, open_commands
 from .edges.console import Feed
 from .edges.dead_letters import DeadLetter, DeadLetters
@@ -157,6 +158,7 @@ class Gateway(QuartTrio):
         self.admissions: Turnstile[Principal] = Turnstile(settings.ws_max_handshakes)
         self.accept_timeout = settings.ws_accept_timeout
         self.write_timeout = settings.ws_write_timeout
+        self.catch_ups = Turns()
         self.end = Drain(self.hub, (self.heard, self.read), self._stop_hearing)
         self.shields = self.end.shields  # around what HTTP clients are being sent
         self.max_message_size = settings.ws_max_message_size
@@ -516,6 +518,10 @@ class Gateway(QuartTrio):
     def trim_history(self) -> None:
         """Forget what has become too old since the last event came."""
         self.history.trim(trio.current_time())
+
+    def now(self) -> float:
+        """Unix time."""
+        return self._clock()
 
     def _on_trios_clock(self, unix_time: float) -> float:
         return trio.current_time() + unix_time - self._clock()

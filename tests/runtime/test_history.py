@@ -376,18 +376,41 @@ def test_since_a_time_means_the_milliseconds_in_which_events_entered_redis(
     history = begun()
     for n in (1000, 2000, 3000):
         add(history, at(n))
-    kept, complete = history.since_time(moment, EVERYBODY)
-    assert (places(kept), complete) == (expected, True)
+    cursor, complete = history.place_before(moment)
+    assert (places(history.missed(cursor, EVERYBODY)), complete) == (expected, True)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([A, B]), st.sets(st.sampled_from(EVERYBODY))), max_size=40),
+    st.integers(0, 41),
+    st.integers(0, 41),
+    st.sets(st.sampled_from(EVERYBODY)),
+    st.integers(1, 7),
+)
+def test_pieces_put_together_are_all_that_was_missed(
+    added: list[tuple[Stream, set[Audience]]], a: int, b: int, mine: set[Audience], most: int
+) -> None:
+    history = begun(A, B, events=30)
+    for n, (stream, audiences) in enumerate(added, 1):
+        add(history, at(n), stream=stream, audiences=audiences)
+    cursor = {A: at(a), B: at(b)}
+    expected, found = history.missed(cursor, mine), []
+    while piece := history.following(cursor, mine, most):
+        assert len(piece) <= most
+        found += piece
+        for kept in piece:
+            cursor = {**cursor, kept.stream: kept.position}
+    assert found == expected
 
 
 def test_since_a_time_before_what_is_known_is_not_all() -> None:
     history = begun(events=2)
     for n in (1000, 2000, 3000):
         add(history, at(n))
-    assert [history.since_time(t, [FLOOR])[1] for t in (0.5, 1, 1.5)] == [False, False, True]
+    assert [history.place_before(t)[1] for t in (0.5, 1, 1.5)] == [False, False, True]
 
     late = History(age=10**9)
-    assert late.since_time(9, [FLOOR]) == ([], False)
+    assert late.place_before(9) == ({}, False)
     late.begin(A, at(2000))
     late.pass_by(A, at(2000))
-    assert [late.since_time(t, [FLOOR])[1] for t in (1, 2, 2.5)] == [False, False, True]
+    assert [late.place_before(t)[1] for t in (1, 2, 2.5)] == [False, False, True]

@@ -10,6 +10,7 @@ Cursor = Mapping[Stream, Position]
 
 START: Final = Position((0, 0))
 _MAX: Final = 2**64 - 1
+LAST: Final = Position((_MAX, _MAX))
 _NOWHERE: Final = "0-0-none"  # an id that no history covers
 
 

@@ -20,6 +20,7 @@ _STATUS: Final[Mapping[int, int]] = {
     Close.FORBIDDEN: 403,
     Close.RATE_LIMITED: 429,
 }
+RETRY_AFTER: Final[Mapping[int, int]] = {503: 1, 429: 60}  # seconds, where nothing else is known
 Answer = tuple[Response, int] | Response
 
 
@@ -47,8 +48,12 @@ def refusal(rejected: Rejected) -> Answer:
     return problem(status_of(rejected.close), rejected.text)
 
 
-def problem(status: int, text: str) -> Answer:
+def problem(status: int, text: str, *, retry_after: int | None = None) -> Answer:
+    """An error; ``retry_after`` is in seconds."""
     response = jsonify(error=text)
+    response.headers["Cache-Control"] = "no-store"
+    if (after := retry_after or RETRY_AFTER.get(status)) is not None:
+        response.headers["Retry-After"] = str(after)
     if status == 401:
         response.headers["WWW-Authenticate"] = "Bearer"
     return response, status

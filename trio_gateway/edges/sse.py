@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
@@ -16,7 +16,7 @@ from ..core.event_stream import HELLO, MEDIA_TYPE, as_events, close_event, retry
 from ..runtime.connection import Left, Violation
 from ..runtime.outbox import Outbox
 from . import cors
-from .answers import status_of
+from .answers import RETRY_AFTER, status_of
 from .asgi import read_scope
 from .handshake import Handshake
 from .line import CUT
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from ..gateway import Gateway
 
 PATHS: Final[Mapping[str, Endpoint]] = MappingProxyType({f"{e.path}/events": e for e in Endpoint})
-_RETRY_AFTER: Final = {503: 1.0, 429: 60.0}  # seconds, where the reason names none
 
 _Receive = Callable[[], Awaitable[Any]]
 _Send = Callable[[Any], Awaitable[None]]
@@ -49,7 +48,9 @@ class HttpConnection(TrioASGIHTTPConnection):
                 return
             send = cors.adding(cors.response_headers(shared, headers, is_allowed), send)
         if (endpoint := PATHS.get(path)) is None:
-            await super().__call__(receive, send)
+            with ExitStack() as until_sent:  # for what a view holds until its answer is sent
+                self.scope["until_sent"] = until_sent  # type: ignore[typeddict-unknown-key]
+                await super().__call__(receive, send)
             return
         await serve(self.app, read_scope(endpoint, self.scope), self.scope, receive, send)
 
@@ -153,8 +154,8 @@ async def _refuse(send: _Send, status: int, code: int, reason: str) -> None:
     found = {"Content-Type": "application/json", "Cache-Control": "no-store"}
     if status == 401:
         found["WWW-Authenticate"] = "Bearer"
-    if status in _RETRY_AFTER:
-        after = retry_after(reason) or _RETRY_AFTER[status]
+    if status in RETRY_AFTER:
+        after = retry_after(reason) or RETRY_AFTER[status]
         found["Retry-After"] = str(max(1, math.ceil(after)))
     await _answer(send, status, found, json.dumps({"code": int(code), "error": reason}).encode())
 

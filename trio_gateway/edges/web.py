@@ -1,20 +1,15 @@
 """The web: the Quart-Trio routes. Four endpoints, health, metrics, tickets."""
 
-import math
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
 from quart import Response, abort, jsonify, request, websocket
 
-from ..core.audiences import Audience, BranchId, Endpoint, Principal, audiences_of
+from ..core.audiences import Endpoint
 from ..core.closing import Rejected
-from ..core.events import MAX_ID
-from ..core.frames import split
-from ..core.positions import read_cursor
 from ..core.resilience import State
-from . import console, metrics
+from . import catchup, console, metrics
 from .answers import Answer, identify, problem, refusal
 from .asgi import DRAIN, AsgiSocket, read_scope
 from .commands import Unavailable
@@ -184,77 +179,14 @@ async def _ticket(app: "Gateway") -> Answer:
     return response
 
 
-async def _catch_up(app: "Gateway") -> Answer:
-    """What staff would have heard in one branch since then, see Resume."""
-    try:
-        principals = await identify(app, _token("token"), staff=True)
-    except Rejected as rejected:
-        return refusal(rejected)
-    branch = request.args.get("branch_id", "")
-    if not is_id(branch):
-        return problem(422, "branch_id must be a positive integer")
-    mine = [p for p in principals if int(branch) in p.branches]
-    if not mine:
-        return problem(403, "not a branch of this token")
-    only = frozenset({BranchId(int(branch))})
-    return _missed(app, [replace(principal, branches=only) for principal in mine])
-
-
-async def _catch_up_session(app: "Gateway") -> Answer:
-    """What the diners of a session would have heard since then, see Resume."""
-    try:
-        principals = await identify(app, _token("table_token"), staff=False)
-    except Rejected as rejected:
-        return refusal(rejected)
-    session = request.args.get("session_id", "")
-    if not is_id(session):
-        return problem(422, "session_id must be a positive integer")
-    if int(session) != principals[0].session:
-        return problem(403, "not the session of this token")
-    return _missed(app, principals)
-
-
-def _missed(app: "Gateway", principals: Sequence[Principal]) -> Answer:
-    audiences = frozenset[Audience]().union(*map(audiences_of, principals))
-    since, history = request.args.get("since", ""), app.history
-    app.trim_history()
-    try:
-        moment = float(since)
-        if not math.isfinite(moment * 1000):
-            raise ValueError
-    except ValueError:
-        try:
-            cursor = read_cursor(since)
-        except ValueError:
-            return problem(422, "since must be a unix time or an event id")
-        kept, complete = history.missed(cursor, audiences), history.covers(cursor)
-    else:
-        kept, complete = history.since_time(moment, audiences)
-    texts = [bytes(payload) for each in kept for _, payload in split(each.frame)]
-    body = b'{"events":[%b],"count":%d}' % (b",".join(texts), len(texts))
-    response = Response(body, content_type="application/json")
-    response.headers["Cache-Control"] = "no-store"
-    if not complete:  # the contract's body has no room for it
-        response.headers["Gateway-Complete"] = "false"
-    return response
-
-
-def _token(name: str) -> str | None:
-    return request.args.get(name) or bearer(request.headers.get("Authorization"))
-
-
-def is_id(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) <= 19 and 0 < int(text) <= MAX_ID
-
-
 # The first line of each docstring is the words of docs/protocol.md.
 HTTP: Final[Mapping[tuple[str, str], "Callable[[Gateway], Awaitable[Answer]]"]] = {
     ("GET", "/ws/health"): _health,
     ("GET", "/ws/health/detailed"): _health_detailed,
     ("GET", "/ws/health/ready"): _health_ready,
     ("GET", "/ws/metrics"): _metrics,
-    ("GET", "/ws/catchup"): _catch_up,
-    ("GET", "/ws/catchup/session"): _catch_up_session,
+    ("GET", "/ws/catchup"): catchup.branch,
+    ("GET", "/ws/catchup/session"): catchup.session,
     ("POST", "/ws/ticket"): _ticket,
     ("POST", "/ws/explain"): explain,
     ("GET", "/ws/console"): console.page,

@@ -1,6 +1,8 @@
 """History: recent durable events in memory, by audience, so that replay touches no Redis."""
 
+import heapq
 import math
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Collection, Iterable
 from typing import NamedTuple
@@ -9,7 +11,7 @@ import trio
 
 from ..core.audiences import Audience
 from ..core.events import Event
-from ..core.positions import START, Cursor, Position, Stream
+from ..core.positions import LAST, START, Cursor, Position, Stream
 
 
 class Kept(NamedTuple):
@@ -171,21 +173,47 @@ class History:
                     found[id(kept)] = kept
         return sorted(found.values(), key=_order)
 
-    def since_time(self, moment: float, audiences: Iterable[Audience]) -> tuple[list[Kept], bool]:
-        """What these audiences heard since a unix time, when the events entered Redis, and
-        whether that is all.
+    def following(self, cursor: Cursor, audiences: Iterable[Audience], most: int) -> list[Kept]:
+        """As :meth:`missed`, the first so many; it takes as long as they are many, not as all are.
+
+        The place after it has, for the stream of each, its position.
         """
-        just_before = Position((math.floor(moment * 1000), -1))
-        cursor = dict.fromkeys(self.end, just_before)
+        runs = []
+        for audience in audiences:
+            for stream, seen in cursor.items():
+                if mine := self._by_audience.get((stream, audience)):
+                    first = bisect_right(mine, seen, key=_position)
+                    last = min(first + most, len(mine))
+                    runs.append([mine[n] for n in range(first, last)])
+        found: list[Kept] = []
+        for kept in heapq.merge(*runs, key=_order):
+            if found and found[-1] is kept:  # for several of the audiences
+                continue
+            if len(found) == most:
+                break
+            found.append(kept)
+        return found
+
+    def place_before(self, moment: float) -> tuple[Cursor, bool]:
+        """The place before all that entered Redis from this unix time on, and whether all of that
+        is known.
+        """
+        milliseconds = min(max(0, math.floor(moment * 1000)), LAST[0])
+        place = Position((milliseconds - 1, LAST[1])) if milliseconds else START
+        cursor = dict.fromkeys(self.end, place)
         complete = not self.forgot(cursor) and all(
-            stream in self._whole or self._since[stream] <= just_before for stream in cursor
+            stream in self._whole or self._since[stream] <= place for stream in cursor
         )
-        return self.missed(cursor, audiences), bool(cursor) and complete
+        return cursor, bool(cursor) and complete
 
     async def _wait(self) -> None:
         if self._grown.is_set():
             self._grown = trio.Event()
         await self._grown.wait()
+
+
+def _position(kept: Kept) -> Position:
+    return kept.position
 
 
 def _order(kept: Kept) -> tuple[Position, Stream]:
