@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -31,9 +32,12 @@ from stopwatch import Stopwatch
 from structlog.testing import capture_logs
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from trio_gateway.core.audiences import Endpoint
 from trio_gateway.core.closing import Close, Rejected
-from trio_gateway.core.tokens import Rules, read_jwt
+from trio_gateway.core.tokens import Rules
 from trio_gateway.edges import jwks
+from trio_gateway.edges.auth import JwtAuth
+from trio_gateway.edges.handshake import Handshake
 from trio_gateway.edges.jwks import KeySet
 from trio_gateway.testing import make_table_token
 
@@ -73,6 +77,7 @@ class Issuer:
     def __init__(self, port: int, body: bytes) -> None:
         self.url = f"http://127.0.0.1:{port}/jwks.json"
         self.body = body
+        self.status = 200
         self.requests = 0
         self.answers = threading.Event()  # cleared: it takes the request and says nothing
         self.answers.set()
@@ -92,7 +97,7 @@ def issuing(body: bytes, port: int = 0) -> Iterator[Issuer]:
                 if told.raw is not None:
                     self.wfile.write(told.raw)
                     return
-                self.send_response(200)
+                self.send_response(told.status)
                 self.end_headers()
                 while told.drips:
                     self.wfile.write(b" ")
@@ -132,9 +137,9 @@ def redis_url() -> Iterator[str]:
 
 async def is_good(keys: KeySet, token: str) -> bool:
     """Whether the key set vouches for the token; a key set that can't be had raises."""
-    algorithm, kid = (jwt.get_unverified_header(token).get(name) for name in ("alg", "kid"))
+    auth = JwtAuth((), Rules(), time.time, keys)
     try:
-        read_jwt(token, await keys.keys_for(algorithm, kid), Rules(), time.time())
+        await auth.authenticate(Handshake(Endpoint.WAITER, {}, {}, renewed=token))
     except Rejected as rejected:
         if rejected.close is not Close.AUTH_FAILED:
             raise
@@ -229,7 +234,7 @@ async def test_broken_key_spoils_no_other(issuer: Issuer, broken: Any) -> None:
 # How often
 
 
-async def test_rotated_key_is_fetched_once_a_minute_has_passed(
+async def test_new_key_is_looked_up_once_a_minute_and_not_called_invalid_before(
     issuer: Issuer, mock_clock: MockClock
 ) -> None:
     issuer.body = key_set(jwk("RS256"))
@@ -237,25 +242,94 @@ async def test_rotated_key_is_fetched_once_a_minute_has_passed(
     assert await is_good(keys, signed("RS256", kid="RS256"))
     issuer.body = key_set(jwk("ES256"))
     mock_clock.jump(59)
-    assert not await is_good(keys, signed("ES256", kid="ES256"))
+    assert await unavailable(keys, signed("ES256", kid="ES256"))
     assert issuer.requests == 1
     mock_clock.jump(1)
     assert await is_good(keys, signed("ES256", kid="ES256"))
-    assert not await is_good(keys, signed("RS256", kid="RS256"))  # and the old one is gone
+    assert await unavailable(keys, old := signed("RS256", kid="RS256"))  # which is gone
     assert issuer.requests == 2
+    mock_clock.jump(60)
+    assert not await is_good(keys, old)
 
 
-async def test_made_up_key_ids_cost_one_fetch_a_minute(
+async def test_made_up_key_ids_cost_one_fetch_a_minute_and_are_told_when_it_was_made(
     issuer: Issuer, mock_clock: MockClock
 ) -> None:
     keys = KeySet(issuer.url, SIGNATURES)
     token = signed("RS256", kid="RS256")
+    made_up = [signed("RS256", by="RS256", kid=f"made up {n}") for n in range(300)]
     for minute in range(3):
-        for n in range(300):
-            assert len(await keys.keys_for("RS256", f"made up {n}")) == len(PRIVATE)
+        outcomes = Counter([await unavailable(keys, each) for each in made_up])
+        assert outcomes == ({True: 299, False: 1} if not minute else {False: 300})
         assert await is_good(keys, token)
-        assert issuer.requests == minute + 1
+        assert issuer.requests == min(minute + 1, 2)
         mock_clock.jump(60)
+
+
+async def test_stranger_cannot_use_up_the_fetch_that_a_new_key_needs(
+    issuer: Issuer, mock_clock: MockClock
+) -> None:
+    """Nor does it help to know the next key's id."""
+    issuer.body = key_set(jwk("RS256"))
+    keys = KeySet(issuer.url, SIGNATURES)
+    assert not await is_good(keys, signed("RS256", kid="ES256"))
+    issuer.body = key_set(jwk("RS256"), jwk("ES256"))
+    mock_clock.jump(10)
+    token = signed("ES256", kid="ES256")
+    assert await unavailable(keys, token)
+    mock_clock.jump(50)
+    assert not await is_good(keys, signed("RS256", kid="made up"))  # its fetch is everybody's
+    assert await is_good(keys, token)
+    assert issuer.requests == 2
+
+
+@pytest.mark.parametrize("kid", ["key", None])
+async def test_key_that_changes_without_a_new_id_is_looked_up(
+    issuer: Issuer, mock_clock: MockClock, kid: str | None
+) -> None:
+    issuer.body = key_set(jwk("RS256", kid="key"))
+    keys = KeySet(issuer.url, SIGNATURES)
+    assert not await is_good(keys, signed("RS256", kid="made up"))
+    assert await is_good(keys, signed("RS256", kid=kid))
+    issuer.body = key_set(jwk("ES256", kid="key"))
+    assert await is_good(keys, signed("ES256", kid=kid))
+    assert not await is_good(keys, signed("RS256", kid=kid))
+    issuer.body = key_set(jwk("EdDSA", kid="key"))
+    issuer.status = 503
+    assert await unavailable(keys, token := signed("EdDSA", kid=kid))
+    issuer.status = 200
+    assert await unavailable(keys, token)  # it is not asked again at once
+    mock_clock.jump(jwks.TIMEOUT)
+    assert await is_good(keys, token)
+    assert issuer.requests == 5
+
+
+async def test_forged_tokens_cost_three_fetches_a_minute(
+    issuer: Issuer, mock_clock: MockClock
+) -> None:
+    keys = KeySet(issuer.url, SIGNATURES)
+    other = rsa.generate_private_key(65537, 2048)
+    claims = jwt.decode(signed("RS256"), options={"verify_signature": False})
+    forged = [
+        jwt.encode(claims | {"jti": str(n)}, other, "RS256", headers={"kid": "RS256"})
+        for n in range(50)
+    ]
+    assert [await unavailable(keys, each) for each in forged].count(False) == 4
+    assert issuer.requests == 4
+    mock_clock.jump(60)
+    assert not await is_good(keys, signed("ES256", kid="made up"))
+    assert [await unavailable(keys, each) for each in forged].count(False) == 50
+
+
+async def test_token_that_no_key_could_make_good_causes_no_fetch(
+    issuer: Issuer, mock_clock: MockClock
+) -> None:
+    keys = KeySet(issuer.url, SIGNATURES)
+    assert await is_good(keys, signed("RS256", kid="RS256"))
+    mock_clock.jump(60)
+    for claims in ({"exp": time.time() - 1}, {"roles": "WAITER"}, {"type": "refresh"}):
+        assert not await is_good(keys, signed("RS256", kid="gone", **claims))
+    assert issuer.requests == 1
 
 
 async def test_all_who_wait_for_the_keys_share_one_fetch(issuer: Issuer) -> None:
@@ -277,7 +351,7 @@ async def test_all_who_wait_for_the_keys_share_one_fetch(issuer: Issuer) -> None
 async def test_tokens_that_no_public_key_could_have_signed_cause_no_fetch(issuer: Issuer) -> None:
     keys = KeySet(issuer.url, ("HS256", *SIGNATURES))
     for algorithm in ("HS256", "none", "RS512", "", None):
-        assert await keys.keys_for(algorithm, "RS256") == ()
+        assert await keys.keys_for(algorithm) == ()
     assert issuer.requests == 0
 
 
@@ -292,7 +366,7 @@ async def test_client_that_leaves_does_not_break_off_the_fetch(
     mock_clock.jump(60)
     issuer.answers.clear()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(keys.keys_for, "RS256", "made up")
+        nursery.start_soon(is_good, keys, signed("RS256", kid="made up"))
         await until_requested(issuer, 2)
         nursery.cancel_scope.cancel()
         issuer.answers.set()
@@ -351,7 +425,7 @@ async def test_garbage_counts_as_no_answer_and_leaves_the_keys_that_were_there(
     assert await is_good(keys, token)
     issuer.body = GARBAGE[name]
     mock_clock.jump(60)
-    assert not await is_good(keys, signed("RS256", kid="made up"))
+    assert await unavailable(keys, signed("RS256", kid="made up"))
     assert issuer.requests == 3
     assert await is_good(keys, token)
 
@@ -408,6 +482,32 @@ async def test_keys_behind_a_url_let_clients_in(redis_url: str, issuer: Issuer, 
             async with connect(f"{gateway.url}/ws/waiter?token={bad}") as client:
                 assert (await closed(client))[0] == Close.AUTH_FAILED
     assert issuer.requests == 1
+
+
+@pytest.mark.parametrize("door", ["line", "asgi"])
+async def test_token_of_a_new_key_is_1013_or_503_until_the_key_was_looked_up(
+    redis_url: str, issuer: Issuer, door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jwks, "AT_MOST_EVERY", 0.8)
+    issuer.body = key_set(jwk("RS256"))
+    settings = make_settings(redis_url, jwt_algorithms=SIGNATURES, jwt_jwks_url=issuer.url)
+    async with running(settings, door=door) as gateway:
+        async with admitted(f"{gateway.url}/ws/waiter?token={signed('RS256', kid='RS256')}"):
+            pass
+        issuer.body = key_set(jwk("ES256"))
+        token = signed("ES256", kid="ES256")
+        headers = {"Authorization": f"Bearer {token}"}
+        async with connect(f"{gateway.url}/ws/waiter?token={token}") as client:
+            assert (await closed(client))[0] == Close.SERVER_OVERLOADED
+        reply = await http(gateway.port, "/ws/ticket", method="POST", headers=headers)
+        assert reply.status == 503
+        reply = await http(gateway.port, "/ws/waiter/events", headers=headers)
+        assert reply.status == 503
+        assert gateway.app.rejected == {"dependency": 2}
+        await trio.sleep(0.8)
+        async with admitted(f"{gateway.url}/ws/waiter?token={token}"):
+            pass
+    assert issuer.requests == 2
 
 
 async def test_server_that_hangs_delays_nobody_whose_key_is_there(

@@ -167,7 +167,20 @@ def read_jwt(token: str, keys: Sequence[Key], rules: Rules, now: float) -> Staff
 
     ``now`` is unix time in seconds. No error holds any part of the token (RFC 7519, RFC 8725).
     """
-    claims = _verified(token, keys)
+    return _staff(_verified(token, keys), rules, now)
+
+
+def check_claims(token: str, rules: Rules, now: float) -> None:
+    """Raise :exc:`Rejected` if no signature could make this token a good one: it is damaged, it has
+    expired, or what it claims is invalid.
+    """
+    if (claims := claims_of(token)) is None:
+        raise _failed("token invalid")
+    _staff(claims, rules, now)
+
+
+def _staff(claims: Mapping[str, Any], rules: Rules, now: float) -> Staff:
+    _refuse_refresh_token(claims)
     _check_times(claims, rules, now)
     return Staff(
         user=_user(claims),
@@ -188,6 +201,7 @@ def read_jwt(token: str, keys: Sequence[Key], rules: Rules, now: float) -> Staff
 def read_table_token(token: str, keys: Sequence[Key], rules: Rules, now: float) -> Table:
     """Return the table session a token names, or raise :exc:`Rejected` as AUTH_FAILED."""
     claims = _verified(token, keys)
+    _refuse_refresh_token(claims)
     _check_times(claims, Rules(leeway=rules.leeway), now)
     issued_at, expires_at = _time(claims, "iat"), _time(claims, "exp")
     if expires_at - issued_at > TABLE_TOKEN_LIFE:
@@ -238,17 +252,24 @@ def legacy_signature(fields: str, secret: str) -> str:
     return hmac.new(secret.encode(), data, hashlib.sha256).hexdigest()[:_LEGACY_SIGNATURE]
 
 
+class Unverified(Rejected):
+    """None of the keys signed this token; another one, that is not known yet, may have."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(Close.AUTH_FAILED, text, "auth")
+
+
 def _failed(text: str) -> Rejected:
     return Rejected(Close.AUTH_FAILED, text, "auth")
 
 
 def _verified(token: str, keys: Sequence[Key]) -> Mapping[str, Any]:
-    """The claims of a token that one of the keys signed. Claims are ours to check: PyJWT is
-    lenient with types, and has been with ``iss``.
+    """The claims of a token that one of the keys signed, else :exc:`Unverified`. Claims are ours
+    to check: PyJWT is lenient with types, and has been with ``iss``.
     """
     if len(token) > MAX_TOKEN_CHARACTERS:
         raise _failed("token too long")
-    allowed = False
+    allowed = signed_by_another = False
     for key in keys:
         try:
             found = _JWS.decode_complete(token, key.value, algorithms=list(key.algorithms))
@@ -260,7 +281,10 @@ def _verified(token: str, keys: Sequence[Key]) -> Mapping[str, Any]:
         named = found["header"].get("kid")
         if key.id is None or named is None or key.id == named:
             return _claims(found["payload"])
-    raise _failed("token invalid" if allowed else "token algorithm not allowed")
+        signed_by_another = any(each.id == named for each in keys)
+    if signed_by_another:
+        raise _failed("token names a key that did not sign it")
+    raise Unverified("token invalid" if allowed else "token algorithm not allowed")
 
 
 def _claims(payload: bytes) -> Mapping[str, Any]:
@@ -270,9 +294,12 @@ def _claims(payload: bytes) -> Mapping[str, Any]:
         raise _failed("token invalid") from None
     if not isinstance(claims, dict):
         raise _failed("token invalid")
+    return claims
+
+
+def _refuse_refresh_token(claims: Mapping[str, Any]) -> None:
     if claims.get("type") == "refresh":
         raise _failed("a refresh token is no credential here")
-    return claims
 
 
 def _check_times(claims: Mapping[str, Any], rules: Rules, now: float) -> None:
