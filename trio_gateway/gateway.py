@@ -39,9 +39,9 @@ from .edges.dead_letters import DeadLetter, DeadLetters
 from .edges.handshake import Handshake
 from .edges.metrics import SHARED_EVERY, Sample, Siblings
 from .edges.pubsub import PubSub
-from .edges.resp import Address
 from .edges.revocations import Revocations, Tickets
 from .edges.streams import Streams
+from .redis_url import Address
 from .runtime.connection import Connection, Socket, Terms
 from .runtime.dispatch import Dispatch
 from .runtime.drain import Drain

@@ -19,6 +19,7 @@ from redis.retry import Retry
 
 from .core.events import Event, InvalidEvent, parse_event
 from .core.routing import ROUTES, UNKNOWN, Route, To
+from .redis_url import Address
 
 __all__ = ["TIMEOUT", "AsyncPublisher", "InvalidEvent", "PublishFailed", "Publisher"]
 
@@ -61,20 +62,23 @@ class Publisher:
         routes: Mapping[str, Route] = ROUTES,
     ) -> None:
         try:
-            pool = _Pool.from_url(
-                url,
+            address = Address.from_url(url)
+            address.check()
+        except ValueError as error:
+            raise ValueError(
+                "not a Redis URL (redis://[[user]:password@]host[:port][/db], rediss:// or"
+                f" unix://): it {error}"
+            ) from None
+        self._redis = redis.Redis(
+            connection_pool=_Pool(
+                **address.pool_options(redis),
                 protocol=2,
                 socket_connect_timeout=TIMEOUT,
                 socket_timeout=TIMEOUT,
                 retry=Retry(NoBackoff(), 0),  # ours to decide: an event must not be sent twice
             )
-        except ValueError:  # its text may hold parts of the URL
-            raise ValueError(
-                "not a Redis URL: redis://[[user]:password@]host[:port][/db], rediss:// or unix://"
-            ) from None
-        self._redis = redis.Redis(connection_pool=pool)
-        where = pool.connection_kwargs
-        self._address = where.get("path") or f"{where.get('host')}:{where.get('port', 6379)}"
+        )
+        self._address = address
         self._stream = stream
         self._max_length = max_length
         self._routes = routes

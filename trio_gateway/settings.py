@@ -22,6 +22,7 @@ from .core.routing import ROUTES, InvalidRoutes, Route, read_routes
 from .core.service_day import ServiceDays, read_windows, read_zone, read_zones
 from .core.tokens import Key, Rules
 from .keys import MIN_SECRET_BYTES, SIGNATURES, algorithms_of, is_well_known, public_keys
+from .redis_url import Address
 
 _PATTERNS = (
     "channel:branch:*:waiters",
@@ -195,13 +196,8 @@ class Settings(BaseSettings):
 
     @field_validator("redis_url")
     @classmethod
-    def _known_scheme(cls, value: str) -> str:
-        if urlsplit(value).scheme not in {"redis", "rediss", "unix"}:
-            raise ValueError("must begin with redis://, rediss:// or unix://")
-        try:
-            _ = urlsplit(value).port
-        except ValueError:
-            raise ValueError("has no usable port") from None
+    def _usable_redis_url(cls, value: str) -> str:
+        Address.from_url(value).check()
         return value
 
     @field_validator("jwt_jwks_url")
@@ -370,6 +366,8 @@ class Settings(BaseSettings):
             found.append("TABLE_TOKEN_SECRET is not set: a random one, so no table token is valid")
         if self.jwt_secret is not None and self.jwt_secret == self.table_token_secret:
             found.append("JWT_SECRET and TABLE_TOKEN_SECRET are the same: use two")
+        for name in Address.from_url(self.redis_url).ignored:
+            found.append(f"REDIS_URL: {name} has no effect, the gateway decides that itself")
         url = urlsplit(self.jwt_jwks_url or "")
         if url.scheme == "http" and not is_loopback(url.hostname or ""):
             found.append("JWT_JWKS_URL is not https: who stands in between can make tokens")

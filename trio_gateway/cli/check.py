@@ -10,7 +10,8 @@ import click
 from .endings import FAILED, settings_or_exit
 
 if TYPE_CHECKING:
-    from ..edges.resp import Address, RedisConnection
+    from ..edges.resp import RedisConnection
+    from ..redis_url import Address
     from ..settings import Settings
 
 _PATIENCE: Final = 3.0  # seconds for one answer
@@ -77,18 +78,13 @@ def check() -> None:
     """
     import trio
 
-    from ..edges.resp import Address
+    from ..redis_url import Address
 
     settings = settings_or_exit()
     report = _Report()
     _check_settings(settings, report)
     _check_files(settings, report)
-    try:
-        address = Address.from_url(settings.redis_url)
-    except ValueError:
-        report.fail("REDIS_URL can't be read", "write redis://[[user]:password@]host[:port][/db]")
-    else:
-        trio.run(_check_redis, settings, address, report)
+    trio.run(_check_redis, settings, Address.from_url(settings.redis_url), report)
     if settings.database_url is not None:
         trio.run(_check_database, settings, settings.database_url, report)
     if report.wrong:

@@ -83,11 +83,16 @@ def replay(letter_ids: tuple[str, ...], everything: bool) -> None:
 def _open() -> "tuple[redis.Redis, str]":
     import redis
 
+    from ..redis_url import Address
+
     settings = settings_or_exit()
-    client = redis.Redis.from_url(
-        settings.redis_url, protocol=2, socket_timeout=5, socket_connect_timeout=5
+    pool = redis.ConnectionPool(
+        **Address.from_url(settings.redis_url).pool_options(redis),
+        protocol=2,
+        socket_timeout=5,
+        socket_connect_timeout=5,
     )
-    return client, settings.redis_dlq_stream or _DEFAULT
+    return redis.Redis(connection_pool=pool), settings.redis_dlq_stream or _DEFAULT
 
 
 def _asked(ask: Any) -> Any:

@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final, TypeVar
 
+import redis.asyncio
 import structlog
 import trio
 import trio_asyncio
@@ -14,6 +15,7 @@ from redis.exceptions import ConnectionError as NotConnected
 from redis.exceptions import InvalidResponse, RedisError
 
 from ..core.resilience import Breaker, State
+from ..redis_url import Address
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -171,8 +173,8 @@ async def open_commands(
 ) -> AsyncIterator[Commands]:
     """A pool of connections to Redis; none is opened before it is needed."""
     async with trio_asyncio.open_loop() as loop:
-        pool = BlockingConnectionPool.from_url(
-            url,
+        pool = BlockingConnectionPool(
+            **Address.from_url(url).pool_options(redis.asyncio),
             protocol=2,  # RESP3 begins with HELLO, which some proxies do not know
             max_connections=max_connections,
             timeout=TIMEOUT,
@@ -180,9 +182,8 @@ async def open_commands(
             socket_timeout=TIMEOUT,
             retry=Retry(NoBackoff(), 0),  # it does not know which commands may be given twice
         )
-        redis = Redis(connection_pool=pool)
         try:
-            yield Commands(redis, reads, writes, loop)
+            yield Commands(Redis(connection_pool=pool), reads, writes, loop)
         finally:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + TIMEOUT):
                 await trio_asyncio.aio_as_trio(pool.disconnect)()

@@ -9,10 +9,11 @@ import structlog
 import trio
 
 from ..core.resilience import Breaker
+from ..redis_url import Address
 from ..runtime.intake import Intake
 from ..runtime.queue import EventQueue
 from ..runtime.supervision import Lost
-from .resp import ENOUGH, Address, RedisConnection, open_redis
+from .resp import ENOUGH, RedisConnection, open_redis
 
 log = structlog.get_logger()
 

@@ -3,14 +3,13 @@
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from math import inf
 from typing import Any, Final
-from urllib.parse import parse_qs, unquote, urlsplit
 
 import hiredis
 import trio
 
+from ..redis_url import Address
 from ..runtime.supervision import Lost
 
 CONNECT_TIMEOUT: Final = 3.0  # seconds for the connection, and as many for its greetings
@@ -19,47 +18,6 @@ CONNECT_TIMEOUT: Final = 3.0  # seconds for the connection, and as many for its 
 ENOUGH: Final = 65_536
 _CHUNK: Final = 1 << 18
 _NOTHING: Final = object()
-
-
-@dataclass(frozen=True, slots=True)
-class Address:
-    """Where a Redis is and how to get in, from its URL; the password is never shown."""
-
-    host: str = "localhost"
-    port: int = 6379
-    path: str | None = None  # of a unix socket
-    tls: bool = False
-    db: int = 0
-    user: str | None = None
-    password: str | None = field(default=None, repr=False)
-
-    @classmethod
-    def from_url(cls, url: str) -> "Address":
-        """Read ``redis://``, ``rediss://`` and ``unix://`` URLs, as redis-py does.
-
-        Raises :exc:`ValueError` for any other.
-        """
-        parts = urlsplit(url)
-        query = {name: values[0] for name, values in parse_qs(parts.query).items()}
-        user = unquote(parts.username) if parts.username else query.get("username")
-        password = unquote(parts.password) if parts.password else query.get("password")
-        if parts.scheme == "unix":
-            db = query.get("db", "0")
-            return cls(path=unquote(parts.path), db=int(db), user=user, password=password)
-        if parts.scheme not in {"redis", "rediss"}:
-            raise ValueError("a Redis URL begins with redis://, rediss:// or unix://")
-        db = query.get("db") or parts.path.strip("/") or "0"
-        return cls(
-            host=parts.hostname or "localhost",
-            port=parts.port or 6379,
-            tls=parts.scheme == "rediss",
-            db=int(db),
-            user=user,
-            password=password,
-        )
-
-    def __str__(self) -> str:
-        return self.path or f"{self.host}:{self.port}"
 
 
 class RedisConnection:
@@ -151,12 +109,12 @@ async def _connect(address: Address) -> trio.abc.Stream:
     if address.path is not None:
         return await trio.open_unix_socket(address.path)
     stream = await trio.open_tcp_stream(address.host, address.port)
-    if not address.tls:
+    if address.tls is None:
         return stream
-    secure = trio.SSLStream(
-        stream, ssl.create_default_context(), server_hostname=address.host, https_compatible=False
-    )
     try:
+        secure = trio.SSLStream(
+            stream, address.tls.context(), server_hostname=address.host, https_compatible=False
+        )
         await secure.do_handshake()
     except BaseException:
         await trio.aclose_forcefully(stream)
@@ -171,13 +129,13 @@ async def _greet(connection: RedisConnection, address: Address) -> None:
     if address.db:
         await connection.call("SELECT", address.db)
     # A convenience in CLIENT LIST: an ACL may refuse it, and a proxy may not know it.
-    await connection.ask("CLIENT", "SETNAME", "trio-gateway")
+    await connection.ask("CLIENT", "SETNAME", address.client_name or "trio-gateway")
 
 
 def _cause(error: BaseException) -> str:
     cause = error.__cause__ or error
     if isinstance(cause, BaseExceptionGroup):
         cause = cause.exceptions[0]
-    if isinstance(cause, ssl.SSLError) and cause.reason:
+    if isinstance(cause, ssl.SSLError) and getattr(cause, "reason", None):
         return cause.reason
     return (cause.strerror if isinstance(cause, OSError) else None) or type(cause).__name__

@@ -13,12 +13,13 @@ from ..core.limits import LogLimit
 from ..core.positions import START, Position, Stream, tag
 from ..core.resilience import Breaker
 from ..core.routing import UNKNOWN, Route
+from ..redis_url import Address
 from ..runtime.dispatch import Dispatch
 from ..runtime.history import History
 from ..runtime.intake import Intake
 from ..runtime.queue import EventQueue
 from ..runtime.supervision import Lost
-from .resp import Address, RedisConnection, open_redis
+from .resp import RedisConnection, open_redis
 from .stream_replies import Entry, entry_id, read_entries, read_info, read_news, read_time
 
 log = structlog.get_logger()

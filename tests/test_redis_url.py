@@ -1,0 +1,120 @@
+"""What a Redis URL may hold, and what is refused at the start, without a value of it shown."""
+
+import ssl
+from pathlib import Path
+
+import pytest
+import redis
+import redis.asyncio
+import trustme
+
+from trio_gateway.publisher import Publisher
+from trio_gateway.redis_url import Address, Tls
+from trio_gateway.settings import Settings
+
+
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        ("redis://", Address()),
+        ("redis://h:7/3", Address("h", 7, db=3)),
+        ("redis://u%40:p%2Fw@h?db=2", Address("h", db=2, user="u@", password="p/w")),
+        ("redis://h?username=u&password=p&client_name=x",
+         Address("h", user="u", password="p", client_name="x")),
+        ("unix:///run/r.sock?db=1", Address(path="/run/r.sock", db=1)),
+        ("unix://u:p@/run/r.sock", Address(path="/run/r.sock", user="u", password="p")),
+        ("rediss://h", Address("h", tls=Tls())),
+        ("rediss://h?ssl_cert_reqs=none&ssl_check_hostname=false&ssl_min_version=772",
+         Address("h", tls=Tls(cert_reqs="none", check_hostname=False,
+                              min_version=ssl.TLSVersion.TLSv1_3))),
+        ("redis://h?socket_timeout=9&decode_responses=true&protocol=3",
+         Address("h", ignored=("decode_responses", "protocol", "socket_timeout"))),
+    ],
+)  # fmt: skip
+def test_url_is_read(url: str, address: Address) -> None:
+    assert Address.from_url(url) == address
+    for library in (redis, redis.asyncio):
+        options = address.pool_options(library)
+        kind = options.pop("connection_class")
+        kind(**options)  # it takes them all
+
+
+REFUSED = [
+    ("http://h", "must begin with redis://"),
+    ("redis://h:x", "no usable port"),
+    ("redis://h/one", "database that is no number"),
+    ("redis://h/1/2", "database that is no number"),
+    ("redis://h?db=-1", "database that is no number"),
+    ("unix://", "names no path"),
+    ("redis://[h", "is no URL"),
+    ("rediss://h?ssl_ca_cert=x", "unknown option: ssl_ca_cert .did you mean ssl_ca_certs"),
+    ("rediss://h?ssl_validate_ocsp=1", "unknown option: ssl_validate_ocsp"),
+    ("redis://h?sentinel=1", "unknown option: sentinel"),
+    ("unix:///s?port=1", "unknown option: port"),
+    ("redis://h?ssl_ca_certs=/ca", "ssl_ca_certs, which needs rediss://"),
+    ("unix:///s?ssl_cert_reqs=none", "ssl_cert_reqs, which needs rediss://"),
+    ("rediss://h?ssl_cert_reqs=maybe", "ssl_cert_reqs, which must be one of none"),
+    ("rediss://h?ssl_check_hostname=perhaps", "ssl_check_hostname, which must be true"),
+    ("rediss://h?ssl_min_version=1", "ssl_min_version, which must be 771"),
+    ("rediss://h?ssl_include_verify_flags=X", "ssl_include_verify_flags, which must be"),
+    ("rediss://h?ssl_ca_certs=", "empty ssl_ca_certs"),
+    ("rediss://h?ssl_ca_certs=a&ssl_ca_certs=b", "ssl_ca_certs twice"),
+    ("rediss://h?ssl_keyfile=/nowhere", "ssl_keyfile needs ssl_certfile"),
+    ("rediss://h?ssl_ca_certs=/nowhere/ca.pem", "ssl_ca_certs can't be read"),
+    ("rediss://h?ssl_certfile=/nowhere/c.pem", "ssl_certfile can't be read"),
+    ("rediss://h?ssl_ciphers=none-such", "ssl_ciphers can't be used"),
+]
+
+
+@pytest.mark.parametrize(("url", "why"), REFUSED)
+def test_url_that_cannot_be_honoured_stops_the_start(url: str, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        Settings(redis_url=url)
+    with pytest.raises(ValueError, match=why):
+        Publisher(url)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://:hun?ter2=x@h", "redis://u:1?hunter2=x@h:6379", "redis://h?hunter",
+        "redis://:1#hunter2@h", "redis://:[hunter2@h", "redis://:hunter2@h?Hunter2=1",
+        "redis://:hunter2@h?nothing=hunter2", "redis://:hunter2@h:hunter2",
+        "rediss://h?ssl_password=hunter2&ssl_certfile=/nowhere",
+    ],
+)  # fmt: skip
+def test_no_part_of_a_password_is_shown(url: str) -> None:
+    for refuse in (Publisher, lambda url: Settings(redis_url=url)):
+        with pytest.raises(ValueError, match=r"\w") as refused:
+            refuse(url)
+        # pydantic's own text holds the input; what is told of it is each error's message.
+        told = getattr(refused.value, "errors", lambda: [{"msg": str(refused.value)}])()
+        assert not [each for each in told if "hunter" in each["msg"].lower()]
+
+
+def test_options_without_effect_are_named() -> None:
+    settings = Settings(redis_url="redis://h?socket_timeout=9&db=1")
+    assert [w for w in settings.warnings if w.startswith("REDIS_URL")] == [
+        "REDIS_URL: socket_timeout has no effect, the gateway decides that itself"
+    ]
+
+
+def test_key_with_a_password_is_read_with_it_and_refused_without(tmp_path: Path) -> None:
+    from cryptography.hazmat.primitives import serialization
+
+    leaf = trustme.CA().issue_cert("client")
+    for blob in leaf.cert_chain_pems:
+        blob.write_to_path(tmp_path / "cert.pem")
+    key = serialization.load_pem_private_key(leaf.private_key_pem.bytes(), None)
+    locked = key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.BestAvailableEncryption(b"hunter2"),
+    )
+    (tmp_path / "key.pem").write_bytes(locked)
+    url = f"rediss://h?ssl_certfile={tmp_path}/cert.pem&ssl_keyfile={tmp_path}/key.pem"
+
+    Address.from_url(f"{url}&ssl_password=hunter2").check()
+    for wrong in ("", "&ssl_password=other"):
+        with pytest.raises(ValueError, match="ssl_certfile and ssl_keyfile can't be used"):
+            Address.from_url(url + wrong).check()
