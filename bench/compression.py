@@ -18,6 +18,8 @@ from wire import dialled, make_head
 from trio_gateway.testing import make_jwt, make_payload
 
 from .refusals import cpu
+from .report import line_of
+from .scenarios import Figures
 
 EVENTS = 100
 _OFFER = "Sec-WebSocket-Extensions: permessage-deflate"
@@ -34,7 +36,9 @@ def _event(size: int) -> bytes:
     return event
 
 
-async def main(number: int) -> None:
+async def main(number: int) -> Figures:
+    """Costs by the size of the event, in bytes on the wire and µs of CPU a delivery."""
+    found: Figures = {}
     port = free_port()
     quiet = {"stdout": -3, "stderr": -3}  # subprocess.DEVNULL
     settings = {"WS_COMPRESSION": "true", "WS_MAX_CONNECTIONS_PER_USER": str(number)}
@@ -45,12 +49,15 @@ async def main(number: int) -> None:
         async with process(*command, env=env, port=port, **quiet) as gateway:
             for size in (300, 2_000, 8_000, 32_000):
                 for offers in (False, True):
-                    await _measure(backend, _event(size), offers, number, port, gateway.pid)
+                    found |= await _measure(
+                        backend, _event(size), offers, number, port, gateway.pid
+                    )
+    return found
 
 
 async def _measure(
     backend: "redis.Redis", event: bytes, offers: bool, number: int, port: int, pid: int
-) -> None:
+) -> Figures:
     received = 0
 
     async def client(*, task_status: trio.TaskStatus[None]) -> None:
@@ -79,12 +86,14 @@ async def _measure(
         spent = cpu(pid) - before
         nursery.cancel_scope.cancel()
     how = "compressed" if offers else "plain"
-    print(
-        f"{len(event):6} bytes, {how:10} {received // (number * EVENTS):6} bytes and"
-        f" {spent / number / EVENTS * 1e6:5.1f} µs of CPU a delivery",
-        flush=True,
-    )
+    costs = {
+        "bytes": received / (number * EVENTS),
+        "µs": spent / number / EVENTS * 1e6,
+    }
+    about = f"{len(event)} bytes, {how}"
+    print(f"{about}: {costs['bytes']:.0f} bytes, {costs['µs']:.1f} µs a delivery", flush=True)
+    return {f"{about}: {what}": cost for what, cost in costs.items()}
 
 
 if __name__ == "__main__":
-    trio.run(main, int(sys.argv[1]) if sys.argv[1:] else 200)
+    print(line_of(trio.run(main, int(sys.argv[1]) if sys.argv[1:] else 200)))

@@ -20,6 +20,8 @@ from trio_gateway.core.frames import TEXT
 from trio_gateway.testing import make_jwt, make_payload
 
 from .refusals import cpu, memory
+from .report import line_of
+from .scenarios import Figures
 
 EVENTS = 50
 PINGS = 10
@@ -39,7 +41,9 @@ async def _open(client: Client, door: str) -> None:
     await client.upgrade(target)
 
 
-async def main(number: int) -> None:
+async def main(number: int) -> Figures:
+    """Costs by door, in µs of CPU and KB."""
+    found: Figures = {}
     port = free_port()
     quiet = {"stdout": -3, "stderr": -3}  # subprocess.DEVNULL
     settings = {"WS_MAX_CONNECTIONS_PER_USER": str(number), "WS_MAX_TOTAL_CONNECTIONS": "100000"}
@@ -49,10 +53,12 @@ async def main(number: int) -> None:
             env = environment(server.connection_url, **settings)
             command = ("trio_gateway", "serve", "--bind", f"127.0.0.1:{port}")
             async with process(*command, env=env, port=port, **quiet) as gateway:
-                await _measure(door, number, port, gateway.pid, backend)
+                costs = await _measure(door, number, port, gateway.pid, backend)
+                found |= {f"{door}: {what}": cost for what, cost in costs.items()}
+    return found
 
 
-async def _measure(door: str, number: int, port: int, pid: int, backend: "redis.Redis") -> None:
+async def _measure(door: str, number: int, port: int, pid: int, backend: "redis.Redis") -> Figures:
     clients: list[Client] = []
     received = 0
 
@@ -103,11 +109,12 @@ async def _measure(door: str, number: int, port: int, pid: int, backend: "redis.
         pinged = 0.0 if door == "event stream" else await cost(ping, number * PINGS)
         delivered = await cost(publish, number * EVENTS)
         nursery.cancel_scope.cancel()
-    print(
-        f"{door:12} {accepted:6.0f} µs {held:6.1f} KB {pinged:6.0f} µs {delivered:6.1f} µs",
-        flush=True,
-    )
+    costs = {"accept µs": accepted, "KB": held, "ping µs": pinged, "delivery µs": delivered}
+    if door == "event stream":
+        del costs["ping µs"]
+    print(f"{door:12}", ", ".join(f"{what} {cost:.1f}" for what, cost in costs.items()), flush=True)
+    return costs
 
 
 if __name__ == "__main__":
-    trio.run(main, int(sys.argv[1]) if sys.argv[1:] else 400)
+    print(line_of(trio.run(main, int(sys.argv[1]) if sys.argv[1:] else 400)))

@@ -71,16 +71,7 @@ class Server:
         return sum(_rss(pid) for pid in self.pids())
 
     def pids(self) -> list[int]:
-        children: dict[int, list[int]] = {}
-        for entry in os.listdir("/proc"):
-            if entry.isdecimal():
-                with suppress(OSError, IndexError):
-                    children.setdefault(int(_stat(int(entry))[1]), []).append(int(entry))
-        found, left = [], [self.process.pid]
-        while left:
-            found.append(pid := left.pop())
-            left += children.get(pid, [])
-        return found
+        return descendants(self.process.pid)
 
     @property
     def worker(self) -> int:
@@ -106,6 +97,20 @@ class Server:
     def failed(self) -> str:
         """Why it ended."""
         return self.log.read_text(errors="replace")[-2000:] or "it said nothing"
+
+
+def descendants(pid: int) -> list[int]:
+    """The process and all that come from it."""
+    children: dict[int, list[int]] = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdecimal():
+            with suppress(OSError, IndexError):
+                children.setdefault(int(_stat(int(entry))[1]), []).append(int(entry))
+    found, left = [], [pid]
+    while left:
+        found.append(pid := left.pop())
+        left += children.get(pid, [])
+    return found
 
 
 def _stat(pid: int) -> list[str]:

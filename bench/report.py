@@ -54,6 +54,23 @@ def versions() -> dict[str, str]:
     return found
 
 
+def surroundings() -> dict[str, Any]:
+    """When and where; part of each JSON line."""
+    return {
+        "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "machine": machine(),
+        "versions": versions(),
+        "load_average": [round(os.getloadavg()[0], 2)],
+    }
+
+
+def line_of(figures: Figures) -> str:
+    """The gateway's figures as one line of JSON, for a run that has no options."""
+    return json.dumps(
+        surroundings() | {"figures": {"gateway": _finite(figures)}}, ensure_ascii=False
+    )
+
+
 class Results:
     """The figures of several repeats, each of the same servers one after the other."""
 
@@ -104,9 +121,8 @@ class Results:
         """All of it as one line of JSON."""
         found = {
             "scenario": self.scenario,
-            "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "options": asdict(self.options),
-            "machine": machine(),
+            **surroundings(),
             "versions": versions() | {"redis": redis},
             "load_average": self.load,
             "figures": {who: _finite(self.median(who)) for who in self.servers},

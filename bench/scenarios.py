@@ -16,7 +16,7 @@ from rich.progress import Progress
 from . import crowd as crowds
 from .client import Client, Latencies, Load
 from .crowd import Crowd, Template
-from .processes import Cores, Redis, Server, serve
+from .processes import Cores, NotHere, Redis, Server, serve
 from .publish import Pace, Publisher, paced, saturating
 
 Figures = dict[str, float]
@@ -626,7 +626,9 @@ def run(bench: Bench, name: str, who: str) -> Figures:
         raise Broken(f"a room is not enough for {name}")
     try:
         return scenario.run(bench, who)
-    except OSError as error:
+    except (Broken, NotHere):
+        raise
+    except (OSError, RuntimeError) as error:
         raise Broken(f"{type(error).__name__}: {error}") from error
 
 

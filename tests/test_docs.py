@@ -1,5 +1,6 @@
 """The pages say what the code does."""
 
+import copy
 import re
 from collections.abc import Collection
 from itertools import pairwise
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 from harness import make_settings
 
+import tools.performance
+from bench import published
 from tools import tables
 from trio_gateway.edges.metrics import METRICS
 from trio_gateway.edges.web import HTTP
@@ -31,6 +34,35 @@ def test_drift_is_found_in_each_table(name: str) -> None:
     drifted = f"{PAGE[:cell]}X{PAGE[cell:]}"
     assert tables.renewed(drifted) == tables.renewed(PAGE)
     assert tables.renewed(PAGE) != drifted
+
+
+def test_tables_of_figures_are_those_of_the_results() -> None:
+    made = tools.performance.tables()
+    used = set()
+    for path in tables.FIGURES:
+        page = path.read_text("utf-8")
+        assert tables.renewed(page, made) == page, "run python -m tools.tables"
+        used |= set(re.findall("<!-- generated: (.*) -->", page))
+    assert used == set(made)
+
+
+def test_figure_that_changes_in_the_results_changes_both_pages() -> None:
+    results = copy.deepcopy(published.read())
+    for row in results["idle"]["figures"]:
+        row["gateway"] = 987.0
+    made = tools.performance.tables(results)
+    for path in tables.FIGURES:
+        page = path.read_text("utf-8")
+        assert "987" not in page
+        assert "987" in tables.renewed(page, made)
+
+
+@pytest.mark.parametrize("page", tables.FIGURES, ids=lambda page: str(page.stem))
+def test_no_measured_figure_is_written_by_hand(page: Path) -> None:
+    text = page.read_text("utf-8")
+    text = re.sub("<!-- generated: .*?<!-- end -->", "", text, flags=re.DOTALL)
+    unit = r"(?:µs|ms|[KM]B|million|M|a second|/s)"
+    assert re.findall(rf"\d[\d.,]*\s?{unit}\b.*", text) == []
 
 
 def test_every_path_that_is_answered_is_in_the_protocol() -> None:

@@ -1,10 +1,11 @@
-"""The tables of docs/protocol.md, made from the tables in the code: ``python -m tools.tables``.
+"""The tables of the docs, from tables in the code and from measured figures.
 
-A table stands between ``<!-- generated: NAME -->`` and ``<!-- end -->``; a test finds drift.
+``python -m tools.tables`` renews them. A table stands between ``<!-- generated: NAME -->`` and
+``<!-- end -->``; a test finds drift.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Final
@@ -17,16 +18,14 @@ from trio_gateway.edges.sse import PATHS
 from trio_gateway.edges.static import CONTRACT, FILES
 from trio_gateway.edges.web import HTTP
 
-PAGE: Final = Path(__file__).parent.parent / "docs" / "protocol.md"
+from . import performance
+from .markdown import table
+
+DOCS: Final = Path(__file__).parent.parent / "docs"
+PAGE: Final = DOCS / "protocol.md"
+FIGURES: Final = (DOCS / "performance.md", DOCS / "deploy.md")
 _TABLE: Final = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->\n)", re.DOTALL)
 _ROLES: Final = (Role.WAITER, Role.KITCHEN, Role.MANAGER, Role.ADMIN)
-
-
-def _table(*rows: Iterable[str]) -> str:
-    head, *body = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    lines = [f"| {' | '.join(row)} |" for row in (head, *body)]
-    lines.insert(1, "|---" * len(head) + "|")
-    return "".join(f"{line}\n" for line in lines)
 
 
 def _code(text: str) -> str:
@@ -43,7 +42,7 @@ def endpoints() -> str:
         )
         for endpoint in Endpoint
     ]
-    return _table(("path", "credential", "roles admitted", "Origin checked"), *rows)
+    return table(("path", "credential", "roles admitted", "Origin checked"), *rows)
 
 
 def requests() -> str:
@@ -59,17 +58,17 @@ def requests() -> str:
         ("any other text", "none", "it counts as a heartbeat"),
         ("a binary frame", f"close {Close.UNSUPPORTED_DATA}", ""),
     ]
-    return _table(("text frame", "answer", ""), *rows, *others)
+    return table(("text frame", "answer", ""), *rows, *others)
 
 
 def answers() -> str:
     rows = [(_code(said.example), said.note) for said in ANSWERS.values()]
-    return _table(("text frame", "what it means"), *rows)
+    return table(("text frame", "what it means"), *rows)
 
 
 def closes() -> str:
     rows = [(str(int(close)), close.name, close.when, close.then) for close in Close if close.sent]
-    return _table(("code", "name", "when", "the client should"), *rows)
+    return table(("code", "name", "when", "the client should"), *rows)
 
 
 def routes() -> str:
@@ -77,7 +76,7 @@ def routes() -> str:
     for route, types in groupby(ROUTES, ROUTES.__getitem__):
         to = ", ".join(to.name.lower() for to in route.to if to.name)
         rows.append((", ".join(map(_code, types)), to, "yes" if route.durable else "no"))
-    return _table(("type", "to", "durable"), *rows)
+    return table(("type", "to", "durable"), *rows)
 
 
 def http() -> str:
@@ -90,7 +89,7 @@ def http() -> str:
     rows.append((_code(f"GET {CONTRACT}"), "this contract, for machines; public"))
     files = ", ".join(_code(f"GET {path}") for path in FILES)
     rows.append((files, "the JavaScript client and its types; public, for pages of any origin"))
-    return _table(("path", "answer"), *rows)
+    return table(("path", "answer"), *rows)
 
 
 TABLES: Final[Mapping[str, Callable[[], str]]] = {
@@ -98,10 +97,12 @@ TABLES: Final[Mapping[str, Callable[[], str]]] = {
 }
 
 
-def renewed(page: str) -> str:
-    """The page with its tables made anew; KeyError for a name that is none of :data:`TABLES`."""
-    return _TABLE.sub(lambda found: f"{found[1]}\n{TABLES[found[2]]()}\n{found[3]}", page)
+def renewed(page: str, made: Mapping[str, Callable[[], str]] = TABLES) -> str:
+    """The page with its tables made anew; KeyError for a name that is not in ``made``."""
+    return _TABLE.sub(lambda found: f"{found[1]}\n{made[found[2]]()}\n{found[3]}", page)
 
 
 if __name__ == "__main__":
     PAGE.write_text(renewed(PAGE.read_text("utf-8")), "utf-8")
+    for path in FIGURES:
+        path.write_text(renewed(path.read_text("utf-8"), performance.tables()), "utf-8")

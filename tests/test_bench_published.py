@@ -1,0 +1,115 @@
+"""The file of measured figures: each run changes its own, and only with figures that hold."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.published import FILE, LOST, RUNS, Run, entry, merge, read
+from tools import performance
+
+LINE: dict[str, Any] = {
+    "at": "2026-01-02T03:04:05Z",
+    "machine": {"cpu": "A CPU", "cores": 2, "kernel": "6.1", "python": "3.11.7"},
+    "versions": {"trio": "1.2", "redis": "valkey 9"},
+    "load_average": [0.5, 0.7],
+    "repeats": [{}, {}],
+    "figures": {
+        "gateway": {"accepts/s": 3000.0, "CPU µs per accept": 300.0, "missing": 1, "duplicate": 2},
+        "bun": {"accepts/s": 12_000.0, "CPU µs per accept": 80.0},
+        "naive": {"accepts/s": None},
+    },
+    "ratios": {"bun": {"accepts/s": 0.25}},
+}
+
+
+def test_entry_says_when_where_and_what_ran_beside() -> None:
+    found = entry(RUNS["accepts"], LINE)
+    assert (found["date"], found["load_average"], found["repeats"]) == ("2026-01-02", 0.7, 2)
+    assert found["machine"] == "2 cores of A CPU, Linux 6.1, Python 3.11, trio 1.2"
+    rate, cpu, lost = found["figures"]
+    assert rate == {
+        "figure": "accepts/s", "unit": "/s", "gateway": 3000.0, "beside": {"bun": 12_000.0},
+        "ratio": {"bun": 0.25},
+    }  # fmt: skip
+    assert cpu["beside"] == {"bun": 80.0}
+    assert lost == {"figure": LOST, "gateway": 3}
+
+
+def test_run_changes_its_own_figures_alone(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    merge({"steady": {"figures": [1]}, "accepts": {"figures": [2]}}, path)
+    merge({"accepts": {"figures": [3]}}, path)
+    assert read(path) == {"steady": {"figures": [1]}, "accepts": {"figures": [3]}}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_file_that_cannot_be_written_whole_stays_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "results.json"
+    merge({"steady": {"figures": [1]}}, path)
+    before = path.read_bytes()
+
+    def fail(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="no space"):
+        merge({"steady": {"figures": [2]}}, path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def measured(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "bench.all", *arguments],
+        cwd=FILE.parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_run_that_is_not_reached_in_time_leaves_what_there_was(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    merge({"storm": {"figures": [1]}}, path)
+    done = measured("--minutes", "0.0001", "--results", str(path), "storm", "small")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "Error: not measured: storm, small"
+    assert read(path) == {"storm": {"figures": [1]}}
+
+
+@pytest.mark.slow
+def test_quick_run_of_a_storm_is_written_where_it_is_asked_for(tmp_path: Path) -> None:
+    path, before = tmp_path / "results.json", FILE.read_bytes()
+    done = measured("--quick", "--results", str(path), "storm")
+    assert done.returncode == 0, done.stderr
+    (run,) = read(path).values()
+    assert {row["figure"]: row["gateway"] for row in run["figures"]}[LOST] == 0
+    assert FILE.read_bytes() == before
+
+
+def test_results_in_the_repository_are_of_runs_that_there_are() -> None:
+    found = json.loads(FILE.read_text("utf-8"))
+    assert list(found) == [name for name in RUNS if name in found]
+    for name, run in found.items():
+        assert {"date", "machine", "load_average", "repeats", "figures"} <= run.keys()
+        known = {figure.key for figure in RUNS[name].figures} | {LOST}
+        assert not RUNS[name].figures or {row["figure"] for row in run["figures"]} <= known
+
+
+@pytest.mark.parametrize("name", performance.TABLES)
+def test_tables_can_be_made_of_nothing_and_of_everything(name: str) -> None:
+    assert performance.TABLES[name]({}) is not None
+    every: dict[str, Any] = {}
+    for run, spec in RUNS.items():
+        keys = [figure.key for figure in spec.figures] or ["line: KB", "audience 1: CPU µs"]
+        line = copy.deepcopy(LINE) | {"figures": {"gateway": dict.fromkeys(keys, 12.3)}}
+        every[run] = entry(Run(spec.arguments, (), 1, spec.figures), line)
+    assert "not measured" not in performance.TABLES[name](every) or name == "sizing"

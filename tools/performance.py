@@ -1,0 +1,186 @@
+"""The tables of figures in docs/performance.md and docs/deploy.md, from ``bench/results.json``."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from itertools import groupby
+from typing import Any, Final
+
+from bench.published import LOST, RUNS, Results, read
+
+from .markdown import table
+
+UNKNOWN: Final = "not measured yet"
+# What was asked of it, by run and figure.
+_BARS: Final = {
+    ("unbatched", "CPU µs per delivery"): "≤ 1.5 × `floor`",
+    ("saturated", "deliveries/s"): "≥ 4 million, ≥ 100 × `naive`",
+    ("mixed", "deliveries/s"): "≥ 1.5 million",
+    ("small", "events/s"): "≥ 30,000",
+    ("steady", "to last p99 ms"): "≤ 10",
+    ("slow", "p99 to last, ratio"): "≤ 1.2",
+    ("accepts", "accepts/s"): "≥ 3,000",
+    ("idle", "KB per connection"): "≤ 22",
+}
+_DOORS: Final = {
+    "line": "WebSocket",
+    "second door": "WebSocket, as a later request of its connection",
+    "event stream": "Server-Sent Events",
+}
+
+
+def short(value: float) -> str:
+    """Three digits that count, and millions by name."""
+    if value >= 1e6:
+        return f"{value / 1e6:.3g} million"
+    if value >= 1000:
+        return f"{round(value, 2 - math.floor(math.log10(value))):,.0f}"
+    return f"{value:.3g}"
+
+
+def _value(results: Results, run: str, figure: str, of: str = "gateway") -> float | None:
+    for row in results.get(run, {}).get("figures", ()):
+        if row["figure"] == figure:
+            found: float | None = row[of]
+            return found
+    return None
+
+
+def measured_on(results: Results) -> str:
+    """Where and when: a line for each machine and date."""
+    lines = []
+    for (machine, date), runs in groupby(
+        sorted(results.items(), key=lambda run: _where(run[1])), key=lambda run: _where(run[1])
+    ):
+        names, loads, repeats = [], [], set()
+        for name, run in runs:
+            names.append(name)
+            loads.append(run["load_average"])
+            repeats.add(run["repeats"])
+        load = (
+            "load average not known"
+            if None in loads
+            else f"load average before a run {short(min(loads))} to {short(max(loads))}"
+        )
+        times = " or ".join(map(str, sorted(repeats)))
+        lines.append(f"- {machine}; {date}; {load}; runs of each: {times}: {', '.join(names)}\n")
+    return "".join(lines)
+
+
+def _where(run: Mapping[str, Any]) -> tuple[str, str]:
+    return run["machine"], run["date"]
+
+
+def figures(results: Results) -> str:
+    """A row for each figure, with what ran beside it."""
+    rows = []
+    for name, run in RUNS.items():
+        for figure in run.figures:
+            found = results.get(name, {}).get("figures", ())
+            row = next((row for row in found if row["figure"] == figure.key), None)
+            rows.append(
+                (
+                    f"`{name}`: {run.title}",
+                    figure.key,
+                    _BARS.get((name, figure.key), ""),
+                    f"**{short(row['gateway'])}**" if row else UNKNOWN,
+                    _beside(row) if row else "",
+                )
+            )
+    lost = [_value(results, name, LOST) for name in results]
+    total = sum(each for each in lost if each is not None)
+    rows.append(("all of these", LOST, "0", short(total) if results else UNKNOWN, ""))
+    head = "run", "figure", "bar", "gateway", "in the same run (gateway / it)"
+    return table(head, *rows)
+
+
+def _beside(row: Mapping[str, Any]) -> str:
+    beside, ratio = row.get("beside", {}), row.get("ratio", {})
+    parts = []
+    for who in dict.fromkeys([*beside, *ratio]):
+        value = short(beside[who]) if who in beside else ""
+        times = f"{short(ratio[who])} ×" if who in ratio else ""
+        parts.append(f"{who} {value} ({times})" if value and times else f"{who} {value}{times}")
+    return ", ".join(parts)
+
+
+def _grid(
+    results: Results, run: str, rows: Mapping[str, str], columns: Mapping[str, str], corner: str
+) -> str:
+    """A table of the figures ``row: column`` of a run; both are given with their titles."""
+    body: list[Iterable[str]] = []
+    for row, title in rows.items():
+        values = [_value(results, run, f"{row}: {column}") for column in columns]
+        body.append([title, *("" if value is None else short(value) for value in values)])
+    return table([corner, *columns.values()], *(body or [[UNKNOWN, *[""] * len(columns)]]))
+
+
+def _rows_of(results: Results, run: str) -> dict[str, str]:
+    """What stands before the colon in the names of a run's figures."""
+    names = [row["figure"] for row in results.get(run, {}).get("figures", ())]
+    return {name.rpartition(": ")[0]: name.rpartition(": ")[0] for name in names if ": " in name}
+
+
+def doors(results: Results) -> str:
+    columns = {
+        "accept µs": "µs of CPU to let one in",
+        "KB": "KB of memory",
+        "ping µs": "µs of CPU for a ping",
+        "delivery µs": "µs of CPU for a delivery",
+    }
+    known = _rows_of(results, "doors")
+    rows = {name: title for name, title in _DOORS.items() if name in known}
+    return _grid(results, "doors", rows, columns, "clients come by")
+
+
+def compression(results: Results) -> str:
+    columns = {"bytes": "bytes on the wire", "µs": "µs of CPU a delivery"}
+    return _grid(results, "compression", _rows_of(results, "compression"), columns, "event")
+
+
+def growth(results: Results) -> str:
+    columns = {"CPU µs per delivery": "µs of CPU a delivery", "to last p99 ms": "p99 to last, ms"}
+    return _grid(results, "growth", _rows_of(results, "growth"), columns, "with")
+
+
+def sizing(results: Results) -> str:
+    """What to plan with."""
+
+    def get(run: str, figure: str, text: str) -> str:
+        value = _value(results, run, figure)
+        return UNKNOWN if value is None else text.format(short(value))
+
+    accepts = get("accepts", "CPU µs per accept", "{} µs of CPU")
+    if (rate := _value(results, "accepts", "accepts/s")) is not None:
+        accepts += f", {short(rate)} a second"
+    return table(
+        ("what", "costs"),
+        (
+            "a connection that is idle",
+            get("idle", "KB per connection", "{} KB of memory"),
+        ),
+        ("letting one in", accepts),
+        ("a client's ping", get("idle", "CPU µs per ping", "{} µs of CPU")),
+        (
+            "an event for one client, alone",
+            get("growth", "audience 1: CPU µs per delivery", "{} µs of CPU"),
+        ),
+        (
+            "an event for 400 clients, alone, for each of them",
+            get("unbatched", "CPU µs per delivery", "{} µs of CPU"),
+        ),
+        (
+            "when many events wait for a crowd",
+            get("saturated", "deliveries/s", "{} deliveries a second"),
+        ),
+    )
+
+
+TABLES: Final[Mapping[str, Callable[[Results], str]]] = {
+    made.__name__: made for made in (measured_on, figures, growth, doors, compression, sizing)
+}
+
+
+def tables(results: Results | None = None) -> dict[str, Callable[[], str]]:
+    """By name, as :mod:`tools.tables` wants them."""
+    found = read() if results is None else results
+    return {name: lambda make=make: make(found) for name, make in TABLES.items()}  # type: ignore[misc]
