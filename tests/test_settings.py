@@ -380,12 +380,12 @@ def test_development_says_when_a_secret_is_short() -> None:
     ("intervals", "named"),
     [
         ({}, []),
-        ({"ws_ping_interval": 60, "ws_heartbeat_timeout": 90}, ["WS_PING_INTERVAL"]),
-        ({"ws_ping_interval": 50, "ws_heartbeat_timeout": 50}, ["WS_PING_INTERVAL"]),
+        ({"ws_ping_interval": 45, "ws_heartbeat_timeout": 90}, ["WS_PING_INTERVAL"]),
+        ({"ws_ping_interval": 50, "ws_heartbeat_timeout": 50}, ["WS_PING_INTERVAL"] * 2),
         ({"ws_receive_timeout": 59}, ["WS_RECEIVE_TIMEOUT"]),
         ({"ws_heartbeat_timeout": 49}, ["WS_HEARTBEAT_TIMEOUT"]),
         ({"ws_receive_timeout": 40}, ["WS_RECEIVE_TIMEOUT", "WS_RECEIVE_TIMEOUT"]),
-        ({"ws_ping_interval": 29, "ws_heartbeat_timeout": 59}, []),
+        ({"ws_ping_interval": 44, "ws_heartbeat_timeout": 59}, []),
     ],
     ids=str,
 )

@@ -40,7 +40,7 @@ _PATTERNS = (
     "tenant:*:admin",
 )
 _ORIGINS = tuple(f"http://localhost:{port}" for port in (5176, 5177, 5178))
-_USUAL_IDLE_TIMEOUT = 60  # seconds: nginx, AWS ALB and others, unless told otherwise
+_USUAL_IDLE_TIMEOUT = 45  # seconds: event-source-polyfill; proxies have 60, unless told otherwise
 _USUAL_PING = 25  # seconds between the pings of our clients unless the gateway names another
 _HMAC = frozenset({"HS256", "HS384", "HS512"})
 SECTOR_COLUMNS = (
@@ -389,7 +389,7 @@ class Settings(BaseSettings):
         if self.ws_ping_interval >= _USUAL_IDLE_TIMEOUT:
             found.append(
                 f"WS_PING_INTERVAL ({self.ws_ping_interval:g} s) is not below {_USUAL_IDLE_TIMEOUT}"
-                " s, the usual idle timeout of proxies: they close connections without events"
+                " s: EventSource polyfills reconnect then, and from 60 s on proxies close connections"
             )
         if receive < heartbeat:
             found.append(

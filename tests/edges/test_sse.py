@@ -488,8 +488,33 @@ async def test_socket_that_was_cut_off_takes_nothing_more() -> None:
     assert (cut[0], response.sent) == (True, [])
 
 
-def test_header_names_the_place_only_where_a_browser_comes_again_by_itself() -> None:
-    query, headers = {"last_event_id": "1-1-abcd"}, {"last-event-id": "2-2-abcd"}
-    assert Handshake(Endpoint.DINER, query, headers).last_event_id == "1-1-abcd"
-    assert Handshake(Endpoint.DINER, query, headers, one_way=True).last_event_id == "2-2-abcd"
-    assert Handshake(Endpoint.DINER, {}, headers).last_event_id == "2-2-abcd"
+PLACE: Final = {"last-event-id": "2-2-abcd"}
+
+
+@pytest.mark.parametrize("one_way", [True, False])
+@pytest.mark.parametrize(
+    ("query", "headers", "place"),
+    [
+        ({}, {}, None),
+        ({}, PLACE, "2-2-abcd"),
+        ({"last_event_id": ""}, {}, ""),
+        ({"last_event_id": "1-1-abcd"}, {}, "1-1-abcd"),
+        ({"last_event_id": "1-1-abcd"}, PLACE, "2-2-abcd"),  # the URL of the first attempt
+        ({"last_event_id": "1-1-abcd"}, {"last-event-id": ""}, "1-1-abcd"),
+        ({"lastEventId": "3-3-abcd"}, {}, "3-3-abcd"),
+        ({"last_event_id": "", "lastEventId": "3-3-abcd"}, {}, "3-3-abcd"),
+        ({"last_event_id": "1-1-abcd", "lastEventId": "3-3-abcd"}, {}, "3-3-abcd"),
+        ({"last_event_id": "1-1-abcd", "Last-Event-Id": "3-3-abcd"}, {}, "3-3-abcd"),
+        ({"Last-Event-ID": "3-3-abcd"}, PLACE, "2-2-abcd"),
+        ({"evs_last_event_id": "3-3-abcd"}, {}, "3-3-abcd"),
+        ({"lastEventID": "3-3-abcd"}, {}, "3-3-abcd"),
+        ({"lastEventId": ""}, {}, ""),
+        ({"lastEvent": "3-3-abcd", "id": "3-3-abcd"}, {}, None),
+    ],
+    ids=str,
+)
+def test_place_to_resume_from_is_found_where_clients_put_it(
+    query: dict[str, str], headers: dict[str, str], place: str | None, one_way: bool
+) -> None:
+    handshake = Handshake(Endpoint.DINER, query, headers, one_way=one_way)
+    assert handshake.last_event_id == place

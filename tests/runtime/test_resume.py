@@ -8,8 +8,9 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from trio_gateway.core.audiences import Endpoint, Principal
+from trio_gateway.core.audiences import Endpoint, Principal, audiences_of
 from trio_gateway.core.closing import Close
+from trio_gateway.core.events import Event
 from trio_gateway.core.positions import START, Cursor, Position, Stream, event_id
 from trio_gateway.core.routing import ROUTES
 from trio_gateway.runtime.connection import Connection, Ping, Terms
@@ -29,6 +30,12 @@ def at(milliseconds: int) -> Position:
 
 def place(milliseconds: int, stream: Stream = A) -> str:
     return event_id(stream, at(milliseconds))
+
+
+def still_to_come(n: int, stream: Stream) -> Event:
+    event = make_event(data=n)
+    event.stand(stream, at(n), durable=True)
+    return event
 
 
 class Client:
@@ -536,6 +543,40 @@ async def test_id_that_is_newer_than_what_was_read_is_waited_for(
     for client in clients:
         assert client.resumed == [resumed(1, place(3))]
         assert client.heard == [4]
+
+
+async def test_stream_that_is_being_read_for_the_first_time_is_waited_for(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    """Half of it is in memory, and another stream has been read already."""
+    world = World(nursery, A)
+    world.history.expected.update({A, B})
+    early = await world.connect(place(1, B))
+    world.history.begin(B, at(1), whole=True)
+    for n in (1, 2):
+        world.history.add(still_to_come(n, B), audiences_of(make_principal()), now=0)
+    during = await world.connect(place(1, B))
+    assert not world.history.warm
+    assert (early.said, during.said) == ([], [])
+    world.history.add(still_to_come(3, B), audiences_of(make_principal()), now=0)
+    world.history.pass_by(B, at(3))
+    await wait_all_tasks_blocked()
+
+    assert world.history.warm
+    for client in (early, during):
+        assert client.resumed == [resumed(2, f"{event_id(A, START)}.{place(1, B)}")]
+        assert client.heard == [2, 3]
+
+
+async def test_stream_whose_first_reading_takes_too_long_is_not_called_recovered(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    world = World(nursery, A)
+    world.history.expected.update({A, B})
+    world.history.begin(B, START, whole=True)
+    client = await world.connect(place(1, B))
+    await trio.sleep(PATIENCE + 0.1)
+    assert [answer["recovered"] for answer in client.resumed] == [False]
 
 
 async def test_id_that_is_not_read_within_two_seconds_is_refused(

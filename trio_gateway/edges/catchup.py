@@ -119,8 +119,8 @@ async def _missed(app: "Gateway", principals: Sequence[Principal]) -> Answer:
         return problem(429, "too many requests at a time of this user or session", retry_after=1)
     held: ExitStack = request.scope["until_sent"]  # type: ignore[typeddict-item]  # HttpConnection's
     held.callback(give_back)
-    if not history.end and app.settings.redis_streams:
-        return problem(503, "nothing has been read from Redis yet", retry_after=1)
+    if not history.warm:
+        return problem(503, "the events have not been read from Redis yet", retry_after=1)
     app.trim_history()
     if moment is not None:
         cursor, complete = history.place_before(moment)

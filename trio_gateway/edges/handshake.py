@@ -25,6 +25,8 @@ _ONCE: Final = frozenset(
         "sec-websocket-version", "transfer-encoding", "upgrade",
     }
 )  # fmt: skip
+# Where EventSource polyfills and other clients that set no headers put the last id (in lower case).
+_LAST_EVENT_ID: Final = frozenset({"lasteventid", "last-event-id", "evs_last_event_id"})
 _READ: Final = _ONCE | {"connection", "sec-websocket-protocol", "sec-websocket-extensions"}
 
 
@@ -60,11 +62,16 @@ class Handshake:
 
     @property
     def last_event_id(self) -> str | None:
-        """Where to resume from, if the client asks to; empty asks for the present position."""
-        if self.one_way and (later := self.headers.get("last-event-id")):
-            return later  # a browser that comes again by itself does so with the same URL
-        found = self.query.get("last_event_id")
-        return self.headers.get("last-event-id") if found is None else found
+        """Where to resume from, if the client asks to; empty asks for the present position.
+
+        The header counts more than the URL, and the parameter of a polyfill more than ours: they
+        are set at each attempt, by what knows the last event, and the rest of a URL stays.
+        """
+        found = [self.headers.get("last-event-id")]
+        found += [value for name, value in self.query.items() if name.lower() in _LAST_EVENT_ID]
+        found.append(self.query.get("last_event_id"))
+        named = [value for value in found if value is not None]
+        return next(filter(None, named), "") if named else None
 
     @property
     def credential(self) -> str | None:

@@ -79,6 +79,7 @@ class Streams:
         self._routes = routes
         self._dispatch = dispatch
         self._history = history
+        history.expected.update(source.stream for source in self._sources)
         self._on_begin = on_begin
         self._on_gap = on_gap
         self._wall_clock = wall_clock

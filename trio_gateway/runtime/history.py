@@ -45,6 +45,7 @@ class History:
         self._grown = trio.Event()
         self.bytes = 0
         self.began: dict[Stream, Position] = {}  # where each was first read live
+        self.expected: set[Stream] = set()  # that are to be read
         self.end: Cursor = {}  # the present place: replaced, never changed, so it can be shared
 
     def __len__(self) -> int:
@@ -131,7 +132,7 @@ class History:
             bool(cursor)
             and not self.forgot(cursor)
             and all(
-                stream in self._since
+                stream in self.end  # while it is being read for the first time, some is known
                 and (
                     position >= self._since[stream] or (position == START and stream in self._whole)
                 )
@@ -145,9 +146,18 @@ class History:
         return any(s in forgotten and forgotten[s] > position for s, position in cursor.items())
 
     def is_ahead(self, cursor: Cursor) -> bool:
-        """Whether this place lies beyond what has been read: another process was quicker."""
+        """Whether this place lies beyond what has been read: another process was quicker, or the
+        stream was not read yet.
+        """
         end = self.end
-        return any(s in end and end[s] < position for s, position in cursor.items())
+        return any(
+            end[s] < position if s in end else s in self.expected for s, position in cursor.items()
+        )
+
+    @property
+    def warm(self) -> bool:
+        """Whether each stream has been read up to its present end."""
+        return self.expected <= self.end.keys()
 
     async def wait_begun(self) -> None:
         """Wait until there is a present place."""
