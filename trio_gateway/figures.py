@@ -20,6 +20,7 @@ def sample(gateway: "Gateway") -> Sample:
     return Sample.of(
         {
             "wsgateway_ready": int(gateway.ready),
+            "wsgateway_metrics_partial": int(gateway.partial),
             "wsgateway_connections_total": len(hub),
             "wsgateway_connections_limit": gateway.settings.ws_max_total_connections,
             "wsgateway_connections_by_endpoint": {
@@ -60,8 +61,7 @@ def sample(gateway: "Gateway") -> Sample:
             "wsgateway_tasks": trio.lowlevel.current_statistics().tasks_living,
             "wsgateway_history_events": len(gateway.history),
             "wsgateway_history_bytes": gateway.history.bytes,
-            "wsgateway_messages_received_total": gateway.messages
-            + sum(connection.messages for connection in hub.connections),
+            "wsgateway_messages_received_total": hub.messages,
         },
         {
             "wsgateway_broadcast_duration_seconds": dispatch.duration,
@@ -73,12 +73,15 @@ def sample(gateway: "Gateway") -> Sample:
 
 
 def _by_code(closed: Counter[int]) -> dict[str, float]:
-    """Clients choose their close codes: the most frequent ones are labels, the rest is "other".
+    """Clients choose their close codes: the first ones to occur are labels, the rest is "other".
 
-    Our own are there from the start, or the first of them would be no increase.
+    A code keeps its label for good, or a counter would fall. Our own are there from the start, or
+    the first of them would be no increase.
     """
     found = {str(int(close)): 0.0 for close in Close if close.sent}
-    found |= {str(code): float(number) for code, number in closed.most_common(_MOST_CODES)}
-    if rest := closed.total() - sum(found.values()):
-        found["other"] = rest
+    for code, number in closed.items():  # in the order in which they occurred first
+        label = str(int(code))
+        if label not in found and len(found) >= _MOST_CODES:
+            label = "other"
+        found[label] = found.get(label, 0.0) + number
     return found

@@ -3,6 +3,7 @@
 import asyncio
 import math
 import multiprocessing
+import os
 import resource
 import signal
 import sys
@@ -37,7 +38,7 @@ from .edges.commands import Commands, open_commands
 from .edges.console import Feed
 from .edges.dead_letters import DeadLetter, DeadLetters
 from .edges.handshake import Handshake
-from .edges.metrics import SHARED_EVERY, Sample, Siblings
+from .edges.metrics import GROUP, SHARED_EVERY, Sample, Siblings
 from .edges.pubsub import PubSub
 from .edges.revocations import Revocations, Tickets
 from .edges.streams import Streams
@@ -151,6 +152,7 @@ class Gateway(QuartTrio):
         self.commands: Commands | None = None
         self.dead_letters: DeadLetters | None = None
         self.siblings: Siblings | None = None
+        self.partial = os.environ.get(GROUP) == ""  # the siblings' figures are missing from ours
         self.rejected: Counter[str] = Counter()  # by reason
         self.refused: Counter[int] = Counter()  # upgrades, by HTTP status
         self.log_limit = LogLimit()
@@ -163,7 +165,6 @@ class Gateway(QuartTrio):
         self.shields = self.end.shields  # around what HTTP clients are being sent
         self.max_message_size = settings.ws_max_message_size
         self.compresses = settings.ws_compression
-        self.messages = 0  # of connections that have ended
         self.stalls = Stalls()
         self.feed = Feed(self)  # to the console
         self._clock = clock
@@ -304,25 +305,33 @@ class Gateway(QuartTrio):
         if multiprocessing.parent_process() is not None:
             nursery.start_soon(self._outlive_siblings)
         nursery.start_soon(sources)
-        if (siblings := Siblings.of_this_process()) is not None:
-            self.siblings = siblings
-            nursery.start_soon(self._share, siblings)
+        try:
+            self.siblings = Siblings.of_this_process()
+        except OSError as error:
+            self.partial = True
+            log.warning("figures not shared", error=error.strerror)
+        if self.siblings is not None:
+            nursery.start_soon(self._share, self.siblings)
 
     async def _share(self, siblings: Siblings) -> None:
         siblings.clean_up()
-        failed = False
         try:
             while True:
-                try:
-                    siblings.write(self.sample())
-                    failed = False
-                except OSError as error:  # a full disk, say: no reason to end
-                    if not failed:
-                        log.error("figures not shared", error=error.strerror)
-                    failed = True
+                self._tell_siblings(siblings, self.sample())
                 await trio.sleep(SHARED_EVERY)
         finally:
             siblings.leave(self.sample())
+
+    def _tell_siblings(self, siblings: Siblings, sample: Sample) -> None:
+        """A full disk, say, is no reason to end: then each worker has its own figures only."""
+        try:
+            siblings.write(sample)
+        except OSError as error:
+            if not self.partial:
+                log.error("figures not shared", error=error.strerror)
+            self.partial = True
+        else:
+            self.partial = False
 
     @property
     def handshakes(self) -> int:
@@ -454,7 +463,6 @@ class Gateway(QuartTrio):
                     held_back=held_back,
                 )
         finally:
-            self.messages += connection.messages
             log.info(
                 "closed",
                 endpoint=principal.endpoint.label,
@@ -547,6 +555,18 @@ class Gateway(QuartTrio):
     def sample(self) -> Sample:
         """This process's figures, for the metrics."""
         return figures.sample(self)
+
+    def samples(self) -> list[Sample]:
+        """The figures of this process and of its siblings.
+
+        The siblings are told ours first: what was said once must be part of every later sum,
+        whoever is asked then, and if we are killed.
+        """
+        sample = self.sample()
+        if self.siblings is None:
+            return [sample]
+        self._tell_siblings(self.siblings, sample)
+        return [sample, *self.siblings.read()]
 
 
 def create_app(

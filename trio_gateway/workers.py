@@ -5,13 +5,13 @@ worker is a child process that runs ``serve`` on inherited sockets; its siblings
 """
 
 import os
-import secrets
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Final
 
 import structlog
@@ -19,7 +19,7 @@ import trio
 from hypercorn.config import Config
 
 from .core.resilience import Backoff
-from .edges.metrics import GROUP
+from .edges.metrics import GROUP, Siblings, open_group
 
 log = structlog.get_logger()
 
@@ -101,7 +101,6 @@ class Supervisor:
     ) -> None:
         self.command = [sys.executable, "-m", "trio_gateway", "serve", *arguments]  # of a worker
         self._count = count
-        self._env = {**env, GROUP: secrets.token_hex(8)}
         self._patience = config.graceful_timeout + _KILL_AFTER
         sockets = config.create_sockets()
         secure, insecure = sockets.secure_sockets, sockets.insecure_sockets
@@ -111,6 +110,14 @@ class Supervisor:
             each.set_inheritable(True)
         self._main = secure or insecure
         self._insecure = insecure if secure else []
+        self._figures: Siblings | None = None
+        try:
+            group = str(open_group())
+            self._figures = Siblings(Path(group))
+        except OSError as error:  # a read-only file system: metrics are no reason not to serve
+            log.warning("figures not shared: metrics are one worker's", error=error.strerror)
+            group = ""
+        self._env = {**env, GROUP: group}
         self._workers: dict[int, _Worker] = {}  # by place
         self._passing: set[_Worker] = set()  # that come or go while workers are replaced
         self._rolling = trio.Lock()
@@ -130,6 +137,9 @@ class Supervisor:
             self._listeners.cancel_scope.cancel()
         for each in self._sockets:
             each.close()
+        if self._figures is not None:
+            with suppress(OSError):
+                self._figures.remove()
         return self._status
 
     async def _keep(self, place: int) -> None:
@@ -151,10 +161,10 @@ class Supervisor:
                 continue
             self._workers[place] = worker
             log.info("worker started", pid=worker.process.pid, place=place)
-            status = await worker.wait()
+            status = await self._ended(worker)
             while (successor := self._workers[place]) is not worker:  # replaced meanwhile
                 started, worker = trio.current_time(), successor
-                status = await worker.wait()
+                status = await self._ended(worker)
             if self._stopping.is_set():
                 # One that was told to stop before it could heed the signal has served nobody.
                 self._status = self._status or int(status not in {0, -signal.SIGTERM})
@@ -181,6 +191,14 @@ class Supervisor:
                 **_why(worker),
             )
             await self._wait_stopping(delay)
+
+    async def _ended(self, worker: _Worker) -> int:
+        """Wait for its end and keep its figures; its status."""
+        status = await worker.wait()
+        if self._figures is not None:
+            with suppress(OSError):  # then its file stays
+                self._figures.fold(worker.process.pid)
+        return status
 
     async def _wait_stopping(self, seconds: float) -> None:
         with trio.move_on_after(seconds):
@@ -289,7 +307,7 @@ class Supervisor:
         with trio.move_on_after(self._patience):
             await leaving.process.wait()
         leaving.signal(signal.SIGKILL)
-        await leaving.wait()
+        await self._ended(leaving)
         self._passing.clear()
         return ready
 

@@ -137,6 +137,16 @@ def serves(client: Connection | Principal, branch: int = 1) -> set[int]:
 # The cache
 
 
+async def test_no_count_of_queries_falls_when_one_fails(autojump_clock: MockClock) -> None:
+    async with opened() as restaurant:
+        restaurant.database.takes, restaurant.database.down = 1, True
+        restaurant.nursery.start_soon(restaurant.roster.assign, make_principal())
+        await trio.sleep(0.5)
+        assert restaurant.roster.queries == {"answered": 0, "failed": 0}
+        await trio.sleep(0.6)
+        assert restaurant.roster.queries == {"answered": 0, "failed": 1}
+
+
 async def test_answer_is_good_for_its_time_and_not_longer(autojump_clock: MockClock) -> None:
     async with opened(ttl=300) as restaurant:
         restaurant.database.assign(5)

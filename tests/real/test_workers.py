@@ -1,14 +1,20 @@
 """Several workers under ``serve``: one listener, each its own fate, one true exit status."""
 
+import operator
 import os
 import random
+import resource
 import signal
+import stat
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
+import h11
 import pytest
+import redis
 import trio
 from harness import (
     JWT_SECRET,
@@ -20,11 +26,14 @@ from harness import (
     http,
     metrics,
     process,
+    until,
     wait,
 )
 from trio_websocket import WebSocketConnection
 
 from trio_gateway.testing import make_jwt, make_table_token
+
+EVENT = '{"type":"ROUND_READY","tenant_id":1,"branch_id":1}'
 
 
 @dataclass
@@ -255,3 +264,80 @@ def is_python(pid: int) -> bool:
         return bool(Path(f"/proc/{pid}/cmdline").read_bytes())
     except OSError:
         return False
+
+
+COUNTED = ("messages_received_total", "deliveries_total", "connections_closed_total{1006}")
+
+
+async def test_no_counter_falls_when_a_worker_is_killed_and_no_file_is_left(
+    redis_url: str, backend: "redis.Redis", tmp_path: Path
+) -> None:
+    """While clients come, say something, and go without a word."""
+    async with serving(redis_url, 2, TMPDIR=str(tmp_path)) as master:
+        seen: list[list[float]] = []
+
+        async def scrape() -> None:
+            with suppress(OSError, h11.RemoteProtocolError):  # of the one that is killed
+                found = await metrics(master.port)
+                seen.append([found[name] for name in COUNTED])
+
+        async def watch() -> None:
+            while True:
+                await scrape()
+
+        def files() -> list[str]:
+            return sorted(path.name for path in tmp_path.glob("*/*.json"))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(watch)
+            for n in range(6):
+                async with connect(master.url(100 + n)) as client:
+                    await client.send_message("ping")
+                    assert await client.get_message() == '{"type":"pong"}'
+                    backend.publish("branch:1:waiters", EVENT)
+                    await client.get_message()
+                if n in {2, 4}:
+                    before = master.workers
+                    os.kill(min(before), signal.SIGKILL)
+                    await until(lambda: len(master.workers - before) == 1, 20)  # noqa: B023
+            await until(lambda: len(files()) == 3, 20)
+            nursery.cancel_scope.cancel()
+        await scrape()
+
+        (folder,) = tmp_path.glob("trio-gateway-figures-*")
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        assert {name.partition("-")[0] for name in files()} == {
+            "gone.json", *map(str, master.workers),
+        }  # fmt: skip
+    for before_, after in pairwise(seen):
+        assert all(map(operator.le, before_, after)), (before_, after)
+    assert seen[-1][0] >= 4  # those that the killed ones had last counted, and all others
+    assert not list(tmp_path.glob("trio-gateway-figures-*"))
+
+
+async def test_without_a_place_for_temporary_files_workers_serve_and_metrics_say_so(
+    redis_url: str, tmp_path: Path
+) -> None:
+    """No file can be written anywhere, as on a read-only file system."""
+    port = free_port()
+    arguments = ["trio_gateway", "serve", "-w", "2", "-b", f"127.0.0.1:{port}"]
+
+    def write_no_file() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+
+    env = {k: v for k, v in environment(redis_url).items() if not k.startswith("COV")}
+    async with process(*arguments, env=env, preexec_fn=write_no_file) as started:
+        master = Master(started.pid, port)
+        await until_ready(master, 2)
+        assert (await metrics(port))["metrics_partial"] == 1
+        async with connect(master.url()) as client:
+            assert await lives(client)
+        before = master.workers
+        os.kill(started.pid, signal.SIGHUP)
+        await replaced(master, before)
+        os.kill(started.pid, signal.SIGTERM)
+        status, _, errors = await wait(started, 20)
+
+    assert status == 0
+    assert errors.count(b"figures not shared") == 1
+    assert b"bug" not in errors

@@ -52,6 +52,21 @@ def test_total_is_limited() -> None:
     assert refusal(hub, make_principal(user=3)) is None
 
 
+def test_the_number_of_messages_never_falls_while_a_connection_leaves() -> None:
+    hub = Hub()
+    seen = [hub.messages]
+    stays, leaver = joined(hub, make_principal(user=1)), joined(hub, make_principal(user=2))
+    stays.messages = 2
+    leaver.messages = 3
+    seen.append(hub.messages)
+    hub.leave(leaver)
+    seen.append(hub.messages)
+    hub.gone(leaver)
+    seen.append(hub.messages)
+
+    assert seen == [0, 5, 5, 5]
+
+
 def test_a_user_is_limited_across_endpoints() -> None:
     hub = Hub(Limits(total=99, per_user=3, per_session=9))
     for endpoint in (Endpoint.WAITER, Endpoint.KITCHEN, Endpoint.ADMIN):

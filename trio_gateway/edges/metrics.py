@@ -3,9 +3,12 @@
 import hashlib
 import multiprocessing
 import os
+import secrets
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from operator import add
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -19,11 +22,16 @@ from prometheus_client.core import (
 )
 
 from ..core.histogram import SECONDS, Histogram
+from .private_folder import PrivateFolder
 
 CONTENT_TYPE: Final = prometheus_client.CONTENT_TYPE_PLAIN_0_0_4
 SHARED_EVERY: Final = 0.25  # seconds
-GROUP: Final = "TRIO_GATEWAY_GROUP"  # in the environment of several workers: whose figures to sum
+# In the environment of several workers: the folder of their figures; empty if there is none.
+GROUP: Final = "TRIO_GATEWAY_GROUP"
 _PREFIX: Final = "trio-gateway-figures-"
+_SUFFIX: Final = ".json"
+_GONE: Final = "gone.json"
+_TRIES: Final = 5
 _ABANDONED: Final = 3600.0  # seconds without a word from any of its workers
 
 
@@ -45,6 +53,7 @@ class _Histogram(NamedTuple):
 # The names are a promise (contract, section 5). No label has unbounded values.
 METRICS: Final[Mapping[str, _Counter | _Gauge | _Histogram]] = {
     "wsgateway_ready": _Gauge("Processes that clients should be sent to"),
+    "wsgateway_metrics_partial": _Gauge("1: figures of other workers are missing", None, "max"),
     "wsgateway_connections_total": _Gauge("Open connections"),
     "wsgateway_connections_limit": _Gauge("How many may be open"),
     "wsgateway_connections_by_endpoint": _Gauge("Open connections by endpoint", "endpoint"),
@@ -140,8 +149,9 @@ class _Collector(prometheus_client.registry.Collector):
     def _histogram(self, name: str, kind: _Histogram) -> Metric:
         counts, total = [0] * (len(SECONDS) + 1), 0.0
         for sample in self._samples:
-            if (found := sample.histograms.get(name)) is not None:
-                counts = [a + b for a, b in zip(counts, found[0], strict=True)]
+            found = sample.histograms.get(name)
+            if found is not None and len(found[0]) == len(counts):  # not of another version
+                counts = list(map(add, counts, found[0]))
                 total += found[1]
         below, buckets = 0, []
         for bound, count in zip([*map(str, SECONDS), "+Inf"], counts, strict=True):
@@ -152,79 +162,171 @@ class _Collector(prometheus_client.registry.Collector):
         return family
 
 
-class Siblings:
-    """The figures of the other workers of one master, shared through files in a private folder.
+def fold(samples: Iterable[Sample]) -> Sample:
+    """What processes that have ended leave to the sums, as one sample.
 
-    Each worker writes its own four times a second; a worker that was killed leaves its counters
-    behind, so that sums never go down.
+    Every number is added, whatever its metric: the gauges of ended processes count for nothing,
+    and a supervisor may be older than its workers and not know all their counters.
+    """
+    numbers: dict[str, dict[str, float]] = {}
+    histograms: dict[str, tuple[list[int], float]] = {}
+    for sample in samples:
+        for name, found in sample.numbers.items():
+            sums = numbers.setdefault(name, {})
+            for label, number in found.items():
+                sums[label] = sums.get(label, 0.0) + number
+        for name, (counts, total) in sample.histograms.items():
+            before, sum_before = histograms.get(name, ([0] * len(counts), 0.0))
+            if len(before) == len(counts):  # else one is of another version
+                counts, total = list(map(add, before, counts)), sum_before + total
+            histograms[name] = counts, total
+    return Sample(numbers, histograms, ended=True)
+
+
+class _Gone(msgspec.Struct):
+    """What workers have left that ended, and the names of their files, if they still exist."""
+
+    sample: Sample
+    folded: list[str]
+
+
+class Siblings:
+    """The figures of several workers, shared through files in a private folder.
+
+    Each worker writes its own four times a second, and before it tells anybody a sum. One that has
+    ended leaves its counters behind, so that sums never go down: the supervisor folds its file
+    into one for all that are gone. ``supervised`` says that the folder is the supervisor's to
+    remove, unless it was killed.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._own = folder / f"{os.getpid()}.json"
+    def __init__(self, folder: Path, *, supervised: bool = False) -> None:
+        self._folder = PrivateFolder(folder)
+        self._own = f"{os.getpid()}-{secrets.token_hex(4)}{_SUFFIX}"  # pids come again
+        self._supervisor = os.getppid() if supervised else None
 
     @classmethod
     def of_this_process(cls) -> "Siblings | None":
-        """None if no master started this process."""
-        if group := os.environ.get(GROUP):  # one of several that serve runs
-            return cls(_folder(group))
+        """None if this process has no siblings, or can share nothing with them.
+
+        Raises :exc:`OSError` if there is no place for temporary files.
+        """
+        if (group := os.environ.get(GROUP)) is not None:  # one of several that serve runs
+            return cls(Path(group), supervised=True) if group else None
         if multiprocessing.parent_process() is None:
             return None
         # What a master's workers have in common, and nobody else knows.
         common = hashlib.sha256(multiprocessing.current_process().authkey).hexdigest()[:16]
-        return cls(_folder(common))
+        return cls(Path(tempfile.gettempdir()) / f"{_PREFIX}{common}")
 
     def clean_up(self) -> None:
         """Remove the folders of masters that were killed with all their workers."""
-        for folder in self._folder.parent.glob(f"{_PREFIX}*"):
+        for path in self._folder.path.parent.glob(f"{_PREFIX}*"):
             try:
-                status = folder.stat()
-                if status.st_uid == os.getuid() and status.st_mtime < time.time() - _ABANDONED:
-                    _remove(folder)
+                if path.lstat().st_mtime < time.time() - _ABANDONED:
+                    PrivateFolder(path).remove_all(_SUFFIX)
             except OSError:
                 pass  # somebody else was quicker, or it is not what it looks like
 
     def write(self, sample: Sample) -> None:
-        self._folder.mkdir(mode=0o700, exist_ok=True)
-        draft = self._own.with_suffix(".draft")
-        draft.write_bytes(msgspec.json.encode(sample))
-        draft.replace(self._own)
+        self._folder.write(self._own, msgspec.json.encode(sample))
 
     def read(self) -> list[Sample]:
-        """What the others wrote last."""
-        found = []
-        for path in sorted(self._folder.glob("*.json")):
-            if path == self._own:
-                continue
+        """What the others wrote last, and what those left that are gone."""
+        found: list[Sample] = []
+        for _ in range(_TRIES):
+            gone, version = self._read_gone()
+            found = list(self._read_others(gone))
             try:
-                sample = msgspec.json.decode(path.read_bytes(), type=Sample)
-            except (OSError, msgspec.DecodeError):
-                continue
-            sample.ended = sample.ended or not _is_alive(int(path.stem))
-            found.append(sample)
+                if version == self._folder.version(_GONE):
+                    break  # else one was folded meanwhile
+            except OSError:
+                break  # none ever was
         return found
+
+    def fold(self, pid: int) -> None:
+        """A worker has ended: keep its counters among those of the others that have, and remove
+        its file. Only the supervisor does this. Raises :exc:`OSError`.
+        """
+        gone, _ = self._read_gone()
+        names = self._folder.names()
+        ended = [n for n in names if n != _GONE and _pid(n) == pid and n not in gone.folded]
+        samples = [sample for name in ended if (sample := self._read(name)) is not None]
+        if samples:
+            # Until the files are removed, whoever reads knows by the names that they are in here.
+            folded = [name for name in gone.folded if name in names] + ended
+            gone = _Gone(fold([gone.sample, *samples]), folded)
+            self._folder.write(_GONE, msgspec.json.encode(gone))
+        for name in ended:
+            self._folder.remove(name)
 
     def leave(self, sample: Sample) -> None:
         """Leave the counters behind; the last one out takes the folder along."""
         sample.ended = True
         try:
             self.write(sample)
-            if all(other.ended for other in self.read()):
-                _remove(self._folder)
+            kept = self._supervisor is not None and self._supervisor == os.getppid()
+            if not kept and all(other.ended for other in self.read()):
+                self.remove()
         except OSError:
             pass  # the folder has gone with the last one
 
+    def remove(self) -> None:
+        """Remove the folder with all figures. Raises :exc:`OSError`."""
+        self._folder.remove_all(_SUFFIX)
 
-def _folder(group: str) -> Path:
-    return Path(tempfile.gettempdir()) / f"{_PREFIX}{group}"
+    def _read_others(self, gone: _Gone) -> Iterator[Sample]:
+        yield gone.sample
+        try:
+            names = self._folder.names()
+        except OSError:
+            return
+        for name in names:
+            if name in {self._own, _GONE, *gone.folded} or (pid := _pid(name)) is None:
+                continue
+            if (sample := self._read(name)) is not None:
+                sample.ended = sample.ended or not _is_alive(pid)
+                yield sample
+
+    def _read_gone(self) -> tuple[_Gone, int | None]:
+        with suppress(OSError, msgspec.DecodeError):
+            data, version = self._folder.read(_GONE)
+            return msgspec.json.decode(data, type=_Gone), version
+        return _Gone(fold([]), []), None
+
+    def _read(self, name: str) -> Sample | None:
+        with suppress(OSError, msgspec.DecodeError):
+            return msgspec.json.decode(self._folder.read(name)[0], type=Sample)
+        return None
 
 
-def _remove(folder: Path) -> None:
-    """Remove a folder of figures; one that holds anything else stays, with that."""
-    for pattern in ("*.json", "*.draft"):
-        for path in folder.glob(pattern):
-            path.unlink(missing_ok=True)
-    folder.rmdir()
+def open_group() -> Path:
+    """A new folder for the figures of a supervisor's workers, to which one file could be written.
+
+    Raises :exc:`OSError`.
+    """
+    try:
+        return _make_folder(None)
+    except OSError:
+        # In containers the one place that is not read-only.
+        return _make_folder("/dev/shm")  # noqa: S108 - the folder is private
+
+
+def _make_folder(place: str | None) -> Path:
+    path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))
+    folder = PrivateFolder(path)
+    try:
+        folder.write(_GONE, msgspec.json.encode(_Gone(fold([]), [])))
+    except OSError:
+        with suppress(OSError):
+            folder.remove_all(_SUFFIX)
+        raise
+    return path
+
+
+def _pid(name: str) -> int | None:
+    """Of the worker whose file this is."""
+    pid, dash, _ = name.partition("-")
+    return int(pid) if dash and name.endswith(_SUFFIX) and pid.isdecimal() else None
 
 
 def _is_alive(pid: int) -> bool:

@@ -80,6 +80,7 @@ class Roster:
         self._periods: dict[tuple[TenantId, BranchId], Period] = {}  # that live waiters are in
         self._owed: dict[Waiter, None] = {}  # to be asked again, since the database failed
         self._wake = trio.Event()
+        self._answered = 0  # queries
         self._log_limit = LogLimit()
         self._refreshes: WeakKeyDictionary[Connection, RateLimit] = WeakKeyDictionary()
 
@@ -97,8 +98,7 @@ class Roster:
     @property
     def queries(self) -> dict[str, float]:
         """Queries so far, by outcome."""
-        asked, failed = self._assignments.queries, self._assignments.failures
-        return {"answered": asked - failed, "failed": failed}
+        return {"answered": self._answered, "failed": self._assignments.failures}
 
     def close(self) -> None:
         self._assignments.close()
@@ -297,6 +297,7 @@ class Roster:
             question.outdated = False
             day, asked_at = self._period(key.tenant, key.branch).day, trio.current_time()
             rows = await self._assignments.of(key, day)
+            self._answered += 1
             if not question.outdated and day == self._period(key.tenant, key.branch).day:
                 return _Known(day, rows, asked_at)
 

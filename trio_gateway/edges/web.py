@@ -157,8 +157,7 @@ async def _check(app: "Gateway") -> str | None:
 
 async def _metrics(app: "Gateway") -> Answer:
     """Prometheus text, summed over the workers of one master."""
-    siblings = app.siblings.read() if app.siblings is not None else []
-    return Response(metrics.render([app.sample(), *siblings]), content_type=metrics.CONTENT_TYPE)
+    return Response(metrics.render(app.samples()), content_type=metrics.CONTENT_TYPE)
 
 
 async def _ticket(app: "Gateway") -> Answer:

@@ -40,6 +40,7 @@ class Hub:
         self.held: set[Connection] = set()  # to whom durable events come from the history
         self.by_endpoint: dict[Endpoint, int] = dict.fromkeys(Endpoint, 0)
         self.closed: Counter[int] = Counter()
+        self._messages = 0  # of those that are gone
 
     def __len__(self) -> int:
         return len(self._connections)
@@ -52,6 +53,12 @@ class Hub:
     def leaving(self) -> "set[Connection]":
         """Those that hear no event any more but whose close has not reached the client yet."""
         return self._leaving
+
+    @property
+    def messages(self) -> int:
+        """Messages that clients have sent, those included that have left."""
+        here = sum(connection.messages for connection in self._connections)
+        return self._messages + here + sum(connection.messages for connection in self._leaving)
 
     def admit(self, principal: Principal) -> None:
         """Raise :exc:`Rejected` if one more connection of this owner is over a limit.
@@ -100,6 +107,7 @@ class Hub:
 
     def gone(self, connection: "Connection") -> None:
         self._leaving.discard(connection)
+        self._messages += connection.messages
         self.closed[connection.code] += 1
         if not self._connections and not self._leaving:
             self._emptied.set()

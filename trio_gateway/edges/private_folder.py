@@ -1,0 +1,81 @@
+"""A folder in a place that others can write to, such as ``/tmp``, that only this user may use."""
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Final
+
+_DRAFT: Final = ".draft"
+
+
+class PrivateFolder:
+    """Files of ours under names of ours. No symbolic link is followed, neither to the folder nor
+    in it, and a folder of another user, or one that others may enter, is refused.
+
+    All methods raise :exc:`OSError`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a file in one step; the folder is made if it is not there."""
+        with suppress(FileExistsError):
+            self.path.mkdir(mode=0o700)
+        with self._opened() as folder:
+            draft = name + _DRAFT
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+            with open(os.open(draft, flags, 0o600, dir_fd=folder), "wb") as file:
+                file.write(data)
+            os.replace(draft, name, src_dir_fd=folder, dst_dir_fd=folder)
+
+    def read(self, name: str) -> tuple[bytes, int]:
+        """What a file holds, and a number that changes with each :meth:`write` to that name."""
+        with self._opened() as folder:
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+            with open(os.open(name, flags, dir_fd=folder), "rb") as file:
+                return file.read(), _version(os.fstat(file.fileno()))
+
+    def version(self, name: str) -> int:
+        """The number that :meth:`read` would return."""
+        with self._opened() as folder:
+            return _version(os.stat(name, dir_fd=folder, follow_symlinks=False))
+
+    def names(self) -> list[str]:
+        """Of the files, those included of which there is only an unfinished :meth:`write`."""
+        with self._opened() as folder:
+            return sorted({name.removesuffix(_DRAFT) for name in os.listdir(folder)})
+
+    def remove(self, name: str) -> None:
+        """Remove a file, and what is left of an unfinished :meth:`write` of it."""
+        with self._opened() as folder:
+            for each in (name, name + _DRAFT):
+                with suppress(FileNotFoundError):
+                    os.unlink(each, dir_fd=folder)
+
+    def remove_all(self, suffix: str) -> None:
+        """Remove the folder with the files that end so; one that holds anything else stays."""
+        with self._opened() as folder:
+            for name in os.listdir(folder):
+                if name.endswith((suffix, _DRAFT)):
+                    with suppress(FileNotFoundError):
+                        os.unlink(name, dir_fd=folder)
+        self.path.rmdir()
+
+    @contextmanager
+    def _opened(self) -> Iterator[int]:
+        folder = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            status = os.fstat(folder)
+            if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o077:
+                raise PermissionError(errno.EPERM, "not a private folder of this user")
+            yield folder
+        finally:
+            os.close(folder)
+
+
+def _version(status: os.stat_result) -> int:
+    return hash((status.st_ino, status.st_mtime_ns, status.st_size))
