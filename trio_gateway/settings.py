@@ -389,7 +389,7 @@ class Settings(BaseSettings):
         if self.ws_ping_interval >= _USUAL_IDLE_TIMEOUT:
             found.append(
                 f"WS_PING_INTERVAL ({self.ws_ping_interval:g} s) is not below {_USUAL_IDLE_TIMEOUT}"
-                " s: EventSource polyfills reconnect then, and from 60 s on proxies close connections"
+                " s: EventSource polyfills reconnect then, and from 60 s proxies close connections"
             )
         if receive < heartbeat:
             found.append(

@@ -517,7 +517,7 @@ async def test_connection_that_is_cancelled_from_outside_can_be_written_to_at_ev
         serving = trio.CancelScope()
 
         async def serve() -> None:
-            with serving:
+            with serving:  # noqa: B023 - ends in the same round
                 await client.run(socket, hub)  # noqa: B023 - ends in the same round
 
         async with trio.open_nursery() as nursery:
