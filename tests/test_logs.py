@@ -155,6 +155,75 @@ def test_the_console_shows_a_readable_line(capsys: pytest.CaptureFixture[str]) -
     assert "\x1b" not in line  # no colours, since this is no terminal
 
 
+CONTROLS = ["\x1b[2J\x1b[31m", "\x9b2J", "\x7f", "\r", "\x00", "\u202e", "\u2028"]
+
+
+@pytest.mark.parametrize("form", ["json", "console"])
+@pytest.mark.parametrize("control", CONTROLS)
+def test_what_a_client_says_cannot_command_a_terminal(
+    form: str, control: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = log_in(form)
+    log.info(f"a{control}b", reason=f"a{control}b", nested=[{f"a{control}b": f"a{control}b"}])
+    try:
+        raise ValueError(f"a{control}b")
+    except ValueError:
+        log.exception("failed")
+    logged = capsys.readouterr().err
+
+    assert re.findall("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u202e]", logged) == []
+    assert logged.count("b") >= 4
+    if form == "json":
+        assert json.loads(logged.splitlines()[0])["reason"] == f"a{control}b"
+
+
+def test_no_line_can_be_forged_in_the_console(capsys: pytest.CaptureFixture[str]) -> None:
+    log_in("console").info("closed", reason="bye\n2026-01-01 [critical ] stopped by a bug")
+
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+class Spiteful:
+    def __repr__(self) -> str:
+        raise ZeroDivisionError("it can't even be named")
+
+
+def _endless() -> list[Any]:
+    found: list[Any] = []
+    found.append(found)
+    return found
+
+
+@pytest.mark.parametrize("form", ["json", "console"])
+@pytest.mark.parametrize(
+    "value", [Spiteful(), _endless(), {1: Spiteful()}], ids=["repr", "endless", "key"]
+)
+def test_what_cannot_be_logged_does_not_raise(
+    form: str, value: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log_in(form).info("rejected", value=value, code=4001)
+    logged = capsys.readouterr().err
+
+    assert "rejected" in logged
+    assert "4001" in logged
+
+
+def test_a_processor_that_fails_costs_the_fields_only(capsys: pytest.CaptureFixture[str]) -> None:
+    log = log_in("json")
+    processors = structlog.get_config()["processors"]
+
+    def picky(_logger: Any, _method: str, event: structlog.types.EventDict) -> Any:
+        if "code" in event:
+            raise ZeroDivisionError
+        return event
+
+    structlog.configure(processors=[picky, *processors])
+    log.info("rejected", code=4001)
+
+    line = only_line(capsys)
+    assert (line["event"], line["not_logged"]) == ("rejected", "ZeroDivisionError")
+
+
 def test_a_context_is_part_of_every_line(capsys: pytest.CaptureFixture[str]) -> None:
     log = log_in("json")
     with structlog.contextvars.bound_contextvars(worker=2):
@@ -216,6 +285,20 @@ def test_a_librarys_traceback_shows_no_token(kept: Kept) -> None:
 
     assert kept.lines[0].splitlines()[-1] == "ValueError: bad token=[redacted]"
     assert TICKET not in kept.lines[0]
+
+
+def test_hypercorns_access_log_cannot_command_a_terminal(kept: Kept) -> None:
+    set_up(Settings())
+    logging.getLogger("hypercorn.access").info("%(r)s", {"r": "GET /\x1b[2J\n127.0.0.1 GET /x"})
+
+    assert kept.lines == [r"GET /\u001b[2J\u000a127.0.0.1 GET /x"]
+
+
+def test_a_librarys_record_that_cannot_be_formatted_does_not_raise(kept: Kept) -> None:
+    set_up(Settings())
+    logging.getLogger("hypercorn.access").info("%d", "no number")
+
+    assert kept.lines == ["(a record that can't be logged: TypeError)"]
 
 
 def test_setting_up_twice_filters_once() -> None:

@@ -4,16 +4,17 @@ import sys
 
 import structlog
 
-from . import logs
+from . import logs, output
 from .edges import line
 from .gateway import Gateway, create_app
-from .serve import calm_collector
+from .serve import calm_collector, heed_signals_in_master
 from .settings import InvalidSettings, load_settings
 
 __all__ = ["app", "create_app"]
 
 
 def _from_environment() -> Gateway:
+    output.replace("stdout", "stderr")
     try:
         settings = load_settings()
         gateway = create_app(settings)
@@ -27,6 +28,7 @@ def _from_environment() -> Gateway:
         log.warning(warning)
     line.install()
     calm_collector()
+    heed_signals_in_master(gateway)
     return gateway
 
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
+from . import output
 from .core.closing import Close
 from .edges.metrics import Sample
 
@@ -58,6 +59,7 @@ def sample(gateway: "Gateway") -> Sample:
                 gateway.dead_letters.outcomes if gateway.dead_letters else {}
             ),
             "wsgateway_sector_queries_total": gateway.roster.queries if gateway.roster else {},
+            "wsgateway_log_lines_dropped_total": output.dropped(),
             "wsgateway_tasks": trio.lowlevel.current_statistics().tasks_living,
             "wsgateway_history_events": len(gateway.history),
             "wsgateway_history_bytes": gateway.history.bytes,

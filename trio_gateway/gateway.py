@@ -10,7 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -22,7 +22,7 @@ from hypercorn.utils import LifespanFailureError
 from quart_trio import QuartTrio
 from quart_trio.asgi import TrioASGILifespan
 
-from . import figures
+from . import figures, output
 from .core.audiences import Endpoint, Principal, SectorId
 from .core.closing import Close, Rejected
 from .core.limits import DropAlarm, LogLimit, TenantRate
@@ -78,7 +78,8 @@ class _Lifespan(TrioASGILifespan):
             async with self.app.serving():
                 await super().__call__(receive, send)
         except* Exception as bugs:
-            log.critical("stopped by a bug", exc_info=bugs)
+            with suppress(Exception):  # whatever the log of who embeds us does, this has to end
+                log.critical("stopped by a bug", exc_info=bugs)
             raise LifespanFailureError("serving", "stopped by a bug") from None
 
 
@@ -371,6 +372,7 @@ class Gateway(QuartTrio):
             await self.drain()
             while self._told_to_stop:  # it ends by itself
                 await anext(signals)
+        output.flush()
         signal.raise_signal(signal.SIGTERM)
 
     async def drain(self) -> None:

@@ -6,10 +6,12 @@ import signal
 import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import click
+import hypercorn.trio.run
 import structlog
 import trio
 from hypercorn.config import Config
@@ -57,6 +59,8 @@ def read_config(
             raise BadConfig(f"{path}: {error}") from None
     if config.worker_class != "trio":
         raise BadConfig(f'trio-gateway runs on Trio only: worker_class = "trio" in {path}')
+    # 0 is for the hypercorn command: its master then serves by itself, as we do.
+    config.workers = max(1, config.workers)
     if binds:
         config.bind = list(binds)
     if insecure_binds:
@@ -89,9 +93,8 @@ def run(app: Gateway, config: Config, supervisor: int | None = None) -> int:
     """
     line.install()
     calm_collector()
-    app.end.patience = config.graceful_timeout
-    # Hypercorn pings the WebSockets that it serves itself.
-    config.websocket_ping_interval = app.settings.ws_ping_interval
+    _fit(app, config)
+    config.workers = 1  # of a file for several, Hypercorn would warn
     try:
         trio.run(_serve, app, config, supervisor)
     except BaseException as error:
@@ -105,6 +108,39 @@ def run(app: Gateway, config: Config, supervisor: int | None = None) -> int:
                     raise
         return 1
     return 0
+
+
+def _fit(app: Gateway, config: Config) -> None:
+    """Let the gateway and Hypercorn agree."""
+    app.end.patience = config.graceful_timeout
+    # Hypercorn pings the WebSockets that it serves itself.
+    config.websocket_ping_interval = app.settings.ws_ping_interval
+
+
+def heed_signals_in_master(app: Gateway) -> None:
+    """Make ``hypercorn`` with ``workers = 0`` end as :func:`run` does.
+
+    Its master then serves in its own process, and would heed no signal: SIGTERM would end it
+    without a word to any client. With workers it has a way to tell them, which stays as it is.
+    """
+    hypercorns_own = hypercorn.trio.run.worker_serve
+
+    async def worker_serve(
+        wrapped: Any, config: Config, *, shutdown_trigger: Any = None, **options: Any
+    ) -> None:
+        _fit(app, config)
+        server = partial(hypercorns_own, wrapped, config, **options)
+        if shutdown_trigger is not None:
+            await server(shutdown_trigger=shutdown_trigger)
+            return
+        try:
+            await _serve(app, config, None, server)
+        except BaseException as error:
+            if all(isinstance(failure, LifespanFailureError) for failure in leaves(error)):
+                raise SystemExit(1) from None  # logged where it happened
+            raise
+
+    vars(hypercorn.trio.run)["worker_serve"] = worker_serve
 
 
 def supervise(config: Config, arguments: Sequence[str], env: Mapping[str, str]) -> int:
@@ -130,7 +166,14 @@ def heeded() -> list[signal.Signals]:
     return found if hup is None or signal.getsignal(hup) == signal.SIG_IGN else [*found, hup]
 
 
-async def _serve(app: Gateway, config: Config, supervisor: int | None) -> None:
+async def _serve(
+    app: Gateway,
+    config: Config,
+    supervisor: int | None,
+    server: Callable[..., Awaitable[None]] | None = None,
+) -> None:
+    """Serve with ``server``, Hypercorn's, until a signal or the supervisor says to stop."""
+    server = server or partial(hypercorn_serve, app, config, mode="asgi")
     asked = trio.Event()
 
     async def shutdown_trigger() -> None:
@@ -185,7 +228,7 @@ async def _serve(app: Gateway, config: Config, supervisor: int | None) -> None:
             nursery.start_soon(beside, tell_supervisor, link)
             nursery.start_soon(beside, heed_supervisor, link)
         log.info("starting", pid=os.getpid(), bind=config.bind)
-        await hypercorn_serve(app, config, shutdown_trigger=shutdown_trigger, mode="asgi")
+        await server(shutdown_trigger=shutdown_trigger)
         nursery.cancel_scope.cancel()
     if failed:
         raise LifespanFailureError("serving", "stopped by a bug")

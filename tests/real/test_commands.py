@@ -349,12 +349,49 @@ async def test_bug_in_a_background_task_ends_the_process_loudly(
     (tmp_path / "sitecustomize.py").write_text(_BROKEN)
     async with served(how, redis_url, tmp_path, PYTHONPATH=str(tmp_path)) as gateway:
         status, _, errors = await wait(gateway.process)
-        if how == "serve":  # the master of the hypercorn command ends with 0 whatever happened
-            assert status == 1
+        assert status == 1
         lines = [json.loads(line) for line in errors.splitlines() if line.startswith(b"{")]
         (bug,) = [line for line in lines if line["event"] == "stopped by a bug"]
         assert bug["level"] == "critical"
         assert "ZeroDivisionError: the reaper has a bug" in bug["exception"]
+
+
+@BOTH
+async def test_second_signal_ends_it_at_once(redis_url: str, tmp_path: Path, how: str) -> None:
+    async with (
+        served(how, redis_url, tmp_path, WS_OUTBOX_BYTES="100000000") as gateway,
+        _deaf(gateway.staff_url("waiter").removeprefix(gateway.url), gateway.port),
+    ):
+        await until(lambda: _connections(gateway, 1))
+        with redis.Redis.from_url(redis_url) as backend:
+            for n in range(150):
+                backend.publish("branch:1:waiters", event(n, data="x" * 60_000))
+        gateway.process.send_signal(signal.SIGTERM)
+        await until(lambda: _drains(gateway))
+        started = trio.current_time()
+        gateway.process.send_signal(signal.SIGTERM)
+        status, _, _ = await wait(gateway.process)
+        assert status == 0
+        assert trio.current_time() - started < 1.5
+
+
+async def _drains(gateway: Served) -> bool:
+    return (await http(gateway.port, "/ws/health/ready")).status == 503
+
+
+async def test_the_hypercorn_command_tells_that_settings_are_bad(
+    redis_url: str, tmp_path: Path
+) -> None:
+    config = str(ROOT / "hypercorn.toml")
+    bind = f"127.0.0.1:{free_port()}"
+    env = environment(redis_url, WS_PING_INTERVAL="often", WS_UNHEARD_OF="1")
+    words = ("hypercorn", "-c", config, "-b", bind, "trio_gateway.app:app")
+    async with process(*words, env=env, cwd=tmp_path) as started:
+        status, _, errors = await wait(started)
+    assert status == 2
+    assert len(errors.splitlines()) == 2
+    assert b"WS_UNHEARD_OF" in errors
+    assert b"Traceback" not in errors
 
 
 # What no output may show

@@ -1,8 +1,10 @@
 """The command line. Each command imports what it needs when it runs: ``--help`` is instant."""
 
+from typing import Any
+
 import click
 
-from .. import __version__
+from .. import __version__, output
 from .asyncapi import asyncapi
 from .check import check
 from .completion import completion
@@ -19,12 +21,18 @@ from .token import token
 __all__ = ["main", "settings_or_exit"]
 
 
-class _InOrder(click.Group):
+class _Commands(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
 
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        # What is said to people never fails a command. Its output is not replaced: it must not
+        # get lost, and a pipe that is full may hold it up.
+        output.replace("stderr")
+        return super().main(*args, **kwargs)
 
-@click.group(cls=_InOrder, context_settings={"help_option_names": ["-h", "--help"]})
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="trio-gateway")
 def main() -> None:
     """A real-time gateway: events from Redis to the WebSocket clients that may hear them.

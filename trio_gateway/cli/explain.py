@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..core.printable import printable
 from .endings import MISUSED, Failure, settings_or_exit
 from .url import read_url
 
@@ -121,7 +122,7 @@ def _show(told: Told, event: "Event", tokens: Sequence[str]) -> None:
     known = "" if told["known"] else "no known type, "
 
     def say(text: str, style: str = "") -> None:
-        console.print(Text(_clean(text), style), soft_wrap=True)
+        console.print(Text(printable(text), style), soft_wrap=True)
 
     say(f"{told['type']}  ({known}{kept})", "bold")
     audiences = [_words(each) for each in told["audiences"]] or ["nobody"]
@@ -149,7 +150,7 @@ def _show_tokens(console: "Console", told: Sequence[Told], tokens: Sequence[str]
         for endpoint, reason in _rows(verdict):
             style = "red" if reason else "green"
             cells = [*head, endpoint, "no" if reason else "yes", reason]
-            drawn.add_row(*[Text(_clean(cell)) for cell in cells], style=style)
+            drawn.add_row(*[Text(printable(cell)) for cell in cells], style=style)
             head = ["", ""]
     console.print(drawn)
 
@@ -189,9 +190,3 @@ def _words(audience: Told) -> str:
         case {"audience": "tenant_admins", "tenant_id": tenant}:
             return f"admins of every branch of tenant {tenant}"
     return f"{audience['audience']} of branch {audience['branch_id']}"
-
-
-def _clean(text: str) -> str:
-    from .screen import printable
-
-    return printable(text)

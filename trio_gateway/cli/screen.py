@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from ..core.printable import printable
+
 if TYPE_CHECKING:
     from rich.text import Text
 
@@ -23,8 +25,6 @@ _TYPE_STYLES: Final = {
 _PLACES: Final = ("branch_id", "sector_id", "table_id", "session_id")
 _MOST_FACTS: Final = 4
 _MOST_CHARACTERS: Final = 40
-# What a terminal could take for commands, and JSON does not escape.
-_CONTROLS: Final = {code: f"\\u{code:04x}" for code in [*range(32), *range(0x7F, 0xA0)]}
 
 
 class Screen:
@@ -85,10 +85,6 @@ def published(message: str, channel: str) -> "Text":
         "dim",
         no_wrap=True,
     )
-
-
-def printable(text: str) -> str:
-    return text.translate(_CONTROLS)
 
 
 def _read(message: str) -> dict[str, Any]:

@@ -37,11 +37,12 @@ def serve(
     """
     import structlog
 
-    from .. import logs
+    from .. import logs, output
     from .. import serve as serving
     from ..gateway import create_app
     from ..settings import DEVELOPMENT_SECRET, InvalidSettings, load_settings
 
+    output.replace("stdout", "stderr")
     try:
         settings = load_settings()
     except InvalidSettings as invalid:

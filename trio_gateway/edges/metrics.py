@@ -76,6 +76,7 @@ METRICS: Final[Mapping[str, _Counter | _Gauge | _Histogram]] = {
     "wsgateway_resumes_total": _Counter("Clients that asked to resume", "outcome"),
     "wsgateway_replayed_events_total": _Counter("Durable events sent from the history"),
     "wsgateway_stream_gaps_total": _Counter("Times that stream entries were lost unread"),
+    "wsgateway_log_lines_dropped_total": _Counter("Log lines that could not be written"),
     "wsgateway_tasks": _Gauge("Trio tasks: about one for each connection, and a few"),
     "wsgateway_history_events": _Gauge("Durable events in memory"),
     "wsgateway_history_bytes": _Gauge("Their bytes"),
