@@ -488,7 +488,10 @@ class Gateway(QuartTrio):
                 held_back=held_back,
             )
         with trio.CancelScope(shield=True):  # bounded by the socket
-            await socket.close(rejected.close, rejected.text)
+            if isinstance(socket, sse.EventStream):
+                await socket.refuse(rejected)
+            else:
+                await socket.close(rejected.close, rejected.text)
 
     def _allowed(self, kind: str) -> int | None:
         return self.log_limit.allows(kind, trio.current_time())

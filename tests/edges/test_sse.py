@@ -244,13 +244,42 @@ async def test_limits_are_those_of_all_doors(redis_url: str) -> None:
     limits = {"ws_max_connections_per_user": 1, "ws_max_failed_logins": 1}
     async with serving(redis_url, "line", **limits) as gateway:
         async with let_in(gateway, staff()), listening(gateway.port, staff()) as second:
-            assert (second.status, second.headers["retry-after"]) == (503, "1")
+            assert (second.status, second.headers["retry-after"]) == (429, "5")
             assert json.loads(second.body)["code"] == 1013
         await until(lambda: not gateway.app.hub.connections)
         async with listening(gateway.port, staff("waiter", life=-1)) as third:
             assert third.status == 401
             await third.ask(staff(), {})
             assert (third.status, third.headers["retry-after"]) == (429, "60")
+
+
+@pytest.mark.parametrize(
+    ("limits", "second", "status"),
+    [
+        ({"ws_max_connections_per_user": 1}, staff("waiter"), 429),
+        ({"ws_max_connections_per_session": 1}, table(), 429),
+        ({"ws_max_connections_per_address": 1}, staff("waiter", sub="22"), 429),
+        ({"ws_max_total_connections": 1}, staff("waiter", sub="22"), 503),
+    ],
+    ids=str,
+)
+async def test_limit_of_one_client_is_not_told_as_a_fault_of_the_server(
+    redis_url: str, limits: dict[str, int], second: str, status: int
+) -> None:
+    """Load balancers send a server that answers 503 nobody for a while."""
+    first = table() if "diner" in second else staff()
+    async with serving(redis_url, "line", **limits) as gateway:
+        async with let_in(gateway, first), listening(gateway.port, second) as refused:
+            assert refused.status == status
+            assert refused.headers["retry-after"] == {429: "5", 503: "1"}[status]
+            assert json.loads(refused.body)["code"] == Close.SERVER_OVERLOADED
+
+
+async def test_dependency_that_is_down_is_told_as_the_servers() -> None:
+    settings = make_settings(NO_REDIS)
+    async with running(settings, wait_ready=False) as gateway:
+        async with listening(gateway.port, staff()) as refused:
+            assert (refused.status, refused.headers["retry-after"]) == (503, "1")
 
 
 # How it ends

@@ -1,6 +1,7 @@
 """How a connection ends: the contract's close codes, and the refusal that carries one."""
 
 from enum import IntEnum
+from typing import Final
 
 
 class Close(IntEnum):
@@ -77,6 +78,10 @@ class Close(IntEnum):
         return bool(self.when)
 
 
+# Limits that one user, session, tenant or address has reached: the server has room for others.
+_OWN_LIMITS: Final = frozenset({"user_limit", "session_limit", "tenant_limit", "address_limit"})
+
+
 class Rejected(Exception):  # noqa: N818 - a decision, not an error of ours
     """This client is not let in.
 
@@ -89,3 +94,8 @@ class Rejected(Exception):  # noqa: N818 - a decision, not an error of ours
         self.close = close
         self.text = text
         self.label = label
+
+    @property
+    def own_limit(self) -> bool:
+        """Whether this client has reached a limit of its own, on a server that serves others."""
+        return self.label in _OWN_LIMITS

@@ -21,6 +21,7 @@ _STATUS: Final[Mapping[int, int]] = {
     Close.RATE_LIMITED: 429,
 }
 RETRY_AFTER: Final[Mapping[int, int]] = {503: 1, 429: 60}  # seconds, where nothing else is known
+_OWN_LIMIT_AGAIN: Final = 5  # seconds: connections that are dead are found in that time
 Answer = tuple[Response, int] | Response
 
 
@@ -44,8 +45,20 @@ def status_of(close: int) -> int:
     return _STATUS.get(close, 401)
 
 
+def refusal_status(rejected: Rejected) -> tuple[int, int | None]:
+    """The HTTP status of a refusal, and the seconds after which to try again, if that helps.
+
+    Load balancers take a 503 for a server that fails. What one client alone has caused is none.
+    """
+    if rejected.own_limit:
+        return 429, _OWN_LIMIT_AGAIN
+    status = status_of(rejected.close)
+    return status, RETRY_AFTER.get(status)
+
+
 def refusal(rejected: Rejected) -> Answer:
-    return problem(status_of(rejected.close), rejected.text)
+    status, retry_after = refusal_status(rejected)
+    return problem(status, rejected.text, retry_after=retry_after)
 
 
 def problem(status: int, text: str, *, retry_after: int | None = None) -> Answer:

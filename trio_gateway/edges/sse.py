@@ -11,12 +11,12 @@ import trio
 from quart_trio.asgi import TrioASGIHTTPConnection
 
 from ..core.audiences import Endpoint
-from ..core.closing import Close
+from ..core.closing import Close, Rejected
 from ..core.event_stream import HELLO, MEDIA_TYPE, as_events, close_event, retry_after
 from ..runtime.connection import Left, Violation
 from ..runtime.outbox import Outbox
 from . import cors
-from .answers import RETRY_AFTER, status_of
+from .answers import RETRY_AFTER, refusal_status, status_of
 from .asgi import read_scope
 from .handshake import Handshake
 from .line import CUT
@@ -62,7 +62,7 @@ async def serve(
     match scope["method"]:
         case "GET" if app.draining:
             app.refused[503] += 1
-            await _refuse(send, 503, Close.GOING_AWAY, "draining")
+            await _refuse(send, 503, Close.GOING_AWAY, "draining", RETRY_AFTER[503])
         case "GET":
             await app.serve_connection(handshake, EventStream(scope, receive, send))
         case _:
@@ -112,12 +112,20 @@ class EventStream:
         async with self._turn:  # a write that took too long says so first
             raise Left(Close.ABNORMAL)
 
+    async def refuse(self, rejected: Rejected) -> None:
+        """Answer a client that is not let in; the response has not begun."""
+        status, again = refusal_status(rejected)
+        with trio.move_on_after(LINGER), suppress(OSError):
+            await _refuse(self._send, status, rejected.close, rejected.text, again)
+            self._ended = True
+
     async def close(self, code: int, reason: str) -> None:
         if code == Close.ABNORMAL or self._broken or self._aborted:
             return
         with trio.move_on_after(LINGER), suppress(OSError):
             if not self._begun:
-                await _refuse(self._send, status_of(code), code, reason)
+                status = status_of(code)
+                await _refuse(self._send, status, code, reason, RETRY_AFTER.get(status))
             else:
                 await self._write(close_event(code, reason), more=False)
             self._ended = True
@@ -149,13 +157,12 @@ _STREAM_HEADERS: Final = {
 }
 
 
-async def _refuse(send: _Send, status: int, code: int, reason: str) -> None:
+async def _refuse(send: _Send, status: int, code: int, reason: str, again: float | None) -> None:
     """Say no as the other routes do; the code is what a WebSocket would have been closed with."""
     found = {"Content-Type": "application/json", "Cache-Control": "no-store"}
     if status == 401:
         found["WWW-Authenticate"] = "Bearer"
-    if status in RETRY_AFTER:
-        after = retry_after(reason) or RETRY_AFTER[status]
+    if (after := retry_after(reason) or again) is not None:
         found["Retry-After"] = str(max(1, math.ceil(after)))
     await _answer(send, status, found, json.dumps({"code": int(code), "error": reason}).encode())
 
