@@ -426,6 +426,50 @@ async def test_tail_prints_one_line_of_json_an_event(
     assert (status, out.decode()) == (0, f"{EVENT}\n{EVENT.replace(',', ', ')}\n")
 
 
+async def test_tail_loses_nothing_to_a_reader_that_stalls_and_ends_with_ctrl_c(
+    url: str, store: "redis.Redis", gateway: int
+) -> None:
+    arguments = f"tail --as waiter --json --url ws://127.0.0.1:{gateway}".split()
+    events = [EVENT.replace("}", f',"n":{n},"data":"{"x" * 1000}"}}') for n in range(200)]
+    async with harness.process("trio_gateway", *arguments, env=harness.environment(url)) as process:
+        assert process.stderr is not None
+        assert process.stdout is not None
+        await trio.to_thread.run_sync(process.stderr.readline)
+        for _ in range(2):  # 200 KB, into a pipe that holds 64
+            for text in events:
+                store.publish("branch:1:waiters", text)
+            await trio.sleep(0.2)
+            seen = [process.stdout.readline().decode().rstrip() for _ in range(100)]
+            assert seen == events[:100]
+            seen = [process.stdout.readline().decode().rstrip() for _ in range(100)]
+            assert seen == events[100:]
+        for text in events:
+            store.publish("branch:1:waiters", text)
+        await trio.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        with trio.fail_after(3):
+            while process.poll() is None:
+                await trio.sleep(0.02)
+        _, err = process.communicate()
+    assert (process.returncode, err) == (0, b"")
+
+
+@pytest.mark.parametrize(
+    ("command", "full", "status"),
+    [("routes", "stdout", 1), ("check", "stdout", 1), ("nonsense", "stderr", 2)],
+)
+def test_a_command_that_cannot_write_ends_with_a_line_and_its_status(
+    url: str, command: str, full: str, status: int
+) -> None:
+    with open("/dev/full", "wb") as disk:
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, full: disk}
+        arguments = [sys.executable, "-m", "trio_gateway", command]
+        ended = subprocess.run(arguments, env=harness.environment(url), timeout=20, **pipes)
+    assert ended.returncode == status
+    if full == "stdout":
+        assert ended.stderr == b"trio-gateway: can't write: No space left on device\n"
+
+
 @pytest.mark.parametrize("endpoint", [endpoint.label for endpoint in Endpoint])
 async def test_tail_is_let_in_everywhere_and_ends_with_ctrl_c(
     url: str, store: "redis.Redis", gateway: int, endpoint: str
@@ -616,6 +660,22 @@ def test_demo_shows_every_role_its_events_and_leaves_nothing(
     assert group(process.pid) == []
     assert mentioning(str(temporary)) == []
     assert mentioning(f"127.0.0.1:{port}") == []
+
+
+async def test_demo_ends_with_ctrl_c_although_nobody_reads(tmp_path: Path) -> None:
+    arguments = f"demo --rate 1000 --port {harness.free_port()}".split()
+    bare = {"PATH": os.environ["PATH"], "TMPDIR": str(tmp_path)}
+    async with harness.process("trio_gateway", *arguments, env=bare) as process:
+        assert process.stdout is not None
+        while process.stdout.readline() != b"Ctrl-C ends everything.\n":
+            pass
+        await trio.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        with trio.fail_after(5):
+            while process.poll() is None:
+                await trio.sleep(0.02)
+    assert process.returncode == 0
+    assert list(tmp_path.iterdir()) == []
 
 
 async def test_demo_names_the_console_first_and_a_command_that_needs_no_token_for_each_role(

@@ -1,7 +1,9 @@
 """How ``serve`` is set up."""
 
+import inspect
 from pathlib import Path
 
+import hypercorn.trio.run
 import pytest
 
 from trio_gateway.serve import BadConfig, read_config
@@ -30,3 +32,11 @@ def test_a_port_that_cannot_be_is_named() -> None:
     with pytest.raises(BadConfig, match="no such port"):
         read_config(None, ("127.0.0.1:99999",))
     read_config(None, ("127.0.0.1:65535", "unix:/tmp/99999", "localhost"))
+
+
+def test_hypercorn_still_serves_in_its_master_by_the_name_that_is_replaced() -> None:
+    worker, serve = hypercorn.trio.run.trio_worker, hypercorn.trio.run.worker_serve
+    assert vars(hypercorn.trio.run)["worker_serve"] is serve
+    assert "partial(worker_serve, app, config, " in inspect.getsource(worker)
+    assert "shutdown_trigger = None" in inspect.getsource(worker)
+    assert inspect.signature(serve).parameters["shutdown_trigger"].default is None

@@ -1,5 +1,7 @@
 """The command line. Each command imports what it needs when it runs: ``--help`` is instant."""
 
+import errno
+import os
 from typing import Any
 
 import click
@@ -10,7 +12,7 @@ from .check import check
 from .completion import completion
 from .demo import demo
 from .dlq import dlq
-from .endings import settings_or_exit
+from .endings import Failure, settings_or_exit
 from .explain import explain
 from .publish import publish
 from .routes import routes
@@ -30,6 +32,16 @@ class _Commands(click.Group):
         # get lost, and a pipe that is full may hold it up.
         output.replace("stderr")
         return super().main(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            # Else Python tries once more to write what it still has, and says that it failed.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            raise Failure(f"can't write: {error.strerror}") from None
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from ..core.printable import printable
 from .endings import FAILED, settings_or_exit
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class _Report:
         self._say("", f"-> {mend}")
 
     def _say(self, label: str, text: str, **style: Any) -> None:
-        click.echo(click.style(f"{label:<9}", **style) + text)
+        click.echo(click.style(f"{label:<9}", **style) + printable(text))
 
     @contextmanager
     def trying(self, text: str, mend: str, *more: str) -> Iterator[None]:

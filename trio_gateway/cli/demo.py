@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 PORT: Final = 8001
 _READY: Final = 15.0  # seconds for the gateway to start
 _PATIENCE: Final = 2.0  # seconds for a child to end by itself
+_LAST_WORD: Final = 1.0  # seconds for it to be read
 _QUIET: Final = 0.5  # seconds without an event after the last loop
 _LIFE: Final = 3 * 3600
 _LAST_WORDS: Final = 15  # lines
@@ -161,6 +162,8 @@ class _Stage:
 
 
 async def _demo(port: int, rate: float, loops: int) -> None:
+    import trio
+
     from .screen import Screen
 
     screen = Screen()
@@ -169,7 +172,8 @@ async def _demo(port: int, rate: float, loops: int) -> None:
         await _run(port, rate, loops, screen, tally)
     finally:
         if tally.played:
-            screen.show(f"\n{tally}")
+            with trio.move_on_after(_LAST_WORD, shield=True):
+                await screen.show(f"\n{tally}")
 
 
 async def _run(port: int, rate: float, loops: int, screen: "Screen", tally: "_Tally") -> None:
@@ -188,7 +192,7 @@ async def _run(port: int, rate: float, loops: int, screen: "Screen", tally: "_Ta
             )
             async with _gateway(stage, folder), trio.open_nursery() as nursery:
                 demo_file.write(folder, stage.found)
-                _introduce(stage, screen)
+                await _introduce(stage, screen)
                 for role in _ROLES:
                     await nursery.start(_listen, stage, role, screen, tally)
                 await _play(stage, rate, loops, screen, tally)
@@ -340,20 +344,24 @@ async def _is_ready(port: int) -> bool:
 # What is shown
 
 
-def _introduce(stage: _Stage, screen: "Screen") -> None:
+async def _introduce(stage: _Stage, screen: "Screen") -> None:
     from rich.text import Text
 
     console = f"http://127.0.0.1:{stage.port}/ws/console"
-    screen.show(Text.assemble("Open the console in a browser: ", (console, "bold")))
-    screen.show(f"The gateway is at {stage.url}; its Redis is a Valkey of its own.")
-    screen.show("\nIn another terminal, see what a role receives (no token, no variable needed):\n")
+    await screen.show(Text.assemble("Open the console in a browser: ", (console, "bold")))
+    await screen.show(f"The gateway is at {stage.url}; its Redis is a Valkey of its own.")
+    await screen.show(
+        "\nIn another terminal, see what a role receives (no token, no variable needed):\n"
+    )
     width = max(map(len, _ROLES))
     for role, (title, _) in _ROLES.items():
-        screen.show(Text(f"    trio-gateway tail --demo --as {role:<{width}}  # {title}"))
-    screen.show("\nPublish to it, as a backend would:\n")
+        await screen.show(Text(f"    trio-gateway tail --demo --as {role:<{width}}  # {title}"))
+    await screen.show("\nPublish to it, as a backend would:\n")
     event = '{"type":"ROUND_READY","tenant_id":1,"branch_id":1,"sector_id":5,"session_id":456}'
-    screen.show(Text(f"    echo '{event}' | REDIS_URL={stage.redis_url} trio-gateway publish -\n"))
-    screen.show(
+    await screen.show(
+        Text(f"    echo '{event}' | REDIS_URL={stage.redis_url} trio-gateway publish -\n")
+    )
+    await screen.show(
         "Sample events follow, each with the roles that receive it. An event that a backend\n"
         "publishes on several channels is received once; one of another tenant, by nobody here.\n"
         "Ctrl-C ends everything.\n"
@@ -382,7 +390,7 @@ async def _listen(
         async for event in client:
             tally.last_at = trio.current_time()
             tally.heard[role] += 1
-            screen.show(summary(event.text, role, places=False))
+            await screen.show(summary(event.text, role, places=False))
 
 
 async def _play(stage: _Stage, rate: float, loops: int, screen: "Screen", tally: _Tally) -> None:
@@ -406,7 +414,7 @@ async def _publish(publisher: "AsyncPublisher", line: "Line", screen: "Screen") 
     assert line.channel is not None
     is_stream = line.channel == "events:critical"
     where: dict[str, Any] = {"stream" if is_stream else "channel": line.channel}
-    screen.show(published(line.event.decode(), line.channel))
+    await screen.show(published(line.event.decode(), line.channel))
     await publisher.publish(line.event, **where)
 
 

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..core.printable import printable
 from .endings import FAILED, Failure, settings_or_exit
 
 if TYPE_CHECKING:
@@ -70,11 +71,11 @@ def replay(letter_ids: tuple[str, ...], everything: bool) -> None:
             parse_event(data, channel=name, heard_at=0)
         except InvalidEvent as invalid:
             kept += 1
-            click.echo(f"{letter_id} stays: {invalid}", err=True)
+            click.echo(printable(f"{letter_id} stays: {invalid}"), err=True)
             continue
         _asked(lambda name=name, data=data: client.xadd(name, {"data": data}))
         _asked(lambda letter_id=letter_id: client.xdel(stream, letter_id))
-        click.echo(f"{letter_id} -> {name}")
+        click.echo(printable(f"{letter_id} -> {name}"))
     click.echo(f"{len(letters) - kept} replayed, {kept} kept", err=True)
     if kept:
         raise SystemExit(FAILED)
@@ -114,4 +115,7 @@ def _fetch(client: "redis.Redis", stream: str, letter_id: str) -> dict[bytes, by
 
 
 def _text(fields: dict[bytes, bytes]) -> dict[str, str]:
-    return {name.decode(): value.decode(errors="replace") for name, value in fields.items()}
+    return {
+        name.decode(errors="replace"): printable(value.decode(errors="replace"))
+        for name, value in fields.items()
+    }

@@ -6,6 +6,8 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from ..core.printable import printable
+
 if TYPE_CHECKING:
     from ..settings import Settings
 
@@ -21,7 +23,7 @@ class Failure(click.ClickException):
         vars(self)["exit_code"] = status  # a class variable in click's eyes
 
     def show(self, file: IO[Any] | None = None) -> None:
-        click.echo(f"trio-gateway: {self.message}", file=file, err=True)
+        click.echo(printable(f"trio-gateway: {self.message}", lines=True), file=file, err=True)
 
 
 def settings_or_exit() -> "Settings":
@@ -37,5 +39,5 @@ def settings_or_exit() -> "Settings":
 def misused(problems: Iterable[str]) -> NoReturn:
     """Exit with a line per problem."""
     for problem in problems:
-        click.echo(f"trio-gateway: {problem}", err=True)
+        click.echo(printable(f"trio-gateway: {problem}", lines=True), err=True)
     sys.exit(MISUSED)

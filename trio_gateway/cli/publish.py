@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..core.printable import printable
 from .endings import FAILED, Failure, settings_or_exit
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def publish(file: str, rate: float, repeat: int, now: bool) -> None:
             for line in _with_progress(_paced(lines, rate), _count(file, repeat)):
                 _publish(to, line.now() if now else line, streams, tally)
         except PublishFailed as failed:
-            click.echo(f"trio-gateway: {failed}", err=True)
+            click.echo(printable(f"trio-gateway: {failed}"), err=True)
             status = FAILED
         except KeyboardInterrupt:
             status = 130
@@ -98,7 +99,7 @@ def _publish(to: "Publisher", line: "Line", streams: Iterable[str], tally: _Tall
         said = to.publish(line.event, **where)
     except InvalidEvent as invalid:
         tally.invalid += 1
-        click.echo(f"line {line.number}: {invalid}", err=True)
+        click.echo(printable(f"line {line.number}: {invalid}"), err=True)
         return
     if isinstance(said, str):
         tally.added += 1

@@ -1,5 +1,6 @@
 """The screen: an event as a line for people, coloured on a terminal."""
 
+import os
 import sys
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
@@ -28,21 +29,37 @@ _MOST_CHARACTERS: Final = 40
 
 
 class Screen:
-    """Lines on stdout, out at once; BrokenPipeError when nobody reads them any more."""
+    """Lines on stdout, out at once; BrokenPipeError when nobody reads them any more.
+
+    Nothing is dropped: a reader that is slow holds up who shows, but neither the event loop nor
+    the end of the command.
+    """
 
     def __init__(self) -> None:
+        import trio
         from rich.console import Console
 
         self._console = Console(soft_wrap=True, highlight=False)
+        self._lock = trio.Lock()  # one after the other
 
-    def show(self, text: "Text | str" = "") -> None:
+    async def show(self, text: "Text | str" = "") -> None:
         with self._console.capture() as captured:
             self._console.print(text)
-        self.write(captured.get())
+        await self.write(captured.get())
 
-    def write(self, text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+    async def write(self, text: str) -> None:
+        import trio
+
+        data = text.encode(sys.stdout.encoding, "backslashreplace")
+        async with self._lock:
+            await trio.to_thread.run_sync(_write, data, abandon_on_cancel=True)
+
+
+def _write(data: bytes) -> None:
+    # Not through sys.stdout, which Python flushes at the end: it would wait for this thread.
+    fd = sys.stdout.fileno()
+    while data:
+        data = data[os.write(fd, data) :]
 
 
 def json_text(message: str) -> "Text":

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..core.printable import printable
 from . import demo_file
 from .credentials import (
     ENDPOINTS,
@@ -139,27 +140,28 @@ def _tail(
                 click.echo(f"connected{again} to {url}, Ctrl-C ends it", err=True)
                 connected = True
             case "waiting" if connected:
-                click.echo(f"{why(url, status)}; again in {status.retry_in:.1f} s", err=True)
+                reason = printable(why(url, status))
+                click.echo(f"{reason}; again in {status.retry_in:.1f} s", err=True)
             case "waiting":
                 raise Failure(why(url, status))
 
     def tell_of_gap(_: str) -> None:
         click.echo("events may be missing here", err=True)
 
-    def show(event: Event) -> None:
+    async def show(event: Event) -> None:
         if raw:
             # Between its tokens a backend may have broken the line; inside of a string it can't.
-            screen.write(event.text.replace("\r", " ").replace("\n", " ") + "\n")
+            await screen.write(event.text.replace("\r", " ").replace("\n", " ") + "\n")
         else:
-            screen.show(summary(event.text, endpoint))
-            screen.show(json_text(event.text))
+            await screen.show(summary(event.text, endpoint))
+            await screen.show(json_text(event.text))
 
     async def work() -> None:
         heard = 0
         async with connect(url, token, origin=origin, on_state=tell, on_gap=tell_of_gap) as client:
             try:
                 while heard != count:
-                    show(await anext(client))
+                    await show(await anext(client))
                     heard += 1
             except Refused:
                 raise Failure(why(url, client.status)) from None
