@@ -5,7 +5,7 @@ import json
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import harness
@@ -210,11 +210,14 @@ def test_refusal_is_a_failure(url: str, store: "redis.Redis") -> None:
 
 
 class Deaf:
-    """Takes commands; hangs up on the first ``silences`` XADDs, answers the rest."""
+    """Takes commands; hangs up on the first ``silences`` XADDs, answers the rest, or does ``then``:
+    says something else, or (``b""``) listens no more.
+    """
 
-    def __init__(self, silences: int) -> None:
+    def __init__(self, silences: int, then: bytes = b"$3\r\n1-1\r\n") -> None:
         self.adds = 0
         self._silences = silences
+        self._then = then
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"redis://127.0.0.1:{self._listener.getsockname()[1]}"
         self._thread = threading.Thread(target=self._serve)
@@ -224,7 +227,8 @@ class Deaf:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
         self._thread.join()
         self._listener.close()
 
@@ -239,8 +243,10 @@ class Deaf:
                     if b"XADD" in data:
                         self.adds += 1
                         if self.adds <= self._silences:
+                            if not self._then:
+                                self._listener.close()
                             break
-                        client.sendall(b"$3\r\n1-1\r\n")
+                        client.sendall(self._then)
                     else:
                         client.sendall(b"+OK\r\n" * data.count(b"*"))
 
@@ -264,6 +270,54 @@ def test_event_is_not_sent_a_third_time() -> None:
         with pytest.raises(PublishFailed):
             publisher.publish(DURABLE, id="a")
         assert server.adds == 2
+
+
+AFTERWARDS = {
+    "gone": b"",
+    "a replica": b"-READONLY You can't write against a read only replica.\r\n",
+    "full": b"-OOM command not allowed\r\n",
+    "no rights": b"-NOPERM no\r\n",
+    "nonsense": b"*1\r\n:1\r\n",
+}
+
+
+@pytest.mark.parametrize("then", AFTERWARDS)
+@pytest.mark.parametrize("library", ["none", "asyncio", "trio"])
+def test_event_that_a_first_try_may_have_added_stays_in_doubt_whatever_the_second_says(
+    library: str, then: str
+) -> None:
+    async def publish(url: str) -> None:
+        async with AsyncPublisher(url) as publisher:
+            await publisher.publish(DURABLE, id="a")
+
+    def publish_sync(url: str) -> None:
+        with Publisher(url) as publisher:
+            publisher.publish(DURABLE, id="a")
+
+    ways: dict[str, Callable[[str], None]] = {
+        "none": publish_sync,
+        "asyncio": lambda url: asyncio.run(publish(url)),
+        "trio": lambda url: trio.run(publish, url),
+    }
+    with Deaf(1, AFTERWARDS[then]) as server, pytest.raises(PublishFailed) as failed:
+        ways[library](server.url)
+    assert failed.value.in_doubt
+
+
+@pytest.mark.parametrize("then", ["a replica", "full", "no rights"])
+def test_event_that_was_only_refused_is_not_in_doubt(then: str) -> None:
+    with Deaf(0, AFTERWARDS[then]) as server, Publisher(server.url) as publisher:
+        with pytest.raises(PublishFailed) as failed:
+            publisher.publish(DURABLE, id="a")
+        assert not failed.value.in_doubt
+        assert server.adds == (2 if then == "a replica" else 1)
+
+
+def test_answer_that_is_none_leaves_the_event_in_doubt() -> None:
+    with Deaf(0, AFTERWARDS["nonsense"]) as server, Publisher(server.url) as publisher:
+        with pytest.raises(PublishFailed, match="nonsense") as failed:
+            publisher.publish(DURABLE)
+        assert failed.value.in_doubt
 
 
 def test_redis_that_restarted_is_found_again() -> None:

@@ -40,6 +40,7 @@ from .edges.dead_letters import DeadLetter, DeadLetters
 from .edges.handshake import Handshake
 from .edges.metrics import GROUP, SHARED_EVERY, Sample, Siblings
 from .edges.pubsub import PubSub
+from .edges.readiness import Readiness
 from .edges.revocations import Revocations, Tickets
 from .edges.streams import Streams
 from .redis_url import Address
@@ -151,6 +152,7 @@ class Gateway(QuartTrio):
         self.pubsub: PubSub | None = None
         self.streams: Streams | None = None
         self.commands: Commands | None = None
+        self.readiness: Readiness | None = None
         self.dead_letters: DeadLetters | None = None
         self.siblings: Siblings | None = None
         self.partial = os.environ.get(GROUP) == ""  # the siblings' figures are missing from ours
@@ -221,6 +223,7 @@ class Gateway(QuartTrio):
                     max_connections=settings.redis_pool_max_connections,
                 )
             )
+            self.readiness = Readiness(self.commands.check)
             revocations = Revocations(self.commands, self.hub)
             self.admission.tickets = Tickets(self.commands)
             self.admission.revocations = revocations
@@ -250,6 +253,7 @@ class Gateway(QuartTrio):
                 history=self.history,
                 on_begin=self.replays.begin,
                 on_gap=self._tell_of_gap,
+                on_demoted=self._look_again,
                 wall_clock=self._clock,
             )
             stack.enter_context(self.stalls.watched())
@@ -274,6 +278,8 @@ class Gateway(QuartTrio):
             self.dead_letters = dead_letters = DeadLetters(self.commands, dlq)
             self.intake.put_aside = lambda *entry: dead_letters.offer(DeadLetter(*entry))
             nursery.start_soon(dead_letters.run)
+        if self.readiness is not None:
+            nursery.start_soon(self.readiness.run)
         nursery.start_soon(self.replays.decide)
         nursery.start_soon(self.feed.run)
         if self.roster is not None:
@@ -338,6 +344,12 @@ class Gateway(QuartTrio):
     def handshakes(self) -> int:
         """How many are in progress."""
         return self.heads.inside + self.admissions.inside
+
+    def _look_again(self) -> None:
+        """The Redis that our links lead to is no primary any more."""
+        if self.pubsub is not None and self.commands is not None:
+            self.pubsub.look_again()
+            self.commands.look_again()
 
     def _tell_of_gap(self) -> None:
         """Events were lost between Redis and us: everybody has to refetch."""

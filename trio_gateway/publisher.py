@@ -19,6 +19,7 @@ from redis.retry import Retry
 
 from .core.events import Event, InvalidEvent, parse_event
 from .core.routing import ROUTES, UNKNOWN, Route, To
+from .redis_errors import is_wrong_server
 from .redis_url import Address
 
 __all__ = ["TIMEOUT", "AsyncPublisher", "InvalidEvent", "PublishFailed", "Publisher"]
@@ -27,6 +28,9 @@ TIMEOUT: Final = 2.0  # seconds to connect, and again for the answer
 STREAM: Final = "events:critical"
 _FIELD: Final = "data"
 
+# By redis-py and its parser, beside its own errors.
+_WHAT_JUNK_RAISES: Final = (AssertionError, AttributeError, LookupError, TypeError, ValueError)
+
 T = TypeVar("T")
 _Event = Mapping[str, Any] | bytes | str
 
@@ -34,13 +38,14 @@ _Event = Mapping[str, Any] | bytes | str
 class PublishFailed(Exception):  # noqa: N818 - an outcome
     """Redis did not take the event; the text says where and why, never the password.
 
-    ``in_doubt`` is True if the event may have got through all the same: the connection went after
-    it was sent and before Redis answered. Publishing it again is safe if it has an ``id``.
+    ``in_doubt`` is True if the event may have got through all the same: it was sent, at the first
+    or the second try, and Redis' answer was lost. Publishing it again is safe if it has an ``id``.
     """
 
     def __init__(self, text: str, *, in_doubt: bool = False) -> None:
         super().__init__(text)
         self.in_doubt = in_doubt
+        self.is_wrong_server = False  # refused by one that is not the one to ask
 
 
 class Publisher:
@@ -129,25 +134,38 @@ class Publisher:
         if stream is not None:
             return self._add(stream, payload, again=parsed.id is not None)
         assert channel is not None
-        heard: int = self._run(partial(self._redis.publish, channel, payload))
+        heard: int = self._run(partial(self._redis.publish, channel, payload), int)
         return heard
 
     def _add(self, stream: str, payload: bytes, *, again: bool) -> str:
         add = partial(
             self._redis.xadd, stream, {_FIELD: payload}, maxlen=self._max_length, approximate=True
         )
-        try:
-            entry: bytes = self._run(add)
-        except PublishFailed as failed:
-            if not (again and failed.in_doubt):
-                raise
-            entry = self._run(add)
+        entry: bytes = self._run(add, bytes, again=again)
         return entry.decode()
 
-    def _run(self, command: Callable[[], Any]) -> Any:
+    def _run(self, command: Callable[[], Any], kind: type, *, again: bool = False) -> Any:
+        """Give the command, and once more if a server refused it that is not the one to ask; with
+        ``again``, also once more if its answer got lost.
+        """
+        in_doubt = refused = False
+        while True:
+            try:
+                return self._try(command, kind)
+            except PublishFailed as failed:
+                first_refusal = failed.is_wrong_server and not refused
+                lost_answer = again and failed.in_doubt and not in_doubt
+                refused |= failed.is_wrong_server
+                in_doubt |= failed.in_doubt
+                if not (first_refusal or lost_answer):
+                    # An earlier try may have got through, whatever became of this one.
+                    failed.in_doubt = in_doubt
+                    raise
+
+    def _try(self, command: Callable[[], Any], kind: type) -> Any:
         where = f"Redis at {self._address}"
         try:
-            return command()
+            reply = command()
         except _NotReached as not_reached:
             match not_reached.error:
                 case redis.AuthenticationError() as error:
@@ -160,10 +178,22 @@ class Publisher:
         except redis.TimeoutError:
             text = f"{where} did not answer in {TIMEOUT:g} s"
             raise PublishFailed(text, in_doubt=True) from None
-        except (redis.AuthenticationError, redis.BusyLoadingError, redis.ResponseError) as error:
-            raise PublishFailed(f"{where} refuses: {error}") from None
         except redis.RedisError as error:
+            if is_wrong_server(error):
+                # The next connection resolves the name anew, and authenticates again.
+                self._redis.connection_pool.disconnect()
+                failed = PublishFailed(f"{where} refuses: {error}")
+                failed.is_wrong_server = True
+                raise failed from None
+            if isinstance(error, redis.ResponseError):
+                raise PublishFailed(f"{where} refuses: {error}") from None
             raise PublishFailed(f"{where} hung up: {_cause(error)}", in_doubt=True) from None
+        except _WHAT_JUNK_RAISES:
+            reply = None
+        if not isinstance(reply, kind):
+            self._redis.connection_pool.disconnect()  # what comes next may be no answer, either
+            raise PublishFailed(f"{where} answered nonsense", in_doubt=True)
+        return reply
 
 
 class _NotReached(Exception):  # noqa: N818 - an outcome

@@ -21,6 +21,7 @@ from .relay import Relay, Way
 USER: Final = "gateway"
 PASSWORD: Final = "the-right-password"
 ALL: Final = frozenset({"pubsub", "stream", "commands"})
+DEMOTED: Final = frozenset({"writes", "pubsub", "stream"})
 WRITES: Final = frozenset({"writes"})
 # Well-formed, and no answer to anything that we ask.
 FOREIGN: Final = b"+OK\r\n:1\r\n*1\r\n*2\r\n$3\r\nfoo\r\n*1\r\n:1\r\n"
@@ -190,7 +191,7 @@ FAULTS: Final = (
     Fault("reset", _relay(Relay.reset), _forward),
     Fault("killed", _kill, _start, kills=True),
     Fault("restarted empty", _kill, _start_empty, empties=True, kills=True),
-    Fault("read-only replica", _become_replica, _become_primary, opens=WRITES, admits=True),
+    Fault("read-only replica", _become_replica, _become_primary, opens=DEMOTED, admits=True),
     Fault(
         "replica without its primary",
         lambda stage: _become_replica(stage, "--replica-serve-stale-data", "no"),

@@ -7,6 +7,7 @@ GATEWAY: Final = {
     "gateway.py: self.dispatch.run, self.heard": "Dispatch.run#1",
     "gateway.py: self.dispatch.run, self.read": "Dispatch.run#2",
     "gateway.py: dead_letters.run": "DeadLetters.run",
+    "gateway.py: self.readiness.run": "Readiness.run",
     "gateway.py: self.replays.decide": "Replays.decide",
     "gateway.py: self.feed.run": "Feed.run",
     "gateway.py: self.roster.pay": "Roster.pay",

@@ -30,6 +30,7 @@ _MENDS: Final = (
     ("AUTH failed", "Redis has no password: take it out of REDIS_URL"),
     ("SELECT failed: NOPERM", "allow this user: ACL SETUSER … +select"),
     ("SELECT failed", "the database number in REDIS_URL is too high"),
+    ("is a replica", "set REDIS_URL to a name that leads to the primary"),
     ("closed by Redis", "is that a Redis, and does it want TLS (rediss://)?"),
 )
 

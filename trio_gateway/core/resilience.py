@@ -2,6 +2,9 @@
 
 import random
 from enum import IntEnum
+from typing import Final
+
+SOON: Final = 1.0  # seconds
 
 
 class State(IntEnum):
@@ -14,7 +17,8 @@ class State(IntEnum):
 
 class Breaker:
     """Opens after ``threshold`` failures in a row; ``recovery`` seconds later one try is let
-    through, which closes it or opens it again. Times are seconds on the runtime's clock.
+    through, which closes it or opens it again; :data:`SOON` later, where that is sooner, after a
+    failure that says so. Times are seconds on the runtime's clock.
     """
 
     def __init__(self, threshold: int, recovery: float) -> None:
@@ -46,11 +50,12 @@ class Breaker:
         self.state = State.CLOSED
         self.failures = 0
 
-    def failed(self, now: float) -> None:
+    def failed(self, now: float, *, soon: bool = False) -> None:
+        """A try failed; ``soon`` if it was answered at once and nothing is spared by waiting."""
         self.failures += 1
         if self.state is State.HALF_OPEN or self.failures >= self._threshold:
             self.state = State.OPEN
-            self._opened_at = now
+            self._opened_at = now - max(0.0, self._recovery - SOON) if soon else now
 
     def abandoned(self, now: float) -> None:
         """The try was cancelled before it had an outcome: the next one may try at once."""

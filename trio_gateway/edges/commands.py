@@ -13,8 +13,10 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as NotConnected
 from redis.exceptions import InvalidResponse, RedisError
+from redis.exceptions import TimeoutError as TooSlow
 
 from ..core.resilience import Breaker, State
+from ..redis_errors import is_wrong_server
 from ..redis_url import Address
 
 log = structlog.get_logger()
@@ -43,16 +45,28 @@ class Commands:
         self._loop = loop  # not the current one in tasks that others started
         self._reads = reads
         self._writes = writes
+        self._connections = 0  # the number of times that they were all thrown away
+        self._is_stale = False  # they have to be, before the next command
+
+    def look_again(self) -> None:
+        """Connect anew: another link to the same Redis has found that it is no primary."""
+        self._is_stale = True
 
     async def check(self, seconds: float) -> None:
-        """Raise :exc:`Unavailable` unless Redis answers, and would take a ticket."""
+        """Raise :exc:`Unavailable` unless Redis answers, and would take a ticket.
+
+        Anybody can cause a check: that it takes too long opens no breaker.
+        """
         deadline = trio.current_time() + seconds
-        await self._run(self._reads, lambda redis: redis.ping(), bool, seconds=seconds)
+        await self._run(
+            self._reads, lambda redis: redis.ping(), bool, seconds=seconds, is_check=True
+        )
         await self._run(
             self._writes,
             lambda redis: redis.set("gateway:ticket:check", "", xx=True),  # never there: no change
             _is_true_or_none,
             seconds=max(0.0, deadline - trio.current_time()),
+            is_check=True,
         )
 
     async def mget(self, keys: Sequence[str]) -> list[bytes | None]:
@@ -109,29 +123,44 @@ class Commands:
         *,
         seconds: float = TIMEOUT,
         again: bool = True,
+        is_check: bool = False,
     ) -> Any:
         """``fits`` says whether a reply can be the answer; ``again``, whether the command may be
-        given twice.
+        given twice where its answer was lost. One that was refused always may.
         """
         if not breaker.try_now(trio.current_time()):
             raise Unavailable("breaker is open")
 
-        async def command() -> Any:
+        async def give_once() -> Any:
+            if self._is_stale:
+                self._is_stale = False
+                await self._throw_away(self._connections)
+            connections = self._connections
             try:
-                try:
-                    reply = await give(self._redis)
-                except NotConnected:
-                    # A pooled connection may be one that a restarted Redis has forgotten.
-                    if not again:
-                        raise
-                    reply = await give(self._redis)
+                reply = await give(self._redis)
                 if fits(reply):
                     return reply
             except _WHAT_JUNK_RAISES:
                 pass
+            except RedisError as error:
+                if is_wrong_server(error):
+                    await self._throw_away(connections)
+                raise
+            if connections != self._connections:
+                raise NotConnected("closed meanwhile")
             # Junk, or the answer to another question: then what comes next may be that, too.
-            await self._redis.connection_pool.disconnect()
+            await self._throw_away(connections)
             raise InvalidResponse
+
+        async def command() -> Any:
+            try:
+                return await give_once()
+            except RedisError as error:
+                # A pooled connection may lead to a Redis that has restarted, or was demoted.
+                lost = again and isinstance(error, NotConnected)
+                if not (lost or is_wrong_server(error)):
+                    raise
+            return await give_once()
 
         reply: Any = None
         try:
@@ -142,8 +171,12 @@ class Commands:
             if scope.cancelled_caught:
                 raise TimeoutError(f"no answer in {seconds:g} s")
         except (RedisError, OSError) as error:
+            if is_check and isinstance(error, TimeoutError | TooSlow):
+                breaker.abandoned(trio.current_time())
+                raise Unavailable("no answer in time") from None
             was = breaker.state
-            breaker.failed(trio.current_time())
+            soon = isinstance(error, RedisError) and is_wrong_server(error)
+            breaker.failed(trio.current_time(), soon=soon)
             if was is not State.OPEN and breaker.state is State.OPEN:
                 name = "commands" if breaker is self._reads else "writes"
                 log.error("breaker opened", source=name, error=type(error).__name__)
@@ -153,6 +186,14 @@ class Commands:
             raise
         breaker.succeeded()
         return reply
+
+    async def _throw_away(self, connections: int) -> None:
+        """Close all connections, unless that was done since: the next ones resolve the name anew
+        and authenticate again.
+        """
+        if connections == self._connections:
+            self._connections += 1
+            await self._redis.connection_pool.disconnect()
 
 
 def _is_count(reply: Any) -> bool:

@@ -12,7 +12,7 @@ from ..core.resilience import Breaker
 from ..redis_url import Address
 from ..runtime.intake import Intake
 from ..runtime.queue import EventQueue
-from ..runtime.supervision import Lost
+from ..runtime.supervision import Demoted, Lost
 from .resp import ENOUGH, RedisConnection, open_redis
 
 log = structlog.get_logger()
@@ -45,6 +45,7 @@ class PubSub:
         self._listeners = {name.encode(): hear for name, hear in (listeners or {}).items()}
         self._unconfirmed = 0
         self.connected = False
+        self._link = trio.CancelScope()
         first_match = lru_cache(maxsize=10_000)(self._first_match)
         self._first_match_of: Callable[[bytes], tuple[bytes | None, str]] = first_match
 
@@ -52,10 +53,18 @@ class PubSub:
         """Listen until the link is :exc:`Lost`."""
         try:
             async with open_redis(self._address) as redis:
-                await self._subscribe(redis)
-                await self._listen(redis)
+                with self._link:
+                    await self._subscribe(redis)
+                    await self._listen(redis)
+                raise Demoted("its Redis may be a replica by now")
         finally:
             self.connected = False
+            self._link = trio.CancelScope()
+
+    def look_again(self) -> None:
+        """Connect anew: another link to the same Redis has found that it is no primary."""
+        if self.connected:
+            self._link.cancel()
 
     async def _subscribe(self, redis: RedisConnection) -> None:
         self._unconfirmed = len(self._patterns) + len(self._listeners)

@@ -10,13 +10,14 @@ import hiredis
 import trio
 
 from ..redis_url import Address
-from ..runtime.supervision import Lost
+from ..runtime.supervision import Demoted, Lost
 
 CONNECT_TIMEOUT: Final = 3.0  # seconds for the connection, and as many for its greetings
 # Bytes: a link that brings so many while it is waited for is slow; one that brings fewer, and no
 # answer, is lost, though some trickle in.
 ENOUGH: Final = 65_536
 _CHUNK: Final = 1 << 18
+_DEMOTED: Final = frozenset({"MASTERDOWN", "READONLY", "UNBLOCKED"})
 _NOTHING: Final = object()
 
 
@@ -70,8 +71,21 @@ class RedisConnection:
         """As :meth:`ask`, but an error reply is :exc:`Lost`, too."""
         reply = await self.ask(*words, patience=patience)
         if isinstance(reply, hiredis.ReplyError):
-            raise Lost(f"{words[0]!s} failed: {str(reply).split(' ', 1)[0]}")
+            what = str(reply).split(" ", 1)[0]
+            kind = Demoted if what in _DEMOTED else Lost
+            raise kind(f"{words[0]!s} failed: {what}")
         return reply
+
+    async def check_role(self, *, patience: float = inf) -> None:
+        """Raise :exc:`Demoted` if this is a replica, as far as it tells: a proxy may not.
+
+        Every user may say HELLO, whatever the ACL. Without a version it changes nothing.
+        """
+        reply = await self.ask("HELLO", patience=patience)
+        if isinstance(reply, list) and b"role" in reply[::2]:
+            role = reply[2 * reply[::2].index(b"role") + 1 :][:1]
+            if role in ([b"replica"], [b"slave"]):
+                raise Demoted("Redis is a replica")
 
     def _complete(self) -> list[Any]:
         found = []
@@ -86,7 +100,9 @@ class RedisConnection:
 
 @asynccontextmanager
 async def open_redis(address: Address) -> AsyncIterator[RedisConnection]:
-    """Connect, authenticate, choose the database; raise :exc:`Lost` if that fails."""
+    """Connect, authenticate, choose the database; raise :exc:`Lost` if that fails, or if it leads
+    to a replica. The name is resolved each time.
+    """
     try:
         with trio.fail_after(CONNECT_TIMEOUT):
             stream = await _connect(address)
@@ -130,6 +146,7 @@ async def _greet(connection: RedisConnection, address: Address) -> None:
         await connection.call("SELECT", address.db)
     # A convenience in CLIENT LIST: an ACL may refuse it, and a proxy may not know it.
     await connection.ask("CLIENT", "SETNAME", address.client_name or "trio-gateway")
+    await connection.check_role()
 
 
 def _cause(error: BaseException) -> str:

@@ -18,7 +18,7 @@ from ..runtime.dispatch import Dispatch
 from ..runtime.history import History
 from ..runtime.intake import Intake
 from ..runtime.queue import EventQueue
-from ..runtime.supervision import Lost
+from ..runtime.supervision import Demoted, Lost
 from .resp import RedisConnection, open_redis
 from .stream_replies import Entry, entry_id, read_entries, read_info, read_news, read_time
 
@@ -53,7 +53,8 @@ class Streams:
 
     A fresh process warms its history from what the streams still hold. ``on_begin`` is called then,
     with how far Redis' clock is ahead of Trio's: clients may have come before. ``on_gap`` is called
-    when entries were lost unread: every client has to be told.
+    when entries were lost unread: every client has to be told. ``on_demoted`` is called when the
+    server on the other end of a link has become a replica.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Streams:
         history: History,
         on_begin: Callable[[Stream, float | None], None],
         on_gap: Callable[[], None],
+        on_demoted: Callable[[], None] = lambda: None,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._address = address
@@ -82,6 +84,8 @@ class Streams:
         history.expected.update(source.stream for source in self._sources)
         self._on_begin = on_begin
         self._on_gap = on_gap
+        self._on_demoted = on_demoted
+        self._role_checked_at = 0.0
         self._wall_clock = wall_clock
         self.connected = False
         self.gaps = 0
@@ -105,10 +109,23 @@ class Streams:
                 self.connected = True
                 self._breaker.succeeded()
                 log.info("reading", source="stream", cursors=self.cursors)
+                self._role_checked_at = trio.current_time()
                 while True:
                     await self._read(redis)
+                    await self._check_role(redis)
+        except Demoted:
+            if self.connected:  # other links were made when it was the primary, too
+                self._on_demoted()
+            raise
         finally:
             self.connected = False
+
+    async def _check_role(self, redis: RedisConnection) -> None:
+        """Its link may outlive its being the primary."""
+        now = trio.current_time()
+        if now - self._role_checked_at >= BLOCK:
+            self._role_checked_at = now
+            await redis.check_role(patience=PATIENCE)
 
     async def _read(self, redis: RedisConnection, *, block: bool = True) -> None:
         waiting = ("BLOCK", str(int(BLOCK * 1000))) if block else ()

@@ -21,7 +21,6 @@ from .static import add_files
 if TYPE_CHECKING:
     from ..gateway import Gateway
 
-_CHECK_TIMEOUT: Final = 1.0  # seconds
 _BODY_TIMEOUT: Final = 10  # seconds until a request's body must be here; then 408
 
 
@@ -146,13 +145,7 @@ def _status(connected: bool) -> str:
 
 async def _check(app: "Gateway") -> str | None:
     """None if Redis answers and takes what we write, else why not."""
-    if app.commands is None:
-        return "not started"
-    try:
-        await app.commands.check(_CHECK_TIMEOUT)
-    except Unavailable as unavailable:
-        return str(unavailable)
-    return None
+    return "not started" if app.readiness is None else await app.readiness.ask()
 
 
 async def _metrics(app: "Gateway") -> Answer:

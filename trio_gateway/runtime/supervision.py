@@ -15,6 +15,10 @@ class Lost(Exception):  # noqa: N818 - an outcome
     """What a source reads from is not there, went away, or talks nonsense; it may come back."""
 
 
+class Demoted(Lost):
+    """It answers, but is not the server to read from: a new connection may lead to that one."""
+
+
 def leaves(error: BaseException) -> list[BaseException]:
     """What is in an exception group, however nested; an exception alone is its own."""
     if isinstance(error, BaseExceptionGroup):
@@ -40,16 +44,16 @@ async def keep_running(
         if not breaker.try_now(trio.current_time()):
             continue
         closed = breaker.state is State.CLOSED
-        error = "ended"
+        error: BaseException | str = "ended"
         try:
             await work()
         except* Lost as group:  # of one of its tasks, or of several
-            error = str(_first(group))
-        breaker.failed(trio.current_time())
+            error = _first(group)
+        breaker.failed(trio.current_time(), soon=isinstance(error, Demoted))
         log.warning(
             "source lost",
             source=name,
-            error=error,
+            error=str(error),
             failures=breaker.failures,
             breaker=breaker.state.name.lower(),
         )

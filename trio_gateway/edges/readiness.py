@@ -1,0 +1,55 @@
+"""Readiness: whether Redis works, looked up rarely however often it is asked."""
+
+from collections.abc import Awaitable, Callable
+from math import inf
+from typing import Final, NoReturn
+
+import trio
+
+from .commands import Unavailable
+
+FRESH: Final = 0.5  # seconds that an answer holds
+PROMPT: Final = 0.25  # seconds that a question waits for a check that is slow
+PATIENCE: Final = 2.0  # seconds until a check without an answer is a failed one
+
+
+class Readiness:
+    """One check at a time, shared by all who ask.
+
+    While a check takes long, what was last known is answered: a Redis that is slow for a second
+    must not take this process out of the load balancer.
+    """
+
+    def __init__(self, check: Callable[[float], Awaitable[None]]) -> None:
+        self._check = check
+        self._problem: str | None = "not checked yet"
+        self._is_known = False
+        self._checked_at = -inf
+        self._is_checking = False
+        self._wanted = trio.Event()
+        self._done = trio.Event()
+
+    async def ask(self) -> str | None:
+        """None if Redis answers and takes what we write, else why not."""
+        if self._is_checking or self._checked_at + FRESH <= trio.current_time():
+            if not self._is_checking:
+                self._is_checking = True
+                self._wanted.set()
+            with trio.move_on_after(PROMPT if self._is_known else PATIENCE):
+                await self._done.wait()
+        return self._problem
+
+    async def run(self) -> NoReturn:
+        """Check when asked; return only when cancelled."""
+        while True:
+            await self._wanted.wait()
+            self._wanted = trio.Event()
+            try:
+                await self._check(PATIENCE)
+                self._problem = None
+            except Unavailable as unavailable:
+                self._problem = str(unavailable)
+            self._is_known, self._is_checking = True, False
+            self._checked_at = trio.current_time()
+            self._done.set()
+            self._done = trio.Event()
