@@ -380,7 +380,7 @@ async def test_two_answers_to_a_renewal_lose_no_token(autojump_clock: MockClock)
 
 
 @pytest.mark.parametrize("skew", [-600, -60, 0, 60, 600])
-@pytest.mark.parametrize("life", [120, 900, 7200])
+@pytest.mark.parametrize("life", [120, 900])
 @pytest.mark.parametrize("says_iat", [True, False], ids=["iat", "no iat"])
 async def test_renewal_does_not_depend_on_this_devices_clock(
     autojump_clock: MockClock,
@@ -418,10 +418,10 @@ async def test_renewal_does_not_depend_on_this_devices_clock(
     minted: list[int] = []
     monkeypatch.setattr(time, "time", lambda: began + trio.current_time() + skew)
     async with fake_gateway(script) as gateway, connecting(gateway, provide):
-        await trio.sleep(6 * life)
+        await trio.sleep(4 * life)
     # A short token without iat, and a clock that is behind: only an expiry can tell.
     assert len(gateway.dialled) == (2 if not says_iat and life == 120 and skew < 0 else 1)
-    assert 6 <= len(minted) < (25 if says_iat else 60)
+    assert 4 <= len(minted) < (20 if says_iat else 40)
 
 
 async def test_a_clock_that_makes_each_token_seem_old_does_not_renew_all_the_time(

@@ -7,10 +7,9 @@ from typing import Final
 import trio
 
 from ..core.closing import Close
-from .lifetime import Lifetime, claimed, expiry
+from .lifetime import RENEW_AT, Lifetime, claimed, expiry
 from .values import TokenProvider
 
-RENEW_AT: Final = 0.8  # of what is left of a token's life
 _SELDOM: Final = 0.1  # of a token's whole life at least, between two renewals
 _SELDOM_UNKNOWN: Final = 10.0  # seconds: the same if the token does not say how long it lives
 _OVERDUE: Final = 30.0  # seconds until the provider is asked again, past the supposed expiry

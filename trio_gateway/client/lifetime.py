@@ -4,6 +4,7 @@ from typing import Final
 
 from ..core.tokens import claims_of
 
+RENEW_AT: Final = 0.8  # of what is left of a token's life
 SUPPOSED_LIFE: Final = 75.0  # seconds, of a token that seems expired and has no iat
 UNSURE: Final = 660.0  # seconds that a clock may be behind, until something has shown how far it is
 _SHORT: Final = 60.0  # what is left beyond that must be at least this, or the margin is not used
@@ -32,7 +33,7 @@ class Lifetime:
         if issued_at is not None:
             return min(left, whole)
         if self._behind is None and left > UNSURE + _SHORT:
-            return left - UNSURE
+            return min(left, (left - UNSURE) / RENEW_AT)
         return left
 
     def expired(self, expires_at: float, now: float) -> None:

@@ -143,7 +143,8 @@ def _allowed(tag: str) -> str:
 _HEADERS: Final = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": (
-        f"default-src 'none'; script-src {_allowed('script')}; style-src {_allowed('style')}; "
+        f"default-src 'none'; script-src {_allowed('script')} 'self'; "  # itself: client.js
+        f"style-src {_allowed('style')}; worker-src blob:; "
         "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
         "frame-ancestors 'none'"
     ),

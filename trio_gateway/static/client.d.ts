@@ -13,7 +13,8 @@ export interface GatewayEvent {
  * - `connecting`: asking for a token, opening, waiting to be let in
  * - `open`: let in; events arrive
  * - `waiting`: will try again by itself, after a while
- * - `offline`: the device has no network; will try again when it has
+ * - `offline`: the browser says that there is no network; will try again when it says that there is
+ *   one, and seldom until then, because browsers are wrong about it with some VPNs and adapters
  * - `refused`: ended by the gateway, for good
  * - `closed`: ended by `close()`, or by a later `connect()` of this page to the same URL
  */
@@ -24,7 +25,7 @@ export interface Ending {
   /** The gateway's close code; 1006 if there was none, or the socket was found to be dead. */
   code: number;
   reason: string;
-  /** When the next attempt is made; null: not by itself, or not while the device is offline. */
+  /** Seconds until the next attempt, sooner if the network comes back; null: none is made. */
   retryIn: number | null;
 }
 
@@ -52,7 +53,7 @@ export interface Page extends EventTarget {
 
 /** Good as they are; for tests and for networks of an uncommon kind. Seconds. */
 export interface Timings {
-  /** From the answer to one ping to the next ping; the gateway closes after 60 of silence. 25 */
+  /** From the answer to one ping to the next ping, less if the gateway asks for it. 25 */
   ping: number;
   /** Until a ping must be answered. 10 */
   patience: number;
@@ -66,6 +67,8 @@ export interface Timings {
   longest: number;
   /** After 4029 the wait is between this and twice this. 30 */
   coolDown: number;
+  /** While the browser says that there is no network, attempts are this to twice this apart. 30 */
+  offline: number;
   /** A connection that held for this long makes the back-off begin anew. 10 */
   stable: number;
 }
@@ -78,6 +81,8 @@ export interface Options {
   onEvent?: (event: GatewayEvent, text: string) => void;
   /** Events may be missing: fetch your state again. */
   onGap?: (reason: GapReason) => void;
+  /** What else the gateway says: answers, mostly (null: no JSON), and its text. */
+  onMessage?: (message: any, text: string) => void;
   onState?: (state: State) => void;
   onClose?: (ending: Ending) => void;
   /** It has ended for good: sign in again, or mend what the code names. */
@@ -97,6 +102,7 @@ export interface Options {
 export interface GatewayEventMap {
   event: CustomEvent<{ event: GatewayEvent; text: string }>;
   gap: CustomEvent<GapReason>;
+  message: CustomEvent<{ message: any; text: string }>;
   state: CustomEvent<State>;
   close: CustomEvent<Ending>;
   refused: CustomEvent<Ending>;
@@ -113,6 +119,10 @@ export interface Gateway extends EventTarget {
   readonly lastEventId: string;
   /** Ask the gateway to look up this waiter's sectors now. Rejects unless it answers. */
   refreshSectors(): Promise<number[]>;
+  /** Say something of your own, JSON or a word; throws unless the state is `open`. */
+  send(message: object | string): void;
+  /** Give the socket up and connect again at once, unless the gateway has asked to wait; resumes. */
+  reconnect(): void;
   /** End it. Nothing is called any more. */
   close(): void;
   addEventListener<K extends keyof GatewayEventMap>(

@@ -14,12 +14,19 @@ const TIMINGS = {
   backOff: 1,
   longest: 30,
   coolDown: 30,
+  offline: 30,
   stable: 10,
 };
 const NO_ANSWER = 1006; // what a browser says when there was no close frame
 const AUTH_FAILED = 4001;
 const STOP = new Set([1002, 1003, 1007, 1008, 1009, 4003]);
 const LATE = 5; // seconds: a timer that is later than this has slept
+const LEAST_PING = 0.5; // seconds between pings, whatever the gateway says: they count towards its rate limit
+const RENEW_AT = 0.8; // of what is left of a token's life
+const SUPPOSED_LIFE = 75; // seconds, of a token that seems expired and has no iat
+const UNSURE = 660; // seconds that a clock may be behind, until something has shown how far it is
+const SELDOM = { known: 0.1, unknown: 10 }; // between two renewals: of a token's life; seconds
+const OVERDUE = 30; // seconds until the provider is asked again, past the supposed expiry
 const REMEMBERED = 1000; // event ids
 const LONGEST_TIMER = 2 ** 31 - 1; // milliseconds; what is longer fires at once
 
@@ -67,6 +74,39 @@ const after = (call, seconds) => setTimeout(call, Math.min(seconds * 1000, LONGE
 
 const seconds = () => Date.now() / 1000;
 
+/**
+ * What is left of a token's life. The device's clock may be wrong, so it alone never decides: it is
+ * used as far as no token has contradicted it.
+ */
+class Lifetime {
+  /** Seconds that the clock is behind; null: nothing has shown it. @type {number | null} */
+  #behind = null;
+
+  /**
+   * Seconds until a token that the gateway has just accepted expires, rather too few.
+   *
+   * @param {number | undefined} iat @param {number} expires @param {number} now
+   */
+  left(iat, expires, now) {
+    const whole = iat !== undefined && iat < expires ? expires - iat : SUPPOSED_LIFE;
+    if (iat !== undefined) this.#behind = Math.max(this.#behind ?? 0, iat - now); // not issued in the future
+    const left = expires - now - (this.#behind ?? 0);
+    if (left <= 0) return whole; // it was accepted: the clock is ahead
+    if (iat !== undefined) return Math.min(left, whole);
+    const unsure = this.#behind === null && left > UNSURE + 60;
+    return unsure ? Math.min(left, (left - UNSURE) / RENEW_AT) : left;
+  }
+
+  /** The gateway has said that a connection's token expires now. @param {number} expires @param {number} now */
+  expired(expires, now) {
+    this.#behind = expires - now;
+  }
+}
+
+const WAKER_AFTER = 5; // seconds that a page must have been hidden
+/** What a worker does that wakes a hidden page: browsers hold up the timers of the page, not its own. */
+const WAKER = "onmessage = ({ data }) => setTimeout(postMessage, data, 0)";
+
 /** @type {WeakMap<Page, Map<string, Connection>>} */
 const pages = new WeakMap();
 
@@ -91,21 +131,37 @@ class Connection extends EventTarget {
   #openSince = 0;
   /** Not before this, whatever the device says: the gateway asked for it. */
   #notBefore = 0;
+  /** Seconds of that wait. */
+  #askedToWait = 0;
   /** The one that holds, or is being tried. */
   #token = "";
-  /** Sent to renew it, and not answered yet. */
+  /** Sent to renew it, and not answered yet: a refusal may then be about either. */
   #offered = "";
+  /** The one that was presented and refused, for sure. */
   #refused = "";
-  /** When the gateway will end the connection, unix time; 0 if nobody knows. */
+  /** A token was refused since one was last accepted. */
+  #unwanted = false;
+  #why = "";
+  /** When the gateway will end the connection, unix time by its clock; 0 if nobody knows. */
   #expires = 0;
+  /** Seconds from the planned renewal to the token's end. */
+  #left = 0;
+  #lifetime = new Lifetime();
+  /** Let in while the browser says that there is no network: it does not know. */
+  #networkUnknown = false;
+  #pingEvery;
   #pinged = false;
   #lastEventId;
   /** @type {Set<string>} */
   #seen = new Set();
   /** @type {{ resolve: (sectors: number[]) => void, reject: (error: Error) => void }[]} */
   #asked = [];
-  /** Each of them one timer at most. @type {Record<string, ReturnType<typeof setTimeout>>} */
-  #timers = {};
+  /** @type {Map<string, { due: number, run: () => void, id: ReturnType<typeof setTimeout> }>} */
+  #timers = new Map();
+  /** Wakes the page while it is hidden. @type {Worker | null} */
+  #waker = null;
+  /** @type {ReturnType<typeof setTimeout> | undefined} */
+  #wakerStart;
   #listening = new AbortController();
 
   /** @param {Options} options */
@@ -113,6 +169,7 @@ class Connection extends EventTarget {
     super();
     this.#options = options;
     this.#timings = { ...TIMINGS, ...options.timings };
+    this.#pingEvery = this.#timings.ping;
     this.#lastEventId = options.lastEventId ?? "";
     this.#url = new URL(options.url, globalThis.location?.href);
     this.#url.protocol = this.#url.protocol.replace(/^http/, "ws");
@@ -153,13 +210,26 @@ class Connection extends EventTarget {
     });
   }
 
+  /** @param {object | string} message */
+  send(message) {
+    if (this.#state !== "open") throw new Error(`not connected: ${this.#state}`);
+    this.#socket?.send(typeof message === "string" ? message : JSON.stringify(message));
+  }
+
+  reconnect() {
+    if (this.#ended) return;
+    const wait = this.#mustWait;
+    if (wait > 0) this.#wait(wait);
+    else this.#connect();
+  }
+
   close() {
     this.#end("closed");
     this.#listening.abort();
   }
 
   #listen() {
-    const { onEvent, onGap, onState, onClose, onRefused, onError } = this.#options;
+    const { onEvent, onGap, onMessage, onState, onClose, onRefused, onError } = this.#options;
     const options = { signal: this.#listening.signal };
     /** @param {string} name @param {((detail: any) => void) | undefined} call */
     const on = (name, call) => {
@@ -169,18 +239,24 @@ class Connection extends EventTarget {
     };
     on("event", onEvent && (({ event, text }) => onEvent(event, text)));
     on("gap", onGap);
+    on("message", onMessage && (({ message, text }) => onMessage(message, text)));
     on("state", onState);
     on("close", onClose);
     on("refused", onRefused);
     on("error", onError);
     /** @param {string} name @param {() => void} call */
     const watch = (name, call) => this.#page?.addEventListener(name, call, options);
-    watch("offline", () => this.#look());
+    watch("offline", () => {
+      this.#networkUnknown = false;
+      this.#look();
+    });
     watch("online", () => this.#look());
     watch("pageshow", () => this.#look());
     watch("visibilitychange", () => {
-      if (this.#page?.document?.visibilityState !== "hidden") this.#look();
+      this.#keepAwake();
+      if (!this.#hidden) this.#look();
     });
+    this.#keepAwake();
   }
 
   /** @param {Page} page */
@@ -211,10 +287,66 @@ class Connection extends EventTarget {
     this.#tell("state", state);
   }
 
-  /** @param {string} name @param {() => void} call @param {number} seconds */
-  #timer(name, call, seconds) {
-    clearTimeout(this.#timers[name]);
-    this.#timers[name] = after(call, seconds);
+  /** One timer of a name at most. @param {string} name @param {() => void} call @param {number} wait */
+  #timer(name, call, wait) {
+    this.#stop(name);
+    const run = () => {
+      this.#timers.delete(name);
+      call();
+    };
+    this.#timers.set(name, { due: seconds() + wait, run, id: after(run, wait) });
+    this.#waker?.postMessage(Math.min(wait * 1000 + 10, LONGEST_TIMER));
+  }
+
+  /** @param {string} name */
+  #stop(name) {
+    clearTimeout(this.#timers.get(name)?.id);
+    this.#timers.delete(name);
+  }
+
+  /** Run the timers that are due, which the browser may hold up while the page is hidden. */
+  #runDue() {
+    for (const [name, { due, run }] of this.#timers) {
+      if (due > seconds()) continue;
+      this.#stop(name);
+      run();
+    }
+  }
+
+  get #hidden() {
+    return this.#page?.document?.visibilityState === "hidden";
+  }
+
+  /** Have a worker while the page is hidden, if it is for more than a moment: it may be closing. */
+  #keepAwake() {
+    clearTimeout(this.#wakerStart);
+    if (this.#hidden && !this.#ended) {
+      if (!this.#waker) this.#wakerStart = after(() => this.#startWaker(), WAKER_AFTER);
+      return;
+    }
+    this.#waker?.terminate();
+    this.#waker = null;
+  }
+
+  /** Without one, or if the page's policy forbids it (`worker-src blob:`), what is heard wakes the page. */
+  #startWaker() {
+    if (this.#waker || typeof Worker !== "function") return;
+    const url = URL.createObjectURL(new Blob([WAKER], { type: "text/javascript" }));
+    try {
+      const waker = new Worker(url);
+      this.#waker = waker;
+      waker.onmessage = () => this.#runDue();
+      waker.onerror = () => {
+        if (this.#waker === waker) this.#waker = null;
+      };
+      for (const { due } of this.#timers.values()) {
+        waker.postMessage(Math.max(0, due - seconds()) * 1000 + 10);
+      }
+    } catch {
+      this.#waker = null;
+    } finally {
+      URL.revokeObjectURL(url); // it is being fetched already
+    }
   }
 
   // An attempt: token, socket, let in
@@ -225,10 +357,9 @@ class Connection extends EventTarget {
     this.#become("connecting");
     if (attempt !== this.#attempt) return; // a listener closed it
     this.#timer("connect", () => this.#lost(NO_ANSWER, "not connected in time"), this.#timings.connect);
-    const refused = this.#refused !== "";
     let token;
     try {
-      token = await this.#ask(refused);
+      token = await this.#ask(this.#unwanted);
     } catch (error) {
       if (attempt !== this.#attempt) return;
       this.#tell("error", error);
@@ -237,7 +368,7 @@ class Connection extends EventTarget {
     }
     if (attempt !== this.#attempt) return;
     if (!token) return this.#refuse(AUTH_FAILED, "no token");
-    if (token === this.#refused) return this.#refuse(AUTH_FAILED, "the same token again");
+    if (token === this.#refused) return this.#refuse(AUTH_FAILED, this.#why);
     this.#open(token);
   }
 
@@ -257,6 +388,7 @@ class Connection extends EventTarget {
       return this.#refuse(NO_ANSWER, String(error).replaceAll(token, "…"));
     }
     this.#token = token;
+    this.#offered = "";
     this.#expires = claims(token).exp ?? 0;
     this.#socket = socket;
     // Node 22 says no more than this of a connection that it could not make.
@@ -270,11 +402,15 @@ class Connection extends EventTarget {
   }
 
   #letIn() {
-    clearTimeout(this.#timers.connect);
+    this.#stop("connect");
     this.#openSince = seconds();
     this.#refused = "";
+    this.#unwanted = false;
+    this.#networkUnknown = this.#page?.navigator?.onLine === false;
+    this.#pingEvery = this.#timings.ping;
     this.#pingLater();
-    this.#renewLater();
+    this.#renewLater(false);
+    this.#say({ type: "intervals" });
     this.#become("open");
   }
 
@@ -283,18 +419,19 @@ class Connection extends EventTarget {
   /** @param {unknown} data */
   #hear(data) {
     if (this.#pinged) this.#pingLater();
+    if (this.#hidden) queueMicrotask(() => this.#runDue());
     const text = String(data);
-    let message;
+    let message = null;
     try {
       message = JSON.parse(text);
     } catch {
-      return;
+      // a word, as the answer to the plain form of a message
     }
     // Events name their tenant, the gateway's own messages don't: whatever types there are.
     if (message?.tenant_id !== undefined) return this.#event(message, text);
     switch (message?.type) {
       case "resumed":
-        this.#lastEventId = message.last_event_id;
+        if (typeof message.last_event_id === "string") this.#lastEventId = message.last_event_id;
         this.#letIn();
         if (!message.recovered) this.#tell("gap", "not_recovered");
         break;
@@ -302,14 +439,28 @@ class Connection extends EventTarget {
         this.#tell("gap", "lost");
         break;
       case "auth_ok":
+        if (!this.#offered) break; // a second answer
         this.#token = this.#offered;
+        this.#offered = "";
         this.#expires = message.expires_at;
-        this.#renewLater();
+        this.#renewLater(true);
         break;
       case "sectors_updated":
         this.#answerAsked(message.sector_ids);
         break;
+      case "intervals":
+        this.#hearIntervals(message);
+        break;
     }
+    this.#tell("message", { message, text });
+  }
+
+  /** @param {{ heartbeat_timeout?: unknown, receive_timeout?: unknown }} message */
+  #hearIntervals({ heartbeat_timeout, receive_timeout }) {
+    const silence = Math.min(Number(heartbeat_timeout), Number(receive_timeout));
+    if (!(silence > 0)) return;
+    this.#pingEvery = Math.min(this.#timings.ping, Math.max(LEAST_PING, silence / 2));
+    if (!this.#pinged) this.#pingLater();
   }
 
   /** @param {GatewayEvent} event @param {string} text */
@@ -331,7 +482,7 @@ class Connection extends EventTarget {
 
   /** @param {number[] | null} sectors */
   #answerAsked(sectors) {
-    clearTimeout(this.#timers.sectors);
+    this.#stop("sectors");
     for (const { resolve, reject } of this.#asked.splice(0)) {
       if (sectors) resolve(sectors);
       else reject(new Error("the gateway did not say the sectors"));
@@ -351,10 +502,10 @@ class Connection extends EventTarget {
    */
   #pingLater() {
     this.#pinged = false;
-    clearTimeout(this.#timers.pong);
-    const due = seconds() + this.#timings.ping;
+    this.#stop("pong");
+    const due = seconds() + this.#pingEvery;
     const ping = () => this.#ping(this.#slept(due));
-    this.#timer("ping", ping, this.#timings.ping);
+    this.#timer("ping", ping, this.#pingEvery);
   }
 
   /** @param {boolean} hurry */
@@ -362,7 +513,7 @@ class Connection extends EventTarget {
     const patience = hurry ? this.#timings.shortPatience : this.#timings.patience;
     const due = seconds() + patience;
     this.#pinged = true;
-    clearTimeout(this.#timers.ping);
+    this.#stop("ping");
     this.#timer(
       "pong",
       () => {
@@ -384,30 +535,52 @@ class Connection extends EventTarget {
   #look() {
     if (this.#state === "open") this.#ping(true);
     if (this.#state !== "waiting" && this.#state !== "offline") return;
-    const wait = this.#notBefore - seconds();
-    if (this.#offline || wait > 0) this.#wait(wait);
-    else this.#connect();
+    const wait = this.#mustWait;
+    if (!this.#offline) {
+      if (wait > 0) this.#wait(wait);
+      else this.#connect();
+    } else if (this.#state === "waiting") {
+      this.#wait(Math.max(wait, this.#seldom()));
+    }
+  }
+
+  /** Seconds that the gateway still wants us to wait; not more if the clock was set back. */
+  get #mustWait() {
+    return Math.min(this.#notBefore - seconds(), this.#askedToWait);
   }
 
   get #offline() {
-    return this.#page?.navigator?.onLine === false;
+    return !this.#networkUnknown && this.#page?.navigator?.onLine === false;
+  }
+
+  /** The browser may be wrong about the network (a VPN, a virtual adapter), so attempts go on. */
+  #seldom() {
+    return this.#timings.offline * (1 + Math.random());
   }
 
   // The token's life
 
-  #renewLater() {
-    const { exp, iat } = claims(this.#token);
-    if (!this.#expires) return;
-    let left = this.#expires - seconds();
-    // A clock that is ahead finds every token expired; then the token's own two times must do.
-    if (left <= 0) left = exp && iat ? exp - iat : 300;
-    this.#timer("renew", () => this.#renew(), Math.max(1, 0.8 * left));
+  /** @param {boolean} renewed */
+  #renewLater(renewed) {
+    if (!this.#expires || typeof this.#options.token !== "function") return;
+    const { iat } = claims(this.#token);
+    const left = this.#lifetime.left(iat, this.#expires, seconds());
+    // A token that is new and seems to be at its end shows that the clock is wrong.
+    const seldom = iat === undefined ? SELDOM.unknown : SELDOM.known * (this.#expires - iat);
+    this.#left = left;
+    this.#renewIn(Math.max(1, renewed ? seldom : 0, RENEW_AT * left));
+  }
+
+  /** @param {number} wait */
+  #renewIn(wait) {
+    this.#left -= wait;
+    this.#timer("renew", () => this.#renew(), wait);
   }
 
   async #renew() {
     const attempt = this.#attempt;
     // Also if nothing comes of it: the old one holds for a while.
-    this.#renewLater();
+    this.#renewIn(this.#left > 0 ? Math.max(1, RENEW_AT * this.#left) : OVERDUE);
     try {
       const token = await this.#ask(false);
       if (attempt !== this.#attempt || !token || token === this.#token) return;
@@ -423,7 +596,7 @@ class Connection extends EventTarget {
   /** Forget the socket and all that waits for it. */
   #drop() {
     this.#attempt++;
-    for (const timer of Object.values(this.#timers)) clearTimeout(timer);
+    for (const name of this.#timers.keys()) this.#stop(name);
     this.#pinged = false;
     const socket = this.#socket;
     this.#socket = null;
@@ -436,20 +609,38 @@ class Connection extends EventTarget {
 
   /** @param {number} code @param {string} reason */
   #lost(code, reason) {
-    const held = this.#state === "open" && seconds() - this.#openSince >= this.#timings.stable;
+    const wasOpen = this.#state === "open";
+    const held = wasOpen && seconds() - this.#openSince >= this.#timings.stable;
     if (held) this.#failures = 0;
     this.#drop();
     const next = afterClose(code);
     if (next === "stop") return this.#refuse(code, reason);
-    if (next === "renew") this.#refused = this.#token;
+    if (next === "renew") this.#blame(reason, wasOpen);
     // The gateway has spread its clients already.
-    const asked = next === "cool down" ? this.#timings.coolDown * (1 + Math.random()) : hint(reason);
-    this.#notBefore = asked === null ? 0 : seconds() + asked;
-    const wait = asked ?? this.#backOff(next === "renew");
+    let asked = hint(reason);
+    if (next === "cool down") asked ??= this.#timings.coolDown * (1 + Math.random());
+    this.#askedToWait = asked ?? 0;
+    this.#notBefore = seconds() + this.#askedToWait;
+    let wait = asked ?? this.#backOff(next === "renew");
+    if (this.#offline) wait = Math.max(wait, this.#seldom());
     const attempt = this.#attempt;
-    const retryIn = this.#offline ? null : wait;
-    this.#tell("close", { code, reason, retryIn });
+    this.#tell("close", { code, reason, retryIn: wait });
     if (attempt === this.#attempt) this.#wait(wait);
+  }
+
+  /**
+   * A token counts as refused only if the answer was about it for sure. Else whichever comes next from
+   * the provider is presented, and judged.
+   *
+   * @param {string} reason @param {boolean} wasOpen
+   */
+  #blame(reason, wasOpen) {
+    this.#unwanted = true;
+    this.#why = reason;
+    this.#refused = this.#offered ? "" : this.#token;
+    if (wasOpen && !this.#offered && this.#expires && reason.includes("expired")) {
+      this.#lifetime.expired(this.#expires, seconds());
+    }
   }
 
   /** Anything between nothing and a bound that doubles, so that many do not come back as one. */
@@ -461,10 +652,8 @@ class Connection extends EventTarget {
 
   /** @param {number} wait */
   #wait(wait) {
-    clearTimeout(this.#timers.retry);
-    if (this.#offline) return this.#become("offline");
     this.#timer("retry", () => this.#connect(), wait);
-    this.#become("waiting");
+    this.#become(this.#offline ? "offline" : "waiting");
   }
 
   /** @param {number} code @param {string} reason */
@@ -486,6 +675,7 @@ class Connection extends EventTarget {
     this.#become(state);
     if (ending) this.#tell("refused", ending);
     this.#listening.abort();
+    this.#keepAwake();
   }
 }
 

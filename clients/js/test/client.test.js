@@ -16,6 +16,7 @@ beforeEach(() => {
 });
 afterEach(() => {
   for (const { client } of driven.splice(0)) client.close();
+  Reflect.deleteProperty(globalThis, "Worker");
   mock.timers.reset();
   mock.restoreAll();
 });
@@ -318,6 +319,21 @@ for (const [drawn, wait] of [
   });
 }
 
+test("a hint is obeyed after 4029 as well", async () => {
+  const client = await open();
+  client.socket.end(4029, "retry in 3.5s");
+  assert.equal(client.of("close")[0].retryIn, 3.5);
+});
+
+test("a clock that is set back does not make a wait longer", async () => {
+  const client = await open();
+  client.socket.end(1001, "retry in 10.5s");
+  clock.sleep(-HOUR);
+  client.page.show(true);
+  await clock.pass(10.6);
+  assert.equal(sockets(), 2);
+});
+
 test("after 4001 the same token is not tried again", async () => {
   let asked = 0;
   const client = await start({
@@ -400,6 +416,34 @@ test("the first message asks for the present place, later ones for the last that
   client.socket.open();
   assert.deepEqual(client.socket.sent, ['{"type":"resume","last_event_id":"7"}']);
 });
+
+test("an answer that names no place leaves the one that is known", async () => {
+  draw(0);
+  const client = await open({ lastEventId: "kept" });
+  client.socket.say({ type: "ROUND_READY", tenant_id: 1, event_id: "7" });
+  client.socket.end(1006);
+  await clock.pass(0.1);
+  client.socket.open();
+  client.socket.say({ type: "resumed", recovered: false, count: 0 });
+  assert.equal(client.client.lastEventId, "7");
+  assert.deepEqual(client.of("gap"), ["not_recovered"]);
+});
+
+for (const code of [1001, 1006, 1011, 1013, 4001, 4008, 4009, 4029]) {
+  test(`the place to resume from is kept over ${code}, and a gap is told once`, async () => {
+    draw(0);
+    let asked = 0;
+    const client = await open({ token: () => `token${++asked}` });
+    client.socket.say({ type: "ROUND_READY", tenant_id: 1, event_id: "7" });
+    client.socket.say({ type: "gap" });
+    client.socket.end(code);
+    await clock.pass(61);
+    client.socket.open();
+    assert.equal(client.socket.sent[0], '{"type":"resume","last_event_id":"7"}');
+    client.socket.letIn({ last_event_id: "7" });
+    assert.deepEqual(client.of("gap"), ["lost"]);
+  });
+}
 
 test("the last thousand are remembered, not more", async () => {
   const client = await open();
@@ -490,8 +534,8 @@ test("what auth_ok says is when the next renewal is counted from", async () => {
   const tokens = [jwt({ exp }), jwt({ exp: exp + 1 }), jwt({ exp: exp + 2 })];
   const client = await open({ token: () => tokens.shift() });
   await keepAlive(client, 80.2);
-  client.socket.say({ type: "auth_ok", expires_at: clock.seconds + 1000 });
-  await keepAlive(client, 795);
+  client.socket.say({ type: "auth_ok", expires_at: clock.seconds + 4000 });
+  await keepAlive(client, 3195);
   assert.equal(tokens.length, 1);
   await keepAlive(client, 10);
   assert.equal(tokens.length, 0);
@@ -529,6 +573,79 @@ test("a token that expired while its renewal was not answered gives way to the f
   assert.equal(client.socket.token, fresh);
   assert.equal(client.client.state, "connecting");
 });
+
+test("a refusal while a renewal is open blames neither token for sure", async () => {
+  const [first, other] = [jwt({ exp: clock.seconds + 100 }), jwt({ exp: clock.seconds + 100, jti: "2" })];
+  const tokens = [first, other];
+  /** @type {boolean[]} */
+  const asked = [];
+  const client = await open({
+    token: ({ refused }) => {
+      asked.push(refused);
+      return tokens.shift() ?? first;
+    },
+  });
+  await keepAlive(client, 81);
+  client.socket.end(4001, "bad signature");
+  await clock.pass(0.1);
+  assert.equal(client.socket.token, first);
+  client.socket.letIn();
+  assert.equal(client.client.state, "open");
+  client.socket.end(4001, "token revoked");
+  await clock.pass(60);
+  assert.deepEqual(asked, [false, false, true, true]);
+  assert.equal(client.of("refused")[0].reason, "token revoked");
+});
+
+test("two answers to a renewal lose no token", async () => {
+  const fresh = jwt({ exp: clock.seconds + 1000 });
+  const tokens = [jwt({ exp: clock.seconds + 10 })];
+  const client = await open({ token: () => tokens.shift() ?? fresh });
+  client.socket.say({ type: "auth_ok", expires_at: clock.seconds + 5 });
+  await clock.pass(8.1);
+  for (let answer = 0; answer < 2; answer++) {
+    client.socket.say({ type: "auth_ok", expires_at: clock.seconds + 990 });
+  }
+  client.socket.end(4001, "revoked");
+  await clock.pass(60);
+  assert.equal(sockets(), 1);
+  assert.equal(client.client.state, "refused");
+});
+
+for (const behind of [-600, 0, 600]) {
+  for (const life of [120, 900]) {
+    for (const iat of [true, false]) {
+      const name = `${life} s${iat ? "" : " without iat"}, clock ${behind} s behind`;
+      test(`renewal does not depend on the device's clock: ${name}`, async () => {
+        const now = () => Math.floor(clock.seconds + behind);
+        let minted = 0;
+        let expires = 0;
+        const client = await open({
+          token: () => {
+            minted++;
+            expires = now() + life;
+            return jwt({ ...(iat && { iat: now() }), exp: expires, jti: `${minted}` });
+          },
+        });
+        for (let passed = 0; passed < 3 * life; passed++) {
+          await clock.pass(1, 1000);
+          const { socket } = client;
+          if (socket.live && clock.seconds + behind >= expires) socket.end(4001, "token expired");
+          if (socket.live && client.client.state === "connecting") socket.letIn();
+          const said = socket.sent.at(-1);
+          if (said === "ping") socket.say({ type: "pong" });
+          if (said?.includes("auth")) {
+            socket.say({ type: "auth_ok", expires_at: expires });
+            socket.sent.push("");
+          }
+        }
+        // A short token without iat, and a clock that is behind: only an expiry can tell.
+        assert.equal(sockets(), !iat && life === 120 && behind > 0 ? 2 : 1);
+        assert.ok(minted >= 3 && minted < (iat ? 15 : 30), `${minted} tokens`);
+      });
+    }
+  }
+}
 
 test("a provider that keeps its token or fails is no reason to send anything", async () => {
   const kept = jwt({ exp: clock.seconds + 100 });
@@ -605,6 +722,40 @@ test("it says something every 25 seconds, and answers keep the socket", async ()
   const pings = client.socket.sent.filter((text) => text === "ping");
   assert.ok(pings.length >= 7, `${pings.length} pings`);
   assert.equal(sockets(), 1);
+});
+
+for (const [heartbeat, receive, every] of [
+  [60, 90, 25],
+  [20, 90, 10],
+  [60, 8, 4],
+  [0.1, 90, 0.5],
+]) {
+  test(`it says something every ${every} s to a gateway that asks for ${heartbeat} and ${receive}`, async () => {
+    const client = await open();
+    assert.deepEqual(client.socket.sent.slice(1), ['{"type":"intervals"}']);
+    client.socket.say({ type: "intervals", heartbeat_timeout: heartbeat, receive_timeout: receive });
+    for (let passed = 0; passed < 20 * every; passed += 0.1) {
+      await clock.pass(0.1);
+      if (client.socket.sent.at(-1) === "ping") {
+        client.socket.say({ type: "pong" });
+        client.socket.sent.push("");
+      }
+    }
+    const pings = client.socket.sent.filter((text) => text === "ping").length;
+    assert.ok(pings >= 15 && pings <= 20, `${pings} pings`);
+    assert.deepEqual(client.of("event"), []);
+  });
+}
+
+test("intervals that are no numbers change nothing", async () => {
+  const client = await open();
+  for (const bad of ["x", -1, null, 0, {}]) {
+    client.socket.say({ type: "intervals", heartbeat_timeout: bad, receive_timeout: 90 });
+  }
+  await clock.pass(24);
+  assert.ok(!client.socket.sent.includes("ping"));
+  await clock.pass(1.1);
+  assert.equal(client.socket.sent.at(-1), "ping");
 });
 
 test("a socket that does not answer is replaced, and what it says later is not heard", async () => {
@@ -696,30 +847,65 @@ test("a page that is hidden is left alone", async () => {
   assert.equal(client.socket.sent.length, before);
 });
 
-test("offline it waits for the network, and goes on at once when that is back", async () => {
+test("offline it tries seldom, and goes on at once when the network is back", async () => {
+  draw(0.5);
   const client = await open();
   client.page.network(false);
   await clock.pass(3.1);
   assert.equal(client.client.state, "offline");
-  assert.equal(client.of("close")[0].retryIn, null);
-  await clock.pass(HOUR);
+  assert.equal(client.of("close")[0].retryIn, 45);
   client.page.show(true);
-  await clock.pass(60);
+  client.page.dispatchEvent(new Event("offline"));
+  await clock.pass(44.8);
   assert.equal(sockets(), 1);
-  client.page.show(false);
+  await clock.pass(0.3);
+  assert.equal(sockets(), 2);
+  client.socket.fail();
+  await clock.pass(HOUR);
+  assert.ok(sockets() > 40 && sockets() < 90, `${sockets()} attempts`);
+  const before = sockets();
+  if (client.socket.live) client.socket.fail();
   client.page.network(true);
   await settle();
-  assert.equal(sockets(), 2);
+  assert.equal(sockets(), before + 1);
 });
 
-test("a wait is suspended when the network goes", async () => {
-  draw(0.999);
+test("a browser that says offline although the network works is not believed", async () => {
+  draw(0.5);
+  const page = new FakePage();
+  page.navigator.onLine = false;
+  const client = await open({ page });
+  assert.equal(client.client.state, "open");
+  client.socket.end(1006);
+  assert.equal(client.client.state, "waiting");
+  await clock.pass(0.6);
+  assert.equal(sockets(), 2);
+  client.socket.letIn();
+  page.network(false);
+  client.socket.end(1006);
+  assert.equal(client.client.state, "offline");
+});
+
+test("a wait becomes a longer one when the network goes", async () => {
+  draw(0.5);
   const client = await open();
   client.socket.end(1006);
   client.page.network(false);
   assert.equal(client.client.state, "offline");
-  await clock.pass(60);
+  await clock.pass(44);
   assert.equal(sockets(), 1);
+  await clock.pass(2);
+  assert.equal(sockets(), 2);
+});
+
+test("offline, a hint is still obeyed", async () => {
+  const client = await open();
+  client.page.navigator.onLine = false;
+  client.socket.end(1001, "retry in 100.5s");
+  await clock.pass(100);
+  assert.equal(sockets(), 1);
+  await clock.pass(1);
+  assert.equal(sockets(), 2);
 });
 
 test("offline in name only: a socket that answers is kept", async () => {
@@ -730,6 +916,120 @@ test("offline in name only: a socket that answers is kept", async () => {
   assert.equal(client.client.state, "open");
   assert.equal(sockets(), 1);
 });
+
+// A hidden tab
+
+/** Stands for the worker that wakes a hidden page: its timers are the test's. */
+class FakeWorker {
+  /** @type {FakeWorker[]} */
+  static all = [];
+  live = true;
+  /** @type {number[]} */
+  asked = [];
+  /** @type {any} */ onmessage = null;
+  /** @type {any} */ onerror = null;
+
+  /** @param {URL | string} url */
+  constructor(url) {
+    this.url = String(url);
+    FakeWorker.all.push(this);
+  }
+
+  /** @param {number} after milliseconds */
+  postMessage(after) {
+    this.asked.push(after);
+  }
+
+  terminate() {
+    this.live = false;
+  }
+}
+
+/** @param {any} [worker] */
+const hide = async (worker = FakeWorker) => {
+  FakeWorker.all = [];
+  /** @type {any} */ (globalThis).Worker = worker; // Node has none
+  const client = await open();
+  client.page.show(false);
+  await clock.pass(5.1);
+  return client;
+};
+
+test("a hidden page is woken by a worker, which asks for every timer to come", async () => {
+  const client = await hide();
+  const [worker] = FakeWorker.all;
+  assert.match(worker.url, /^blob:/);
+  assert.ok(worker.asked.every((wait) => wait > 19_000 && wait <= 20_010));
+  clock.sleep(21); // the page's own timers are held up
+  worker.onmessage({});
+  assert.equal(client.socket.sent.at(-1), "ping");
+  assert.equal(worker.asked.at(-1), 10_010);
+  clock.sleep(2);
+  client.socket.say({ type: "pong" });
+  clock.sleep(25.1);
+  worker.onmessage({});
+  assert.equal(client.socket.sent.filter((text) => text === "ping").length, 2);
+  assert.equal(sockets(), 1);
+});
+
+test("a worker that wakes a page too early, or for a timer that was cleared, does nothing", async () => {
+  const client = await hide();
+  const before = client.socket.sent.length;
+  FakeWorker.all[0].onmessage({});
+  assert.equal(client.socket.sent.length, before);
+  client.client.close();
+  FakeWorker.all[0].onmessage({});
+  assert.equal(client.socket.sent.length, before);
+});
+
+test("the worker ends when the page is shown, and with the client", async () => {
+  const client = await hide();
+  client.page.show(true);
+  assert.deepEqual(FakeWorker.all.map((worker) => worker.live), [false]);
+  client.socket.say({ type: "pong" });
+  client.page.show(false);
+  await clock.pass(5.1);
+  client.client.close();
+  assert.deepEqual(FakeWorker.all.map((worker) => worker.live), [false, false]);
+});
+
+test("a page that is hidden for a moment, or closing, starts no worker", async () => {
+  const client = await hide();
+  client.page.show(true);
+  client.socket.say({ type: "pong" });
+  client.page.show(false);
+  await clock.pass(4);
+  client.page.show(true);
+  client.socket.say({ type: "pong" });
+  await clock.pass(4);
+  client.page.show(false);
+  client.client.close();
+  await clock.pass(10);
+  assert.equal(FakeWorker.all.length, 1);
+});
+
+const forbidden = class {
+  constructor() {
+    throw new DOMException("Refused to create a worker", "SecurityError");
+  }
+};
+for (const [name, worker] of /** @type {[string, any][]} */ ([
+  ["throws", forbidden],
+  ["fails", FakeWorker],
+  ["is not there", undefined],
+])) {
+  test(`where a worker ${name}, what is heard wakes a hidden page`, async () => {
+    const client = await hide(worker);
+    FakeWorker.all[0]?.onerror({});
+    clock.sleep(21);
+    client.socket.say({ type: "CART_CLEARED", tenant_id: 1 });
+    await settle();
+    assert.equal(client.socket.sent.at(-1), "ping");
+    client.socket.say({ type: "pong" });
+    assert.equal(client.client.state, "open");
+    assert.equal(sockets(), 1);
+  });
+}
 
 // One socket a page
 
@@ -792,6 +1092,47 @@ test("sectors that are not told in time, or lost with the socket, are an error",
   socket.end(1006);
   await alsoAsserted;
   await assert.rejects(client.refreshSectors(), /not connected: waiting/);
+});
+
+// What the application says itself
+
+test("the application may say things, and is told the answers, which are no events", async () => {
+  /** @type {any[]} */
+  const answers = [];
+  const client = await start({ onMessage: (message, text) => answers.push([message, text]) });
+  assert.throws(() => client.client.send("ping"), /^Error: not connected: connecting$/);
+  client.socket.letIn();
+  answers.length = 0;
+  client.client.send({ type: "watch" });
+  client.client.send("refresh_sectors");
+  assert.deepEqual(client.socket.sent.slice(-2), ['{"type":"watch"}', "refresh_sectors"]);
+  client.socket.say({ type: "statistics", pid: 1 });
+  client.socket.onmessage({ data: "sectors_updated:5" });
+  client.socket.say({ type: "ROUND_READY", tenant_id: 1 });
+  assert.deepEqual(answers, [
+    [{ type: "statistics", pid: 1 }, '{"type":"statistics","pid":1}'],
+    [null, "sectors_updated:5"],
+  ]);
+});
+
+test("reconnect() resumes on another socket at once, unless the gateway has asked to wait", async () => {
+  const client = await open();
+  client.socket.say({ type: "ROUND_READY", tenant_id: 1, event_id: "7" });
+  client.client.reconnect();
+  await settle();
+  assert.equal(live(), 1);
+  client.socket.open();
+  assert.equal(client.socket.sent[0], '{"type":"resume","last_event_id":"7"}');
+  client.socket.end(1001, "retry in 10.5s");
+  client.client.reconnect();
+  await clock.pass(10);
+  assert.equal(sockets(), 2);
+  await clock.pass(1);
+  assert.equal(sockets(), 3);
+  client.client.close();
+  client.client.reconnect();
+  await settle();
+  assert.equal(live(), 0);
 });
 
 // The end

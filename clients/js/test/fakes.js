@@ -111,11 +111,11 @@ export class Clock {
     return this.#now / 1000;
   }
 
-  /** @param {number} seconds */
-  async pass(seconds) {
+  /** @param {number} seconds @param {number} [most] milliseconds at once */
+  async pass(seconds, most = STEP) {
     await settle();
-    for (let left = Math.round(seconds * 1000); left > 0; left -= STEP) {
-      const step = Math.min(left, STEP);
+    for (let left = Math.round(seconds * 1000); left > 0; left -= most) {
+      const step = Math.min(left, most);
       this.#now += step;
       mock.timers.tick(step);
       await settle();

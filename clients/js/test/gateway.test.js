@@ -241,7 +241,7 @@ test("a tab that is shown again keeps a socket that lives", async () => {
   assert.deepEqual(told.of("close"), []);
 });
 
-test("offline it makes no attempt, online it resumes at once", async () => {
+test("offline it tries seldom, online it resumes at once", async () => {
   const page = new FakePage();
   const { told, client } = start({ page, timings: QUICK });
   await told.letIn();
@@ -257,17 +257,14 @@ test("offline it makes no attempt, online it resumes at once", async () => {
   assert.deepEqual(ids(told), ["while offline"]);
 });
 
-test("its pings keep a gateway with little patience", async () => {
+test("it says something as often as a gateway with little patience asks", async () => {
   const impatient = new Gateway({ WS_HEARTBEAT_TIMEOUT: "2", WS_CLEANUP_INTERVAL: "0.5" });
   await impatient.start();
   try {
-    const url = impatient.url("waiter");
-    const talker = start({ url, timings: { ping: 0.5 } });
-    const mute = start({ url, timings: { ping: 60, ...QUICK } });
-    await talker.told.letIn();
-    await mute.told.letIn(2);
-    assert.equal(mute.told.of("close")[0].code, 4008);
-    assert.deepEqual(talker.told.of("close"), []);
+    const { told } = start({ url: impatient.url("waiter") });
+    await told.letIn();
+    await sleep(3500);
+    assert.deepEqual(told.of("close"), []);
   } finally {
     await impatient.stop("SIGTERM");
   }
