@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import h11
@@ -20,6 +22,7 @@ import hypercorn.trio
 import hypercorn.trio.run
 import redis
 import trio
+import trustme
 from hypercorn.config import Config
 from hypercorn.trio.tcp_server import TCPServer
 from prometheus_client.parser import text_string_to_metric_families
@@ -136,6 +139,18 @@ async def running(
             stop.set()
     finally:
         line.install()
+
+
+def with_certificate(config: Config, folder: Path) -> ssl.SSLContext:
+    """Serve TLS for ``localhost``; returns the context of a client that trusts it."""
+    authority = trustme.CA()
+    certificate = authority.issue_cert("localhost")
+    config.certfile, config.keyfile = str(folder / "cert.pem"), str(folder / "key.pem")
+    certificate.cert_chain_pems[0].write_to_path(config.certfile)
+    certificate.private_key_pem.write_to_path(config.keyfile)
+    trusting = ssl.create_default_context()
+    authority.configure_trust(trusting)
+    return trusting
 
 
 @asynccontextmanager

@@ -166,8 +166,11 @@ HEADS: Final[dict[str, Head]] = {
     "two hosts, no upgrade": _raw(
         400, "GET /ws/health HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", "hypercorn"
     ),
-    "h2c": _raw(
-        101,
+    "HTTP/2 preface": _raw(400, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"),
+    "HTTP/2 preface behind an empty line": _raw(400, "\r\nPRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"),
+    "HTTP/3.0": _raw(400, "GET /ws/health HTTP/3.0\r\nHost: a\r\n\r\n"),
+    "h2c": _raw(  # an upgrade that a server may ignore
+        200,
         "GET /ws/health HTTP/1.1\r\nHost: a\r\nConnection: Upgrade, HTTP2-Settings\r\n"
         "Upgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n\r\n",
         "hypercorn",

@@ -165,7 +165,6 @@ class Gateway(QuartTrio):
         self.write_timeout = settings.ws_write_timeout
         self.catch_ups = Turns()
         self.end = Drain(self.hub, (self.heard, self.read), self._stop_hearing)
-        self.shields = self.end.shields  # around what HTTP clients are being sent
         self.max_message_size = settings.ws_max_message_size
         self.compresses = settings.ws_compression
         self.stalls = Stalls()
@@ -191,6 +190,7 @@ class Gateway(QuartTrio):
         self._sources = trio.CancelScope()
         self._watched = False
         self._told_to_stop = False
+        self.config["RESPONSE_TIMEOUT"] = None  # a response has as long as it is being taken
         web.add_routes(self)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -370,7 +370,6 @@ class Gateway(QuartTrio):
         async def wait_and_drain() -> None:
             await terminated()
             self._told_to_stop = True
-            self.end.drop_shields()  # Hypercorn's deadline holds for everybody
             await self.drain()
 
         self._nursery.start_soon(wait_and_drain)

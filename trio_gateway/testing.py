@@ -110,6 +110,8 @@ class FakeClient:
 class FakeSocket:
     """A socket in memory. ``room`` is how many bytes the client's kernel still takes."""
 
+    measures_progress = False
+
     def __init__(self, room: float = float("inf")) -> None:
         self.client = FakeClient()
         self.room = room

@@ -40,8 +40,8 @@ def test_head_is_upgraded_refused_or_hypercorns(head: Head) -> None:
             assert (endpoint, key) == (Endpoint.WAITER, KEY)
 
 
-def test_http2_with_prior_knowledge_is_hypercorns() -> None:
-    assert parse_head(b"PRI * HTTP/2.0\r\n\r\n") is None
+def test_http2_that_was_not_negotiated_is_refused() -> None:
+    assert parse_head(b"PRI * HTTP/2.0\r\n\r\n") == Refusal(400, "HTTP/2 was not negotiated")
 
 
 def test_as_many_headers_as_allowed_are_read() -> None:

@@ -11,15 +11,22 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
-import h2.config
-import h2.connection
 import hypercorn.trio.run
 import pytest
 import structlog
 import trio
-import trustme
 import websockets.sync.client
-from harness import Running, closed, connect, http, make_settings, metrics, running, until
+from harness import (
+    Running,
+    closed,
+    connect,
+    http,
+    make_settings,
+    metrics,
+    running,
+    until,
+    with_certificate,
+)
 from hypercorn.config import Config
 from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
@@ -385,86 +392,6 @@ async def test_reset_in_the_handshake_hurts_nobody_else() -> None:
             async with dialled(gateway.port) as client:
                 await client.send(data)
                 await client.reset()
-
-
-# HTTP/2
-
-
-def h2_client() -> h2.connection.H2Connection:
-    return h2.connection.H2Connection(
-        h2.config.H2Configuration(
-            client_side=True, validate_outbound_headers=False, header_encoding="utf-8"
-        )
-    )
-
-
-async def h2_status(client: Client, protocol: h2.connection.H2Connection) -> str:
-    with trio.fail_after(5):
-        while True:
-            data = await client.stream.receive_some(65_536)
-            for event in protocol.receive_data(bytes(data)):
-                headers = getattr(event, "headers", None)
-                if headers is not None:
-                    return str(dict(headers)[":status"])
-            await client.send(protocol.data_to_send())
-
-
-async def test_http2_with_prior_knowledge_is_served() -> None:
-    async with serving() as gateway, bystanding(gateway.port), dialled(gateway.port) as client:
-        protocol = h2_client()
-        protocol.initiate_connection()
-        protocol.send_headers(
-            1,
-            [
-                (":method", "GET"), (":path", "/ws/health"), (":scheme", "http"),
-                (":authority", "gateway.example"),
-            ],
-            end_stream=True,
-        )  # fmt: skip
-        await client.send(protocol.data_to_send())
-
-        assert await h2_status(client, protocol) == "200"
-
-
-async def test_websocket_over_http2_is_served_by_the_second_door() -> None:
-    async with serving() as gateway, bystanding(gateway.port), dialled(gateway.port) as client:
-        protocol = h2_client()
-        protocol.initiate_connection()
-        protocol.send_headers(
-            1,
-            [
-                (":method", "CONNECT"), (":protocol", "websocket"), (":path", "/ws/waiter"),
-                (":scheme", "http"), (":authority", "gateway.example"),
-                ("sec-websocket-version", "13"), ("sec-websocket-protocol", "gateway.v1"),
-            ],
-        )  # fmt: skip
-        await client.send(protocol.data_to_send())
-        assert await h2_status(client, protocol) == "200"
-
-        protocol.send_data(1, client_frame(TEXT, "ping"))
-        await client.send(protocol.data_to_send())
-        received = b""
-        with trio.fail_after(5):
-            while PONG_TEXT.encode() not in received:
-                received += bytes(await client.stream.receive_some(65_536))
-
-
-async def test_http2_connect_without_a_path_hurts_nobody_else() -> None:
-    async with serving() as gateway, bystanding(gateway.port), dialled(gateway.port) as client:
-        protocol = h2_client()
-        protocol.initiate_connection()
-        protocol.send_headers(1, [(":method", "CONNECT"), (":authority", "gateway.example")])
-        with structlog.testing.capture_logs() as logs:
-            await client.send(protocol.data_to_send())
-            await client.rest()
-            await until(lambda: "connection failed" in [each["event"] for each in logs])
-
-
-async def test_broken_http2_hurts_nobody_else() -> None:
-    async with serving() as gateway, bystanding(gateway.port), dialled(gateway.port) as client:
-        data_on_no_stream = b"\0\0\1" + b"\0" * 6 + b"x"
-        await client.send(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + data_on_no_stream)
-        await client.rest()
 
 
 # Frames that break a rule, and those that only look so
@@ -1057,31 +984,19 @@ async def test_client_whose_upgrade_the_drain_overtakes_is_sent_away() -> None:
 # TLS
 
 
-@pytest.fixture(scope="module")
-def authority() -> trustme.CA:
-    return trustme.CA()
-
-
 @asynccontextmanager
 async def serving_tls(
-    authority: trustme.CA, tmp_path: Any, **changes: Any
+    tmp_path: Any, **changes: Any
 ) -> AsyncIterator[tuple[Running, ssl.SSLContext]]:
-    certificate = authority.issue_cert("localhost")
     config = Config()
-    config.certfile, config.keyfile = str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
-    certificate.cert_chain_pems[0].write_to_path(config.certfile)
-    certificate.private_key_pem.write_to_path(config.keyfile)
-    trusting = ssl.create_default_context()
-    authority.configure_trust(trusting)
+    trusting = with_certificate(config, tmp_path)
     auth = dict.fromkeys(Endpoint, BySession())
     async with serving(auth, config, **changes) as gateway:
         yield gateway, trusting
 
 
-async def test_upgrade_events_and_codes_go_through_tls(
-    authority: trustme.CA, tmp_path: Any
-) -> None:
-    async with serving_tls(authority, tmp_path, ws_message_rate_limit=20) as (gateway, trusting):
+async def test_upgrade_events_and_codes_go_through_tls(tmp_path: Any) -> None:
+    async with serving_tls(tmp_path, ws_message_rate_limit=20) as (gateway, trusting):
         url = f"wss://localhost:{gateway.port}/ws/diner?session=1"
         async with connect(url, ssl_context=trusting) as client:
             await client.send_message("ping")
@@ -1099,10 +1014,8 @@ async def test_upgrade_events_and_codes_go_through_tls(
             assert (await closed(client))[0] == Close.UNSUPPORTED_DATA
 
 
-async def test_plain_bytes_on_the_tls_port_hurt_nobody(
-    authority: trustme.CA, tmp_path: Any
-) -> None:
-    async with serving_tls(authority, tmp_path) as (gateway, trusting):
+async def test_plain_bytes_on_the_tls_port_hurt_nobody(tmp_path: Any) -> None:
+    async with serving_tls(tmp_path) as (gateway, trusting):
         async with dialled(gateway.port) as client:
             await client.send(make_head())
             await client.rest()
@@ -1111,36 +1024,6 @@ async def test_plain_bytes_on_the_tls_port_hurt_nobody(
         ) as client:
             await client.send_message("ping")
             assert await client.get_message() == PONG_TEXT
-
-
-async def test_http2_over_tls_is_hypercorns(authority: trustme.CA, tmp_path: Any) -> None:
-    async with serving_tls(authority, tmp_path) as (gateway, trusting):
-        trusting.set_alpn_protocols(["h2"])
-        for headers, answered in (
-            ([(":method", "CONNECT"), (":authority", "localhost")], None),
-            (
-                [
-                    (":method", "GET"), (":path", "/ws/health"), (":scheme", "https"),
-                    (":authority", "localhost"),
-                ],
-                "200",
-            ),
-        ):  # fmt: skip
-            stream = await trio.open_ssl_over_tcp_stream(
-                "localhost", gateway.port, ssl_context=trusting, https_compatible=True
-            )
-            await stream.do_handshake()
-            assert stream.selected_alpn_protocol() == "h2"
-            protocol, client = h2_client(), Client(stream)  # type: ignore[arg-type]
-            protocol.initiate_connection()
-            protocol.send_headers(1, headers, end_stream=answered is not None)
-            await client.send(protocol.data_to_send())
-            if answered is not None:
-                assert await h2_status(client, protocol) == answered
-            else:
-                with trio.move_on_after(2):
-                    await client.rest()
-            await client.leave()
 
 
 # Another make of client

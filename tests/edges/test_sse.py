@@ -7,9 +7,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
-import h2.config
-import h2.connection
-import h2.events
 import pytest
 import redis
 import trio
@@ -331,32 +328,6 @@ async def test_stuck_client_delays_nobody_and_is_cut_after_the_write_timeout() -
             await until(lambda: len(gateway.app.hub) == 1, 3)
             await until(lambda: any(line["event"] == "closed" for line in logs), 3)
         assert gateway.app.hub.closed == {Close.SLOW_CONSUMER: 1}
-
-
-async def test_stream_over_http2_whose_client_opens_no_window_is_closed_as_slow() -> None:
-    settings = make_settings(NO_REDIS, ws_write_timeout=0.2, ws_outbox_bytes=50_000_000)
-    async with (
-        running(settings, auth=NOBODY, wait_ready=False) as gateway,
-        dialled(gateway.port) as client,
-    ):
-        protocol = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True))
-        protocol.initiate_connection()
-        head = {"method": "GET", "path": staff(), "scheme": "http", "authority": "a"}
-        protocol.send_headers(1, [(f":{k}", v) for k, v in head.items()], end_stream=True)
-        await client.send(protocol.data_to_send())
-        await until(lambda: gateway.app.hub.connections)
-        (connection,) = gateway.app.hub.connections
-        for _ in range(5):
-            connection.send(b"1" * 100_000)
-        await until(lambda: not gateway.app.hub.connections, 2)
-        await gateway.app.hub.wait_empty()
-        assert gateway.app.hub.closed == {Close.SLOW_CONSUMER: 1}
-
-        received = b""
-        while len(received) < 65_535:  # the window
-            for event in protocol.receive_data(await client.stream.receive_some(65_536)):
-                received += event.data if isinstance(event, h2.events.DataReceived) else b""
-        assert received.startswith(b"retry: 3000\n\ndata: 111")
 
 
 async def test_drain_sends_streams_away_at_once_and_cuts_the_stuck() -> None:

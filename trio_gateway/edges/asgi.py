@@ -1,17 +1,36 @@
 """The second door: a socket over Quart's websocket, for whatever does not come by the line."""
 
-from typing import Any
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, Final
 
+import trio
 from quart import Websocket
 
 from ..core.audiences import Endpoint
 from ..core.closing import Close
-from ..core.frames import TEXT, split
+from ..core.frames import TEXT, boundary, split
 from ..runtime.connection import Violation
 from ..runtime.outbox import Outbox
 from .handshake import Handshake, join_headers, read_query
 
 DRAIN = 2.0  # seconds
+_LINGER: Final = 1.0  # seconds
+# In the state of a scope that the line hands over: cuts the client off.
+CUT: Final = "cut"
+
+
+def cut_of(scope: Any) -> Callable[[], None] | None:
+    """What cuts this client off at once, if there is a way to: not one HTTP/2 stream of several."""
+    if not scope.get("http_version", "1.1").startswith("1"):
+        return None
+    found: Callable[[], None] | None = scope.get("state", {}).get(CUT)
+    return found
+
+
+def measures_progress(scope: Any) -> bool:
+    """Whether a send has a deadline that measures what the client takes, as it has on the line."""
+    return CUT in scope.get("state", {})
 
 
 def read_scope(endpoint: Endpoint, scope: Any) -> Handshake:
@@ -33,7 +52,11 @@ class AsgiSocket:
     def __init__(self, websocket: Websocket, max_size: int) -> None:
         self._websocket = websocket
         self._max_size = max_size
+        scope = getattr(websocket, "scope", {})
+        self._cut = cut_of(scope)
+        self._closed = False
         self._aborted = False
+        self.measures_progress = measures_progress(scope)
 
     def try_write(self, data: bytes) -> int:
         if self._aborted:
@@ -42,6 +65,8 @@ class AsgiSocket:
 
     async def write_from(self, outbox: Outbox) -> None:
         data = outbox.head()
+        if not self.measures_progress:  # one frame has one deadline
+            data = data[: boundary(data, 1)]
         outbox.took(len(data))
         for opcode, payload in split(data):
             if opcode == TEXT:  # pings are the server's own (websocket_ping_interval)
@@ -56,8 +81,17 @@ class AsgiSocket:
         return said
 
     async def close(self, code: int, reason: str) -> None:
-        if code != Close.ABNORMAL:  # nothing in ASGI cuts a client off: the server would say 1000
+        if self._aborted:
+            return
+        if code == Close.ABNORMAL:  # the client has gone, and the server has answered its close
+            self._closed = True
+            return
+        # A client that opens no window, or does not read, takes no close either.
+        with trio.move_on_after(_LINGER), suppress(OSError):
             await self._websocket.close(code, reason)
+            self._closed = True
 
     def abort(self) -> None:
         self._aborted = True
+        if not self._closed and self._cut is not None:
+            self._cut()

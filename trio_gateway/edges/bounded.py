@@ -1,11 +1,26 @@
-"""Bounds for the other doors: what Hypercorn's WebSocket and HTTP/2 code would take without end."""
+"""Bounds for Hypercorn's HTTP and WebSocket code: what it would take, or wait for, without end."""
 
 import math
+from contextlib import suppress
 from typing import Any, Final
 
+import h11
+import hypercorn.protocol
+import hypercorn.protocol.h2
+import hypercorn.protocol.h11
 import trio
+from h2.errors import ErrorCodes
+from h2.exceptions import ProtocolError
+from hypercorn.events import Closed
 from hypercorn.protocol.events import Data, Event, StreamClosed
-from hypercorn.protocol.h2 import BUFFER_LOW_WATER, StreamBuffer
+from hypercorn.protocol.h2 import (
+    BUFFER_HIGH_WATER,
+    BUFFER_LOW_WATER,
+    BufferCompleteError,
+    H2Protocol,
+    StreamBuffer,
+)
+from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.protocol.ws_stream import (
     ASGIWebsocketState,
     FrameTooLargeError,
@@ -115,18 +130,99 @@ class BoundedStream(WSStream):
         await self._send_wsproto_event(CloseConnection(code=int(close)))
 
 
+class BoundedH11(H11Protocol):
+    """Speaks HTTP/1 only.
+
+    Hypercorn also changes to HTTP/2 where nobody negotiated it: for ``Upgrade: h2c``, which a
+    server may ignore (RFC 9110, 7.8), and for a request line that HTTP/2's preface begins with.
+    """
+
+    async def _check_protocol(self, event: h11.Request) -> None:
+        pass
+
+    async def _create_stream(self, request: h11.Request) -> None:
+        if not request.http_version.startswith(b"1."):
+            await self._send_error_response(400)
+            await self.send(Closed())
+            return
+        await super()._create_stream(request)
+
+
+class BoundedH2(H2Protocol):
+    """Resets a stream whose client opens no window for it within the write timeout."""
+
+    async def stream_send(self, event: Event) -> None:
+        buffer = self.stream_buffers.get(event.stream_id)
+        if isinstance(buffer, BoundedBuffer):
+            buffer.timeout = getattr(getattr(self.app, "app", None), "write_timeout", math.inf)
+        if isinstance(event, StreamClosed) and buffer is not None and buffer.buffer:
+            await self._reset(event.stream_id)  # whoever sent this has lost patience
+        try:
+            await super().stream_send(event)
+        except TimeoutError:
+            await self._reset(event.stream_id)
+            raise
+
+    async def _reset(self, stream_id: int) -> None:
+        """End one stream; the sending task drops what waits for it."""
+        with suppress(KeyError, ProtocolError):
+            self.connection.reset_stream(stream_id, ErrorCodes.CANCEL)
+            self.priority.unblock(stream_id)
+        await self.has_data.set()
+        await self._flush()
+
+
 class BoundedBuffer(StreamBuffer):
     """What waits for one HTTP/2 client's flow control.
 
     Hypercorn lets the sender go on as soon as little is taken out, instead of left in: who opens
-    its window no more would be buffered for without end, and never be found slow.
+    its window no more would be buffered for without end, and never be found slow. A wait raises
+    :exc:`TimeoutError` when for ``timeout`` seconds nothing was taken out.
     """
+
+    timeout = math.inf
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._taken = 0
+
+    async def push(self, data: bytes) -> None:
+        if self._complete:
+            raise BufferCompleteError
+        self.buffer.extend(data)
+        await self._is_empty.clear()
+        if len(self.buffer) >= BUFFER_HIGH_WATER:
+            await self._wait(self._paused)
+            await self._paused.clear()
+
+    async def drain(self) -> None:
+        await self._wait(self._is_empty)
+
+    async def _wait(self, event: Any) -> None:
+        while True:
+            taken = self._taken
+            with trio.move_on_after(self.timeout) as scope:
+                await event.wait()
+            if not scope.cancelled_caught:
+                return
+            if self._taken == taken:
+                raise TimeoutError("the client opens no window")
 
     async def pop(self, max_length: int) -> bytes:
         data = bytes(self.buffer[:max_length])
         del self.buffer[:max_length]
+        self._taken += len(data)
         if len(self.buffer) < BUFFER_LOW_WATER:
             await self._paused.set()
         if not self.buffer:
             await self._is_empty.set()
         return data
+
+
+def bound_protocols() -> None:
+    """Put these where Hypercorn looks them up by name. May be called again."""
+    vars(hypercorn.protocol)["H11Protocol"] = BoundedH11
+    vars(hypercorn.protocol)["H2Protocol"] = BoundedH2
+    vars(hypercorn.protocol.h11)["WSStream"] = BoundedStream
+    vars(hypercorn.protocol.h2)["WSStream"] = BoundedStream
+    vars(hypercorn.protocol.h2)["StreamBuffer"] = BoundedBuffer

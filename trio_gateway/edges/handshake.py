@@ -159,8 +159,8 @@ def parse_head(head: bytes, peer: Callable[[], str] = str) -> Handshake | Refusa
     What httptools finds malformed is refused, whatever it asked for: a proxy and Hypercorn might
     disagree about where it ends (RFC 9112, 11.2). The opening handshake is RFC 6455, 4.2.1.
     """
-    if head.startswith(b"PRI * HTTP/2.0\r\n"):
-        return None  # Hypercorn speaks HTTP/2
+    if head.startswith(b"PRI "):
+        return Refusal(400, "HTTP/2 was not negotiated")
     found = _Head()
     parser: Any = httptools.HttpRequestParser(found)
     try:

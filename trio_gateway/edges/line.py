@@ -13,8 +13,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Final, Protocol, cast
 
-import hypercorn.protocol.h2
-import hypercorn.protocol.h11
 import hypercorn.trio.run
 import structlog
 import trio
@@ -24,7 +22,8 @@ from hypercorn.trio.tcp_server import TCPServer
 from ..core.limits import LogLimit
 from ..runtime.supervision import leaves
 from ..runtime.turnstile import TooMany, Turnstile
-from .bounded import BoundedBuffer, BoundedStream
+from .asgi import CUT
+from .bounded import bound_protocols
 from .compression import agree
 from .handshake import (
     MAX_HEAD_BYTES,
@@ -34,11 +33,11 @@ from .handshake import (
     parse_head,
     refusal_response,
 )
+from .progress import MovingStream
 from .wire import CHUNK, GONE, LINGER, LineSocket, cut, is_closed, linger, receive
 
 log = structlog.get_logger()
 
-CUT: Final = "cut"  # in the state that an app is given: ends the TCP connection at once
 _END_OF_HEAD: Final = re.compile(rb"\n\r?\n")
 
 
@@ -51,7 +50,6 @@ class Served(Protocol):
 
     accept_timeout: float
     write_timeout: float
-    shields: set[trio.CancelScope]  # taken away when the server stops
     max_message_size: int
     compresses: bool
     draining: bool
@@ -77,12 +75,21 @@ class Line(TCPServer):
     async def _hand_over(self) -> None:
         """Let Hypercorn serve it. The app is told how to cut it off, which ASGI has no word for."""
         state = {**self.state, CUT: lambda: cut(self.stream)}
+        bound_protocols()
+        stream: Any = self.stream.stream if isinstance(self.stream, Replayed) else self.stream
+        if (carrier := getattr(stream, "transport_stream", None)) is None:
+            stream = carrier = MovingStream(stream, self._write_timeout)
+        self._sender, self._moving = stream, carrier
         super().__init__(self.app, self.config, self.context, state, self.stream)
         await super().run()
 
     async def run(self) -> None:
         """Serve one connection; its faults end it alone, and never reach the server's nursery."""
         gateway = cast("Served | None", getattr(self.app, "app", None))
+        self._write_timeout = getattr(gateway, "write_timeout", LINGER)
+        if hasattr(self.stream, "transport_stream"):  # TLS, which is not to be bypassed
+            carrier = MovingStream(self.stream.transport_stream, self._write_timeout)
+            self.stream.transport_stream = cast("Any", carrier)
         if not hasattr(gateway, "serve_connection"):  # another app, or a middleware around ours
             await self._hand_over()
             return
@@ -130,7 +137,12 @@ class Line(TCPServer):
             case Handshake() if gateway.draining:
                 await self._refuse(gateway, Refusal(503, "draining"))
             case Handshake() as handshake:
-                socket = LineSocket(self.stream, data[len(head) :], gateway.max_message_size)
+                socket = LineSocket(
+                    self.stream,
+                    data[len(head) :],
+                    gateway.max_message_size,
+                    write_timeout=self._write_timeout,
+                )
                 extensions = None
                 if gateway.compresses and (agreed := agree(handshake.extensions)) is not None:
                     socket.deflate, extensions = agreed
@@ -181,43 +193,46 @@ class Line(TCPServer):
         self._task_group._nursery.cancel_scope.deadline = trio.current_time() + LINGER
 
     async def protocol_send(self, event: Event) -> None:
-        """As Hypercorn does it, but with a deadline: its own send is shielded for ever, so that
-        one client that stops reading hangs the shutdown. What follows a response, to close the
-        connection or to watch it while it is idle, is not shielded at all, and runs in a task that
-        Quart-Trio cancels at that moment, so that it never came to pass.
+        """As Hypercorn does it, but bounded in time: its own send is shielded for ever, so that
+        one client that stops reading hangs the shutdown.
+
+        Raises :exc:`TimeoutError` if the client takes nothing for the write timeout. What is cut
+        short, by that or by being cancelled, cuts the client off: nothing can follow half of it.
+        It is cancelled only while it waits for the client.
         """
         if not isinstance(event, RawData):
+            # This may run in a task that Quart-Trio has cancelled, because the response is sent.
             with trio.CancelScope(shield=True, deadline=trio.current_time() + LINGER):
                 await super().protocol_send(event)
             return
-        gateway = getattr(self.app, "app", None)
-        shields: set[trio.CancelScope] = getattr(gateway, "shields", set())
+        sent = False
         async with self.send_lock:
-            timeout = getattr(gateway, "write_timeout", LINGER)
-            scope = trio.CancelScope(deadline=trio.current_time() + timeout)
-            # Once the server stops, its own deadline is enough, and must hold.
-            scope.shield = not self.context.terminated.is_set()
-            shields.add(scope)
             try:
-                with scope:
-                    await self.stream.send_all(event.data)
-                gone = scope.cancelled_caught
-            except (trio.BrokenResourceError, trio.ClosedResourceError):
-                gone = True
+                with trio.CancelScope(shield=True) as self._moving.shield:
+                    await self._sender.send_all(event.data)
+                    sent = True
+            except GONE:
+                pass
             finally:
-                shields.discard(scope)
-        if gone:
-            cut(self.stream)
+                self._moving.shield = None
+                if not sent:
+                    cut(self.stream)
+        if not sent:
             await trio.aclose_forcefully(self.stream)
             await self.protocol.handle(Closed())
+
+    async def _initiate_server_close(self) -> None:
+        # Hypercorn shields this, and waits for the app to take note.
+        with trio.move_on_after(LINGER) as scope:
+            await super()._initiate_server_close()
+        if scope.cancelled_caught:
+            cut(self.stream)
 
 
 def install() -> None:
     """Let Hypercorn's Trio worker serve with :class:`Line`, and bound what it does itself."""
     vars(hypercorn.trio.run)["TCPServer"] = Line
-    vars(hypercorn.protocol.h11)["WSStream"] = BoundedStream
-    vars(hypercorn.protocol.h2)["WSStream"] = BoundedStream
-    vars(hypercorn.protocol.h2)["StreamBuffer"] = BoundedBuffer
+    bound_protocols()
 
 
 async def read_head(stream: trio.abc.Stream, data: bytearray) -> tuple[bytes, Refusal | None]:
@@ -251,25 +266,25 @@ class Replayed:
     """A stream with some of its bytes put back in front."""
 
     def __init__(self, stream: trio.abc.Stream, data: bytes) -> None:
-        self._stream = stream
+        self.stream = stream
         self._data = data
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+        return getattr(self.stream, name)
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         if not self._data:
-            return bytes(await self._stream.receive_some(max_bytes))
+            return bytes(await self.stream.receive_some(max_bytes))
         await trio.lowlevel.checkpoint()
         size = len(self._data) if max_bytes is None else max_bytes
         data, self._data = self._data[:size], self._data[size:]
         return data
 
     async def send_all(self, data: bytes) -> None:
-        await self._stream.send_all(data)
+        await self.stream.send_all(data)
 
     async def aclose(self) -> None:
-        await self._stream.aclose()
+        await self.stream.aclose()
 
 
 def _peer(stream: trio.abc.Stream) -> str:

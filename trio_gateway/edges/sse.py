@@ -13,13 +13,13 @@ from quart_trio.asgi import TrioASGIHTTPConnection
 from ..core.audiences import Endpoint
 from ..core.closing import Close, Rejected
 from ..core.event_stream import HELLO, MEDIA_TYPE, as_events, close_event, retry_after
+from ..core.frames import boundary
 from ..runtime.connection import Left, Violation
 from ..runtime.outbox import Outbox
 from . import cors
 from .answers import RETRY_AFTER, refusal_status, status_of
-from .asgi import read_scope
+from .asgi import cut_of, measures_progress, read_scope
 from .handshake import Handshake
-from .line import CUT
 from .wire import LINGER
 
 if TYPE_CHECKING:
@@ -50,7 +50,10 @@ class HttpConnection(TrioASGIHTTPConnection):
         if (endpoint := PATHS.get(path)) is None:
             with ExitStack() as until_sent:  # for what a view holds until its answer is sent
                 self.scope["until_sent"] = until_sent  # type: ignore[typeddict-unknown-key]
-                await super().__call__(receive, send)
+                try:
+                    await super().__call__(receive, send)
+                except* TimeoutError:  # the client takes nothing, and was cut off
+                    pass
             return
         await serve(self.app, read_scope(endpoint, self.scope), self.scope, receive, send)
 
@@ -79,10 +82,9 @@ class EventStream:
         self._receive = receive
         self._send = send
         self._start = _start(200, _STREAM_HEADERS)
-        self._cut: Callable[[], None] | None = None
-        # One stream of several on an HTTP/2 connection must not end the others.
+        self._cut = cut_of(scope)
+        self.measures_progress = measures_progress(scope)
         if scope["http_version"].startswith("1"):
-            self._cut = scope.get("state", {}).get(CUT)
             # Who is sent away must not come back here, to be refused, on the same connection.
             self._start["headers"].append((b"connection", b"close"))
         self._turn = trio.Lock()  # the reader begins the response, or the writer does
@@ -98,6 +100,8 @@ class EventStream:
 
     async def write_from(self, outbox: Outbox) -> None:
         data = outbox.head()
+        if not self.measures_progress:  # one event has one deadline
+            data = data[: boundary(data, 1)]
         outbox.took(len(data))
         await self._write(as_events(data))
 

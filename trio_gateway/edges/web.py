@@ -54,7 +54,10 @@ def _second_door(app: "Gateway", endpoint: Endpoint) -> Callable[[], Awaitable[N
         # Hypercorn takes the offered subprotocols out of the headers of HTTP/2.
         offered = scope.get("subprotocols") or []
         subprotocol = handshake.subprotocol or (SUBPROTOCOL if SUBPROTOCOL in offered else None)
-        await websocket.accept(subprotocol=subprotocol)
+        try:
+            await websocket.accept(subprotocol=subprotocol)
+        except TimeoutError:  # it takes nothing, not even that
+            return
         socket = AsgiSocket(websocket._get_current_object(), app.max_message_size)  # type: ignore[attr-defined]
         await app.serve_connection(handshake, socket)
         # Quart's inbound channel holds ten messages; left full, it and two tasks leak.

@@ -2,8 +2,8 @@
 
 import os
 import struct
-import sys
 from contextlib import suppress
+from math import inf
 from socket import SO_LINGER, SOL_SOCKET
 from typing import Any, Final
 
@@ -22,14 +22,13 @@ from ..core.frames import PONG as PONG_CODE
 from ..runtime.connection import Left, Ping, Pong, Violation
 from ..runtime.outbox import Outbox
 from .bounded import MOST_FRAGMENTS
+from .progress import DIRECT, MovingStream, wait_writable
 
 LINGER: Final = 1.0  # seconds
 _RESETS: Final = struct.pack("ii", 1, 0)  # a close that waits for nothing
 CHUNK: Final = 65_536
 # Of frames at a time: seven bytes may be a frame of their own, and others wait meanwhile.
 _FRAMES_CHUNK: Final = 4096
-# Windows can't os.read from a socket, or os.write to one; there the stream does both.
-_DIRECT: Final = sys.platform != "win32"
 GONE: Final = (trio.BrokenResourceError, trio.ClosedResourceError, trio.BusyResourceError)
 
 
@@ -39,7 +38,7 @@ async def receive(stream: trio.abc.Stream, size: int, *, at_once: bool = False) 
     Of a plain socket they are read without the stream's own steps, of which there are many;
     ``at_once`` without waiting, and then without a checkpoint, if some are there.
     """
-    if not _DIRECT or type(stream) is not trio.SocketStream:
+    if not DIRECT or type(stream) is not trio.SocketStream:
         return bytes(await stream.receive_some(size))
     socket = stream.socket
     while not is_closed(stream):
@@ -92,17 +91,25 @@ class LineSocket:
     """A WebSocket on a Trio stream: ready-made frames are written, short ones are read here, and
     wsproto reads the others.
 
-    ``rest`` is what the client sent behind its request head: its first frames.
+    ``rest`` is what the client sent behind its request head: its first frames. A write raises
+    :exc:`TimeoutError` if the client takes nothing for ``write_timeout`` seconds, where that can
+    be seen.
     """
 
     __slots__ = (
         "_aborted", "_broken", "_fragments", "_pieces", "_size", "_socket", "_stream", "_unread",
-        "_websocket", "deflate", "max_size",
+        "_websocket", "_write_timeout", "deflate", "max_size", "measures_progress",
     )  # fmt: skip
 
-    def __init__(self, stream: trio.abc.Stream, rest: bytes, max_size: int) -> None:
+    def __init__(
+        self, stream: trio.abc.Stream, rest: bytes, max_size: int, *, write_timeout: float = inf
+    ) -> None:
         self._stream = stream
-        self._socket = stream.socket if _DIRECT and type(stream) is trio.SocketStream else None
+        self._write_timeout = write_timeout
+        self._socket = stream.socket if DIRECT and type(stream) is trio.SocketStream else None
+        self.measures_progress = self._socket is not None or isinstance(
+            getattr(stream, "transport_stream", None), MovingStream
+        )
         self.max_size = max_size
         self.deflate: PerMessageDeflate | None = None  # reads compressed messages, if agreed to
         self._unread = rest
@@ -133,7 +140,7 @@ class LineSocket:
         if self._socket.fileno() == -1:
             raise BrokenPipeError
         try:
-            await trio.lowlevel.wait_writable(self._socket)
+            await wait_writable(self._socket, self._write_timeout)
         except trio.ClosedResourceError:
             raise BrokenPipeError from None
         # Only now: what the outbox holds may have changed meanwhile.

@@ -1,5 +1,6 @@
 """A connection: one client's reader, its writer when it is slow, and its one ending."""
 
+import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
@@ -63,10 +64,15 @@ class Socket(Protocol):
         Raises :exc:`OSError` if the client is gone.
         """
 
+    @property
+    def measures_progress(self) -> bool:
+        """Whether :meth:`write_from` has a deadline of its own, because it sees what is taken."""
+
     async def write_from(self, outbox: Outbox) -> None:
         """Wait until something of the outbox can go, and let it go.
 
-        Raises :exc:`OSError` if the client is gone.
+        Raises :exc:`OSError` if the client is gone, and of these :exc:`TimeoutError` if it took
+        nothing for the write timeout.
         """
 
     async def receive(self) -> "str | Ping | Pong":
@@ -359,14 +365,16 @@ class Connection:
         socket, outbox = self._socket, self._outbox
         assert socket is not None
         assert outbox is not None
+        timeout = math.inf if socket.measures_progress else self._terms.write_timeout
         try:
             while outbox.bytes:
-                with trio.move_on_after(self._terms.write_timeout) as scope:
+                with trio.move_on_after(timeout) as scope:
                     await socket.write_from(outbox)
                 if scope.cancelled_caught:
-                    self.close(Close.SLOW_CONSUMER, "too slow: no byte accepted")
-                    self.cut()
-                    return
+                    raise TimeoutError
+        except TimeoutError:
+            self.close(Close.SLOW_CONSUMER, "too slow: no byte accepted")
+            self.cut()
         except OSError:
             self.cut()
         finally:

@@ -22,8 +22,7 @@ _FIRST_WINDOW: Final = 2.0  # seconds; the window of a gateway with few clients
 class Drain:
     """The end of a gateway, in this order and within ``patience``.
 
-    ``stop`` is called first: nothing comes in any more. ``shields`` are around what other clients
-    than the hub's are being sent.
+    ``stop`` is called first: nothing comes in any more.
     """
 
     def __init__(self, hub: Hub, queues: Sequence[EventQueue], stop: Callable[[], None]) -> None:
@@ -34,7 +33,6 @@ class Drain:
         self._window = _FIRST_WINDOW  # seconds over which the retry hints are spread
         self.begun = False
         self.patience = PATIENCE  # seconds: the server's graceful_timeout
-        self.shields: set[trio.CancelScope] = set()
 
     async def run(self) -> None:
         """Drain, or wait for who does already. Cancelled, it drops everything that is left."""
@@ -64,13 +62,7 @@ class Drain:
         finally:
             for connection in [*hub.connections, *hub.leaving]:
                 connection.cut()
-            self.drop_shields()
             self._done.set()
-
-    def drop_shields(self) -> None:
-        """From now on a deadline of the server holds for everybody."""
-        for scope in self.shields:
-            scope.shield = False
 
     def hint(self, place: float | None = None) -> str:
         """When to come back, for who is at this place (0 to 1) in the window, or at any."""

@@ -1,0 +1,111 @@
+"""Progress: a write may go on for as long as the peer takes some of it within the timeout."""
+
+import os
+import socket
+import sys
+from contextlib import suppress
+from struct import Struct
+from typing import Any, Final
+
+import trio
+
+# A socket can be written to by its descriptor; on Windows it can't.
+DIRECT: Final = sys.platform != "win32"
+_LOOKS: Final = 4  # at the peer, in one timeout
+# tcpi_bytes_acked in the kernel's struct tcp_info (Linux 4.1)
+_TCP_INFO: Final = getattr(socket, "TCP_INFO", None) if sys.platform == "linux" else None
+_BYTES_ACKED: Final = Struct("=120xQ")
+
+
+def acknowledged(sock: Any) -> int:
+    """How many bytes the peer has acknowledged so far; 0 where the kernel doesn't tell.
+
+    A kernel reports a socket as writable only when a third of a buffer of megabytes is free, which
+    a slow peer may need minutes for.
+    """
+    if _TCP_INFO is not None:
+        with suppress(OSError):
+            info = sock.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, _BYTES_ACKED.size)
+            if len(info) == _BYTES_ACKED.size:
+                return int(_BYTES_ACKED.unpack(info)[0])
+    return 0
+
+
+async def wait_writable(sock: Any, timeout: float) -> None:
+    """Wait until the socket takes more.
+
+    Raises :exc:`TimeoutError` if for so many seconds it took nothing and the peer acknowledged
+    nothing, and :exc:`trio.ClosedResourceError` if it is closed.
+    """
+    acked, moved_at = acknowledged(sock), trio.current_time()
+    while True:
+        with trio.move_on_after(timeout / _LOOKS) as scope:
+            await trio.lowlevel.wait_writable(sock)
+        if not scope.cancelled_caught:
+            return
+        if sock.fileno() == -1:
+            raise trio.ClosedResourceError("socket is closed")
+        if (now_acked := acknowledged(sock)) != acked:
+            acked, moved_at = now_acked, trio.current_time()
+        elif trio.current_time() - moved_at >= timeout:
+            raise TimeoutError("the peer takes nothing")
+
+
+class MovingStream(trio.abc.HalfCloseableStream):
+    """A stream whose writes raise :exc:`TimeoutError` when the peer takes nothing for a while.
+
+    It may carry TLS, or be written to by Hypercorn, neither of which sees how much is taken.
+    ``shield`` is a scope around a write that may be cancelled only once it has to wait.
+    """
+
+    def __init__(self, stream: trio.abc.HalfCloseableStream, timeout: float) -> None:
+        self._stream = stream
+        self._timeout = timeout
+        self.shield: trio.CancelScope | None = None
+        self.socket: Any = stream.socket if type(stream) is trio.SocketStream else None
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        sock = self.socket
+        if not DIRECT or sock is None:
+            self._lower_shield()
+            for piece in _pieces(memoryview(data)):
+                with trio.move_on_after(self._timeout) as scope:
+                    await self._stream.send_all(piece)
+                if scope.cancelled_caught:
+                    raise TimeoutError("the peer takes nothing")
+            return
+        sent = 0
+        while sent < len(data):
+            if sock.fileno() == -1:
+                raise trio.ClosedResourceError("socket is closed")
+            try:
+                sent += os.write(sock.fileno(), memoryview(data)[sent:])
+            except BlockingIOError:
+                self._lower_shield()
+                await wait_writable(sock, self._timeout)
+            except OSError as error:
+                raise trio.BrokenResourceError("socket is broken") from error
+        await trio.lowlevel.cancel_shielded_checkpoint()  # it is sent
+
+    def _lower_shield(self) -> None:
+        if self.shield is not None:
+            self.shield.shield = False
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self._stream.wait_send_all_might_not_block()
+
+    async def send_eof(self) -> None:
+        await self._stream.send_eof()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        return bytes(await self._stream.receive_some(max_bytes))
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
+_PIECE: Final = 4096  # bytes
+
+
+def _pieces(data: memoryview) -> list[memoryview]:
+    return [data[at : at + _PIECE] for at in range(0, len(data), _PIECE)]
