@@ -1,16 +1,20 @@
 import json
 import logging
+import os
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import structlog
+from hypercorn.config import Config
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trio_gateway import output
 from trio_gateway.core.closing import Close
-from trio_gateway.logs import redact, set_up
+from trio_gateway.logs import HypercornLogger, redact, set_up
 from trio_gateway.settings import Settings
 from trio_gateway.testing import make_jwt, make_table_token
 
@@ -292,6 +296,42 @@ def test_hypercorns_access_log_cannot_command_a_terminal(kept: Kept) -> None:
     logging.getLogger("hypercorn.access").info("%(r)s", {"r": "GET /\x1b[2J\n127.0.0.1 GET /x"})
 
     assert kept.lines == [r"GET /\u001b[2J\u000a127.0.0.1 GET /x"]
+
+
+@pytest.fixture
+def access_log(tmp_path: Path) -> Iterator[Path]:
+    logger = logging.getLogger("hypercorn.access")
+    yield tmp_path / "access"
+    logger.handlers.clear()
+
+
+async def test_hypercorns_access_log_takes_any_request(access_log: Path) -> None:
+    config = Config()
+    config.accesslog, config.errorlog = str(access_log), None
+    hypercorns = HypercornLogger(config)
+    request: Any = {
+        "type": "http", "method": "GET", "path": "/ws/health", "scheme": "http", "headers": [],
+    }  # fmt: skip
+    await hypercorns.access({**request, "query_string": b"\xff"}, None, 0.1)
+    await hypercorns.access({**request, "query_string": b""}, None, 0.1)
+    output.flush()
+
+    assert len(access_log.read_text().splitlines()) == 1
+
+
+async def test_hypercorns_access_log_may_be_a_pipe_that_nobody_reads(access_log: Path) -> None:
+    os.mkfifo(access_log)
+    reader = os.open(access_log, os.O_RDONLY | os.O_NONBLOCK)
+    config = Config()
+    config.accesslog, config.errorlog = str(access_log), None
+    hypercorns = HypercornLogger(config)
+    scope: Any = {
+        "type": "http", "method": "GET", "path": "/" + "x" * 10_000, "scheme": "http",
+        "headers": [], "query_string": b"",
+    }  # fmt: skip
+    for _ in range(20):
+        await hypercorns.access(scope, None, 0.1)
+    os.close(reader)
 
 
 def test_a_librarys_record_that_cannot_be_formatted_does_not_raise(kept: Kept) -> None:

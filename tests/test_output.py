@@ -233,6 +233,20 @@ def test_a_process_ends_with_its_own_status_whoever_reads(target: str) -> None:
         assert time.monotonic() - began < 5
 
 
+def test_a_signal_in_the_last_moment_does_not_change_the_status() -> None:
+    with pipe() as (_, write):
+        fill(write)
+        ended = script(
+            "import signal, threading, time\n"
+            "def end():\n    time.sleep(0.2)\n    os.kill(os.getpid(), signal.SIGTERM)\n"
+            "print('never read', file=sys.stderr)\n"
+            "threading.Thread(target=end, daemon=True).start()\n"
+            "sys.exit(3)",
+            stderr=write,
+        )
+        assert ended.returncode == 3
+
+
 def test_no_other_file_gets_the_number_of_a_stderr_that_was_closed() -> None:
     ended = script(
         "print('nobody hears it', file=sys.stderr)\noutput.flush()\n"

@@ -4,14 +4,17 @@ A log call never raises. With the streams of :mod:`.output` it never blocks eith
 """
 
 import logging
+import os
 import re
 import sys
 from contextlib import suppress
 from typing import Any, Final
 
+import hypercorn.logging
 import msgspec
 import quart.logging
 import structlog
+from hypercorn.config import Config
 
 from . import output
 from .core.printable import printable
@@ -136,9 +139,35 @@ def set_up(settings: Settings) -> None:
     output.announce_by(_say_dropped)
 
 
+class HypercornLogger(hypercorn.logging.Logger):
+    """Hypercorn's logs, which may be files (``accesslog = "/dev/stdout"``, a named pipe)."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        for logger in (self.access_logger, self.error_logger):
+            for handler in logger.handlers if logger is not None else ():
+                if type(handler) is logging.FileHandler:  # others rotate
+                    _detach(handler)
+
+    async def access(self, *arguments: Any) -> None:
+        with suppress(Exception):  # a query that is no UTF-8, say
+            await super().access(*arguments)
+
+
+def _detach(handler: logging.FileHandler) -> None:
+    """Write to its file from a thread of its own."""
+    file: Any = handler.stream
+    if not isinstance(file, output.LineStream):
+        stream: Any = output.stream_to(os.dup(file.fileno()))
+        handler.setStream(stream)
+        file.close()
+
+
 def _say_dropped(lines: int) -> None:
     structlog.get_logger().warning("log lines dropped", lines=lines)
 
 
 def _to_json(event: Any, **_: Any) -> str:
-    return msgspec.json.encode(event, enc_hook=str).decode().translate(_NOT_ASCII_CONTROLS)
+    text = msgspec.json.encode(event, enc_hook=str).decode()
+    plain = text.isascii() and "\x7f" not in text
+    return text if plain else text.translate(_NOT_ASCII_CONTROLS)

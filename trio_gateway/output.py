@@ -10,6 +10,7 @@ import atexit
 import io
 import os
 import select
+import signal
 import sys
 import threading
 import time
@@ -19,7 +20,9 @@ from contextlib import suppress
 from typing import Final, Literal, NoReturn
 
 MOST_BYTES: Final = 1 << 20  # that may wait
-_AT_ONCE: Final = select.PIPE_BUF  # bytes that no other process's lines can come between
+# Bytes that no other process's lines can come between (write(2), pipe(7)).
+_AT_ONCE: Final[int] = getattr(select, "PIPE_BUF", 512)
+_ENDING: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _MOST_OF_A_LINE: Final = 65_536  # characters that wait for the end of their line
 _STDERR: Final = 2  # the highest of the standard descriptors
 _PAUSE: Final = 0.005  # seconds between two writes, so that many lines are one
@@ -219,12 +222,17 @@ def replace(*names: Literal["stdout", "stderr"]) -> None:
             with suppress(OSError):
                 stream.flush()
             fd = stream.fileno()
-        if not _writers:
-            atexit.register(flush)
-            os.register_at_fork(after_in_child=_forget)
-        writer = LineWriter(fd, lambda number: _announcement(number))
-        _writers.append(writer)
-        setattr(sys, name, LineStream(writer))
+        setattr(sys, name, stream_to(fd))
+
+
+def stream_to(fd: int) -> LineStream:
+    """A stream to this descriptor, which has to stay open."""
+    if not _writers:
+        atexit.register(_end)
+        os.register_at_fork(after_in_child=_forget)
+    writer = LineWriter(fd, lambda number: _announcement(number))
+    _writers.append(writer)
+    return LineStream(writer)
 
 
 def flush() -> None:
@@ -236,6 +244,14 @@ def flush() -> None:
 def dropped() -> int:
     """How many lines this process could not write."""
     return sum(writer.dropped for writer in _writers)
+
+
+def _end() -> None:
+    # What the process has done is done: a signal must not change its status now.
+    with suppress(ValueError):  # not in the main thread
+        for number in _ENDING:
+            signal.signal(number, signal.SIG_IGN)
+    flush()
 
 
 def _forget() -> None:

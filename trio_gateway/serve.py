@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import click
+import hypercorn.logging
 import hypercorn.trio.run
 import structlog
 import trio
@@ -18,7 +19,7 @@ from hypercorn.config import Config
 from hypercorn.trio import serve as hypercorn_serve
 from hypercorn.utils import LifespanFailureError
 
-from . import workers
+from . import logs, workers
 from .edges import line
 from .gateway import Gateway
 from .runtime.supervision import leaves
@@ -113,6 +114,8 @@ def run(app: Gateway, config: Config, supervisor: int | None = None) -> int:
 def _fit(app: Gateway, config: Config) -> None:
     """Let the gateway and Hypercorn agree."""
     app.end.patience = config.graceful_timeout
+    if config.logger_class is hypercorn.logging.Logger and config.statsd_host is None:
+        config.logger_class = logs.HypercornLogger
     # Hypercorn pings the WebSockets that it serves itself.
     config.websocket_ping_interval = app.settings.ws_ping_interval
 

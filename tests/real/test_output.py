@@ -22,7 +22,7 @@ STOCK: Final = ("hypercorn", "-k", "trio", "trio_gateway.app:app")
 COMMANDS: Final = {
     "serve": SERVE,
     "two workers": (*SERVE, "-w", "2"),
-    "stock": (*STOCK, "-w", "0"),
+    "stock": (*STOCK, "-w", "0", "--access-logfile", "/dev/stdout"),
     "stock with a worker": (*STOCK, "-w", "1"),
 }
 
@@ -64,10 +64,11 @@ async def served(
         async def ready() -> bool:
             try:
                 return (await http(port, "/ws/health/ready")).status == 200
-            except (OSError, trio.BrokenResourceError):  # the stock command listens early
+            except (OSError, trio.BrokenResourceError, trio.TooSlowError):
+                # The stock command and the supervisor listen before anybody serves.
                 return False
 
-        await until(ready, 10)
+        await until(ready, 30)
         yield gateway, started
 
 
