@@ -31,7 +31,7 @@ from .core.notices import REVOKED
 from .core.resilience import Breaker
 from .edges import line, sse, web
 from .edges.addresses import Addresses
-from .edges.admission import Admission
+from .edges.admission import Admission, Candidate
 from .edges.auth import Auth
 from .edges.catchup import Turns
 from .edges.commands import Commands, open_commands
@@ -39,7 +39,7 @@ from .edges.console import Feed
 from .edges.dead_letters import DeadLetter, DeadLetters
 from .edges.handshake import Handshake
 from .edges.metrics import GROUP, SHARED_EVERY, Sample, Siblings
-from .edges.pubsub import PubSub
+from .edges.pubsub import Listener, PubSub
 from .edges.readiness import Readiness
 from .edges.revocations import Revocations, Tickets
 from .edges.streams import Streams
@@ -160,7 +160,7 @@ class Gateway(QuartTrio):
         self.refused: Counter[int] = Counter()  # upgrades, by HTTP status
         self.log_limit = LogLimit()
         self.heads: Turnstile[line.Shaken] = Turnstile(settings.ws_max_handshakes)
-        self.admissions: Turnstile[Principal] = Turnstile(settings.ws_max_handshakes)
+        self.admissions: Turnstile[Candidate] = Turnstile(settings.ws_max_handshakes)
         self.accept_timeout = settings.ws_accept_timeout
         self.write_timeout = settings.ws_write_timeout
         self.catch_ups = Turns()
@@ -227,9 +227,9 @@ class Gateway(QuartTrio):
             revocations = Revocations(self.commands, self.hub)
             self.admission.tickets = Tickets(self.commands)
             self.admission.revocations = revocations
-            listeners = {REVOKED: revocations.hear}
+            listeners: dict[str, Listener] = {REVOKED: revocations}
             if self.roster is not None:
-                listeners[self.roster.channel] = self.roster.hear
+                listeners[self.roster.channel] = self.roster
                 stack.callback(self.roster.close)
             if settings.ws_tracing:
                 from .edges.tracing import open_tracing  # an extra, and nothing while it is off
@@ -413,10 +413,9 @@ class Gateway(QuartTrio):
                 )
                 self.addresses.enter(address, trio.current_time())
                 entered = True
-                principal = await self._admit(handshake)
-                if self.draining:  # asked only now: the others may have been sent away meanwhile
-                    raise Rejected(Close.GOING_AWAY, self.end.hint(), "draining")
-                self.hub.admit(principal)
+                with await self._admit(handshake) as candidate:
+                    principal = await self._let_in(candidate)
+                # It has joined the hub before anything is awaited again.
                 connection = Connection(
                     principal,
                     self._one_way_terms if handshake.one_way else self._terms,
@@ -447,7 +446,7 @@ class Gateway(QuartTrio):
             if entered:
                 self.addresses.leave(address)
 
-    async def _admit(self, handshake: Handshake) -> Principal:
+    async def _admit(self, handshake: Handshake) -> Candidate:
         try:
             admitted = await self.admissions.run(
                 partial(self.admission.admit, handshake),
@@ -459,10 +458,27 @@ class Gateway(QuartTrio):
                 Close.SERVER_OVERLOADED, "too many handshakes", "handshake_limit"
             ) from None
         if admitted is None:
-            raise Rejected(
-                Close.SERVER_OVERLOADED, "can't check the credential now", "accept_timeout"
-            )
+            raise _too_long()
         return admitted
+
+    async def _let_in(self, candidate: Candidate) -> Principal:
+        """Who joins the hub, or :exc:`Rejected`. Everything holds until the next await."""
+        self._refuse_while_draining()
+        with self.hub.reserve(candidate.principal), trio.move_on_after(self.accept_timeout):
+            while True:
+                self._refuse_while_draining()  # the others may have been sent away meanwhile
+                if (principal := self.admission.confirm(candidate)) is None:
+                    await self.admission.look_again(candidate)
+                elif candidate.ticket is None:
+                    return principal
+                else:
+                    await self.admission.redeem(candidate.ticket)
+                    candidate.ticket = None
+        raise _too_long()
+
+    def _refuse_while_draining(self) -> None:
+        if self.draining:
+            raise Rejected(Close.GOING_AWAY, self.end.hint(), "draining")
 
     async def _run(self, connection: Connection, socket: Socket) -> None:
         principal = connection.principal
@@ -583,6 +599,10 @@ class Gateway(QuartTrio):
             return [sample]
         self._tell_siblings(self.siblings, sample)
         return [sample, *self.siblings.read()]
+
+
+def _too_long() -> Rejected:
+    return Rejected(Close.SERVER_OVERLOADED, "can't check the credential now", "accept_timeout")
 
 
 def create_app(

@@ -6,6 +6,7 @@ from importlib.resources import files
 from typing import Any
 
 import pytest
+import redis
 import trio
 from harness import (
     JWT_SECRET,
@@ -80,6 +81,37 @@ async def test_in_production_the_page_is_for_admins(redis_url: str) -> None:
         url = f"/ws/console?ticket={reply.json['ticket']}"
         assert (await http(gateway.port, url)).status == 200
         assert (await http(gateway.port, url)).status == 401  # it was good once
+
+
+@pytest.mark.parametrize("why", ["role", "address", "body"])
+async def test_ticket_that_the_console_refused_for_another_reason_is_still_good(
+    redis_url: str, why: str
+) -> None:
+    production = {"environment": "production", "allowed_origins": ("https://a.example",)}
+    settings = production if why != "body" else {}
+    with redis.Redis.from_url(redis_url) as backend:
+        backend.flushall()
+        async with serving(redis_url, "line", ws_max_failed_logins=1, **settings) as gateway:
+            role = "MANAGER" if why == "role" else "ADMIN"
+            bearer = {"Authorization": f"Bearer {make_jwt(JWT_SECRET, roles=[role])}"}
+            reply = await http(gateway.port, "/ws/ticket", method="POST", headers=bearer)
+            query = f"?ticket={reply.json['ticket']}"
+            if why == "body":
+                headers = {"Content-Type": "application/json"}
+                reply = await http(
+                    gateway.port,
+                    f"/ws/console/publish{query}",
+                    method="POST",
+                    headers=headers,
+                    json_body={"event": {"type": "A", "tenant_id": 2, "branch_id": 1}},
+                )
+                assert reply.status == 403
+            else:
+                if why == "address":
+                    assert (await http(gateway.port, "/ws/console?ticket=made-up")).status == 401
+                expected = {"role": 403, "address": 429}[why]
+                assert (await http(gateway.port, f"/ws/console{query}")).status == expected
+            assert len(backend.keys("gateway:ticket:*")) == 1
 
 
 @pytest.mark.parametrize("path", ["/ws/console/token", "/ws/console/publish"])

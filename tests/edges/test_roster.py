@@ -103,11 +103,15 @@ class Restaurant:
             wall_clock=lambda: NOON + trio.current_time() + self.stepped,
         )
 
-    async def enter(self, principal: Principal | None = None) -> Connection:
+    async def enter(
+        self, principal: Principal | None = None, *, assigned: bool = False
+    ) -> Connection:
         """A client connects, as the gateway lets it."""
+        found = principal or make_principal()
 
         async def serve(*, task_status: trio.TaskStatus[Connection]) -> None:
-            client = Connection(await self.roster.assign(principal or make_principal()), FOR_EVER)
+            known = found if assigned else await self.roster.assign(found)
+            client = Connection(self.roster.latest(known), FOR_EVER)
             task_status.started(client)
             await client.run(FakeSocket(), self.hub)
 
@@ -558,6 +562,85 @@ async def test_change_that_comes_while_the_waiter_is_being_asked_for_is_asked_fo
         assert serves(clients[0]) == {6}
         assert database.queries == 2
         assert database.most_at_once.total() == 1
+
+
+async def test_changes_that_were_announced_while_the_link_was_down_are_looked_up(
+    autojump_clock: MockClock,
+) -> None:
+    async with opened() as restaurant:
+        restaurant.database.assign(5)
+        restaurant.database.assign(5, user=22)
+        client = await restaurant.enter()
+        other = await restaurant.enter(make_principal(user=22))
+        await trio.sleep(10)
+        restaurant.database.assign(6)
+        restaurant.roster.link_back()
+        await trio.sleep(1)
+        assert (serves(client), serves(other)) == ({6}, {5})
+        queries = restaurant.database.queries
+        assert queries == 4
+        await trio.sleep(100)
+        assert restaurant.database.queries == queries
+
+
+async def test_cached_answer_is_asked_for_again_after_the_link_was_down(
+    autojump_clock: MockClock,
+) -> None:
+    """Also one that was being asked for when the link came back."""
+    async with opened() as restaurant:
+        restaurant.database.assign(5)
+        await restaurant.roster.assign(make_principal())
+        await trio.sleep(1)
+        restaurant.database.assign(6)
+        restaurant.roster.link_back()
+        assert serves(await restaurant.roster.assign(make_principal())) == {6}
+        restaurant.database.takes = 1.5
+        async with trio.open_nursery() as nursery:
+            client = None
+
+            async def enter() -> None:
+                nonlocal client
+                client = await restaurant.enter(make_principal(user=23))
+
+            restaurant.database.assign(7, user=23)
+            nursery.start_soon(enter)
+            await trio.sleep(1)
+            restaurant.database.assign(8, user=23)
+            restaurant.roster.link_back()
+        assert client is not None
+        assert serves(client) == {8}
+
+
+async def test_look_at_everybody_delays_no_change_that_was_heard_of(
+    autojump_clock: MockClock,
+) -> None:
+    async with opened() as restaurant:
+        clients = [await restaurant.enter(make_principal(user=user)) for user in range(100)]
+        await trio.sleep(1)
+        restaurant.database.takes = 0.5
+        restaurant.roster.link_back()
+        await trio.sleep(0.1)
+        restaurant.database.assign(6, user=99)
+        restaurant.change(user=99)
+        await trio.sleep(1)
+        assert serves(clients[99]) == {6}
+        assert max(restaurant.database.most_at_once.values()) == 1
+        await trio.sleep(60)
+        assert restaurant.database.queries == 200
+
+
+async def test_change_between_the_answer_and_the_joining_is_made_good(
+    autojump_clock: MockClock,
+) -> None:
+    async with opened() as restaurant:
+        restaurant.database.assign(5)
+        principal = await restaurant.roster.assign(make_principal())
+        await trio.sleep(1)
+        restaurant.database.assign(6)
+        restaurant.change()  # nobody of theirs is connected yet
+        client = await restaurant.enter(principal, assigned=True)
+        await trio.sleep(1)
+        assert serves(client) == {6}
 
 
 async def test_change_of_a_waiter_who_is_away_is_looked_up_when_they_come(

@@ -205,7 +205,7 @@ def replies(data: bytes) -> None:
         intake,
         EventQueue(10),
         Breaker(5, 30),
-        {"channel:auth:revoked": _REVOCATIONS.hear},
+        {"channel:auth:revoked": _REVOCATIONS},
     )
 
     async def listen() -> None:

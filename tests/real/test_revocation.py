@@ -1,8 +1,11 @@
 """Revocations and tickets: what Redis knows about credentials, while it does and while not."""
 
 import json
+import sqlite3
 import time
+from contextlib import AsyncExitStack
 from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +30,7 @@ from harness import (
 )
 from structlog.testing import capture_logs
 
+from trio_gateway.edges.assignments import Assignments, Rows
 from trio_gateway.testing import make_jwt, make_table_token
 
 REVOKED = (4001, "token revoked")
@@ -201,6 +205,90 @@ async def test_junk_on_the_revocation_channel_closes_nobody(
         assert (await http(gateway.port, "/ws/health/ready")).status == 200
 
 
+# While it is being admitted
+
+
+@pytest.fixture
+def slow_sectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Settings with a database that takes a third of a second for each waiter."""
+    url = f"sqlite:///{tmp_path / 'backend.db'}"
+    with sqlite3.connect(tmp_path / "backend.db") as database:
+        columns = "tenant_id, branch_id, sector_id, waiter_id, assignment_date, shift, is_active"
+        database.execute(f"CREATE TABLE waiter_sector_assignment ({columns})")
+    fast = Assignments.of
+
+    async def slow(*arguments: Any) -> Rows:
+        found = await fast(*arguments)
+        await trio.sleep(0.3)
+        return found
+
+    monkeypatch.setattr(Assignments, "of", slow)
+    return {"database_url": url}
+
+
+@pytest.mark.parametrize("revoke", ["message", "key"])
+@pytest.mark.parametrize("way", ["token", "ticket", "renewal", "stream"])
+@DOORS
+async def test_token_that_is_revoked_while_it_is_being_admitted_does_not_stay(
+    backend: "redis.Redis",
+    redis_url: str,
+    slow_sectors: dict[str, Any],
+    door: Door,
+    way: str,
+    revoke: str,
+) -> None:
+    async with running(make_settings(redis_url, **slow_sectors), door=door) as gateway:
+        token = make_jwt(JWT_SECRET, jti="stolen")
+        statuses: list[int] = []
+
+        async def revoke_it() -> None:
+            await trio.sleep(0.15)
+            if revoke == "message":
+                backend.publish("channel:auth:revoked", '{"jti":"stolen"}')
+            else:
+                backend.set("auth:token:blacklist:stolen", "1")
+
+        async with trio.open_nursery() as nursery:
+            if way == "renewal":
+                url = gateway.staff_url("waiter", jti="mine", branch_ids=[2])
+                async with admitted(url) as client:
+                    nursery.start_soon(revoke_it)
+                    await client.send_message(json.dumps({"type": "auth", "token": token}))
+                    assert await closed(client) == REVOKED
+            elif way == "stream":
+                nursery.start_soon(revoke_it)
+                headers = {"Authorization": f"Bearer {token}"}
+                reply = await http(gateway.port, "/ws/waiter/events", headers=headers)
+                statuses.append(reply.status)
+                assert statuses == [401]
+            else:
+                query = f"token={token}"
+                if way == "ticket":
+                    query = f"ticket={await ticket(gateway, token)}"
+                    await trio.sleep(0.01)
+                    assert gateway.app.roster is not None
+                    gateway.app.roster.link_back()  # it asks the database again
+                nursery.start_soon(revoke_it)
+                assert await refusal(f"{gateway.url}/ws/waiter?{query}") == REVOKED
+        assert not gateway.app.hub.connections
+
+
+@DOORS
+async def test_revocation_that_was_published_while_the_link_was_down_is_made_good(
+    backend: "redis.Redis", redis_url: str, door: Door
+) -> None:
+    settings = make_settings(redis_url)
+    async with (
+        running(settings, door=door) as gateway,
+        admitted(gateway.staff_url("waiter", jti="a")) as client,
+        admitted(gateway.staff_url("waiter", sub="22")) as other,
+    ):
+        backend.client_kill_filter(_type="pubsub")
+        backend.set("auth:token:blacklist:a", "1")  # and nobody hears the message
+        assert await closed(client, 3) == REVOKED
+        assert await received(other) == []
+
+
 # At intervals
 
 
@@ -310,6 +398,62 @@ async def test_ticket_opens_one_connection_and_no_second(
             async with admitted(url):
                 pass
             assert await refusal(url) == (4001, "ticket invalid")
+
+
+@DOORS
+@pytest.mark.parametrize("why", ["origin", "role", "user limit", "total limit", "draining"])
+@pytest.mark.parametrize("way", ["socket", "stream"])
+async def test_ticket_that_was_refused_for_another_reason_is_still_good(
+    backend: "redis.Redis", redis_url: str, door: Door, way: str, why: str
+) -> None:
+    limits = {
+        "user limit": {"ws_max_connections_per_user": 1},
+        "total limit": {"ws_max_total_connections": 1},
+    }.get(why, {})
+    origin = "http://evil.example" if why == "origin" else "http://localhost:5176"
+    async with (
+        running(make_settings(redis_url), door=door) as other,
+        running(make_settings(redis_url, **limits), door=door) as gateway,
+        AsyncExitStack() as stack,
+    ):
+        if limits:
+            await stack.enter_async_context(admitted(gateway.staff_url("waiter", jti="x")))
+        once = await ticket(gateway, make_jwt(JWT_SECRET))
+        endpoint = "kitchen" if why == "role" else "waiter"
+        if why == "draining":
+            gateway.app.end.begun = True
+        if way == "stream":
+            path = f"/ws/{endpoint}/events?ticket={once}"
+            reply = await http(gateway.port, path, headers={"Origin": origin})
+            assert reply.status in {403, 429, 503}
+        elif why != "draining":  # an upgrade is then refused before that
+            url = f"{gateway.url}/ws/{endpoint}?ticket={once}"
+            async with connect(url, extra_headers=[("Origin", origin)]) as client:
+                assert (await closed(client))[0] in {1001, 1008, 1013, 4003}
+        gateway.app.end.begun = False
+        async with admitted(f"{other.url}/ws/waiter?ticket={once}"):
+            pass
+        assert await refusal(f"{other.url}/ws/waiter?ticket={once}") == (4001, "ticket invalid")
+
+
+async def test_two_who_bring_tickets_at_the_same_time_do_not_share_the_last_place(
+    backend: "redis.Redis", redis_url: str
+) -> None:
+    settings = make_settings(redis_url, ws_max_total_connections=1)
+    async with running(settings) as gateway, trio.open_nursery() as nursery:
+        once, twice = [await ticket(gateway, make_jwt(JWT_SECRET)) for _ in range(2)]
+        codes: list[int] = []
+
+        async def try_it(found: str) -> None:
+            async with connect(f"{gateway.url}/ws/waiter?ticket={found}") as client:
+                codes.append((await closed(client))[0])
+
+        nursery.start_soon(try_it, once)
+        nursery.start_soon(try_it, twice)
+        await until(lambda: codes)
+        assert codes == [1013]
+        assert len(gateway.app.hub) == 1
+        nursery.cancel_scope.cancel()
 
 
 async def test_ticket_is_redeemed_once_however_many_try_at_the_same_time(

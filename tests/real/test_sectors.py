@@ -353,6 +353,19 @@ async def test_change_that_the_backend_announces_reaches_the_client_at_once(
         assert await received(stranger) == []
 
 
+async def test_change_that_was_announced_while_the_link_was_down_reaches_the_client(
+    redis_url: str, backend: "redis.Redis", database: Database
+) -> None:
+    database.assign(5)
+    settings = make_settings(redis_url, database_url=database.url)
+    async with running(settings) as gateway, admitted(gateway.staff_url("waiter")) as client:
+        backend.client_kill_filter(_type="pubsub")
+        database.reassign(6)  # and nobody hears the message
+        await until(partial(_is_served, gateway, {6}), seconds=3)
+        await until(lambda: gateway.app.ready)
+        assert await heard(gateway, backend, client) == {6}
+
+
 def _owes_nothing(gateway: Running) -> bool:
     return gateway.app.roster is not None and not gateway.app.roster.owed
 

@@ -26,13 +26,22 @@ Answer = tuple[Response, int] | Response
 
 
 async def identify(
-    app: "Gateway", token: str | None, *, staff: bool | None = None
+    app: "Gateway",
+    token: str | None,
+    *,
+    staff: bool | None = None,
+    ticket: str | None = None,
 ) -> list[Principal]:
-    """Who holds this token; one that is none counts for the address as it does at connect."""
+    """Who holds this token, or the one that the ticket stands for, which is not redeemed by this.
+
+    An invalid one counts for the address as it does at connect.
+    """
     forwarded_for = ", ".join(request.headers.getlist("X-Forwarded-For"))
     address = app.addresses.of(lambda: request.remote_addr or "", forwarded_for)
     app.addresses.check(address, trio.current_time())
     try:
+        if ticket is not None:
+            token = await app.admission.token_of(ticket)
         return await app.admission.identify(token, staff=staff)
     except Rejected as rejected:
         if rejected.close is Close.AUTH_FAILED:

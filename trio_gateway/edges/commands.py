@@ -83,6 +83,10 @@ class Commands:
     async def set_for(self, key: str, value: str, seconds: int) -> None:
         await self._run(self._writes, lambda redis: redis.set(key, value, ex=seconds), bool)
 
+    async def get(self, key: str) -> bytes | None:
+        found: bytes | None = await self._run(self._reads, lambda redis: redis.get(key), _is_value)
+        return found
+
     async def getdel(self, key: str) -> bytes | None:
         # Not again if its answer is lost: what was there is gone then, and None would be a lie.
         found: bytes | None = await self._run(

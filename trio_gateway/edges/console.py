@@ -158,6 +158,7 @@ async def page(app: "Gateway") -> Answer:
     if app.settings.production:
         try:
             await _admit(app)
+            await _redeem(app)
         except Rejected as rejected:
             return _html(_GATE, status_of(rejected.close))
     text = _PAGE.replace("{environment}", app.settings.environment)
@@ -165,15 +166,18 @@ async def page(app: "Gateway") -> Answer:
 
 
 async def _admit(app: "Gateway") -> Principal:
-    """The ADMIN who asks; else :exc:`Rejected`."""
-    token = bearer(request.headers.get("Authorization"))
-    if (ticket := request.args.get("ticket")) is not None:
-        assert app.admission.tickets is not None
-        token = await app.admission.tickets.redeem(ticket)
-    for principal in await identify(app, token, staff=True):
+    """The ADMIN who asks, else :exc:`Rejected`. A ticket is good until :func:`_redeem`."""
+    token, ticket = bearer(request.headers.get("Authorization")), request.args.get("ticket")
+    for principal in await identify(app, token, staff=True, ticket=ticket):
         if may_watch(principal):
             return principal
     raise Rejected(Close.FORBIDDEN, "for an ADMIN only", "role")
+
+
+async def _redeem(app: "Gateway") -> None:
+    """Use the ticket up, if there is one, when nothing else can refuse the request."""
+    if (ticket := request.args.get("ticket")) is not None:
+        await app.admission.redeem(ticket)
 
 
 def _html(text: str, status: int) -> Answer:
@@ -262,6 +266,10 @@ async def publish(app: "Gateway") -> Answer:
         return problem(422, f"event: {invalid}")
     if event.tenant != admin.tenant:
         return problem(403, "an event of another tenant")
+    try:
+        await _redeem(app)
+    except Rejected as rejected:
+        return refusal(rejected)
     routes, streams = app.settings.routes, app.settings.redis_streams
     assert app.commands is not None
     try:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, Protocol
 
 import structlog
 import trio
@@ -22,10 +22,23 @@ log = structlog.get_logger()
 LIVENESS: Final = 2.0
 
 
+class Listener(Protocol):
+    """What listens to a channel that carries something else than events. Neither method blocks."""
+
+    def hear(self, payload: bytes, /) -> None:
+        """A message was published."""
+
+    def link_back(self) -> None:
+        """The subscription holds, for the first time or again.
+
+        What was published before is lost: what messages tell must be looked up again.
+        """
+
+
 class PubSub:
     """Subscribes to patterns and hands on each event as it comes.
 
-    ``listeners`` are for channels that carry something else than events. They must not block.
+    ``listeners`` are for channels that carry something else than events.
     """
 
     def __init__(
@@ -35,14 +48,16 @@ class PubSub:
         intake: Intake,
         queue: EventQueue,
         breaker: Breaker,
-        listeners: Mapping[str, Callable[[bytes], None]] | None = None,
+        listeners: Mapping[str, Listener] | None = None,
     ) -> None:
         self._address = address
         self._patterns = [pattern.encode() for pattern in dict.fromkeys(patterns)]
         self._intake = intake
         self._queue = queue
         self._breaker = breaker
-        self._listeners = {name.encode(): hear for name, hear in (listeners or {}).items()}
+        listeners = listeners or {}
+        self._listeners = {name.encode(): each.hear for name, each in listeners.items()}
+        self._on_link = [each.link_back for each in listeners.values()]
         self._unconfirmed = 0
         self.connected = False
         self._link = trio.CancelScope()
@@ -121,6 +136,8 @@ class PubSub:
             self.connected = True
             self._breaker.succeeded()
             log.info("subscribed", source="pubsub", patterns=len(self._patterns))
+            for link_back in self._on_link:
+                link_back()
 
     def _first_match(self, channel: bytes) -> tuple[bytes | None, str]:
         """Of our patterns; and the channel's name."""

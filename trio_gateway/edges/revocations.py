@@ -1,10 +1,11 @@
 """Revocations and tickets: what Redis knows about credentials."""
 
 import hashlib
+import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
-from typing import Final, NoReturn
+from typing import Final, NoReturn, Self
 
 import msgspec
 import structlog
@@ -14,6 +15,7 @@ from ..core.audiences import Principal
 from ..core.closing import Close, Rejected
 from ..core.limits import LogLimit
 from ..core.notices import Revoked
+from ..core.resilience import Backoff
 from ..runtime.connection import Connection
 from ..runtime.hub import Hub
 from .commands import Commands, Unavailable
@@ -22,6 +24,7 @@ log = structlog.get_logger()
 
 _BATCH: Final = 250  # principals in one MGET
 _REST: Final = 0.005  # seconds between two
+SOON: Final = 3.0  # seconds over which everybody is looked at after messages may have been lost
 TICKET_LIFE: Final = 30  # seconds
 _TICKET_BYTES: Final = 16
 
@@ -38,6 +41,53 @@ class _Check:
         self.failed = False
 
 
+class Watch:
+    """What is heard about one principal until it has joined the hub, or its token was renewed.
+
+    From :meth:`start` to :meth:`stop` :meth:`Revocations.hear` finds it as it finds a live
+    connection; as a context manager it does both.
+    ``revocations`` is None where nobody checks them.
+    """
+
+    def __init__(self, revocations: "Revocations | None", principal: Principal) -> None:
+        self.principal = principal
+        self.revoked = False
+        self.doubtful = False  # a message may have been lost, or the last look is a while ago
+        self._revocations = revocations
+
+    def start(self) -> None:
+        if self._revocations is not None:
+            self._revocations.watches.add(self)
+
+    def stop(self) -> None:
+        if self._revocations is not None:
+            self._revocations.watches.discard(self)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    async def check(self) -> None:
+        """Raise :exc:`Rejected` if the credential is revoked, or if nobody knows.
+
+        Whatever is heard while this waits counts.
+        """
+        while self._revocations is not None:
+            self.doubtful = False
+            await self._revocations.check(self.principal)
+            if self.is_settled():
+                return
+
+    def is_settled(self) -> bool:
+        """Whether what was checked still holds; raises :exc:`Rejected` if it was revoked since."""
+        if self.revoked:
+            raise _revoked()
+        return not self.doubtful
+
+
 class Revocations:
     """Asks Redis whether a credential has been revoked: at connect, at intervals, when told to."""
 
@@ -46,6 +96,8 @@ class Revocations:
         self._hub = hub
         self._log_limit = LogLimit()
         self._ask, self._asked = trio.open_memory_channel[_Check](1000)
+        self._doubt = trio.Event()  # whether a message may have been lost
+        self.watches: set[Watch] = set()
 
     async def check(self, principal: Principal) -> None:
         """Raise :exc:`Rejected` if the credential is revoked, or if nobody knows."""
@@ -60,7 +112,7 @@ class Revocations:
         if check.failed:
             raise Rejected(Close.SERVER_OVERLOADED, "can't check the token now", "dependency")
         if check.revoked:
-            raise Rejected(Close.AUTH_FAILED, "token revoked", "revoked")
+            raise _revoked()
 
     async def answer_checks(self) -> NoReturn:
         """Answer what :meth:`check` asks: whoever asks during one MGET, or in a few milliseconds
@@ -85,17 +137,48 @@ class Revocations:
             await trio.sleep(_REST)
 
     async def sweep(self, interval: float) -> NoReturn:
-        """Look at every live connection once per interval, client traffic or not."""
+        """Look at every live connection once per interval, client traffic or not; and at all of
+        them within seconds when a message may have been lost, or when Redis answers again.
+        """
+        soon = False
         while True:
-            connections = list(self._hub.connections)
-            batches = [connections[i : i + _BATCH] for i in range(0, len(connections), _BATCH)]
-            for batch in batches or [[]]:
-                await trio.sleep(interval / (len(batches) or 1))
-                await self._sweep(batch)
+            self._doubt = trio.Event()
+            parts = math.ceil(len(self._hub) / _BATCH) or 1
+            pause = (min(interval, SOON) if soon else interval) / parts
+            soon = await self._sweep_all(0.0 if soon else pause, pause)
 
-    async def _sweep(self, batch: Sequence[Connection]) -> None:
+    async def _sweep_all(self, wait: float, pause: float) -> bool:
+        """Wait, look at a batch, pause, look at the next; whether it all must be done again."""
+        if await self._is_in_doubt(wait):
+            return True
+        connections = list(self._hub.connections)  # those that came during the wait, too
+        for i in range(0, len(connections), _BATCH):
+            if i and await self._is_in_doubt(pause):
+                return True
+            if not await self._sweep(batch := connections[i : i + _BATCH]):
+                await self._sweep_again(batch)
+                return True
+        return False
+
+    async def _is_in_doubt(self, seconds: float) -> bool:
+        """Wait; end at once with True if a message may have been lost."""
+        with trio.move_on_after(seconds):
+            await self._doubt.wait()
+        return self._doubt.is_set()
+
+    async def _sweep_again(self, batch: Sequence[Connection]) -> None:
+        """Until Redis answers."""
+        backoff, failures = Backoff(first=0.5, most=1.0), 1
+        await trio.sleep(backoff.after(failures))
+        while not await self._sweep(batch):
+            failures += 1
+            await trio.sleep(backoff.after(failures))
+
+    async def _sweep(self, batch: Sequence[Connection]) -> bool:
+        """Close those whose token was revoked; whether Redis has answered."""
+        asked = [connection.principal for connection in batch]
         try:
-            revoked = await self._revoked([connection.principal for connection in batch])
+            revoked = await self._revoked(asked)
         except Unavailable as error:
             held_back = self._log_limit.allows("not checked", trio.current_time())
             if held_back is not None:
@@ -105,10 +188,12 @@ class Revocations:
                     error=str(error),
                     held_back=held_back,
                 )
-            return
-        for connection, is_revoked in zip(batch, revoked, strict=True):
-            if is_revoked:
+            return False
+        for connection, principal, is_revoked in zip(batch, asked, revoked, strict=True):
+            # One whose token was renewed meanwhile was checked then.
+            if is_revoked and _credential(connection.principal) == _credential(principal):
                 connection.close(Close.AUTH_FAILED, "token revoked")
+        return True
 
     def hear(self, payload: bytes) -> None:
         """A message on :data:`~.notices.REVOKED`: close whom it is about, at once."""
@@ -121,12 +206,30 @@ class Revocations:
         for connection in list(self._hub.connections):
             if _is_about(said, connection.principal):
                 connection.close(Close.AUTH_FAILED, "token revoked")
+        for watch in self.watches:
+            if _is_about(said, watch.principal):
+                watch.revoked = True
+
+    def link_back(self) -> None:
+        """Messages may have been lost until now: look at everybody again, soon."""
+        self._doubt.set()
+        for watch in self.watches:
+            watch.doubtful = True
 
     async def _revoked(self, principals: Sequence[Principal]) -> list[bool]:
         keys = [key for principal in principals for key in _keys(principal)]
         values = await self._commands.mget(keys) if keys else []
         found = dict(zip(keys, values, strict=True))
         return [_is_revoked(principal, found) for principal in principals]
+
+
+def _revoked() -> Rejected:
+    return Rejected(Close.AUTH_FAILED, "token revoked", "revoked")
+
+
+def _credential(principal: Principal) -> tuple[str | None, float | None]:
+    """What a revocation of one owner's token is compared with."""
+    return principal.token_id, principal.issued_at
 
 
 def _keys(principal: Principal) -> list[str]:
@@ -178,17 +281,27 @@ class Tickets:
         await self._commands.set_for(_ticket_key(ticket), token, TICKET_LIFE)
         return ticket
 
+    async def look_at(self, ticket: str) -> str:
+        """The token it stands for, which it does until :meth:`redeem`; else :exc:`Rejected`."""
+        return await self._token(self._commands.get, ticket)
+
     async def redeem(self, ticket: str) -> str:
-        """The token it stands for, once; else :exc:`Rejected`."""
+        """The token it stands for, once; else :exc:`Rejected`.
+
+        To be called when nothing else can refuse the client any more.
+        """
+        return await self._token(self._commands.getdel, ticket)
+
+    async def _token(self, give: Callable[[str], Awaitable[bytes | None]], ticket: str) -> str:
         try:
-            token = await self._commands.getdel(_ticket_key(ticket))
+            token = await give(_ticket_key(ticket))
         except Unavailable:
             raise Rejected(
                 Close.SERVER_OVERLOADED, "can't check the ticket now", "dependency"
             ) from None
         if token is None:
             raise Rejected(Close.AUTH_FAILED, "ticket invalid", "auth")
-        return token.decode()
+        return token.decode(errors="replace")
 
 
 def _ticket_key(ticket: str) -> str:

@@ -79,6 +79,8 @@ class Roster:
         self._asking: dict[Waiter, _Question] = {}
         self._periods: dict[tuple[TenantId, BranchId], Period] = {}  # that live waiters are in
         self._owed: dict[Waiter, None] = {}  # to be asked again, since the database failed
+        self._unsure: dict[Waiter, None] = {}  # behind those: a change may not have been heard of
+        self._link_back_at = -math.inf  # what was asked before may be outdated
         self._wake = trio.Event()
         self._answered = 0  # queries
         self._log_limit = LogLimit()
@@ -106,7 +108,7 @@ class Roster:
     async def assign(self, principal: Principal, *, fresh: bool = False) -> Principal:
         """The principal with today's sectors; ``fresh`` bypasses the cache. Never fails.
 
-        What is awaited last before :meth:`Hub.join` must be this, or a change could slip between.
+        :meth:`latest` makes good what changes between this and :meth:`Hub.join`.
         """
         if principal.endpoint is not Endpoint.WAITER or principal.user is None:
             return principal
@@ -155,22 +157,49 @@ class Roster:
             for branch in connection.principal.branches
         )
 
+    def link_back(self) -> None:
+        """Messages may have been lost until now: what is cached is outdated, and all live waiters
+        are asked for again, one after the other, behind those whose change was heard of.
+        """
+        self._link_back_at = trio.current_time()
+        for question in self._asking.values():
+            question.outdated = True
+        self._unsure.update(
+            (Waiter(principal.tenant, branch, principal.user), None)
+            for connection in self._waiters()
+            if (principal := connection.principal).user is not None
+            for branch in principal.branches
+        )
+        self._wake.set()
+
+    def latest(self, principal: Principal) -> Principal:
+        """The principal as :meth:`assign` would return it now, without waiting.
+
+        Must be followed by :meth:`Hub.join` or :meth:`Hub.move` in the same step: what is outdated,
+        because of a change that was heard of during an await, is then asked for again.
+        """
+        if principal.endpoint is not Endpoint.WAITER or principal.user is None:
+            return principal
+        keys = [Waiter(principal.tenant, branch, principal.user) for branch in principal.branches]
+        self._owe(key for key in keys if not self._is_fresh(key))
+        return self._with_sectors(principal)
+
     async def pay(self) -> NoReturn:
         """Ask what is owed until it is answered, and apply it; returns only when cancelled."""
         backoff, failures = Backoff(first=0.5, most=10), 0
         while True:
-            while not self._owed:
+            while not (owed := self._owed or self._unsure):
                 self._wake = trio.Event()
                 await self._wake.wait()
-            key = next(iter(self._owed))
+            key = next(iter(owed))
             if not self._connections_of(key.tenant, key.user):
-                del self._owed[key]
+                del owed[key]
             elif await self._ask(key, fresh=False):
                 failures = 0
             else:
                 failures += 1
-                self._owed.pop(key, None)
-                self._owed[key] = None  # behind the others: what it can't answer may be this one
+                owed.pop(key, None)
+                owed[key] = None  # behind the others: what it can't answer may be this one
                 wait = self._breaker.wait(trio.current_time())
                 await trio.sleep(max(wait, backoff.after(failures)))
 
@@ -252,6 +281,7 @@ class Roster:
             known is not None
             and known.day == self._period(key.tenant, key.branch).day
             and trio.current_time() - known.asked_at < self._ttl
+            and known.asked_at > self._link_back_at
         )
 
     async def _ask(self, key: Waiter, *, fresh: bool) -> bool:
@@ -309,8 +339,10 @@ class Roster:
         self._known.move_to_end(person)
         if len(self._known) > _MOST_CACHED:
             self._known.popitem(last=False)
-        if key in self._owed or (before is not None and before.rows != known.rows):
+        asked_for = key in self._owed or key in self._unsure
+        if asked_for or (before is not None and before.rows != known.rows):
             self._owed.pop(key, None)
+            self._unsure.pop(key, None)
             for connection in self._connections_of(key.tenant, key.user):
                 self._apply(connection)
 

@@ -2,7 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, KeysView, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import trio
 
@@ -22,6 +22,26 @@ class Limits:
         self.per_session = per_session
 
 
+Owner = tuple[str, int, object]
+
+
+class Place:
+    """A place in the hub that is held for somebody; a context manager that releases it."""
+
+    def __init__(self, reserved: Counter[Owner], owner: Owner) -> None:
+        self._reserved = reserved
+        self._owner = owner
+        reserved[owner] += 1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._reserved[self._owner] -= 1
+        if not self._reserved[self._owner]:
+            del self._reserved[self._owner]
+
+
 class Hub:
     """Who is connected, and in which audiences.
 
@@ -31,7 +51,8 @@ class Hub:
     def __init__(self, limits: Limits | None = None) -> None:
         self._limits = limits
         self._members: dict[Audience, set[Connection]] = {}
-        self._owned: Counter[tuple[str, int, object]] = Counter()
+        self._owned: Counter[Owner] = Counter()
+        self._reserved: Counter[Owner] = Counter()
         self._connections: dict[Connection, None] = {}  # in the order they joined
         self._leaving: set[Connection] = set()
         self._emptied = trio.Event()
@@ -63,13 +84,14 @@ class Hub:
     def admit(self, principal: Principal) -> None:
         """Raise :exc:`Rejected` if one more connection of this owner is over a limit.
 
-        Nothing is awaited between this and :meth:`join`, or two could take the last place.
+        If anything is awaited between this and :meth:`join`, two could take the last place: then
+        :meth:`reserve` it.
         """
         if (limits := self._limits) is None:
             return
-        if len(self._connections) >= limits.total:
+        if len(self._connections) + self._reserved.total() >= limits.total:
             raise Rejected(Close.SERVER_OVERLOADED, "too many connections", "total_limit")
-        owned = self._owned[principal.owner]
+        owned = self._owned[principal.owner] + self._reserved[principal.owner]
         if principal.session is not None and owned >= limits.per_session:
             raise Rejected(
                 Close.SERVER_OVERLOADED, "too many connections of this session", "session_limit"
@@ -78,6 +100,13 @@ class Hub:
             raise Rejected(
                 Close.SERVER_OVERLOADED, "too many connections of this user", "user_limit"
             )
+
+    def reserve(self, principal: Principal) -> "Place":
+        """As :meth:`admit`, and the place is taken until it is released; then :meth:`join` must
+        follow in the same step.
+        """
+        self.admit(principal)
+        return Place(self._reserved, principal.owner)
 
     def join(self, connection: "Connection") -> None:
         principal = connection.principal
