@@ -75,6 +75,11 @@ class Tab:
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
+    def freeze(self, frozen: bool) -> None:
+        """Stop all that runs in the page, or let it run again."""
+        state = "frozen" if frozen else "active"
+        self._browser.call("Page.setWebLifecycleState", self._session, state=state)
+
 
 @contextmanager
 def chromium(profile: Path) -> Iterator[Chromium]:
@@ -105,6 +110,12 @@ def closed(gateway: Gateway) -> dict[str, float]:
         r'^wsgateway_connections_closed_total\{code="(\d+)"\} (\S+)$', text, re.MULTILINE
     )
     return {code: float(n) for code, n in found if float(n)}
+
+
+def connected(gateway: Gateway) -> int:
+    with urlopen(f"{gateway.url}/ws/health", timeout=5) as reply:
+        total: int = json.load(reply)["connections"]["total"]
+        return total
 
 
 @pytest.mark.parametrize("worker", [True, False], ids=["worker", "no worker"])
@@ -149,5 +160,27 @@ def test_a_hidden_tab_keeps_its_connections(tmp_path: Path, worker: bool) -> Non
                 if worker:  # one for each connection
                     assert page.run("workers") == 3
                     assert page.run("woken") > 10
+        finally:
+            gateway.kill()
+
+
+def test_a_page_that_was_frozen_is_connected_again_when_it_runs_again(tmp_path: Path) -> None:
+    """As phones and energy savers do; the gateway has ended its connections meanwhile."""
+    with valkey() as server:
+        gateway = Gateway(
+            server.connection_url,
+            WS_CONSOLE_TOKENS="true",
+            WS_HEARTBEAT_TIMEOUT="2",
+            WS_CLEANUP_INTERVAL="0.5",
+        )
+        try:
+            with chromium(tmp_path) as browser:
+                page = browser.open(f"{gateway.url}/ws/console")
+                text = "document.getElementById('link')?.textContent"
+                until(lambda: page.run(text) == "live")
+                page.freeze(True)
+                until(lambda: closed(gateway) == {"4008": 1})
+                page.freeze(False)
+                until(lambda: connected(gateway) == 1 and page.run(text) == "live", seconds=10)
         finally:
             gateway.kill()

@@ -379,7 +379,7 @@ async def test_two_answers_to_a_renewal_lose_no_token(autojump_clock: MockClock)
     assert len(gateway.dialled) == 1
 
 
-@pytest.mark.parametrize("skew", [-600, -60, 0, 60, 600])
+@pytest.mark.parametrize("skew", [-600, 0, 600])
 @pytest.mark.parametrize("life", [120, 900])
 @pytest.mark.parametrize("says_iat", [True, False], ids=["iat", "no iat"])
 async def test_renewal_does_not_depend_on_this_devices_clock(
