@@ -286,6 +286,27 @@ def test_check_of_a_sound_set_up_finds_nothing_wrong(url: str) -> None:
     assert done.stdout.splitlines()[-1] == "The gateway can start."
 
 
+def test_check_names_the_redis_version_that_counts_entries(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["trio_gateway.cli.check"], "MIN_REDIS", 99)
+    done = run("check", env={"REDIS_URL": url, **SECRETS})
+    assert done.exit_code == 0
+    assert "does not count the entries" in done.stdout
+    assert "Redis 99" in done.stdout
+
+
+def test_check_finds_that_redis_is_a_replica(url: str, store: "redis.Redis") -> None:
+    store.replicaof("127.0.0.1", "1")
+    try:
+        done = run("check", env={"REDIS_URL": url, **SECRETS})
+    finally:
+        store.replicaof("NO", "ONE")
+    assert done.exit_code == 1
+    assert "Redis is a replica" in done.stdout
+    assert "leads to the primary" in done.stdout
+
+
 def test_check_leaves_redis_as_it_was(url: str, store: "redis.Redis") -> None:
     run("check", env={"REDIS_URL": url, **SECRETS})
     assert not store.keys()

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..settings import Settings
 
 _PATIENCE: Final = 3.0  # seconds for one answer
+MIN_REDIS: Final = 7  # the first that counts what was added to a stream
 _SPARE_FILES: Final = 64  # descriptors beside the clients': Redis, listeners, logs, HTTP
 
 # What Redis or the system says, and how to mend it; the first that fits.
@@ -130,6 +131,7 @@ async def _check_redis(settings: "Settings", address: "Address", report: _Report
     try:
         async with open_redis(address) as redis:
             report.right(f"Redis at {address}: connected")
+            await _check_version(redis, report)
             await _check_commands(settings, redis, report)
         async with open_redis(address) as redis:
             await _check_subscribing(settings, redis, report)
@@ -137,6 +139,19 @@ async def _check_redis(settings: "Settings", address: "Address", report: _Report
         problem = str(lost)
         mend = next((mend for sign, mend in _MENDS if sign in problem), "see the log of Redis")
         report.fail(f"Redis: {problem}", mend)
+
+
+async def _check_version(redis: "RedisConnection", report: _Report) -> None:
+    reply = await redis.ask("HELLO")
+    words = reply if isinstance(reply, list) else []
+    said = dict(zip(words[::2], words[1::2], strict=False)).get(b"version", b"")
+    version = said.decode(errors="replace") if isinstance(said, bytes) else ""
+    major = version.partition(".")[0]
+    if major.isdigit() and int(major) < MIN_REDIS:
+        report.warn(
+            f"Redis {version} does not count the entries of a stream: clients are told of a gap"
+            f" whenever none can be ruled out. Redis {MIN_REDIS} or any Valkey knows"
+        )
 
 
 async def _check_commands(settings: "Settings", redis: "RedisConnection", report: _Report) -> None:

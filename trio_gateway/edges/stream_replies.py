@@ -72,6 +72,14 @@ def read_info(reply: Any) -> Info:
         )
 
 
+def read_deleted(reply: Any) -> Position:
+    """Of XINFO STREAM: the last entry that was deleted by its id; the start if none is known."""
+    if not isinstance(reply, list) or b"max-deleted-entry-id" not in reply[::2]:
+        return START
+    with _shaped():
+        return _read_id(reply[2 * reply[::2].index(b"max-deleted-entry-id") + 1])
+
+
 def read_time(reply: Any) -> float | None:
     """Of TIME, unix time; None from one that does not tell us."""
     if isinstance(reply, hiredis.ReplyError):
