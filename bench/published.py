@@ -46,7 +46,7 @@ _RATE: Final = Figure("deliveries/s", "/s")
 _EVENTS: Final = Figure("events/s", "/s")
 _BACK: Final = Figure("all back after s", "s")
 _SHORT: Final = ("--seconds", "0.5")
-_FEW: Final = ("--clients", "100")
+_FEW: Final = ("--clients", "300")
 
 RUNS: Final[Mapping[str, Run]] = {
     "unbatched": Run(

@@ -86,9 +86,9 @@ def test_run_that_is_not_reached_in_time_leaves_what_there_was(tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_quick_run_of_a_storm_is_written_where_it_is_asked_for(tmp_path: Path) -> None:
+def test_quick_run_is_written_where_it_is_asked_for(tmp_path: Path) -> None:
     path, before = tmp_path / "results.json", FILE.read_bytes()
-    done = measured("--quick", "--results", str(path), "storm")
+    done = measured("--quick", "--results", str(path), "mixed")
     assert done.returncode == 0, done.stderr
     (run,) = read(path).values()
     assert {row["figure"]: row["gateway"] for row in run["figures"]}[LOST] == 0

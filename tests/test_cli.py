@@ -78,7 +78,7 @@ def test_minted_staff_token_is_what_the_gateway_reads() -> None:
     done = run("token", "staff", *options.split(), "--jti", "x", env=SECRETS)
     assert done.stderr == ""
     settings = Settings(jwt_secret=harness.JWT_SECRET)
-    staff = read_jwt(done.stdout.removesuffix("\n"), settings.staff_keys, settings.rules, 0)
+    staff = read_jwt(done.stdout.removesuffix("\n"), settings.staff_keys, settings.rules, time.time())
     assert staff.tenant == 2
     assert staff.user == "7"
     assert sorted(staff.branches) == [3, 4]
@@ -118,7 +118,8 @@ def test_legacy_token_comes_with_a_warning_unless_they_are_allowed() -> None:
 def test_no_secret_no_token(kind: str, name: str) -> None:
     done = run("token", kind)
     assert (done.exit_code, done.stdout) == (2, "")
-    assert done.stderr == f"trio-gateway: {name} is not set: set it to what the gateway has\n"
+    says = "set it to what the gateway has, in the environment or in .env"
+    assert done.stderr == f"trio-gateway: {name} is not set: {says}\n"
 
 
 def test_no_hmac_no_staff_token(tmp_path: Path) -> None:
@@ -517,6 +518,12 @@ async def test_tail_says_why_it_is_refused(url: str, gateway: int) -> None:
     status, out, err = await ran("tail", "--url", where, env=env)
     assert (status, out) == (1, [])
     assert err.startswith("trio-gateway: closed by the gateway: 4001 AUTH_FAILED (token invalid)")
+    env = {**harness.environment(url), "JWT_SECRET": "another" * 8}
+    status, out, err = await ran("tail", "--url", where, env=env)
+    assert (status, out) == (1, [])
+    assert "4001 AUTH_FAILED" in err
+    assert err.endswith("(it was signed with JWT_SECRET as it is set here)\n")
+
     arguments = f"tail --as kitchen --role WAITER --url {where}".split()
     status, out, err = await ran(*arguments, env=harness.environment(url))
     assert (status, out) == (1, [])
@@ -543,7 +550,7 @@ async def test_tail_connects_again_and_prints_what_came_meanwhile(
     types = [json.loads(line)["type"] for line in out.decode().splitlines()]
     assert types == ["ROUND_READY", "ROUND_SERVED"]
     lost, again = err.decode().splitlines()
-    assert lost.startswith("closed by the gateway: 1006 ABNORMAL: the connection broke")
+    assert lost.startswith(f"the connection to 127.0.0.1:{gateway.port} broke: is the gateway")
     assert "; again in " in lost
     assert again.startswith("connected again to ws://127.0.0.1")
 

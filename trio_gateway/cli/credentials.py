@@ -108,7 +108,10 @@ def legacy_token_by(settings: "Settings", who: Identity) -> str:
 
 def _secret(name: str, value: str | None) -> str:
     if value is None:
-        raise Failure(f"{name} is not set: set it to what the gateway has", MISUSED)
+        raise Failure(
+            f"{name} is not set: set it to what the gateway has, in the environment or in .env",
+            MISUSED,
+        )
     return value
 
 

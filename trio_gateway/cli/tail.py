@@ -84,7 +84,12 @@ def tail(
         )
         mint = _mint(endpoint, who, demo)
         mint()  # what is wrong with that is said before anything is tried
-        _tail(where, lambda _: mint(), endpoint, origin=origin, raw=raw, count=count)
+        secret = "TABLE_TOKEN_SECRET" if endpoint == "diner" else "JWT_SECRET"
+        signed_with = f"the {secret} of the demo" if demo else f"{secret} as it is set here"
+        _tail(
+            where, lambda _: mint(), endpoint,
+            origin=origin, raw=raw, count=count, signed_with=signed_with,
+        )  # fmt: skip
     else:
         _tail(where, token, endpoint, origin=origin, raw=raw, count=count)
 
@@ -123,14 +128,22 @@ def _tail(
     origin: str | None,
     raw: bool,
     count: int | None,
+    signed_with: str | None = None,
 ) -> None:
     from ..client import Event, Refused, Status, connect
+    from ..core.closing import Close
     from .running import run
     from .screen import Screen, json_text, summary
     from .why import why
 
     screen = Screen()
     connected = False
+
+    def because(status: Status) -> str:
+        text = why(url, status)
+        if signed_with is not None and status.code == Close.AUTH_FAILED:
+            text += f" (it was signed with {signed_with})"
+        return text
 
     def tell(status: Status) -> None:
         nonlocal connected
@@ -140,10 +153,10 @@ def _tail(
                 click.echo(f"connected{again} to {url}, Ctrl-C ends it", err=True)
                 connected = True
             case "waiting" if connected:
-                reason = printable(why(url, status))
+                reason = printable(because(status))
                 click.echo(f"{reason}; again in {status.retry_in:.1f} s", err=True)
             case "waiting":
-                raise Failure(why(url, status))
+                raise Failure(because(status))
 
     def tell_of_gap(_: str) -> None:
         click.echo("events may be missing here", err=True)
@@ -164,6 +177,6 @@ def _tail(
                     await show(await anext(client))
                     heard += 1
             except Refused:
-                raise Failure(why(url, client.status)) from None
+                raise Failure(because(client.status)) from None
 
     run(work)

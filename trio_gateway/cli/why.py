@@ -20,7 +20,6 @@ _ADVICE: Final = {
     Close.AUTH_FAILED: "get a new token, signed with the secret of this gateway",
     Close.FORBIDDEN: "this token is not for this endpoint: take another --as or another token",
     Close.RATE_LIMITED: "too many messages or failed logins from this side: wait a little",
-    Close.ABNORMAL: "the connection broke: is the gateway still there?",
 }
 
 
@@ -29,6 +28,8 @@ def why(url: str, status: "Status") -> str:
     where = urlsplit(url).netloc
     match status.error:
         case None:
+            if status.code == Close.ABNORMAL:
+                return f"the connection to {where} broke: is the gateway still there?"
             return _closed(status.code or 0, status.reason)
         case NoUpgrade(status=503):
             return f"the gateway at {where} is going down (HTTP 503): try again in a while"
