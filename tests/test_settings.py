@@ -21,6 +21,7 @@ PATTERNS = (
     "sector:*:waiters", "session:*", "tenant:*:admin",
 )  # fmt: skip
 OURS = {  # beside the contract's
+    "WS_OPERATIONS_BIND": None,
     "ALLOW_REDIS_WITHOUT_PASSWORD": False,
     "REDIS_DLQ_STREAM": None,
     "JWT_SECRET_PREVIOUS": None,
@@ -374,6 +375,24 @@ def test_development_says_when_a_secret_is_short() -> None:
     settings = Settings(jwt_secret="short", table_token_secret=SECRET)
 
     assert settings.warnings == ["JWT_SECRET is shorter than 32 bytes"]
+
+
+@pytest.mark.parametrize(
+    ("bind", "good"),
+    [
+        ("127.0.0.1:9001", True), ("[::1]:9001", True), ("inner.host:65535", True),
+        ("9001", False), (":9001", False), ("127.0.0.1", False), ("127.0.0.1:0", False),
+        ("127.0.0.1:65536", False), ("unix:/run/x", False), ("http://127.0.0.1:9001", False),
+    ],
+)  # fmt: skip
+def test_address_for_operators_is_a_host_and_a_port(
+    bind: str, good: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if good:
+        assert load(monkeypatch, WS_OPERATIONS_BIND=bind).ws_operations_bind == bind
+    else:
+        (problem,) = problems(monkeypatch, WS_OPERATIONS_BIND=bind)
+        assert problem.startswith("WS_OPERATIONS_BIND: ")
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from .core.limits import DropAlarm, LogLimit, TenantRate
 from .core.messages import GAP, Message, Renew, Said, auth_ok, intervals, sectors_updated
 from .core.notices import REVOKED
 from .core.resilience import Breaker
-from .edges import line, sse, web
+from .edges import line, operations, sse, web
 from .edges.addresses import Addresses
 from .edges.admission import Admission, Candidate
 from .edges.auth import Auth
@@ -54,7 +54,7 @@ from .runtime.queue import EventQueue
 from .runtime.reaper import reap
 from .runtime.resume import Replays
 from .runtime.stalls import Stalls
-from .runtime.supervision import keep_running
+from .runtime.supervision import keep_running, leaves
 from .runtime.turnstile import TooMany, Turnstile
 from .settings import Settings
 
@@ -78,6 +78,10 @@ class _Lifespan(TrioASGILifespan):
         try:
             async with self.app.serving():
                 await super().__call__(receive, send)
+        except* operations.CannotListen as errors:
+            with suppress(Exception):
+                log.critical(str(leaves(errors)[0]))
+            raise LifespanFailureError("serving", "can't listen") from None
         except* Exception as bugs:
             with suppress(Exception):  # whatever the log of who embeds us does, this has to end
                 log.critical("stopped by a bug", exc_info=bugs)
@@ -257,7 +261,10 @@ class Gateway(QuartTrio):
                 wall_clock=self._clock,
             )
             stack.enter_context(self.stalls.watched())
+            for_operators = self._listen_for_operators()
             async with trio.open_nursery() as nursery:
+                if for_operators:
+                    nursery.start_soon(operations.serve, self, for_operators)
                 self._nursery = nursery
                 self._start(nursery, revocations, self.pubsub, self.streams)
                 try:
@@ -267,6 +274,11 @@ class Gateway(QuartTrio):
                         await self.drain()
                     self._nursery = None
                     nursery.cancel_scope.cancel()
+
+    def _listen_for_operators(self) -> list[trio.SocketListener]:
+        if (bind := self.settings.ws_operations_bind) is None:
+            return []
+        return operations.open_listeners(bind)
 
     def _start(
         self, nursery: trio.Nursery, revocations: Revocations, pubsub: PubSub, streams: Streams

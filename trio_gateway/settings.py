@@ -3,6 +3,7 @@
 import difflib
 import hmac
 import os
+import re
 import secrets
 from collections.abc import Mapping
 from datetime import time
@@ -42,6 +43,9 @@ _PATTERNS = (
 _ORIGINS = tuple(f"http://localhost:{port}" for port in (5176, 5177, 5178))
 _USUAL_IDLE_TIMEOUT = 45  # seconds: event-source-polyfill; proxies have 60, unless told otherwise
 _USUAL_PING = 25  # seconds between the pings of our clients unless the gateway names another
+_BIND = re.compile(
+    r"(?:[a-z0-9._-]+|\[[0-9a-f:.]+\]):(?P<port>[0-9]{1,5})", re.ASCII | re.IGNORECASE
+)
 _HMAC = frozenset({"HS256", "HS384", "HS512"})
 SECTOR_COLUMNS = (
     "tenant_id", "branch_id", "sector_id", "waiter_id", "assignment_date", "shift", "is_active",
@@ -106,6 +110,7 @@ class Settings(BaseSettings):
     ws_max_handshakes: _Count = 1000  # in progress at a time
     ws_max_connections_per_address: Annotated[int, Field(ge=0)] = 0  # 0 = off
     ws_max_failed_logins: Annotated[int, Field(ge=0)] = 0  # per address and minute; 0 = off
+    ws_operations_bind: str | None = None  # host:port for metrics and details, there alone
     ws_proxy_hops: Annotated[int, Field(ge=0)] = 0  # proxies of ours that add X-Forwarded-For
 
     redis_url: str = Field(default="redis://localhost:6380", repr=False)
@@ -186,6 +191,15 @@ class Settings(BaseSettings):
                     f"{origin} is not scheme://host[:port] (nothing may follow, not even a slash)"
                 ) from None
         return tuple(found)
+
+    @field_validator("ws_operations_bind")
+    @classmethod
+    def _host_and_port(cls, value: str | None) -> str | None:
+        if value is not None:
+            match = _BIND.fullmatch(value)
+            if match is None or not 0 < int(match["port"]) < 1 << 16:
+                raise ValueError("is not host:port, as 127.0.0.1:9001")
+        return value
 
     @field_validator("service_day_cutoff")
     @classmethod

@@ -1,5 +1,6 @@
 """Clients come through nginx and HAProxy as they do without."""
 
+import base64
 import json
 import re
 import shutil
@@ -29,6 +30,7 @@ from harness import (
     wait,
 )
 from stopwatch import Stopwatch
+from wire import make_head
 
 from trio_gateway.testing import make_jwt
 
@@ -105,11 +107,11 @@ def redis_url() -> Iterator[str]:
 
 
 @asynccontextmanager
-async def behind(proxy: str, redis_url: str, folder: Path) -> AsyncIterator[Behind]:
+async def behind(proxy: str, redis_url: str, folder: Path, **changes: str) -> AsyncIterator[Behind]:
     async with AsyncExitStack() as stack:
         ports, gateways = [free_port(), free_port()], []
         settings = {"WS_PROXY_HOPS": "1", "WS_PING_INTERVAL": PING, "WS_CLEANUP_INTERVAL": "0.2"}
-        env = environment(redis_url, **settings)
+        env = environment(redis_url, **settings | changes)
         for port in ports:
             command = ("trio_gateway", "serve", "--bind", f"127.0.0.1:{port}")
             gateways.append(await stack.enter_async_context(process(*command, env=env, port=port)))
@@ -218,3 +220,105 @@ async def test_no_log_of_a_proxy_holds_a_token(proxy: str, redis_url: str, tmp_p
     assert not re.search(r"eyJ|token=", text)
     status, _, _ = await wait(at.gateways[1])
     assert status is not None
+
+
+METRICS = (
+    "/ws/metrics /ws/metrics/ //ws/metrics /ws//metrics /ws/./metrics /ws/metrics?x /ws/%6Detrics"
+    " /%77s/metrics /ws%2Fmetrics /ws/health/../metrics /ws/metrics%2F /ws/metrics;x"
+    " /ws/metrics%00 /ws/metrics%0A /x/../ws/metrics http://localhost/ws/metrics"
+)
+DETAILS = (
+    "/ws/health/detailed /ws/health//detailed /ws/health/%64etailed //ws//health//detailed//"
+    " /ws/health/detailed/ http://a/ws//health/detailed"
+)
+
+
+async def test_what_is_for_operators_is_closed(proxy: str, redis_url: str, tmp_path: Path) -> None:
+    async with behind(proxy, redis_url, tmp_path) as at:
+        for path in f"{METRICS} {DETAILS}".split():
+            for method in ("GET", "POST"):
+                reply = await http(at.port, path, method=method)
+                assert reply.status in {308, 400, 404, 405}, path
+                assert "wsgateway_" not in reply.text
+                assert "redis_sync" not in reply.text
+        assert (await http(at.port, "/ws/health")).status == 200
+        assert (await http(at.ports[0], "/ws/metrics")).status == 200
+
+
+def bearer(sub: str, **claims: Any) -> dict[str, str]:
+    return {"Authorization": f"Bearer {make_jwt(JWT_SECRET, sub=sub, **claims)}"}
+
+
+async def test_refusals_of_one_client_take_no_gateway_from_the_others(
+    proxy: str, redis_url: str, tmp_path: Path
+) -> None:
+    """Over its limit, and with a token whose key can't be looked up."""
+    no_keys = {"JWT_ALGORITHMS": "HS256,RS256", "JWT_JWKS_URL": f"http://127.0.0.1:{free_port()}/"}
+    limit = {"WS_MAX_CONNECTIONS_PER_USER": "1"}
+    unknown = {"alg": "RS256", "kid": "new"}
+    head = base64.urlsafe_b64encode(json.dumps(unknown).encode()).decode().rstrip("=")
+    strange = {"Authorization": "Bearer " + ".".join([head, *make_jwt(JWT_SECRET).split(".")[1:]])}
+    async with (
+        behind(proxy, redis_url, tmp_path, **no_keys, **limit) as at,
+        admitted(at.url(sub="1")),  # one at each gateway
+        admitted(at.url(sub="1")),
+    ):
+        for n in range(6):
+            for _ in range(2):
+                stream = await http(at.port, "/ws/waiter/events", headers=bearer("1"))
+                assert stream.status == 429
+                refused = await http(at.port, "/ws/waiter/events", headers=strange)
+                assert refused.status == 503
+                refused = await http(at.port, "/ws/ticket", method="POST", headers=strange)
+                assert refused.status == 503
+            async with admitted(at.url(sub=f"10{n}")):
+                pass
+            ticket = await http(at.port, "/ws/ticket", method="POST", headers=bearer("2"))
+            assert ticket.status == 200
+            assert (await http(at.port, "/ws/health")).status == 200
+
+
+async def test_new_clients_go_to_the_other_while_one_drains(
+    proxy: str, redis_url: str, tmp_path: Path
+) -> None:
+    async with behind(proxy, redis_url, tmp_path) as at, AsyncExitStack() as stuck:
+        # These read nothing, and one that is sent away with a close frame does not answer it.
+        for n in range(4):
+            stream = await trio.open_tcp_stream("127.0.0.1", at.ports[0])
+            stuck.push_async_callback(trio.aclose_forcefully, stream)
+            token = make_jwt(JWT_SECRET, sub=f"20{n}")
+            await stream.send_all(make_head(request=f"GET /ws/waiter?token={token} HTTP/1.1"))
+        await until(lambda: holds_a_client(at.ports[0]))
+        at.gateways[0].send_signal(signal.SIGTERM)
+        await until(lambda: drains(at.ports[0]))
+        for n in range(8):
+            async with admitted(at.url(sub=f"{n}")):
+                pass
+            token = make_jwt(JWT_SECRET, sub=f"30{n}")
+            assert await http_status(at.port, f"/ws/waiter/events?token={token}") == 200
+
+
+async def drains(port: int) -> bool:
+    return bool((await http(port, "/ws/health/ready")).json["draining"])
+
+
+async def http_status(port: int, path: str) -> int:
+    """The status alone, for what does not end."""
+    async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+        await stream.send_all(f"GET {path} HTTP/1.1\r\nHost: a\r\n\r\n".encode())
+        with trio.fail_after(5):
+            return int((await stream.receive_some(4096)).split()[1])
+
+
+async def test_redis_that_is_slow_for_a_second_empties_no_balancer(
+    proxy: str, redis_url: str, tmp_path: Path
+) -> None:
+    async with behind(proxy, redis_url, tmp_path) as at:
+        await trio.sleep(1)
+        at.backend.client_pause(1300)
+        end, unready = trio.current_time() + 3, 0
+        while trio.current_time() < end:
+            assert (await http(at.port, "/ws/health")).status == 200
+            unready += (await http(at.ports[0], "/ws/health/ready")).status == 503
+            await trio.sleep(0.05)
+        assert unready

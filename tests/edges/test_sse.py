@@ -265,18 +265,23 @@ async def test_limit_of_one_client_is_not_told_as_a_fault_of_the_server(
 ) -> None:
     """Load balancers send a server that answers 503 nobody for a while."""
     first = table() if "diner" in second else staff()
-    async with serving(redis_url, "line", **limits) as gateway:
-        async with let_in(gateway, first), listening(gateway.port, second) as refused:
-            assert refused.status == status
-            assert refused.headers["retry-after"] == {429: "5", 503: "1"}[status]
-            assert json.loads(refused.body)["code"] == Close.SERVER_OVERLOADED
+    async with (
+        serving(redis_url, "line", **limits) as gateway,
+        let_in(gateway, first),
+        listening(gateway.port, second) as refused,
+    ):
+        assert refused.status == status
+        assert refused.headers["retry-after"] == {429: "5", 503: "1"}[status]
+        assert json.loads(refused.body)["code"] == Close.SERVER_OVERLOADED
 
 
 async def test_dependency_that_is_down_is_told_as_the_servers() -> None:
     settings = make_settings(NO_REDIS)
-    async with running(settings, wait_ready=False) as gateway:
-        async with listening(gateway.port, staff()) as refused:
-            assert (refused.status, refused.headers["retry-after"]) == (503, "1")
+    async with (
+        running(settings, wait_ready=False) as gateway,
+        listening(gateway.port, staff()) as refused,
+    ):
+        assert (refused.status, refused.headers["retry-after"]) == (503, "1")
 
 
 # How it ends

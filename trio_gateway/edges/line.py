@@ -65,6 +65,8 @@ class Served(Protocol):
 class Line(TCPServer):
     """A TCP connection: ours if it asks for a WebSocket, Hypercorn's if not."""
 
+    serves_clients = True  # else it is for plain HTTP alone
+
     def __init__(
         self, app: Any, config: Any, context: Any, state: Any, stream: trio.abc.Stream
     ) -> None:
@@ -94,7 +96,8 @@ class Line(TCPServer):
             await self._hand_over()
             return
         assert gateway is not None
-        gateway.watch(self.context.terminated.wait, self.config.graceful_timeout)
+        if self.serves_clients:
+            gateway.watch(self.context.terminated.wait, self.config.graceful_timeout)
         try:
             await self._serve(gateway)
         except* (OSError, *GONE, trio.TooSlowError):
@@ -134,6 +137,8 @@ class Line(TCPServer):
         end = _END_OF_HEAD.search(data)
         head = data[: end.end()] if end else data
         match parse_head(head, partial(_peer, self.stream)):
+            case Handshake() if not self.serves_clients:
+                await self._refuse(gateway, Refusal(404, "no such endpoint"))
             case Handshake() if gateway.draining:
                 await self._refuse(gateway, Refusal(503, "draining"))
             case Handshake() as handshake:

@@ -16,7 +16,7 @@ from ..core.event_stream import HELLO, MEDIA_TYPE, as_events, close_event, retry
 from ..core.frames import boundary
 from ..runtime.connection import Left, Violation
 from ..runtime.outbox import Outbox
-from . import cors
+from . import cors, operations
 from .answers import RETRY_AFTER, refusal_status, status_of
 from .asgi import cut_of, measures_progress, read_scope
 from .handshake import Handshake
@@ -42,6 +42,10 @@ class HttpConnection(TrioASGIHTTPConnection):
         path, headers, is_allowed = (
             self.scope["path"], self.scope["headers"], self.app.admission.is_allowed,
         )  # fmt: skip
+        has_operations = self.app.settings.ws_operations_bind is not None
+        if has_operations and operations.hides(self.scope, path):
+            await _answer(send, 404, {"Content-Type": "text/plain"}, b"not found\n")
+            return
         if (shared := cors.PATHS.get(path)) is not None:
             if self.scope["method"] == "OPTIONS":
                 await cors.answer_options(shared, headers, is_allowed, send)

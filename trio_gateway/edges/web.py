@@ -9,7 +9,7 @@ from quart import Response, abort, jsonify, request, websocket
 from ..core.audiences import Endpoint
 from ..core.closing import Rejected
 from ..core.resilience import State
-from . import catchup, console, metrics
+from . import catchup, console, metrics, operations
 from .answers import Answer, identify, problem, refusal
 from .asgi import DRAIN, AsgiSocket, read_scope
 from .commands import Unavailable
@@ -31,14 +31,17 @@ def add_routes(app: "Gateway") -> None:
         app.add_websocket(endpoint.path, endpoint.label, _second_door(app, endpoint))
         app.add_url_rule(endpoint.path, f"{endpoint.label}_plain", _upgrade_required)
     for (method, path), answer in HTTP.items():
-        app.add_url_rule(path, path, _bound(answer, app), methods=[method])
+        app.add_url_rule(path, path, _bound(path, answer, app), methods=[method])
     add_files(app)
 
 
 def _bound(
-    answer: "Callable[[Gateway], Awaitable[Answer]]", app: "Gateway"
+    path: str, answer: "Callable[[Gateway], Awaitable[Answer]]", app: "Gateway"
 ) -> Callable[[], Awaitable[Answer]]:
     async def view() -> Answer:
+        # By the route: Quart takes `//ws/metrics` for the same.
+        if app.settings.ws_operations_bind is not None and operations.hides(request.scope, path):
+            abort(404)
         return await answer(app)
 
     return view
@@ -46,10 +49,13 @@ def _bound(
 
 def _second_door(app: "Gateway", endpoint: Endpoint) -> Callable[[], Awaitable[None]]:
     async def door() -> None:
+        scope: Any = websocket.scope
+        if operations.came_by_it(scope):
+            app.refused[404] += 1
+            abort(404)
         if app.draining:
             app.refused[503] += 1
             abort(503)
-        scope: Any = websocket.scope
         handshake = read_scope(endpoint, scope)
         # Hypercorn takes the offered subprotocols out of the headers of HTTP/2.
         offered = scope.get("subprotocols") or []
