@@ -37,8 +37,8 @@ export type GapReason = "lost" | "not_recovered";
 
 /**
  * Where tokens come from: asked before every connect and before the token expires. It may keep
- * a token for as long as it is valid, but when `refused` is true the gateway has refused the last
- * one: the same again ends the connection for good. No token (null, "") ends it too; an error
+ * a token for as long as it is valid, but when `refused` is true the gateway has refused a token:
+ * the one that it refused, again, ends the connection for good. No token (null, "") ends it too; an error
  * counts as a failed attempt, and it is asked again later.
  */
 export type TokenProvider = (asked: {

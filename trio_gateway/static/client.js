@@ -332,20 +332,24 @@ class Connection extends EventTarget {
   #startWaker() {
     if (this.#waker || typeof Worker !== "function") return;
     const url = URL.createObjectURL(new Blob([WAKER], { type: "text/javascript" }));
+    const loaded = () => URL.revokeObjectURL(url); // not earlier: older Safaris would not load it
     try {
       const waker = new Worker(url);
-      this.#waker = waker;
-      waker.onmessage = () => this.#runDue();
+      waker.onmessage = () => {
+        loaded();
+        this.#runDue();
+      };
       waker.onerror = () => {
+        loaded();
         if (this.#waker === waker) this.#waker = null;
       };
+      waker.postMessage(0);
       for (const { due } of this.#timers.values()) {
         waker.postMessage(Math.max(0, due - seconds()) * 1000 + 10);
       }
+      this.#waker = waker;
     } catch {
-      this.#waker = null;
-    } finally {
-      URL.revokeObjectURL(url); // it is being fetched already
+      loaded();
     }
   }
 
@@ -404,6 +408,7 @@ class Connection extends EventTarget {
   #letIn() {
     this.#stop("connect");
     this.#openSince = seconds();
+    this.#askedToWait = 0;
     this.#refused = "";
     this.#unwanted = false;
     this.#networkUnknown = this.#page?.navigator?.onLine === false;
