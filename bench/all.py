@@ -85,7 +85,10 @@ def measure(run: Run, left: float, *, quick: bool, repeat: int) -> dict[str, Any
             _stop(process)
     if process.returncode:
         raise Failed(f"ended with status {process.returncode}")
-    line: dict[str, Any] = json.loads(out.splitlines()[-1])
+    try:
+        line: dict[str, Any] = json.loads(out.splitlines()[-1])
+    except (IndexError, ValueError):
+        raise Failed("said nothing that can be read") from None
     return line
 
 
@@ -93,11 +96,11 @@ def _stop(process: "subprocess.Popen[str]") -> None:
     """Let it end its servers, which are in sessions of their own; else kill all of them."""
     if process.poll() is not None:
         return
+    started = set(descendants(process.pid))
     process.send_signal(signal.SIGINT)
     with suppress(subprocess.TimeoutExpired):
         process.wait(_PATIENCE)
-        return
-    for pid in descendants(process.pid):
+    for pid in started | set(descendants(process.pid)):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 

@@ -82,7 +82,7 @@ RUNS: Final[Mapping[str, Run]] = {
         (Figure("accepts/s", "/s"), Figure("CPU µs per accept", "µs")), "4,000 clients are let in",
     ),
     "idle": Run(
-        ("bench", "idle", "--clients", "5000", "--against", "bun,websockets,naive"),
+        ("bench", "idle", "--clients", "5000", "--against", "bun,websockets"),
         (*_SHORT, *_FEW), 120,
         (Figure("KB per connection", "KB"), Figure("CPU µs per ping", "µs")), "5,000 idle clients",
     ),
@@ -96,7 +96,7 @@ RUNS: Final[Mapping[str, Run]] = {
         "10,000 clients come back at once and resume, 100 events each",
     ),
     "growth": Run(
-        ("bench", "growth", "--seconds", "1"), _SHORT, 150,
+        ("bench", "growth", "--seconds", "1"), _SHORT, 200,
         (), "how cost grows",
     ),
     "doors": Run(("bench.doors", "200"), ("20",), 90),

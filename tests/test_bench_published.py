@@ -5,11 +5,13 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bench.all import Failed, measure
 from bench.published import FILE, LOST, RUNS, Run, entry, merge, read
 from tools import performance
 
@@ -85,14 +87,27 @@ def test_run_that_is_not_reached_in_time_leaves_what_there_was(tmp_path: Path) -
     assert read(path) == {"storm": {"figures": [1]}}
 
 
-@pytest.mark.slow
-def test_quick_run_is_written_where_it_is_asked_for(tmp_path: Path) -> None:
-    path, before = tmp_path / "results.json", FILE.read_bytes()
-    done = measured("--quick", "--results", str(path), "mixed")
-    assert done.returncode == 0, done.stderr
-    (run,) = read(path).values()
-    assert {row["figure"]: row["gateway"] for row in run["figures"]}[LOST] == 0
-    assert FILE.read_bytes() == before
+def test_run_that_hangs_is_ended_with_all_that_it_started() -> None:
+    code = "import subprocess, sys; subprocess.run(['sleep', '7654'], start_new_session=True)"
+    with pytest.raises(Failed, match="longer than 1 s"):
+        measure(Run(("timeit", "-n1", code), (), 1.0), 60, quick=False, repeat=1)
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has ended meanwhile
+            assert path.read_bytes() != b"sleep\x007654\x00"
+
+
+@pytest.mark.parametrize(
+    ("run", "why"),
+    [
+        (Run(("timeit", "-n1", "raise SystemExit(3)"), (), 9), "ended with status"),
+        (Run(("timeit", "-n1", "pass"), (), 9), "said nothing that can be read"),
+        (Run(("compileall", "-h"), (), 0), "the time was up"),
+    ],
+    ids=["status", "no JSON", "no time"],
+)
+def test_run_that_fails_has_no_figures(run: Run, why: str) -> None:
+    with pytest.raises(Failed, match=why):
+        measure(run, 60, quick=False, repeat=1)
 
 
 def test_results_in_the_repository_are_of_runs_that_there_are() -> None:

@@ -78,7 +78,8 @@ def test_minted_staff_token_is_what_the_gateway_reads() -> None:
     done = run("token", "staff", *options.split(), "--jti", "x", env=SECRETS)
     assert done.stderr == ""
     settings = Settings(jwt_secret=harness.JWT_SECRET)
-    staff = read_jwt(done.stdout.removesuffix("\n"), settings.staff_keys, settings.rules, time.time())
+    token = done.stdout.removesuffix("\n")
+    staff = read_jwt(token, settings.staff_keys, settings.rules, time.time())
     assert staff.tenant == 2
     assert staff.user == "7"
     assert sorted(staff.branches) == [3, 4]
