@@ -281,6 +281,17 @@ def test_publish_stops_when_redis_is_down() -> None:
 # check
 
 
+def test_publish_does_not_trim_the_stream(url: str, store: "redis.Redis") -> None:
+    store.config_set("slowlog-log-slower-than", 0)
+    try:
+        assert run("publish", "-", env={"REDIS_URL": url}, stdin=EVENT).exit_code == 0
+        said: Any = store.slowlog_get(20)
+    finally:
+        store.config_set("slowlog-log-slower-than", 10_000)
+    [added] = [entry["command"] for entry in said if entry["command"].startswith(b"XADD")]
+    assert b"MAXLEN" not in added
+
+
 def test_check_of_a_sound_set_up_finds_nothing_wrong(url: str) -> None:
     done = run("check", env={"REDIS_URL": url, **SECRETS})
     assert (done.exit_code, done.stderr) == (0, "")

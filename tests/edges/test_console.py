@@ -222,6 +222,28 @@ async def test_samples_are_published_by_admins_for_their_own_tenant(
     assert response.status_code == status
 
 
+async def test_a_sample_does_not_trim_the_backends_stream(redis_url: str) -> None:
+    backend = redis.Redis.from_url(redis_url)
+    app = create_app(make_settings(redis_url))
+    headers = {"Authorization": f"Bearer {make_jwt(JWT_SECRET, roles=['ADMIN'])}"}
+    sample = {"type": "ROUND_READY", "tenant_id": 1, "branch_id": 1}
+    with backend.pipeline() as many:
+        for _ in range(10_300):
+            many.xadd("events:critical", {"data": "{}"})
+        many.execute()
+
+    async with open_commands(
+        redis_url, Breaker(5, 30), Breaker(5, 30), max_connections=1
+    ) as app.commands:
+        response = await app.test_client().post(
+            "/ws/console/publish", json={"event": sample}, headers=headers
+        )
+
+    assert response.status_code == 200
+    assert backend.xlen("events:critical") == 10_301
+    backend.close()
+
+
 async def test_an_admin_that_watches_is_told_figures_and_others_are_not(redis_url: str) -> None:
     async with serving(redis_url, "line") as gateway:
         url = gateway.staff_url("admin", sub="1")

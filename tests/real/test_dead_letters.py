@@ -4,10 +4,14 @@ from typing import Any
 
 import pytest
 import redis
+import trio
+from chaos.relay import Way, open_relay
 from click.testing import CliRunner, Result
 from harness import make_settings, running, settle, until
 
 from trio_gateway.cli import main
+from trio_gateway.core.resilience import Breaker
+from trio_gateway.edges.commands import Commands, Unavailable, open_commands
 
 STREAM = "events:critical"
 GOOD = b'{"type":"ROUND_READY","tenant_id":1,"branch_id":1}'
@@ -49,6 +53,65 @@ async def test_no_letter_is_written_unless_it_is_asked_for(
         await settle(gateway)
 
     assert not backend.exists("events:dlq")
+
+
+LETTER: dict[str, str | bytes] = {"stream": STREAM, "entry_id": "1-1", "data": b"no json"}
+
+
+async def put_aside(commands: Commands) -> bool:
+    return await commands.add_once("gateway:dlq:x", 60, "events:dlq", LETTER, 10_000)
+
+
+async def test_letter_that_could_not_be_added_is_not_taken_for_added(
+    redis_url: str, backend: "redis.Redis"
+) -> None:
+    backend.set("events:dlq", "no stream")
+    breakers = Breaker(5, 30), Breaker(5, 30)
+    async with open_commands(redis_url, *breakers, max_connections=1) as commands:
+        with pytest.raises(Unavailable):
+            await put_aside(commands)
+        backend.delete("events:dlq")
+        assert await put_aside(commands)
+        assert not await put_aside(commands)
+    assert backend.xlen("events:dlq") == 1
+
+
+@pytest.mark.parametrize("fault", ["no stream", "no right"])
+async def test_letters_that_redis_refuses_cost_nobody_a_ticket(
+    redis_url: str, backend: "redis.Redis", fault: str
+) -> None:
+    url = redis_url
+    if fault == "no stream":
+        backend.set("events:dlq", "no stream")
+    else:
+        backend.acl_setuser(
+            "meek", enabled=True, reset=True, passwords="+pw", keys=["*"],
+            categories=["+@all"], commands=["-eval"],
+        )  # fmt: skip
+        url = redis_url.replace("//", "//meek:pw@")
+    async with open_commands(url, Breaker(2, 30), Breaker(2, 30), max_connections=1) as commands:
+        for _ in range(8):
+            with pytest.raises(Unavailable):
+                await put_aside(commands)
+        await commands.set_for("ticket", "token", 5)
+        assert await commands.getdel("ticket") == b"token"
+
+
+async def test_letter_whose_answer_is_lost_is_added_once(
+    redis_url: str, backend: "redis.Redis"
+) -> None:
+    breakers = Breaker(5, 30), Breaker(5, 30)
+    async with open_relay(int(redis_url.rpartition(":")[2])) as relay:
+        url = f"redis://127.0.0.1:{relay.port}"
+        async with open_commands(url, *breakers, max_connections=1) as commands:
+            await commands.mget(["a"])  # it is connected
+            relay.vanish(Way.TO_CLIENT)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(put_aside, commands)
+                await until(lambda: backend.exists("events:dlq"))
+                relay.reset()
+                relay.forward()
+    assert backend.xlen("events:dlq") == 1
 
 
 def put(backend: "redis.Redis", data: bytes) -> str:

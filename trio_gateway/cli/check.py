@@ -176,6 +176,13 @@ async def _check_commands(settings: "Settings", redis: "RedisConnection", report
     ):
         await _call(redis, "SET", key, "", "EX", 5)
         await _call(redis, "GETDEL", key)
+    if settings.redis_dlq_stream is not None:
+        with report.trying(
+            f"dead letters in {settings.redis_dlq_stream} (EVAL)",
+            "allow this user: ACL SETUSER … ~gateway:dlq:* "
+            f"~{settings.redis_dlq_stream} +eval +exists +xadd +set",
+        ):
+            await _call(redis, "EVAL", "return 0", 0)
     with report.trying(
         "revocations (MGET)",
         "allow this user the keys: ACL SETUSER … ~auth:* +mget",

@@ -83,6 +83,8 @@ def replay(letter_ids: tuple[str, ...], everything: bool) -> None:
 
 def _open() -> "tuple[redis.Redis, str]":
     import redis
+    from redis.backoff import NoBackoff
+    from redis.retry import Retry
 
     from ..redis_url import Address
 
@@ -92,6 +94,7 @@ def _open() -> "tuple[redis.Redis, str]":
         protocol=2,
         socket_timeout=5,
         socket_connect_timeout=5,
+        retry=Retry(NoBackoff(), 0),  # an event must not be added twice unasked
     )
     return redis.Redis(connection_pool=pool), settings.redis_dlq_stream or _DEFAULT
 

@@ -66,7 +66,14 @@ def publish(file: str, rate: float, repeat: int, now: bool) -> None:
     tally = _Tally()
     with (
         click.open_file(file, "rb") as opened,
-        closing(Publisher(settings.redis_url, stream=streams[0], routes=settings.routes)) as to,
+        closing(
+            Publisher(
+                settings.redis_url,
+                stream=streams[0],
+                max_length=None,  # how long the backends' stream is kept is theirs to say
+                routes=settings.routes,
+            )
+        ) as to,
     ):
         lines = _lines(opened, repeat)
         status = 0

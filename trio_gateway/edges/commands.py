@@ -29,6 +29,16 @@ _WHAT_JUNK_RAISES: Final = (
 )  # fmt: skip
 
 
+_LETTERS: Final = 5, 30.0  # failures in a row, and seconds until the next try
+# An XADD that fails ends the script before the key is set.
+_ADD_ONCE: Final = """
+if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
+redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[2], '*', unpack(ARGV, 3))
+redis.call('SET', KEYS[1], '1', 'EX', ARGV[1])
+return 1
+"""
+
+
 class Unavailable(Exception):  # noqa: N818 - an outcome
     """Redis does not answer, or has not for a while; nothing was learnt."""
 
@@ -45,6 +55,8 @@ class Commands:
         self._loop = loop  # not the current one in tasks that others started
         self._reads = reads
         self._writes = writes
+        # Of dead letters: a stream or a right that only they need must not cost anybody a ticket.
+        self._letters = Breaker(*_LETTERS)
         self._connections = 0  # the number of times that they were all thrown away
         self._is_stale = False  # they have to be, before the next command
 
@@ -109,15 +121,36 @@ class Commands:
         )
         return bool(first)
 
-    async def add(self, stream: str, fields: dict[str, str | bytes], max_length: int) -> None:
-        """Add an entry to a stream that is kept at about that length."""
+    async def add(self, stream: str, fields: dict[str, str | bytes]) -> None:
+        """Add an entry to a stream, which is not trimmed by that."""
         entry: Any = fields
         await self._run(
-            self._writes,
-            lambda redis: redis.xadd(stream, entry, maxlen=max_length),
-            _is_value,
-            again=False,
+            self._writes, lambda redis: redis.xadd(stream, entry), _is_value, again=False
         )
+
+    async def add_once(
+        self,
+        key: str,
+        seconds: int,
+        stream: str,
+        fields: dict[str, str | bytes],
+        max_length: int,
+    ) -> bool:
+        """Add an entry to a stream that is kept at about that length, unless that was done under
+        this key in so many seconds; whether it was done now.
+
+        In one step: the key is set when the entry is there, so neither a failure in between nor a
+        second try loses the entry or adds it twice.
+        """
+        if self._writes.state is not State.CLOSED:
+            raise Unavailable("breaker is open")
+        words = [word for pair in fields.items() for word in pair]
+        added = await self._run(
+            self._letters,
+            lambda redis: redis.eval(_ADD_ONCE, 2, key, stream, seconds, max_length, *words),
+            _is_count,
+        )
+        return bool(added)
 
     async def _run(
         self,
@@ -182,7 +215,8 @@ class Commands:
             soon = isinstance(error, RedisError) and is_wrong_server(error)
             breaker.failed(trio.current_time(), soon=soon)
             if was is not State.OPEN and breaker.state is State.OPEN:
-                name = "commands" if breaker is self._reads else "writes"
+                names = {self._reads: "commands", self._writes: "writes"}
+                name = names.get(breaker, "dead letters")
                 log.error("breaker opened", source=name, error=type(error).__name__)
             raise Unavailable(type(error).__name__) from None
         except BaseException:

@@ -37,7 +37,6 @@ EVERY: Final = 1.0  # seconds between two messages of figures
 MOST_SLOW: Final = 20  # slow clients that are named
 TOKEN_LIFE: Final = 3600  # seconds
 _FORWARDED: Final = ("Forwarded", "Via", "X-Forwarded-For", "X-Real-Ip")
-_KEPT: Final = 10_000  # entries of a stream, about, that samples are added to
 
 
 def may_watch(principal: Principal) -> bool:
@@ -274,7 +273,7 @@ async def publish(app: "Gateway") -> Answer:
     assert app.commands is not None
     try:
         if routes.get(event.type, UNKNOWN).durable and streams:
-            await app.commands.add(streams[0], {"data": payload}, _KEPT)
+            await app.commands.add(streams[0], {"data": payload})  # others' stream: not trimmed
             return jsonify(stream=streams[0])
         channel = channel_for(event, routes)
         await app.commands.publish(channel, payload)

@@ -52,9 +52,9 @@ class DeadLetters:
             try:
                 # Every process reads every entry: the first one puts it aside.
                 key = f"gateway:dlq:{letter.stream}:{letter.entry_id}"
-                if await self._commands.claim(key, _REMEMBERED):
-                    await self._commands.add(self._stream, _fields(letter), MAX_LENGTH)
-                    self.outcomes["copied"] += 1
+                self.outcomes["copied"] += await self._commands.add_once(
+                    key, _REMEMBERED, self._stream, _fields(letter), MAX_LENGTH
+                )
             except Unavailable as error:
                 self.outcomes["lost"] += 1
                 held_back = log_limit.allows("lost", trio.current_time())
