@@ -480,10 +480,10 @@ async def test_tail_loses_nothing_to_a_reader_that_stalls_and_ends_with_ctrl_c(
         for text in events:
             store.publish("branch:1:waiters", text)
         await trio.sleep(0.2)
-        process.send_signal(signal.SIGINT)
         with trio.fail_after(3):
             while process.poll() is None:
-                await trio.sleep(0.02)
+                process.send_signal(signal.SIGINT)  # somebody is impatient
+                await trio.sleep(0.002)
         _, err = process.communicate()
     assert (process.returncode, err) == (0, b"")
 

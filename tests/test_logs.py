@@ -228,6 +228,16 @@ def test_a_processor_that_fails_costs_the_fields_only(capsys: pytest.CaptureFixt
     assert (line["event"], line["not_logged"]) == ("rejected", "ZeroDivisionError")
 
 
+def test_dropped_lines_are_announced_in_a_line_of_the_log(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    log_in("json")
+    output._announcement(3)
+    line = only_line(capsys)
+
+    assert (line["event"], line["level"], line["lines"]) == ("log lines dropped", "warning", 3)
+
+
 def test_a_context_is_part_of_every_line(capsys: pytest.CaptureFixture[str]) -> None:
     log = log_in("json")
     with structlog.contextvars.bound_contextvars(worker=2):

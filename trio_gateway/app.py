@@ -1,4 +1,9 @@
-"""``app``, for the hypercorn command: ``hypercorn -c hypercorn.toml trio_gateway.app:app``."""
+"""``app``, for the hypercorn command: ``hypercorn -c hypercorn.toml trio_gateway.app:app``.
+
+Importing this module sets up the whole process: it reads the settings, exits with status 2 if they
+are bad, replaces stdout and stderr, and patches Hypercorn. To embed a gateway, call
+:func:`trio_gateway.gateway.create_app`.
+"""
 
 import sys
 

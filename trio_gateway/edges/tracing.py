@@ -148,9 +148,12 @@ class _Trouble(logging.Handler):
         self._log_limit = LogLimit()
 
     def emit(self, record: logging.LogRecord) -> None:
-        held_back = self._log_limit.allows("trouble", time.monotonic())
-        if held_back is not None:
-            log.warning("tracing trouble", error=record.getMessage(), held_back=held_back)
+        try:
+            held_back = self._log_limit.allows("trouble", time.monotonic())
+            if held_back is not None:
+                log.warning("tracing trouble", error=record.getMessage(), held_back=held_back)
+        except Exception:
+            self.handleError(record)
 
 
 def _tell_of_trouble() -> None:
