@@ -26,6 +26,7 @@ from harness import (
     valkey,
 )
 
+from trio_gateway.core.closing import Rejected
 from trio_gateway.core.resilience import Breaker
 from trio_gateway.edges.commands import Unavailable, open_commands
 from trio_gateway.testing import make_jwt
@@ -147,12 +148,42 @@ async def test_ticket_whose_answer_is_lost_is_not_called_invalid(
     """Asked again, Redis would say that there is none: it gave it away the first time."""
     async with relayed(redis_url) as (relay, gateway):
         _, ticket = await issue(gateway)
+        tickets = gateway.app.admission.tickets
+        assert tickets is not None
+        await tickets.look_at(ticket)  # as a client does that nothing else refuses
         relay.vanish(Way.TO_CLIENT)
-        async with connect(f"{gateway.url}/ws/waiter?ticket={ticket}") as client:
+
+        async def redeem() -> None:
+            with pytest.raises(Rejected) as rejected:
+                await tickets.redeem(ticket)
+            assert rejected.value.close == 1013
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(redeem)
             await until(lambda: not backend.keys("gateway:ticket:*"))
             relay.reset()
             relay.forward()
+
+
+@pytest.mark.parametrize("command", ["mget", "get", "getdel"])
+async def test_command_that_redis_refuses_is_a_lookup_that_failed_and_never_a_no(
+    redis_url: str, backend: "redis.Redis", command: str
+) -> None:
+    async with running(make_settings(redis_url)) as gateway:
+        _, ticket = await issue(gateway)
+    backend.acl_setuser(
+        "meek", enabled=True, reset=True, passwords="+pw", keys=["*"], channels=["*"],
+        categories=["+@all"], commands=[f"-{command}"],
+    )  # fmt: skip
+    url = redis_url.replace("//", "//meek:pw@")
+    async with running(make_settings(url)) as gateway:
+        at = gateway.staff_url("waiter", jti="a")
+        if command != "mget":
+            at = f"{gateway.url}/ws/waiter?ticket={ticket}"
+        async with connect(at) as client:
             assert (await closed(client))[0] == 1013
+        if command == "mget":
+            assert (await issue(gateway))[0] == 503
 
 
 @asynccontextmanager
