@@ -131,7 +131,6 @@ async def _missed(app: "Gateway", principals: Sequence[Principal]) -> Answer:
         complete = history.covers(asked) and not history.is_ahead(asked)
         cursor = {stream: seen for stream, seen in asked.items() if stream in history.end}
     response = Response(_page(history, cursor, audiences), content_type="application/json")
-    response.timeout = None  # a transfer may take as long as it moves
     response.headers["Cache-Control"] = "no-store"
     if not complete:  # the contract's body has no room for it
         response.headers["Gateway-Complete"] = "false"

@@ -26,7 +26,11 @@ _BODY_TIMEOUT: Final = 10  # seconds until a request's body must be here; then 4
 
 def add_routes(app: "Gateway") -> None:
     """Give the app its routes."""
-    app.config |= {"MAX_CONTENT_LENGTH": MOST_BYTES, "BODY_TIMEOUT": _BODY_TIMEOUT}
+    app.config |= {
+        "MAX_CONTENT_LENGTH": MOST_BYTES,
+        "BODY_TIMEOUT": _BODY_TIMEOUT,
+        "RESPONSE_TIMEOUT": None,  # a transfer may take as long as it moves
+    }
     for endpoint in Endpoint:
         app.add_websocket(endpoint.path, endpoint.label, _second_door(app, endpoint))
         app.add_url_rule(endpoint.path, f"{endpoint.label}_plain", _upgrade_required)
