@@ -30,6 +30,7 @@ from .core.messages import GAP, Message, Renew, Said, auth_ok, intervals, sector
 from .core.notices import REVOKED
 from .core.resilience import Breaker
 from .edges import line, operations, sse, web
+from .edges.accepting import Load
 from .edges.addresses import Addresses
 from .edges.admission import Admission, Candidate
 from .edges.auth import Auth
@@ -165,6 +166,7 @@ class Gateway(QuartTrio):
         self.log_limit = LogLimit()
         self.heads: Turnstile[line.Shaken] = Turnstile(settings.ws_max_handshakes)
         self.admissions: Turnstile[Candidate] = Turnstile(settings.ws_max_handshakes)
+        self.arriving = 0  # clients between the two
         self.accept_timeout = settings.ws_accept_timeout
         self.write_timeout = settings.ws_write_timeout
         self.catch_ups = Turns()
@@ -355,7 +357,13 @@ class Gateway(QuartTrio):
     @property
     def handshakes(self) -> int:
         """How many are in progress."""
-        return self.heads.inside + self.admissions.inside
+        return self.heads.inside + self.arriving + self.admissions.inside
+
+    def load(self) -> Load | None:
+        """How many clients it has, and may have; None if it takes no more because it ends."""
+        if self.draining:
+            return None
+        return Load(len(self.hub) + self.handshakes, self.settings.ws_max_total_connections)
 
     def _look_again(self) -> None:
         """The Redis that our links lead to is no primary any more."""

@@ -21,6 +21,7 @@ from hypercorn.utils import LifespanFailureError
 
 from . import logs, workers
 from .edges import line
+from .edges.accepting import Board, Turns
 from .gateway import Gateway
 from .runtime.supervision import leaves
 
@@ -86,18 +87,21 @@ def calm_collector() -> None:
     gc.set_threshold(10_000, 1, 4_000)
 
 
-def run(app: Gateway, config: Config, supervisor: int | None = None) -> int:
+def run(
+    app: Gateway, config: Config, supervisor: int | None = None, board: str | None = None
+) -> int:
     """Serve until SIGTERM, SIGINT or SIGHUP; returns the exit status: 0, or 1 after a failure.
 
     ``supervisor`` is a socket to who started us as one of several: it is told when we are ready,
-    and when it is gone we stop, too.
+    and when it is gone we stop, too. ``board`` is a descriptor and a place, see
+    :mod:`.edges.accepting`: ``5:0``.
     """
     line.install()
     calm_collector()
     _fit(app, config)
     config.workers = 1  # of a file for several, Hypercorn would warn
     try:
-        trio.run(_serve, app, config, supervisor)
+        trio.run(_serve, app, config, supervisor, board)
     except BaseException as error:
         for failure in leaves(error):
             match failure:
@@ -137,7 +141,7 @@ def heed_signals_in_master(app: Gateway) -> None:
             await server(shutdown_trigger=shutdown_trigger)
             return
         try:
-            await _serve(app, config, None, server)
+            await _serve(app, config, None, None, server)
         except BaseException as error:
             if all(isinstance(failure, LifespanFailureError) for failure in leaves(error)):
                 raise SystemExit(1) from None  # logged where it happened
@@ -173,6 +177,7 @@ async def _serve(
     app: Gateway,
     config: Config,
     supervisor: int | None,
+    board: str | None = None,
     server: Callable[..., Awaitable[None]] | None = None,
 ) -> None:
     """Serve with ``server``, Hypercorn's, until a signal or the supervisor says to stop."""
@@ -230,6 +235,11 @@ async def _serve(
             link = trio.SocketStream(ours)
             nursery.start_soon(beside, tell_supervisor, link)
             nursery.start_soon(beside, heed_supervisor, link)
+        if board is not None:
+            descriptor, place = map(int, board.split(":"))
+            turns = Turns(Board(descriptor), place, app.load)
+            turns.install()
+            nursery.start_soon(beside, turns.keep_posted)
         log.info("starting", pid=os.getpid(), bind=config.bind)
         await server(shutdown_trigger=shutdown_trigger)
         nursery.cancel_scope.cancel()

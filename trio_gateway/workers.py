@@ -19,6 +19,7 @@ import trio
 from hypercorn.config import Config
 
 from .core.resilience import Backoff
+from .edges.accepting import Board
 from .edges.metrics import GROUP, Siblings, open_group
 
 log = structlog.get_logger()
@@ -42,8 +43,11 @@ class _Worker:
     On its end of the pair the worker writes :data:`READY` once, or what is wrong with its settings.
     """
 
-    def __init__(self, process: trio.Process, link: trio.SocketStream) -> None:
+    def __init__(
+        self, process: trio.Process, link: trio.SocketStream, seat: int | None = None
+    ) -> None:
         self.process = process
+        self.seat = seat  # at the board
         self._link = link
         self._told: signal.Signals | None = None
         self._heard = trio.Event()
@@ -118,6 +122,12 @@ class Supervisor:
             log.warning("figures not shared: metrics are one worker's", error=error.strerror)
             group = ""
         self._env = {**env, GROUP: group}
+        self._board: Board | None = None
+        try:
+            self._board = Board.create(2 * count)  # while one is replaced there are more
+        except OSError as error:
+            log.warning("workers accept as it happens", error=error.strerror)
+        self._seats = set(range(2 * count))  # at the board, that are free
         self._workers: dict[int, _Worker] = {}  # by place
         self._passing: set[_Worker] = set()  # that come or go while workers are replaced
         self._rolling = trio.Lock()
@@ -193,8 +203,10 @@ class Supervisor:
             await self._wait_stopping(delay)
 
     async def _ended(self, worker: _Worker) -> int:
-        """Wait for its end and keep its figures; its status."""
+        """Wait for its end, keep its figures, and free its seat; its status."""
         status = await worker.wait()
+        self._leave_board(worker.seat)
+        worker.seat = None
         if self._figures is not None:
             with suppress(OSError):  # then its file stays
                 self._figures.fold(worker.process.pid)
@@ -206,19 +218,27 @@ class Supervisor:
 
     async def _start(self) -> _Worker:
         """Start a worker; raises :exc:`_CannotStart`."""
+        seat = self._seats.pop() if self._seats else None
         try:
-            process, ours = await self._open_process()
+            process, ours = await self._open_process(seat)
         # Trio starts it in a thread, and a system without room for one raises RuntimeError.
         except (OSError, RuntimeError, MemoryError) as error:
+            self._leave_board(seat)
             raise _CannotStart(getattr(error, "strerror", None) or str(error)) from None
-        worker = _Worker(process, trio.SocketStream(trio.socket.from_stdlib_socket(ours)))
+        worker = _Worker(process, trio.SocketStream(trio.socket.from_stdlib_socket(ours)), seat)
         assert self._listeners is not None
         self._listeners.start_soon(self._listen, worker)
         if self._stopping.is_set():  # meanwhile
             worker.signal(self._told)
         return worker
 
-    async def _open_process(self) -> tuple[trio.Process, socket.socket]:
+    def _leave_board(self, seat: int | None) -> None:
+        if seat is not None:
+            self._seats.add(seat)
+            if self._board is not None:
+                self._board.clear(seat)
+
+    async def _open_process(self, seat: int | None) -> tuple[trio.Process, socket.socket]:
         """A worker's process, and our end of the pair."""
         ours, theirs = socket.socketpair()
         try:
@@ -228,12 +248,16 @@ class Supervisor:
                     command += ["--bind", f"fd://{each.fileno()}"]
                 for each in self._insecure:
                     command += ["--insecure-bind", f"fd://{each.fileno()}"]
+                shared = [each.fileno() for each in [theirs, *self._sockets]]
+                if self._board is not None and seat is not None:
+                    command += ["--board", f"{self._board.descriptor}:{seat}"]
+                    shared.append(self._board.descriptor)
                 command += ["--supervisor", str(theirs.fileno())]
                 process = await trio.lowlevel.open_process(
                     command,
                     env=self._env,
                     stdin=subprocess.DEVNULL,
-                    pass_fds=[theirs.fileno(), *(each.fileno() for each in self._sockets)],
+                    pass_fds=shared,
                     # A Ctrl-C at the terminal is for us to pass on, once.
                     process_group=0,
                 )

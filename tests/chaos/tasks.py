@@ -26,7 +26,7 @@ CHILD: Final = {
     "gateway.py: self._outlive_siblings": "Gateway._outlive_siblings",
 }
 WORKER: Final = {
-    "gateway.py: self._share, siblings": "Gateway._share",
+    "gateway.py: self._share, self.siblings": "Gateway._share",
 }
 # Around it, under ``trio-gateway serve``; of one that is supervised; and of its supervisor.
 SERVE: Final = {
@@ -35,17 +35,19 @@ SERVE: Final = {
 SUPERVISED: Final = {
     "serve.py: beside, tell_supervisor, link": "_serve.<locals>.tell_supervisor",
     "serve.py: beside, heed_supervisor, link": "_serve.<locals>.heed_supervisor",
+    "serve.py: beside, turns.keep_posted": "Turns.keep_posted",
 }
 SUPERVISOR: Final = {
     "workers.py: self._heed_signals, places": "Supervisor._heed_signals",
     "workers.py: self._keep, place": "Supervisor._keep",
+    "workers.py: self._listen, worker": "Supervisor._listen",
     "workers.py: self._roll": "Supervisor._roll",
     "workers.py: self._lose_patience": "Supervisor._lose_patience",
 }
 # What a client waits for itself: no background tasks.
 SOMEBODYS: Final = {
-    "runtime/connection.py: run",
-    "runtime/connection.py: self._write_out",
+    "runtime/connection.py: self._run_task, run",
+    "runtime/connection.py: self._run_task, self._write_out",
     "edges/sectors.py: ask, key",
 }
 ALL: Final = {*GATEWAY, *CHILD, *WORKER, *SERVE, *SUPERVISED, *SUPERVISOR, *SOMEBODYS}

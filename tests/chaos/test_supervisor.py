@@ -193,7 +193,7 @@ async def test_bad_settings_are_a_death_like_any_other_once_workers_have_been_re
             await until(lambda: events(logs, "worker not ready, the old ones stay"))
             assert healthy in found.alive
         bad.unlink()
-        await until(lambda: len(found.alive) == 2)
+        await until(lambda: found.ready == 2)
         assert healthy in found.alive
     _, again, *_ = events(logs, "worker died")
     assert (again["status"], again["problems"]) == (2, ["WS_SOMETHING: bad"])

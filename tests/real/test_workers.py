@@ -214,6 +214,24 @@ async def test_new_workers_read_the_env_file_as_it_is_then(redis_url: str, tmp_p
     assert b"unknown setting: WS_PING_INTERVALL (did you mean WS_PING_INTERVAL?)" in errors
 
 
+async def test_no_client_is_refused_while_a_sibling_has_room(
+    redis_url: str,
+) -> None:
+    async with serving(redis_url, 2, WS_MAX_TOTAL_CONNECTIONS="8") as master:
+        await until(lambda: ready(master, 2), 20)
+        async with trio.open_nursery() as nursery:
+            await spread(master, nursery, 15)
+            async with connect(master.url()) as last:
+                assert await lives(last)
+                async with connect(master.url()) as one_more:
+                    assert await closed(one_more) == (1013, "too many connections")
+            nursery.cancel_scope.cancel()
+
+
+async def ready(master: Master, workers: int) -> bool:
+    return (await metrics(master.port))["ready"] == workers
+
+
 async def test_bad_settings_end_it_with_status_2_and_no_restart(
     redis_url: str,
 ) -> None:

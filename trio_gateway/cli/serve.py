@@ -23,12 +23,14 @@ from .endings import MISUSED, misused
 @click.option("-b", "--bind", multiple=True, help="host:port, unix:path or fd://num; repeatable")
 @click.option("-w", "--workers", type=click.IntRange(min=1), help="Processes on one listener")
 @click.option("--insecure-bind", multiple=True, hidden=True)
+@click.option("--board", hidden=True)
 @click.option("--supervisor", type=int, hidden=True)
 def serve(
     config: Path | None,
     bind: tuple[str, ...],
     insecure_bind: tuple[str, ...],
     workers: int | None,
+    board: str | None,
     supervisor: int | None,
 ) -> None:
     """Run the gateway until SIGTERM or Ctrl-C.
@@ -69,7 +71,7 @@ def serve(
             env = {DEVELOPMENT_SECRET: secrets.token_urlsafe()} | os.environ
             arguments = [] if config is None else ["--config", str(config)]
             sys.exit(serving.supervise(hypercorn, arguments, env))
-    sys.exit(serving.run(app, hypercorn, supervisor))
+    sys.exit(serving.run(app, hypercorn, supervisor, board))
 
 
 def _refuse(problems: Sequence[str], supervisor: int | None) -> NoReturn:

@@ -56,6 +56,7 @@ class Served(Protocol):
     refused: Counter[int]  # by status
     log_limit: LogLimit
     heads: Turnstile["Shaken"]
+    arriving: int  # clients between two turnstiles
 
     def serve_connection(self, handshake: Handshake, socket: LineSocket) -> Awaitable[None]: ...
 
@@ -152,7 +153,11 @@ class Line(TCPServer):
                 if gateway.compresses and (agreed := agree(handshake.extensions)) is not None:
                     socket.deflate, extensions = agreed
                     handshake = replace(handshake, deflates=True)
-                await socket.send(acceptance(handshake, extensions), gateway.accept_timeout)
+                gateway.arriving += 1  # it has left one turnstile and not come to the next
+                try:
+                    await socket.send(acceptance(handshake, extensions), gateway.accept_timeout)
+                finally:
+                    gateway.arriving -= 1
                 await gateway.serve_connection(handshake, socket)
             case Refusal() as refusal:
                 await self._refuse(gateway, refusal)
