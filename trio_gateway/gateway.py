@@ -363,7 +363,7 @@ class Gateway(QuartTrio):
         """How many clients it has, and may have; None if it takes no more because it ends."""
         if self.draining:
             return None
-        return Load(len(self.hub) + self.handshakes, self.settings.ws_max_total_connections)
+        return Load(self.hub.taken + self.handshakes, self.settings.ws_max_total_connections)
 
     def _look_again(self) -> None:
         """The Redis that our links lead to is no primary any more."""

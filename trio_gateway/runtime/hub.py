@@ -67,6 +67,11 @@ class Hub:
         return len(self._connections)
 
     @property
+    def taken(self) -> int:
+        """How many places are, those included that are reserved."""
+        return len(self._connections) + self._reserved.total()
+
+    @property
     def connections(self) -> KeysView["Connection"]:
         return self._connections.keys()
 
@@ -89,7 +94,7 @@ class Hub:
         """
         if (limits := self._limits) is None:
             return
-        if len(self._connections) + self._reserved.total() >= limits.total:
+        if self.taken >= limits.total:
             raise Rejected(Close.SERVER_OVERLOADED, "too many connections", "total_limit")
         owned = self._owned[principal.owner] + self._reserved[principal.owner]
         if principal.session is not None and owned >= limits.per_session:
