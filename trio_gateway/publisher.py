@@ -45,7 +45,10 @@ class PublishFailed(Exception):  # noqa: N818 - an outcome
     def __init__(self, text: str, *, in_doubt: bool = False) -> None:
         super().__init__(text)
         self.in_doubt = in_doubt
-        self.is_wrong_server = False  # refused by one that is not the one to ask
+
+
+class _WrongServer(PublishFailed):
+    """Refused by one that is not the one to ask."""
 
 
 class Publisher:
@@ -115,7 +118,8 @@ class Publisher:
         ``event`` is a dict, or the JSON itself as bytes or str, which goes out byte for byte.
         ``id`` becomes the event's idempotency key unless it has one; for a dict only. Gateways
         take the same ``id`` within 5 minutes for the same event, so an event with one is sent
-        again when the answer to adding it to the stream gets lost.
+        again when the answer to adding it to the stream gets lost. One that a server refused
+        because it is no primary is sent to the one that the name leads to by then.
 
         ``stream`` or ``channel`` sends it there, whatever its type.
 
@@ -153,11 +157,13 @@ class Publisher:
             try:
                 return self._try(command, kind)
             except PublishFailed as failed:
-                first_refusal = failed.is_wrong_server and not refused
-                lost_answer = again and failed.in_doubt and not in_doubt
-                refused |= failed.is_wrong_server
+                wrong_server = isinstance(failed, _WrongServer)
+                try_again = (wrong_server and not refused) or (
+                    again and failed.in_doubt and not in_doubt
+                )
+                refused |= wrong_server
                 in_doubt |= failed.in_doubt
-                if not (first_refusal or lost_answer):
+                if not try_again:
                     # An earlier try may have got through, whatever became of this one.
                     failed.in_doubt = in_doubt
                     raise
@@ -182,9 +188,7 @@ class Publisher:
             if is_wrong_server(error):
                 # The next connection resolves the name anew, and authenticates again.
                 self._redis.connection_pool.disconnect()
-                failed = PublishFailed(f"{where} refuses: {error}")
-                failed.is_wrong_server = True
-                raise failed from None
+                raise _WrongServer(f"{where} refuses: {error}") from None
             if isinstance(error, redis.ResponseError):
                 raise PublishFailed(f"{where} refuses: {error}") from None
             raise PublishFailed(f"{where} hung up: {_cause(error)}", in_doubt=True) from None

@@ -1,6 +1,6 @@
 import pytest
 
-from trio_gateway.core.resilience import Backoff, Breaker, State
+from trio_gateway.core.resilience import SOON, Backoff, Breaker, State
 
 
 def opened(at: float = 100.0) -> Breaker:
@@ -109,3 +109,15 @@ def test_two_that_fail_together_do_not_come_back_together() -> None:
     one, other = Backoff(), Backoff()
 
     assert [one.after(9) for _ in range(5)] != [other.after(9) for _ in range(5)]
+
+
+def test_breaker_that_a_quick_refusal_opened_is_tried_soon() -> None:
+    breaker = Breaker(threshold=1, recovery=30)
+    breaker.failed(100.0, soon=True)
+    assert breaker.wait(100.0) == SOON
+    assert breaker.try_now(100.0 + SOON)
+    breaker.failed(101.0)
+    assert breaker.wait(101.0) == 30
+    quick = Breaker(threshold=1, recovery=0.1)
+    quick.failed(100.0, soon=True)
+    assert quick.wait(100.0) == pytest.approx(0.1)

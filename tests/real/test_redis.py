@@ -216,6 +216,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyServer]:
     with valkey(unix_socket_path=path) as server:
         with redis.Redis(port=server.port) as admin:
             admin.execute_command("ACL SETUSER alice on >pass/w@rd:% ~* &* +@all")
+            admin.execute_command("ACL SETUSER open on nopass ~* &* +@all")
             admin.execute_command("ACL SETUSER deaf on >secret ~* resetchannels +@all")
             admin.config_set("requirepass", "for everybody")
         yield server
@@ -247,6 +248,7 @@ async def works(gateway: Running, url: str, **options: Any) -> None:
         "redis://:{default}@{tcp}",
         "redis://default:{default}@{tcp}/0",
         "redis://{alice}@{tcp}",
+        "redis://open@{tcp}",
         "redis://{alice}@{tcp}/3",
         "redis://{alice}@{tcp}?db=4",
         "unix://{path}?db=2&password={default}",

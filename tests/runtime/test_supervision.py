@@ -8,7 +8,7 @@ from structlog.testing import capture_logs
 from trio.testing import MockClock
 
 from trio_gateway.core.resilience import Backoff, Breaker, State
-from trio_gateway.runtime.supervision import Lost, keep_running
+from trio_gateway.runtime.supervision import Demoted, Lost, keep_running
 
 
 class Steady(Backoff):
@@ -21,9 +21,10 @@ class Steady(Backoff):
 class Source:
     """Is lost at once, ``lost`` times; then stays connected. ``tried`` is when it was opened."""
 
-    def __init__(self, breaker: Breaker, lost: float) -> None:
+    def __init__(self, breaker: Breaker, lost: float, error: type[Lost] = Lost) -> None:
         self.breaker = breaker
         self.lost = lost
+        self.error = error
         self.tried: list[float] = []
         self.states: list[State] = []
 
@@ -31,7 +32,7 @@ class Source:
         self.tried.append(trio.current_time())
         self.states.append(self.breaker.state)
         if len(self.tried) <= self.lost:
-            raise Lost("connection refused")
+            raise self.error("connection refused")
         self.breaker.succeeded()
         await trio.sleep_forever()
 
@@ -78,6 +79,17 @@ async def test_breaker_opens_and_lets_one_try_through_after_its_recovery(
         ["closed"] * 2 + ["open"] * 2
     )
     assert [log["event"] for log in logs if log["log_level"] == "error"] == ["breaker opened"]
+
+
+async def test_server_that_was_demoted_is_left_for_another_within_a_second(
+    autojump_clock: MockClock,
+) -> None:
+    breaker = Breaker(5, 30)
+    source = Source(breaker, lost=10, error=Demoted)
+
+    await supervise(source.work, breaker, until=100)
+
+    assert source.tried == list(range(11))
 
 
 async def test_it_tries_for_ever(autojump_clock: MockClock) -> None:

@@ -139,9 +139,9 @@ async def _connect(address: Address) -> trio.abc.Stream:
 
 
 async def _greet(connection: RedisConnection, address: Address) -> None:
-    if address.password is not None:
+    if address.user is not None or address.password is not None:
         user = [address.user] if address.user is not None else []
-        await connection.call("AUTH", *user, address.password)
+        await connection.call("AUTH", *user, address.password or "")
     if address.db:
         await connection.call("SELECT", address.db)
     # A convenience in CLIENT LIST: an ACL may refuse it, and a proxy may not know it.

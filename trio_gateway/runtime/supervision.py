@@ -6,7 +6,7 @@ from typing import NoReturn
 import structlog
 import trio
 
-from ..core.resilience import Backoff, Breaker, State
+from ..core.resilience import SOON, Backoff, Breaker, State
 
 log = structlog.get_logger()
 
@@ -29,18 +29,19 @@ def leaves(error: BaseException) -> list[BaseException]:
 async def keep_running(
     name: str, work: Callable[[], Awaitable[None]], breaker: Breaker, backoff: Backoff | None = None
 ) -> NoReturn:
-    """Run ``work`` again whenever it is :exc:`Lost`; return only when cancelled.
+    """Run ``work`` again whenever it is :exc:`Lost`; return only when cancelled. Where it is
+    :exc:`Demoted` that is a second later at most: a failover may be over by then.
 
     ``work`` says ``breaker.succeeded()`` once it is connected. Any other exception is a bug and
     propagates.
     """
     backoff = backoff or Backoff()
+    soon = False
     while True:
-        delay = max(
-            breaker.wait(trio.current_time()),
-            backoff.after(breaker.failures) if breaker.failures else 0.0,
-        )
-        await trio.sleep(delay)
+        pause = backoff.after(breaker.failures) if breaker.failures else 0.0
+        if soon:
+            pause = min(pause, SOON)
+        await trio.sleep(max(breaker.wait(trio.current_time()), pause))
         if not breaker.try_now(trio.current_time()):
             continue
         closed = breaker.state is State.CLOSED
@@ -49,7 +50,8 @@ async def keep_running(
             await work()
         except* Lost as group:  # of one of its tasks, or of several
             error = _first(group)
-        breaker.failed(trio.current_time(), soon=isinstance(error, Demoted))
+        soon = isinstance(error, Demoted)
+        breaker.failed(trio.current_time(), soon=soon)
         log.warning(
             "source lost",
             source=name,
