@@ -54,6 +54,7 @@ from .runtime.intake import Intake
 from .runtime.queue import EventQueue
 from .runtime.reaper import reap
 from .runtime.resume import Replays
+from .runtime.silent import Silent
 from .runtime.stalls import Stalls
 from .runtime.supervision import keep_running, leaves
 from .runtime.turnstile import TooMany, Turnstile
@@ -165,6 +166,7 @@ class Gateway(QuartTrio):
         self.refused: Counter[int] = Counter()  # upgrades, by HTTP status
         self.log_limit = LogLimit()
         self.heads: Turnstile[line.Shaken] = Turnstile(settings.ws_max_handshakes)
+        self.silent = Silent(settings.ws_max_handshakes)
         self.admissions: Turnstile[Candidate] = Turnstile(settings.ws_max_handshakes)
         self.arriving = 0  # clients between the two
         self.accept_timeout = settings.ws_accept_timeout
@@ -357,13 +359,18 @@ class Gateway(QuartTrio):
     @property
     def handshakes(self) -> int:
         """How many are in progress."""
+        return len(self.silent) + self._arriving
+
+    @property
+    def _arriving(self) -> int:
+        """Those that have said something."""
         return self.heads.inside + self.arriving + self.admissions.inside
 
     def load(self) -> Load | None:
         """How many clients it has, and may have; None if it takes no more because it ends."""
         if self.draining:
             return None
-        return Load(self.hub.taken + self.handshakes, self.settings.ws_max_total_connections)
+        return Load(self.hub.taken + self._arriving, self.settings.ws_max_total_connections)
 
     def _look_again(self) -> None:
         """The Redis that our links lead to is no primary any more."""
@@ -414,6 +421,7 @@ class Gateway(QuartTrio):
 
     def _stop_hearing(self) -> None:
         self._sources.cancel()
+        self.silent.give_up()
         self.heads.give_up()
 
     # One client
@@ -461,6 +469,7 @@ class Gateway(QuartTrio):
                 bug = Rejected(Close.INTERNAL_ERROR, "internal error", "internal_error")
                 await self._reject(endpoint, socket, bug)
                 return
+            del handshake  # a long head, which nobody needs while the client stays
             await self._run(connection, socket)
         finally:
             if entered:

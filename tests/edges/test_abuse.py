@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pytest
 import trio
@@ -601,3 +601,43 @@ async def test_a_thousand_bad_tokens_delay_nobody(redis_url: str, door: Door) ->
                 nursery.start_soon(try_one, n)
         assert gateway.app.rejected == {"auth": number}
         assert gateway.app.hub.closed == {Close.AUTH_FAILED: number}
+
+
+# Connections that say nothing
+
+
+@pytest.mark.parametrize("limited", [False, True])
+async def test_crowd_of_silent_connections_delays_nobody(redis_url: str, limited: bool) -> None:
+    """A crowd that takes all places of the handshakes many times over, while others connect."""
+    changes: dict[str, Any] = {"ws_max_handshakes": 20, "ws_accept_timeout": 5}
+    if limited:
+        changes["ws_max_connections_per_address"] = 30
+    async with serving(redis_url, "line", **changes) as gateway, AsyncExitStack() as stack:
+        slowest = 0.0
+        for n in range(10):
+            for _ in range(20):
+                await stack.enter_async_context(dialled(gateway.port))
+            started = trio.current_time()
+            async with admitted(gateway.staff_url("kitchen", sub=str(n + 1))):
+                slowest = max(slowest, trio.current_time() - started)
+        assert slowest < 1  # of an accept timeout of 5 s
+        assert len(gateway.app.silent) <= 20
+        assert gateway.app.refused[503] >= 150
+
+
+async def test_silent_connections_of_an_address_are_counted_from_their_accept_on(
+    redis_url: str,
+) -> None:
+    async with (
+        serving(redis_url, "line", ws_max_connections_per_address=3) as gateway,
+        AsyncExitStack() as stack,
+    ):
+        silent = [await stack.enter_async_context(dialled(gateway.port)) for _ in range(5)]
+        for each in silent[:2]:
+            with trio.fail_after(2):
+                assert await each.rest() == b""
+        assert len(gateway.app.silent) == 3
+        async with admitted(gateway.staff_url("kitchen")), admitted(gateway.staff_url("waiter")):
+            await stack.enter_async_context(dialled(gateway.port))
+            with trio.fail_after(2):
+                assert await silent[2].rest() == b""

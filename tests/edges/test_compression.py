@@ -1,6 +1,8 @@
 """Big events are compressed once, for who agreed to it; the others get them plain."""
 
+import tracemalloc
 import zlib
+from typing import Final
 
 import pytest
 import redis
@@ -9,10 +11,10 @@ from harness import JWT_SECRET, serving
 from hypothesis import given
 from hypothesis import strategies as st
 from websockets.trio.client import connect
-from wire import client_frame, dialled, make_head
+from wire import CONTINUATION, PONG_TEXT, client_frame, close_payload, dialled, make_head
 
 from trio_gateway.core.closing import Close
-from trio_gateway.core.frames import TEXT, deflated_frame, split, text_frame
+from trio_gateway.core.frames import CLOSE, PING, PONG, TEXT, deflated_frame, split, text_frame
 from trio_gateway.edges.compression import agree
 from trio_gateway.testing import make_jwt, make_payload
 
@@ -103,6 +105,107 @@ async def test_what_inflates_beyond_the_bound_is_too_big(redis_url: str) -> None
                 await client.recv()
 
     assert ended.value.rcvd.code == Close.MESSAGE_TOO_BIG  # type: ignore[attr-defined]
+
+
+class Raw:
+    """A client whose compressed frames are made by hand."""
+
+    OFFER: Final = "Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits"
+
+    @staticmethod
+    def deflate(data: bytes) -> bytes:
+        """As a message that is compressed on its own (RFC 7692, 7.2.1)."""
+        compressor = zlib.compressobj(9, wbits=-15)
+        packed = compressor.compress(data) + compressor.flush(zlib.Z_SYNC_FLUSH)
+        return packed.removesuffix(b"\x00\x00\xff\xff")
+
+
+def pieces(data: bytes, count: int) -> list[bytes]:
+    size = len(data) // count + 1
+    return [data[at : at + size] for at in range(0, len(data), size)]
+
+
+@pytest.mark.parametrize("opcode", [PING, PONG])
+@pytest.mark.parametrize("with_head", [False, True])
+async def test_control_frames_may_come_between_compressed_fragments(
+    redis_url: str, opcode: int, with_head: bool
+) -> None:
+    async with (
+        serving(redis_url, "line", ws_compression=True) as gateway,
+        dialled(gateway.port) as client,
+    ):
+        sent = b""
+        for turn in range(2):  # what one message leaves behind is not the next one's
+            text = b'{"type":"ping","turn":"' + str(turn).encode() + bytes(range(65, 90)) + b'"}'
+            parts = pieces(Raw.deflate(text), 3)
+            between = client_frame(opcode, b"between") + client_frame(opcode)
+            sent += client_frame(TEXT, parts[0], fin=False, rsv=4) + between
+            sent += client_frame(CONTINUATION, parts[1], fin=False) + between
+            sent += client_frame(CONTINUATION, parts[2])
+            sent += client_frame(TEXT, "ping")  # a plain one among them
+        target = f"/ws/waiter?token={make_jwt_of('1')}"
+        await client.upgrade(target, Raw.OFFER, behind=sent if with_head else b"")
+        if not with_head:
+            await client.send(sent)
+        assert [await client.text() for _ in range(4)] == [PONG_TEXT] * 4
+        await client.send(client_frame(TEXT, Raw.deflate(b"ping")[:2], fin=False, rsv=4))
+        await client.send(client_frame(CLOSE, close_payload(4321, "done")))
+        assert (await client.closed())[0] == 4321
+
+
+@pytest.mark.parametrize(
+    ("frames", "code"),
+    [
+        (client_frame(PING, b"x", rsv=4), Close.PROTOCOL_ERROR),
+        (
+            client_frame(TEXT, b"\x02", fin=False, rsv=4) + client_frame(CONTINUATION, b"", rsv=4),
+            Close.PROTOCOL_ERROR,
+        ),
+        (client_frame(TEXT, b"\xff\xff\xff", rsv=4), Close.INVALID_DATA),
+        (client_frame(CONTINUATION, b"x"), Close.PROTOCOL_ERROR),
+    ],
+    ids=["compressed ping", "compressed continuation", "no deflate", "no beginning"],
+)
+async def test_broken_compression_has_its_code(redis_url: str, frames: bytes, code: Close) -> None:
+    async with (
+        serving(redis_url, "line", ws_compression=True) as gateway,
+        dialled(gateway.port) as client,
+    ):
+        await client.upgrade(f"/ws/waiter?token={make_jwt_of('1')}", Raw.OFFER)
+        await client.send(frames)
+        assert (await client.closed())[0] == code
+
+
+@pytest.mark.parametrize("size", [65_536, 65_537, 50_000_000])
+@pytest.mark.parametrize("fragments", [1, 3])
+@pytest.mark.parametrize("with_head", [False, True])
+async def test_what_a_message_inflates_to_is_bounded_wherever_it_comes(
+    redis_url: str, size: int, fragments: int, with_head: bool
+) -> None:
+    async with (
+        serving(redis_url, "line", ws_compression=True) as gateway,
+        dialled(gateway.port) as client,
+    ):
+        parts = pieces(Raw.deflate(b"x" * size), fragments)
+        sent = client_frame(TEXT, parts[0], fin=len(parts) == 1, rsv=4)
+        for n, part in enumerate(parts[1:], 2):
+            sent += client_frame(CONTINUATION, part, fin=n == len(parts))
+        sent += client_frame(TEXT, "ping")
+        target = f"/ws/waiter?token={make_jwt_of('1')}"
+        tracemalloc.start()
+        try:
+            await client.upgrade(target, Raw.OFFER, behind=sent if with_head else b"")
+            if not with_head:
+                await client.send(sent)
+            if size <= 65_536:
+                assert await client.text() == PONG_TEXT
+            else:
+                assert await client.closed() == (
+                    Close.MESSAGE_TOO_BIG, "message is over 65536 bytes",
+                )  # fmt: skip
+            assert tracemalloc.get_traced_memory()[1] < 5_000_000
+        finally:
+            tracemalloc.stop()
 
 
 def make_jwt_of(user: str) -> str:

@@ -1,5 +1,6 @@
 """The line: whatever comes over the wire is answered as it should, and hurts nobody else."""
 
+import gc
 import inspect
 import json
 import os
@@ -9,6 +10,7 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
+from types import FunctionType, ModuleType
 from typing import Any
 
 import hypercorn.trio.run
@@ -1122,6 +1124,48 @@ async def test_another_app_is_none_of_its_business() -> None:
         client = dial()
         await client.send(b"GET /ws/waiter HTTP/1.1\r\nHost: a\r\n\r\n")
         assert (await client.response())[0] == 204
+
+
+def strings_within(root: object) -> list[int]:
+    """The sizes of all strings and bytes reachable from here, but not through the app."""
+    seen: set[int] = set()
+    found: list[int] = []
+    todo = [root]
+    while todo:
+        each = todo.pop()
+        if id(each) in seen or isinstance(each, (type, ModuleType, Gateway, FunctionType)):
+            continue
+        seen.add(id(each))
+        if isinstance(each, (str, bytes, bytearray)):
+            found.append(len(each))
+        todo += gc.get_referents(each)
+    return found
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+async def test_nothing_that_came_with_the_head_is_kept(compressed: bool) -> None:
+    def serving_task() -> object:
+        root = trio.lowlevel.current_root_task()
+        todo, found = [root], []
+        while todo:
+            task = todo.pop()
+            assert task is not None
+            todo += [child for nursery in task.child_nurseries for child in nursery.child_tasks]
+            if "_run_handler" in task.name:
+                found.append(task.coro)
+        (coro,) = found
+        return coro
+
+    long = "x" * 6000
+    behind = client_frame(TEXT, "y" * 40_000) + client_frame(TEXT, "ping")
+    extension = "Sec-WebSocket-Extensions: permessage-deflate" if compressed else "X-No: y"
+    async with serving(ws_compression=compressed) as gateway, dialled(gateway.port) as client:
+        await client.upgrade(
+            f"/ws/waiter?token={long}", f"Cookie: {long}", extension, behind=behind
+        )
+        assert await client.text() == PONG_TEXT
+        await wait_all_tasks_blocked()
+        assert max(strings_within(serving_task())) < len(long)
 
 
 async def test_reading_a_head_reads_no_further_than_it_must() -> None:

@@ -78,6 +78,15 @@ class Addresses:
             )
         self._connected[address] += 1
 
+    def silent_of(self, peer: Callable[[], str]) -> tuple[str, int | None]:
+        """The address of a connection that has said nothing, and how many such it may have; None
+        if there is no limit. Behind proxies of ours nothing is known of it yet.
+        """
+        if not self._most_connections or self._hops:
+            return "", None
+        address = client_address(peer(), None, 0)
+        return address, self._most_connections - self._connected[address]
+
     def leave(self, address: str) -> None:
         if not self._most_connections:
             return

@@ -20,8 +20,10 @@ from hypercorn.events import Closed, Event, RawData
 from hypercorn.trio.tcp_server import TCPServer
 
 from ..core.limits import LogLimit
+from ..runtime.silent import Silent
 from ..runtime.supervision import leaves
 from ..runtime.turnstile import TooMany, Turnstile
+from .addresses import Addresses
 from .asgi import CUT
 from .bounded import bound_protocols
 from .compression import agree
@@ -34,7 +36,7 @@ from .handshake import (
     refusal_response,
 )
 from .progress import MovingStream
-from .wire import CHUNK, GONE, LINGER, LineSocket, cut, is_closed, linger, receive
+from .wire import CHUNK, GONE, LINGER, LineSocket, cut, is_closed, is_readable, linger, receive
 
 log = structlog.get_logger()
 
@@ -57,6 +59,8 @@ class Served(Protocol):
     log_limit: LogLimit
     heads: Turnstile["Shaken"]
     arriving: int  # clients between two turnstiles
+    silent: Silent
+    addresses: Addresses
 
     def serve_connection(self, handshake: Handshake, socket: LineSocket) -> Awaitable[None]: ...
 
@@ -113,28 +117,37 @@ class Line(TCPServer):
                 await trio.aclose_forcefully(self.stream)
 
     async def _serve(self, gateway: Served) -> None:
+        serving = await self._open(gateway)  # of its head nothing is kept here while it stays
+        if serving is not None:
+            await serving
+
+    async def _open(self, gateway: Served) -> Awaitable[None] | None:
+        """Read and answer the first request head; returns what then serves the client, if any."""
+        until = trio.current_time() + gateway.accept_timeout
         try:
+            if not await self._speaks(gateway):
+                return None
+            left = max(0.0, until - trio.current_time())
             shaken = await gateway.heads.run(
-                partial(self._shake, gateway, begun := bytearray()), gateway.accept_timeout
+                partial(self._shake, gateway, begun := bytearray()), left, gateway.accept_timeout
             )
         except TooMany:
             gateway.refused[503] += 1  # without a word: there are too many to linger for each
-            return
+            return None
         if shaken is None:
             if begun and not gateway.draining:
                 await self._refuse(gateway, Refusal(408, "request head took too long"))
-            return
+            return None
         protocol, data, refusal = shaken
         if protocol is None:
-            return
+            return None
         if protocol == "h2":
-            await self._hand_over()
-            return
+            return self._hand_over()
         if refusal is not None:
             await self._refuse(gateway, refusal)
-            return
+            return None
         if not data:
-            return
+            return None
         end = _END_OF_HEAD.search(data)
         head = data[: end.end()] if end else data
         match parse_head(head, partial(_peer, self.stream)):
@@ -150,20 +163,33 @@ class Line(TCPServer):
                     write_timeout=self._write_timeout,
                 )
                 extensions = None
-                if gateway.compresses and (agreed := agree(handshake.extensions)) is not None:
-                    socket.deflate, extensions = agreed
-                    handshake = replace(handshake, deflates=True)
+                if gateway.compresses:
+                    agreed = agree(handshake.extensions, gateway.max_message_size)
+                    if agreed is not None:
+                        socket.deflate, extensions = agreed
+                        handshake = replace(handshake, deflates=True)
                 gateway.arriving += 1  # it has left one turnstile and not come to the next
                 try:
                     await socket.send(acceptance(handshake, extensions), gateway.accept_timeout)
                 finally:
                     gateway.arriving -= 1
-                await gateway.serve_connection(handshake, socket)
+                return gateway.serve_connection(handshake, socket)
             case Refusal() as refusal:
                 await self._refuse(gateway, refusal)
             case None:
                 self.stream = cast("Any", Replayed(self.stream, data))
-                await self._hand_over()
+                return self._hand_over()
+        return None
+
+    async def _speaks(self, gateway: Served) -> bool:
+        """Wait for the first byte, or the end, without a place among the handshakes."""
+        carrier = getattr(self.stream, "transport_stream", self.stream)
+        if (sock := getattr(carrier, "socket", None)) is None or is_readable(sock):
+            return True
+        address, most = gateway.addresses.silent_of(partial(_peer, self.stream))
+        return await gateway.silent.wait(
+            partial(trio.lowlevel.wait_readable, sock), gateway.accept_timeout, address, most
+        )
 
     async def _shake(self, gateway: Served, head: bytearray) -> "Shaken":
         protocol = await self._secure(gateway.accept_timeout)

@@ -1,6 +1,7 @@
 """The wire: frames of one client on a Trio stream, read and written with as little as it takes."""
 
 import os
+import select
 import struct
 from contextlib import suppress
 from math import inf
@@ -65,6 +66,15 @@ async def linger(stream: trio.abc.Stream) -> None:
                 pass
         except GONE:
             pass
+
+
+def is_readable(sock: Any) -> bool:
+    """Whether a read would not wait: there is a byte, or the end."""
+    if not DIRECT:
+        return False
+    poll = select.poll()
+    poll.register(sock.fileno(), select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def is_closed(stream: trio.abc.Stream) -> bool:
@@ -215,7 +225,9 @@ class LineSocket:
                 case CloseConnection(code=code, reason=reason):
                     if websocket.state is ConnectionState.REMOTE_CLOSING:
                         raise Left(int(code), reason or "")
-                    # wsproto's word for what broke RFC 6455
+                    # wsproto's word for what broke RFC 6455, or the bound of what it inflates to
+                    if code == Close.MESSAGE_TOO_BIG:
+                        raise self._too_big()
                     raise Violation(Close(int(code)), _why(Close(int(code))))
         return None
 
