@@ -469,7 +469,7 @@ class Gateway(QuartTrio):
                 bug = Rejected(Close.INTERNAL_ERROR, "internal error", "internal_error")
                 await self._reject(endpoint, socket, bug)
                 return
-            del handshake  # a long head, which nobody needs while the client stays
+            del handshake, candidate  # a long head and its token, of no use while the client stays
             await self._run(connection, socket)
         finally:
             if entered:
