@@ -62,8 +62,8 @@ class Served(Reachable):
     async def ready(self) -> bool:
         try:
             return (await http(self.port, "/ws/health/ready")).status == 200
-        except (OSError, trio.BrokenResourceError):  # hypercorn listens before it serves
-            return False
+        except (OSError, trio.BrokenResourceError, trio.TooSlowError):
+            return False  # Hypercorn listens before it serves
 
 
 @asynccontextmanager
@@ -87,7 +87,7 @@ async def served(
     pipes = {} if output is None else {"stdout": output, "stderr": output}
     async with process(*words, *options, env=env, port=port, cwd=folder, **pipes) as started:
         gateway = Served(port, started)
-        await until(gateway.ready, 10)
+        await until(gateway.ready, 30)
         yield gateway
 
 
