@@ -374,7 +374,7 @@ async def test_two_answers_to_a_renewal_lose_no_token(autojump_clock: MockClock)
         fake_gateway(renewing(twice)) as gateway,
         connecting(gateway, lambda refused: next(tokens)) as client,
     ):
-        with pytest.raises(Refused, match="token revoked"):
+        with trio.fail_after(600), pytest.raises(Refused, match="token revoked"):
             await anext(client)
     assert len(gateway.dialled) == 1
 
