@@ -53,9 +53,12 @@ def coverage(session: nox.Session) -> None:
 
 @nox.session
 def chaos(session: nox.Session) -> None:
-    """Faults under load: kills, deploys and more; takes many minutes."""
+    """Faults under load: kills, deploys and more; takes many minutes, so run it in parts.
+
+    ``-- tests/chaos/test_clock.py`` runs one file, ``-- -k sigterm`` the tests of that name.
+    """
     session.install("-e", ".[test]")
-    session.run("pytest", "-m", "chaos", "tests/chaos", *session.posargs)
+    session.run("pytest", "-m", "chaos", *_chosen(session, "tests/chaos"))
 
 
 @nox.session
@@ -143,7 +146,7 @@ def deploy(session: nox.Session) -> None:
     session.run("promtool", "check", "rules", "deploy/prometheus/alerts.yml", external=True)
     session.run("promtool", "test", "rules", "tests/deploy/alerts.test.yml", external=True)
     session.install("-c", LOCK, "-e", ".[test]")
-    session.run("pytest", "-m", "deploy", "tests/deploy", *session.posargs)
+    session.run("pytest", "-m", "deploy", *_chosen(session, "tests/deploy"))
 
 
 @nox.session
@@ -155,7 +158,13 @@ def browser(session: nox.Session) -> None:
     made = Path(session.create_tmp()).resolve()
     session.run("npm", "install", "--no-audit", "--no-fund", "--prefix", str(made), "axe-core")
     axe = str(made / "node_modules/axe-core/axe.min.js")
-    session.run("pytest", "-m", "browser", "tests/browser", *session.posargs, env={"AXE": axe})
+    session.run("pytest", "-m", "browser", *_chosen(session, "tests/browser"), env={"AXE": axe})
+
+
+def _chosen(session: nox.Session, folder: str) -> list[str]:
+    """The arguments for pytest: all of the folder, unless they name a part of it."""
+    named = any(argument.startswith("tests/") for argument in session.posargs)
+    return [*([] if named else [folder]), *session.posargs]
 
 
 def _from_debian(session: nox.Session, *packages: str) -> None:
