@@ -215,7 +215,7 @@ class Deaf:
     """
 
     def __init__(self, silences: int, then: bytes = b"$3\r\n1-1\r\n") -> None:
-        self.adds = 0
+        self.adds = self.connections = 0
         self._silences = silences
         self._then = then
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -238,6 +238,7 @@ class Deaf:
                 client, _ = self._listener.accept()
             except OSError:
                 return
+            self.connections += 1
             with client:
                 while data := client.recv(65536):
                     if b"XADD" in data:
@@ -304,13 +305,34 @@ def test_event_that_a_first_try_may_have_added_stays_in_doubt_whatever_the_secon
     assert failed.value.in_doubt
 
 
-@pytest.mark.parametrize("then", ["a replica", "full", "no rights"])
-def test_event_that_was_only_refused_is_not_in_doubt(then: str) -> None:
-    with Deaf(0, AFTERWARDS[then]) as server, Publisher(server.url) as publisher:
+@pytest.mark.parametrize(
+    ("reply", "tries"),
+    [
+        ("READONLY You can't write against a read only replica.", 2),
+        ("ERR Error running script (call to f_1): @user_script:1: -READONLY You can't write", 2),
+        (
+            "READONLY You can't write against a read only replica. script: f_1, on @user_script:1.",
+            2,
+        ),
+        ("LOADING Redis is loading the dataset in memory", 2),
+        ("MASTERDOWN Link with MASTER is down", 2),
+        ("NOREPLICAS Not enough good replicas to write.", 2),
+        ("NOAUTH Authentication required.", 2),
+        ("CLUSTERDOWN The cluster is down", 2),
+        ("OOM command not allowed when used memory > 'maxmemory'.", 1),
+        ("MISCONF Redis is configured to save RDB snapshots", 1),
+        ("NOPERM User has no permissions to run the 'xadd' command", 1),
+        ("WRONGTYPE Operation against a key", 1),
+    ],
+)
+def test_refused_event_is_not_in_doubt_and_goes_to_the_server_that_the_name_leads_to_then(
+    reply: str, tries: int
+) -> None:
+    with Deaf(0, f"-{reply}\r\n".encode()) as server, Publisher(server.url) as publisher:
         with pytest.raises(PublishFailed) as failed:
             publisher.publish(DURABLE, id="a")
         assert not failed.value.in_doubt
-        assert server.adds == (2 if then == "a replica" else 1)
+        assert (server.adds, server.connections) == (tries, tries)
 
 
 def test_answer_that_is_none_leaves_the_event_in_doubt() -> None:

@@ -6,12 +6,21 @@ from typing import Final
 from redis.exceptions import (
     AuthenticationError,
     BusyLoadingError,
+    ClusterDownError,
     MasterDownError,
+    MovedError,
     ReadOnlyError,
     RedisError,
 )
 
-_KINDS: Final = (AuthenticationError, BusyLoadingError, MasterDownError, ReadOnlyError)
+_KINDS: Final = (
+    AuthenticationError,
+    BusyLoadingError,
+    ClusterDownError,
+    MasterDownError,
+    MovedError,
+    ReadOnlyError,
+)
 # Also in the middle of a text: a script's or a transaction's error holds the one of its command.
 _WORDS: Final = re.compile(
     r"\b(?:READONLY|LOADING|MASTERDOWN|NOREPLICAS|NOAUTH|WRONGPASS|CLUSTERDOWN|MOVED|UNBLOCKED)\b"
