@@ -54,6 +54,7 @@ from .runtime.intake import Intake
 from .runtime.queue import EventQueue
 from .runtime.reaper import reap
 from .runtime.resume import Replays
+from .runtime.room import Room
 from .runtime.silent import Silent
 from .runtime.stalls import Stalls
 from .runtime.supervision import keep_running, leaves
@@ -171,6 +172,7 @@ class Gateway(QuartTrio):
         self.arriving = 0  # clients between the two
         self.accept_timeout = settings.ws_accept_timeout
         self.write_timeout = settings.ws_write_timeout
+        self.room = Room(self.hub, lambda: self.draining)
         self.catch_ups = Turns()
         self.end = Drain(self.hub, (self.heard, self.read), self._stop_hearing)
         self.max_message_size = settings.ws_max_message_size
@@ -493,7 +495,13 @@ class Gateway(QuartTrio):
     async def _let_in(self, candidate: Candidate) -> Principal:
         """Who joins the hub, or :exc:`Rejected`. Everything holds until the next await."""
         self._refuse_while_draining()
-        with self.hub.reserve(candidate.principal), trio.move_on_after(self.accept_timeout):
+        try:
+            place, waited = await self.room.find(candidate.principal)
+            candidate.watch.doubtful |= waited
+        except Rejected:
+            self._refuse_while_draining()
+            raise
+        with place, trio.move_on_after(self.accept_timeout):
             while True:
                 self._refuse_while_draining()  # the others may have been sent away meanwhile
                 if (principal := self.admission.confirm(candidate)) is None:

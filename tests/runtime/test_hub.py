@@ -314,7 +314,7 @@ class HubAgainstPlainSets(RuleBasedStateMachine):
             count = sum(c.principal.endpoint is endpoint for c in self.model)
             assert hub.by_endpoint[endpoint] == count
         for owner in {c.principal.owner for c in self.model}:
-            assert hub._owned[owner] == sum(c.principal.owner == owner for c in self.model)
+            assert set(hub._owned[owner]) == {c for c in self.model if c.principal.owner == owner}
 
     def teardown(self) -> None:
         for connection in list(self.model):

@@ -54,7 +54,10 @@ class Close(IntEnum):
     )
     HEARTBEAT_TIMEOUT = (
         4008,
-        "no heartbeat for `WS_HEARTBEAT_TIMEOUT`, or nothing at all for `WS_RECEIVE_TIMEOUT`",
+        (
+            "no heartbeat for `WS_HEARTBEAT_TIMEOUT`, nothing at all for `WS_RECEIVE_TIMEOUT`, or "
+            "no answer to a ping within 2 s when room is made for a new connection"
+        ),
         "reconnect",
     )
     SLOW_CONSUMER = (

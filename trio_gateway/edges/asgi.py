@@ -18,6 +18,7 @@ DRAIN = 2.0  # seconds
 _LINGER: Final = 1.0  # seconds
 # In the state of a scope that the line hands over: cuts the client off.
 CUT: Final = "cut"
+TRAFFIC: Final = "traffic"  # and: tells how many bytes were acknowledged, and were not
 
 
 def cut_of(scope: Any) -> Callable[[], None] | None:
@@ -26,6 +27,16 @@ def cut_of(scope: Any) -> Callable[[], None] | None:
         return None
     found: Callable[[], None] | None = scope.get("state", {}).get(CUT)
     return found
+
+
+def traffic_of(scope: Any) -> Callable[[], tuple[int, int]]:
+    """What tells how much this client's side of the TCP connection has acknowledged."""
+    found: Callable[[], tuple[int, int]] = scope.get("state", {}).get(TRAFFIC, _unknown)
+    return found
+
+
+def _unknown() -> tuple[int, int]:
+    return 0, 0
 
 
 def measures_progress(scope: Any) -> bool:
@@ -57,6 +68,8 @@ class AsgiSocket:
         self._closed = False
         self._aborted = False
         self.measures_progress = measures_progress(scope)
+        self.answers_pings = False  # ASGI has no word for a ping
+        self.traffic = traffic_of(scope)
 
     def try_write(self, data: bytes) -> int:
         if self._aborted:

@@ -24,7 +24,7 @@ from ..runtime.silent import Silent
 from ..runtime.supervision import leaves
 from ..runtime.turnstile import TooMany, Turnstile
 from .addresses import Addresses
-from .asgi import CUT
+from .asgi import CUT, TRAFFIC
 from .bounded import bound_protocols
 from .compression import agree
 from .handshake import (
@@ -35,8 +35,19 @@ from .handshake import (
     parse_head,
     refusal_response,
 )
-from .progress import MovingStream
-from .wire import CHUNK, GONE, LINGER, LineSocket, cut, is_closed, is_readable, linger, receive
+from .progress import MovingStream, traffic
+from .wire import (
+    CHUNK,
+    GONE,
+    LINGER,
+    LineSocket,
+    cut,
+    is_closed,
+    is_readable,
+    linger,
+    receive,
+    socket_of,
+)
 
 log = structlog.get_logger()
 
@@ -81,7 +92,11 @@ class Line(TCPServer):
 
     async def _hand_over(self) -> None:
         """Let Hypercorn serve it. The app is told how to cut it off, which ASGI has no word for."""
-        state = {**self.state, CUT: lambda: cut(self.stream)}
+        state = {
+            **self.state,
+            CUT: lambda: cut(self.stream),
+            TRAFFIC: lambda: traffic(socket_of(self.stream)),
+        }
         bound_protocols()
         stream: Any = self.stream.stream if isinstance(self.stream, Replayed) else self.stream
         if (carrier := getattr(stream, "transport_stream", None)) is None:

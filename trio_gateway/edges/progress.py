@@ -9,12 +9,17 @@ from typing import Any, Final
 
 import trio
 
+if sys.platform == "linux":
+    import fcntl
+    import termios
+
 # A socket can be written to by its descriptor; on Windows it can't.
 DIRECT: Final = sys.platform != "win32"
 _LOOKS: Final = 4  # at the peer, in one timeout
 # tcpi_bytes_acked in the kernel's struct tcp_info (Linux 4.1)
 _TCP_INFO: Final = getattr(socket, "TCP_INFO", None) if sys.platform == "linux" else None
 _BYTES_ACKED: Final = Struct("=120xQ")
+_INT: Final = Struct("i")
 
 
 def acknowledged(sock: Any) -> int:
@@ -29,6 +34,23 @@ def acknowledged(sock: Any) -> int:
             if len(info) == _BYTES_ACKED.size:
                 return int(_BYTES_ACKED.unpack(info)[0])
     return 0
+
+
+def outstanding(sock: Any) -> int:
+    """How many bytes were written that the peer has yet to acknowledge; 0 if the kernel doesn't
+    tell.
+    """
+    if _TCP_INFO is None or sock.family not in {socket.AF_INET, socket.AF_INET6}:
+        return 0
+    try:
+        return int(_INT.unpack(fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(_INT.size)))[0])
+    except (OSError, ValueError):  # ValueError: it is closed
+        return 0
+
+
+def traffic(sock: Any) -> tuple[int, int]:
+    """Bytes that the peer has acknowledged so far, and has yet to."""
+    return (0, 0) if sock is None else (acknowledged(sock), outstanding(sock))
 
 
 async def wait_writable(sock: Any, timeout: float) -> None:

@@ -18,7 +18,7 @@ from ..runtime.connection import Left, Violation
 from ..runtime.outbox import Outbox
 from . import cors, operations
 from .answers import RETRY_AFTER, refusal_status, status_of
-from .asgi import cut_of, measures_progress, read_scope
+from .asgi import cut_of, measures_progress, read_scope, traffic_of
 from .handshake import Handshake
 from .wire import LINGER
 
@@ -88,6 +88,8 @@ class EventStream:
         self._start = _start(200, _STREAM_HEADERS)
         self._cut = cut_of(scope)
         self.measures_progress = measures_progress(scope)
+        self.answers_pings = False  # it is sent a comment, which nobody answers
+        self.traffic = traffic_of(scope)
         if scope["http_version"].startswith("1"):
             # Who is sent away must not come back here, to be refused, on the same connection.
             self._start["headers"].append((b"connection", b"close"))

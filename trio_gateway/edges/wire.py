@@ -23,7 +23,7 @@ from ..core.frames import PONG as PONG_CODE
 from ..runtime.connection import Left, Ping, Pong, Violation
 from ..runtime.outbox import Outbox
 from .bounded import MOST_FRAGMENTS
-from .progress import DIRECT, MovingStream, wait_writable
+from .progress import DIRECT, MovingStream, traffic, wait_writable
 
 LINGER: Final = 1.0  # seconds
 _RESETS: Final = struct.pack("ii", 1, 0)  # a close that waits for nothing
@@ -86,14 +86,15 @@ def cut(stream: trio.abc.Stream) -> None:
     """Reset the connection at once, below TLS if there is any: for a peer that takes nothing, the
     kernel would keep what was not sent for minutes, and not even the end would reach it.
     """
-    socket = _socket(stream)
+    socket = socket_of(stream)
     if socket is not None and socket.fileno() != -1:
         with suppress(OSError):
             socket.setsockopt(SOL_SOCKET, SO_LINGER, _RESETS)
         socket.close()
 
 
-def _socket(stream: trio.abc.Stream) -> Any:
+def socket_of(stream: trio.abc.Stream) -> Any:
+    """The socket that carries a stream, below TLS if there is any; else None."""
     return getattr(getattr(stream, "transport_stream", stream), "socket", None)
 
 
@@ -129,6 +130,13 @@ class LineSocket:
         self._fragments = 0  # its frames
         self._broken = False  # a write was cut off: the peer may have half a frame
         self._aborted = False
+
+    @property
+    def answers_pings(self) -> bool:
+        return True
+
+    def traffic(self) -> tuple[int, int]:
+        return traffic(socket_of(self._stream))
 
     def try_write(self, data: bytes | memoryview) -> int:
         if self._aborted:
@@ -260,7 +268,7 @@ class LineSocket:
                 await self.send(last, LINGER)
                 await linger(self._stream)
         self._aborted = True
-        if (socket := _socket(self._stream)) is not None:
+        if (socket := socket_of(self._stream)) is not None:
             socket.close()
         if not is_closed(self._stream):
             await trio.aclose_forcefully(self._stream)

@@ -75,6 +75,16 @@ class Socket(Protocol):
         nothing for the write timeout.
         """
 
+    @property
+    def answers_pings(self) -> bool:
+        """Whether :data:`PING_FRAME` reaches the client, and its pong is received."""
+
+    def traffic(self) -> tuple[int, int]:
+        """Bytes that the peer has acknowledged, and bytes that it has yet to acknowledge.
+
+        Zeros where the kernel does not tell.
+        """
+
     async def receive(self) -> "str | Ping | Pong":
         """The next message. Raises :exc:`Left` or :exc:`Violation`."""
 
@@ -118,11 +128,11 @@ class Connection:
     """
 
     __slots__ = (
-        "__weakref__", "_answer", "_code", "_errand", "_heard_at", "_nursery", "_outbox", "_rate",
-        "_reading", "_received_at", "_replays", "_socket", "_terms", "_writing", "_written",
-        "accepted_at", "audiences", "close_reason", "cursor", "deflates", "ended_at", "expires_at",
-        "joined_at", "mask", "messages", "number", "principal", "resume_from", "resuming",
-        "sent_at",
+        "__weakref__", "_acked", "_answer", "_answering", "_asked", "_code", "_errand", "_heard_at",
+        "_nursery", "_outbox", "_rate", "_reading", "_received_at", "_replays", "_socket", "_terms",
+        "_writing", "_written", "accepted_at", "audiences", "close_reason", "cursor", "deflates",
+        "ended_at", "expires_at", "joined_at", "mask", "messages", "number", "principal",
+        "resume_from", "resuming", "sent_at",
     )  # fmt: skip
 
     def __init__(
@@ -161,6 +171,9 @@ class Connection:
         self._nursery: trio.Nursery | None = None
         self._reading: trio.CancelScope | None = None
         self._writing = False
+        self._asked = False  # whether it is there, and not heard of since
+        self._acked = 0  # bytes, when it was asked
+        self._answering = False  # a message of it, and not reading meanwhile
         self._written: trio.Event | None = None
         self._errand: trio.CancelScope | None = None
 
@@ -275,6 +288,35 @@ class Connection:
     def ping(self, now: float) -> None:
         self.write(PING_FRAME, 1, now)
 
+    def ask(self, now: float) -> None:
+        """Ask the client whether it is there, see :attr:`is_there`."""
+        assert self._socket is not None
+        self._asked = True
+        self._acked, _ = self._socket.traffic()
+        self.ping(now)
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the client has shown since :meth:`ask` that it is there.
+
+        By anything that was received; or, where the ping could not reach it, by what its side of
+        the TCP connection acknowledges: where nobody can ask the client, it has acknowledged all
+        that it was sent.
+        """
+        if self.ending or self._socket is None:
+            return False
+        if not self._asked or self._answering:
+            return True
+        acked, outstanding = self._socket.traffic()
+        if outstanding or self.waiting_bytes:  # the ping may be behind what it takes slowly
+            return acked > self._acked
+        return not self._socket.answers_pings
+
+    @property
+    def received_at(self) -> float:
+        """When anything was received last, a pong included."""
+        return self._received_at
+
     def close(self, code: int, reason: str = "") -> None:
         """End the connection; the first reason wins. Returns at once."""
         if self._code is not None:
@@ -311,6 +353,10 @@ class Connection:
 
     async def _hear(self, said: str | Ping | Pong) -> None:
         now = self._received_at = trio.current_time()
+        asked, self._asked = self._asked, False
+        if asked and isinstance(said, Pong):  # which others caused, so it does not count
+            self._set_deadline()
+            return
         if self._rate is None:
             self._rate = RateLimit(self._terms.rate_limit, self._terms.rate_window)
         if self._rate.exceeded(now):
@@ -336,7 +382,9 @@ class Connection:
             case Resume(last_event_id) if self._replays is not None:
                 self._replays.ask(self, last_event_id)
             case _:
+                self._answering = True
                 await self._answer(self, message)
+                self._answering = False
 
     @property
     def deadline(self) -> float:

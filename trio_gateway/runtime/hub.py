@@ -1,7 +1,7 @@
 """The hub: the dictionary between audiences and the connections that are in them."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, KeysView, Mapping
+from collections.abc import Iterable, KeysView, Mapping, Sequence
 from typing import TYPE_CHECKING, Self
 
 import trio
@@ -51,7 +51,7 @@ class Hub:
     def __init__(self, limits: Limits | None = None) -> None:
         self._limits = limits
         self._members: dict[Audience, set[Connection]] = {}
-        self._owned: Counter[Owner] = Counter()
+        self._owned: dict[Owner, list[Connection]] = {}
         self._reserved: Counter[Owner] = Counter()
         self._connections: dict[Connection, None] = {}  # in the order they joined
         self._leaving: set[Connection] = set()
@@ -94,9 +94,8 @@ class Hub:
         """
         if (limits := self._limits) is None:
             return
-        if self.taken >= limits.total:
-            raise Rejected(Close.SERVER_OVERLOADED, "too many connections", "total_limit")
-        owned = self._owned[principal.owner] + self._reserved[principal.owner]
+        # First the limits within which room can be made, which makes room in all.
+        owned = len(self.owned_by(principal)) + self._reserved[principal.owner]
         if principal.session is not None and owned >= limits.per_session:
             raise Rejected(
                 Close.SERVER_OVERLOADED, "too many connections of this session", "session_limit"
@@ -105,6 +104,12 @@ class Hub:
             raise Rejected(
                 Close.SERVER_OVERLOADED, "too many connections of this user", "user_limit"
             )
+        if self.taken >= limits.total:
+            raise Rejected(Close.SERVER_OVERLOADED, "too many connections", "total_limit")
+
+    def owned_by(self, principal: Principal) -> "Sequence[Connection]":
+        """The connections of the principal's user, or session, of its tenant."""
+        return self._owned.get(principal.owner, ())
 
     def reserve(self, principal: Principal) -> "Place":
         """As :meth:`admit`, and the place is taken until it is released; then :meth:`join` must
@@ -118,7 +123,7 @@ class Hub:
         self.joins += 1
         connection.number = self.joins
         self._connections[connection] = None
-        self._owned[principal.owner] += 1
+        self._owned.setdefault(principal.owner, []).append(connection)
         self.by_endpoint[principal.endpoint] += 1
         self.deflating += connection.deflates
         connection.audiences = audiences_of(principal)
@@ -127,17 +132,24 @@ class Hub:
 
     def leave(self, connection: "Connection") -> None:
         """It hears nothing from now on. It is :meth:`gone` when its close is through."""
+        if connection not in self._connections:  # it was evicted
+            return
         del self._connections[connection]
         self._leaving.add(connection)
         self.held.discard(connection)
         owner = connection.principal.owner
-        self._owned[owner] -= 1
+        self._owned[owner].remove(connection)
         if not self._owned[owner]:
             del self._owned[owner]
         self.by_endpoint[connection.principal.endpoint] -= 1
         self.deflating -= connection.deflates
         for audience in connection.audiences:
             self._exit(audience, connection)
+
+    def evict(self, connection: "Connection", code: int, reason: str) -> None:
+        """Close it, and free its place at once."""
+        connection.close(code, reason)
+        self.leave(connection)
 
     def gone(self, connection: "Connection") -> None:
         self._leaving.discard(connection)

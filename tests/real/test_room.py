@@ -1,0 +1,120 @@
+"""Making room: a phone that changed networks gets in again, through real sockets."""
+
+import sys
+from contextlib import AsyncExitStack
+from typing import Any
+
+import pytest
+import trio
+from chaos.relay import Way, open_relay
+from event_source import listening
+from harness import (
+    JWT_SECRET,
+    Door,
+    admitted,
+    closed,
+    connect,
+    http,
+    make_settings,
+    received,
+    running,
+    until,
+)
+
+from trio_gateway.core.closing import Close
+from trio_gateway.testing import make_jwt
+
+
+@pytest.mark.parametrize("limit", ["user", "session"])
+async def test_dead_connections_give_way_after_two_seconds_and_living_ones_stay(
+    redis_url: str, limit: str
+) -> None:
+    settings = make_settings(redis_url, **{f"ws_max_connections_per_{limit}": 3})
+    async with (
+        running(settings) as gateway,
+        open_relay(gateway.port) as relay,
+        AsyncExitStack() as stack,
+    ):
+        url = gateway.staff_url("waiter") if limit == "user" else gateway.diner_url()
+        through = url.replace(f":{gateway.port}", f":{relay.port}")
+        alive = await stack.enter_async_context(admitted(url))
+        for _ in range(2):
+            await stack.enter_async_context(admitted(through))
+        relay.vanish()
+
+        codes: list[int] = []
+
+        async def come() -> None:
+            async with connect(url) as client:
+                codes.append((await closed(client))[0])
+
+        started = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):  # at once: two places for three
+                nursery.start_soon(come)
+            await until(lambda: gateway.app.hub.joins == 5, 4)
+            assert 2 <= trio.current_time() - started < 3.5
+            await until(lambda: codes, 1)
+            assert (
+                gateway.app.hub.closed[Close.HEARTBEAT_TIMEOUT] + len(gateway.app.hub.leaving) == 2
+            )
+            assert await received(alive) == []
+            nursery.cancel_scope.cancel()
+        assert codes == [Close.SERVER_OVERLOADED]
+        relay.reset()
+
+
+@pytest.mark.parametrize("door", ["line", "asgi"])
+async def test_when_all_connections_answer_the_newcomer_is_refused(
+    redis_url: str, door: Door
+) -> None:
+    settings = make_settings(redis_url, ws_max_connections_per_user=2)
+    async with (
+        running(settings, door=door) as gateway,
+        admitted(gateway.staff_url("waiter")) as first,
+        admitted(gateway.staff_url("kitchen")) as second,
+    ):
+        async with connect(gateway.staff_url("waiter")) as client:
+            code, _ = await closed(client)
+            assert code == Close.SERVER_OVERLOADED
+        token = make_jwt(JWT_SECRET)
+        headers = {"Authorization": f"Bearer {token}"}
+        assert (await http(gateway.port, "/ws/waiter/events", headers=headers)).status == 429
+        assert await received(first) == await received(second) == []
+
+
+async def test_stream_of_events_is_there_as_long_as_what_it_is_sent_is_acknowledged(
+    redis_url: str,
+) -> None:
+    settings = make_settings(redis_url, ws_max_connections_per_user=1)
+    headers = {"Authorization": f"Bearer {make_jwt(JWT_SECRET)}"}
+    async with (
+        running(settings) as gateway,
+        listening(gateway.port, "/ws/waiter/events", headers) as listener,
+    ):
+        assert listener.status == 200
+        (connection,) = gateway.app.hub.connections
+        assert connection._socket is not None
+        async with connect(gateway.staff_url("waiter")) as client:
+            code, _ = await closed(client)
+            assert code == Close.SERVER_OVERLOADED
+        acknowledged, outstanding = connection._socket.traffic()
+        if sys.platform == "linux":
+            assert acknowledged > 0
+        assert outstanding == 0
+        assert list(gateway.app.hub.connections) == [connection]
+
+
+async def test_token_that_is_revoked_while_it_waits_for_room_is_refused(
+    redis_url: str, backend: Any
+) -> None:
+    settings = make_settings(redis_url, ws_max_connections_per_user=1)
+    async with running(settings) as gateway, open_relay(gateway.port) as relay:
+        through = gateway.staff_url("waiter").replace(f":{gateway.port}", f":{relay.port}")
+        async with admitted(through):
+            relay.vanish(Way.BOTH)
+            async with connect(gateway.staff_url("waiter", jti="stolen")) as client:
+                await trio.sleep(0.5)
+                backend.set("auth:token:blacklist:stolen", "1")
+                assert await closed(client) == (4001, "token revoked")
+            relay.reset()

@@ -1,0 +1,84 @@
+"""Room: dead connections give their places to new ones of the same user or session."""
+
+from collections.abc import Callable
+from typing import Final
+
+import trio
+
+from ..core.audiences import Principal
+from ..core.closing import Close, Rejected
+from .connection import Connection
+from .hub import Hub, Owner, Place
+
+ANSWER_TIME: Final = 2.0  # seconds that a connection has to show that it is there
+_LOOK: Final = 0.1  # seconds between two looks at the answers
+
+
+class _Probe:
+    """The connections of one owner that were asked whether they are there."""
+
+    def __init__(self, asked: list[Connection], now: float) -> None:
+        self.asked = asked
+        self.until = now + ANSWER_TIME
+        self.waiting = 0  # newcomers
+        for connection in asked:
+            connection.ask(now)
+
+    def silent(self, hub: Hub) -> list[Connection]:
+        """Those that have not answered, the longest silent first."""
+        found = [each for each in self.asked if each in hub.connections and not each.is_there]
+        return sorted(found, key=lambda each: each.received_at)
+
+
+class Room:
+    """Makes room in the hub for a user or a session whose connections may be dead.
+
+    ``given_up`` says that nobody is let in any more.
+    """
+
+    def __init__(self, hub: Hub, given_up: Callable[[], bool] = lambda: False) -> None:
+        self._hub = hub
+        self._given_up = given_up
+        self._probes: dict[Owner, _Probe] = {}  # while newcomers wait for them
+
+    async def find(self, principal: Principal) -> tuple[Place, bool]:
+        """A place in the hub, and whether it had to be waited for; else :exc:`Rejected`.
+
+        At the limit of the user or session its connections are asked whether they are there. Of
+        those that do not answer in time one is closed for each newcomer that waits. Newcomers
+        that come meanwhile share the probe; there can be as many as there are connections.
+        """
+        hub, owner = self._hub, principal.owner
+        try:
+            return hub.reserve(principal), False
+        except Rejected as full:
+            if full.label not in {"user_limit", "session_limit"}:
+                raise
+            refusal = full
+        if (probe := self._probes.get(owner)) is None:
+            if not (asked := list(hub.owned_by(principal))):  # others are just being let in
+                raise refusal
+            probe = self._probes[owner] = _Probe(asked, trio.current_time())
+        if probe.waiting >= len(probe.asked):
+            raise refusal
+        probe.waiting += 1
+        try:
+            return await self._wait(principal, probe), True
+        finally:
+            probe.waiting -= 1
+            if not probe.waiting:
+                del self._probes[owner]
+
+    async def _wait(self, principal: Principal, probe: _Probe) -> Place:
+        while True:
+            left = probe.until - trio.current_time()
+            silent = probe.silent(self._hub)
+            if left <= 0 and silent:
+                # Its place is free at once, so no two newcomers count on it.
+                self._hub.evict(silent[0], Close.HEARTBEAT_TIMEOUT, "no answer to a ping")
+            try:
+                return self._hub.reserve(principal)
+            except Rejected:
+                if left <= 0 or not silent or self._given_up():
+                    raise
+            await trio.sleep(min(_LOOK, left))
