@@ -258,7 +258,7 @@ async def test_limits_are_those_of_all_doors(redis_url: str) -> None:
         ({"ws_max_connections_per_address": 1}, staff("waiter", sub="22"), 429),
         ({"ws_max_total_connections": 1}, staff("waiter", sub="22"), 503),
     ],
-    ids=str,
+    ids=["user", "session", "address", "process"],
 )
 async def test_limit_of_one_client_is_not_told_as_a_fault_of_the_server(
     redis_url: str, limits: dict[str, int], second: str, status: int
