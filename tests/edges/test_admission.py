@@ -244,6 +244,20 @@ async def test_ticket_is_still_good_until_it_is_redeemed(autojump_clock: MockClo
             await place.admission.redeem(ticket)
 
 
+async def test_where_nobody_checks_revocations_a_second_look_ends_at_once(
+    autojump_clock: MockClock,
+) -> None:
+    async with opened() as place:
+        place.admission.revocations = None
+        await place.admit(token=token())
+        assert isinstance(place.outcome, Candidate)
+        with place.outcome as candidate:
+            candidate.watch.doubtful = True
+            assert place.admission.confirm(candidate) is None
+            await place.admission.look_again(candidate)
+            assert place.admission.confirm(candidate) is not None
+
+
 # Live connections
 
 

@@ -214,7 +214,7 @@ class SlowSocket(FakeSocket):
         self._moves = moves
 
     def traffic(self) -> tuple[int, int]:
-        return int(trio.current_time() * 10) if self._moves else 0, self._outstanding
+        return int(trio.current_time() * 2) if self._moves else 0, self._outstanding
 
 
 @pytest.mark.parametrize(

@@ -75,9 +75,12 @@ class Watch:
 
         Whatever is heard while this waits counts.
         """
-        while self._revocations is not None:
+        while True:
             self.doubtful = False
-            await self._revocations.check(self.principal)
+            if self._revocations is None:
+                await trio.lowlevel.checkpoint()
+            else:
+                await self._revocations.check(self.principal)
             if self.is_settled():
                 return
 

@@ -129,10 +129,10 @@ class Connection:
 
     __slots__ = (
         "__weakref__", "_acked", "_answer", "_answering", "_asked", "_code", "_errand", "_heard_at",
-        "_nursery", "_outbox", "_rate", "_reading", "_received_at", "_replays", "_socket", "_terms",
-        "_writing", "_written", "accepted_at", "audiences", "close_reason", "cursor", "deflates",
-        "ended_at", "expires_at", "joined_at", "mask", "messages", "number", "principal",
-        "resume_from", "resuming", "sent_at",
+        "_nursery", "_outbox", "_ping_at", "_rate", "_reading", "_received_at", "_replays",
+        "_socket", "_terms", "_writing", "_written", "accepted_at", "audiences", "close_reason",
+        "cursor", "deflates", "ended_at", "expires_at", "joined_at", "mask", "messages", "number",
+        "principal", "resume_from", "resuming", "sent_at",
     )  # fmt: skip
 
     def __init__(
@@ -173,6 +173,7 @@ class Connection:
         self._writing = False
         self._asked = False  # whether it is there, and not heard of since
         self._acked = 0  # bytes, when it was asked
+        self._ping_at = 0  # bytes that are acknowledged once the ping has arrived
         self._answering = False  # a message of it, and not reading meanwhile
         self._written: trio.Event | None = None
         self._errand: trio.CancelScope | None = None
@@ -292,8 +293,9 @@ class Connection:
         """Ask the client whether it is there, see :attr:`is_there`."""
         assert self._socket is not None
         self._asked = True
-        self._acked, _ = self._socket.traffic()
         self.ping(now)
+        self._acked, outstanding = self._socket.traffic()
+        self._ping_at = self._acked + outstanding + self.waiting_bytes
 
     @property
     def is_there(self) -> bool:
@@ -308,9 +310,9 @@ class Connection:
         if not self._asked or self._answering:
             return True
         acked, outstanding = self._socket.traffic()
-        if outstanding or self.waiting_bytes:  # the ping may be behind what it takes slowly
-            return acked > self._acked
-        return not self._socket.answers_pings
+        if self._socket.answers_pings:  # the ping may be behind what it takes slowly
+            return self._acked < acked < self._ping_at
+        return acked > self._acked or not (outstanding or self.waiting_bytes)
 
     @property
     def received_at(self) -> float:
