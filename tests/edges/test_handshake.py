@@ -209,8 +209,10 @@ def test_bearer_token(authorization: str | None, token: str | None) -> None:
         ("/ws/waiter", None, None),
         ("/ws/waiter?last_event_id=7", None, "7"),
         ("/ws/waiter", "8", "8"),
-        ("/ws/waiter?last_event_id=7", "8", "7"),
-        ("/ws/waiter?last_event_id=", "8", ""),
+        ("/ws/waiter?last_event_id=7", "8", "8"),
+        ("/ws/waiter?last_event_id=", "8", "8"),
+        ("/ws/waiter?last_event_id=7", "", "7"),
+        ("/ws/waiter?last_event_id=7&lastEventId=9", None, "9"),
         ("/ws/waiter?last_event_id=", None, ""),
     ],
 )
