@@ -33,6 +33,9 @@ def sample(gateway: "Gateway") -> Sample:
             "wsgateway_event_queue_depth": gateway.heard.depth + gateway.read.depth,
             "wsgateway_connections_rejected_total": gateway.rejected,
             "wsgateway_connections_closed_total": _by_code(hub.closed),
+            "wsgateway_connections_closed_by_gateway_total": {
+                str(int(close)): hub.closed_by_gateway[close] for close in Close if close.sent
+            },
             "wsgateway_upgrades_refused_total": {
                 str(status): number for status, number in gateway.refused.items()
             },

@@ -542,7 +542,7 @@ class Gateway(QuartTrio):
 
     async def _reject(self, endpoint: Endpoint, socket: Socket, rejected: Rejected) -> None:
         self.rejected[rejected.label] += 1
-        self.hub.closed[rejected.close] += 1
+        self.hub.count_close(rejected.close)
         if (held_back := self._allowed(f"rejected {rejected.label}")) is not None:
             log.info(
                 "rejected",

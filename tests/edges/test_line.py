@@ -8,6 +8,7 @@ import re
 import select
 import socket
 import ssl
+import sys
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from types import FunctionType, ModuleType
@@ -620,8 +621,76 @@ async def test_clients_own_code_is_answered_logged_and_counted(
             await client.leave()
             await wait_all_tasks_blocked()
     assert app.hub.closed == {code: 1}
+    assert not app.hub.closed_by_gateway
     (closed,) = (each for each in logs if each["event"] == "closed")
     assert (closed["code"], closed["reason"]) == (code, reason)
+
+
+@pytest.mark.parametrize("code", [Close.INTERNAL_ERROR, Close.SLOW_CONSUMER, 1001])
+async def test_code_that_a_client_chose_is_not_counted_as_ours(code: int) -> None:
+    name = "connections_closed_by_gateway_total"
+    async with serving() as gateway, dialled(gateway.port) as client:
+        await client.upgrade()
+        await client.send(client_frame(CLOSE, close_payload(code)))
+        await client.rest()
+        await until(lambda: gateway.app.hub.closed)
+        found = await metrics(gateway.port)
+        assert found[f"connections_closed_total{{{int(code)}}}"] == 1
+        assert set(found.by_label(name).values()) == {0}
+
+        async with dialled(gateway.port) as other:
+            await other.upgrade()
+            await other.send(client_frame(BINARY, b"x"))
+            assert (await other.closed())[0] == Close.UNSUPPORTED_DATA
+        await until(lambda: gateway.app.hub.closed.total() == 2)
+        found = await metrics(gateway.port)
+        assert found[f"{name}{{1003}}"] == found["connections_closed_total{1003}"] == 1
+
+
+TRANSPORTS = {
+    "direct": b"",
+    "second request": b"GET /ws/health HTTP/1.1\r\nHost: a\r\n\r\n",
+    "event stream": b"GET /ws/waiter/events HTTP/1.1\r\nHost: a\r\n\r\n",
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have other options")
+@pytest.mark.parametrize("write_timeout", [10, 60])
+async def test_kernel_finds_clients_that_vanished(
+    monkeypatch: pytest.MonkeyPatch, write_timeout: float
+) -> None:
+    """Whatever it is served by: data that is not acknowledged, or silence, ends it in a minute."""
+    sockets: list[Any] = []
+    run = Line.run
+
+    async def remembering(self: Line) -> None:
+        stream: Any = self.stream
+        sockets.append(stream.socket)
+        await run(self)
+
+    monkeypatch.setattr(Line, "run", remembering)
+    async with serving(ws_write_timeout=write_timeout) as gateway, AsyncExitStack() as stack:
+        for first in TRANSPORTS.values():
+            client = await stack.enter_async_context(dialled(gateway.port))
+            await client.send(first)
+            if not first.startswith(b"GET /ws/waiter/events"):
+                if first:
+                    await client.response()
+                await client.upgrade()
+        await until(lambda: len(gateway.app.hub) == len(TRANSPORTS))
+        for sock in sockets:
+            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+            idle, interval, count, unacknowledged = (
+                sock.getsockopt(socket.IPPROTO_TCP, option)
+                for option in (
+                    socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT,
+                    socket.TCP_USER_TIMEOUT,
+                )
+            )  # fmt: skip
+            assert idle + interval * count <= 60
+            # Never before the write timeout has closed it, with its code.
+            assert write_timeout * 1000 < unacknowledged <= max(30, 2 * write_timeout) * 1000
+            assert gateway.app.settings.ws_ping_interval + 30 <= 60
 
 
 async def test_half_closed_client_has_left() -> None:

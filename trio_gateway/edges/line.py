@@ -35,7 +35,7 @@ from .handshake import (
     parse_head,
     refusal_response,
 )
-from .progress import MovingStream, traffic
+from .progress import MovingStream, find_the_vanished, traffic
 from .wire import (
     CHUNK,
     GONE,
@@ -109,9 +109,12 @@ class Line(TCPServer):
         """Serve one connection; its faults end it alone, and never reach the server's nursery."""
         gateway = cast("Served | None", getattr(self.app, "app", None))
         self._write_timeout = getattr(gateway, "write_timeout", LINGER)
-        if hasattr(self.stream, "transport_stream"):  # TLS, which is not to be bypassed
-            carrier = MovingStream(self.stream.transport_stream, self._write_timeout)
-            self.stream.transport_stream = cast("Any", carrier)
+        carrier: Any = getattr(self.stream, "transport_stream", self.stream)
+        if (sock := getattr(carrier, "socket", None)) is not None:
+            find_the_vanished(sock, self._write_timeout)
+        if carrier is not self.stream:  # TLS, which is not to be bypassed
+            moving: Any = MovingStream(carrier, self._write_timeout)
+            self.stream.transport_stream = moving
         if not hasattr(gateway, "serve_connection"):  # another app, or a middleware around ours
             await self._hand_over()
             return

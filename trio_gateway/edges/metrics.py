@@ -61,6 +61,9 @@ METRICS: Final[Mapping[str, _Counter | _Gauge | _Histogram]] = {
     "wsgateway_event_queue_depth": _Gauge("Events that wait to be delivered"),
     "wsgateway_connections_rejected_total": _Counter("Clients that were not let in", "reason"),
     "wsgateway_connections_closed_total": _Counter("Ended connections by close code", "code"),
+    "wsgateway_connections_closed_by_gateway_total": _Counter(
+        "Connections that the gateway closed, by the close code that it chose", "code"
+    ),
     "wsgateway_upgrades_refused_total": _Counter("Upgrades refused by HTTP status", "status"),
     "wsgateway_broadcasts_total": _Counter("Events that somebody heard"),
     "wsgateway_broadcasts_failed_total": _Counter("Events whose delivery took too long"),

@@ -21,6 +21,14 @@ _TCP_INFO: Final = getattr(socket, "TCP_INFO", None) if sys.platform == "linux" 
 _BYTES_ACKED: Final = Struct("=120xQ")
 _INT: Final = Struct("i")
 
+_VANISHED_AFTER: Final = 30.0  # seconds
+# Seconds of silence before a probe, between two, and how many; macOS has another first one.
+_KEEP_ALIVE: Final = (
+    ("TCP_KEEPIDLE" if hasattr(socket, "TCP_KEEPIDLE") else "TCP_KEEPALIVE", 30),
+    ("TCP_KEEPINTVL", 10),
+    ("TCP_KEEPCNT", 3),
+)
+
 
 def acknowledged(sock: Any) -> int:
     """How many bytes the peer has acknowledged so far; 0 where the kernel doesn't tell.
@@ -71,6 +79,22 @@ async def wait_writable(sock: Any, timeout: float) -> None:
             acked, moved_at = now_acked, trio.current_time()
         elif trio.current_time() - moved_at >= timeout:
             raise TimeoutError("the peer takes nothing")
+
+
+def find_the_vanished(sock: Any, write_timeout: float) -> None:
+    """Have the kernel end a connection whose peer is gone without a word, within a minute.
+
+    Either data is not acknowledged for half a minute, which what is sent at intervals sees to, or
+    nothing answers a silence. Later than the write timeout, which knows the reason.
+    """
+    if sock.family == socket.AF_UNIX:
+        return
+    unacknowledged = int(max(_VANISHED_AFTER, 1.5 * write_timeout) * 1000)
+    with suppress(OSError):  # it is gone already
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in (*_KEEP_ALIVE, ("TCP_USER_TIMEOUT", unacknowledged)):
+            if (option := getattr(socket, name, None)) is not None:
+                sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 class MovingStream(trio.abc.HalfCloseableStream):

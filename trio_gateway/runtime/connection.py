@@ -131,8 +131,8 @@ class Connection:
         "__weakref__", "_acked", "_answer", "_answering", "_asked", "_code", "_errand", "_heard_at",
         "_nursery", "_outbox", "_ping_at", "_rate", "_reading", "_received_at", "_replays",
         "_socket", "_terms", "_writing", "_written", "accepted_at", "audiences", "close_reason",
-        "cursor", "deflates", "ended_at", "expires_at", "joined_at", "mask", "messages", "number",
-        "principal", "resume_from", "resuming", "sent_at",
+        "chose_its_code", "cursor", "deflates", "ended_at", "expires_at", "joined_at", "mask",
+        "messages", "number", "principal", "resume_from", "resuming", "sent_at",
     )  # fmt: skip
 
     def __init__(
@@ -153,6 +153,7 @@ class Connection:
         self.messages = 0
         self.joined_at = self.sent_at = self._heard_at = self._received_at = 0.0
         self.close_reason = ""
+        self.chose_its_code = False  # the client did, and may have sent any
         self.ended_at: float | None = None
         self.cursor: Cursor | None = None
         self.accepted_at = accepted_at
@@ -348,6 +349,7 @@ class Connection:
                     while True:
                         await self._hear(await socket.receive())
                 except Left as left:
+                    self.chose_its_code = self._code is None
                     self.close(left.code, left.reason)
                 except Violation as violation:
                     self.close(violation.close, violation.reason)

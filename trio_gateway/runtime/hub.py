@@ -60,7 +60,8 @@ class Hub:
         self.deflating = 0  # connections that can read compressed messages
         self.held: set[Connection] = set()  # to whom durable events come from the history
         self.by_endpoint: dict[Endpoint, int] = dict.fromkeys(Endpoint, 0)
-        self.closed: Counter[int] = Counter()
+        self.closed: Counter[int] = Counter()  # by code, whoever chose it
+        self.closed_by_gateway: Counter[int] = Counter()
         self._messages = 0  # of those that are gone
 
     def __len__(self) -> int:
@@ -154,9 +155,14 @@ class Hub:
     def gone(self, connection: "Connection") -> None:
         self._leaving.discard(connection)
         self._messages += connection.messages
-        self.closed[connection.code] += 1
+        self.count_close(connection.code, by_gateway=not connection.chose_its_code)
         if not self._connections and not self._leaving:
             self._emptied.set()
+
+    def count_close(self, code: int, *, by_gateway: bool = True) -> None:
+        self.closed[code] += 1
+        if by_gateway:
+            self.closed_by_gateway[code] += 1
 
     def move(self, connection: "Connection", principal: Principal) -> None:
         """Its audiences are another principal's from now on; same owner, same endpoint."""
