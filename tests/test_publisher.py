@@ -319,6 +319,7 @@ def test_event_that_a_first_try_may_have_added_stays_in_doubt_whatever_the_secon
         ("NOREPLICAS Not enough good replicas to write.", 2),
         ("NOAUTH Authentication required.", 2),
         ("CLUSTERDOWN The cluster is down", 2),
+        ("MOVED 3999 127.0.0.1:6381", 2),
         ("OOM command not allowed when used memory > 'maxmemory'.", 1),
         ("MISCONF Redis is configured to save RDB snapshots", 1),
         ("NOPERM User has no permissions to run the 'xadd' command", 1),
