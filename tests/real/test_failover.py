@@ -151,6 +151,7 @@ async def test_what_one_server_refuses_is_given_to_the_one_that_the_name_leads_t
                     old.client_kill_filter(user="gateway")
             name.target = name.other.port
 
+            await commands.mget(["k"])  # may be given twice, if its connection was closed
             assert await commands.getdel("k") is None  # refused by the old one, not lost
             assert await commands.claim("c", 10)
             await trio.to_thread.run_sync(publisher.publish, EVENT)  # it has no id
