@@ -72,3 +72,36 @@ async def test_a_place_is_given_back_after_a_bug(autojump_clock: MockClock) -> N
             await turnstile.run(bug, timeout=1)
 
     assert turnstile.inside == 0
+
+
+@pytest.mark.parametrize("dawdles", [False, True])
+async def test_one_that_dawdles_makes_room_for_one_that_waits(
+    autojump_clock: MockClock, nursery: trio.Nursery, dawdles: bool
+) -> None:
+    turnstile: Turnstile[str] = Turnstile(2)
+    ended: list[float] = []
+
+    async def dawdle() -> None:
+        assert await turnstile.run(work_forever, 10, 5, lambda: dawdles) is None
+        ended.append(trio.current_time())
+
+    async def work_forever() -> str:
+        await trio.sleep_forever()
+        return ""
+
+    async def work() -> str:
+        await trio.sleep(0.1)
+        return "done"
+
+    for _ in range(2):
+        nursery.start_soon(dawdle)
+    await trio.sleep(0.2)
+    assert not ended  # nobody waits for a place
+    if dawdles:
+        assert await turnstile.run(work, 10, 5) == "done"
+        assert ended == [0.5 + 0.2]  # a moment after the other one came
+        assert trio.current_time() == pytest.approx(0.8)
+    else:
+        with pytest.raises(TooMany):
+            await turnstile.run(work, 10, 5)
+        assert not ended

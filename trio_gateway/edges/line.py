@@ -147,7 +147,10 @@ class Line(TCPServer):
                 return None
             left = max(0.0, until - trio.current_time())
             shaken = await gateway.heads.run(
-                partial(self._shake, gateway, begun := bytearray()), left, gateway.accept_timeout
+                partial(self._shake, gateway, begun := bytearray()),
+                left,
+                gateway.accept_timeout,
+                self._dawdles,
             )
         except TooMany:
             gateway.refused[503] += 1  # without a word: there are too many to linger for each
@@ -209,6 +212,11 @@ class Line(TCPServer):
             partial(trio.lowlevel.wait_readable, sock), gateway.accept_timeout, address, most
         )
 
+    def _dawdles(self) -> bool:
+        """Whether what is missing of its handshake is still to come: nothing of it is unread."""
+        sock = socket_of(self.stream)
+        return sock is not None and sock.fileno() != -1 and not is_readable(sock)
+
     async def _shake(self, gateway: Served, head: bytearray) -> "Shaken":
         protocol = await self._secure(gateway.accept_timeout)
         if protocol != "http/1.1":
@@ -262,7 +270,8 @@ class Line(TCPServer):
         sent = False
         async with self.send_lock:
             try:
-                with trio.CancelScope(shield=True) as self._moving.shield:
+                until = trio.current_time() + LINGER  # unless it waits for the client to read
+                with trio.CancelScope(shield=True, deadline=until) as self._moving.shield:
                     await self._sender.send_all(event.data)
                     sent = True
             except GONE:

@@ -1,5 +1,6 @@
 """Progress: a write may go on for as long as the peer takes some of it within the timeout."""
 
+import math
 import os
 import socket
 import sys
@@ -135,7 +136,7 @@ class MovingStream(trio.abc.HalfCloseableStream):
 
     def _lower_shield(self) -> None:
         if self.shield is not None:
-            self.shield.shield = False
+            self.shield.shield, self.shield.deadline = False, math.inf
 
     async def wait_send_all_might_not_block(self) -> None:
         await self._stream.wait_send_all_might_not_block()

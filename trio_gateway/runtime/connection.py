@@ -130,8 +130,8 @@ class Connection:
     __slots__ = (
         "__weakref__", "_acked", "_answer", "_answering", "_asked", "_code", "_errand", "_heard_at",
         "_nursery", "_outbox", "_ping_at", "_rate", "_reading", "_received_at", "_replays",
-        "_socket", "_terms", "_writing", "_written", "accepted_at", "audiences", "close_reason",
-        "chose_its_code", "cursor", "deflates", "ended_at", "expires_at", "joined_at", "mask",
+        "_socket", "_terms", "_writing", "_written", "accepted_at", "audiences", "chose_its_code",
+        "close_reason", "cursor", "deflates", "ended_at", "expires_at", "joined_at", "mask",
         "messages", "number", "principal", "resume_from", "resuming", "sent_at",
     )  # fmt: skip
 
