@@ -121,10 +121,7 @@ async def behind(proxy: str, redis_url: str, folder: Path, **changes: str) -> As
             program = PROXIES[proxy](folder, port, ports)
             paths = {"PATH": "/usr/sbin:/usr/bin:/bin:/usr/local/sbin"}
             running = subprocess.Popen(program, stdout=out, stderr=out, env=paths)
-        stack.callback(running.wait)
-        stack.callback(running.kill)
-        if proxy == "nginx":
-            stack.callback(running.terminate)
+        stack.callback(end, running)
 
         async def ready() -> bool:
             try:
@@ -135,6 +132,16 @@ async def behind(proxy: str, redis_url: str, folder: Path, **changes: str) -> As
         await until(ready, 10)
         with redis.Redis.from_url(redis_url) as backend:
             yield Behind(port, ports, gateways, backend, log)
+
+
+def end(running: "subprocess.Popen[bytes]") -> None:
+    """With its workers, which nginx's master ends and a kill would leave behind."""
+    running.terminate()
+    try:
+        running.wait(10)
+    except subprocess.TimeoutExpired:
+        running.kill()
+        running.wait()
 
 
 async def test_events_and_close_codes_come_through_and_pings_keep_the_silent(
