@@ -88,7 +88,7 @@ def find_the_vanished(sock: Any, write_timeout: float) -> None:
     Either data is not acknowledged for half a minute, which what is sent at intervals sees to, or
     nothing answers a silence. Later than the write timeout, which knows the reason.
     """
-    if sock.family == socket.AF_UNIX:
+    if sock.family not in {socket.AF_INET, socket.AF_INET6}:
         return
     unacknowledged = int(max(_VANISHED_AFTER, 1.5 * write_timeout) * 1000)
     with suppress(OSError):  # it is gone already
