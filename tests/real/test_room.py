@@ -1,10 +1,11 @@
 """Making room: a phone that changed networks gets in again, through real sockets."""
 
+import socket
 import sys
 from contextlib import AsyncExitStack
-from typing import Any
 
 import pytest
+import redis
 import trio
 from chaos.relay import Way, open_relay
 from event_source import listening
@@ -18,11 +19,12 @@ from harness import (
     make_settings,
     received,
     running,
+    settle,
     until,
 )
 
 from trio_gateway.core.closing import Close
-from trio_gateway.testing import make_jwt
+from trio_gateway.testing import make_jwt, make_payload
 
 
 @pytest.mark.parametrize("limit", ["user", "session"])
@@ -105,8 +107,38 @@ async def test_stream_of_events_is_there_as_long_as_what_it_is_sent_is_acknowled
         assert list(gateway.app.hub.connections) == [connection]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what was acknowledged")
+async def test_stream_of_events_that_takes_nothing_gives_way(
+    redis_url: str, backend: "redis.Redis"
+) -> None:
+    settings = make_settings(redis_url, ws_max_connections_per_user=1)
+    async with running(settings) as gateway:
+        stuck = trio.socket.socket()
+        stuck.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        with stuck:
+            await stuck.connect(("127.0.0.1", gateway.port))
+            path = f"/ws/waiter/events?token={make_jwt(JWT_SECRET)}"
+            await stuck.send(f"GET {path} HTTP/1.1\r\nHost: a\r\n\r\n".encode())
+            await until(lambda: len(gateway.app.hub))
+            for _ in range(10):
+                event = make_payload("ROUND_PENDING", data="x" * 50_000)
+                backend.publish("channel:branch:1:waiters", event)
+            await settle(gateway)
+            (connection,) = gateway.app.hub.connections
+            assert connection._socket is not None
+            before = (-1, 0)
+            while (now := connection._socket.traffic()) != before:  # until its buffer is full
+                before = now
+                await trio.sleep(0.2)
+            started = trio.current_time()
+            async with connect(gateway.staff_url("waiter")) as client:
+                await until(lambda: gateway.app.hub.joins == 2, 5)
+                assert trio.current_time() - started > 1.9
+                assert await received(client) == []
+
+
 async def test_token_that_is_revoked_while_it_waits_for_room_is_refused(
-    redis_url: str, backend: Any
+    redis_url: str, backend: "redis.Redis"
 ) -> None:
     settings = make_settings(redis_url, ws_max_connections_per_user=1)
     async with running(settings) as gateway, open_relay(gateway.port) as relay:
