@@ -34,7 +34,10 @@ async def test_bug_ends_the_server_although_its_log_line_raises(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async def buggy(*_: Any, **__: Any) -> NoReturn:
-        structlog.configure(logger_factory=lambda *_: Unwritable())
+        structlog.configure(
+            processors=[structlog.processors.KeyValueRenderer()],
+            logger_factory=lambda *_: Unwritable(),
+        )
         raise ZeroDivisionError
 
     monkeypatch.setattr(trio_gateway.gateway, "reap", buggy)
