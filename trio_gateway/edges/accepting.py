@@ -23,7 +23,7 @@ _EVERY: Final = 0.1  # seconds between two posts
 _STALE: Final = 1.0  # seconds after which a post says nothing: its worker is stuck or dead
 _TICK: Final = 0.002  # seconds between two looks at what a sibling does
 _TURN: Final = 0.05  # seconds that one with fewer clients has to take the next
-_RESTLESS: Final = 0.2  # seconds without such waits after one that was in vain
+_RESTLESS: Final = 0.05  # seconds without such waits after one that was in vain
 _PATIENCE: Final = 2.0  # seconds that one with room has, if this one has none
 
 
