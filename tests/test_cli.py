@@ -746,6 +746,10 @@ async def test_demo_names_the_console_first_and_a_command_that_needs_no_token_fo
         async with trio.open_nursery() as nursery:
             for command in [*printed, "trio-gateway tail --as waiter"]:
                 nursery.start_soon(run_it, command)
+        process.send_signal(signal.SIGINT)  # killed, it would leave what it started
+        with trio.fail_after(10):
+            while process.poll() is None:
+                await trio.sleep(0.02)
 
 
 def put_demo(folder: Path, mode: int = 0o600, **changes: Any) -> Path:
