@@ -227,8 +227,13 @@ def slow_sectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, A
 
 
 @pytest.mark.parametrize("revoke", ["message", "key"])
-@pytest.mark.parametrize("way", ["token", "ticket", "renewal", "stream"])
-@DOORS
+@pytest.mark.parametrize(
+    ("door", "way"),
+    [
+        *(("line", way) for way in ("token", "ticket", "renewal", "stream")),
+        *(("asgi", way) for way in ("token", "renewal")),
+    ],
+)
 async def test_token_that_is_revoked_while_it_is_being_admitted_does_not_stay(
     backend: "redis.Redis",
     redis_url: str,
