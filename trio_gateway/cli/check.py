@@ -170,19 +170,13 @@ async def _check_commands(settings: "Settings", redis: "RedisConnection", report
             await _call(redis, "TIME", unless="unknown command")
     key = f"gateway:ticket:check-{secrets.token_hex(8)}"
     with report.trying(
-        "tickets (SET, GETDEL)",
-        "allow this user the keys: ACL SETUSER … ~gateway:ticket:* +set +getdel",
+        "tickets (SET, GET, GETDEL)",
+        "allow this user the keys: ACL SETUSER … ~gateway:ticket:* +set +get +getdel",
         "GETDEL came with Redis 6.2; a replica takes no SET: name a primary in REDIS_URL",
     ):
         await _call(redis, "SET", key, "", "EX", 5)
+        await _call(redis, "GET", key)
         await _call(redis, "GETDEL", key)
-    if settings.redis_dlq_stream is not None:
-        with report.trying(
-            f"dead letters in {settings.redis_dlq_stream} (EVAL)",
-            "allow this user: ACL SETUSER … ~gateway:dlq:* "
-            f"~{settings.redis_dlq_stream} +eval +exists +xadd +set",
-        ):
-            await _call(redis, "EVAL", "return 0", 0)
     with report.trying(
         "revocations (MGET)",
         "allow this user the keys: ACL SETUSER … ~auth:* +mget",
@@ -190,10 +184,13 @@ async def _check_commands(settings: "Settings", redis: "RedisConnection", report
         await _call(redis, "MGET", "auth:token:blacklist:-", "auth:user:revoked:-")
     if (dlq := settings.redis_dlq_stream) is not None:
         with report.trying(
-            f"dead letters ({dlq})",
-            f"allow this user the keys: ACL SETUSER … ~gateway:dlq:* ~{dlq} +set +xadd",
+            f"dead letters in {dlq} (EVAL)",
+            "allow this user the keys:"
+            f" ACL SETUSER … ~gateway:dlq:* ~{dlq} +eval +exists +xadd +set",
             f"the key {dlq} is something else than a stream: name another in REDIS_DLQ_STREAM",
         ):
+            await _call(redis, "EVAL", "return 0", 0)
+            await _call(redis, "EXISTS", "gateway:dlq:check")
             await _call(redis, "SET", "gateway:dlq:check", "", "XX")  # never there: no change
             # No entry can have this id: an error, and nothing added.
             await _call(redis, "XADD", dlq, "0-0", "check", "", unless="greater than 0-0")
