@@ -55,10 +55,10 @@ def coverage(session: nox.Session) -> None:
 def chaos(session: nox.Session) -> None:
     """Faults under load: kills, deploys and more; takes many minutes, so run it in parts.
 
-    ``-- tests/chaos/test_clock.py`` runs one file, ``-- -k sigterm`` the tests of that name.
+    ``-- e2e/chaos/test_clock.py`` runs one file, ``-- -k sigterm`` the tests of that name.
     """
     session.install("-e", ".[test]")
-    session.run("pytest", "-m", "chaos", *_chosen(session, "tests/chaos"))
+    session.run("pytest", "-m", "chaos", *_chosen(session, "e2e/chaos"))
 
 
 @nox.session
@@ -132,7 +132,7 @@ def fuzz(session: nox.Session) -> None:
     """Junk for whatever reads it, 60 seconds in all; arguments: other seconds, some targets."""
     session.install("-e", ".[test]")
     session.install("atheris", success_codes=[0, 1])  # no wheel for every Python: mutations then
-    session.run("python", "tests/fuzz/fuzz_run.py", *session.posargs)
+    session.run("python", "e2e/fuzz/fuzz_run.py", *session.posargs)
 
 
 @nox.session
@@ -144,9 +144,9 @@ def deploy(session: nox.Session) -> None:
     if missing:
         _from_debian(session, *missing)
     session.run("promtool", "check", "rules", "deploy/prometheus/alerts.yml", external=True)
-    session.run("promtool", "test", "rules", "tests/deploy/alerts.test.yml", external=True)
+    session.run("promtool", "test", "rules", "e2e/deploy/alerts.test.yml", external=True)
     session.install("-c", LOCK, "-e", ".[test]")
-    session.run("pytest", "-m", "deploy", *_chosen(session, "tests/deploy"))
+    session.run("pytest", "-m", "deploy", *_chosen(session, "e2e/deploy"))
 
 
 @nox.session
@@ -158,7 +158,7 @@ def browser(session: nox.Session) -> None:
     made = Path(session.create_tmp()).resolve()
     session.run("npm", "install", "--no-audit", "--no-fund", "--prefix", str(made), "axe-core")
     axe = str(made / "node_modules/axe-core/axe.min.js")
-    session.run("pytest", "-m", "browser", *_chosen(session, "tests/browser"), env={"AXE": axe})
+    session.run("pytest", "-m", "browser", *_chosen(session, "e2e/browser"), env={"AXE": axe})
 
 
 def _chosen(session: nox.Session, folder: str) -> list[str]:

@@ -10,11 +10,10 @@ from pathlib import Path
 import redis
 import trio
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from harness import JWT_SECRET, environment, free_port, process, valkey
-from wire import dialled, make_head
-
+from tests.support.gateways import JWT_SECRET, environment, free_port, process, valkey
+from tests.support.sockets import dialled, make_head
 from trio_gateway.testing import make_jwt, make_payload
 
 from .refusals import cpu

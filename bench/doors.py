@@ -11,11 +11,10 @@ from pathlib import Path
 import redis
 import trio
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from harness import JWT_SECRET, environment, free_port, process, valkey
-from wire import Client, client_frame, dialled
-
+from tests.support.gateways import JWT_SECRET, environment, free_port, process, valkey
+from tests.support.sockets import Client, client_frame, dialled
 from trio_gateway.core.frames import TEXT
 from trio_gateway.testing import make_jwt, make_payload
 

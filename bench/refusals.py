@@ -9,11 +9,10 @@ from pathlib import Path
 
 import trio
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from harness import JWT_SECRET, admitted, environment, free_port, process, valkey
-from wire import client_frame, dialled
-
+from tests.support.gateways import JWT_SECRET, admitted, environment, free_port, process, valkey
+from tests.support.sockets import client_frame, dialled
 from trio_gateway.core.frames import CLOSE
 from trio_gateway.testing import make_jwt
 

@@ -8,11 +8,10 @@ import psutil
 import trio
 import trio.testing
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from harness import JWT_SECRET, environment, free_port, process, valkey
-from wire import dialled
-
+from tests.support.gateways import JWT_SECRET, environment, free_port, process, valkey
+from tests.support.sockets import dialled
 from trio_gateway.testing import make_jwt
 
 

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import harness
 import jwt
 import pytest
 import redis
@@ -23,6 +22,7 @@ import trio
 from click.testing import CliRunner, Result
 
 import trio_gateway
+from tests.support import gateways as harness
 from trio_gateway.cli import demo_file, main
 from trio_gateway.core.audiences import Endpoint
 from trio_gateway.core.routing import ROUTES

@@ -5,11 +5,11 @@ import sqlite3
 from pathlib import Path
 from typing import Any
 
-import harness
 import pytest
 from click.testing import Result
-from test_cli import EVENT, SAMPLES, SECRETS, own_settings, run
 
+from tests.support import gateways as harness
+from tests.test_cli import EVENT, SAMPLES, SECRETS, own_settings, run
 from trio_gateway.testing import make_jwt, make_table_token
 
 __all__ = ["own_settings"]

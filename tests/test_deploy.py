@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import redis
-from harness import http, serving, valkey
 from prometheus_client.parser import text_string_to_metric_families
 
-from trio_gateway.edges.metrics import METRICS
+from tests.support.gateways import http, serving, valkey
 from trio_gateway.settings import NAMES
+from trio_gateway.telemetry.prometheus import METRICS
 
 ROOT = Path(__file__).parent.parent
 ALERTS = (ROOT / "deploy/prometheus/alerts.yml").read_text()

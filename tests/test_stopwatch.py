@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-from stopwatch import Stopwatch, _sleeper
+from tests.support.stopwatch import Stopwatch, _sleeper
 
 
 @contextmanager

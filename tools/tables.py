@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Final
 
 from trio_gateway.core.audiences import Endpoint, Role
-from trio_gateway.core.catalogue import ANSWERS, REQUESTS
-from trio_gateway.core.closing import Close
+from trio_gateway.core.close_codes import Close
+from trio_gateway.core.message_schemas import ANSWERS, REQUESTS
 from trio_gateway.core.routing import ROUTES
-from trio_gateway.edges.sse import PATHS
-from trio_gateway.edges.static import CONTRACT, FILES
-from trio_gateway.edges.web import HTTP
+from trio_gateway.transports.sse import PATHS
+from trio_gateway.web.routes import HTTP
+from trio_gateway.web.static import CONTRACT, FILES
 
 from . import performance
 from .markdown import table

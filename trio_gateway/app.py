@@ -9,11 +9,11 @@ import sys
 
 import structlog
 
-from . import logs, output
-from .edges import line
 from .gateway import Gateway, create_app
 from .serve import calm_collector, heed_signals_in_master
 from .settings import InvalidSettings, load_settings
+from .telemetry import logs, output
+from .transports import tcp as line
 
 __all__ = ["app", "create_app"]
 

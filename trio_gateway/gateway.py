@@ -22,47 +22,51 @@ from hypercorn.utils import LifespanFailureError
 from quart_trio import QuartTrio
 from quart_trio.asgi import TrioASGILifespan
 
-from . import figures, output
+from .access.addresses import Addresses
+from .access.admission import Admission, Candidate
+from .access.auth import Auth
+from .access.revocations import Revocations, Tickets
+from .broker.commands import Commands, open_commands
+from .broker.dead_letters import DeadLetter, DeadLetters
+from .broker.pubsub import Listener, PubSub
+from .broker.readiness import Readiness
+from .broker.streams import Streams
 from .core.audiences import Endpoint, Principal, SectorId
-from .core.closing import Close, Rejected
+from .core.close_codes import Close, Rejected
+from .core.control_messages import REVOKED
 from .core.limits import DropAlarm, LogLimit, TenantRate
 from .core.messages import GAP, Message, Renew, Said, auth_ok, intervals, sectors_updated
-from .core.notices import REVOKED
 from .core.resilience import Breaker
-from .edges import line, operations, sse, web
-from .edges.accepting import Load
-from .edges.addresses import Addresses
-from .edges.admission import Admission, Candidate
-from .edges.auth import Auth
-from .edges.catchup import Turns
-from .edges.commands import Commands, open_commands
-from .edges.console import Feed
-from .edges.dead_letters import DeadLetter, DeadLetters
-from .edges.handshake import Handshake
-from .edges.metrics import GROUP, SHARED_EVERY, Sample, Siblings
-from .edges.pubsub import Listener, PubSub
-from .edges.readiness import Readiness
-from .edges.revocations import Revocations, Tickets
-from .edges.streams import Streams
 from .redis_url import Address
+from .runtime.concurrency_limiter import TooMany, Turnstile
 from .runtime.connection import Connection, Socket, Terms
 from .runtime.dispatch import Dispatch
 from .runtime.drain import Drain
 from .runtime.history import History
 from .runtime.hub import Hub, Limits
-from .runtime.intake import Intake
+from .runtime.ingest import Intake
 from .runtime.queue import EventQueue
 from .runtime.reaper import reap
 from .runtime.resume import Replays
 from .runtime.room import Room
-from .runtime.silent import Silent
-from .runtime.stalls import Stalls
+from .runtime.silent_connections import Silent
 from .runtime.supervision import keep_running, leaves
-from .runtime.turnstile import TooMany, Turnstile
 from .settings import Settings
+from .telemetry import output
+from .telemetry import stats as figures
+from .telemetry.loop_lag import Stalls
+from .telemetry.prometheus import GROUP, SHARED_EVERY, Sample, Siblings
+from .transports import sse
+from .transports import tcp as line
+from .transports.accepting import Load
+from .transports.handshake import Handshake
+from .web import operations
+from .web import routes as web
+from .web.catchup import Turns
+from .web.console import Feed
 
 if TYPE_CHECKING:
-    from .edges.sectors import Roster
+    from .access.sectors import Roster
 
 log = structlog.get_logger()
 
@@ -147,7 +151,7 @@ class Gateway(QuartTrio):
         }
         self.roster: Roster | None = None
         if settings.database_url is not None:
-            from .edges.sectors import make_roster  # SQLAlchemy is a third of the start
+            from .access.sectors import make_roster  # SQLAlchemy is a third of the start
 
             self.roster = make_roster(settings, self.hub, self.breakers["database"], clock)
         self.addresses = Addresses(
@@ -242,7 +246,7 @@ class Gateway(QuartTrio):
                 listeners[self.roster.channel] = self.roster
                 stack.callback(self.roster.close)
             if settings.ws_tracing:
-                from .edges.tracing import open_tracing  # an extra, and nothing while it is off
+                from .telemetry.tracing import open_tracing  # an extra, and nothing while it is off
 
                 self.dispatch.observe = await stack.enter_async_context(
                     open_tracing(settings.routes)

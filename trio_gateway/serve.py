@@ -19,11 +19,12 @@ from hypercorn.config import Config
 from hypercorn.trio import serve as hypercorn_serve
 from hypercorn.utils import LifespanFailureError
 
-from . import logs, workers
-from .edges import line
-from .edges.accepting import Board, Turns
+from . import workers
 from .gateway import Gateway
 from .runtime.supervision import leaves
+from .telemetry import logs
+from .transports import tcp as line
+from .transports.accepting import Board, Turns
 
 log = structlog.get_logger()
 

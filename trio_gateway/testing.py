@@ -9,12 +9,12 @@ import jwt
 import trio
 
 from .core.audiences import BranchId, Endpoint, Principal, SectorId, SessionId, TenantId, UserId
-from .core.closing import Close
+from .core.close_codes import Close
 from .core.events import Event, parse_event
 from .core.frames import PING, PONG, TEXT, boundary, split
-from .edges.handshake import Handshake
 from .runtime.connection import Left, Ping, Pong
 from .runtime.outbox import Outbox
+from .transports.handshake import Handshake
 
 
 def make_principal(

@@ -19,8 +19,8 @@ import trio
 from hypercorn.config import Config
 
 from .core.resilience import Backoff
-from .edges.accepting import Board
-from .edges.metrics import GROUP, Siblings, open_group
+from .telemetry.prometheus import GROUP, Siblings, open_group
+from .transports.accepting import Board
 
 log = structlog.get_logger()
 

@@ -7,7 +7,7 @@ import pytest
 from trio_gateway.client.feed import REMEMBERED, Feed
 from trio_gateway.client.lifetime import RENEW_AT, Lifetime, expiry
 from trio_gateway.client.policy import Next, after_close, after_status, retry_after, retry_hint
-from trio_gateway.core.closing import Close
+from trio_gateway.core.close_codes import Close
 from trio_gateway.testing import make_jwt, make_payload
 
 

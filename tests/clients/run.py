@@ -8,9 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from harness import JWT_SECRET, TABLE_SECRET, valkey
+from tests.support.gateways import JWT_SECRET, TABLE_SECRET, valkey
 
 
 def main(command: list[str]) -> int:

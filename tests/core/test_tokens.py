@@ -14,7 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from trio_gateway.core.audiences import Endpoint
-from trio_gateway.core.closing import Close, Rejected
+from trio_gateway.core.close_codes import Close, Rejected
 from trio_gateway.core.tokens import (
     MAX_TOKEN_CHARACTERS,
     Key,

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 import redis
-from harness import valkey
+
+from tests.support.gateways import valkey
 
 
 @pytest.fixture(scope="session")

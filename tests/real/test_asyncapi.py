@@ -4,14 +4,14 @@ import json
 from typing import Any
 
 import redis
-from harness import connect as connect_to
-from harness import http, make_settings, receive_event, running
 from jsonschema import Draft7Validator
 
+from tests.support.gateways import connect as connect_to
+from tests.support.gateways import http, make_settings, receive_event, running
 from trio_gateway.core.audiences import Endpoint
-from trio_gateway.core.catalogue import REQUESTS
-from trio_gateway.edges.asyncapi import describe
+from trio_gateway.core.message_schemas import REQUESTS
 from trio_gateway.testing import make_jwt
+from trio_gateway.web.asyncapi import describe
 
 
 async def test_messages_of_a_running_gateway_fit_the_schemas_that_it_serves(

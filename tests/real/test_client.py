@@ -6,8 +6,8 @@ import time
 import pytest
 import redis
 import trio
-from harness import JWT_SECRET, Door, make_settings, running, until
 
+from tests.support.gateways import JWT_SECRET, Door, make_settings, running, until
 from trio_gateway.client import Client, Refused, Status, connect, credential
 from trio_gateway.testing import make_jwt
 

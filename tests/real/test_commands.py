@@ -14,7 +14,11 @@ from typing import IO, Any
 import pytest
 import redis
 import trio
-from harness import (
+from websockets.exceptions import ConnectionClosed
+from websockets.trio.client import ClientConnection
+from websockets.trio.client import connect as connect_with_websockets
+
+from tests.support.gateways import (
     JWT_SECRET,
     TABLE_SECRET,
     Metrics,
@@ -27,10 +31,6 @@ from harness import (
     until,
     wait,
 )
-from websockets.exceptions import ConnectionClosed
-from websockets.trio.client import ClientConnection
-from websockets.trio.client import connect as connect_with_websockets
-
 from trio_gateway.core.tokens import legacy_signature
 from trio_gateway.testing import make_jwt, make_table_token
 

@@ -8,11 +8,19 @@ from typing import Any
 
 import pytest
 import redis
-from harness import Running, admitted, make_settings, received, running, settle, until
 from trio_websocket import WebSocketConnection
 
-from trio_gateway.edges import streams
-from trio_gateway.edges.stream_replies import Info, read_info
+from tests.support.gateways import (
+    Running,
+    admitted,
+    make_settings,
+    received,
+    running,
+    settle,
+    until,
+)
+from trio_gateway.broker import streams
+from trio_gateway.broker.stream_replies import Info, read_info
 
 STREAM = "events:critical"
 GAP = {"type": "gap"}

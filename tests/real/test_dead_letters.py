@@ -5,13 +5,13 @@ from typing import Any
 import pytest
 import redis
 import trio
-from chaos.relay import Way, open_relay
 from click.testing import CliRunner, Result
-from harness import make_settings, running, settle, until
 
+from e2e.chaos.relay import Way, open_relay
+from tests.support.gateways import make_settings, running, settle, until
+from trio_gateway.broker.commands import Commands, Unavailable, open_commands
 from trio_gateway.cli import main
 from trio_gateway.core.resilience import Breaker
-from trio_gateway.edges.commands import Commands, Unavailable, open_commands
 
 STREAM = "events:critical"
 GOOD = b'{"type":"ROUND_READY","tenant_id":1,"branch_id":1}'

@@ -12,7 +12,10 @@ from urllib.parse import quote
 import pytest
 import redis
 import trio
-from harness import (
+from structlog.testing import capture_logs
+from trio_websocket import WebSocketConnection
+
+from tests.support.gateways import (
     JWT_SECRET,
     TABLE_SECRET,
     Running,
@@ -29,11 +32,8 @@ from harness import (
     until,
     valkey,
 )
-from stopwatch import Stopwatch
-from structlog.testing import capture_logs
-from trio_websocket import WebSocketConnection
-
-from trio_gateway.core.positions import tag
+from tests.support.stopwatch import Stopwatch
+from trio_gateway.core.event_ids import tag
 from trio_gateway.testing import make_jwt, make_table_token
 
 STREAM = "events:critical"

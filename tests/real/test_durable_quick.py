@@ -1,7 +1,8 @@
-"""The chaos of tests/chaos, for a moment: what runs there for minutes must run here at all."""
+"""The chaos of e2e/chaos, for a moment: what runs there for minutes must run here at all."""
 
 import pytest
-from chaos.durable import again_and_again, kill_gateway, kill_redis, run
+
+from e2e.chaos.durable import again_and_again, kill_gateway, kill_redis, run
 
 pytestmark = pytest.mark.slow
 

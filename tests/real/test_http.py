@@ -2,7 +2,8 @@
 
 import pytest
 import trio
-from harness import make_settings, running
+
+from tests.support.gateways import make_settings, running
 
 
 @pytest.mark.parametrize(

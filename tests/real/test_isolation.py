@@ -9,7 +9,12 @@ from typing import Any, Final
 
 import pytest
 import redis
-from harness import (
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from structlog.testing import capture_logs
+from trio_websocket import WebSocketConnection
+
+from tests.support.gateways import (
     Door,
     Running,
     admitted,
@@ -20,10 +25,6 @@ from harness import (
     running,
     settle,
 )
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from structlog.testing import capture_logs
-from trio_websocket import WebSocketConnection
 
 STREAM = "events:critical"
 MAX = 2**63 - 1

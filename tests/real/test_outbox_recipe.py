@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import connect, make_settings, received, running, settle
 
+from tests.support.gateways import connect, make_settings, received, running, settle
 from trio_gateway.publisher import Publisher, PublishFailed
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "outbox.md"

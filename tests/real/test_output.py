@@ -10,11 +10,20 @@ from typing import Final
 
 import pytest
 import trio
-from harness import Reachable, environment, free_port, http, metrics, process, until, wait
 from websockets.exceptions import ConnectionClosed
 from websockets.trio.client import connect
 
-from trio_gateway.core.closing import Close
+from tests.support.gateways import (
+    Reachable,
+    environment,
+    free_port,
+    http,
+    metrics,
+    process,
+    until,
+    wait,
+)
+from trio_gateway.core.close_codes import Close
 from trio_gateway.testing import make_jwt
 
 SERVE: Final = ("trio_gateway", "serve")

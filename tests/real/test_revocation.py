@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import redis
 import trio
-from harness import (
+from structlog.testing import capture_logs
+
+from tests.support.gateways import (
     JWT_SECRET,
     TABLE_SECRET,
     Door,
@@ -28,9 +30,7 @@ from harness import (
     until,
     valkey,
 )
-from structlog.testing import capture_logs
-
-from trio_gateway.edges.assignments import Assignments, Rows
+from trio_gateway.access.sector_database import Assignments, Rows
 from trio_gateway.testing import make_jwt, make_table_token
 
 REVOKED = (4001, "token revoked")

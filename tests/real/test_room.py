@@ -7,9 +7,10 @@ from contextlib import AsyncExitStack
 import pytest
 import redis
 import trio
-from chaos.relay import Way, open_relay
-from event_source import listening
-from harness import (
+
+from e2e.chaos.relay import Way, open_relay
+from tests.support.event_source import listening
+from tests.support.gateways import (
     JWT_SECRET,
     Door,
     admitted,
@@ -22,8 +23,7 @@ from harness import (
     settle,
     until,
 )
-
-from trio_gateway.core.closing import Close
+from trio_gateway.core.close_codes import Close
 from trio_gateway.testing import make_jwt, make_payload
 
 

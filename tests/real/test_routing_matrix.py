@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import redis
 import trio
-from harness import (
+from trio_websocket import WebSocketConnection
+
+from tests.support.gateways import (
     JWT_SECRET,
     TABLE_SECRET,
     Door,
@@ -23,8 +25,6 @@ from harness import (
     running,
     settle,
 )
-from trio_websocket import WebSocketConnection
-
 from trio_gateway.testing import make_jwt, make_table_token
 
 # The contract's table (section 2), written out again: W waiters of the event's sector or else of

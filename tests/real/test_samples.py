@@ -8,7 +8,9 @@ from importlib.resources import files
 import msgspec
 import pytest
 import redis
-from harness import (
+from trio_websocket import WebSocketConnection
+
+from tests.support.gateways import (
     Door,
     Running,
     admitted,
@@ -18,7 +20,6 @@ from harness import (
     running,
     settle,
 )
-from trio_websocket import WebSocketConnection
 
 STREAM = "events:critical"
 

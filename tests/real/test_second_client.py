@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import redis
 import trio
-from harness import JWT_SECRET, TABLE_SECRET, Door, make_settings, running
 from websockets.exceptions import ConnectionClosed
 from websockets.trio.client import ClientConnection
 from websockets.trio.client import connect as connect_with_websockets
 
+from tests.support.gateways import JWT_SECRET, TABLE_SECRET, Door, make_settings, running
 from trio_gateway.testing import make_jwt, make_table_token
 
 DOORS = pytest.mark.parametrize("door", ["line", "asgi"])

@@ -14,7 +14,11 @@ import pytest
 import redis
 import sqlalchemy
 import trio
-from harness import (
+from sqlalchemy import BigInteger, Boolean, Column, Date, Integer, MetaData, String, Table
+from sqlalchemy.pool import NullPool
+from trio_websocket import WebSocketConnection
+
+from tests.support.gateways import (
     JWT_SECRET,
     Running,
     admitted,
@@ -31,18 +35,14 @@ from harness import (
     until,
     wait,
 )
-from postgres import Postgres, postgres
-from sqlalchemy import BigInteger, Boolean, Column, Date, Integer, MetaData, String, Table
-from sqlalchemy.pool import NullPool
-from stopwatch import Stopwatch
-from trio_websocket import WebSocketConnection
-
+from tests.support.postgres import Postgres, postgres
+from tests.support.stopwatch import Stopwatch
+from trio_gateway.access.sector_database import Assignments, Unanswered, Waiter
+from trio_gateway.access.sectors import Roster
 from trio_gateway.cli.demo import _database as demo_database
 from trio_gateway.core.audiences import BranchId, TenantId, UserId
 from trio_gateway.core.resilience import Breaker
 from trio_gateway.core.service_day import ServiceDays
-from trio_gateway.edges.assignments import Assignments, Unanswered, Waiter
-from trio_gateway.edges.sectors import Roster
 from trio_gateway.gateway import create_app
 from trio_gateway.runtime.hub import Hub
 from trio_gateway.settings import InvalidSettings

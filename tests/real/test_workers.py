@@ -16,7 +16,9 @@ import h11
 import pytest
 import redis
 import trio
-from harness import (
+from trio_websocket import WebSocketConnection
+
+from tests.support.gateways import (
     JWT_SECRET,
     TABLE_SECRET,
     closed,
@@ -29,8 +31,6 @@ from harness import (
     until,
     wait,
 )
-from trio_websocket import WebSocketConnection
-
 from trio_gateway.testing import make_jwt, make_table_token
 
 EVENT = '{"type":"ROUND_READY","tenant_id":1,"branch_id":1}'

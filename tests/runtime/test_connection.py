@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from trio_gateway.core.closing import Close
+from trio_gateway.core.close_codes import Close
 from trio_gateway.core.frames import PING_FRAME, boundary, frame, text_frame
 from trio_gateway.core.frames import PONG as PONG_OPCODE
 from trio_gateway.core.messages import Message, Renew, Resume, Said

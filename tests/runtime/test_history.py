@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from trio_gateway.core.audiences import Audience, BranchId, TenantId, admins, floor, kitchen
+from trio_gateway.core.event_ids import START, Position, Stream
 from trio_gateway.core.events import Event
-from trio_gateway.core.positions import START, Position, Stream
 from trio_gateway.runtime.history import History, Kept
 from trio_gateway.testing import make_event
 

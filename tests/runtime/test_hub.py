@@ -18,7 +18,7 @@ from trio_gateway.core.audiences import (
     floor,
     waiters,
 )
-from trio_gateway.core.closing import Close, Rejected
+from trio_gateway.core.close_codes import Close, Rejected
 from trio_gateway.runtime.connection import Connection, Terms
 from trio_gateway.runtime.hub import Hub, Limits
 from trio_gateway.testing import FakeSocket, make_principal

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from trio_gateway.core.event_ids import Position, Stream
 from trio_gateway.core.events import Event
 from trio_gateway.core.limits import DropAlarm, TenantRate
-from trio_gateway.core.positions import Position, Stream
 from trio_gateway.runtime.queue import EventQueue
 from trio_gateway.testing import make_event
 

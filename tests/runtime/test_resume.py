@@ -9,9 +9,9 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from trio_gateway.core.audiences import Endpoint, Principal, audiences_of
-from trio_gateway.core.closing import Close
+from trio_gateway.core.close_codes import Close
+from trio_gateway.core.event_ids import START, Cursor, Position, Stream, event_id
 from trio_gateway.core.events import Event
-from trio_gateway.core.positions import START, Cursor, Position, Stream, event_id
 from trio_gateway.core.routing import ROUTES
 from trio_gateway.runtime.connection import Connection, Ping, Terms
 from trio_gateway.runtime.dispatch import Dispatch

@@ -8,7 +8,7 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from trio_gateway.core.audiences import Endpoint, Principal
-from trio_gateway.core.closing import Close, Rejected
+from trio_gateway.core.close_codes import Close, Rejected
 from trio_gateway.core.messages import Message
 from trio_gateway.runtime.connection import Connection, Ping, Pong, Terms
 from trio_gateway.runtime.hub import Hub, Limits

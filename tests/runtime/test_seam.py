@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from trio_gateway.core.audiences import Endpoint, Principal, audiences_of
-from trio_gateway.core.closing import Close
+from trio_gateway.core.close_codes import Close
+from trio_gateway.core.event_ids import START, Position, Stream, read_cursor
 from trio_gateway.core.messages import GAP
-from trio_gateway.core.positions import START, Position, Stream, read_cursor
 from trio_gateway.core.routing import ROUTES, route
 from trio_gateway.runtime.connection import Connection, Terms
 from trio_gateway.runtime.dispatch import Dispatch

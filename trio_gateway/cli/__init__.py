@@ -6,13 +6,14 @@ from typing import Any
 
 import click
 
-from .. import __version__, output
+from .. import __version__
+from ..telemetry import output
 from .asyncapi import asyncapi
 from .check import check
 from .completion import completion
 from .demo import demo
 from .dlq import dlq
-from .endings import Failure, settings_or_exit
+from .errors import Failure, settings_or_exit
 from .explain import explain
 from .publish import publish
 from .routes import routes

@@ -2,7 +2,7 @@
 
 import click
 
-from .endings import settings_or_exit
+from .errors import settings_or_exit
 
 
 @click.command()
@@ -10,6 +10,6 @@ def asyncapi() -> None:
     """Print the contract as an AsyncAPI 3 document, as GET /ws/asyncapi.json answers it."""
     import json
 
-    from ..edges.asyncapi import describe
+    from ..web.asyncapi import describe
 
     click.echo(json.dumps(describe(settings_or_exit()), indent=2, ensure_ascii=False))

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from ..core.printable import printable
-from .endings import FAILED, settings_or_exit
+from .errors import FAILED, settings_or_exit
 
 if TYPE_CHECKING:
-    from ..edges.resp import RedisConnection
+    from ..broker.connection import RedisConnection
     from ..redis_url import Address
     from ..settings import Settings
 
@@ -125,7 +125,7 @@ def _check_files(settings: "Settings", report: _Report) -> None:
 
 
 async def _check_redis(settings: "Settings", address: "Address", report: _Report) -> None:
-    from ..edges.resp import open_redis
+    from ..broker.connection import open_redis
     from ..runtime.supervision import Lost
 
     try:
@@ -199,7 +199,7 @@ async def _check_commands(settings: "Settings", redis: "RedisConnection", report
 async def _check_subscribing(
     settings: "Settings", redis: "RedisConnection", report: _Report
 ) -> None:
-    from ..core.notices import REVOKED
+    from ..core.control_messages import REVOKED
 
     patterns = dict.fromkeys(settings.redis_channel_patterns)
     with report.trying(
@@ -214,8 +214,8 @@ async def _check_subscribing(
 async def _check_database(settings: "Settings", url: str, report: _Report) -> None:
     from datetime import date
 
+    from ..access.sector_database import Assignments, Unanswered, Waiter
     from ..core.audiences import BranchId, TenantId, UserId
-    from ..edges.assignments import Assignments, Unanswered, Waiter
 
     try:
         assignments = Assignments(url, settings.sector_table, settings.sector_column_names)

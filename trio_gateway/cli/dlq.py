@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..core.printable import printable
-from .endings import FAILED, Failure, settings_or_exit
+from .errors import FAILED, Failure, settings_or_exit
 
 if TYPE_CHECKING:
     import redis

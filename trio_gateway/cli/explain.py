@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..core.printable import printable
-from .endings import MISUSED, Failure, settings_or_exit
+from .errors import MISUSED, Failure, settings_or_exit
 from .url import read_url
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def explain(file: str, tokens: Sequence[str], url: str | None, as_json: bool) ->
 
 def _read_event(file: str) -> "Event":
     from ..core.events import InvalidEvent, parse_event
-    from .lines import read_lines
+    from .event_files import read_lines
 
     with click.open_file(file, "rb") as opened:
         found = list(read_lines(opened))

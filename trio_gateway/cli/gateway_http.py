@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import msgspec
 
-from .endings import Failure
+from .errors import Failure
 from .url import read_url
 
 _PATIENCE: Final = 10.0  # seconds for one answer

@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Any, Final
 import jwt
 import structlog
 
+from ..access.admission import Admission
+from ..access.auth import Auth, FirstOf, JwtAuth, LegacyTableAuth, TableAuth
 from ..core.audiences import Audience, Endpoint, Principal
-from ..core.closing import Rejected
+from ..core.close_codes import Rejected
 from ..core.events import Event
 from ..core.explanation import Verdict, describe, judge, refused
 from ..core.routing import UNKNOWN, route
 from ..core.tokens import Key, claims_of, is_for_diners, legacy_signature, names_of
-from ..edges.admission import Admission
-from ..edges.auth import Auth, FirstOf, JwtAuth, LegacyTableAuth, TableAuth
 from ..settings import InvalidSettings, Settings
-from .endings import misused
+from .errors import misused
 
 if TYPE_CHECKING:
-    from ..edges.sectors import Roster
+    from ..access.sectors import Roster
 
 _SIGNER: Final = "HS256"
 
@@ -164,8 +164,8 @@ def _roster(settings: Settings) -> "Roster | None":
         return None
     import time
 
+    from ..access.sectors import make_roster
     from ..core.resilience import Breaker
-    from ..edges.sectors import make_roster
     from ..runtime.hub import Hub
 
     breaker = Breaker(settings.circuit_failure_threshold, settings.circuit_recovery_timeout)

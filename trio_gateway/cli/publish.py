@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..core.printable import printable
-from .endings import FAILED, Failure, settings_or_exit
+from .errors import FAILED, Failure, settings_or_exit
 
 if TYPE_CHECKING:
     from ..publisher import Publisher
-    from .lines import Line
+    from .event_files import Line
 
 
 class _Tally:
@@ -116,7 +116,7 @@ def _publish(to: "Publisher", line: "Line", streams: Iterable[str], tally: _Tall
 
 
 def _lines(file: Any, repeat: int) -> Iterator["Line"]:
-    from .lines import read_lines
+    from .event_files import read_lines
 
     if repeat == 1:
         yield from read_lines(file)

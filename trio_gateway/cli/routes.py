@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from .endings import settings_or_exit
+from .errors import settings_or_exit
 
 if TYPE_CHECKING:
     from ..core.routing import Route, To

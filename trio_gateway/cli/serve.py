@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import click
 
-from .endings import MISUSED, misused
+from .errors import MISUSED, misused
 
 
 @click.command()
@@ -39,10 +39,10 @@ def serve(
     """
     import structlog
 
-    from .. import logs, output
     from .. import serve as serving
     from ..gateway import create_app
     from ..settings import DEVELOPMENT_SECRET, InvalidSettings, load_settings
+    from ..telemetry import logs, output
 
     output.replace("stdout", "stderr")
     try:

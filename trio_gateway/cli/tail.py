@@ -17,7 +17,7 @@ from .credentials import (
     table_token,
     table_token_by,
 )
-from .endings import Failure, settings_or_exit
+from .errors import Failure, settings_or_exit
 from .url import DEFAULT, endpoint_url
 
 if TYPE_CHECKING:
@@ -131,10 +131,10 @@ def _tail(
     signed_with: str | None = None,
 ) -> None:
     from ..client import Event, Refused, Status, connect
-    from ..core.closing import Close
-    from .running import run
-    from .screen import Screen, json_text, summary
-    from .why import why
+    from ..core.close_codes import Close
+    from .disconnect_advice import why
+    from .rendering import Screen, json_text, summary
+    from .signals import run
 
     screen = Screen()
     connected = False

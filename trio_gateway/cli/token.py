@@ -11,7 +11,7 @@ from .credentials import (
     staff_token_by,
     table_token_by,
 )
-from .endings import settings_or_exit
+from .errors import settings_or_exit
 
 _TOKEN_ID = click.option("--jti", "token_id", help="The token's id, by which it can be revoked.")
 

@@ -8,7 +8,7 @@ What it does when is in docs/clients.md.
 """
 
 from .connection import Client, connect
+from .transport import NoUpgrade
 from .values import Event, Gap, Refused, Status, TokenProvider
-from .wire import NoUpgrade
 
 __all__ = ["Client", "Event", "Gap", "NoUpgrade", "Refused", "Status", "TokenProvider", "connect"]

@@ -17,8 +17,8 @@ from .credential import Credential, NoToken
 from .feed import Feed, Item, Missed, Resumed
 from .policy import Next, after_status, retry_hint
 from .session import Ending, Session, after, broken
+from .transport import Ended, NoUpgrade, Wire
 from .values import Event, Gap, Refused, Status, TokenProvider
-from .wire import Ended, NoUpgrade, Wire
 
 CONNECT_TIMEOUT: Final = 15.0  # seconds, from asking for a token to being let in
 STABLE: Final = 10.0  # seconds that a connection must hold to begin the back-off anew

@@ -6,7 +6,7 @@ from typing import Final
 
 import trio
 
-from ..core.closing import Close
+from ..core.close_codes import Close
 from .lifetime import RENEW_AT, Lifetime, claimed, expiry
 from .values import TokenProvider
 

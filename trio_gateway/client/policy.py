@@ -5,7 +5,7 @@ from email.utils import parsedate_to_datetime
 from enum import Enum, auto
 from typing import Final
 
-from ..core.closing import Close
+from ..core.close_codes import Close
 
 
 class Next(Enum):

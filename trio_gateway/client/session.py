@@ -9,11 +9,11 @@ from typing import Final
 
 import trio
 
-from ..core.closing import Close
+from ..core.close_codes import Close
 from .credential import Credential
 from .feed import Feed, Intervals, Item, Renewed, Resumed, Sectors
 from .policy import Next, after_close
-from .wire import Ended, Wire
+from .transport import Ended, Wire
 
 PING_EVERY: Final = 25.0  # seconds between two pings, or less if the gateway asks for it
 PING_LEAST: Final = 0.5  # seconds, whatever the gateway says: pings count towards its rate limit

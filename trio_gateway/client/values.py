@@ -4,7 +4,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..core.closing import Close
+from ..core.close_codes import Close
 
 TokenProvider = Callable[[bool], str | Awaitable[str]]
 Gap = Literal["lost", "not_recovered"]

@@ -7,8 +7,8 @@ from typing import Annotated, Final
 import msgspec
 
 from .audiences import BranchId, SectorId, SessionId, TenantId
+from .event_ids import Position, Stream, event_id
 from .frames import deflated_frame, text_frame
-from .positions import Position, Stream, event_id
 
 MAX_EVENT_BYTES: Final = 65_536
 MAX_ID: Final = 2**63 - 1

@@ -22,7 +22,7 @@ from .audiences import (
     TenantId,
     UserId,
 )
-from .closing import Close, Rejected
+from .close_codes import Close, Rejected
 from .events import MAX_ID
 
 MAX_TOKEN_CHARACTERS: Final = 8192

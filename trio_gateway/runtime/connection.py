@@ -9,12 +9,12 @@ import structlog
 import trio
 
 from ..core.audiences import Audience, Principal
-from ..core.closing import Close
+from ..core.close_codes import Close
+from ..core.event_ids import Cursor
 from ..core.frames import PING_FRAME, PONG, frame, text_frame
 from ..core.limits import RateLimit
 from ..core.messages import PONG as PONG_TEXT
 from ..core.messages import Message, Resume, Said, read_message
-from ..core.positions import Cursor
 from .hub import Hub
 from .outbox import Outbox
 

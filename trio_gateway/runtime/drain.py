@@ -7,7 +7,7 @@ from typing import Final
 import structlog
 import trio
 
-from ..core.closing import Close
+from ..core.close_codes import Close
 from .hub import Hub
 from .queue import EventQueue
 

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import trio
 
 from ..core.audiences import Audience
+from ..core.event_ids import LAST, START, Cursor, Position, Stream
 from ..core.events import Event
-from ..core.positions import LAST, START, Cursor, Position, Stream
 
 
 class Kept(NamedTuple):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Self
 import trio
 
 from ..core.audiences import Audience, Endpoint, Principal, audiences_of
-from ..core.closing import Close, Rejected
+from ..core.close_codes import Close, Rejected
 
 if TYPE_CHECKING:
     from .connection import Connection

@@ -8,9 +8,9 @@ import structlog
 import trio
 
 from ..core.audiences import TenantId
+from ..core.event_ids import Stream
 from ..core.events import Event
 from ..core.limits import DropAlarm, LogLimit, TenantRate
-from ..core.positions import Stream
 
 log = structlog.get_logger()
 

@@ -14,8 +14,8 @@ from typing import Final
 
 import trio
 
+from ..core.event_ids import Cursor, Position, Stream, cursor_id, read_cursor
 from ..core.messages import GAP, resumed
-from ..core.positions import Cursor, Position, Stream, cursor_id, read_cursor
 from .connection import Connection
 from .history import History, Kept
 from .hub import Hub

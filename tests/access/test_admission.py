@@ -1,0 +1,352 @@
+"""Admission: what was checked before an await is looked at again after it, in virtual time."""
+
+import json
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from trio_gateway.access.admission import Admission, Candidate
+from trio_gateway.access.revocations import Revocations, Tickets
+from trio_gateway.broker.commands import Unavailable
+from trio_gateway.core.audiences import BranchId, Endpoint, Principal, SectorId
+from trio_gateway.core.close_codes import Close, Rejected
+from trio_gateway.runtime.connection import Connection, Terms
+from trio_gateway.runtime.hub import Hub
+from trio_gateway.settings import Settings
+from trio_gateway.testing import FakeSocket, make_jwt, make_principal
+from trio_gateway.transports.handshake import Handshake
+
+SECRET = "0123456789abcdef" * 4
+NOW = 1_790_000_000.0
+FOR_EVER = Terms(stale_after=float("inf"), receive_timeout=float("inf"))
+
+
+class Redis:
+    """Keys that take a tenth of a second to be read; while it is down they can't be."""
+
+    def __init__(self) -> None:
+        self.keys: dict[str, bytes] = {}
+        self.down = False
+        self.reads = 0
+
+    async def mget(self, keys: Sequence[str]) -> list[bytes | None]:
+        self.reads += 1
+        found = [self.keys.get(key) for key in keys]
+        await trio.sleep(0.1)
+        if self.down:
+            raise Unavailable("down")
+        return found
+
+    async def get(self, key: str) -> bytes | None:
+        return (await self.mget([key]))[0]
+
+    async def getdel(self, key: str) -> bytes | None:
+        found = await self.get(key)
+        self.keys.pop(key, None)
+        return found
+
+    async def set_for(self, key: str, value: str, _seconds: int) -> None:
+        self.keys[key] = value.encode()
+
+
+class SlowRoster:
+    """Needs a second and a half to find the sectors."""
+
+    def __init__(self) -> None:
+        self.sectors = {5}
+
+    async def assign(self, principal: Principal) -> Principal:
+        found = self.latest(principal)
+        await trio.sleep(1.5)
+        return found
+
+    def latest(self, principal: Principal) -> Principal:
+        sectors = frozenset(map(SectorId, self.sectors))
+        return replace(principal, sectors={BranchId(1): sectors})
+
+
+class Place:
+    """An admission with all that it needs."""
+
+    def __init__(self) -> None:
+        self.redis = Redis()
+        self.roster = SlowRoster()
+        self.hub = Hub()
+        commands: Any = self.redis
+        self.revocations = Revocations(commands, self.hub)
+        settings = Settings(jwt_secret=SECRET, table_token_secret=SECRET[::-1])
+        roster: Any = self.roster
+        self.admission = Admission(settings, roster=roster, clock=lambda: NOW + trio.current_time())
+        self.admission.revocations = self.revocations
+        self.admission.tickets = Tickets(commands)
+        self.outcome: Candidate | Principal | Rejected | None = None
+
+    async def admit(self, **query: str) -> None:
+        try:
+            self.outcome = await self.admission.admit(Handshake(Endpoint.WAITER, query, {}))
+        except Rejected as rejected:
+            self.outcome = rejected
+
+    async def renew(self, token: str) -> None:
+        try:
+            self.outcome = await self.admission.renew(make_principal(), token)
+        except Rejected as rejected:
+            self.outcome = rejected
+
+    @property
+    def refusal(self) -> tuple[Close, str] | None:
+        outcome = self.outcome
+        return (outcome.close, outcome.text) if isinstance(outcome, Rejected) else None
+
+
+@asynccontextmanager
+async def opened(interval: float = 300) -> AsyncIterator[Place]:
+    async with trio.open_nursery() as nursery:
+        place = Place()
+        nursery.start_soon(place.revocations.answer_checks)
+        nursery.start_soon(place.revocations.sweep, interval)
+        yield place
+        nursery.cancel_scope.cancel()
+
+
+def token(**claims: Any) -> str:
+    found: dict[str, Any] = {"jti": "a", "iat": NOW - 60, "exp": NOW + 600} | claims
+    return make_jwt(SECRET, **found)
+
+
+def by_message(place: Place) -> None:
+    place.revocations.hear(b'{"jti":"a"}')
+
+
+def by_users_message(place: Place) -> None:
+    place.revocations.hear(b'{"user_id":21}')
+
+
+def by_key(place: Place) -> None:
+    place.redis.keys["auth:token:blacklist:a"] = b"1"
+
+
+def by_users_key(place: Place) -> None:
+    place.redis.keys["auth:user:revoked:21"] = b"2030-01-01T00:00:00"
+
+
+def by_key_alone_since_the_message_was_lost(place: Place) -> None:
+    by_key(place)
+    place.revocations.link_back()
+
+
+REVOCATIONS = [by_message, by_users_message, by_key, by_users_key]
+REVOKED = (Close.AUTH_FAILED, "token revoked")
+
+
+@pytest.mark.parametrize("revoke", REVOCATIONS)
+@pytest.mark.parametrize("way", ["token", "ticket", "renewal"])
+async def test_token_that_is_revoked_while_its_sectors_are_looked_up_is_refused(
+    autojump_clock: MockClock, way: str, revoke: Any
+) -> None:
+    async with opened() as place, trio.open_nursery() as nursery:
+        if way == "renewal":
+            nursery.start_soon(place.renew, token())
+        elif way == "ticket":
+            assert place.admission.tickets is not None
+            ticket = await place.admission.tickets.issue(token())
+            nursery.start_soon(lambda: place.admit(ticket=ticket))
+        else:
+            nursery.start_soon(lambda: place.admit(token=token()))
+        await trio.sleep(1)
+        revoke(place)
+        await trio.sleep(2)
+        assert place.refusal == REVOKED
+        assert not place.revocations.watches
+
+
+@pytest.mark.parametrize("revoke", [*REVOCATIONS, by_key_alone_since_the_message_was_lost])
+async def test_token_that_is_revoked_while_its_revocation_is_looked_up_is_refused_or_closed(
+    autojump_clock: MockClock, revoke: Any
+) -> None:
+    async with opened() as place, trio.open_nursery() as nursery:
+        nursery.start_soon(lambda: place.admit(token=token()))
+        await trio.sleep(1.55)  # Redis has read the keys, and is on the way to us
+        revoke(place)
+        await trio.sleep(2)
+        if revoke in {by_key, by_users_key}:  # as one that is revoked right after it has joined
+            assert isinstance(place.outcome, Candidate)
+        else:
+            assert place.refusal == REVOKED
+
+
+async def test_what_is_heard_between_admission_and_joining_counts(
+    autojump_clock: MockClock,
+) -> None:
+    async with opened() as place:
+        await place.admit(token=token())
+        candidate = place.outcome
+        assert isinstance(candidate, Candidate)
+        with candidate:
+            assert place.admission.confirm(candidate) is not None
+            by_key_alone_since_the_message_was_lost(place)
+            assert place.admission.confirm(candidate) is None  # look again
+            with pytest.raises(Rejected, match="revoked"):
+                await place.admission.look_again(candidate)
+            by_message(place)
+            with pytest.raises(Rejected, match="revoked"):
+                place.admission.confirm(candidate)
+        assert not place.revocations.watches
+
+
+async def test_token_that_expires_during_admission_is_refused(autojump_clock: MockClock) -> None:
+    async with opened() as place:
+        await place.admit(token=token(exp=NOW + 1))
+        assert isinstance(place.outcome, Candidate)
+        with place.outcome as candidate, pytest.raises(Rejected, match="expired"):
+            place.admission.confirm(candidate)
+
+
+async def test_sectors_that_change_during_admission_are_those_that_it_joins_with(
+    autojump_clock: MockClock,
+) -> None:
+    async with opened() as place:
+        await place.admit(token=token())
+        assert isinstance(place.outcome, Candidate)
+        place.roster.sectors = {6}
+        with place.outcome as candidate:
+            found = place.admission.confirm(candidate)
+        assert found is not None
+        assert found.sectors == {BranchId(1): frozenset({SectorId(6)})}
+
+
+async def test_admission_that_is_cancelled_is_watched_no_more(autojump_clock: MockClock) -> None:
+    async with opened() as place:
+        for seconds in (0.5, 1.55):
+            with trio.move_on_after(seconds):
+                await place.admit(token=token())
+            assert place.outcome is None
+            assert not place.revocations.watches
+
+
+async def test_ticket_is_still_good_until_it_is_redeemed(autojump_clock: MockClock) -> None:
+    async with opened() as place:
+        assert place.admission.tickets is not None
+        ticket = await place.admission.tickets.issue(token())
+        await place.admit(ticket=ticket)
+        first = place.outcome
+        await place.admit(ticket=ticket)
+        assert isinstance(first, Candidate)
+        assert isinstance(place.outcome, Candidate)
+        assert first.ticket is not None
+        await place.admission.redeem(first.ticket)
+        with pytest.raises(Rejected, match="ticket invalid"):
+            await place.admission.redeem(ticket)
+
+
+async def test_where_nobody_checks_revocations_a_second_look_ends_at_once(
+    autojump_clock: MockClock,
+) -> None:
+    async with opened() as place:
+        place.admission.revocations = None
+        await place.admit(token=token())
+        assert isinstance(place.outcome, Candidate)
+        with place.outcome as candidate:
+            candidate.watch.doubtful = True
+            assert place.admission.confirm(candidate) is None
+            await place.admission.look_again(candidate)
+            assert place.admission.confirm(candidate) is not None
+
+
+# Live connections
+
+
+@asynccontextmanager
+async def connected(place: Place, **keys: Any) -> AsyncIterator[tuple[Connection, FakeSocket]]:
+    principal = replace(make_principal(), token_id="a", issued_at=NOW - 60, **keys)
+    client, socket = Connection(principal, FOR_EVER), FakeSocket()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(client.run, socket, place.hub)
+        await wait_all_tasks_blocked()
+        yield client, socket
+        nursery.cancel_scope.cancel()
+
+
+async def test_all_are_looked_at_within_seconds_after_messages_may_have_been_lost(
+    autojump_clock: MockClock,
+) -> None:
+    async with opened() as place, connected(place) as (_, socket):
+        await trio.sleep(10)
+        by_key(place)
+        await trio.sleep(10)
+        assert socket.closed is None
+        place.revocations.link_back()
+        await trio.sleep(1)
+        assert socket.closed is Close.AUTH_FAILED
+
+
+async def test_a_look_at_all_is_spread_over_seconds_and_asks_for_many_at_once(
+    autojump_clock: MockClock,
+) -> None:
+    async with opened() as place, trio.open_nursery() as nursery:
+        for user in range(1000):
+            client = Connection(make_principal(user=user), FOR_EVER)
+            nursery.start_soon(client.run, FakeSocket(), place.hub)
+        await trio.sleep(1)
+        before = place.redis.reads
+        place.revocations.link_back()
+        await trio.sleep(0.5)
+        assert place.redis.reads - before == 1
+        await trio.sleep(3)
+        assert place.redis.reads - before == 4
+        await trio.sleep(60)
+        assert place.redis.reads - before == 4
+        nursery.cancel_scope.cancel()
+
+
+async def test_sweep_that_failed_is_made_good_when_redis_is_back_and_not_an_interval_later(
+    autojump_clock: MockClock,
+) -> None:
+    async with opened() as place, connected(place) as (_, socket):
+        place.redis.down = True
+        by_key(place)
+        await trio.sleep(400)
+        assert socket.closed is None
+        place.redis.down = False
+        await trio.sleep(2)
+        assert socket.closed is Close.AUTH_FAILED
+
+
+async def test_sweep_does_not_close_for_the_token_before_a_renewal(
+    autojump_clock: MockClock,
+) -> None:
+    async with opened() as place, connected(place) as (client, socket):
+        by_key(place)
+        await trio.sleep(300.05)  # the answer is on the way
+        place.hub.move(client, replace(client.principal, token_id="b"))
+        await trio.sleep(10)
+        assert socket.closed is None
+        place.redis.keys["auth:token:blacklist:b"] = b"1"
+        await trio.sleep(300)
+        assert socket.closed is Close.AUTH_FAILED
+
+
+async def test_sectors_that_move_during_a_sweep_do_not_save_from_it(
+    autojump_clock: MockClock,
+) -> None:
+    async with opened() as place, connected(place) as (client, socket):
+        by_key(place)
+        await trio.sleep(300.05)
+        place.hub.move(client, replace(client.principal, sectors={}))
+        await trio.sleep(1)
+        assert socket.closed is Close.AUTH_FAILED
+
+
+async def test_message_reaches_who_is_waiting_and_nobody_else(autojump_clock: MockClock) -> None:
+    async with opened() as place:
+        await place.admit(token=token())
+        assert isinstance(place.outcome, Candidate)
+        with place.outcome as candidate:
+            for other in ({"jti": "b"}, {"user_id": 22}, {"jti": "a", "tenant_id": 2}):
+                place.revocations.hear(json.dumps(other).encode())
+            assert place.admission.confirm(candidate) is not None

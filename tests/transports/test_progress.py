@@ -1,0 +1,259 @@
+"""A deadline measures progress: a client that reads slowly stays, one that reads nothing goes."""
+
+import os
+import signal
+import ssl
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import redis
+import trio
+from hypercorn.config import Config
+from trio.testing import wait_all_tasks_blocked
+
+from tests.support.gateways import (
+    TABLE_SECRET,
+    Running,
+    environment,
+    free_port,
+    make_settings,
+    process,
+    running,
+    until,
+    wait,
+    with_certificate,
+)
+from tests.support.sockets import PONG_TEXT, Client, dialled
+from trio_gateway.core.audiences import Endpoint, Principal
+from trio_gateway.core.close_codes import Close
+from trio_gateway.gateway import Gateway
+from trio_gateway.testing import make_payload, make_principal, make_table_token
+from trio_gateway.transports.handshake import Handshake
+from trio_gateway.transports.progress import MovingStream, acknowledged
+
+NO_REDIS: Final = "redis://127.0.0.1:1"
+WRITE_TIMEOUT: Final = 0.6
+HEALTH: Final = b"GET /ws/health HTTP/1.1\r\nHost: a\r\n\r\n"
+
+
+class BySession:
+    """Lets everybody in as a diner of the session that the query names."""
+
+    async def authenticate(self, handshake: Handshake) -> Principal:
+        await trio.lowlevel.checkpoint()
+        return make_principal(Endpoint.DINER, session=int(handshake.query["session"]))
+
+
+@asynccontextmanager
+async def serving(config: Config | None = None, **changes: Any) -> AsyncIterator[Running]:
+    settings = make_settings(
+        NO_REDIS, **{"ws_write_timeout": WRITE_TIMEOUT, "ws_outbox_bytes": 50_000_000} | changes
+    )
+    auth = dict.fromkeys(Endpoint, BySession())
+    async with running(settings, auth=auth, wait_ready=False, config=config) as gateway:
+        yield gateway
+
+
+async def upgrade(client: Client, session: int) -> None:
+    await client.upgrade(f"/ws/diner?session={session}")
+
+
+async def upgrade_later(client: Client, session: int) -> None:
+    await client.send(HEALTH)
+    await client.response()
+    await upgrade(client, session)
+
+
+async def listen(client: Client, session: int) -> None:
+    await client.send(
+        f"GET /ws/diner/events?session={session} HTTP/1.1\r\nHost: a\r\n\r\n".encode()
+    )
+
+
+TRANSPORTS: Final[Mapping[str, Callable[[Client, int], Awaitable[None]]]] = {
+    "direct": upgrade,
+    "second request": upgrade_later,
+    "event stream": listen,
+}
+
+
+@asynccontextmanager
+async def opened(gateway: Running, name: str, tls: ssl.SSLContext | None) -> AsyncIterator[Client]:
+    """A client with small buffers."""
+    async with dialled(gateway.port, receive_buffer=4096) as client:
+        if tls is not None:
+            plain: Any = client.stream
+            stream: Any = trio.SSLStream(
+                plain, tls, server_hostname="localhost", https_compatible=True
+            )
+            client = Client(stream)
+        await TRANSPORTS[name](client, 1)
+        yield client
+
+
+async def read_slowly(client: Client) -> None:
+    """20 KB/s, all the time, off the wire: its kernel tells of that every 0.3 s."""
+    stream: Any = client.stream
+    carrier = getattr(stream, "transport_stream", stream)
+    while True:
+        await carrier.receive_some(512)
+        await trio.sleep(0.025)
+
+
+def fill(app: Gateway, size: int = 8_000_000) -> None:
+    for connection in app.hub.connections:
+        for _ in range(size // 50_000):
+            connection.send(b"x" * 50_000)
+
+
+@pytest.mark.parametrize("with_tls", [False, True])
+async def test_client_that_reads_slowly_stays_and_one_that_does_not_read_goes(
+    with_tls: bool, tmp_path: Any
+) -> None:
+    config = Config()
+    tls = with_certificate(config, tmp_path) if with_tls else None
+    async with serving(config) as gateway, AsyncExitStack() as stack:
+        hub = gateway.app.hub
+        slow = [await stack.enter_async_context(opened(gateway, name, tls)) for name in TRANSPORTS]
+        await until(lambda: len(hub) == len(slow))
+        staying = set(hub.connections)
+        stuck = [await stack.enter_async_context(opened(gateway, name, tls)) for name in TRANSPORTS]
+        await until(lambda: len(hub) == len(slow) + len(stuck))
+        async with trio.open_nursery() as nursery:
+            for client in slow:
+                nursery.start_soon(read_slowly, client)
+            fill(gateway.app)
+            await trio.sleep(4 * WRITE_TIMEOUT)
+            left = {connection: connection.code for connection in staying if connection.ending}
+            nursery.cancel_scope.cancel()
+        assert not left
+        assert set(hub.connections) == staying
+        assert hub.closed == {Close.SLOW_CONSUMER: len(stuck)}
+
+
+async def test_plain_response_has_as_long_as_it_moves() -> None:
+    async with (
+        serving() as gateway,
+        dialled(gateway.port, receive_buffer=4096) as slow,
+        dialled(gateway.port, receive_buffer=4096) as stuck,
+    ):
+        gateway.app.add_url_rule("/big", "big", lambda: "x" * 20_000_000)
+        for client in (slow, stuck):
+            await client.send(b"GET /big HTTP/1.1\r\nHost: a\r\n\r\n")
+        with trio.move_on_after(4 * WRITE_TIMEOUT) as reading:
+            await read_slowly(slow)
+        assert reading.cancelled_caught
+        assert len(await stuck.rest()) < 10_000_000
+        assert gateway.app.config["RESPONSE_TIMEOUT"] is None
+
+
+async def test_clients_that_do_not_read_hold_up_the_end_no_longer_than_the_server_waits(
+    tmp_path: Any,
+) -> None:
+    config = Config()
+    config.graceful_timeout = 0.5
+    tls = with_certificate(config, tmp_path)
+    async with AsyncExitStack() as stack:
+        async with serving(config, ws_write_timeout=10) as gateway:
+            for name in TRANSPORTS:
+                await stack.enter_async_context(opened(gateway, name, tls))
+            await until(lambda: len(gateway.app.hub) == len(TRANSPORTS))
+            fill(gateway.app)
+            await wait_all_tasks_blocked()
+            stopped = trio.current_time()
+            gateway.stop.set()
+        assert trio.current_time() - stopped < 2.5  # of a write timeout of 10 s
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_sigterm_ends_with_0_although_clients_do_not_read(
+    redis_url: str, tmp_path: Path, workers: int
+) -> None:
+    port = free_port()
+    config = tmp_path / "hypercorn.toml"
+    config.write_text(
+        f'worker_class = "trio"\nbind = ["127.0.0.1:{port}"]\nworkers = {workers}\n'
+        "graceful_timeout = 1\n"
+    )
+    env = environment(redis_url, WS_OUTBOX_BYTES="50000000", LOG_LEVEL="warning")
+    command = ("trio_gateway", "serve", "--config", str(config))
+    async with process(*command, env=env, port=port) as started, AsyncExitStack() as stack:
+        token = make_table_token(TABLE_SECRET)
+        for _ in range(4):
+            client = await stack.enter_async_context(dialled(port, receive_buffer=4096))
+            await client.send(HEALTH)
+            await client.response()
+            await client.upgrade(f"/ws/diner?table_token={token}")
+            await client.say("ping")
+            assert await client.text() == PONG_TEXT
+        with redis.Redis.from_url(redis_url) as backend:
+            for n in range(160):
+                event = make_payload("CART_SYNC", session_id=456, n=n, data="x" * 50_000)
+                backend.publish("channel:session:456", event)
+        await trio.sleep(0.3)
+        asked = trio.current_time()
+        os.kill(started.pid, signal.SIGTERM)
+        status, _, errors = await wait(started)
+        assert (status, errors.count(b"Traceback")) == (0, 0), errors
+        assert trio.current_time() - asked < 4  # of a write timeout of 10 s
+
+
+# The stream itself
+
+
+async def test_write_that_is_cancelled_before_it_waits_is_whole() -> None:
+    ours, theirs = await tcp_pair()
+    stream = MovingStream(ours, 1)
+    with trio.CancelScope() as outer:
+        outer.cancel()
+        with trio.CancelScope(shield=True) as stream.shield:
+            await stream.send_all(b"whole")
+    assert not outer.cancelled_caught
+    assert await theirs.receive_some(10) == b"whole"
+
+    with trio.move_on_after(0.05) as outer:
+        with trio.CancelScope(shield=True) as stream.shield:
+            await stream.send_all(b"x" * 20_000_000)
+    assert outer.cancelled_caught
+    await ours.aclose()
+    await theirs.aclose()
+
+
+async def test_peer_that_takes_nothing_is_a_timeout_and_one_that_is_gone_is_not() -> None:
+    ours, theirs = await tcp_pair()
+    stream = MovingStream(ours, 0.2)
+    started = trio.current_time()
+    with pytest.raises(TimeoutError):
+        await stream.send_all(b"x" * 20_000_000)
+    assert 0.2 <= trio.current_time() - started < 0.6
+    await theirs.aclose()
+    with pytest.raises(trio.BrokenResourceError):
+        await stream.send_all(b"x" * 20_000_000)
+    await ours.aclose()
+    with pytest.raises(trio.ClosedResourceError):
+        await stream.send_all(b"x")
+
+
+async def test_bytes_that_the_peer_acknowledged_are_counted() -> None:
+    ours, theirs = await tcp_pair()
+    before = acknowledged(ours.socket)
+    await ours.send_all(b"x" * 1000)
+    await theirs.receive_some(1000)
+    if sys.platform == "linux":
+        await until(lambda: acknowledged(ours.socket) == before + 1000)
+    left, right = trio.socket.socketpair()
+    with left, right:  # a unix socket, of which the kernel tells nothing
+        assert acknowledged(left) == 0
+    await ours.aclose()
+    await theirs.aclose()
+
+
+async def tcp_pair() -> tuple[trio.SocketStream, trio.SocketStream]:
+    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    async with listener:
+        theirs = await trio.open_tcp_stream(*listener.socket.getsockname())
+        return await listener.accept(), theirs

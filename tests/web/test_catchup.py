@@ -1,0 +1,200 @@
+"""Catch-up over HTTP: in pages, which cost nobody else anything."""
+
+import json
+import math
+import time
+from collections.abc import AsyncIterator
+from itertools import chain
+from typing import Any, Final
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from tests.support.gateways import JWT_SECRET, TABLE_SECRET, Running, http, serving, until
+from tests.support.sockets import dialled
+from trio_gateway.core.audiences import BranchId, TenantId, admins, diners
+from trio_gateway.core.event_ids import Position, event_id, tag
+from trio_gateway.runtime.concurrency_limiter import TooMany
+from trio_gateway.testing import make_event, make_jwt, make_table_token
+from trio_gateway.web import catchup
+from trio_gateway.web.catchup import PAGE_BYTES, Turns
+
+STREAM: Final = tag("events:critical")
+TOKEN: Final = make_jwt(JWT_SECRET, roles=["ADMIN"])
+MINE: Final = f"/ws/catchup?branch_id=1&token={TOKEN}&since="
+TABLE: Final = f"/ws/catchup/session?session_id=456&table_token={make_table_token(TABLE_SECRET)}"
+AUDIENCES: Final = (admins(TenantId(1), BranchId(1)), diners(TenantId(1), 456))  # type: ignore[arg-type]
+
+
+@pytest.fixture
+async def gateway(redis_url: str) -> AsyncIterator[Running]:
+    async with serving(redis_url, "line") as found:
+        yield found
+
+
+def fill(gateway: Running, events: int, size: int) -> list[int]:
+    """Have this many events of about this many bytes in the history; returns their numbers."""
+    history, now = gateway.app.history, trio.current_time()
+    first = int(time.time() * 1000) - events
+    for n in range(events):
+        event = make_event(n=n, data="x" * size, heard_at=now)
+        event.stand(STREAM, Position((first + n, 0)), durable=True)
+        history.add(event, AUDIENCES, now=now)
+        history.pass_by(STREAM, Position((first + n, 0)))
+    return list(range(events))
+
+
+async def pages(gateway: Running, path: str, since: object) -> list[list[int]]:
+    """The numbers of the events, page by page."""
+    found: list[list[int]] = []
+    while since is not None:
+        reply = await http(gateway.port, f"{path}{since}")
+        assert reply.status == 200
+        assert "gateway-complete" not in reply.headers
+        assert len(reply.text) <= PAGE_BYTES
+        body = reply.json
+        assert body["count"] == len(body["events"])
+        since = body.get("next")
+        found.append([event["n"] for event in body["events"]])
+    return found
+
+
+@pytest.mark.parametrize(("events", "size"), [(9_000, 300), (40, 60_000), (3, 10), (0, 0)])
+@pytest.mark.parametrize("path", [MINE, f"{TABLE}&since="])
+async def test_pages_have_every_event_once_and_in_order(
+    gateway: Running, path: str, events: int, size: int
+) -> None:
+    numbers = fill(gateway, events, size)
+    found = await pages(gateway, path, 0)
+    assert list(chain(*found)) == numbers
+    full = events * (size + 150) // PAGE_BYTES
+    assert full <= len(found) <= full + 2
+    if events > 3:
+        middle = list(gateway.app.history._kept)[events // 2]
+        rest = await pages(gateway, path, event_id(STREAM, middle.position))
+        assert list(chain(*rest)) == numbers[events // 2 + 1 :]
+
+
+class LongestStep(trio.abc.Instrument):
+    """The most CPU time between two checkpoints of a task."""
+
+    seconds = 0.0
+    _began = math.inf  # the step that adds it does not count
+
+    def before_task_step(self, task: Any) -> None:
+        self._began = time.thread_time()
+
+    def after_task_step(self, task: Any) -> None:
+        self.seconds = max(self.seconds, time.thread_time() - self._began)
+
+
+async def test_many_requests_at_a_time_hold_nobody_up(gateway: Running) -> None:
+    fill(gateway, 30_000, 100)
+    statuses: list[int] = []
+
+    async def ask() -> None:
+        statuses.append((await http(gateway.port, f"{MINE}0")).status)
+
+    trio.lowlevel.add_instrument(longest := LongestStep())
+    async with trio.open_nursery() as nursery:
+        for _ in range(8):
+            nursery.start_soon(ask)
+    trio.lowlevel.remove_instrument(longest)
+    assert statuses == [200] * 8
+    assert longest.seconds < 0.05
+    await until(lambda: not gateway.app.catch_ups._turns)
+
+
+async def test_transfer_that_moves_has_no_limit_and_a_client_that_leaves_gives_up_its_turn(
+    gateway: Running,
+) -> None:
+    assert gateway.app.config["RESPONSE_TIMEOUT"] is None  # Quart has one for the whole answer
+    numbers = fill(gateway, 18, 50_000)
+    request = f"GET {MINE}0 HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n".encode()
+    async with dialled(gateway.port, receive_buffer=4096) as slow:
+        await slow.send(request)
+        received = b""
+        with trio.fail_after(8):
+            while chunk := await slow.stream.receive_some(4096):
+                received += chunk
+                await trio.sleep(0.003)
+    assert received.count(b'"n":') == len(numbers)
+    assert b'],"count":18}' in received
+
+    fill(gateway, 200, 60_000)
+    async with dialled(gateway.port, receive_buffer=4096) as gone:
+        await gone.send(request)
+        await until(lambda: gateway.app.catch_ups._turns)
+    await until(lambda: not gateway.app.catch_ups._turns)
+
+
+async def test_what_memory_does_not_hold_is_not_told_as_nothing(
+    gateway: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catchup, "PATIENCE", 0.05)
+    fill(gateway, 3, 10)
+    newest = list(gateway.app.history._kept)[-1].position
+    ahead = Position((newest[0] + 1000, 0))
+    for since in (event_id(STREAM, ahead), event_id(tag("another"), newest), "0-0-none"):
+        reply = await http(gateway.port, f"{MINE}{since}")
+        assert (reply.status, reply.json["count"]) == (200, 0)
+        assert reply.headers["gateway-complete"] == "false"
+
+    gateway.app.history.end = {}  # as before the first entry was read
+    for since in ("0", event_id(STREAM, newest)):
+        for path in (MINE, f"{TABLE}&since="):
+            reply = await http(gateway.port, f"{path}{since}")
+            assert (reply.status, reply.headers["retry-after"]) == (503, "1")
+
+
+async def test_history_that_moves_past_a_slow_page_is_told_by_the_next_one(
+    gateway: Running,
+) -> None:
+    fill(gateway, 18, 50_000)
+    history = gateway.app.history
+    body = catchup._page(history, {STREAM: Position((1, 0))}, frozenset(AUDIENCES))
+    first = await anext(body)
+    history.most_events = 1
+    history.trim(trio.current_time())
+    text = first + b"".join([piece async for piece in body])
+    since = json.loads(text)["next"]
+    reply = await http(gateway.port, f"{MINE}{since}")
+    assert reply.headers["gateway-complete"] == "false"
+    assert [event["n"] for event in reply.json["events"]] == [17]
+
+
+async def test_one_user_has_few_turns_and_others_have_their_own(
+    autojump_clock: MockClock,
+) -> None:
+    turns = Turns(most=2)
+    first = await turns.take("one")
+    await turns.take("one")
+    await turns.take("other")
+    with pytest.raises(TooMany):
+        await turns.take("one")
+    assert trio.current_time() == 2
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(turns.take, "one")
+        await trio.sleep(1)
+        first()
+    assert trio.current_time() == 3
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(catchup._MOST_WAITING):
+            nursery.start_soon(turns.take, "one")
+        await trio.testing.wait_all_tasks_blocked()
+        with pytest.raises(TooMany):
+            await turns.take("one")
+        assert trio.current_time() == 3
+        nursery.cancel_scope.cancel()
+    assert turns._there["one"] == 2
+
+
+async def test_request_beyond_the_turns_is_429(
+    gateway: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catchup, "_WAIT", 0.05)
+    gateway.app.catch_ups = Turns(most=0)
+    reply = await http(gateway.port, f"{MINE}0")
+    assert (reply.status, reply.headers["retry-after"]) == (429, "1")

@@ -1,0 +1,334 @@
+"""The console: who gets it, and what it is told."""
+
+import json
+import re
+from importlib.resources import files
+from typing import Any
+
+import pytest
+import redis
+import trio
+from trio.testing import MockClock
+
+from tests.support.gateways import (
+    JWT_SECRET,
+    TABLE_SECRET,
+    admitted,
+    closed,
+    connect,
+    http,
+    make_settings,
+    receive_event,
+    serving,
+)
+from trio_gateway.access.auth import is_own_page
+from trio_gateway.broker.commands import open_commands
+from trio_gateway.core.audiences import Endpoint
+from trio_gateway.core.histogram import SECONDS
+from trio_gateway.core.messages import Said
+from trio_gateway.core.resilience import Breaker
+from trio_gateway.gateway import create_app
+from trio_gateway.runtime.connection import Connection, Terms
+from trio_gateway.testing import FakeSocket, make_jwt, make_principal, make_table_token
+from trio_gateway.transports.handshake import Handshake
+from trio_gateway.web.console import Feed, slow
+
+NO_REDIS = "redis://127.0.0.1:1"
+
+
+def client_of(**changes: Any) -> Any:
+    return create_app(make_settings(NO_REDIS, **changes)).test_client()
+
+
+async def test_in_development_anyone_gets_the_page_which_holds_no_secret() -> None:
+    response = await client_of().get("/ws/console")
+    page = await response.get_data(as_text=True)
+
+    assert response.status_code == 200
+    assert 'data-environment="development"' in page
+    assert JWT_SECRET not in page
+    assert response.headers["Cache-Control"] == "no-store"
+    policy = response.headers["Content-Security-Policy"]
+    assert policy.startswith("default-src 'none'; script-src 'sha256-")
+    assert "unsafe" not in policy
+    assert "connect-src 'self';" in policy
+    assert "frame-ancestors 'none'" in policy
+
+
+def test_the_pages_buckets_are_those_of_the_histograms() -> None:
+    page = files("trio_gateway").joinpath("static", "console.html").read_text("utf-8")
+    (found,) = re.findall(r"const BOUNDS = (\[.*\]);", page)
+    assert tuple(json.loads(found)) == SECONDS
+
+
+async def test_in_production_the_page_is_for_admins(redis_url: str) -> None:
+    async with serving(
+        redis_url, "line", environment="production", allowed_origins=("https://a.example",)
+    ) as gateway:
+
+        async def status(**headers: str) -> int:
+            return (await http(gateway.port, "/ws/console", headers=headers)).status
+
+        assert await status() == 401
+        assert await status(Authorization="Bearer nonsense") == 401
+        for role, expected in {"WAITER": 403, "KITCHEN": 403, "MANAGER": 403, "ADMIN": 200}.items():
+            token = make_jwt(JWT_SECRET, roles=[role])
+            assert await status(Authorization=f"Bearer {token}") == expected, role
+        diner = make_table_token(TABLE_SECRET)
+        assert await status(Authorization=f"Bearer {diner}") == 401
+        admin = {"Authorization": f"Bearer {make_jwt(JWT_SECRET, roles=['ADMIN'])}"}
+        reply = await http(gateway.port, "/ws/ticket", method="POST", headers=admin)
+        url = f"/ws/console?ticket={reply.json['ticket']}"
+        assert (await http(gateway.port, url)).status == 200
+        assert (await http(gateway.port, url)).status == 401  # it was good once
+
+
+@pytest.mark.parametrize("why", ["role", "address", "body"])
+async def test_ticket_that_the_console_refused_for_another_reason_is_still_good(
+    redis_url: str, why: str
+) -> None:
+    production = {"environment": "production", "allowed_origins": ("https://a.example",)}
+    settings = production if why != "body" else {}
+    with redis.Redis.from_url(redis_url) as backend:
+        backend.flushall()
+        async with serving(redis_url, "line", ws_max_failed_logins=1, **settings) as gateway:
+            role = "MANAGER" if why == "role" else "ADMIN"
+            bearer = {"Authorization": f"Bearer {make_jwt(JWT_SECRET, roles=[role])}"}
+            reply = await http(gateway.port, "/ws/ticket", method="POST", headers=bearer)
+            query = f"?ticket={reply.json['ticket']}"
+            if why == "body":
+                headers = {"Content-Type": "application/json"}
+                reply = await http(
+                    gateway.port,
+                    f"/ws/console/publish{query}",
+                    method="POST",
+                    headers=headers,
+                    json_body={"event": {"type": "A", "tenant_id": 2, "branch_id": 1}},
+                )
+                assert reply.status == 403
+            else:
+                if why == "address":
+                    assert (await http(gateway.port, "/ws/console?ticket=made-up")).status == 401
+                expected = {"role": 403, "address": 429}[why]
+                assert (await http(gateway.port, f"/ws/console{query}")).status == expected
+            assert len(backend.keys("gateway:ticket:*")) == 1
+
+
+@pytest.mark.parametrize("path", ["/ws/console/token", "/ws/console/publish"])
+async def test_what_is_for_development_is_not_there_in_production(path: str) -> None:
+    body = {"endpoint": "admin", "event": {"type": "A", "tenant_id": 1, "branch_id": 1}}
+    client = client_of(environment="production", allowed_origins=("https://a.example",))
+    response = await client.post(path, json=body)
+    assert response.status_code == 404
+
+
+def test_production_does_not_start_where_the_console_would_let_anybody_in() -> None:
+    with pytest.raises(ValueError, match="WS_CONSOLE_TOKENS lets anybody in"):
+        make_settings(NO_REDIS, environment="production", ws_console_tokens=True)
+
+
+async def test_tokens_are_made_only_where_that_was_asked_for() -> None:
+    client = create_app(make_settings(NO_REDIS)).test_client()
+    response = await client.post(
+        "/ws/console/token",
+        json={"endpoint": "admin"},
+        headers={"Host": "localhost"},
+        scope_base={"client": ("127.0.0.1", 5000)},
+    )
+    assert response.status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("changes", "status"),
+    [
+        ({"headers": {"Content-Type": "text/plain"}}, 415),  # what a form of any page may send
+        ({"headers": {"Host": "rebound.example"}}, 403),
+        ({"scope_base": {"client": ("192.0.2.7", 5000)}}, 403),
+        ({"headers": {"X-Forwarded-For": "203.0.113.9"}}, 403),  # through a proxy on this machine
+        ({"headers": {"Forwarded": "for=203.0.113.9"}}, 403),
+        ({}, 200),
+    ],
+)
+async def test_tokens_are_made_for_pages_on_this_machine_alone(
+    changes: dict[str, Any], status: int
+) -> None:
+    headers = {"Content-Type": "application/json", "Host": "localhost:8001"}
+    response = await client_of(ws_console_tokens=True).post(
+        "/ws/console/token",
+        data=json.dumps({"endpoint": "waiter"}),
+        headers=headers | changes.get("headers", {}),
+        scope_base=changes.get("scope_base", {"client": ("127.0.0.1", 5000)}),
+    )
+    assert response.status_code == status
+
+
+async def test_playground_makes_tokens_for_each_endpoint_and_publishes(redis_url: str) -> None:
+    async with serving(redis_url, "line", ws_console_tokens=True) as gateway:
+
+        async def post(path: str, body: dict[str, Any]) -> Any:
+            headers = {"Content-Type": "application/json", "Authorization": f"Bearer {admin}"}
+            reply = await http(gateway.port, path, method="POST", headers=headers, json_body=body)
+            assert reply.status == 200, reply.text
+            return reply.json
+
+        admin = "none yet"
+        wanted = {"sector_ids": [5], "session_id": 456}
+        admin = (await post("/ws/console/token", {"endpoint": "admin"}))["token"]
+        event = {
+            "type": "ROUND_READY", "tenant_id": 1, "branch_id": 1, "sector_id": 5,
+            "session_id": 456,
+        }  # fmt: skip
+        for endpoint in Endpoint:
+            token = (await post("/ws/console/token", {"endpoint": endpoint.label, **wanted}))[
+                "token"
+            ]
+            name = "token" if endpoint.staff else "table_token"
+            async with admitted(f"{gateway.url}{endpoint.path}?{name}={token}") as client:
+                marked = event | {"n": endpoint.label}
+                answer = await post("/ws/console/publish", {"event": marked})
+                assert answer == {"stream": "events:critical"}
+                assert (await receive_event(client))["n"] == endpoint.label
+        cart = event | {"type": "CART_CLEARED"}
+        answer = await post("/ws/console/publish", {"event": cart})
+        assert answer == {"channel": "channel:session:456"}
+
+
+@pytest.mark.parametrize(
+    ("claims", "event", "status"),
+    [
+        ({"roles": ["ADMIN"]}, {}, 503),  # let through, and there is no Redis
+        ({"roles": ["MANAGER"]}, {}, 403),
+        ({"roles": ["ADMIN"], "tenant_id": 2}, {}, 403),
+        ({"roles": ["ADMIN"]}, {"type": 7}, 422),
+        (None, {}, 401),
+    ],
+)
+async def test_samples_are_published_by_admins_for_their_own_tenant(
+    claims: dict[str, Any] | None, event: dict[str, Any], status: int
+) -> None:
+    app = create_app(make_settings(NO_REDIS))
+    headers = {}
+    if claims is not None:
+        headers["Authorization"] = f"Bearer {make_jwt(JWT_SECRET, **claims)}"
+    sample = {"type": "ROUND_READY", "tenant_id": 1, "branch_id": 1} | event
+
+    async with open_commands(
+        NO_REDIS, Breaker(5, 30), Breaker(5, 30), max_connections=1
+    ) as app.commands:
+        response = await app.test_client().post(
+            "/ws/console/publish", json={"event": sample}, headers=headers
+        )
+
+    assert response.status_code == status
+
+
+async def test_a_sample_does_not_trim_the_backends_stream(redis_url: str) -> None:
+    backend = redis.Redis.from_url(redis_url)
+    app = create_app(make_settings(redis_url))
+    headers = {"Authorization": f"Bearer {make_jwt(JWT_SECRET, roles=['ADMIN'])}"}
+    sample = {"type": "ROUND_READY", "tenant_id": 1, "branch_id": 1}
+    before = backend.xlen("events:critical")
+    with backend.pipeline() as many:
+        for _ in range(10_300):
+            many.xadd("events:critical", {"data": "{}"})
+        many.execute()
+
+    async with open_commands(
+        redis_url, Breaker(5, 30), Breaker(5, 30), max_connections=1
+    ) as app.commands:
+        response = await app.test_client().post(
+            "/ws/console/publish", json={"event": sample}, headers=headers
+        )
+
+    assert response.status_code == 200
+    assert backend.xlen("events:critical") == before + 10_301
+    backend.close()
+
+
+async def test_an_admin_that_watches_is_told_figures_and_others_are_not(redis_url: str) -> None:
+    async with serving(redis_url, "line") as gateway:
+        url = gateway.staff_url("admin", sub="1")
+        async with (
+            admitted(url) as admin,
+            admitted(gateway.staff_url("admin", sub="2", roles=["MANAGER"])) as manager,
+            admitted(gateway.staff_url("waiter", sub="3", roles=["ADMIN"])) as elsewhere,
+        ):
+            for client in (admin, manager, elsewhere):
+                await client.send_message('{"type":"watch"}')
+            first, second = [await receive_event(admin, 3) for _ in range(2)]
+            await admin.send_message('{"type":"unwatch"}')
+            await admin.send_message("ping")
+            assert (await receive_event(admin))["type"] == "pong"
+            for client in (manager, elsewhere):
+                await client.send_message("ping")
+                assert (await receive_event(client))["type"] == "pong"
+
+    assert first["type"] == second["type"] == "statistics"
+    assert second["at"] > first["at"]
+    assert first["numbers"]["wsgateway_connections_total"] == {"": 3}
+    assert first["breakers"]["pubsub"] == "closed"
+    assert first["streams"]["connected"]
+    assert JWT_SECRET not in json.dumps(first)
+
+
+async def test_feed_ends_with_the_role_and_spares_who_reads_slowly(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    app = create_app(make_settings(NO_REDIS))
+    feed, socket = Feed(app), FakeSocket()
+    admin = Connection(make_principal(Endpoint.ADMIN, roles=["ADMIN"]), Terms(stale_after=1e9))
+    nursery.start_soon(feed.run)
+    nursery.start_soon(admin.run, socket, app.hub)
+    await trio.testing.wait_all_tasks_blocked()
+
+    feed.hear(admin, Said.WATCH)
+    await trio.sleep(2.5)
+    feed.hear(admin, Said.WATCH)  # which it does already
+    told = len(socket.texts)
+    app.hub.move(admin, make_principal(Endpoint.ADMIN, roles=["MANAGER"]))
+    await trio.sleep(5)
+
+    assert told == 3
+    assert len(socket.texts) == told
+
+
+async def test_slow_clients_of_other_tenants_are_nobodys_business(nursery: trio.Nursery) -> None:
+    app = create_app(make_settings(NO_REDIS))
+    for tenant in (1, 2):
+        socket = FakeSocket()
+        socket.room = 0
+        connection = Connection(make_principal(tenant=tenant, user=tenant), Terms())
+        nursery.start_soon(connection.run, socket, app.hub)
+        await trio.testing.wait_all_tasks_blocked()
+        connection.send(b"x" * 100 * tenant)
+
+    (found,) = slow(app, make_principal(Endpoint.ADMIN, tenant=1, roles=["ADMIN"]))
+
+    assert found == {"endpoint": "waiter", "user": "1", "session": None, "bytes": 102, "frames": 1}
+    nursery.cancel_scope.cancel()
+
+
+async def test_the_consoles_own_page_may_connect_in_development_and_no_other(
+    redis_url: str,
+) -> None:
+    async with serving(redis_url, "line") as gateway:
+        url, own = gateway.staff_url("admin"), f"http://127.0.0.1:{gateway.port}"
+        async with admitted(url, extra_headers=[("Origin", own.encode())]):
+            pass
+        for origin in (
+            "http://127.0.0.1:1",
+            "http://rebound.example",
+            own.replace("127.0.0.1", "localhost"),
+        ):
+            async with connect(url, extra_headers=[("Origin", origin.encode())]) as client:
+                assert (await closed(client))[0] == 1008
+
+
+def test_a_name_that_was_pointed_here_is_no_page_of_ours() -> None:
+    def own(host: str, origin: str) -> bool:
+        return is_own_page(Handshake(Endpoint.ADMIN, {}, {"host": host, "origin": origin}))
+
+    assert own("localhost:8001", "http://localhost:8001")
+    assert own("[::1]:8001", "http://[::1]:8001")
+    assert not own("rebound.example:8001", "http://rebound.example:8001")
+    assert not own("localhost:8001", "http://localhost:8002")

@@ -1,0 +1,148 @@
+"""Pages of allowed origins may call the gateway over HTTP, and read whatever it answers."""
+
+from collections.abc import AsyncIterator
+from typing import Any, Final
+
+import pytest
+
+from tests.support.event_source import listening
+from tests.support.gateways import JWT_SECRET, TABLE_SECRET, Reply, Running, http, serving
+from trio_gateway.testing import make_jwt, make_table_token
+from trio_gateway.web import cors
+
+ALLOWED: Final = "http://localhost:5176"
+OTHERS: Final = ["https://evil.example", "null", "http://localhost:5176/", "", f"{ALLOWED}, null"]
+STAFF_PATHS: Final = [path for path, shared in cors.PATHS.items() if not shared.any_origin]
+DINER_PATHS: Final = [path for path, shared in cors.PATHS.items() if shared.any_origin]
+TOKEN: Final = make_jwt(JWT_SECRET, roles=["ADMIN"])
+BEARER: Final = {"Authorization": f"Bearer {TOKEN}"}
+
+
+@pytest.fixture
+async def gateway(redis_url: str) -> AsyncIterator[Running]:
+    async with serving(redis_url, "line") as found:
+        yield found
+
+
+async def preflight(port: int, path: str, origin: str, **headers: str) -> Reply:
+    asked = {
+        "Origin": origin,
+        "Access-Control-Request-Method": cors.PATHS[path].method,
+        "Access-Control-Request-Headers": "authorization,content-type",
+    }
+    return await http(port, path, method="OPTIONS", headers={**asked, **headers})
+
+
+def cors_headers(reply: Any) -> dict[str, str]:
+    return {name: v for name, v in reply.headers.items() if name.startswith("access-control-")}
+
+
+def test_the_paths_are_the_contracts() -> None:
+    streams = {f"/ws/{each}/events" for each in ("waiter", "kitchen", "admin")}
+    assert {*STAFF_PATHS} == {"/ws/ticket", "/ws/catchup", "/ws/explain", *streams}
+    assert {*DINER_PATHS} == {"/ws/catchup/session", "/ws/diner/events"}
+
+
+@pytest.mark.parametrize("path", cors.PATHS)
+async def test_preflight_allows_what_the_path_takes(gateway: Running, path: str) -> None:
+    any_origin = path in DINER_PATHS
+    reply = await preflight(gateway.port, path, ALLOWED)
+    assert (reply.status, reply.text) == (204, "")
+    assert reply.headers["access-control-allow-origin"] == ("*" if any_origin else ALLOWED)
+    assert reply.headers["access-control-allow-methods"] == cors.PATHS[path].method
+    assert "Authorization" in reply.headers["access-control-allow-headers"]
+    assert "access-control-allow-credentials" not in reply.headers
+    assert "access-control-allow-private-network" not in reply.headers
+    assert ("vary" in reply.headers) is not any_origin
+
+    private = {"Access-Control-Request-Private-Network": "true"}
+    reply = await preflight(gateway.port, path, ALLOWED, **private)
+    assert reply.headers["access-control-allow-private-network"] == "true"
+
+
+@pytest.mark.parametrize("origin", OTHERS)
+async def test_page_of_another_origin_may_read_only_what_is_the_diners(
+    gateway: Running, origin: str
+) -> None:
+    private = {"Access-Control-Request-Private-Network": "true"}
+    for path in STAFF_PATHS:
+        reply = await preflight(gateway.port, path, origin, **private)
+        assert cors_headers(reply) == {}
+        assert reply.headers["vary"] == "Origin"
+        method = cors.PATHS[path].method
+        reply = await http(gateway.port, path, method=method, headers={"Origin": origin})
+        assert cors_headers(reply) == {}
+        assert reply.headers["vary"] == "Origin"
+    for path in DINER_PATHS:
+        reply = await preflight(gateway.port, path, origin)
+        assert reply.headers["access-control-allow-origin"] == "*"
+        reply = await http(gateway.port, path, headers={"Origin": origin})
+        assert (reply.status, reply.headers["access-control-allow-origin"]) == (401, "*")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "headers", "body", "status"),
+    [
+        ("POST", "/ws/ticket", BEARER, None, 200),
+        ("POST", "/ws/ticket", {}, None, 401),
+        ("GET", "/ws/ticket", {}, None, 405),
+        ("GET", "/ws/catchup?branch_id=1&since=0", BEARER, None, 200),
+        ("GET", "/ws/catchup?branch_id=9&since=0", BEARER, None, 403),
+        ("GET", "/ws/catchup?branch_id=1&since=never", BEARER, None, 422),
+        ("PUT", "/ws/catchup", {}, None, 405),
+        ("POST", "/ws/explain", BEARER, {"event": "x" * 300_000}, 413),
+        ("POST", "/ws/explain", BEARER, {"event": {}}, 422),
+        ("PUT", "/ws/waiter/events", {}, None, 405),
+        ("GET", "/ws/waiter/events", {}, None, 401),
+        ("GET", "/ws/kitchen/events", {"Authorization": "Bearer x.y"}, None, 401),
+    ],
+)
+async def test_every_answer_can_be_read(
+    gateway: Running, method: str, path: str, headers: dict[str, str], body: Any, status: int
+) -> None:
+    sent = {**headers, "Origin": ALLOWED}
+    reply = await http(gateway.port, path, method=method, headers=sent, json_body=body)
+    assert reply.status == status
+    assert reply.headers["access-control-allow-origin"] == ALLOWED
+    assert "Retry-After" in reply.headers["access-control-expose-headers"]
+    assert reply.headers["vary"] == "Origin"
+
+
+async def test_stream_that_begins_can_be_read(gateway: Running) -> None:
+    async with listening(gateway.port, f"/ws/admin/events?token={TOKEN}", {"Origin": ALLOWED}) as s:
+        assert (s.status, s.headers["access-control-allow-origin"]) == (200, ALLOWED)
+    path = f"/ws/diner/events?table_token={make_table_token(TABLE_SECRET)}"
+    async with listening(gateway.port, path, {"Origin": "https://any.example"}) as s:
+        assert (s.status, s.headers["access-control-allow-origin"]) == (200, "*")
+
+
+async def test_bugs_limits_and_outages_can_be_read(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    origin = {"Origin": ALLOWED}
+    async with serving(redis_url, "line", ws_max_failed_logins=1) as gateway:
+        app = gateway.app
+
+        async def asked(headers: dict[str, str]) -> int:
+            for path, method in {"/ws/ticket": "POST", "/ws/kitchen/events": "GET"}.items():
+                reply = await http(gateway.port, path, method=method, headers=headers)
+                assert reply.headers["access-control-allow-origin"] == ALLOWED
+            return reply.status
+
+        async def broken(*_: Any, **__: Any) -> Any:
+            raise RuntimeError("a bug")
+
+        with monkeypatch.context() as broken_app:
+            broken_app.setattr(app.admission, "identify", broken)
+            broken_app.setattr(app.admission, "admit", broken)
+            assert await asked(origin) == 500
+        assert await asked(origin | {"Authorization": "Bearer x"}) == 429
+        await app.drain()
+        assert await asked(origin) == 503
+
+
+async def test_what_is_for_operators_is_for_no_page(gateway: Running) -> None:
+    for path in ("/ws/metrics", "/ws/health/detailed", "/ws/console", "/ws/nowhere"):
+        for method in ("GET", "OPTIONS"):
+            reply = await http(gateway.port, path, method=method, headers={"Origin": ALLOWED})
+            assert cors_headers(reply) == {}

@@ -1,0 +1,1 @@
+"""Access: who a client is, and whether it may connect."""

@@ -1,0 +1,380 @@
+"""Sectors: who serves which sector today, from a cache, the database, or what was known last."""
+
+import math
+import random
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from datetime import date
+from typing import Final, NoReturn
+from weakref import WeakKeyDictionary
+
+import msgspec
+import structlog
+import trio
+
+from ..core.audiences import BranchId, Endpoint, Principal, SectorId, Sectors, TenantId, UserId
+from ..core.control_messages import SECTORS_CHANGED, SectorsChanged
+from ..core.limits import LogLimit, RateLimit
+from ..core.resilience import Backoff, Breaker
+from ..core.service_day import Period, ServiceDays, holds
+from ..runtime.connection import Connection
+from ..runtime.hub import Hub
+from ..settings import InvalidSettings, Settings
+from .sector_database import Asked, Assignments, Rows, Unanswered, Waiter
+
+log = structlog.get_logger()
+
+REFRESHES: Final = 5  # of one connection that ask the database, in
+REFRESH_WINDOW: Final = 10.0  # seconds
+SPREAD: Final = 60.0  # seconds over which a day's flip is applied
+_TICK: Final = 5.0  # seconds between two looks at the clock
+_MOST_CACHED: Final = 50_000  # persons
+
+
+@dataclass(slots=True)
+class _Known:
+    """What the database said last of a waiter."""
+
+    day: date
+    rows: Rows
+    asked_at: float  # on Trio's clock
+
+
+@dataclass(slots=True)
+class _Question:
+    """What the database is being asked; whoever else wants to know waits for the same answer."""
+
+    done: trio.Event = field(default_factory=trio.Event)
+    outdated: bool = False  # assignments may have changed since it was sent
+    answered: bool | None = None  # None: whoever asked was cancelled
+
+
+class Roster:
+    """The waiters' sectors: from a cache, from the database, or from what was known last.
+
+    A failure is never taken for "no sectors": what the database said last holds, else what the
+    token claims; and it is asked again until it answers, which then reaches the live connection.
+    """
+
+    def __init__(
+        self,
+        assignments: Asked,
+        hub: Hub,
+        breaker: Breaker,
+        *,
+        days: ServiceDays | None = None,
+        ttl: float = 300,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._assignments = assignments
+        self._hub = hub
+        self._breaker = breaker
+        self._days = days or ServiceDays()
+        self._ttl = ttl
+        self._wall_clock = wall_clock
+        # By person, in the order of asking; then by branch.
+        self._known: OrderedDict[tuple[TenantId, UserId], dict[BranchId, _Known]] = OrderedDict()
+        self._asking: dict[Waiter, _Question] = {}
+        self._periods: dict[tuple[TenantId, BranchId], Period] = {}  # that live waiters are in
+        self._owed: dict[Waiter, None] = {}  # to be asked again, since the database failed
+        self._unsure: dict[Waiter, None] = {}  # behind those: a change may not have been heard of
+        self._link_back_at = -math.inf  # what was asked before may be outdated
+        self._wake = trio.Event()
+        self._answered = 0  # queries
+        self._log_limit = LogLimit()
+        self._refreshes: WeakKeyDictionary[Connection, RateLimit] = WeakKeyDictionary()
+
+    channel = SECTORS_CHANGED
+
+    @property
+    def known(self) -> int:
+        return sum(map(len, self._known.values()))
+
+    @property
+    def owed(self) -> int:
+        """Answers that are owed to live connections by a database that failed."""
+        return len(self._owed)
+
+    @property
+    def queries(self) -> dict[str, float]:
+        """Queries so far, by outcome."""
+        return {"answered": self._answered, "failed": self._assignments.failures}
+
+    def close(self) -> None:
+        self._assignments.close()
+
+    async def assign(self, principal: Principal, *, fresh: bool = False) -> Principal:
+        """The principal with today's sectors; ``fresh`` bypasses the cache. Never fails.
+
+        :meth:`latest` makes good what changes between this and :meth:`Hub.join`.
+        """
+        if principal.endpoint is not Endpoint.WAITER or principal.user is None:
+            return principal
+        unknown: list[Waiter] = []
+
+        async def ask(key: Waiter) -> None:
+            if not await self._ask(key, fresh=fresh):
+                unknown.append(key)
+
+        async with trio.open_nursery() as nursery:  # at once: one deadline for all the branches
+            for branch in principal.branches:
+                key = Waiter(principal.tenant, branch, principal.user)
+                if fresh or not self._is_fresh(key):
+                    nursery.start_soon(ask, key)
+        self._owe(unknown)  # only now: what is owed to nobody is forgotten
+        return self._with_sectors(principal)
+
+    async def refresh(self, connection: Connection) -> None:
+        """A client asks for its sectors: from the database, unless it asks all the time."""
+        if (limit := self._refreshes.get(connection)) is None:
+            limit = self._refreshes[connection] = RateLimit(REFRESHES, REFRESH_WINDOW)
+        now = trio.current_time()
+        fresh = not limit.is_full(now)
+        if fresh:  # who asks too often must not be kept from it for ever
+            limit.exceeded(now)
+        await self.assign(connection.principal, fresh=fresh)
+        self._apply(connection)
+
+    def hear(self, payload: bytes) -> None:
+        """A message on :data:`~.control_messages.SECTORS_CHANGED`: a waiter's assignments have changed."""
+        try:
+            said = msgspec.json.decode(payload, type=SectorsChanged)
+        except (msgspec.DecodeError, UnicodeError, RecursionError):
+            if (held_back := self._log_limit.allows("invalid", trio.current_time())) is not None:
+                log.warning("invalid sectors message", held_back=held_back)
+            return
+        tenant, user = TenantId(said.tenant_id), UserId(str(said.waiter_id))
+        for key, question in self._asking.items():
+            if key.tenant == tenant and key.user == user:
+                question.outdated = True
+        for known in self._known.get((tenant, user), {}).values():
+            known.asked_at = -math.inf
+        self._owe(
+            Waiter(tenant, branch, user)
+            for connection in self._connections_of(tenant, user)
+            for branch in connection.principal.branches
+        )
+
+    def link_back(self) -> None:
+        """Messages may have been lost until now: what is cached is outdated, and all live waiters
+        are asked for again, one after the other, behind those whose change was heard of.
+        """
+        self._link_back_at = trio.current_time()
+        for question in self._asking.values():
+            question.outdated = True
+        self._unsure.update(
+            (Waiter(principal.tenant, branch, principal.user), None)
+            for connection in self._waiters()
+            if (principal := connection.principal).user is not None
+            for branch in principal.branches
+        )
+        self._wake.set()
+
+    def latest(self, principal: Principal) -> Principal:
+        """The principal as :meth:`assign` would return it now, without waiting.
+
+        Must be followed by :meth:`Hub.join` or :meth:`Hub.move` in the same step: what is outdated,
+        because of a change that was heard of during an await, is then asked for again.
+        """
+        if principal.endpoint is not Endpoint.WAITER or principal.user is None:
+            return principal
+        keys = [Waiter(principal.tenant, branch, principal.user) for branch in principal.branches]
+        self._owe(key for key in keys if not self._is_fresh(key))
+        return self._with_sectors(principal)
+
+    async def pay(self) -> NoReturn:
+        """Ask what is owed until it is answered, and apply it; returns only when cancelled."""
+        backoff, failures = Backoff(first=0.5, most=10), 0
+        while True:
+            while not (owed := self._owed or self._unsure):
+                self._wake = trio.Event()
+                await self._wake.wait()
+            key = next(iter(owed))
+            if not self._connections_of(key.tenant, key.user):
+                del owed[key]
+            elif await self._ask(key, fresh=False):
+                failures = 0
+            else:
+                failures += 1
+                owed.pop(key, None)
+                owed[key] = None  # behind the others: what it can't answer may be this one
+                wait = self._breaker.wait(trio.current_time())
+                await trio.sleep(max(wait, backoff.after(failures)))
+
+    async def follow_clock(self) -> NoReturn:
+        """When a branch's day or shift changes, look at its live waiters again, over a minute."""
+        while True:
+            changed: list[Connection] = []
+            now: dict[tuple[TenantId, BranchId], Period] = {}
+            for connection in self._waiters():
+                tenant = connection.principal.tenant
+                for branch in connection.principal.branches:
+                    if (place := (tenant, branch)) not in now:
+                        now[place] = self._period(*place)
+                if any(
+                    self._periods.get(place := (tenant, branch)) != now[place]
+                    for branch in connection.principal.branches
+                ):
+                    changed.append(connection)
+            self._periods = now
+            random.shuffle(changed)
+            started = trio.current_time()
+            for i, connection in enumerate(changed, 1):
+                if not connection.ending:
+                    await self.assign(connection.principal)
+                    self._apply(connection)
+                await trio.sleep_until(started + i * min(SPREAD / len(changed), 1.0))
+            await trio.sleep(_TICK)
+
+    def _waiters(self) -> list[Connection]:
+        return [
+            connection
+            for connection in self._hub.connections
+            if connection.principal.endpoint is Endpoint.WAITER
+        ]
+
+    def _connections_of(self, tenant: TenantId, user: UserId) -> list[Connection]:
+        return [
+            connection
+            for connection in self._waiters()
+            if connection.principal.tenant == tenant and connection.principal.user == user
+        ]
+
+    def _apply(self, connection: Connection) -> None:
+        """Let it hear what it serves now: one step, so nothing is missed or doubled."""
+        before = connection.principal
+        after = self._with_sectors(before)
+        if after is not before and not connection.ending:
+            self._hub.move(connection, after)
+
+    def _with_sectors(self, principal: Principal) -> Principal:
+        """By what is known; where nothing is, by what the principal had."""
+        assert principal.user is not None
+        sectors: dict[BranchId, frozenset[SectorId]] = {}
+        for branch in principal.branches:
+            key = Waiter(principal.tenant, branch, principal.user)
+            period = self._period(key.tenant, branch)
+            self._periods.setdefault((key.tenant, branch), period)
+            if (known := self._last(key)) is None:
+                had = principal.sectors.get(branch)
+            else:
+                if known.day != period.day:  # better than nothing, until it is asked for
+                    self._owe([key])
+                had = frozenset(sector for sector, shift in known.rows if holds(shift, period))
+            if had:
+                sectors[branch] = had
+        return (
+            principal if _same(sectors, principal.sectors) else replace(principal, sectors=sectors)
+        )
+
+    def _period(self, tenant: TenantId, branch: BranchId) -> Period:
+        return self._days.period(tenant, branch, self._wall_clock())
+
+    def _last(self, key: Waiter) -> _Known | None:
+        return self._known.get((key.tenant, key.user), {}).get(key.branch)
+
+    def _is_fresh(self, key: Waiter) -> bool:
+        known = self._last(key)
+        return (
+            known is not None
+            and known.day == self._period(key.tenant, key.branch).day
+            and trio.current_time() - known.asked_at < self._ttl
+            and known.asked_at > self._link_back_at
+        )
+
+    async def _ask(self, key: Waiter, *, fresh: bool) -> bool:
+        """Ask the database, or wait for who asks already; whether it has answered.
+
+        ``fresh`` wants to know what holds now, and not when that question was sent.
+        """
+        while (asked := self._asking.get(key)) is not None:
+            asked.outdated |= fresh
+            await asked.done.wait()
+            if asked.answered is not None:
+                return asked.answered
+        if not self._breaker.try_now(trio.current_time()):
+            return False
+        question = self._asking[key] = _Question()
+        try:
+            known = await self._answer(key, question)
+        except Unanswered as unanswered:
+            question.answered = False
+            self._breaker.failed(trio.current_time())
+            if (held_back := self._log_limit.allows("unanswered", trio.current_time())) is not None:
+                log.warning(
+                    "sectors not known",
+                    error=str(unanswered),
+                    tenant=key.tenant,
+                    held_back=held_back,
+                )
+            return False
+        except BaseException:
+            self._breaker.abandoned(trio.current_time())
+            raise
+        finally:
+            del self._asking[key]
+            question.done.set()
+        question.answered = True
+        self._breaker.succeeded()
+        self._learn(key, known)
+        return True
+
+    async def _answer(self, key: Waiter, question: _Question) -> _Known:
+        """What the database says, and said after the last change that was heard of."""
+        while True:
+            question.outdated = False
+            day, asked_at = self._period(key.tenant, key.branch).day, trio.current_time()
+            rows = await self._assignments.of(key, day)
+            self._answered += 1
+            if not question.outdated and day == self._period(key.tenant, key.branch).day:
+                return _Known(day, rows, asked_at)
+
+    def _learn(self, key: Waiter, known: _Known) -> None:
+        """Whoever asked: all of the waiter's connections hear what it serves now."""
+        before = self._last(key)
+        person = (key.tenant, key.user)
+        self._known.setdefault(person, {})[key.branch] = known
+        self._known.move_to_end(person)
+        if len(self._known) > _MOST_CACHED:
+            self._known.popitem(last=False)
+        asked_for = key in self._owed or key in self._unsure
+        if asked_for or (before is not None and before.rows != known.rows):
+            self._owed.pop(key, None)
+            self._unsure.pop(key, None)
+            for connection in self._connections_of(key.tenant, key.user):
+                self._apply(connection)
+
+    def _owe(self, keys: Iterable[Waiter]) -> None:
+        for key in keys:
+            self._owed[key] = None
+            self._wake.set()
+
+
+def _same(a: Sectors, b: Sectors) -> bool:
+    return dict(a) == dict(b)
+
+
+def make_roster(
+    settings: Settings, hub: Hub, breaker: Breaker, clock: Callable[[], float]
+) -> Roster:
+    """The roster by the database that the settings name, which there must be one.
+
+    Raises :exc:`InvalidSettings` if its URL can't be used.
+    """
+    assert settings.database_url is not None
+    try:
+        assignments = Assignments(
+            settings.database_url, settings.sector_table, settings.sector_column_names
+        )
+    except ValueError as error:
+        raise InvalidSettings([f"DATABASE_URL {error}"]) from None
+    return Roster(
+        assignments,
+        hub,
+        breaker,
+        days=settings.service_days,
+        ttl=settings.sector_cache_ttl,
+        wall_clock=clock,
+    )

@@ -1,0 +1,1 @@
+"""Broker: what is read from Redis and written to it."""

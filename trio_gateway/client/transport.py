@@ -1,0 +1,120 @@
+"""The wire: one WebSocket on a Trio stream, from the client's side (RFC 6455)."""
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Final
+
+import trio
+from wsproto import ConnectionType, WSConnection
+from wsproto import events as ws
+from wsproto.utilities import LocalProtocolError, RemoteProtocolError
+
+from ..core.close_codes import Close
+from .policy import retry_after
+
+MOST: Final = 1 << 20  # characters of one message; events have 65,536 bytes and an id
+
+
+class Ended(Exception):  # noqa: N818 - an outcome
+    """The WebSocket is over, by this close code; 1006 if no close frame came."""
+
+    def __init__(self, code: int = Close.ABNORMAL, reason: str = "") -> None:
+        super().__init__(f"{code} {reason}".rstrip())
+        self.code = code
+        self.reason = reason
+
+
+class NoUpgrade(Exception):  # noqa: N818 - an outcome
+    """What answers has refused the upgrade with an HTTP status; None if it speaks no HTTP.
+
+    ``retry_after`` is what that header asks for, in seconds.
+    """
+
+    def __init__(self, status: int | None, retry_after: float | None = None) -> None:
+        super().__init__("no HTTP" if status is None else f"HTTP {status}")
+        self.status = status
+        self.retry_after = retry_after
+
+
+class Wire:
+    """One task may receive while others send; whoever is cancelled at it must drop the stream.
+
+    ``on_data`` is called whenever bytes have come, also those of half a message.
+    """
+
+    def __init__(self, stream: trio.abc.Stream) -> None:
+        self._stream = stream
+        self.on_data: Callable[[], None] | None = None
+        self._ws = WSConnection(ConnectionType.CLIENT)
+        self._turn = trio.Lock()  # to send: what wsproto makes must go out in that order
+
+    async def upgrade(self, host: str, target: str, headers: Sequence[tuple[bytes, bytes]]) -> None:
+        """Ask for the WebSocket; raise :exc:`NoUpgrade` or :exc:`Ended`."""
+        await self._send(ws.Request(host=host, target=target, extra_headers=list(headers)))
+        try:
+            while True:
+                for event in self._ws.events():
+                    match event:
+                        case ws.AcceptConnection():
+                            return
+                        case ws.RejectConnection(status_code=status, headers=answered):
+                            said = {
+                                name.lower(): value.decode("latin-1") for name, value in answered
+                            }
+                            wait = retry_after(said.get(b"retry-after", ""), said.get(b"date", ""))
+                            raise NoUpgrade(status, wait)
+                await self._more()
+        except RemoteProtocolError:
+            raise NoUpgrade(None) from None
+
+    async def receive(self) -> str:
+        """The next text message. Pings are answered meanwhile; raises :exc:`Ended`."""
+        text = ""
+        while True:
+            for event in self._ws.events():
+                match event:
+                    case ws.TextMessage(data=data, message_finished=finished):
+                        text += data
+                        if len(text) > MOST:
+                            raise Ended(Close.MESSAGE_TOO_BIG, "message too big")
+                        if finished:
+                            return text
+                    case ws.Ping():
+                        await self._send(event.response())
+                    case ws.CloseConnection(code=code, reason=reason):
+                        with suppress(Ended):  # what counts is what it said
+                            await self._send(event.response())
+                        raise Ended(code, reason or "")
+            try:
+                await self._more()
+            except RemoteProtocolError:
+                raise Ended(reason="frames that break the protocol") from None
+
+    async def send(self, text: str) -> None:
+        """Send a message, or raise :exc:`Ended`."""
+        await self._send(ws.TextMessage(data=text))
+
+    async def say_goodbye(self) -> None:
+        """Close with 1000, and read on until the other side has answered."""
+        with suppress(Ended):
+            await self._send(ws.CloseConnection(code=Close.NORMAL))
+            while True:
+                await self.receive()
+
+    async def _send(self, event: ws.Event) -> None:
+        async with self._turn:
+            try:
+                await self._stream.send_all(self._ws.send(event))
+            except (trio.BrokenResourceError, trio.ClosedResourceError, LocalProtocolError):
+                raise Ended from None
+
+    async def _more(self) -> None:
+        try:
+            data = await self._stream.receive_some()
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            raise Ended from None
+        if not data:
+            raise Ended
+        if self.on_data is not None:
+            self.on_data()
+        self._ws.receive_data(bytes(data))

@@ -1,1 +1,0 @@
-"""Touches the world: sockets, HTTP, Redis."""

@@ -1,0 +1,1 @@
+"""Transports: how bytes reach clients (TCP, ASGI, Server-Sent Events)."""

@@ -1,0 +1,110 @@
+"""The second door: a socket over Quart's websocket, for whatever does not come by the line."""
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, Final
+
+import trio
+from quart import Websocket
+
+from ..core.audiences import Endpoint
+from ..core.close_codes import Close
+from ..core.frames import TEXT, boundary, split
+from ..runtime.connection import Violation
+from ..runtime.outbox import Outbox
+from .handshake import Handshake, join_headers, read_query
+
+DRAIN = 2.0  # seconds
+_LINGER: Final = 1.0  # seconds
+# In the state of a scope that the line hands over: cuts the client off.
+CUT: Final = "cut"
+TRAFFIC: Final = "traffic"  # and: tells how many bytes were acknowledged, and were not
+
+
+def cut_of(scope: Any) -> Callable[[], None] | None:
+    """What cuts this client off at once, if there is a way to: not one HTTP/2 stream of several."""
+    if not scope.get("http_version", "1.1").startswith("1"):
+        return None
+    found: Callable[[], None] | None = scope.get("state", {}).get(CUT)
+    return found
+
+
+def traffic_of(scope: Any) -> Callable[[], tuple[int, int]]:
+    """What tells how much this client's side of the TCP connection has acknowledged."""
+    found: Callable[[], tuple[int, int]] = scope.get("state", {}).get(TRAFFIC, _unknown)
+    return found
+
+
+def _unknown() -> tuple[int, int]:
+    return 0, 0
+
+
+def measures_progress(scope: Any) -> bool:
+    """Whether a send has a deadline that measures what the client takes, as it has on the line."""
+    return CUT in scope.get("state", {})
+
+
+def read_scope(endpoint: Endpoint, scope: Any) -> Handshake:
+    """What an ASGI server says of a client that is at this endpoint's door."""
+    return Handshake(
+        endpoint,
+        read_query(scope["query_string"].decode("latin-1")),
+        join_headers(scope["headers"]),
+        peer=lambda: str((scope.get("client") or ("",))[0]),
+        one_way=scope["type"] == "http",
+    )
+
+
+class AsgiSocket:
+    """Slower than the line, and with less to see: the ASGI server answers the client's pings and
+    keeps its close code to itself; when the client leaves, whoever serves it is cancelled.
+    """
+
+    def __init__(self, websocket: Websocket, max_size: int) -> None:
+        self._websocket = websocket
+        self._max_size = max_size
+        scope = getattr(websocket, "scope", {})
+        self._cut = cut_of(scope)
+        self._closed = False
+        self._aborted = False
+        self.measures_progress = measures_progress(scope)
+        self.answers_pings = False  # ASGI has no word for a ping
+        self.traffic = traffic_of(scope)
+
+    def try_write(self, data: bytes) -> int:
+        if self._aborted:
+            raise BrokenPipeError
+        return 0
+
+    async def write_from(self, outbox: Outbox) -> None:
+        data = outbox.head()
+        if not self.measures_progress:  # one frame has one deadline
+            data = data[: boundary(data, 1)]
+        outbox.took(len(data))
+        for opcode, payload in split(data):
+            if opcode == TEXT:  # pings are the server's own (websocket_ping_interval)
+                await self._websocket.send(str(payload, "utf-8"))
+
+    async def receive(self) -> str:
+        said = await self._websocket.receive()
+        if not isinstance(said, str):
+            raise Violation(Close.UNSUPPORTED_DATA, "binary frames are not supported")
+        if len(said) * 4 > self._max_size and len(said.encode()) > self._max_size:
+            raise Violation(Close.MESSAGE_TOO_BIG, f"message is over {self._max_size} bytes")
+        return said
+
+    async def close(self, code: int, reason: str) -> None:
+        if self._aborted:
+            return
+        if code == Close.ABNORMAL:  # the client has gone, and the server has answered its close
+            self._closed = True
+            return
+        # A client that opens no window, or does not read, takes no close either.
+        with trio.move_on_after(_LINGER), suppress(OSError):
+            await self._websocket.close(code, reason)
+            self._closed = True
+
+    def abort(self) -> None:
+        self._aborted = True
+        if not self._closed and self._cut is not None:
+            self._cut()

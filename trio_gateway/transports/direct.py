@@ -1,0 +1,290 @@
+"""The wire: frames of one client on a Trio stream, read and written with as little as it takes."""
+
+import os
+import select
+import struct
+from contextlib import suppress
+from math import inf
+from socket import SO_LINGER, SOL_SOCKET
+from typing import Any, Final
+
+import trio
+from wsproto.connection import Connection as WebSocket
+from wsproto.connection import ConnectionState, ConnectionType
+from wsproto.events import BytesMessage, CloseConnection, TextMessage
+from wsproto.events import Ping as PingFrame
+from wsproto.events import Pong as PongFrame
+from wsproto.extensions import Extension, PerMessageDeflate
+
+from ..core.close_codes import Close
+from ..core.frames import CLOSE, close_frame, frame, short_frame
+from ..core.frames import PING as PING_CODE
+from ..core.frames import PONG as PONG_CODE
+from ..runtime.connection import Left, Ping, Pong, Violation
+from ..runtime.outbox import Outbox
+from .hypercorn_bounds import MOST_FRAGMENTS
+from .progress import DIRECT, MovingStream, traffic, wait_writable
+
+LINGER: Final = 1.0  # seconds
+_RESETS: Final = struct.pack("ii", 1, 0)  # a close that waits for nothing
+CHUNK: Final = 65_536
+# Of frames at a time: seven bytes may be a frame of their own, and others wait meanwhile.
+_FRAMES_CHUNK: Final = 4096
+GONE: Final = (trio.BrokenResourceError, trio.ClosedResourceError, trio.BusyResourceError)
+
+
+async def receive(stream: trio.abc.Stream, size: int, *, at_once: bool = False) -> bytes:
+    """Some bytes, none at the end. Raises :exc:`OSError` or one of :data:`GONE`.
+
+    Of a plain socket they are read without the stream's own steps, of which there are many;
+    ``at_once`` without waiting, and then without a checkpoint, if some are there.
+    """
+    if not DIRECT or type(stream) is not trio.SocketStream:
+        return bytes(await stream.receive_some(size))
+    socket = stream.socket
+    while not is_closed(stream):
+        if not at_once:
+            await trio.lowlevel.wait_readable(socket)
+        at_once = False
+        try:
+            # The number is asked for each time, -1 once closed: the next client gets the old one.
+            return os.read(socket.fileno(), size)
+        except BlockingIOError:
+            pass
+    raise trio.ClosedResourceError("socket is closed")
+
+
+async def linger(stream: trio.abc.Stream) -> None:
+    """Say that nothing more comes, and read on until the peer is done or a second has passed: a
+    socket that is closed with unread data is reset, and what was sent last is lost.
+    """
+    with trio.move_on_after(LINGER):
+        try:
+            if isinstance(stream, trio.abc.HalfCloseableStream):
+                await stream.send_eof()
+            while await stream.receive_some(CHUNK):
+                pass
+        except GONE:
+            pass
+
+
+def is_readable(sock: Any) -> bool:
+    """Whether a read would not wait: there is a byte, or the end."""
+    if not DIRECT:
+        return False
+    poll = select.poll()
+    poll.register(sock.fileno(), select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def is_closed(stream: trio.abc.Stream) -> bool:
+    """Whether it is a plain socket that was closed already; to close one again is not cheap."""
+    return isinstance(stream, trio.SocketStream) and stream.socket.fileno() == -1
+
+
+def cut(stream: trio.abc.Stream) -> None:
+    """Reset the connection at once, below TLS if there is any: for a peer that takes nothing, the
+    kernel would keep what was not sent for minutes, and not even the end would reach it.
+    """
+    socket = socket_of(stream)
+    if socket is not None and socket.fileno() != -1:
+        with suppress(OSError):
+            socket.setsockopt(SOL_SOCKET, SO_LINGER, _RESETS)
+        socket.close()
+
+
+def socket_of(stream: trio.abc.Stream) -> Any:
+    """The socket that carries a stream, below TLS if there is any; else None."""
+    return getattr(getattr(stream, "transport_stream", stream), "socket", None)
+
+
+class LineSocket:
+    """A WebSocket on a Trio stream: ready-made frames are written, short ones are read here, and
+    wsproto reads the others.
+
+    ``rest`` is what the client sent behind its request head: its first frames. A write raises
+    :exc:`TimeoutError` if the client takes nothing for ``write_timeout`` seconds, where that can
+    be seen.
+    """
+
+    __slots__ = (
+        "_aborted", "_broken", "_fragments", "_pieces", "_size", "_socket", "_stream", "_unread",
+        "_websocket", "_write_timeout", "deflate", "max_size", "measures_progress",
+    )  # fmt: skip
+
+    def __init__(
+        self, stream: trio.abc.Stream, rest: bytes, max_size: int, *, write_timeout: float = inf
+    ) -> None:
+        self._stream = stream
+        self._write_timeout = write_timeout
+        self._socket = stream.socket if DIRECT and type(stream) is trio.SocketStream else None
+        self.measures_progress = self._socket is not None or isinstance(
+            getattr(stream, "transport_stream", None), MovingStream
+        )
+        self.max_size = max_size
+        self.deflate: PerMessageDeflate | None = None  # reads compressed messages, if agreed to
+        self._unread = rest
+        self._websocket: WebSocket | None = None  # made for the first frame that is not short
+        self._pieces: list[str] = []  # of a message that is not complete yet
+        self._size = 0  # their bytes
+        self._fragments = 0  # its frames
+        self._broken = False  # a write was cut off: the peer may have half a frame
+        self._aborted = False
+
+    @property
+    def answers_pings(self) -> bool:
+        return True
+
+    def traffic(self) -> tuple[int, int]:
+        return traffic(socket_of(self._stream))
+
+    def try_write(self, data: bytes | memoryview) -> int:
+        if self._aborted:
+            raise BrokenPipeError
+        if self._socket is None:
+            return 0
+        try:
+            # As in receive(): never a number that was kept.
+            return os.write(self._socket.fileno(), data)
+        except BlockingIOError:
+            return 0
+
+    async def write_from(self, outbox: Outbox) -> None:
+        if self._socket is None:
+            data = outbox.head()
+            outbox.took(len(data))
+            await self._send_all(data)
+            return
+        if self._socket.fileno() == -1:
+            raise BrokenPipeError
+        try:
+            await wait_writable(self._socket, self._write_timeout)
+        except trio.ClosedResourceError:
+            raise BrokenPipeError from None
+        # Only now: what the outbox holds may have changed meanwhile.
+        if outbox.bytes and (taken := self.try_write(outbox.head())):
+            outbox.took(taken)
+
+    async def send(self, data: bytes, timeout: float) -> None:
+        """Send all of it, while nobody else writes. Raises :exc:`OSError` if the client is gone,
+        :exc:`trio.TooSlowError` if it has not taken all in so many seconds.
+        """
+        if (taken := self.try_write(data)) == len(data):
+            return
+        outbox = Outbox()
+        outbox.put(data, 1, taken)
+        with trio.fail_after(timeout):
+            while outbox.bytes:
+                await self.write_from(outbox)
+
+    async def receive(self) -> str | Ping | Pong:
+        while True:
+            said = self._short() if self._websocket is None else self._said(self._websocket)
+            if said is not None:
+                return said
+            try:
+                data = await receive(self._stream, _FRAMES_CHUNK)
+            except (OSError, *GONE):
+                data = b""
+            if not data:
+                raise Left(Close.ABNORMAL)
+            if self._websocket is None:
+                self._unread = data
+            else:
+                self._websocket.receive_data(data)
+
+    def _short(self) -> str | Ping | Pong | None:
+        """What the next frame says, if it is short and all there, as nearly all are. From the
+        first one that is not, wsproto reads everything.
+        """
+        if not self._unread:
+            return None
+        if (found := short_frame(self._unread)) is None:
+            extensions: list[Extension] = [] if self.deflate is None else [self.deflate]
+            self._websocket = WebSocket(ConnectionType.SERVER, extensions, self._unread)
+            self._unread = b""
+            return self._said(self._websocket)
+        opcode, payload, end = found
+        self._unread = self._unread[end:]
+        if opcode == PING_CODE:
+            return Ping(payload)
+        if opcode == PONG_CODE:
+            return Pong()
+        if len(payload) > self.max_size:
+            raise self._too_big()
+        try:
+            return payload.decode()
+        except UnicodeDecodeError:
+            raise Violation(Close.INVALID_DATA, _why(Close.INVALID_DATA)) from None
+
+    def _said(self, websocket: WebSocket) -> str | Ping | Pong | None:
+        """What the next whole message says, if it is there."""
+        for event in websocket.events():
+            match event:
+                case TextMessage():
+                    if (text := self._text(event)) is not None:
+                        return text
+                case PingFrame(payload=payload):
+                    return Ping(bytes(payload))
+                case PongFrame():
+                    return Pong()
+                case BytesMessage():
+                    raise Violation(Close.UNSUPPORTED_DATA, "binary frames are not supported")
+                case CloseConnection(code=code, reason=reason):
+                    if websocket.state is ConnectionState.REMOTE_CLOSING:
+                        raise Left(int(code), reason or "")
+                    # wsproto's word for what broke RFC 6455, or the bound of what it inflates to
+                    if code == Close.MESSAGE_TOO_BIG:
+                        raise self._too_big()
+                    raise Violation(Close(int(code)), _why(Close(int(code))))
+        return None
+
+    def _text(self, event: TextMessage) -> str | None:
+        """The message, if this piece completes it."""
+        piece = event.data
+        self._size += len(piece) if piece.isascii() else len(piece.encode())
+        if self._size > self.max_size:
+            raise self._too_big()
+        self._fragments += event.frame_finished
+        if self._fragments > MOST_FRAGMENTS:
+            raise Violation(Close.MESSAGE_TOO_BIG, "too many fragments")
+        if event.message_finished:
+            text = "".join([*self._pieces, piece]) if self._pieces else piece
+            self._pieces.clear()
+            self._size = self._fragments = 0
+            return text
+        if piece:
+            self._pieces.append(piece)
+        return None
+
+    def _too_big(self) -> Violation:
+        return Violation(Close.MESSAGE_TOO_BIG, f"message is over {self.max_size} bytes")
+
+    async def close(self, code: int, reason: str) -> None:
+        if code != Close.ABNORMAL and not self._broken and not self._aborted:
+            # RFC 6455, 5.5.1: a close frame without a code is answered by one without
+            last = frame(CLOSE, b"") if code == Close.NO_STATUS else close_frame(code, reason)
+            with suppress(OSError, trio.TooSlowError):
+                await self.send(last, LINGER)
+                await linger(self._stream)
+        self._aborted = True
+        if (socket := socket_of(self._stream)) is not None:
+            socket.close()
+        if not is_closed(self._stream):
+            await trio.aclose_forcefully(self._stream)
+
+    def abort(self) -> None:
+        self._aborted = True
+        cut(self._stream)
+
+    async def _send_all(self, data: memoryview) -> None:
+        self._broken = True
+        try:
+            await self._stream.send_all(data)
+        except GONE:
+            raise BrokenPipeError from None
+        self._broken = False
+
+
+def _why(close: Close) -> str:
+    return "text is not UTF-8" if close is Close.INVALID_DATA else "frames break RFC 6455"

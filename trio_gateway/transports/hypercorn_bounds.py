@@ -1,0 +1,228 @@
+"""Bounds for Hypercorn's HTTP and WebSocket code: what it would take, or wait for, without end."""
+
+import math
+from contextlib import suppress
+from typing import Any, Final
+
+import h11
+import hypercorn.protocol
+import hypercorn.protocol.h2
+import hypercorn.protocol.h11
+import trio
+from h2.errors import ErrorCodes
+from h2.exceptions import ProtocolError
+from hypercorn.events import Closed
+from hypercorn.protocol.events import Data, Event, StreamClosed
+from hypercorn.protocol.h2 import (
+    BUFFER_HIGH_WATER,
+    BUFFER_LOW_WATER,
+    BufferCompleteError,
+    H2Protocol,
+    StreamBuffer,
+)
+from hypercorn.protocol.h11 import H11Protocol
+from hypercorn.protocol.ws_stream import (
+    ASGIWebsocketState,
+    FrameTooLargeError,
+    WebsocketBuffer,
+    WSStream,
+)
+from hypercorn.typing import WebsocketAcceptEvent
+from wsproto.connection import ConnectionState
+from wsproto.events import CloseConnection, Message
+from wsproto.events import Event as WebSocketEvent
+from wsproto.events import Ping as PingFrame
+from wsproto.events import Pong as PongFrame
+
+from ..core.close_codes import Close
+from ..core.limits import RateLimit
+
+MOST_FRAGMENTS: Final = 256  # of one message: each costs as much as a message of its own
+_MOST_CONTROL: Final = 100  # pings and pongs in a second; the gateway's own limit can't see them
+_PIECE: Final = 1024  # bytes at a time: seven may be a frame of their own
+_LINGER: Final = 1.0  # seconds
+_LAST_WORDS: Final = 16_384  # bytes in which the answer to our close must come
+
+
+class _Buffer(WebsocketBuffer):
+    """Counts the fragments of a message, too."""
+
+    def __init__(self, max_length: int) -> None:
+        super().__init__(max_length)
+        self._fragments = 0
+
+    def extend(self, event: Message[Any]) -> None:
+        self._fragments += event.frame_finished
+        if self._fragments > MOST_FRAGMENTS:
+            raise FrameTooLargeError
+        super().extend(event)
+
+    def clear(self) -> None:
+        super().clear()
+        self._fragments = 0
+
+
+class BoundedStream(WSStream):
+    """Agrees to no extension, has an end to what it takes, and lets others have their turn."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.buffer = _Buffer(self.config.websocket_max_message_size)
+        self._control = RateLimit(_MOST_CONTROL, 1.0)
+        self._over_at: float | None = None  # when it was told so
+        self._last_words = _LAST_WORDS
+
+    async def handle(self, event: Event) -> None:
+        if not isinstance(event, Data):
+            await super().handle(event)
+            return
+        for at in range(0, len(event.data), _PIECE):
+            piece = event.data[at : at + _PIECE]
+            if self._last_words > 0:
+                await super().handle(Data(event.stream_id, piece))
+            if self._over_at is not None:
+                await self._wait_for_the_end(len(piece))
+            await trio.lowlevel.checkpoint()
+
+    async def _wait_for_the_end(self, size: int) -> None:
+        """Discard what comes, so that our close frame is not lost to a reset; for so long."""
+        self._last_words -= size
+        assert self._over_at is not None
+        if trio.current_time() - self._over_at > _LINGER and self.app_put is not None:
+            self._over_at = math.inf
+            await self.app_put({"type": "websocket.disconnect", "code": int(Close.ABNORMAL)})
+
+    async def _accept(self, message: WebsocketAcceptEvent) -> None:
+        # permessage-deflate: 65 KB can become 200 MB, and nothing bounds that.
+        self.handshake.extensions = None
+        await super()._accept(message)
+
+    async def _handle_events(self) -> None:
+        for event in self.connection.events():
+            if isinstance(event, CloseConnection):
+                if self.connection.state is ConnectionState.REMOTE_CLOSING:
+                    await self._send_wsproto_event(event.response())
+                await self.send(StreamClosed(stream_id=self.stream_id))
+            elif self._over_at is None and self.state is not ASGIWebsocketState.CLOSED:
+                # Once the app has closed it takes no more, and waiting for it would be for ever.
+                await self._take(event)
+
+    async def _take(self, event: WebSocketEvent) -> None:
+        match event:
+            case Message():
+                try:
+                    self.buffer.extend(event)
+                except FrameTooLargeError:
+                    await self._refuse(Close.MESSAGE_TOO_BIG)
+                    return
+                if event.message_finished:
+                    assert self.app_put is not None
+                    await self.app_put(self.buffer.to_message())
+                    self.buffer.clear()
+            case PingFrame() | PongFrame() if self._control.exceeded(trio.current_time()):
+                await self._refuse(Close.RATE_LIMITED)
+            case PingFrame():
+                await self._send_wsproto_event(event.response())
+
+    async def _refuse(self, close: Close) -> None:
+        self._over_at = trio.current_time()
+        self.buffer.clear()
+        await self._send_wsproto_event(CloseConnection(code=int(close)))
+
+
+class BoundedH11(H11Protocol):
+    """Speaks HTTP/1 only.
+
+    Hypercorn also changes to HTTP/2 where nobody negotiated it: for ``Upgrade: h2c``, which a
+    server may ignore (RFC 9110, 7.8), and for a request line that HTTP/2's preface begins with.
+    """
+
+    async def _check_protocol(self, event: h11.Request) -> None:
+        pass
+
+    async def _create_stream(self, request: h11.Request) -> None:
+        if not request.http_version.startswith(b"1."):
+            await self._send_error_response(400)
+            await self.send(Closed())
+            return
+        await super()._create_stream(request)
+
+
+class BoundedH2(H2Protocol):
+    """Resets a stream whose client opens no window for it within the write timeout."""
+
+    async def stream_send(self, event: Event) -> None:
+        buffer = self.stream_buffers.get(event.stream_id)
+        if isinstance(buffer, BoundedBuffer):
+            buffer.timeout = getattr(getattr(self.app, "app", None), "write_timeout", math.inf)
+        if isinstance(event, StreamClosed) and buffer is not None and buffer.buffer:
+            await self._reset(event.stream_id)  # whoever sent this has lost patience
+        try:
+            await super().stream_send(event)
+        except TimeoutError:
+            await self._reset(event.stream_id)
+            raise
+
+    async def _reset(self, stream_id: int) -> None:
+        """End one stream; the sending task drops what waits for it."""
+        with suppress(KeyError, ProtocolError):
+            self.connection.reset_stream(stream_id, ErrorCodes.CANCEL)
+            self.priority.unblock(stream_id)
+        await self.has_data.set()
+        await self._flush()
+
+
+class BoundedBuffer(StreamBuffer):
+    """What waits for one HTTP/2 client's flow control.
+
+    Hypercorn lets the sender go on as soon as little is taken out, instead of left in: who opens
+    its window no more would be buffered for without end, and never be found slow. A wait raises
+    :exc:`TimeoutError` when for ``timeout`` seconds nothing was taken out.
+    """
+
+    timeout = math.inf
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._taken = 0
+
+    async def push(self, data: bytes) -> None:
+        if self._complete:
+            raise BufferCompleteError
+        self.buffer.extend(data)
+        await self._is_empty.clear()
+        if len(self.buffer) >= BUFFER_HIGH_WATER:
+            await self._wait(self._paused)
+            await self._paused.clear()
+
+    async def drain(self) -> None:
+        await self._wait(self._is_empty)
+
+    async def _wait(self, event: Any) -> None:
+        while True:
+            taken = self._taken
+            with trio.move_on_after(self.timeout) as scope:
+                await event.wait()
+            if not scope.cancelled_caught:
+                return
+            if self._taken == taken:
+                raise TimeoutError("the client opens no window")
+
+    async def pop(self, max_length: int) -> bytes:
+        data = bytes(self.buffer[:max_length])
+        del self.buffer[:max_length]
+        self._taken += len(data)
+        if len(self.buffer) < BUFFER_LOW_WATER:
+            await self._paused.set()
+        if not self.buffer:
+            await self._is_empty.set()
+        return data
+
+
+def bound_protocols() -> None:
+    """Put these where Hypercorn looks them up by name. May be called again."""
+    vars(hypercorn.protocol)["H11Protocol"] = BoundedH11
+    vars(hypercorn.protocol)["H2Protocol"] = BoundedH2
+    vars(hypercorn.protocol.h11)["WSStream"] = BoundedStream
+    vars(hypercorn.protocol.h2)["WSStream"] = BoundedStream
+    vars(hypercorn.protocol.h2)["StreamBuffer"] = BoundedBuffer

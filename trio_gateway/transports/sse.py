@@ -1,0 +1,187 @@
+"""Server-Sent Events: a socket over an HTTP response, for networks that break WebSockets."""
+
+import json
+import math
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import ExitStack, suppress
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+
+import trio
+from quart_trio.asgi import TrioASGIHTTPConnection
+
+from ..core.audiences import Endpoint
+from ..core.close_codes import Close, Rejected
+from ..core.frames import boundary
+from ..core.sse import HELLO, MEDIA_TYPE, as_events, close_event, retry_after
+from ..runtime.connection import Left, Violation
+from ..runtime.outbox import Outbox
+from ..web import cors, operations
+from ..web.responses import RETRY_AFTER, refusal_status, status_of
+from .asgi import cut_of, measures_progress, read_scope, traffic_of
+from .direct import LINGER
+from .handshake import Handshake
+
+if TYPE_CHECKING:
+    from ..gateway import Gateway
+
+PATHS: Final[Mapping[str, Endpoint]] = MappingProxyType({f"{e.path}/events": e for e in Endpoint})
+
+_Receive = Callable[[], Awaitable[Any]]
+_Send = Callable[[Any], Awaitable[None]]
+
+
+class HttpConnection(TrioASGIHTTPConnection):
+    """An HTTP request: ours if it asks for a stream of events, Quart's if not; what pages of
+    other origins may call is answered such that they can read it.
+    """
+
+    app: "Gateway"
+
+    async def __call__(self, receive: _Receive, send: _Send) -> None:
+        path, headers, is_allowed = (
+            self.scope["path"], self.scope["headers"], self.app.admission.is_allowed,
+        )  # fmt: skip
+        has_operations = self.app.settings.ws_operations_bind is not None
+        if has_operations and operations.hides(self.scope, path):
+            await _answer(send, 404, {"Content-Type": "text/plain"}, b"not found\n")
+            return
+        if (shared := cors.PATHS.get(path)) is not None:
+            if self.scope["method"] == "OPTIONS":
+                await cors.answer_options(shared, headers, is_allowed, send)
+                return
+            send = cors.adding(cors.response_headers(shared, headers, is_allowed), send)
+        if (endpoint := PATHS.get(path)) is None:
+            with ExitStack() as until_sent:  # for what a view holds until its answer is sent
+                self.scope["until_sent"] = until_sent  # type: ignore[typeddict-unknown-key]
+                try:
+                    await super().__call__(receive, send)
+                except* TimeoutError:  # the client takes nothing, and was cut off
+                    pass
+            return
+        await serve(self.app, read_scope(endpoint, self.scope), self.scope, receive, send)
+
+
+async def serve(
+    app: "Gateway", handshake: Handshake, scope: Any, receive: _Receive, send: _Send
+) -> None:
+    """The third door. A refusal is an HTTP status; returns when the stream has ended."""
+    match scope["method"]:
+        case "GET" if app.draining:
+            app.refused[503] += 1
+            await _refuse(send, 503, Close.GOING_AWAY, "draining", RETRY_AFTER[503])
+        case "GET":
+            await app.serve_connection(handshake, EventStream(scope, receive, send))
+        case _:
+            await _answer(send, 405, {"Allow": "GET, OPTIONS"})
+
+
+class EventStream:
+    """Listens to nothing: the client says no word, and goes by closing the connection.
+
+    The response begins when the client is let in. A close before that is an HTTP status.
+    """
+
+    def __init__(self, scope: Any, receive: _Receive, send: _Send) -> None:
+        self._receive = receive
+        self._send = send
+        self._start = _start(200, _STREAM_HEADERS)
+        self._cut = cut_of(scope)
+        self.measures_progress = measures_progress(scope)
+        self.answers_pings = False  # it is sent a comment, which nobody answers
+        self.traffic = traffic_of(scope)
+        if scope["http_version"].startswith("1"):
+            # Who is sent away must not come back here, to be refused, on the same connection.
+            self._start["headers"].append((b"connection", b"close"))
+        self._turn = trio.Lock()  # the reader begins the response, or the writer does
+        self._begun = False
+        self._broken = False  # a send was cut off: the client may have half an event
+        self._ended = False
+        self._aborted = False
+
+    def try_write(self, data: bytes) -> int:
+        if self._aborted:
+            raise BrokenPipeError
+        return 0
+
+    async def write_from(self, outbox: Outbox) -> None:
+        data = outbox.head()
+        if not self.measures_progress:  # one event has one deadline
+            data = data[: boundary(data, 1)]
+        outbox.took(len(data))
+        await self._write(as_events(data))
+
+    async def receive(self) -> NoReturn:
+        try:
+            await self._write(b"")
+        except OSError:
+            raise Left(Close.ABNORMAL) from None
+        while (message := await self._receive())["type"] != "http.disconnect":
+            if message.get("body"):
+                raise Violation(Close.UNSUPPORTED_DATA, "a stream of events takes no body")
+        async with self._turn:  # a write that took too long says so first
+            raise Left(Close.ABNORMAL)
+
+    async def refuse(self, rejected: Rejected) -> None:
+        """Answer a client that is not let in; the response has not begun."""
+        status, again = refusal_status(rejected)
+        with trio.move_on_after(LINGER), suppress(OSError):
+            await _refuse(self._send, status, rejected.close, rejected.text, again)
+            self._ended = True
+
+    async def close(self, code: int, reason: str) -> None:
+        if code == Close.ABNORMAL or self._broken or self._aborted:
+            return
+        with trio.move_on_after(LINGER), suppress(OSError):
+            if not self._begun:
+                status = status_of(code)
+                await _refuse(self._send, status, code, reason, RETRY_AFTER.get(status))
+            else:
+                await self._write(close_event(code, reason), more=False)
+            self._ended = True
+
+    def abort(self) -> None:
+        self._aborted = True
+        if not self._ended and self._cut is not None:
+            self._cut()
+
+    async def _write(self, events: bytes, *, more: bool = True) -> None:
+        async with self._turn:
+            if self._aborted:
+                raise BrokenPipeError
+            self._broken = True
+            if not self._begun:
+                self._begun = True
+                await self._send(self._start)
+                events = HELLO + events
+            if events:
+                await self._send({"type": "http.response.body", "body": events, "more_body": more})
+            self._broken = False
+
+
+_STREAM_HEADERS: Final = {
+    "Content-Type": MEDIA_TYPE,
+    # A proxy that compressed or rewrote it would keep events back (RFC 9111, 5.2.2.6).
+    "Cache-Control": "no-store, no-transform",
+    "X-Accel-Buffering": "no",  # nginx would keep events back until its buffer is full
+}
+
+
+async def _refuse(send: _Send, status: int, code: int, reason: str, again: float | None) -> None:
+    """Say no as the other routes do; the code is what a WebSocket would have been closed with."""
+    found = {"Content-Type": "application/json", "Cache-Control": "no-store"}
+    if status == 401:
+        found["WWW-Authenticate"] = "Bearer"
+    if (after := retry_after(reason) or again) is not None:
+        found["Retry-After"] = str(max(1, math.ceil(after)))
+    await _answer(send, status, found, json.dumps({"code": int(code), "error": reason}).encode())
+
+
+async def _answer(send: _Send, status: int, headers: Mapping[str, str], body: bytes = b"") -> None:
+    await send(_start(status, {**headers, "Content-Length": str(len(body))}))
+    await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+def _start(status: int, headers: Mapping[str, str]) -> dict[str, Any]:
+    raw = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items()]
+    return {"type": "http.response.start", "status": status, "headers": raw}

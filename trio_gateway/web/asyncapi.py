@@ -1,0 +1,299 @@
+"""The contract as an AsyncAPI 3.0 document, from the tables that the gateway itself runs on.
+
+It is public, as the JavaScript client is, and holds no address and no secret.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import quote
+
+import msgspec
+
+from .. import __version__
+from ..core.audiences import (
+    BranchId,
+    Endpoint,
+    Principal,
+    SectorId,
+    SessionId,
+    TenantId,
+    audiences_of,
+)
+from ..core.close_codes import Close
+from ..core.control_messages import REVOKED, SECTORS_CHANGED, Revoked, SectorsChanged
+from ..core.events import MAX_EVENT_BYTES, Keys, parse_event
+from ..core.message_schemas import ANSWERS, REQUESTS, Answer, Request, Schema
+from ..core.routing import UNKNOWN, Route, route
+from ..transports.handshake import SUBPROTOCOL
+from ..transports.sse import PATHS
+
+if TYPE_CHECKING:
+    from ..settings import Settings
+
+_Object = dict[str, Any]
+
+
+def describe(settings: "Settings") -> _Object:
+    """What a gateway with these settings promises: its routes, patterns and streams."""
+    routes = settings.routes
+    sources = _sources(settings.redis_channel_patterns, settings.redis_streams)
+    channels: _Object = {}
+    operations: _Object = {}
+    for endpoint in Endpoint:
+        heard = [_event_name(name) for name in heard_at(endpoint, routes)]
+        if heard_at(endpoint, {"any other": UNKNOWN}):
+            heard.append("event")
+        _add_endpoint(endpoint, heard, channels, operations)
+    for name, (address, words) in sources.items():
+        channels[name] = _redis_channel(address, words, "event")
+        operations[f"hear_{name}"] = _operation("receive", name, ["event"])
+    for name, address in {"revoked": REVOKED, "sectors_changed": SECTORS_CHANGED}.items():
+        channels[name] = _redis_channel(address, "A notice to the gateway itself.", name)
+        operations[f"hear_{name}"] = _operation("receive", name, [name])
+    return {
+        "asyncapi": "3.0.0",
+        "info": {
+            "title": "trio-gateway",
+            "version": __version__,
+            "description": "Events from Redis to exactly the clients that may hear them.",
+            "license": {"name": "MIT"},
+        },
+        "defaultContentType": "application/json",
+        "servers": _SERVERS,
+        "channels": channels,
+        "operations": operations,
+        "components": {
+            "schemas": _schemas(),
+            "messages": _messages(routes),
+            "securitySchemes": _SECURITY,
+        },
+        "x-close-codes": [
+            {"code": int(close), "name": close.name, "when": close.when, "then": close.then}
+            for close in Close
+            if close.sent
+        ],
+    }
+
+
+def heard_at(endpoint: Endpoint, routes: Mapping[str, Route]) -> list[str]:
+    """The types of which somebody on this endpoint may hear events: by the routing itself."""
+    tenant, branch, sector, session = TenantId(1), BranchId(1), SectorId(1), SessionId(1)
+    somebody = Principal(
+        endpoint=endpoint,
+        tenant=tenant,
+        branches=frozenset({branch}),
+        expires_at=0,
+        roles=endpoint.roles,
+        sectors={branch: frozenset({sector})},
+        session=None if endpoint.staff else session,
+    )
+    mine = audiences_of(somebody)
+    keys = {"tenant_id": tenant, "branch_id": branch, "sector_id": sector, "session_id": session}
+
+    def hears(name: str) -> bool:
+        payload = msgspec.json.encode({"type": name, **keys})
+        event = parse_event(payload, channel="", heard_at=0)
+        return not mine.isdisjoint(route(event, routes))
+
+    return [name for name in routes if hears(name)]
+
+
+_SERVERS: Final[_Object] = {
+    name: {
+        "host": "{host}",
+        "protocol": protocol,
+        "variables": {"host": {"default": default, "description": words}},
+    }
+    for name, protocol, default, words in (
+        ("websocket", "wss", "gateway.example", "the gateway's name, where TLS ends"),
+        ("websocket_plain", "ws", "localhost:8001", "a gateway without TLS, in development"),
+        ("http", "https", "gateway.example", "as for WebSockets"),
+        ("http_plain", "http", "localhost:8001", "as for WebSockets"),
+        ("redis", "redis", "localhost:6380", "where backends publish (REDIS_URL)"),
+    )
+}
+_SECURITY: Final[_Object] = {
+    "token": {"type": "httpApiKey", "in": "query", "name": "token"},
+    "table_token": {"type": "httpApiKey", "in": "query", "name": "table_token"},
+    "ticket": {
+        "type": "httpApiKey",
+        "in": "query",
+        "name": "ticket",
+        "description": "From `POST /ws/ticket`: good for 30 seconds, once.",
+    },
+    "bearer": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"},
+    "subprotocol": {
+        "type": "httpApiKey",
+        "in": "header",
+        "name": "Sec-WebSocket-Protocol",
+        "description": f"`{SUBPROTOCOL}, bearer.<token>`, answered with `{SUBPROTOCOL}`.",
+    },
+}
+
+
+def _add_endpoint(
+    endpoint: Endpoint, types: Sequence[str], channels: _Object, operations: _Object
+) -> None:
+    asked = {name: said for name, said in REQUESTS.items() if endpoint in said.endpoints}
+    answers = [name for name in ANSWERS if name in {"gap", *(a.answer for a in asked.values())}]
+    token = "token" if endpoint.staff else "table_token"
+    words = f"For {', '.join(sorted(endpoint.roles))}." if endpoint.staff else "For diners."
+    query: Schema = {
+        "type": "object",
+        "properties": {name: {"type": "string"} for name in (token, "ticket", "last_event_id")},
+    }
+    names = ("websocket", "websocket_plain")
+    channel = _channel(endpoint.path, names, [*asked, *answers, *types])
+    channel |= {
+        "description": f"{words} The upgrade is accepted first; a refusal is a close code.",
+        "bindings": {"ws": {"method": "GET", "query": query, "bindingVersion": "0.1.0"}},
+    }
+    here = endpoint.label
+    channels[here] = channel
+    schemes = [token, "ticket", "bearer"]
+    for name, said in asked.items():
+        operation = _operation("receive", here, [name], [*schemes, "subprotocol"])
+        if said.answer is not None:
+            operation["reply"] = {
+                "channel": _ref("channels", here),
+                "messages": [_ref("channels", here, "messages", said.answer)],
+            }
+        operations[f"{here}_{name}"] = operation
+    operations[f"{here}_hears"] = _operation(
+        "send", here, ["gap", *types], [*schemes, "subprotocol"]
+    )
+    path = next(path for path, each in PATHS.items() if each is endpoint)
+    there = f"{here}_events"
+    told = ["resumed", "gap", *types, "close"]
+    channels[there] = _channel(path, ("http", "http_plain"), told) | {
+        "description": f"{words} Server-Sent Events; a refusal is an HTTP status."
+    }
+    http = {"http": {"method": "GET", "query": query, "bindingVersion": "0.3.0"}}
+    operations[f"{there}_hears"] = _operation("send", there, told, schemes) | {"bindings": http}
+
+
+def _sources(patterns: Iterable[str], streams: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Where events come from: address and description by the name of the channel here."""
+    body = "Who hears an event is decided by its body, not by the channel."
+    stream = "A Redis stream: XADD with one field `data`, the event. Durable types belong here."
+    found = {f"pubsub_{n}": (p, f"PUBLISH. {body}") for n, p in enumerate(patterns, 1)}
+    return found | {f"stream_{n}": (name, stream) for n, name in enumerate(streams, 1)}
+
+
+def _redis_channel(pattern: str, words: str, message: str) -> _Object:
+    *parts, last = pattern.split("*")
+    address = "".join(f"{part}{{any_{n}}}" for n, part in enumerate(parts, 1)) + last
+    channel = _channel(address, ["redis"], [message]) | {"title": pattern, "description": words}
+    if "{" in pattern:  # Redis allows what would be a parameter here
+        channel["address"] = None
+    elif parts:
+        channel["parameters"] = {f"any_{n}": {} for n in range(1, len(parts) + 1)}
+    return channel
+
+
+def _channel(address: str, servers: Iterable[str], messages: Iterable[str]) -> _Object:
+    return {
+        "address": address,
+        "servers": [_ref("servers", name) for name in servers],
+        "messages": {name: _ref("components", "messages", name) for name in messages},
+    }
+
+
+def _operation(
+    action: str, channel: str, messages: Iterable[str], schemes: Sequence[str] = ()
+) -> _Object:
+    operation: _Object = {
+        "action": action,
+        "channel": _ref("channels", channel),
+        "messages": [_ref("channels", channel, "messages", name) for name in messages],
+    }
+    if schemes:  # any of them
+        operation["security"] = [_ref("components", "securitySchemes", name) for name in schemes]
+    return operation
+
+
+def _ref(*path: str) -> _Object:
+    return {"$ref": "/".join(["#", *path])}
+
+
+def _schemas() -> _Object:
+    _, found = msgspec.json.schema_components(
+        [Keys, Revoked, SectorsChanged], ref_template="#/components/schemas/{name}"
+    )
+    event = found.pop("Keys")
+    event |= {
+        "title": "Event",
+        "description": f"At most {MAX_EVENT_BYTES} bytes. All other keys pass through untouched.",
+    }
+    event["properties"]["event_id"] = {
+        "type": "string",
+        "description": "Given by the gateway, the last key: of a durable type, from a stream.",
+    }
+    return {"Event": event, **found}
+
+
+def _messages(routes: Mapping[str, Route]) -> _Object:
+    found: _Object = {}
+    spoken: Mapping[str, Request | Answer] = {**REQUESTS, **ANSWERS}
+    for name, said in spoken.items():
+        text = not said.example.startswith("{")
+        found[name] = {
+            "name": name,
+            "summary": said.note or f"Answered with `{REQUESTS[name].answer}`.",
+            "contentType": "text/plain" if text else "application/json",
+            "payload": said.schema,
+            "examples": [{"payload": said.example if text else json.loads(said.example)}],
+        }
+    found["close"] = {
+        "name": "close",
+        "summary": "The end of a stream of Server-Sent Events, `event: close`.",
+        "payload": {
+            "type": "object",
+            "properties": {
+                "code": {"enum": [int(close) for close in Close if close.sent]},
+                "reason": {"type": "string"},
+            },
+            "required": ["code", "reason"],
+        },
+        "examples": [{"payload": {"code": 1001, "reason": "retry in 3.2s"}}],
+    }
+    for name, schema in {"revoked": "Revoked", "sectors_changed": "SectorsChanged"}.items():
+        found[name] = {"name": name, "payload": _ref("components", "schemas", schema)}
+    any_event = _ref("components", "schemas", "Event")
+    found["event"] = {
+        "name": "event",
+        "summary": "An event of any type. One that is not in the table goes to the admins.",
+        "payload": any_event,
+    }
+    for name, each in routes.items():
+        message = found[_event_name(name)] = {
+            "name": name,
+            "payload": {
+                "allOf": [
+                    any_event,
+                    {"properties": {"type": {"const": name}}},
+                ]
+            },
+            "x-to": [to.name.lower() for to in each.to if to.name],
+            "x-durable": each.durable,
+        }
+        if name in _samples():
+            message["examples"] = [{"payload": _samples()[name]}]
+    return found
+
+
+def _event_name(event_type: str) -> str:
+    """The key of a type's message: a type may be any text, a key may not."""
+    safe = quote(event_type, safe="").replace("~", "%7E").replace(".", "%2E")
+    return f"event.{safe.replace('%', '.')}"
+
+
+@cache
+def _samples() -> Mapping[str, _Object]:
+    """The first of the sample events of each type."""
+    text = files("trio_gateway").joinpath("data", "events.jsonl").read_text("utf-8")
+    events = [json.loads(line)["event"] for line in text.splitlines()]
+    return {event["type"]: event for event in reversed(events)}

@@ -1,0 +1,196 @@
+"""Catch-up: what a client has missed, over HTTP, in pages, for clients that cannot resume.
+
+A page is read from the history in short pieces while it is sent: nobody waits behind a long one,
+and a client costs one piece of memory however slowly it reads.
+"""
+
+import math
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Hashable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
+
+import trio
+from quart import Response, request
+
+from ..core.audiences import Audience, BranchId, Principal, audiences_of
+from ..core.close_codes import Rejected
+from ..core.event_ids import Cursor, cursor_id, read_cursor
+from ..core.events import MAX_ID
+from ..core.frames import split
+from ..runtime.concurrency_limiter import TooMany
+from ..runtime.history import History, Kept
+from ..runtime.resume import PATIENCE
+from ..transports.handshake import bearer
+from .responses import Answer, identify, problem, refusal
+
+if TYPE_CHECKING:
+    from ..gateway import Gateway
+
+PAGE_BYTES: Final = 1_000_000  # of a body, at most
+_PIECE_EVENTS: Final = 100  # read from the history without a checkpoint: below a millisecond
+_PIECE_BYTES: Final = 65_536
+_AT_ONCE: Final = 4  # requests of one user or session: a dead connection must not lock it out
+_MOST_WAITING: Final = 32
+_WAIT: Final = 2.0  # seconds that the others wait for their turn
+_FAR: Final = 86_400  # seconds in the future: no clock is so wrong, but milliseconds are
+_TAIL_BYTES: Final = 100  # room for what follows the events, and in it for each stream's place
+_PLACE_BYTES: Final = 48
+
+
+class Turns:
+    """Bounds how many requests each user or session has at a time; the others wait for a while."""
+
+    def __init__(self, most: int = _AT_ONCE) -> None:
+        self._most = most
+        self._turns: dict[Hashable, trio.Semaphore] = {}
+        self._there: Counter[Hashable] = Counter()  # at it or waiting
+
+    async def take(self, key: Hashable) -> Callable[[], None]:
+        """Wait for a turn; returns what gives it back. Raises :exc:`TooMany`."""
+        if self._there[key] >= self._most + _MOST_WAITING:
+            raise TooMany
+        self._there[key] += 1
+        turns = self._turns.setdefault(key, trio.Semaphore(self._most))
+        try:
+            with trio.fail_after(_WAIT):
+                await turns.acquire()
+        except BaseException as error:
+            self._leave(key)
+            if isinstance(error, trio.TooSlowError):
+                raise TooMany from None
+            raise
+
+        def give_back() -> None:
+            turns.release()
+            self._leave(key)
+
+        return give_back
+
+    def _leave(self, key: Hashable) -> None:
+        self._there[key] -= 1
+        if not self._there[key]:
+            del self._there[key], self._turns[key]
+
+
+async def branch(app: "Gateway") -> Answer:
+    """What staff would have heard in one branch since then, in pages, see Resume."""
+    try:
+        principals = await identify(app, _token("token"), staff=True)
+    except Rejected as rejected:
+        return refusal(rejected)
+    asked = request.args.get("branch_id", "")
+    if not is_id(asked):
+        return problem(422, "branch_id must be a positive integer")
+    mine = [p for p in principals if int(asked) in p.branches]
+    if not mine:
+        return problem(403, "not a branch of this token")
+    only = frozenset({BranchId(int(asked))})
+    return await _missed(app, [replace(principal, branches=only) for principal in mine])
+
+
+async def session(app: "Gateway") -> Answer:
+    """What the diners of a session would have heard since then, in pages, see Resume."""
+    try:
+        principals = await identify(app, _token("table_token"), staff=False)
+    except Rejected as rejected:
+        return refusal(rejected)
+    asked = request.args.get("session_id", "")
+    if not is_id(asked):
+        return problem(422, "session_id must be a positive integer")
+    if int(asked) != principals[0].session:
+        return problem(403, "not the session of this token")
+    return await _missed(app, principals)
+
+
+async def _missed(app: "Gateway", principals: Sequence[Principal]) -> Answer:
+    audiences = frozenset[Audience]().union(*map(audiences_of, principals))
+    since, history = request.args.get("since", ""), app.history
+    try:
+        moment, asked = _read_since(since)
+    except ValueError:
+        return problem(422, "since must be a unix time or an event id")
+    if moment is not None and moment > app.now() + _FAR:
+        return problem(422, "since is far in the future: a unix time is in seconds")
+    try:
+        give_back = await app.catch_ups.take(principals[0].owner)
+    except TooMany:
+        return problem(429, "too many requests at a time of this user or session", retry_after=1)
+    held: ExitStack = request.scope["until_sent"]  # type: ignore[typeddict-item]  # HttpConnection's
+    held.callback(give_back)
+    if not history.warm:
+        return problem(503, "the events have not been read from Redis yet", retry_after=1)
+    app.trim_history()
+    if moment is not None:
+        cursor, complete = history.place_before(moment)
+    else:
+        assert asked is not None
+        with trio.move_on_after(PATIENCE):  # another process may have been quicker
+            await history.wait_for(asked)
+        complete = history.covers(asked) and not history.is_ahead(asked)
+        cursor = {stream: seen for stream, seen in asked.items() if stream in history.end}
+    response = Response(_page(history, cursor, audiences), content_type="application/json")
+    response.headers["Cache-Control"] = "no-store"
+    if not complete:  # the contract's body has no room for it
+        response.headers["Gateway-Complete"] = "false"
+    return response
+
+
+async def _page(
+    history: History, cursor: Cursor, audiences: frozenset[Audience]
+) -> AsyncIterator[bytes]:
+    """The body, piece by piece. Where it ends early, ``next`` says from where to go on."""
+    was_whole = not history.forgot(cursor)
+    room, count, more = PAGE_BYTES - _TAIL_BYTES - _PLACE_BYTES * len(cursor), 0, False
+    piece = bytearray(b'{"events":[')
+    while not more:
+        if was_whole and history.forgot(cursor):  # since the last piece: the next page tells so
+            more = True
+            break
+        found = history.following(cursor, audiences, _PIECE_EVENTS)
+        for kept in found:
+            text = _text(kept)
+            if more := len(text) + 1 > room:
+                break
+            piece += b"," if count else b""
+            piece += text
+            room -= len(text) + 1
+            count += 1
+            cursor = {**cursor, kept.stream: kept.position}
+            if len(piece) >= _PIECE_BYTES:
+                break
+        else:
+            if len(found) < _PIECE_EVENTS:
+                break
+        yield bytes(piece)
+        piece.clear()
+        await trio.lowlevel.checkpoint()
+    piece += b'],"count":%d' % count
+    if more:
+        piece += b',"next":"%b"' % cursor_id(cursor).encode()
+    yield bytes(piece + b"}")
+
+
+def _text(kept: Kept) -> memoryview:
+    ((_, payload),) = split(kept.frame)
+    return payload
+
+
+def _read_since(text: str) -> tuple[float | None, Cursor | None]:
+    """A unix time or a place; raises :exc:`ValueError` if it is neither."""
+    try:
+        moment = float(text)
+    except ValueError:
+        return None, read_cursor(text)
+    if not math.isfinite(moment * 1000):
+        raise ValueError("not a time")
+    return moment, None
+
+
+def _token(name: str) -> str | None:
+    return request.args.get(name) or bearer(request.headers.get("Authorization"))
+
+
+def is_id(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= 19 and 0 < int(text) <= MAX_ID

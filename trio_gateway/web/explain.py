@@ -1,0 +1,80 @@
+"""``POST /ws/explain``: who hears an event, whether these tokens would, and who is connected."""
+
+from collections import Counter
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import msgspec
+from quart import jsonify, request
+from werkzeug.exceptions import RequestEntityTooLarge
+
+from ..core.audiences import Endpoint, Principal, Role
+from ..core.close_codes import Rejected
+from ..core.events import InvalidEvent, parse_event
+from ..core.explanation import Verdict, describe, judge, refused
+from ..core.routing import UNKNOWN
+from ..core.tokens import is_for_diners
+from ..transports.handshake import bearer
+from .responses import Answer, identify, problem, refusal
+
+if TYPE_CHECKING:
+    from ..gateway import Gateway
+
+MOST_TOKENS: Final = 16
+MOST_BYTES: Final = 256 * 1024  # of a body: an event, and tokens as long as they may be
+
+
+class _Asked(msgspec.Struct):
+    event: msgspec.Raw
+    tokens: Annotated[list[str], msgspec.Meta(max_length=MOST_TOKENS)] = []
+
+
+async def explain(app: "Gateway") -> Answer:
+    """Who would hear an event, see below; for an ADMIN, of its own tenant and branches."""
+    try:
+        principals = await identify(app, bearer(request.headers.get("Authorization")), staff=True)
+    except Rejected as rejected:
+        return refusal(rejected)
+    admin = next((each for each in principals if each.endpoint is Endpoint.ADMIN), None)
+    if admin is None or Role.ADMIN not in admin.roles:
+        return problem(403, "for an ADMIN only")
+    try:
+        asked = msgspec.json.decode(await request.get_data(as_text=False), type=_Asked)
+        event = parse_event(bytes(asked.event), channel="", heard_at=0)
+    except RequestEntityTooLarge:
+        return problem(413, f"a body has at most {MOST_BYTES} bytes")
+    except InvalidEvent as invalid:
+        return problem(422, f"event: {invalid}")
+    except msgspec.ValidationError as error:
+        return problem(422, str(error))
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return problem(422, 'no JSON object {"event": {…}, "tokens": ["…"]}')
+    if event.tenant != admin.tenant:
+        return problem(403, "an event of another tenant")
+    if event.branch and event.branch not in admin.branches:
+        return problem(403, f"the event is for branch {event.branch}, which is none of yours")
+    holders = [await _identify(app, token) for token in asked.tokens]
+    # Nothing is awaited from here on, so that all of the answer is of one moment.
+    routes, audiences = app.settings.routes, app.dispatch.audiences(event)
+    here = Counter(each.principal.endpoint for each in app.hub.members(audiences))
+    body: dict[str, Any] = {
+        "type": event.type,
+        "known": event.type in routes,
+        "durable": routes.get(event.type, UNKNOWN).durable,
+        "audiences": [describe(each) for each in dict.fromkeys(audiences)],
+        "connections": {endpoint.label: here[endpoint] for endpoint in Endpoint},
+        "tokens": [
+            (each if isinstance(each, Verdict) else judge(event, each, routes, audiences)).as_json()
+            for each in holders
+        ],
+    }
+    response = jsonify(body)
+    response.headers["Cache-Control"] = "no-store"
+    return response
+
+
+async def _identify(app: "Gateway", token: str) -> list[Principal] | Verdict:
+    """Of a token in the body: one that is none is an answer here, and no failed login."""
+    try:
+        return await app.admission.identify(token, staff=not is_for_diners(token))
+    except Rejected as rejected:
+        return refused(rejected.text)

@@ -1,0 +1,89 @@
+"""Operations: a listener of its own for what is for operators and not for clients.
+
+With ``WS_OPERATIONS_BIND`` metrics and details are answered there alone. It serves plain HTTP.
+"""
+
+import socket
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+
+import trio
+from hypercorn.app_wrappers import ASGIWrapper
+from hypercorn.config import Config
+from hypercorn.trio.worker_context import WorkerContext
+
+from ..transports.tcp import Line
+
+if TYPE_CHECKING:
+    from ..gateway import Gateway
+
+PATHS: Final = frozenset({"/ws/metrics", "/ws/health/detailed"})
+_ALSO: Final = frozenset({"/ws/health", "/ws/health/ready"})  # there, too
+_OPERATIONS: Final = "operations"  # in the state of a request that came by the listener
+_BACKLOG: Final = 100
+
+
+def came_by_it(scope: Any) -> bool:
+    """Whether a request came by the listener for operators."""
+    return _OPERATIONS in (scope.get("state") or {})
+
+
+def hides(scope: Any, path: str) -> bool:
+    """Whether the listener by which a request came does not have this path."""
+    return path not in PATHS | _ALSO if came_by_it(scope) else path in PATHS
+
+
+class CannotListen(Exception):  # noqa: N818 - reads better where it is raised
+    """The address of ``WS_OPERATIONS_BIND`` can't be listened on; the text says why."""
+
+
+def open_listeners(bind: str) -> list[trio.SocketListener]:
+    """Listen on ``host:port``; raises :exc:`CannotListen`.
+
+    Each worker listens for itself (SO_REUSEPORT), and any of them may answer.
+    """
+    try:
+        return _listeners(bind)
+    except OSError as error:
+        raise CannotListen(f"can't listen on WS_OPERATIONS_BIND {bind}: {error}") from None
+
+
+def _listeners(bind: str) -> list[trio.SocketListener]:
+    host, _, port = bind.rpartition(":")
+    found = []
+    for family, kind, protocol, _, address in socket.getaddrinfo(
+        host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    ):
+        opened = socket.socket(family, kind, protocol)
+        try:
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if hasattr(socket, "SO_REUSEPORT"):
+                opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            if family == socket.AF_INET6:
+                opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            opened.bind(address)
+            opened.listen(_BACKLOG)
+        except OSError:
+            opened.close()
+            raise
+        found.append(trio.SocketListener(trio.socket.from_stdlib_socket(opened)))
+    return found
+
+
+class OperationsLine(Line):
+    """A TCP connection of an operator, or of what scrapes for one."""
+
+    serves_clients = False
+
+
+async def serve(app: "Gateway", listeners: list[trio.SocketListener]) -> NoReturn:
+    """Answer operators; returns only when cancelled."""
+    config = Config()
+    config.alpn_protocols = ["http/1.1"]
+    config.include_server_header = False
+    config.errorlog = None
+    handler = partial(
+        OperationsLine, ASGIWrapper(app), config, WorkerContext(None), {_OPERATIONS: True}
+    )
+    await trio.serve_listeners(handler, listeners)
+    raise AssertionError("unreachable")
