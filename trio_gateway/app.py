@@ -10,7 +10,7 @@ import sys
 import structlog
 
 from .gateway import Gateway, create_app
-from .serve import calm_collector, heed_signals_in_master
+from .serve import heed_signals_in_master, tune_gc
 from .settings import InvalidSettings, load_settings
 from .telemetry import logs, output
 from .transports import tcp as line
@@ -32,7 +32,7 @@ def _from_environment() -> Gateway:
     for warning in settings.warnings:
         log.warning(warning)
     line.install()
-    calm_collector()
+    tune_gc()
     heed_signals_in_master(gateway)
     return gateway
 

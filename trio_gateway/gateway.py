@@ -35,27 +35,35 @@ from .core.audiences import Endpoint, Principal, SectorId
 from .core.close_codes import Close, Rejected
 from .core.control_messages import REVOKED
 from .core.limits import DropAlarm, LogLimit, TenantRate
-from .core.messages import GAP, Message, Renew, Said, auth_ok, intervals, sectors_updated
+from .core.messages import (
+    GAP,
+    Command,
+    Message,
+    Reauthenticate,
+    auth_ok,
+    intervals,
+    sectors_updated,
+)
 from .core.resilience import Breaker
 from .redis_url import Address
-from .runtime.concurrency_limiter import TooMany, Turnstile
-from .runtime.connection import Connection, Socket, Terms
+from .runtime.concurrency_limiter import ConcurrencyLimiter, Overloaded
+from .runtime.connection import Connection, ConnectionLimits, Socket
 from .runtime.dispatch import Dispatch
 from .runtime.drain import Drain
 from .runtime.history import History
-from .runtime.hub import Hub, Limits
-from .runtime.ingest import Intake
+from .runtime.hub import CapacityLimits, Hub
+from .runtime.ingest import Ingest
 from .runtime.queue import EventQueue
 from .runtime.reaper import reap
 from .runtime.resume import Replays
 from .runtime.room import Room
-from .runtime.silent_connections import Silent
+from .runtime.silent_connections import SilentConnections
 from .runtime.supervision import keep_running, leaves
 from .settings import Settings
 from .telemetry import output
 from .telemetry import stats as figures
-from .telemetry.loop_lag import Stalls
-from .telemetry.prometheus import GROUP, SHARED_EVERY, Sample, Siblings
+from .telemetry.loop_lag import LoopLag
+from .telemetry.prometheus import GROUP, SHARED_EVERY, Snapshot, WorkerSnapshots
 from .transports import sse
 from .transports import tcp as line
 from .transports.accepting import Load
@@ -66,7 +74,7 @@ from .web.catchup import Turns
 from .web.console import Feed
 
 if TYPE_CHECKING:
-    from .access.sectors import Roster
+    from .access.sectors import SectorAssignments
 
 log = structlog.get_logger()
 
@@ -114,13 +122,13 @@ class Gateway(QuartTrio):
         super().__init__(__name__, static_folder=None, template_folder=None)
         self.settings = settings
         self.hub = Hub(
-            Limits(
+            CapacityLimits(
                 total=settings.ws_max_total_connections,
                 per_user=settings.ws_max_connections_per_user,
                 per_session=settings.ws_max_connections_per_session,
             )
         )
-        self.intake = Intake()
+        self.ingest = Ingest()
         self.heard = EventQueue(  # from Pub/Sub
             settings.redis_event_queue_size,
             DropAlarm(
@@ -149,30 +157,38 @@ class Gateway(QuartTrio):
             name: Breaker(settings.circuit_failure_threshold, settings.circuit_recovery_timeout)
             for name in ("pubsub", "stream", "commands", "writes", "database")
         }
-        self.roster: Roster | None = None
+        self.sector_assignments: SectorAssignments | None = None
         if settings.database_url is not None:
-            from .access.sectors import make_roster  # SQLAlchemy is a third of the start
+            from .access.sectors import (
+                make_sector_assignments,  # SQLAlchemy is a third of the start
+            )
 
-            self.roster = make_roster(settings, self.hub, self.breakers["database"], clock)
+            self.sector_assignments = make_sector_assignments(
+                settings, self.hub, self.breakers["database"], clock
+            )
         self.addresses = Addresses(
             connections=settings.ws_max_connections_per_address,
             failures=settings.ws_max_failed_logins,
             hops=settings.ws_proxy_hops,
         )
-        self.admission = Admission(settings, auth=auth, roster=self.roster, clock=clock)
+        self.admission = Admission(
+            settings, auth=auth, sector_assignments=self.sector_assignments, clock=clock
+        )
         self.pubsub: PubSub | None = None
         self.streams: Streams | None = None
         self.commands: Commands | None = None
         self.readiness: Readiness | None = None
         self.dead_letters: DeadLetters | None = None
-        self.siblings: Siblings | None = None
+        self.siblings: WorkerSnapshots | None = None
         self.partial = os.environ.get(GROUP) == ""  # the siblings' figures are missing from ours
         self.rejected: Counter[str] = Counter()  # by reason
         self.refused: Counter[int] = Counter()  # upgrades, by HTTP status
         self.log_limit = LogLimit()
-        self.heads: Turnstile[line.Shaken] = Turnstile(settings.ws_max_handshakes)
-        self.silent = Silent(settings.ws_max_handshakes)
-        self.admissions: Turnstile[Candidate] = Turnstile(settings.ws_max_handshakes)
+        self.heads: ConcurrencyLimiter[line.Shaken] = ConcurrencyLimiter(settings.ws_max_handshakes)
+        self.silent = SilentConnections(settings.ws_max_handshakes)
+        self.admissions: ConcurrencyLimiter[Candidate] = ConcurrencyLimiter(
+            settings.ws_max_handshakes
+        )
         self.arriving = 0  # clients between the two
         self.accept_timeout = settings.ws_accept_timeout
         self.write_timeout = settings.ws_write_timeout
@@ -181,10 +197,10 @@ class Gateway(QuartTrio):
         self.end = Drain(self.hub, (self.heard, self.read), self._stop_hearing)
         self.max_message_size = settings.ws_max_message_size
         self.compresses = settings.ws_compression
-        self.stalls = Stalls()
+        self.loop_lag = LoopLag()
         self.feed = Feed(self)  # to the console
         self._clock = clock
-        self._terms = Terms(
+        self._limits = ConnectionLimits(
             stale_after=settings.ws_heartbeat_timeout,
             receive_timeout=settings.ws_receive_timeout,
             write_timeout=settings.ws_write_timeout,
@@ -199,7 +215,7 @@ class Gateway(QuartTrio):
             ping_interval=settings.ws_ping_interval,
         )
         # Who can't speak is not held to it: the dead are found by what is written to them.
-        self._one_way_terms = replace(self._terms, stale_after=math.inf, receive_timeout=math.inf)
+        self._one_way_terms = replace(self._limits, stale_after=math.inf, receive_timeout=math.inf)
         self._nursery: trio.Nursery | None = None
         self._sources = trio.CancelScope()
         self._watched = False
@@ -242,9 +258,9 @@ class Gateway(QuartTrio):
             self.admission.tickets = Tickets(self.commands)
             self.admission.revocations = revocations
             listeners: dict[str, Listener] = {REVOKED: revocations}
-            if self.roster is not None:
-                listeners[self.roster.channel] = self.roster
-                stack.callback(self.roster.close)
+            if self.sector_assignments is not None:
+                listeners[self.sector_assignments.channel] = self.sector_assignments
+                stack.callback(self.sector_assignments.close)
             if settings.ws_tracing:
                 from .telemetry.tracing import open_tracing  # an extra, and nothing while it is off
 
@@ -253,13 +269,13 @@ class Gateway(QuartTrio):
                 )
             address = Address.from_url(settings.redis_url)
             self.pubsub = PubSub(
-                address, settings.redis_channel_patterns, self.intake, self.heard,
+                address, settings.redis_channel_patterns, self.ingest, self.heard,
                 self.breakers["pubsub"], listeners,
             )  # fmt: skip
             self.streams = Streams(
                 address,
                 settings.redis_streams,
-                self.intake,
+                self.ingest,
                 self.read,
                 self.breakers["stream"],
                 routes=settings.routes,
@@ -270,7 +286,7 @@ class Gateway(QuartTrio):
                 on_demoted=self._look_again,
                 wall_clock=self._clock,
             )
-            stack.enter_context(self.stalls.watched())
+            stack.enter_context(self.loop_lag.watched())
             for_operators = self._listen_for_operators()
             async with trio.open_nursery() as nursery:
                 if for_operators:
@@ -298,15 +314,15 @@ class Gateway(QuartTrio):
         nursery.start_soon(self.dispatch.run, self.read, settings.redis_event_batch_size)
         if (dlq := settings.redis_dlq_stream) is not None and self.commands is not None:
             self.dead_letters = dead_letters = DeadLetters(self.commands, dlq)
-            self.intake.put_aside = lambda *entry: dead_letters.offer(DeadLetter(*entry))
+            self.ingest.put_aside = lambda *entry: dead_letters.offer(DeadLetter(*entry))
             nursery.start_soon(dead_letters.run)
         if self.readiness is not None:
             nursery.start_soon(self.readiness.run)
         nursery.start_soon(self.replays.decide)
         nursery.start_soon(self.feed.run)
-        if self.roster is not None:
-            nursery.start_soon(self.roster.pay)
-            nursery.start_soon(self.roster.follow_clock)
+        if self.sector_assignments is not None:
+            nursery.start_soon(self.sector_assignments.retry_pending)
+            nursery.start_soon(self.sector_assignments.follow_clock)
         nursery.start_soon(revocations.answer_checks)
         nursery.start_soon(revocations.sweep, settings.jwt_revalidation_interval)
 
@@ -335,14 +351,14 @@ class Gateway(QuartTrio):
             nursery.start_soon(self._outlive_siblings)
         nursery.start_soon(sources)
         try:
-            self.siblings = Siblings.of_this_process()
+            self.siblings = WorkerSnapshots.of_this_process()
         except OSError as error:
             self.partial = True
             log.warning("figures not shared", error=error.strerror)
         if self.siblings is not None:
             nursery.start_soon(self._share, self.siblings)
 
-    async def _share(self, siblings: Siblings) -> None:
+    async def _share(self, siblings: WorkerSnapshots) -> None:
         siblings.clean_up()
         try:
             while True:
@@ -351,7 +367,7 @@ class Gateway(QuartTrio):
         finally:
             siblings.leave(self.sample())
 
-    def _tell_siblings(self, siblings: Siblings, sample: Sample) -> None:
+    def _tell_siblings(self, siblings: WorkerSnapshots, sample: Snapshot) -> None:
         """A full disk, say, is no reason to end: then each worker has its own figures only."""
         try:
             siblings.write(sample)
@@ -452,13 +468,13 @@ class Gateway(QuartTrio):
                 # It has joined the hub before anything is awaited again.
                 connection = Connection(
                     principal,
-                    self._one_way_terms if handshake.one_way else self._terms,
+                    self._one_way_terms if handshake.one_way else self._limits,
                     self._answer,
                     self._on_trios_clock(principal.expires_at),
                     replays=self.replays,
                     resume_from=handshake.last_event_id,
                     accepted_at=accepted_at,
-                    deflates=handshake.deflates,
+                    supports_deflate=handshake.supports_deflate,
                 )
             except Rejected as rejected:
                 if rejected.close is Close.AUTH_FAILED:
@@ -488,7 +504,7 @@ class Gateway(QuartTrio):
                 self.accept_timeout,
                 patience=self.accept_timeout / 2,
             )
-        except TooMany:
+        except Overloaded:
             raise Rejected(
                 Close.SERVER_OVERLOADED, "too many handshakes", "handshake_limit"
             ) from None
@@ -567,13 +583,13 @@ class Gateway(QuartTrio):
     async def _answer(self, connection: Connection, message: Message) -> None:
         """What a client asked for that its connection can't answer by itself."""
         match message:
-            case Renew(token):
+            case Reauthenticate(token):
                 await self._renew(connection, token)
-            case Said.REFRESH_SECTORS | Said.REFRESH_SECTORS_JSON as form:
+            case Command.REFRESH_SECTORS | Command.REFRESH_SECTORS_JSON as form:
                 await self._refresh_sectors(connection, form)
-            case Said.INTERVALS:
+            case Command.INTERVALS:
                 connection.send(self._intervals)
-            case Said.WATCH | Said.UNWATCH as said:
+            case Command.WATCH | Command.UNWATCH as said:
                 self.feed.hear(connection, said)
 
     async def _renew(self, connection: Connection, token: str | None) -> None:
@@ -588,11 +604,11 @@ class Gateway(QuartTrio):
             if rejected.close is not Close.SERVER_OVERLOADED:
                 connection.close(rejected.close, rejected.text)
 
-    async def _refresh_sectors(self, connection: Connection, form: Said) -> None:
+    async def _refresh_sectors(self, connection: Connection, form: Command) -> None:
         if connection.principal.endpoint is not Endpoint.WAITER:
             return
-        if self.roster is not None:
-            await self.roster.refresh(connection)
+        if self.sector_assignments is not None:
+            await self.sector_assignments.refresh(connection)
         sectors = frozenset[SectorId]().union(*connection.principal.sectors.values())
         connection.send(sectors_updated(sectors, form))
 
@@ -625,11 +641,11 @@ class Gateway(QuartTrio):
             and self.streams.connected
         )
 
-    def sample(self) -> Sample:
+    def sample(self) -> Snapshot:
         """This process's figures, for the metrics."""
         return figures.sample(self)
 
-    def samples(self) -> list[Sample]:
+    def samples(self) -> list[Snapshot]:
         """The figures of this process and of its siblings.
 
         The siblings are told ours first: what was said once must be part of every later sum,

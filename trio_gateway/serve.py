@@ -75,7 +75,7 @@ def read_config(
     return config
 
 
-def calm_collector() -> None:
+def tune_gc() -> None:
     """Let the garbage collector leave alone what stays for ever, and look less often at the rest.
 
     Each accept makes hundreds of objects that live on: with the usual thresholds a third of its
@@ -98,7 +98,7 @@ def run(
     :mod:`.edges.accepting`: ``5:0``.
     """
     line.install()
-    calm_collector()
+    tune_gc()
     _fit(app, config)
     config.workers = 1  # of a file for several, Hypercorn would warn
     try:

@@ -12,7 +12,7 @@ from .core.audiences import BranchId, Endpoint, Principal, SectorId, SessionId, 
 from .core.close_codes import Close
 from .core.events import Event, parse_event
 from .core.frames import PING, PONG, TEXT, boundary, split
-from .runtime.connection import Left, Ping, Pong
+from .runtime.connection import Disconnected, Ping, Pong
 from .runtime.outbox import Outbox
 from .transports.handshake import Handshake
 
@@ -101,7 +101,7 @@ class FakeClient:
         await self.to_gateway.send(said)
 
     async def leave(self, code: int = Close.NORMAL, reason: str = "") -> None:
-        await self.to_gateway.send(Left(code, reason))
+        await self.to_gateway.send(Disconnected(code, reason))
 
     async def misbehave(self, outcome: Exception) -> None:
         await self.to_gateway.send(outcome)

@@ -19,7 +19,7 @@ import trio
 from hypercorn.config import Config
 
 from .core.resilience import Backoff
-from .telemetry.prometheus import GROUP, Siblings, open_group
+from .telemetry.prometheus import GROUP, WorkerSnapshots, open_group
 from .transports.accepting import Board
 
 log = structlog.get_logger()
@@ -114,10 +114,10 @@ class Supervisor:
             each.set_inheritable(True)
         self._main = secure or insecure
         self._insecure = insecure if secure else []
-        self._figures: Siblings | None = None
+        self._figures: WorkerSnapshots | None = None
         try:
             group = str(open_group())
-            self._figures = Siblings(Path(group))
+            self._figures = WorkerSnapshots(Path(group))
         except OSError as error:  # a read-only file system: metrics are no reason not to serve
             log.warning("figures not shared: metrics are one worker's", error=error.strerror)
             group = ""

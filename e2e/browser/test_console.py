@@ -165,7 +165,7 @@ def test_every_role_hears_its_events_in_the_playground(
 
 def test_a_sample_that_is_published_is_heard(page: Page) -> None:
     join(page, "waiter")
-    page.get_by_label("Sample").select_option("SERVICE_CALL_CREATED")
+    page.get_by_label("Snapshot").select_option("SERVICE_CALL_CREATED")
     page.get_by_role("button", name="Publish").click()
     expect(page.locator("#published")).to_have_text("published on the stream events:critical")
     expect(page.get_by_role("log")).to_contain_text('"SERVICE_CALL_CREATED"')

@@ -32,7 +32,7 @@ from trio_gateway.gateway import create_app
 from trio_gateway.runtime.connection import Connection
 from trio_gateway.runtime.resume import Replays
 from trio_gateway.runtime.supervision import leaves
-from trio_gateway.transports.direct import LineSocket
+from trio_gateway.transports.direct import DirectSocket
 
 from . import faults
 from .tasks import ALL, GATEWAY, SERVE
@@ -150,7 +150,7 @@ async def test_bug_in_one_connection_is_1011_for_that_client_and_nobody_else(
                         await until(lambda: len(app.hub) == 2)
                         waiter = list(app.hub.connections)[-1]
                         with monkeypatch.context() as full:
-                            full.setattr(LineSocket, "try_write", lambda *_: 0)
+                            full.setattr(DirectSocket, "try_write", lambda *_: 0)
                             waiter.send(b"what the kernel does not take")
                     assert await closed(client) == (Close.INTERNAL_ERROR, "internal error")
             monkeypatch.undo()

@@ -10,7 +10,7 @@ from trio.testing import MockClock
 from tests.support.gateways import make_settings, running
 from trio_gateway.core.close_codes import Close
 from trio_gateway.gateway import create_app
-from trio_gateway.runtime.connection import Connection, Terms
+from trio_gateway.runtime.connection import Connection, ConnectionLimits
 from trio_gateway.serve import heeded
 from trio_gateway.testing import FakeSocket, make_principal
 
@@ -22,7 +22,7 @@ async def test_retry_hints_are_spread_evenly_over_a_window_that_grows_with_the_c
     autojump_clock: MockClock, clients: int, window: float
 ) -> None:
     app = create_app(make_settings(NO_REDIS))
-    crowd = {Connection(make_principal(), Terms()): FakeSocket() for _ in range(clients)}
+    crowd = {Connection(make_principal(), ConnectionLimits()): FakeSocket() for _ in range(clients)}
     async with trio.open_nursery() as nursery:
         for connection, socket in crowd.items():
             nursery.start_soon(connection.run, socket, app.hub)
@@ -44,7 +44,7 @@ async def test_a_drain_that_is_cancelled_drops_everybody_at_once(
 ) -> None:
     app = create_app(make_settings(NO_REDIS))
     stuck = FakeSocket(room=0)
-    connection = Connection(make_principal(), Terms())
+    connection = Connection(make_principal(), ConnectionLimits())
     started = trio.current_time()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(connection.run, stuck, app.hub)
@@ -73,7 +73,7 @@ async def test_a_drain_takes_no_longer_than_the_server_waits(
     app.heard.undelivered = 1  # of an event that never gets through
     started = trio.current_time()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(Connection(make_principal(), Terms()).run, Endless(), app.hub)
+        nursery.start_soon(Connection(make_principal(), ConnectionLimits()).run, Endless(), app.hub)
         await trio.testing.wait_all_tasks_blocked()
         await app.drain()
 

@@ -32,13 +32,13 @@ from trio_gateway.core.tokens import (
     read_table_token,
 )
 from trio_gateway.redis_url import Address
-from trio_gateway.runtime.connection import Left, Violation
+from trio_gateway.runtime.connection import Disconnected, ProtocolViolation
 from trio_gateway.runtime.hub import Hub
-from trio_gateway.runtime.ingest import Intake
+from trio_gateway.runtime.ingest import Ingest
 from trio_gateway.runtime.queue import EventQueue
-from trio_gateway.runtime.supervision import Lost
+from trio_gateway.runtime.supervision import ConnectionLost
 from trio_gateway.testing import make_jwt, make_payload, make_table_token
-from trio_gateway.transports.direct import LineSocket
+from trio_gateway.transports.direct import DirectSocket
 from trio_gateway.transports.handshake import (
     Handshake,
     Refusal,
@@ -101,7 +101,7 @@ def events(data: bytes) -> None:
     assert 0 < event.tenant <= MAX_ID
     assert 0 <= event.branch <= MAX_ID
     assert all(event.tenant == audience[1] for audience in route(event, ROUTES))
-    event.stand(tag("events:critical"), Position((1, 0)), durable=True)
+    event.set_position(tag("events:critical"), Position((1, 0)), durable=True)
     text = event.text.decode()
     try:
         read = json.loads(text)
@@ -198,11 +198,11 @@ def revocations(data: bytes) -> None:
 def replies(data: bytes) -> None:
     """What Redis says is heard, or the link is Lost."""
     redis = RedisConnection(_Pieces(data))
-    intake = Intake()
+    ingest = Ingest()
     pubsub = PubSub(
         Address(),
         ["*"],
-        intake,
+        ingest,
         EventQueue(10),
         Breaker(5, 30),
         {"channel:auth:revoked": _REVOCATIONS},
@@ -213,20 +213,20 @@ def replies(data: bytes) -> None:
             for reply in await redis.receive():
                 pubsub._hear(reply)
 
-    with suppress(Lost):
+    with suppress(ConnectionLost):
         trio.run(listen)
 
 
 def frames(data: bytes) -> None:
     """Messages within their bound, until the client has left or broken a rule."""
-    socket = LineSocket(_Pieces(data), data[1:9], _MOST)
+    socket = DirectSocket(_Pieces(data), data[1:9], _MOST)
     try:
         while True:
             said = _run(socket.receive())
             assert not isinstance(said, str) or len(said.encode()) <= _MOST
-    except Left as left:
+    except Disconnected as left:
         assert 1000 <= left.code < 5000
-    except Violation as violation:
+    except ProtocolViolation as violation:
         assert violation.close in {
             Close.PROTOCOL_ERROR, Close.UNSUPPORTED_DATA, Close.INVALID_DATA, Close.MESSAGE_TOO_BIG,
         }  # fmt: skip

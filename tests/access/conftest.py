@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.gateways import Door, valkey
+from tests.support.gateways import Transport, valkey
 
 
 @pytest.fixture(scope="module")
@@ -14,6 +14,6 @@ def redis_url() -> Iterator[str]:
 
 
 @pytest.fixture(params=["line", "asgi"])
-def door(request: pytest.FixtureRequest) -> Door:
-    found: Door = request.param
+def transport(request: pytest.FixtureRequest) -> Transport:
+    found: Transport = request.param
     return found

@@ -16,8 +16,8 @@ from trio_websocket import WebSocketConnection
 from tests.support.gateways import (
     JWT_SECRET,
     TABLE_SECRET,
-    Door,
     Running,
+    Transport,
     admitted,
     closed,
     connect,
@@ -53,9 +53,9 @@ async def dialled_from(address: str, port: int) -> AsyncIterator[Client]:
         yield Client(trio.SocketStream(sock))
 
 
-async def upgraded(client: Client, door: Door, sub: int = 21) -> None:
+async def upgraded(client: Client, transport: Transport, sub: int = 21) -> None:
     """A waiter; through the second door as it is reached past the line, in a second request."""
-    if door == "asgi":
+    if transport == "asgi":
         await client.send(b"GET /ws/health HTTP/1.1\r\nHost: a\r\n\r\n")
         assert (await client.response())[0] == 200
     await client.upgrade(f"/ws/waiter?token={make_jwt(JWT_SECRET, sub=str(sub))}")
@@ -188,7 +188,7 @@ async def test_clients_over_the_most_that_are_being_admitted_are_told_1013(
     settings = make_settings(redis_url, ws_max_handshakes=4, ws_accept_timeout=4)
     by_endpoint = dict.fromkeys(Endpoint, auth)
     async with (
-        running(settings, door="asgi", auth=by_endpoint) as gateway,
+        running(settings, transport="asgi", auth=by_endpoint) as gateway,
         AsyncExitStack() as stack,
     ):
         url = f"{gateway.url}/ws/waiter"
@@ -213,10 +213,10 @@ def test_nobodys_address_is_looked_at_while_there_is_no_limit() -> None:
 
 @MANY_ADDRESSES
 async def test_connections_of_one_address_are_limited_and_others_are_not(
-    redis_url: str, door: Door
+    redis_url: str, transport: Transport
 ) -> None:
     async with (
-        serving(redis_url, door, ws_max_connections_per_address=2) as gateway,
+        serving(redis_url, transport, ws_max_connections_per_address=2) as gateway,
         AsyncExitStack() as stack,
     ):
         clients = []
@@ -239,10 +239,10 @@ async def test_connections_of_one_address_are_limited_and_others_are_not(
 
 
 async def test_behind_a_proxy_an_address_is_what_the_proxy_says_and_not_the_client(
-    redis_url: str, door: Door
+    redis_url: str, transport: Transport
 ) -> None:
     changes = {"ws_max_connections_per_address": 2, "ws_proxy_hops": 1}
-    async with serving(redis_url, door, **changes) as gateway, AsyncExitStack() as stack:
+    async with serving(redis_url, transport, **changes) as gateway, AsyncExitStack() as stack:
 
         async def joined(*said: str) -> bool:
             client = await stack.enter_async_context(dialled(gateway.port))
@@ -263,10 +263,10 @@ async def test_behind_a_proxy_an_address_is_what_the_proxy_says_and_not_the_clie
 
 
 async def test_without_proxies_of_ours_what_a_client_says_of_its_address_is_ignored(
-    redis_url: str, door: Door
+    redis_url: str, transport: Transport
 ) -> None:
     async with (
-        serving(redis_url, door, ws_max_connections_per_address=1) as gateway,
+        serving(redis_url, transport, ws_max_connections_per_address=1) as gateway,
         dialled(gateway.port) as first,
     ):
         await first.upgrade(f"/ws/waiter?token={make_jwt(JWT_SECRET)}", "X-Forwarded-For: 1.1.1.1")
@@ -313,11 +313,11 @@ def test_address_is_in_one_form_however_it_is_written(
 
 @MANY_ADDRESSES
 async def test_address_that_keeps_failing_is_told_4029_whatever_it_brings(
-    redis_url: str, door: Door
+    redis_url: str, transport: Transport
 ) -> None:
     good = make_jwt(JWT_SECRET)
     forbidden = make_jwt(JWT_SECRET, roles=["KITCHEN"])
-    async with serving(redis_url, door, ws_max_failed_logins=3) as gateway:
+    async with serving(redis_url, transport, ws_max_failed_logins=3) as gateway:
         for _ in range(5):  # a token that is valid, though not for this
             assert (await refused_from("127.0.0.2", gateway, forbidden))[0] == Close.FORBIDDEN
         for n in range(3):
@@ -436,7 +436,7 @@ FLOODS: Final = {
 
 @pytest.mark.parametrize("name", FLOODS)
 async def test_flood_is_ended_with_its_code_and_no_bystander_notices(
-    redis_url: str, door: Door, name: str
+    redis_url: str, transport: Transport, name: str
 ) -> None:
     data, code = FLOODS[name]
     async with (
@@ -447,7 +447,7 @@ async def test_flood_is_ended_with_its_code_and_no_bystander_notices(
         clients = []
         for n in range(6):
             client = await stack.enter_async_context(dialled(gateway.port))
-            await upgraded(client, door, n)
+            await upgraded(client, transport, n)
             assert await is_served(client)
             clients.append(client)
 
@@ -461,21 +461,23 @@ async def test_flood_is_ended_with_its_code_and_no_bystander_notices(
             for client in clients:
                 nursery.start_soon(flood, client)
         # Through the second door, what Hypercorn ends is seen as a client that has gone.
-        seen = code if door == "line" or "messages" in name else Close.ABNORMAL
+        seen = code if transport == "line" or "messages" in name else Close.ABNORMAL
         await until(lambda: gateway.app.hub.closed == {seen: 6})
         figures = await metrics(gateway.port)
         assert figures[f"connections_closed_total{{{int(seen)}}}"] == 6
 
 
 @pytest.mark.parametrize("name", ["pings", "messages", "tiny fragments", "big message"])
-async def test_flood_that_never_stops_is_cut_off(redis_url: str, door: Door, name: str) -> None:
+async def test_flood_that_never_stops_is_cut_off(
+    redis_url: str, transport: Transport, name: str
+) -> None:
     data, _ = FLOODS[name]
     async with (
         serving(redis_url, "line") as gateway,
         unaffected(gateway),
         dialled(gateway.port) as client,
     ):
-        await upgraded(client, door)
+        await upgraded(client, transport)
         await until(lambda: len(gateway.app.hub) == 2)
         with trio.fail_after(6), suppress(trio.BrokenResourceError):
             while True:
@@ -484,11 +486,11 @@ async def test_flood_that_never_stops_is_cut_off(redis_url: str, door: Door, nam
 
 
 async def test_message_may_come_in_some_fragments_and_in_any_number_of_segments(
-    redis_url: str, door: Door
+    redis_url: str, transport: Transport
 ) -> None:
     text = '{"type":"ping","x":"' + "a" * 4000 + '"}'
     piece = -(-len(text) // (MOST_FRAGMENTS - 1))
-    async with serving(redis_url, door) as gateway, dialled(gateway.port) as client:
+    async with serving(redis_url, transport) as gateway, dialled(gateway.port) as client:
         await client.upgrade(f"/ws/waiter?token={make_jwt(JWT_SECRET)}")
         cut = [text[at : at + piece] for at in range(0, len(text), piece)]
         for _ in range(2):  # the count begins anew
@@ -505,9 +507,9 @@ async def test_message_may_come_in_some_fragments_and_in_any_number_of_segments(
             assert await client.text() == PONG_TEXT
 
 
-async def test_no_door_agrees_to_compression(redis_url: str, door: Door) -> None:
+async def test_no_door_agrees_to_compression(redis_url: str, transport: Transport) -> None:
     """65 KB can inflate to 200 MB."""
-    async with serving(redis_url, door) as gateway:
+    async with serving(redis_url, transport) as gateway:
         for before in (b"", b"GET /ws/health HTTP/1.1\r\nHost: a\r\n\r\n"):
             async with dialled(gateway.port) as client:
                 if before:
@@ -524,7 +526,7 @@ async def test_no_door_agrees_to_compression(redis_url: str, door: Door) -> None
                 assert b"extensions" not in head.lower()
                 await client.send(client_frame(TEXT, b"\x2a\xcb\xcc\x4b\x07\x00", rsv=4))
                 with trio.fail_after(3):
-                    if door == "line" and not before:
+                    if transport == "line" and not before:
                         assert (await client.closed())[0] == Close.PROTOCOL_ERROR
                     else:  # Hypercorn's way to say so is to end
                         await client.rest()
@@ -534,9 +536,9 @@ async def test_no_door_agrees_to_compression(redis_url: str, door: Door) -> None
 
 
 async def test_thirty_connects_of_one_user_at_once_leave_exactly_the_limit(
-    redis_url: str, door: Door
+    redis_url: str, transport: Transport
 ) -> None:
-    async with serving(redis_url, door, ws_max_connections_per_user=3) as gateway:
+    async with serving(redis_url, transport, ws_max_connections_per_user=3) as gateway:
         endings: Counter[int] = Counter()
         urls = [
             gateway.staff_url(endpoint, roles=["MANAGER"])
@@ -565,9 +567,9 @@ async def test_thirty_connects_of_one_user_at_once_leave_exactly_the_limit(
 
 
 async def test_thirty_connects_of_one_session_at_once_leave_exactly_the_limit(
-    redis_url: str, door: Door
+    redis_url: str, transport: Transport
 ) -> None:
-    async with serving(redis_url, door, ws_max_connections_per_session=20) as gateway:
+    async with serving(redis_url, transport, ws_max_connections_per_session=20) as gateway:
         refused: list[int] = []
 
         async def one(url: str) -> None:
@@ -585,10 +587,10 @@ async def test_thirty_connects_of_one_session_at_once_leave_exactly_the_limit(
             nursery.cancel_scope.cancel()
 
 
-async def test_a_thousand_bad_tokens_delay_nobody(redis_url: str, door: Door) -> None:
+async def test_a_thousand_bad_tokens_delay_nobody(redis_url: str, transport: Transport) -> None:
     head, _, signature = make_jwt(JWT_SECRET).partition(".")
-    number = 1000 if door == "line" else 300
-    async with serving(redis_url, door) as gateway, unaffected(gateway):
+    number = 1000 if transport == "line" else 300
+    async with serving(redis_url, transport) as gateway, unaffected(gateway):
         limit = trio.CapacityLimiter(50)
 
         async def try_one(n: int) -> None:

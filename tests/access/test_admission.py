@@ -15,7 +15,7 @@ from trio_gateway.access.revocations import Revocations, Tickets
 from trio_gateway.broker.commands import Unavailable
 from trio_gateway.core.audiences import BranchId, Endpoint, Principal, SectorId
 from trio_gateway.core.close_codes import Close, Rejected
-from trio_gateway.runtime.connection import Connection, Terms
+from trio_gateway.runtime.connection import Connection, ConnectionLimits
 from trio_gateway.runtime.hub import Hub
 from trio_gateway.settings import Settings
 from trio_gateway.testing import FakeSocket, make_jwt, make_principal
@@ -23,7 +23,7 @@ from trio_gateway.transports.handshake import Handshake
 
 SECRET = "0123456789abcdef" * 4
 NOW = 1_790_000_000.0
-FOR_EVER = Terms(stale_after=float("inf"), receive_timeout=float("inf"))
+FOR_EVER = ConnectionLimits(stale_after=float("inf"), receive_timeout=float("inf"))
 
 
 class Redis:
@@ -75,13 +75,15 @@ class Place:
 
     def __init__(self) -> None:
         self.redis = Redis()
-        self.roster = SlowRoster()
+        self.sector_assignments = SlowRoster()
         self.hub = Hub()
         commands: Any = self.redis
         self.revocations = Revocations(commands, self.hub)
         settings = Settings(jwt_secret=SECRET, table_token_secret=SECRET[::-1])
-        roster: Any = self.roster
-        self.admission = Admission(settings, roster=roster, clock=lambda: NOW + trio.current_time())
+        sector_assignments: Any = self.sector_assignments
+        self.admission = Admission(
+            settings, sector_assignments=sector_assignments, clock=lambda: NOW + trio.current_time()
+        )
         self.admission.revocations = self.revocations
         self.admission.tickets = Tickets(commands)
         self.outcome: Candidate | Principal | Rejected | None = None
@@ -213,7 +215,7 @@ async def test_sectors_that_change_during_admission_are_those_that_it_joins_with
     async with opened() as place:
         await place.admit(token=token())
         assert isinstance(place.outcome, Candidate)
-        place.roster.sectors = {6}
+        place.sector_assignments.sectors = {6}
         with place.outcome as candidate:
             found = place.admission.confirm(candidate)
         assert found is not None

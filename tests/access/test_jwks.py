@@ -19,7 +19,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from tests.support.gateways import (
     TABLE_SECRET,
-    Door,
+    Transport,
     admitted,
     closed,
     connect,
@@ -469,10 +469,12 @@ async def test_server_that_drips_is_given_up_and_holds_no_thread(
 # In a gateway
 
 
-@pytest.mark.parametrize("door", ["line", "asgi"])
-async def test_keys_behind_a_url_let_clients_in(redis_url: str, issuer: Issuer, door: Door) -> None:
+@pytest.mark.parametrize("transport", ["line", "asgi"])
+async def test_keys_behind_a_url_let_clients_in(
+    redis_url: str, issuer: Issuer, transport: Transport
+) -> None:
     settings = make_settings(redis_url, jwt_algorithms=SIGNATURES, jwt_jwks_url=issuer.url)
-    async with running(settings, door=door) as gateway:
+    async with running(settings, transport=transport) as gateway:
         assert issuer.requests == 0  # fetched when first needed
         for algorithm in PRIVATE:
             token = signed(algorithm, kid=algorithm)
@@ -484,14 +486,14 @@ async def test_keys_behind_a_url_let_clients_in(redis_url: str, issuer: Issuer, 
     assert issuer.requests == 1
 
 
-@pytest.mark.parametrize("door", ["line", "asgi"])
+@pytest.mark.parametrize("transport", ["line", "asgi"])
 async def test_token_of_a_new_key_is_1013_or_503_until_the_key_was_looked_up(
-    redis_url: str, issuer: Issuer, door: Door, monkeypatch: pytest.MonkeyPatch
+    redis_url: str, issuer: Issuer, transport: Transport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jwks, "AT_MOST_EVERY", 0.8)
     issuer.body = key_set(jwk("RS256"))
     settings = make_settings(redis_url, jwt_algorithms=SIGNATURES, jwt_jwks_url=issuer.url)
-    async with running(settings, door=door) as gateway:
+    async with running(settings, transport=transport) as gateway:
         async with admitted(f"{gateway.url}/ws/waiter?token={signed('RS256', kid='RS256')}"):
             pass
         issuer.body = key_set(jwk("ES256"))

@@ -17,8 +17,8 @@ from structlog.testing import capture_logs
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from trio_gateway.access import sectors
-from trio_gateway.access.sector_database import Rows, Unanswered, Waiter
-from trio_gateway.access.sectors import Roster
+from trio_gateway.access.sector_database import QueryFailed, Rows, WaiterKey
+from trio_gateway.access.sectors import SectorAssignments
 from trio_gateway.core.audiences import (
     BranchId,
     Endpoint,
@@ -29,7 +29,7 @@ from trio_gateway.core.audiences import (
 )
 from trio_gateway.core.resilience import Breaker, State
 from trio_gateway.core.service_day import ServiceDays, read_windows
-from trio_gateway.runtime.connection import Connection, Terms
+from trio_gateway.runtime.connection import Connection, ConnectionLimits
 from trio_gateway.runtime.dispatch import Dispatch
 from trio_gateway.runtime.hub import Hub
 from trio_gateway.testing import FakeSocket, make_event, make_principal
@@ -37,7 +37,7 @@ from trio_gateway.testing import FakeSocket, make_event, make_principal
 NOON = datetime(2026, 3, 10, 12, tzinfo=UTC).timestamp()
 TODAY, TOMORROW = date(2026, 3, 10), date(2026, 3, 11)
 TO_FLIP = 17 * 3600  # seconds from noon to 05:00
-FOR_EVER = Terms(stale_after=float("inf"), receive_timeout=float("inf"))
+FOR_EVER = ConnectionLimits(stale_after=float("inf"), receive_timeout=float("inf"))
 
 
 @dataclass
@@ -51,9 +51,9 @@ class Database:
     takes: float = 0.0  # seconds for an answer
     queries: int = 0
     failures: int = 0
-    asked: list[tuple[float, Waiter, date]] = field(default_factory=list)
-    most_at_once: Counter[Waiter] = field(default_factory=Counter)
-    _now: Counter[Waiter] = field(default_factory=Counter)
+    asked: list[tuple[float, WaiterKey, date]] = field(default_factory=list)
+    most_at_once: Counter[WaiterKey] = field(default_factory=Counter)
+    _now: Counter[WaiterKey] = field(default_factory=Counter)
 
     def assign(
         self,
@@ -66,7 +66,7 @@ class Database:
     ) -> None:
         self.rows[tenant, branch, str(user), day] = {(sector, shift) for sector in serves}
 
-    async def of(self, waiter: Waiter, day: date, /) -> Rows:
+    async def of(self, waiter: WaiterKey, day: date, /) -> Rows:
         self.queries += 1
         self.asked.append((trio.current_time(), waiter, day))
         self._now[waiter] += 1
@@ -79,7 +79,7 @@ class Database:
             self._now[waiter] -= 1
         if self.down:
             self.failures += 1
-            raise Unanswered("down")
+            raise QueryFailed("down")
         return found
 
     def close(self) -> None: ...
@@ -94,7 +94,7 @@ class Restaurant:
         self.hub = Hub()
         self.breaker = Breaker(threshold=5, recovery=30)
         self.stepped = 0.0  # what somebody did to the wall clock
-        self.roster = Roster(
+        self.sector_assignments = SectorAssignments(
             self.database,
             self.hub,
             self.breaker,
@@ -110,8 +110,8 @@ class Restaurant:
         found = principal or make_principal()
 
         async def serve(*, task_status: trio.TaskStatus[Connection]) -> None:
-            known = found if assigned else await self.roster.assign(found)
-            client = Connection(self.roster.latest(known), FOR_EVER)
+            known = found if assigned else await self.sector_assignments.assign(found)
+            client = Connection(self.sector_assignments.latest(known), FOR_EVER)
             task_status.started(client)
             await client.run(FakeSocket(), self.hub)
 
@@ -120,15 +120,15 @@ class Restaurant:
 
     def change(self, *, tenant: int = 1, user: int | str = 21) -> None:
         """The backend says that somebody's assignments have changed."""
-        self.roster.hear(json.dumps({"tenant_id": tenant, "waiter_id": user}).encode())
+        self.sector_assignments.hear(json.dumps({"tenant_id": tenant, "waiter_id": user}).encode())
 
 
 @asynccontextmanager
 async def opened(**options: Any) -> AsyncIterator[Restaurant]:
     async with trio.open_nursery() as nursery:
         restaurant = Restaurant(nursery, **options)
-        nursery.start_soon(restaurant.roster.pay)
-        nursery.start_soon(restaurant.roster.follow_clock)
+        nursery.start_soon(restaurant.sector_assignments.retry_pending)
+        nursery.start_soon(restaurant.sector_assignments.follow_clock)
         yield restaurant
         nursery.cancel_scope.cancel()
 
@@ -144,24 +144,24 @@ def serves(client: Connection | Principal, branch: int = 1) -> set[int]:
 async def test_no_count_of_queries_falls_when_one_fails(autojump_clock: MockClock) -> None:
     async with opened() as restaurant:
         restaurant.database.takes, restaurant.database.down = 1, True
-        restaurant.nursery.start_soon(restaurant.roster.assign, make_principal())
+        restaurant.nursery.start_soon(restaurant.sector_assignments.assign, make_principal())
         await trio.sleep(0.5)
-        assert restaurant.roster.queries == {"answered": 0, "failed": 0}
+        assert restaurant.sector_assignments.queries == {"answered": 0, "failed": 0}
         await trio.sleep(0.6)
-        assert restaurant.roster.queries == {"answered": 0, "failed": 1}
+        assert restaurant.sector_assignments.queries == {"answered": 0, "failed": 1}
 
 
 async def test_answer_is_good_for_its_time_and_not_longer(autojump_clock: MockClock) -> None:
     async with opened(ttl=300) as restaurant:
         restaurant.database.assign(5)
-        assert serves(await restaurant.roster.assign(make_principal())) == {5}
+        assert serves(await restaurant.sector_assignments.assign(make_principal())) == {5}
         restaurant.database.assign(6)
 
         await trio.sleep(299.9)
-        assert serves(await restaurant.roster.assign(make_principal())) == {5}
+        assert serves(await restaurant.sector_assignments.assign(make_principal())) == {5}
         assert restaurant.database.queries == 1
         await trio.sleep(0.1)
-        assert serves(await restaurant.roster.assign(make_principal())) == {6}
+        assert serves(await restaurant.sector_assignments.assign(make_principal())) == {6}
         assert restaurant.database.queries == 2
 
 
@@ -169,7 +169,7 @@ async def test_no_sectors_is_an_answer_and_is_cached_as_one(autojump_clock: Mock
     async with opened() as restaurant:
         claims = make_principal(sectors=[9])
         for _ in range(3):
-            assert serves(await restaurant.roster.assign(claims)) == set()
+            assert serves(await restaurant.sector_assignments.assign(claims)) == set()
         assert restaurant.database.queries == 1
 
 
@@ -178,13 +178,13 @@ async def test_cache_is_bounded_and_forgets_who_was_asked_for_longest_ago(
 ) -> None:
     monkeypatch.setattr(sectors, "_MOST_CACHED", 3)
     async with opened() as restaurant:
-        roster = restaurant.roster
+        sector_assignments = restaurant.sector_assignments
         for user in (1, 2, 3, 4):
-            await roster.assign(make_principal(user=user))
-            assert roster.known <= 3
-        await roster.assign(make_principal(user=4))
+            await sector_assignments.assign(make_principal(user=user))
+            assert sector_assignments.known <= 3
+        await sector_assignments.assign(make_principal(user=4))
         assert restaurant.database.queries == 4
-        await roster.assign(make_principal(user=1))
+        await sector_assignments.assign(make_principal(user=1))
         assert restaurant.database.queries == 5
 
 
@@ -196,7 +196,9 @@ async def test_one_query_is_in_flight_for_a_waiter_of_a_branch(autojump_clock: M
         database.assign(7, user=22)
 
         async def enter(user: int) -> None:
-            found.append(serves(await restaurant.roster.assign(make_principal(user=user))))
+            found.append(
+                serves(await restaurant.sector_assignments.assign(make_principal(user=user)))
+            )
 
         async with trio.open_nursery() as nursery:
             for _ in range(50):
@@ -211,19 +213,19 @@ async def test_who_waits_for_somebody_elses_question_asks_when_that_one_is_cance
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     async with opened() as restaurant:
-        database, roster = restaurant.database, restaurant.roster
+        database, sector_assignments = restaurant.database, restaurant.sector_assignments
         database.assign(5)
         database.takes = 1
         scope = trio.CancelScope()
 
         async def give_up() -> None:
             with scope:
-                await roster.assign(make_principal())
+                await sector_assignments.assign(make_principal())
 
         nursery.start_soon(give_up)
         await wait_all_tasks_blocked()
         scope.deadline = 0.5
-        assert serves(await roster.assign(make_principal())) == {5}
+        assert serves(await sector_assignments.assign(make_principal())) == {5}
         assert trio.current_time() == 1.5
         assert database.most_at_once.total() == 1
         assert restaurant.breaker.state is State.CLOSED
@@ -234,7 +236,7 @@ async def test_all_branches_of_a_waiter_are_asked_for_at_once(autojump_clock: Mo
         restaurant.database.takes = 2
         for branch in (1, 2, 3):
             restaurant.database.assign(branch * 10, branch=branch)
-        found = await restaurant.roster.assign(make_principal(branches=[1, 2, 3]))
+        found = await restaurant.sector_assignments.assign(make_principal(branches=[1, 2, 3]))
         assert trio.current_time() == 2  # and not 6, which would be past the accept timeout
         assert [serves(found, branch) for branch in (1, 2, 3)] == [{10}, {20}, {30}]
 
@@ -245,7 +247,7 @@ async def test_only_the_waiter_endpoint_has_sectors(
 ) -> None:
     async with opened() as restaurant:
         principal = make_principal(endpoint)
-        assert await restaurant.roster.assign(principal, fresh=True) is principal
+        assert await restaurant.sector_assignments.assign(principal, fresh=True) is principal
         assert restaurant.database.queries == 0
 
 
@@ -274,9 +276,11 @@ async def test_without_an_answer_the_claim_holds_in_every_branch(
 ) -> None:
     async with opened() as restaurant:
         restaurant.database.down = True
-        found = await restaurant.roster.assign(make_principal(branches=[1, 2], sectors=[9]))
+        found = await restaurant.sector_assignments.assign(
+            make_principal(branches=[1, 2], sectors=[9])
+        )
         assert (serves(found, 1), serves(found, 2)) == ({9}, {9})
-        nothing = await restaurant.roster.assign(make_principal())
+        nothing = await restaurant.sector_assignments.assign(make_principal())
         assert serves(nothing) == set()
 
 
@@ -284,10 +288,10 @@ async def test_failure_is_never_cached_as_an_answer(autojump_clock: MockClock) -
     async with opened() as restaurant:
         restaurant.database.assign(5)
         restaurant.database.down = True
-        assert serves(await restaurant.roster.assign(make_principal())) == set()
-        assert restaurant.roster.known == 0
+        assert serves(await restaurant.sector_assignments.assign(make_principal())) == set()
+        assert restaurant.sector_assignments.known == 0
         restaurant.database.down = False
-        assert serves(await restaurant.roster.assign(make_principal())) == {5}
+        assert serves(await restaurant.sector_assignments.assign(make_principal())) == {5}
 
 
 async def test_last_answer_holds_before_the_claim_even_when_it_is_old(
@@ -295,10 +299,12 @@ async def test_last_answer_holds_before_the_claim_even_when_it_is_old(
 ) -> None:
     async with opened(ttl=300) as restaurant:
         restaurant.database.assign(5)
-        await restaurant.roster.assign(make_principal())
+        await restaurant.sector_assignments.assign(make_principal())
         restaurant.database.down = True
         await trio.sleep(30 * 3600)
-        assert serves(await restaurant.roster.assign(make_principal(sectors=[9]))) == {5}
+        assert serves(await restaurant.sector_assignments.assign(make_principal(sectors=[9]))) == {
+            5
+        }
 
 
 async def test_failed_answer_is_asked_for_until_it_comes_and_reaches_the_live_connection(
@@ -310,12 +316,12 @@ async def test_failed_answer_is_asked_for_until_it_comes_and_reaches_the_live_co
         client = await restaurant.enter(make_principal(sectors=[9]))
         await trio.sleep(600)
         assert serves(client) == {9}
-        assert restaurant.roster.owed == 1
+        assert restaurant.sector_assignments.pending == 1
 
         restaurant.database.down = False
         await trio.sleep(40)  # the breaker's recovery time, and a back-off of at most 10 s
         assert serves(client) == {5}
-        assert restaurant.roster.owed == 0
+        assert restaurant.sector_assignments.pending == 0
         assert restaurant.breaker.state is State.CLOSED
         paid = restaurant.database.queries
         await trio.sleep(100)
@@ -325,9 +331,11 @@ async def test_failed_answer_is_asked_for_until_it_comes_and_reaches_the_live_co
 async def test_branch_that_failed_falls_back_alone(autojump_clock: MockClock) -> None:
     async with opened() as restaurant:
         restaurant.database.assign(5)
-        await restaurant.roster.assign(make_principal())
+        await restaurant.sector_assignments.assign(make_principal())
         restaurant.database.down = True
-        found = await restaurant.roster.assign(make_principal(branches=[1, 2], sectors=[9]))
+        found = await restaurant.sector_assignments.assign(
+            make_principal(branches=[1, 2], sectors=[9])
+        )
         assert (serves(found, 1), serves(found, 2)) == ({5}, {9})
 
 
@@ -337,7 +345,7 @@ async def test_breaker_leaves_a_failing_database_alone(autojump_clock: MockClock
         restaurant.database.takes = 2
         with capture_logs() as logs:
             for user in range(100, 200):
-                await restaurant.roster.assign(make_principal(user=user))
+                await restaurant.sector_assignments.assign(make_principal(user=user))
         assert restaurant.database.queries == 5
         assert trio.current_time() == 10
         assert restaurant.breaker.state is State.OPEN
@@ -350,13 +358,13 @@ async def test_nobody_waits_for_a_database_while_one_tries_whether_it_is_back(
     async with opened() as restaurant:
         restaurant.database.down = True
         for user in range(100, 105):
-            await restaurant.roster.assign(make_principal(user=user))
+            await restaurant.sector_assignments.assign(make_principal(user=user))
         await trio.sleep(30)
         restaurant.database.takes = 2
-        nursery.start_soon(restaurant.roster.assign, make_principal(user=1))
+        nursery.start_soon(restaurant.sector_assignments.assign, make_principal(user=1))
         await wait_all_tasks_blocked()
         started = trio.current_time()
-        await restaurant.roster.assign(make_principal(user=2))
+        await restaurant.sector_assignments.assign(make_principal(user=2))
         assert trio.current_time() == started
 
 
@@ -366,13 +374,13 @@ async def test_try_that_is_cancelled_does_not_keep_the_breaker_half_open(
     async with opened() as restaurant:
         restaurant.database.down = True
         for user in range(100, 105):
-            await restaurant.roster.assign(make_principal(user=user))
+            await restaurant.sector_assignments.assign(make_principal(user=user))
         await trio.sleep(30)
         restaurant.database.down = False
         restaurant.database.takes = 2
         with trio.move_on_after(1):
-            await restaurant.roster.assign(make_principal())
-        await restaurant.roster.assign(make_principal())
+            await restaurant.sector_assignments.assign(make_principal())
+        await restaurant.sector_assignments.assign(make_principal())
         assert restaurant.breaker.state is State.CLOSED
 
 
@@ -380,10 +388,10 @@ async def test_connection_that_leaves_is_owed_nothing(autojump_clock: MockClock)
     async with opened() as restaurant:
         restaurant.database.down = True
         client = await restaurant.enter()
-        assert restaurant.roster.owed == 1
+        assert restaurant.sector_assignments.pending == 1
         client.close(1000)
         await trio.sleep(60)
-        assert restaurant.roster.owed == 0
+        assert restaurant.sector_assignments.pending == 0
         asked = restaurant.database.queries
         await trio.sleep(600)
         assert restaurant.database.queries == asked
@@ -393,9 +401,9 @@ async def test_http_requests_leave_no_debts_behind(autojump_clock: MockClock) ->
     async with opened() as restaurant:
         restaurant.database.down = True
         for user in range(100):
-            await restaurant.roster.assign(make_principal(user=user))
+            await restaurant.sector_assignments.assign(make_principal(user=user))
         await trio.sleep(60)
-        assert restaurant.roster.owed == 0
+        assert restaurant.sector_assignments.pending == 0
 
 
 async def test_one_that_can_never_be_answered_does_not_keep_the_others_from_it(
@@ -411,15 +419,15 @@ async def test_one_that_can_never_be_answered_does_not_keep_the_others_from_it(
         database.assign(5, user=2)
         of = database.of
 
-        async def except_for_1(waiter: Waiter, day: date, /) -> Rows:
+        async def except_for_1(waiter: WaiterKey, day: date, /) -> Rows:
             if waiter.user == "1":
-                raise Unanswered("DataError")
+                raise QueryFailed("DataError")
             return await of(waiter, day)
 
         monkeypatch.setattr(database, "of", except_for_1)
         await trio.sleep(60)
         assert (serves(cursed), serves(other)) == ({9}, {5})
-        assert restaurant.roster.owed == 1
+        assert restaurant.sector_assignments.pending == 1
 
 
 async def test_bug_in_a_query_leaves_nobody_waiting_for_it(autojump_clock: MockClock) -> None:
@@ -427,7 +435,7 @@ async def test_bug_in_a_query_leaves_nobody_waiting_for_it(autojump_clock: MockC
         restaurant.database.rows = None  # type: ignore[assignment]
         for _ in range(2):
             with pytest.RaisesGroup(AttributeError):
-                await restaurant.roster.assign(make_principal())
+                await restaurant.sector_assignments.assign(make_principal())
 
 
 # Refresh
@@ -440,7 +448,7 @@ async def test_refresh_bypasses_the_cache_and_moves_the_connection(
         restaurant.database.assign(5)
         client = await restaurant.enter()
         restaurant.database.assign(6, 7)
-        await restaurant.roster.refresh(client)
+        await restaurant.sector_assignments.refresh(client)
         assert serves(client) == {6, 7}
         assert restaurant.hub.members(client.audiences) == [client]
 
@@ -450,7 +458,7 @@ async def test_refresh_reaches_the_waiters_other_devices(autojump_clock: MockClo
         restaurant.database.assign(5)
         phone, tablet = await restaurant.enter(), await restaurant.enter()
         restaurant.database.assign(6)
-        await restaurant.roster.refresh(phone)
+        await restaurant.sector_assignments.refresh(phone)
         assert serves(tablet) == {6}
         assert restaurant.database.queries == 2
 
@@ -462,10 +470,10 @@ async def test_refresh_asks_again_if_somebodys_question_may_be_older_than_the_ch
         restaurant.database.assign(5)
         client = await restaurant.enter()
         restaurant.database.takes = 1
-        nursery.start_soon(restaurant.roster.refresh, client)
+        nursery.start_soon(restaurant.sector_assignments.refresh, client)
         await trio.sleep(0.5)
         restaurant.database.assign(6)
-        await restaurant.roster.refresh(client)
+        await restaurant.sector_assignments.refresh(client)
         assert serves(client) == {6}
 
 
@@ -478,17 +486,17 @@ async def test_refresh_is_limited_per_connection_to_5_in_10_seconds(
         asked = restaurant.database.queries
         for n in range(8):
             restaurant.database.assign(n + 1)
-            await restaurant.roster.refresh(client)
+            await restaurant.sector_assignments.refresh(client)
         assert restaurant.database.queries == asked + 5
         assert serves(client) == {5}  # the last that was asked for
-        await restaurant.roster.refresh(other)
+        await restaurant.sector_assignments.refresh(other)
         assert restaurant.database.queries == asked + 6
 
         await trio.sleep(9.9)
-        await restaurant.roster.refresh(client)
+        await restaurant.sector_assignments.refresh(client)
         assert restaurant.database.queries == asked + 6
         await trio.sleep(0.1)
-        await restaurant.roster.refresh(client)
+        await restaurant.sector_assignments.refresh(client)
         assert restaurant.database.queries == asked + 7
         assert serves(client) == {8}
 
@@ -499,7 +507,7 @@ async def test_who_asks_all_the_time_is_answered_as_often_as_the_limit_allows(
     async with opened() as restaurant:
         client = await restaurant.enter()
         for _ in range(100):
-            await restaurant.roster.refresh(client)
+            await restaurant.sector_assignments.refresh(client)
             await trio.sleep(1)
         assert restaurant.database.queries == 1 + 50
 
@@ -512,7 +520,7 @@ async def test_refresh_that_fails_changes_nothing_and_is_made_up_for(
         client = await restaurant.enter()
         restaurant.database.assign(6)
         restaurant.database.down = True
-        await restaurant.roster.refresh(client)
+        await restaurant.sector_assignments.refresh(client)
         assert serves(client) == {5}
         restaurant.database.down = False
         await trio.sleep(10)  # though the cache is still good
@@ -574,7 +582,7 @@ async def test_changes_that_were_announced_while_the_link_was_down_are_looked_up
         other = await restaurant.enter(make_principal(user=22))
         await trio.sleep(10)
         restaurant.database.assign(6)
-        restaurant.roster.link_back()
+        restaurant.sector_assignments.link_back()
         await trio.sleep(1)
         assert (serves(client), serves(other)) == ({6}, {5})
         queries = restaurant.database.queries
@@ -589,11 +597,11 @@ async def test_cached_answer_is_asked_for_again_after_the_link_was_down(
     """Also one that was being asked for when the link came back."""
     async with opened() as restaurant:
         restaurant.database.assign(5)
-        await restaurant.roster.assign(make_principal())
+        await restaurant.sector_assignments.assign(make_principal())
         await trio.sleep(1)
         restaurant.database.assign(6)
-        restaurant.roster.link_back()
-        assert serves(await restaurant.roster.assign(make_principal())) == {6}
+        restaurant.sector_assignments.link_back()
+        assert serves(await restaurant.sector_assignments.assign(make_principal())) == {6}
         restaurant.database.takes = 1.5
         async with trio.open_nursery() as nursery:
             client = None
@@ -606,7 +614,7 @@ async def test_cached_answer_is_asked_for_again_after_the_link_was_down(
             nursery.start_soon(enter)
             await trio.sleep(1)
             restaurant.database.assign(8, user=23)
-            restaurant.roster.link_back()
+            restaurant.sector_assignments.link_back()
         assert client is not None
         assert serves(client) == {8}
 
@@ -618,7 +626,7 @@ async def test_look_at_everybody_delays_no_change_that_was_heard_of(
         clients = [await restaurant.enter(make_principal(user=user)) for user in range(100)]
         await trio.sleep(1)
         restaurant.database.takes = 0.5
-        restaurant.roster.link_back()
+        restaurant.sector_assignments.link_back()
         await trio.sleep(0.1)
         restaurant.database.assign(6, user=99)
         restaurant.change(user=99)
@@ -634,7 +642,7 @@ async def test_change_between_the_answer_and_the_joining_is_made_good(
 ) -> None:
     async with opened() as restaurant:
         restaurant.database.assign(5)
-        principal = await restaurant.roster.assign(make_principal())
+        principal = await restaurant.sector_assignments.assign(make_principal())
         await trio.sleep(1)
         restaurant.database.assign(6)
         restaurant.change()  # nobody of theirs is connected yet
@@ -648,7 +656,7 @@ async def test_change_of_a_waiter_who_is_away_is_looked_up_when_they_come(
 ) -> None:
     async with opened() as restaurant:
         restaurant.database.assign(5)
-        await restaurant.roster.assign(make_principal())
+        await restaurant.sector_assignments.assign(make_principal())
         restaurant.database.assign(6)
         restaurant.change()
         await trio.sleep(1)
@@ -687,7 +695,7 @@ async def test_message_that_is_no_change_is_logged_and_changes_nothing(
     async with opened() as restaurant:
         await restaurant.enter()
         with capture_logs() as logs:
-            restaurant.roster.hear(payload)
+            restaurant.sector_assignments.hear(payload)
         await trio.sleep(1)
         assert [line["event"] for line in logs] == ["invalid sectors message"]
         assert restaurant.database.queries == 1
@@ -745,7 +753,7 @@ async def test_flip_while_a_waiter_is_being_asked_for_is_not_missed(
         restaurant.database.assign(6, day=TOMORROW)
         await trio.sleep(TO_FLIP - 0.5)
         restaurant.database.takes = 1
-        assert serves(await restaurant.roster.assign(make_principal())) == {6}
+        assert serves(await restaurant.sector_assignments.assign(make_principal())) == {6}
 
 
 async def test_flip_after_one_branch_was_asked_for_and_before_another_is_not_missed(
@@ -755,7 +763,7 @@ async def test_flip_after_one_branch_was_asked_for_and_before_another_is_not_mis
         database = restaurant.database
         of = database.of
 
-        async def slow_for_2(waiter: Waiter, day: date, /) -> Rows:
+        async def slow_for_2(waiter: WaiterKey, day: date, /) -> Rows:
             await trio.sleep(2 if waiter.branch == 2 else 0)
             return await of(waiter, day)
 
@@ -884,7 +892,9 @@ def test_move_while_batches_are_delivered_neither_loses_nor_doubles_an_event(
         hub = Hub()
         dispatch = Dispatch(hub, writes_per_checkpoint=writes_per_checkpoint)
         database = Database()
-        roster = Roster(database, hub, Breaker(5, 30), wall_clock=lambda: NOON)
+        sector_assignments = SectorAssignments(
+            database, hub, Breaker(5, 30), wall_clock=lambda: NOON
+        )
         published = 0
         throughout: list[int] = []  # what it must hear
         now_and_then: dict[int, int] = {}  # the sector of what it may hear
@@ -893,7 +903,7 @@ def test_move_while_batches_are_delivered_neither_loses_nor_doubles_an_event(
         async with trio.open_nursery() as nursery:
 
             async def enter(principal: Principal) -> tuple[Connection, FakeSocket]:
-                client = Connection(await roster.assign(principal), FOR_EVER)
+                client = Connection(await sector_assignments.assign(principal), FOR_EVER)
                 socket = FakeSocket()
                 nursery.start_soon(client.run, socket, hub)
                 await wait_all_tasks_blocked()
@@ -920,7 +930,7 @@ def test_move_while_batches_are_delivered_neither_loses_nor_doubles_an_event(
                     elif what == "serve":
                         served |= set(value)
                         database.assign(9, *value)
-                        work.start_soon(roster.refresh, client)
+                        work.start_soon(sector_assignments.refresh, client)
                     else:
                         for _ in range(value):
                             await trio.lowlevel.checkpoint()

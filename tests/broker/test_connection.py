@@ -20,10 +20,10 @@ from trio_gateway.core.routing import ROUTES
 from trio_gateway.redis_url import Address
 from trio_gateway.runtime.dispatch import Dispatch
 from trio_gateway.runtime.history import History
-from trio_gateway.runtime.hub import Hub, Limits
-from trio_gateway.runtime.ingest import Intake
+from trio_gateway.runtime.hub import CapacityLimits, Hub
+from trio_gateway.runtime.ingest import Ingest
 from trio_gateway.runtime.queue import EventQueue
-from trio_gateway.runtime.supervision import Lost
+from trio_gateway.runtime.supervision import ConnectionLost
 
 PONG = b"*2\r\n$4\r\npong\r\n$0\r\n\r\n"
 Redis = Callable[[trio.abc.Stream], Awaitable[None]]
@@ -31,7 +31,7 @@ Redis = Callable[[trio.abc.Stream], Awaitable[None]]
 
 def make_pubsub() -> PubSub:
     queue = EventQueue(10, DropAlarm(60, 0.05, 300))
-    return PubSub(Address(), [], Intake(), queue, Breaker(5, 30))
+    return PubSub(Address(), [], Ingest(), queue, Breaker(5, 30))
 
 
 @asynccontextmanager
@@ -56,7 +56,7 @@ async def lost_after(redis: Redis) -> float:
     pubsub = make_pubsub()
     pubsub._listeners[b"x"] = lambda payload: None
     async with link_to(redis) as link:
-        with pytest.raises(Lost, match="no answer to PING"):
+        with pytest.raises(ConnectionLost, match="no answer to PING"):
             await pubsub._listen(link)
         return trio.current_time()
 
@@ -119,7 +119,7 @@ async def test_redis_that_is_still_loading_is_no_source_though_it_lets_us_subscr
     pubsub, connected = make_pubsub(), list[bool]()
     pubsub._unconfirmed = 1
     async with link_to(redis) as link:
-        with pytest.raises(Lost, match="Redis says LOADING"):
+        with pytest.raises(ConnectionLost, match="Redis says LOADING"):
             await pubsub._listen(link)
     assert connected == [False]
 
@@ -136,7 +136,7 @@ async def test_reply_that_trickles_is_waited_for_no_longer_than_none(
             await trio.sleep(1)
 
     async with link_to(redis) as link:
-        with pytest.raises(Lost, match="no answer to XREAD"):
+        with pytest.raises(ConnectionLost, match="no answer to XREAD"):
             await link.ask("XREAD", patience=3)
         assert trio.current_time() == 3
 
@@ -158,7 +158,7 @@ async def test_two_replies_to_one_command_are_out_of_step() -> None:
         await stream.send_all(b"+OK\r\n+OK\r\n")
 
     async with link_to(redis) as link:
-        with pytest.raises(Lost, match="more replies than commands"):
+        with pytest.raises(ConnectionLost, match="more replies than commands"):
             await link.ask("XREAD")
 
 
@@ -167,7 +167,7 @@ async def test_array_of_more_members_than_there_is_memory_for_is_a_lost_link() -
         await stream.send_all(b"*4294967295\r\n")
 
     async with link_to(redis) as link:
-        with pytest.raises(Lost, match="not RESP"):
+        with pytest.raises(ConnectionLost, match="not RESP"):
             await link.ask("XREAD")
 
 
@@ -188,7 +188,7 @@ def test_reply_of_another_shape_is_a_lost_link_and_no_bug(
     if reply == [] and read in {read_news, read_entries}:
         assert read(reply) == []
         return
-    with pytest.raises(Lost, match="unexpected reply"):
+    with pytest.raises(ConnectionLost, match="unexpected reply"):
         read(reply)
 
 
@@ -204,7 +204,7 @@ def test_replies_are_read() -> None:
     assert read_info(hiredis.ReplyError("ERR no such key")) == Info()
     assert read_time([b"1700000000", b"250000"]) == 1_700_000_000.25
     assert read_time(hiredis.ReplyError("NOPERM no")) is None
-    with pytest.raises(Lost, match="XINFO failed: NOPERM"):
+    with pytest.raises(ConnectionLost, match="XINFO failed: NOPERM"):
         read_info(hiredis.ReplyError("NOPERM no"))
 
 
@@ -216,10 +216,10 @@ async def test_answer_to_an_earlier_question_is_not_delivered_again() -> None:
         while await stream.receive_some():
             await stream.send_all(news)
 
-    intake, history = Intake(), History()
-    hub = Hub(Limits(total=1, per_user=1, per_session=1))
+    ingest, history = Ingest(), History()
+    hub = Hub(CapacityLimits(total=1, per_user=1, per_session=1))
     streams = Streams(
-        Address(), ["s"], intake, EventQueue(10), Breaker(5, 30), routes=ROUTES,
+        Address(), ["s"], ingest, EventQueue(10), Breaker(5, 30), routes=ROUTES,
         dispatch=Dispatch(hub, ROUTES), history=history,
         on_begin=lambda stream, ahead: None, on_gap=lambda: None,
     )  # fmt: skip
@@ -228,6 +228,6 @@ async def test_answer_to_an_earlier_question_is_not_delivered_again() -> None:
     async with link_to(redis) as link:
         await streams._read(link)
         assert streams.cursors == {"s": "1-1"}
-        with pytest.raises(Lost, match="earlier question"):
+        with pytest.raises(ConnectionLost, match="earlier question"):
             await streams._read(link)
-    assert intake.received["stream"] == 1
+    assert ingest.received["stream"] == 1

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from trio_gateway.core.audiences import SectorId
 from trio_gateway.core.messages import (
     PONG,
+    Command,
     Message,
-    Renew,
+    Reauthenticate,
     Resume,
-    Said,
     auth_ok,
     read_message,
     resumed,
@@ -18,23 +18,23 @@ from trio_gateway.core.messages import (
 )
 
 UNDERSTOOD: list[tuple[str, Message]] = [
-    ("ping", Said.PING),
-    ('{"type":"ping"}', Said.PING),
-    (' \r\n{ "type" :\t"ping" } ', Said.PING),
-    ('{"id":7,"type":"ping","data":{"type":"auth"}}', Said.PING),
-    ('{"type":"auth","type":"ping"}', Said.PING),
-    (r'{"\u0074ype":"p\u0069ng"}', Said.PING),
-    ('{"type":"ping","token":[1e3,{}],"last_event_id":null}', Said.PING),
-    ("refresh_sectors", Said.REFRESH_SECTORS),
-    ('{"type":"refresh_sectors"}', Said.REFRESH_SECTORS_JSON),
-    ('{"type":"auth","token":"abc"}', Renew("abc")),
-    ('{"token":"ñ","x":1,"type":"auth"}', Renew("ñ")),
-    ('{"type":"auth"}', Renew(None)),
-    ('{"type":"auth","token":null}', Renew(None)),
-    ('{"type":"auth","token":["abc"]}', Renew(None)),
+    ("ping", Command.PING),
+    ('{"type":"ping"}', Command.PING),
+    (' \r\n{ "type" :\t"ping" } ', Command.PING),
+    ('{"id":7,"type":"ping","data":{"type":"auth"}}', Command.PING),
+    ('{"type":"auth","type":"ping"}', Command.PING),
+    (r'{"\u0074ype":"p\u0069ng"}', Command.PING),
+    ('{"type":"ping","token":[1e3,{}],"last_event_id":null}', Command.PING),
+    ("refresh_sectors", Command.REFRESH_SECTORS),
+    ('{"type":"refresh_sectors"}', Command.REFRESH_SECTORS_JSON),
+    ('{"type":"auth","token":"abc"}', Reauthenticate("abc")),
+    ('{"token":"ñ","x":1,"type":"auth"}', Reauthenticate("ñ")),
+    ('{"type":"auth"}', Reauthenticate(None)),
+    ('{"type":"auth","token":null}', Reauthenticate(None)),
+    ('{"type":"auth","token":["abc"]}', Reauthenticate(None)),
     ('{"type":"resume","last_event_id":"1-0"}', Resume("1-0")),
     ('{"type":"resume","last_event_id":""}', Resume("")),
-    ('{"type":"intervals","x":1}', Said.INTERVALS),
+    ('{"type":"intervals","x":1}', Command.INTERVALS),
     ('{"type":"resume"}', Resume(None)),
     ('{"type":"resume","last_event_id":10}', Resume(None)),
 ]
@@ -56,7 +56,7 @@ NOTHING = [
 
 @pytest.mark.parametrize("text", NOTHING)
 def test_anything_else_is_nothing(text: str) -> None:
-    assert read_message(text) is Said.NOTHING
+    assert read_message(text) is Command.NOTHING
 
 
 @given(st.text(st.characters()) | st.text('{}[]":,\\ud8 typeingauth01'))
@@ -64,12 +64,12 @@ def test_anything_else_is_nothing(text: str) -> None:
 @example('{"type":"\ud800"}')
 @example(r'{"type":"\ud800"}')
 def test_junk_says_nothing_and_raises_nothing(text: str) -> None:
-    assert read_message(text) is Said.NOTHING
+    assert read_message(text) is Command.NOTHING
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 def test_a_token_is_read_as_it_was_sent(token: str) -> None:
-    assert read_message(json.dumps({"type": "auth", "token": token})) == Renew(token)
+    assert read_message(json.dumps({"type": "auth", "token": token})) == Reauthenticate(token)
 
 
 def test_answers_are_the_contracts_to_the_byte() -> None:
@@ -77,9 +77,9 @@ def test_answers_are_the_contracts_to_the_byte() -> None:
 
     assert PONG == b'{"type":"pong"}'
     assert auth_ok(1_779_278_400.9) == b'{"type":"auth_ok","expires_at":1779278400}'
-    assert sectors_updated(sectors, Said.REFRESH_SECTORS) == b"sectors_updated:5,6,11"
+    assert sectors_updated(sectors, Command.REFRESH_SECTORS) == b"sectors_updated:5,6,11"
     assert (
-        sectors_updated(sectors, Said.REFRESH_SECTORS_JSON)
+        sectors_updated(sectors, Command.REFRESH_SECTORS_JSON)
         == b'{"type":"sectors_updated","sector_ids":[5,6,11]}'
     )
     assert (
@@ -89,13 +89,13 @@ def test_answers_are_the_contracts_to_the_byte() -> None:
 
 
 def test_a_waiter_without_sectors_is_told_so() -> None:
-    assert sectors_updated((), Said.REFRESH_SECTORS) == b"sectors_updated:"
+    assert sectors_updated((), Command.REFRESH_SECTORS) == b"sectors_updated:"
     assert (
-        sectors_updated((), Said.REFRESH_SECTORS_JSON)
+        sectors_updated((), Command.REFRESH_SECTORS_JSON)
         == b'{"type":"sectors_updated","sector_ids":[]}'
     )
 
 
 @pytest.mark.parametrize("odd", [r'"\ud800"', "1e999", "NaN"])
 def test_a_ping_is_a_ping_whatever_else_it_says(odd: str) -> None:
-    assert read_message(f'{{"x":{odd},"type":"ping","token":{odd}}}') is Said.PING
+    assert read_message(f'{{"x":{odd},"type":"ping","token":{odd}}}') is Command.PING

@@ -24,7 +24,7 @@ def heard(data: bytes) -> list[Message]:
 
 def durable(**keys: object) -> bytes:
     event = make_event(**keys)  # type: ignore[arg-type]
-    event.stand(STREAM, Position((1790000000000, 7)), durable=True)
+    event.set_position(STREAM, Position((1790000000000, 7)), durable=True)
     return event.frame
 
 

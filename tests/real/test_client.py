@@ -7,7 +7,7 @@ import pytest
 import redis
 import trio
 
-from tests.support.gateways import JWT_SECRET, Door, make_settings, running, until
+from tests.support.gateways import JWT_SECRET, Transport, make_settings, running, until
 from trio_gateway.client import Client, Refused, Status, connect, credential
 from trio_gateway.testing import make_jwt
 
@@ -23,12 +23,12 @@ async def numbers(client: Client, count: int) -> list[int]:
         return [(await anext(client)).data["n"] for _ in range(count)]
 
 
-@pytest.mark.parametrize("door", ["line", "asgi"])
+@pytest.mark.parametrize("transport", ["line", "asgi"])
 async def test_it_hears_what_its_token_may_hear_through_either_door(
-    redis_url: str, backend: "redis.Redis", door: Door
+    redis_url: str, backend: "redis.Redis", transport: Transport
 ) -> None:
     async with (
-        running(make_settings(redis_url), door=door) as gateway,
+        running(make_settings(redis_url), transport=transport) as gateway,
         connect(f"{gateway.url}/ws/waiter", make_jwt(JWT_SECRET)) as client,
     ):
         await client.wait_open()

@@ -124,11 +124,11 @@ async def test_event_id_is_the_same_in_two_gateways_and_resumes_in_either(
 
 
 @pytest.mark.parametrize("way", ["query", "header", "message"])
-@pytest.mark.parametrize("door", ["line", "asgi"])
+@pytest.mark.parametrize("transport", ["line", "asgi"])
 async def test_client_resumes_by_query_header_or_first_message(
-    backend: "redis.Redis", redis_url: str, way: str, door: Any
+    backend: "redis.Redis", redis_url: str, way: str, transport: Any
 ) -> None:
-    async with running(make_settings(redis_url), door=door) as gateway:
+    async with running(make_settings(redis_url), transport=transport) as gateway:
         ids = [add(backend, n) for n in range(3)]
         await settle(gateway)
         url, options = gateway.staff_url("kitchen"), dict[str, Any]()

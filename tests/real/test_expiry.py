@@ -15,8 +15,8 @@ from trio_websocket import WebSocketConnection
 from tests.support.gateways import (
     JWT_SECRET,
     TABLE_SECRET,
-    Door,
     Running,
+    Transport,
     admitted,
     closed,
     connect,
@@ -34,7 +34,7 @@ from tests.support.sockets import dialled
 from tests.support.stopwatch import Stopwatch
 from trio_gateway.testing import make_jwt, make_payload, make_table_token
 
-DOORS = pytest.mark.parametrize("door", ["line", "asgi"])
+TRANSPORTS = pytest.mark.parametrize("transport", ["line", "asgi"])
 STREAM: Final = "events:critical"
 
 
@@ -53,11 +53,14 @@ def table(**claims: Any) -> str:
 # Expiry
 
 
-@DOORS
+@TRANSPORTS
 async def test_silent_clients_are_closed_when_their_tokens_end(
-    backend: "redis.Redis", redis_url: str, door: Door
+    backend: "redis.Redis", redis_url: str, transport: Transport
 ) -> None:
-    async with running(make_settings(redis_url), door=door) as gateway, AsyncExitStack() as stack:
+    async with (
+        running(make_settings(redis_url), transport=transport) as gateway,
+        AsyncExitStack() as stack,
+    ):
         ends = time.time() + 0.8
         urls = [gateway.staff_url(name, exp=ends) for name in ("waiter", "kitchen")]
         urls += [gateway.staff_url("admin", exp=ends), gateway.diner_url(exp=ends)]
@@ -73,11 +76,11 @@ async def test_silent_clients_are_closed_when_their_tokens_end(
         assert figures["connections_closed_total{4001}"] == len(urls)
 
 
-@DOORS
+@TRANSPORTS
 async def test_expiry_is_exact_and_a_clock_that_is_ahead_is_forgiven_by_the_leeway(
-    backend: "redis.Redis", redis_url: str, door: Door
+    backend: "redis.Redis", redis_url: str, transport: Transport
 ) -> None:
-    async with running(make_settings(redis_url), door=door) as gateway:
+    async with running(make_settings(redis_url), transport=transport) as gateway:
         now = time.time()
         for url in (
             gateway.staff_url("waiter", exp=now - 0.4),
@@ -98,11 +101,11 @@ async def test_expiry_is_exact_and_a_clock_that_is_ahead_is_forgiven_by_the_leew
                 assert 0 <= time.time() - ends < 0.3
 
 
-@DOORS
+@TRANSPORTS
 async def test_renewal_moves_the_end_in_both_directions(
-    backend: "redis.Redis", redis_url: str, door: Door
+    backend: "redis.Redis", redis_url: str, transport: Transport
 ) -> None:
-    async with running(make_settings(redis_url), door=door) as gateway:
+    async with running(make_settings(redis_url), transport=transport) as gateway:
         started = time.time()
         async with (
             admitted(gateway.staff_url("waiter", exp=started + 0.5)) as longer,
@@ -117,13 +120,13 @@ async def test_renewal_moves_the_end_in_both_directions(
             assert answer == {"type": "auth_ok", "expires_at": int(started + 600)}
 
 
-@DOORS
+@TRANSPORTS
 async def test_no_event_is_missed_or_doubled_across_renewals(
-    backend: "redis.Redis", redis_url: str, door: Door
+    backend: "redis.Redis", redis_url: str, transport: Transport
 ) -> None:
     number, renewals = 400, 10
     async with (
-        running(make_settings(redis_url), door=door) as gateway,
+        running(make_settings(redis_url), transport=transport) as gateway,
         admitted(gateway.staff_url("admin")) as client,
     ):
 
@@ -152,9 +155,9 @@ async def test_no_event_is_missed_or_doubled_across_renewals(
         assert sum(each["type"] == "auth_ok" for each in heard) == renewals
 
 
-@DOORS
+@TRANSPORTS
 async def test_new_roles_branches_and_sectors_apply_at_once(
-    backend: "redis.Redis", redis_url: str, door: Door
+    backend: "redis.Redis", redis_url: str, transport: Transport
 ) -> None:
     def speak() -> None:
         for branch in (1, 2):
@@ -166,7 +169,7 @@ async def test_new_roles_branches_and_sectors_apply_at_once(
             )
 
     async with (
-        running(make_settings(redis_url), door=door) as gateway,
+        running(make_settings(redis_url), transport=transport) as gateway,
         admitted(gateway.staff_url("waiter", sector_ids=[5])) as client,
     ):
         for claims, expected in (
@@ -184,7 +187,7 @@ async def test_new_roles_branches_and_sectors_apply_at_once(
             assert sorted(heard, key=str) == expected
 
 
-@DOORS
+@TRANSPORTS
 @pytest.mark.parametrize(
     ("token", "code"),
     [
@@ -199,10 +202,10 @@ async def test_new_roles_branches_and_sectors_apply_at_once(
     ],
 )
 async def test_renewal_that_is_none_ends_the_connection_and_it_hears_no_more(
-    backend: "redis.Redis", redis_url: str, door: Door, token: str, code: int
+    backend: "redis.Redis", redis_url: str, transport: Transport, token: str, code: int
 ) -> None:
     async with (
-        running(make_settings(redis_url), door=door) as gateway,
+        running(make_settings(redis_url), transport=transport) as gateway,
         admitted(gateway.staff_url("waiter")) as client,
     ):
         await renew(client, token)
@@ -213,7 +216,7 @@ async def test_renewal_that_is_none_ends_the_connection_and_it_hears_no_more(
         assert len(gateway.app.hub) == 0
 
 
-@DOORS
+@TRANSPORTS
 @pytest.mark.parametrize(
     ("token", "code"),
     [
@@ -224,10 +227,10 @@ async def test_renewal_that_is_none_ends_the_connection_and_it_hears_no_more(
     ],
 )
 async def test_diners_renewal_that_is_none_ends_the_connection(
-    backend: "redis.Redis", redis_url: str, door: Door, token: str, code: int
+    backend: "redis.Redis", redis_url: str, transport: Transport, token: str, code: int
 ) -> None:
     async with (
-        running(make_settings(redis_url), door=door) as gateway,
+        running(make_settings(redis_url), transport=transport) as gateway,
         admitted(gateway.diner_url()) as client,
     ):
         await renew(client, token)
@@ -289,16 +292,16 @@ async def _while_frozen(
 # Isolation, by the ways that the other rings leave out
 
 
-@DOORS
+@TRANSPORTS
 async def test_event_id_of_another_tenant_gives_nothing_of_it(
-    backend: "redis.Redis", redis_url: str, door: Door
+    backend: "redis.Redis", redis_url: str, transport: Transport
 ) -> None:
     def speak(n: int) -> None:
         for tenant in (1, 2):
             said = make_payload("ROUND_READY", tenant_id=tenant, session_id=456, n=n)
             backend.xadd(STREAM, {"data": said})
 
-    async with running(make_settings(redis_url), door=door) as gateway:
+    async with running(make_settings(redis_url), transport=transport) as gateway:
         async with admitted(gateway.diner_url(tenant_id=2)) as other:
             speak(1)
             await settle(gateway)
@@ -355,12 +358,12 @@ async def test_catch_up_gives_nothing_beyond_the_token(
         assert await asked(session + "456", admin) == (401, [])
 
 
-@DOORS
+@TRANSPORTS
 async def test_refreshed_sectors_are_the_clients_own(
-    backend: "redis.Redis", redis_url: str, door: Door
+    backend: "redis.Redis", redis_url: str, transport: Transport
 ) -> None:
     async with (
-        running(make_settings(redis_url), door=door) as gateway,
+        running(make_settings(redis_url), transport=transport) as gateway,
         admitted(gateway.staff_url("waiter", sector_ids=[5])) as one,
         admitted(gateway.staff_url("waiter", tenant_id=2, sector_ids=[6])) as other,
     ):
@@ -375,11 +378,11 @@ async def test_refreshed_sectors_are_the_clients_own(
         assert [each["tenant_id"] for each in await received(other)] == [2]
 
 
-@DOORS
+@TRANSPORTS
 async def test_ticket_of_one_kind_opens_no_endpoint_of_the_other(
-    backend: "redis.Redis", redis_url: str, door: Door
+    backend: "redis.Redis", redis_url: str, transport: Transport
 ) -> None:
-    async with running(make_settings(redis_url), door=door) as gateway:
+    async with running(make_settings(redis_url), transport=transport) as gateway:
 
         async def ticket(token: str) -> str:
             headers = {"Authorization": f"Bearer {token}"}

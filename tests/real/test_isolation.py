@@ -15,8 +15,8 @@ from structlog.testing import capture_logs
 from trio_websocket import WebSocketConnection
 
 from tests.support.gateways import (
-    Door,
     Running,
+    Transport,
     admitted,
     make_settings,
     metrics,
@@ -163,9 +163,9 @@ JUNK: Final[list[tuple[str, bytes]]] = [
 ]
 
 
-@pytest.mark.parametrize("door", ["line", "asgi"])
+@pytest.mark.parametrize("transport", ["line", "asgi"])
 async def test_junk_reaches_nobody_and_stops_nothing(
-    backend: "redis.Redis", redis_url: str, door: Door
+    backend: "redis.Redis", redis_url: str, transport: Transport
 ) -> None:
     dice = random.Random(7)
     junk = [(reason, payload) for reason, payload in JUNK for _ in range(2)]
@@ -173,7 +173,7 @@ async def test_junk_reaches_nobody_and_stops_nothing(
     sent: Counter[int] = Counter()
     with capture_logs() as logs:
         async with (
-            running(make_settings(redis_url), door=door) as gateway,
+            running(make_settings(redis_url), transport=transport) as gateway,
             clients_of_both(gateway) as clients,
         ):
             for n, (_, payload) in enumerate(junk):

@@ -16,8 +16,8 @@ from structlog.testing import capture_logs
 from tests.support.gateways import (
     JWT_SECRET,
     TABLE_SECRET,
-    Door,
     Running,
+    Transport,
     admitted,
     closed,
     connect,
@@ -30,11 +30,11 @@ from tests.support.gateways import (
     until,
     valkey,
 )
-from trio_gateway.access.sector_database import Assignments, Rows
+from trio_gateway.access.sector_database import Rows, SectorDatabase
 from trio_gateway.testing import make_jwt, make_table_token
 
 REVOKED = (4001, "token revoked")
-DOORS = pytest.mark.parametrize("door", ["line", "asgi"])
+TRANSPORTS = pytest.mark.parametrize("transport", ["line", "asgi"])
 
 
 def iso(moment: float, zone: timezone = UTC) -> str:
@@ -49,12 +49,12 @@ async def refusal(url: str) -> tuple[int, str]:
 # At connect
 
 
-@DOORS
+@TRANSPORTS
 async def test_token_on_the_blacklist_is_refused_and_its_owners_other_tokens_are_not(
-    backend: "redis.Redis", redis_url: str, door: Door
+    backend: "redis.Redis", redis_url: str, transport: Transport
 ) -> None:
     backend.set("auth:token:blacklist:stolen", "whatever")
-    async with running(make_settings(redis_url), door=door) as gateway:
+    async with running(make_settings(redis_url), transport=transport) as gateway:
         assert await refusal(gateway.staff_url("waiter", jti="stolen")) == REVOKED
         assert await refusal(gateway.diner_url(jti="stolen")) == REVOKED
         async with (
@@ -130,7 +130,7 @@ async def test_renewal_with_a_revoked_token_ends_the_connection(
 # At once
 
 
-@DOORS
+@TRANSPORTS
 @pytest.mark.parametrize(
     ("said", "gone"),
     [
@@ -144,9 +144,13 @@ async def test_renewal_with_a_revoked_token_ends_the_connection(
     ],
 )
 async def test_revocation_on_the_channel_closes_whom_it_is_about_at_once(
-    backend: "redis.Redis", redis_url: str, door: Door, said: dict[str, Any], gone: set[str]
+    backend: "redis.Redis",
+    redis_url: str,
+    transport: Transport,
+    said: dict[str, Any],
+    gone: set[str],
 ) -> None:
-    async with running(make_settings(redis_url), door=door) as gateway:
+    async with running(make_settings(redis_url), transport=transport) as gateway:
         urls = {
             "a": gateway.staff_url("waiter", jti="a"),
             "b": gateway.staff_url("kitchen", jti="b"),
@@ -215,20 +219,20 @@ def slow_sectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, A
     with sqlite3.connect(tmp_path / "backend.db") as database:
         columns = "tenant_id, branch_id, sector_id, waiter_id, assignment_date, shift, is_active"
         database.execute(f"CREATE TABLE waiter_sector_assignment ({columns})")
-    fast = Assignments.of
+    fast = SectorDatabase.of
 
     async def slow(*arguments: Any) -> Rows:
         found = await fast(*arguments)
         await trio.sleep(0.3)
         return found
 
-    monkeypatch.setattr(Assignments, "of", slow)
+    monkeypatch.setattr(SectorDatabase, "of", slow)
     return {"database_url": url}
 
 
 @pytest.mark.parametrize("revoke", ["message", "key"])
 @pytest.mark.parametrize(
-    ("door", "way"),
+    ("transport", "way"),
     [
         *(("line", way) for way in ("token", "ticket", "renewal", "stream")),
         *(("asgi", way) for way in ("token", "renewal")),
@@ -238,11 +242,11 @@ async def test_token_that_is_revoked_while_it_is_being_admitted_does_not_stay(
     backend: "redis.Redis",
     redis_url: str,
     slow_sectors: dict[str, Any],
-    door: Door,
+    transport: Transport,
     way: str,
     revoke: str,
 ) -> None:
-    async with running(make_settings(redis_url, **slow_sectors), door=door) as gateway:
+    async with running(make_settings(redis_url, **slow_sectors), transport=transport) as gateway:
         token = make_jwt(JWT_SECRET, jti="stolen")
         statuses: list[int] = []
 
@@ -271,20 +275,20 @@ async def test_token_that_is_revoked_while_it_is_being_admitted_does_not_stay(
                 if way == "ticket":
                     query = f"ticket={await ticket(gateway, token)}"
                     await trio.sleep(0.01)
-                    assert gateway.app.roster is not None
-                    gateway.app.roster.link_back()  # it asks the database again
+                    assert gateway.app.sector_assignments is not None
+                    gateway.app.sector_assignments.link_back()  # it asks the database again
                 nursery.start_soon(revoke_it)
                 assert await refusal(f"{gateway.url}/ws/waiter?{query}") == REVOKED
         assert not gateway.app.hub.connections
 
 
-@DOORS
+@TRANSPORTS
 async def test_revocation_that_was_published_while_the_link_was_down_is_made_good(
-    backend: "redis.Redis", redis_url: str, door: Door
+    backend: "redis.Redis", redis_url: str, transport: Transport
 ) -> None:
     settings = make_settings(redis_url)
     async with (
-        running(settings, door=door) as gateway,
+        running(settings, transport=transport) as gateway,
         admitted(gateway.staff_url("waiter", jti="a")) as client,
         admitted(gateway.staff_url("waiter", sub="22")) as other,
     ):
@@ -297,13 +301,13 @@ async def test_revocation_that_was_published_while_the_link_was_down_is_made_goo
 # At intervals
 
 
-@DOORS
+@TRANSPORTS
 async def test_sweep_closes_silent_clients_whose_token_was_revoked_and_nobody_else(
-    backend: "redis.Redis", redis_url: str, door: Door
+    backend: "redis.Redis", redis_url: str, transport: Transport
 ) -> None:
     settings = make_settings(redis_url, jwt_revalidation_interval=0.1)
     async with (
-        running(settings, door=door) as gateway,
+        running(settings, transport=transport) as gateway,
         admitted(gateway.staff_url("waiter", jti="a")) as by_token,
         admitted(gateway.staff_url("waiter", sub="22")) as by_user,
         admitted(gateway.diner_url(jti="d")) as diner,
@@ -387,11 +391,11 @@ async def ticket(gateway: Running, token: str) -> str:
     return str(reply.json["ticket"])
 
 
-@DOORS
+@TRANSPORTS
 async def test_ticket_opens_one_connection_and_no_second(
-    backend: "redis.Redis", redis_url: str, door: Door
+    backend: "redis.Redis", redis_url: str, transport: Transport
 ) -> None:
-    async with running(make_settings(redis_url), door=door) as gateway:
+    async with running(make_settings(redis_url), transport=transport) as gateway:
         for endpoint, token in {
             "waiter": make_jwt(JWT_SECRET),
             "admin": make_jwt(JWT_SECRET, roles=["ADMIN"]),
@@ -405,11 +409,11 @@ async def test_ticket_opens_one_connection_and_no_second(
             assert await refusal(url) == (4001, "ticket invalid")
 
 
-@DOORS
+@TRANSPORTS
 @pytest.mark.parametrize("why", ["origin", "role", "user limit", "total limit", "draining"])
 @pytest.mark.parametrize("way", ["socket", "stream"])
 async def test_ticket_that_was_refused_for_another_reason_is_still_good(
-    backend: "redis.Redis", redis_url: str, door: Door, way: str, why: str
+    backend: "redis.Redis", redis_url: str, transport: Transport, way: str, why: str
 ) -> None:
     limits = {
         "user limit": {"ws_max_connections_per_user": 1},
@@ -417,8 +421,8 @@ async def test_ticket_that_was_refused_for_another_reason_is_still_good(
     }.get(why, {})
     origin = "http://evil.example" if why == "origin" else "http://localhost:5176"
     async with (
-        running(make_settings(redis_url), door=door) as other,
-        running(make_settings(redis_url, **limits), door=door) as gateway,
+        running(make_settings(redis_url), transport=transport) as other,
+        running(make_settings(redis_url, **limits), transport=transport) as gateway,
         AsyncExitStack() as stack,
     ):
         if limits:

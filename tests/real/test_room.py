@@ -12,7 +12,7 @@ from e2e.chaos.relay import Way, open_relay
 from tests.support.event_source import listening
 from tests.support.gateways import (
     JWT_SECRET,
-    Door,
+    Transport,
     admitted,
     closed,
     connect,
@@ -66,13 +66,13 @@ async def test_dead_connections_give_way_after_two_seconds_and_living_ones_stay(
         relay.reset()
 
 
-@pytest.mark.parametrize("door", ["line", "asgi"])
+@pytest.mark.parametrize("transport", ["line", "asgi"])
 async def test_when_all_connections_answer_the_newcomer_is_refused(
-    redis_url: str, door: Door
+    redis_url: str, transport: Transport
 ) -> None:
     settings = make_settings(redis_url, ws_max_connections_per_user=2)
     async with (
-        running(settings, door=door) as gateway,
+        running(settings, transport=transport) as gateway,
         admitted(gateway.staff_url("waiter")) as first,
         admitted(gateway.staff_url("kitchen")) as second,
     ):

@@ -16,8 +16,8 @@ from trio_websocket import WebSocketConnection
 from tests.support.gateways import (
     JWT_SECRET,
     TABLE_SECRET,
-    Door,
     Running,
+    Transport,
     admitted,
     make_settings,
     metrics,
@@ -240,14 +240,14 @@ def markers(events: Sequence[dict[str, Any]]) -> list[int]:
     return [event["entity"]["marker"] for event in events]
 
 
-@pytest.mark.parametrize("door", ["line", "asgi"])
+@pytest.mark.parametrize("transport", ["line", "asgi"])
 @pytest.mark.parametrize("shift", [0, 1])  # what the stream carries now, Pub/Sub carries then
 async def test_each_client_hears_exactly_what_the_table_says_once_and_in_order(
-    backend: "redis.Redis", redis_url: str, door: Door, shift: int
+    backend: "redis.Redis", redis_url: str, transport: Transport, shift: int
 ) -> None:
     everything = list(events())
     async with (
-        running(make_settings(redis_url), door=door) as gateway,
+        running(make_settings(redis_url), transport=transport) as gateway,
         connected(gateway) as sockets,
     ):
         ways = publish(backend, everything, shift=shift)
@@ -277,11 +277,11 @@ async def test_each_client_hears_exactly_what_the_table_says_once_and_in_order(
     assert figures["events_duplicate_total"] == 0
 
 
-@pytest.mark.parametrize("door", ["line", "asgi"])
+@pytest.mark.parametrize("transport", ["line", "asgi"])
 async def test_staff_of_two_branches_hear_both_and_each_event_once(
-    backend: "redis.Redis", redis_url: str, door: Door
+    backend: "redis.Redis", redis_url: str, transport: Transport
 ) -> None:
-    async with running(make_settings(redis_url), door=door) as gateway:
+    async with running(make_settings(redis_url), transport=transport) as gateway:
         both = partial(gateway.staff_url, branch_ids=[1, 2])
         async with (
             admitted(both("waiter", sector_ids=[SECTOR])) as waiter,

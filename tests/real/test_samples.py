@@ -11,8 +11,8 @@ import redis
 from trio_websocket import WebSocketConnection
 
 from tests.support.gateways import (
-    Door,
     Running,
+    Transport,
     admitted,
     make_settings,
     metrics,
@@ -140,13 +140,13 @@ def play(backend: "redis.Redis", sample: Sample) -> None:
         backend.publish(sample.channel, bytes(sample.event))
 
 
-@pytest.mark.parametrize("door", ["line", "asgi"])
+@pytest.mark.parametrize("transport", ["line", "asgi"])
 async def test_each_client_hears_the_samples_that_the_table_gives_it_byte_for_byte(
-    backend: "redis.Redis", redis_url: str, door: Door
+    backend: "redis.Redis", redis_url: str, transport: Transport
 ) -> None:
     assert len(SAMPLES) == 39
     async with (
-        running(make_settings(redis_url), door=door) as gateway,
+        running(make_settings(redis_url), transport=transport) as gateway,
         everybody(gateway) as clients,
     ):
         for sample in SAMPLES:
@@ -165,12 +165,12 @@ async def test_each_client_hears_the_samples_that_the_table_gives_it_byte_for_by
     assert figures["deliveries_total"] == sum(map(len, heard.values()))
 
 
-@pytest.mark.parametrize("door", ["line", "asgi"])
+@pytest.mark.parametrize("transport", ["line", "asgi"])
 async def test_samples_played_all_at_once_reach_the_same_clients(
-    backend: "redis.Redis", redis_url: str, door: Door
+    backend: "redis.Redis", redis_url: str, transport: Transport
 ) -> None:
     async with (
-        running(make_settings(redis_url), door=door) as gateway,
+        running(make_settings(redis_url), transport=transport) as gateway,
         everybody(gateway) as clients,
     ):
         for sample in SAMPLES:

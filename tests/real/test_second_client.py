@@ -12,10 +12,10 @@ from websockets.exceptions import ConnectionClosed
 from websockets.trio.client import ClientConnection
 from websockets.trio.client import connect as connect_with_websockets
 
-from tests.support.gateways import JWT_SECRET, TABLE_SECRET, Door, make_settings, running
+from tests.support.gateways import JWT_SECRET, TABLE_SECRET, Transport, make_settings, running
 from trio_gateway.testing import make_jwt, make_table_token
 
-DOORS = pytest.mark.parametrize("door", ["line", "asgi"])
+TRANSPORTS = pytest.mark.parametrize("transport", ["line", "asgi"])
 
 
 @asynccontextmanager
@@ -41,9 +41,9 @@ async def ending(client: ClientConnection) -> tuple[int, str]:
     return found.code, found.reason
 
 
-@DOORS
+@TRANSPORTS
 async def test_session_with_another_clients_library(
-    backend: "redis.Redis", redis_url: str, door: Door
+    backend: "redis.Redis", redis_url: str, transport: Transport
 ) -> None:
     text = json.dumps(
         {
@@ -55,7 +55,7 @@ async def test_session_with_another_clients_library(
         },
         ensure_ascii=False,
     )
-    async with running(make_settings(redis_url), door=door) as gateway:
+    async with running(make_settings(redis_url), transport=transport) as gateway:
         for url in (
             gateway.staff_url("waiter"),
             gateway.staff_url("kitchen"),
@@ -63,7 +63,7 @@ async def test_session_with_another_clients_library(
             gateway.diner_url(),
         ):
             async with connected(url) as client:
-                if door == "line":  # Hypercorn's own protocol code takes whatever is offered
+                if transport == "line":  # Hypercorn's own protocol code takes whatever is offered
                     assert client.protocol.extensions == []
                 await ping(client)
                 backend.publish("branch:1:admin", text)
@@ -76,11 +76,11 @@ async def test_session_with_another_clients_library(
                 assert client.close_code == 4321  # the echo
 
 
-@DOORS
+@TRANSPORTS
 @pytest.mark.parametrize("way", ["query", "header", "subprotocol"])
 @pytest.mark.parametrize("who", ["waiter", "diner"])
 async def test_credential_may_stand_in_any_of_three_places(
-    redis_url: str, door: Door, way: str, who: str
+    redis_url: str, transport: Transport, way: str, who: str
 ) -> None:
     token = make_jwt(JWT_SECRET) if who == "waiter" else make_table_token(TABLE_SECRET)
     name = "token" if who == "waiter" else "table_token"
@@ -89,16 +89,18 @@ async def test_credential_may_stand_in_any_of_three_places(
         "header": {"additional_headers": {"Authorization": f"Bearer {token}"}},
         "subprotocol": {"subprotocols": ["gateway.v1", f"bearer.{token}"]},
     }
-    async with running(make_settings(redis_url), door=door) as gateway:
+    async with running(make_settings(redis_url), transport=transport) as gateway:
         query = f"?{name}={token}" if way == "query" else ""
         async with connected(f"{gateway.url}/ws/{who}{query}", **ways[way]) as client:
             await ping(client)
             assert client.subprotocol == ("gateway.v1" if way == "subprotocol" else None)
 
 
-@DOORS
-async def test_refusals_and_violations_arrive_with_their_codes(redis_url: str, door: Door) -> None:
-    async with running(make_settings(redis_url), door=door) as gateway:
+@TRANSPORTS
+async def test_refusals_and_violations_arrive_with_their_codes(
+    redis_url: str, transport: Transport
+) -> None:
+    async with running(make_settings(redis_url), transport=transport) as gateway:
         for url, expected in {
             f"{gateway.url}/ws/waiter": (4001, "token missing"),
             f"{gateway.url}/ws/waiter?token=nonsense": (4001, "token invalid"),
@@ -125,10 +127,10 @@ async def test_refusals_and_violations_arrive_with_their_codes(redis_url: str, d
             assert (await ending(client))[0] == 4029
 
 
-@DOORS
-async def test_message_in_fragments_is_one_message(redis_url: str, door: Door) -> None:
+@TRANSPORTS
+async def test_message_in_fragments_is_one_message(redis_url: str, transport: Transport) -> None:
     async with (
-        running(make_settings(redis_url), door=door) as gateway,
+        running(make_settings(redis_url), transport=transport) as gateway,
         connected(gateway.staff_url("waiter")) as client,
     ):
 

@@ -37,8 +37,8 @@ from tests.support.gateways import (
 )
 from tests.support.postgres import Postgres, postgres
 from tests.support.stopwatch import Stopwatch
-from trio_gateway.access.sector_database import Assignments, Unanswered, Waiter
-from trio_gateway.access.sectors import Roster
+from trio_gateway.access.sector_database import QueryFailed, SectorDatabase, WaiterKey
+from trio_gateway.access.sectors import SectorAssignments
 from trio_gateway.cli.demo import _database as demo_database
 from trio_gateway.core.audiences import BranchId, TenantId, UserId
 from trio_gateway.core.resilience import Breaker
@@ -48,7 +48,7 @@ from trio_gateway.runtime.hub import Hub
 from trio_gateway.settings import InvalidSettings
 from trio_gateway.testing import make_jwt, make_payload, make_principal
 
-WAITER_21 = Waiter(TenantId(1), BranchId(1), UserId("21"))
+WAITER_21 = WaiterKey(TenantId(1), BranchId(1), UserId("21"))
 
 
 def today() -> date:
@@ -154,10 +154,10 @@ def pg(server: Postgres) -> Iterator[Database]:
 
 
 @contextmanager
-def roster_of(database: Database) -> Iterator[tuple[Roster, Assignments]]:
-    assignments = Assignments(database.url, database.name, database.called)
+def roster_of(database: Database) -> Iterator[tuple[SectorAssignments, SectorDatabase]]:
+    assignments = SectorDatabase(database.url, database.name, database.called)
     try:
-        yield Roster(assignments, Hub(), Breaker(5, 30)), assignments
+        yield SectorAssignments(assignments, Hub(), Breaker(5, 30)), assignments
     finally:
         assignments.close()
 
@@ -256,18 +256,22 @@ async def test_equal_waiters_of_two_tenants_hear_nothing_of_each_other(
 async def test_ids_beyond_32_bits_and_beyond_64_are_no_failure(database: Database) -> None:
     most = 2**63 - 1
     database.assign(5, tenant_id=most, branch_id=most, waiter_id=most)
-    with roster_of(database) as (roster, assignments):
-        found = await roster.assign(make_principal(tenant=most, branches=[most], user=most))
+    with roster_of(database) as (sector_assignments, assignments):
+        found = await sector_assignments.assign(
+            make_principal(tenant=most, branches=[most], user=most)
+        )
         assert set(found.sectors[BranchId(most)]) == {5}
-        assert not (await roster.assign(make_principal(user=10**30, sectors=[9]))).sectors
+        assert not (
+            await sector_assignments.assign(make_principal(user=10**30, sectors=[9]))
+        ).sectors
         assert assignments.failures == 0
 
 
 async def test_row_without_a_sector_counts_for_nothing(database: Database) -> None:
     database.assign(5)
     database.assign(None)  # type: ignore[arg-type]
-    with roster_of(database) as (roster, _):
-        assert set((await roster.assign(make_principal())).sectors[BranchId(1)]) == {5}
+    with roster_of(database) as (sector_assignments, _):
+        assert set((await sector_assignments.assign(make_principal())).sectors[BranchId(1)]) == {5}
 
 
 async def test_table_and_columns_may_be_called_otherwise(
@@ -367,13 +371,13 @@ async def test_change_that_was_announced_while_the_link_was_down_reaches_the_cli
 
 
 def _owes_nothing(gateway: Running) -> bool:
-    return gateway.app.roster is not None and not gateway.app.roster.owed
+    return gateway.app.sector_assignments is not None and not gateway.app.sector_assignments.pending
 
 
 def _no_query_hangs(gateway: Running) -> bool:
-    assert gateway.app.roster is not None
-    assignments = gateway.app.roster._assignments
-    assert isinstance(assignments, Assignments)
+    assert gateway.app.sector_assignments is not None
+    assignments = gateway.app.sector_assignments._assignments
+    assert isinstance(assignments, SectorDatabase)
     return not assignments._limiter.borrowed_tokens
 
 
@@ -404,11 +408,11 @@ async def test_500_waiters_at_once_are_500_queries_and_then_none(database: Datab
     for user in range(1, 501):
         if user % 50 == 0:
             database.assign(user % 9 + 1, waiter_id=user)
-    with roster_of(database) as (roster, assignments):
+    with roster_of(database) as (sector_assignments, assignments):
         found = dict[int, set[int]]()
 
         async def enter(user: int) -> None:
-            principal = await roster.assign(make_principal(user=user))
+            principal = await sector_assignments.assign(make_principal(user=user))
             found[user] = set(principal.sectors.get(BranchId(1), ()))
 
         for _ in range(2):
@@ -424,10 +428,10 @@ async def test_500_waiters_at_once_are_500_queries_and_then_none(database: Datab
 
 async def test_500_connections_of_one_waiter_are_one_query(database: Database) -> None:
     database.assign(5)
-    with roster_of(database) as (roster, assignments):
+    with roster_of(database) as (sector_assignments, assignments):
         async with trio.open_nursery() as nursery:
             for _ in range(500):
-                nursery.start_soon(roster.assign, make_principal())
+                nursery.start_soon(sector_assignments.assign, make_principal())
         assert assignments.queries == 1
 
 
@@ -590,7 +594,7 @@ async def test_missing_psycopg_is_named_by_the_extra_that_brings_it(
 ) -> None:
     monkeypatch.setitem(sys.modules, "psycopg", None)
     with pytest.raises(ValueError, match=r"pip install 'trio-gateway\[postgres\]'"):
-        Assignments("postgres://user:word@host/db", "rota", {})
+        SectorDatabase("postgres://user:word@host/db", "rota", {})
 
 
 @pytest.mark.parametrize(
@@ -614,6 +618,6 @@ async def test_value_that_is_no_sector_is_a_failure_and_not_a_bug(
     with database.engine.begin() as connection:
         connection.exec_driver_sql("UPDATE waiter_sector_assignment SET sector_id = 'five'")
     with roster_of(database) as (_, assignments):
-        with pytest.raises(Unanswered):
+        with pytest.raises(QueryFailed):
             await assignments.of(WAITER_21, today())
         assert assignments.failures == 1

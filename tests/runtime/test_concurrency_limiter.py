@@ -4,11 +4,11 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from trio_gateway.runtime.concurrency_limiter import TooMany, Turnstile
+from trio_gateway.runtime.concurrency_limiter import ConcurrencyLimiter, Overloaded
 
 
 async def test_a_crowd_is_served_in_turn(autojump_clock: MockClock) -> None:
-    turnstile: Turnstile[int] = Turnstile(2)
+    turnstile: ConcurrencyLimiter[int] = ConcurrencyLimiter(2)
     most = 0
     served: list[int] = []
 
@@ -36,11 +36,11 @@ async def test_a_crowd_is_served_in_turn(autojump_clock: MockClock) -> None:
 async def test_who_waits_too_long_is_turned_away(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
-    turnstile: Turnstile[None] = Turnstile(1)
+    turnstile: ConcurrencyLimiter[None] = ConcurrencyLimiter(1)
     nursery.start_soon(turnstile.run, trio.sleep_forever, 10)
     await wait_all_tasks_blocked()
 
-    with pytest.raises(TooMany):
+    with pytest.raises(Overloaded):
         await turnstile.run(trio.sleep_forever, timeout=3)
 
     assert trio.current_time() == 3
@@ -48,7 +48,7 @@ async def test_who_waits_too_long_is_turned_away(
 
 
 async def test_giving_up_ends_who_waits_and_who_is_at_work(autojump_clock: MockClock) -> None:
-    turnstile: Turnstile[None] = Turnstile(1)
+    turnstile: ConcurrencyLimiter[None] = ConcurrencyLimiter(1)
 
     async with trio.open_nursery() as nursery:
         for _ in range(3):
@@ -61,7 +61,7 @@ async def test_giving_up_ends_who_waits_and_who_is_at_work(autojump_clock: MockC
 
 
 async def test_a_place_is_given_back_after_a_bug(autojump_clock: MockClock) -> None:
-    turnstile: Turnstile[None] = Turnstile(1)
+    turnstile: ConcurrencyLimiter[None] = ConcurrencyLimiter(1)
 
     async def bug() -> None:
         await trio.lowlevel.checkpoint()
@@ -78,7 +78,7 @@ async def test_a_place_is_given_back_after_a_bug(autojump_clock: MockClock) -> N
 async def test_one_that_dawdles_makes_room_for_one_that_waits(
     autojump_clock: MockClock, nursery: trio.Nursery, dawdles: bool
 ) -> None:
-    turnstile: Turnstile[str] = Turnstile(2)
+    turnstile: ConcurrencyLimiter[str] = ConcurrencyLimiter(2)
     ended: list[float] = []
 
     async def dawdle() -> None:
@@ -102,6 +102,6 @@ async def test_one_that_dawdles_makes_room_for_one_that_waits(
         assert ended == [0.5 + 0.2]  # a moment after the other one came
         assert trio.current_time() == pytest.approx(0.8)
     else:
-        with pytest.raises(TooMany):
+        with pytest.raises(Overloaded):
             await turnstile.run(work, 10, 5)
         assert not ended

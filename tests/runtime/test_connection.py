@@ -11,18 +11,24 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from trio_gateway.core.close_codes import Close
 from trio_gateway.core.frames import PING_FRAME, boundary, frame, text_frame
 from trio_gateway.core.frames import PONG as PONG_OPCODE
-from trio_gateway.core.messages import Message, Renew, Resume, Said
-from trio_gateway.runtime.connection import Connection, Ping, Pong, Terms, Violation
+from trio_gateway.core.messages import Command, Message, Reauthenticate, Resume
+from trio_gateway.runtime.connection import (
+    Connection,
+    ConnectionLimits,
+    Ping,
+    Pong,
+    ProtocolViolation,
+)
 from trio_gateway.runtime.hub import Hub
 from trio_gateway.runtime.outbox import Outbox
 from trio_gateway.testing import FakeSocket, make_principal
 
 INFINITE = float("inf")
-PATIENT = Terms(stale_after=INFINITE, receive_timeout=INFINITE)
+PATIENT = ConnectionLimits(stale_after=INFINITE, receive_timeout=INFINITE)
 PONG = '{"type":"pong"}'
 
 
-def make(terms: Terms = PATIENT) -> Connection:
+def make(terms: ConnectionLimits = PATIENT) -> Connection:
     return Connection(make_principal(), terms)
 
 
@@ -59,7 +65,7 @@ def test_fake_socket_shows_the_texts_that_are_written_in_whole(
 
 
 async def test_silent_client_is_closed_when_stale(autojump_clock: MockClock) -> None:
-    socket, client = FakeSocket(), make(Terms())
+    socket, client = FakeSocket(), make(ConnectionLimits())
 
     await client.run(socket, Hub())
 
@@ -72,7 +78,7 @@ async def test_silent_client_is_closed_when_stale(autojump_clock: MockClock) -> 
 async def test_any_word_keeps_it_for_another_minute(
     autojump_clock: MockClock, nursery: trio.Nursery, word: str | Ping
 ) -> None:
-    socket, client = FakeSocket(), make(Terms())
+    socket, client = FakeSocket(), make(ConnectionLimits())
     await start(nursery, client, socket)
 
     await trio.sleep(59)
@@ -86,7 +92,7 @@ async def test_any_word_keeps_it_for_another_minute(
 
 
 async def test_pong_is_no_heartbeat(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
-    socket, client = FakeSocket(), make(Terms())
+    socket, client = FakeSocket(), make(ConnectionLimits())
     await start(nursery, client, socket)
 
     for _ in range(5):
@@ -99,7 +105,7 @@ async def test_pong_is_no_heartbeat(autojump_clock: MockClock, nursery: trio.Nur
 
 
 async def test_nothing_at_all_is_received_in_time(autojump_clock: MockClock) -> None:
-    socket, client = FakeSocket(), make(Terms(stale_after=INFINITE, receive_timeout=90))
+    socket, client = FakeSocket(), make(ConnectionLimits(stale_after=INFINITE, receive_timeout=90))
 
     await client.run(socket, Hub())
 
@@ -109,7 +115,7 @@ async def test_nothing_at_all_is_received_in_time(autojump_clock: MockClock) -> 
 
 
 async def test_pong_is_something_received(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
-    socket, client = FakeSocket(), make(Terms(stale_after=INFINITE, receive_timeout=90))
+    socket, client = FakeSocket(), make(ConnectionLimits(stale_after=INFINITE, receive_timeout=90))
     await start(nursery, client, socket)
 
     await trio.sleep(80)
@@ -123,7 +129,7 @@ async def test_pong_is_something_received(autojump_clock: MockClock, nursery: tr
 async def test_word_that_comes_with_the_deadline_is_in_time(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
-    socket, client = FakeSocket(), make(Terms())
+    socket, client = FakeSocket(), make(ConnectionLimits())
     await start(nursery, client, socket)
 
     socket.client.to_gateway.send_nowait("ping")  # its reader is woken, but has not run yet
@@ -141,7 +147,7 @@ async def test_credential_ends_on_time(
     autojump_clock: MockClock, nursery: trio.Nursery, silent: bool
 ) -> None:
     socket = FakeSocket()
-    client = Connection(make_principal(), Terms(), expires_at=50.5)
+    client = Connection(make_principal(), ConnectionLimits(), expires_at=50.5)
     await start(nursery, client, socket)
 
     for _ in range(60):
@@ -159,7 +165,7 @@ async def test_renewed_credential_ends_at_its_own_time(
     autojump_clock: MockClock, nursery: trio.Nursery, renewed: float
 ) -> None:
     socket = FakeSocket()
-    client = Connection(make_principal(), Terms(), expires_at=20)
+    client = Connection(make_principal(), ConnectionLimits(), expires_at=20)
     await start(nursery, client, socket)
 
     await trio.sleep(10)
@@ -200,7 +206,7 @@ async def test_credential_that_ends_while_it_is_renewed_is_over(autojump_clock: 
         raise AssertionError
 
     socket = FakeSocket()
-    client = Connection(make_principal(), Terms(), answer, expires_at=5)
+    client = Connection(make_principal(), ConnectionLimits(), answer, expires_at=5)
     await socket.client.send('{"type":"auth","token":"t"}')
 
     await client.run(socket, Hub())
@@ -322,7 +328,12 @@ async def test_answer_is_asked_about_what_needs_more(
         await socket.client.send(text)
     await wait_all_tasks_blocked()
 
-    assert asked == [Said.REFRESH_SECTORS, Said.REFRESH_SECTORS_JSON, Renew("t"), Resume("7")]
+    assert asked == [
+        Command.REFRESH_SECTORS,
+        Command.REFRESH_SECTORS_JSON,
+        Reauthenticate("t"),
+        Resume("7"),
+    ]
     assert socket.texts == ["answer"] * 4
 
 
@@ -355,7 +366,7 @@ async def test_who_breaks_a_rule_is_closed_with_its_code(
     autojump_clock: MockClock, close: Close
 ) -> None:
     hub, socket, client = Hub(), FakeSocket(), make()
-    await socket.client.misbehave(Violation(close, "the rule"))
+    await socket.client.misbehave(ProtocolViolation(close, "the rule"))
 
     await client.run(socket, hub)
 
@@ -726,7 +737,7 @@ async def test_outbox_over_its_bytes_is_closed_as_slow(
 ) -> None:
     """``taken`` of the first frame: nothing, a part, all of it."""
     socket = FakeSocket(room=taken)
-    client = make(Terms(outbox_bytes=14 + 7 - taken, write_timeout=10))
+    client = make(ConnectionLimits(outbox_bytes=14 + 7 - taken, write_timeout=10))
     await start(nursery, client, socket)
 
     for text in (b"event", b"waits", b"waits"):
@@ -748,7 +759,7 @@ async def test_outbox_over_its_bytes_is_closed_as_slow(
 async def test_outbox_over_its_messages_is_closed_as_slow(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
-    socket, client = FakeSocket(room=0), make(Terms(outbox_messages=10))
+    socket, client = FakeSocket(room=0), make(ConnectionLimits(outbox_messages=10))
     await start(nursery, client, socket)
 
     for _ in range(10):
@@ -762,7 +773,7 @@ async def test_outbox_over_its_messages_is_closed_as_slow(
 async def test_first_write_alone_can_be_over_the_bound(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
-    hub, socket, client = Hub(), FakeSocket(room=10), make(Terms(outbox_bytes=1000))
+    hub, socket, client = Hub(), FakeSocket(room=10), make(ConnectionLimits(outbox_bytes=1000))
     await start(nursery, client, socket, hub)
 
     data = text_frame(bytes(500)) + text_frame(bytes(2000))
@@ -780,7 +791,7 @@ async def test_first_write_alone_can_be_over_the_bound(
 async def test_client_that_catches_up_is_not_slow(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
-    socket, client = FakeSocket(room=0), make(Terms(outbox_messages=10))
+    socket, client = FakeSocket(room=0), make(ConnectionLimits(outbox_messages=10))
     await start(nursery, client, socket)
 
     for _ in range(1000):
@@ -798,7 +809,7 @@ async def test_client_that_catches_up_is_not_slow(
 async def test_frames_that_the_kernel_took_do_not_count(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
-    socket, client = FakeSocket(room=0), make(Terms(outbox_messages=10))
+    socket, client = FakeSocket(room=0), make(ConnectionLimits(outbox_messages=10))
     await start(nursery, client, socket)
 
     for _ in range(10):
@@ -816,7 +827,7 @@ async def test_no_byte_accepted_in_time_is_cut_off(
     autojump_clock: MockClock, nursery: trio.Nursery, taken: int
 ) -> None:
     hub, socket = Hub(), FakeSocket(room=taken)
-    client = make(Terms(write_timeout=10))
+    client = make(ConnectionLimits(write_timeout=10))
     await start(nursery, client, socket, hub)
 
     await trio.sleep(5)
@@ -844,7 +855,7 @@ async def test_nothing_is_written_to_a_socket_that_was_cut_off(
 
     async with trio.open_nursery() as nursery:
         for room in (0, 3):
-            client = make(Terms(write_timeout=10))
+            client = make(ConnectionLimits(write_timeout=10))
             await start(nursery, client, Strict(room))
             client.send(b"event")
             client.send(b"waits")
@@ -857,7 +868,7 @@ async def test_slow_but_steady_reader_is_not_cut_off(
 ) -> None:
     socket, client = (
         FakeSocket(room=0),
-        make(Terms(write_timeout=1.5, stale_after=INFINITE, receive_timeout=INFINITE)),
+        make(ConnectionLimits(write_timeout=1.5, stale_after=INFINITE, receive_timeout=INFINITE)),
     )
     await start(nursery, client, socket)
 
@@ -875,7 +886,7 @@ async def test_rest_of_a_frame_after_the_discard_has_the_write_timeout(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     hub, socket = Hub(), FakeSocket(room=3)
-    client = make(Terms(write_timeout=10, outbox_bytes=10))
+    client = make(ConnectionLimits(write_timeout=10, outbox_bytes=10))
     await start(nursery, client, socket, hub)
 
     client.send(b"event")
@@ -894,7 +905,7 @@ async def test_client_that_reads_and_falls_behind_at_once(
 ) -> None:
     """The writer is woken, and before it runs, what it was to write is discarded."""
     for _ in range(20):  # Trio runs the tasks that are ready in random order
-        hub, socket, client = Hub(), FakeSocket(room=0), make(Terms(outbox_bytes=10))
+        hub, socket, client = Hub(), FakeSocket(room=0), make(ConnectionLimits(outbox_bytes=10))
         await start(nursery, client, socket, hub)
         client.send(b"waits")
         await wait_all_tasks_blocked()
@@ -921,7 +932,7 @@ def test_any_writes_and_reads_yield_the_frames_in_order_up_to_the_discard(
 ) -> None:
     async def scenario() -> None:
         socket = FakeSocket(room)
-        client = make(Terms(outbox_bytes=bound, rate_limit=100))
+        client = make(ConnectionLimits(outbox_bytes=bound, rate_limit=100))
         sent = b""
         cut: int | None = None
         async with trio.open_nursery() as nursery:

@@ -15,7 +15,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from trio_gateway.core.audiences import Endpoint, Principal, audiences_of
 from trio_gateway.core.events import Event
 from trio_gateway.core.routing import ROUTES, Route, To, route
-from trio_gateway.runtime.connection import Connection, Terms
+from trio_gateway.runtime.connection import Connection, ConnectionLimits
 from trio_gateway.runtime.dispatch import Dispatch, join
 from trio_gateway.runtime.hub import Hub
 from trio_gateway.runtime.queue import EventQueue
@@ -38,7 +38,7 @@ async def connect(
     nursery: trio.Nursery, hub: Hub, principal: Principal, socket: FakeSocket | None = None
 ) -> FakeSocket:
     socket = FakeSocket() if socket is None else socket
-    client = Connection(principal, Terms(stale_after=math.inf, receive_timeout=math.inf))
+    client = Connection(principal, ConnectionLimits(stale_after=math.inf, receive_timeout=math.inf))
     nursery.start_soon(client.run, socket, hub)
     await wait_all_tasks_blocked()
     return socket
@@ -459,7 +459,7 @@ def delivered(
         async with trio.open_nursery() as nursery:
             for principal in principals:
                 sockets.append(FakeSocket())
-                client = Connection(principal, Terms())
+                client = Connection(principal, ConnectionLimits())
                 nursery.start_soon(client.run, sockets[-1], dispatch._hub)
             await wait_all_tasks_blocked()
             for batch in batches:

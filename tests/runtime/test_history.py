@@ -12,7 +12,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from trio_gateway.core.audiences import Audience, BranchId, TenantId, admins, floor, kitchen
 from trio_gateway.core.event_ids import START, Position, Stream
 from trio_gateway.core.events import Event
-from trio_gateway.runtime.history import History, Kept
+from trio_gateway.runtime.history import History, StoredEvent
 from trio_gateway.testing import make_event
 
 A, B = Stream("aaaa"), Stream("bbbb")
@@ -27,7 +27,7 @@ def at(milliseconds: int, sequence: int = 0) -> Position:
 
 def event(stream: Stream, position: Position, data: object = None, heard_at: float = 0.0) -> Event:
     made = make_event(data=data, heard_at=heard_at)
-    made.stand(stream, position, durable=True)
+    made.set_position(stream, position, durable=True)
     return made
 
 
@@ -41,7 +41,7 @@ def add(
     data: object = None,
 ) -> None:
     history.add(event(stream, position, data, now), audiences, now=now)
-    history.pass_by(stream, position)
+    history.advance(stream, position)
 
 
 def begun(*streams: Stream, **bounds: float) -> History:
@@ -54,11 +54,11 @@ def begun(*streams: Stream, **bounds: float) -> History:
     assert not bounds
     for stream in streams or (A,):
         history.begin(stream, START, whole=True)
-        history.pass_by(stream, START)
+        history.advance(stream, START)
     return history
 
 
-def places(kept: Sequence[Kept]) -> list[int]:
+def places(kept: Sequence[StoredEvent]) -> list[int]:
     return [each.position[0] for each in kept]
 
 
@@ -255,7 +255,7 @@ def test_place_is_ahead_when_another_process_was_quicker() -> None:
     assert not history.is_ahead({A: at(5)})
     assert history.is_ahead({A: at(5, 1)})
     assert not history.is_ahead({A: at(5), B: at(1)})  # nobody reads that stream
-    history.pass_by(A, at(7))  # not all that is read is an event
+    history.advance(A, at(7))  # not all that is read is an event
     assert not history.is_ahead({A: at(7)})
     assert history.covers({A: at(7)})
 
@@ -274,7 +274,7 @@ async def test_everybody_who_waits_for_a_place_is_told_when_it_is_read(
         nursery.start_soon(wait, milliseconds)
     for n in (1, 2, 3):
         await trio.sleep(1)
-        history.pass_by(A, at(n))
+        history.advance(A, at(n))
     await wait_all_tasks_blocked()
 
     assert sorted(told) == [(0, 0), (2, 2), (2, 2), (3, 3), (3, 3)]
@@ -295,7 +295,7 @@ async def test_begin_is_waited_for(autojump_clock: MockClock, nursery: trio.Nurs
     await trio.sleep(1)
     assert not told
     assert history.end == {}  # so that nobody who is accepted meanwhile is sent the past
-    history.pass_by(A, at(1))
+    history.advance(A, at(1))
     await wait_all_tasks_blocked()
 
     assert told == [2, 2]
@@ -412,5 +412,5 @@ def test_since_a_time_before_what_is_known_is_not_all() -> None:
     late = History(age=10**9)
     assert late.place_before(9) == ({}, False)
     late.begin(A, at(2000))
-    late.pass_by(A, at(2000))
+    late.advance(A, at(2000))
     assert [late.place_before(t)[1] for t in (1, 2, 2.5)] == [False, False, True]

@@ -19,8 +19,8 @@ from trio_gateway.core.audiences import (
     waiters,
 )
 from trio_gateway.core.close_codes import Close, Rejected
-from trio_gateway.runtime.connection import Connection, Terms
-from trio_gateway.runtime.hub import Hub, Limits
+from trio_gateway.runtime.connection import Connection, ConnectionLimits
+from trio_gateway.runtime.hub import CapacityLimits, Hub
 from trio_gateway.testing import FakeSocket, make_principal
 
 ONE = TenantId(1)
@@ -29,7 +29,7 @@ BRANCH = BranchId(1)
 
 def joined(hub: Hub, principal: Principal) -> Connection:
     hub.admit(principal)
-    connection = Connection(principal, Terms())
+    connection = Connection(principal, ConnectionLimits())
     hub.join(connection)
     return connection
 
@@ -43,7 +43,7 @@ def refusal(hub: Hub, principal: Principal) -> tuple[Close, str] | None:
 
 
 def test_total_is_limited() -> None:
-    hub = Hub(Limits(total=2, per_user=9, per_session=9))
+    hub = Hub(CapacityLimits(total=2, per_user=9, per_session=9))
     joined(hub, make_principal(user=1))
     leaver = joined(hub, make_principal(user=2))
 
@@ -68,7 +68,7 @@ def test_the_number_of_messages_never_falls_while_a_connection_leaves() -> None:
 
 
 def test_a_user_is_limited_across_endpoints() -> None:
-    hub = Hub(Limits(total=99, per_user=3, per_session=9))
+    hub = Hub(CapacityLimits(total=99, per_user=3, per_session=9))
     for endpoint in (Endpoint.WAITER, Endpoint.KITCHEN, Endpoint.ADMIN):
         joined(hub, make_principal(endpoint, user=7))
 
@@ -80,7 +80,7 @@ def test_a_user_is_limited_across_endpoints() -> None:
 
 
 def test_the_same_user_number_in_another_tenant_is_another_user() -> None:
-    hub = Hub(Limits(total=99, per_user=1, per_session=9))
+    hub = Hub(CapacityLimits(total=99, per_user=1, per_session=9))
     joined(hub, make_principal(tenant=1, user=7))
 
     assert refusal(hub, make_principal(tenant=1, user=7)) == (Close.SERVER_OVERLOADED, "user_limit")
@@ -88,7 +88,7 @@ def test_the_same_user_number_in_another_tenant_is_another_user() -> None:
 
 
 def test_a_session_has_its_own_limit() -> None:
-    hub = Hub(Limits(total=99, per_user=1, per_session=2))
+    hub = Hub(CapacityLimits(total=99, per_user=1, per_session=2))
     for _ in range(2):
         joined(hub, make_principal(Endpoint.DINER, session=5))
 
@@ -102,7 +102,7 @@ def test_a_session_has_its_own_limit() -> None:
 
 
 def test_asking_for_admission_leaves_no_trace() -> None:
-    hub = Hub(Limits(total=1, per_user=1, per_session=1))
+    hub = Hub(CapacityLimits(total=1, per_user=1, per_session=1))
     for user in range(100):
         hub.admit(make_principal(user=user))
 
@@ -188,7 +188,7 @@ async def test_wait_empty_waits_for_the_last_close(
 ) -> None:
     hub, early, late = Hub(), FakeSocket(), FakeSocket()
     for socket in (early, late):
-        nursery.start_soon(Connection(make_principal(), Terms()).run, socket, hub)
+        nursery.start_soon(Connection(make_principal(), ConnectionLimits()).run, socket, hub)
     waited = []
 
     async def wait() -> None:

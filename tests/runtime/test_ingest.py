@@ -4,33 +4,33 @@ import trio
 from structlog.testing import capture_logs
 from trio.testing import MockClock
 
-from trio_gateway.runtime.ingest import Intake
+from trio_gateway.runtime.ingest import Ingest
 from trio_gateway.testing import make_payload
 
 
 async def test_event_is_counted_by_its_source(autojump_clock: MockClock) -> None:
-    intake = Intake()
+    ingest = Ingest()
     await trio.sleep(7)
 
-    event = intake.parse(make_payload(), source="pubsub", channel="sector:5:waiters")
+    event = ingest.parse(make_payload(), source="pubsub", channel="sector:5:waiters")
 
     assert event is not None
     assert (event.type, event.channel, event.heard_at) == ("ROUND_READY", "sector:5:waiters", 7)
-    assert intake.received == {"pubsub": 1}
-    assert not intake.invalid
+    assert ingest.received == {"pubsub": 1}
+    assert not ingest.invalid
 
 
 async def test_what_is_no_event_is_counted_by_reason_and_logged_without_its_payload(
     autojump_clock: MockClock,
 ) -> None:
-    intake = Intake()
+    ingest = Ingest()
 
     with capture_logs() as logs:
         for payload in (make_payload(tenant_id=..., data="secret"), b"secret"):
-            assert intake.parse(payload, source="stream", channel="s", entry_id="1-0") is None
+            assert ingest.parse(payload, source="stream", channel="s", entry_id="1-0") is None
 
-    assert intake.received == {"stream": 2}
-    assert intake.invalid == {"tenant_id": 1, "not_json": 1}
+    assert ingest.received == {"stream": 2}
+    assert ingest.invalid == {"tenant_id": 1, "not_json": 1}
     assert [log["reason"] for log in logs] == ["tenant_id", "not_json"]
     assert {log["entry_id"] for log in logs} == {"1-0"}
     assert "secret" not in str(logs)
@@ -39,13 +39,13 @@ async def test_what_is_no_event_is_counted_by_reason_and_logged_without_its_payl
 async def test_flood_of_what_is_no_event_is_logged_once_a_second(
     autojump_clock: MockClock,
 ) -> None:
-    intake = Intake()
+    ingest = Ingest()
 
     with capture_logs() as logs:
         for _ in range(3):
             for _ in range(1000):
-                intake.parse(b"nonsense", source="pubsub", channel="c")
+                ingest.parse(b"nonsense", source="pubsub", channel="c")
             await trio.sleep(1)
 
-    assert intake.invalid == {"not_json": 3000}
+    assert ingest.invalid == {"not_json": 3000}
     assert [log["held_back"] for log in logs] == [0, 999, 999]

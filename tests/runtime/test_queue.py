@@ -203,7 +203,7 @@ def tenants(events: Sequence[Event]) -> list[int]:
 
 def of_stream(stream: str, n: int, **keys: Any) -> Event:
     event = numbered(n, **keys)
-    event.stand(Stream(stream), Position((n, 0)), durable=True)
+    event.set_position(Stream(stream), Position((n, 0)), durable=True)
     return event
 
 

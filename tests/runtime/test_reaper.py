@@ -10,12 +10,12 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from trio_gateway.core.close_codes import Close
 from trio_gateway.core.messages import Message
-from trio_gateway.runtime.connection import Connection, Ping, Pong, Terms
+from trio_gateway.runtime.connection import Connection, ConnectionLimits, Ping, Pong
 from trio_gateway.runtime.hub import Hub
 from trio_gateway.runtime.reaper import clean_up, reap
 from trio_gateway.testing import FakeSocket, make_principal
 
-PATIENT = Terms(stale_after=math.inf, receive_timeout=math.inf)
+PATIENT = ConnectionLimits(stale_after=math.inf, receive_timeout=math.inf)
 HOUR = 3600.0
 
 
@@ -38,7 +38,7 @@ async def start(nursery: trio.Nursery, hub: Hub, wall: Wall) -> None:
 
 
 async def connect(
-    nursery: trio.Nursery, hub: Hub, terms: Terms = PATIENT, expires_at: float = math.inf
+    nursery: trio.Nursery, hub: Hub, terms: ConnectionLimits = PATIENT, expires_at: float = math.inf
 ) -> tuple[Connection, FakeSocket]:
     """``expires_at`` is on Trio's clock as it is before the wall clock is set."""
     socket = FakeSocket()
@@ -112,7 +112,7 @@ async def test_answering_the_ping_is_not_enough_to_stay(
 ) -> None:
     hub = Hub()
     await start(nursery, hub, Wall())
-    connection, socket = await connect(nursery, hub, Terms())
+    connection, socket = await connect(nursery, hub, ConnectionLimits())
 
     for n in range(1, 70):
         await trio.sleep(1)
@@ -184,7 +184,7 @@ async def test_clock_that_is_set_moves_no_interval(
 ) -> None:
     hub, wall = Hub(), Wall()
     await start(nursery, hub, wall)
-    connection, socket = await connect(nursery, hub, Terms())
+    connection, socket = await connect(nursery, hub, ConnectionLimits())
 
     await trio.sleep(10)
     wall.offset += step
@@ -210,8 +210,8 @@ async def test_clock_that_drifts_less_than_a_second_moves_nothing(
 
 async def test_overdue_connection_is_closed(autojump_clock: MockClock) -> None:
     hub = Hub()
-    overdue = Connection(make_principal(), Terms(), expires_at=10)
-    in_time = Connection(make_principal(), Terms())
+    overdue = Connection(make_principal(), ConnectionLimits(), expires_at=10)
+    in_time = Connection(make_principal(), ConnectionLimits())
     for connection in (overdue, in_time):  # and nobody reads from them
         hub.join(connection)
 
@@ -268,7 +268,7 @@ async def test_connection_that_does_not_notice_its_end_is_cut_off(
             await trio.sleep(300)
 
     await start(nursery, hub, Wall())
-    connection = Connection(make_principal(), Terms(), answer)
+    connection = Connection(make_principal(), ConnectionLimits(), answer)
     nursery.start_soon(connection.run, socket, hub)
     await socket.client.send("refresh_sectors")
 

@@ -13,7 +13,7 @@ from trio_gateway.core.close_codes import Close
 from trio_gateway.core.event_ids import START, Cursor, Position, Stream, event_id
 from trio_gateway.core.events import Event
 from trio_gateway.core.routing import ROUTES
-from trio_gateway.runtime.connection import Connection, Ping, Terms
+from trio_gateway.runtime.connection import Connection, ConnectionLimits, Ping
 from trio_gateway.runtime.dispatch import Dispatch
 from trio_gateway.runtime.history import History
 from trio_gateway.runtime.hub import Hub
@@ -34,7 +34,7 @@ def place(milliseconds: int, stream: Stream = A) -> str:
 
 def still_to_come(n: int, stream: Stream) -> Event:
     event = make_event(data=n)
-    event.stand(stream, at(n), durable=True)
+    event.set_position(stream, at(n), durable=True)
     return event
 
 
@@ -82,7 +82,7 @@ class World:
         if begun:
             for stream in streams or (A,):
                 self.history.begin(stream, START, whole=True)
-                self.history.pass_by(stream, START)
+                self.history.advance(stream, START)
 
     async def publish(self, *numbers: int, stream: Stream | None = A, **keys: Any) -> None:
         """Deliver a batch; ``stream=None`` is Pub/Sub."""
@@ -92,7 +92,7 @@ class World:
             now = trio.current_time()
             event = make_event(data=n, channel=channel, heard_at=now, **keys)
             if stream is not None:
-                event.stand(stream, at(n), durable=ROUTES[event.type].durable)
+                event.set_position(stream, at(n), durable=ROUTES[event.type].durable)
             batch.append(event)
         await self.dispatch.deliver(batch)
 
@@ -102,7 +102,7 @@ class World:
         *,
         principal: Principal | None = None,
         socket: FakeSocket | None = None,
-        terms: Terms | None = None,
+        terms: ConnectionLimits | None = None,
         accepted_at: Cursor | None = None,
     ) -> Client:
         socket = FakeSocket() if socket is None else socket
@@ -559,7 +559,7 @@ async def test_stream_that_is_being_read_for_the_first_time_is_waited_for(
     assert not world.history.warm
     assert (early.said, during.said) == ([], [])
     world.history.add(still_to_come(3, B), audiences_of(make_principal()), now=0)
-    world.history.pass_by(B, at(3))
+    world.history.advance(B, at(3))
     await wait_all_tasks_blocked()
 
     assert world.history.warm
@@ -604,11 +604,11 @@ async def test_gateway_that_has_not_read_a_stream_yet_answers_when_it_has(
     await trio.sleep(1)
     for n in (1, 2):  # warming
         event = make_event(data=n)
-        event.stand(A, at(n), durable=True)
+        event.set_position(A, at(n), durable=True)
         world.history.begin(A, at(1))
         world.dispatch.remember(event)
         early.append(await world.connect())
-    world.history.pass_by(A, at(2))
+    world.history.advance(A, at(2))
     await wait_all_tasks_blocked()
     await world.publish(3)
     for client in early[2:]:
@@ -631,7 +631,7 @@ async def test_place_before_anything_was_read_is_never_taken_for_the_present_one
     assert (answer["recovered"], answer["count"]) == (False, 0)
     await client.leave()
     world.history.begin(A, START, whole=True)
-    world.history.pass_by(A, START)
+    world.history.advance(A, START)
     await world.publish(1)
 
     again = await world.connect(answer["last_event_id"])
@@ -642,8 +642,8 @@ async def test_place_before_anything_was_read_is_never_taken_for_the_present_one
 # Slow clients
 
 
-def bounded(**changes: float) -> Terms:
-    return Terms(**{"stale_after": math.inf, "receive_timeout": math.inf} | changes)  # type: ignore[arg-type]
+def bounded(**changes: float) -> ConnectionLimits:
+    return ConnectionLimits(**{"stale_after": math.inf, "receive_timeout": math.inf} | changes)  # type: ignore[arg-type]
 
 
 async def test_slow_client_is_replayed_to_no_faster_than_it_reads(
@@ -1056,7 +1056,7 @@ async def test_connection_that_leaves_just_when_its_place_is_read_leaves_nothing
     for n in range(1, 40):  # Trio runs the tasks that are ready in random order
         client = await world.connect(place(n))
         await client.socket.client.leave()
-        world.history.pass_by(A, at(n))
+        world.history.advance(A, at(n))
         await wait_all_tasks_blocked()
         assert not world.hub.held
 

@@ -10,12 +10,12 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from trio_gateway.core.audiences import Endpoint, Principal
 from trio_gateway.core.close_codes import Close, Rejected
 from trio_gateway.core.messages import Message
-from trio_gateway.runtime.connection import Connection, Ping, Pong, Terms
-from trio_gateway.runtime.hub import Hub, Limits
+from trio_gateway.runtime.connection import Connection, ConnectionLimits, Ping, Pong
+from trio_gateway.runtime.hub import CapacityLimits, Hub
 from trio_gateway.runtime.room import Room
 from trio_gateway.testing import FakeSocket, make_principal
 
-TERMS = Terms(stale_after=1e6, receive_timeout=1e6)
+TERMS = ConnectionLimits(stale_after=1e6, receive_timeout=1e6)
 DINER = make_principal(Endpoint.DINER)
 
 
@@ -24,7 +24,7 @@ class Restaurant:
 
     def __init__(self, nursery: trio.Nursery, total: int = 100) -> None:
         self.nursery = nursery
-        self.hub = Hub(Limits(total=total, per_user=3, per_session=2))
+        self.hub = Hub(CapacityLimits(total=total, per_user=3, per_session=2))
         self.closing = False
         self.room = Room(self.hub, lambda: self.closing)
 

@@ -21,7 +21,7 @@ from trio_gateway.core.close_codes import Close
 from trio_gateway.core.event_ids import START, Position, Stream, read_cursor
 from trio_gateway.core.messages import GAP
 from trio_gateway.core.routing import ROUTES, route
-from trio_gateway.runtime.connection import Connection, Terms
+from trio_gateway.runtime.connection import Connection, ConnectionLimits
 from trio_gateway.runtime.dispatch import Dispatch
 from trio_gateway.runtime.history import History
 from trio_gateway.runtime.hub import Hub
@@ -31,7 +31,7 @@ from trio_gateway.testing import FakeSocket, make_event, make_principal
 
 A = Stream("aaaa")
 EPOCH = 1_000_000  # unix seconds at virtual time 0
-TERMS = Terms(
+TERMS = ConnectionLimits(
     stale_after=math.inf, receive_timeout=math.inf, write_timeout=math.inf, rate_limit=10**6
 )
 PRINCIPALS = (
@@ -153,9 +153,9 @@ class World:
         for position, n, keys in self.stream:
             ago = EPOCH + trio.current_time() - position[0] / 1000
             event = make_event(data=n, channel="s", heard_at=trio.current_time() - ago, **keys)
-            event.stand(A, position, durable=ROUTES[event.type].durable)
+            event.set_position(A, position, durable=ROUTES[event.type].durable)
             self.dispatch.remember(event)
-        self.history.pass_by(A, self.last_entry)
+        self.history.advance(A, self.last_entry)
         self.life = trio.CancelScope()
 
         async def live(life: trio.CancelScope) -> None:
@@ -177,7 +177,7 @@ class World:
         self.last_entry = position
         self.stream.append((position, n, keys))
         event = make_event(data=n, channel="s", heard_at=trio.current_time(), **keys)
-        event.stand(A, position, durable=ROUTES[event.type].durable)
+        event.set_position(A, position, durable=ROUTES[event.type].durable)
         if event.event_id is not None:
             self.places.setdefault(n, position)
         if read:

@@ -8,7 +8,7 @@ from structlog.testing import capture_logs
 from trio.testing import MockClock
 
 from trio_gateway.core.resilience import Backoff, Breaker, State
-from trio_gateway.runtime.supervision import Demoted, Lost, keep_running
+from trio_gateway.runtime.supervision import ConnectionLost, Demoted, keep_running
 
 
 class Steady(Backoff):
@@ -21,7 +21,9 @@ class Steady(Backoff):
 class Source:
     """Is lost at once, ``lost`` times; then stays connected. ``tried`` is when it was opened."""
 
-    def __init__(self, breaker: Breaker, lost: float, error: type[Lost] = Lost) -> None:
+    def __init__(
+        self, breaker: Breaker, lost: float, error: type[ConnectionLost] = ConnectionLost
+    ) -> None:
         self.breaker = breaker
         self.lost = lost
         self.error = error
@@ -108,7 +110,7 @@ async def test_backing_off_starts_anew_once_it_was_connected(autojump_clock: Moc
         tried.append(trio.current_time())
         breaker.succeeded()
         await trio.sleep(10)
-        raise Lost("connection reset")
+        raise ConnectionLost("connection reset")
 
     await supervise(work, breaker, until=50)
 
@@ -165,7 +167,7 @@ async def test_lost_by_several_tasks_of_a_source_is_lost(autojump_clock: MockClo
 
     async def lose() -> None:
         await trio.lowlevel.checkpoint()
-        raise Lost("connection reset")
+        raise ConnectionLost("connection reset")
 
     async def work() -> None:
         tried.append(trio.current_time())
@@ -182,7 +184,7 @@ async def test_lost_by_several_tasks_of_a_source_is_lost(autojump_clock: MockClo
 
 async def test_a_bug_beside_a_loss_propagates(autojump_clock: MockClock) -> None:
     async def lose() -> None:
-        raise Lost("connection reset")
+        raise ConnectionLost("connection reset")
 
     async def err() -> None:
         raise ZeroDivisionError

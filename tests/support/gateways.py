@@ -38,7 +38,7 @@ from trio_gateway.transports import tcp as line
 
 JWT_SECRET = "0123456789abcdef" * 4
 TABLE_SECRET = "fedcba9876543210" * 4
-Door = Literal["line", "asgi"]
+Transport = Literal["line", "asgi"]
 
 
 @contextmanager
@@ -99,7 +99,7 @@ class Running(Reachable):
 async def running(
     settings: Settings,
     *,
-    door: Door = "line",
+    transport: Transport = "line",
     auth: Mapping[Endpoint, Auth] | None = None,
     wait_ready: bool = True,
     config: Config | None = None,
@@ -107,7 +107,7 @@ async def running(
 ) -> AsyncIterator[Running]:
     """Serve a gateway in this process, through the line or through Hypercorn and Quart alone."""
     line.install()
-    if door == "asgi":
+    if transport == "asgi":
         vars(hypercorn.trio.run)["TCPServer"] = TCPServer
     app = create_app(settings, auth=auth, clock=clock)
     config = config or Config()
@@ -154,9 +154,9 @@ def with_certificate(config: Config, folder: Path) -> ssl.SSLContext:
 
 
 @asynccontextmanager
-async def serving(redis_url: str, door: Door, **changes: Any) -> AsyncIterator[Running]:
+async def serving(redis_url: str, transport: Transport, **changes: Any) -> AsyncIterator[Running]:
     """One with these settings changed, through this door."""
-    async with running(make_settings(redis_url, **changes), door=door) as gateway:
+    async with running(make_settings(redis_url, **changes), transport=transport) as gateway:
         yield gateway
 
 

@@ -260,7 +260,7 @@ def test_the_level_decides_what_is_logged(
     assert len(capsys.readouterr().err.splitlines()) == heard
 
 
-class Kept(logging.Handler):
+class StoredEvent(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.setFormatter(logging.Formatter("%(message)s"))
@@ -271,9 +271,9 @@ class Kept(logging.Handler):
 
 
 @pytest.fixture
-def kept() -> Iterator[Kept]:
+def kept() -> Iterator[StoredEvent]:
     """What Hypercorn's access log writes."""
-    handler, logger = Kept(), logging.getLogger("hypercorn.access")
+    handler, logger = StoredEvent(), logging.getLogger("hypercorn.access")
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel("INFO")
@@ -282,7 +282,7 @@ def kept() -> Iterator[Kept]:
     logger.setLevel(level)
 
 
-def test_hypercorns_access_log_shows_no_token(kept: Kept) -> None:
+def test_hypercorns_access_log_shows_no_token(kept: StoredEvent) -> None:
     set_up(Settings())
     atoms = {"h": "127.0.0.1", "R": f"GET /ws/catchup?since=1&token={JWT}&x=%20", "s": 200}
     logging.getLogger("hypercorn.access").info('%(h)s "%(R)s" %(s)s', atoms)
@@ -290,7 +290,7 @@ def test_hypercorns_access_log_shows_no_token(kept: Kept) -> None:
     assert kept.lines == ['127.0.0.1 "GET /ws/catchup?since=1&token=[redacted]&x=%20" 200']
 
 
-def test_a_librarys_traceback_shows_no_token(kept: Kept) -> None:
+def test_a_librarys_traceback_shows_no_token(kept: StoredEvent) -> None:
     set_up(Settings())
     try:
         raise ValueError(f"bad token={TICKET}")
@@ -301,7 +301,7 @@ def test_a_librarys_traceback_shows_no_token(kept: Kept) -> None:
     assert TICKET not in kept.lines[0]
 
 
-def test_hypercorns_access_log_cannot_command_a_terminal(kept: Kept) -> None:
+def test_hypercorns_access_log_cannot_command_a_terminal(kept: StoredEvent) -> None:
     set_up(Settings())
     logging.getLogger("hypercorn.access").info("%(r)s", {"r": "GET /\x1b[2J\n127.0.0.1 GET /x"})
 
@@ -344,7 +344,7 @@ async def test_hypercorns_access_log_may_be_a_pipe_that_nobody_reads(access_log:
     os.close(reader)
 
 
-def test_a_librarys_record_that_cannot_be_formatted_does_not_raise(kept: Kept) -> None:
+def test_a_librarys_record_that_cannot_be_formatted_does_not_raise(kept: StoredEvent) -> None:
     set_up(Settings())
     logging.getLogger("hypercorn.access").info("%d", "no number")
 

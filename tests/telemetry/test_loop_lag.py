@@ -3,30 +3,30 @@ import time
 
 import trio
 
-from trio_gateway.telemetry.loop_lag import LEAST, Stalls
+from trio_gateway.telemetry.loop_lag import LEAST, LoopLag
 
 
 async def test_a_turn_of_the_loop_that_takes_long_is_a_stall() -> None:
-    stalls = Stalls()
-    with stalls.watched():
+    loop_lag = LoopLag()
+    with loop_lag.watched():
         await trio.sleep(0.5)  # the loop waits for the sockets meanwhile
-        number, waited = sum(stalls.turns.counts), stalls.turns.sum
+        number, waited = sum(loop_lag.turns.counts), loop_lag.turns.sum
         time.sleep(3 * LEAST)
         await trio.lowlevel.checkpoint()
 
     assert waited < 0.5
-    assert sum(stalls.turns.counts) > number
-    assert stalls.turns.sum >= waited + 3 * LEAST
+    assert sum(loop_lag.turns.counts) > number
+    assert loop_lag.turns.sum >= waited + 3 * LEAST
 
 
 async def test_collections_are_timed_while_watched() -> None:
-    stalls = Stalls()
-    with stalls.watched():
+    loop_lag = LoopLag()
+    with loop_lag.watched():
         gc.collect()
-        seen = sum(stalls.collections.counts)
+        seen = sum(loop_lag.collections.counts)
     gc.collect()
 
     assert seen >= 1
-    assert sum(stalls.collections.counts) == seen
-    assert stalls.collections.sum > 0
-    assert stalls.collects not in gc.callbacks
+    assert sum(loop_lag.collections.counts) == seen
+    assert loop_lag.collections.sum > 0
+    assert loop_lag.collects not in gc.callbacks

@@ -16,9 +16,9 @@ from tests.support.gateways import Metrics, make_settings
 from trio_gateway.core.histogram import SECONDS
 from trio_gateway.gateway import create_app
 from trio_gateway.telemetry.private_folder import PrivateFolder
-from trio_gateway.telemetry.prometheus import METRICS, Sample, Siblings, fold, render
+from trio_gateway.telemetry.prometheus import METRICS, Snapshot, WorkerSnapshots, fold, render
 
-SAMPLE = Sample({}, {})
+SAMPLE = Snapshot({}, {})
 BUCKETS = len(SECONDS) + 1
 LONG_AGO = time.time() - 7200
 
@@ -29,13 +29,15 @@ def age(folder: Path) -> Path:
 
 
 @pytest.fixture
-def own(tmp_path: Path) -> Siblings:
-    return Siblings(tmp_path / "trio-gateway-figures-own")
+def own(tmp_path: Path) -> WorkerSnapshots:
+    return WorkerSnapshots(tmp_path / "trio-gateway-figures-own")
 
 
-def test_folder_of_a_master_that_was_killed_is_removed(own: Siblings, tmp_path: Path) -> None:
+def test_folder_of_a_master_that_was_killed_is_removed(
+    own: WorkerSnapshots, tmp_path: Path
+) -> None:
     killed = tmp_path / "trio-gateway-figures-killed"
-    Siblings(killed).write(SAMPLE)
+    WorkerSnapshots(killed).write(SAMPLE)
     (killed / "1.draft").touch()
     age(killed)
 
@@ -44,9 +46,11 @@ def test_folder_of_a_master_that_was_killed_is_removed(own: Siblings, tmp_path: 
     assert not killed.exists()
 
 
-def test_what_is_no_abandoned_folder_of_figures_is_let_be(own: Siblings, tmp_path: Path) -> None:
+def test_what_is_no_abandoned_folder_of_figures_is_let_be(
+    own: WorkerSnapshots, tmp_path: Path
+) -> None:
     alive = tmp_path / "trio-gateway-figures-alive"
-    Siblings(alive).write(SAMPLE)
+    WorkerSnapshots(alive).write(SAMPLE)
     demo = tmp_path / "trio-gateway-demo-x"
     somebodys = tmp_path / "trio-gateway-figures-somebodys"
     for folder in (demo, somebodys):
@@ -61,19 +65,19 @@ def test_what_is_no_abandoned_folder_of_figures_is_let_be(own: Siblings, tmp_pat
     assert (somebodys / "precious").exists()
 
 
-def test_last_one_out_takes_the_folder_along(own: Siblings, tmp_path: Path) -> None:
+def test_last_one_out_takes_the_folder_along(own: WorkerSnapshots, tmp_path: Path) -> None:
     own.write(SAMPLE)
     own.leave(SAMPLE)
 
     assert list(tmp_path.iterdir()) == []
 
 
-def of(deliveries: float, ended: bool = False) -> Sample:
+def of(deliveries: float, ended: bool = False) -> Snapshot:
     numbers = {"wsgateway_deliveries_total": {"": deliveries}, "wsgateway_tasks": {"": 5.0}}
-    return Sample(numbers, {"wsgateway_gc_pause_seconds": ([1] * BUCKETS, 2.0)}, ended=ended)
+    return Snapshot(numbers, {"wsgateway_gc_pause_seconds": ([1] * BUCKETS, 2.0)}, ended=ended)
 
 
-def deliveries(reader: Siblings) -> float:
+def deliveries(reader: WorkerSnapshots) -> float:
     """The sum over all that this one reads."""
     found = Metrics(render(reader.read()).decode())
     assert found["gc_pause_seconds_sum"] == found["gc_pause_seconds_count"] / BUCKETS * 2
@@ -83,10 +87,10 @@ def deliveries(reader: Siblings) -> float:
 def test_what_ended_is_folded_into_one_sample() -> None:
     counts = {"wsgateway_deliveries_total": {"": 3.0}, "of_a_newer_worker": {"a": 1.0}}
     more = {"wsgateway_deliveries_total": {"": 4.0, "b": 1.0}}
-    one = Sample(counts, {"x": ([1, 2], 0.5), "y": ([1], 1.0)})
-    other = Sample(more, {"x": ([1, 0], 0.25), "y": ([1, 1], 1.0)})
+    one = Snapshot(counts, {"x": ([1, 2], 0.5), "y": ([1], 1.0)})
+    other = Snapshot(more, {"x": ([1, 0], 0.25), "y": ([1, 1], 1.0)})
 
-    assert fold([one, other, fold([])]) == Sample(
+    assert fold([one, other, fold([])]) == Snapshot(
         {"wsgateway_deliveries_total": {"": 7.0, "b": 1.0}, "of_a_newer_worker": {"a": 1.0}},
         {"x": ([2, 2], 0.75), "y": ([1, 1], 1.0)},
         ended=True,
@@ -100,11 +104,11 @@ def test_folding_leaves_every_sum_as_it_is_and_no_file_of_the_dead(
 ) -> None:
     """Workers (by pid) write, end, and come again under the same pid."""
     with TemporaryDirectory() as place:
-        reader = Siblings(Path(place, "group"))
+        reader = WorkerSnapshots(Path(place, "group"))
         reader.write(of(0))
         total = 0.0
         for pid, count in steps:
-            worker = Siblings(Path(place, "group"))
+            worker = WorkerSnapshots(Path(place, "group"))
             worker._own = f"{pid}-{worker._own.partition('-')[2]}"
             worker.write(of(count))
             total += count
@@ -116,9 +120,9 @@ def test_folding_leaves_every_sum_as_it_is_and_no_file_of_the_dead(
 
 @pytest.mark.parametrize("at", ["before the file is removed", "and it is never removed"])
 def test_no_sum_is_wrong_while_one_is_folded(
-    own: Siblings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+    own: WorkerSnapshots, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
-    worker = Siblings(tmp_path / "trio-gateway-figures-own")
+    worker = WorkerSnapshots(tmp_path / "trio-gateway-figures-own")
     worker.write(of(3))
     own.write(of(0))
     seen: list[float] = []
@@ -138,9 +142,9 @@ def test_no_sum_is_wrong_while_one_is_folded(
 
 
 def test_a_reader_that_is_overtaken_by_a_fold_reads_again(
-    own: Siblings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    own: WorkerSnapshots, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    worker = Siblings(tmp_path / "trio-gateway-figures-own")
+    worker = WorkerSnapshots(tmp_path / "trio-gateway-figures-own")
     worker.write(of(3))
     names = PrivateFolder.names
 
@@ -153,7 +157,7 @@ def test_a_reader_that_is_overtaken_by_a_fold_reads_again(
     assert deliveries(own) == 3
 
 
-def test_no_symbolic_link_is_followed(own: Siblings, tmp_path: Path) -> None:
+def test_no_symbolic_link_is_followed(own: WorkerSnapshots, tmp_path: Path) -> None:
     """Neither to a folder of figures, nor to a file in one, nor when one is removed."""
     victim = tmp_path / "victim"
     victim.mkdir(mode=0o700)
@@ -163,7 +167,7 @@ def test_no_symbolic_link_is_followed(own: Siblings, tmp_path: Path) -> None:
     os.utime(tmp_path / "trio-gateway-figures-link", (LONG_AGO, LONG_AGO), follow_symlinks=False)
     own.clean_up()
     with pytest.raises(OSError, match=r"."):
-        Siblings(tmp_path / "trio-gateway-figures-link").write(SAMPLE)
+        WorkerSnapshots(tmp_path / "trio-gateway-figures-link").write(SAMPLE)
 
     own.write(SAMPLE)
     folder = tmp_path / "trio-gateway-figures-own"
@@ -180,7 +184,7 @@ def test_no_symbolic_link_is_followed(own: Siblings, tmp_path: Path) -> None:
     assert (victim / "1.json").read_text() == "precious"
 
 
-def test_a_folder_that_others_may_enter_is_refused(own: Siblings, tmp_path: Path) -> None:
+def test_a_folder_that_others_may_enter_is_refused(own: WorkerSnapshots, tmp_path: Path) -> None:
     folder = tmp_path / "trio-gateway-figures-own"
     folder.mkdir()
     folder.chmod(0o770)
@@ -191,7 +195,7 @@ def test_a_folder_that_others_may_enter_is_refused(own: Siblings, tmp_path: Path
 
 
 async def test_figures_that_can_t_be_written_are_an_error_in_the_log_and_not_the_end(
-    own: Siblings, tmp_path: Path, autojump_clock: MockClock
+    own: WorkerSnapshots, tmp_path: Path, autojump_clock: MockClock
 ) -> None:
     folder = tmp_path / "trio-gateway-figures-own"
     folder.touch()  # no folder can be made here

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from wsproto.connection import Connection, ConnectionType
 
 from trio_gateway.core.close_codes import Close
-from trio_gateway.runtime.connection import Left, Ping, Pong, Violation
-from trio_gateway.transports.direct import LineSocket
+from trio_gateway.runtime.connection import Disconnected, Ping, Pong, ProtocolViolation
+from trio_gateway.transports.direct import DirectSocket
 
 MOST = 300  # bytes of a message
 
@@ -47,16 +47,16 @@ class Pieces(trio.abc.Stream):
 
 async def all_said(pieces: list[bytes], *, by_wsproto: bool) -> list[object]:
     """What a client says, and how it ends."""
-    line = LineSocket(Pieces(pieces[1:]), b"" if by_wsproto else pieces[0], MOST)
+    line = DirectSocket(Pieces(pieces[1:]), b"" if by_wsproto else pieces[0], MOST)
     if by_wsproto:
         line._websocket = Connection(ConnectionType.SERVER, trailing_data=pieces[0])
     said: list[object] = []
     while True:
         try:
             each = await line.receive()
-        except Left as left:
+        except Disconnected as left:
             return [*said, ("left", left.code, left.reason)]
-        except Violation as violation:
+        except ProtocolViolation as violation:
             return [*said, ("violation", violation.close, violation.reason)]
         said.append("pong" if isinstance(each, Pong) else each)
 
@@ -97,7 +97,7 @@ def test_short_frames_mean_what_wsproto_says(data: bytes, cuts: list[int]) -> No
 
 async def test_short_frames_need_no_wsproto() -> None:
     said = [client_frame(0x81, b"ping"), client_frame(0x89, b"?"), client_frame(0x8A, b"")]
-    line = LineSocket(Pieces([b"".join(said)]), b"", MOST)
+    line = DirectSocket(Pieces([b"".join(said)]), b"", MOST)
 
     assert await line.receive() == "ping"
     assert await line.receive() == Ping(b"?")
@@ -106,9 +106,9 @@ async def test_short_frames_need_no_wsproto() -> None:
 
 
 async def test_a_short_message_can_be_too_big_too() -> None:
-    line = LineSocket(Pieces([client_frame(0x81, b"x" * 11)]), b"", 10)
+    line = DirectSocket(Pieces([client_frame(0x81, b"x" * 11)]), b"", 10)
 
-    with pytest.raises(Violation) as violation:
+    with pytest.raises(ProtocolViolation) as violation:
         await line.receive()
 
     assert violation.value.close is Close.MESSAGE_TOO_BIG
@@ -117,7 +117,7 @@ async def test_a_short_message_can_be_too_big_too() -> None:
 async def test_a_socket_that_others_closed_is_the_clients_end() -> None:
     listener = (await trio.open_tcp_listeners(0, host="127.0.0.1"))[0]
     client = await trio.open_tcp_stream(*listener.socket.getsockname())
-    served = LineSocket(stream := await listener.accept(), b"", MOST)
+    served = DirectSocket(stream := await listener.accept(), b"", MOST)
     number = stream.socket.fileno()
 
     await stream.aclose()
@@ -126,5 +126,5 @@ async def test_a_socket_that_others_closed_is_the_clients_end() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs, socket.socket(fileno=os.dup2(ours.fileno(), number)):
         theirs.send(client_frame(0x81, b"hers"))  # to the next client, under the old number
-        with pytest.raises(Left):
+        with pytest.raises(Disconnected):
             await served.receive()

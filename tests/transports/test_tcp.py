@@ -60,7 +60,7 @@ from trio_gateway.core.frames import CLOSE, PING, PONG, TEXT
 from trio_gateway.gateway import Gateway, create_app
 from trio_gateway.runtime.connection import Connection
 from trio_gateway.testing import NullAuth, make_event, make_principal
-from trio_gateway.transports.direct import LINGER, LineSocket
+from trio_gateway.transports.direct import LINGER, DirectSocket
 from trio_gateway.transports.handshake import MAX_HEAD_BYTES, Handshake, Refusal
 from trio_gateway.transports.tcp import Line, install, read_head
 
@@ -763,7 +763,7 @@ async def test_nobody_gets_the_bytes_of_somebody_else() -> None:
                     check(session, await client.text())
                     heard[session] += 1
 
-        async def pass_by(sessions: range) -> None:
+        async def advance(sessions: range) -> None:
             ways = [Client.leave, Client.reset, Client.half_close]
             for session in sessions:
                 async with dialled(gateway.port) as client:
@@ -779,7 +779,7 @@ async def test_nobody_gets_the_bytes_of_somebody_else() -> None:
         with trio.fail_after(20):
             async with trio.open_nursery() as passing:
                 for n in range(4):
-                    passing.start_soon(pass_by, churning[n::4])
+                    passing.start_soon(advance, churning[n::4])
         nursery.cancel_scope.cancel()
 
     assert strangers == []
@@ -789,7 +789,7 @@ async def test_nobody_gets_the_bytes_of_somebody_else() -> None:
 async def test_closed_socket_writes_to_nobody() -> None:
     listener = (await trio.open_tcp_listeners(0, host="127.0.0.1"))[0]
     client = await trio.open_tcp_stream(*listener.socket.getsockname())
-    served = LineSocket(await listener.accept(), b"", 1)
+    served = DirectSocket(await listener.accept(), b"", 1)
     number = served._stream.socket.fileno()  # type: ignore[attr-defined]
     assert served.try_write(b"hers") == 4
 
@@ -1170,7 +1170,7 @@ def test_line_stands_where_hypercorn_looks(monkeypatch: pytest.MonkeyPatch) -> N
 async def test_second_door_serves_everything_when_the_line_is_not_installed() -> None:
     made = make_settings(NO_REDIS)
     auth = dict.fromkeys(Endpoint, BySession())
-    async with running(made, auth=auth, wait_ready=False, door="asgi") as gateway:
+    async with running(made, auth=auth, wait_ready=False, transport="asgi") as gateway:
         assert vars(hypercorn.trio.run)["TCPServer"] is TCPServer
         for endpoint in Endpoint:
             async with dialled(gateway.port) as client:

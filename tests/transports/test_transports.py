@@ -14,7 +14,7 @@ from trio_websocket import WebSocketConnection
 from tests.support.gateways import (
     JWT_SECRET,
     TABLE_SECRET,
-    Door,
+    Transport,
     admitted,
     closed,
     connect,
@@ -99,8 +99,10 @@ TABLE_TOKENS: Final = {
 }
 
 
-async def test_bad_credential_is_refused_with_its_code(redis_url: str, door: Door) -> None:
-    async with serving(redis_url, door) as gateway:
+async def test_bad_credential_is_refused_with_its_code(
+    redis_url: str, transport: Transport
+) -> None:
+    async with serving(redis_url, transport) as gateway:
         for name, (token, code) in STAFF_TOKENS.items():
             found, reason = await refusal(f"{gateway.url}/ws/waiter?token={token}")
             assert (name, found) == (name, code)
@@ -116,10 +118,10 @@ async def test_bad_credential_is_refused_with_its_code(redis_url: str, door: Doo
 
 @pytest.mark.parametrize("role", ["WAITER", "KITCHEN", "MANAGER", "ADMIN"])
 async def test_role_is_let_in_where_the_contract_says(
-    redis_url: str, door: Door, role: str
+    redis_url: str, transport: Transport, role: str
 ) -> None:
     everywhere = role in {"MANAGER", "ADMIN"}
-    async with serving(redis_url, door) as gateway:
+    async with serving(redis_url, transport) as gateway:
         for endpoint in STAFF:
             url = gateway.staff_url(endpoint, roles=[role])
             if everywhere or endpoint == role.lower():
@@ -128,8 +130,8 @@ async def test_role_is_let_in_where_the_contract_says(
                 assert (await refusal(url))[0] == Close.FORBIDDEN
 
 
-async def test_token_need_not_stand_in_the_url(redis_url: str, door: Door) -> None:
-    async with serving(redis_url, door) as gateway:
+async def test_token_need_not_stand_in_the_url(redis_url: str, transport: Transport) -> None:
+    async with serving(redis_url, transport) as gateway:
         for path, token in (("/ws/waiter", staff()), ("/ws/diner", table())):
             url = gateway.url + path
             headers = [("Authorization", f"Bearer {token}")]
@@ -142,8 +144,8 @@ async def test_token_need_not_stand_in_the_url(redis_url: str, door: Door) -> No
             assert (await refusal(url, extra_headers=[("Authorization", "Bearer x")]))[0] == 4001
 
 
-async def test_ticket_is_good_once(redis_url: str, door: Door) -> None:
-    async with serving(redis_url, door) as gateway:
+async def test_ticket_is_good_once(redis_url: str, transport: Transport) -> None:
+    async with serving(redis_url, transport) as gateway:
         for path, token in (("/ws/waiter", staff()), ("/ws/diner", table())):
             headers = {"Authorization": f"Bearer {token}"}
             reply = await http(gateway.port, "/ws/ticket", method="POST", headers=headers)
@@ -155,23 +157,25 @@ async def test_ticket_is_good_once(redis_url: str, door: Door) -> None:
         assert (await refusal(f"{gateway.url}/ws/waiter?ticket="))[0] == Close.AUTH_FAILED
 
 
-async def test_revoked_token_is_refused(redis_url: str, door: Door) -> None:
+async def test_revoked_token_is_refused(redis_url: str, transport: Transport) -> None:
     with redis.Redis.from_url(redis_url) as backend:
         backend.set("auth:token:blacklist:gone", "1", ex=60)
-    async with serving(redis_url, door) as gateway:
+    async with serving(redis_url, transport) as gateway:
         url = gateway.staff_url("waiter", jti="gone")
         assert await refusal(url) == (Close.AUTH_FAILED, "token revoked")
 
 
-async def test_without_redis_nobody_is_told_that_the_token_is_bad(door: Door) -> None:
+async def test_without_redis_nobody_is_told_that_the_token_is_bad(transport: Transport) -> None:
     made = make_settings(NO_REDIS)
-    async with running(made, door=door, wait_ready=False) as gateway:
+    async with running(made, transport=transport, wait_ready=False) as gateway:
         assert (await refusal(gateway.staff_url("waiter")))[0] == Close.SERVER_OVERLOADED
 
 
-async def test_credential_that_ends_closes_the_connection(redis_url: str, door: Door) -> None:
+async def test_credential_that_ends_closes_the_connection(
+    redis_url: str, transport: Transport
+) -> None:
     async with (
-        serving(redis_url, door) as gateway,
+        serving(redis_url, transport) as gateway,
         admitted(gateway.staff_url("waiter", exp=int(time.time()) + 2)) as client,
     ):
         assert await closed(client) == (Close.AUTH_FAILED, "token expired")
@@ -198,10 +202,14 @@ async def test_credential_that_ends_closes_the_connection(redis_url: str, door: 
     ],
 )
 async def test_origin_is_checked_for_staff_only(
-    redis_url: str, door: Door, origin: str | None, development: int | None, production: int | None
+    redis_url: str,
+    transport: Transport,
+    origin: str | None,
+    development: int | None,
+    production: int | None,
 ) -> None:
     for environment, code in (("development", development), ("production", production)):
-        async with serving(redis_url, door, environment=environment) as gateway:
+        async with serving(redis_url, transport, environment=environment) as gateway:
             for endpoint in STAFF:
                 url = gateway.staff_url(endpoint)
                 if code is None:
@@ -221,16 +229,16 @@ async def test_origin_is_checked_for_staff_only(
     ],
 )
 async def test_origins_are_compared_as_origins(
-    redis_url: str, door: Door, listed: str, sent: str
+    redis_url: str, transport: Transport, listed: str, sent: str
 ) -> None:
-    async with serving(redis_url, door, allowed_origins=(listed,)) as gateway:
+    async with serving(redis_url, transport, allowed_origins=(listed,)) as gateway:
         assert await is_let_in(gateway.staff_url("waiter"), sent)
         code, _ = await refusal(gateway.staff_url("waiter"), sent.replace("://", "://x."))
         assert code in {Close.POLICY_VIOLATION, Close.FORBIDDEN}  # x.[::1] is not an origin
 
 
-async def test_origin_is_looked_at_before_the_token(redis_url: str, door: Door) -> None:
-    async with serving(redis_url, door) as gateway:
+async def test_origin_is_looked_at_before_the_token(redis_url: str, transport: Transport) -> None:
+    async with serving(redis_url, transport) as gateway:
         code, _ = await refusal(f"{gateway.url}/ws/waiter?token=x", "http://evil.example")
         assert code == Close.POLICY_VIOLATION
 
@@ -248,8 +256,10 @@ async def test_origin_is_looked_at_before_the_token(redis_url: str, door: Door) 
         '{"type":"\\u0070ing"}',
     ],
 )
-async def test_ping_is_answered_in_all_its_forms(redis_url: str, door: Door, ping: str) -> None:
-    async with serving(redis_url, door) as gateway:
+async def test_ping_is_answered_in_all_its_forms(
+    redis_url: str, transport: Transport, ping: str
+) -> None:
+    async with serving(redis_url, transport) as gateway:
         for url in (gateway.staff_url("kitchen"), gateway.diner_url()):
             async with connect(url) as client:
                 await client.send_message(ping)
@@ -258,7 +268,7 @@ async def test_ping_is_answered_in_all_its_forms(redis_url: str, door: Door, pin
 
 
 async def test_client_that_asks_for_the_intervals_is_told_those_in_force(
-    redis_url: str, door: Door
+    redis_url: str, transport: Transport
 ) -> None:
     intervals = {
         "ws_heartbeat_timeout": 7,
@@ -266,7 +276,7 @@ async def test_client_that_asks_for_the_intervals_is_told_those_in_force(
         "ws_ping_interval": 2,
     }
     async with (
-        serving(redis_url, door, **intervals) as gateway,
+        serving(redis_url, transport, **intervals) as gateway,
         admitted(gateway.staff_url("waiter")) as client,
     ):
         await client.send_message('{"type":"intervals"}')
@@ -280,9 +290,12 @@ async def test_client_that_asks_for_the_intervals_is_told_those_in_force(
         ]
 
 
-async def test_other_text_is_ignored_and_counted(redis_url: str, door: Door) -> None:
+async def test_other_text_is_ignored_and_counted(redis_url: str, transport: Transport) -> None:
     junk = ["", "hello", "PING", "pong", "{", "[]", "null", "{}", '{"type":1}', '{"typ":"ping"}']
-    async with serving(redis_url, door) as gateway, admitted(gateway.staff_url("waiter")) as client:
+    async with (
+        serving(redis_url, transport) as gateway,
+        admitted(gateway.staff_url("waiter")) as client,
+    ):
         for text in junk:
             await client.send_message(text)
         assert await received_texts(client) == []
@@ -290,15 +303,18 @@ async def test_other_text_is_ignored_and_counted(redis_url: str, door: Door) -> 
         assert connection.messages == len(junk) + 2  # admitted() and received_texts() ping
 
 
-async def test_protocol_ping_is_answered(redis_url: str, door: Door) -> None:
-    async with serving(redis_url, door) as gateway, admitted(gateway.staff_url("waiter")) as client:
+async def test_protocol_ping_is_answered(redis_url: str, transport: Transport) -> None:
+    async with (
+        serving(redis_url, transport) as gateway,
+        admitted(gateway.staff_url("waiter")) as client,
+    ):
         with trio.fail_after(3):
             await client.ping(b"there?")
 
 
-async def test_silent_client_is_closed_when_stale(redis_url: str, door: Door) -> None:
+async def test_silent_client_is_closed_when_stale(redis_url: str, transport: Transport) -> None:
     async with (
-        serving(redis_url, door, ws_heartbeat_timeout=0.3) as gateway,
+        serving(redis_url, transport, ws_heartbeat_timeout=0.3) as gateway,
         admitted(gateway.staff_url("waiter")) as client,
     ):
         watch = Stopwatch()
@@ -307,9 +323,9 @@ async def test_silent_client_is_closed_when_stale(redis_url: str, door: Door) ->
         assert watch.net < 1
 
 
-async def test_one_message_over_the_rate_is_4029(redis_url: str, door: Door) -> None:
+async def test_one_message_over_the_rate_is_4029(redis_url: str, transport: Transport) -> None:
     async with (
-        serving(redis_url, door, ws_message_rate_window=30) as gateway,
+        serving(redis_url, transport, ws_message_rate_window=30) as gateway,
         connect(gateway.staff_url("waiter")) as client,
     ):
         for _ in range(20):
@@ -320,17 +336,20 @@ async def test_one_message_over_the_rate_is_4029(redis_url: str, door: Door) -> 
         assert await closed(client) == (Close.RATE_LIMITED, "too many messages")
 
 
-async def test_binary_is_1003(redis_url: str, door: Door) -> None:
-    async with serving(redis_url, door) as gateway:
+async def test_binary_is_1003(redis_url: str, transport: Transport) -> None:
+    async with serving(redis_url, transport) as gateway:
         for data in (b"\0\xff", b"ping", b""):
             async with admitted(gateway.staff_url("waiter")) as client:
                 await client.send_message(data)
                 assert (await closed(client))[0] == Close.UNSUPPORTED_DATA
 
 
-async def test_size_of_a_message_is_counted_in_bytes(redis_url: str, door: Door) -> None:
+async def test_size_of_a_message_is_counted_in_bytes(redis_url: str, transport: Transport) -> None:
     longest = '{"type":"ping","x":"' + "€" * 21_838 + '"}'
-    async with serving(redis_url, door) as gateway, connect(gateway.staff_url("waiter")) as client:
+    async with (
+        serving(redis_url, transport) as gateway,
+        connect(gateway.staff_url("waiter")) as client,
+    ):
         await client.send_message(longest)
         await client.send_message("x" * 65_536)
         assert await client.get_message() == PONG_TEXT
@@ -339,19 +358,22 @@ async def test_size_of_a_message_is_counted_in_bytes(redis_url: str, door: Door)
         assert (await closed(client))[0] == Close.MESSAGE_TOO_BIG
 
 
-async def test_message_of_too_many_characters_is_1009(redis_url: str, door: Door) -> None:
+async def test_message_of_too_many_characters_is_1009(redis_url: str, transport: Transport) -> None:
     """Through the second door it is Hypercorn that says so, and it gives no reason."""
-    async with serving(redis_url, door) as gateway, connect(gateway.staff_url("waiter")) as client:
+    async with (
+        serving(redis_url, transport) as gateway,
+        connect(gateway.staff_url("waiter")) as client,
+    ):
         await client.send_message("x" * 65_537)
         code, reason = await closed(client)
         assert code == Close.MESSAGE_TOO_BIG
-        assert reason == ("message is over 65536 bytes" if door == "line" else "")
+        assert reason == ("message is over 65536 bytes" if transport == "line" else "")
 
 
 async def test_fragments_with_control_frames_between_are_one_message(
-    redis_url: str, door: Door
+    redis_url: str, transport: Transport
 ) -> None:
-    async with serving(redis_url, door) as gateway, dialled(gateway.port) as client:
+    async with serving(redis_url, transport) as gateway, dialled(gateway.port) as client:
         await client.upgrade(f"/ws/waiter?token={staff()}")
         await client.send(client_frame(TEXT, '{"type":', fin=False))
         await client.send(client_frame(PING, b"between"))
@@ -382,40 +404,42 @@ async def some_frames(client: Any) -> AsyncIterator[tuple[int, bytes]]:
     ids=["not UTF-8", "unmasked", "reserved opcode"],
 )
 async def test_broken_frame_has_its_code(
-    redis_url: str, door: Door, data: bytes, code: Close
+    redis_url: str, transport: Transport, data: bytes, code: Close
 ) -> None:
     """Through the second door, Hypercorn answers with a bare end of TCP, and we never see it."""
-    async with serving(redis_url, door) as gateway, dialled(gateway.port) as client:
+    async with serving(redis_url, transport) as gateway, dialled(gateway.port) as client:
         await client.upgrade(f"/ws/waiter?token={staff()}")
         await until(lambda: len(gateway.app.hub))
         await client.send(data)
         with trio.fail_after(3):
-            if door == "line":
+            if transport == "line":
                 assert (await client.closed())[0] == code
             else:
                 with pytest.raises(EOFError):
                     await client.closed()
         await client.leave()
-        counted = code if door == "line" else Close.ABNORMAL
+        counted = code if transport == "line" else Close.ABNORMAL
         await until(lambda: gateway.app.hub.closed == {counted: 1})
 
 
-async def test_clients_own_code_is_answered_and_counted(redis_url: str, door: Door) -> None:
+async def test_clients_own_code_is_answered_and_counted(
+    redis_url: str, transport: Transport
+) -> None:
     """Hypercorn keeps it to itself: through the second door everybody who leaves counts as 1006."""
-    async with serving(redis_url, door) as gateway:
+    async with serving(redis_url, transport) as gateway:
         async with dialled(gateway.port) as client:
             await client.upgrade(f"/ws/waiter?token={staff()}")
             await until(lambda: len(gateway.app.hub))
             await client.send(client_frame(CLOSE, close_payload(3999, "lunch")))
             with trio.fail_after(3):
                 assert await client.closed() == (3999, "lunch")
-        counted = 3999 if door == "line" else int(Close.ABNORMAL)
+        counted = 3999 if transport == "line" else int(Close.ABNORMAL)
         await until(lambda: gateway.app.hub.closed == {counted: 1})
         assert len(gateway.app.hub) == 0
 
 
-async def test_client_that_vanishes_counts_as_1006(redis_url: str, door: Door) -> None:
-    async with serving(redis_url, door) as gateway:
+async def test_client_that_vanishes_counts_as_1006(redis_url: str, transport: Transport) -> None:
+    async with serving(redis_url, transport) as gateway:
         async with dialled(gateway.port) as client:
             await client.upgrade(f"/ws/waiter?token={staff()}")
             await until(lambda: len(gateway.app.hub))
@@ -424,10 +448,10 @@ async def test_client_that_vanishes_counts_as_1006(redis_url: str, door: Door) -
 
 
 async def test_client_that_leaves_while_it_floods_leaves_nothing_behind(
-    redis_url: str, door: Door
+    redis_url: str, transport: Transport
 ) -> None:
     """Quart's inbound channel holds ten messages: left full, it and two tasks would leak."""
-    async with serving(redis_url, door, ws_message_rate_limit=5) as gateway:
+    async with serving(redis_url, transport, ws_message_rate_limit=5) as gateway:
         assert await is_let_in(gateway.staff_url("waiter"))  # what lives for all is there now
         await until(lambda: not gateway.app.hub.leaving)
         await trio.sleep(0.1)
@@ -448,9 +472,9 @@ async def renew(client: WebSocketConnection, token: Any) -> None:
     await client.send_message(json.dumps({"type": "auth", "token": token}))
 
 
-async def test_credential_is_renewed_in_place(redis_url: str, door: Door) -> None:
+async def test_credential_is_renewed_in_place(redis_url: str, transport: Transport) -> None:
     expires_at = int(time.time()) + 5000
-    async with serving(redis_url, door) as gateway:
+    async with serving(redis_url, transport) as gateway:
         for url, token in (
             (gateway.staff_url("waiter"), staff(exp=expires_at)),
             (gateway.diner_url(), table(exp=expires_at)),
@@ -476,23 +500,28 @@ async def test_credential_is_renewed_in_place(redis_url: str, door: Door) -> Non
     ],
 )
 async def test_renewal_that_fails_closes(
-    redis_url: str, door: Door, token: Any, code: Close
+    redis_url: str, transport: Transport, token: Any, code: Close
 ) -> None:
-    async with serving(redis_url, door) as gateway, admitted(gateway.staff_url("waiter")) as client:
+    async with (
+        serving(redis_url, transport) as gateway,
+        admitted(gateway.staff_url("waiter")) as client,
+    ):
         await renew(client, token)
         assert (await closed(client))[0] == code
 
 
-async def test_diner_cannot_renew_into_another_session(redis_url: str, door: Door) -> None:
-    async with serving(redis_url, door) as gateway, admitted(gateway.diner_url()) as client:
+async def test_diner_cannot_renew_into_another_session(
+    redis_url: str, transport: Transport
+) -> None:
+    async with serving(redis_url, transport) as gateway, admitted(gateway.diner_url()) as client:
         await renew(client, table(session_id=457))
         assert (await closed(client))[0] == Close.FORBIDDEN
 
 
-async def test_new_branches_and_roles_apply_at_once(redis_url: str, door: Door) -> None:
+async def test_new_branches_and_roles_apply_at_once(redis_url: str, transport: Transport) -> None:
     with redis.Redis.from_url(redis_url) as backend:
         async with (
-            serving(redis_url, door) as gateway,
+            serving(redis_url, transport) as gateway,
             admitted(gateway.staff_url("waiter")) as client,
         ):
             await renew(client, staff(roles=["MANAGER"], branch_ids=[2]))
@@ -506,8 +535,8 @@ async def test_new_branches_and_roles_apply_at_once(redis_url: str, door: Door) 
             assert heard == [0, 1]
 
 
-async def test_sectors_are_refreshed_in_both_forms(redis_url: str, door: Door) -> None:
-    async with serving(redis_url, door) as gateway:
+async def test_sectors_are_refreshed_in_both_forms(redis_url: str, transport: Transport) -> None:
+    async with serving(redis_url, transport) as gateway:
         async with admitted(gateway.staff_url("waiter", sector_ids=[6, 5])) as client:
             await client.send_message("refresh_sectors")
             await client.send_message('{"type": "refresh_sectors"}')
@@ -525,9 +554,11 @@ async def test_sectors_are_refreshed_in_both_forms(redis_url: str, door: Door) -
 
 
 @pytest.mark.parametrize("limit", ["user", "session", "total"])
-async def test_connection_over_a_limit_is_1013(redis_url: str, door: Door, limit: str) -> None:
+async def test_connection_over_a_limit_is_1013(
+    redis_url: str, transport: Transport, limit: str
+) -> None:
     name = f"ws_max_{limit}_connections" if limit == "total" else f"ws_max_connections_per_{limit}"
-    async with serving(redis_url, door, **{name: 2}) as gateway, AsyncExitStack() as stack:
+    async with serving(redis_url, transport, **{name: 2}) as gateway, AsyncExitStack() as stack:
         url, other = gateway.staff_url("waiter"), gateway.staff_url("waiter", tenant_id=2)
         if limit == "session":
             url, other = gateway.diner_url(), gateway.diner_url(session_id=457)
@@ -549,7 +580,9 @@ async def test_connection_over_a_limit_is_1013(redis_url: str, door: Door, limit
 # Events
 
 
-async def test_event_comes_byte_for_byte_to_whom_it_is_for(redis_url: str, door: Door) -> None:
+async def test_event_comes_byte_for_byte_to_whom_it_is_for(
+    redis_url: str, transport: Transport
+) -> None:
     payloads = [
         make_payload("TABLE_CLEARED", session_id=456, n=1),
         b'{ "type":"TABLE_CLEARED","tenant_id":1,"branch_id":1,"session_id":456, "x":1.50,"y":1e3}',
@@ -557,7 +590,7 @@ async def test_event_comes_byte_for_byte_to_whom_it_is_for(redis_url: str, door:
         make_payload("TABLE_CLEARED", session_id=456, n=2, data="x" * 60_000),
     ]
     with redis.Redis.from_url(redis_url) as backend:
-        async with serving(redis_url, door) as gateway, AsyncExitStack() as stack:
+        async with serving(redis_url, transport) as gateway, AsyncExitStack() as stack:
             urls = {
                 "waiter": gateway.staff_url("waiter"),
                 "admin": gateway.staff_url("admin"),
@@ -580,8 +613,8 @@ async def test_event_comes_byte_for_byte_to_whom_it_is_for(redis_url: str, door:
                 assert await received_texts(client) == expected
 
 
-async def test_everybody_hears_when_to_come_back(redis_url: str, door: Door) -> None:
-    async with serving(redis_url, door) as gateway:
+async def test_everybody_hears_when_to_come_back(redis_url: str, transport: Transport) -> None:
+    async with serving(redis_url, transport) as gateway:
         urls = [gateway.staff_url("waiter"), gateway.staff_url("kitchen"), gateway.diner_url()]
         async with AsyncExitStack() as stack:
             clients = [await stack.enter_async_context(admitted(url)) for url in urls]
@@ -594,8 +627,8 @@ async def test_everybody_hears_when_to_come_back(redis_url: str, door: Door) -> 
             assert stopped.net < 0.5
 
 
-async def test_upgrade_while_draining_is_503(redis_url: str, door: Door) -> None:
-    async with serving(redis_url, door) as gateway:
+async def test_upgrade_while_draining_is_503(redis_url: str, transport: Transport) -> None:
+    async with serving(redis_url, transport) as gateway:
         await gateway.app.drain()
         async with dialled(gateway.port) as client:
             await client.send(make_head(request=f"GET /ws/waiter?token={staff()} HTTP/1.1"))
@@ -605,8 +638,8 @@ async def test_upgrade_while_draining_is_503(redis_url: str, door: Door) -> None
         assert gateway.app.refused == {503: 1}
 
 
-async def test_unknown_endpoint_is_404(redis_url: str, door: Door) -> None:
-    async with serving(redis_url, door) as gateway, dialled(gateway.port) as client:
+async def test_unknown_endpoint_is_404(redis_url: str, transport: Transport) -> None:
+    async with serving(redis_url, transport) as gateway, dialled(gateway.port) as client:
         await client.send(make_head(request="GET /ws/cook HTTP/1.1"))
         assert (await client.response())[0] == 404
 
@@ -630,10 +663,10 @@ async def test_second_door_says_nothing_to_a_client_that_is_to_be_cut() -> None:
 
 
 async def test_no_token_stands_in_a_log_line(
-    redis_url: str, door: Door, capsys: pytest.CaptureFixture[str]
+    redis_url: str, transport: Transport, capsys: pytest.CaptureFixture[str]
 ) -> None:
     good, bad = staff(), staff(sub="22", life=-10)
-    async with serving(redis_url, door) as gateway:
+    async with serving(redis_url, transport) as gateway:
         assert await is_let_in(f"{gateway.url}/ws/waiter?token={good}")
         assert (await refusal(f"{gateway.url}/ws/waiter?token={bad}"))[0] == Close.AUTH_FAILED
         async with dialled(gateway.port) as client:

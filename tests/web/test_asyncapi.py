@@ -15,7 +15,7 @@ from trio_gateway.core.close_codes import Close
 from trio_gateway.core.control_messages import REVOKED, SECTORS_CHANGED
 from trio_gateway.core.events import InvalidEvent, parse_event
 from trio_gateway.core.message_schemas import ANSWERS, REQUESTS
-from trio_gateway.core.messages import Message, Said, read_message
+from trio_gateway.core.messages import Command, Message, read_message
 from trio_gateway.core.routing import ROUTES
 from trio_gateway.transports.sse import PATHS
 from trio_gateway.web.asyncapi import describe
@@ -130,8 +130,8 @@ def test_the_schema_refuses_what_the_gateway_refuses(changed: dict[str, Any]) ->
 
 def test_everything_that_a_client_may_say_is_in_the_catalogue_as_it_is_understood() -> None:
     read = {name: read_message(said.example) for name, said in REQUESTS.items()}
-    named = {each for each in read.values() if isinstance(each, Said)}
-    assert named == set(Said) - {Said.NOTHING}
+    named = {each for each in read.values() if isinstance(each, Command)}
+    assert named == set(Command) - {Command.NOTHING}
     assert {type(each) for each in read.values()} == set(get_args(Message))
     answers = {said.answer for said in REQUESTS.values()} - {None}
     assert answers | {"gap"} == set(ANSWERS)

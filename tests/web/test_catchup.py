@@ -15,7 +15,7 @@ from tests.support.gateways import JWT_SECRET, TABLE_SECRET, Running, http, serv
 from tests.support.sockets import dialled
 from trio_gateway.core.audiences import BranchId, TenantId, admins, diners
 from trio_gateway.core.event_ids import Position, event_id, tag
-from trio_gateway.runtime.concurrency_limiter import TooMany
+from trio_gateway.runtime.concurrency_limiter import Overloaded
 from trio_gateway.testing import make_event, make_jwt, make_table_token
 from trio_gateway.web import catchup
 from trio_gateway.web.catchup import PAGE_BYTES, Turns
@@ -39,9 +39,9 @@ def fill(gateway: Running, events: int, size: int) -> list[int]:
     first = int(time.time() * 1000) - events
     for n in range(events):
         event = make_event(n=n, data="x" * size, heard_at=now)
-        event.stand(STREAM, Position((first + n, 0)), durable=True)
+        event.set_position(STREAM, Position((first + n, 0)), durable=True)
         history.add(event, AUDIENCES, now=now)
-        history.pass_by(STREAM, Position((first + n, 0)))
+        history.advance(STREAM, Position((first + n, 0)))
     return list(range(events))
 
 
@@ -171,7 +171,7 @@ async def test_one_user_has_few_turns_and_others_have_their_own(
     first = await turns.take("one")
     await turns.take("one")
     await turns.take("other")
-    with pytest.raises(TooMany):
+    with pytest.raises(Overloaded):
         await turns.take("one")
     assert trio.current_time() == 2
     async with trio.open_nursery() as nursery:
@@ -184,7 +184,7 @@ async def test_one_user_has_few_turns_and_others_have_their_own(
         for _ in range(catchup._MOST_WAITING):
             nursery.start_soon(turns.take, "one")
         await trio.testing.wait_all_tasks_blocked()
-        with pytest.raises(TooMany):
+        with pytest.raises(Overloaded):
             await turns.take("one")
         assert trio.current_time() == 3
         nursery.cancel_scope.cancel()

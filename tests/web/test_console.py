@@ -25,10 +25,10 @@ from trio_gateway.access.auth import is_own_page
 from trio_gateway.broker.commands import open_commands
 from trio_gateway.core.audiences import Endpoint
 from trio_gateway.core.histogram import SECONDS
-from trio_gateway.core.messages import Said
+from trio_gateway.core.messages import Command
 from trio_gateway.core.resilience import Breaker
 from trio_gateway.gateway import create_app
-from trio_gateway.runtime.connection import Connection, Terms
+from trio_gateway.runtime.connection import Connection, ConnectionLimits
 from trio_gateway.testing import FakeSocket, make_jwt, make_principal, make_table_token
 from trio_gateway.transports.handshake import Handshake
 from trio_gateway.web.console import Feed, slow
@@ -276,14 +276,16 @@ async def test_feed_ends_with_the_role_and_spares_who_reads_slowly(
 ) -> None:
     app = create_app(make_settings(NO_REDIS))
     feed, socket = Feed(app), FakeSocket()
-    admin = Connection(make_principal(Endpoint.ADMIN, roles=["ADMIN"]), Terms(stale_after=1e9))
+    admin = Connection(
+        make_principal(Endpoint.ADMIN, roles=["ADMIN"]), ConnectionLimits(stale_after=1e9)
+    )
     nursery.start_soon(feed.run)
     nursery.start_soon(admin.run, socket, app.hub)
     await trio.testing.wait_all_tasks_blocked()
 
-    feed.hear(admin, Said.WATCH)
+    feed.hear(admin, Command.WATCH)
     await trio.sleep(2.5)
-    feed.hear(admin, Said.WATCH)  # which it does already
+    feed.hear(admin, Command.WATCH)  # which it does already
     told = len(socket.texts)
     app.hub.move(admin, make_principal(Endpoint.ADMIN, roles=["MANAGER"]))
     await trio.sleep(5)
@@ -297,7 +299,7 @@ async def test_slow_clients_of_other_tenants_are_nobodys_business(nursery: trio.
     for tenant in (1, 2):
         socket = FakeSocket()
         socket.room = 0
-        connection = Connection(make_principal(tenant=tenant, user=tenant), Terms())
+        connection = Connection(make_principal(tenant=tenant, user=tenant), ConnectionLimits())
         nursery.start_soon(connection.run, socket, app.hub)
         await trio.testing.wait_all_tasks_blocked()
         connection.send(b"x" * 100 * tenant)

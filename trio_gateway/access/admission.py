@@ -13,7 +13,7 @@ from .jwks import KeySet
 from .revocations import Revocations, Tickets, Watch
 
 if TYPE_CHECKING:
-    from .sectors import Roster
+    from .sectors import SectorAssignments
 
 
 class Candidate:
@@ -49,14 +49,14 @@ class Admission:
         settings: Settings,
         *,
         auth: Mapping[Endpoint, Auth] | None = None,
-        roster: "Roster | None" = None,
+        sector_assignments: "SectorAssignments | None" = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._origins = settings.allowed_origins
         self._needs_origin = settings.production
         self._auth = dict(auth) if auth is not None else _auth(settings, clock)
         self._checks_revocations = auth is None
-        self._roster = roster
+        self._sector_assignments = sector_assignments
         self._clock = clock
         # From the moment that there are commands to Redis:
         self.revocations: Revocations | None = None
@@ -165,10 +165,18 @@ class Admission:
         return Watch(self.revocations if self._checks_revocations else None, principal)
 
     async def _assign(self, principal: Principal) -> Principal:
-        return principal if self._roster is None else await self._roster.assign(principal)
+        return (
+            principal
+            if self._sector_assignments is None
+            else await self._sector_assignments.assign(principal)
+        )
 
     def _latest(self, principal: Principal) -> Principal:
-        return principal if self._roster is None else self._roster.latest(principal)
+        return (
+            principal
+            if self._sector_assignments is None
+            else self._sector_assignments.latest(principal)
+        )
 
 
 def _auth(settings: Settings, clock: Callable[[], float]) -> dict[Endpoint, Auth]:

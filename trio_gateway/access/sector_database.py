@@ -19,7 +19,7 @@ TIMEOUT: Final = 2.0  # seconds for one query
 _THREADS: Final = 4
 
 
-class Waiter(NamedTuple):
+class WaiterKey(NamedTuple):
     """Whose assignments, where."""
 
     tenant: TenantId
@@ -30,24 +30,24 @@ class Waiter(NamedTuple):
 Rows = frozenset[tuple[SectorId, str | None]]  # sectors and shifts of one day
 
 
-class Unanswered(Exception):  # noqa: N818 - an outcome
+class QueryFailed(Exception):  # noqa: N818 - an outcome
     """The database failed, or took too long."""
 
 
-class Asked(Protocol):
+class AssignmentSource(Protocol):
     """Who knows the assignments."""
 
     queries: int
     failures: int
 
-    async def of(self, waiter: Waiter, day: date, /) -> Rows:
-        """A waiter's assignments of a day; raises :exc:`Unanswered`."""
+    async def of(self, waiter: WaiterKey, day: date, /) -> Rows:
+        """A waiter's assignments of a day; raises :exc:`QueryFailed`."""
 
     def close(self) -> None:
         """Nothing more is asked."""
 
 
-class Assignments:
+class SectorDatabase:
     """The table in the backend's database, asked in a thread of its own under a deadline, so that
     a hung database neither blocks the loop nor eats the thread pool.
 
@@ -68,8 +68,8 @@ class Assignments:
         """Give the connections back that no query holds."""
         self._engine.dispose()
 
-    async def of(self, key: Waiter, day: date) -> Rows:
-        """A waiter's assignments of a day; raises :exc:`Unanswered`."""
+    async def of(self, key: WaiterKey, day: date) -> Rows:
+        """A waiter's assignments of a day; raises :exc:`QueryFailed`."""
         if int(key.user) > MAX_ID:
             return frozenset()
         self.queries += 1
@@ -81,13 +81,13 @@ class Assignments:
                 )
         except (sqlalchemy.exc.SQLAlchemyError, OSError, ValueError) as error:
             self.failures += 1
-            raise Unanswered(type(error).__name__) from None
+            raise QueryFailed(type(error).__name__) from None
         if rows is None:
             self.failures += 1
-            raise Unanswered(f"no answer in {TIMEOUT:g} s")
+            raise QueryFailed(f"no answer in {TIMEOUT:g} s")
         return rows
 
-    def _query(self, key: Waiter, day: date) -> Rows:
+    def _query(self, key: WaiterKey, day: date) -> Rows:
         at = self._columns
         query = select(at["sector_id"], at["shift"]).where(
             at["tenant_id"] == key.tenant,

@@ -22,7 +22,7 @@ from ..core.service_day import Period, ServiceDays, holds
 from ..runtime.connection import Connection
 from ..runtime.hub import Hub
 from ..settings import InvalidSettings, Settings
-from .sector_database import Asked, Assignments, Rows, Unanswered, Waiter
+from .sector_database import AssignmentSource, QueryFailed, Rows, SectorDatabase, WaiterKey
 
 log = structlog.get_logger()
 
@@ -51,7 +51,7 @@ class _Question:
     answered: bool | None = None  # None: whoever asked was cancelled
 
 
-class Roster:
+class SectorAssignments:
     """The waiters' sectors: from a cache, from the database, or from what was known last.
 
     A failure is never taken for "no sectors": what the database said last holds, else what the
@@ -60,7 +60,7 @@ class Roster:
 
     def __init__(
         self,
-        assignments: Asked,
+        assignments: AssignmentSource,
         hub: Hub,
         breaker: Breaker,
         *,
@@ -76,10 +76,12 @@ class Roster:
         self._wall_clock = wall_clock
         # By person, in the order of asking; then by branch.
         self._known: OrderedDict[tuple[TenantId, UserId], dict[BranchId, _Known]] = OrderedDict()
-        self._asking: dict[Waiter, _Question] = {}
+        self._asking: dict[WaiterKey, _Question] = {}
         self._periods: dict[tuple[TenantId, BranchId], Period] = {}  # that live waiters are in
-        self._owed: dict[Waiter, None] = {}  # to be asked again, since the database failed
-        self._unsure: dict[Waiter, None] = {}  # behind those: a change may not have been heard of
+        self._pending: dict[WaiterKey, None] = {}  # to be asked again, since the database failed
+        self._unsure: dict[
+            WaiterKey, None
+        ] = {}  # behind those: a change may not have been heard of
         self._link_back_at = -math.inf  # what was asked before may be outdated
         self._wake = trio.Event()
         self._answered = 0  # queries
@@ -93,9 +95,9 @@ class Roster:
         return sum(map(len, self._known.values()))
 
     @property
-    def owed(self) -> int:
+    def pending(self) -> int:
         """Answers that are owed to live connections by a database that failed."""
-        return len(self._owed)
+        return len(self._pending)
 
     @property
     def queries(self) -> dict[str, float]:
@@ -112,18 +114,18 @@ class Roster:
         """
         if principal.endpoint is not Endpoint.WAITER or principal.user is None:
             return principal
-        unknown: list[Waiter] = []
+        unknown: list[WaiterKey] = []
 
-        async def ask(key: Waiter) -> None:
+        async def ask(key: WaiterKey) -> None:
             if not await self._ask(key, fresh=fresh):
                 unknown.append(key)
 
         async with trio.open_nursery() as nursery:  # at once: one deadline for all the branches
             for branch in principal.branches:
-                key = Waiter(principal.tenant, branch, principal.user)
+                key = WaiterKey(principal.tenant, branch, principal.user)
                 if fresh or not self._is_fresh(key):
                     nursery.start_soon(ask, key)
-        self._owe(unknown)  # only now: what is owed to nobody is forgotten
+        self._set_pending(unknown)  # only now: what is owed to nobody is forgotten
         return self._with_sectors(principal)
 
     async def refresh(self, connection: Connection) -> None:
@@ -151,8 +153,8 @@ class Roster:
                 question.outdated = True
         for known in self._known.get((tenant, user), {}).values():
             known.asked_at = -math.inf
-        self._owe(
-            Waiter(tenant, branch, user)
+        self._set_pending(
+            WaiterKey(tenant, branch, user)
             for connection in self._connections_of(tenant, user)
             for branch in connection.principal.branches
         )
@@ -165,7 +167,7 @@ class Roster:
         for question in self._asking.values():
             question.outdated = True
         self._unsure.update(
-            (Waiter(principal.tenant, branch, principal.user), None)
+            (WaiterKey(principal.tenant, branch, principal.user), None)
             for connection in self._waiters()
             if (principal := connection.principal).user is not None
             for branch in principal.branches
@@ -180,26 +182,28 @@ class Roster:
         """
         if principal.endpoint is not Endpoint.WAITER or principal.user is None:
             return principal
-        keys = [Waiter(principal.tenant, branch, principal.user) for branch in principal.branches]
-        self._owe(key for key in keys if not self._is_fresh(key))
+        keys = [
+            WaiterKey(principal.tenant, branch, principal.user) for branch in principal.branches
+        ]
+        self._set_pending(key for key in keys if not self._is_fresh(key))
         return self._with_sectors(principal)
 
-    async def pay(self) -> NoReturn:
+    async def retry_pending(self) -> NoReturn:
         """Ask what is owed until it is answered, and apply it; returns only when cancelled."""
         backoff, failures = Backoff(first=0.5, most=10), 0
         while True:
-            while not (owed := self._owed or self._unsure):
+            while not (pending := self._pending or self._unsure):
                 self._wake = trio.Event()
                 await self._wake.wait()
-            key = next(iter(owed))
+            key = next(iter(pending))
             if not self._connections_of(key.tenant, key.user):
-                del owed[key]
+                del pending[key]
             elif await self._ask(key, fresh=False):
                 failures = 0
             else:
                 failures += 1
-                owed.pop(key, None)
-                owed[key] = None  # behind the others: what it can't answer may be this one
+                pending.pop(key, None)
+                pending[key] = None  # behind the others: what it can't answer may be this one
                 wait = self._breaker.wait(trio.current_time())
                 await trio.sleep(max(wait, backoff.after(failures)))
 
@@ -254,14 +258,14 @@ class Roster:
         assert principal.user is not None
         sectors: dict[BranchId, frozenset[SectorId]] = {}
         for branch in principal.branches:
-            key = Waiter(principal.tenant, branch, principal.user)
+            key = WaiterKey(principal.tenant, branch, principal.user)
             period = self._period(key.tenant, branch)
             self._periods.setdefault((key.tenant, branch), period)
             if (known := self._last(key)) is None:
                 had = principal.sectors.get(branch)
             else:
                 if known.day != period.day:  # better than nothing, until it is asked for
-                    self._owe([key])
+                    self._set_pending([key])
                 had = frozenset(sector for sector, shift in known.rows if holds(shift, period))
             if had:
                 sectors[branch] = had
@@ -272,10 +276,10 @@ class Roster:
     def _period(self, tenant: TenantId, branch: BranchId) -> Period:
         return self._days.period(tenant, branch, self._wall_clock())
 
-    def _last(self, key: Waiter) -> _Known | None:
+    def _last(self, key: WaiterKey) -> _Known | None:
         return self._known.get((key.tenant, key.user), {}).get(key.branch)
 
-    def _is_fresh(self, key: Waiter) -> bool:
+    def _is_fresh(self, key: WaiterKey) -> bool:
         known = self._last(key)
         return (
             known is not None
@@ -284,7 +288,7 @@ class Roster:
             and known.asked_at > self._link_back_at
         )
 
-    async def _ask(self, key: Waiter, *, fresh: bool) -> bool:
+    async def _ask(self, key: WaiterKey, *, fresh: bool) -> bool:
         """Ask the database, or wait for who asks already; whether it has answered.
 
         ``fresh`` wants to know what holds now, and not when that question was sent.
@@ -299,7 +303,7 @@ class Roster:
         question = self._asking[key] = _Question()
         try:
             known = await self._answer(key, question)
-        except Unanswered as unanswered:
+        except QueryFailed as unanswered:
             question.answered = False
             self._breaker.failed(trio.current_time())
             if (held_back := self._log_limit.allows("unanswered", trio.current_time())) is not None:
@@ -321,7 +325,7 @@ class Roster:
         self._learn(key, known)
         return True
 
-    async def _answer(self, key: Waiter, question: _Question) -> _Known:
+    async def _answer(self, key: WaiterKey, question: _Question) -> _Known:
         """What the database says, and said after the last change that was heard of."""
         while True:
             question.outdated = False
@@ -331,7 +335,7 @@ class Roster:
             if not question.outdated and day == self._period(key.tenant, key.branch).day:
                 return _Known(day, rows, asked_at)
 
-    def _learn(self, key: Waiter, known: _Known) -> None:
+    def _learn(self, key: WaiterKey, known: _Known) -> None:
         """Whoever asked: all of the waiter's connections hear what it serves now."""
         before = self._last(key)
         person = (key.tenant, key.user)
@@ -339,16 +343,16 @@ class Roster:
         self._known.move_to_end(person)
         if len(self._known) > _MOST_CACHED:
             self._known.popitem(last=False)
-        asked_for = key in self._owed or key in self._unsure
+        asked_for = key in self._pending or key in self._unsure
         if asked_for or (before is not None and before.rows != known.rows):
-            self._owed.pop(key, None)
+            self._pending.pop(key, None)
             self._unsure.pop(key, None)
             for connection in self._connections_of(key.tenant, key.user):
                 self._apply(connection)
 
-    def _owe(self, keys: Iterable[Waiter]) -> None:
+    def _set_pending(self, keys: Iterable[WaiterKey]) -> None:
         for key in keys:
-            self._owed[key] = None
+            self._pending[key] = None
             self._wake.set()
 
 
@@ -356,21 +360,21 @@ def _same(a: Sectors, b: Sectors) -> bool:
     return dict(a) == dict(b)
 
 
-def make_roster(
+def make_sector_assignments(
     settings: Settings, hub: Hub, breaker: Breaker, clock: Callable[[], float]
-) -> Roster:
+) -> SectorAssignments:
     """The roster by the database that the settings name, which there must be one.
 
     Raises :exc:`InvalidSettings` if its URL can't be used.
     """
     assert settings.database_url is not None
     try:
-        assignments = Assignments(
+        assignments = SectorDatabase(
             settings.database_url, settings.sector_table, settings.sector_column_names
         )
     except ValueError as error:
         raise InvalidSettings([f"DATABASE_URL {error}"]) from None
-    return Roster(
+    return SectorAssignments(
         assignments,
         hub,
         breaker,

@@ -10,7 +10,7 @@ import hiredis
 import trio
 
 from ..redis_url import Address
-from ..runtime.supervision import Demoted, Lost
+from ..runtime.supervision import ConnectionLost, Demoted
 
 CONNECT_TIMEOUT: Final = 3.0  # seconds for the connection, and as many for its greetings
 # Bytes: a link that brings so many while it is waited for is slow; one that brings fewer, and no
@@ -22,7 +22,7 @@ _NOTHING: Final = object()
 
 
 class RedisConnection:
-    """Commands out, replies in. Every failure is :exc:`Lost`: the connection is of no use then."""
+    """Commands out, replies in. Every failure is :exc:`ConnectionLost`: the connection is of no use then."""
 
     def __init__(self, stream: trio.abc.Stream) -> None:
         self._stream = stream
@@ -34,16 +34,16 @@ class RedisConnection:
             packed = hiredis.pack_command(words)  # type: ignore[arg-type]  # its stub is too narrow
             await self._stream.send_all(packed)
         except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            raise Lost(f"send failed: {type(error).__name__}") from None
+            raise ConnectionLost(f"send failed: {type(error).__name__}") from None
 
     async def receive(self) -> list[Any]:
         """Wait for data; the replies that are complete with it, maybe none."""
         try:
             data = await self._stream.receive_some(_CHUNK)
         except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            raise Lost(f"receive failed: {type(error).__name__}") from None
+            raise ConnectionLost(f"receive failed: {type(error).__name__}") from None
         if not data:
-            raise Lost("closed by Redis")
+            raise ConnectionLost("closed by Redis")
         self.received += len(data)
         self._reader.feed(bytes(data))
         return self._complete()
@@ -52,7 +52,7 @@ class RedisConnection:
         """Send one command and wait for its reply, with nothing else under way.
 
         An error reply is returned as :exc:`hiredis.ReplyError`. Neither a reply nor
-        :data:`ENOUGH` bytes of one in ``patience`` seconds is :exc:`Lost`.
+        :data:`ENOUGH` bytes of one in ``patience`` seconds is :exc:`ConnectionLost`.
         """
         await self.send(*words)
         replies: list[Any] = []
@@ -62,17 +62,17 @@ class RedisConnection:
                 while not (replies := await self.receive()):
                     pass
             if scope.cancelled_caught and self.received - before < ENOUGH:
-                raise Lost(f"no answer to {words[0]!s}")
+                raise ConnectionLost(f"no answer to {words[0]!s}")
         if len(replies) > 1:
-            raise Lost("more replies than commands")
+            raise ConnectionLost("more replies than commands")
         return replies[0]
 
     async def call(self, *words: str | bytes | int, patience: float = inf) -> Any:
-        """As :meth:`ask`, but an error reply is :exc:`Lost`, too."""
+        """As :meth:`ask`, but an error reply is :exc:`ConnectionLost`, too."""
         reply = await self.ask(*words, patience=patience)
         if isinstance(reply, hiredis.ReplyError):
             what = str(reply).split(" ", 1)[0]
-            kind = Demoted if what in _DEMOTED else Lost
+            kind = Demoted if what in _DEMOTED else ConnectionLost
             raise kind(f"{words[0]!s} failed: {what}")
         return reply
 
@@ -94,28 +94,30 @@ class RedisConnection:
                 found.append(reply)
         # RESP3's maps by lists; arrays of four thousand million members; and such.
         except (hiredis.ProtocolError, TypeError, ValueError, MemoryError):
-            raise Lost("what came is not RESP") from None
+            raise ConnectionLost("what came is not RESP") from None
         return found
 
 
 @asynccontextmanager
 async def open_redis(address: Address) -> AsyncIterator[RedisConnection]:
-    """Connect, authenticate, choose the database; raise :exc:`Lost` if that fails, or if it leads
+    """Connect, authenticate, choose the database; raise :exc:`ConnectionLost` if that fails, or if it leads
     to a replica. The name is resolved each time.
     """
     try:
         with trio.fail_after(CONNECT_TIMEOUT):
             stream = await _connect(address)
     except (OSError, trio.BrokenResourceError) as error:
-        raise Lost(f"can't connect to {address}: {_cause(error)}") from None
+        raise ConnectionLost(f"can't connect to {address}: {_cause(error)}") from None
     except trio.TooSlowError:
-        raise Lost(f"can't connect to {address}: no answer in {CONNECT_TIMEOUT:g} s") from None
+        raise ConnectionLost(
+            f"can't connect to {address}: no answer in {CONNECT_TIMEOUT:g} s"
+        ) from None
     try:
         connection = RedisConnection(stream)
         with trio.move_on_after(CONNECT_TIMEOUT) as scope:
             await _greet(connection, address)
         if scope.cancelled_caught:
-            raise Lost(f"no answer from {address} in {CONNECT_TIMEOUT:g} s")
+            raise ConnectionLost(f"no answer from {address} in {CONNECT_TIMEOUT:g} s")
         yield connection
     finally:
         await trio.aclose_forcefully(stream)

@@ -10,9 +10,9 @@ import trio
 
 from ..core.resilience import Breaker
 from ..redis_url import Address
-from ..runtime.ingest import Intake
+from ..runtime.ingest import Ingest
 from ..runtime.queue import EventQueue
-from ..runtime.supervision import Demoted, Lost
+from ..runtime.supervision import ConnectionLost, Demoted
 from .connection import ENOUGH, RedisConnection, open_redis
 
 log = structlog.get_logger()
@@ -45,14 +45,14 @@ class PubSub:
         self,
         address: Address,
         patterns: Sequence[str],
-        intake: Intake,
+        ingest: Ingest,
         queue: EventQueue,
         breaker: Breaker,
         listeners: Mapping[str, Listener] | None = None,
     ) -> None:
         self._address = address
         self._patterns = [pattern.encode() for pattern in dict.fromkeys(patterns)]
-        self._intake = intake
+        self._ingest = ingest
         self._queue = queue
         self._breaker = breaker
         listeners = listeners or {}
@@ -65,7 +65,7 @@ class PubSub:
         self._first_match_of: Callable[[bytes], tuple[bytes | None, str]] = first_match
 
     async def run(self) -> NoReturn:
-        """Listen until the link is :exc:`Lost`."""
+        """Listen until the link is :exc:`ConnectionLost`."""
         try:
             async with open_redis(self._address) as redis:
                 with self._link:
@@ -110,7 +110,7 @@ class PubSub:
                 if not pinged:
                     await redis.send("PING")
                 elif redis.received - before < ENOUGH:
-                    raise Lost("no answer to PING")
+                    raise ConnectionLost("no answer to PING")
                 pinged, waited, before = True, 0.0, redis.received
 
     def _hear(self, reply: Any) -> None:
@@ -119,7 +119,7 @@ class PubSub:
                 # A channel that matches several patterns is sent once for each of them.
                 first, name = self._first_match_of(channel)
                 if first == pattern:
-                    event = self._intake.parse(payload, source="pubsub", channel=name)
+                    event = self._ingest.parse(payload, source="pubsub", channel=name)
                     if event is not None:
                         self._queue.offer(event)
             case [b"message", bytes() as channel, bytes() as payload] if channel in self._listeners:
@@ -127,9 +127,9 @@ class PubSub:
             case [b"psubscribe" | b"subscribe", *_]:
                 self._unconfirmed -= 1
             case Exception():
-                raise Lost(f"Redis says {str(reply).split(' ', 1)[0]}")
+                raise ConnectionLost(f"Redis says {str(reply).split(' ', 1)[0]}")
             case _:
-                raise Lost("unexpected reply")
+                raise ConnectionLost("unexpected reply")
 
     def _answered(self) -> None:
         if not self.connected and not self._unconfirmed:

@@ -1,4 +1,4 @@
-"""What Redis says of streams, as what it means. Another shape is :exc:`Lost`: it answers somebody
+"""What Redis says of streams, as what it means. Another shape is :exc:`ConnectionLost`: it answers somebody
 else's question, or is no answer at all.
 """
 
@@ -10,7 +10,7 @@ import hiredis
 import msgspec
 
 from ..core.event_ids import START, Position, read_position
-from ..runtime.supervision import Lost
+from ..runtime.supervision import ConnectionLost
 
 _FIELD: Final = b"data"
 _RawEntry = tuple[bytes, list[bytes] | None]
@@ -59,7 +59,7 @@ def read_info(reply: Any) -> Info:
     if isinstance(reply, hiredis.ReplyError):
         if "no such key" in str(reply):
             return Info()
-        raise Lost(f"XINFO failed: {str(reply).split(' ', 1)[0]}")
+        raise ConnectionLost(f"XINFO failed: {str(reply).split(' ', 1)[0]}")
     with _shaped():
         words = _convert(reply, list[Any])
         names = [name.decode() for name in _convert(words[::2], list[bytes])]
@@ -111,4 +111,4 @@ def _shaped() -> Iterator[None]:
     try:
         yield
     except (msgspec.ValidationError, ValueError) as error:
-        raise Lost("unexpected reply") from error
+        raise ConnectionLost("unexpected reply") from error

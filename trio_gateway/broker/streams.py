@@ -17,9 +17,9 @@ from ..core.routing import UNKNOWN, Route
 from ..redis_url import Address
 from ..runtime.dispatch import Dispatch
 from ..runtime.history import History
-from ..runtime.ingest import Intake
+from ..runtime.ingest import Ingest
 from ..runtime.queue import EventQueue
-from ..runtime.supervision import Demoted, Lost
+from ..runtime.supervision import ConnectionLost, Demoted
 from .connection import RedisConnection, open_redis
 from .stream_replies import (
     Entry,
@@ -107,7 +107,7 @@ class Streams:
         self,
         address: Address,
         streams: Sequence[str],
-        intake: Intake,
+        ingest: Ingest,
         queue: EventQueue,
         breaker: Breaker,
         *,
@@ -121,7 +121,7 @@ class Streams:
     ) -> None:
         self._address = address
         self._sources = [_Source(name, tag(name)) for name in dict.fromkeys(streams)]
-        self._intake = intake
+        self._ingest = ingest
         self._queue = queue
         self._breaker = breaker
         self._routes = routes
@@ -143,7 +143,7 @@ class Streams:
         return {source.name: source.cursor_id for source in self._sources}
 
     async def run(self) -> NoReturn:
-        """Read until the link is :exc:`Lost`."""
+        """Read until the link is :exc:`ConnectionLost`."""
         try:
             async with open_redis(self._address) as redis:
                 for source in self._sources:
@@ -187,7 +187,9 @@ class Streams:
             is_event, again = True, 0
             for entry in entries:
                 if entry.position <= (source.cursor or START):
-                    raise Lost("an answer to an earlier question")  # its entries would come twice
+                    raise ConnectionLost(
+                        "an answer to an earlier question"
+                    )  # its entries would come twice
                 if entry.position <= source.high and source.has_read(entry.position):
                     # No id is delivered twice, and this may be another event with it.
                     is_event = False
@@ -197,7 +199,7 @@ class Streams:
                 source.passed(entry)
             if not is_event:  # no event moves the history's end to here
                 await self._queue.wait_idle()
-                self._history.pass_by(source.stream, entry.position)
+                self._history.advance(source.stream, entry.position)
             if again:
                 here = entry.position
                 await self._gap(source, "ids came a second time", since=here, end=here)
@@ -213,22 +215,22 @@ class Streams:
         for source in self._sources:
             if source.name == name:
                 return source
-        raise Lost("a stream that was not asked for")
+        raise ConnectionLost("a stream that was not asked for")
 
     async def _hear(self, source: _Source, entry: Entry) -> bool:
         """Whether it is an event: then it is on its way."""
         position, payload = entry
         where = entry_id(position)
         if payload is None:
-            self._intake.received["stream"] += 1
-            self._intake.refuse(
+            self._ingest.received["stream"] += 1
+            self._ingest.refuse(
                 "no_data", "entry has no field data",
                 source="stream", channel=source.name, entry_id=where,
             )  # fmt: skip
             return False
-        event = self._intake.parse(payload, source="stream", channel=source.name, entry_id=where)
+        event = self._ingest.parse(payload, source="stream", channel=source.name, entry_id=where)
         if event is not None:
-            event.stand(source.stream, position, durable=self._is_durable(event.type))
+            event.set_position(source.stream, position, durable=self._is_durable(event.type))
             await self._queue.put(event)
         return event is not None
 
@@ -258,7 +260,7 @@ class Streams:
             source.tail = entries[-1]
         if not source.is_counted:
             log.warning("Redis before 7 counts no entries: gaps are told on suspicion")
-        self._history.pass_by(source.stream, source.cursor)
+        self._history.advance(source.stream, source.cursor)
         if entries or not whole:
             self._on_begin(source.stream, ahead)
         log.info("history warmed", stream=source.name, entries=len(entries))
@@ -297,7 +299,7 @@ class Streams:
             event = parse_event(payload, channel=source.name, heard_at=trio.current_time() - ago)
         except InvalidEvent:
             return  # whoever read it live has counted it
-        event.stand(source.stream, position, durable=self._is_durable(event.type))
+        event.set_position(source.stream, position, durable=self._is_durable(event.type))
         self._dispatch.remember(event)
 
     # Gaps

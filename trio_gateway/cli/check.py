@@ -59,11 +59,11 @@ class _Report:
     @contextmanager
     def trying(self, text: str, mend: str, *more: str) -> Iterator[None]:
         """Report whether what is tried in here raises Lost; ``mend`` is for want of permission."""
-        from ..runtime.supervision import Lost
+        from ..runtime.supervision import ConnectionLost
 
         try:
             yield
-        except Lost as lost:
+        except ConnectionLost as lost:
             problem = str(lost)
             if "NOPERM" in problem:
                 self.fail(f"{text}: {problem}", mend)
@@ -126,7 +126,7 @@ def _check_files(settings: "Settings", report: _Report) -> None:
 
 async def _check_redis(settings: "Settings", address: "Address", report: _Report) -> None:
     from ..broker.connection import open_redis
-    from ..runtime.supervision import Lost
+    from ..runtime.supervision import ConnectionLost
 
     try:
         async with open_redis(address) as redis:
@@ -135,7 +135,7 @@ async def _check_redis(settings: "Settings", address: "Address", report: _Report
             await _check_commands(settings, redis, report)
         async with open_redis(address) as redis:
             await _check_subscribing(settings, redis, report)
-    except Lost as lost:
+    except ConnectionLost as lost:
         problem = str(lost)
         mend = next((mend for sign, mend in _MENDS if sign in problem), "see the log of Redis")
         report.fail(f"Redis: {problem}", mend)
@@ -214,20 +214,20 @@ async def _check_subscribing(
 async def _check_database(settings: "Settings", url: str, report: _Report) -> None:
     from datetime import date
 
-    from ..access.sector_database import Assignments, Unanswered, Waiter
+    from ..access.sector_database import QueryFailed, SectorDatabase, WaiterKey
     from ..core.audiences import BranchId, TenantId, UserId
 
     try:
-        assignments = Assignments(url, settings.sector_table, settings.sector_column_names)
+        assignments = SectorDatabase(url, settings.sector_table, settings.sector_column_names)
     except ValueError as error:
         report.fail(
             f"DATABASE_URL {error}", "write it as SQLAlchemy does: dialect://user@host/name"
         )
         return
     try:
-        nobody = Waiter(TenantId(1), BranchId(1), UserId("0"))
+        nobody = WaiterKey(TenantId(1), BranchId(1), UserId("0"))
         await assignments.of(nobody, date(2000, 1, 1))
-    except Unanswered as unanswered:
+    except QueryFailed as unanswered:
         report.fail(
             f"sectors: {unanswered}",
             f"is the database up, and may this user read {settings.sector_table}?"
@@ -242,11 +242,11 @@ async def _check_database(settings: "Settings", url: str, report: _Report) -> No
 async def _call(redis: "RedisConnection", *words: str | int, unless: str | None = None) -> None:
     import trio
 
-    from ..runtime.supervision import Lost
+    from ..runtime.supervision import ConnectionLost
 
     with trio.move_on_after(_PATIENCE) as scope:
         reply = await redis.ask(*words)
         if isinstance(reply, Exception) and (unless is None or unless not in str(reply)):
-            raise Lost(f"{words[0]!s} failed: {str(reply).split(' ', 1)[0]}")
+            raise ConnectionLost(f"{words[0]!s} failed: {str(reply).split(' ', 1)[0]}")
     if scope.cancelled_caught:
-        raise Lost(f"no answer in {_PATIENCE:g} s")
+        raise ConnectionLost(f"no answer in {_PATIENCE:g} s")

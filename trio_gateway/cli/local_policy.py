@@ -20,7 +20,7 @@ from ..settings import InvalidSettings, Settings
 from .errors import misused
 
 if TYPE_CHECKING:
-    from ..access.sectors import Roster
+    from ..access.sectors import SectorAssignments
 
 _SIGNER: Final = "HS256"
 
@@ -37,16 +37,16 @@ async def ask(settings: Settings, event: Event, tokens: Sequence[str]) -> Mappin
     """What POST /ws/explain would answer, but for who is connected; beside that ``verified`` for
     each token, and ``notes`` for people.
     """
-    roster = _roster(settings)
+    sector_assignments = _sector_assignments(settings)
     try:
         # Their logs are for operators of a gateway; what matters of them here is in the answer.
         with structlog.testing.capture_logs():
-            policy = _Policy(settings, roster)
+            policy = _Policy(settings, sector_assignments)
             holders = [await policy.holder_of(token) for token in tokens]
-        failed = roster is not None and roster.queries["failed"] > 0
+        failed = sector_assignments is not None and sector_assignments.queries["failed"] > 0
     finally:
-        if roster is not None:
-            roster.close()
+        if sector_assignments is not None:
+            sector_assignments.close()
     routes = settings.routes
     audiences = list(dict.fromkeys(route(event, routes)))
     return {
@@ -75,9 +75,9 @@ class _Policy:
     signed anew, with a key that nobody has seen, and then read like any other.
     """
 
-    def __init__(self, settings: Settings, roster: "Roster | None") -> None:
+    def __init__(self, settings: Settings, sector_assignments: "SectorAssignments | None") -> None:
         self._settings = settings
-        self._theirs = Admission(settings, roster=roster)
+        self._theirs = Admission(settings, sector_assignments=sector_assignments)
         self._secret = secrets.token_urlsafe(32)
         keys = (Key(self._secret, (_SIGNER,)),)
         staff = JwtAuth(keys, settings.rules)
@@ -85,7 +85,7 @@ class _Policy:
         if settings.allow_legacy_table_tokens:
             diner = FirstOf(diner, LegacyTableAuth(self._secret))
         ways = {endpoint: staff if endpoint.staff else diner for endpoint in Endpoint}
-        self._unchecked = Admission(settings, auth=ways, roster=roster)
+        self._unchecked = Admission(settings, auth=ways, sector_assignments=sector_assignments)
 
     async def holder_of(self, token: str) -> _Holder:
         diners = is_for_diners(token)
@@ -158,18 +158,18 @@ def _notes_on_sectors(settings: Settings, event: Event, audiences: Sequence[Audi
     return [f"{nobody}, all of branch {event.branch} hear it (WS_UNCOVERED_SECTOR=branch)"]
 
 
-def _roster(settings: Settings) -> "Roster | None":
+def _sector_assignments(settings: Settings) -> "SectorAssignments | None":
     """As the gateway's, with nobody connected."""
     if settings.database_url is None:
         return None
     import time
 
-    from ..access.sectors import make_roster
+    from ..access.sectors import make_sector_assignments
     from ..core.resilience import Breaker
     from ..runtime.hub import Hub
 
     breaker = Breaker(settings.circuit_failure_threshold, settings.circuit_recovery_timeout)
     try:
-        return make_roster(settings, Hub(), breaker, time.time)
+        return make_sector_assignments(settings, Hub(), breaker, time.time)
     except InvalidSettings as invalid:
         misused(invalid.problems)

@@ -79,7 +79,7 @@ class Event:
         self._frame: bytes | None = None
         self._deflated: bytes | None = None
 
-    def stand(self, stream: Stream, position: Position, *, durable: bool) -> None:
+    def set_position(self, stream: Stream, position: Position, *, durable: bool) -> None:
         """It was read from this place of a stream."""
         self.stream, self.position = stream, position
         if durable:

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from . import messages
 from .audiences import Endpoint, SectorId
-from .messages import Said
+from .messages import Command
 
 Schema = Mapping[str, Any]
 _STRING: Final[Schema] = {"type": "string"}
@@ -51,12 +51,12 @@ _SECTORS: Final = [SectorId(5), SectorId(6)]
 ANSWERS: Final[Mapping[str, Answer]] = {
     "pong": Answer(messages.PONG.decode(), _object("pong"), "to a `ping`"),
     "sectors_updated": Answer(
-        messages.sectors_updated(_SECTORS, Said.REFRESH_SECTORS_JSON).decode(),
+        messages.sectors_updated(_SECTORS, Command.REFRESH_SECTORS_JSON).decode(),
         _object("sectors_updated", sector_ids={"type": "array", "items": {"type": "integer"}}),
         "what it hears from now on, of all its branches",
     ),
     "sectors_updated_text": Answer(
-        messages.sectors_updated(_SECTORS, Said.REFRESH_SECTORS).decode(),
+        messages.sectors_updated(_SECTORS, Command.REFRESH_SECTORS).decode(),
         {"type": "string", "pattern": "^sectors_updated:([0-9]+(,[0-9]+)*)?$"},
         "the same, to who asked by the word alone",
     ),

@@ -11,7 +11,7 @@ import msgspec
 from .audiences import SectorId
 
 
-class Said(Enum):
+class Command(Enum):
     """The messages without content."""
 
     PING = auto()
@@ -24,7 +24,7 @@ class Said(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Renew:
+class Reauthenticate:
     """A new credential for this connection; None if the message brought no string."""
 
     token: str | None
@@ -37,9 +37,9 @@ class Resume:
     last_event_id: str | None
 
 
-Message = Said | Renew | Resume
+Message = Command | Reauthenticate | Resume
 
-_WORDS: Final = {"ping": Said.PING, "refresh_sectors": Said.REFRESH_SECTORS}
+_WORDS: Final = {"ping": Command.PING, "refresh_sectors": Command.REFRESH_SECTORS}
 
 
 class _Object(msgspec.Struct, gc=False):
@@ -53,11 +53,11 @@ _encode: Final = msgspec.json.encode
 
 
 def read_message(text: str) -> Message:
-    """What the client means. Never fails: what is not understood is :attr:`Said.NOTHING`."""
+    """What the client means. Never fails: what is not understood is :attr:`Command.NOTHING`."""
     if (word := _WORDS.get(text)) is not None:
         return word
     if not text.lstrip().startswith("{"):
-        return Said.NOTHING
+        return Command.NOTHING
     try:
         said = _decode(text)
     except (msgspec.DecodeError, UnicodeError, RecursionError):
@@ -65,24 +65,24 @@ def read_message(text: str) -> Message:
         try:
             said = msgspec.convert(json.loads(text), _Object)
         except (ValueError, RecursionError):
-            return Said.NOTHING
+            return Command.NOTHING
     match said.type:
         case "ping":
-            return Said.PING
+            return Command.PING
         case "refresh_sectors":
-            return Said.REFRESH_SECTORS_JSON
+            return Command.REFRESH_SECTORS_JSON
         case "watch":
-            return Said.WATCH
+            return Command.WATCH
         case "unwatch":
-            return Said.UNWATCH
+            return Command.UNWATCH
         case "intervals":
-            return Said.INTERVALS
+            return Command.INTERVALS
         case "auth":
-            return Renew(said.token if isinstance(said.token, str) else None)
+            return Reauthenticate(said.token if isinstance(said.token, str) else None)
         case "resume":
             last = said.last_event_id
             return Resume(last if isinstance(last, str) else None)
-    return Said.NOTHING
+    return Command.NOTHING
 
 
 PONG: Final = b'{"type":"pong"}'
@@ -93,8 +93,8 @@ def auth_ok(expires_at: float) -> bytes:
     return _encode({"type": "auth_ok", "expires_at": int(expires_at)})
 
 
-def sectors_updated(sectors: Collection[SectorId], form: Said) -> bytes:
-    if form is Said.REFRESH_SECTORS:
+def sectors_updated(sectors: Collection[SectorId], form: Command) -> bytes:
+    if form is Command.REFRESH_SECTORS:
         return b"sectors_updated:" + ",".join(map(str, sorted(sectors))).encode()
     return _encode({"type": "sectors_updated", "sector_ids": sorted(sectors)})
 

@@ -12,11 +12,11 @@ _MOMENT: Final = 0.5  # seconds
 _LOOKED_AT: Final = 20  # of those at work, for one that waits
 
 
-class TooMany(Exception):  # noqa: N818 - an outcome
+class Overloaded(Exception):  # noqa: N818 - an outcome
     """There was no turn in time."""
 
 
-class Turnstile(Generic[T]):
+class ConcurrencyLimiter(Generic[T]):
     """Bounds how many are at it. A crowd that comes at once is served in turn instead of being
     turned away. One that dawdles holds a place for a bounded time, and while others wait for one,
     no longer than a moment.
@@ -40,7 +40,7 @@ class Turnstile(Generic[T]):
         patience: float | None = None,
         dawdles: Callable[[], bool] | None = None,
     ) -> T | None:
-        """Do the work when it is our turn. Raise :exc:`TooMany` if that did not come within our
+        """Do the work when it is our turn. Raise :exc:`Overloaded` if that did not come within our
         patience (seconds; the timeout if None); return None if the work took longer than the
         timeout, or if everything was given up meanwhile.
 
@@ -70,7 +70,7 @@ class Turnstile(Generic[T]):
             finally:
                 self._scopes.discard(scope)
         if not has_turn and trio.current_time() >= scope.deadline:
-            raise TooMany
+            raise Overloaded
         return None
 
     async def _wait_for_turn(self) -> None:

@@ -14,7 +14,7 @@ from ..core.event_ids import Cursor
 from ..core.frames import PING_FRAME, PONG, frame, text_frame
 from ..core.limits import RateLimit
 from ..core.messages import PONG as PONG_TEXT
-from ..core.messages import Message, Resume, Said, read_message
+from ..core.messages import Command, Message, Resume, read_message
 from .hub import Hub
 from .outbox import Outbox
 
@@ -37,7 +37,7 @@ class Pong(NamedTuple):
     """A protocol-level pong: no heartbeat, since the client's library says it, not the client."""
 
 
-class Left(Exception):  # noqa: N818 - an outcome
+class Disconnected(Exception):  # noqa: N818 - an outcome
     """The client closed, or is gone: then the code is 1006."""
 
     def __init__(self, code: int, reason: str = "") -> None:
@@ -46,7 +46,7 @@ class Left(Exception):  # noqa: N818 - an outcome
         self.reason = reason
 
 
-class Violation(Exception):  # noqa: N818 - an outcome
+class ProtocolViolation(Exception):  # noqa: N818 - an outcome
     """The client broke a rule of the wire, and is closed with this code."""
 
     def __init__(self, close: Close, reason: str) -> None:
@@ -86,7 +86,7 @@ class Socket(Protocol):
         """
 
     async def receive(self) -> "str | Ping | Pong":
-        """The next message. Raises :exc:`Left` or :exc:`Violation`."""
+        """The next message. Raises :exc:`Disconnected` or :exc:`ProtocolViolation`."""
 
     async def close(self, code: int, reason: str) -> None:
         """Send the close frame, and linger until it has arrived. Bounded in time."""
@@ -96,7 +96,7 @@ class Socket(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class ConnectionLimits:
     """What a client is held to; seconds and bytes."""
 
     stale_after: float = 60
@@ -121,31 +121,61 @@ class Connection:
     ``answer`` is asked about the messages that need more than the connection knows.
     ``expires_at`` is the credential's end on Trio's clock. ``replays`` lets it begin where it
     left off; ``resume_from`` is the last event id that the handshake named, if any;
-    ``accepted_at`` is the place in the history from which on it misses nothing. ``deflates`` says
+    ``accepted_at`` is the place in the history from which on it misses nothing. ``supports_deflate`` says
     that it can read compressed messages.
 
     While it has a ``cursor``, durable events come from the history: it has them up to there.
     """
 
     __slots__ = (
-        "__weakref__", "_acked", "_answer", "_answering", "_asked", "_code", "_errand", "_heard_at",
-        "_nursery", "_outbox", "_ping_at", "_rate", "_reading", "_received_at", "_replays",
-        "_socket", "_terms", "_writing", "_written", "accepted_at", "audiences", "chose_its_code",
-        "close_reason", "cursor", "deflates", "ended_at", "expires_at", "joined_at", "mask",
-        "messages", "number", "principal", "resume_from", "resuming", "sent_at",
+        "__weakref__",
+        "_acked",
+        "_answer",
+        "_answering",
+        "_asked",
+        "_code",
+        "_errand",
+        "_heard_at",
+        "_limits",
+        "_nursery",
+        "_outbox",
+        "_ping_at",
+        "_rate",
+        "_reading",
+        "_received_at",
+        "_replays",
+        "_socket",
+        "_writing",
+        "_written",
+        "accepted_at",
+        "audiences",
+        "chose_its_code",
+        "close_reason",
+        "cursor",
+        "ended_at",
+        "expires_at",
+        "joined_at",
+        "mask",
+        "messages",
+        "number",
+        "principal",
+        "resume_from",
+        "resuming",
+        "sent_at",
+        "supports_deflate",
     )  # fmt: skip
 
     def __init__(
         self,
         principal: Principal,
-        terms: Terms,
+        terms: ConnectionLimits,
         answer: Answer = ignore,
         expires_at: float = float("inf"),
         *,
         replays: "Replays | None" = None,
         resume_from: str | None = None,
         accepted_at: Cursor | None = None,
-        deflates: bool = False,
+        supports_deflate: bool = False,
     ) -> None:
         self.principal = principal
         self.audiences: frozenset[Audience] = frozenset()
@@ -157,14 +187,14 @@ class Connection:
         self.ended_at: float | None = None
         self.cursor: Cursor | None = None
         self.accepted_at = accepted_at
-        self.deflates = deflates
+        self.supports_deflate = supports_deflate
         self.number = 0  # the hub's, from 1 in the order of joining
         self.mask = 0  # the hub's, while it looks for who hears a batch
         self.resume_from = resume_from
         self.resuming = False
         self._replays = replays
         self._answer = answer
-        self._terms = terms
+        self._limits = terms
         self._rate: RateLimit | None = None  # made with the first message
         self._code: int | None = None
         self._socket: Socket | None = None
@@ -257,7 +287,7 @@ class Connection:
             outbox.put(data, frames, written)
         else:
             outbox.put(data, frames)
-        if outbox.bytes > self._terms.outbox_bytes or outbox.frames > self._terms.outbox_messages:
+        if outbox.bytes > self._limits.outbox_bytes or outbox.frames > self._limits.outbox_messages:
             self.close(Close.SLOW_CONSUMER, "too slow: outbox is full")
         elif not self._writing and self._nursery is not None:
             self._writing = True
@@ -348,10 +378,10 @@ class Connection:
                 try:
                     while True:
                         await self._hear(await socket.receive())
-                except Left as left:
+                except Disconnected as left:
                     self.chose_its_code = self._code is None
                     self.close(left.code, left.reason)
-                except Violation as violation:
+                except ProtocolViolation as violation:
                     self.close(violation.close, violation.reason)
             self.close_on_time(trio.current_time())
 
@@ -362,9 +392,9 @@ class Connection:
             self._set_deadline()
             return
         if self._rate is None:
-            self._rate = RateLimit(self._terms.rate_limit, self._terms.rate_window)
+            self._rate = RateLimit(self._limits.rate_limit, self._limits.rate_window)
         if self._rate.exceeded(now):
-            raise Violation(Close.RATE_LIMITED, "too many messages")
+            raise ProtocolViolation(Close.RATE_LIMITED, "too many messages")
         if isinstance(said, Pong):
             self._set_deadline()
             return
@@ -379,9 +409,9 @@ class Connection:
             assert self._replays is not None
             self._replays.go_live(self)
         match message:
-            case Said.PING:
+            case Command.PING:
                 self.write(_PONG_TEXT, 1, now)
-            case Said.NOTHING:
+            case Command.NOTHING:
                 pass
             case Resume(last_event_id) if self._replays is not None:
                 self._replays.ask(self, last_event_id)
@@ -394,8 +424,8 @@ class Connection:
     def deadline(self) -> float:
         """When it is closed if nothing more is heard of it."""
         return min(
-            self._heard_at + self._terms.stale_after,
-            self._received_at + self._terms.receive_timeout,
+            self._heard_at + self._limits.stale_after,
+            self._received_at + self._limits.receive_timeout,
             self.expires_at,
         )
 
@@ -407,9 +437,9 @@ class Connection:
         """Close it if its deadline has passed, with the code of whichever that was."""
         if now >= self.expires_at:
             self.close(Close.AUTH_FAILED, "token expired")
-        elif now >= self._heard_at + self._terms.stale_after:
+        elif now >= self._heard_at + self._limits.stale_after:
             self.close(Close.HEARTBEAT_TIMEOUT, "no heartbeat")
-        elif now >= self._received_at + self._terms.receive_timeout:
+        elif now >= self._received_at + self._limits.receive_timeout:
             self.close(Close.HEARTBEAT_TIMEOUT, "nothing received")
 
     async def _write_out(self) -> None:
@@ -417,7 +447,7 @@ class Connection:
         socket, outbox = self._socket, self._outbox
         assert socket is not None
         assert outbox is not None
-        timeout = math.inf if socket.measures_progress else self._terms.write_timeout
+        timeout = math.inf if socket.measures_progress else self._limits.write_timeout
         try:
             while outbox.bytes:
                 with trio.move_on_after(timeout) as scope:
@@ -439,7 +469,7 @@ class Connection:
         """Nothing is added to the outbox any more; a bounded time for what it holds."""
         timeout = DRAIN_TIMEOUT
         if self.code == Close.SLOW_CONSUMER:
-            timeout = self._terms.write_timeout
+            timeout = self._limits.write_timeout
             if self._outbox is not None:
                 self._outbox.discard()
         if nursery.cancel_scope.cancel_called:  # it was cut

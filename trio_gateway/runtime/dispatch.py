@@ -142,7 +142,7 @@ class Dispatch:
     def remember(self, event: Event) -> None:
         """Keep a durable event of the past, which nobody is sent. The oldest comes first."""
         self._duplicates.is_duplicate(event)
-        self._keep(event, self.audiences(event), heard_by=0)
+        self._keep(event, self.audiences(event), delivered_up_to=0)
 
     def _plan(self, batch: Sequence[Event]) -> tuple[list[Event], list[_Group]]:
         """Those that were no duplicates, and who gets what."""
@@ -152,31 +152,33 @@ class Dispatch:
         for event in batch:
             audiences = self.audiences(event)
             # Not at hearing: a copy that the queue then drops must not count as the first.
-            heard_by = self._duplicates.first(event, joins)
-            if heard_by is None:
+            delivered_up_to = self._duplicates.first(event, joins)
+            if delivered_up_to is None:
                 self._count(event, audiences)
                 fresh.append(event)
                 planned.append((event, audiences, 0))
-                kept = self._keep(event, audiences, heard_by=0)
+                kept = self._keep(event, audiences, delivered_up_to=0)
             else:
                 self.duplicate += 1
-                kept = self._keep(event, audiences, heard_by=heard_by)
+                kept = self._keep(event, audiences, delivered_up_to=delivered_up_to)
                 # A stream event whose Pub/Sub copy came before some had joined: they get this one.
-                if kept and heard_by < joins:
-                    planned.append((event, audiences, heard_by))
+                if kept and delivered_up_to < joins:
+                    planned.append((event, audiences, delivered_up_to))
             if event.stream is not None and event.position is not None:
-                self._history.pass_by(event.stream, event.position)
+                self._history.advance(event.stream, event.position)
         groups = self._plan_one(*planned[0]) if len(planned) == 1 else self._plan_many(planned)
-        if groups and self._hub.deflating:
+        if groups and self._hub.deflate_count:
             deflated = [event.deflated for event, _, _ in planned]
             if any(event.frame is not event.deflated for event, _, _ in planned):
                 groups = _with_deflated(groups, deflated)
         return fresh, groups
 
-    def _plan_one(self, event: Event, audiences: list[Audience], heard_by: int) -> list[_Group]:
+    def _plan_one(
+        self, event: Event, audiences: list[Audience], delivered_up_to: int
+    ) -> list[_Group]:
         members = self._hub.members(audiences)
-        if heard_by:
-            members = [connection for connection in members if connection.number > heard_by]
+        if delivered_up_to:
+            members = [connection for connection in members if connection.number > delivered_up_to]
         if event.event_id is not None and (held := self._hub.held):
             members = [connection for connection in members if connection not in held]
         return [([event.frame], 1, members)] if members else []
@@ -188,13 +190,13 @@ class Dispatch:
         heard: defaultdict[Audience, int] = defaultdict(int)
         durable = 0
         copies: list[tuple[int, int]] = []  # a bit, and who has heard it
-        for i, (event, audiences, heard_by) in enumerate(planned):
+        for i, (event, audiences, delivered_up_to) in enumerate(planned):
             for audience in audiences:
                 heard[audience] |= 1 << i
             if event.event_id is not None:
                 durable |= 1 << i
-            if heard_by:
-                copies.append((1 << i, heard_by))
+            if delivered_up_to:
+                copies.append((1 << i, delivered_up_to))
         by_mask: Mapping[int, list[Connection]] = self._hub.masks(heard)
         if copies or (durable and self._hub.held):
             by_mask = self._without(by_mask, durable, copies)
@@ -214,8 +216,8 @@ class Dispatch:
         for mask, members in by_mask.items():
             for connection in members:
                 left = mask & ~durable if connection in held else mask
-                for bit, heard_by in copies:
-                    if connection.number <= heard_by:
+                for bit, delivered_up_to in copies:
+                    if connection.number <= delivered_up_to:
                         left &= ~bit
                 found[left].append(connection)
         found.pop(0, None)
@@ -234,11 +236,13 @@ class Dispatch:
         covering = waiters(event.tenant, event.branch, event.sector)
         return covering in audiences and not self._hub.hears([covering])
 
-    def _keep(self, event: Event, audiences: list[Audience], *, heard_by: int) -> bool:
+    def _keep(self, event: Event, audiences: list[Audience], *, delivered_up_to: int) -> bool:
         """Whether it is a durable event that was not kept yet; then it is from now on."""
         if event.event_id is None or self._kept.is_duplicate(event):
             return False
-        self._history.add(event, audiences, now=trio.current_time(), heard_by=heard_by)
+        self._history.add(
+            event, audiences, now=trio.current_time(), delivered_up_to=delivered_up_to
+        )
         return True
 
     def _count(self, event: Event, audiences: list[Audience]) -> None:
@@ -272,9 +276,9 @@ def _with_deflated(groups: list[_Group], deflated: list[bytes]) -> list[_Group]:
     """The same, but for who can read compressed frames those."""
     found: list[_Group] = []
     for frames, mask, members in groups:
-        if plain := [connection for connection in members if not connection.deflates]:
+        if plain := [connection for connection in members if not connection.supports_deflate]:
             found.append((frames, mask, plain))
-        if can := [connection for connection in members if connection.deflates]:
+        if can := [connection for connection in members if connection.supports_deflate]:
             found.append((deflated, mask, can))
     return found
 

@@ -14,7 +14,7 @@ from ..core.event_ids import LAST, START, Cursor, Position, Stream
 from ..core.events import Event
 
 
-class Kept(NamedTuple):
+class StoredEvent(NamedTuple):
     """A durable event as clients get it, and where it stands."""
 
     stream: Stream
@@ -22,7 +22,7 @@ class Kept(NamedTuple):
     heard_at: float  # on the runtime's clock: positions are by Redis', and wall clocks are set
     frame: bytes
     audiences: tuple[Audience, ...]
-    heard_by: int  # connections up to this number were sent a Pub/Sub copy of it live
+    delivered_up_to: int  # connections up to this number were sent a Pub/Sub copy of it live
 
 
 class History:
@@ -37,8 +37,8 @@ class History:
         self.most_events = events
         self.most_bytes = size
         self.age = age
-        self._kept: deque[Kept] = deque()
-        self._by_audience: dict[tuple[Stream, Audience], deque[Kept]] = {}
+        self._kept: deque[StoredEvent] = deque()
+        self._by_audience: dict[tuple[Stream, Audience], deque[StoredEvent]] = {}
         self._whole: set[Stream] = set()  # of which everything that ever was is known
         self._since: dict[Stream, Position] = {}  # where each begins
         self._forgotten: dict[Stream, Position] = {}  # the last one that was over the bounds
@@ -73,13 +73,18 @@ class History:
         self.end = {**self.end, stream: end}
 
     def add(
-        self, event: Event, audiences: Collection[Audience], *, now: float, heard_by: int = 0
+        self, event: Event, audiences: Collection[Audience], *, now: float, delivered_up_to: int = 0
     ) -> None:
         """Keep a durable event, the newest of its stream. ``now`` is on the runtime's clock."""
         assert event.stream is not None
         assert event.position is not None
-        kept = Kept(
-            event.stream, event.position, event.heard_at, event.frame, tuple(audiences), heard_by
+        kept = StoredEvent(
+            event.stream,
+            event.position,
+            event.heard_at,
+            event.frame,
+            tuple(audiences),
+            delivered_up_to,
         )
         self._kept.append(kept)
         self.bytes += len(kept.frame)
@@ -89,7 +94,7 @@ class History:
             mine.append(kept)
         self.trim(now)
 
-    def pass_by(self, stream: Stream, position: Position) -> None:
+    def advance(self, stream: Stream, position: Position) -> None:
         """The stream has been read up to here."""
         self.began.setdefault(stream, position)
         if self._since.get(stream) == START:  # an id before the first entry is none of this stream
@@ -97,7 +102,7 @@ class History:
         self.end = {**self.end, stream: position}
         self._grown.set()
 
-    def place_at(self, stream: Stream, moment: float) -> Position | None:
+    def position_at(self, stream: Stream, moment: float) -> Position | None:
         """A place before all that entered Redis from this unix time on; None if not all of that is
         known.
         """
@@ -169,12 +174,12 @@ class History:
         while self.is_ahead(cursor):
             await self._wait()
 
-    def missed(self, cursor: Cursor, audiences: Iterable[Audience]) -> list[Kept]:
+    def missed(self, cursor: Cursor, audiences: Iterable[Audience]) -> list[StoredEvent]:
         """What these audiences heard after this place, each event once, in order.
 
         Only of the streams that the cursor names: a tenant's events live in one of them.
         """
-        found: dict[int, Kept] = {}
+        found: dict[int, StoredEvent] = {}
         for audience in audiences:
             for stream, seen in cursor.items():
                 for kept in reversed(self._by_audience.get((stream, audience), ())):
@@ -183,7 +188,9 @@ class History:
                     found[id(kept)] = kept
         return sorted(found.values(), key=_order)
 
-    def following(self, cursor: Cursor, audiences: Iterable[Audience], most: int) -> list[Kept]:
+    def following(
+        self, cursor: Cursor, audiences: Iterable[Audience], most: int
+    ) -> list[StoredEvent]:
         """As :meth:`missed`, the first so many; it takes as long as they are many, not as all are.
 
         The place after it has, for the stream of each, its position.
@@ -195,7 +202,7 @@ class History:
                     first = bisect_right(mine, seen, key=_position)
                     last = min(first + most, len(mine))
                     runs.append([mine[n] for n in range(first, last)])
-        found: list[Kept] = []
+        found: list[StoredEvent] = []
         for kept in heapq.merge(*runs, key=_order):
             if found and found[-1] is kept:  # for several of the audiences
                 continue
@@ -222,9 +229,9 @@ class History:
         await self._grown.wait()
 
 
-def _position(kept: Kept) -> Position:
+def _position(kept: StoredEvent) -> Position:
     return kept.position
 
 
-def _order(kept: Kept) -> tuple[Position, Stream]:
+def _order(kept: StoredEvent) -> tuple[Position, Stream]:
     return kept.position, kept.stream

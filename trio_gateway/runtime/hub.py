@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .connection import Connection
 
 
-class Limits:
+class CapacityLimits:
     """How many connections one process holds: in all, per user, per diners' session."""
 
     def __init__(self, *, total: int, per_user: int, per_session: int) -> None:
@@ -48,7 +48,7 @@ class Hub:
     Every method but :meth:`wait_empty` is synchronous, hence atomic: no lock anywhere.
     """
 
-    def __init__(self, limits: Limits | None = None) -> None:
+    def __init__(self, limits: CapacityLimits | None = None) -> None:
         self._limits = limits
         self._members: dict[Audience, set[Connection]] = {}
         self._owned: dict[Owner, list[Connection]] = {}
@@ -57,7 +57,7 @@ class Hub:
         self._leaving: set[Connection] = set()
         self._emptied = trio.Event()
         self.joins = 0  # ever
-        self.deflating = 0  # connections that can read compressed messages
+        self.deflate_count = 0  # connections that can read compressed messages
         self.held: set[Connection] = set()  # to whom durable events come from the history
         self.by_endpoint: dict[Endpoint, int] = dict.fromkeys(Endpoint, 0)
         self.closed: Counter[int] = Counter()  # by code, whoever chose it
@@ -126,7 +126,7 @@ class Hub:
         self._connections[connection] = None
         self._owned.setdefault(principal.owner, []).append(connection)
         self.by_endpoint[principal.endpoint] += 1
-        self.deflating += connection.deflates
+        self.deflate_count += connection.supports_deflate
         connection.audiences = audiences_of(principal)
         for audience in connection.audiences:
             self._enter(audience, connection)
@@ -143,7 +143,7 @@ class Hub:
         if not self._owned[owner]:
             del self._owned[owner]
         self.by_endpoint[connection.principal.endpoint] -= 1
-        self.deflating -= connection.deflates
+        self.deflate_count -= connection.supports_deflate
         for audience in connection.audiences:
             self._exit(audience, connection)
 

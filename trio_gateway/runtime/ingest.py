@@ -12,7 +12,7 @@ from ..core.limits import LogLimit
 log = structlog.get_logger()
 
 
-class Intake:
+class Ingest:
     """The one check that guards every way in."""
 
     def __init__(self) -> None:

@@ -17,7 +17,7 @@ import trio
 from ..core.event_ids import Cursor, Position, Stream, cursor_id, read_cursor
 from ..core.messages import GAP, resumed
 from .connection import Connection
-from .history import History, Kept
+from .history import History, StoredEvent
 from .hub import Hub
 
 UNDECIDED: Final = 0.5  # seconds that a silent client may still ask to resume
@@ -86,7 +86,7 @@ class Replays:
         for connection in list(self._hub.connections):
             since = None
             if ahead is not None:
-                since = history.place_at(stream, connection.joined_at + ahead - _BEFORE)
+                since = history.position_at(stream, connection.joined_at + ahead - _BEFORE)
             if since is None:
                 connection.send(GAP)
             elif since < history.end[stream]:
@@ -168,7 +168,7 @@ class Replays:
             return True
         return not self._history.missed(self._accepted_at(connection), connection.audiences)
 
-    def _missed(self, connection: Connection) -> list[Kept]:
+    def _missed(self, connection: Connection) -> list[StoredEvent]:
         """What it has to be sent, without what it was sent live as a Pub/Sub copy."""
         assert connection.cursor is not None
         cursor = {**self._history.began, **connection.cursor}
@@ -177,10 +177,12 @@ class Replays:
         return [
             kept
             for kept in self._history.missed(cursor, connection.audiences)
-            if connection.number > kept.heard_by
+            if connection.number > kept.delivered_up_to
         ]
 
-    async def _catch_up(self, connection: Connection, missed: list[Kept], upto: Cursor) -> None:
+    async def _catch_up(
+        self, connection: Connection, missed: list[StoredEvent], upto: Cursor
+    ) -> None:
         """Send what was missed up to a place, no faster than the client takes it, then what came
         meanwhile, until nothing is left.
         """
@@ -200,7 +202,7 @@ class Replays:
                 self._let_go(connection)
                 return
 
-    def _write(self, connection: Connection, chunk: list[Kept]) -> None:
+    def _write(self, connection: Connection, chunk: list[StoredEvent]) -> None:
         assert connection.cursor is not None
         places = {kept.stream: kept.position for kept in chunk}
         connection.cursor = {**connection.cursor, **places}
@@ -215,7 +217,7 @@ class Replays:
         self._hub.held.discard(connection)
 
 
-def _first(missed: list[Kept]) -> tuple[list[Kept], list[Kept]]:
+def _first(missed: list[StoredEvent]) -> tuple[list[StoredEvent], list[StoredEvent]]:
     """A chunk to write at once, and the rest."""
     size = 0
     for n, kept in enumerate(missed[:_CHUNK_EVENTS], 1):

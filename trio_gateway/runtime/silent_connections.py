@@ -4,10 +4,10 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
-from .concurrency_limiter import TooMany
+from .concurrency_limiter import Overloaded
 
 
-class Silent:
+class SilentConnections:
     """Bounds how many are silent, in all and of one address.
 
     One too many ends the one that has been silent longest: a client that means to speak does so
@@ -31,7 +31,7 @@ class Silent:
     ) -> bool:
         """Wait until it speaks; False if it did not in time, or everything was given up.
 
-        ``most`` is how many of its address may be silent. Raises :exc:`TooMany` if a newer one
+        ``most`` is how many of its address may be silent. Raises :exc:`Overloaded` if a newer one
         took its place.
         """
         spoke = False
@@ -52,7 +52,7 @@ class Silent:
                 ended = scope not in self._scopes
                 self._forget(scope)
         if not spoke and ended and trio.current_time() < deadline:
-            raise TooMany
+            raise Overloaded
         return spoke
 
     def give_up(self) -> None:

@@ -11,11 +11,11 @@ from ..core.resilience import SOON, Backoff, Breaker, State
 log = structlog.get_logger()
 
 
-class Lost(Exception):  # noqa: N818 - an outcome
+class ConnectionLost(Exception):  # noqa: N818 - an outcome
     """What a source reads from is not there, went away, or talks nonsense; it may come back."""
 
 
-class Demoted(Lost):
+class Demoted(ConnectionLost):
     """It answers, but is not the server to read from: a new connection may lead to that one."""
 
 
@@ -29,7 +29,7 @@ def leaves(error: BaseException) -> list[BaseException]:
 async def keep_running(
     name: str, work: Callable[[], Awaitable[None]], breaker: Breaker, backoff: Backoff | None = None
 ) -> NoReturn:
-    """Run ``work`` again whenever it is :exc:`Lost`; return only when cancelled. Where it is
+    """Run ``work`` again whenever it is :exc:`ConnectionLost`; return only when cancelled. Where it is
     :exc:`Demoted` that is a second later at most: a failover may be over by then.
 
     ``work`` says ``breaker.succeeded()`` once it is connected. Any other exception is a bug and
@@ -48,7 +48,7 @@ async def keep_running(
         error: BaseException | str = "ended"
         try:
             await work()
-        except* Lost as group:  # of one of its tasks, or of several
+        except* ConnectionLost as group:  # of one of its tasks, or of several
             error = _first(group)
         soon = isinstance(error, Demoted)
         breaker.failed(trio.current_time(), soon=soon)

@@ -13,7 +13,7 @@ from ..core.histogram import Histogram
 LEAST: Final = 0.01  # seconds; a turn of the loop that is shorter is no stall
 
 
-class Stalls(trio.abc.Instrument):
+class LoopLag(trio.abc.Instrument):
     """Times each turn of the loop, from one look at the sockets to the next, in which nobody is
     read, written to or let in. Costs two looks at the clock a turn.
     """

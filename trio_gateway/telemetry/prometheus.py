@@ -93,7 +93,7 @@ METRICS: Final[Mapping[str, _Counter | _Gauge | _Histogram]] = {
 }
 
 
-class Sample(msgspec.Struct):
+class Snapshot(msgspec.Struct):
     """One process's figures: numbers by metric and label value, histograms by metric."""
 
     numbers: dict[str, dict[str, float]]
@@ -103,7 +103,7 @@ class Sample(msgspec.Struct):
     @classmethod
     def of(
         cls, numbers: Mapping[str, float | Mapping[str, float]], histograms: Mapping[str, Histogram]
-    ) -> "Sample":
+    ) -> "Snapshot":
         return cls(
             {
                 name: dict(found) if isinstance(found, Mapping) else {"": found}
@@ -113,7 +113,7 @@ class Sample(msgspec.Struct):
         )
 
 
-def render(samples: Iterable[Sample]) -> bytes:
+def render(samples: Iterable[Snapshot]) -> bytes:
     """The processes' figures, summed, in Prometheus' text format."""
     registry = prometheus_client.CollectorRegistry()
     registry.register(_Collector(list(samples)))
@@ -121,7 +121,7 @@ def render(samples: Iterable[Sample]) -> bytes:
 
 
 class _Collector(prometheus_client.registry.Collector):
-    def __init__(self, samples: list[Sample]) -> None:
+    def __init__(self, samples: list[Snapshot]) -> None:
         self._samples = samples
 
     def collect(self) -> Iterator[Metric]:
@@ -166,7 +166,7 @@ class _Collector(prometheus_client.registry.Collector):
         return family
 
 
-def fold(samples: Iterable[Sample]) -> Sample:
+def fold(samples: Iterable[Snapshot]) -> Snapshot:
     """What processes that have ended leave to the sums, as one sample.
 
     Every number is added, whatever its metric: the gauges of ended processes count for nothing,
@@ -184,17 +184,17 @@ def fold(samples: Iterable[Sample]) -> Sample:
             if len(before) == len(counts):  # else one is of another version
                 counts, total = list(map(add, before, counts)), sum_before + total
             histograms[name] = counts, total
-    return Sample(numbers, histograms, ended=True)
+    return Snapshot(numbers, histograms, ended=True)
 
 
 class _Gone(msgspec.Struct):
     """What workers have left that ended, and the names of their files, if they still exist."""
 
-    sample: Sample
+    sample: Snapshot
     folded: list[str]
 
 
-class Siblings:
+class WorkerSnapshots:
     """The figures of several workers, shared through files in a private folder.
 
     Each worker writes its own four times a second, and before it tells anybody a sum. One that has
@@ -209,7 +209,7 @@ class Siblings:
         self._supervisor = os.getppid() if supervised else None
 
     @classmethod
-    def of_this_process(cls) -> "Siblings | None":
+    def of_this_process(cls) -> "WorkerSnapshots | None":
         """None if this process has no siblings, or can share nothing with them.
 
         Raises :exc:`OSError` if there is no place for temporary files.
@@ -231,12 +231,12 @@ class Siblings:
             except OSError:
                 pass  # somebody else was quicker, or it is not what it looks like
 
-    def write(self, sample: Sample) -> None:
+    def write(self, sample: Snapshot) -> None:
         self._folder.write(self._own, msgspec.json.encode(sample))
 
-    def read(self) -> list[Sample]:
+    def read(self) -> list[Snapshot]:
         """What the others wrote last, and what those left that are gone."""
-        found: list[Sample] = []
+        found: list[Snapshot] = []
         for _ in range(_TRIES):
             gone, version = self._read_gone()
             found = list(self._read_others(gone))
@@ -263,7 +263,7 @@ class Siblings:
         for name in ended:
             self._folder.remove(name)
 
-    def leave(self, sample: Sample) -> None:
+    def leave(self, sample: Snapshot) -> None:
         """Leave the counters behind; the last one out takes the folder along."""
         sample.ended = True
         try:
@@ -278,7 +278,7 @@ class Siblings:
         """Remove the folder with all figures. Raises :exc:`OSError`."""
         self._folder.remove_all(_SUFFIX)
 
-    def _read_others(self, gone: _Gone) -> Iterator[Sample]:
+    def _read_others(self, gone: _Gone) -> Iterator[Snapshot]:
         yield gone.sample
         try:
             names = self._folder.names()
@@ -297,9 +297,9 @@ class Siblings:
             return msgspec.json.decode(data, type=_Gone), version
         return _Gone(fold([]), []), None
 
-    def _read(self, name: str) -> Sample | None:
+    def _read(self, name: str) -> Snapshot | None:
         with suppress(OSError, msgspec.DecodeError):
-            return msgspec.json.decode(self._folder.read(name)[0], type=Sample)
+            return msgspec.json.decode(self._folder.read(name)[0], type=Snapshot)
         return None
 
 

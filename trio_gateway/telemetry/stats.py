@@ -7,7 +7,7 @@ import trio
 
 from ..core.close_codes import Close
 from . import output
-from .prometheus import Sample
+from .prometheus import Snapshot
 
 if TYPE_CHECKING:
     from ..gateway import Gateway
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 _MOST_CODES: Final = 64  # labels for close codes, which clients choose
 
 
-def sample(gateway: "Gateway") -> Sample:
+def sample(gateway: "Gateway") -> Snapshot:
     """This process's figures, for the metrics."""
-    hub, dispatch, intake = gateway.hub, gateway.dispatch, gateway.intake
-    return Sample.of(
+    hub, dispatch, ingest = gateway.hub, gateway.dispatch, gateway.ingest
+    return Snapshot.of(
         {
             "wsgateway_ready": int(gateway.ready),
             "wsgateway_metrics_partial": int(gateway.partial),
@@ -41,7 +41,7 @@ def sample(gateway: "Gateway") -> Sample:
             },
             "wsgateway_broadcasts_total": dispatch.broadcasts,
             "wsgateway_broadcasts_failed_total": dispatch.failed,
-            "wsgateway_events_received_total": {"pubsub": 0, "stream": 0} | intake.received,
+            "wsgateway_events_received_total": {"pubsub": 0, "stream": 0} | ingest.received,
             "wsgateway_events_processed_total": dispatch.processed,
             "wsgateway_events_dropped_total": gateway.heard.dropped + gateway.heard.over_rate,
             "wsgateway_events_dropped_by_source_total": {
@@ -49,7 +49,7 @@ def sample(gateway: "Gateway") -> Sample:
                 "pubsub,tenant_rate": gateway.heard.over_rate,
                 "stream,queue_full": gateway.read.dropped,  # which waits instead
             },
-            "wsgateway_events_invalid_total": intake.invalid,
+            "wsgateway_events_invalid_total": ingest.invalid,
             "wsgateway_events_duplicate_total": dispatch.duplicate,
             "wsgateway_events_unheard_total": dispatch.unheard,
             "wsgateway_events_unknown_type_total": dispatch.unknown_type,
@@ -61,7 +61,9 @@ def sample(gateway: "Gateway") -> Sample:
             "wsgateway_dead_letters_total": (
                 gateway.dead_letters.outcomes if gateway.dead_letters else {}
             ),
-            "wsgateway_sector_queries_total": gateway.roster.queries if gateway.roster else {},
+            "wsgateway_sector_queries_total": gateway.sector_assignments.queries
+            if gateway.sector_assignments
+            else {},
             "wsgateway_log_lines_dropped_total": output.dropped(),
             "wsgateway_tasks": trio.lowlevel.current_statistics().tasks_living,
             "wsgateway_history_events": len(gateway.history),
@@ -71,8 +73,8 @@ def sample(gateway: "Gateway") -> Sample:
         {
             "wsgateway_broadcast_duration_seconds": dispatch.duration,
             "wsgateway_event_latency_seconds": dispatch.latency,
-            "wsgateway_loop_stall_seconds": gateway.stalls.turns,
-            "wsgateway_gc_pause_seconds": gateway.stalls.collections,
+            "wsgateway_loop_stall_seconds": gateway.loop_lag.turns,
+            "wsgateway_gc_pause_seconds": gateway.loop_lag.collections,
         },
     )
 

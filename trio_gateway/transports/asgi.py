@@ -10,7 +10,7 @@ from quart import Websocket
 from ..core.audiences import Endpoint
 from ..core.close_codes import Close
 from ..core.frames import TEXT, boundary, split
-from ..runtime.connection import Violation
+from ..runtime.connection import ProtocolViolation
 from ..runtime.outbox import Outbox
 from .handshake import Handshake, join_headers, read_query
 
@@ -88,9 +88,11 @@ class AsgiSocket:
     async def receive(self) -> str:
         said = await self._websocket.receive()
         if not isinstance(said, str):
-            raise Violation(Close.UNSUPPORTED_DATA, "binary frames are not supported")
+            raise ProtocolViolation(Close.UNSUPPORTED_DATA, "binary frames are not supported")
         if len(said) * 4 > self._max_size and len(said.encode()) > self._max_size:
-            raise Violation(Close.MESSAGE_TOO_BIG, f"message is over {self._max_size} bytes")
+            raise ProtocolViolation(
+                Close.MESSAGE_TOO_BIG, f"message is over {self._max_size} bytes"
+            )
         return said
 
     async def close(self, code: int, reason: str) -> None:

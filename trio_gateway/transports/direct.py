@@ -20,7 +20,7 @@ from ..core.close_codes import Close
 from ..core.frames import CLOSE, close_frame, frame, short_frame
 from ..core.frames import PING as PING_CODE
 from ..core.frames import PONG as PONG_CODE
-from ..runtime.connection import Left, Ping, Pong, Violation
+from ..runtime.connection import Disconnected, Ping, Pong, ProtocolViolation
 from ..runtime.outbox import Outbox
 from .hypercorn_bounds import MOST_FRAGMENTS
 from .progress import DIRECT, MovingStream, traffic, wait_writable
@@ -98,7 +98,7 @@ def socket_of(stream: trio.abc.Stream) -> Any:
     return getattr(getattr(stream, "transport_stream", stream), "socket", None)
 
 
-class LineSocket:
+class DirectSocket:
     """A WebSocket on a Trio stream: ready-made frames are written, short ones are read here, and
     wsproto reads the others.
 
@@ -187,7 +187,7 @@ class LineSocket:
             except (OSError, *GONE):
                 data = b""
             if not data:
-                raise Left(Close.ABNORMAL)
+                raise Disconnected(Close.ABNORMAL)
             if self._websocket is None:
                 self._unread = data
             else:
@@ -215,7 +215,7 @@ class LineSocket:
         try:
             return payload.decode()
         except UnicodeDecodeError:
-            raise Violation(Close.INVALID_DATA, _why(Close.INVALID_DATA)) from None
+            raise ProtocolViolation(Close.INVALID_DATA, _why(Close.INVALID_DATA)) from None
 
     def _said(self, websocket: WebSocket) -> str | Ping | Pong | None:
         """What the next whole message says, if it is there."""
@@ -229,14 +229,16 @@ class LineSocket:
                 case PongFrame():
                     return Pong()
                 case BytesMessage():
-                    raise Violation(Close.UNSUPPORTED_DATA, "binary frames are not supported")
+                    raise ProtocolViolation(
+                        Close.UNSUPPORTED_DATA, "binary frames are not supported"
+                    )
                 case CloseConnection(code=code, reason=reason):
                     if websocket.state is ConnectionState.REMOTE_CLOSING:
-                        raise Left(int(code), reason or "")
+                        raise Disconnected(int(code), reason or "")
                     # wsproto's word for what broke RFC 6455, or the bound of what it inflates to
                     if code == Close.MESSAGE_TOO_BIG:
                         raise self._too_big()
-                    raise Violation(Close(int(code)), _why(Close(int(code))))
+                    raise ProtocolViolation(Close(int(code)), _why(Close(int(code))))
         return None
 
     def _text(self, event: TextMessage) -> str | None:
@@ -247,7 +249,7 @@ class LineSocket:
             raise self._too_big()
         self._fragments += event.frame_finished
         if self._fragments > MOST_FRAGMENTS:
-            raise Violation(Close.MESSAGE_TOO_BIG, "too many fragments")
+            raise ProtocolViolation(Close.MESSAGE_TOO_BIG, "too many fragments")
         if event.message_finished:
             text = "".join([*self._pieces, piece]) if self._pieces else piece
             self._pieces.clear()
@@ -257,8 +259,8 @@ class LineSocket:
             self._pieces.append(piece)
         return None
 
-    def _too_big(self) -> Violation:
-        return Violation(Close.MESSAGE_TOO_BIG, f"message is over {self.max_size} bytes")
+    def _too_big(self) -> ProtocolViolation:
+        return ProtocolViolation(Close.MESSAGE_TOO_BIG, f"message is over {self.max_size} bytes")
 
     async def close(self, code: int, reason: str) -> None:
         if code != Close.ABNORMAL and not self._broken and not self._aborted:

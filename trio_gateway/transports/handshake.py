@@ -50,7 +50,7 @@ class Handshake:
     # Asks for the address at the other end of the socket, a proxy's perhaps.
     peer: Callable[[], str] = str
     one_way: bool = False  # a stream of events: the client can't say anything
-    deflates: bool = False  # it was agreed that messages may be compressed
+    supports_deflate: bool = False  # it was agreed that messages may be compressed
 
     @property
     def origin(self) -> str | None:

@@ -14,7 +14,7 @@ from ..core.audiences import Endpoint
 from ..core.close_codes import Close, Rejected
 from ..core.frames import boundary
 from ..core.sse import HELLO, MEDIA_TYPE, as_events, close_event, retry_after
-from ..runtime.connection import Left, Violation
+from ..runtime.connection import Disconnected, ProtocolViolation
 from ..runtime.outbox import Outbox
 from ..web import cors, operations
 from ..web.responses import RETRY_AFTER, refusal_status, status_of
@@ -115,12 +115,12 @@ class EventStream:
         try:
             await self._write(b"")
         except OSError:
-            raise Left(Close.ABNORMAL) from None
+            raise Disconnected(Close.ABNORMAL) from None
         while (message := await self._receive())["type"] != "http.disconnect":
             if message.get("body"):
-                raise Violation(Close.UNSUPPORTED_DATA, "a stream of events takes no body")
+                raise ProtocolViolation(Close.UNSUPPORTED_DATA, "a stream of events takes no body")
         async with self._turn:  # a write that took too long says so first
-            raise Left(Close.ABNORMAL)
+            raise Disconnected(Close.ABNORMAL)
 
     async def refuse(self, rejected: Rejected) -> None:
         """Answer a client that is not let in; the response has not begun."""

@@ -21,8 +21,8 @@ from hypercorn.trio.tcp_server import TCPServer
 
 from ..access.addresses import Addresses
 from ..core.limits import LogLimit
-from ..runtime.concurrency_limiter import TooMany, Turnstile
-from ..runtime.silent_connections import Silent
+from ..runtime.concurrency_limiter import ConcurrencyLimiter, Overloaded
+from ..runtime.silent_connections import SilentConnections
 from ..runtime.supervision import leaves
 from .asgi import CUT, TRAFFIC
 from .compression import agree
@@ -30,7 +30,7 @@ from .direct import (
     CHUNK,
     GONE,
     LINGER,
-    LineSocket,
+    DirectSocket,
     cut,
     is_closed,
     is_readable,
@@ -68,12 +68,12 @@ class Served(Protocol):
     draining: bool
     refused: Counter[int]  # by status
     log_limit: LogLimit
-    heads: Turnstile["Shaken"]
+    heads: ConcurrencyLimiter["Shaken"]
     arriving: int  # clients between two turnstiles
-    silent: Silent
+    silent: SilentConnections
     addresses: Addresses
 
-    def serve_connection(self, handshake: Handshake, socket: LineSocket) -> Awaitable[None]: ...
+    def serve_connection(self, handshake: Handshake, socket: DirectSocket) -> Awaitable[None]: ...
 
     def watch(self, terminated: Callable[[], Awaitable[None]], patience: float) -> None: ...
 
@@ -152,7 +152,7 @@ class Line(TCPServer):
                 gateway.accept_timeout,
                 self._dawdles,
             )
-        except TooMany:
+        except Overloaded:
             gateway.refused[503] += 1  # without a word: there are too many to linger for each
             return None
         if shaken is None:
@@ -177,7 +177,7 @@ class Line(TCPServer):
             case Handshake() if gateway.draining:
                 await self._refuse(gateway, Refusal(503, "draining"))
             case Handshake() as handshake:
-                socket = LineSocket(
+                socket = DirectSocket(
                     self.stream,
                     data[len(head) :],
                     gateway.max_message_size,
@@ -188,7 +188,7 @@ class Line(TCPServer):
                     agreed = agree(handshake.extensions, gateway.max_message_size)
                     if agreed is not None:
                         socket.deflate, extensions = agreed
-                        handshake = replace(handshake, deflates=True)
+                        handshake = replace(handshake, supports_deflate=True)
                 gateway.arriving += 1  # it has left one turnstile and not come to the next
                 try:
                     await socket.send(acceptance(handshake, extensions), gateway.accept_timeout)

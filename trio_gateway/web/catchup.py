@@ -19,8 +19,8 @@ from ..core.close_codes import Rejected
 from ..core.event_ids import Cursor, cursor_id, read_cursor
 from ..core.events import MAX_ID
 from ..core.frames import split
-from ..runtime.concurrency_limiter import TooMany
-from ..runtime.history import History, Kept
+from ..runtime.concurrency_limiter import Overloaded
+from ..runtime.history import History, StoredEvent
 from ..runtime.resume import PATIENCE
 from ..transports.handshake import bearer
 from .responses import Answer, identify, problem, refusal
@@ -48,9 +48,9 @@ class Turns:
         self._there: Counter[Hashable] = Counter()  # at it or waiting
 
     async def take(self, key: Hashable) -> Callable[[], None]:
-        """Wait for a turn; returns what gives it back. Raises :exc:`TooMany`."""
+        """Wait for a turn; returns what gives it back. Raises :exc:`Overloaded`."""
         if self._there[key] >= self._most + _MOST_WAITING:
-            raise TooMany
+            raise Overloaded
         self._there[key] += 1
         turns = self._turns.setdefault(key, trio.Semaphore(self._most))
         try:
@@ -59,7 +59,7 @@ class Turns:
         except BaseException as error:
             self._leave(key)
             if isinstance(error, trio.TooSlowError):
-                raise TooMany from None
+                raise Overloaded from None
             raise
 
         def give_back() -> None:
@@ -115,7 +115,7 @@ async def _missed(app: "Gateway", principals: Sequence[Principal]) -> Answer:
         return problem(422, "since is far in the future: a unix time is in seconds")
     try:
         give_back = await app.catch_ups.take(principals[0].owner)
-    except TooMany:
+    except Overloaded:
         return problem(429, "too many requests at a time of this user or session", retry_after=1)
     held: ExitStack = request.scope["until_sent"]  # type: ignore[typeddict-item]  # HttpConnection's
     held.callback(give_back)
@@ -172,7 +172,7 @@ async def _page(
     yield bytes(piece + b"}")
 
 
-def _text(kept: Kept) -> memoryview:
+def _text(kept: StoredEvent) -> memoryview:
     ((_, payload),) = split(kept.frame)
     return payload
 

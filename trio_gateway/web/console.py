@@ -20,7 +20,7 @@ from ..broker.commands import Unavailable
 from ..core.audiences import ENDPOINTS, Endpoint, Principal, Role
 from ..core.close_codes import Close, Rejected
 from ..core.events import InvalidEvent, parse_event
-from ..core.messages import Said, statistics
+from ..core.messages import Command, statistics
 from ..core.origins import is_loopback
 from ..core.routing import UNKNOWN
 from ..publisher import channel_for
@@ -52,9 +52,9 @@ class Feed:
         self._watchers: set[Connection] = set()
         self._begun = trio.Event()
 
-    def hear(self, connection: Connection, said: Said) -> None:
+    def hear(self, connection: Connection, said: Command) -> None:
         """A client said WATCH or UNWATCH; who may not is not answered, as to any other text."""
-        if said is Said.UNWATCH:
+        if said is Command.UNWATCH:
             self._watchers.discard(connection)
         elif may_watch(connection.principal) and connection not in self._watchers:
             self._watchers.add(connection)

@@ -143,13 +143,13 @@ async def _health_detailed(app: "Gateway") -> Answer:
 
 def _database(app: "Gateway") -> dict[str, Any]:
     """Not needed to be ready: without it, what it said last holds, or the tokens' claims."""
-    if (roster := app.roster) is None:
+    if (sector_assignments := app.sector_assignments) is None:
         return {"status": "not configured"}
     breaker = app.breakers["database"]
     return {
         "status": _status(not breaker.failures),
-        "known": roster.known,
-        "owed": roster.owed,
+        "known": sector_assignments.known,
+        "owed": sector_assignments.pending,
     }
 
 
