@@ -554,7 +554,7 @@ async def test_tail_connects_again_and_prints_what_came_meanwhile(
             assert b"connected to" in await trio.to_thread.run_sync(process.stderr.readline)
             store.xadd("events:critical", {"data": EVENT})
             await harness.settle(gateway)
-            (connection,) = gateway.app.hub.connections
+            (connection,) = gateway.app.parts.hub.connections
             connection.cut()
             store.xadd("events:critical", {"data": EVENT.replace("READY", "SERVED")})
             status, out, err = await harness.wait(process)

@@ -118,7 +118,7 @@ def run(
 
 def _fit(app: Gateway, config: Config) -> None:
     """Let the gateway and Hypercorn agree."""
-    app.end.patience = config.graceful_timeout
+    app.parts.drain.patience = config.graceful_timeout
     if config.logger_class is hypercorn.logging.Logger and config.statsd_host is None:
         config.logger_class = logs.HypercornLogger
     # Hypercorn pings the WebSockets that it serves itself.
@@ -238,7 +238,7 @@ async def _serve(
             nursery.start_soon(beside, heed_supervisor, link)
         if board is not None:
             descriptor, place = map(int, board.split(":"))
-            turns = Turns(Board(descriptor), place, app.load)
+            turns = Turns(Board(descriptor), place, app.parts.load)
             turns.install()
             nursery.start_soon(beside, turns.keep_posted)
         log.info("starting", pid=os.getpid(), bind=config.bind)

@@ -127,7 +127,7 @@ async def test_bug_in_one_connection_is_1011_for_that_client_and_nobody_else(
     async with running(make_settings(redis_url)) as gateway:
         app = gateway.app
         owner, name = {
-            "admission": (app.admission, "admit"),
+            "admission": (app.parts.admission, "admit"),
             "opening": (app, "_on_trios_clock"),
             "message": (Connection, "_hear"),
             "resume": (Replays, "resume"),
@@ -147,8 +147,8 @@ async def test_bug_in_one_connection_is_1011_for_that_client_and_nobody_else(
                     if where == "message":
                         await client.send_message("ping")
                     elif where == "writer":
-                        await until(lambda: len(app.hub) == 2)
-                        waiter = list(app.hub.connections)[-1]
+                        await until(lambda: len(app.parts.hub) == 2)
+                        waiter = list(app.parts.hub.connections)[-1]
                         with monkeypatch.context() as full:
                             full.setattr(DirectSocket, "try_write", lambda *_: 0)
                             waiter.send(b"what the kernel does not take")

@@ -280,8 +280,8 @@ async def test_each_kind_of_bad_client_meets_its_end() -> None:
     for case in cases:
         assert ends[case.name].seen
         assert set(ends[case.name].seen) <= case.seen
-    assert {case.code for case in cases} == set(gateway.app.hub.closed)
-    assert len(gateway.app.hub) == 0
+    assert {case.code for case in cases} == set(gateway.app.parts.hub.closed)
+    assert len(gateway.app.parts.hub) == 0
 
 
 @pytest.mark.chaos

@@ -99,8 +99,8 @@ async def test_a_step_of_an_hour_ends_tokens_and_neither_heartbeats_nor_what_is_
                 assert [event["n"] for event in await received(stays)] == [2, 3]
                 async with admitted(short):
                     pass
-            assert gateway.app.hub.closed[Close.AUTH_FAILED] == 3
-            assert not gateway.app.hub.closed[Close.HEARTBEAT_TIMEOUT]
+            assert gateway.app.parts.hub.closed[Close.AUTH_FAILED] == 3
+            assert not gateway.app.parts.hub.closed[Close.HEARTBEAT_TIMEOUT]
 
 
 # A process, with every interval that a client or Redis can feel

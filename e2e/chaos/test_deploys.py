@@ -25,7 +25,7 @@ async def test_retry_hints_are_spread_evenly_over_a_window_that_grows_with_the_c
     crowd = {Connection(make_principal(), ConnectionLimits()): FakeSocket() for _ in range(clients)}
     async with trio.open_nursery() as nursery:
         for connection, socket in crowd.items():
-            nursery.start_soon(connection.run, socket, app.hub)
+            nursery.start_soon(connection.run, socket, app.parts.hub)
         await trio.testing.wait_all_tasks_blocked()
         await app.drain()
 
@@ -47,7 +47,7 @@ async def test_a_drain_that_is_cancelled_drops_everybody_at_once(
     connection = Connection(make_principal(), ConnectionLimits())
     started = trio.current_time()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(connection.run, stuck, app.hub)
+        nursery.start_soon(connection.run, stuck, app.parts.hub)
         await trio.testing.wait_all_tasks_blocked()
         connection.send(b"{}")
         with trio.move_on_after(0.1):
@@ -69,11 +69,13 @@ async def test_a_drain_takes_no_longer_than_the_server_waits(
                 await trio.sleep(0.01)
 
     app = create_app(make_settings(NO_REDIS))
-    app.end.patience = patience
-    app.heard.undelivered = 1  # of an event that never gets through
+    app.parts.drain.patience = patience
+    app.parts.pubsub_queue.undelivered = 1  # of an event that never gets through
     started = trio.current_time()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(Connection(make_principal(), ConnectionLimits()).run, Endless(), app.hub)
+        nursery.start_soon(
+            Connection(make_principal(), ConnectionLimits()).run, Endless(), app.parts.hub
+        )
         await trio.testing.wait_all_tasks_blocked()
         await app.drain()
 

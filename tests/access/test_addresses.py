@@ -128,7 +128,7 @@ async def test_sockets_over_the_most_handshakes_wait_their_turn_or_are_closed_an
             drips = [await stack.enter_async_context(dialled(gateway.port)) for _ in range(8)]
             for n, drip in enumerate(drips):
                 await drip.send(make_head()[: n + 1] if n else b"")
-            await until(lambda: gateway.app.handshakes == 8)
+            await until(lambda: gateway.app.parts.handshakes == 8)
             waiting = [await stack.enter_async_context(dialled(gateway.port)) for _ in range(20)]
             for drip in drips[1:]:  # the time is for the whole head, however it drips
                 with trio.fail_after(2):
@@ -136,7 +136,7 @@ async def test_sockets_over_the_most_handshakes_wait_their_turn_or_are_closed_an
             for client in waiting:  # those whose turn came have said nothing either
                 with trio.fail_after(3):
                     assert await client.rest() == b""
-        await until(lambda: gateway.app.handshakes == 0)
+        await until(lambda: gateway.app.parts.handshakes == 0)
         async with admitted(gateway.staff_url("waiter")):
             pass
         figures = await metrics(gateway.port)
@@ -156,17 +156,17 @@ async def test_silent_tls_handshakes_are_counted_and_have_the_same_deadline(
     settings = make_settings(redis_url, ws_max_handshakes=3, ws_accept_timeout=0.5)
     async with running(settings, config=config) as gateway, AsyncExitStack() as stack:
         silent = [await stack.enter_async_context(dialled(gateway.port)) for _ in range(3)]
-        await until(lambda: gateway.app.handshakes == 3)
+        await until(lambda: gateway.app.parts.handshakes == 3)
         async with dialled(gateway.port) as client:
             with trio.fail_after(2):
                 assert await client.rest() == b""
         with trio.fail_after(1):
             for each in silent:
                 assert await each.rest() == b""
-        await until(lambda: gateway.app.handshakes == 0)
+        await until(lambda: gateway.app.parts.handshakes == 0)
         url = gateway.staff_url("waiter").replace("ws://", "wss://")
         async with admitted(url, ssl_context=trusting):
-            assert gateway.app.refused.keys() <= {503}
+            assert gateway.app.parts.counts.refused.keys() <= {503}
 
 
 class Unhurried:
@@ -193,10 +193,10 @@ async def test_clients_over_the_most_that_are_being_admitted_are_told_1013(
     ):
         url = f"{gateway.url}/ws/waiter"
         waiting = [await stack.enter_async_context(connect(url)) for _ in range(4)]
-        await until(lambda: gateway.app.handshakes == 4)
+        await until(lambda: gateway.app.parts.handshakes == 4)
         async with connect(url) as client:
             assert await closed(client) == (Close.SERVER_OVERLOADED, "too many handshakes")
-        assert gateway.app.rejected == {"handshake_limit": 1}
+        assert gateway.app.parts.counts.rejected == {"handshake_limit": 1}
         auth.go_on.set()
         for client in waiting:
             await client.send_message("ping")
@@ -230,12 +230,12 @@ async def test_connections_of_one_address_are_limited_and_others_are_not(
             await one_more.upgrade(table)
             reason = "too many connections of this address"
             assert await ending(one_more) == (Close.SERVER_OVERLOADED, reason)
-        assert gateway.app.rejected == {"address_limit": 1}
+        assert gateway.app.parts.counts.rejected == {"address_limit": 1}
         assert await is_let_in_from("127.0.0.3", gateway)
         await clients[0].leave()
-        await until(lambda: len(gateway.app.hub) == 1)
+        await until(lambda: len(gateway.app.parts.hub) == 1)
         assert await is_let_in_from("127.0.0.2", gateway)
-        await until(lambda: len(gateway.app.addresses) == 1)
+        await until(lambda: len(gateway.app.parts.addresses) == 1)
 
 
 async def test_behind_a_proxy_an_address_is_what_the_proxy_says_and_not_the_client(
@@ -248,7 +248,7 @@ async def test_behind_a_proxy_an_address_is_what_the_proxy_says_and_not_the_clie
             client = await stack.enter_async_context(dialled(gateway.port))
             headers = [f"X-Forwarded-For: {each}" for each in said]
             await client.upgrade(f"/ws/waiter?token={make_jwt(JWT_SECRET)}", *headers)
-            if gateway.app.rejected:
+            if gateway.app.parts.counts.rejected:
                 assert (await ending(client))[0] == Close.SERVER_OVERLOADED
             return await is_served(client)
 
@@ -259,7 +259,7 @@ async def test_behind_a_proxy_an_address_is_what_the_proxy_says_and_not_the_clie
         said = "X-Forwarded-For: 192.0.2.9,10.1.1.4,  192.0.2.1"
         await client.upgrade(f"/ws/waiter?token={make_jwt(JWT_SECRET)}", said)
         assert (await ending(client))[0] == Close.SERVER_OVERLOADED
-        assert gateway.app.rejected == {"address_limit": 1}
+        assert gateway.app.parts.counts.rejected == {"address_limit": 1}
 
 
 async def test_without_proxies_of_ours_what_a_client_says_of_its_address_is_ignored(
@@ -328,7 +328,7 @@ async def test_address_that_keeps_failing_is_told_4029_whatever_it_brings(
             told = await refused_from("127.0.0.2", gateway, token)
             assert told == (Close.RATE_LIMITED, "too many failed logins")
         assert await is_let_in_from("127.0.0.3", gateway)
-        assert gateway.app.rejected == {"role": 5, "auth": 3, "failed_logins": 3}
+        assert gateway.app.parts.counts.rejected == {"role": 5, "auth": 3, "failed_logins": 3}
         figures = await metrics(gateway.port)
         assert figures["connections_rejected_total{failed_logins}"] == 3
 
@@ -462,7 +462,7 @@ async def test_flood_is_ended_with_its_code_and_no_bystander_notices(
                 nursery.start_soon(flood, client)
         # Through the second door, what Hypercorn ends is seen as a client that has gone.
         seen = code if transport == "line" or "messages" in name else Close.ABNORMAL
-        await until(lambda: gateway.app.hub.closed == {seen: 6})
+        await until(lambda: gateway.app.parts.hub.closed == {seen: 6})
         figures = await metrics(gateway.port)
         assert figures[f"connections_closed_total{{{int(seen)}}}"] == 6
 
@@ -478,11 +478,11 @@ async def test_flood_that_never_stops_is_cut_off(
         dialled(gateway.port) as client,
     ):
         await upgraded(client, transport)
-        await until(lambda: len(gateway.app.hub) == 2)
+        await until(lambda: len(gateway.app.parts.hub) == 2)
         with trio.fail_after(6), suppress(trio.BrokenResourceError):
             while True:
                 await client.send(data)
-        await until(lambda: len(gateway.app.hub) == 1)
+        await until(lambda: len(gateway.app.parts.hub) == 1)
 
 
 async def test_message_may_come_in_some_fragments_and_in_any_number_of_segments(
@@ -557,11 +557,11 @@ async def test_thirty_connects_of_one_user_at_once_leave_exactly_the_limit(
                 nursery.start_soon(one, url)
             await until(lambda: endings.total() == 27)
             assert endings == {Close.SERVER_OVERLOADED: 27}
-            assert len(gateway.app.hub) == 3
-            assert gateway.app.rejected == {"user_limit": 27}
+            assert len(gateway.app.parts.hub) == 3
+            assert gateway.app.parts.counts.rejected == {"user_limit": 27}
             done.set()
             nursery.cancel_scope.cancel()
-        await until(lambda: len(gateway.app.hub) == 0)
+        await until(lambda: len(gateway.app.parts.hub) == 0)
         async with admitted(urls[0]):
             pass
 
@@ -581,7 +581,7 @@ async def test_thirty_connects_of_one_session_at_once_leave_exactly_the_limit(
                 nursery.start_soon(one, gateway.diner_url(table_id=10 + n % 2))
             await until(lambda: len(refused) == 10)
             assert refused == [Close.SERVER_OVERLOADED] * 10
-            assert len(gateway.app.hub) == 20
+            assert len(gateway.app.parts.hub) == 20
             async with admitted(gateway.diner_url(tenant_id=2)):
                 pass
             nursery.cancel_scope.cancel()
@@ -601,8 +601,8 @@ async def test_a_thousand_bad_tokens_delay_nobody(redis_url: str, transport: Tra
         async with trio.open_nursery() as nursery:
             for n in range(number):
                 nursery.start_soon(try_one, n)
-        assert gateway.app.rejected == {"auth": number}
-        assert gateway.app.hub.closed == {Close.AUTH_FAILED: number}
+        assert gateway.app.parts.counts.rejected == {"auth": number}
+        assert gateway.app.parts.hub.closed == {Close.AUTH_FAILED: number}
 
 
 # Connections that say nothing
@@ -627,12 +627,12 @@ async def test_crowd_of_silent_connections_delays_nobody(
             started = trio.current_time()
             async with admitted(gateway.staff_url("kitchen", sub=str(n + 1))):
                 slowest = max(slowest, trio.current_time() - started)
-        assert len(gateway.app.silent) <= 20
+        assert len(gateway.app.parts.silent) <= 20
         if first:  # those have a moment each
             assert slowest < 2  # of an accept timeout of 5 s
         else:
             assert slowest < 1
-            assert gateway.app.refused[503] >= 150
+            assert gateway.app.parts.counts.refused[503] >= 150
 
 
 async def test_silent_connections_of_an_address_are_counted_from_their_accept_on(
@@ -646,7 +646,7 @@ async def test_silent_connections_of_an_address_are_counted_from_their_accept_on
         for each in silent[:2]:
             with trio.fail_after(2):
                 assert await each.rest() == b""
-        assert len(gateway.app.silent) == 3
+        assert len(gateway.app.parts.silent) == 3
         async with admitted(gateway.staff_url("kitchen")), admitted(gateway.staff_url("waiter")):
             await stack.enter_async_context(dialled(gateway.port))
             with trio.fail_after(2):

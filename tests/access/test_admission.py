@@ -11,7 +11,8 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from trio_gateway.access.admission import Admission, Candidate
-from trio_gateway.access.revocations import Revocations, Tickets
+from trio_gateway.access.revocations import Revocations
+from trio_gateway.access.tickets import Tickets
 from trio_gateway.broker.commands import Unavailable
 from trio_gateway.core.audiences import BranchId, Endpoint, Principal, SectorId
 from trio_gateway.core.close_codes import Close, Rejected
@@ -73,7 +74,7 @@ class SlowRoster:
 class Place:
     """An admission with all that it needs."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, checks_revocations: bool = True) -> None:
         self.redis = Redis()
         self.sector_assignments = SlowRoster()
         self.hub = Hub()
@@ -81,11 +82,14 @@ class Place:
         self.revocations = Revocations(commands, self.hub)
         settings = Settings(jwt_secret=SECRET, table_token_secret=SECRET[::-1])
         sector_assignments: Any = self.sector_assignments
+        self.tickets = Tickets(commands)
         self.admission = Admission(
-            settings, sector_assignments=sector_assignments, clock=lambda: NOW + trio.current_time()
+            settings,
+            tickets=self.tickets,
+            revocations=self.revocations if checks_revocations else None,
+            sector_assignments=sector_assignments,
+            clock=lambda: NOW + trio.current_time(),
         )
-        self.admission.revocations = self.revocations
-        self.admission.tickets = Tickets(commands)
         self.outcome: Candidate | Principal | Rejected | None = None
 
     async def admit(self, **query: str) -> None:
@@ -107,9 +111,9 @@ class Place:
 
 
 @asynccontextmanager
-async def opened(interval: float = 300) -> AsyncIterator[Place]:
+async def opened(interval: float = 300, *, checks_revocations: bool = True) -> AsyncIterator[Place]:
     async with trio.open_nursery() as nursery:
-        place = Place()
+        place = Place(checks_revocations=checks_revocations)
         nursery.start_soon(place.revocations.answer_checks)
         nursery.start_soon(place.revocations.sweep, interval)
         yield place
@@ -155,8 +159,7 @@ async def test_token_that_is_revoked_while_its_sectors_are_looked_up_is_refused(
         if way == "renewal":
             nursery.start_soon(place.renew, token())
         elif way == "ticket":
-            assert place.admission.tickets is not None
-            ticket = await place.admission.tickets.issue(token())
+            ticket = await place.tickets.issue(token())
             nursery.start_soon(lambda: place.admit(ticket=ticket))
         else:
             nursery.start_soon(lambda: place.admit(token=token()))
@@ -233,8 +236,7 @@ async def test_admission_that_is_cancelled_is_watched_no_more(autojump_clock: Mo
 
 async def test_ticket_is_still_good_until_it_is_redeemed(autojump_clock: MockClock) -> None:
     async with opened() as place:
-        assert place.admission.tickets is not None
-        ticket = await place.admission.tickets.issue(token())
+        ticket = await place.tickets.issue(token())
         await place.admit(ticket=ticket)
         first = place.outcome
         await place.admit(ticket=ticket)
@@ -249,8 +251,7 @@ async def test_ticket_is_still_good_until_it_is_redeemed(autojump_clock: MockClo
 async def test_where_nobody_checks_revocations_a_second_look_ends_at_once(
     autojump_clock: MockClock,
 ) -> None:
-    async with opened() as place:
-        place.admission.revocations = None
+    async with opened(checks_revocations=False) as place:
         await place.admit(token=token())
         assert isinstance(place.outcome, Candidate)
         with place.outcome as candidate:

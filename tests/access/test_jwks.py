@@ -505,7 +505,7 @@ async def test_token_of_a_new_key_is_1013_or_503_until_the_key_was_looked_up(
         assert reply.status == 503
         reply = await http(gateway.port, "/ws/waiter/events", headers=headers)
         assert reply.status == 503
-        assert gateway.app.rejected == {"dependency": 2}
+        assert gateway.app.parts.counts.rejected == {"dependency": 2}
         await trio.sleep(0.8)
         async with admitted(f"{gateway.url}/ws/waiter?token={token}"):
             pass
@@ -540,9 +540,9 @@ async def test_server_that_hangs_delays_nobody_whose_key_is_there(
                 pass
             assert await received(bystander) == []
             assert watch.net < 0.25
-        assert not gateway.app.rejected  # those still wait
+        assert not gateway.app.parts.counts.rejected  # those still wait
         issuer.answers.set()
-        await until(lambda: gateway.app.rejected == {"auth": 20})
+        await until(lambda: gateway.app.parts.counts.rejected == {"auth": 20})
     assert issuer.requests == 2
 
 
@@ -565,7 +565,7 @@ async def test_set_that_is_down_is_1013_or_503_for_those_who_need_it_and_nothing
         reply = await http(gateway.port, "/ws/catchup?branch_id=1&since=0", headers=headers)
         assert reply.status == 503
         async with admitted(gateway.staff_url("waiter")), admitted(gateway.diner_url()):
-            assert gateway.app.rejected == {"dependency": 1}
+            assert gateway.app.parts.counts.rejected == {"dependency": 1}
         table = {"Authorization": f"Bearer {make_table_token(TABLE_SECRET)}"}
         assert (await http(gateway.port, "/ws/ticket", method="POST", headers=table)).status == 200
 

@@ -66,7 +66,7 @@ async def test_it_renews_before_its_token_expires(
         connect(f"{gateway.url}/ws/waiter", provide, on_state=told.append) as client,
     ):
         await client.wait_open()
-        (connection,) = gateway.app.hub.connections
+        (connection,) = gateway.app.parts.hub.connections
         await until(lambda: connection.principal.expires_at > time.time() + 60)
         publish(backend, 1)
         assert await numbers(client, 1) == [1]
@@ -83,7 +83,7 @@ async def test_it_says_something_as_often_as_this_gateway_asks(redis_url: str) -
         assert await client.refresh_sectors() == (5,)
         await trio.sleep(1.6)
         assert client.status.state == "open"
-        assert gateway.app.hub.joins == 1
+        assert gateway.app.parts.hub.joins == 1
 
 
 async def test_over_a_broken_connection_nothing_is_lost_or_doubled(
@@ -96,8 +96,8 @@ async def test_over_a_broken_connection_nothing_is_lost_or_doubled(
         await client.wait_open()
         publish(backend, 1, 2)
         assert await numbers(client, 2) == [1, 2]
-        (connection,) = gateway.app.hub.connections
+        (connection,) = gateway.app.parts.hub.connections
         connection.cut()
         publish(backend, 3, 4)
         assert await numbers(client, 2) == [3, 4]
-        assert gateway.app.hub.joins == 2
+        assert gateway.app.parts.hub.joins == 2

@@ -105,7 +105,9 @@ async def test_trimming_beyond_the_cursor_is_a_gap_with_and_without_counts(
         else:
             await reconnect(gateway, backend, trimmed)
         await settle(gateway)
-        await until(lambda: gateway.app.streams is not None and gateway.app.streams.gaps == 1)
+        await until(
+            lambda: gateway.app.parts.streams is not None and gateway.app.parts.streams.gaps == 1
+        )
         found = markers(await received(waiter))
         assert found.count("gap") == 1
         assert [m for m in found if m != "gap"] == list(range(87, 100))
@@ -117,7 +119,7 @@ async def reconnect(
     meanwhile: Callable[["redis.Redis"], None] = lambda backend: None,
 ) -> None:
     """The gateway's link to the stream ends; this has happened when it is there again."""
-    assert gateway.app.streams is not None
+    assert gateway.app.parts.streams is not None
     meanwhile_and_kill(backend, meanwhile)
     await until(lambda: not gateway.app.ready)
     await until(lambda: gateway.app.ready)
@@ -213,7 +215,9 @@ async def test_equal_counts_hide_no_loss(backend: "redis.Redis", redis_url: str)
         assert markers(await received(waiter)) == ["gap", "9-0"]
         add(backend, "next", "10-0")
         await settle(gateway)
-        await until(lambda: gateway.app.streams is not None and gateway.app.streams.gaps == 1)
+        await until(
+            lambda: gateway.app.parts.streams is not None and gateway.app.parts.streams.gaps == 1
+        )
         assert markers(await received(waiter)) == ["next"]
 
 

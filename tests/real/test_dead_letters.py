@@ -8,8 +8,8 @@ import trio
 from click.testing import CliRunner, Result
 
 from e2e.chaos.relay import Way, open_relay
-from tests.support.gateways import make_settings, running, settle, until
-from trio_gateway.broker.commands import Commands, Unavailable, open_commands
+from tests.support.gateways import make_settings, open_commands, running, settle, until
+from trio_gateway.broker.commands import Commands, Unavailable
 from trio_gateway.cli import main
 from trio_gateway.core.resilience import Breaker
 

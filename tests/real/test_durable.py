@@ -245,7 +245,7 @@ async def crowd(gateway: Running) -> AsyncIterator[list[WebSocketConnection]]:
 
 
 async def everybody_is_told(gateway: Running, clients: list[WebSocketConnection]) -> None:
-    streams = gateway.app.streams
+    streams = gateway.app.parts.streams
     assert streams is not None
     await until(lambda: streams.gaps)
     await until(lambda: gateway.app.ready)
@@ -295,7 +295,7 @@ async def test_stream_trimmed_beyond_the_cursor_while_we_were_away_is_a_gap_that
         await settle(gateway)
         assert await recover(url, answer["last_event_id"]) == ["next"]
         if left:
-            assert (await recover(url, f"{gateway.app.history.end[TAG][0]}-0-{TAG}")) == []
+            assert (await recover(url, f"{gateway.app.parts.history.end[TAG][0]}-0-{TAG}")) == []
 
 
 @pytest.mark.parametrize("entries", [1, 2, 5])
@@ -313,7 +313,7 @@ async def test_stream_that_was_deleted_and_filled_again_while_we_were_away_is_a_
                 away.xadd(STREAM, {"data": payload("last", branch_id=9)})
         away.execute()
         if entries == 2:
-            await until(lambda: gateway.app.streams and gateway.app.streams.gaps)
+            await until(lambda: gateway.app.parts.streams and gateway.app.parts.streams.gaps)
             add(backend, "last", branch_id=9)
 
         await everybody_is_told(gateway, clients)
@@ -338,7 +338,7 @@ async def test_redis_that_comes_back_empty_is_a_gap_and_is_read_on() -> None:
                 stderr=subprocess.DEVNULL,
             )
             await until(server.is_running)
-            streams = gateway.app.streams
+            streams = gateway.app.parts.streams
             assert streams is not None
             await until(lambda: streams.gaps, 15)
             await until(lambda: gateway.app.ready, 15)
@@ -365,7 +365,7 @@ async def test_entry_that_is_trimmed_away_between_two_reads_is_found_to_be_missi
             at_once.xadd(STREAM, {"data": payload(marker)})
         at_once.xtrim(STREAM, maxlen=1, approximate=False)
         at_once.execute()
-        streams = gateway.app.streams
+        streams = gateway.app.parts.streams
         assert streams is not None
         await until(lambda: streams.gaps, 5)
         for client in clients:
@@ -376,8 +376,8 @@ async def test_entry_that_is_trimmed_away_between_two_reads_is_found_to_be_missi
 
 
 def has_read(gateway: Running, entry_id: str) -> bool:
-    assert gateway.app.streams is not None
-    return gateway.app.streams.cursors[STREAM] == entry_id
+    assert gateway.app.parts.streams is not None
+    return gateway.app.parts.streams.cursors[STREAM] == entry_id
 
 
 async def test_connection_that_redis_drops_is_no_gap(
@@ -670,7 +670,7 @@ async def test_gap_in_one_of_two_streams_leaves_the_ids_of_the_other_good(
         away.xadd("payments", {"data": payload("lost")})
         away.xtrim("payments", maxlen=0, approximate=False)
         away.execute()
-        streams = gateway.app.streams
+        streams = gateway.app.parts.streams
         assert streams is not None
         await until(lambda: streams.gaps)
         await until(lambda: gateway.app.ready)

@@ -71,7 +71,7 @@ async def test_silent_clients_are_closed_when_their_tokens_end(
             assert await closed(client) == (4001, "token expired")
             assert 0 <= time.time() - ends < 0.3 + watch.taken
         assert await received(later) == []
-        await until(lambda: not gateway.app.hub.leaving)
+        await until(lambda: not gateway.app.parts.hub.leaving)
         figures = await metrics(gateway.port)
         assert figures["connections_closed_total{4001}"] == len(urls)
 
@@ -213,7 +213,7 @@ async def test_renewal_that_is_none_ends_the_connection_and_it_hears_no_more(
             ended = await closed(client)
         assert ended[0] == code
         assert not token or token not in ended[1]
-        assert len(gateway.app.hub) == 0
+        assert len(gateway.app.parts.hub) == 0
 
 
 @TRANSPORTS
@@ -279,14 +279,18 @@ async def _while_frozen(
             watch = Stopwatch()
             assert await received(waiter) == await received(diner) == []
             slowest = max(slowest, watch.net)
-            assert gateway.app.admissions.inside <= 30
+            assert gateway.app.parts.admissions.inside <= 30
             await trio.sleep(0.12)
     assert set(endings) <= {0, 1013}
     assert endings.count(1013) >= 30
     assert trio.current_time() - started < 4
     assert slowest < 0.25
-    assert len(gateway.app.hub) == 2
-    assert gateway.app.rejected["auth"] == gateway.app.rejected["failed_logins"] == 0
+    assert len(gateway.app.parts.hub) == 2
+    assert (
+        gateway.app.parts.counts.rejected["auth"]
+        == gateway.app.parts.counts.rejected["failed_logins"]
+        == 0
+    )
 
 
 # Isolation, by the ways that the other rings leave out
@@ -400,6 +404,6 @@ async def test_ticket_of_one_kind_opens_no_endpoint_of_the_other(
             own = "waiter" if endpoint == "diner" else "diner"  # where it is still good
             async with admitted(f"{gateway.url}/ws/{own}?ticket={once}"):
                 pass
-        await until(lambda: not gateway.app.hub.connections)
-        assert len(gateway.app.hub) == 0
-        await until(lambda: not gateway.app.hub.leaving)
+        await until(lambda: not gateway.app.parts.hub.connections)
+        assert len(gateway.app.parts.hub) == 0
+        await until(lambda: not gateway.app.parts.hub.leaving)

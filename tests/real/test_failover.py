@@ -16,12 +16,13 @@ from tests.support.gateways import (
     admitted,
     http,
     make_settings,
+    open_commands,
     receive_event,
     running,
     until,
     valkey,
 )
-from trio_gateway.broker.commands import Unavailable, open_commands
+from trio_gateway.broker.commands import Unavailable
 from trio_gateway.core.resilience import Breaker
 from trio_gateway.publisher import AsyncPublisher, Publisher
 from trio_gateway.testing import make_jwt

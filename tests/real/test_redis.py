@@ -398,7 +398,7 @@ async def test_client_certificate_that_is_missing_is_a_refusal(
         url = _url("rediss://{alice}@localhost:", guarded) + f"{port}"
         url += f"?ssl_ca_certs={folder}/ca.pem"
         async with running(make_settings(url), wait_ready=False) as gateway:
-            await until(lambda: gateway.app.breakers["stream"].failures)
+            await until(lambda: gateway.app.parts.breakers["stream"].failures)
             assert (await http(gateway.port, "/ws/health/ready")).status == 503
         with pytest.raises(PublishFailed) as failed:
             async with AsyncPublisher(url) as publisher:
@@ -526,8 +526,8 @@ async def test_redis_that_hangs_is_noticed_within_five_seconds_and_may_come_back
         admitted(gateway.staff_url("waiter")) as waiter,
     ):
         app = gateway.app
-        assert app.pubsub is not None
-        assert app.streams is not None
+        assert app.parts.pubsub is not None
+        assert app.parts.streams is not None
         assert server._process is not None
         assert (await http(gateway.port, "/ws/health/ready")).status == 200
         server._process.send_signal(signal.SIGSTOP)
@@ -542,9 +542,13 @@ async def test_redis_that_hangs_is_noticed_within_five_seconds_and_may_come_back
             with trio.fail_after(3):  # a command has a shorter deadline than a silent link
                 while (await http(gateway.port, "/ws/health/ready")).status != 503:
                     await trio.sleep(0.05)
-            assert app.breakers["commands"].failures == app.breakers["writes"].failures == 0
+            assert (
+                app.parts.breakers["commands"].failures
+                == app.parts.breakers["writes"].failures
+                == 0
+            )
             with trio.fail_after(5):
-                while app.pubsub.connected or app.streams.connected:
+                while app.parts.pubsub.connected or app.parts.streams.connected:
                     await trio.sleep(0.01)
             assert await received(waiter) == []
         finally:

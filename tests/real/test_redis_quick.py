@@ -20,13 +20,14 @@ from tests.support.gateways import (
     http,
     make_settings,
     metrics,
+    open_commands,
     receive_event,
     received,
     running,
     until,
     valkey,
 )
-from trio_gateway.broker.commands import Unavailable, open_commands
+from trio_gateway.broker.commands import Unavailable
 from trio_gateway.core.close_codes import Rejected
 from trio_gateway.core.resilience import Breaker
 from trio_gateway.testing import make_jwt
@@ -45,7 +46,7 @@ async def relayed(redis_url: str, **changes: object) -> AsyncIterator[tuple[Rela
     async with open_relay(int(redis_url.rpartition(":")[2])) as relay:
         settings = make_settings(f"redis://127.0.0.1:{relay.port}", **NOW | changes)
         async with running(settings, wait_ready=False) as gateway:
-            await until(lambda: gateway.app.ready or gateway.app.breakers["stream"].failures)
+            await until(lambda: gateway.app.ready or gateway.app.parts.breakers["stream"].failures)
             yield relay, gateway
 
 
@@ -136,7 +137,7 @@ async def test_dead_letter_that_redis_does_not_take_is_counted(
 
         await until(copied)
         for _ in range(2):
-            gateway.app.breakers["writes"].failed(trio.current_time())
+            gateway.app.parts.breakers["writes"].failed(trio.current_time())
         backend.xadd(STREAM, {"data": "no json"})
         await until(lost)
         assert await copied()
@@ -148,8 +149,7 @@ async def test_ticket_whose_answer_is_lost_is_not_called_invalid(
     """Asked again, Redis would say that there is none: it gave it away the first time."""
     async with relayed(redis_url) as (relay, gateway):
         _, ticket = await issue(gateway)
-        tickets = gateway.app.admission.tickets
-        assert tickets is not None
+        tickets = gateway.app.parts.tickets
         await tickets.look_at(ticket)  # as a client does that nothing else refuses
         relay.vanish(Way.TO_CLIENT)
 
@@ -208,7 +208,7 @@ async def test_client_that_came_before_redis_was_reached_gets_what_it_has_missed
         for n in range(3):
             backend.xadd(STREAM, {"data": event(n)})
         async with connect(gateway.diner_url()) as held:
-            await until(lambda: len(gateway.app.hub) == 3)
+            await until(lambda: len(gateway.app.parts.hub) == 3)
             relay.forward()
             await until(lambda: gateway.app.ready)
             backend.xadd(STREAM, {"data": event(3)})

@@ -68,7 +68,7 @@ async def works(gateway: Running, backend: "redis.Redis") -> None:
         await until(both)
         assert sorted(found) == [1, 2]
         await until(lambda: backend.xlen(DLQ) == 1)
-    assert all(breaker.failures == 0 for breaker in gateway.app.breakers.values())
+    assert all(breaker.failures == 0 for breaker in gateway.app.parts.breakers.values())
 
 
 @pytest.fixture

@@ -275,11 +275,11 @@ async def test_token_that_is_revoked_while_it_is_being_admitted_does_not_stay(
                 if way == "ticket":
                     query = f"ticket={await ticket(gateway, token)}"
                     await trio.sleep(0.01)
-                    assert gateway.app.sector_assignments is not None
-                    gateway.app.sector_assignments.link_back()  # it asks the database again
+                    assert gateway.app.parts.sector_assignments is not None
+                    gateway.app.parts.sector_assignments.link_back()  # it asks the database again
                 nursery.start_soon(revoke_it)
                 assert await refusal(f"{gateway.url}/ws/waiter?{query}") == REVOKED
-        assert not gateway.app.hub.connections
+        assert not gateway.app.parts.hub.connections
 
 
 @TRANSPORTS
@@ -339,7 +339,7 @@ async def test_sweep_asks_for_many_in_one_command(backend: "redis.Redis", redis_
 
         for n in range(40):
             nursery.start_soon(live, n)
-        await until(lambda: len(gateway.app.hub) == 40)
+        await until(lambda: len(gateway.app.parts.hub) == 40)
         before, started = calls(), trio.current_time()
         await trio.sleep(0.5)  # ten sweeps; nothing to wait for that says so
         sweeps = (trio.current_time() - started) / 0.05
@@ -430,7 +430,7 @@ async def test_ticket_that_was_refused_for_another_reason_is_still_good(
         once = await ticket(gateway, make_jwt(JWT_SECRET))
         endpoint = "kitchen" if why == "role" else "waiter"
         if why == "draining":
-            gateway.app.end.begun = True
+            gateway.app.parts.drain.begun = True
         if way == "stream":
             path = f"/ws/{endpoint}/events?ticket={once}"
             reply = await http(gateway.port, path, headers={"Origin": origin})
@@ -439,7 +439,7 @@ async def test_ticket_that_was_refused_for_another_reason_is_still_good(
             url = f"{gateway.url}/ws/{endpoint}?ticket={once}"
             async with connect(url, extra_headers=[("Origin", origin)]) as client:
                 assert (await closed(client))[0] in {1001, 1008, 1013, 4003}
-        gateway.app.end.begun = False
+        gateway.app.parts.drain.begun = False
         async with admitted(f"{other.url}/ws/waiter?ticket={once}"):
             pass
         assert await refusal(f"{other.url}/ws/waiter?ticket={once}") == (4001, "ticket invalid")
@@ -461,7 +461,7 @@ async def test_two_who_bring_tickets_at_the_same_time_do_not_share_the_last_plac
         nursery.start_soon(try_it, twice)
         await until(lambda: codes)
         assert codes == [1013]
-        assert len(gateway.app.hub) == 1
+        assert len(gateway.app.parts.hub) == 1
         nursery.cancel_scope.cancel()
 
 
@@ -474,7 +474,9 @@ async def test_ticket_is_redeemed_once_however_many_try_at_the_same_time(
 
         async def try_it(gateway: Running) -> None:
             async with connect(f"{gateway.url}/ws/waiter?ticket={once}") as client:
-                await until(lambda: client.closed or len(one.app.hub) + len(two.app.hub) == 1)
+                await until(
+                    lambda: client.closed or len(one.app.parts.hub) + len(two.app.parts.hub) == 1
+                )
                 if client.closed:
                     codes.append(client.closed.code)
                 else:

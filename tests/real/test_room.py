@@ -54,11 +54,13 @@ async def test_dead_connections_give_way_after_two_seconds_and_living_ones_stay(
         async with trio.open_nursery() as nursery:
             for _ in range(3):  # at once: two places for three
                 nursery.start_soon(come)
-            await until(lambda: gateway.app.hub.joins == 5, 4)
+            await until(lambda: gateway.app.parts.hub.joins == 5, 4)
             assert 2 <= trio.current_time() - started < 3.5
             await until(lambda: codes, 1)
             assert (
-                gateway.app.hub.closed[Close.HEARTBEAT_TIMEOUT] + len(gateway.app.hub.leaving) == 2
+                gateway.app.parts.hub.closed[Close.HEARTBEAT_TIMEOUT]
+                + len(gateway.app.parts.hub.leaving)
+                == 2
             )
             assert await received(alive) == []
             nursery.cancel_scope.cancel()
@@ -95,7 +97,7 @@ async def test_stream_of_events_is_there_as_long_as_what_it_is_sent_is_acknowled
         listening(gateway.port, "/ws/waiter/events", headers) as listener,
     ):
         assert listener.status == 200
-        (connection,) = gateway.app.hub.connections
+        (connection,) = gateway.app.parts.hub.connections
         assert connection._socket is not None
         async with connect(gateway.staff_url("waiter")) as client:
             code, _ = await closed(client)
@@ -104,7 +106,7 @@ async def test_stream_of_events_is_there_as_long_as_what_it_is_sent_is_acknowled
         if sys.platform == "linux":
             assert acknowledged > 0
         assert outstanding == 0
-        assert list(gateway.app.hub.connections) == [connection]
+        assert list(gateway.app.parts.hub.connections) == [connection]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what was acknowledged")
@@ -119,12 +121,12 @@ async def test_stream_of_events_that_takes_nothing_gives_way(
             await stuck.connect(("127.0.0.1", gateway.port))
             path = f"/ws/waiter/events?token={make_jwt(JWT_SECRET)}"
             await stuck.send(f"GET {path} HTTP/1.1\r\nHost: a\r\n\r\n".encode())
-            await until(lambda: len(gateway.app.hub))
+            await until(lambda: len(gateway.app.parts.hub))
             for _ in range(10):
                 event = make_payload("ROUND_PENDING", data="x" * 50_000)
                 backend.publish("channel:branch:1:waiters", event)
             await settle(gateway)
-            (connection,) = gateway.app.hub.connections
+            (connection,) = gateway.app.parts.hub.connections
             assert connection._socket is not None
             before = (-1, 0)
             while (now := connection._socket.traffic()) != before:  # until its buffer is full
@@ -132,7 +134,7 @@ async def test_stream_of_events_that_takes_nothing_gives_way(
                 await trio.sleep(0.2)
             started = trio.current_time()
             async with connect(gateway.staff_url("waiter")) as client:
-                await until(lambda: gateway.app.hub.joins == 2, 5)
+                await until(lambda: gateway.app.parts.hub.joins == 2, 5)
                 assert trio.current_time() - started > 1.9
                 assert await received(client) == []
 

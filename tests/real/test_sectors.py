@@ -371,12 +371,15 @@ async def test_change_that_was_announced_while_the_link_was_down_reaches_the_cli
 
 
 def _owes_nothing(gateway: Running) -> bool:
-    return gateway.app.sector_assignments is not None and not gateway.app.sector_assignments.pending
+    return (
+        gateway.app.parts.sector_assignments is not None
+        and not gateway.app.parts.sector_assignments.pending
+    )
 
 
 def _no_query_hangs(gateway: Running) -> bool:
-    assert gateway.app.sector_assignments is not None
-    assignments = gateway.app.sector_assignments._assignments
+    assert gateway.app.parts.sector_assignments is not None
+    assignments = gateway.app.parts.sector_assignments._assignments
     assert isinstance(assignments, SectorDatabase)
     return not assignments._limiter.borrowed_tokens
 
@@ -384,7 +387,7 @@ def _no_query_hangs(gateway: Running) -> bool:
 def _is_served(gateway: Running, sectors: set[int]) -> bool:
     return any(
         set(connection.principal.sectors.get(BranchId(1), ())) == sectors
-        for connection in gateway.app.hub.connections
+        for connection in gateway.app.parts.hub.connections
     )
 
 

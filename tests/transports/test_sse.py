@@ -60,10 +60,10 @@ async def let_in(
     gateway: Running, path: str, headers: dict[str, str] | None = None
 ) -> AsyncIterator[Listener]:
     """Somebody who hears whatever is published from now on."""
-    before = gateway.app.hub.joins
+    before = gateway.app.parts.hub.joins
     async with listening(gateway.port, path, headers) as listener:
         assert listener.status == 200, listener.body
-        await until(lambda: gateway.app.hub.joins > before)
+        await until(lambda: gateway.app.parts.hub.joins > before)
         yield listener
 
 
@@ -193,7 +193,7 @@ async def test_refusal_is_a_status_which_ends_a_browsers_attempts(
         if code is not None:
             said = json.loads(listener.body)
             assert (said["code"], listener.headers["cache-control"]) == (code, "no-store")
-            assert gateway.app.hub.closed == {code: 1}
+            assert gateway.app.parts.hub.closed == {code: 1}
         assert ("www-authenticate" in listener.headers) is (status == 401)
 
 
@@ -211,7 +211,7 @@ async def test_origin_is_required_in_production(
     redis_url: str, headers: dict[str, str], status: int
 ) -> None:
     app = create_app(make_settings(NO_REDIS, allowed_origins=["https://app.example"]), auth=NOBODY)
-    app.admission._needs_origin = True
+    app.parts.admission._needs_origin = True
     async with in_memory(app, headers) as response:
         assert response.status == status
 
@@ -243,7 +243,7 @@ async def test_limits_are_those_of_all_doors(redis_url: str) -> None:
         async with let_in(gateway, staff()), listening(gateway.port, staff()) as second:
             assert (second.status, second.headers["retry-after"]) == (429, "5")
             assert json.loads(second.body)["code"] == 1013
-        await until(lambda: not gateway.app.hub.connections)
+        await until(lambda: not gateway.app.parts.hub.connections)
         async with listening(gateway.port, staff("waiter", life=-1)) as third:
             assert third.status == 401
             await third.ask(staff(), {})
@@ -290,9 +290,9 @@ async def test_dependency_that_is_down_is_told_as_the_servers() -> None:
 async def test_client_that_goes_is_gone_at_once(gateway: Running) -> None:
     with capture_logs() as logs:
         async with let_in(gateway, staff()):
-            assert len(gateway.app.hub) == 1
-        await until(lambda: not gateway.app.hub.connections)
-        await gateway.app.hub.wait_empty()
+            assert len(gateway.app.parts.hub) == 1
+        await until(lambda: not gateway.app.parts.hub.connections)
+        await gateway.app.parts.hub.wait_empty()
     (line,) = [line for line in logs if line["event"] == "closed"]
     assert (line["endpoint"], line["tenant"], line["code"]) == ("waiter", 1, Close.ABNORMAL)
 
@@ -300,7 +300,7 @@ async def test_client_that_goes_is_gone_at_once(gateway: Running) -> None:
 async def test_expiry_is_said_and_the_connection_ends(gateway: Running) -> None:
     """Who kept it would come back on it to a process that is about to end."""
     async with let_in(gateway, table(life=2)) as diner:
-        (connection,) = gateway.app.hub.connections
+        (connection,) = gateway.app.parts.hub.connections
         connection.renew(trio.current_time())
         assert await diner.close_event() == (Close.AUTH_FAILED, "token expired")
         assert diner.complete
@@ -322,17 +322,17 @@ async def test_stuck_client_delays_nobody_and_is_cut_after_the_write_timeout() -
         listening(gateway.port, "/ws/kitchen/events") as other,
     ):
         await stuck.send(b"GET /ws/waiter/events HTTP/1.1\r\nHost: a\r\n\r\n")
-        await until(lambda: len(gateway.app.hub) == 2)
+        await until(lambda: len(gateway.app.parts.hub) == 2)
         watch = Stopwatch()
-        for connection in gateway.app.hub.connections:
+        for connection in gateway.app.parts.hub.connections:
             waiter = connection.principal.endpoint is Endpoint.WAITER
             connection.send(b"1" * (8_000_000 if waiter else 10))
         assert (await other.next()).data == "1" * 10
         assert watch.net < 0.3
         with capture_logs() as logs:
-            await until(lambda: len(gateway.app.hub) == 1, 3)
+            await until(lambda: len(gateway.app.parts.hub) == 1, 3)
             await until(lambda: any(line["event"] == "closed" for line in logs), 3)
-        assert gateway.app.hub.closed == {Close.SLOW_CONSUMER: 1}
+        assert gateway.app.parts.hub.closed == {Close.SLOW_CONSUMER: 1}
 
 
 async def test_drain_sends_streams_away_at_once_and_cuts_the_stuck() -> None:
@@ -346,9 +346,9 @@ async def test_drain_sends_streams_away_at_once_and_cuts_the_stuck() -> None:
         await stuck.send(b"GET /ws/waiter/events HTTP/1.1\r\nHost: a\r\n\r\n")
         await late.send(b"GET /ws/health HTTP/1.1\r\nHost: a\r\n\r\n")
         await late.response()
-        await until(lambda: len(gateway.app.hub) == 2)
-        gateway.app.end.patience = 0.5
-        for connection in gateway.app.hub.connections:
+        await until(lambda: len(gateway.app.parts.hub) == 2)
+        gateway.app.parts.drain.patience = 0.5
+        for connection in gateway.app.parts.hub.connections:
             if connection.principal.endpoint is Endpoint.WAITER:
                 connection.send(b"1" * 8_000_000)
         await wait_all_tasks_blocked()
@@ -363,7 +363,7 @@ async def test_drain_sends_streams_away_at_once_and_cuts_the_stuck() -> None:
             await late.send(b"GET /ws/kitchen/events HTTP/1.1\r\nHost: a\r\n\r\n")
             assert (await late.response())[0] == 503
         with trio.fail_after(1):  # of a write timeout of 10
-            await gateway.app.hub.wait_empty()
+            await gateway.app.parts.hub.wait_empty()
             assert len(await stuck.rest()) < 8_000_000
 
 
@@ -439,17 +439,17 @@ async def test_silent_client_stays_and_is_sent_comments(autojump_clock: MockCloc
     app = make_app()
     async with in_memory(app) as response:
         await trio.sleep(3600)
-        (connection,) = app.hub.connections
+        (connection,) = app.parts.hub.connections
         connection.ping(trio.current_time())
         await wait_all_tasks_blocked()
         assert response.body == b"retry: 3000\n\n: ping\n\n"
-    assert app.hub.closed == {Close.ABNORMAL: 1}
+    assert app.parts.hub.closed == {Close.ABNORMAL: 1}
 
 
 async def test_full_outbox_is_4009_behind_what_was_begun(autojump_clock: MockClock) -> None:
     app = make_app(ws_outbox_bytes=100)
     async with in_memory(app) as response:
-        (connection,) = app.hub.connections
+        (connection,) = app.parts.hub.connections
         response.moving = trio.Event()
         connection.send(b"1" * 60)
         await wait_all_tasks_blocked()  # the writer has begun to send it
@@ -458,7 +458,7 @@ async def test_full_outbox_is_4009_behind_what_was_begun(autojump_clock: MockClo
         assert connection.ending
         await trio.sleep(5)
         response.moving.set()
-        await app.hub.wait_empty()
+        await app.parts.hub.wait_empty()
         assert response.body.endswith(
             b"data: %b\n\nevent: close\n"
             b'data: {"code":4009,"reason":"too slow: outbox is full"}\n\n' % (b"1" * 60)
@@ -471,13 +471,13 @@ async def test_client_that_takes_no_byte_is_let_go_after_the_write_timeout(
 ) -> None:
     app = make_app()
     async with in_memory(app) as response:
-        (connection,) = app.hub.connections
+        (connection,) = app.parts.hub.connections
         response.moving = trio.Event()
         connection.send(b"unread")
-        await app.hub.wait_empty()
+        await app.parts.hub.wait_empty()
         assert trio.current_time() == 10
         assert not response.complete
-    assert app.hub.closed == {Close.SLOW_CONSUMER: 1}
+    assert app.parts.hub.closed == {Close.SLOW_CONSUMER: 1}
 
 
 async def test_socket_that_was_cut_off_takes_nothing_more() -> None:

@@ -58,6 +58,7 @@ from trio_gateway.core.audiences import Endpoint, Principal
 from trio_gateway.core.close_codes import Close
 from trio_gateway.core.frames import CLOSE, PING, PONG, TEXT
 from trio_gateway.gateway import Gateway, create_app
+from trio_gateway.reception import Reception
 from trio_gateway.runtime.connection import Connection
 from trio_gateway.testing import NullAuth, make_event, make_principal
 from trio_gateway.transports.direct import LINGER, DirectSocket
@@ -145,7 +146,7 @@ async def test_every_head_in_turn_leaves_a_bystander_served() -> None:
             async with bystanding(gateway.port), dialled(gateway.port) as client:
                 assert await status_of(client, head.data) == head.status
         expected = sum(h.by == "line" and h.status != 101 for h in HEADS.values())
-        assert gateway.app.refused.total() == expected
+        assert gateway.app.parts.counts.refused.total() == expected
 
 
 async def test_refused_upgrades_are_counted_by_status() -> None:
@@ -258,7 +259,7 @@ async def test_clients_may_come_and_go_while_they_are_written_to(transport: str)
                 await (client.reset() if turn % 2 else client.leave())
 
     async with serving(auth) as gateway, dialled(gateway.port) as honest:
-        hub = gateway.app.hub
+        hub = gateway.app.parts.hub
         await open_one(honest, 1)
         await until(lambda: len(hub) == 1)
         (stays,) = hub.connections
@@ -281,7 +282,7 @@ async def test_clients_may_come_and_go_while_they_are_written_to(transport: str)
             nursery.cancel_scope.cancel()
         assert len(seen) > 10
         event = make_event("CART_SYNC", session_id=1)
-        gateway.app.heard.offer(event)
+        gateway.app.parts.pubsub_queue.offer(event)
         assert await honest.contains(event.payload)
 
 
@@ -473,7 +474,7 @@ async def test_broken_rule_has_its_code_wherever_it_is_cut(
             assert await client.rest() == b""
             await client.leave()
         await wait_all_tasks_blocked()
-    assert app.hub.closed == {close: len(cuts)}
+    assert app.parts.hub.closed == {close: len(cuts)}
 
 
 async def test_message_of_the_greatest_size_passes() -> None:
@@ -553,7 +554,7 @@ async def test_bug_in_an_answer_is_1011(monkeypatch: pytest.MonkeyPatch) -> None
         await trio.lowlevel.checkpoint()
         raise ZeroDivisionError
 
-    monkeypatch.setattr(Gateway, "_answer", bug)
+    monkeypatch.setattr(Reception, "_answer", bug)
     async with in_memory(make_app()) as dial:
         bystander = await dial().upgrade()
         client = await dial().upgrade()
@@ -579,7 +580,7 @@ async def test_bug_in_authentication_is_1011() -> None:
             assert await client.closed() == (Close.INTERNAL_ERROR, "internal error")
         assert "admission failed by a bug" in [each["event"] for each in logs]
         await client.leave()
-    assert app.rejected == {"internal_error": 1}
+    assert app.parts.counts.rejected == {"internal_error": 1}
 
 
 async def test_authentication_is_given_the_accept_timeout(autojump_clock: MockClock) -> None:
@@ -620,8 +621,8 @@ async def test_clients_own_code_is_answered_logged_and_counted(
             assert await client.rest() == b""
             await client.leave()
             await wait_all_tasks_blocked()
-    assert app.hub.closed == {code: 1}
-    assert not app.hub.closed_by_gateway
+    assert app.parts.hub.closed == {code: 1}
+    assert not app.parts.hub.closed_by_gateway
     (closed,) = (each for each in logs if each["event"] == "closed")
     assert (closed["code"], closed["reason"]) == (code, reason)
 
@@ -633,7 +634,7 @@ async def test_code_that_a_client_chose_is_not_counted_as_ours(code: int) -> Non
         await client.upgrade()
         await client.send(client_frame(CLOSE, close_payload(code)))
         await client.rest()
-        await until(lambda: gateway.app.hub.closed)
+        await until(lambda: gateway.app.parts.hub.closed)
         found = await metrics(gateway.port)
         assert found[f"connections_closed_total{{{int(code)}}}"] == 1
         assert set(found.by_label(name).values()) == {0}
@@ -642,7 +643,7 @@ async def test_code_that_a_client_chose_is_not_counted_as_ours(code: int) -> Non
             await other.upgrade()
             await other.send(client_frame(BINARY, b"x"))
             assert (await other.closed())[0] == Close.UNSUPPORTED_DATA
-        await until(lambda: gateway.app.hub.closed.total() == 2)
+        await until(lambda: gateway.app.parts.hub.closed.total() == 2)
         found = await metrics(gateway.port)
         assert found[f"{name}{{1003}}"] == found["connections_closed_total{1003}"] == 1
 
@@ -677,7 +678,7 @@ async def test_kernel_finds_clients_that_vanished(
                 if first:
                     await client.response()
                 await client.upgrade()
-        await until(lambda: len(gateway.app.hub) == len(TRANSPORTS))
+        await until(lambda: len(gateway.app.parts.hub) == len(TRANSPORTS))
         for sock in sockets:
             assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
             idle, interval, count, unacknowledged = (
@@ -702,7 +703,7 @@ async def test_half_closed_client_has_left() -> None:
 
         assert await client.text() == PONG_TEXT
         assert await client.rest() == b""
-    assert app.hub.closed == {Close.ABNORMAL: 1}
+    assert app.parts.hub.closed == {Close.ABNORMAL: 1}
 
 
 @pytest.mark.parametrize("goes", [Client.leave, Client.reset])
@@ -711,8 +712,8 @@ async def test_client_that_vanishes_is_counted_as_1006(goes: Callable[[Client], 
         await client.upgrade()
         await client.pings()
         await goes(client)
-        await until(lambda: gateway.app.hub.closed[Close.ABNORMAL])
-        assert len(gateway.app.hub) == 1
+        await until(lambda: gateway.app.parts.hub.closed[Close.ABNORMAL])
+        assert len(gateway.app.parts.hub) == 1
 
 
 async def test_client_that_never_answers_a_close_is_let_go(autojump_clock: MockClock) -> None:
@@ -722,7 +723,7 @@ async def test_client_that_never_answers_a_close_is_let_go(autojump_clock: MockC
         await client.send(client_frame(BINARY, b"x"))
         await client.closed()
         started = trio.current_time()
-        await app.hub.wait_empty()
+        await app.parts.hub.wait_empty()
         assert trio.current_time() - started == LINGER
 
 
@@ -742,10 +743,10 @@ async def test_nobody_gets_the_bytes_of_somebody_else() -> None:
         async def feed() -> None:
             while True:
                 for session in [*live]:
-                    app.heard.offer(
+                    app.parts.pubsub_queue.offer(
                         make_event("CART_SYNC", session_id=session, data=f"marker {session};")
                     )
-                known.update(app.hub.connections)
+                known.update(app.parts.hub.connections)
                 for connection in [*known]:  # also those that are gone
                     session = connection.principal.session or 0
                     connection.send(f"marker {session};".encode())
@@ -814,7 +815,9 @@ async def test_closed_socket_writes_to_nobody() -> None:
 def fill(app: Gateway, session: int, size: int) -> None:
     """Send so many bytes to the diners of a session."""
     for n in range(size // 50_000):
-        app.heard.offer(make_event("CART_SYNC", session_id=session, n=n, data="x" * 50_000))
+        app.parts.pubsub_queue.offer(
+            make_event("CART_SYNC", session_id=session, n=n, data="x" * 50_000)
+        )
 
 
 async def test_client_that_stops_reading_is_told_4009_when_it_reads_again() -> None:
@@ -825,9 +828,9 @@ async def test_client_that_stops_reading_is_told_4009_when_it_reads_again() -> N
         dialled(gateway.port, receive_buffer=4096) as client,
     ):
         await client.upgrade("/ws/diner?session=1")
-        await until(lambda: len(gateway.app.hub) == 2)
+        await until(lambda: len(gateway.app.parts.hub) == 2)
         fill(gateway.app, 1, 8_000_000)
-        await until(lambda: gateway.app.hub.leaving)
+        await until(lambda: gateway.app.parts.hub.leaving)
         fill(gateway.app, 2, 50_000)
         assert '"session_id": 2' in await other.text()
 
@@ -838,7 +841,7 @@ async def test_client_that_stops_reading_is_told_4009_when_it_reads_again() -> N
                 events += 1
 
         assert frame == (CLOSE, close_payload(4009, "too slow: outbox is full"))
-        await until(lambda: gateway.app.hub.closed == {Close.SLOW_CONSUMER: 1})
+        await until(lambda: gateway.app.parts.hub.closed == {Close.SLOW_CONSUMER: 1})
 
 
 @asynccontextmanager
@@ -862,14 +865,14 @@ async def test_client_that_accepts_no_byte_is_cut_after_the_write_timeout() -> N
         dialled(gateway.port, receive_buffer=4096) as client,
     ):
         await client.upgrade("/ws/diner?session=1")
-        await until(lambda: len(gateway.app.hub) == 1)
+        await until(lambda: len(gateway.app.parts.hub) == 1)
         fill(gateway.app, 1, 8_000_000)
         watch = Stopwatch()
         with trio.fail_after(3):
-            await gateway.app.hub.wait_empty()
+            await gateway.app.parts.hub.wait_empty()
         assert watch.elapsed > 0.25
         assert watch.net < 1
-        assert gateway.app.hub.closed == {Close.SLOW_CONSUMER: 1}
+        assert gateway.app.parts.hub.closed == {Close.SLOW_CONSUMER: 1}
         await until(lambda: is_told(client))
 
 
@@ -883,7 +886,7 @@ async def test_full_outbox_of_a_stream_is_4009_behind_what_was_begun(
     async with in_memory(app, lockstep_stream_pair) as dial:
         client = await dial().upgrade()
         await wait_all_tasks_blocked()
-        (connection,) = app.hub.connections
+        (connection,) = app.parts.hub.connections
         connection.send(b"1" * 60)
         await wait_all_tasks_blocked()  # the writer has begun to send it
         for _ in range(3):
@@ -901,12 +904,12 @@ async def test_stream_that_takes_no_byte_is_cut_after_the_write_timeout(
     async with in_memory(app, lockstep_stream_pair) as dial:
         client = await dial().upgrade()
         await wait_all_tasks_blocked()
-        (connection,) = app.hub.connections
+        (connection,) = app.parts.hub.connections
         connection.send(b"unread")
-        await app.hub.wait_empty()
+        await app.parts.hub.wait_empty()
         assert trio.current_time() == 10
         await client.leave()
-    assert app.hub.closed == {Close.SLOW_CONSUMER: 1}
+    assert app.parts.hub.closed == {Close.SLOW_CONSUMER: 1}
 
 
 async def test_slow_http_client_is_cut_after_the_write_timeout(
@@ -958,10 +961,10 @@ async def test_stuck_client_of_the_second_door_is_cut_after_the_write_timeout() 
         await client.send(b"GET /ws/health HTTP/1.1\r\nHost: a\r\n\r\n")
         assert (await client.response())[0] == 200
         await client.upgrade("/ws/diner?session=1")
-        await until(lambda: gateway.app.hub.connections)
+        await until(lambda: gateway.app.parts.hub.connections)
         fill(gateway.app, 1, 8_000_000)
         with trio.fail_after(3):
-            await gateway.app.hub.wait_empty()
+            await gateway.app.parts.hub.wait_empty()
         await until(lambda: is_told(client))
 
 
@@ -984,7 +987,7 @@ async def test_everybody_is_sent_away_at_once_with_a_hint_when_to_come_back() ->
 
             for _ in range(20):
                 await nursery.start(wait_for_it)
-            await until(lambda: len(gateway.app.hub) == 20)
+            await until(lambda: len(gateway.app.parts.hub) == 20)
             gateway.stop.set()
             stopped = Stopwatch()
         assert stopped.net < 0.5
@@ -997,9 +1000,9 @@ async def test_stuck_client_delays_neither_the_others_nor_the_end() -> None:
     async with trio.open_nursery() as nursery:
         async with serving(auth, ws_outbox_bytes=50_000_000) as gateway:
             stuck = await nursery.start(hold, gateway.port)
-            await until(lambda: gateway.app.hub.connections)
+            await until(lambda: gateway.app.parts.hub.connections)
             fill(gateway.app, 1, 8_000_000)
-            await until(lambda: any(c.waiting_bytes for c in gateway.app.hub.connections))
+            await until(lambda: any(c.waiting_bytes for c in gateway.app.parts.hub.connections))
             async with bystanding_diner(gateway, 2) as other:
                 await other.pings()
                 stopped = Stopwatch()
@@ -1049,7 +1052,7 @@ async def test_client_whose_upgrade_the_drain_overtakes_is_sent_away() -> None:
         assert code == Close.GOING_AWAY
         assert re.fullmatch(r"retry in [012]\.\d+s", reason)
         await client.leave()
-    assert app.rejected == {"draining": 1}
+    assert app.parts.counts.rejected == {"draining": 1}
 
 
 # TLS
@@ -1074,7 +1077,7 @@ async def test_upgrade_events_and_codes_go_through_tls(tmp_path: Any) -> None:
             assert await client.get_message() == PONG_TEXT
             payload = make_event("CART_SYNC", session_id=1, data="x" * 50_000)
             for _ in range(10):
-                gateway.app.heard.offer(payload)
+                gateway.app.parts.pubsub_queue.offer(payload)
             for _ in range(10):
                 assert await client.get_message() == payload.payload.decode()
             for _ in range(30):
@@ -1120,7 +1123,7 @@ async def test_client_of_another_make_is_served() -> None:
                 assert client.ping().wait(2)
                 client.send('{ "x": 1, "type" : "ping" }')
                 assert client.recv(2) == PONG_TEXT
-                trio.from_thread.run_sync(gateway.app.heard.offer, event)
+                trio.from_thread.run_sync(gateway.app.parts.pubsub_queue.offer, event)
                 assert client.recv(2) == event.payload.decode()
                 client.send(b"binary")
                 with pytest.raises(ConnectionClosed) as closed:
@@ -1178,7 +1181,7 @@ async def test_second_door_serves_everything_when_the_line_is_not_installed() ->
                 await client.say("ping")
                 assert await client.text() == PONG_TEXT
                 event = make_event("CART_SYNC", session_id=1, n=endpoint.label)
-                gateway.app.heard.offer(event)
+                gateway.app.parts.pubsub_queue.offer(event)
                 assert await client.text() == event.payload.decode()
         assert (await http(gateway.port, "/ws/health")).status == 200
 
@@ -1254,7 +1257,7 @@ async def test_silent_sockets_do_not_hold_up_the_end() -> None:
         async with serving(ws_accept_timeout=5) as gateway:
             for _ in range(3):
                 await stack.enter_async_context(dialled(gateway.port))
-            await until(lambda: gateway.app.handshakes == 3)
+            await until(lambda: gateway.app.parts.handshakes == 3)
             stopped = trio.current_time()
             gateway.stop.set()
         assert trio.current_time() - stopped < 2

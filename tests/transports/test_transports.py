@@ -112,8 +112,12 @@ async def test_bad_credential_is_refused_with_its_code(
             found, reason = await refusal(f"{gateway.url}/ws/diner?table_token={token}")
             assert (name, found) == (name, code)
         refused = len(STAFF_TOKENS) + len(TABLE_TOKENS)
-        assert gateway.app.rejected.total() == gateway.app.hub.closed.total() == refused
-        assert len(gateway.app.hub) == 0
+        assert (
+            gateway.app.parts.counts.rejected.total()
+            == gateway.app.parts.hub.closed.total()
+            == refused
+        )
+        assert len(gateway.app.parts.hub) == 0
 
 
 @pytest.mark.parametrize("role", ["WAITER", "KITCHEN", "MANAGER", "ADMIN"])
@@ -299,7 +303,7 @@ async def test_other_text_is_ignored_and_counted(redis_url: str, transport: Tran
         for text in junk:
             await client.send_message(text)
         assert await received_texts(client) == []
-        (connection,) = gateway.app.hub.connections
+        (connection,) = gateway.app.parts.hub.connections
         assert connection.messages == len(junk) + 2  # admitted() and received_texts() ping
 
 
@@ -409,7 +413,7 @@ async def test_broken_frame_has_its_code(
     """Through the second door, Hypercorn answers with a bare end of TCP, and we never see it."""
     async with serving(redis_url, transport) as gateway, dialled(gateway.port) as client:
         await client.upgrade(f"/ws/waiter?token={staff()}")
-        await until(lambda: len(gateway.app.hub))
+        await until(lambda: len(gateway.app.parts.hub))
         await client.send(data)
         with trio.fail_after(3):
             if transport == "line":
@@ -419,7 +423,7 @@ async def test_broken_frame_has_its_code(
                     await client.closed()
         await client.leave()
         counted = code if transport == "line" else Close.ABNORMAL
-        await until(lambda: gateway.app.hub.closed == {counted: 1})
+        await until(lambda: gateway.app.parts.hub.closed == {counted: 1})
 
 
 async def test_clients_own_code_is_answered_and_counted(
@@ -429,22 +433,22 @@ async def test_clients_own_code_is_answered_and_counted(
     async with serving(redis_url, transport) as gateway:
         async with dialled(gateway.port) as client:
             await client.upgrade(f"/ws/waiter?token={staff()}")
-            await until(lambda: len(gateway.app.hub))
+            await until(lambda: len(gateway.app.parts.hub))
             await client.send(client_frame(CLOSE, close_payload(3999, "lunch")))
             with trio.fail_after(3):
                 assert await client.closed() == (3999, "lunch")
         counted = 3999 if transport == "line" else int(Close.ABNORMAL)
-        await until(lambda: gateway.app.hub.closed == {counted: 1})
-        assert len(gateway.app.hub) == 0
+        await until(lambda: gateway.app.parts.hub.closed == {counted: 1})
+        assert len(gateway.app.parts.hub) == 0
 
 
 async def test_client_that_vanishes_counts_as_1006(redis_url: str, transport: Transport) -> None:
     async with serving(redis_url, transport) as gateway:
         async with dialled(gateway.port) as client:
             await client.upgrade(f"/ws/waiter?token={staff()}")
-            await until(lambda: len(gateway.app.hub))
-        await until(lambda: gateway.app.hub.closed == {Close.ABNORMAL: 1})
-        assert len(gateway.app.hub) == 0
+            await until(lambda: len(gateway.app.parts.hub))
+        await until(lambda: gateway.app.parts.hub.closed == {Close.ABNORMAL: 1})
+        assert len(gateway.app.parts.hub) == 0
 
 
 async def test_client_that_leaves_while_it_floods_leaves_nothing_behind(
@@ -453,7 +457,7 @@ async def test_client_that_leaves_while_it_floods_leaves_nothing_behind(
     """Quart's inbound channel holds ten messages: left full, it and two tasks would leak."""
     async with serving(redis_url, transport, ws_message_rate_limit=5) as gateway:
         assert await is_let_in(gateway.staff_url("waiter"))  # what lives for all is there now
-        await until(lambda: not gateway.app.hub.leaving)
+        await until(lambda: not gateway.app.parts.hub.leaving)
         await trio.sleep(0.1)
         before = trio.lowlevel.current_statistics().tasks_living
         for _ in range(5):
@@ -567,13 +571,13 @@ async def test_connection_over_a_limit_is_1013(
 
         code, reason = await refusal(url)
         assert (code, bool(reason)) == (Close.SERVER_OVERLOADED, True)
-        assert gateway.app.rejected == {f"{limit}_limit": 1}
+        assert gateway.app.parts.counts.rejected == {f"{limit}_limit": 1}
         if limit == "total":
             assert (await refusal(other))[0] == Close.SERVER_OVERLOADED
         else:
             assert await is_let_in(other)
         await first.aclose()
-        await until(lambda: len(gateway.app.hub) == 1)
+        await until(lambda: len(gateway.app.parts.hub) == 1)
         assert await is_let_in(url)
 
 
@@ -635,7 +639,7 @@ async def test_upgrade_while_draining_is_503(redis_url: str, transport: Transpor
             assert (await client.response())[0] == 503
         assert (await http(gateway.port, "/ws/health")).status == 200
         assert (await http(gateway.port, "/ws/health/ready")).status == 503
-        assert gateway.app.refused == {503: 1}
+        assert gateway.app.parts.counts.refused == {503: 1}
 
 
 async def test_unknown_endpoint_is_404(redis_url: str, transport: Transport) -> None:

@@ -9,16 +9,14 @@ from typing import Any, Final
 
 import pytest
 import trio
-from trio.testing import MockClock
 
 from tests.support.gateways import JWT_SECRET, TABLE_SECRET, Running, http, serving, until
 from tests.support.sockets import dialled
 from trio_gateway.core.audiences import BranchId, TenantId, admins, diners
 from trio_gateway.core.event_ids import Position, event_id, tag
-from trio_gateway.runtime.concurrency_limiter import Overloaded
 from trio_gateway.testing import make_event, make_jwt, make_table_token
 from trio_gateway.web import catchup
-from trio_gateway.web.catchup import PAGE_BYTES, Turns
+from trio_gateway.web.catchup import PAGE_BYTES
 
 STREAM: Final = tag("events:critical")
 TOKEN: Final = make_jwt(JWT_SECRET, roles=["ADMIN"])
@@ -35,7 +33,7 @@ async def gateway(redis_url: str) -> AsyncIterator[Running]:
 
 def fill(gateway: Running, events: int, size: int) -> list[int]:
     """Have this many events of about this many bytes in the history; returns their numbers."""
-    history, now = gateway.app.history, trio.current_time()
+    history, now = gateway.app.parts.history, trio.current_time()
     first = int(time.time() * 1000) - events
     for n in range(events):
         event = make_event(n=n, data="x" * size, heard_at=now)
@@ -71,7 +69,7 @@ async def test_pages_have_every_event_once_and_in_order(
     full = events * (size + 150) // PAGE_BYTES
     assert full <= len(found) <= full + 2
     if events > 3:
-        middle = list(gateway.app.history._kept)[events // 2]
+        middle = list(gateway.app.parts.history._kept)[events // 2]
         rest = await pages(gateway, path, event_id(STREAM, middle.position))
         assert list(chain(*rest)) == numbers[events // 2 + 1 :]
 
@@ -103,7 +101,7 @@ async def test_many_requests_at_a_time_hold_nobody_up(gateway: Running) -> None:
     trio.lowlevel.remove_instrument(longest)
     assert statuses == [200] * 8
     assert longest.seconds < 0.05
-    await until(lambda: not gateway.app.catch_ups._turns)
+    await until(lambda: not gateway.app.parts.catch_ups._turns)
 
 
 async def test_transfer_that_moves_has_no_limit_and_a_client_that_leaves_gives_up_its_turn(
@@ -125,8 +123,8 @@ async def test_transfer_that_moves_has_no_limit_and_a_client_that_leaves_gives_u
     fill(gateway, 200, 60_000)
     async with dialled(gateway.port, receive_buffer=4096) as gone:
         await gone.send(request)
-        await until(lambda: gateway.app.catch_ups._turns)
-    await until(lambda: not gateway.app.catch_ups._turns)
+        await until(lambda: gateway.app.parts.catch_ups._turns)
+    await until(lambda: not gateway.app.parts.catch_ups._turns)
 
 
 async def test_what_memory_does_not_hold_is_not_told_as_nothing(
@@ -134,14 +132,14 @@ async def test_what_memory_does_not_hold_is_not_told_as_nothing(
 ) -> None:
     monkeypatch.setattr(catchup, "PATIENCE", 0.05)
     fill(gateway, 3, 10)
-    newest = list(gateway.app.history._kept)[-1].position
+    newest = list(gateway.app.parts.history._kept)[-1].position
     ahead = Position((newest[0] + 1000, 0))
     for since in (event_id(STREAM, ahead), event_id(tag("another"), newest), "0-0-none"):
         reply = await http(gateway.port, f"{MINE}{since}")
         assert (reply.status, reply.json["count"]) == (200, 0)
         assert reply.headers["gateway-complete"] == "false"
 
-    gateway.app.history.end = {}  # as before the first entry was read
+    gateway.app.parts.history.end = {}  # as before the first entry was read
     for since in ("0", event_id(STREAM, newest)):
         for path in (MINE, f"{TABLE}&since="):
             reply = await http(gateway.port, f"{path}{since}")
@@ -152,7 +150,7 @@ async def test_history_that_moves_past_a_slow_page_is_told_by_the_next_one(
     gateway: Running,
 ) -> None:
     fill(gateway, 18, 50_000)
-    history = gateway.app.history
+    history = gateway.app.parts.history
     body = catchup._page(history, {STREAM: Position((1, 0))}, frozenset(AUDIENCES))
     first = await anext(body)
     history.most_events = 1
@@ -164,37 +162,10 @@ async def test_history_that_moves_past_a_slow_page_is_told_by_the_next_one(
     assert [event["n"] for event in reply.json["events"]] == [17]
 
 
-async def test_one_user_has_few_turns_and_others_have_their_own(
-    autojump_clock: MockClock,
-) -> None:
-    turns = Turns(most=2)
-    first = await turns.take("one")
-    await turns.take("one")
-    await turns.take("other")
-    with pytest.raises(Overloaded):
-        await turns.take("one")
-    assert trio.current_time() == 2
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(turns.take, "one")
-        await trio.sleep(1)
-        first()
-    assert trio.current_time() == 3
-
-    async with trio.open_nursery() as nursery:
-        for _ in range(catchup._MOST_WAITING):
-            nursery.start_soon(turns.take, "one")
-        await trio.testing.wait_all_tasks_blocked()
-        with pytest.raises(Overloaded):
-            await turns.take("one")
-        assert trio.current_time() == 3
-        nursery.cancel_scope.cancel()
-    assert turns._there["one"] == 2
-
-
 async def test_request_beyond_the_turns_is_429(
     gateway: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(catchup, "_WAIT", 0.05)
-    gateway.app.catch_ups = Turns(most=0)
+    monkeypatch.setattr(gateway.app.parts.catch_ups, "_most", 0)
+    monkeypatch.setattr(gateway.app.parts.catch_ups, "_patience", 0.05)
     reply = await http(gateway.port, f"{MINE}0")
     assert (reply.status, reply.headers["retry-after"]) == (429, "1")

@@ -15,29 +15,29 @@ from tests.support.gateways import (
     TABLE_SECRET,
     admitted,
     closed,
+    commands_running,
     connect,
     http,
+    make_idle_app,
     make_settings,
     receive_event,
     serving,
 )
 from trio_gateway.access.auth import is_own_page
-from trio_gateway.broker.commands import open_commands
 from trio_gateway.core.audiences import Endpoint
 from trio_gateway.core.histogram import SECONDS
 from trio_gateway.core.messages import Command
-from trio_gateway.core.resilience import Breaker
-from trio_gateway.gateway import create_app
 from trio_gateway.runtime.connection import Connection, ConnectionLimits
+from trio_gateway.stats import slow
+from trio_gateway.stats_feed import StatsFeed
 from trio_gateway.testing import FakeSocket, make_jwt, make_principal, make_table_token
 from trio_gateway.transports.handshake import Handshake
-from trio_gateway.web.console import Feed, slow
 
 NO_REDIS = "redis://127.0.0.1:1"
 
 
 def client_of(**changes: Any) -> Any:
-    return create_app(make_settings(NO_REDIS, **changes)).test_client()
+    return make_idle_app(make_settings(NO_REDIS, **changes)).test_client()
 
 
 async def test_in_development_anyone_gets_the_page_which_holds_no_secret() -> None:
@@ -128,7 +128,7 @@ def test_production_does_not_start_where_the_console_would_let_anybody_in() -> N
 
 
 async def test_tokens_are_made_only_where_that_was_asked_for() -> None:
-    client = create_app(make_settings(NO_REDIS)).test_client()
+    client = make_idle_app(make_settings(NO_REDIS)).test_client()
     response = await client.post(
         "/ws/console/token",
         json={"endpoint": "admin"},
@@ -206,15 +206,13 @@ async def test_playground_makes_tokens_for_each_endpoint_and_publishes(redis_url
 async def test_samples_are_published_by_admins_for_their_own_tenant(
     claims: dict[str, Any] | None, event: dict[str, Any], status: int
 ) -> None:
-    app = create_app(make_settings(NO_REDIS))
+    app = make_idle_app(make_settings(NO_REDIS))
     headers = {}
     if claims is not None:
         headers["Authorization"] = f"Bearer {make_jwt(JWT_SECRET, **claims)}"
     sample = {"type": "ROUND_READY", "tenant_id": 1, "branch_id": 1} | event
 
-    async with open_commands(
-        NO_REDIS, Breaker(5, 30), Breaker(5, 30), max_connections=1
-    ) as app.commands:
+    async with commands_running(app.parts.commands):
         response = await app.test_client().post(
             "/ws/console/publish", json={"event": sample}, headers=headers
         )
@@ -224,7 +222,7 @@ async def test_samples_are_published_by_admins_for_their_own_tenant(
 
 async def test_a_sample_does_not_trim_the_backends_stream(redis_url: str) -> None:
     backend = redis.Redis.from_url(redis_url)
-    app = create_app(make_settings(redis_url))
+    app = make_idle_app(make_settings(redis_url))
     headers = {"Authorization": f"Bearer {make_jwt(JWT_SECRET, roles=['ADMIN'])}"}
     sample = {"type": "ROUND_READY", "tenant_id": 1, "branch_id": 1}
     before = backend.xlen("events:critical")
@@ -233,9 +231,7 @@ async def test_a_sample_does_not_trim_the_backends_stream(redis_url: str) -> Non
             many.xadd("events:critical", {"data": "{}"})
         many.execute()
 
-    async with open_commands(
-        redis_url, Breaker(5, 30), Breaker(5, 30), max_connections=1
-    ) as app.commands:
+    async with commands_running(app.parts.commands):
         response = await app.test_client().post(
             "/ws/console/publish", json={"event": sample}, headers=headers
         )
@@ -274,20 +270,20 @@ async def test_an_admin_that_watches_is_told_figures_and_others_are_not(redis_ur
 async def test_feed_ends_with_the_role_and_spares_who_reads_slowly(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
-    app = create_app(make_settings(NO_REDIS))
-    feed, socket = Feed(app), FakeSocket()
+    app = make_idle_app(make_settings(NO_REDIS))
+    feed, socket = StatsFeed(app.parts), FakeSocket()
     admin = Connection(
         make_principal(Endpoint.ADMIN, roles=["ADMIN"]), ConnectionLimits(stale_after=1e9)
     )
     nursery.start_soon(feed.run)
-    nursery.start_soon(admin.run, socket, app.hub)
+    nursery.start_soon(admin.run, socket, app.parts.hub)
     await trio.testing.wait_all_tasks_blocked()
 
-    feed.hear(admin, Command.WATCH)
+    feed.command(admin, Command.WATCH)
     await trio.sleep(2.5)
-    feed.hear(admin, Command.WATCH)  # which it does already
+    feed.command(admin, Command.WATCH)  # which it does already
     told = len(socket.texts)
-    app.hub.move(admin, make_principal(Endpoint.ADMIN, roles=["MANAGER"]))
+    app.parts.hub.move(admin, make_principal(Endpoint.ADMIN, roles=["MANAGER"]))
     await trio.sleep(5)
 
     assert told == 3
@@ -295,16 +291,16 @@ async def test_feed_ends_with_the_role_and_spares_who_reads_slowly(
 
 
 async def test_slow_clients_of_other_tenants_are_nobodys_business(nursery: trio.Nursery) -> None:
-    app = create_app(make_settings(NO_REDIS))
+    app = make_idle_app(make_settings(NO_REDIS))
     for tenant in (1, 2):
         socket = FakeSocket()
         socket.room = 0
         connection = Connection(make_principal(tenant=tenant, user=tenant), ConnectionLimits())
-        nursery.start_soon(connection.run, socket, app.hub)
+        nursery.start_soon(connection.run, socket, app.parts.hub)
         await trio.testing.wait_all_tasks_blocked()
         connection.send(b"x" * 100 * tenant)
 
-    (found,) = slow(app, make_principal(Endpoint.ADMIN, tenant=1, roles=["ADMIN"]))
+    (found,) = slow(app.parts.hub, make_principal(Endpoint.ADMIN, tenant=1, roles=["ADMIN"]))
 
     assert found == {"endpoint": "waiter", "user": "1", "session": None, "bytes": 102, "frames": 1}
     nursery.cancel_scope.cancel()

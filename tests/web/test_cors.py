@@ -133,8 +133,8 @@ async def test_bugs_limits_and_outages_can_be_read(
             raise RuntimeError("a bug")
 
         with monkeypatch.context() as broken_app:
-            broken_app.setattr(app.admission, "identify", broken)
-            broken_app.setattr(app.admission, "admit", broken)
+            broken_app.setattr(app.parts.admission, "identify", broken)
+            broken_app.setattr(app.parts.admission, "admit", broken)
             assert await asked(origin) == 500
         assert await asked(origin | {"Authorization": "Bearer x"}) == 429
         await app.drain()

@@ -5,8 +5,16 @@ from typing import Any
 
 import pytest
 
-from tests.support.gateways import JWT_SECRET, TABLE_SECRET, admitted, http, make_settings, running
-from trio_gateway.gateway import Gateway, create_app
+from tests.support.gateways import (
+    JWT_SECRET,
+    TABLE_SECRET,
+    admitted,
+    http,
+    make_idle_app,
+    make_settings,
+    running,
+)
+from trio_gateway.gateway import Gateway
 from trio_gateway.testing import make_jwt, make_table_token
 from trio_gateway.web.explain import MOST_BYTES, MOST_TOKENS
 
@@ -22,7 +30,7 @@ EVENT = {
 
 def gateway(**changes: Any) -> Gateway:
     """One without Redis."""
-    return create_app(make_settings("redis://127.0.0.1:1", **changes))
+    return make_idle_app(make_settings("redis://127.0.0.1:1", **changes))
 
 
 def admin(**claims: Any) -> str:

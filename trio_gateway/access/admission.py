@@ -10,7 +10,8 @@ from ..settings import Settings
 from ..transports.handshake import Handshake
 from .auth import Auth, FirstOf, JwtAuth, LegacyTableAuth, TableAuth, check_origin, is_own_page
 from .jwks import KeySet
-from .revocations import Revocations, Tickets, Watch
+from .revocations import Revocations, Watch
+from .tickets import Tickets
 
 if TYPE_CHECKING:
     from .sectors import SectorAssignments
@@ -41,26 +42,27 @@ class Admission:
     """The one way to a :class:`Principal`: origin, ticket, credential, sectors, revocation.
 
     What is checked before an await is looked at again after it; a ticket is redeemed last.
-    ``auth`` replaces the way to authenticate per endpoint, revocations included.
+    ``auth`` replaces the way to authenticate per endpoint. Without ``tickets`` every ticket is
+    refused, without ``revocations`` none is looked up.
     """
 
     def __init__(
         self,
         settings: Settings,
         *,
+        tickets: Tickets | None = None,
+        revocations: Revocations | None = None,
         auth: Mapping[Endpoint, Auth] | None = None,
         sector_assignments: "SectorAssignments | None" = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._origins = settings.allowed_origins
         self._needs_origin = settings.production
-        self._auth = dict(auth) if auth is not None else _auth(settings, clock)
-        self._checks_revocations = auth is None
+        self._auth = dict(auth) if auth is not None else default_auth(settings, clock)
         self._sector_assignments = sector_assignments
         self._clock = clock
-        # From the moment that there are commands to Redis:
-        self.revocations: Revocations | None = None
-        self.tickets: Tickets | None = None
+        self._revocations = revocations
+        self._tickets = tickets
 
     async def admit(self, handshake: Handshake) -> Candidate:
         """Who this is, or :exc:`Rejected`. Its ticket, if it brings one, is still good then."""
@@ -91,16 +93,17 @@ class Admission:
 
     async def token_of(self, ticket: str) -> str:
         """The token that a ticket stands for, which is not redeemed by this."""
-        return await self._tickets().look_at(ticket)
+        return await self._accepted_tickets.look_at(ticket)
 
     async def redeem(self, ticket: str) -> None:
         """Use a ticket up; raise :exc:`Rejected` if somebody else has."""
-        await self._tickets().redeem(ticket)
+        await self._accepted_tickets.redeem(ticket)
 
-    def _tickets(self) -> Tickets:
-        if self.tickets is None:
-            raise Rejected(Close.SERVER_OVERLOADED, "not started", "dependency")
-        return self.tickets
+    @property
+    def _accepted_tickets(self) -> Tickets:
+        if self._tickets is None:
+            raise Rejected(Close.AUTH_FAILED, "tickets are not accepted here", "auth")
+        return self._tickets
 
     def is_allowed(self, origin: str) -> bool:
         """Whether staff may come from a page on this origin."""
@@ -162,7 +165,7 @@ class Admission:
         return watch
 
     def _watch(self, principal: Principal) -> Watch:
-        return Watch(self.revocations if self._checks_revocations else None, principal)
+        return Watch(self._revocations, principal)
 
     async def _assign(self, principal: Principal) -> Principal:
         return (
@@ -179,7 +182,10 @@ class Admission:
         )
 
 
-def _auth(settings: Settings, clock: Callable[[], float]) -> dict[Endpoint, Auth]:
+def default_auth(
+    settings: Settings, clock: Callable[[], float] = time.time
+) -> dict[Endpoint, Auth]:
+    """The way to authenticate on each endpoint that the settings say."""
     url = settings.jwt_jwks_url
     key_set = KeySet(url, settings.jwt_algorithms) if url is not None else None
     staff = JwtAuth(settings.staff_keys, settings.rules, clock, key_set)

@@ -1,9 +1,7 @@
-"""Revocations and tickets: what Redis knows about credentials."""
+"""Revocations: which credentials Redis says are revoked."""
 
-import hashlib
 import math
-import secrets
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Final, NoReturn, Self
 
@@ -25,8 +23,6 @@ log = structlog.get_logger()
 _BATCH: Final = 250  # principals in one MGET
 _REST: Final = 0.005  # seconds between two
 SOON: Final = 3.0  # seconds over which everybody is looked at after messages may have been lost
-TICKET_LIFE: Final = 30  # seconds
-_TICKET_BYTES: Final = 16
 
 
 class _Check:
@@ -267,46 +263,3 @@ def _is_about(said: Revoked, principal: Principal) -> bool:
     if said.jti is not None and said.jti == principal.token_id:
         return True
     return said.user_id is not None and str(said.user_id) == principal.user
-
-
-class Tickets:
-    """One-time stand-ins for a token, so that none needs to stand in a URL.
-
-    Redis holds the token for half a minute, under the ticket's hash: any process can redeem it.
-    """
-
-    def __init__(self, commands: Commands) -> None:
-        self._commands = commands
-
-    async def issue(self, token: str) -> str:
-        """A ticket for this token, which the caller has found valid."""
-        ticket = secrets.token_urlsafe(_TICKET_BYTES)
-        await self._commands.set_for(_ticket_key(ticket), token, TICKET_LIFE)
-        return ticket
-
-    async def look_at(self, ticket: str) -> str:
-        """The token it stands for, which it does until :meth:`redeem`; else :exc:`Rejected`."""
-        return await self._token(self._commands.get, ticket)
-
-    async def redeem(self, ticket: str) -> str:
-        """The token it stands for, once; else :exc:`Rejected`.
-
-        To be called when nothing else can refuse the client any more.
-        """
-        return await self._token(self._commands.getdel, ticket)
-
-    async def _token(self, give: Callable[[str], Awaitable[bytes | None]], ticket: str) -> str:
-        try:
-            token = await give(_ticket_key(ticket))
-        except Unavailable:
-            raise Rejected(
-                Close.SERVER_OVERLOADED, "can't check the ticket now", "dependency"
-            ) from None
-        if token is None:
-            raise Rejected(Close.AUTH_FAILED, "ticket invalid", "auth")
-        return token.decode(errors="replace")
-
-
-def _ticket_key(ticket: str) -> str:
-    digest = hashlib.sha256(ticket.encode(errors="replace")).hexdigest()
-    return f"gateway:ticket:{digest}"

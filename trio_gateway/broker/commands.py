@@ -1,9 +1,9 @@
 """Commands to Redis: redis-py under trio-asyncio, behind a breaker."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
-from typing import Any, Final, TypeVar
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Final, NoReturn
 
+import outcome
 import redis.asyncio
 import structlog
 import trio
@@ -20,7 +20,6 @@ from ..redis_errors import is_wrong_server
 from ..redis_url import Address
 
 log = structlog.get_logger()
-T = TypeVar("T")
 
 TIMEOUT: Final = 2.0  # seconds for one command
 # By redis-py and its parser, beside its own errors.
@@ -43,6 +42,23 @@ class Unavailable(Exception):  # noqa: N818 - an outcome
     """Redis does not answer, or has not for a while; nothing was learnt."""
 
 
+class _Call:
+    """A command on its way to the asyncio loop, and what came of it."""
+
+    __slots__ = ("command", "done", "outcome", "scope")
+
+    def __init__(self, command: Callable[[], Awaitable[Any]]) -> None:
+        self.command = command
+        self.scope = trio.CancelScope()
+        self.done = trio.Event()
+        self.outcome: outcome.Outcome[Any] | None = None
+
+    async def run(self, loop: Any) -> None:
+        with self.scope:
+            self.outcome = await outcome.acapture(trio_asyncio.aio_as_trio(self.command, loop=loop))
+            self.done.set()
+
+
 class Commands:
     """The few commands that the gateway gives; each raises :exc:`Unavailable` in bounded time.
 
@@ -50,15 +66,29 @@ class Commands:
     answers all else, and who brings a token must not suffer for who brings a ticket.
     """
 
-    def __init__(self, redis: Redis, reads: Breaker, writes: Breaker, loop: Any) -> None:
-        self._redis = redis
-        self._loop = loop  # not the current one in tasks that others started
+    def __init__(self, url: str, reads: Breaker, writes: Breaker, *, max_connections: int) -> None:
+        self._redis = Redis(connection_pool=_pool(url, max_connections))
+        self._send, self._receive = trio.open_memory_channel[_Call](0)
         self._reads = reads
         self._writes = writes
         # Of dead letters: a stream or a right that only they need must not cost anybody a ticket.
         self._letters = Breaker(*_LETTERS)
         self._connections = 0  # the number of times that they were all thrown away
         self._is_stale = False  # they have to be, before the next command
+
+    async def run(self) -> NoReturn:
+        """Run the asyncio loop that redis-py needs; returns only when cancelled.
+
+        A command waits, within its own deadline, until this runs.
+        """
+        async with trio_asyncio.open_loop() as loop:
+            try:
+                async with trio.open_nursery() as nursery:
+                    while True:
+                        nursery.start_soon((await self._receive.receive()).run, loop)
+            finally:
+                with trio.CancelScope(shield=True, deadline=trio.current_time() + TIMEOUT):
+                    await trio_asyncio.aio_as_trio(self._redis.connection_pool.disconnect)()
 
     def look_again(self) -> None:
         """Connect anew: another link to the same Redis has found that it is no primary."""
@@ -204,7 +234,7 @@ class Commands:
             # redis-py throws away a connection whose command is cancelled, so its reply can't
             # become the next caller's.
             with trio.move_on_after(seconds) as scope:
-                reply = await trio_asyncio.aio_as_trio(command, loop=self._loop)()
+                reply = await self._in_loop(command)
             if scope.cancelled_caught:
                 raise TimeoutError(f"no answer in {seconds:g} s")
         except (RedisError, OSError) as error:
@@ -224,6 +254,16 @@ class Commands:
             raise
         breaker.succeeded()
         return reply
+
+    async def _in_loop(self, command: Callable[[], Awaitable[Any]]) -> Any:
+        call = _Call(command)
+        await self._send.send(call)
+        try:
+            await call.done.wait()
+        finally:
+            call.scope.cancel()
+        assert call.outcome is not None
+        return call.outcome.unwrap()
 
     async def _throw_away(self, connections: int) -> None:
         """Close all connections, unless that was done since: the next ones resolve the name anew
@@ -246,23 +286,14 @@ def _is_true_or_none(reply: Any) -> bool:
     return reply is None or reply is True
 
 
-@asynccontextmanager
-async def open_commands(
-    url: str, reads: Breaker, writes: Breaker, *, max_connections: int
-) -> AsyncIterator[Commands]:
+def _pool(url: str, max_connections: int) -> BlockingConnectionPool:
     """A pool of connections to Redis; none is opened before it is needed."""
-    async with trio_asyncio.open_loop() as loop:
-        pool = BlockingConnectionPool(
-            **Address.from_url(url).pool_options(redis.asyncio),
-            protocol=2,  # RESP3 begins with HELLO, which some proxies do not know
-            max_connections=max_connections,
-            timeout=TIMEOUT,
-            socket_connect_timeout=TIMEOUT,
-            socket_timeout=TIMEOUT,
-            retry=Retry(NoBackoff(), 0),  # it does not know which commands may be given twice
-        )
-        try:
-            yield Commands(Redis(connection_pool=pool), reads, writes, loop)
-        finally:
-            with trio.CancelScope(shield=True, deadline=trio.current_time() + TIMEOUT):
-                await trio_asyncio.aio_as_trio(pool.disconnect)()
+    return BlockingConnectionPool(
+        **Address.from_url(url).pool_options(redis.asyncio),
+        protocol=2,  # RESP3 begins with HELLO, which some proxies do not know
+        max_connections=max_connections,
+        timeout=TIMEOUT,
+        socket_connect_timeout=TIMEOUT,
+        socket_timeout=TIMEOUT,
+        retry=Retry(NoBackoff(), 0),  # it does not know which commands may be given twice
+    )

@@ -38,9 +38,10 @@ class DeadLetters:
         self._put, self._take = trio.open_memory_channel[DeadLetter](_MOST_WAITING)
         self.outcomes = Counter(copied=0, lost=0)  # of those that are ours to copy
 
-    def offer(self, letter: DeadLetter) -> None:
+    def offer(self, stream: str, entry_id: str, reason: str, error: str, data: bytes) -> None:
+        """Have this entry copied, unless too many wait for that."""
         try:
-            self._put.send_nowait(letter)
+            self._put.send_nowait(DeadLetter(stream, entry_id, reason, error, data))
         except trio.WouldBlock:
             self.outcomes["lost"] += 1
 

@@ -1,5 +1,6 @@
 """How a connection ends: the contract's close codes, and the refusal that carries one."""
 
+from collections.abc import Mapping
 from enum import IntEnum
 from typing import Final
 
@@ -102,3 +103,31 @@ class Rejected(Exception):  # noqa: N818 - a decision, not an error of ours
     def own_limit(self) -> bool:
         """Whether this client has reached a limit of its own, on a server that serves others."""
         return self.label in _OWN_LIMITS
+
+
+_STATUS: Final[Mapping[int, int]] = {
+    Close.GOING_AWAY: 503,
+    Close.POLICY_VIOLATION: 403,
+    Close.INTERNAL_ERROR: 500,
+    Close.SERVER_OVERLOADED: 503,
+    Close.FORBIDDEN: 403,
+    Close.RATE_LIMITED: 429,
+}
+RETRY_AFTER: Final[Mapping[int, int]] = {503: 1, 429: 60}  # seconds, where nothing else is known
+_OWN_LIMIT_AGAIN: Final = 5  # seconds: connections that are dead are found in that time
+
+
+def status_of(close: int) -> int:
+    """The HTTP status that refuses a client as this close code would."""
+    return _STATUS.get(close, 401)
+
+
+def refusal_status(rejected: Rejected) -> tuple[int, int | None]:
+    """The HTTP status of a refusal, and the seconds after which to try again, if that helps.
+
+    Load balancers take a 503 for a server that fails. What one client alone has caused is none.
+    """
+    if rejected.own_limit:
+        return 429, _OWN_LIMIT_AGAIN
+    status = status_of(rejected.close)
+    return status, RETRY_AFTER.get(status)

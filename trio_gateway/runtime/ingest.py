@@ -12,14 +12,17 @@ from ..core.limits import LogLimit
 log = structlog.get_logger()
 
 
+# Keeps an invalid stream entry: stream, entry id, reason, error, payload.
+PutAside = Callable[[str, str, str, str, bytes], None]
+
+
 class Ingest:
     """The one check that guards every way in."""
 
-    def __init__(self) -> None:
+    def __init__(self, put_aside: PutAside | None = None) -> None:
         self.received: Counter[str] = Counter()  # by source
         self.invalid: Counter[str] = Counter()  # by reason
-        # What to do with a stream's entry that is none: stream, entry id, reason, error, payload.
-        self.put_aside: Callable[[str, str, str, str, bytes], None] | None = None
+        self._put_aside = put_aside
         self._log_limit = LogLimit()
 
     def parse(
@@ -53,8 +56,8 @@ class Ingest:
     ) -> None:
         """Count and log something that is no event; one log line a second per reason."""
         self.invalid[reason] += 1
-        if entry_id is not None and self.put_aside is not None:
-            self.put_aside(channel, entry_id, reason, text, payload)
+        if entry_id is not None and self._put_aside is not None:
+            self._put_aside(channel, entry_id, reason, text, payload)
         if (held_back := self._log_limit.allows(reason, trio.current_time())) is not None:
             log.warning(
                 "invalid event",

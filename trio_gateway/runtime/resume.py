@@ -103,6 +103,13 @@ class Replays:
             self._hub.held.add(connection)
             connection.start(self._catch_up, connection, [], {})
 
+    def tell_of_gap(self) -> None:
+        """Events were lost between Redis and this process: tell every client to refetch."""
+        for connection in self._hub.held:
+            connection.cursor = connection.accepted_at = self._history.end
+        for connection in list(self._hub.connections):
+            connection.send(GAP)
+
     def ask(self, connection: Connection, last_event_id: str | None) -> None:
         """It asks to resume in a message: that must be its first."""
         if connection.messages == 1 and not connection.resuming:

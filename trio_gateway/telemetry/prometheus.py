@@ -25,7 +25,6 @@ from ..core.histogram import SECONDS, Histogram
 from .private_folder import PrivateFolder
 
 CONTENT_TYPE: Final = prometheus_client.CONTENT_TYPE_PLAIN_0_0_4
-SHARED_EVERY: Final = 0.25  # seconds
 # In the environment of several workers: the folder of their figures; empty if there is none.
 GROUP: Final = "TRIO_GATEWAY_GROUP"
 _PREFIX: Final = "trio-gateway-figures-"

@@ -3,77 +3,51 @@
 import json
 import math
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import Any, Final, NoReturn, Protocol
 
 import trio
-from quart_trio.asgi import TrioASGIHTTPConnection
 
 from ..core.audiences import Endpoint
-from ..core.close_codes import Close, Rejected
+from ..core.close_codes import RETRY_AFTER, Close, Rejected, refusal_status, status_of
 from ..core.frames import boundary
 from ..core.sse import HELLO, MEDIA_TYPE, as_events, close_event, retry_after
 from ..runtime.connection import Disconnected, ProtocolViolation
 from ..runtime.outbox import Outbox
-from ..web import cors, operations
-from ..web.responses import RETRY_AFTER, refusal_status, status_of
-from .asgi import cut_of, measures_progress, read_scope, traffic_of
+from .asgi import cut_of, measures_progress, traffic_of
 from .direct import LINGER
 from .handshake import Handshake
 
-if TYPE_CHECKING:
-    from ..gateway import Gateway
-
 PATHS: Final[Mapping[str, Endpoint]] = MappingProxyType({f"{e.path}/events": e for e in Endpoint})
 
-_Receive = Callable[[], Awaitable[Any]]
-_Send = Callable[[Any], Awaitable[None]]
+Receive = Callable[[], Awaitable[Any]]
+Send = Callable[[Any], Awaitable[None]]
 
 
-class HttpConnection(TrioASGIHTTPConnection):
-    """An HTTP request: ours if it asks for a stream of events, Quart's if not; what pages of
-    other origins may call is answered such that they can read it.
-    """
+class Reception(Protocol):
+    """What an event stream needs of the gateway."""
 
-    app: "Gateway"
+    @property
+    def draining(self) -> bool: ...
 
-    async def __call__(self, receive: _Receive, send: _Send) -> None:
-        path, headers, is_allowed = (
-            self.scope["path"], self.scope["headers"], self.app.admission.is_allowed,
-        )  # fmt: skip
-        has_operations = self.app.settings.ws_operations_bind is not None
-        if has_operations and operations.hides(self.scope, path):
-            await _answer(send, 404, {"Content-Type": "text/plain"}, b"not found\n")
-            return
-        if (shared := cors.PATHS.get(path)) is not None:
-            if self.scope["method"] == "OPTIONS":
-                await cors.answer_options(shared, headers, is_allowed, send)
-                return
-            send = cors.adding(cors.response_headers(shared, headers, is_allowed), send)
-        if (endpoint := PATHS.get(path)) is None:
-            with ExitStack() as until_sent:  # for what a view holds until its answer is sent
-                self.scope["until_sent"] = until_sent  # type: ignore[typeddict-unknown-key]
-                try:
-                    await super().__call__(receive, send)
-                except* TimeoutError:  # the client takes nothing, and was cut off
-                    pass
-            return
-        await serve(self.app, read_scope(endpoint, self.scope), self.scope, receive, send)
+    def count_refusal(self, status: int) -> None: ...
+
+    def serve_connection(self, request: Handshake, socket: "EventStream") -> Awaitable[None]: ...
 
 
 async def serve(
-    app: "Gateway", handshake: Handshake, scope: Any, receive: _Receive, send: _Send
+    reception: Reception, handshake: Handshake, scope: Any, receive: Receive, send: Send
 ) -> None:
     """The third door. A refusal is an HTTP status; returns when the stream has ended."""
     match scope["method"]:
-        case "GET" if app.draining:
-            app.refused[503] += 1
+        case "GET" if reception.draining:
+            reception.count_refusal(503)
             await _refuse(send, 503, Close.GOING_AWAY, "draining", RETRY_AFTER[503])
         case "GET":
-            await app.serve_connection(handshake, EventStream(scope, receive, send))
+            await reception.serve_connection(handshake, EventStream(scope, receive, send))
         case _:
-            await _answer(send, 405, {"Allow": "GET, OPTIONS"})
+            await answer(send, 405, {"Allow": "GET, OPTIONS"})
 
 
 class EventStream:
@@ -82,7 +56,7 @@ class EventStream:
     The response begins when the client is let in. A close before that is an HTTP status.
     """
 
-    def __init__(self, scope: Any, receive: _Receive, send: _Send) -> None:
+    def __init__(self, scope: Any, receive: Receive, send: Send) -> None:
         self._receive = receive
         self._send = send
         self._start = _start(200, _STREAM_HEADERS)
@@ -167,17 +141,17 @@ _STREAM_HEADERS: Final = {
 }
 
 
-async def _refuse(send: _Send, status: int, code: int, reason: str, again: float | None) -> None:
+async def _refuse(send: Send, status: int, code: int, reason: str, again: float | None) -> None:
     """Say no as the other routes do; the code is what a WebSocket would have been closed with."""
     found = {"Content-Type": "application/json", "Cache-Control": "no-store"}
     if status == 401:
         found["WWW-Authenticate"] = "Bearer"
     if (after := retry_after(reason) or again) is not None:
         found["Retry-After"] = str(max(1, math.ceil(after)))
-    await _answer(send, status, found, json.dumps({"code": int(code), "error": reason}).encode())
+    await answer(send, status, found, json.dumps({"code": int(code), "error": reason}).encode())
 
 
-async def _answer(send: _Send, status: int, headers: Mapping[str, str], body: bytes = b"") -> None:
+async def answer(send: Send, status: int, headers: Mapping[str, str], body: bytes = b"") -> None:
     await send(_start(status, {**headers, "Content-Length": str(len(body))}))
     await send({"type": "http.response.body", "body": body, "more_body": False})
 

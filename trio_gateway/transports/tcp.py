@@ -7,9 +7,8 @@ back in front of the stream and Hypercorn serves it as ever.
 """
 
 import re
-from collections import Counter
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final, Protocol, cast
 
@@ -19,8 +18,8 @@ import trio
 from hypercorn.events import Closed, Event, RawData
 from hypercorn.trio.tcp_server import TCPServer
 
-from ..access.addresses import Addresses
 from ..core.limits import LogLimit
+from ..runtime.client_counts import ClientCounts
 from ..runtime.concurrency_limiter import ConcurrencyLimiter, Overloaded
 from ..runtime.silent_connections import SilentConnections
 from ..runtime.supervision import leaves
@@ -58,24 +57,29 @@ _END_OF_HEAD: Final = re.compile(rb"\n\r?\n")
 Shaken = tuple[str | None, bytes, Refusal | None]
 
 
-class Served(Protocol):
-    """What the line needs of the gateway."""
+class Addresses(Protocol):
+    """What a TCP connection asks about its client's address."""
+
+    def silent_of(self, peer: Callable[[], str], /) -> tuple[str, int | None]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TcpService:
+    """What a TCP connection needs of the gateway; timeouts in seconds, sizes in bytes."""
 
     accept_timeout: float
     write_timeout: float
     max_message_size: int
     compresses: bool
-    draining: bool
-    refused: Counter[int]  # by status
+    counts: ClientCounts
     log_limit: LogLimit
-    heads: ConcurrencyLimiter["Shaken"]
-    arriving: int  # clients between two turnstiles
-    silent: SilentConnections
     addresses: Addresses
-
-    def serve_connection(self, handshake: Handshake, socket: DirectSocket) -> Awaitable[None]: ...
-
-    def watch(self, terminated: Callable[[], Awaitable[None]], patience: float) -> None: ...
+    silent: SilentConnections
+    heads: ConcurrencyLimiter["Shaken"]
+    is_draining: Callable[[], bool]
+    serve_connection: Callable[[Handshake, DirectSocket], Awaitable[None]]
+    # Called with what waits for Hypercorn to stop, and with the seconds that it gives then:
+    watch: Callable[[Callable[[], Awaitable[None]], float], None]
 
 
 class Line(TCPServer):
@@ -107,57 +111,57 @@ class Line(TCPServer):
 
     async def run(self) -> None:
         """Serve one connection; its faults end it alone, and never reach the server's nursery."""
-        gateway = cast("Served | None", getattr(self.app, "app", None))
-        self._write_timeout = getattr(gateway, "write_timeout", LINGER)
+        service: TcpService | None = getattr(getattr(self.app, "app", None), "tcp_service", None)
+        self._write_timeout = LINGER if service is None else service.write_timeout
         carrier: Any = getattr(self.stream, "transport_stream", self.stream)
         if (sock := getattr(carrier, "socket", None)) is not None:
             find_the_vanished(sock, self._write_timeout)
         if carrier is not self.stream:  # TLS, which is not to be bypassed
             moving: Any = MovingStream(carrier, self._write_timeout)
             self.stream.transport_stream = moving
-        if not hasattr(gateway, "serve_connection"):  # another app, or a middleware around ours
+        if service is None:  # another app, or a middleware around ours
             await self._hand_over()
             return
-        assert gateway is not None
         if self.serves_clients:
-            gateway.watch(self.context.terminated.wait, self.config.graceful_timeout)
+            service.watch(self.context.terminated.wait, self.config.graceful_timeout)
         try:
-            await self._serve(gateway)
+            await self._serve(service)
         except* (OSError, *GONE, trio.TooSlowError):
             pass
         except* Exception as faults:
             kinds = sorted({type(each).__name__ for each in leaves(faults)})
-            held_back = gateway.log_limit.allows("connection failed", trio.current_time())
+            held_back = service.log_limit.allows("connection failed", trio.current_time())
             if held_back is not None:
                 log.warning("connection failed", errors=kinds, held_back=held_back)
         finally:
             if not is_closed(self.stream):
                 await trio.aclose_forcefully(self.stream)
 
-    async def _serve(self, gateway: Served) -> None:
-        serving = await self._open(gateway)  # of its head nothing is kept here while it stays
+    async def _serve(self, service: TcpService) -> None:
+        serving = await self._open(service)  # of its head nothing is kept here while it stays
         if serving is not None:
             await serving
 
-    async def _open(self, gateway: Served) -> Awaitable[None] | None:
+    async def _open(self, service: TcpService) -> Awaitable[None] | None:
         """Read and answer the first request head; returns what then serves the client, if any."""
-        until = trio.current_time() + gateway.accept_timeout
+        until = trio.current_time() + service.accept_timeout
         try:
-            if not await self._speaks(gateway):
+            if not await self._speaks(service):
                 return None
             left = max(0.0, until - trio.current_time())
-            shaken = await gateway.heads.run(
-                partial(self._shake, gateway, begun := bytearray()),
+            shaken = await service.heads.run(
+                partial(self._shake, service, begun := bytearray()),
                 left,
-                gateway.accept_timeout,
+                service.accept_timeout,
                 self._dawdles,
             )
         except Overloaded:
-            gateway.refused[503] += 1  # without a word: there are too many to linger for each
+            # Without an answer: there are too many to linger for each.
+            service.counts.refused[503] += 1
             return None
         if shaken is None:
-            if begun and not gateway.draining:
-                await self._refuse(gateway, Refusal(408, "request head took too long"))
+            if begun and not service.is_draining():
+                await self._refuse(service, Refusal(408, "request head took too long"))
             return None
         protocol, data, refusal = shaken
         if protocol is None:
@@ -165,7 +169,7 @@ class Line(TCPServer):
         if protocol == "h2":
             return self._hand_over()
         if refusal is not None:
-            await self._refuse(gateway, refusal)
+            await self._refuse(service, refusal)
             return None
         if not data:
             return None
@@ -173,43 +177,43 @@ class Line(TCPServer):
         head = data[: end.end()] if end else data
         match parse_head(head, partial(_peer, self.stream)):
             case Handshake() if not self.serves_clients:
-                await self._refuse(gateway, Refusal(404, "no such endpoint"))
-            case Handshake() if gateway.draining:
-                await self._refuse(gateway, Refusal(503, "draining"))
+                await self._refuse(service, Refusal(404, "no such endpoint"))
+            case Handshake() if service.is_draining():
+                await self._refuse(service, Refusal(503, "draining"))
             case Handshake() as handshake:
                 socket = DirectSocket(
                     self.stream,
                     data[len(head) :],
-                    gateway.max_message_size,
+                    service.max_message_size,
                     write_timeout=self._write_timeout,
                 )
                 extensions = None
-                if gateway.compresses:
-                    agreed = agree(handshake.extensions, gateway.max_message_size)
+                if service.compresses:
+                    agreed = agree(handshake.extensions, service.max_message_size)
                     if agreed is not None:
                         socket.deflate, extensions = agreed
                         handshake = replace(handshake, supports_deflate=True)
-                gateway.arriving += 1  # it has left one turnstile and not come to the next
+                service.counts.arriving += 1  # it has left one turnstile and not come to the next
                 try:
-                    await socket.send(acceptance(handshake, extensions), gateway.accept_timeout)
+                    await socket.send(acceptance(handshake, extensions), service.accept_timeout)
                 finally:
-                    gateway.arriving -= 1
-                return gateway.serve_connection(handshake, socket)
+                    service.counts.arriving -= 1
+                return service.serve_connection(handshake, socket)
             case Refusal() as refusal:
-                await self._refuse(gateway, refusal)
+                await self._refuse(service, refusal)
             case None:
                 self.stream = cast("Any", Replayed(self.stream, data))
                 return self._hand_over()
         return None
 
-    async def _speaks(self, gateway: Served) -> bool:
+    async def _speaks(self, service: TcpService) -> bool:
         """Wait for the first byte, or the end, without a place among the handshakes."""
         carrier = getattr(self.stream, "transport_stream", self.stream)
         if (sock := getattr(carrier, "socket", None)) is None or is_readable(sock):
             return True
-        address, most = gateway.addresses.silent_of(partial(_peer, self.stream))
-        return await gateway.silent.wait(
-            partial(trio.lowlevel.wait_readable, sock), gateway.accept_timeout, address, most
+        address, most = service.addresses.silent_of(partial(_peer, self.stream))
+        return await service.silent.wait(
+            partial(trio.lowlevel.wait_readable, sock), service.accept_timeout, address, most
         )
 
     def _dawdles(self) -> bool:
@@ -217,8 +221,8 @@ class Line(TCPServer):
         sock = socket_of(self.stream)
         return sock is not None and sock.fileno() != -1 and not is_readable(sock)
 
-    async def _shake(self, gateway: Served, head: bytearray) -> "Shaken":
-        protocol = await self._secure(gateway.accept_timeout)
+    async def _shake(self, service: TcpService, head: bytearray) -> "Shaken":
+        protocol = await self._secure(service.accept_timeout)
         if protocol != "http/1.1":
             return protocol, b"", None
         return protocol, *await read_head(self.stream, head)
@@ -234,10 +238,10 @@ class Line(TCPServer):
             return None
         return "h2" if self.stream.selected_alpn_protocol() == "h2" else "http/1.1"
 
-    async def _refuse(self, gateway: Served, refusal: Refusal) -> None:
-        gateway.refused[refusal.status] += 1
+    async def _refuse(self, service: TcpService, refusal: Refusal) -> None:
+        service.counts.refused[refusal.status] += 1
         kind = f"refused {refusal.status}"
-        if (held_back := gateway.log_limit.allows(kind, trio.current_time())) is not None:
+        if (held_back := service.log_limit.allows(kind, trio.current_time())) is not None:
             log.info(
                 "upgrade refused",
                 status=refusal.status,

@@ -5,11 +5,10 @@ and a client costs one piece of memory however slowly it reads.
 """
 
 import math
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Hashable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import trio
 from quart import Response, request
@@ -19,65 +18,25 @@ from ..core.close_codes import Rejected
 from ..core.event_ids import Cursor, cursor_id, read_cursor
 from ..core.events import MAX_ID
 from ..core.frames import split
+from ..parts import Parts
 from ..runtime.concurrency_limiter import Overloaded
 from ..runtime.history import History, StoredEvent
 from ..runtime.resume import PATIENCE
 from ..transports.handshake import bearer
 from .responses import Answer, identify, problem, refusal
 
-if TYPE_CHECKING:
-    from ..gateway import Gateway
-
 PAGE_BYTES: Final = 1_000_000  # of a body, at most
 _PIECE_EVENTS: Final = 100  # read from the history without a checkpoint: below a millisecond
 _PIECE_BYTES: Final = 65_536
-_AT_ONCE: Final = 4  # requests of one user or session: a dead connection must not lock it out
-_MOST_WAITING: Final = 32
-_WAIT: Final = 2.0  # seconds that the others wait for their turn
 _FAR: Final = 86_400  # seconds in the future: no clock is so wrong, but milliseconds are
 _TAIL_BYTES: Final = 100  # room for what follows the events, and in it for each stream's place
 _PLACE_BYTES: Final = 48
 
 
-class Turns:
-    """Bounds how many requests each user or session has at a time; the others wait for a while."""
-
-    def __init__(self, most: int = _AT_ONCE) -> None:
-        self._most = most
-        self._turns: dict[Hashable, trio.Semaphore] = {}
-        self._there: Counter[Hashable] = Counter()  # at it or waiting
-
-    async def take(self, key: Hashable) -> Callable[[], None]:
-        """Wait for a turn; returns what gives it back. Raises :exc:`Overloaded`."""
-        if self._there[key] >= self._most + _MOST_WAITING:
-            raise Overloaded
-        self._there[key] += 1
-        turns = self._turns.setdefault(key, trio.Semaphore(self._most))
-        try:
-            with trio.fail_after(_WAIT):
-                await turns.acquire()
-        except BaseException as error:
-            self._leave(key)
-            if isinstance(error, trio.TooSlowError):
-                raise Overloaded from None
-            raise
-
-        def give_back() -> None:
-            turns.release()
-            self._leave(key)
-
-        return give_back
-
-    def _leave(self, key: Hashable) -> None:
-        self._there[key] -= 1
-        if not self._there[key]:
-            del self._there[key], self._turns[key]
-
-
-async def branch(app: "Gateway") -> Answer:
+async def branch(parts: Parts) -> Answer:
     """What staff would have heard in one branch since then, in pages, see Resume."""
     try:
-        principals = await identify(app, _token("token"), staff=True)
+        principals = await identify(parts, _token("token"), staff=True)
     except Rejected as rejected:
         return refusal(rejected)
     asked = request.args.get("branch_id", "")
@@ -87,13 +46,13 @@ async def branch(app: "Gateway") -> Answer:
     if not mine:
         return problem(403, "not a branch of this token")
     only = frozenset({BranchId(int(asked))})
-    return await _missed(app, [replace(principal, branches=only) for principal in mine])
+    return await _missed(parts, [replace(principal, branches=only) for principal in mine])
 
 
-async def session(app: "Gateway") -> Answer:
+async def session(parts: Parts) -> Answer:
     """What the diners of a session would have heard since then, in pages, see Resume."""
     try:
-        principals = await identify(app, _token("table_token"), staff=False)
+        principals = await identify(parts, _token("table_token"), staff=False)
     except Rejected as rejected:
         return refusal(rejected)
     asked = request.args.get("session_id", "")
@@ -101,27 +60,27 @@ async def session(app: "Gateway") -> Answer:
         return problem(422, "session_id must be a positive integer")
     if int(asked) != principals[0].session:
         return problem(403, "not the session of this token")
-    return await _missed(app, principals)
+    return await _missed(parts, principals)
 
 
-async def _missed(app: "Gateway", principals: Sequence[Principal]) -> Answer:
+async def _missed(parts: Parts, principals: Sequence[Principal]) -> Answer:
     audiences = frozenset[Audience]().union(*map(audiences_of, principals))
-    since, history = request.args.get("since", ""), app.history
+    since, history = request.args.get("since", ""), parts.history
     try:
         moment, asked = _read_since(since)
     except ValueError:
         return problem(422, "since must be a unix time or an event id")
-    if moment is not None and moment > app.now() + _FAR:
+    if moment is not None and moment > parts.clock() + _FAR:
         return problem(422, "since is far in the future: a unix time is in seconds")
     try:
-        give_back = await app.catch_ups.take(principals[0].owner)
+        give_back = await parts.catch_ups.take(principals[0].owner)
     except Overloaded:
         return problem(429, "too many requests at a time of this user or session", retry_after=1)
     held: ExitStack = request.scope["until_sent"]  # type: ignore[typeddict-item]  # HttpConnection's
     held.callback(give_back)
     if not history.warm:
         return problem(503, "the events have not been read from Redis yet", retry_after=1)
-    app.trim_history()
+    history.trim(trio.current_time())
     if moment is not None:
         cursor, complete = history.place_before(moment)
     else:

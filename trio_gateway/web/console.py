@@ -1,125 +1,34 @@
-"""The console: a page for operators, and the feed of figures that it shows."""
+"""The console: a page for operators, and in development two routes that its playground uses."""
 
 import base64
 import hashlib
-import os
 import re
 import secrets
 import time
-from collections.abc import Collection
 from importlib.resources import files
-from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn, TypeVar
+from typing import Annotated, Any, Final, TypeVar
 
 import jwt
 import msgspec
-import trio
 from quart import Response, jsonify, request
 
 from ..access.addresses import host_of
 from ..broker.commands import Unavailable
-from ..core.audiences import ENDPOINTS, Endpoint, Principal, Role
-from ..core.close_codes import Close, Rejected
+from ..core.audiences import ENDPOINTS, Principal
+from ..core.close_codes import Close, Rejected, status_of
 from ..core.events import InvalidEvent, parse_event
-from ..core.messages import Command, statistics
 from ..core.origins import is_loopback
 from ..core.routing import UNKNOWN
+from ..parts import Parts
 from ..publisher import channel_for
-from ..runtime.connection import Connection
+from ..stats_feed import may_watch
 from ..transports.handshake import bearer
-from .responses import Answer, identify, problem, refusal, status_of
-
-if TYPE_CHECKING:
-    from ..gateway import Gateway
+from .responses import Answer, identify, problem, refusal
 
 T = TypeVar("T")
 
-EVERY: Final = 1.0  # seconds between two messages of figures
-MOST_SLOW: Final = 20  # slow clients that are named
 TOKEN_LIFE: Final = 3600  # seconds
 _FORWARDED: Final = ("Forwarded", "Via", "X-Forwarded-For", "X-Real-Ip")
-
-
-def may_watch(principal: Principal) -> bool:
-    """The figures are of the whole process: for who may see to it."""
-    return principal.endpoint is Endpoint.ADMIN and Role.ADMIN in principal.roles
-
-
-class Feed:
-    """Sends figures once a second to the admins that asked to watch; idle while nobody does."""
-
-    def __init__(self, app: "Gateway") -> None:
-        self._app = app
-        self._watchers: set[Connection] = set()
-        self._begun = trio.Event()
-
-    def hear(self, connection: Connection, said: Command) -> None:
-        """A client said WATCH or UNWATCH; who may not is not answered, as to any other text."""
-        if said is Command.UNWATCH:
-            self._watchers.discard(connection)
-        elif may_watch(connection.principal) and connection not in self._watchers:
-            self._watchers.add(connection)
-            self._tell([connection])
-            self._begun.set()
-
-    async def run(self) -> NoReturn:
-        """Send; returns only when cancelled."""
-        while True:
-            while not self._watchers:
-                self._begun = trio.Event()
-                await self._begun.wait()
-            await trio.sleep(EVERY)
-            # Who has left, or is an admin no more since its token was renewed:
-            here = self._watchers & self._app.hub.connections
-            self._watchers = {each for each in here if may_watch(each.principal)}
-            self._tell(self._watchers)
-
-    def _tell(self, watchers: Collection[Connection]) -> None:
-        reading = [each for each in watchers if not each.waiting_bytes]
-        if not reading:
-            return
-        found = figures(self._app)
-        for each in reading:
-            each.send(statistics(found, slow(self._app, each.principal)))
-
-
-def figures(app: "Gateway") -> dict[str, Any]:
-    """What the metrics say of this process, and the state that is no number."""
-    sample = app.sample()
-    return {
-        "at": trio.current_time(),  # which nobody sets
-        "pid": os.getpid(),
-        "ready": app.ready,
-        "draining": app.draining,
-        "breakers": {name: each.state.name.lower() for name, each in app.breakers.items()},
-        "streams": {
-            "connected": app.streams is not None and app.streams.connected,
-            "cursors": app.streams.cursors if app.streams is not None else {},
-        },
-        "pubsub": {"connected": app.pubsub is not None and app.pubsub.connected},
-        "numbers": sample.numbers,
-        "histograms": sample.histograms,
-    }
-
-
-def slow(app: "Gateway", admin: Principal) -> list[dict[str, Any]]:
-    """The clients of the admin's own tenant for whom most bytes wait."""
-    waiting = [
-        each
-        for each in app.hub.connections
-        if each.waiting_bytes and each.principal.tenant == admin.tenant
-    ]
-    waiting.sort(key=lambda each: each.waiting_bytes, reverse=True)
-    return [
-        {
-            "endpoint": each.principal.endpoint.label,
-            "user": each.principal.user,
-            "session": each.principal.session,
-            "bytes": each.waiting_bytes,
-            "frames": each.waiting_frames,
-        }
-        for each in waiting[:MOST_SLOW]
-    ]
-
 
 # The page
 
@@ -152,31 +61,31 @@ _HEADERS: Final = {
 }
 
 
-async def page(app: "Gateway") -> Answer:
+async def page(parts: Parts) -> Answer:
     """The console; in production for an ADMIN's token or ticket."""
-    if app.settings.production:
+    if parts.settings.production:
         try:
-            await _admit(app)
-            await _redeem(app)
+            await _admit(parts)
+            await _redeem(parts)
         except Rejected as rejected:
             return _html(_GATE, status_of(rejected.close))
-    text = _PAGE.replace("{environment}", app.settings.environment)
-    return _html(text.replace("{tokens}", str(app.settings.ws_console_tokens).lower()), 200)
+    text = _PAGE.replace("{environment}", parts.settings.environment)
+    return _html(text.replace("{tokens}", str(parts.settings.ws_console_tokens).lower()), 200)
 
 
-async def _admit(app: "Gateway") -> Principal:
+async def _admit(parts: Parts) -> Principal:
     """The ADMIN who asks, else :exc:`Rejected`. A ticket is good until :func:`_redeem`."""
     token, ticket = bearer(request.headers.get("Authorization")), request.args.get("ticket")
-    for principal in await identify(app, token, staff=True, ticket=ticket):
+    for principal in await identify(parts, token, staff=True, ticket=ticket):
         if may_watch(principal):
             return principal
     raise Rejected(Close.FORBIDDEN, "for an ADMIN only", "role")
 
 
-async def _redeem(app: "Gateway") -> None:
+async def _redeem(parts: Parts) -> None:
     """Use the ticket up, if there is one, when nothing else can refuse the request."""
     if (ticket := request.args.get("ticket")) is not None:
-        await app.admission.redeem(ticket)
+        await parts.admission.redeem(ticket)
 
 
 def _html(text: str, status: int) -> Answer:
@@ -204,9 +113,9 @@ class _Sample(msgspec.Struct):
     event: msgspec.Raw
 
 
-async def token(app: "Gateway") -> Answer:
+async def token(parts: Parts) -> Answer:
     """Development only, where `WS_CONSOLE_TOKENS` allows it: a token for the playground."""
-    if not app.settings.ws_console_tokens:
+    if not parts.settings.ws_console_tokens:
         return problem(404, "not found")
     # What makes tokens for whoever asks is for this machine: not for who comes through a proxy
     # on it, nor for a page under a name that was pointed here.
@@ -222,7 +131,7 @@ async def token(app: "Gateway") -> Answer:
         return problem(422, "no such endpoint")
     now = int(time.time())
     claims: dict[str, Any] = {"tenant_id": wanted.tenant_id, "iat": now, "exp": now + TOKEN_LIFE}
-    settings = app.settings
+    settings = parts.settings
     if not endpoint.staff:
         if not wanted.branch_ids:
             return problem(422, "a table is in a branch")
@@ -247,12 +156,12 @@ async def token(app: "Gateway") -> Answer:
     return jsonify(token=jwt.encode(claims, settings.staff_secret, algorithm))
 
 
-async def publish(app: "Gateway") -> Answer:
+async def publish(parts: Parts) -> Answer:
     """Development only: an ADMIN publishes a sample for its tenant, if durable on a stream."""
-    if app.settings.production:
+    if parts.settings.production:
         return problem(404, "not found")
     try:
-        admin = await _admit(app)
+        admin = await _admit(parts)
     except Rejected as rejected:
         return refusal(rejected)
     sample = await _asked(_Sample)
@@ -266,17 +175,16 @@ async def publish(app: "Gateway") -> Answer:
     if event.tenant != admin.tenant:
         return problem(403, "an event of another tenant")
     try:
-        await _redeem(app)
+        await _redeem(parts)
     except Rejected as rejected:
         return refusal(rejected)
-    routes, streams = app.settings.routes, app.settings.redis_streams
-    assert app.commands is not None
+    routes, streams = parts.settings.routes, parts.settings.redis_streams
     try:
         if routes.get(event.type, UNKNOWN).durable and streams:
-            await app.commands.add(streams[0], {"data": payload})  # others' stream: not trimmed
+            await parts.commands.add(streams[0], {"data": payload})  # others' stream: not trimmed
             return jsonify(stream=streams[0])
         channel = channel_for(event, routes)
-        await app.commands.publish(channel, payload)
+        await parts.commands.publish(channel, payload)
     except Unavailable:
         return problem(503, "Redis does not answer")
     return jsonify(channel=channel)

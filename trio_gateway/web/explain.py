@@ -1,7 +1,7 @@
 """``POST /ws/explain``: who hears an event, whether these tokens would, and who is connected."""
 
 from collections import Counter
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import Annotated, Any, Final
 
 import msgspec
 from quart import jsonify, request
@@ -13,11 +13,9 @@ from ..core.events import InvalidEvent, parse_event
 from ..core.explanation import Verdict, describe, judge, refused
 from ..core.routing import UNKNOWN
 from ..core.tokens import is_for_diners
+from ..parts import Parts
 from ..transports.handshake import bearer
 from .responses import Answer, identify, problem, refusal
-
-if TYPE_CHECKING:
-    from ..gateway import Gateway
 
 MOST_TOKENS: Final = 16
 MOST_BYTES: Final = 256 * 1024  # of a body: an event, and tokens as long as they may be
@@ -28,10 +26,10 @@ class _Asked(msgspec.Struct):
     tokens: Annotated[list[str], msgspec.Meta(max_length=MOST_TOKENS)] = []
 
 
-async def explain(app: "Gateway") -> Answer:
+async def explain(parts: Parts) -> Answer:
     """Who would hear an event, see below; for an ADMIN, of its own tenant and branches."""
     try:
-        principals = await identify(app, bearer(request.headers.get("Authorization")), staff=True)
+        principals = await identify(parts, bearer(request.headers.get("Authorization")), staff=True)
     except Rejected as rejected:
         return refusal(rejected)
     admin = next((each for each in principals if each.endpoint is Endpoint.ADMIN), None)
@@ -52,10 +50,10 @@ async def explain(app: "Gateway") -> Answer:
         return problem(403, "an event of another tenant")
     if event.branch and event.branch not in admin.branches:
         return problem(403, f"the event is for branch {event.branch}, which is none of yours")
-    holders = [await _identify(app, token) for token in asked.tokens]
+    holders = [await _identify(parts, token) for token in asked.tokens]
     # Nothing is awaited from here on, so that all of the answer is of one moment.
-    routes, audiences = app.settings.routes, app.dispatch.audiences(event)
-    here = Counter(each.principal.endpoint for each in app.hub.members(audiences))
+    routes, audiences = parts.settings.routes, parts.dispatch.audiences(event)
+    here = Counter(each.principal.endpoint for each in parts.hub.members(audiences))
     body: dict[str, Any] = {
         "type": event.type,
         "known": event.type in routes,
@@ -72,9 +70,9 @@ async def explain(app: "Gateway") -> Answer:
     return response
 
 
-async def _identify(app: "Gateway", token: str) -> list[Principal] | Verdict:
+async def _identify(parts: Parts, token: str) -> list[Principal] | Verdict:
     """Of a token in the body: one that is none is an answer here, and no failed login."""
     try:
-        return await app.admission.identify(token, staff=not is_for_diners(token))
+        return await parts.admission.identify(token, staff=not is_for_diners(token))
     except Rejected as rejected:
         return refused(rejected.text)

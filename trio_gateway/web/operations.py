@@ -5,17 +5,15 @@ With ``WS_OPERATIONS_BIND`` metrics and details are answered there alone. It ser
 
 import socket
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import Any, Final, NoReturn
 
 import trio
 from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.config import Config
 from hypercorn.trio.worker_context import WorkerContext
+from quart_trio import QuartTrio
 
 from ..transports.tcp import Line
-
-if TYPE_CHECKING:
-    from ..gateway import Gateway
 
 PATHS: Final = frozenset({"/ws/metrics", "/ws/health/detailed"})
 _ALSO: Final = frozenset({"/ws/health", "/ws/health/ready"})  # there, too
@@ -76,7 +74,7 @@ class OperationsLine(Line):
     serves_clients = False
 
 
-async def serve(app: "Gateway", listeners: list[trio.SocketListener]) -> NoReturn:
+async def serve(app: QuartTrio, listeners: list[trio.SocketListener]) -> NoReturn:
     """Answer operators; returns only when cancelled."""
     config = Config()
     config.alpn_protocols = ["http/1.1"]

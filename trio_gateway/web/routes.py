@@ -1,16 +1,20 @@
 """The web: the Quart-Trio routes. Four endpoints, health, metrics, tickets."""
 
 from collections.abc import Awaitable, Callable, Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import trio
 from quart import Response, abort, jsonify, request, websocket
+from quart_trio import QuartTrio
 
-from ..access.revocations import TICKET_LIFE
+from .. import stats
+from ..access.tickets import TICKET_LIFE
 from ..broker.commands import Unavailable
 from ..core.audiences import Endpoint
 from ..core.close_codes import Rejected
 from ..core.resilience import State
+from ..parts import Parts
+from ..reception import Reception
 from ..telemetry import prometheus as metrics
 from ..transports.asgi import DRAIN, AsgiSocket, read_scope
 from ..transports.handshake import SUBPROTOCOL, bearer
@@ -19,13 +23,10 @@ from .explain import MOST_BYTES, explain
 from .responses import Answer, identify, problem, refusal
 from .static import add_files
 
-if TYPE_CHECKING:
-    from ..gateway import Gateway
-
 _BODY_TIMEOUT: Final = 10  # seconds until a request's body must be here; then 408
 
 
-def add_routes(app: "Gateway") -> None:
+def add_routes(app: QuartTrio, parts: Parts, reception: Reception) -> None:
     """Give the app its routes."""
     app.config |= {
         "MAX_CONTENT_LENGTH": MOST_BYTES,
@@ -33,33 +34,35 @@ def add_routes(app: "Gateway") -> None:
         "RESPONSE_TIMEOUT": None,  # a transfer may take as long as it moves
     }
     for endpoint in Endpoint:
-        app.add_websocket(endpoint.path, endpoint.label, _second_door(app, endpoint))
+        app.add_websocket(endpoint.path, endpoint.label, _websocket(parts, reception, endpoint))
         app.add_url_rule(endpoint.path, f"{endpoint.label}_plain", _upgrade_required)
     for (method, path), answer in HTTP.items():
-        app.add_url_rule(path, path, _bound(path, answer, app), methods=[method])
-    add_files(app)
+        app.add_url_rule(path, path, _bound(path, answer, parts), methods=[method])
+    add_files(app, parts.settings)
 
 
 def _bound(
-    path: str, answer: "Callable[[Gateway], Awaitable[Answer]]", app: "Gateway"
+    path: str, answer: Callable[[Parts], Awaitable[Answer]], parts: Parts
 ) -> Callable[[], Awaitable[Answer]]:
     async def view() -> Answer:
         # By the route: Quart takes `//ws/metrics` for the same.
-        if app.settings.ws_operations_bind is not None and operations.hides(request.scope, path):
+        if parts.settings.ws_operations_bind is not None and operations.hides(request.scope, path):
             abort(404)
-        return await answer(app)
+        return await answer(parts)
 
     return view
 
 
-def _second_door(app: "Gateway", endpoint: Endpoint) -> Callable[[], Awaitable[None]]:
-    async def door() -> None:
+def _websocket(
+    parts: Parts, reception: Reception, endpoint: Endpoint
+) -> Callable[[], Awaitable[None]]:
+    async def view() -> None:
         scope: Any = websocket.scope
         if operations.came_by_it(scope):
-            app.refused[404] += 1
+            parts.counts.refused[404] += 1
             abort(404)
-        if app.draining:
-            app.refused[503] += 1
+        if parts.draining:
+            parts.counts.refused[503] += 1
             abort(503)
         handshake = read_scope(endpoint, scope)
         # Hypercorn takes the offered subprotocols out of the headers of HTTP/2.
@@ -69,14 +72,14 @@ def _second_door(app: "Gateway", endpoint: Endpoint) -> Callable[[], Awaitable[N
             await websocket.accept(subprotocol=subprotocol)
         except TimeoutError:  # it takes nothing, not even that
             return
-        socket = AsgiSocket(websocket._get_current_object(), app.max_message_size)  # type: ignore[attr-defined]
-        await app.serve_connection(handshake, socket)
+        socket = AsgiSocket(websocket._get_current_object(), parts.settings.ws_max_message_size)  # type: ignore[attr-defined]
+        await reception.serve_connection(handshake, socket)
         # Quart's inbound channel holds ten messages; left full, it and two tasks leak.
         with trio.move_on_after(DRAIN):
             while True:
                 await websocket.receive()
 
-    return door
+    return view
 
 
 async def _upgrade_required() -> Answer:
@@ -87,65 +90,64 @@ async def _upgrade_required() -> Answer:
     return response
 
 
-def _connections(app: "Gateway") -> dict[str, Any]:
-    by_endpoint = {endpoint.label: number for endpoint, number in app.hub.by_endpoint.items()}
-    return {"total": len(app.hub), "by_endpoint": by_endpoint}
+def _connections(parts: Parts) -> dict[str, Any]:
+    by_endpoint = {endpoint.label: number for endpoint, number in parts.hub.by_endpoint.items()}
+    return {"total": len(parts.hub), "by_endpoint": by_endpoint}
 
 
-async def _health(app: "Gateway") -> Answer:
+async def _health(parts: Parts) -> Answer:
     """200 while the process lives; `status` is `healthy` or `degraded`."""
-    parts = [app.breakers[name] for name in ("commands", "writes", "database")]
-    healthy = app.ready and all(breaker.state is State.CLOSED for breaker in parts)
+    breakers = [parts.breakers[name] for name in ("commands", "writes", "database")]
+    healthy = parts.ready and all(each.state is State.CLOSED for each in breakers)
     status = "healthy" if healthy else "degraded"
-    return jsonify(status=status, connections=_connections(app)), 200
+    return jsonify(status=status, connections=_connections(parts)), 200
 
 
-async def _health_ready(app: "Gateway") -> Answer:
+async def _health_ready(parts: Parts) -> Answer:
     """200 or 503: for load balancers; 503 as soon as draining starts."""
-    ready = app.ready and await _check(app) is None
-    return jsonify(ready=ready, draining=app.draining), 200 if ready else 503
+    ready = parts.ready and await _check(parts) is None
+    return jsonify(ready=ready, draining=parts.draining), 200 if ready else 503
 
 
-async def _health_detailed(app: "Gateway") -> Answer:
+async def _health_detailed(parts: Parts) -> Answer:
     """Every part; 503 unless all that is needed works."""
-    error = await _check(app)
-    worst = max(app.breakers.values(), key=lambda breaker: breaker.state is not State.CLOSED)
-    ready = app.ready and error is None
-    pubsub, streams = app.pubsub, app.streams
+    error = await _check(parts)
+    worst = max(parts.breakers.values(), key=lambda breaker: breaker.state is not State.CLOSED)
+    ready = parts.ready and error is None
     body = {
         "status": "healthy" if ready else "degraded",
-        "draining": app.draining,
-        "connections": _connections(app),
-        "redis_async": {"status": _status(pubsub is not None and pubsub.connected)},
+        "draining": parts.draining,
+        "connections": _connections(parts),
+        "redis_async": {"status": _status(parts.pubsub.connected)},
         "redis_sync": {"status": _status(error is None), **({"error": error} if error else {})},
         "circuit_breaker": {
             "state": worst.state.name.lower(),
-            "failures": sum(breaker.failures for breaker in app.breakers.values()),
-            "by_name": {name: b.state.name.lower() for name, b in app.breakers.items()},
+            "failures": sum(breaker.failures for breaker in parts.breakers.values()),
+            "by_name": {name: b.state.name.lower() for name, b in parts.breakers.items()},
         },
-        "database": _database(app),
+        "database": _database(parts),
         "rate_limiter": {
-            "tracked_connections": sum(c.rate_limited for c in app.hub.connections),
+            "tracked_connections": sum(c.rate_limited for c in parts.hub.connections),
         },
         "event_queue": {
-            "depth": app.heard.depth,
-            "capacity": app.heard.capacity,
-            "dropped": app.heard.dropped,
+            "depth": parts.pubsub_queue.depth,
+            "capacity": parts.pubsub_queue.capacity,
+            "dropped": parts.pubsub_queue.dropped,
         },
         "stream": {
-            "status": _status(streams is not None and streams.connected),
-            "cursor": streams.cursors if streams is not None else {},
-            "lag": app.read.depth,
+            "status": _status(parts.streams.connected),
+            "cursor": parts.streams.cursors,
+            "lag": parts.stream_queue.depth,
         },
     }
     return jsonify(body), 200 if ready else 503
 
 
-def _database(app: "Gateway") -> dict[str, Any]:
+def _database(parts: Parts) -> dict[str, Any]:
     """Not needed to be ready: without it, what it said last holds, or the tokens' claims."""
-    if (sector_assignments := app.sector_assignments) is None:
+    if (sector_assignments := parts.sector_assignments) is None:
         return {"status": "not configured"}
-    breaker = app.breakers["database"]
+    breaker = parts.breakers["database"]
     return {
         "status": _status(not breaker.failures),
         "known": sector_assignments.known,
@@ -157,25 +159,27 @@ def _status(connected: bool) -> str:
     return "connected" if connected else "disconnected"
 
 
-async def _check(app: "Gateway") -> str | None:
+async def _check(parts: Parts) -> str | None:
     """None if Redis answers and takes what we write, else why not."""
-    return "not started" if app.readiness is None else await app.readiness.ask()
+    return await parts.readiness.ask()
 
 
-async def _metrics(app: "Gateway") -> Answer:
+async def _metrics(parts: Parts) -> Answer:
     """Prometheus text, summed over the workers of one master."""
-    return Response(metrics.render(app.samples()), content_type=metrics.CONTENT_TYPE)
+    return Response(
+        metrics.render(parts.worker_stats.all(stats.snapshot(parts))),
+        content_type=metrics.CONTENT_TYPE,
+    )
 
 
-async def _ticket(app: "Gateway") -> Answer:
+async def _ticket(parts: Parts) -> Answer:
     """A ticket for the token, see Tokens; 401, 403, 503."""
     token = bearer(request.headers.get("Authorization"))
     if token is None:
         return problem(401, "Authorization: Bearer with a token is needed")
     try:
-        await identify(app, token)  # good on some endpoint: no other token ever costs a key
-        assert app.admission.tickets is not None
-        ticket = await app.admission.tickets.issue(token)
+        await identify(parts, token)  # good on some endpoint: no other token ever costs a key
+        ticket = await parts.tickets.issue(token)
     except Rejected as rejected:
         return refusal(rejected)
     except Unavailable:
@@ -186,7 +190,7 @@ async def _ticket(app: "Gateway") -> Answer:
 
 
 # The first line of each docstring is the words of docs/protocol.md.
-HTTP: Final[Mapping[tuple[str, str], "Callable[[Gateway], Awaitable[Answer]]"]] = {
+HTTP: Final[Mapping[tuple[str, str], Callable[[Parts], Awaitable[Answer]]]] = {
     ("GET", "/ws/health"): _health,
     ("GET", "/ws/health/detailed"): _health_detailed,
     ("GET", "/ws/health/ready"): _health_ready,

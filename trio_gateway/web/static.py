@@ -6,14 +6,13 @@ It is public: no credential is asked for, and pages of any origin may load it.
 import json
 from collections.abc import Awaitable, Callable, Mapping
 from importlib.resources import files
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from quart import Response, request
+from quart_trio import QuartTrio
 
+from ..settings import Settings
 from .asyncapi import describe
-
-if TYPE_CHECKING:
-    from ..gateway import Gateway
 
 # Path: the file, its type, and headers beside those that all have.
 FILES: Final[Mapping[str, tuple[str, str, Mapping[str, str]]]] = {
@@ -29,12 +28,12 @@ _HEADERS: Final = {
 }
 
 
-def add_files(app: "Gateway") -> None:
+def add_files(app: QuartTrio, settings: Settings) -> None:
     """Give the app a route for each of the files, which are read now, once, and the contract."""
     for path, (name, content_type, headers) in FILES.items():
         body = files("trio_gateway").joinpath("static", name).read_bytes()
         app.add_url_rule(path, path, _served(body, content_type, {**_HEADERS, **headers}))
-    contract = json.dumps(describe(app.settings)).encode()
+    contract = json.dumps(describe(settings)).encode()
     app.add_url_rule(CONTRACT, CONTRACT, _served(contract, "application/json", _HEADERS))
 
 

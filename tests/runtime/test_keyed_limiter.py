@@ -1,0 +1,36 @@
+"""The keyed limiter: few turns for each user or session."""
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from trio_gateway.runtime import keyed_limiter
+from trio_gateway.runtime.concurrency_limiter import Overloaded
+from trio_gateway.runtime.keyed_limiter import KeyedLimiter
+
+
+async def test_each_key_has_few_turns_of_its_own(
+    autojump_clock: MockClock,
+) -> None:
+    turns = KeyedLimiter(2)
+    first = await turns.take("one")
+    await turns.take("one")
+    await turns.take("other")
+    with pytest.raises(Overloaded):
+        await turns.take("one")
+    assert trio.current_time() == 2
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(turns.take, "one")
+        await trio.sleep(1)
+        first()
+    assert trio.current_time() == 3
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(keyed_limiter._MOST_WAITING):
+            nursery.start_soon(turns.take, "one")
+        await trio.testing.wait_all_tasks_blocked()
+        with pytest.raises(Overloaded):
+            await turns.take("one")
+        assert trio.current_time() == 3
+        nursery.cancel_scope.cancel()
+    assert turns._there["one"] == 2

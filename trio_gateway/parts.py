@@ -1,0 +1,267 @@
+"""Parts: everything that a gateway is made of, built in one place and without I/O."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import trio
+
+from .access.addresses import Addresses
+from .access.admission import Admission, Candidate
+from .access.auth import Auth
+from .access.revocations import Revocations
+from .access.tickets import Tickets
+from .broker.commands import Commands
+from .broker.dead_letters import DeadLetters
+from .broker.pubsub import Listener, PubSub
+from .broker.readiness import Readiness
+from .broker.streams import Streams
+from .core.audiences import Endpoint
+from .core.control_messages import REVOKED, SECTORS_CHANGED
+from .core.limits import DropAlarm, LogLimit, TenantRate
+from .core.resilience import Breaker
+from .redis_url import Address
+from .runtime.client_counts import ClientCounts
+from .runtime.concurrency_limiter import ConcurrencyLimiter
+from .runtime.dispatch import Dispatch
+from .runtime.drain import Drain
+from .runtime.history import History
+from .runtime.hub import CapacityLimits, Hub
+from .runtime.ingest import Ingest
+from .runtime.keyed_limiter import KeyedLimiter
+from .runtime.queue import EventQueue
+from .runtime.resume import Replays
+from .runtime.room import Room
+from .runtime.silent_connections import SilentConnections
+from .settings import Settings
+from .telemetry.loop_lag import LoopLag
+from .telemetry.worker_stats import WorkerStats
+from .transports.accepting import Load
+from .transports.tcp import Shaken
+
+if TYPE_CHECKING:
+    from .access.sectors import SectorAssignments
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Parts:
+    """The parts of one gateway.
+
+    They are complete once built, and nothing runs yet: :meth:`Gateway.serving` starts their
+    tasks. A part that a setting switches off is None for good.
+    """
+
+    settings: Settings
+    clock: Callable[[], float]  # unix time
+    breakers: Mapping[str, Breaker]
+    # From Redis to the clients:
+    hub: Hub
+    ingest: Ingest
+    pubsub_queue: EventQueue
+    stream_queue: EventQueue
+    history: History
+    replays: Replays
+    dispatch: Dispatch
+    pubsub: PubSub
+    streams: Streams
+    sources: trio.CancelScope  # around the tasks of the two sources
+    dead_letters: DeadLetters | None
+    # Who may connect:
+    commands: Commands
+    readiness: Readiness
+    tickets: Tickets
+    revocations: Revocations
+    sector_assignments: "SectorAssignments | None"
+    addresses: Addresses
+    admission: Admission
+    silent: SilentConnections  # that have sent no byte yet
+    heads: ConcurrencyLimiter[Shaken]  # request heads being read
+    admissions: ConcurrencyLimiter[Candidate]  # credentials being checked
+    room: Room  # for clients at a limit
+    catch_ups: KeyedLimiter  # requests that each user or session has at a time
+    # The whole process:
+    drain: Drain
+    counts: ClientCounts
+    log_limit: LogLimit
+    loop_lag: LoopLag
+    worker_stats: WorkerStats
+
+    @property
+    def draining(self) -> bool:
+        """Whether clients are being sent away."""
+        return self.drain.begun
+
+    @property
+    def ready(self) -> bool:
+        """Whether a load balancer should send clients here."""
+        return not self.draining and self.pubsub.connected and self.streams.connected
+
+    @property
+    def handshakes(self) -> int:
+        """How many clients are being admitted, or have sent nothing yet."""
+        return len(self.silent) + self._arriving
+
+    @property
+    def _arriving(self) -> int:
+        """The clients being admitted that have sent something."""
+        return self.heads.inside + self.counts.arriving + self.admissions.inside
+
+    def load(self) -> Load | None:
+        """How many clients it has and may have; None if it takes no more because it ends."""
+        if self.draining:
+            return None
+        return Load(self.hub.taken + self._arriving, self.settings.ws_max_total_connections)
+
+
+def build_parts(
+    settings: Settings,
+    *,
+    auth: Mapping[Endpoint, Auth] | None = None,
+    clock: Callable[[], float] = time.time,
+) -> Parts:
+    """Build the parts of a gateway with these settings.
+
+    ``auth`` replaces the way to authenticate per endpoint. Raises :exc:`InvalidSettings` if
+    ``DATABASE_URL`` cannot be used.
+    """
+    breakers = {
+        name: Breaker(settings.circuit_failure_threshold, settings.circuit_recovery_timeout)
+        for name in ("pubsub", "stream", "commands", "writes", "database")
+    }
+    hub = Hub(
+        CapacityLimits(
+            total=settings.ws_max_total_connections,
+            per_user=settings.ws_max_connections_per_user,
+            per_session=settings.ws_max_connections_per_session,
+        )
+    )
+    history = History(
+        events=settings.ws_history_events,
+        size=settings.ws_history_bytes,
+        age=settings.ws_history_age,
+    )
+    replays = Replays(history, hub)
+    dispatch = Dispatch(
+        hub,
+        settings.routes,
+        history=history,
+        uncovered_to_branch=settings.ws_uncovered_sector == "branch",
+        writes_per_checkpoint=settings.ws_broadcast_batch_size,
+        timeout=settings.ws_callback_timeout,
+    )
+    pubsub_queue = EventQueue(
+        settings.redis_event_queue_size,
+        DropAlarm(
+            settings.ws_drop_alarm_window,
+            settings.ws_drop_alarm_threshold,
+            settings.ws_drop_alarm_cooldown,
+        ),
+        TenantRate(settings.ws_tenant_event_rate) if settings.ws_tenant_event_rate else None,
+    )
+    stream_queue = EventQueue(settings.redis_event_queue_size)
+
+    commands = Commands(
+        settings.redis_url,
+        breakers["commands"],
+        breakers["writes"],
+        max_connections=settings.redis_pool_max_connections,
+    )
+    revocations = Revocations(commands, hub)
+    listeners: dict[str, Listener] = {REVOKED: revocations}
+    sector_assignments = None
+    if settings.database_url is not None:
+        from .access.sectors import make_sector_assignments  # SQLAlchemy is a third of the start
+
+        sector_assignments = make_sector_assignments(settings, hub, breakers["database"], clock)
+        listeners[SECTORS_CHANGED] = sector_assignments
+    tickets = Tickets(commands)
+    admission = Admission(
+        settings,
+        tickets=tickets,
+        revocations=revocations if auth is None else None,  # what replaces it looks them up
+        auth=auth,
+        sector_assignments=sector_assignments,
+        clock=clock,
+    )
+
+    dead_letters = None
+    ingest = Ingest()
+    if settings.redis_dlq_stream is not None:
+        dead_letters = DeadLetters(commands, settings.redis_dlq_stream)
+        ingest = Ingest(dead_letters.offer)
+    address = Address.from_url(settings.redis_url)
+    pubsub = PubSub(
+        address,
+        settings.redis_channel_patterns,
+        ingest,
+        pubsub_queue,
+        breakers["pubsub"],
+        listeners,
+    )
+
+    def on_demoted() -> None:
+        pubsub.look_again()
+        commands.look_again()
+
+    streams = Streams(
+        address,
+        settings.redis_streams,
+        ingest,
+        stream_queue,
+        breakers["stream"],
+        routes=settings.routes,
+        dispatch=dispatch,
+        history=history,
+        on_begin=replays.begin,
+        on_gap=replays.tell_of_gap,
+        on_demoted=on_demoted,
+        wall_clock=clock,
+    )
+    sources = trio.CancelScope()
+    silent = SilentConnections(settings.ws_max_handshakes)
+    heads: ConcurrencyLimiter[Shaken] = ConcurrencyLimiter(settings.ws_max_handshakes)
+
+    def stop_hearing() -> None:
+        sources.cancel()
+        silent.give_up()
+        heads.give_up()
+
+    drain = Drain(hub, (pubsub_queue, stream_queue), stop_hearing)
+    return Parts(
+        settings=settings,
+        clock=clock,
+        breakers=breakers,
+        hub=hub,
+        ingest=ingest,
+        pubsub_queue=pubsub_queue,
+        stream_queue=stream_queue,
+        history=history,
+        replays=replays,
+        dispatch=dispatch,
+        pubsub=pubsub,
+        streams=streams,
+        sources=sources,
+        dead_letters=dead_letters,
+        commands=commands,
+        readiness=Readiness(commands.check),
+        tickets=tickets,
+        revocations=revocations,
+        sector_assignments=sector_assignments,
+        addresses=Addresses(
+            connections=settings.ws_max_connections_per_address,
+            failures=settings.ws_max_failed_logins,
+            hops=settings.ws_proxy_hops,
+        ),
+        admission=admission,
+        silent=silent,
+        heads=heads,
+        room=Room(hub, lambda: drain.begun),
+        catch_ups=KeyedLimiter(),
+        admissions=ConcurrencyLimiter(settings.ws_max_handshakes),
+        drain=drain,
+        counts=ClientCounts(),
+        log_limit=LogLimit(),
+        loop_lag=LoopLag(),
+        worker_stats=WorkerStats.of_this_process(),
+    )

@@ -1,0 +1,230 @@
+"""Reception: one client, from its accepted upgrade to its log line."""
+
+import math
+from dataclasses import replace
+from functools import partial
+
+import structlog
+import trio
+
+from .access.admission import Candidate
+from .core.audiences import Endpoint, Principal, SectorId
+from .core.close_codes import Close, Rejected
+from .core.messages import Command, Message, Reauthenticate, auth_ok, intervals, sectors_updated
+from .parts import Parts
+from .runtime.concurrency_limiter import Overloaded
+from .runtime.connection import Connection, ConnectionLimits, Socket
+from .stats_feed import StatsFeed
+from .transports.handshake import Handshake
+from .transports.sse import EventStream
+
+log = structlog.get_logger()
+
+
+class Reception:
+    """Admits clients, runs their connections and answers what they ask, on every transport."""
+
+    def __init__(self, parts: Parts, stats_feed: StatsFeed) -> None:
+        settings = parts.settings
+        self._parts = parts
+        self._stats_feed = stats_feed
+        self._limits = ConnectionLimits(
+            stale_after=settings.ws_heartbeat_timeout,
+            receive_timeout=settings.ws_receive_timeout,
+            write_timeout=settings.ws_write_timeout,
+            rate_limit=settings.ws_message_rate_limit,
+            rate_window=settings.ws_message_rate_window,
+            outbox_bytes=settings.ws_outbox_bytes,
+            outbox_messages=settings.ws_outbox_messages,
+        )
+        self._intervals = intervals(
+            heartbeat_timeout=settings.ws_heartbeat_timeout,
+            receive_timeout=settings.ws_receive_timeout,
+            ping_interval=settings.ws_ping_interval,
+        )
+        # A client that cannot send has no heartbeat: a dead one is found by writing to it.
+        self._one_way_limits = replace(self._limits, stale_after=math.inf, receive_timeout=math.inf)
+
+    @property
+    def draining(self) -> bool:
+        """Whether clients are being sent away."""
+        return self._parts.draining
+
+    def count_refusal(self, status: int) -> None:
+        """Count an upgrade that was refused with this HTTP status."""
+        self._parts.counts.refused[status] += 1
+
+    async def serve_connection(self, handshake: Handshake, socket: Socket) -> None:
+        """Serve one client whose upgrade was accepted, whichever transport it came through.
+
+        Returns when its close has gone through. A bug in it ends this client alone, with 1011.
+        """
+        parts = self._parts
+        endpoint = handshake.endpoint
+        accepted_at = parts.history.end
+        address, entered = "", False
+        try:
+            try:
+                address = parts.addresses.of(
+                    handshake.peer, handshake.headers.get("x-forwarded-for")
+                )
+                parts.addresses.enter(address, trio.current_time())
+                entered = True
+                with await self._admit(handshake) as candidate:
+                    principal = await self._let_in(candidate)
+                # It has joined the hub before anything is awaited again.
+                connection = Connection(
+                    principal,
+                    self._one_way_limits if handshake.one_way else self._limits,
+                    self._answer,
+                    self._on_trios_clock(principal.expires_at),
+                    replays=parts.replays,
+                    resume_from=handshake.last_event_id,
+                    accepted_at=accepted_at,
+                    supports_deflate=handshake.supports_deflate,
+                )
+            except Rejected as rejected:
+                if rejected.close is Close.AUTH_FAILED:
+                    parts.addresses.failed(address, trio.current_time())
+                await self._reject(endpoint, socket, rejected)
+                return
+            except Exception:
+                if (held_back := self._allowed("admission bug")) is not None:
+                    log.exception(
+                        "admission failed by a bug",
+                        endpoint=endpoint.label,
+                        held_back=held_back,
+                    )
+                bug = Rejected(Close.INTERNAL_ERROR, "internal error", "internal_error")
+                await self._reject(endpoint, socket, bug)
+                return
+            del handshake, candidate  # a long head and its token, of no use while the client stays
+            await self._run(connection, socket)
+        finally:
+            if entered:
+                parts.addresses.leave(address)
+
+    async def _admit(self, handshake: Handshake) -> Candidate:
+        accept_timeout = self._parts.settings.ws_accept_timeout
+        try:
+            admitted = await self._parts.admissions.run(
+                partial(self._parts.admission.admit, handshake),
+                accept_timeout,
+                patience=accept_timeout / 2,
+            )
+        except Overloaded:
+            raise Rejected(
+                Close.SERVER_OVERLOADED, "too many handshakes", "handshake_limit"
+            ) from None
+        if admitted is None:
+            raise _too_long()
+        return admitted
+
+    async def _let_in(self, candidate: Candidate) -> Principal:
+        """Who joins the hub, or :exc:`Rejected`. Everything holds until the next await."""
+        admission = self._parts.admission
+        self._refuse_while_draining()
+        try:
+            place, waited = await self._parts.room.find(candidate.principal)
+            candidate.watch.doubtful |= waited
+        except Rejected:
+            self._refuse_while_draining()
+            raise
+        with place, trio.move_on_after(self._parts.settings.ws_accept_timeout):
+            while True:
+                self._refuse_while_draining()  # the others may have been sent away meanwhile
+                if (principal := admission.confirm(candidate)) is None:
+                    await admission.look_again(candidate)
+                elif candidate.ticket is None:
+                    return principal
+                else:
+                    await admission.redeem(candidate.ticket)
+                    candidate.ticket = None
+        raise _too_long()
+
+    def _refuse_while_draining(self) -> None:
+        if self.draining:
+            raise Rejected(Close.GOING_AWAY, self._parts.drain.hint(), "draining")
+
+    async def _run(self, connection: Connection, socket: Socket) -> None:
+        principal = connection.principal
+        try:
+            await connection.run(socket, self._parts.hub)
+        except Exception:
+            if (held_back := self._allowed("connection bug")) is not None:
+                log.exception(
+                    "connection ended by a bug",
+                    endpoint=principal.endpoint.label,
+                    held_back=held_back,
+                )
+        finally:
+            log.info(
+                "closed",
+                endpoint=principal.endpoint.label,
+                tenant=principal.tenant,
+                user=principal.user,
+                session=principal.session,
+                code=connection.code,
+                reason=connection.close_reason,
+                seconds=round(trio.current_time() - connection.joined_at, 1),
+            )
+
+    async def _reject(self, endpoint: Endpoint, socket: Socket, rejected: Rejected) -> None:
+        self._parts.counts.rejected[rejected.label] += 1
+        self._parts.hub.count_close(rejected.close)
+        if (held_back := self._allowed(f"rejected {rejected.label}")) is not None:
+            log.info(
+                "rejected",
+                endpoint=endpoint.label,
+                code=int(rejected.close),
+                reason=rejected.text,
+                held_back=held_back,
+            )
+        with trio.CancelScope(shield=True):  # bounded by the socket
+            if isinstance(socket, EventStream):
+                await socket.refuse(rejected)
+            else:
+                await socket.close(rejected.close, rejected.text)
+
+    def _allowed(self, kind: str) -> int | None:
+        return self._parts.log_limit.allows(kind, trio.current_time())
+
+    async def _answer(self, connection: Connection, message: Message) -> None:
+        """Answer a message that the connection cannot answer by itself."""
+        match message:
+            case Reauthenticate(token):
+                await self._reauthenticate(connection, token)
+            case Command.REFRESH_SECTORS | Command.REFRESH_SECTORS_JSON as form:
+                await self._refresh_sectors(connection, form)
+            case Command.INTERVALS:
+                connection.send(self._intervals)
+            case Command.WATCH | Command.UNWATCH as command:
+                self._stats_feed.command(connection, command)
+
+    async def _reauthenticate(self, connection: Connection, token: str | None) -> None:
+        parts = self._parts
+        try:
+            with trio.move_on_after(parts.settings.ws_accept_timeout):
+                principal = await parts.admission.renew(connection.principal, token)
+                parts.hub.move(connection, principal)
+                connection.renew(self._on_trios_clock(principal.expires_at))
+                connection.send(auth_ok(principal.expires_at))
+        except Rejected as rejected:
+            # Live connections stay while Redis is down: the old credential holds to its end.
+            if rejected.close is not Close.SERVER_OVERLOADED:
+                connection.close(rejected.close, rejected.text)
+
+    async def _refresh_sectors(self, connection: Connection, form: Command) -> None:
+        if connection.principal.endpoint is not Endpoint.WAITER:
+            return
+        if (assignments := self._parts.sector_assignments) is not None:
+            await assignments.refresh(connection)
+        sectors = frozenset[SectorId]().union(*connection.principal.sectors.values())
+        connection.send(sectors_updated(sectors, form))
+
+    def _on_trios_clock(self, unix_time: float) -> float:
+        return trio.current_time() + unix_time - self._parts.clock()
+
+
+def _too_long() -> Rejected:
+    return Rejected(Close.SERVER_OVERLOADED, "can't check the credential now", "accept_timeout")

@@ -1,0 +1,132 @@
+"""Stats: what the parts have counted, under the names of the metrics, and their state."""
+
+import os
+from collections import Counter
+from typing import Any, Final
+
+import trio
+
+from .core.audiences import Principal
+from .core.close_codes import Close
+from .parts import Parts
+from .runtime.hub import Hub
+from .telemetry import output
+from .telemetry.prometheus import Snapshot
+
+MOST_SLOW: Final = 20  # slow clients that are named
+_MOST_CODES: Final = 64  # labels for close codes, which clients choose
+
+
+def snapshot(parts: Parts) -> Snapshot:
+    """The metrics of this process alone."""
+    hub, dispatch, ingest = parts.hub, parts.dispatch, parts.ingest
+    return Snapshot.of(
+        {
+            "wsgateway_ready": int(parts.ready),
+            "wsgateway_metrics_partial": int(parts.worker_stats.partial),
+            "wsgateway_connections_total": len(hub),
+            "wsgateway_connections_limit": parts.settings.ws_max_total_connections,
+            "wsgateway_connections_by_endpoint": {
+                endpoint.label: number for endpoint, number in hub.by_endpoint.items()
+            },
+            "wsgateway_circuit_breaker_state": {
+                name: int(breaker.state) for name, breaker in parts.breakers.items()
+            },
+            "wsgateway_event_queue_depth": parts.pubsub_queue.depth + parts.stream_queue.depth,
+            "wsgateway_connections_rejected_total": parts.counts.rejected,
+            "wsgateway_connections_closed_total": _by_code(hub.closed),
+            "wsgateway_connections_closed_by_gateway_total": {
+                str(int(close)): hub.closed_by_gateway[close] for close in Close if close.sent
+            },
+            "wsgateway_upgrades_refused_total": {
+                str(status): number for status, number in parts.counts.refused.items()
+            },
+            "wsgateway_broadcasts_total": dispatch.broadcasts,
+            "wsgateway_broadcasts_failed_total": dispatch.failed,
+            "wsgateway_events_received_total": {"pubsub": 0, "stream": 0} | ingest.received,
+            "wsgateway_events_processed_total": dispatch.processed,
+            "wsgateway_events_dropped_total": parts.pubsub_queue.dropped
+            + parts.pubsub_queue.over_rate,
+            "wsgateway_events_dropped_by_source_total": {
+                "pubsub,queue_full": parts.pubsub_queue.dropped,
+                "pubsub,tenant_rate": parts.pubsub_queue.over_rate,
+                "stream,queue_full": parts.stream_queue.dropped,  # which waits instead
+            },
+            "wsgateway_events_invalid_total": ingest.invalid,
+            "wsgateway_events_duplicate_total": dispatch.duplicate,
+            "wsgateway_events_unheard_total": dispatch.unheard,
+            "wsgateway_events_unknown_type_total": dispatch.unknown_type,
+            "wsgateway_deliveries_total": dispatch.deliveries,
+            "wsgateway_resumes_total": {"recovered": 0, "not_recovered": 0} | parts.replays.resumes,
+            "wsgateway_replayed_events_total": parts.replays.replayed,
+            "wsgateway_stream_gaps_total": parts.streams.gaps,
+            "wsgateway_dead_letters_total": (
+                parts.dead_letters.outcomes if parts.dead_letters else {}
+            ),
+            "wsgateway_sector_queries_total": parts.sector_assignments.queries
+            if parts.sector_assignments
+            else {},
+            "wsgateway_log_lines_dropped_total": output.dropped(),
+            "wsgateway_tasks": trio.lowlevel.current_statistics().tasks_living,
+            "wsgateway_history_events": len(parts.history),
+            "wsgateway_history_bytes": parts.history.bytes,
+            "wsgateway_messages_received_total": hub.messages,
+        },
+        {
+            "wsgateway_broadcast_duration_seconds": dispatch.duration,
+            "wsgateway_event_latency_seconds": dispatch.latency,
+            "wsgateway_loop_stall_seconds": parts.loop_lag.turns,
+            "wsgateway_gc_pause_seconds": parts.loop_lag.collections,
+        },
+    )
+
+
+def describe(parts: Parts) -> dict[str, Any]:
+    """The metrics of this process, and its state that is not a number; for the console."""
+    own = snapshot(parts)
+    return {
+        "at": trio.current_time(),  # a clock that nobody sets
+        "pid": os.getpid(),
+        "ready": parts.ready,
+        "draining": parts.draining,
+        "breakers": {name: each.state.name.lower() for name, each in parts.breakers.items()},
+        "streams": {"connected": parts.streams.connected, "cursors": parts.streams.cursors},
+        "pubsub": {"connected": parts.pubsub.connected},
+        "numbers": own.numbers,
+        "histograms": own.histograms,
+    }
+
+
+def slow(hub: Hub, admin: Principal) -> list[dict[str, Any]]:
+    """The clients of the admin's own tenant with the most bytes in their outboxes."""
+    waiting = [
+        each
+        for each in hub.connections
+        if each.waiting_bytes and each.principal.tenant == admin.tenant
+    ]
+    waiting.sort(key=lambda each: each.waiting_bytes, reverse=True)
+    return [
+        {
+            "endpoint": each.principal.endpoint.label,
+            "user": each.principal.user,
+            "session": each.principal.session,
+            "bytes": each.waiting_bytes,
+            "frames": each.waiting_frames,
+        }
+        for each in waiting[:MOST_SLOW]
+    ]
+
+
+def _by_code(closed: Counter[int]) -> dict[str, float]:
+    """Clients choose their close codes: the first ones to occur are labels, the rest is "other".
+
+    A code keeps its label for good, or a counter would fall. Our own are there from the start, or
+    the first of them would be no increase.
+    """
+    found = {str(int(close)): 0.0 for close in Close if close.sent}
+    for code, number in closed.items():  # in the order in which they occurred first
+        label = str(int(code))
+        if label not in found and len(found) >= _MOST_CODES:
+            label = "other"
+        found[label] = found.get(label, 0.0) + number
+    return found

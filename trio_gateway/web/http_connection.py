@@ -1,0 +1,49 @@
+"""HTTP connection: one HTTP request, before Quart sees it."""
+
+from contextlib import ExitStack
+from typing import Any
+
+from quart_trio import QuartTrio
+from quart_trio.asgi import TrioASGIHTTPConnection
+
+from ..parts import Parts
+from ..reception import Reception
+from ..transports import sse
+from ..transports.asgi import read_scope
+from . import cors, operations
+
+
+class HttpConnection(TrioASGIHTTPConnection):
+    """An HTTP request: ours if it asks for a stream of events, Quart's if not; what pages of
+    other origins may call is answered such that they can read it.
+    """
+
+    def __init__(self, parts: Parts, reception: Reception, app: QuartTrio, scope: Any) -> None:
+        super().__init__(app, scope)
+        self._parts = parts
+        self._reception = reception
+
+    async def __call__(self, receive: sse.Receive, send: sse.Send) -> None:
+        path, headers, is_allowed = (
+            self.scope["path"], self.scope["headers"], self._parts.admission.is_allowed,
+        )  # fmt: skip
+        has_operations = self._parts.settings.ws_operations_bind is not None
+        if has_operations and operations.hides(self.scope, path):
+            await sse.answer(send, 404, {"Content-Type": "text/plain"}, b"not found\n")
+            return
+        if (shared := cors.PATHS.get(path)) is not None:
+            if self.scope["method"] == "OPTIONS":
+                await cors.answer_options(shared, headers, is_allowed, send)
+                return
+            send = cors.adding(cors.response_headers(shared, headers, is_allowed), send)
+        if (endpoint := sse.PATHS.get(path)) is None:
+            with ExitStack() as until_sent:  # for what a view holds until its answer is sent
+                self.scope["until_sent"] = until_sent  # type: ignore[typeddict-unknown-key]
+                try:
+                    await super().__call__(receive, send)
+                except* TimeoutError:  # the client takes nothing, and was cut off
+                    pass
+            return
+        await sse.serve(
+            self._reception, read_scope(endpoint, self.scope), self.scope, receive, send
+        )
