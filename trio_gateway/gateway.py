@@ -46,11 +46,14 @@ class _Lifespan(TrioASGILifespan):
     app: "Gateway"
 
     async def __call__(self, receive: Any, send: Any) -> None:
-        # Hypercorn has to wait for us first, or an error at once becomes one of its channel.
-        await trio.lowlevel.checkpoint()
+        messages = [await receive()]  # Hypercorn waits for us from now on: no error gets lost
+
+        async def receive_again() -> Any:
+            return messages.pop() if messages else await receive()
+
         try:
             async with self.app.serving():
-                await super().__call__(receive, send)
+                await super().__call__(receive_again, send)
         except* operations.CannotListen as errors:
             with suppress(Exception):
                 log.critical(str(leaves(errors)[0]))

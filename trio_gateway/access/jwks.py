@@ -15,9 +15,9 @@ import structlog
 import trio
 
 from ..core.close_codes import Close, Rejected
-from ..core.keys import SIGNATURES, algorithms_of
 from ..core.limits import RateLimit
 from ..core.tokens import Key
+from ..keys import SIGNATURES, algorithms_of
 
 log = structlog.get_logger()
 
