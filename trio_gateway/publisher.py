@@ -18,7 +18,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from .core.events import Event, InvalidEvent, parse_event
-from .core.routing import ROUTES, UNKNOWN, Route, To
+from .core.routing import ROUTES, Route, Routing, To
 from .redis_errors import is_wrong_server
 from .redis_url import Address
 
@@ -89,7 +89,7 @@ class Publisher:
         self._address = address
         self._stream = stream
         self._max_length = max_length
-        self._routes = routes
+        self._routes = Routing(routes)
 
     def __enter__(self) -> Self:
         return self
@@ -131,7 +131,7 @@ class Publisher:
         payload = _encode(event, id)
         parsed = parse_event(payload, channel="", heard_at=0.0)
         if stream is None and channel is None:
-            if self._routes.get(parsed.type, UNKNOWN).durable:
+            if self._routes.is_durable(parsed.type):
                 stream = self._stream
             else:
                 channel = channel_for(parsed, self._routes)
@@ -290,9 +290,9 @@ class _AsyncioThread:
 _InThread = _TrioThread | _AsyncioThread
 
 
-def channel_for(event: Event, routes: Mapping[str, Route] = ROUTES) -> str:
+def channel_for(event: Event, routes: Routing = ROUTES) -> str:
     """The one channel on which the gateways hear an event that is not durable."""
-    if event.session is not None and routes.get(event.type, UNKNOWN).to == To.DINERS:
+    if event.session is not None and routes.route_of(event.type).to == To.DINERS:
         return f"channel:session:{event.session}"
     if event.branch == 0:
         return f"channel:tenant:{event.tenant}:admin"

@@ -19,7 +19,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from .core.event_ids import tag
 from .core.origins import is_loopback, read_origin
-from .core.routing import ROUTES, InvalidRoutes, Route, read_routes
+from .core.routing import ROUTES, InvalidRoutes, Routing, read_routes
 from .core.service_day import ServiceDays, read_windows, read_zone, read_zones
 from .core.tokens import Key, Rules
 from .keys import MIN_SECRET_BYTES, SIGNATURES, algorithms_of, is_well_known, public_keys
@@ -282,7 +282,7 @@ class Settings(BaseSettings):
         return [*staff, "table_token_secret", "table_token_secret_previous"]
 
     @cached_property
-    def routes(self) -> Mapping[str, Route]:
+    def routes(self) -> Routing:
         """The routing table in force."""
         if self.ws_routes_file is None:
             return ROUTES

@@ -22,7 +22,7 @@ from trio_gateway.core.events import MAX_ID, InvalidEvent, parse_event
 from trio_gateway.core.frames import PING, TEXT
 from trio_gateway.core.messages import read_message, resumed
 from trio_gateway.core.resilience import Breaker
-from trio_gateway.core.routing import ROUTES, route
+from trio_gateway.core.routing import ROUTES
 from trio_gateway.core.tokens import (
     Key,
     Rules,
@@ -100,7 +100,7 @@ def events(data: bytes) -> None:
         return
     assert 0 < event.tenant <= MAX_ID
     assert 0 <= event.branch <= MAX_ID
-    assert all(event.tenant == audience[1] for audience in route(event, ROUTES))
+    assert all(event.tenant == audience[1] for audience in ROUTES.audiences(event))
     event.set_position(tag("events:critical"), Position((1, 0)), durable=True)
     text = event.text.decode()
     try:

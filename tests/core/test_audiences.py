@@ -20,7 +20,7 @@ from trio_gateway.core.audiences import (
 )
 from trio_gateway.core.audiences import SectorId as Sector
 from trio_gateway.core.events import Event
-from trio_gateway.core.routing import ROUTES, route
+from trio_gateway.core.routing import ROUTES
 from trio_gateway.testing import make_event, make_principal
 
 T, B1, B2 = TenantId(1), BranchId(1), BranchId(2)
@@ -142,7 +142,7 @@ events = st.builds(
 
 @given(events, principals)
 def test_nothing_crosses_a_tenant(event: Event, principal: Principal) -> None:
-    meeting = set(route(event)) & audiences_of(principal)
+    meeting = set(ROUTES.audiences(event)) & audiences_of(principal)
 
     assert not meeting or event.tenant == principal.tenant
 
@@ -150,7 +150,7 @@ def test_nothing_crosses_a_tenant(event: Event, principal: Principal) -> None:
 @given(events, principals)
 def test_nothing_crosses_a_branch(event: Event, principal: Principal) -> None:
     elsewhere = event.branch not in principal.branches | {0}
-    meeting = set(route(event)) & audiences_of(principal)
+    meeting = set(ROUTES.audiences(event)) & audiences_of(principal)
 
     # A session is keyed by tenant and session: its diners move from branch to branch with it.
     own = {diners(principal.tenant, principal.session)} if principal.session else set()
@@ -159,12 +159,12 @@ def test_nothing_crosses_a_branch(event: Event, principal: Principal) -> None:
 
 @given(events, principals)
 def test_every_audience_has_its_tenant_in_it(event: Event, principal: Principal) -> None:
-    assert {audience[1] for audience in route(event)} <= {event.tenant}
+    assert {audience[1] for audience in ROUTES.audiences(event)} <= {event.tenant}
     assert {audience[1] for audience in audiences_of(principal)} == {principal.tenant}
 
 
 @given(events)
 def test_an_event_names_no_audience_twice(event: Event) -> None:
-    found = route(event)
+    found = ROUTES.audiences(event)
 
     assert len(set(found)) == len(found)

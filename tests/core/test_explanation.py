@@ -1,4 +1,3 @@
-from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
@@ -8,7 +7,7 @@ from hypothesis import strategies as st
 from trio_gateway.core.audiences import Endpoint, Principal, audiences_of
 from trio_gateway.core.events import Event
 from trio_gateway.core.explanation import Fact, Reason, describe, judge, why_not
-from trio_gateway.core.routing import ROUTES, Route, To, route
+from trio_gateway.core.routing import ROUTES, Route, Routing, To
 from trio_gateway.testing import make_event, make_principal
 
 few = st.integers(1, 3)
@@ -30,17 +29,18 @@ events = st.builds(
     sector_id=some,
     session_id=some,
 )
-tables = st.integers(0, (~To(0)).value).map(lambda to: {**ROUTES, "CUSTOM": Route(To(to), True)})
-Table = Mapping[str, Route]
+tables = st.integers(0, (~To(0)).value).map(
+    lambda to: Routing({**ROUTES, "CUSTOM": Route(To(to), True)})
+)
 
 
-def hears(event: Event, who: Principal, routes: Table) -> bool:
-    return bool(set(route(event, routes)) & audiences_of(who))
+def hears(event: Event, who: Principal, routes: Routing) -> bool:
+    return bool(set(routes.audiences(event)) & audiences_of(who))
 
 
 @given(events, principals, tables)
 def test_a_reason_is_given_exactly_when_it_is_not_delivered(
-    event: Event, who: Principal, routes: Table
+    event: Event, who: Principal, routes: Routing
 ) -> None:
     assert (why_not(event, who, routes) is None) is hears(event, who, routes)
 
@@ -67,7 +67,7 @@ def mended(fact: Fact, event: Event, who: Principal) -> tuple[Event, Principal]:
 
 @given(events, principals, tables)
 def test_a_reason_is_true_and_the_next_one_shows_when_it_is_mended(
-    event: Event, who: Principal, routes: Table
+    event: Event, who: Principal, routes: Routing
 ) -> None:
     ranks = [
         {Fact.TENANT}, {Fact.BRANCH}, {Fact.ROLE, Fact.TYPE}, {Fact.SECTOR}, {Fact.SESSION}
@@ -84,7 +84,7 @@ def test_a_reason_is_true_and_the_next_one_shows_when_it_is_mended(
 
 @given(events, principals, tables)
 def test_a_type_is_the_reason_only_if_nobody_of_its_tenant_hears_it_there(
-    event: Event, who: Principal, routes: Table
+    event: Event, who: Principal, routes: Routing
 ) -> None:
     reason = why_not(event, who, routes)
     if reason is not None and reason.fact is Fact.TYPE:
@@ -163,7 +163,7 @@ def test_reasons_are_words_for_people(case: str) -> None:
 
 def test_a_sector_that_nobody_covers_is_no_reason_for_those_it_falls_back_to() -> None:
     event, who = make_event(sector_id=5), make_principal()
-    fallen_back = [*route(event), *route(make_event())]
+    fallen_back = [*ROUTES.audiences(event), *ROUTES.audiences(make_event())]
     assert why_not(event, who, audiences=fallen_back) is None
 
 
@@ -204,16 +204,16 @@ def test_of_another_tenants_token_no_more_is_said(event: Event, who: Principal) 
 
 def test_audiences_are_described_by_what_they_are_of() -> None:
     event = make_event("ROUND_READY", tenant_id=9, branch_id=2, sector_id=3, session_id=4)
-    everybody = {"CUSTOM": Route(~(To.WAITERS | To.DINERS), True)}
-    assert [describe(each) for each in route(event)] == [
+    everybody = Routing({"CUSTOM": Route(~(To.WAITERS | To.DINERS), True)})
+    assert [describe(each) for each in ROUTES.audiences(event)] == [
         {"audience": "admins", "tenant_id": 9, "branch_id": 2},
         {"audience": "waiters", "tenant_id": 9, "branch_id": 2, "sector_id": 3},
         {"audience": "kitchen", "tenant_id": 9, "branch_id": 2},
         {"audience": "diners", "tenant_id": 9, "session_id": 4},
     ]
     custom = make_event("CUSTOM", branch_id=2)
-    assert [describe(each)["audience"] for each in route(custom, everybody)] == [
+    assert [describe(each)["audience"] for each in everybody.audiences(custom)] == [
         "admins", "floor", "kitchen", "branch_diners"
     ]  # fmt: skip
-    (whole,) = route(make_event(branch_id=0))
+    (whole,) = ROUTES.audiences(make_event(branch_id=0))
     assert describe(whole) == {"audience": "tenant_admins", "tenant_id": 1}

@@ -14,7 +14,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from trio_gateway.core.audiences import Endpoint, Principal, audiences_of
 from trio_gateway.core.events import Event
-from trio_gateway.core.routing import ROUTES, Route, To, route
+from trio_gateway.core.routing import ROUTES, Route, Routing, To
 from trio_gateway.runtime.connection import Connection, ConnectionLimits
 from trio_gateway.runtime.dispatch import Dispatch, join
 from trio_gateway.runtime.hub import Hub
@@ -225,7 +225,7 @@ async def test_table_of_routes_can_be_another(
 ) -> None:
     hub = Hub()
     kitchen = await connect(nursery, hub, make_principal(Endpoint.KITCHEN))
-    dispatch = Dispatch(hub, {"NEW_THING": Route(To.KITCHEN, durable=False)})
+    dispatch = Dispatch(hub, Routing({"NEW_THING": Route(To.KITCHEN, durable=False)}))
 
     await dispatch.deliver([numbered(0, type="NEW_THING"), numbered(1)])
 
@@ -501,5 +501,5 @@ def test_each_client_hears_what_the_table_says(
 
     for principal, mine in zip(principals, texts, strict=True):
         audiences = audiences_of(principal)
-        expected = [event for event in events if not audiences.isdisjoint(route(event))]
+        expected = [event for event in events if not audiences.isdisjoint(ROUTES.audiences(event))]
         assert mine == [event.payload.decode() for event in expected]

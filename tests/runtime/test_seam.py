@@ -20,7 +20,7 @@ from trio_gateway.core.audiences import Endpoint, Principal, audiences_of
 from trio_gateway.core.close_codes import Close
 from trio_gateway.core.event_ids import START, Position, Stream, read_cursor
 from trio_gateway.core.messages import GAP
-from trio_gateway.core.routing import ROUTES, route
+from trio_gateway.core.routing import ROUTES
 from trio_gateway.runtime.connection import Connection, ConnectionLimits
 from trio_gateway.runtime.dispatch import Dispatch
 from trio_gateway.runtime.history import History
@@ -277,7 +277,7 @@ class World:
 
     def may_hear(self, client: Client, n: int) -> bool:
         event = make_event(data=n, **self.kinds[n])
-        return not audiences_of(client.principal).isdisjoint(route(event))
+        return not audiences_of(client.principal).isdisjoint(ROUTES.audiences(event))
 
     def owed(self, client: Client, after: Position, before: Position) -> list[int]:
         return [

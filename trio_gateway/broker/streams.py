@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NoReturn
 
@@ -13,7 +13,7 @@ from ..core.event_ids import START, Position, Stream, tag
 from ..core.events import InvalidEvent, parse_event
 from ..core.limits import LogLimit
 from ..core.resilience import Breaker
-from ..core.routing import UNKNOWN, Route
+from ..core.routing import Routing
 from ..redis_url import Address
 from ..runtime.dispatch import Dispatch
 from ..runtime.history import History
@@ -111,7 +111,7 @@ class Streams:
         queue: EventQueue,
         breaker: Breaker,
         *,
-        routes: Mapping[str, Route],
+        routes: Routing,
         dispatch: Dispatch,
         history: History,
         on_begin: Callable[[Stream, float | None], None],
@@ -235,7 +235,7 @@ class Streams:
         return event is not None
 
     def _is_durable(self, kind: str) -> bool:
-        return self._routes.get(kind, UNKNOWN).durable
+        return self._routes.is_durable(kind)
 
     # The first time
 

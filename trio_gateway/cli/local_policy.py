@@ -14,7 +14,6 @@ from ..core.audiences import Audience, Endpoint, Principal
 from ..core.close_codes import Rejected
 from ..core.events import Event
 from ..core.explanation import Verdict, describe, judge, refused
-from ..core.routing import UNKNOWN, route
 from ..core.tokens import Key, claims_of, is_for_diners, legacy_signature, names_of
 from ..settings import InvalidSettings, Settings
 from .errors import misused
@@ -48,11 +47,11 @@ async def ask(settings: Settings, event: Event, tokens: Sequence[str]) -> Mappin
         if sector_assignments is not None:
             sector_assignments.close()
     routes = settings.routes
-    audiences = list(dict.fromkeys(route(event, routes)))
+    audiences = list(dict.fromkeys(routes.audiences(event)))
     return {
         "type": event.type,
         "known": event.type in routes,
-        "durable": routes.get(event.type, UNKNOWN).durable,
+        "durable": routes.is_durable(event.type),
         "audiences": [describe(each) for each in audiences],
         "tokens": [
             (

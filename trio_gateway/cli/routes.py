@@ -1,6 +1,5 @@
 """``routes``: the routing table in force."""
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
 import click
@@ -8,7 +7,7 @@ import click
 from .errors import settings_or_exit
 
 if TYPE_CHECKING:
-    from ..core.routing import Route, To
+    from ..core.routing import Route, Routing, To
 
 _COLUMNS: Final = {
     "WAITERS": "W",
@@ -53,7 +52,7 @@ def _names(to: "To") -> list[str]:
     return [column for column in _COLUMNS if column in {each.name for each in to}]
 
 
-def _print_json(table: "Mapping[str, Route]") -> None:
+def _print_json(table: "Routing") -> None:
     import msgspec
 
     found = {
@@ -67,7 +66,7 @@ def _print_json(table: "Mapping[str, Route]") -> None:
     click.echo(msgspec.json.format(msgspec.json.encode(found)).decode())
 
 
-def _print_table(table: "Mapping[str, Route]") -> None:
+def _print_table(table: "Routing") -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from .audiences import Audience, Endpoint, Principal, Role, SectorId, SessionId, audiences_of
 from .events import Event
-from .routing import ROUTES, UNKNOWN, Route, To, route
+from .routing import ROUTES, Routing, To
 
 EVERYWHERE: Final = "token"  # among reasons by endpoint: it holds on each of them
 
@@ -62,7 +62,7 @@ def refused(text: str) -> Verdict:
 def judge(
     event: Event,
     principals: Sequence[Principal],
-    routes: Mapping[str, Route] = ROUTES,
+    routes: Routing = ROUTES,
     audiences: Collection[Audience] | None = None,
 ) -> Verdict:
     """Of one token: ``principals`` is who its holder is, on each endpoint that lets it in.
@@ -90,16 +90,16 @@ def judge(
 def why_not(
     event: Event,
     principal: Principal,
-    routes: Mapping[str, Route] = ROUTES,
+    routes: Routing = ROUTES,
     audiences: Collection[Audience] | None = None,
 ) -> Reason | None:
     """Why a principal does not hear an event; None if it does.
 
-    ``audiences`` are those that the event goes to, if they are others than :func:`route` says
+    ``audiences`` are those that the event goes to, if they are others than the routing table says
     (WS_UNCOVERED_SECTOR). Of several reasons it is the first of: tenant, branch, role or type,
     sector, session; mend it, and the next one is the reason.
     """
-    named = frozenset(route(event, routes) if audiences is None else audiences)
+    named = frozenset(routes.audiences(event) if audiences is None else audiences)
 
     def hears(who: Principal) -> bool:
         return not named.isdisjoint(audiences_of(who))
@@ -108,7 +108,7 @@ def why_not(
         return None
     if principal.tenant != event.tenant:
         return _of_another_tenant()
-    to = routes.get(event.type, UNKNOWN).to
+    to = routes.route_of(event.type).to
     mends = _mends(event, principal)
     ideal = _mended(principal, mends.values())
     if not hears(ideal):

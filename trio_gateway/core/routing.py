@@ -1,12 +1,11 @@
-"""Routing: a table from type to audiences, and the function that reads it."""
+"""Routing: a table from event type to audiences. It alone decides who receives an event."""
 
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Flag, auto
 from functools import cached_property
-from types import MappingProxyType
-from typing import Any
+from typing import Any, Final
 
 from . import audiences
 from .audiences import Audience
@@ -26,7 +25,7 @@ class To(Flag):
 
 @dataclass(frozen=True)
 class Route:
-    """Where events of one type go, and whether they must not be lost."""
+    """Where events of one type go, and whether they are durable: replayed after a disconnect."""
 
     to: To
     durable: bool
@@ -58,7 +57,50 @@ _MAKERS: Mapping[To, Callable[[Event], Audience | None]] = {
 _WAD = To.WAITERS | To.ADMINS | To.DINERS
 _FAD = To.FLOOR | To.ADMINS | To.DINERS
 
-ROUTES: Mapping[str, Route] = MappingProxyType(
+UNKNOWN: Final = Route(To.ADMINS, False)  # of a type that the table does not have
+
+
+class Routing(Mapping[str, Route]):
+    """An immutable routing table, by event type.
+
+    As a mapping it holds the types that it knows; the methods also take types that it does not
+    know, which have the route :data:`UNKNOWN`.
+    """
+
+    __slots__ = ("_table",)
+
+    def __init__(self, table: Mapping[str, Route]) -> None:
+        self._table = dict(table)
+
+    def __getitem__(self, event_type: str) -> Route:
+        return self._table[event_type]
+
+    def __contains__(self, event_type: object) -> bool:
+        return event_type in self._table
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._table)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def route_of(self, event_type: str) -> Route:
+        """The route of a type, whether the table knows it or not."""
+        return self._table.get(event_type, UNKNOWN)
+
+    def is_durable(self, event_type: str) -> bool:
+        """Whether events of this type must not be lost."""
+        return self.route_of(event_type).durable
+
+    def audiences(self, event: Event) -> list[Audience]:
+        """Who may receive this event. Used alike for live delivery, replay and catch-up."""
+        found = self._table.get(event.type, UNKNOWN)
+        if event.branch == 0:  # the whole tenant: its admins, if the type goes to admins at all
+            return [audiences.tenant_admins(event.tenant)] if To.ADMINS in found.to else []
+        return [audience for make in found.audiences if (audience := make(event)) is not None]
+
+
+ROUTES: Final = Routing(
     {
         "ROUND_PENDING": Route(_FAD, True),
         "ROUND_CONFIRMED": Route(_WAD, True),
@@ -100,23 +142,13 @@ ROUTES: Mapping[str, Route] = MappingProxyType(
     }
 )
 
-UNKNOWN = Route(To.ADMINS, False)
-
-
-def route(event: Event, routes: Mapping[str, Route] = ROUTES) -> list[Audience]:
-    """Who may hear this event. Used alike for live delivery, replay and catch-up."""
-    found = routes.get(event.type, UNKNOWN)
-    if event.branch == 0:  # the whole tenant: its admins, if the type is for admins at all
-        return [audiences.tenant_admins(event.tenant)] if To.ADMINS in found.to else []
-    return [audience for make in found.audiences if (audience := make(event)) is not None]
-
 
 class InvalidRoutes(ValueError):  # noqa: N818 - reads better where it is raised
-    """A routes file is not what it should be; the text names the place."""
+    """A routes file is invalid; the text names the place."""
 
 
-def read_routes(text: str) -> Mapping[str, Route]:
-    """The table in force: :data:`ROUTES` overridden and extended by a TOML text.
+def read_routes(text: str) -> Routing:
+    """Read a TOML text that overrides and extends :data:`ROUTES`.
 
     Raises :exc:`InvalidRoutes` for anything but ``[routes.TYPE]`` tables with ``to``, a list of
     audience names, and ``durable``, a bool that defaults to what the type had before.
@@ -130,7 +162,7 @@ def read_routes(text: str) -> Mapping[str, Route]:
     tables = document.get("routes", {})
     if not isinstance(tables, dict):
         raise InvalidRoutes("routes: a table per event type, like [routes.ROUND_READY]")
-    return MappingProxyType(dict(ROUTES) | {name: _read(name, t) for name, t in tables.items()})
+    return Routing(dict(ROUTES) | {name: _read(name, t) for name, t in tables.items()})
 
 
 def _read(name: str, table: Any) -> Route:
@@ -139,7 +171,7 @@ def _read(name: str, table: Any) -> Route:
         raise InvalidRoutes(f"{where}: must be a table")
     if unknown := sorted(table.keys() - {"to", "durable"}):
         raise InvalidRoutes(f"{where}: unknown key {unknown[0]!r} (known: to, durable)")
-    before = ROUTES.get(name, UNKNOWN)
+    before = ROUTES.route_of(name)
     durable = table.get("durable", before.durable)
     if not isinstance(durable, bool):
         raise InvalidRoutes(f"{where}.durable: must be true or false")

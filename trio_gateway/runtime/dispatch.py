@@ -15,7 +15,7 @@ from ..core.events import Event
 from ..core.histogram import Histogram
 from ..core.limits import LogLimit
 from ..core.messages import GAP
-from ..core.routing import ROUTES, UNKNOWN, Route, route
+from ..core.routing import ROUTES, Routing
 from .history import History
 from .hub import Hub
 from .queue import EventQueue
@@ -42,7 +42,7 @@ class Dispatch:
     def __init__(
         self,
         hub: Hub,
-        routes: Mapping[str, Route] = ROUTES,
+        routes: Routing = ROUTES,
         *,
         history: History | None = None,
         uncovered_to_branch: bool = False,
@@ -224,8 +224,8 @@ class Dispatch:
         return found
 
     def audiences(self, event: Event) -> list[Audience]:
-        """Who hears it: :func:`route`, and what an uncovered sector falls back to."""
-        found = route(event, self._routes)
+        """Who hears it: what the routing says, and what an uncovered sector falls back to."""
+        found = self._routes.audiences(event)
         if self._uncovered_to_branch and self._is_uncovered(event, found):
             found.append(floor(event.tenant, event.branch))
         return found
@@ -257,7 +257,7 @@ class Dispatch:
         self, batch: Sequence[Event], groups: list[_Group], members: "list[Connection]", done: int
     ) -> None:
         """Who was not written to may have lost durable events, or their copies: say so."""
-        if not any(self._routes.get(event.type, UNKNOWN).durable for event in batch):
+        if not any(self._routes.is_durable(event.type) for event in batch):
             return
         left = members[done:]
         for _, _, others in reversed(groups):

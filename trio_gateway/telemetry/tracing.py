@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
@@ -25,7 +25,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from .. import __version__
 from ..core.events import Event
 from ..core.limits import LogLimit
-from ..core.routing import ROUTES, Route, route
+from ..core.routing import ROUTES, Routing
 
 log = structlog.get_logger()
 
@@ -51,7 +51,7 @@ _decode: Final = msgspec.json.Decoder(_Carrier).decode
 class Tracing:
     """Makes the spans. A ``processor`` takes what has ended; it must not block."""
 
-    def __init__(self, processor: SpanProcessor, routes: Mapping[str, Route] = ROUTES) -> None:
+    def __init__(self, processor: SpanProcessor, routes: Routing = ROUTES) -> None:
         # Only ours: whoever else uses OpenTelemetry in this process has a provider of their own.
         self._provider = TracerProvider(resource=_resource(), shutdown_on_exit=False)
         self._provider.add_span_processor(processor)
@@ -87,7 +87,7 @@ class Tracing:
             "gateway.tenant": event.tenant,
             "gateway.branch": event.branch,
             "gateway.durable": event.event_id is not None,
-            "gateway.audiences": len(route(event, self._routes)),
+            "gateway.audiences": len(self._routes.audiences(event)),
         }
         if (name := event.event_id or event.id) is not None:
             found["messaging.message.id"] = name
@@ -119,7 +119,7 @@ def read_traceparent(payload: bytes) -> trace.SpanContext | None:
 
 
 @asynccontextmanager
-async def open_tracing(routes: Mapping[str, Route]) -> AsyncIterator[Observe]:
+async def open_tracing(routes: Routing) -> AsyncIterator[Observe]:
     """What Dispatch tells of delivered events; a thread of its own sends the spans over OTLP."""
     _tell_of_trouble()
     tracing = Tracing(BatchSpanProcessor(OTLPSpanExporter()), routes)

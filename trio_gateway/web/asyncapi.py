@@ -26,7 +26,7 @@ from ..core.close_codes import Close
 from ..core.control_messages import REVOKED, SECTORS_CHANGED, Revoked, SectorsChanged
 from ..core.events import MAX_EVENT_BYTES, Keys, parse_event
 from ..core.message_schemas import ANSWERS, REQUESTS, Answer, Request, Schema
-from ..core.routing import UNKNOWN, Route, route
+from ..core.routing import UNKNOWN, Routing
 from ..transports.handshake import SUBPROTOCOL
 from ..transports.sse import PATHS
 
@@ -44,7 +44,7 @@ def describe(settings: "Settings") -> _Object:
     operations: _Object = {}
     for endpoint in Endpoint:
         heard = [_event_name(name) for name in heard_at(endpoint, routes)]
-        if heard_at(endpoint, {"any other": UNKNOWN}):
+        if heard_at(endpoint, Routing({"any other": UNKNOWN})):
             heard.append("event")
         _add_endpoint(endpoint, heard, channels, operations)
     for name, (address, words) in sources.items():
@@ -78,7 +78,7 @@ def describe(settings: "Settings") -> _Object:
     }
 
 
-def heard_at(endpoint: Endpoint, routes: Mapping[str, Route]) -> list[str]:
+def heard_at(endpoint: Endpoint, routes: Routing) -> list[str]:
     """The types of which somebody on this endpoint may hear events: by the routing itself."""
     tenant, branch, sector, session = TenantId(1), BranchId(1), SectorId(1), SessionId(1)
     somebody = Principal(
@@ -96,7 +96,7 @@ def heard_at(endpoint: Endpoint, routes: Mapping[str, Route]) -> list[str]:
     def hears(name: str) -> bool:
         payload = msgspec.json.encode({"type": name, **keys})
         event = parse_event(payload, channel="", heard_at=0)
-        return not mine.isdisjoint(route(event, routes))
+        return not mine.isdisjoint(routes.audiences(event))
 
     return [name for name in routes if hears(name)]
 
@@ -235,7 +235,7 @@ def _schemas() -> _Object:
     return {"Event": event, **found}
 
 
-def _messages(routes: Mapping[str, Route]) -> _Object:
+def _messages(routes: Routing) -> _Object:
     found: _Object = {}
     spoken: Mapping[str, Request | Answer] = {**REQUESTS, **ANSWERS}
     for name, said in spoken.items():

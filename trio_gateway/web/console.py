@@ -18,7 +18,6 @@ from ..core.audiences import ENDPOINTS, Principal
 from ..core.close_codes import Close, Rejected, status_of
 from ..core.events import InvalidEvent, parse_event
 from ..core.origins import is_loopback
-from ..core.routing import UNKNOWN
 from ..parts import Parts
 from ..publisher import channel_for
 from ..stats_feed import may_watch
@@ -180,7 +179,7 @@ async def publish(parts: Parts) -> Answer:
         return refusal(rejected)
     routes, streams = parts.settings.routes, parts.settings.redis_streams
     try:
-        if routes.get(event.type, UNKNOWN).durable and streams:
+        if routes.is_durable(event.type) and streams:
             await parts.commands.add(streams[0], {"data": payload})  # others' stream: not trimmed
             return jsonify(stream=streams[0])
         channel = channel_for(event, routes)

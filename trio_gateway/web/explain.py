@@ -11,7 +11,6 @@ from ..core.audiences import Endpoint, Principal, Role
 from ..core.close_codes import Rejected
 from ..core.events import InvalidEvent, parse_event
 from ..core.explanation import Verdict, describe, judge, refused
-from ..core.routing import UNKNOWN
 from ..core.tokens import is_for_diners
 from ..parts import Parts
 from ..transports.handshake import bearer
@@ -57,7 +56,7 @@ async def explain(parts: Parts) -> Answer:
     body: dict[str, Any] = {
         "type": event.type,
         "known": event.type in routes,
-        "durable": routes.get(event.type, UNKNOWN).durable,
+        "durable": routes.is_durable(event.type),
         "audiences": [describe(each) for each in dict.fromkeys(audiences)],
         "connections": {endpoint.label: here[endpoint] for endpoint in Endpoint},
         "tokens": [
