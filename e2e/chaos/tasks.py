@@ -1,53 +1,69 @@
-"""The background tasks of a gateway: where the code starts each, and what a fault calls it."""
+"""The background tasks of a gateway: the call that starts each, and the name that a fault gives it."""
 
 from typing import Final
 
-# Of every gateway process.
-GATEWAY: Final = {
-    "gateway.py: self.dispatch.run, self.heard": "Dispatch.run#1",
-    "gateway.py: self.dispatch.run, self.read": "Dispatch.run#2",
-    "gateway.py: dead_letters.run": "DeadLetters.run",
-    "gateway.py: self.readiness.run": "Readiness.run",
-    "gateway.py: self.replays.decide": "Replays.decide",
-    "gateway.py: self.feed.run": "Feed.run",
-    "gateway.py: self.roster.pay": "Roster.pay",
-    "gateway.py: self.roster.follow_clock": "Roster.follow_clock",
-    "gateway.py: revocations.answer_checks": "Revocations.answer_checks",
-    "gateway.py: revocations.sweep, settings.jwt_revalidation_interval": "Revocations.sweep",
-    "gateway.py: reaping": "Gateway._start.<locals>.reaping",
-    "gateway.py: forgetting": "Gateway._start.<locals>.forgetting",
-    "gateway.py: sources": "Gateway._start.<locals>.sources",
-    "gateway.py: keep_running, 'pubsub', pubsub.run, self.breakers['pubsub']": "PubSub.run",
-    "gateway.py: keep_running, 'stream', streams.run, self.breakers['stream']": "Streams.run",
-    "gateway.py: wait_and_drain": "Gateway.watch.<locals>.wait_and_drain",
+# Of every gateway process. The last two calls start two tasks each.
+_GATEWAY: Final = {
+    "gateway.py: operations.serve, self, operators": ["serve"],
+    "gateway.py: parts.commands.run": ["Commands.run"],
+    "gateway.py: parts.dead_letters.run": ["DeadLetters.run"],
+    "gateway.py: parts.readiness.run": ["Readiness.run"],
+    "gateway.py: parts.replays.decide": ["Replays.decide"],
+    "gateway.py: parts.revocations.answer_checks": ["Revocations.answer_checks"],
+    "gateway.py: parts.revocations.sweep, settings.jwt_revalidation_interval": [
+        "Revocations.sweep"
+    ],
+    "gateway.py: parts.sector_assignments.follow_clock": ["SectorAssignments.follow_clock"],
+    "gateway.py: parts.sector_assignments.retry_pending": ["SectorAssignments.retry_pending"],
+    "gateway.py: self._reap": ["Gateway._reap"],
+    "gateway.py: self._run_sources": ["Gateway._run_sources"],
+    "gateway.py: self._server_stops.run": ["_ServerStops.run"],
+    "gateway.py: self._stats_feed.run": ["StatsFeed.run"],
+    "gateway.py: self._trim_history": ["Gateway._trim_history"],
+    "gateway.py: parts.dispatch.run, queue, settings.redis_event_batch_size": [
+        "Dispatch.run#1",
+        "Dispatch.run#2",
+    ],
+    "gateway.py: keep_running, name, run, parts.breakers[name]": ["PubSub.run", "Streams.run"],
 }
-# Of one that Hypercorn's master, or ours, has started.
-CHILD: Final = {
-    "gateway.py: self._outlive_siblings": "Gateway._outlive_siblings",
+# Of a process that Hypercorn's master or the supervisor has started.
+_CHILD: Final = {"gateway.py: self._outlive_siblings": ["Gateway._outlive_siblings"]}
+_WORKER: Final = {
+    "gateway.py: parts.worker_stats.share, partial(stats.snapshot, parts)": ["WorkerStats.share"]
 }
-WORKER: Final = {
-    "gateway.py: self._share, self.siblings": "Gateway._share",
+# Around the gateway under ``trio-gateway serve``; of a supervised process; and of its supervisor.
+_SERVE: Final = {"serve.py: beside, heed_signals": ["_serve.<locals>.heed_signals"]}
+_SUPERVISED: Final = {
+    "serve.py: beside, tell_supervisor, link": ["_serve.<locals>.tell_supervisor"],
+    "serve.py: beside, heed_supervisor, link": ["_serve.<locals>.heed_supervisor"],
+    "serve.py: beside, turns.keep_posted": ["Turns.keep_posted"],
 }
-# Around it, under ``trio-gateway serve``; of one that is supervised; and of its supervisor.
-SERVE: Final = {
-    "serve.py: beside, heed_signals": "_serve.<locals>.heed_signals",
+_SUPERVISOR: Final = {
+    "workers.py: self._heed_signals, places": ["Supervisor._heed_signals"],
+    "workers.py: self._keep, place": ["Supervisor._keep"],
+    "workers.py: self._listen, worker": ["Supervisor._listen"],
+    "workers.py: self._roll": ["Supervisor._roll"],
+    "workers.py: self._lose_patience": ["Supervisor._lose_patience"],
 }
-SUPERVISED: Final = {
-    "serve.py: beside, tell_supervisor, link": "_serve.<locals>.tell_supervisor",
-    "serve.py: beside, heed_supervisor, link": "_serve.<locals>.heed_supervisor",
-    "serve.py: beside, turns.keep_posted": "Turns.keep_posted",
-}
-SUPERVISOR: Final = {
-    "workers.py: self._heed_signals, places": "Supervisor._heed_signals",
-    "workers.py: self._keep, place": "Supervisor._keep",
-    "workers.py: self._listen, worker": "Supervisor._listen",
-    "workers.py: self._roll": "Supervisor._roll",
-    "workers.py: self._lose_patience": "Supervisor._lose_patience",
-}
-# What a client waits for itself: no background tasks.
-SOMEBODYS: Final = {
+# One client or one command waits for each of these: they are not background tasks.
+_AWAITED: Final = {
     "runtime/connection.py: self._run_task, run",
     "runtime/connection.py: self._run_task, self._write_out",
     "access/sectors.py: ask, key",
+    "broker/commands.py: (await self._receive.receive()).run, loop",
 }
-ALL: Final = {*GATEWAY, *CHILD, *WORKER, *SERVE, *SUPERVISED, *SUPERVISOR, *SOMEBODYS}
+
+
+def _names(calls: dict[str, list[str]]) -> list[str]:
+    return [name for names in calls.values() for name in names]
+
+
+GATEWAY: Final = _names(_GATEWAY)
+CHILD: Final = _names(_CHILD)
+WORKER: Final = _names(_WORKER)
+SERVE: Final = _names(_SERVE)
+SUPERVISED: Final = _names(_SUPERVISED)
+SUPERVISOR: Final = _names(_SUPERVISOR)
+CALLS: Final = {
+    *_GATEWAY, *_CHILD, *_WORKER, *_SERVE, *_SUPERVISED, *_SUPERVISOR, *_AWAITED,
+}  # fmt: skip

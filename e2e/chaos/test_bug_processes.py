@@ -104,6 +104,7 @@ async def buggy(
         PYTHONPATH=faults.PYTHONPATH,
         REDIS_DLQ_STREAM="events:dlq",
         DATABASE_URL=f"sqlite:///{folder}/restaurant.db",
+        WS_OPERATIONS_BIND=f"127.0.0.1:{free_port()}",
     )
     if at_once:
         (folder / "now").touch()
@@ -123,7 +124,7 @@ async def is_served(client: WebSocketConnection) -> bool:
 # One process
 
 
-@pytest.mark.parametrize("task", [*GATEWAY.values(), *SERVE.values()])
+@pytest.mark.parametrize("task", [*GATEWAY, *SERVE])
 async def test_serve_ends_with_status_1_after_telling_its_clients(
     redis_url: str, tmp_path: Path, task: str
 ) -> None:
@@ -151,7 +152,7 @@ async def test_hypercorn_without_workers_ends_with_status_1(
 # Hypercorn's master
 
 
-@pytest.mark.parametrize("task", [*GATEWAY.values(), *CHILD.values(), *WORKER.values()])
+@pytest.mark.parametrize("task", [*GATEWAY, *CHILD, *WORKER])
 async def test_hypercorn_ends_with_its_worker_whose_status_was_1(
     redis_url: str, tmp_path: Path, task: str
 ) -> None:
@@ -164,7 +165,7 @@ async def test_hypercorn_ends_with_its_worker_whose_status_was_1(
         gateway.assert_loud()
 
 
-@pytest.mark.parametrize("task", ["PubSub.run", *CHILD.values(), *WORKER.values()])
+@pytest.mark.parametrize("task", ["PubSub.run", *CHILD, *WORKER])
 async def test_hypercorn_takes_the_other_worker_along_and_both_tell_their_clients(
     redis_url: str, tmp_path: Path, task: str
 ) -> None:
@@ -182,9 +183,7 @@ async def test_hypercorn_takes_the_other_worker_along_and_both_tell_their_client
 # Our supervisor
 
 
-@pytest.mark.parametrize(
-    "task", ["Dispatch.run#1", "PubSub.run", *WORKER.values(), *SERVE.values()]
-)
+@pytest.mark.parametrize("task", ["Dispatch.run#1", "PubSub.run", *WORKER, *SERVE])
 async def test_supervisor_restarts_a_worker_with_a_bug_and_the_other_one_never_notices(
     redis_url: str, tmp_path: Path, task: str
 ) -> None:
@@ -210,7 +209,7 @@ async def test_supervisor_restarts_a_worker_with_a_bug_and_the_other_one_never_n
         gateway.assert_loud()
 
 
-@pytest.mark.parametrize("task", SUPERVISED.values())
+@pytest.mark.parametrize("task", SUPERVISED)
 async def test_supervisor_restarts_a_worker_that_fails_while_it_starts(
     redis_url: str, tmp_path: Path, task: str
 ) -> None:
@@ -227,7 +226,7 @@ async def test_supervisor_restarts_a_worker_that_fails_while_it_starts(
         gateway.assert_loud()
 
 
-@pytest.mark.parametrize("task", SUPERVISOR.values())
+@pytest.mark.parametrize("task", SUPERVISOR)
 async def test_supervisor_with_a_bug_ends_with_status_1_and_its_workers_drain(
     redis_url: str, tmp_path: Path, task: str
 ) -> None:
