@@ -3,7 +3,7 @@
 import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import structlog
 import trio
@@ -15,11 +15,7 @@ from ..core.frames import PING_FRAME, PONG, frame, text_frame
 from ..core.limits import RateLimit
 from ..core.messages import PONG as PONG_TEXT
 from ..core.messages import Command, Message, Resume, read_message
-from .hub import Hub
 from .outbox import Outbox
-
-if TYPE_CHECKING:
-    from .resume import Replays
 
 log = structlog.get_logger()
 
@@ -115,14 +111,43 @@ async def ignore(_connection: "Connection", _message: Message) -> None:
     await trio.lowlevel.checkpoint()
 
 
+class Membership(Protocol):
+    """What a connection needs of the hub."""
+
+    def join(self, connection: "Connection") -> None:
+        """Deliver events to it from now on."""
+
+    def leave(self, connection: "Connection") -> None:
+        """Deliver nothing to it any more; its close has yet to go through."""
+
+    def gone(self, connection: "Connection") -> None:
+        """Its close has gone through."""
+
+
+class Resuming(Protocol):
+    """What a connection needs to begin where an earlier one left off."""
+
+    def hold(self, connection: "Connection", now: float) -> None:
+        """It has just joined: hold back durable events until it has decided how to begin."""
+
+    def go_live(self, connection: "Connection") -> None:
+        """It does not ask to resume: send it what came since it joined, then live events."""
+
+    def ask(self, connection: "Connection", last_event_id: str | None) -> None:
+        """It asks in a message to resume after an event."""
+
+    async def resume(self, connection: "Connection", last_event_id: str) -> None:
+        """Answer its question, send it what it missed, and let it go live."""
+
+
 class Connection:
     """One client that was let in.
 
     ``answer`` is asked about the messages that need more than the connection knows.
     ``expires_at`` is the credential's end on Trio's clock. ``replays`` lets it begin where it
     left off; ``resume_from`` is the last event id that the handshake named, if any;
-    ``accepted_at`` is the place in the history from which on it misses nothing. ``supports_deflate`` says
-    that it can read compressed messages.
+    ``accepted_at`` is the place in the history from which on it misses nothing.
+    ``supports_deflate`` says that it can read compressed messages.
 
     While it has a ``cursor``, durable events come from the history: it has them up to there.
     """
@@ -172,7 +197,7 @@ class Connection:
         answer: Answer = ignore,
         expires_at: float = float("inf"),
         *,
-        replays: "Replays | None" = None,
+        replays: Resuming | None = None,
         resume_from: str | None = None,
         accepted_at: Cursor | None = None,
         supports_deflate: bool = False,
@@ -231,7 +256,7 @@ class Connection:
     def waiting_frames(self) -> int:
         return 0 if self._outbox is None else self._outbox.frames
 
-    async def run(self, socket: Socket, hub: Hub) -> None:
+    async def run(self, socket: Socket, hub: Membership) -> None:
         """Serve the client until it leaves or is closed; returns when the close is through.
 
         Its place in the hub is given up at once, before a slow close is waited for.

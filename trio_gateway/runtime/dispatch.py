@@ -4,7 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from itertools import compress
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import Final, NoReturn
 
 import structlog
 import trio
@@ -16,12 +16,10 @@ from ..core.histogram import Histogram
 from ..core.limits import LogLimit
 from ..core.messages import GAP
 from ..core.routing import ROUTES, Routing
+from .connection import Connection
 from .history import History
 from .hub import Hub
 from .queue import EventQueue
-
-if TYPE_CHECKING:
-    from .connection import Connection
 
 log = structlog.get_logger()
 
@@ -30,7 +28,7 @@ LOOK_BACK: Final = 1.0  # seconds
 # An event to be delivered, its audiences, and the last connection that has heard a copy of it.
 _Planned = tuple[Event, list[Audience], int]
 # Frames, which of them (bit i: the i-th), and who gets those.
-_Group = tuple[list[bytes], int, "list[Connection]"]
+_Group = tuple[list[bytes], int, list[Connection]]
 
 
 _BATCHES_OF_A_BACKLOG: Final = 4
@@ -206,10 +204,10 @@ class Dispatch:
 
     def _without(
         self,
-        by_mask: "Mapping[int, list[Connection]]",
+        by_mask: Mapping[int, list[Connection]],
         durable: int,
         copies: Sequence[tuple[int, int]],
-    ) -> "Mapping[int, list[Connection]]":
+    ) -> Mapping[int, list[Connection]]:
         """Without what they have heard already, or get from the history."""
         found: defaultdict[int, list[Connection]] = defaultdict(list)
         held = self._hub.held
@@ -254,7 +252,7 @@ class Dispatch:
             self.unheard += 1
 
     def _break_off(
-        self, batch: Sequence[Event], groups: list[_Group], members: "list[Connection]", done: int
+        self, batch: Sequence[Event], groups: list[_Group], members: list[Connection], done: int
     ) -> None:
         """Who was not written to may have lost durable events, or their copies: say so."""
         if not any(self._routes.is_durable(event.type) for event in batch):

@@ -2,15 +2,13 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, KeysView, Mapping, Sequence
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import trio
 
 from ..core.audiences import Audience, Endpoint, Principal, audiences_of
 from ..core.close_codes import Close, Rejected
-
-if TYPE_CHECKING:
-    from .connection import Connection
+from .connection import Connection
 
 
 class CapacityLimits:
@@ -73,11 +71,11 @@ class Hub:
         return len(self._connections) + self._reserved.total()
 
     @property
-    def connections(self) -> KeysView["Connection"]:
+    def connections(self) -> KeysView[Connection]:
         return self._connections.keys()
 
     @property
-    def leaving(self) -> "set[Connection]":
+    def leaving(self) -> set[Connection]:
         """Those that hear no event any more but whose close has not reached the client yet."""
         return self._leaving
 
@@ -108,18 +106,18 @@ class Hub:
         if self.taken >= limits.total:
             raise Rejected(Close.SERVER_OVERLOADED, "too many connections", "total_limit")
 
-    def owned_by(self, principal: Principal) -> "Sequence[Connection]":
+    def owned_by(self, principal: Principal) -> Sequence[Connection]:
         """The connections of the principal's user, or session, of its tenant."""
         return self._owned.get(principal.owner, ())
 
-    def reserve(self, principal: Principal) -> "Place":
+    def reserve(self, principal: Principal) -> Place:
         """As :meth:`admit`, and the place is taken until it is released; then :meth:`join` must
         follow in the same step.
         """
         self.admit(principal)
         return Place(self._reserved, principal.owner)
 
-    def join(self, connection: "Connection") -> None:
+    def join(self, connection: Connection) -> None:
         principal = connection.principal
         self.joins += 1
         connection.number = self.joins
@@ -131,7 +129,7 @@ class Hub:
         for audience in connection.audiences:
             self._enter(audience, connection)
 
-    def leave(self, connection: "Connection") -> None:
+    def leave(self, connection: Connection) -> None:
         """It hears nothing from now on. It is :meth:`gone` when its close is through."""
         if connection not in self._connections:  # it was evicted
             return
@@ -147,12 +145,12 @@ class Hub:
         for audience in connection.audiences:
             self._exit(audience, connection)
 
-    def evict(self, connection: "Connection", code: int, reason: str) -> None:
+    def evict(self, connection: Connection, code: int, reason: str) -> None:
         """Close it, and free its place at once."""
         connection.close(code, reason)
         self.leave(connection)
 
-    def gone(self, connection: "Connection") -> None:
+    def gone(self, connection: Connection) -> None:
         self._leaving.discard(connection)
         self._messages += connection.messages
         self.count_close(connection.code, by_gateway=not connection.chose_its_code)
@@ -164,7 +162,7 @@ class Hub:
         if by_gateway:
             self.closed_by_gateway[code] += 1
 
-    def move(self, connection: "Connection", principal: Principal) -> None:
+    def move(self, connection: Connection, principal: Principal) -> None:
         """Its audiences are another principal's from now on; same owner, same endpoint."""
         if connection not in self._connections:  # it left while the other principal was found
             return
@@ -177,14 +175,14 @@ class Hub:
         for audience in before - after:
             self._exit(audience, connection)
 
-    def members(self, audiences: Iterable[Audience]) -> "list[Connection]":
+    def members(self, audiences: Iterable[Audience]) -> list[Connection]:
         """A snapshot of the connections in any of these audiences, each of them once."""
         found = [m for audience in audiences if (m := self._members.get(audience)) is not None]
         if len(found) == 1:
             return list(found[0])
         return list(set().union(*found))
 
-    def masks(self, heard: Mapping[Audience, int]) -> "dict[int, list[Connection]]":
+    def masks(self, heard: Mapping[Audience, int]) -> dict[int, list[Connection]]:
         """Who hears what, as bits: those of the audiences that a connection is in, or-ed.
 
         From the audiences' side: a batch names few, and a connection may be in many. The mask is
@@ -214,12 +212,12 @@ class Hub:
                 self._emptied = trio.Event()
             await self._emptied.wait()
 
-    def _enter(self, audience: Audience, connection: "Connection") -> None:
+    def _enter(self, audience: Audience, connection: Connection) -> None:
         if (members := self._members.get(audience)) is None:
             members = self._members[audience] = set()
         members.add(connection)
 
-    def _exit(self, audience: Audience, connection: "Connection") -> None:
+    def _exit(self, audience: Audience, connection: Connection) -> None:
         members = self._members[audience]
         members.remove(connection)
         if not members:

@@ -29,8 +29,9 @@ def leaves(error: BaseException) -> list[BaseException]:
 async def keep_running(
     name: str, work: Callable[[], Awaitable[None]], breaker: Breaker, backoff: Backoff | None = None
 ) -> NoReturn:
-    """Run ``work`` again whenever it is :exc:`ConnectionLost`; return only when cancelled. Where it is
-    :exc:`Demoted` that is a second later at most: a failover may be over by then.
+    """Run ``work`` again whenever it raises :exc:`ConnectionLost`; return only when cancelled.
+
+    After :exc:`Demoted` it runs again within a second: a failover may be over by then.
 
     ``work`` says ``breaker.succeeded()`` once it is connected. Any other exception is a bug and
     propagates.
