@@ -9,13 +9,13 @@ import trio
 
 from .access.admission import Candidate
 from .core.audiences import Endpoint, Principal, SectorId
+from .core.client_request import ClientRequest
 from .core.close_codes import Close, Rejected
 from .core.messages import Command, Message, Reauthenticate, auth_ok, intervals, sectors_updated
 from .parts import Parts
 from .runtime.concurrency_limiter import Overloaded
 from .runtime.connection import Connection, ConnectionLimits, Socket
 from .stats_feed import StatsFeed
-from .transports.handshake import Handshake
 from .transports.sse import EventStream
 
 log = structlog.get_logger()
@@ -54,34 +54,32 @@ class Reception:
         """Count an upgrade that was refused with this HTTP status."""
         self._parts.counts.refused[status] += 1
 
-    async def serve_connection(self, handshake: Handshake, socket: Socket) -> None:
+    async def serve_connection(self, request: ClientRequest, socket: Socket) -> None:
         """Serve one client whose upgrade was accepted, whichever transport it came through.
 
         Returns when its close has gone through. A bug in it ends this client alone, with 1011.
         """
         parts = self._parts
-        endpoint = handshake.endpoint
+        endpoint = request.endpoint
         accepted_at = parts.history.end
         address, entered = "", False
         try:
             try:
-                address = parts.addresses.of(
-                    handshake.peer, handshake.headers.get("x-forwarded-for")
-                )
+                address = parts.addresses.of(request.peer, request.headers.get("x-forwarded-for"))
                 parts.addresses.enter(address, trio.current_time())
                 entered = True
-                with await self._admit(handshake) as candidate:
+                with await self._admit(request) as candidate:
                     principal = await self._let_in(candidate)
                 # It has joined the hub before anything is awaited again.
                 connection = Connection(
                     principal,
-                    self._one_way_limits if handshake.one_way else self._limits,
+                    self._one_way_limits if request.one_way else self._limits,
                     self._answer,
                     self._on_trios_clock(principal.expires_at),
                     replays=parts.replays,
-                    resume_from=handshake.last_event_id,
+                    resume_from=request.last_event_id,
                     accepted_at=accepted_at,
-                    supports_deflate=handshake.supports_deflate,
+                    supports_deflate=request.supports_deflate,
                 )
             except Rejected as rejected:
                 if rejected.close is Close.AUTH_FAILED:
@@ -98,17 +96,17 @@ class Reception:
                 bug = Rejected(Close.INTERNAL_ERROR, "internal error", "internal_error")
                 await self._reject(endpoint, socket, bug)
                 return
-            del handshake, candidate  # a long head and its token, of no use while the client stays
+            del request, candidate  # a long head and its token, of no use while the client stays
             await self._run(connection, socket)
         finally:
             if entered:
                 parts.addresses.leave(address)
 
-    async def _admit(self, handshake: Handshake) -> Candidate:
+    async def _admit(self, request: ClientRequest) -> Candidate:
         accept_timeout = self._parts.settings.ws_accept_timeout
         try:
             admitted = await self._parts.admissions.run(
-                partial(self._parts.admission.admit, handshake),
+                partial(self._parts.admission.admit, request),
                 accept_timeout,
                 patience=accept_timeout / 2,
             )

@@ -14,7 +14,6 @@ from .core.events import Event, parse_event
 from .core.frames import PING, PONG, TEXT, boundary, split
 from .runtime.connection import Disconnected, Ping, Pong
 from .runtime.outbox import Outbox
-from .transports.handshake import Handshake
 
 
 def make_principal(
@@ -84,9 +83,9 @@ class NullAuth:
     def __init__(self, principal: Principal | None = None) -> None:
         self._principal = principal
 
-    async def authenticate(self, handshake: Handshake) -> Principal:
+    async def authenticate(self, credential: str, endpoint: Endpoint) -> Principal:
         await trio.lowlevel.checkpoint()
-        return self._principal or make_principal(handshake.endpoint)
+        return self._principal or make_principal(endpoint)
 
 
 class FakeClient:

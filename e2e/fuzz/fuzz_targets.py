@@ -16,6 +16,7 @@ from trio_gateway.access.revocations import Revocations
 from trio_gateway.broker.connection import RedisConnection
 from trio_gateway.broker.pubsub import PubSub
 from trio_gateway.core.audiences import Endpoint, audiences_of
+from trio_gateway.core.client_request import ClientRequest
 from trio_gateway.core.close_codes import Close, Rejected
 from trio_gateway.core.event_ids import Position, cursor_id, read_cursor, tag
 from trio_gateway.core.events import MAX_ID, InvalidEvent, parse_event
@@ -39,13 +40,7 @@ from trio_gateway.runtime.queue import EventQueue
 from trio_gateway.runtime.supervision import ConnectionLost
 from trio_gateway.testing import make_jwt, make_payload, make_table_token
 from trio_gateway.transports.direct import DirectSocket
-from trio_gateway.transports.handshake import (
-    Handshake,
-    Refusal,
-    acceptance,
-    parse_head,
-    refusal_response,
-)
+from trio_gateway.transports.handshake import Refusal, acceptance, parse_head, refusal_response
 from trio_gateway.transports.tcp import read_head
 
 Target = Callable[[bytes], None]
@@ -114,7 +109,7 @@ def events(data: bytes) -> None:
 def heads(data: bytes) -> None:
     """A handshake, a refusal, or nobody of ours; and a response that is made of it."""
     match parse_head(data):
-        case Handshake() as handshake:
+        case ClientRequest() as handshake:
             assert acceptance(handshake).count(b"\r\n") <= 6
             for found in (handshake.credential, handshake.last_event_id, handshake.origin):
                 assert found is None or isinstance(found, str)

@@ -36,7 +36,6 @@ from trio_gateway.core.audiences import Endpoint, Principal
 from trio_gateway.core.close_codes import Close, Rejected
 from trio_gateway.core.frames import PING, PONG, TEXT
 from trio_gateway.testing import make_jwt, make_principal, make_table_token
-from trio_gateway.transports.handshake import Handshake
 from trio_gateway.transports.hypercorn_bounds import MOST_FRAGMENTS
 
 UNNOTICED: Final = 0.25  # seconds that a bystander's ping may take
@@ -175,9 +174,9 @@ class Unhurried:
     def __init__(self) -> None:
         self.go_on = trio.Event()
 
-    async def authenticate(self, handshake: Handshake) -> Principal:
+    async def authenticate(self, credential: str, endpoint: Endpoint) -> Principal:
         await self.go_on.wait()
-        return make_principal(handshake.endpoint)
+        return make_principal(endpoint)
 
 
 async def test_clients_over_the_most_that_are_being_admitted_are_told_1013(

@@ -15,12 +15,12 @@ from trio_gateway.access.revocations import Revocations
 from trio_gateway.access.tickets import Tickets
 from trio_gateway.broker.commands import Unavailable
 from trio_gateway.core.audiences import BranchId, Endpoint, Principal, SectorId
+from trio_gateway.core.client_request import ClientRequest
 from trio_gateway.core.close_codes import Close, Rejected
 from trio_gateway.runtime.connection import Connection, ConnectionLimits
 from trio_gateway.runtime.hub import Hub
 from trio_gateway.settings import Settings
 from trio_gateway.testing import FakeSocket, make_jwt, make_principal
-from trio_gateway.transports.handshake import Handshake
 
 SECRET = "0123456789abcdef" * 4
 NOW = 1_790_000_000.0
@@ -94,7 +94,7 @@ class Place:
 
     async def admit(self, **query: str) -> None:
         try:
-            self.outcome = await self.admission.admit(Handshake(Endpoint.WAITER, query, {}))
+            self.outcome = await self.admission.admit(ClientRequest(Endpoint.WAITER, query, {}))
         except Rejected as rejected:
             self.outcome = rejected
 

@@ -39,7 +39,6 @@ from trio_gateway.core.audiences import Endpoint
 from trio_gateway.core.close_codes import Close, Rejected
 from trio_gateway.core.tokens import Rules
 from trio_gateway.testing import make_table_token
-from trio_gateway.transports.handshake import Handshake
 
 SIGNATURES: Final = ("RS256", "PS256", "ES256", "ES384", "EdDSA")
 PRIVATE: Final[dict[str, Any]] = {
@@ -139,7 +138,7 @@ async def is_good(keys: KeySet, token: str) -> bool:
     """Whether the key set vouches for the token; a key set that can't be had raises."""
     auth = JwtAuth((), Rules(), time.time, keys)
     try:
-        await auth.authenticate(Handshake(Endpoint.WAITER, {}, {}, renewed=token))
+        await auth.authenticate(token, Endpoint.WAITER)
     except Rejected as rejected:
         if rejected.close is not Close.AUTH_FAILED:
             raise

@@ -32,7 +32,6 @@ from trio_gateway.core.audiences import Endpoint, Principal
 from trio_gateway.core.close_codes import Close
 from trio_gateway.gateway import Gateway
 from trio_gateway.testing import make_payload, make_principal, make_table_token
-from trio_gateway.transports.handshake import Handshake
 from trio_gateway.transports.progress import MovingStream, acknowledged
 
 NO_REDIS: Final = "redis://127.0.0.1:1"
@@ -41,11 +40,11 @@ HEALTH: Final = b"GET /ws/health HTTP/1.1\r\nHost: a\r\n\r\n"
 
 
 class BySession:
-    """Lets everybody in as a diner of the session that the query names."""
+    """Lets everybody in as a diner of the session that the token names."""
 
-    async def authenticate(self, handshake: Handshake) -> Principal:
+    async def authenticate(self, credential: str, endpoint: Endpoint) -> Principal:
         await trio.lowlevel.checkpoint()
-        return make_principal(Endpoint.DINER, session=int(handshake.query["session"]))
+        return make_principal(Endpoint.DINER, session=int(credential))
 
 
 @asynccontextmanager
@@ -59,7 +58,7 @@ async def serving(config: Config | None = None, **changes: Any) -> AsyncIterator
 
 
 async def upgrade(client: Client, session: int) -> None:
-    await client.upgrade(f"/ws/diner?session={session}")
+    await client.upgrade(f"/ws/diner?table_token={session}")
 
 
 async def upgrade_later(client: Client, session: int) -> None:
@@ -70,7 +69,7 @@ async def upgrade_later(client: Client, session: int) -> None:
 
 async def listen(client: Client, session: int) -> None:
     await client.send(
-        f"GET /ws/diner/events?session={session} HTTP/1.1\r\nHost: a\r\n\r\n".encode()
+        f"GET /ws/diner/events?table_token={session} HTTP/1.1\r\nHost: a\r\n\r\n".encode()
     )
 
 

@@ -33,11 +33,11 @@ from tests.support.gateways import (
 from tests.support.sockets import dialled
 from tests.support.stopwatch import Stopwatch
 from trio_gateway.core.audiences import Endpoint
+from trio_gateway.core.client_request import ClientRequest
 from trio_gateway.core.close_codes import Close
 from trio_gateway.core.frames import text_frame
 from trio_gateway.gateway import Gateway, create_app
 from trio_gateway.testing import NullAuth, make_jwt, make_payload, make_table_token
-from trio_gateway.transports.handshake import Handshake
 from trio_gateway.transports.sse import EventStream
 
 STREAM: Final = "events:critical"
@@ -521,5 +521,5 @@ PLACE: Final = {"last-event-id": "2-2-abcd"}
 def test_place_to_resume_from_is_found_where_clients_put_it(
     query: dict[str, str], headers: dict[str, str], place: str | None, one_way: bool
 ) -> None:
-    handshake = Handshake(Endpoint.DINER, query, headers, one_way=one_way)
+    handshake = ClientRequest(Endpoint.DINER, query, headers, one_way=one_way)
     assert handshake.last_event_id == place

@@ -62,7 +62,7 @@ from trio_gateway.reception import Reception
 from trio_gateway.runtime.connection import Connection
 from trio_gateway.testing import NullAuth, make_event, make_principal
 from trio_gateway.transports.direct import LINGER, DirectSocket
-from trio_gateway.transports.handshake import MAX_HEAD_BYTES, Handshake, Refusal
+from trio_gateway.transports.handshake import MAX_HEAD_BYTES, Refusal
 from trio_gateway.transports.tcp import Line, install, read_head
 
 NO_REDIS = "redis://127.0.0.1:1"
@@ -71,11 +71,11 @@ PATIENT = {"ws_message_rate_limit": 1_000_000}
 
 
 class BySession:
-    """Lets everybody in as a diner of the session that the query names."""
+    """Lets everybody in as a diner of the session that the token names."""
 
-    async def authenticate(self, handshake: Handshake) -> Principal:
+    async def authenticate(self, credential: str, endpoint: Endpoint) -> Principal:
         await trio.lowlevel.checkpoint()
-        return make_principal(Endpoint.DINER, session=int(handshake.query["session"]))
+        return make_principal(Endpoint.DINER, session=int(credential))
 
 
 def make_app(**changes: Any) -> Gateway:
@@ -243,13 +243,13 @@ async def test_clients_may_come_and_go_while_they_are_written_to(transport: str)
 
     async def open_one(client: Client, session: int) -> None:
         if transport == "events":
-            head = f"GET /ws/diner/events?session={session} HTTP/1.1\r\nHost: a\r\n\r\n"
+            head = f"GET /ws/diner/events?table_token={session} HTTP/1.1\r\nHost: a\r\n\r\n"
             await client.send(head.encode())
             return
         if transport == "second request":  # as a proxy that keeps its connections sends it
             await client.send(b"GET /ws/health HTTP/1.1\r\nHost: a\r\n\r\n")
             await client.response()
-        await client.upgrade(f"/ws/diner?session={session}")
+        await client.upgrade(f"/ws/diner?table_token={session}")
 
     async def come_and_go(port: int) -> None:
         for turn in range(8):
@@ -569,9 +569,9 @@ async def test_bug_in_an_answer_is_1011(monkeypatch: pytest.MonkeyPatch) -> None
 
 async def test_bug_in_authentication_is_1011() -> None:
     class Broken:
-        async def authenticate(self, handshake: Handshake) -> Principal:
+        async def authenticate(self, credential: str, endpoint: Endpoint) -> Principal:
             await trio.lowlevel.checkpoint()
-            raise KeyError(handshake.endpoint)
+            raise KeyError(endpoint)
 
     app = create_app(make_settings(NO_REDIS), auth=dict.fromkeys(Endpoint, Broken()))
     async with in_memory(app) as dial:
@@ -585,7 +585,7 @@ async def test_bug_in_authentication_is_1011() -> None:
 
 async def test_authentication_is_given_the_accept_timeout(autojump_clock: MockClock) -> None:
     class Forever:
-        async def authenticate(self, _: Handshake) -> Principal:
+        async def authenticate(self, credential: str, endpoint: Endpoint) -> Principal:
             await trio.sleep_forever()
             raise AssertionError
 
@@ -758,7 +758,7 @@ async def test_nobody_gets_the_bytes_of_somebody_else() -> None:
 
         async def stay(session: int, *, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
             async with dialled(gateway.port) as client:
-                await client.upgrade(f"/ws/diner?session={session}")
+                await client.upgrade(f"/ws/diner?table_token={session}")
                 task_status.started()
                 while True:
                     check(session, await client.text())
@@ -768,7 +768,7 @@ async def test_nobody_gets_the_bytes_of_somebody_else() -> None:
             ways = [Client.leave, Client.reset, Client.half_close]
             for session in sessions:
                 async with dialled(gateway.port) as client:
-                    await client.upgrade(f"/ws/diner?session={session}")
+                    await client.upgrade(f"/ws/diner?table_token={session}")
                     live.add(session)
                     check(session, await client.text())
                     await ways[session % 3](client)
@@ -827,7 +827,7 @@ async def test_client_that_stops_reading_is_told_4009_when_it_reads_again() -> N
         bystanding_diner(gateway, 2) as other,
         dialled(gateway.port, receive_buffer=4096) as client,
     ):
-        await client.upgrade("/ws/diner?session=1")
+        await client.upgrade("/ws/diner?table_token=1")
         await until(lambda: len(gateway.app.parts.hub) == 2)
         fill(gateway.app, 1, 8_000_000)
         await until(lambda: gateway.app.parts.hub.leaving)
@@ -847,7 +847,7 @@ async def test_client_that_stops_reading_is_told_4009_when_it_reads_again() -> N
 @asynccontextmanager
 async def bystanding_diner(gateway: Running, session: int) -> AsyncIterator[Client]:
     async with dialled(gateway.port) as client:
-        yield await client.upgrade(f"/ws/diner?session={session}")
+        yield await client.upgrade(f"/ws/diner?table_token={session}")
 
 
 def is_told(client: Client) -> bool:
@@ -864,7 +864,7 @@ async def test_client_that_accepts_no_byte_is_cut_after_the_write_timeout() -> N
         serving(auth, ws_write_timeout=0.3, ws_outbox_bytes=50_000_000) as gateway,
         dialled(gateway.port, receive_buffer=4096) as client,
     ):
-        await client.upgrade("/ws/diner?session=1")
+        await client.upgrade("/ws/diner?table_token=1")
         await until(lambda: len(gateway.app.parts.hub) == 1)
         fill(gateway.app, 1, 8_000_000)
         watch = Stopwatch()
@@ -960,7 +960,7 @@ async def test_stuck_client_of_the_second_door_is_cut_after_the_write_timeout() 
     ):
         await client.send(b"GET /ws/health HTTP/1.1\r\nHost: a\r\n\r\n")
         assert (await client.response())[0] == 200
-        await client.upgrade("/ws/diner?session=1")
+        await client.upgrade("/ws/diner?table_token=1")
         await until(lambda: gateway.app.parts.hub.connections)
         fill(gateway.app, 1, 8_000_000)
         with trio.fail_after(3):
@@ -1017,7 +1017,7 @@ async def hold(port: int, *, task_status: Any = trio.TASK_STATUS_IGNORED) -> Non
     """A client that reads nothing until it is told to go."""
     done = trio.Event()
     async with dialled(port, receive_buffer=4096) as client:
-        await client.upgrade("/ws/diner?session=1")
+        await client.upgrade("/ws/diner?table_token=1")
         task_status.started(done)
         await done.wait()
 
@@ -1040,9 +1040,9 @@ async def test_while_draining_http_answers_and_upgrades_are_503() -> None:
 
 async def test_client_whose_upgrade_the_drain_overtakes_is_sent_away() -> None:
     class Slow:
-        async def authenticate(self, handshake: Handshake) -> Principal:
+        async def authenticate(self, credential: str, endpoint: Endpoint) -> Principal:
             await app.drain()
-            return make_principal(handshake.endpoint)
+            return make_principal(endpoint)
 
     app = create_app(make_settings(NO_REDIS), auth=dict.fromkeys(Endpoint, Slow()))
     async with in_memory(app) as dial:
@@ -1071,7 +1071,7 @@ async def serving_tls(
 
 async def test_upgrade_events_and_codes_go_through_tls(tmp_path: Any) -> None:
     async with serving_tls(tmp_path, ws_message_rate_limit=20) as (gateway, trusting):
-        url = f"wss://localhost:{gateway.port}/ws/diner?session=1"
+        url = f"wss://localhost:{gateway.port}/ws/diner?table_token=1"
         async with connect(url, ssl_context=trusting) as client:
             await client.send_message("ping")
             assert await client.get_message() == PONG_TEXT
@@ -1094,7 +1094,7 @@ async def test_plain_bytes_on_the_tls_port_hurt_nobody(tmp_path: Any) -> None:
             await client.send(make_head())
             await client.rest()
         async with connect(
-            f"wss://localhost:{gateway.port}/ws/diner?session=1", ssl_context=trusting
+            f"wss://localhost:{gateway.port}/ws/diner?table_token=1", ssl_context=trusting
         ) as client:
             await client.send_message("ping")
             assert await client.get_message() == PONG_TEXT
@@ -1107,7 +1107,7 @@ async def test_client_of_another_make_is_served() -> None:
     """``websockets``, which waits for the gateway to end the connection."""
     auth = dict.fromkeys(Endpoint, BySession())
     async with serving(auth) as gateway:
-        url = f"{gateway.url}/ws/diner?session=1"
+        url = f"{gateway.url}/ws/diner?table_token=1"
         event = make_event("CART_SYNC", session_id=1, data="ñandú")
 
         def use() -> tuple[int, str]:
@@ -1177,7 +1177,7 @@ async def test_second_door_serves_everything_when_the_line_is_not_installed() ->
         assert vars(hypercorn.trio.run)["TCPServer"] is TCPServer
         for endpoint in Endpoint:
             async with dialled(gateway.port) as client:
-                await client.upgrade(f"{endpoint.path}?session=1")
+                await client.upgrade(f"{endpoint.path}?token=1&table_token=1")
                 await client.say("ping")
                 assert await client.text() == PONG_TEXT
                 event = make_event("CART_SYNC", session_id=1, n=endpoint.label)

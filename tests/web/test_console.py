@@ -23,15 +23,14 @@ from tests.support.gateways import (
     receive_event,
     serving,
 )
-from trio_gateway.access.auth import is_own_page
 from trio_gateway.core.audiences import Endpoint
 from trio_gateway.core.histogram import SECONDS
 from trio_gateway.core.messages import Command
+from trio_gateway.core.origins import is_own_page
 from trio_gateway.runtime.connection import Connection, ConnectionLimits
 from trio_gateway.stats import slow
 from trio_gateway.stats_feed import StatsFeed
 from trio_gateway.testing import FakeSocket, make_jwt, make_principal, make_table_token
-from trio_gateway.transports.handshake import Handshake
 
 NO_REDIS = "redis://127.0.0.1:1"
 
@@ -324,7 +323,7 @@ async def test_the_consoles_own_page_may_connect_in_development_and_no_other(
 
 def test_a_name_that_was_pointed_here_is_no_page_of_ours() -> None:
     def own(host: str, origin: str) -> bool:
-        return is_own_page(Handshake(Endpoint.ADMIN, {}, {"host": host, "origin": origin}))
+        return is_own_page(origin, host)
 
     assert own("localhost:8001", "http://localhost:8001")
     assert own("[::1]:8001", "http://[::1]:8001")

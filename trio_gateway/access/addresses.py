@@ -7,6 +7,7 @@ from typing import Final
 
 from ..core.close_codes import Close, Rejected
 from ..core.limits import RateLimit
+from ..core.origins import host_of
 
 _FAILURE_WINDOW: Final = 60.0  # seconds
 _MOST_REMEMBERED: Final = 10_000  # addresses that failed lately; past it the oldest is forgotten
@@ -22,12 +23,6 @@ def client_address(peer: str, forwarded_for: str | None, hops: int) -> str:
         return _owner(peer) or peer
     addresses = [each.strip() for each in forwarded_for.split(",")]
     return _owner(addresses[-min(hops, len(addresses))]) or _owner(peer) or peer
-
-
-def host_of(text: str) -> str:
-    """A name or an address without the port that may stand behind it."""
-    host = text.partition("]")[0].removeprefix("[") if text.startswith("[") else text
-    return host.partition(":")[0] if host.count(":") == 1 else host
 
 
 def _owner(text: str) -> str | None:

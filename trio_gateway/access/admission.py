@@ -5,10 +5,11 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Self
 
 from ..core.audiences import Endpoint, Principal
+from ..core.client_request import ClientRequest
 from ..core.close_codes import Close, Rejected
+from ..core.origins import check_origin, is_own_page
 from ..settings import Settings
-from ..transports.handshake import Handshake
-from .auth import Auth, FirstOf, JwtAuth, LegacyTableAuth, TableAuth, check_origin, is_own_page
+from .auth import Auth, FirstOf, JwtAuth, LegacyTableAuth, TableAuth
 from .jwks import KeySet
 from .revocations import Revocations, Watch
 from .tickets import Tickets
@@ -64,17 +65,16 @@ class Admission:
         self._revocations = revocations
         self._tickets = tickets
 
-    async def admit(self, handshake: Handshake) -> Candidate:
+    async def admit(self, request: ClientRequest) -> Candidate:
         """Who this is, or :exc:`Rejected`. Its ticket, if it brings one, is still good then."""
-        if handshake.endpoint.staff:
-            required = self._needs_origin and not handshake.same_origin
+        if request.endpoint.staff:
+            required = self._needs_origin and not request.same_origin
             # The console, in development; in production its origin must be listed as any other.
-            if self._needs_origin or not is_own_page(handshake):
-                check_origin(handshake.origin, self._origins, required=required)
-        ticket = handshake.ticket
-        if ticket is not None:
-            handshake = handshake.with_credential(await self.token_of(ticket))
-        return Candidate(await self._authenticate(handshake), ticket)
+            if self._needs_origin or not is_own_page(request.origin, request.host):
+                check_origin(request.origin, self._origins, required=required)
+        ticket = request.ticket
+        credential = request.credential if ticket is None else await self.token_of(ticket)
+        return Candidate(await self._authenticate(credential, request.endpoint), ticket)
 
     async def look_again(self, candidate: Candidate) -> None:
         """Raise :exc:`Rejected` if its token was revoked meanwhile, or if nobody knows."""
@@ -120,8 +120,7 @@ class Admission:
         """
         if token is None:
             raise Rejected(Close.AUTH_FAILED, "token missing", "auth")
-        handshake = Handshake(principal.endpoint, {}, {}, renewed=token)
-        with Candidate(await self._authenticate(handshake), None) as candidate:
+        with Candidate(await self._authenticate(token, principal.endpoint), None) as candidate:
             if candidate.principal.owner != principal.owner:
                 raise Rejected(Close.FORBIDDEN, "token of somebody else", "renewal")
             while (renewed := self.confirm(candidate)) is None:
@@ -138,9 +137,8 @@ class Admission:
         for endpoint in Endpoint:
             if staff is not None and endpoint.staff is not staff:
                 continue
-            handshake = Handshake(endpoint, {}, {}, renewed=token or "")
             try:
-                found.append(await self._auth[endpoint].authenticate(handshake))
+                found.append(await self._auth[endpoint].authenticate(token or "", endpoint))
             except Rejected as rejected:
                 rejections.append(rejected)
         if not found:
@@ -152,9 +150,9 @@ class Admission:
             await watch.check()
         return assigned
 
-    async def _authenticate(self, handshake: Handshake) -> Watch:
+    async def _authenticate(self, credential: str, endpoint: Endpoint) -> Watch:
         """The principal with its sectors, watched already; its revocation is looked up last."""
-        watch = self._watch(await self._auth[handshake.endpoint].authenticate(handshake))
+        watch = self._watch(await self._auth[endpoint].authenticate(credential, endpoint))
         watch.start()
         try:
             watch.principal = await self._assign(watch.principal)

@@ -1,12 +1,11 @@
-"""Auth: who a client is, by its origin and its credential."""
+"""Auth: find out from its credential who a client is."""
 
 import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from ..core.audiences import Principal
+from ..core.audiences import Endpoint, Principal
 from ..core.close_codes import Close, Rejected
-from ..core.origins import is_loopback, normalise
 from ..core.tokens import (
     Key,
     Rules,
@@ -18,18 +17,23 @@ from ..core.tokens import (
     read_legacy_table_token,
     read_table_token,
 )
-from ..transports.handshake import Handshake
-from .addresses import host_of
 from .jwks import KeySet
 
 Clock = Callable[[], float]
 
 
 class Auth(Protocol):
-    """A way to authenticate clients."""
+    """A way to authenticate clients. Implement it to replace ours (``create_app(auth=...)``)."""
 
-    async def authenticate(self, handshake: Handshake) -> Principal:
-        """Return who this is, or raise :exc:`Rejected`."""
+    async def authenticate(self, credential: str, endpoint: Endpoint) -> Principal:
+        """Return the principal to which a credential belongs, on this endpoint.
+
+        ``credential`` is the token that the client sent, when it connected, in a renewal or in
+        an HTTP request; empty if it sent none. A ticket has been replaced by its token.
+        Raises :exc:`Rejected`: ``Close.AUTH_FAILED`` for an invalid credential,
+        ``Close.FORBIDDEN`` for a valid one that has no access to this endpoint, and
+        ``Close.SERVER_OVERLOADED`` if it cannot be checked now.
+        """
 
 
 class JwtAuth:
@@ -47,9 +51,9 @@ class JwtAuth:
         self._clock = clock
         self._key_set = key_set
 
-    async def authenticate(self, handshake: Handshake) -> Principal:
-        token = await self._read(_credential(handshake))
-        return token.on(handshake.endpoint)
+    async def authenticate(self, credential: str, endpoint: Endpoint) -> Principal:
+        token = await self._read(_required(credential))
+        return token.on(endpoint)
 
     async def _read(self, credential: str) -> Staff:
         if self._key_set is None:
@@ -76,9 +80,9 @@ class TableAuth:
         self._rules = rules
         self._clock = clock
 
-    async def authenticate(self, handshake: Handshake) -> Principal:
-        token = read_table_token(_credential(handshake), self._keys, self._rules, self._clock())
-        return token.on(handshake.endpoint)
+    async def authenticate(self, credential: str, endpoint: Endpoint) -> Principal:
+        token = read_table_token(_required(credential), self._keys, self._rules, self._clock())
+        return token.on(endpoint)
 
 
 class LegacyTableAuth:
@@ -88,9 +92,9 @@ class LegacyTableAuth:
         self._secret = secret
         self._clock = clock
 
-    async def authenticate(self, handshake: Handshake) -> Principal:
-        token = read_legacy_table_token(_credential(handshake), self._secret, self._clock())
-        return token.on(handshake.endpoint)
+    async def authenticate(self, credential: str, endpoint: Endpoint) -> Principal:
+        token = read_legacy_table_token(_required(credential), self._secret, self._clock())
+        return token.on(endpoint)
 
 
 class FirstOf:
@@ -99,11 +103,11 @@ class FirstOf:
     def __init__(self, *ways: Auth) -> None:
         self._ways = ways
 
-    async def authenticate(self, handshake: Handshake) -> Principal:
+    async def authenticate(self, credential: str, endpoint: Endpoint) -> Principal:
         first: Rejected | None = None
         for way in self._ways:
             try:
-                return await way.authenticate(handshake)
+                return await way.authenticate(credential, endpoint)
             except Rejected as rejected:
                 if rejected.close is not Close.AUTH_FAILED:
                     raise
@@ -112,41 +116,7 @@ class FirstOf:
         raise first
 
 
-def check_origin(origin: str | None, allowed: Sequence[str], *, required: bool) -> None:
-    """Raise :exc:`Rejected` unless a browser on this origin may connect (RFC 6455, 10.2).
-
-    ``allowed`` are origins as :func:`~..core.origins.normalise` writes them, or ``*``.
-    """
-    if origin is None:
-        if required:
-            raise Rejected(Close.POLICY_VIOLATION, "origin required", "origin")
-        return
-    try:
-        origin = normalise(origin)
-    except ValueError:
-        raise Rejected(Close.FORBIDDEN, "origin malformed", "origin") from None
-    if "*" not in allowed and origin not in allowed:
-        raise Rejected(Close.POLICY_VIOLATION, "origin not allowed", "origin")
-
-
-def is_own_page(handshake: Handshake) -> bool:
-    """Whether a browser on this very machine comes from a page that this gateway has served.
-
-    Names that anybody can point here are none of this machine's (DNS rebinding).
-    """
-    host = handshake.headers.get("host", "")
-    if handshake.origin is None or not is_loopback(host_of(host)):
-        return False
-    try:
-        return normalise(handshake.origin) in {
-            normalise(f"http://{host}"),
-            normalise(f"https://{host}"),
-        }
-    except ValueError:
-        return False
-
-
-def _credential(handshake: Handshake) -> str:
-    if not (token := handshake.credential):
+def _required(credential: str) -> str:
+    if not credential:
         raise Rejected(Close.AUTH_FAILED, "token missing", "auth")
-    return token
+    return credential

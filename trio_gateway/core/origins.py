@@ -2,9 +2,12 @@
 
 import ipaddress
 import re
+from collections.abc import Sequence
 from typing import Final
 
 import idna
+
+from .close_codes import Close, Rejected
 
 _ORIGIN: Final = re.compile(
     r"(?P<scheme>[a-z][a-z0-9+.-]*)://"
@@ -59,3 +62,40 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host.lower() == "localhost"
+
+
+def host_of(text: str) -> str:
+    """Return a name or an address without its port and without brackets."""
+    host = text.partition("]")[0].removeprefix("[") if text.startswith("[") else text
+    return host.partition(":")[0] if host.count(":") == 1 else host
+
+
+def check_origin(origin: str | None, allowed: Sequence[str], *, required: bool) -> None:
+    """Raise :exc:`Rejected` unless a browser on this origin may connect (RFC 6455, 10.2).
+
+    ``allowed`` are origins in the form of :func:`normalise`, or ``*``.
+    """
+    if origin is None:
+        if required:
+            raise Rejected(Close.POLICY_VIOLATION, "origin required", "origin")
+        return
+    try:
+        origin = normalise(origin)
+    except ValueError:
+        raise Rejected(Close.FORBIDDEN, "origin malformed", "origin") from None
+    if "*" not in allowed and origin not in allowed:
+        raise Rejected(Close.POLICY_VIOLATION, "origin not allowed", "origin")
+
+
+def is_own_page(origin: str | None, host: str) -> bool:
+    """Whether a browser on this machine shows a page that this gateway has served.
+
+    ``host`` is the request's Host header. A name that anybody can point to this machine does not
+    count (DNS rebinding).
+    """
+    if origin is None or not is_loopback(host_of(host)):
+        return False
+    try:
+        return normalise(origin) in {normalise(f"http://{host}"), normalise(f"https://{host}")}
+    except ValueError:
+        return False

@@ -8,11 +8,12 @@ import trio
 from quart import Websocket
 
 from ..core.audiences import Endpoint
+from ..core.client_request import ClientRequest
 from ..core.close_codes import Close
 from ..core.frames import TEXT, boundary, split
 from ..runtime.connection import ProtocolViolation
 from ..runtime.outbox import Outbox
-from .handshake import Handshake, join_headers, read_query
+from .handshake import join_headers, read_query
 
 DRAIN = 2.0  # seconds
 _LINGER: Final = 1.0  # seconds
@@ -44,9 +45,9 @@ def measures_progress(scope: Any) -> bool:
     return CUT in scope.get("state", {})
 
 
-def read_scope(endpoint: Endpoint, scope: Any) -> Handshake:
+def read_scope(endpoint: Endpoint, scope: Any) -> ClientRequest:
     """What an ASGI server says of a client that is at this endpoint's door."""
-    return Handshake(
+    return ClientRequest(
         endpoint,
         read_query(scope["query_string"].decode("latin-1")),
         join_headers(scope["headers"]),

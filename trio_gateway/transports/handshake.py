@@ -1,21 +1,20 @@
-"""The handshake: a request head as a :class:`Handshake`, or the status that refuses it."""
+"""The opening handshake: parse a request head, and write the response (RFC 6455, section 4)."""
 
 import base64
 import binascii
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 import httptools
 
-from ..core.audiences import ENDPOINTS, Endpoint
+from ..core.audiences import ENDPOINTS
+from ..core.client_request import ClientRequest
 
 MAX_HEAD_BYTES: Final = 16_384
 MAX_HEADERS: Final = 100
-SUBPROTOCOL: Final = "gateway.v1"
-_BEARER: Final = "bearer."
 _GUID: Final = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, 1.3
 
 # Said twice, these could mean one thing to us and another to a proxy.
@@ -25,8 +24,6 @@ _ONCE: Final = frozenset(
         "sec-websocket-version", "transfer-encoding", "upgrade",
     }
 )  # fmt: skip
-# Where EventSource polyfills and other clients that set no headers put the last id (in lower case).
-_LAST_EVENT_ID: Final = frozenset({"lasteventid", "last-event-id", "evs_last_event_id"})
 _READ: Final = _ONCE | {"connection", "sec-websocket-protocol", "sec-websocket-extensions"}
 
 
@@ -36,87 +33,6 @@ class Refusal:
 
     status: int
     reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Handshake:
-    """A client that asks for a WebSocket, whichever door it came through."""
-
-    endpoint: Endpoint
-    query: Mapping[str, str]
-    headers: Mapping[str, str]  # names in lower case, repeated ones joined by commas
-    key: str = ""
-    renewed: str | None = None  # a credential that came later, in a message
-    # Asks for the address at the other end of the socket, a proxy's perhaps.
-    peer: Callable[[], str] = str
-    one_way: bool = False  # a stream of events: the client can't say anything
-    supports_deflate: bool = False  # it was agreed that messages may be compressed
-
-    @property
-    def origin(self) -> str | None:
-        return self.headers.get("origin")
-
-    @property
-    def ticket(self) -> str | None:
-        return self.query.get("ticket")
-
-    @property
-    def last_event_id(self) -> str | None:
-        """Where to resume from, if the client asks to; empty asks for the present position.
-
-        The header counts more than the URL, and the parameter of a polyfill more than ours: they
-        are set at each attempt, by what knows the last event, and the rest of a URL stays.
-        """
-        found = [self.headers.get("last-event-id")]
-        found += [value for name, value in self.query.items() if name.lower() in _LAST_EVENT_ID]
-        found.append(self.query.get("last_event_id"))
-        named = [value for value in found if value is not None]
-        return next(filter(None, named), "") if named else None
-
-    @property
-    def credential(self) -> str | None:
-        """The token that stands in the query, in ``Authorization``, or among the subprotocols."""
-        if self.renewed is not None:
-            return self.renewed
-        if found := self.query.get("token" if self.endpoint.staff else "table_token"):
-            return found
-        if found := bearer(self.headers.get("authorization")):
-            return found
-        for offered in self._subprotocols:
-            if offered.startswith(_BEARER):
-                return offered.removeprefix(_BEARER)
-        return None
-
-    @property
-    def extensions(self) -> str:
-        """What the client offers."""
-        return self.headers.get("sec-websocket-extensions", "")
-
-    @property
-    def subprotocol(self) -> str | None:
-        """The subprotocol to answer with."""
-        return SUBPROTOCOL if SUBPROTOCOL in self._subprotocols else None
-
-    def with_credential(self, token: str) -> "Handshake":
-        return replace(self, renewed=token)
-
-    @property
-    def same_origin(self) -> bool:
-        """Whether a browser says that the page came from here: then it sends a GET no Origin.
-
-        No page can set this header (https://w3c.github.io/webappsec-fetch-metadata/).
-        """
-        return self.one_way and self.headers.get("sec-fetch-site") == "same-origin"
-
-    @property
-    def _subprotocols(self) -> list[str]:
-        return [each.strip() for each in self.headers.get("sec-websocket-protocol", "").split(",")]
-
-
-def bearer(authorization: str | None) -> str | None:
-    """The token of an ``Authorization: Bearer`` header (RFC 6750, 2.1)."""
-    scheme, _, token = (authorization or "").strip().partition(" ")
-    return (token.strip() or None) if scheme.lower() == "bearer" else None
 
 
 def read_query(query: str) -> dict[str, str]:
@@ -153,7 +69,7 @@ class _Head:
         self.complete = True
 
 
-def parse_head(head: bytes, peer: Callable[[], str] = str) -> Handshake | Refusal | None:
+def parse_head(head: bytes, peer: Callable[[], str] = str) -> ClientRequest | Refusal | None:
     """Read a request head, up to and with its empty line. None: not a WebSocket's, so not ours.
 
     What httptools finds malformed is refused, whatever it asked for: a proxy and Hypercorn might
@@ -218,7 +134,7 @@ def _refuse(
 
 def _handshake(
     target: bytes, headers: dict[str, str], peer: Callable[[], str]
-) -> Handshake | Refusal:
+) -> ClientRequest | Refusal:
     if b"#" in target:
         return Refusal(400, "malformed request")
     try:
@@ -227,7 +143,9 @@ def _handshake(
         return Refusal(400, "malformed request")
     if (endpoint := ENDPOINTS.get(path) or ENDPOINTS.get(unquote(path))) is None:
         return Refusal(404, "no such endpoint")
-    return Handshake(endpoint, read_query(query), headers, headers["sec-websocket-key"], peer=peer)
+    return ClientRequest(
+        endpoint, read_query(query), headers, headers["sec-websocket-key"], peer=peer
+    )
 
 
 def _path_and_query(target: str) -> tuple[str, str]:
@@ -250,17 +168,17 @@ def _is_key(text: str) -> bool:
         return False
 
 
-def acceptance(handshake: Handshake, extensions: str | None = None) -> bytes:
+def acceptance(request: ClientRequest, extensions: str | None = None) -> bytes:
     """The response that opens the WebSocket (RFC 6455, 4.2.2)."""
-    digest = hashlib.sha1(handshake.key.encode() + _GUID, usedforsecurity=False).digest()
+    digest = hashlib.sha1(request.key.encode() + _GUID, usedforsecurity=False).digest()
     lines = [
         "HTTP/1.1 101 Switching Protocols",
         "Upgrade: websocket",
         "Connection: Upgrade",
         f"Sec-WebSocket-Accept: {base64.b64encode(digest).decode()}",
     ]
-    if handshake.subprotocol:
-        lines.append(f"Sec-WebSocket-Protocol: {handshake.subprotocol}")
+    if request.subprotocol:
+        lines.append(f"Sec-WebSocket-Protocol: {request.subprotocol}")
     if extensions:
         lines.append(f"Sec-WebSocket-Extensions: {extensions}")
     return "\r\n".join([*lines, "", ""]).encode()

@@ -10,6 +10,7 @@ from typing import Any, Final, NoReturn, Protocol
 import trio
 
 from ..core.audiences import Endpoint
+from ..core.client_request import ClientRequest
 from ..core.close_codes import RETRY_AFTER, Close, Rejected, refusal_status, status_of
 from ..core.frames import boundary
 from ..core.sse import HELLO, MEDIA_TYPE, as_events, close_event, retry_after
@@ -17,7 +18,6 @@ from ..runtime.connection import Disconnected, ProtocolViolation
 from ..runtime.outbox import Outbox
 from .asgi import cut_of, measures_progress, traffic_of
 from .direct import LINGER
-from .handshake import Handshake
 
 PATHS: Final[Mapping[str, Endpoint]] = MappingProxyType({f"{e.path}/events": e for e in Endpoint})
 
@@ -33,11 +33,13 @@ class Reception(Protocol):
 
     def count_refusal(self, status: int) -> None: ...
 
-    def serve_connection(self, request: Handshake, socket: "EventStream") -> Awaitable[None]: ...
+    def serve_connection(
+        self, request: ClientRequest, socket: "EventStream"
+    ) -> Awaitable[None]: ...
 
 
 async def serve(
-    reception: Reception, handshake: Handshake, scope: Any, receive: Receive, send: Send
+    reception: Reception, handshake: ClientRequest, scope: Any, receive: Receive, send: Send
 ) -> None:
     """The third door. A refusal is an HTTP status; returns when the stream has ended."""
     match scope["method"]:

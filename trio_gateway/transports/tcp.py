@@ -18,6 +18,7 @@ import trio
 from hypercorn.events import Closed, Event, RawData
 from hypercorn.trio.tcp_server import TCPServer
 
+from ..core.client_request import ClientRequest
 from ..core.limits import LogLimit
 from ..runtime.client_counts import ClientCounts
 from ..runtime.concurrency_limiter import ConcurrencyLimiter, Overloaded
@@ -37,14 +38,7 @@ from .direct import (
     receive,
     socket_of,
 )
-from .handshake import (
-    MAX_HEAD_BYTES,
-    Handshake,
-    Refusal,
-    acceptance,
-    parse_head,
-    refusal_response,
-)
+from .handshake import MAX_HEAD_BYTES, Refusal, acceptance, parse_head, refusal_response
 from .hypercorn_bounds import bound_protocols
 from .progress import MovingStream, find_the_vanished, traffic
 
@@ -77,7 +71,7 @@ class TcpService:
     silent: SilentConnections
     heads: ConcurrencyLimiter["Shaken"]
     is_draining: Callable[[], bool]
-    serve_connection: Callable[[Handshake, DirectSocket], Awaitable[None]]
+    serve_connection: Callable[[ClientRequest, DirectSocket], Awaitable[None]]
     # Called with what waits for Hypercorn to stop, and with the seconds that it gives then:
     watch: Callable[[Callable[[], Awaitable[None]], float], None]
 
@@ -176,11 +170,11 @@ class Line(TCPServer):
         end = _END_OF_HEAD.search(data)
         head = data[: end.end()] if end else data
         match parse_head(head, partial(_peer, self.stream)):
-            case Handshake() if not self.serves_clients:
+            case ClientRequest() if not self.serves_clients:
                 await self._refuse(service, Refusal(404, "no such endpoint"))
-            case Handshake() if service.is_draining():
+            case ClientRequest() if service.is_draining():
                 await self._refuse(service, Refusal(503, "draining"))
-            case Handshake() as handshake:
+            case ClientRequest() as handshake:
                 socket = DirectSocket(
                     self.stream,
                     data[len(head) :],

@@ -22,12 +22,12 @@ from ..core.audiences import (
     TenantId,
     audiences_of,
 )
+from ..core.client_request import SUBPROTOCOL
 from ..core.close_codes import Close
 from ..core.control_messages import REVOKED, SECTORS_CHANGED, Revoked, SectorsChanged
 from ..core.events import MAX_EVENT_BYTES, Keys, parse_event
 from ..core.message_schemas import ANSWERS, REQUESTS, Answer, Request, Schema
 from ..core.routing import UNKNOWN, Routing
-from ..transports.handshake import SUBPROTOCOL
 from ..transports.sse import PATHS
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ import trio
 from quart import Response, request
 
 from ..core.audiences import Audience, BranchId, Principal, audiences_of
+from ..core.client_request import bearer
 from ..core.close_codes import Rejected
 from ..core.event_ids import Cursor, cursor_id, read_cursor
 from ..core.events import MAX_ID
@@ -22,7 +23,6 @@ from ..parts import Parts
 from ..runtime.concurrency_limiter import Overloaded
 from ..runtime.history import History, StoredEvent
 from ..runtime.resume import PATIENCE
-from ..transports.handshake import bearer
 from .responses import Answer, identify, problem, refusal
 
 PAGE_BYTES: Final = 1_000_000  # of a body, at most

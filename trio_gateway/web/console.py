@@ -12,16 +12,15 @@ import jwt
 import msgspec
 from quart import Response, jsonify, request
 
-from ..access.addresses import host_of
 from ..broker.commands import Unavailable
 from ..core.audiences import ENDPOINTS, Principal
+from ..core.client_request import bearer
 from ..core.close_codes import Close, Rejected, status_of
 from ..core.events import InvalidEvent, parse_event
-from ..core.origins import is_loopback
+from ..core.origins import host_of, is_loopback
 from ..parts import Parts
 from ..publisher import channel_for
 from ..stats_feed import may_watch
-from ..transports.handshake import bearer
 from .responses import Answer, identify, problem, refusal
 
 T = TypeVar("T")

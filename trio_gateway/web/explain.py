@@ -8,12 +8,12 @@ from quart import jsonify, request
 from werkzeug.exceptions import RequestEntityTooLarge
 
 from ..core.audiences import Endpoint, Principal, Role
+from ..core.client_request import bearer
 from ..core.close_codes import Rejected
 from ..core.events import InvalidEvent, parse_event
 from ..core.explanation import Verdict, describe, judge, refused
 from ..core.tokens import is_for_diners
 from ..parts import Parts
-from ..transports.handshake import bearer
 from .responses import Answer, identify, problem, refusal
 
 MOST_TOKENS: Final = 16

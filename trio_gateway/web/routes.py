@@ -11,13 +11,13 @@ from .. import stats
 from ..access.tickets import TICKET_LIFE
 from ..broker.commands import Unavailable
 from ..core.audiences import Endpoint
+from ..core.client_request import SUBPROTOCOL, bearer
 from ..core.close_codes import Rejected
 from ..core.resilience import State
 from ..parts import Parts
 from ..reception import Reception
 from ..telemetry import prometheus as metrics
 from ..transports.asgi import DRAIN, AsgiSocket, read_scope
-from ..transports.handshake import SUBPROTOCOL, bearer
 from . import catchup, console, operations
 from .explain import MOST_BYTES, explain
 from .responses import Answer, identify, problem, refusal
