@@ -34,6 +34,7 @@ from .runtime.queue import EventQueue
 from .runtime.resume import Replays
 from .runtime.room import Room
 from .runtime.silent_connections import SilentConnections
+from .runtime.stream_inlet import StreamInlet
 from .settings import Settings
 from .telemetry.loop_lag import LoopLag
 from .telemetry.worker_stats import WorkerStats
@@ -204,19 +205,17 @@ def build_parts(
         pubsub.look_again()
         commands.look_again()
 
-    streams = Streams(
-        address,
-        settings.redis_streams,
-        ingest,
-        stream_queue,
-        breakers["stream"],
-        routes=settings.routes,
-        dispatch=dispatch,
+    inlet = StreamInlet(
+        ingest=ingest,
+        queue=stream_queue,
         history=history,
-        on_begin=replays.begin,
-        on_gap=replays.tell_of_gap,
-        on_demoted=on_demoted,
+        dispatch=dispatch,
+        replays=replays,
+        routes=settings.routes,
         wall_clock=clock,
+    )
+    streams = Streams(
+        address, settings.redis_streams, inlet, breakers["stream"], on_demoted=on_demoted
     )
     sources = trio.CancelScope()
     silent = SilentConnections(settings.ws_max_handshakes)

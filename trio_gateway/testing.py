@@ -10,8 +10,10 @@ import trio
 
 from .core.audiences import BranchId, Endpoint, Principal, SectorId, SessionId, TenantId, UserId
 from .core.close_codes import Close
+from .core.event_ids import Position, Stream
 from .core.events import Event, parse_event
 from .core.frames import PING, PONG, TEXT, boundary, split
+from .core.routing import ROUTES
 from .runtime.connection import Disconnected, Ping, Pong
 from .runtime.outbox import Outbox
 
@@ -52,9 +54,22 @@ def make_event(
     *,
     channel: str = "channel:branch:1:waiters",
     heard_at: float = 0.0,
+    stream: Stream | None = None,
+    position: Position | None = None,
     **keys: Any,
 ) -> Event:
-    return parse_event(make_payload(type, **keys), channel=channel, heard_at=heard_at)
+    """An event as the gateway makes it of :func:`make_payload`.
+
+    With ``stream`` and ``position``, as it is read from there; it is durable if its type is.
+    """
+    return parse_event(
+        make_payload(type, **keys),
+        channel=channel,
+        heard_at=heard_at,
+        stream=stream,
+        position=position,
+        durable_types=ROUTES.durable_types,
+    )
 
 
 def make_jwt(secret: str, *, life: float = 3600, algorithm: str = "HS256", **claims: Any) -> str:

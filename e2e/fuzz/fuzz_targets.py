@@ -96,7 +96,10 @@ def events(data: bytes) -> None:
     assert 0 < event.tenant <= MAX_ID
     assert 0 <= event.branch <= MAX_ID
     assert all(event.tenant == audience[1] for audience in ROUTES.audiences(event))
-    event.set_position(tag("events:critical"), Position((1, 0)), durable=True)
+    event = parse_event(
+        data, channel="c", heard_at=0.0, stream=tag("events:critical"), position=Position((1, 0)),
+        durable_types={event.type},
+    )  # fmt: skip
     text = event.text.decode()
     try:
         read = json.loads(text)

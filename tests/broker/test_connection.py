@@ -23,6 +23,8 @@ from trio_gateway.runtime.history import History
 from trio_gateway.runtime.hub import CapacityLimits, Hub
 from trio_gateway.runtime.ingest import Ingest
 from trio_gateway.runtime.queue import EventQueue
+from trio_gateway.runtime.resume import Replays
+from trio_gateway.runtime.stream_inlet import StreamInlet
 from trio_gateway.runtime.supervision import ConnectionLost
 
 PONG = b"*2\r\n$4\r\npong\r\n$0\r\n\r\n"
@@ -218,11 +220,11 @@ async def test_answer_to_an_earlier_question_is_not_delivered_again() -> None:
 
     ingest, history = Ingest(), History()
     hub = Hub(CapacityLimits(total=1, per_user=1, per_session=1))
-    streams = Streams(
-        Address(), ["s"], ingest, EventQueue(10), Breaker(5, 30), routes=ROUTES,
-        dispatch=Dispatch(hub, ROUTES), history=history,
-        on_begin=lambda stream, ahead: None, on_gap=lambda: None,
+    inlet = StreamInlet(
+        ingest=ingest, queue=EventQueue(10), history=history, dispatch=Dispatch(hub, ROUTES),
+        replays=Replays(history, hub), routes=ROUTES,
     )  # fmt: skip
+    streams = Streams(Address(), ["s"], inlet, Breaker(5, 30))
     (source,) = streams._sources
     source.cursor, source.looked_at = START, trio.current_time()
     async with link_to(redis) as link:

@@ -23,9 +23,8 @@ def heard(data: bytes) -> list[Message]:
 
 
 def durable(**keys: object) -> bytes:
-    event = make_event(**keys)  # type: ignore[arg-type]
-    event.set_position(STREAM, Position((1790000000000, 7)), durable=True)
-    return event.frame
+    position = Position((1790000000000, 7))
+    return make_event(stream=STREAM, position=position, **keys).frame  # type: ignore[arg-type]
 
 
 def test_event_is_one_message_byte_for_byte() -> None:

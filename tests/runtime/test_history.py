@@ -26,9 +26,7 @@ def at(milliseconds: int, sequence: int = 0) -> Position:
 
 
 def event(stream: Stream, position: Position, data: object = None, heard_at: float = 0.0) -> Event:
-    made = make_event(data=data, heard_at=heard_at)
-    made.set_position(stream, position, durable=True)
-    return made
+    return make_event(data=data, heard_at=heard_at, stream=stream, position=position)
 
 
 def add(

@@ -1,9 +1,10 @@
-"""The intake: every way in is guarded by the same check."""
+"""Ingest: every payload is checked, counted by its source, and rejected with a reason."""
 
 import trio
 from structlog.testing import capture_logs
 from trio.testing import MockClock
 
+from trio_gateway.core.event_ids import Position
 from trio_gateway.runtime.ingest import Ingest
 from trio_gateway.testing import make_payload
 
@@ -20,14 +21,17 @@ async def test_event_is_counted_by_its_source(autojump_clock: MockClock) -> None
     assert not ingest.invalid
 
 
-async def test_what_is_no_event_is_counted_by_reason_and_logged_without_its_payload(
+async def test_invalid_payload_is_counted_by_reason_and_logged_without_its_content(
     autojump_clock: MockClock,
 ) -> None:
     ingest = Ingest()
 
     with capture_logs() as logs:
         for payload in (make_payload(tenant_id=..., data="secret"), b"secret"):
-            assert ingest.parse(payload, source="stream", channel="s", entry_id="1-0") is None
+            assert (
+                ingest.parse(payload, source="stream", channel="s", position=Position((1, 0)))
+                is None
+            )
 
     assert ingest.received == {"stream": 2}
     assert ingest.invalid == {"tenant_id": 1, "not_json": 1}
@@ -36,7 +40,7 @@ async def test_what_is_no_event_is_counted_by_reason_and_logged_without_its_payl
     assert "secret" not in str(logs)
 
 
-async def test_flood_of_what_is_no_event_is_logged_once_a_second(
+async def test_flood_of_invalid_payloads_is_logged_once_a_second(
     autojump_clock: MockClock,
 ) -> None:
     ingest = Ingest()

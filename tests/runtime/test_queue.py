@@ -202,9 +202,7 @@ def tenants(events: Sequence[Event]) -> list[int]:
 
 
 def of_stream(stream: str, n: int, **keys: Any) -> Event:
-    event = numbered(n, **keys)
-    event.set_position(Stream(stream), Position((n, 0)), durable=True)
-    return event
+    return numbered(n, stream=Stream(stream), position=Position((n, 0)), **keys)
 
 
 def test_nobody_waits_behind_the_flood_of_another() -> None:

@@ -12,7 +12,6 @@ from trio_gateway.core.audiences import Endpoint, Principal, audiences_of
 from trio_gateway.core.close_codes import Close
 from trio_gateway.core.event_ids import START, Cursor, Position, Stream, event_id
 from trio_gateway.core.events import Event
-from trio_gateway.core.routing import ROUTES
 from trio_gateway.runtime.connection import Connection, ConnectionLimits, Ping
 from trio_gateway.runtime.dispatch import Dispatch
 from trio_gateway.runtime.history import History
@@ -33,9 +32,7 @@ def place(milliseconds: int, stream: Stream = A) -> str:
 
 
 def still_to_come(n: int, stream: Stream) -> Event:
-    event = make_event(data=n)
-    event.set_position(stream, at(n), durable=True)
-    return event
+    return make_event(data=n, stream=stream, position=at(n))
 
 
 class Client:
@@ -90,10 +87,11 @@ class World:
         batch = []
         for n in numbers:
             now = trio.current_time()
-            event = make_event(data=n, channel=channel, heard_at=now, **keys)
-            if stream is not None:
-                event.set_position(stream, at(n), durable=ROUTES[event.type].durable)
-            batch.append(event)
+            batch.append(
+                make_event(
+                    data=n, channel=channel, heard_at=now, stream=stream, position=at(n), **keys
+                )
+            )
         await self.dispatch.deliver(batch)
 
     async def connect(
@@ -603,10 +601,8 @@ async def test_gateway_that_has_not_read_a_stream_yet_answers_when_it_has(
     early = [await world.connect(resume_from) for resume_from in (place(1), "", None)]
     await trio.sleep(1)
     for n in (1, 2):  # warming
-        event = make_event(data=n)
-        event.set_position(A, at(n), durable=True)
         world.history.begin(A, at(1))
-        world.dispatch.remember(event)
+        world.dispatch.remember(make_event(data=n, stream=A, position=at(n)))
         early.append(await world.connect())
     world.history.advance(A, at(2))
     await wait_all_tasks_blocked()

@@ -152,8 +152,10 @@ class World:
         self.history.begin(A, since, whole=whole)
         for position, n, keys in self.stream:
             ago = EPOCH + trio.current_time() - position[0] / 1000
-            event = make_event(data=n, channel="s", heard_at=trio.current_time() - ago, **keys)
-            event.set_position(A, position, durable=ROUTES[event.type].durable)
+            heard_at = trio.current_time() - ago
+            event = make_event(
+                data=n, channel="s", heard_at=heard_at, stream=A, position=position, **keys
+            )
             self.dispatch.remember(event)
         self.history.advance(A, self.last_entry)
         self.life = trio.CancelScope()
@@ -176,8 +178,9 @@ class World:
         position = Position((now, 0) if now > last[0] else (last[0], last[1] + 1))
         self.last_entry = position
         self.stream.append((position, n, keys))
-        event = make_event(data=n, channel="s", heard_at=trio.current_time(), **keys)
-        event.set_position(A, position, durable=ROUTES[event.type].durable)
+        event = make_event(
+            data=n, channel="s", heard_at=trio.current_time(), stream=A, position=position, **keys
+        )
         if event.event_id is not None:
             self.places.setdefault(n, position)
         if read:

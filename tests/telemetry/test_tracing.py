@@ -94,8 +94,10 @@ async def test_span_lasts_from_hearing_to_the_last_write(autojump_clock: MockClo
 
 
 def test_span_says_what_the_event_was_but_not_what_it_said() -> None:
-    event = make_event("ROUND_READY", tenant_id=7, branch_id=3, session_id=456, data="secret")
-    event.set_position(tag("events:critical"), Position((5, 1)), durable=True)
+    event = make_event(
+        "ROUND_READY", tenant_id=7, branch_id=3, session_id=456, data="secret",
+        stream=tag("events:critical"), position=Position((5, 1)),
+    )  # fmt: skip
     (span,) = spans_of(event)
     assert (span.name, span.kind) == ("deliver ROUND_READY", SpanKind.CONSUMER)
     assert dict(span.attributes) == {

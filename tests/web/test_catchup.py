@@ -36,10 +36,10 @@ def fill(gateway: Running, events: int, size: int) -> list[int]:
     history, now = gateway.app.parts.history, trio.current_time()
     first = int(time.time() * 1000) - events
     for n in range(events):
-        event = make_event(n=n, data="x" * size, heard_at=now)
-        event.set_position(STREAM, Position((first + n, 0)), durable=True)
+        position = Position((first + n, 0))
+        event = make_event(n=n, data="x" * size, heard_at=now, stream=STREAM, position=position)
         history.add(event, AUDIENCES, now=now)
-        history.advance(STREAM, Position((first + n, 0)))
+        history.advance(STREAM, position)
     return list(range(events))
 
 

@@ -22,7 +22,10 @@ _NOTHING: Final = object()
 
 
 class RedisConnection:
-    """Commands out, replies in. Every failure is :exc:`ConnectionLost`: the connection is of no use then."""
+    """Sends commands and receives replies.
+
+    Every failure raises :exc:`ConnectionLost`; the connection cannot be used after that.
+    """
 
     def __init__(self, stream: trio.abc.Stream) -> None:
         self._stream = stream
@@ -100,8 +103,9 @@ class RedisConnection:
 
 @asynccontextmanager
 async def open_redis(address: Address) -> AsyncIterator[RedisConnection]:
-    """Connect, authenticate, choose the database; raise :exc:`ConnectionLost` if that fails, or if it leads
-    to a replica. The name is resolved each time.
+    """Connect, authenticate and select the database. The host name is resolved each time.
+
+    Raises :exc:`ConnectionLost` if one of these fails, :exc:`Demoted` if the server is a replica.
     """
     try:
         with trio.fail_after(CONNECT_TIMEOUT):

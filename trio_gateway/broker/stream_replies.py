@@ -1,5 +1,6 @@
-"""What Redis says of streams, as what it means. Another shape is :exc:`ConnectionLost`: it answers somebody
-else's question, or is no answer at all.
+"""Redis' replies about streams, parsed into types.
+
+A reply of another shape raises :exc:`ConnectionLost`: it may be the reply to another command.
 """
 
 from collections.abc import Iterator
@@ -10,15 +11,11 @@ import hiredis
 import msgspec
 
 from ..core.event_ids import START, Position, read_position
+from ..runtime.stream_inlet import Entry
 from ..runtime.supervision import ConnectionLost
 
 _FIELD: Final = b"data"
 _RawEntry = tuple[bytes, list[bytes] | None]
-
-
-class Entry(NamedTuple):
-    position: Position
-    payload: bytes | None  # None if it has no such field
 
 
 class Info(NamedTuple):
@@ -35,10 +32,6 @@ class _RawInfo(msgspec.Struct, rename="kebab"):
     last_generated_id: bytes
     first_entry: _RawEntry | None
     entries_added: int | None = None
-
-
-def entry_id(position: Position) -> str:
-    return f"{position[0]}-{position[1]}"
 
 
 def read_news(reply: Any) -> list[tuple[str, list[Entry]]]:

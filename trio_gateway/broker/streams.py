@@ -1,6 +1,5 @@
 """The streams source: every entry, read by every process from its own cursor (plain XREAD)."""
 
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -9,27 +8,14 @@ from typing import Final, NoReturn
 import structlog
 import trio
 
-from ..core.event_ids import START, Position, Stream, tag
-from ..core.events import InvalidEvent, parse_event
+from ..core.event_ids import START, Position, Stream, entry_id, tag
 from ..core.limits import LogLimit
 from ..core.resilience import Breaker
-from ..core.routing import Routing
 from ..redis_url import Address
-from ..runtime.dispatch import Dispatch
-from ..runtime.history import History
-from ..runtime.ingest import Ingest
-from ..runtime.queue import EventQueue
+from ..runtime.stream_inlet import Entry, Past, StreamInlet
 from ..runtime.supervision import ConnectionLost, Demoted
 from .connection import RedisConnection, open_redis
-from .stream_replies import (
-    Entry,
-    entry_id,
-    read_deleted,
-    read_entries,
-    read_info,
-    read_news,
-    read_time,
-)
+from .stream_replies import read_deleted, read_entries, read_info, read_news, read_time
 
 log = structlog.get_logger()
 
@@ -97,42 +83,27 @@ class _Source:
 class Streams:
     """Reads streams from their end, and after a lost connection from where it was.
 
-    A fresh process warms its history from what the streams still hold. ``on_begin`` is called then,
-    with how far Redis' clock is ahead of Trio's: clients may have come before. ``on_gap`` is called
-    when entries were lost unread: every client has to be told. ``on_demoted`` is called when the
-    server on the other end of a link has become a replica.
+    A fresh process reads the past of each stream first. ``on_demoted`` is called when the server
+    on the other end of a connection that was in use has become a replica.
     """
 
     def __init__(
         self,
         address: Address,
         streams: Sequence[str],
-        ingest: Ingest,
-        queue: EventQueue,
+        inlet: StreamInlet,
         breaker: Breaker,
         *,
-        routes: Routing,
-        dispatch: Dispatch,
-        history: History,
-        on_begin: Callable[[Stream, float | None], None],
-        on_gap: Callable[[], None],
         on_demoted: Callable[[], None] = lambda: None,
-        wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._address = address
         self._sources = [_Source(name, tag(name)) for name in dict.fromkeys(streams)]
-        self._ingest = ingest
-        self._queue = queue
+        self._inlet = inlet
+        for source in self._sources:
+            inlet.expect(source.stream)
         self._breaker = breaker
-        self._routes = routes
-        self._dispatch = dispatch
-        self._history = history
-        history.expected.update(source.stream for source in self._sources)
-        self._on_begin = on_begin
-        self._on_gap = on_gap
         self._on_demoted = on_demoted
         self._role_checked_at = 0.0
-        self._wall_clock = wall_clock
         self.connected = False
         self.gaps = 0
         self._log_limit = LogLimit()
@@ -195,11 +166,10 @@ class Streams:
                     is_event = False
                     again += 1
                 else:
-                    is_event = await self._hear(source, entry)
+                    is_event = await self._inlet.entry(source.stream, source.name, entry)
                 source.passed(entry)
-            if not is_event:  # no event moves the history's end to here
-                await self._queue.wait_idle()
-                self._history.advance(source.stream, entry.position)
+            if not is_event:
+                await self._inlet.advance(source.stream, entry.position)
             if again:
                 here = entry.position
                 await self._gap(source, "ids came a second time", since=here, end=here)
@@ -217,26 +187,6 @@ class Streams:
                 return source
         raise ConnectionLost("a stream that was not asked for")
 
-    async def _hear(self, source: _Source, entry: Entry) -> bool:
-        """Whether it is an event: then it is on its way."""
-        position, payload = entry
-        where = entry_id(position)
-        if payload is None:
-            self._ingest.received["stream"] += 1
-            self._ingest.refuse(
-                "no_data", "entry has no field data",
-                source="stream", channel=source.name, entry_id=where,
-            )  # fmt: skip
-            return False
-        event = self._ingest.parse(payload, source="stream", channel=source.name, entry_id=where)
-        if event is not None:
-            event.set_position(source.stream, position, durable=self._is_durable(event.type))
-            await self._queue.put(event)
-        return event is not None
-
-    def _is_durable(self, kind: str) -> bool:
-        return self._routes.is_durable(kind)
-
     # The first time
 
     async def _begin(self, redis: RedisConnection, source: _Source) -> None:
@@ -245,13 +195,10 @@ class Streams:
         ahead = now - trio.current_time() if now is not None else None
         info = read_info(await redis.ask("XINFO", "STREAM", source.name, patience=PATIENCE))
         entries, unread = await self._past(redis, source.name, info.last)
-        whole = unread is None and (info.last == START or info.added == info.length)
+        is_whole = unread is None and (info.last == START or info.added == info.length)
         since = unread or (entries[0].position if entries else info.last)
-        self._history.begin(source.stream, since, whole=whole)
-        for n, entry in enumerate(entries):
-            self._remember(source, entry)
-            if n % 100 == 0:
-                await trio.lowlevel.checkpoint()
+        past = Past(entries, since, is_whole, end=info.last)
+        await self._inlet.begin(source.stream, source.name, past, ahead)
         source.cursor = source.proven = info.last
         source.entries = info.added
         source.is_counted = info.added is not None
@@ -260,9 +207,6 @@ class Streams:
             source.tail = entries[-1]
         if not source.is_counted:
             log.warning("Redis before 7 counts no entries: gaps are told on suspicion")
-        self._history.advance(source.stream, source.cursor)
-        if entries or not whole:
-            self._on_begin(source.stream, ahead)
         log.info("history warmed", stream=source.name, entries=len(entries))
 
     async def _past(
@@ -273,34 +217,22 @@ class Streams:
         """
         found: list[Entry] = []
         size, end = 0, entry_id(last)
-        too_old = (self._wall_clock() - self._history.age) * 1000
+        room = self._inlet.room()
         while True:
             reply = await redis.call("XREVRANGE", name, end, "-", "COUNT", _PAGE, patience=PATIENCE)
             page = read_entries(reply)
             for entry in page:
                 size += len(entry.payload or b"")
                 if (
-                    len(found) >= self._history.most_events
-                    or size > self._history.most_bytes
-                    or entry.position[0] < too_old
+                    len(found) >= room.entries
+                    or size > room.payload_bytes
+                    or entry.position[0] < room.since
                 ):
                     return found[::-1], entry.position
                 found.append(entry)
             if len(page) < _PAGE:
                 return found[::-1], None
             end = f"({entry_id(page[-1].position)}"
-
-    def _remember(self, source: _Source, entry: Entry) -> None:
-        position, payload = entry
-        if payload is None:
-            return
-        ago = max(0.0, self._wall_clock() - position[0] / 1000)  # clocks differ
-        try:
-            event = parse_event(payload, channel=source.name, heard_at=trio.current_time() - ago)
-        except InvalidEvent:
-            return  # whoever read it live has counted it
-        event.set_position(source.stream, position, durable=self._is_durable(event.type))
-        self._dispatch.remember(event)
 
     # Gaps
 
@@ -377,10 +309,8 @@ class Streams:
                 reason=reason,
                 held_back=held_back,
             )
-        await self._queue.wait_idle()  # what was read before the gap comes before its notice
+        await self._inlet.gap(source.stream, since=since, end=end)
         source.set_back(end)
-        self._history.restart(source.stream, since=since, end=end)
-        self._on_gap()
 
 
 def _before(position: Position) -> Position:

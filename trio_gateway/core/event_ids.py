@@ -27,6 +27,11 @@ def read_position(entry_id: str) -> Position:
     return Position((int(milliseconds), int(sequence)))
 
 
+def entry_id(position: Position) -> str:
+    """A position as Redis writes it: the inverse of :func:`read_position`."""
+    return f"{position[0]}-{position[1]}"
+
+
 def event_id(stream: Stream, position: Position) -> str:
     """What a client is given with an event, and gives back to resume after it."""
     return f"{position[0]}-{position[1]}-{stream}"

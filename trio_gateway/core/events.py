@@ -1,7 +1,7 @@
 """Events: the only look inside the JSON that backends publish."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Annotated, Final
 
 import msgspec
@@ -55,14 +55,27 @@ class InvalidEvent(Exception):  # noqa: N818 - reads better where it is raised
 
 
 class Event:
-    """One event on its way through the gateway. ``heard_at`` is on the runtime's clock."""
+    """One event on its way through the gateway.
+
+    ``heard_at`` is when it was received, on the runtime's clock. ``stream`` and ``position`` are
+    None for an event from Pub/Sub, ``event_id`` is None unless the event is durable.
+    """
 
     __slots__ = (
         "_deflated", "_frame", "branch", "channel", "event_id", "heard_at", "id", "payload",
         "position", "sector", "session", "stream", "tenant", "ts", "type",
     )  # fmt: skip
 
-    def __init__(self, envelope: _Envelope, payload: bytes, channel: str, heard_at: float) -> None:
+    def __init__(
+        self,
+        envelope: _Envelope,
+        payload: bytes,
+        channel: str,
+        heard_at: float,
+        stream: Stream | None,
+        position: Position | None,
+        event_id: str | None,
+    ) -> None:
         self.type = envelope.type
         self.tenant = TenantId(envelope.tenant_id)
         self.branch = BranchId(envelope.branch_id)
@@ -73,17 +86,11 @@ class Event:
         self.payload = payload  # as published, byte for byte
         self.channel = channel
         self.heard_at = heard_at
-        self.stream: Stream | None = None  # that it was read from
-        self.position: Position | None = None
-        self.event_id: str | None = None  # if it is durable
+        self.stream = stream
+        self.position = position
+        self.event_id = event_id
         self._frame: bytes | None = None
         self._deflated: bytes | None = None
-
-    def set_position(self, stream: Stream, position: Position, *, durable: bool) -> None:
-        """It was read from this place of a stream."""
-        self.stream, self.position = stream, position
-        if durable:
-            self.event_id = event_id(stream, position)
 
     @property
     def text(self) -> bytes:
@@ -115,10 +122,21 @@ class Event:
         return f"<Event {self.type} tenant={self.tenant} branch={self.branch}>"
 
 
-def parse_event(payload: bytes, *, channel: str, heard_at: float) -> Event:
+def parse_event(
+    payload: bytes,
+    *,
+    channel: str,
+    heard_at: float,
+    stream: Stream | None = None,
+    position: Position | None = None,
+    durable_types: Container[str] = (),
+) -> Event:
     """Return the event in a published payload, or raise :exc:`InvalidEvent`.
 
-    Guards every way in: Pub/Sub, streams, and the publisher before it sends.
+    ``heard_at`` is in seconds on the runtime's clock. An event that was read from a stream has
+    its ``stream`` and ``position``, and an event id if its type is one of ``durable_types``.
+
+    Every event is checked here: from Pub/Sub, from streams, and in the publisher before it sends.
     """
     if len(payload) > MAX_EVENT_BYTES:
         raise InvalidEvent("too_big", f"event is over {MAX_EVENT_BYTES} bytes")
@@ -134,7 +152,10 @@ def parse_event(payload: bytes, *, channel: str, heard_at: float) -> Event:
         raise InvalidEvent(_reason(str(error)), str(error)) from None
     except (msgspec.DecodeError, RecursionError):
         raise InvalidEvent("not_json", "event is not JSON") from None
-    return Event(envelope, payload, channel, heard_at)
+    found = None
+    if stream is not None and position is not None and envelope.type in durable_types:
+        found = event_id(stream, position)
+    return Event(envelope, payload, channel, heard_at, stream, position, found)
 
 
 def _look(payload: bytes) -> _Envelope:

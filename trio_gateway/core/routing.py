@@ -67,10 +67,12 @@ class Routing(Mapping[str, Route]):
     know, which have the route :data:`UNKNOWN`.
     """
 
-    __slots__ = ("_table",)
+    __slots__ = ("_table", "durable_types")
 
     def __init__(self, table: Mapping[str, Route]) -> None:
         self._table = dict(table)
+        #: The types of events that must not be lost.
+        self.durable_types = frozenset(name for name, each in table.items() if each.durable)
 
     def __getitem__(self, event_type: str) -> Route:
         return self._table[event_type]

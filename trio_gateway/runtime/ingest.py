@@ -1,23 +1,23 @@
-"""The intake: what the sources hear is checked, counted, and made an event."""
+"""Ingest: received payloads are checked, counted, and made events."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 import structlog
 import trio
 
+from ..core.event_ids import Position, Stream, entry_id
 from ..core.events import Event, InvalidEvent, parse_event
 from ..core.limits import LogLimit
 
 log = structlog.get_logger()
 
-
-# Keeps an invalid stream entry: stream, entry id, reason, error, payload.
+# Keeps an invalid stream entry: stream name, entry id, reason, error, payload. Never waits.
 PutAside = Callable[[str, str, str, str, bytes], None]
 
 
 class Ingest:
-    """The one check that guards every way in."""
+    """Makes events of the payloads from Pub/Sub and the streams, and counts invalid ones."""
 
     def __init__(self, put_aside: PutAside | None = None) -> None:
         self.received: Counter[str] = Counter()  # by source
@@ -26,38 +26,60 @@ class Ingest:
         self._log_limit = LogLimit()
 
     def parse(
-        self, payload: bytes, *, source: str, channel: str, entry_id: str | None = None
+        self,
+        payload: bytes,
+        *,
+        source: str,
+        channel: str,
+        stream: Stream | None = None,
+        position: Position | None = None,
+        durable_types: Container[str] = (),
     ) -> Event | None:
-        """The event that was heard, or None if it is invalid: then it is counted and logged."""
+        """Return the event in a payload that was just received.
+
+        Returns None if the payload is invalid: then it is counted and logged, and put aside if it
+        is a stream entry. ``source`` is ``pubsub`` or ``stream``; ``channel`` is the name of the
+        channel or stream. The other arguments are those of :func:`parse_event`.
+        """
         self.received[source] += 1
         now = trio.current_time()
         try:
-            return parse_event(payload, channel=channel, heard_at=now)
-        except InvalidEvent as invalid:
-            self.refuse(
-                invalid.reason,
-                str(invalid),
-                source=source,
+            return parse_event(
+                payload,
                 channel=channel,
-                entry_id=entry_id,
-                payload=payload,
+                heard_at=now,
+                stream=stream,
+                position=position,
+                durable_types=durable_types,
             )
-            return None
+        except InvalidEvent as invalid:
+            reason, text = invalid.reason, str(invalid)
+        self._count_invalid(
+            reason, text, source=source, channel=channel, position=position, payload=payload
+        )
+        return None
 
-    def refuse(
+    def reject_empty(self, *, channel: str, position: Position) -> None:
+        """Count, log and put aside a stream entry without the field ``data``."""
+        self.received["stream"] += 1
+        text = "entry has no field data"
+        self._count_invalid("no_data", text, source="stream", channel=channel, position=position)
+
+    def _count_invalid(
         self,
         reason: str,
         text: str,
         *,
         source: str,
         channel: str,
-        entry_id: str | None = None,
+        position: Position | None,
         payload: bytes = b"",
     ) -> None:
-        """Count and log something that is no event; one log line a second per reason."""
+        """Each reason is logged once a second at most."""
         self.invalid[reason] += 1
-        if entry_id is not None and self._put_aside is not None:
-            self._put_aside(channel, entry_id, reason, text, payload)
+        where = {} if position is None else {"entry_id": entry_id(position)}
+        if where and self._put_aside is not None:
+            self._put_aside(channel, where["entry_id"], reason, text, payload)
         if (held_back := self._log_limit.allows(reason, trio.current_time())) is not None:
             log.warning(
                 "invalid event",
@@ -66,5 +88,5 @@ class Ingest:
                 reason=reason,
                 error=text,
                 held_back=held_back,
-                **({} if entry_id is None else {"entry_id": entry_id}),
+                **where,
             )

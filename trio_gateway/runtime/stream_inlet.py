@@ -1,0 +1,163 @@
+"""The inlet of the streams: what is read enters queue, history and replays in the right order.
+
+What resume promises rests on this order. For each stream, the history's end is the position up to
+which connections that are not held have been sent everything. So:
+
+- The past of a stream enters the history before its end is known. Until then no cursor in this
+  stream is covered, and a client that asks to resume waits.
+- A connection that joined before that has missed what entered the stream meanwhile. It is told in
+  the same step in which the end becomes known, before any event can be delivered live.
+- A live event moves the end only when dispatch plans its delivery, in one step with the choice of
+  the connections that get it live. An entry that is not an event has no delivery, so the end moves
+  past it here, once all events before it are delivered.
+- A gap is told once all events that were read before it are delivered. Then, in one step, the
+  history forgets the stream and every client is told to refetch: no client can resume across the
+  gap, and none gets the notice before an event that precedes the gap.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Final, NamedTuple
+
+import trio
+
+from ..core.event_ids import Position, Stream
+from ..core.events import InvalidEvent, parse_event
+from ..core.routing import Routing
+from .dispatch import Dispatch
+from .history import History
+from .ingest import Ingest
+from .queue import EventQueue
+from .resume import Replays
+
+_PER_CHECKPOINT: Final = 100  # entries of the past that are parsed at a time
+
+
+class Entry(NamedTuple):
+    """An entry of a stream."""
+
+    position: Position
+    payload: bytes | None  # None if it has no field ``data``
+
+
+class Past(NamedTuple):
+    """What a stream held when it was read for the first time."""
+
+    entries: Sequence[Entry]  # the newest that the history has room for, the oldest first
+    since: Position  # all entries after this position are among them
+    is_whole: bool  # nothing has ever been in the stream that is not among them
+    end: Position  # where live reading begins
+
+
+class Room(NamedTuple):
+    """How much of a stream's past the history can hold."""
+
+    entries: int
+    payload_bytes: int
+    since: float  # milliseconds of unix time; older entries are out
+
+
+class StreamInlet:
+    """Takes what is read from the streams, and is the only one that does.
+
+    It alone fills the stream queue, and it alone begins and restarts a stream in the history.
+    """
+
+    def __init__(
+        self,
+        *,
+        ingest: Ingest,
+        queue: EventQueue,
+        history: History,
+        dispatch: Dispatch,
+        replays: Replays,
+        routes: Routing,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._ingest = ingest
+        self._queue = queue
+        self._history = history
+        self._dispatch = dispatch
+        self._replays = replays
+        self._durable_types = routes.durable_types
+        self._wall_clock = wall_clock
+
+    def expect(self, stream: Stream) -> None:
+        """Announce a stream that will be read: clients that resume in it wait for that."""
+        self._history.expected.add(stream)
+
+    def room(self) -> Room:
+        """How much of a stream's past is worth reading."""
+        history = self._history
+        since = (self._wall_clock() - history.age) * 1000
+        return Room(history.most_events, history.most_bytes, since)
+
+    async def begin(self, stream: Stream, name: str, past: Past, ahead: float | None) -> None:
+        """Begin a stream, with its past.
+
+        ``ahead`` is a lower bound of (Redis' unix time - Trio's time) in seconds, or None if it
+        is unknown. If this is cancelled, call it again.
+        """
+        self._history.begin(stream, past.since, whole=past.is_whole)
+        for n, entry in enumerate(past.entries):
+            self._remember(stream, name, entry)
+            if n % _PER_CHECKPOINT == 0:
+                await trio.lowlevel.checkpoint()
+        self._history.advance(stream, past.end)
+        if past.entries or not past.is_whole:
+            self._replays.begin(stream, ahead)
+
+    def _remember(self, stream: Stream, name: str, entry: Entry) -> None:
+        if entry.payload is None:
+            return
+        # Clocks differ: an entry may be from the future.
+        ago = max(0.0, self._wall_clock() - entry.position[0] / 1000)
+        try:
+            event = parse_event(
+                entry.payload,
+                channel=name,
+                heard_at=trio.current_time() - ago,
+                stream=stream,
+                position=entry.position,
+                durable_types=self._durable_types,
+            )
+        except InvalidEvent:
+            return  # the process that read it live has counted it
+        self._dispatch.remember(event)
+
+    async def entry(self, stream: Stream, name: str, entry: Entry) -> bool:
+        """Take an entry that has just been read, waiting for room in the queue.
+
+        Returns whether it was an event. If not, call :meth:`advance` before the next wait for
+        news: no delivery moves the history's end past this entry.
+        """
+        if entry.payload is None:
+            self._ingest.reject_empty(channel=name, position=entry.position)
+            return False
+        event = self._ingest.parse(
+            entry.payload,
+            source="stream",
+            channel=name,
+            stream=stream,
+            position=entry.position,
+            durable_types=self._durable_types,
+        )
+        if event is None:
+            return False
+        await self._queue.put(event)
+        return True
+
+    async def advance(self, stream: Stream, position: Position) -> None:
+        """Move the history's end to an entry that was read and was not delivered."""
+        await self._queue.wait_idle()
+        self._history.advance(stream, position)
+
+    async def gap(self, stream: Stream, *, since: Position, end: Position) -> None:
+        """Say that entries were lost unread, and return in the same step.
+
+        A client that has seen less than ``since`` cannot resume. Reading goes on from ``end``,
+        which is before ``since`` if the stream was created anew.
+        """
+        await self._queue.wait_idle()
+        self._history.restart(stream, since=since, end=end)
+        self._replays.tell_of_gap()
