@@ -1,10 +1,14 @@
-"""One profile for hypothesis: the same examples on every run, and not too many."""
+"""What all tests share: a profile for hypothesis, a Redis for each module, and both transports."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.support.gateways import Transport, valkey
+
+# The same examples on every run, and few enough to be quick.
 settings.register_profile(
     "gateway",
     derandomize=True,
@@ -16,7 +20,20 @@ settings.register_profile(
 settings.load_profile("gateway")
 
 
+@pytest.fixture(scope="module")
+def redis_url() -> Iterator[str]:
+    """The URL of a Valkey that only this module uses."""
+    with valkey() as server:
+        yield server.connection_url
+
+
+@pytest.fixture(params=["line", "asgi"])
+def transport(request: pytest.FixtureRequest) -> Transport:
+    found: Transport = request.param
+    return found
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """The browser's tests need an extra of their own: who wants them says ``-m browser``."""
+    """Collect the browser's tests only for ``-m browser``: they need an extra of their own."""
     wanted = config.getoption("markexpr") == "browser"
     return True if collection_path.name == "browser" and not wanted else None

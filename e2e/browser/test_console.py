@@ -18,7 +18,7 @@ import pytest
 import redis
 from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
 
-from tests.support.gateways import JWT_SECRET, environment, free_port, valkey
+from tests.support.gateways import JWT_SECRET, environment, free_port
 from trio_gateway.testing import make_jwt
 
 pytestmark = pytest.mark.browser
@@ -62,12 +62,6 @@ def until(true: Callable[[], bool], seconds: float = 15) -> None:
     while not true():
         assert time.monotonic() < end, "it took too long"
         time.sleep(0.05)
-
-
-@pytest.fixture(scope="module")
-def redis_url() -> Iterator[str]:
-    with valkey() as server:
-        yield server.connection_url
 
 
 @pytest.fixture(scope="module")

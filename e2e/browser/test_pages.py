@@ -13,7 +13,6 @@ from trio_gateway.testing import make_jwt, make_table_token
 
 from .test_console import Gateway
 from .test_console import browser as browser
-from .test_console import redis_url as redis_url
 
 pytestmark = pytest.mark.browser
 

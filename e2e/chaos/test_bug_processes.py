@@ -5,7 +5,7 @@ import random
 import signal
 import subprocess
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,6 @@ from tests.support.gateways import (
     free_port,
     process,
     until,
-    valkey,
     wait,
 )
 from trio_gateway.core.close_codes import Close
@@ -37,12 +36,6 @@ pytestmark = pytest.mark.chaos
 SOON: Final = 8.0  # seconds from the bug to the end of the process, its clients' closes included
 SERVES: Final = ("trio_gateway", "serve")
 HYPERCORN: Final = ("hypercorn", "-k", "trio", "trio_gateway.app:app")
-
-
-@pytest.fixture(scope="module")
-def redis_url() -> Iterator[str]:
-    with valkey() as server:
-        yield server.connection_url
 
 
 @dataclass

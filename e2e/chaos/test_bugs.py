@@ -1,7 +1,6 @@
 """Bugs: one in a background task ends the process loudly; one in a connection ends that alone."""
 
 import ast
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -23,7 +22,6 @@ from tests.support.gateways import (
     received,
     running,
     until,
-    valkey,
 )
 from trio_gateway import serve
 from trio_gateway.core.close_codes import Close
@@ -52,12 +50,6 @@ def test_no_background_task_is_left_out() -> None:
                 found.add(f"{where}: {', '.join(map(ast.unparse, node.args))}")
 
     assert found == CALLS
-
-
-@pytest.fixture(scope="module")
-def redis_url() -> Iterator[str]:
-    with valkey() as server:
-        yield server.connection_url
 
 
 def everything(tmp_path: Path) -> dict[str, str]:

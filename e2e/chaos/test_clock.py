@@ -5,7 +5,7 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -41,12 +41,6 @@ from . import faults
 
 HOUR: Final = 3600
 STREAM: Final = "events:critical"
-
-
-@pytest.fixture(scope="module")
-def redis_url() -> Iterator[str]:
-    with valkey() as server:
-        yield server.connection_url
 
 
 def publish(backend: "redis.Redis", n: int) -> None:

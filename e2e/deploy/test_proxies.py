@@ -6,7 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,6 @@ from tests.support.gateways import (
     process,
     receive_event,
     until,
-    valkey,
     wait,
 )
 from tests.support.sockets import make_head
@@ -98,12 +97,6 @@ def proxy(request: pytest.FixtureRequest) -> str:
         pytest.fail(f"{request.param} is not installed")
     name: str = request.param
     return name
-
-
-@pytest.fixture(scope="module")
-def redis_url() -> Iterator[str]:
-    with valkey() as server:
-        yield server.connection_url
 
 
 @asynccontextmanager

@@ -29,7 +29,6 @@ from tests.support.gateways import (
     received,
     running,
     until,
-    valkey,
 )
 from tests.support.stopwatch import Stopwatch
 from trio_gateway.access import jwks
@@ -126,12 +125,6 @@ def issuing(body: bytes, port: int = 0) -> Iterator[Issuer]:
 def issuer() -> Iterator[Issuer]:
     with issuing(key_set(*map(jwk, PRIVATE))) as found:
         yield found
-
-
-@pytest.fixture(scope="module")
-def redis_url() -> Iterator[str]:
-    with valkey() as server:
-        yield server.connection_url
 
 
 async def is_good(keys: KeySet, token: str) -> bool:
