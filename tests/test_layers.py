@@ -31,7 +31,7 @@ MAY_IMPORT: Final[dict[str, set[str]]] = {
     "transports": {"core", "runtime"},
     "broker": {"core", "runtime", "redis_errors", "redis_url"},
     "access": {"core", "runtime", "settings", "keys", "broker"},
-    "telemetry": {"core", "settings", "__init__"},
+    "telemetry": {"core", "runtime", "settings", "__init__"},
     # What is put together from them.
     "parts": {"core", "runtime", "settings", "redis_url", "transports", "broker", "access",
               "telemetry"},

@@ -92,7 +92,6 @@ class Gateway(QuartTrio):
             max_message_size=settings.ws_max_message_size,
             compresses=settings.ws_compression,
             counts=parts.counts,
-            log_limit=parts.log_limit,
             addresses=parts.addresses,
             silent=parts.silent,
             heads=parts.heads,

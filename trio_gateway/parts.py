@@ -19,7 +19,7 @@ from .broker.readiness import Readiness
 from .broker.streams import Streams
 from .core.audiences import Endpoint
 from .core.control_messages import REVOKED, SECTORS_CHANGED
-from .core.limits import DropAlarm, LogLimit, TenantRate
+from .core.limits import DropAlarm, TenantRate
 from .core.resilience import Breaker
 from .redis_url import Address
 from .runtime.client_counts import ClientCounts
@@ -84,7 +84,6 @@ class Parts:
     # The whole process:
     drain: Drain
     counts: ClientCounts
-    log_limit: LogLimit
     loop_lag: LoopLag
     worker_stats: WorkerStats
 
@@ -260,7 +259,6 @@ def build_parts(
         admissions=ConcurrencyLimiter(settings.ws_max_handshakes),
         drain=drain,
         counts=ClientCounts(),
-        log_limit=LogLimit(),
         loop_lag=LoopLag(),
         worker_stats=WorkerStats.of_this_process(),
     )

@@ -15,6 +15,7 @@ from .core.messages import Command, Message, Reauthenticate, auth_ok, intervals,
 from .parts import Parts
 from .runtime.concurrency_limiter import Overloaded
 from .runtime.connection import Connection, ConnectionLimits, Socket
+from .runtime.throttled_log import ThrottledLog
 from .stats_feed import StatsFeed
 from .transports.sse import EventStream
 
@@ -27,6 +28,7 @@ class Reception:
     def __init__(self, parts: Parts, stats_feed: StatsFeed) -> None:
         settings = parts.settings
         self._parts = parts
+        self._throttled_log = ThrottledLog(log)
         self._stats_feed = stats_feed
         self._limits = ConnectionLimits(
             stale_after=settings.ws_heartbeat_timeout,
@@ -87,12 +89,7 @@ class Reception:
                 await self._reject(endpoint, socket, rejected)
                 return
             except Exception:
-                if (held_back := self._allowed("admission bug")) is not None:
-                    log.exception(
-                        "admission failed by a bug",
-                        endpoint=endpoint.label,
-                        held_back=held_back,
-                    )
+                self._throttled_log.exception("admission failed by a bug", endpoint=endpoint.label)
                 bug = Rejected(Close.INTERNAL_ERROR, "internal error", "internal_error")
                 await self._reject(endpoint, socket, bug)
                 return
@@ -149,12 +146,9 @@ class Reception:
         try:
             await connection.run(socket, self._parts.hub)
         except Exception:
-            if (held_back := self._allowed("connection bug")) is not None:
-                log.exception(
-                    "connection ended by a bug",
-                    endpoint=principal.endpoint.label,
-                    held_back=held_back,
-                )
+            self._throttled_log.exception(
+                "connection ended by a bug", endpoint=principal.endpoint.label
+            )
         finally:
             log.info(
                 "closed",
@@ -170,22 +164,18 @@ class Reception:
     async def _reject(self, endpoint: Endpoint, socket: Socket, rejected: Rejected) -> None:
         self._parts.counts.rejected[rejected.label] += 1
         self._parts.hub.count_close(rejected.close)
-        if (held_back := self._allowed(f"rejected {rejected.label}")) is not None:
-            log.info(
-                "rejected",
-                endpoint=endpoint.label,
-                code=int(rejected.close),
-                reason=rejected.text,
-                held_back=held_back,
-            )
+        self._throttled_log.info(
+            "rejected",
+            kind=f"rejected {rejected.label}",
+            endpoint=endpoint.label,
+            code=int(rejected.close),
+            reason=rejected.text,
+        )
         with trio.CancelScope(shield=True):  # bounded by the socket
             if isinstance(socket, EventStream):
                 await socket.refuse(rejected)
             else:
                 await socket.close(rejected.close, rejected.text)
-
-    def _allowed(self, kind: str) -> int | None:
-        return self._parts.log_limit.allows(kind, trio.current_time())
 
     async def _answer(self, connection: Connection, message: Message) -> None:
         """Answer a message that the connection cannot answer by itself."""

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trio_gateway.core.limits import DropAlarm, LogLimit, RateLimit, TenantRate
+from trio_gateway.core.limits import DropAlarm, RateLimit, TenantRate
 
 
 def test_20_messages_in_a_second_are_fine_and_the_21st_is_not() -> None:
@@ -95,20 +95,6 @@ def test_memory_is_bounded_by_the_window() -> None:
         drops.note(i / 4, dropped=False)
 
     assert drops.heard <= 4 * 62
-
-
-def test_a_line_of_a_kind_is_logged_once_a_second_and_the_others_are_counted() -> None:
-    limit = LogLimit()
-    times = [0.0, 0.25, 0.5, 1.0, 1.5, 2.5, 9.0]
-
-    assert [limit.allows("invalid", t) for t in times] == [0, None, None, 2, None, 1, 0]
-
-
-def test_one_kind_of_line_does_not_hold_back_another() -> None:
-    limit = LogLimit(10)
-
-    assert [limit.allows(kind, 5.0) for kind in ("a", "b", "a", "b")] == [0, 0, None, None]
-    assert [limit.allows(kind, 15.0) for kind in ("a", "b")] == [1, 1]
 
 
 def allowed(rate: TenantRate, times: Iterable[float], tenant: int = 1) -> list[float]:

@@ -349,13 +349,16 @@ async def test_oldest_is_when_the_first_that_waits_was_heard(
     assert numbers(queue.take(2)) == [1, 2]
 
 
-def test_tenant_over_its_rate_loses_what_is_over_it_and_nobody_else_does() -> None:
+async def test_tenant_over_its_rate_loses_what_is_over_it_and_nobody_else_does(
+    autojump_clock: MockClock,
+) -> None:
     queue = EventQueue(1000, rate=TenantRate(10))
     with capture_logs() as logs:
         for n in range(300):  # 100 a second
             queue.offer(numbered(n, heard_at=n / 100))
             if n % 20 == 0:
                 queue.offer(numbered(n, heard_at=n / 100, tenant_id=2))
+            await trio.sleep(1 / 100)
     taken = queue.take(1000)
 
     assert len([event for event in taken if event.tenant == 2]) == 15

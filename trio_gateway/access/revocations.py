@@ -13,10 +13,10 @@ from ..broker.commands import Commands, Unavailable
 from ..core.audiences import Principal
 from ..core.close_codes import Close, Rejected
 from ..core.control_messages import Revoked
-from ..core.limits import LogLimit
 from ..core.resilience import Backoff
 from ..runtime.connection import Connection
 from ..runtime.hub import Hub
+from ..runtime.throttled_log import ThrottledLog
 
 log = structlog.get_logger()
 
@@ -93,7 +93,7 @@ class Revocations:
     def __init__(self, commands: Commands, hub: Hub) -> None:
         self._commands = commands
         self._hub = hub
-        self._log_limit = LogLimit()
+        self._throttled_log = ThrottledLog(log)
         self._ask, self._asked = trio.open_memory_channel[_Check](1000)
         self._doubt = trio.Event()  # whether a message may have been lost
         self.watches: set[Watch] = set()
@@ -179,14 +179,9 @@ class Revocations:
         try:
             revoked = await self._revoked(asked)
         except Unavailable as error:
-            held_back = self._log_limit.allows("not checked", trio.current_time())
-            if held_back is not None:
-                log.warning(
-                    "revocations not checked",
-                    connections=len(batch),
-                    error=str(error),
-                    held_back=held_back,
-                )
+            self._throttled_log.warning(
+                "revocations not checked", connections=len(batch), error=str(error)
+            )
             return False
         for connection, principal, is_revoked in zip(batch, asked, revoked, strict=True):
             # One whose token was renewed meanwhile was checked then.
@@ -199,8 +194,7 @@ class Revocations:
         try:
             said = msgspec.json.decode(payload, type=Revoked)
         except (msgspec.DecodeError, UnicodeError, RecursionError):
-            if (held_back := self._log_limit.allows("invalid", trio.current_time())) is not None:
-                log.warning("invalid revocation", held_back=held_back)
+            self._throttled_log.warning("invalid revocation")
             return
         for connection in list(self._hub.connections):
             if _is_about(said, connection.principal):

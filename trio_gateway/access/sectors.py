@@ -16,11 +16,12 @@ import trio
 
 from ..core.audiences import BranchId, Endpoint, Principal, SectorId, Sectors, TenantId, UserId
 from ..core.control_messages import SECTORS_CHANGED, SectorsChanged
-from ..core.limits import LogLimit, RateLimit
+from ..core.limits import RateLimit
 from ..core.resilience import Backoff, Breaker
 from ..core.service_day import Period, ServiceDays, holds
 from ..runtime.connection import Connection
 from ..runtime.hub import Hub
+from ..runtime.throttled_log import ThrottledLog
 from ..settings import InvalidSettings, Settings
 from .sector_database import AssignmentSource, QueryFailed, Rows, SectorDatabase, WaiterKey
 
@@ -85,7 +86,7 @@ class SectorAssignments:
         self._link_back_at = -math.inf  # what was asked before may be outdated
         self._wake = trio.Event()
         self._answered = 0  # queries
-        self._log_limit = LogLimit()
+        self._throttled_log = ThrottledLog(log)
         self._refreshes: WeakKeyDictionary[Connection, RateLimit] = WeakKeyDictionary()
 
     channel = SECTORS_CHANGED
@@ -144,8 +145,7 @@ class SectorAssignments:
         try:
             said = msgspec.json.decode(payload, type=SectorsChanged)
         except (msgspec.DecodeError, UnicodeError, RecursionError):
-            if (held_back := self._log_limit.allows("invalid", trio.current_time())) is not None:
-                log.warning("invalid sectors message", held_back=held_back)
+            self._throttled_log.warning("invalid sectors message")
             return
         tenant, user = TenantId(said.tenant_id), UserId(str(said.waiter_id))
         for key, question in self._asking.items():
@@ -306,13 +306,9 @@ class SectorAssignments:
         except QueryFailed as unanswered:
             question.answered = False
             self._breaker.failed(trio.current_time())
-            if (held_back := self._log_limit.allows("unanswered", trio.current_time())) is not None:
-                log.warning(
-                    "sectors not known",
-                    error=str(unanswered),
-                    tenant=key.tenant,
-                    held_back=held_back,
-                )
+            self._throttled_log.warning(
+                "sectors not known", error=str(unanswered), tenant=key.tenant
+            )
             return False
         except BaseException:
             self._breaker.abandoned(trio.current_time())

@@ -6,7 +6,7 @@ from typing import Final, NamedTuple, NoReturn
 import structlog
 import trio
 
-from ..core.limits import LogLimit
+from ..runtime.throttled_log import ThrottledLog
 from .commands import Commands, Unavailable
 
 log = structlog.get_logger()
@@ -47,7 +47,7 @@ class DeadLetters:
 
     async def run(self) -> NoReturn:
         """Copy what is offered; returns only when cancelled."""
-        log_limit = LogLimit()
+        throttled_log = ThrottledLog(log)
         while True:
             letter = await self._take.receive()
             try:
@@ -58,14 +58,9 @@ class DeadLetters:
                 )
             except Unavailable as error:
                 self.outcomes["lost"] += 1
-                held_back = log_limit.allows("lost", trio.current_time())
-                if held_back is not None:
-                    log.warning(
-                        "dead letter lost",
-                        entry_id=letter.entry_id,
-                        error=str(error),
-                        held_back=held_back,
-                    )
+                throttled_log.warning(
+                    "dead letter lost", entry_id=letter.entry_id, error=str(error)
+                )
 
 
 def _fields(letter: DeadLetter) -> dict[str, str | bytes]:

@@ -9,11 +9,11 @@ import structlog
 import trio
 
 from ..core.event_ids import START, Position, Stream, entry_id, tag
-from ..core.limits import LogLimit
 from ..core.resilience import Breaker
 from ..redis_url import Address
 from ..runtime.stream_inlet import Entry, Past, StreamInlet
 from ..runtime.supervision import ConnectionLost, Demoted
+from ..runtime.throttled_log import ThrottledLog
 from .connection import RedisConnection, open_redis
 from .stream_replies import read_deleted, read_entries, read_info, read_news, read_time
 
@@ -106,7 +106,7 @@ class Streams:
         self._role_checked_at = 0.0
         self.connected = False
         self.gaps = 0
-        self._log_limit = LogLimit()
+        self._throttled_log = ThrottledLog(log)
 
     @property
     def cursors(self) -> dict[str, str]:
@@ -301,14 +301,9 @@ class Streams:
 
     async def _gap(self, source: _Source, reason: str, *, since: Position, end: Position) -> None:
         self.gaps += 1
-        if (held_back := self._log_limit.allows(reason, trio.current_time())) is not None:
-            log.error(
-                "gap",
-                stream=source.name,
-                cursor=source.cursor_id,
-                reason=reason,
-                held_back=held_back,
-            )
+        self._throttled_log.error(
+            "gap", kind=reason, stream=source.name, cursor=source.cursor_id, reason=reason
+        )
         await self._inlet.gap(source.stream, since=since, end=end)
         source.set_back(end)
 

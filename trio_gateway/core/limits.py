@@ -1,4 +1,4 @@
-"""Limits: how much a client or a tenant may say, what is an alarm, and how often it is logged."""
+"""Limits: how much a client or a tenant may send, and when dropped events are an alarm."""
 
 from collections import deque
 from typing import Final
@@ -89,23 +89,3 @@ class DropAlarm:
             return False
         self._raised_at = now
         return True
-
-
-class LogLimit:
-    """Lets one log line of a kind through per ``interval`` seconds, and counts the others."""
-
-    def __init__(self, interval: float = 1.0) -> None:
-        self._interval = interval
-        self._logged_at: dict[str, float] = {}
-        self._held_back: dict[str, int] = {}
-
-    def allows(self, kind: str, now: float) -> int | None:
-        """None if this line is one too many, else how many of its kind were held back before it.
-
-        ``kind`` must be one of a few: it is remembered.
-        """
-        if now - self._logged_at.get(kind, float("-inf")) < self._interval:
-            self._held_back[kind] = self._held_back.get(kind, 0) + 1
-            return None
-        self._logged_at[kind] = now
-        return self._held_back.pop(kind, 0)

@@ -13,13 +13,13 @@ from ..core.audiences import Audience, floor, waiters
 from ..core.duplicates import Duplicates
 from ..core.events import Event
 from ..core.histogram import Histogram
-from ..core.limits import LogLimit
 from ..core.messages import GAP
 from ..core.routing import ROUTES, Routing
 from .connection import Connection
 from .history import History
 from .hub import Hub
 from .queue import EventQueue
+from .throttled_log import ThrottledLog
 
 log = structlog.get_logger()
 
@@ -60,7 +60,7 @@ class Dispatch:
         self._turn = trio.Lock()
         self._queues: list[EventQueue] = []  # that it takes from
         self._looked_back_at = -math.inf
-        self._log_limit = LogLimit()
+        self._throttled_log = ThrottledLog(log)
         self.processed = self.broadcasts = self.failed = self.deliveries = 0
         self.duplicate = self.unheard = self.unknown_type = 0
         self.duration = Histogram()  # of one batch
@@ -105,11 +105,7 @@ class Dispatch:
             self._duplicates.oldest = self._kept.oldest = oldest
 
     def _log_failure(self, events: int) -> None:
-        held_back = self._log_limit.allows("failed", trio.current_time())
-        if held_back is not None:
-            log.error(
-                "delivery took too long", events=events, seconds=self._timeout, held_back=held_back
-            )
+        self._throttled_log.error("delivery took too long", events=events, seconds=self._timeout)
 
     async def deliver(self, batch: Sequence[Event]) -> list[Event]:
         """Hand each event to whoever may hear it, each connection once, in one write; return

@@ -8,7 +8,7 @@ import trio
 
 from ..core.event_ids import Position, Stream, entry_id
 from ..core.events import Event, InvalidEvent, parse_event
-from ..core.limits import LogLimit
+from .throttled_log import ThrottledLog
 
 log = structlog.get_logger()
 
@@ -23,7 +23,7 @@ class Ingest:
         self.received: Counter[str] = Counter()  # by source
         self.invalid: Counter[str] = Counter()  # by reason
         self._put_aside = put_aside
-        self._log_limit = LogLimit()
+        self._throttled_log = ThrottledLog(log)
 
     def parse(
         self,
@@ -80,13 +80,12 @@ class Ingest:
         where = {} if position is None else {"entry_id": entry_id(position)}
         if where and self._put_aside is not None:
             self._put_aside(channel, where["entry_id"], reason, text, payload)
-        if (held_back := self._log_limit.allows(reason, trio.current_time())) is not None:
-            log.warning(
-                "invalid event",
-                source=source,
-                channel=channel,
-                reason=reason,
-                error=text,
-                held_back=held_back,
-                **where,
-            )
+        self._throttled_log.warning(
+            "invalid event",
+            kind=reason,
+            source=source,
+            channel=channel,
+            reason=reason,
+            error=text,
+            **where,
+        )

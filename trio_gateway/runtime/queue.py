@@ -10,7 +10,8 @@ import trio
 from ..core.audiences import TenantId
 from ..core.event_ids import Stream
 from ..core.events import Event
-from ..core.limits import DropAlarm, LogLimit, TenantRate
+from ..core.limits import DropAlarm, TenantRate
+from .throttled_log import ThrottledLog
 
 log = structlog.get_logger()
 
@@ -39,7 +40,7 @@ class EventQueue:
         self._news = trio.Event()
         self._alarm = alarm
         self._rate = rate
-        self._log_limit = LogLimit()
+        self._throttled_log = ThrottledLog(log)
         self.undelivered = 0  # that wait, or are being delivered
         self._idle = trio.Event()
         self.capacity = capacity
@@ -159,5 +160,4 @@ class EventQueue:
 
     def _refuse(self, event: Event) -> None:
         self.over_rate += 1
-        if (held_back := self._log_limit.allows("over_rate", event.heard_at)) is not None:
-            log.warning("tenant over its event rate", tenant=event.tenant, held_back=held_back)
+        self._throttled_log.warning("tenant over its event rate", tenant=event.tenant)

@@ -24,8 +24,8 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
 from .. import __version__
 from ..core.events import Event
-from ..core.limits import LogLimit
 from ..core.routing import ROUTES, Routing
+from ..runtime.throttled_log import ThrottledLog
 
 log = structlog.get_logger()
 
@@ -145,13 +145,11 @@ class _Trouble(logging.Handler):
 
     def __init__(self, level: int) -> None:
         super().__init__(level)
-        self._log_limit = LogLimit()
+        self._throttled_log = ThrottledLog(log, clock=time.monotonic)  # of any thread
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            held_back = self._log_limit.allows("trouble", time.monotonic())
-            if held_back is not None:
-                log.warning("tracing trouble", error=record.getMessage(), held_back=held_back)
+            self._throttled_log.warning("tracing trouble", error=record.getMessage())
         except Exception:
             self.handleError(record)
 

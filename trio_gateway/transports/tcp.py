@@ -8,7 +8,7 @@ back in front of the stream and Hypercorn serves it as ever.
 
 import re
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Final, Protocol, cast
 
@@ -19,11 +19,11 @@ from hypercorn.events import Closed, Event, RawData
 from hypercorn.trio.tcp_server import TCPServer
 
 from ..core.client_request import ClientRequest
-from ..core.limits import LogLimit
 from ..runtime.client_counts import ClientCounts
 from ..runtime.concurrency_limiter import ConcurrencyLimiter, Overloaded
 from ..runtime.silent_connections import SilentConnections
 from ..runtime.supervision import leaves
+from ..runtime.throttled_log import ThrottledLog
 from .asgi import CUT, TRAFFIC
 from .compression import agree
 from .direct import (
@@ -66,7 +66,6 @@ class TcpService:
     max_message_size: int
     compresses: bool
     counts: ClientCounts
-    log_limit: LogLimit
     addresses: Addresses
     silent: SilentConnections
     heads: ConcurrencyLimiter["Shaken"]
@@ -74,6 +73,7 @@ class TcpService:
     serve_connection: Callable[[ClientRequest, DirectSocket], Awaitable[None]]
     # Called with what waits for Hypercorn to stop, and with the seconds that it gives then:
     watch: Callable[[Callable[[], Awaitable[None]], float], None]
+    throttled_log: ThrottledLog = field(default_factory=lambda: ThrottledLog(log))
 
 
 class Line(TCPServer):
@@ -124,9 +124,7 @@ class Line(TCPServer):
             pass
         except* Exception as faults:
             kinds = sorted({type(each).__name__ for each in leaves(faults)})
-            held_back = service.log_limit.allows("connection failed", trio.current_time())
-            if held_back is not None:
-                log.warning("connection failed", errors=kinds, held_back=held_back)
+            service.throttled_log.warning("connection failed", errors=kinds)
         finally:
             if not is_closed(self.stream):
                 await trio.aclose_forcefully(self.stream)
@@ -234,14 +232,12 @@ class Line(TCPServer):
 
     async def _refuse(self, service: TcpService, refusal: Refusal) -> None:
         service.counts.refused[refusal.status] += 1
-        kind = f"refused {refusal.status}"
-        if (held_back := service.log_limit.allows(kind, trio.current_time())) is not None:
-            log.info(
-                "upgrade refused",
-                status=refusal.status,
-                reason=refusal.reason,
-                held_back=held_back,
-            )
+        service.throttled_log.info(
+            "upgrade refused",
+            kind=f"refused {refusal.status}",
+            status=refusal.status,
+            reason=refusal.reason,
+        )
         await answer(self.stream, refusal)
 
     async def _read_data(self) -> None:
