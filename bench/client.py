@@ -188,7 +188,10 @@ class Load:
             return
         self._by_fd.pop(fd, None)
         client.socket.close()
-        if client.ready:
+        if client in self._waiting:  # it never began to connect
+            self._waiting.remove(client)
+            self.failed[why] += 1
+        elif client.ready:
             self.ready -= 1
             self.closed[1006 if client.code is None else client.code] += 1
         else:
