@@ -163,7 +163,7 @@ def browser(session: nox.Session) -> None:
 
 def _chosen(session: nox.Session, folder: str) -> list[str]:
     """The arguments for pytest: all of the folder, unless they name a part of it."""
-    named = any(argument.startswith("tests/") for argument in session.posargs)
+    named = any(argument.startswith(f"{folder}/") for argument in session.posargs)
     return [*([] if named else [folder]), *session.posargs]
 
 

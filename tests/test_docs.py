@@ -89,6 +89,15 @@ def test_lists_stand_apart_from_the_text_before_them(page: Path) -> None:
     assert glued == []
 
 
+@pytest.mark.parametrize("page", ["docs/design.md", "CONTRIBUTING.md"])
+def test_modules_that_a_page_names_exist(page: str) -> None:
+    root = DOCS.parent
+    named = re.findall(r"`([\w./]+(?:\.py|\.js|\.yml|/))`", (root / page).read_text("utf-8"))
+    places = (root, root / "trio_gateway")
+    assert len(named) > 20
+    assert [name for name in named if not any((place / name).exists() for place in places)] == []
+
+
 @pytest.mark.parametrize("names", [NAMES, METRICS], ids=["settings", "metrics"])
 def test_every_setting_and_metric_is_in_the_docs(names: Collection[str]) -> None:
     text = "".join(page.read_text("utf-8") for page in PAGES)
