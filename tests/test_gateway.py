@@ -10,7 +10,7 @@ from hypercorn.utils import LifespanFailureError
 
 import trio_gateway.gateway
 from tests.support.gateways import make_settings, running
-from trio_gateway.runtime.supervision import leaves
+from trio_gateway.core.exception_groups import leaves
 
 
 class Unwritable:

@@ -43,7 +43,7 @@ MAY_IMPORT: Final[dict[str, set[str]]] = {
     "gateway": {"core", "runtime", "settings", "access", "telemetry", "transports", "web",
                 "parts", "stats", "stats_feed", "reception"},
     "workers": {"core", "telemetry", "transports"},
-    "serve": {"runtime", "telemetry", "transports", "gateway", "workers"},
+    "serve": {"core", "telemetry", "transports", "gateway", "workers"},
     "app": {"settings", "telemetry", "transports", "gateway", "serve"},
     # For backends, clients and tests of applications.
     "publisher": {"core", "redis_errors", "redis_url"},

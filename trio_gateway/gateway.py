@@ -21,10 +21,11 @@ from quart_trio.asgi import TrioASGILifespan
 from . import stats
 from .access.auth import Auth
 from .core.audiences import Endpoint
+from .core.exception_groups import first_leaf
 from .parts import build_parts
 from .reception import Reception
 from .runtime.reaper import reap
-from .runtime.supervision import keep_running, leaves
+from .runtime.supervision import keep_running
 from .settings import Settings
 from .stats_feed import StatsFeed
 from .telemetry import output
@@ -56,7 +57,7 @@ class _Lifespan(TrioASGILifespan):
                 await super().__call__(receive_again, send)
         except* operations.CannotListen as errors:
             with suppress(Exception):
-                log.critical(str(leaves(errors)[0]))
+                log.critical(str(first_leaf(errors)))
             raise LifespanFailureError("serving", "can't listen") from None
         except* Exception as bugs:
             with suppress(Exception):  # an embedder's log may raise, and this has to end

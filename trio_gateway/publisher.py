@@ -17,6 +17,7 @@ import sniffio
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from .core.event_ids import DEFAULT_STREAM
 from .core.events import Event, InvalidEvent, parse_event
 from .core.routing import ROUTES, Route, Routing, To
 from .redis_errors import is_wrong_server
@@ -25,7 +26,6 @@ from .redis_url import Address
 __all__ = ["TIMEOUT", "AsyncPublisher", "InvalidEvent", "PublishFailed", "Publisher"]
 
 TIMEOUT: Final = 2.0  # seconds to connect, and again for the answer
-STREAM: Final = "events:critical"
 _FIELD: Final = "data"
 
 # By redis-py and its parser, beside its own errors.
@@ -65,7 +65,7 @@ class Publisher:
         self,
         url: str,
         *,
-        stream: str = STREAM,
+        stream: str = DEFAULT_STREAM,
         max_length: int | None = 100_000,
         routes: Mapping[str, Route] = ROUTES,
     ) -> None:

@@ -20,8 +20,8 @@ from hypercorn.trio import serve as hypercorn_serve
 from hypercorn.utils import LifespanFailureError
 
 from . import workers
+from .core.exception_groups import leaves
 from .gateway import Gateway
-from .runtime.supervision import leaves
 from .telemetry import logs
 from .transports import tcp as line
 from .transports.accepting import Board, Turns

@@ -17,7 +17,7 @@ from dotenv import dotenv_values
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from .core.event_ids import tag
+from .core.event_ids import DEFAULT_STREAM, tag
 from .core.origins import is_loopback, read_origin
 from .core.routing import ROUTES, InvalidRoutes, Routing, read_routes
 from .core.service_day import ServiceDays, read_windows, read_zone, read_zones
@@ -116,7 +116,7 @@ class Settings(BaseSettings):
     redis_url: str = Field(default="redis://localhost:6380", repr=False)
     allow_redis_without_password: bool = False
     redis_channel_patterns: _List = _PATTERNS
-    redis_streams: _List = ("events:critical",)
+    redis_streams: _List = (DEFAULT_STREAM,)
     redis_dlq_stream: str | None = None  # where entries that are no events are copied to
     redis_event_queue_size: _Count = 5000
     redis_event_batch_size: _Count = 50

@@ -25,11 +25,11 @@ from tests.support.gateways import (
 )
 from trio_gateway import serve
 from trio_gateway.core.close_codes import Close
+from trio_gateway.core.exception_groups import leaves
 from trio_gateway.gateway import create_app
 from trio_gateway.reception import Reception
 from trio_gateway.runtime.connection import Connection
 from trio_gateway.runtime.resume import Replays
-from trio_gateway.runtime.supervision import leaves
 from trio_gateway.transports.direct import DirectSocket
 
 from . import faults

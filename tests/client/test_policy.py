@@ -6,7 +6,7 @@ import pytest
 
 from trio_gateway.client.feed import REMEMBERED, Feed
 from trio_gateway.client.lifetime import RENEW_AT, Lifetime, expiry
-from trio_gateway.client.policy import Next, after_close, after_status, retry_after, retry_hint
+from trio_gateway.client.policy import Next, after_close, after_status, retry_after
 from trio_gateway.core.close_codes import Close
 from trio_gateway.testing import make_jwt, make_payload
 
@@ -40,14 +40,6 @@ def test_both_clients_stop_at_the_same_codes() -> None:
     assert {int(code) for code in stops.split(",")} == {
         close for close in Close if after_close(close) is Next.STOP
     }
-
-
-@pytest.mark.parametrize(
-    ("reason", "seconds"),
-    [("retry in 3.2s", 3.2), ("busy, retry in 10s", 10), ("", None), ("retry in -1s", None)],
-)
-def test_a_hint_is_read_from_the_reason(reason: str, seconds: float | None) -> None:
-    assert retry_hint(reason) == seconds
 
 
 @pytest.mark.parametrize("token", ["", "opaque", "1:1:10:456:99:sig", "a.b.c", make_jwt("x" * 32)])

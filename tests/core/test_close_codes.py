@@ -1,6 +1,6 @@
 import pytest
 
-from trio_gateway.core.close_codes import Close, Rejected
+from trio_gateway.core.close_codes import Close, Rejected, format_retry_hint, parse_retry_hint
 
 # The contract's table, section 1.
 CODES = {
@@ -32,3 +32,17 @@ def test_a_refusal_has_a_code_for_the_client_and_a_label_for_the_metric(close: C
 
     assert (refusal.close, refusal.text, refusal.label) == (close, "token expired", "auth")
     assert str(refusal) == "token expired"
+
+
+@pytest.mark.parametrize(
+    ("reason", "seconds"),
+    [("retry in 3.2s", 3.2), ("retry in 0.0s", 0), ("busy, retry in 10s", 10), ("", None),
+     ("retry in -1s", None)],
+)  # fmt: skip
+def test_a_hint_is_read_from_the_reason(reason: str, seconds: float | None) -> None:
+    assert parse_retry_hint(reason) == seconds
+
+
+@pytest.mark.parametrize("seconds", [0.0, 3.2, 120.0])
+def test_a_hint_is_read_as_it_was_written(seconds: float) -> None:
+    assert parse_retry_hint(format_retry_hint(seconds)) == seconds

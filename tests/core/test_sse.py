@@ -11,7 +11,7 @@ from trio_gateway.core.close_codes import Close
 from trio_gateway.core.event_ids import Position, event_id, tag
 from trio_gateway.core.frames import PING_FRAME, PONG, frame, text_frame
 from trio_gateway.core.messages import GAP, resumed
-from trio_gateway.core.sse import HELLO, as_events, close_event, retry_after
+from trio_gateway.core.sse import HELLO, as_events, close_event
 from trio_gateway.testing import make_event
 
 STREAM = tag("events:critical")
@@ -93,11 +93,6 @@ def test_close_without_a_hint_leaves_the_time_as_it_was() -> None:
     (message,) = parser.feed(HELLO + close_event(Close.AUTH_FAILED, 'a "bad"\ntoken'))
     assert message.json == {"code": 4001, "reason": 'a "bad"\ntoken'}
     assert parser.retry == 3000
-
-
-def test_only_a_hint_says_how_long_to_wait() -> None:
-    assert retry_after("retry in 0.0s") == 0
-    assert retry_after("please retry in 5s") is None
 
 
 _WHITE = st.text(alphabet=" \t\r\n", max_size=3)

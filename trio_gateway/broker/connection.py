@@ -9,6 +9,7 @@ from typing import Any, Final
 import hiredis
 import trio
 
+from ..core.exception_groups import first_leaf
 from ..redis_url import Address
 from ..runtime.supervision import ConnectionLost, Demoted
 
@@ -156,9 +157,7 @@ async def _greet(connection: RedisConnection, address: Address) -> None:
 
 
 def _cause(error: BaseException) -> str:
-    cause = error.__cause__ or error
-    if isinstance(cause, BaseExceptionGroup):
-        cause = cause.exceptions[0]
+    cause = first_leaf(error.__cause__ or error)
     if isinstance(cause, ssl.SSLError) and getattr(cause, "reason", None):
         return cause.reason
     return (cause.strerror if isinstance(cause, OSError) else None) or type(cause).__name__

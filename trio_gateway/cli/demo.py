@@ -409,10 +409,11 @@ async def _play(stage: _Stage, rate: float, loops: int, screen: "Screen", tally:
 
 
 async def _publish(publisher: "AsyncPublisher", line: "Line", screen: "Screen") -> None:
+    from ..core.event_ids import DEFAULT_STREAM
     from .rendering import published
 
     assert line.channel is not None
-    is_stream = line.channel == "events:critical"
+    is_stream = line.channel == DEFAULT_STREAM
     where: dict[str, Any] = {"stream" if is_stream else "channel": line.channel}
     await screen.show(published(line.event.decode(), line.channel))
     await publisher.publish(line.event, **where)

@@ -96,11 +96,12 @@ def publish(file: str, rate: float, repeat: int, now: bool) -> None:
 
 
 def _publish(to: "Publisher", line: "Line", streams: Iterable[str], tally: _Tally) -> None:
+    from ..core.event_ids import DEFAULT_STREAM
     from ..publisher import InvalidEvent
 
     where: dict[str, str] = {}
     if line.channel is not None:
-        named_stream = line.channel in {"events:critical", *streams}
+        named_stream = line.channel in {DEFAULT_STREAM, *streams}
         where = {"stream" if named_stream else "channel": line.channel}
     try:
         said = to.publish(line.event, **where)

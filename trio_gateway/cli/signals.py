@@ -5,6 +5,8 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
+from ..core.exception_groups import first_leaf
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -17,10 +19,7 @@ def run(work: Callable[[], Awaitable[None]]) -> None:
     try:
         trio.run(_run, work)
     except BaseExceptionGroup as group:
-        first: BaseException = group
-        while isinstance(first, BaseExceptionGroup):
-            first = first.exceptions[0]
-        raise first from None
+        raise first_leaf(group) from None
 
 
 async def _run(work: Callable[[], Awaitable[None]]) -> None:

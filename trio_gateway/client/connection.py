@@ -11,11 +11,12 @@ from typing import Final, Self
 
 import trio
 
+from ..core.close_codes import parse_retry_hint
 from ..core.resilience import Backoff
 from .address import Dial, read_address
 from .credential import Credential, NoToken
 from .feed import Feed, Item, Missed, Resumed
-from .policy import Next, after_status, retry_hint
+from .policy import Next, after_status
 from .session import Ending, Session, after, broken
 from .transport import Ended, NoUpgrade, Wire
 from .values import Event, Gap, Refused, Status, TokenProvider
@@ -170,7 +171,7 @@ class Client:
                 self._settled.set()
                 self._inbox_in.close()
                 return
-            if (asked := retry_hint(ending.reason)) is not None:
+            if (asked := parse_retry_hint(ending.reason)) is not None:
                 wait = asked  # the gateway has spread its clients already
             elif ending.retry_after is not None:
                 wait = ending.retry_after + backoff.after(failures)

@@ -1,6 +1,5 @@
 """The policy: what comes after each way that a connection can end. Decides, does nothing."""
 
-import re
 from email.utils import parsedate_to_datetime
 from enum import Enum, auto
 from typing import Final
@@ -29,7 +28,6 @@ _AFTER_CLOSE: Final = {
 }
 _PASSING: Final = frozenset({408, 425, 429})  # HTTP statuses below 500 that come and go
 _LONGEST_HINT: Final = 3600.0  # seconds of a Retry-After that are believed
-_HINT: Final = re.compile(r"\bretry in (\d+(?:\.\d+)?)s")
 
 
 def after_close(code: int) -> Next:
@@ -45,12 +43,6 @@ def after_status(status: int) -> Next:
     if status == 401:
         return Next.RENEW
     return Next.BACK_OFF if status >= 500 or status in _PASSING else Next.STOP
-
-
-def retry_hint(reason: str) -> float | None:
-    """The seconds in a close reason's ``retry in 3.2s``."""
-    found = _HINT.search(reason)
-    return float(found[1]) if found else None
 
 
 def retry_after(value: str, date: str) -> float | None:

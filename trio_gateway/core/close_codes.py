@@ -1,5 +1,6 @@
-"""How a connection ends: the contract's close codes, and the refusal that carries one."""
+"""How a connection ends: the contract's close codes, rejections, and hints when to retry."""
 
+import re
 from collections.abc import Mapping
 from enum import IntEnum
 from typing import Final
@@ -9,32 +10,34 @@ class Close(IntEnum):
     """Close codes (RFC 6455, 7.4; 4000 and up are the gateway's own).
 
     ``when`` one is sent and what ``then`` the client should do, in the words of the contract:
-    docs/protocol.md and the AsyncAPI document are made from them.
+    docs/protocol.md and the AsyncAPI document are made from them. ``status`` is the HTTP status of
+    a response that rejects a client for the same reason.
     """
 
     when: str
     then: str
+    status: int
 
-    def __new__(cls, code: int, when: str = "", then: str = "–") -> "Close":
+    def __new__(cls, code: int, when: str = "", then: str = "–", status: int = 401) -> "Close":
         close = int.__new__(cls, code)
         close._value_ = code
-        close.when, close.then = when, then
+        close.when, close.then, close.status = when, then, status
         return close
 
     NORMAL = 1000, "it asked"
-    GOING_AWAY = 1001, "shutdown; the reason is `retry in 3.2s`", "reconnect after that time"
+    GOING_AWAY = 1001, "shutdown; the reason is `retry in 3.2s`", "reconnect after that time", 503
     PROTOCOL_ERROR = 1002, "frames that break RFC 6455", "mend itself"
     UNSUPPORTED_DATA = 1003, "a binary frame", "mend itself"
     NO_STATUS = 1005  # never sent: the client's close frame carried no code
     ABNORMAL = 1006  # never sent: the client went without a close frame
     INVALID_DATA = 1007, "text that is not UTF-8", "mend itself"
-    POLICY_VIOLATION = 1008, "Origin not allowed, or missing in production", "not retry"
+    POLICY_VIOLATION = 1008, "Origin not allowed, or missing in production", "not retry", 403
     MESSAGE_TOO_BIG = (
         1009,
         "a message over `WS_MAX_MESSAGE_SIZE` bytes, or in more than 256 fragments",
         "not retry",
     )
-    INTERNAL_ERROR = 1011, "a bug of ours", "retry with back-off"
+    INTERNAL_ERROR = 1011, "a bug of ours", "retry with back-off", 500
     SERVER_OVERLOADED = (
         1013,
         (
@@ -42,6 +45,7 @@ class Close(IntEnum):
             "or what is needed to admit it is down"
         ),
         "retry with back-off",
+        503,
     )
     AUTH_FAILED = (
         4001,
@@ -52,6 +56,7 @@ class Close(IntEnum):
         4003,
         "role not admitted here, no branch in the token, a malformed Origin",
         "not retry",
+        403,
     )
     HEARTBEAT_TIMEOUT = (
         4008,
@@ -74,6 +79,7 @@ class Close(IntEnum):
             "looked at"
         ),
         "cool down",
+        429,
     )
 
     @property
@@ -82,15 +88,18 @@ class Close(IntEnum):
         return bool(self.when)
 
 
+# Seconds after which to try again, by HTTP status, where nothing else is known.
+RETRY_AFTER: Final[Mapping[int, int]] = {503: 1, 429: 60}
 # Limits that one user, session, tenant or address has reached: the server has room for others.
 _OWN_LIMITS: Final = frozenset({"user_limit", "session_limit", "tenant_limit", "address_limit"})
+_OWN_LIMIT_RETRY_AFTER: Final = 5  # seconds: dead connections are found in that time
 
 
 class Rejected(Exception):  # noqa: N818 - a decision, not an error of ours
-    """This client is not let in.
+    """This client is not admitted.
 
-    ``label`` is one of a fixed few, fit for a metric; the text goes to the client and must not
-    hold anything that the client sent.
+    ``label`` is one of a fixed few, fit for a metric; ``text`` goes to the client and must not
+    contain anything that the client sent.
     """
 
     def __init__(self, close: Close, text: str, label: str) -> None:
@@ -104,30 +113,30 @@ class Rejected(Exception):  # noqa: N818 - a decision, not an error of ours
         """Whether this client has reached a limit of its own, on a server that serves others."""
         return self.label in _OWN_LIMITS
 
+    @property
+    def status(self) -> int:
+        """The HTTP status of a response that says so.
 
-_STATUS: Final[Mapping[int, int]] = {
-    Close.GOING_AWAY: 503,
-    Close.POLICY_VIOLATION: 403,
-    Close.INTERNAL_ERROR: 500,
-    Close.SERVER_OVERLOADED: 503,
-    Close.FORBIDDEN: 403,
-    Close.RATE_LIMITED: 429,
-}
-RETRY_AFTER: Final[Mapping[int, int]] = {503: 1, 429: 60}  # seconds, where nothing else is known
-_OWN_LIMIT_AGAIN: Final = 5  # seconds: connections that are dead are found in that time
+        Load balancers take a 503 for a failing server, so a limit that one client alone has
+        reached is a 429.
+        """
+        return 429 if self.own_limit else self.close.status
 
-
-def status_of(close: int) -> int:
-    """The HTTP status that refuses a client as this close code would."""
-    return _STATUS.get(close, 401)
+    @property
+    def retry_after(self) -> int | None:
+        """Seconds after which to try again; None if that does not help."""
+        return _OWN_LIMIT_RETRY_AFTER if self.own_limit else RETRY_AFTER.get(self.status)
 
 
-def refusal_status(rejected: Rejected) -> tuple[int, int | None]:
-    """The HTTP status of a refusal, and the seconds after which to try again, if that helps.
+_RETRY_HINT: Final = re.compile(r"\bretry in (\d+(?:\.\d+)?)s")
 
-    Load balancers take a 503 for a server that fails. What one client alone has caused is none.
-    """
-    if rejected.own_limit:
-        return 429, _OWN_LIMIT_AGAIN
-    status = status_of(rejected.close)
-    return status, RETRY_AFTER.get(status)
+
+def format_retry_hint(seconds: float) -> str:
+    """The reason of a close that says when to reconnect, such as ``retry in 3.2s``."""
+    return f"retry in {seconds:.1f}s"
+
+
+def parse_retry_hint(reason: str) -> float | None:
+    """The seconds that a close reason says to wait; None if it does not."""
+    found = _RETRY_HINT.search(reason)
+    return float(found[1]) if found else None

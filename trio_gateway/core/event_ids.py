@@ -8,6 +8,7 @@ Stream = NewType("Stream", str)  # a stream's tag: the same in every process
 Position = NewType("Position", tuple[int, int])  # an entry's milliseconds and sequence number
 Cursor = Mapping[Stream, Position]
 
+DEFAULT_STREAM: Final = "events:critical"  # the Redis stream that durable events are added to
 START: Final = Position((0, 0))
 _MAX: Final = 2**64 - 1
 LAST: Final = Position((_MAX, _MAX))

@@ -4,6 +4,7 @@ import json
 import re
 from typing import Final
 
+from .close_codes import parse_retry_hint
 from .frames import PING, TEXT, split
 
 MEDIA_TYPE: Final = "text/event-stream"
@@ -18,7 +19,6 @@ _TAIL: Final = 64  # bytes that it fits into
 _RESUMED: Final = re.compile(
     rb'\{"type":"resumed","recovered":\w+,"count":\d+,"last_event_id":"([^"\\]+)"\}'
 )
-_HINT: Final = re.compile(r"retry in (\d+(?:\.\d+)?)s")
 
 
 def as_events(data: bytes | memoryview) -> bytes:
@@ -34,14 +34,9 @@ def close_event(code: int, reason: str) -> bytes:
     moment that the reason may name.
     """
     said = json.dumps({"code": code, "reason": reason}, separators=(",", ":"))
-    after = retry_after(reason)
+    after = parse_retry_hint(reason)
     retry = b"" if after is None else b"retry: %d\n" % round(after * 1000)
     return b"event: close\n%bdata: %b\n\n" % (retry, said.encode())
-
-
-def retry_after(reason: str) -> float | None:
-    """The seconds that a close's reason tells the client to wait."""
-    return float(found[1]) if (found := _HINT.fullmatch(reason)) else None
 
 
 def _as_event(opcode: int, payload: memoryview) -> bytes:

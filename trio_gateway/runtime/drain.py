@@ -7,7 +7,7 @@ from typing import Final
 import structlog
 import trio
 
-from ..core.close_codes import Close
+from ..core.close_codes import Close, format_retry_hint
 from .hub import Hub
 from .queue import EventQueue
 
@@ -68,7 +68,7 @@ class Drain:
         """When to come back, for who is at this place (0 to 1) in the window, or at any."""
         if place is None:
             place = random.random()  # noqa: S311 - spreads load
-        return f"retry in {self._window * place:.1f}s"
+        return format_retry_hint(self._window * place)
 
     def _send_everybody_away(self) -> None:
         connections = list(self._hub.connections)

@@ -6,6 +6,7 @@ from typing import NoReturn
 import structlog
 import trio
 
+from ..core.exception_groups import first_leaf
 from ..core.resilience import SOON, Backoff, Breaker, State
 
 log = structlog.get_logger()
@@ -17,13 +18,6 @@ class ConnectionLost(Exception):  # noqa: N818 - an outcome
 
 class Demoted(ConnectionLost):
     """It answers, but is not the server to read from: a new connection may lead to that one."""
-
-
-def leaves(error: BaseException) -> list[BaseException]:
-    """What is in an exception group, however nested; an exception alone is its own."""
-    if isinstance(error, BaseExceptionGroup):
-        return [leaf for each in error.exceptions for leaf in leaves(each)]
-    return [error]
 
 
 async def keep_running(
@@ -50,7 +44,7 @@ async def keep_running(
         try:
             await work()
         except* ConnectionLost as group:  # of one of its tasks, or of several
-            error = _first(group)
+            error = first_leaf(group)
         soon = isinstance(error, Demoted)
         breaker.failed(trio.current_time(), soon=soon)
         log.warning(
@@ -62,9 +56,3 @@ async def keep_running(
         )
         if closed and breaker.state is State.OPEN:
             log.error("breaker opened", source=name, failures=breaker.failures)
-
-
-def _first(lost: BaseException) -> BaseException:
-    while isinstance(lost, BaseExceptionGroup):
-        lost = lost.exceptions[0]
-    return lost

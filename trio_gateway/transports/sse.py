@@ -11,9 +11,9 @@ import trio
 
 from ..core.audiences import Endpoint
 from ..core.client_request import ClientRequest
-from ..core.close_codes import RETRY_AFTER, Close, Rejected, refusal_status, status_of
+from ..core.close_codes import RETRY_AFTER, Close, Rejected, parse_retry_hint
 from ..core.frames import boundary
-from ..core.sse import HELLO, MEDIA_TYPE, as_events, close_event, retry_after
+from ..core.sse import HELLO, MEDIA_TYPE, as_events, close_event
 from ..runtime.connection import Disconnected, ProtocolViolation
 from ..runtime.outbox import Outbox
 from .asgi import cut_of, measures_progress, traffic_of
@@ -100,9 +100,10 @@ class EventStream:
 
     async def refuse(self, rejected: Rejected) -> None:
         """Answer a client that is not let in; the response has not begun."""
-        status, again = refusal_status(rejected)
         with trio.move_on_after(LINGER), suppress(OSError):
-            await _refuse(self._send, status, rejected.close, rejected.text, again)
+            await _refuse(
+                self._send, rejected.status, rejected.close, rejected.text, rejected.retry_after
+            )
             self._ended = True
 
     async def close(self, code: int, reason: str) -> None:
@@ -110,7 +111,7 @@ class EventStream:
             return
         with trio.move_on_after(LINGER), suppress(OSError):
             if not self._begun:
-                status = status_of(code)
+                status = Close(code).status
                 await _refuse(self._send, status, code, reason, RETRY_AFTER.get(status))
             else:
                 await self._write(close_event(code, reason), more=False)
@@ -148,7 +149,7 @@ async def _refuse(send: Send, status: int, code: int, reason: str, again: float 
     found = {"Content-Type": "application/json", "Cache-Control": "no-store"}
     if status == 401:
         found["WWW-Authenticate"] = "Bearer"
-    if (after := retry_after(reason) or again) is not None:
+    if (after := parse_retry_hint(reason) or again) is not None:
         found["Retry-After"] = str(max(1, math.ceil(after)))
     await answer(send, status, found, json.dumps({"code": int(code), "error": reason}).encode())
 

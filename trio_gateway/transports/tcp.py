@@ -19,10 +19,10 @@ from hypercorn.events import Closed, Event, RawData
 from hypercorn.trio.tcp_server import TCPServer
 
 from ..core.client_request import ClientRequest
+from ..core.exception_groups import leaves
 from ..runtime.client_counts import ClientCounts
 from ..runtime.concurrency_limiter import ConcurrencyLimiter, Overloaded
 from ..runtime.silent_connections import SilentConnections
-from ..runtime.supervision import leaves
 from ..runtime.throttled_log import ThrottledLog
 from .asgi import CUT, TRAFFIC
 from .compression import agree

@@ -15,7 +15,7 @@ from quart import Response, jsonify, request
 from ..broker.commands import Unavailable
 from ..core.audiences import ENDPOINTS, Principal
 from ..core.client_request import bearer
-from ..core.close_codes import Close, Rejected, status_of
+from ..core.close_codes import Close, Rejected
 from ..core.events import InvalidEvent, parse_event
 from ..core.origins import host_of, is_loopback
 from ..parts import Parts
@@ -66,7 +66,7 @@ async def page(parts: Parts) -> Answer:
             await _admit(parts)
             await _redeem(parts)
         except Rejected as rejected:
-            return _html(_GATE, status_of(rejected.close))
+            return _html(_GATE, rejected.close.status)
     text = _PAGE.replace("{environment}", parts.settings.environment)
     return _html(text.replace("{tokens}", str(parts.settings.ws_console_tokens).lower()), 200)
 

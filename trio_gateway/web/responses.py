@@ -4,7 +4,7 @@ import trio
 from quart import Response, jsonify, request
 
 from ..core.audiences import Principal
-from ..core.close_codes import RETRY_AFTER, Close, Rejected, refusal_status
+from ..core.close_codes import RETRY_AFTER, Close, Rejected
 from ..parts import Parts
 
 Answer = tuple[Response, int] | Response
@@ -35,8 +35,8 @@ async def identify(
 
 
 def refusal(rejected: Rejected) -> Answer:
-    status, retry_after = refusal_status(rejected)
-    return problem(status, rejected.text, retry_after=retry_after)
+    """The response to a client that is not admitted."""
+    return problem(rejected.status, rejected.text, retry_after=rejected.retry_after)
 
 
 def problem(status: int, text: str, *, retry_after: int | None = None) -> Answer:
