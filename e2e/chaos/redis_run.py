@@ -21,7 +21,7 @@ from tests.support.gateways import (
 from trio_gateway.broker.commands import TIMEOUT
 from trio_gateway.broker.connection import CONNECT_TIMEOUT
 from trio_gateway.broker.pubsub import LIVENESS
-from trio_gateway.broker.streams import BLOCK, PATIENCE
+from trio_gateway.broker.streams import BLOCK, REPLY_TIMEOUT
 from trio_gateway.core.resilience import Backoff
 from trio_gateway.testing import make_jwt, make_table_token
 
@@ -37,7 +37,7 @@ FAR: Final = 0.03  # seconds to Redis, one way: so that a half-open breaker can 
 NOTICED: Final = 5.0  # seconds until readiness must say so
 WORST_PING: Final = 1.0  # seconds; the machine may be busy with other tests
 # The longest that a try which hangs takes to give up.
-HANG: Final = max(2 * CONNECT_TIMEOUT + PATIENCE, 2 * LIVENESS, BLOCK + PATIENCE, TIMEOUT)
+HANG: Final = max(2 * CONNECT_TIMEOUT + REPLY_TIMEOUT, 2 * LIVENESS, BLOCK + REPLY_TIMEOUT, TIMEOUT)
 # The longest time between two tries.
 PAUSE: Final = max(RECOVERY, Backoff().most)
 TRY: Final = 2.0  # seconds for one that succeeds, this far away and on a busy machine

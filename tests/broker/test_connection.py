@@ -11,9 +11,10 @@ from trio.testing import MockClock, memory_stream_pair
 
 from trio_gateway.broker.connection import ENOUGH, RedisConnection
 from trio_gateway.broker.pubsub import LIVENESS, PubSub
+from trio_gateway.broker.stream_cursor import StreamCursor
 from trio_gateway.broker.stream_replies import Info, read_entries, read_info, read_news, read_time
 from trio_gateway.broker.streams import Streams
-from trio_gateway.core.event_ids import START
+from trio_gateway.core.event_ids import START, tag
 from trio_gateway.core.limits import DropAlarm
 from trio_gateway.core.resilience import Breaker
 from trio_gateway.core.routing import ROUTES
@@ -139,7 +140,7 @@ async def test_reply_that_trickles_is_waited_for_no_longer_than_none(
 
     async with link_to(redis) as link:
         with pytest.raises(ConnectionLost, match="no answer to XREAD"):
-            await link.ask("XREAD", patience=3)
+            await link.ask("XREAD", timeout=3)
         assert trio.current_time() == 3
 
 
@@ -152,7 +153,7 @@ async def test_long_reply_is_waited_for_as_long_as_it_comes(autojump_clock: Mock
         await stream.send_all(b"\r\n")
 
     async with link_to(redis) as link:
-        assert await link.ask("XREAD", patience=2) == b"x" * 10 * ENOUGH
+        assert await link.ask("XREAD", timeout=2) == b"x" * 10 * ENOUGH
 
 
 async def test_two_replies_to_one_command_are_out_of_step() -> None:
@@ -201,7 +202,7 @@ def test_replies_are_read() -> None:
     assert read_news([[b"events", entries]]) == [("events", payloads)]
     assert read_entries(entries) == payloads
     info: list[Any] = [b"length", 3, b"last-generated-id", b"5-0", b"first-entry", entries[0]]
-    assert read_info(info) == ((5, 0), (1, 2), 3, None)
+    assert read_info(info) == ((5, 0), (1, 2), 3, None, START)
     assert read_info([*info, b"entries-added", 9, b"new-in-redis-99", b"?"]).added == 9
     assert read_info(hiredis.ReplyError("ERR no such key")) == Info()
     assert read_time([b"1700000000", b"250000"]) == 1_700_000_000.25
@@ -225,8 +226,9 @@ async def test_answer_to_an_earlier_question_is_not_delivered_again() -> None:
         replays=Replays(history, hub), routes=ROUTES,
     )  # fmt: skip
     streams = Streams(Address(), ["s"], inlet, Breaker(5, 30))
-    (source,) = streams._sources
-    source.cursor, source.looked_at = START, trio.current_time()
+    cursor = StreamCursor("s", tag("s"), Info())
+    cursor.checked_at = trio.current_time()
+    streams._by_name["s"] = cursor
     async with link_to(redis) as link:
         await streams._read(link)
         assert streams.cursors == {"s": "1-1"}

@@ -52,17 +52,17 @@ class RedisConnection:
         self._reader.feed(bytes(data))
         return self._complete()
 
-    async def ask(self, *words: str | bytes | int, patience: float = inf) -> Any:
+    async def ask(self, *words: str | bytes | int, timeout: float = inf) -> Any:
         """Send one command and wait for its reply, with nothing else under way.
 
         An error reply is returned as :exc:`hiredis.ReplyError`. Neither a reply nor
-        :data:`ENOUGH` bytes of one in ``patience`` seconds is :exc:`ConnectionLost`.
+        :data:`ENOUGH` bytes of one in ``timeout`` seconds is :exc:`ConnectionLost`.
         """
         await self.send(*words)
         replies: list[Any] = []
         while not replies:
             before = self.received
-            with trio.move_on_after(patience) as scope:
+            with trio.move_on_after(timeout) as scope:
                 while not (replies := await self.receive()):
                     pass
             if scope.cancelled_caught and self.received - before < ENOUGH:
@@ -71,21 +71,21 @@ class RedisConnection:
             raise ConnectionLost("more replies than commands")
         return replies[0]
 
-    async def call(self, *words: str | bytes | int, patience: float = inf) -> Any:
+    async def call(self, *words: str | bytes | int, timeout: float = inf) -> Any:
         """As :meth:`ask`, but an error reply is :exc:`ConnectionLost`, too."""
-        reply = await self.ask(*words, patience=patience)
+        reply = await self.ask(*words, timeout=timeout)
         if isinstance(reply, hiredis.ReplyError):
             what = str(reply).split(" ", 1)[0]
             kind = Demoted if what in _DEMOTED else ConnectionLost
             raise kind(f"{words[0]!s} failed: {what}")
         return reply
 
-    async def check_role(self, *, patience: float = inf) -> None:
+    async def check_role(self, *, timeout: float = inf) -> None:
         """Raise :exc:`Demoted` if this is a replica, as far as it tells: a proxy may not.
 
         Every user may say HELLO, whatever the ACL. Without a version it changes nothing.
         """
-        reply = await self.ask("HELLO", patience=patience)
+        reply = await self.ask("HELLO", timeout=timeout)
         if isinstance(reply, list) and b"role" in reply[::2]:
             role = reply[2 * reply[::2].index(b"role") + 1 :][:1]
             if role in ([b"replica"], [b"slave"]):

@@ -19,12 +19,13 @@ _RawEntry = tuple[bytes, list[bytes] | None]
 
 
 class Info(NamedTuple):
-    """How a stream stands; the defaults are those of one that is not there."""
+    """What XINFO STREAM says; the defaults are for a stream that does not exist."""
 
-    last: Position = START  # of all that it ever had
-    first: Position | None = None
+    last: Position = START  # the newest id that was ever added
+    first: Position | None = None  # the oldest entry; None if there is no entry
     length: int = 0
-    added: int | None = 0  # ever; None before Redis 7
+    added: int | None = 0  # how many entries were ever added; None before Redis 7
+    deleted: Position = START  # the newest entry that was deleted by its id; START if unknown
 
 
 class _RawInfo(msgspec.Struct, rename="kebab"):
@@ -32,23 +33,24 @@ class _RawInfo(msgspec.Struct, rename="kebab"):
     last_generated_id: bytes
     first_entry: _RawEntry | None
     entries_added: int | None = None
+    max_deleted_entry_id: bytes | None = None
 
 
 def read_news(reply: Any) -> list[tuple[str, list[Entry]]]:
-    """Of XREAD: the new entries of each stream that has some."""
+    """Parse the reply to XREAD: the new entries of each stream that has any."""
     with _shaped():
         raw = _convert(reply, list[tuple[bytes, list[_RawEntry]]] | None)
         return [(name.decode(), list(map(_read_entry, entries))) for name, entries in raw or ()]
 
 
 def read_entries(reply: Any) -> list[Entry]:
-    """Of XREVRANGE."""
+    """Parse the reply to XREVRANGE."""
     with _shaped():
         return list(map(_read_entry, _convert(reply, list[_RawEntry])))
 
 
 def read_info(reply: Any) -> Info:
-    """Of XINFO STREAM."""
+    """Parse the reply to XINFO STREAM. A stream that does not exist is an empty one."""
     if isinstance(reply, hiredis.ReplyError):
         if "no such key" in str(reply):
             return Info()
@@ -62,19 +64,12 @@ def read_info(reply: Any) -> Info:
             _read_entry(raw.first_entry).position if raw.first_entry is not None else None,
             raw.length,
             raw.entries_added,
+            _read_id(raw.max_deleted_entry_id) if raw.max_deleted_entry_id else START,
         )
 
 
-def read_deleted(reply: Any) -> Position:
-    """Of XINFO STREAM: the last entry that was deleted by its id; the start if none is known."""
-    if not isinstance(reply, list) or b"max-deleted-entry-id" not in reply[::2]:
-        return START
-    with _shaped():
-        return _read_id(reply[2 * reply[::2].index(b"max-deleted-entry-id") + 1])
-
-
 def read_time(reply: Any) -> float | None:
-    """Of TIME, unix time; None from one that does not tell us."""
+    """Parse the reply to TIME: unix time in seconds, or None if the user has no right to ask."""
     if isinstance(reply, hiredis.ReplyError):
         return None
     with _shaped():
