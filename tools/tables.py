@@ -25,7 +25,6 @@ DOCS: Final = Path(__file__).parent.parent / "docs"
 PAGE: Final = DOCS / "protocol.md"
 FIGURES: Final = (DOCS / "performance.md", DOCS / "deploy.md")
 _TABLE: Final = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->\n)", re.DOTALL)
-_ROLES: Final = (Role.WAITER, Role.KITCHEN, Role.MANAGER, Role.ADMIN)
 
 
 def _code(text: str) -> str:
@@ -37,7 +36,7 @@ def endpoints() -> str:
         (
             _code(endpoint.path),
             "staff JWT" if endpoint.staff else "table token",
-            ", ".join(role for role in _ROLES if role in endpoint.roles) or "none needed",
+            ", ".join(role for role in Role if role in endpoint.roles) or "none needed",
             "yes" if endpoint.staff else "no",
         )
         for endpoint in Endpoint

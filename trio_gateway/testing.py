@@ -2,10 +2,9 @@
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import jwt
 import trio
 
 from .core.audiences import BranchId, Endpoint, Principal, SectorId, SessionId, TenantId, UserId
@@ -13,6 +12,7 @@ from .core.close_codes import Close
 from .core.event_ids import Position, Stream
 from .core.events import Event, parse_event
 from .core.frames import PING, PONG, TEXT, boundary, split
+from .core.minting import lifetime, mint, staff_claims, table_claims
 from .core.routing import ROUTES
 from .runtime.connection import Disconnected, Ping, Pong
 from .runtime.outbox import Outbox
@@ -74,22 +74,18 @@ def make_event(
 
 def make_jwt(secret: str, *, life: float = 3600, algorithm: str = "HS256", **claims: Any) -> str:
     """A staff token; a claim set to ``...`` is left out."""
-    now = int(time.time())
-    found = {
-        "sub": "21", "tenant_id": 1, "branch_ids": [1], "roles": ["WAITER"],
-        "iat": now, "exp": now + life,
-    } | claims  # fmt: skip
-    return jwt.encode({k: v for k, v in found.items() if v is not ...}, secret, algorithm)
+    found = staff_claims(tenant=1, user=21, branches=[1], roles=["WAITER"])
+    return _mint(found | lifetime(time.time(), life) | claims, secret, algorithm)
 
 
 def make_table_token(secret: str, *, life: float = 3600, **claims: Any) -> str:
     """A table token; a claim set to ``...`` is left out."""
-    now = int(time.time())
-    found = {
-        "tenant_id": 1, "branch_id": 1, "table_id": 10, "session_id": 456,
-        "iat": now, "exp": now + life,
-    } | claims  # fmt: skip
-    return jwt.encode({k: v for k, v in found.items() if v is not ...}, secret, "HS256")
+    found = table_claims(tenant=1, branch=1, table=10, session=456)
+    return _mint(found | lifetime(time.time(), life) | claims, secret)
+
+
+def _mint(claims: Mapping[str, Any], secret: str, algorithm: str = "HS256") -> str:
+    return mint({k: v for k, v in claims.items() if v is not ...}, secret, algorithm)
 
 
 class NullAuth:

@@ -1,7 +1,6 @@
 """Credentials: tokens minted from the gateway's own secrets, for trying things out."""
 
 import time
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -11,6 +10,7 @@ import click
 from .errors import MISUSED, Failure
 
 if TYPE_CHECKING:
+    from ..core.tokens import Rules
     from ..settings import Settings
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -34,54 +34,59 @@ class Identity:
     token_id: str | None = None
 
 
-def staff_token(secret: str, who: Identity, *, algorithm: str = "HS256", **claims: Any) -> str:
-    """A staff JWT; more ``claims`` (iss, aud) go in as they are."""
-    claims |= {
-        "sub": str(who.user),
-        "tenant_id": who.tenant,
-        "branch_ids": list(who.branches),
-        "roles": list(who.roles),
-    }
-    if who.sectors:
-        claims["sector_ids"] = list(who.sectors)
-    return _signed(secret, who, algorithm, claims)
+def staff_token(
+    secret: str, who: Identity, *, algorithm: str = "HS256", rules: "Rules | None" = None
+) -> str:
+    """A staff JWT. It satisfies the issuer and audience of ``rules``."""
+    from ..core.minting import mint, staff_claims
+
+    claims = staff_claims(
+        tenant=who.tenant,
+        user=who.user,
+        branches=who.branches,
+        roles=who.roles,
+        sectors=who.sectors,
+        rules=rules,
+    )
+    return mint(claims | _lifetime(who), secret, algorithm)
 
 
 def table_token(secret: str, who: Identity) -> str:
     """A table token: for the diners of a session."""
-    claims = {
-        "tenant_id": who.tenant,
-        "branch_id": who.branches[0],
-        "table_id": who.table,
-        "session_id": who.session,
-    }
-    return _signed(secret, who, "HS256", claims)
+    from ..core.minting import mint, table_claims
+
+    claims = table_claims(
+        tenant=who.tenant, branch=who.branches[0], table=who.table, session=who.session
+    )
+    return mint(claims | _lifetime(who), secret)
 
 
 def legacy_token(secret: str, who: Identity) -> str:
-    """A table token of the older kind."""
-    from ..core.tokens import legacy_signature
+    """A legacy table token."""
+    from ..core.minting import mint_legacy_table_token
 
-    expires_at = int(time.time()) + who.life
-    fields = f"{who.tenant}:{who.branches[0]}:{who.table}:{who.session}:{expires_at}"
-    return f"{fields}:{legacy_signature(fields, secret)}"
+    return mint_legacy_table_token(
+        secret,
+        tenant=who.tenant,
+        branch=who.branches[0],
+        table=who.table,
+        session=who.session,
+        expires_at=int(time.time()) + who.life,
+    )
 
 
-def _signed(secret: str, who: Identity, algorithm: str, claims: dict[str, Any]) -> str:
-    import jwt
+def _lifetime(who: Identity) -> dict[str, Any]:
+    from ..core.minting import lifetime
 
-    now = int(time.time())
-    claims |= {"iat": now, "exp": now + who.life}
-    if who.token_id is not None:
-        claims["jti"] = who.token_id
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a short secret: `serve` and `check` warn of it
-        return jwt.encode(claims, secret, algorithm)
+    token_id = {} if who.token_id is None else {"jti": who.token_id}
+    return lifetime(time.time(), who.life) | token_id
 
 
 def staff_token_by(settings: "Settings", who: Identity) -> str:
     """A staff token that a gateway with these settings accepts, or :exc:`Failure`."""
-    algorithm = next((name for name in settings.jwt_algorithms if name.startswith("HS")), None)
+    from ..core.minting import signing_algorithm
+
+    algorithm = signing_algorithm(settings.jwt_algorithms)
     if algorithm is None:
         names = ", ".join(settings.jwt_algorithms)
         raise Failure(
@@ -89,13 +94,8 @@ def staff_token_by(settings: "Settings", who: Identity) -> str:
             " (only HS256, HS384 and HS512 sign with JWT_SECRET)",
             MISUSED,
         )
-    claims = {"iss": settings.jwt_issuer, "aud": settings.jwt_audience}
-    return staff_token(
-        _secret("JWT_SECRET", settings.jwt_secret),
-        who,
-        algorithm=algorithm,
-        **{name: value for name, value in claims.items() if value is not None},
-    )
+    secret = _secret("JWT_SECRET", settings.jwt_secret)
+    return staff_token(secret, who, algorithm=algorithm, rules=settings.rules)
 
 
 def table_token_by(settings: "Settings", who: Identity) -> str:

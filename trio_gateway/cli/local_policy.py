@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-import jwt
 import structlog
 
 from ..access.admission import Admission
@@ -14,7 +13,8 @@ from ..core.audiences import Audience, Endpoint, Principal
 from ..core.close_codes import Rejected
 from ..core.events import Event
 from ..core.explanation import Verdict, describe, judge, refused
-from ..core.tokens import Key, claims_of, is_for_diners, legacy_signature, names_of
+from ..core.minting import mint, sign_legacy
+from ..core.tokens import Key, claims_of, is_for_diners, names_of
 from ..settings import InvalidSettings, Settings
 from .errors import misused
 
@@ -106,9 +106,8 @@ class _Policy:
     def _signed_anew(self, token: str) -> str:
         claims = claims_of(token)
         if claims is not None:
-            return jwt.encode(dict(claims), self._secret, _SIGNER)
-        fields = token.rpartition(":")[0]
-        return f"{fields}:{legacy_signature(fields, self._secret)}"
+            return mint(claims, self._secret, _SIGNER)
+        return sign_legacy(token.rpartition(":")[0], self._secret)
 
 
 async def _identify(

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, StrEnum
 from types import MappingProxyType
 from typing import NewType
 
@@ -48,7 +48,7 @@ def branch_diners(tenant: TenantId, branch: BranchId) -> Audience:
     return Audience(("branch_diners", tenant, branch, 0))
 
 
-class Role:
+class Role(StrEnum):
     """The roles that a staff token may name."""
 
     WAITER = "WAITER"
@@ -61,14 +61,14 @@ _HEADS = frozenset({Role.MANAGER, Role.ADMIN})
 
 
 class Endpoint(Enum):
-    """A WebSocket path, the roles it admits, and whether a browser's Origin is required."""
+    """A WebSocket path and the roles that it admits. Those of staff check a browser's Origin."""
 
     WAITER = ("waiter", _HEADS | {Role.WAITER})
     KITCHEN = ("kitchen", _HEADS | {Role.KITCHEN})
     ADMIN = ("admin", _HEADS)
-    DINER = ("diner", frozenset[str]())
+    DINER = ("diner", frozenset[Role]())
 
-    def __init__(self, label: str, roles: frozenset[str]) -> None:
+    def __init__(self, label: str, roles: frozenset[Role]) -> None:
         self.label = label
         self.path = f"/ws/{label}"
         self.roles = roles

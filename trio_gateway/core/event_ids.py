@@ -4,6 +4,8 @@ import zlib
 from collections.abc import Mapping
 from typing import Final, NewType
 
+from .decimals import is_decimal
+
 Stream = NewType("Stream", str)  # a stream's tag: the same in every process
 Position = NewType("Position", tuple[int, int])  # an entry's milliseconds and sequence number
 Cursor = Mapping[Stream, Position]
@@ -55,4 +57,4 @@ def read_cursor(text: str) -> Cursor:
 
 
 def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) <= 20 and int(text) <= _MAX
+    return is_decimal(text, 20) and int(text) <= _MAX

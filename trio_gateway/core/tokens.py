@@ -23,6 +23,7 @@ from .audiences import (
     UserId,
 )
 from .close_codes import Close, Rejected
+from .decimals import is_decimal
 from .events import MAX_ID
 
 MAX_TOKEN_CHARACTERS: Final = 8192
@@ -50,6 +51,7 @@ _JWS: Final = _verifier()  # making one costs as much as verifying
 TABLE_TOKEN_LIFE: Final = 3 * 3600  # seconds from iat to exp, at most
 _LEGACY_SIGNATURE: Final = 32  # hex digits
 _LEGACY_COLONS: Final = 5  # of six fields
+_MOST_DIGITS: Final = len(str(MAX_ID))
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +232,7 @@ def read_legacy_table_token(token: str, secret: str, now: float) -> Table:
     ):
         raise _failed("token invalid")
     numbers = fields.split(":")
-    if len(numbers) != 5 or not all(map(_is_decimal, numbers)):
+    if len(numbers) != 5 or not all(is_decimal(each, _MOST_DIGITS) for each in numbers):
         raise _failed("token invalid")
     tenant, branch, table, session, expires_at = map(int, numbers)
     if not all(0 < number <= MAX_ID for number in (tenant, branch, table, session)):
@@ -355,13 +357,9 @@ def _strings(claims: Mapping[str, Any], name: str) -> list[str]:
     return value
 
 
-def _is_decimal(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) <= 19
-
-
 def _user(claims: Mapping[str, Any]) -> UserId:
     value = claims.get("sub")
-    if not isinstance(value, str) or not _is_decimal(value):
+    if not isinstance(value, str) or not is_decimal(value, _MOST_DIGITS):
         raise _failed("sub missing or not a decimal string")
     return UserId(value)
 

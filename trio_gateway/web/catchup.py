@@ -16,6 +16,7 @@ from quart import Response, request
 from ..core.audiences import Audience, BranchId, Principal, audiences_of
 from ..core.client_request import bearer
 from ..core.close_codes import Rejected
+from ..core.decimals import is_decimal
 from ..core.event_ids import Cursor, cursor_id, read_cursor
 from ..core.events import MAX_ID
 from ..core.frames import split
@@ -152,4 +153,4 @@ def _token(name: str) -> str | None:
 
 
 def is_id(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) <= 19 and 0 < int(text) <= MAX_ID
+    return is_decimal(text, 19) and 0 < int(text) <= MAX_ID

@@ -6,9 +6,8 @@ import re
 import secrets
 import time
 from importlib.resources import files
-from typing import Annotated, Any, Final, TypeVar
+from typing import Annotated, Final, TypeVar
 
-import jwt
 import msgspec
 from quart import Response, jsonify, request
 
@@ -17,6 +16,7 @@ from ..core.audiences import ENDPOINTS, Principal
 from ..core.client_request import bearer
 from ..core.close_codes import Close, Rejected
 from ..core.events import InvalidEvent, parse_event
+from ..core.minting import lifetime, mint, signing_algorithm, staff_claims, table_claims
 from ..core.origins import host_of, is_loopback
 from ..parts import Parts
 from ..publisher import channel_for
@@ -127,31 +127,30 @@ async def token(parts: Parts) -> Answer:
     endpoint = ENDPOINTS.get(f"/ws/{wanted.endpoint}")
     if endpoint is None:
         return problem(422, "no such endpoint")
-    now = int(time.time())
-    claims: dict[str, Any] = {"tenant_id": wanted.tenant_id, "iat": now, "exp": now + TOKEN_LIFE}
     settings = parts.settings
+    life = lifetime(time.time(), TOKEN_LIFE)
     if not endpoint.staff:
         if not wanted.branch_ids:
             return problem(422, "a table is in a branch")
-        claims |= {
-            "branch_id": wanted.branch_ids[0],
-            "session_id": wanted.session_id,
-            "table_id": wanted.table_id,
-        }
-        return jsonify(token=jwt.encode(claims, settings.table_secret, "HS256"))
-    algorithm = next((name for name in settings.jwt_algorithms if name.startswith("HS")), None)
+        claims = table_claims(
+            tenant=wanted.tenant_id,
+            branch=wanted.branch_ids[0],
+            table=wanted.table_id,
+            session=wanted.session_id,
+        )
+        return jsonify(token=mint(claims | life, settings.table_secret))
+    algorithm = signing_algorithm(settings.jwt_algorithms)
     if algorithm is None:
         return problem(422, "JWT_ALGORITHMS has none that we could sign with")
-    claims |= {
-        "sub": str(secrets.randbelow(10**9) + 10**9),
-        "branch_ids": wanted.branch_ids,
-        "sector_ids": wanted.sector_ids,
-        "roles": [endpoint.label.upper()],
-    }
-    for name, value in {"iss": settings.jwt_issuer, "aud": settings.jwt_audience}.items():
-        if value is not None:
-            claims[name] = value
-    return jsonify(token=jwt.encode(claims, settings.staff_secret, algorithm))
+    claims = staff_claims(
+        tenant=wanted.tenant_id,
+        user=secrets.randbelow(10**9) + 10**9,
+        branches=wanted.branch_ids,
+        roles=[endpoint.label.upper()],
+        sectors=wanted.sector_ids,
+        rules=settings.rules,
+    )
+    return jsonify(token=mint(claims | life, settings.staff_secret, algorithm))
 
 
 async def publish(parts: Parts) -> Answer:
