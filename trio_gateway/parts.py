@@ -39,7 +39,7 @@ from .settings import Settings
 from .telemetry.loop_lag import LoopLag
 from .telemetry.worker_stats import WorkerStats
 from .transports.accepting import Load
-from .transports.tcp import Shaken
+from .transports.tcp import Opening
 
 if TYPE_CHECKING:
     from .access.sectors import SectorAssignments
@@ -77,7 +77,7 @@ class Parts:
     addresses: Addresses
     admission: Admission
     silent: SilentConnections  # that have sent no byte yet
-    heads: ConcurrencyLimiter[Shaken]  # request heads being read
+    heads: ConcurrencyLimiter[Opening]  # request heads being read
     admissions: ConcurrencyLimiter[Candidate]  # credentials being checked
     room: Room  # for clients at a limit
     catch_ups: KeyedLimiter  # requests that each user or session has at a time
@@ -218,7 +218,7 @@ def build_parts(
     )
     sources = trio.CancelScope()
     silent = SilentConnections(settings.ws_max_handshakes)
-    heads: ConcurrencyLimiter[Shaken] = ConcurrencyLimiter(settings.ws_max_handshakes)
+    heads: ConcurrencyLimiter[Opening] = ConcurrencyLimiter(settings.ws_max_handshakes)
 
     def stop_hearing() -> None:
         sources.cancel()

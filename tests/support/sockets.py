@@ -14,7 +14,7 @@ from trio.testing import memory_stream_pair
 
 from trio_gateway.core.frames import CLOSE, PING, PONG, TEXT
 from trio_gateway.gateway import Gateway
-from trio_gateway.transports.tcp import Line
+from trio_gateway.transports.tcp import TcpConnection
 
 KEY: Final = "dGhlIHNhbXBsZSBub25jZQ=="  # the example of RFC 6455, 1.3
 ACCEPT: Final = "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
@@ -42,7 +42,7 @@ def make_head(*more: str, request: str = "GET /ws/waiter HTTP/1.1", **changes: s
     return "\r\n".join([*lines, *more, "", ""]).encode("latin-1")
 
 
-class Head(NamedTuple):
+class HeadCase(NamedTuple):
     """A request head, who answers it, and with which status."""
 
     data: bytes
@@ -52,12 +52,12 @@ class Head(NamedTuple):
 
 def _ours(
     status: int, *more: str, request: str = "GET /ws/waiter HTTP/1.1", **changes: Any
-) -> Head:
-    return Head(make_head(*more, request=request, **changes), "line", status)
+) -> HeadCase:
+    return HeadCase(make_head(*more, request=request, **changes), "line", status)
 
 
-def _raw(status: int, text: str, by: Literal["line", "hypercorn"] = "line") -> Head:
-    return Head(text.encode("latin-1"), by, status)
+def _raw(status: int, text: str, by: Literal["line", "hypercorn"] = "line") -> HeadCase:
+    return HeadCase(text.encode("latin-1"), by, status)
 
 
 _READ_HEADERS: Final = (
@@ -67,13 +67,13 @@ _READ_HEADERS: Final = (
 )  # fmt: skip
 
 
-def _with_high_byte(name: str) -> Head:
+def _with_high_byte(name: str) -> HeadCase:
     if name in _GOOD:
         return _ours(400, **{name.lower().replace("-", "_"): _GOOD[name] + ", \xe9"})
     return _ours(400, f"{name}: a\xe9")
 
 
-HEADS: Final[dict[str, Head]] = {
+HEADS: Final[dict[str, HeadCase]] = {
     # Well-formed, if odd
     "good": _ours(101),
     "names in another case": _raw(
@@ -365,7 +365,7 @@ async def in_memory(
         def dial() -> Client:
             ours, theirs = pair()
             theirs.socket = _SocketStandIn(theirs)
-            served = Line(wrapped, config, context, ConnectionState({}), theirs)
+            served = TcpConnection(wrapped, config, context, ConnectionState({}), theirs)
             nursery.start_soon(served.run)
             return Client(ours)
 

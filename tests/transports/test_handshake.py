@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support.sockets import ACCEPT, HEADS, KEY, Head, make_head
+from tests.support.sockets import ACCEPT, HEADS, KEY, HeadCase, make_head
 from trio_gateway.core.audiences import Endpoint
 from trio_gateway.core.client_request import ClientRequest, bearer
 from trio_gateway.transports.handshake import (
@@ -27,7 +27,7 @@ def parse(*more: str, **changes: Any) -> ClientRequest:
 
 
 @pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
-def test_head_is_upgraded_refused_or_hypercorns(head: Head) -> None:
+def test_head_is_upgraded_refused_or_hypercorns(head: HeadCase) -> None:
     match parse_head(head.data):
         case None:
             assert head.by == "hypercorn"

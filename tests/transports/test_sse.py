@@ -38,6 +38,7 @@ from trio_gateway.core.close_codes import Close
 from trio_gateway.core.frames import text_frame
 from trio_gateway.gateway import Gateway, create_app
 from trio_gateway.testing import NullAuth, make_jwt, make_payload, make_table_token
+from trio_gateway.transports.asgi import TcpControl, with_control
 from trio_gateway.transports.sse import EventStream
 
 STREAM: Final = "events:critical"
@@ -480,17 +481,18 @@ async def test_client_that_takes_no_byte_is_let_go_after_the_write_timeout(
     assert app.parts.hub.closed == {Close.SLOW_CONSUMER: 1}
 
 
-async def test_socket_that_was_cut_off_takes_nothing_more() -> None:
-    cut: list[bool] = []
+async def test_aborted_stream_resets_the_connection_and_takes_nothing_more() -> None:
+    resets: list[bool] = []
     response = Response()
-    scope = {"http_version": "1.1", "state": {"cut": lambda: cut.append(True)}}
+    control = TcpControl(lambda: resets.append(True), lambda: (0, 0), 10.0)
+    scope = {"http_version": "1.1", "state": with_control({}, control)}
     stream = EventStream(scope, response.receive, response.send)
     stream.abort()
     stream.abort()
     with pytest.raises(BrokenPipeError):
         stream.try_write(text_frame(b"late"))
     await stream.close(Close.GOING_AWAY, "")
-    assert (cut[0], response.sent) == (True, [])
+    assert (resets[0], response.sent) == (True, [])
 
 
 PLACE: Final = {"last-event-id": "2-2-abcd"}

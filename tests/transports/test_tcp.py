@@ -1,7 +1,6 @@
 """The line: whatever comes over the wire is answered as it should, and hurts nobody else."""
 
 import gc
-import inspect
 import json
 import os
 import re
@@ -21,7 +20,6 @@ import trio
 import websockets.sync.client
 from hypercorn.config import Config
 from hypercorn.trio.tcp_server import TCPServer
-from hypercorn.trio.worker_context import WorkerContext
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from trio.testing import MockClock, lockstep_stream_pair, wait_all_tasks_blocked
@@ -45,7 +43,7 @@ from tests.support.sockets import (
     HEADS,
     PONG_TEXT,
     Client,
-    Head,
+    HeadCase,
     client_frame,
     close_payload,
     dialled,
@@ -61,9 +59,10 @@ from trio_gateway.gateway import Gateway, create_app
 from trio_gateway.reception import Reception
 from trio_gateway.runtime.connection import Connection
 from trio_gateway.testing import NullAuth, make_event, make_principal
+from trio_gateway.transports import tcp
 from trio_gateway.transports.direct import LINGER, DirectSocket
-from trio_gateway.transports.handshake import MAX_HEAD_BYTES, Refusal
-from trio_gateway.transports.tcp import Line, install, read_head
+from trio_gateway.transports.handshake import MAX_HEAD_BYTES
+from trio_gateway.transports.progress import find_the_vanished
 
 NO_REDIS = "redis://127.0.0.1:1"
 EVERYBODY: Mapping[Endpoint, Auth] = {endpoint: NullAuth() for endpoint in Endpoint}
@@ -124,7 +123,7 @@ async def status_of(client: Client, *segments: bytes) -> int:
 
 @pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
 async def test_head_is_answered_the_same_wherever_it_is_cut(
-    head: Head, autojump_clock: MockClock
+    head: HeadCase, autojump_clock: MockClock
 ) -> None:
     # In lockstep, a segment is received before the next one is sent.
     async with in_memory(make_app(), lockstep_stream_pair) as dial:
@@ -662,14 +661,12 @@ async def test_kernel_finds_clients_that_vanished(
 ) -> None:
     """Whatever it is served by: data that is not acknowledged, or silence, ends it in a minute."""
     sockets: list[Any] = []
-    run = Line.run
 
-    async def remembering(self: Line) -> None:
-        stream: Any = self.stream
-        sockets.append(stream.socket)
-        await run(self)
+    def remembering(sock: Any, timeout: float) -> None:
+        sockets.append(sock)
+        find_the_vanished(sock, timeout)
 
-    monkeypatch.setattr(Line, "run", remembering)
+    monkeypatch.setattr(tcp, "find_the_vanished", remembering)
     async with serving(ws_write_timeout=write_timeout) as gateway, AsyncExitStack() as stack:
         for first in TRANSPORTS.values():
             client = await stack.enter_async_context(dialled(gateway.port))
@@ -1136,38 +1133,7 @@ async def test_client_of_another_make_is_served() -> None:
         assert watch.net < 1
 
 
-# The ground under it
-
-
-def test_hypercorn_still_has_what_the_line_stands_on() -> None:
-    """Should this fail: the second door serves everything, slower. Mend the line, then the pin."""
-    run = inspect.getsource(hypercorn.trio.run.worker_serve)
-    assert "TCPServer,\n" in run, "TCPServer is not looked up by its name any more"
-    assert vars(hypercorn.trio.run)["TCPServer"] in {Line, TCPServer}
-    assert list(inspect.signature(TCPServer).parameters) == [
-        "app", "config", "context", "state", "stream",
-    ]  # fmt: skip
-    marker: Any = object()
-    served: Any = TCPServer(*[marker] * 5)
-    for name in ("app", "config", "context", "state", "stream"):
-        assert getattr(served, name) is marker, f"TCPServer has no {name}"
-    assert isinstance(served.send_lock, trio.Lock)
-    assert "self.protocol = ProtocolWrapper(" in inspect.getsource(TCPServer.run)
-    assert "self.run().__await__()" in inspect.getsource(TCPServer.__await__)
-    assert list(inspect.signature(TCPServer.protocol_send).parameters) == ["self", "event"]
-    for method in ("run", "protocol_send", "_read_data", "_close"):
-        assert inspect.iscoroutinefunction(getattr(TCPServer, method)), f"no TCPServer.{method}"
-    assert "self.stream.receive_some" in inspect.getsource(TCPServer._read_data)
-    assert hasattr(WorkerContext(None), "terminated")
-    assert Config().ssl_handshake_timeout > 0
-
-
-def test_line_stands_where_hypercorn_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(vars(hypercorn.trio.run), "TCPServer", TCPServer)
-
-    install()
-
-    assert vars(hypercorn.trio.run)["TCPServer"] is Line
+# Without the direct transport, and with another app
 
 
 async def test_second_door_serves_everything_when_the_line_is_not_installed() -> None:
@@ -1238,18 +1204,6 @@ async def test_nothing_that_came_with_the_head_is_kept(compressed: bool) -> None
         assert await client.text() == PONG_TEXT
         await wait_all_tasks_blocked()
         assert max(strings_within(serving_task())) < len(long)
-
-
-async def test_reading_a_head_reads_no_further_than_it_must() -> None:
-    ours, theirs = trio.testing.memory_stream_pair()
-    await ours.send_all(make_head() + b"behind")
-    data, refusal = await read_head(theirs, bytearray())
-
-    assert (data, refusal) == (make_head() + b"behind", None)
-    await ours.send_all(b"x" * (MAX_HEAD_BYTES + 1))
-    assert (await read_head(theirs, bytearray()))[1] == Refusal(
-        431, f"request head is over {MAX_HEAD_BYTES} bytes"
-    )
 
 
 async def test_silent_sockets_do_not_hold_up_the_end() -> None:

@@ -1,7 +1,8 @@
 """The second door: a socket over Quart's websocket, for whatever does not come by the line."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, Final
 
 import trio
@@ -17,23 +18,45 @@ from .handshake import join_headers, read_query
 
 DRAIN = 2.0  # seconds
 _LINGER: Final = 1.0  # seconds
-# In the state of a scope that the line hands over: cuts the client off.
-CUT: Final = "cut"
-TRAFFIC: Final = "traffic"  # and: tells how many bytes were acknowledged, and were not
+_CONTROL: Final = "tcp_control"  # in the state of a scope
 
 
-def cut_of(scope: Any) -> Callable[[], None] | None:
-    """What cuts this client off at once, if there is a way to: not one HTTP/2 stream of several."""
+@dataclass(frozen=True, slots=True)
+class TcpControl:
+    """What can be done with the TCP connection of a request, for which ASGI has no message."""
+
+    abort: Callable[[], None]  # resets it at once
+    traffic: Callable[[], tuple[int, int]]  # bytes that the client has acknowledged, and has yet to
+    write_timeout: float  # seconds for which a client may take nothing of a send
+
+
+def with_control(state: Mapping[str, Any], control: TcpControl) -> dict[str, Any]:
+    """The state of a connection, from which :func:`control_of` gets the control."""
+    return {**state, _CONTROL: control}
+
+
+def control_of(state: Mapping[str, Any] | None) -> TcpControl | None:
+    """The control in the state of a connection or of an ASGI scope; None under a server that is
+    not :class:`~trio_gateway.transports.hypercorn_server.HypercornServer`.
+    """
+    found: TcpControl | None = (state or {}).get(_CONTROL)
+    return found
+
+
+def abort_of(scope: Any) -> Callable[[], None] | None:
+    """What resets this client's connection, if that is possible: an HTTP/2 connection carries
+    other streams too.
+    """
     if not scope.get("http_version", "1.1").startswith("1"):
         return None
-    found: Callable[[], None] | None = scope.get("state", {}).get(CUT)
-    return found
+    control = control_of(scope.get("state"))
+    return None if control is None else control.abort
 
 
 def traffic_of(scope: Any) -> Callable[[], tuple[int, int]]:
     """What tells how much this client's side of the TCP connection has acknowledged."""
-    found: Callable[[], tuple[int, int]] = scope.get("state", {}).get(TRAFFIC, _unknown)
-    return found
+    control = control_of(scope.get("state"))
+    return _unknown if control is None else control.traffic
 
 
 def _unknown() -> tuple[int, int]:
@@ -41,8 +64,8 @@ def _unknown() -> tuple[int, int]:
 
 
 def measures_progress(scope: Any) -> bool:
-    """Whether a send has a deadline that measures what the client takes, as it has on the line."""
-    return CUT in scope.get("state", {})
+    """Whether a send has a deadline that measures what the client takes."""
+    return control_of(scope.get("state")) is not None
 
 
 def read_scope(endpoint: Endpoint, scope: Any) -> ClientRequest:
@@ -65,7 +88,7 @@ class AsgiSocket:
         self._websocket = websocket
         self._max_size = max_size
         scope = getattr(websocket, "scope", {})
-        self._cut = cut_of(scope)
+        self._reset = abort_of(scope)
         self._closed = False
         self._aborted = False
         self.measures_progress = measures_progress(scope)
@@ -109,5 +132,5 @@ class AsgiSocket:
 
     def abort(self) -> None:
         self._aborted = True
-        if not self._closed and self._cut is not None:
-            self._cut()
+        if not self._closed and self._reset is not None:
+            self._reset()

@@ -82,7 +82,7 @@ def is_closed(stream: trio.abc.Stream) -> bool:
     return isinstance(stream, trio.SocketStream) and stream.socket.fileno() == -1
 
 
-def cut(stream: trio.abc.Stream) -> None:
+def reset(stream: trio.abc.Stream) -> None:
     """Reset the connection at once, below TLS if there is any: for a peer that takes nothing, the
     kernel would keep what was not sent for minutes, and not even the end would reach it.
     """
@@ -277,7 +277,7 @@ class DirectSocket:
 
     def abort(self) -> None:
         self._aborted = True
-        cut(self._stream)
+        reset(self._stream)
 
     async def _send_all(self, data: memoryview) -> None:
         self._broken = True

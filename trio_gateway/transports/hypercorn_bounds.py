@@ -36,6 +36,7 @@ from wsproto.events import Pong as PongFrame
 
 from ..core.close_codes import Close
 from ..core.limits import RateLimit
+from .asgi import control_of
 
 MOST_FRAGMENTS: Final = 256  # of one message: each costs as much as a message of its own
 _MOST_CONTROL: Final = 100  # pings and pongs in a second; the gateway's own limit can't see them
@@ -153,8 +154,9 @@ class BoundedH2(H2Protocol):
 
     async def stream_send(self, event: Event) -> None:
         buffer = self.stream_buffers.get(event.stream_id)
-        if isinstance(buffer, BoundedBuffer):
-            buffer.timeout = getattr(getattr(self.app, "app", None), "write_timeout", math.inf)
+        control = control_of(self.connection_state)
+        if isinstance(buffer, BoundedBuffer) and control is not None:
+            buffer.timeout = control.write_timeout
         if isinstance(event, StreamClosed) and buffer is not None and buffer.buffer:
             await self._reset(event.stream_id)  # whoever sent this has lost patience
         try:
@@ -219,10 +221,17 @@ class BoundedBuffer(StreamBuffer):
         return data
 
 
+# The modules in which Hypercorn looks up a class by its name, and what stands there instead.
+_REPLACED: Final = (
+    (hypercorn.protocol, "H11Protocol", BoundedH11),
+    (hypercorn.protocol, "H2Protocol", BoundedH2),
+    (hypercorn.protocol.h11, "WSStream", BoundedStream),
+    (hypercorn.protocol.h2, "WSStream", BoundedStream),
+    (hypercorn.protocol.h2, "StreamBuffer", BoundedBuffer),
+)
+
+
 def bound_protocols() -> None:
-    """Put these where Hypercorn looks them up by name. May be called again."""
-    vars(hypercorn.protocol)["H11Protocol"] = BoundedH11
-    vars(hypercorn.protocol)["H2Protocol"] = BoundedH2
-    vars(hypercorn.protocol.h11)["WSStream"] = BoundedStream
-    vars(hypercorn.protocol.h2)["WSStream"] = BoundedStream
-    vars(hypercorn.protocol.h2)["StreamBuffer"] = BoundedBuffer
+    """Let Hypercorn use the bounded classes of this module. May be called again."""
+    for module, name, bounded in _REPLACED:
+        setattr(module, name, bounded)

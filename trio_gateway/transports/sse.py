@@ -16,7 +16,7 @@ from ..core.frames import boundary
 from ..core.sse import HELLO, MEDIA_TYPE, as_events, close_event
 from ..runtime.connection import Disconnected, ProtocolViolation
 from ..runtime.outbox import Outbox
-from .asgi import cut_of, measures_progress, traffic_of
+from .asgi import abort_of, measures_progress, traffic_of
 from .direct import LINGER
 
 PATHS: Final[Mapping[str, Endpoint]] = MappingProxyType({f"{e.path}/events": e for e in Endpoint})
@@ -62,7 +62,7 @@ class EventStream:
         self._receive = receive
         self._send = send
         self._start = _start(200, _STREAM_HEADERS)
-        self._cut = cut_of(scope)
+        self._reset = abort_of(scope)
         self.measures_progress = measures_progress(scope)
         self.answers_pings = False  # it is sent a comment, which nobody answers
         self.traffic = traffic_of(scope)
@@ -119,8 +119,8 @@ class EventStream:
 
     def abort(self) -> None:
         self._aborted = True
-        if not self._ended and self._cut is not None:
-            self._cut()
+        if not self._ended and self._reset is not None:
+            self._reset()
 
     async def _write(self, events: bytes, *, more: bool = True) -> None:
         async with self._turn:

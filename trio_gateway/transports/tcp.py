@@ -1,22 +1,23 @@
-"""The line: a socket that asks for a WebSocket never reaches Hypercorn's protocol code.
+"""The first moments of a TCP connection: a WebSocket is served here, all else by Hypercorn.
 
 Hypercorn looks up ``TCPServer`` by name when it starts serving; :func:`install` puts
-:class:`Line` there. It reads the first request head. An upgrade is answered here and served by
-the gateway on the Trio stream, from the first byte to the last; for anything else the bytes go
-back in front of the stream and Hypercorn serves it as ever.
+:class:`TcpConnection` there. It reads the first request head. A WebSocket upgrade is answered here
+and served by the gateway on the Trio stream; none of its bytes reaches Hypercorn. Any other request
+is handed to :class:`HypercornServer`, together with what was read of it.
 """
 
-import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Generator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Final, Protocol, cast
+from typing import Any, Final, Protocol
 
 import hypercorn.trio.run
 import structlog
 import trio
-from hypercorn.events import Closed, Event, RawData
-from hypercorn.trio.tcp_server import TCPServer
+from hypercorn.app_wrappers import ASGIWrapper
+from hypercorn.config import Config
+from hypercorn.trio.worker_context import WorkerContext
+from hypercorn.typing import AppWrapper, LifespanState
 
 from ..core.client_request import ClientRequest
 from ..core.exception_groups import leaves
@@ -24,31 +25,26 @@ from ..runtime.client_counts import ClientCounts
 from ..runtime.concurrency_limiter import ConcurrencyLimiter, Overloaded
 from ..runtime.silent_connections import SilentConnections
 from ..runtime.throttled_log import ThrottledLog
-from .asgi import CUT, TRAFFIC
 from .compression import agree
-from .direct import (
-    CHUNK,
-    GONE,
-    LINGER,
-    DirectSocket,
-    cut,
-    is_closed,
-    is_readable,
-    linger,
-    receive,
-    socket_of,
-)
-from .handshake import MAX_HEAD_BYTES, Refusal, acceptance, parse_head, refusal_response
+from .direct import GONE, LINGER, DirectSocket, is_closed, is_readable, linger, socket_of
+from .handshake import Refusal, acceptance, parse_head, refusal_response
 from .hypercorn_bounds import bound_protocols
-from .progress import MovingStream, find_the_vanished, traffic
+from .hypercorn_server import HypercornServer
+from .progress import MovingStream, find_the_vanished
+from .request_head import Head, HeadReader, Nobody
 
 log = structlog.get_logger()
 
-_END_OF_HEAD: Final = re.compile(rb"\n\r?\n")
+
+@dataclass(frozen=True, slots=True)
+class Http2:
+    """TLS negotiated HTTP/2."""
 
 
-# The protocol that is spoken, what was read of the request, and how to refuse it if it is bad.
-Shaken = tuple[str | None, bytes, Refusal | None]
+# What a connection begins with.
+Opening = Head | Refusal | Nobody | Http2
+
+_TIMED_OUT: Final = Refusal(408, "request head took too long")
 
 
 class Addresses(Protocol):
@@ -68,7 +64,7 @@ class TcpService:
     counts: ClientCounts
     addresses: Addresses
     silent: SilentConnections
-    heads: ConcurrencyLimiter["Shaken"]
+    heads: ConcurrencyLimiter[Opening]
     is_draining: Callable[[], bool]
     serve_connection: Callable[[ClientRequest, DirectSocket], Awaitable[None]]
     # Called with what waits for Hypercorn to stop, and with the seconds that it gives then:
@@ -76,48 +72,58 @@ class TcpService:
     throttled_log: ThrottledLog = field(default_factory=lambda: ThrottledLog(log))
 
 
-class Line(TCPServer):
-    """A TCP connection: ours if it asks for a WebSocket, Hypercorn's if not."""
+def service_of(app: AppWrapper) -> TcpService | None:
+    """The service of the gateway that Hypercorn runs; None if it runs another app, or a middleware
+    around a gateway.
+    """
+    service = getattr(app.app, "tcp_service", None) if isinstance(app, ASGIWrapper) else None
+    return service if isinstance(service, TcpService) else None
 
-    serves_clients = True  # else it is for plain HTTP alone
+
+class TcpConnection:
+    """A TCP connection, made and awaited in place of Hypercorn's ``TCPServer``.
+
+    With ``serves_clients=False`` it is for plain HTTP alone, and a WebSocket is refused.
+    """
+
+    __slots__ = ("_app", "_config", "_context", "_serves_clients", "_state", "_stream")
 
     def __init__(
-        self, app: Any, config: Any, context: Any, state: Any, stream: trio.abc.Stream
+        self,
+        app: AppWrapper,
+        config: Config,
+        context: WorkerContext,
+        state: LifespanState,
+        stream: trio.SocketStream | trio.SSLStream[Any],
+        *,
+        serves_clients: bool = True,
     ) -> None:
-        # Hypercorn's own makes locks and more, which only those need that it serves.
-        self.app, self.config, self.context, self.state = app, config, context, state
-        self.stream = cast("Any", stream)
+        self._app = app
+        self._config = config
+        self._context = context
+        self._state = state
+        self._stream = stream
+        self._serves_clients = serves_clients
 
-    async def _hand_over(self) -> None:
-        """Let Hypercorn serve it. The app is told how to cut it off, which ASGI has no word for."""
-        state = {
-            **self.state,
-            CUT: lambda: cut(self.stream),
-            TRAFFIC: lambda: traffic(socket_of(self.stream)),
-        }
-        bound_protocols()
-        stream: Any = self.stream.stream if isinstance(self.stream, Replayed) else self.stream
-        if (carrier := getattr(stream, "transport_stream", None)) is None:
-            stream = carrier = MovingStream(stream, self._write_timeout)
-        self._sender, self._moving = stream, carrier
-        super().__init__(self.app, self.config, self.context, state, self.stream)
-        await super().run()
+    def __await__(self) -> Generator[Any, None, None]:
+        return self.run().__await__()
 
     async def run(self) -> None:
-        """Serve one connection; its faults end it alone, and never reach the server's nursery."""
-        service: TcpService | None = getattr(getattr(self.app, "app", None), "tcp_service", None)
-        self._write_timeout = LINGER if service is None else service.write_timeout
-        carrier: Any = getattr(self.stream, "transport_stream", self.stream)
-        if (sock := getattr(carrier, "socket", None)) is not None:
-            find_the_vanished(sock, self._write_timeout)
-        if carrier is not self.stream:  # TLS, which is not to be bypassed
-            moving: Any = MovingStream(carrier, self._write_timeout)
-            self.stream.transport_stream = moving
-        if service is None:  # another app, or a middleware around ours
-            await self._hand_over()
+        """Serve the connection. Whatever fails ends it alone, and never reaches the server's
+        nursery.
+        """
+        service = service_of(self._app)
+        write_timeout = LINGER if service is None else service.write_timeout
+        stream = self._stream
+        if (sock := socket_of(stream)) is not None:
+            find_the_vanished(sock, write_timeout)
+        if isinstance(stream, trio.SSLStream):  # TLS must not be bypassed
+            stream.transport_stream = MovingStream(stream.transport_stream, write_timeout)
+        if service is None:
+            await self._hand_over(b"", write_timeout)
             return
-        if self.serves_clients:
-            service.watch(self.context.terminated.wait, self.config.graceful_timeout)
+        if self._serves_clients:
+            service.watch(self._context.terminated.wait, self._config.graceful_timeout)
         try:
             await self._serve(service)
         except* (OSError, *GONE, trio.TooSlowError):
@@ -126,109 +132,103 @@ class Line(TCPServer):
             kinds = sorted({type(each).__name__ for each in leaves(faults)})
             service.throttled_log.warning("connection failed", errors=kinds)
         finally:
-            if not is_closed(self.stream):
-                await trio.aclose_forcefully(self.stream)
+            if not is_closed(stream):
+                await trio.aclose_forcefully(stream)
 
     async def _serve(self, service: TcpService) -> None:
-        serving = await self._open(service)  # of its head nothing is kept here while it stays
+        # Two steps, so that no frame keeps the head while the client stays.
+        serving = await self._open(service)
         if serving is not None:
             await serving
 
     async def _open(self, service: TcpService) -> Awaitable[None] | None:
         """Read and answer the first request head; returns what then serves the client, if any."""
         until = trio.current_time() + service.accept_timeout
+        reader = HeadReader(self._stream)
         try:
-            if not await self._speaks(service):
+            if not await self._wait_for_bytes(service):
                 return None
-            left = max(0.0, until - trio.current_time())
-            shaken = await service.heads.run(
-                partial(self._shake, service, begun := bytearray()),
-                left,
+            opening = await service.heads.run(
+                partial(self._read_opening, reader, service.accept_timeout),
+                max(0.0, until - trio.current_time()),
                 service.accept_timeout,
-                self._dawdles,
+                self._waits_for_client,
             )
         except Overloaded:
-            # Without an answer: there are too many to linger for each.
+            # No answer: there are too many to linger for each.
             service.counts.refused[503] += 1
             return None
-        if shaken is None:
-            if begun and not service.is_draining():
-                await self._refuse(service, Refusal(408, "request head took too long"))
-            return None
-        protocol, data, refusal = shaken
-        if protocol is None:
-            return None
-        if protocol == "h2":
-            return self._hand_over()
-        if refusal is not None:
-            await self._refuse(service, refusal)
-            return None
-        if not data:
-            return None
-        end = _END_OF_HEAD.search(data)
-        head = data[: end.end()] if end else data
-        match parse_head(head, partial(_peer, self.stream)):
-            case ClientRequest() if not self.serves_clients:
-                await self._refuse(service, Refusal(404, "no such endpoint"))
-            case ClientRequest() if service.is_draining():
-                await self._refuse(service, Refusal(503, "draining"))
-            case ClientRequest() as handshake:
-                socket = DirectSocket(
-                    self.stream,
-                    data[len(head) :],
-                    service.max_message_size,
-                    write_timeout=self._write_timeout,
-                )
-                extensions = None
-                if service.compresses:
-                    agreed = agree(handshake.extensions, service.max_message_size)
-                    if agreed is not None:
-                        socket.deflate, extensions = agreed
-                        handshake = replace(handshake, supports_deflate=True)
-                service.counts.arriving += 1  # it has left one turnstile and not come to the next
-                try:
-                    await socket.send(acceptance(handshake, extensions), service.accept_timeout)
-                finally:
-                    service.counts.arriving -= 1
-                return service.serve_connection(handshake, socket)
-            case Refusal() as refusal:
-                await self._refuse(service, refusal)
-            case None:
-                self.stream = cast("Any", Replayed(self.stream, data))
-                return self._hand_over()
+        if opening is None:  # it took too long, or the gateway drains
+            opening = _TIMED_OUT if reader.begun and not service.is_draining() else Nobody()
+        match opening:
+            case Head():
+                return await self._answer(service, opening)
+            case Http2():
+                return self._hand_over(b"", service.write_timeout)
+            case Refusal():
+                await self._refuse(service, opening)
+            case Nobody():
+                pass
         return None
 
-    async def _speaks(self, service: TcpService) -> bool:
-        """Wait for the first byte, or the end, without a place among the handshakes."""
-        carrier = getattr(self.stream, "transport_stream", self.stream)
-        if (sock := getattr(carrier, "socket", None)) is None or is_readable(sock):
+    async def _answer(self, service: TcpService, head: Head) -> Awaitable[None] | None:
+        """Answer a request head; returns what then serves the client, if any."""
+        request = parse_head(head.data, partial(_peer, self._stream))
+        if request is None:  # not a WebSocket
+            return self._hand_over(head.data + head.rest, service.write_timeout)
+        if isinstance(request, ClientRequest):
+            if not self._serves_clients:
+                request = Refusal(404, "no such endpoint")
+            elif service.is_draining():
+                request = Refusal(503, "draining")
+        if isinstance(request, Refusal):
+            await self._refuse(service, request)
+            return None
+        socket = DirectSocket(
+            self._stream, head.rest, service.max_message_size, write_timeout=service.write_timeout
+        )
+        extensions = None
+        if service.compresses:
+            agreed = agree(request.extensions, service.max_message_size)
+            if agreed is not None:
+                socket.deflate, extensions = agreed
+                request = replace(request, supports_deflate=True)
+        # It has left the limiter of heads, and has not come to the one of admissions.
+        service.counts.arriving += 1
+        try:
+            await socket.send(acceptance(request, extensions), service.accept_timeout)
+        finally:
+            service.counts.arriving -= 1
+        return service.serve_connection(request, socket)
+
+    async def _wait_for_bytes(self, service: TcpService) -> bool:
+        """Wait for the first byte, or the end, without a slot among the handshakes. False if the
+        connection is to be closed instead.
+        """
+        sock = socket_of(self._stream)
+        if sock is None or is_readable(sock):
             return True
-        address, most = service.addresses.silent_of(partial(_peer, self.stream))
+        address, most = service.addresses.silent_of(partial(_peer, self._stream))
         return await service.silent.wait(
             partial(trio.lowlevel.wait_readable, sock), service.accept_timeout, address, most
         )
 
-    def _dawdles(self) -> bool:
-        """Whether what is missing of its handshake is still to come: nothing of it is unread."""
-        sock = socket_of(self.stream)
+    def _waits_for_client(self) -> bool:
+        """Whether the client has yet to send the rest of its handshake: no byte of it is unread."""
+        sock = socket_of(self._stream)
         return sock is not None and sock.fileno() != -1 and not is_readable(sock)
 
-    async def _shake(self, service: TcpService, head: bytearray) -> "Shaken":
-        protocol = await self._secure(service.accept_timeout)
-        if protocol != "http/1.1":
-            return protocol, b"", None
-        return protocol, *await read_head(self.stream, head)
-
-    async def _secure(self, timeout: float) -> str | None:
-        """The protocol that is spoken once TLS, if there is any, is through; None if it failed."""
-        if not hasattr(self.stream, "do_handshake"):
-            return "http/1.1"
-        try:
-            with trio.fail_after(min(timeout, self.config.ssl_handshake_timeout)):
-                await self.stream.do_handshake()
-        except (trio.BrokenResourceError, trio.TooSlowError):
-            return None
-        return "h2" if self.stream.selected_alpn_protocol() == "h2" else "http/1.1"
+    async def _read_opening(self, reader: HeadReader, timeout: float) -> Opening:
+        stream = self._stream
+        if isinstance(stream, trio.SSLStream):
+            try:
+                with trio.fail_after(min(timeout, self._config.ssl_handshake_timeout)):
+                    await stream.do_handshake()
+            except (trio.BrokenResourceError, trio.TooSlowError):
+                return Nobody()
+            if stream.selected_alpn_protocol() == "h2":
+                return Http2()
+        return await reader.read()
 
     async def _refuse(self, service: TcpService, refusal: Refusal) -> None:
         service.counts.refused[refusal.status] += 1
@@ -238,117 +238,29 @@ class Line(TCPServer):
             status=refusal.status,
             reason=refusal.reason,
         )
-        await answer(self.stream, refusal)
+        with trio.move_on_after(LINGER):
+            await self._stream.send_all(refusal_response(refusal))
+        await linger(self._stream)
 
-    async def _read_data(self) -> None:
-        """As Hypercorn does it, but when the peer is gone the task that pings it is not waited
-        for: it may sleep on for as long as ``websocket_ping_interval``.
-        """
-        await super()._read_data()
-        assert self._task_group._nursery is not None
-        self._task_group._nursery.cancel_scope.deadline = trio.current_time() + LINGER
-
-    async def protocol_send(self, event: Event) -> None:
-        """As Hypercorn does it, but bounded in time: its own send is shielded for ever, so that
-        one client that stops reading hangs the shutdown.
-
-        Raises :exc:`TimeoutError` if the client takes nothing for the write timeout. What is cut
-        short, by that or by being cancelled, cuts the client off: nothing can follow half of it.
-        It is cancelled only while it waits for the client.
-        """
-        if not isinstance(event, RawData):
-            # This may run in a task that Quart-Trio has cancelled, because the response is sent.
-            with trio.CancelScope(shield=True, deadline=trio.current_time() + LINGER):
-                await super().protocol_send(event)
-            return
-        sent = False
-        async with self.send_lock:
-            try:
-                until = trio.current_time() + LINGER  # unless it waits for the client to read
-                with trio.CancelScope(shield=True, deadline=until) as self._moving.shield:
-                    await self._sender.send_all(event.data)
-                    sent = True
-            except GONE:
-                pass
-            finally:
-                self._moving.shield = None
-                if not sent:
-                    cut(self.stream)
-        if not sent:
-            await trio.aclose_forcefully(self.stream)
-            await self.protocol.handle(Closed())
-
-    async def _initiate_server_close(self) -> None:
-        # Hypercorn shields this, and waits for the app to take note.
-        with trio.move_on_after(LINGER) as scope:
-            await super()._initiate_server_close()
-        if scope.cancelled_caught:
-            cut(self.stream)
+    async def _hand_over(self, received: bytes, write_timeout: float) -> None:
+        """Let Hypercorn serve the connection, beginning with these bytes."""
+        await HypercornServer(
+            self._app, self._config, self._context, self._state, self._stream,
+            received=received, write_timeout=write_timeout,
+        )  # fmt: skip
 
 
 def install() -> None:
-    """Let Hypercorn's Trio worker serve with :class:`Line`, and bound what it does itself."""
-    vars(hypercorn.trio.run)["TCPServer"] = Line
+    """Let Hypercorn's Trio worker serve with :class:`TcpConnection`, and bound its protocols."""
+    # It makes one for each connection by this name, and awaits it.
+    hypercorn.trio.run.TCPServer = TcpConnection  # type: ignore[attr-defined,assignment]
     bound_protocols()
-
-
-async def read_head(stream: trio.abc.Stream, data: bytearray) -> tuple[bytes, Refusal | None]:
-    """Read into ``data`` until a request head is complete, and maybe beyond; bounded in size.
-
-    Returns what was read, and how to refuse it if it is no head. Nothing read: nobody there.
-    """
-    while True:
-        # What is accepted has mostly said already what it wants.
-        received = await receive(stream, CHUNK, at_once=not data)
-        if not received:
-            return bytes(data), Refusal(400, "incomplete request") if data else None
-        # The end may have begun in what was there before.
-        start = max(0, len(data) - 3)
-        data += received
-        end = _END_OF_HEAD.search(data, start)
-        if (end.end() if end else len(data)) > MAX_HEAD_BYTES:
-            return b"", Refusal(431, f"request head is over {MAX_HEAD_BYTES} bytes")
-        if end:
-            return bytes(data), None
-
-
-async def answer(stream: trio.abc.Stream, refusal: Refusal) -> None:
-    """Refuse over HTTP, such that the answer arrives."""
-    with trio.move_on_after(LINGER):
-        await stream.send_all(refusal_response(refusal))
-    await linger(stream)
-
-
-class Replayed:
-    """A stream with some of its bytes put back in front."""
-
-    def __init__(self, stream: trio.abc.Stream, data: bytes) -> None:
-        self.stream = stream
-        self._data = data
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
-
-    async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        if not self._data:
-            return bytes(await self.stream.receive_some(max_bytes))
-        await trio.lowlevel.checkpoint()
-        size = len(self._data) if max_bytes is None else max_bytes
-        data, self._data = self._data[:size], self._data[size:]
-        return data
-
-    async def send_all(self, data: bytes) -> None:
-        await self.stream.send_all(data)
-
-    async def aclose(self) -> None:
-        await self.stream.aclose()
 
 
 def _peer(stream: trio.abc.Stream) -> str:
     """The address at the other end; empty for a unix socket, or if it is gone already."""
-    carrier: Any = getattr(stream, "transport_stream", stream)
     try:
-        name = carrier.socket.getpeername()
+        name = socket_of(stream).getpeername()
     except (OSError, AttributeError):
         return ""
     return str(name[0]) if isinstance(name, tuple) else ""

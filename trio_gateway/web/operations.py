@@ -13,7 +13,7 @@ from hypercorn.config import Config
 from hypercorn.trio.worker_context import WorkerContext
 from quart_trio import QuartTrio
 
-from ..transports.tcp import Line
+from ..transports.tcp import TcpConnection
 
 PATHS: Final = frozenset({"/ws/metrics", "/ws/health/detailed"})
 _ALSO: Final = frozenset({"/ws/health", "/ws/health/ready"})  # there, too
@@ -68,12 +68,6 @@ def _listeners(bind: str) -> list[trio.SocketListener]:
     return found
 
 
-class OperationsLine(Line):
-    """A TCP connection of an operator, or of what scrapes for one."""
-
-    serves_clients = False
-
-
 async def serve(app: QuartTrio, listeners: list[trio.SocketListener]) -> NoReturn:
     """Answer operators; returns only when cancelled."""
     config = Config()
@@ -81,7 +75,12 @@ async def serve(app: QuartTrio, listeners: list[trio.SocketListener]) -> NoRetur
     config.include_server_header = False
     config.errorlog = None
     handler = partial(
-        OperationsLine, ASGIWrapper(app), config, WorkerContext(None), {_OPERATIONS: True}
+        TcpConnection,
+        ASGIWrapper(app),
+        config,
+        WorkerContext(None),
+        {_OPERATIONS: True},
+        serves_clients=False,
     )
     await trio.serve_listeners(handler, listeners)
     raise AssertionError("unreachable")
