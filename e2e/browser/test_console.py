@@ -1,67 +1,25 @@
 """The console as an operator uses it."""
 
-import asyncio
 import json
 import os
 import re
-import shutil
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
-from urllib.request import urlopen
 
 import pytest
 import redis
-from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Page, expect
 
-from tests.support.gateways import JWT_SECRET, environment, free_port
+from tests.support.gateways import JWT_SECRET
+from tests.support.processes import GatewayProcess
 from trio_gateway.testing import make_jwt
+
+from .gateways import is_ready, serving, until
 
 pytestmark = pytest.mark.browser
 expect.set_options(timeout=10_000)
-
-
-class Gateway:
-    """A gateway process that can be killed and started again on its port."""
-
-    def __init__(self, redis_url: str, **settings: str) -> None:
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        self._env = environment(redis_url, **settings)
-        self._process: subprocess.Popen[bytes] | None = None
-        self.start()
-
-    def start(self) -> None:
-        command = ["-m", "trio_gateway", "serve", "--bind", f"127.0.0.1:{self.port}"]
-        quiet = subprocess.DEVNULL
-        self._process = subprocess.Popen(
-            [sys.executable, *command], env=self._env, stdout=quiet, stderr=quiet
-        )
-
-        def ready() -> bool:
-            try:
-                with urlopen(f"{self.url}/ws/health/ready", timeout=2) as reply:
-                    return bool(reply.status == 200)
-            except (URLError, ConnectionError):
-                return False
-
-        until(ready)
-
-    def kill(self) -> None:
-        assert self._process is not None
-        self._process.kill()
-        self._process.wait()
-
-
-def until(true: Callable[[], bool], seconds: float = 15) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it took too long"
-        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")
@@ -71,26 +29,13 @@ def backend(redis_url: str) -> Iterator["redis.Redis"]:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    program = shutil.which("chromium") or shutil.which("chromium-browser")
-    assert program is not None, "chromium is not installed"
-    # Importing the gateway gives asyncio another policy, with which Playwright can't run.
-    asyncio.set_event_loop_policy(asyncio.DefaultEventLoopPolicy())
-    with sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+def gateway(redis_url: str) -> Iterator[GatewayProcess]:
+    with serving(redis_url, WS_CONSOLE_TOKENS="true") as found:
         yield found
-        found.close()
-
-
-@pytest.fixture(scope="module")
-def gateway(redis_url: str) -> Iterator[Gateway]:
-    found = Gateway(redis_url, WS_CONSOLE_TOKENS="true")
-    yield found
-    found.kill()
 
 
 @pytest.fixture
-def page(browser: Browser, gateway: Gateway) -> Iterator[Page]:
+def page(browser: Browser, gateway: GatewayProcess) -> Iterator[Page]:
     """The console, open; at the end it has complained of nothing and asked nobody else."""
     complaints: list[str] = []
     asked: set[str] = set()
@@ -169,7 +114,7 @@ def test_a_sample_that_is_published_is_heard(page: Page) -> None:
 
 
 def test_when_the_gateway_is_lost_the_page_says_so_comes_back_and_resumes(
-    page: Page, backend: "redis.Redis", gateway: Gateway
+    page: Page, backend: "redis.Redis", gateway: GatewayProcess
 ) -> None:
     join(page, "kitchen")
     log = page.get_by_role("log")
@@ -182,7 +127,8 @@ def test_when_the_gateway_is_lost_the_page_says_so_comes_back_and_resumes(
         expect(page.locator("#playWait")).to_contain_text("trying again in")
         publish(backend, "meanwhile")
     finally:
-        gateway.start()
+        gateway.start_sync()
+        until(lambda: is_ready(gateway))
     expect(page.locator("#link")).to_have_text("live", timeout=20_000)
     expect(log).to_contain_text('"meanwhile"', timeout=20_000)
     publish(backend, "after")
@@ -255,31 +201,32 @@ def test_it_fits_a_phone(page: Page, tab: str) -> None:
 
 
 def test_in_production_it_is_for_admins(browser: Browser, redis_url: str) -> None:
-    port = free_port()
-    gateway = Gateway(
-        redis_url, ENVIRONMENT="production", ALLOWED_ORIGINS=f"http://127.0.0.1:{port}"
+    production = serving(
+        redis_url, ENVIRONMENT="production", ALLOWED_ORIGINS="http://127.0.0.1:{port}"
     )
-    gateway.kill()
-    gateway.port, gateway.url = port, f"http://127.0.0.1:{port}"
-    gateway.start()
-    context = browser.new_context()
-    try:
-        page = context.new_page()
-        page.goto(f"{gateway.url}/ws/console")
-        for role, answer in {"WAITER": "no ADMIN's token", "MANAGER": "no ADMIN's token"}.items():
-            page.get_by_label("Token").fill(make_jwt(JWT_SECRET, roles=[role]))
+    with production as gateway:
+        context = browser.new_context()
+        try:
+            page = context.new_page()
+            page.goto(f"{gateway.url}/ws/console")
+            for role, answer in {
+                "WAITER": "no ADMIN's token",
+                "MANAGER": "no ADMIN's token",
+            }.items():
+                page.get_by_label("Token").fill(make_jwt(JWT_SECRET, roles=[role]))
+                page.get_by_role("button", name="Open").click()
+                expect(page.get_by_role("alert")).to_contain_text(answer)
+            page.get_by_label("Token").fill(make_jwt(JWT_SECRET, roles=["ADMIN"], sub="5"))
             page.get_by_role("button", name="Open").click()
-            expect(page.get_by_role("alert")).to_contain_text(answer)
-        page.get_by_label("Token").fill(make_jwt(JWT_SECRET, roles=["ADMIN"], sub="5"))
-        page.get_by_role("button", name="Open").click()
-        expect(page.locator("#link")).to_have_text("live")
-        page.get_by_role("tab", name="Playground").click()
-        expect(page.locator("#publisher")).to_be_hidden()
-        assert "eyJ" not in page.url
-        assert (
-            page.evaluate("Object.keys(localStorage).length + Object.keys(sessionStorage).length")
-            == 0
-        )
-    finally:
-        context.close()
-        gateway.kill()
+            expect(page.locator("#link")).to_have_text("live")
+            page.get_by_role("tab", name="Playground").click()
+            expect(page.locator("#publisher")).to_be_hidden()
+            assert "eyJ" not in page.url
+            assert (
+                page.evaluate(
+                    "Object.keys(localStorage).length + Object.keys(sessionStorage).length"
+                )
+                == 0
+            )
+        finally:
+            context.close()

@@ -17,10 +17,11 @@ from urllib.request import urlopen
 import pytest
 from websockets.sync.client import ClientConnection, connect
 
-from tests.support.gateways import JWT_SECRET, valkey
+from tests.support.gateways import JWT_SECRET
+from tests.support.processes import GatewayProcess
 from trio_gateway.testing import make_jwt
 
-from .test_console import Gateway, until
+from .gateways import serving, until
 
 pytestmark = pytest.mark.browser
 THROTTLING = "IntensiveWakeUpThrottling:grace_period_seconds/1"  # instead of five minutes
@@ -102,7 +103,7 @@ def chromium(profile: Path) -> Iterator[Chromium]:
             process.terminate()
 
 
-def closed(gateway: Gateway) -> dict[str, float]:
+def closed(gateway: GatewayProcess) -> dict[str, float]:
     """How many connections have ended, by their close code."""
     with urlopen(f"{gateway.url}/ws/metrics", timeout=5) as reply:
         text = reply.read().decode()
@@ -112,14 +113,14 @@ def closed(gateway: Gateway) -> dict[str, float]:
     return {code: float(n) for code, n in found if float(n)}
 
 
-def connected(gateway: Gateway) -> int:
+def connected(gateway: GatewayProcess) -> int:
     with urlopen(f"{gateway.url}/ws/health", timeout=5) as reply:
         total: int = json.load(reply)["connections"]["total"]
         return total
 
 
 @pytest.mark.parametrize("worker", [True, False], ids=["worker", "no worker"])
-def test_a_hidden_tab_keeps_its_connections(tmp_path: Path, worker: bool) -> None:
+def test_a_hidden_tab_keeps_its_connections(redis_url: str, tmp_path: Path, worker: bool) -> None:
     """Those of the console, and one of a client of its own."""
     token = make_jwt(JWT_SECRET, roles=["KITCHEN"], sub="44")
     own = f"""
@@ -127,60 +128,50 @@ def test_a_hidden_tab_keeps_its_connections(tmp_path: Path, worker: bool) -> Non
         window.gateway = connect({{ url: "/ws/kitchen", token: "{token}" }});
       }})
     """
-    with valkey() as server:
-        gateway = Gateway(
-            server.connection_url,
-            WS_CONSOLE_TOKENS="true",
-            WS_HEARTBEAT_TIMEOUT="8",
-            WS_CLEANUP_INTERVAL="1",
-        )
-        try:
-            with chromium(tmp_path) as browser:
-                page = browser.open(f"{gateway.url}/ws/console")
-                until(lambda: page.run("document.getElementById('link')?.textContent") == "live")
-                page.run(COUNTING if worker else "delete window.Worker")
-                page.run(own)
-                until(lambda: page.run("window.gateway?.state") == "open")
-                page.run("document.getElementById('endpoint').value = 'diner'")
-                page.run("document.getElementById('connect').click()")
-                state = "document.getElementById('playState').textContent"
-                until(lambda: page.run(state) == "connected to /ws/diner")
-                page.run(
-                    "window.ticks = []; setInterval(() => ticks.push(performance.now()), 1000)"
-                )
-                browser.open("about:blank")
-                until(lambda: page.run("document.visibilityState") == "hidden")
-                gaps = "Math.max(0, ...ticks.map((at, i) => at - (ticks[i - 1] ?? at)))"
-                until(lambda: page.run(gaps) > 20_000, seconds=150)
-                time.sleep(2)
-                assert closed(gateway) == {}
-                assert page.run("document.getElementById('link').textContent") == "live"
-                assert page.run(state) == "connected to /ws/diner"
-                assert page.run("gateway.state") == "open"
-                if worker:  # one for each connection
-                    assert page.run("workers") == 3
-                    assert page.run("woken") > 10
-        finally:
-            gateway.kill()
+    with (
+        serving(
+            redis_url, WS_CONSOLE_TOKENS="true", WS_HEARTBEAT_TIMEOUT="8", WS_CLEANUP_INTERVAL="1"
+        ) as gateway,
+        chromium(tmp_path) as browser,
+    ):
+        page = browser.open(f"{gateway.url}/ws/console")
+        until(lambda: page.run("document.getElementById('link')?.textContent") == "live")
+        page.run(COUNTING if worker else "delete window.Worker")
+        page.run(own)
+        until(lambda: page.run("window.gateway?.state") == "open")
+        page.run("document.getElementById('endpoint').value = 'diner'")
+        page.run("document.getElementById('connect').click()")
+        state = "document.getElementById('playState').textContent"
+        until(lambda: page.run(state) == "connected to /ws/diner")
+        page.run("window.ticks = []; setInterval(() => ticks.push(performance.now()), 1000)")
+        browser.open("about:blank")
+        until(lambda: page.run("document.visibilityState") == "hidden")
+        gaps = "Math.max(0, ...ticks.map((at, i) => at - (ticks[i - 1] ?? at)))"
+        until(lambda: page.run(gaps) > 20_000, seconds=150)
+        time.sleep(2)
+        assert closed(gateway) == {}
+        assert page.run("document.getElementById('link').textContent") == "live"
+        assert page.run(state) == "connected to /ws/diner"
+        assert page.run("gateway.state") == "open"
+        if worker:  # one for each connection
+            assert page.run("workers") == 3
+            assert page.run("woken") > 10
 
 
-def test_a_page_that_was_frozen_is_connected_again_when_it_runs_again(tmp_path: Path) -> None:
+def test_a_page_that_was_frozen_is_connected_again_when_it_runs_again(
+    redis_url: str, tmp_path: Path
+) -> None:
     """As phones and energy savers do; the gateway has ended its connections meanwhile."""
-    with valkey() as server:
-        gateway = Gateway(
-            server.connection_url,
-            WS_CONSOLE_TOKENS="true",
-            WS_HEARTBEAT_TIMEOUT="2",
-            WS_CLEANUP_INTERVAL="0.5",
-        )
-        try:
-            with chromium(tmp_path) as browser:
-                page = browser.open(f"{gateway.url}/ws/console")
-                text = "document.getElementById('link')?.textContent"
-                until(lambda: page.run(text) == "live")
-                page.freeze(True)
-                until(lambda: closed(gateway) == {"4008": 1})
-                page.freeze(False)
-                until(lambda: connected(gateway) == 1 and page.run(text) == "live", seconds=10)
-        finally:
-            gateway.kill()
+    with (
+        serving(
+            redis_url, WS_CONSOLE_TOKENS="true", WS_HEARTBEAT_TIMEOUT="2", WS_CLEANUP_INTERVAL="0.5"
+        ) as gateway,
+        chromium(tmp_path) as browser,
+    ):
+        page = browser.open(f"{gateway.url}/ws/console")
+        text = "document.getElementById('link')?.textContent"
+        until(lambda: page.run(text) == "live")
+        page.freeze(True)
+        until(lambda: closed(gateway) == {"4008": 1})
+        page.freeze(False)
+        until(lambda: connected(gateway) == 1 and page.run(text) == "live", seconds=10)

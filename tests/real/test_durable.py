@@ -1,7 +1,6 @@
 """Durable events with a real Redis: kept, resumed, caught up with; and when there is a gap."""
 
 import json
-import subprocess
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -328,15 +327,8 @@ async def test_redis_that_comes_back_empty_is_a_gap_and_is_read_on() -> None:
             with redis.Redis.from_url(server.connection_url) as backend:
                 old = [add(backend, n, branch_id=9) for n in range(3)]
                 await settle(gateway)
-            assert server._process is not None
-            server._process.kill()
-            server._process.wait()
-            server._process = subprocess.Popen(
-                [str(server._binary_path), str(server.data_dir / "valkey.conf")],
-                cwd=server.data_dir,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
+            server.kill()
+            server.start_again()
             await until(server.is_running)
             streams = gateway.app.parts.streams
             assert streams is not None

@@ -1,8 +1,6 @@
 """Expiry, renewal and a frozen Redis: nobody stays who should have gone, nobody else waits."""
 
 import json
-import os
-import signal
 import time
 from contextlib import AsyncExitStack
 from typing import Any, Final
@@ -250,11 +248,8 @@ async def test_frozen_redis_delays_no_ping_and_connects_end_as_1013_in_bounded_t
             admitted(gateway.staff_url("waiter", jti="a")) as waiter,
             admitted(gateway.diner_url()) as diner,
         ):
-            os.kill(server._process.pid, signal.SIGSTOP)
-            try:
+            with server.frozen():
                 await _while_frozen(gateway, waiter, diner)
-            finally:
-                os.kill(server._process.pid, signal.SIGCONT)
 
 
 async def _while_frozen(

