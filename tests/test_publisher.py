@@ -96,7 +96,7 @@ def test_other_event_is_published_and_the_listeners_are_counted(
     ],
 )
 def test_channel_fits_the_audience(event: dict[str, Any], channel: str) -> None:
-    parsed = parse_event(json.dumps(event).encode(), channel="", heard_at=0)
+    parsed = parse_event(json.dumps(event).encode(), channel="", received_at=0)
     assert channel_for(parsed) == channel
 
 

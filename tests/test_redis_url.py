@@ -9,30 +9,30 @@ import redis.asyncio
 import trustme
 
 from trio_gateway.publisher import Publisher
-from trio_gateway.redis_url import Address, Tls
+from trio_gateway.redis_url import RedisAddress, Tls
 from trio_gateway.settings import Settings
 
 
 @pytest.mark.parametrize(
     ("url", "address"),
     [
-        ("redis://", Address()),
-        ("redis://h:7/3", Address("h", 7, db=3)),
-        ("redis://u%40:p%2Fw@h?db=2", Address("h", db=2, user="u@", password="p/w")),
+        ("redis://", RedisAddress()),
+        ("redis://h:7/3", RedisAddress("h", 7, db=3)),
+        ("redis://u%40:p%2Fw@h?db=2", RedisAddress("h", db=2, user="u@", password="p/w")),
         ("redis://h?username=u&password=p&client_name=x",
-         Address("h", user="u", password="p", client_name="x")),
-        ("unix:///run/r.sock?db=1", Address(path="/run/r.sock", db=1)),
-        ("unix://u:p@/run/r.sock", Address(path="/run/r.sock", user="u", password="p")),
-        ("rediss://h", Address("h", tls=Tls())),
+         RedisAddress("h", user="u", password="p", client_name="x")),
+        ("unix:///run/r.sock?db=1", RedisAddress(path="/run/r.sock", db=1)),
+        ("unix://u:p@/run/r.sock", RedisAddress(path="/run/r.sock", user="u", password="p")),
+        ("rediss://h", RedisAddress("h", tls=Tls())),
         ("rediss://h?ssl_cert_reqs=none&ssl_check_hostname=false&ssl_min_version=772",
-         Address("h", tls=Tls(cert_reqs="none", check_hostname=False,
+         RedisAddress("h", tls=Tls(cert_reqs="none", check_hostname=False,
                               min_version=ssl.TLSVersion.TLSv1_3))),
         ("redis://h?socket_timeout=9&decode_responses=true&protocol=3",
-         Address("h", ignored=("decode_responses", "protocol", "socket_timeout"))),
+         RedisAddress("h", ignored=("decode_responses", "protocol", "socket_timeout"))),
     ],
 )  # fmt: skip
-def test_url_is_read(url: str, address: Address) -> None:
-    assert Address.from_url(url) == address
+def test_url_is_read(url: str, address: RedisAddress) -> None:
+    assert RedisAddress.from_url(url) == address
     for library in (redis, redis.asyncio):
         options = address.pool_options(library)
         kind = options.pop("connection_class")
@@ -114,7 +114,7 @@ def test_key_with_a_password_is_read_with_it_and_refused_without(tmp_path: Path)
     (tmp_path / "key.pem").write_bytes(locked)
     url = f"rediss://h?ssl_certfile={tmp_path}/cert.pem&ssl_keyfile={tmp_path}/key.pem"
 
-    Address.from_url(f"{url}&ssl_password=hunter2").check()
+    RedisAddress.from_url(f"{url}&ssl_password=hunter2").check()
     for wrong in ("", "&ssl_password=other"):
         with pytest.raises(ValueError, match="ssl_certfile and ssl_keyfile can't be used"):
-            Address.from_url(url + wrong).check()
+            RedisAddress.from_url(url + wrong).check()

@@ -21,7 +21,7 @@ from .core.audiences import Endpoint
 from .core.control_messages import REVOKED, SECTORS_CHANGED
 from .core.limits import DropAlarm, TenantRate
 from .core.resilience import Breaker
-from .redis_url import Address
+from .redis_url import RedisAddress
 from .runtime.client_counts import ClientCounts
 from .runtime.concurrency_limiter import ConcurrencyLimiter
 from .runtime.dispatch import Dispatch
@@ -190,7 +190,7 @@ def build_parts(
     if settings.redis_dlq_stream is not None:
         dead_letters = DeadLetters(commands, settings.redis_dlq_stream)
         ingest = Ingest(dead_letters.offer)
-    address = Address.from_url(settings.redis_url)
+    address = RedisAddress.from_url(settings.redis_url)
     pubsub = PubSub(
         address,
         settings.redis_channel_patterns,
@@ -201,8 +201,8 @@ def build_parts(
     )
 
     def on_demoted() -> None:
-        pubsub.look_again()
-        commands.look_again()
+        pubsub.reconnect()
+        commands.reconnect()
 
     inlet = StreamInlet(
         ingest=ingest,

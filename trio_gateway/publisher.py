@@ -21,7 +21,7 @@ from .core.event_ids import DEFAULT_STREAM
 from .core.events import Event, InvalidEvent, parse_event
 from .core.routing import ROUTES, Route, Routing, To
 from .redis_errors import is_wrong_server
-from .redis_url import Address
+from .redis_url import RedisAddress
 
 __all__ = ["TIMEOUT", "AsyncPublisher", "InvalidEvent", "PublishFailed", "Publisher"]
 
@@ -70,7 +70,7 @@ class Publisher:
         routes: Mapping[str, Route] = ROUTES,
     ) -> None:
         try:
-            address = Address.from_url(url)
+            address = RedisAddress.from_url(url)
             address.check()
         except ValueError as error:
             raise ValueError(
@@ -129,7 +129,7 @@ class Publisher:
         if stream is not None and channel is not None:
             raise ValueError("stream or channel, not both")
         payload = _encode(event, id)
-        parsed = parse_event(payload, channel="", heard_at=0.0)
+        parsed = parse_event(payload, channel="", received_at=0.0)
         if stream is None and channel is None:
             if self._routes.is_durable(parsed.type):
                 stream = self._stream

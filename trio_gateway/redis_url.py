@@ -97,7 +97,7 @@ class Tls:
 
 
 @dataclass(frozen=True, slots=True)
-class Address:
+class RedisAddress:
     """Where a Redis is and how to get in, from its URL; the password is never shown."""
 
     host: str = "localhost"
@@ -111,7 +111,7 @@ class Address:
     ignored: tuple[str, ...] = ()  # options that have no effect here
 
     @classmethod
-    def from_url(cls, url: str) -> "Address":
+    def from_url(cls, url: str) -> "RedisAddress":
         """Read a ``redis://``, ``rediss://`` or ``unix://`` URL.
 
         Raises :exc:`ValueError` for any other, for an unknown option and for a bad value. The text

@@ -23,7 +23,7 @@ from .core.routing import ROUTES, InvalidRoutes, Routing, read_routes
 from .core.service_day import ServiceDays, read_windows, read_zone, read_zones
 from .core.tokens import Key, Rules
 from .keys import MIN_SECRET_BYTES, SIGNATURES, algorithms_of, is_well_known, public_keys
-from .redis_url import Address
+from .redis_url import RedisAddress
 
 _PATTERNS = (
     "channel:branch:*:waiters",
@@ -211,7 +211,7 @@ class Settings(BaseSettings):
     @field_validator("redis_url")
     @classmethod
     def _usable_redis_url(cls, value: str) -> str:
-        Address.from_url(value).check()
+        RedisAddress.from_url(value).check()
         return value
 
     @field_validator("jwt_jwks_url")
@@ -380,7 +380,7 @@ class Settings(BaseSettings):
             found.append("TABLE_TOKEN_SECRET is not set: a random one, so no table token is valid")
         if self.jwt_secret is not None and self.jwt_secret == self.table_token_secret:
             found.append("JWT_SECRET and TABLE_TOKEN_SECRET are the same: use two")
-        for name in Address.from_url(self.redis_url).ignored:
+        for name in RedisAddress.from_url(self.redis_url).ignored:
             found.append(f"REDIS_URL: {name} has no effect, the gateway decides that itself")
         url = urlsplit(self.jwt_jwks_url or "")
         if url.scheme == "http" and not is_loopback(url.hostname or ""):

@@ -53,7 +53,7 @@ def make_event(
     type: str = "ROUND_READY",  # noqa: A002 - the event's key
     *,
     channel: str = "channel:branch:1:waiters",
-    heard_at: float = 0.0,
+    received_at: float = 0.0,
     stream: Stream | None = None,
     position: Position | None = None,
     **keys: Any,
@@ -65,7 +65,7 @@ def make_event(
     return parse_event(
         make_payload(type, **keys),
         channel=channel,
-        heard_at=heard_at,
+        received_at=received_at,
         stream=stream,
         position=position,
         durable_types=ROUTES.durable_types,

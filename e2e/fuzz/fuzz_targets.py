@@ -32,7 +32,7 @@ from trio_gateway.core.tokens import (
     read_legacy_table_token,
     read_table_token,
 )
-from trio_gateway.redis_url import Address
+from trio_gateway.redis_url import RedisAddress
 from trio_gateway.runtime.connection import Disconnected, ProtocolViolation
 from trio_gateway.runtime.hub import Hub
 from trio_gateway.runtime.ingest import Ingest
@@ -89,7 +89,7 @@ def _run(never_waits: Coroutine[Any, Any, T]) -> T:
 def events(data: bytes) -> None:
     """An event or InvalidEvent; a browser reads the same tenant in it that we did."""
     try:
-        event = parse_event(data, channel="c", heard_at=0.0)
+        event = parse_event(data, channel="c", received_at=0.0)
     except InvalidEvent as invalid:
         assert invalid.reason.isidentifier()
         return
@@ -97,7 +97,7 @@ def events(data: bytes) -> None:
     assert 0 <= event.branch <= MAX_ID
     assert all(event.tenant == audience[1] for audience in ROUTES.audiences(event))
     event = parse_event(
-        data, channel="c", heard_at=0.0, stream=tag("events:critical"), position=Position((1, 0)),
+        data, channel="c", received_at=0.0, stream=tag("events:critical"), position=Position((1, 0)),
         durable_types={event.type},
     )  # fmt: skip
     text = event.text.decode()
@@ -188,7 +188,7 @@ def revocations(data: bytes) -> None:
     """Heard or passed over."""
 
     async def hear() -> None:
-        _REVOCATIONS.hear(data)
+        _REVOCATIONS.receive(data)
 
     trio.run(hear)
 
@@ -198,7 +198,7 @@ def replies(data: bytes) -> None:
     redis = RedisConnection(_Pieces(data))
     ingest = Ingest()
     pubsub = PubSub(
-        Address(),
+        RedisAddress(),
         ["*"],
         ingest,
         EventQueue(10),

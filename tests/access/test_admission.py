@@ -126,11 +126,11 @@ def token(**claims: Any) -> str:
 
 
 def by_message(place: Place) -> None:
-    place.revocations.hear(b'{"jti":"a"}')
+    place.revocations.receive(b'{"jti":"a"}')
 
 
 def by_users_message(place: Place) -> None:
-    place.revocations.hear(b'{"user_id":21}')
+    place.revocations.receive(b'{"user_id":21}')
 
 
 def by_key(place: Place) -> None:
@@ -143,7 +143,7 @@ def by_users_key(place: Place) -> None:
 
 def by_key_alone_since_the_message_was_lost(place: Place) -> None:
     by_key(place)
-    place.revocations.link_back()
+    place.revocations.on_subscribed()
 
 
 REVOCATIONS = [by_message, by_users_message, by_key, by_users_key]
@@ -283,7 +283,7 @@ async def test_all_are_looked_at_within_seconds_after_messages_may_have_been_los
         by_key(place)
         await trio.sleep(10)
         assert socket.closed is None
-        place.revocations.link_back()
+        place.revocations.on_subscribed()
         await trio.sleep(1)
         assert socket.closed is Close.AUTH_FAILED
 
@@ -297,7 +297,7 @@ async def test_a_look_at_all_is_spread_over_seconds_and_asks_for_many_at_once(
             nursery.start_soon(client.run, FakeSocket(), place.hub)
         await trio.sleep(1)
         before = place.redis.reads
-        place.revocations.link_back()
+        place.revocations.on_subscribed()
         await trio.sleep(0.5)
         assert place.redis.reads - before == 1
         await trio.sleep(3)
@@ -351,5 +351,5 @@ async def test_message_reaches_who_is_waiting_and_nobody_else(autojump_clock: Mo
         assert isinstance(place.outcome, Candidate)
         with place.outcome as candidate:
             for other in ({"jti": "b"}, {"user_id": 22}, {"jti": "a", "tenant_id": 2}):
-                place.revocations.hear(json.dumps(other).encode())
+                place.revocations.receive(json.dumps(other).encode())
             assert place.admission.confirm(candidate) is not None

@@ -120,7 +120,9 @@ class Restaurant:
 
     def change(self, *, tenant: int = 1, user: int | str = 21) -> None:
         """The backend says that somebody's assignments have changed."""
-        self.sector_assignments.hear(json.dumps({"tenant_id": tenant, "waiter_id": user}).encode())
+        self.sector_assignments.receive(
+            json.dumps({"tenant_id": tenant, "waiter_id": user}).encode()
+        )
 
 
 @asynccontextmanager
@@ -582,7 +584,7 @@ async def test_changes_that_were_announced_while_the_link_was_down_are_looked_up
         other = await restaurant.enter(make_principal(user=22))
         await trio.sleep(10)
         restaurant.database.assign(6)
-        restaurant.sector_assignments.link_back()
+        restaurant.sector_assignments.on_subscribed()
         await trio.sleep(1)
         assert (serves(client), serves(other)) == ({6}, {5})
         queries = restaurant.database.queries
@@ -600,7 +602,7 @@ async def test_cached_answer_is_asked_for_again_after_the_link_was_down(
         await restaurant.sector_assignments.assign(make_principal())
         await trio.sleep(1)
         restaurant.database.assign(6)
-        restaurant.sector_assignments.link_back()
+        restaurant.sector_assignments.on_subscribed()
         assert serves(await restaurant.sector_assignments.assign(make_principal())) == {6}
         restaurant.database.takes = 1.5
         async with trio.open_nursery() as nursery:
@@ -614,7 +616,7 @@ async def test_cached_answer_is_asked_for_again_after_the_link_was_down(
             nursery.start_soon(enter)
             await trio.sleep(1)
             restaurant.database.assign(8, user=23)
-            restaurant.sector_assignments.link_back()
+            restaurant.sector_assignments.on_subscribed()
         assert client is not None
         assert serves(client) == {8}
 
@@ -626,7 +628,7 @@ async def test_look_at_everybody_delays_no_change_that_was_heard_of(
         clients = [await restaurant.enter(make_principal(user=user)) for user in range(100)]
         await trio.sleep(1)
         restaurant.database.takes = 0.5
-        restaurant.sector_assignments.link_back()
+        restaurant.sector_assignments.on_subscribed()
         await trio.sleep(0.1)
         restaurant.database.assign(6, user=99)
         restaurant.change(user=99)
@@ -695,7 +697,7 @@ async def test_message_that_is_no_change_is_logged_and_changes_nothing(
     async with opened() as restaurant:
         await restaurant.enter()
         with capture_logs() as logs:
-            restaurant.sector_assignments.hear(payload)
+            restaurant.sector_assignments.receive(payload)
         await trio.sleep(1)
         assert [line["event"] for line in logs] == ["invalid sectors message"]
         assert restaurant.database.queries == 1

@@ -18,7 +18,7 @@ from trio_gateway.core.event_ids import START, tag
 from trio_gateway.core.limits import DropAlarm
 from trio_gateway.core.resilience import Breaker
 from trio_gateway.core.routing import ROUTES
-from trio_gateway.redis_url import Address
+from trio_gateway.redis_url import RedisAddress
 from trio_gateway.runtime.dispatch import Dispatch
 from trio_gateway.runtime.history import History
 from trio_gateway.runtime.hub import CapacityLimits, Hub
@@ -34,7 +34,7 @@ Redis = Callable[[trio.abc.Stream], Awaitable[None]]
 
 def make_pubsub() -> PubSub:
     queue = EventQueue(10, DropAlarm(60, 0.05, 300))
-    return PubSub(Address(), [], Ingest(), queue, Breaker(5, 30))
+    return PubSub(RedisAddress(), [], Ingest(), queue, Breaker(5, 30))
 
 
 @asynccontextmanager
@@ -225,7 +225,7 @@ async def test_answer_to_an_earlier_question_is_not_delivered_again() -> None:
         ingest=ingest, queue=EventQueue(10), history=history, dispatch=Dispatch(hub, ROUTES),
         replays=Replays(history, hub), routes=ROUTES,
     )  # fmt: skip
-    streams = Streams(Address(), ["s"], inlet, Breaker(5, 30))
+    streams = Streams(RedisAddress(), ["s"], inlet, Breaker(5, 30))
     cursor = StreamCursor("s", tag("s"), Info())
     cursor.checked_at = trio.current_time()
     streams._by_name["s"] = cursor

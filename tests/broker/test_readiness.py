@@ -7,7 +7,7 @@ import trio
 from trio.testing import MockClock
 
 from trio_gateway.broker.commands import Unavailable
-from trio_gateway.broker.readiness import FRESH, PATIENCE, PROMPT, Readiness
+from trio_gateway.broker.readiness import ANSWER_TIMEOUT, CHECK_TIMEOUT, FRESH, Readiness
 
 
 class Redis:
@@ -66,13 +66,13 @@ async def test_redis_that_is_slow_for_a_second_stays_ready_and_the_answer_is_pro
     async with readiness_of(redis) as readiness:
         assert await readiness.ask() is None
         await trio.sleep(FRESH)
-        redis.takes = PATIENCE - 0.1
+        redis.takes = CHECK_TIMEOUT - 0.1
         for _ in range(5):
             asked = trio.current_time()
             assert await readiness.ask() is None
-            assert trio.current_time() - asked <= PROMPT
+            assert trio.current_time() - asked <= ANSWER_TIMEOUT
         redis.takes = 0
-        await trio.sleep(PATIENCE)
+        await trio.sleep(CHECK_TIMEOUT)
         assert await readiness.ask() is None
 
 
@@ -85,10 +85,10 @@ async def test_redis_that_is_slow_for_longer_is_not_ready_until_it_answers(
         await trio.sleep(FRESH)
         redis.takes = 10
         assert await readiness.ask() is None
-        await trio.sleep(PATIENCE)
+        await trio.sleep(CHECK_TIMEOUT)
         assert await readiness.ask() == "no answer in time"
         redis.takes = 0
-        await trio.sleep(PATIENCE + FRESH)
+        await trio.sleep(CHECK_TIMEOUT + FRESH)
         assert await readiness.ask() is None
 
 

@@ -21,10 +21,10 @@ def heard(*events: Event) -> list[bool]:
     return [not seen.is_duplicate(event) for event in events]
 
 
-def raw(text: str, channel: str, heard_at: float = 0.0) -> Event:
+def raw(text: str, channel: str, received_at: float = 0.0) -> Event:
     """An event whose other keys are JSON text."""
     whole = '{"type":"A","tenant_id":1,"branch_id":1,' + text + "}"
-    return parse_event(whole.encode(), channel=channel, heard_at=heard_at)
+    return parse_event(whole.encode(), channel=channel, received_at=received_at)
 
 
 def test_one_content_on_several_channels_is_one_event() -> None:
@@ -45,8 +45,8 @@ def test_each_of_two_events_has_its_own_copies() -> None:
 
 @pytest.mark.parametrize(("later", "new"), [(0, False), (4.9, False), (5.0, False), (5.01, True)])
 def test_copies_are_heard_within_5_seconds(later: float, new: bool) -> None:
-    first = make_event(channel=WAITERS, heard_at=1000.0)
-    copy = make_event(channel=ADMIN, heard_at=1000.0 + later)
+    first = make_event(channel=WAITERS, received_at=1000.0)
+    copy = make_event(channel=ADMIN, received_at=1000.0 + later)
 
     assert heard(first, copy) == [True, new]
 
@@ -54,15 +54,18 @@ def test_copies_are_heard_within_5_seconds(later: float, new: bool) -> None:
 def test_a_copy_does_not_make_the_5_seconds_longer() -> None:
     times = {WAITERS: 0.0, ADMIN: 4.0, STREAM: 6.0}
 
-    assert heard(*(make_event(channel=c, heard_at=t) for c, t in times.items())) == [
+    assert heard(*(make_event(channel=c, received_at=t) for c, t in times.items())) == [
         True, False, True,
     ]  # fmt: skip
 
 
 def test_a_copy_that_was_heard_earlier_but_taken_later_is_a_copy() -> None:
-    late, early = make_event(channel=WAITERS, heard_at=3.0), make_event(channel=ADMIN, heard_at=1.0)
+    late, early = (
+        make_event(channel=WAITERS, received_at=3.0),
+        make_event(channel=ADMIN, received_at=1.0),
+    )
 
-    much_earlier = make_event(channel=STREAM, heard_at=-2.5)
+    much_earlier = make_event(channel=STREAM, received_at=-2.5)
     assert heard(late, early, much_earlier) == [True, False, True]
 
 
@@ -139,9 +142,9 @@ def test_copies_that_agree_to_the_byte_are_copies_however_ts_is_written(text: st
     ("later", "new"), [(0, False), (299, False), (300, False), (300.5, True), (1000, True)]
 )
 def test_an_id_is_known_for_5_minutes(start: float, later: float, new: bool) -> None:
-    first = make_event(id="x", heard_at=start)
+    first = make_event(id="x", received_at=start)
 
-    assert heard(first, make_event(id="x", heard_at=start + later)) == [True, new]
+    assert heard(first, make_event(id="x", received_at=start + later)) == [True, new]
 
 
 @pytest.mark.parametrize("channel", [WAITERS, ADMIN, STREAM])
@@ -165,7 +168,7 @@ def test_one_content_with_two_ids_is_two_events() -> None:
 def test_what_was_heard_again_after_5_minutes_is_known_for_5_more() -> None:
     times = [0.0, 200.0, 400.0, 650.0, 700.5]
 
-    assert heard(*(make_event(id="x", heard_at=t) for t in times)) == [
+    assert heard(*(make_event(id="x", received_at=t) for t in times)) == [
         True, False, True, False, True,
     ]  # fmt: skip
 
@@ -198,7 +201,7 @@ def _cost(events: list[Event]) -> float:
 def test_an_event_costs_no_more_when_its_content_was_heard_often(way: str) -> None:
     def events(number: int) -> list[Event]:
         channels = {"on one channel": 1, "on many channels": number, "on two in turn": 2}[way]
-        return [make_event(channel=str(i % channels), heard_at=i / 5000) for i in range(number)]
+        return [make_event(channel=str(i % channels), received_at=i / 5000) for i in range(number)]
 
     few, many = events(1000), events(16_000)
     assert min(_cost(many) for _ in range(3)) < 4 * 16 * min(_cost(few) for _ in range(5))
@@ -206,8 +209,8 @@ def test_an_event_costs_no_more_when_its_content_was_heard_often(way: str) -> No
 
 def test_what_one_channel_repeats_is_joined_one_by_one_by_another() -> None:
     seen = Duplicates()
-    first = [seen.first(make_event(channel=WAITERS), mark) for mark in range(3)]
-    copies = [seen.first(make_event(channel=ADMIN), 9) for _ in range(4)]
+    first = [seen.find_or_add(make_event(channel=WAITERS), mark) for mark in range(3)]
+    copies = [seen.find_or_add(make_event(channel=ADMIN), 9) for _ in range(4)]
 
     assert first == [None, None, None]
     assert copies == [0, 1, 2, None]
@@ -219,18 +222,18 @@ def test_what_one_channel_repeats_is_joined_one_by_one_by_another() -> None:
 def test_what_is_too_old_to_matter_is_forgotten() -> None:
     seen = Duplicates()
     for i in range(100):
-        seen.is_duplicate(make_event(data=i, heard_at=i / 100))
-        seen.is_duplicate(make_event(data=i % 5, channel=ADMIN, heard_at=i / 100))
-        seen.is_duplicate(make_event(id=str(i), heard_at=i / 100))
+        seen.is_duplicate(make_event(data=i, received_at=i / 100))
+        seen.is_duplicate(make_event(data=i % 5, channel=ADMIN, received_at=i / 100))
+        seen.is_duplicate(make_event(id=str(i), received_at=i / 100))
     assert len(seen) == 200
 
-    seen.is_duplicate(make_event(heard_at=6.0))
+    seen.is_duplicate(make_event(received_at=6.0))
     assert len(seen) == 101  # the ids, and this one
 
-    seen.is_duplicate(make_event(heard_at=301.5))
+    seen.is_duplicate(make_event(received_at=301.5))
     assert len(seen) == 1
 
-    seen.is_duplicate(make_event(id="last", heard_at=400))
+    seen.is_duplicate(make_event(id="last", received_at=400))
     assert len(seen) == 1
 
 
@@ -239,7 +242,7 @@ def test_forgetting_costs_no_more_when_much_is_remembered() -> None:
         """Of a few events, each of which makes an older one be forgotten; the fastest of many."""
         seen, apart, best = Duplicates(), 300 / remembered, float("inf")
         for n in range(0, remembered * 2, 200):
-            events = [make_event(id=str(n + i), heard_at=(n + i) * apart) for i in range(200)]
+            events = [make_event(id=str(n + i), received_at=(n + i) * apart) for i in range(200)]
             began = time.thread_time()
             for event in events:
                 seen.is_duplicate(event)
@@ -280,7 +283,7 @@ def test_memory_for_the_channels_of_one_content_is_bounded(
 def test_a_content_that_never_rests_does_not_collect_channels() -> None:
     seen = Duplicates()
     for i in range(2000):  # the channels of a session each
-        seen.is_duplicate(make_event(channel=str(i), heard_at=i / 10))
+        seen.is_duplicate(make_event(channel=str(i), received_at=i / 10))
         assert len(seen) + seen._extra < 200
 
 
@@ -293,7 +296,7 @@ class Model:
         self.contents: list[tuple[float, str, set[str]]] = []
 
     def is_duplicate(self, event: Event) -> bool:
-        now = event.heard_at
+        now = event.received_at
         if event.id is not None:
             if any((event.tenant, event.id) == (t, i) and now - at <= 300 for at, t, i in self.ids):
                 return True
@@ -330,7 +333,7 @@ def test_it_knows_what_a_model_that_never_forgets_knows(
     times = list(accumulate((gap for gap, _, _ in steps), initial=start))[1:]
     for now, (_, channel, body) in zip(times, steps, strict=True):
         whole = {"type": "A", "branch_id": 1} | body
-        event = parse_event(json.dumps(whole).encode(), channel=channel, heard_at=now)
+        event = parse_event(json.dumps(whole).encode(), channel=channel, received_at=now)
         assert seen.is_duplicate(event) == model.is_duplicate(event)
 
 
@@ -344,8 +347,8 @@ def test_sources_that_lag_behind_others_change_nothing(
     seen, model, now = Duplicates(), Model(), 0.0
     for gap, channel, data in steps:
         now += gap
-        seen.oldest = now - 20
-        event = make_event(data=data, channel=channel, heard_at=now - lags.get(channel, 0.0))
+        seen.oldest_pending = now - 20
+        event = make_event(data=data, channel=channel, received_at=now - lags.get(channel, 0.0))
         assert seen.is_duplicate(event) == model.is_duplicate(event)
 
 
@@ -369,6 +372,6 @@ def test_ts_is_left_out_wherever_it_stands(
     def event(channel: str, ts: object) -> Event:
         whole = {"type": "A", "tenant_id": 1, "branch_id": 1} | keys | {"ts": ts}
         payload = json.dumps(whole, separators=separators).encode()
-        return parse_event(payload, channel=channel, heard_at=0.0)
+        return parse_event(payload, channel=channel, received_at=0.0)
 
     assert heard(event(WAITERS, 0), event(ADMIN, ts)) == [True, False]

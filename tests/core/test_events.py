@@ -16,7 +16,7 @@ SAMPLES = Path(trio_gateway.__file__).parent / "data" / "events.jsonl"
 
 def parse(payload: bytes | str) -> Event:
     data = payload if isinstance(payload, bytes) else payload.encode()
-    return parse_event(data, channel="c", heard_at=7.0)
+    return parse_event(data, channel="c", received_at=7.0)
 
 
 def reason(payload: bytes | str) -> str:
@@ -36,7 +36,7 @@ def test_the_keys_that_route_are_read() -> None:
 
     assert (event.type, event.tenant, event.branch) == ("T", 2, 3)
     assert (event.sector, event.session, event.id) == (4, 5, "x")
-    assert (event.channel, event.heard_at, event.event_id) == ("c", 7.0, None)
+    assert (event.channel, event.received_at, event.event_id) == ("c", 7.0, None)
 
 
 @pytest.mark.parametrize("value", [None, ...])

@@ -276,7 +276,7 @@ async def test_token_that_is_revoked_while_it_is_being_admitted_does_not_stay(
                     query = f"ticket={await ticket(gateway, token)}"
                     await trio.sleep(0.01)
                     assert gateway.app.parts.sector_assignments is not None
-                    gateway.app.parts.sector_assignments.link_back()  # it asks the database again
+                    gateway.app.parts.sector_assignments.on_subscribed()  # it asks the database again
                 nursery.start_soon(revoke_it)
                 assert await refusal(f"{gateway.url}/ws/waiter?{query}") == REVOKED
         assert not gateway.app.parts.hub.connections

@@ -336,10 +336,10 @@ async def test_copy_that_waits_long_is_a_copy_all_the_same(
     hub, queue = Hub(), EventQueue(99)
     socket = await connect(nursery, hub, make_principal())
     dispatch = Dispatch(hub)
-    queue.offer(numbered(1, heard_at=0.0, channel="channel:branch:1:waiters"))
-    queue.offer(numbered(1, heard_at=0.1, channel="channel:branch:1:admin"))
+    queue.offer(numbered(1, received_at=0.0, channel="channel:branch:1:waiters"))
+    queue.offer(numbered(1, received_at=0.1, channel="channel:branch:1:admin"))
     await trio.sleep(10)
-    queue.offer(numbered(2, heard_at=10.0, tenant_id=2))  # has its turn between the two
+    queue.offer(numbered(2, received_at=10.0, tenant_id=2))  # has its turn between the two
     nursery.start_soon(dispatch.run, queue, 50)
     await queue.wait_idle()
 
@@ -389,8 +389,8 @@ async def test_time_is_observed(autojump_clock: MockClock, nursery: trio.Nursery
     await connect(nursery, hub, make_principal(), Jumping(autojump_clock))
     dispatch = Dispatch(hub)
     await trio.sleep(10)
-    queue.offer(numbered(0, heard_at=7.0))
-    queue.offer(numbered(1, heard_at=9.0))
+    queue.offer(numbered(0, received_at=7.0))
+    queue.offer(numbered(1, received_at=9.0))
 
     nursery.start_soon(dispatch.run, queue, 9)
     await queue.wait_idle()

@@ -25,8 +25,10 @@ def at(milliseconds: int, sequence: int = 0) -> Position:
     return Position((milliseconds, sequence))
 
 
-def event(stream: Stream, position: Position, data: object = None, heard_at: float = 0.0) -> Event:
-    return make_event(data=data, heard_at=heard_at, stream=stream, position=position)
+def event(
+    stream: Stream, position: Position, data: object = None, received_at: float = 0.0
+) -> Event:
+    return make_event(data=data, received_at=received_at, stream=stream, position=position)
 
 
 def add(

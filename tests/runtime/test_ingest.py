@@ -16,7 +16,7 @@ async def test_event_is_counted_by_its_source(autojump_clock: MockClock) -> None
     event = ingest.parse(make_payload(), source="pubsub", channel="sector:5:waiters")
 
     assert event is not None
-    assert (event.type, event.channel, event.heard_at) == ("ROUND_READY", "sector:5:waiters", 7)
+    assert (event.type, event.channel, event.received_at) == ("ROUND_READY", "sector:5:waiters", 7)
     assert ingest.received == {"pubsub": 1}
     assert not ingest.invalid
 

@@ -185,10 +185,10 @@ async def test_too_many_drops_raise_an_alarm(autojump_clock: MockClock) -> None:
 
     with capture_logs() as logs:
         for n in range(105):
-            queue.offer(numbered(n, heard_at=1.0))
+            queue.offer(numbered(n, received_at=1.0))
         assert logs == []
         for n in range(105, 200):
-            queue.offer(numbered(n, heard_at=2.0))
+            queue.offer(numbered(n, received_at=2.0))
 
     assert [log["event"] for log in logs] == ["dropping events"]
     assert logs[0]["capacity"] == 100
@@ -338,9 +338,9 @@ async def test_oldest_is_when_the_first_that_waits_was_heard(
 ) -> None:
     queue = EventQueue(2)
     assert queue.oldest == math.inf
-    await queue.put(numbered(0, tenant_id=1, heard_at=5.0))
-    await queue.put(numbered(1, tenant_id=2, heard_at=4.0))
-    nursery.start_soon(queue.put, numbered(2, tenant_id=3, heard_at=3.0))  # waits for room
+    await queue.put(numbered(0, tenant_id=1, received_at=5.0))
+    await queue.put(numbered(1, tenant_id=2, received_at=4.0))
+    nursery.start_soon(queue.put, numbered(2, tenant_id=3, received_at=3.0))  # waits for room
     await wait_all_tasks_blocked()
 
     assert queue.oldest == 3.0
@@ -355,9 +355,9 @@ async def test_tenant_over_its_rate_loses_what_is_over_it_and_nobody_else_does(
     queue = EventQueue(1000, rate=TenantRate(10))
     with capture_logs() as logs:
         for n in range(300):  # 100 a second
-            queue.offer(numbered(n, heard_at=n / 100))
+            queue.offer(numbered(n, received_at=n / 100))
             if n % 20 == 0:
-                queue.offer(numbered(n, heard_at=n / 100, tenant_id=2))
+                queue.offer(numbered(n, received_at=n / 100, tenant_id=2))
             await trio.sleep(1 / 100)
     taken = queue.take(1000)
 

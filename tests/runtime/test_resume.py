@@ -89,7 +89,7 @@ class World:
             now = trio.current_time()
             batch.append(
                 make_event(
-                    data=n, channel=channel, heard_at=now, stream=stream, position=at(n), **keys
+                    data=n, channel=channel, received_at=now, stream=stream, position=at(n), **keys
                 )
             )
         await self.dispatch.deliver(batch)

@@ -152,9 +152,9 @@ class World:
         self.history.begin(A, since, whole=whole)
         for position, n, keys in self.stream:
             ago = EPOCH + trio.current_time() - position[0] / 1000
-            heard_at = trio.current_time() - ago
+            received_at = trio.current_time() - ago
             event = make_event(
-                data=n, channel="s", heard_at=heard_at, stream=A, position=position, **keys
+                data=n, channel="s", received_at=received_at, stream=A, position=position, **keys
             )
             self.dispatch.remember(event)
         self.history.advance(A, self.last_entry)
@@ -179,7 +179,12 @@ class World:
         self.last_entry = position
         self.stream.append((position, n, keys))
         event = make_event(
-            data=n, channel="s", heard_at=trio.current_time(), stream=A, position=position, **keys
+            data=n,
+            channel="s",
+            received_at=trio.current_time(),
+            stream=A,
+            position=position,
+            **keys,
         )
         if event.event_id is not None:
             self.places.setdefault(n, position)
@@ -193,7 +198,7 @@ class World:
 
     def copy(self, n: int) -> None:
         now = trio.current_time()
-        event = make_event(data=n, channel="branch:1:admin", heard_at=now, **self.kinds[n])
+        event = make_event(data=n, channel="branch:1:admin", received_at=now, **self.kinds[n])
         self.heard.offer(event)
 
     async def gap(self, since: Position, end: Position) -> None:

@@ -79,9 +79,9 @@ async def test_span_lasts_from_hearing_to_the_last_write(autojump_clock: MockClo
     exporter = InMemorySpanExporter()
     dispatch, queue = Dispatch(Hub()), EventQueue(10)
     dispatch.observe = Tracing(SimpleSpanProcessor(exporter)).observe
-    queue.offer(make_event("ROUND_READY", n=1, heard_at=trio.current_time()))
+    queue.offer(make_event("ROUND_READY", n=1, received_at=trio.current_time()))
     await trio.sleep(2)
-    queue.offer(make_event("ROUND_READY", n=2, heard_at=trio.current_time()))
+    queue.offer(make_event("ROUND_READY", n=2, received_at=trio.current_time()))
     queue.offer(make_event("ROUND_READY", n=2, channel="other"))  # a copy of it
     await trio.sleep(1)
     async with trio.open_nursery() as nursery:

@@ -123,7 +123,7 @@ def test_the_sample_events_fit_their_types_schema_and_no_others(event: dict[str,
 def test_the_schema_refuses_what_the_gateway_refuses(changed: dict[str, Any]) -> None:
     event = SAMPLES[0] | changed
     with pytest.raises(InvalidEvent):
-        parse_event(json.dumps(event).encode(), channel="", heard_at=0)
+        parse_event(json.dumps(event).encode(), channel="", received_at=0)
     with pytest.raises(ValidationError):
         check("event", event)
 

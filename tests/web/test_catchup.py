@@ -37,7 +37,7 @@ def fill(gateway: Running, events: int, size: int) -> list[int]:
     first = int(time.time() * 1000) - events
     for n in range(events):
         position = Position((first + n, 0))
-        event = make_event(n=n, data="x" * size, heard_at=now, stream=STREAM, position=position)
+        event = make_event(n=n, data="x" * size, received_at=now, stream=STREAM, position=position)
         history.add(event, AUDIENCES, now=now)
         history.advance(STREAM, position)
     return list(range(events))

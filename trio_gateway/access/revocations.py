@@ -40,7 +40,7 @@ class _Check:
 class Watch:
     """What is heard about one principal until it has joined the hub, or its token was renewed.
 
-    From :meth:`start` to :meth:`stop` :meth:`Revocations.hear` finds it as it finds a live
+    From :meth:`start` to :meth:`stop` :meth:`Revocations.receive` finds it as it finds a live
     connection; as a context manager it does both.
     ``revocations`` is None where nobody checks them.
     """
@@ -189,7 +189,7 @@ class Revocations:
                 connection.close(Close.AUTH_FAILED, "token revoked")
         return True
 
-    def hear(self, payload: bytes) -> None:
+    def receive(self, payload: bytes) -> None:
         """A message on :data:`~.control_messages.REVOKED`: close whom it is about, at once."""
         try:
             said = msgspec.json.decode(payload, type=Revoked)
@@ -203,7 +203,7 @@ class Revocations:
             if _is_about(said, watch.principal):
                 watch.revoked = True
 
-    def link_back(self) -> None:
+    def on_subscribed(self) -> None:
         """Messages may have been lost until now: look at everybody again, soon."""
         self._doubt.set()
         for watch in self.watches:

@@ -140,7 +140,7 @@ class SectorAssignments:
         await self.assign(connection.principal, fresh=fresh)
         self._apply(connection)
 
-    def hear(self, payload: bytes) -> None:
+    def receive(self, payload: bytes) -> None:
         """A message on :data:`~.control_messages.SECTORS_CHANGED`: a waiter's assignments have changed."""
         try:
             said = msgspec.json.decode(payload, type=SectorsChanged)
@@ -159,7 +159,7 @@ class SectorAssignments:
             for branch in connection.principal.branches
         )
 
-    def link_back(self) -> None:
+    def on_subscribed(self) -> None:
         """Messages may have been lost until now: what is cached is outdated, and all live waiters
         are asked for again, one after the other, behind those whose change was heard of.
         """

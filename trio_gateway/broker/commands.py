@@ -17,7 +17,7 @@ from redis.exceptions import TimeoutError as TooSlow
 
 from ..core.resilience import Breaker, State
 from ..redis_errors import is_wrong_server
-from ..redis_url import Address
+from ..redis_url import RedisAddress
 
 log = structlog.get_logger()
 
@@ -90,7 +90,7 @@ class Commands:
                 with trio.CancelScope(shield=True, deadline=trio.current_time() + TIMEOUT):
                     await trio_asyncio.aio_as_trio(self._redis.connection_pool.disconnect)()
 
-    def look_again(self) -> None:
+    def reconnect(self) -> None:
         """Connect anew: another link to the same Redis has found that it is no primary."""
         self._is_stale = True
 
@@ -289,7 +289,7 @@ def _is_true_or_none(reply: Any) -> bool:
 def _pool(url: str, max_connections: int) -> BlockingConnectionPool:
     """A pool of connections to Redis; none is opened before it is needed."""
     return BlockingConnectionPool(
-        **Address.from_url(url).pool_options(redis.asyncio),
+        **RedisAddress.from_url(url).pool_options(redis.asyncio),
         protocol=2,  # RESP3 begins with HELLO, which some proxies do not know
         max_connections=max_connections,
         timeout=TIMEOUT,

@@ -10,7 +10,7 @@ import hiredis
 import trio
 
 from ..core.exception_groups import first_leaf
-from ..redis_url import Address
+from ..redis_url import RedisAddress
 from ..runtime.supervision import ConnectionLost, Demoted
 
 CONNECT_TIMEOUT: Final = 3.0  # seconds for the connection, and as many for its greetings
@@ -103,7 +103,7 @@ class RedisConnection:
 
 
 @asynccontextmanager
-async def open_redis(address: Address) -> AsyncIterator[RedisConnection]:
+async def open_redis(address: RedisAddress) -> AsyncIterator[RedisConnection]:
     """Connect, authenticate and select the database. The host name is resolved each time.
 
     Raises :exc:`ConnectionLost` if one of these fails, :exc:`Demoted` if the server is a replica.
@@ -128,7 +128,7 @@ async def open_redis(address: Address) -> AsyncIterator[RedisConnection]:
         await trio.aclose_forcefully(stream)
 
 
-async def _connect(address: Address) -> trio.abc.Stream:
+async def _connect(address: RedisAddress) -> trio.abc.Stream:
     if address.path is not None:
         return await trio.open_unix_socket(address.path)
     stream = await trio.open_tcp_stream(address.host, address.port)
@@ -145,7 +145,7 @@ async def _connect(address: Address) -> trio.abc.Stream:
     return secure
 
 
-async def _greet(connection: RedisConnection, address: Address) -> None:
+async def _greet(connection: RedisConnection, address: RedisAddress) -> None:
     if address.user is not None or address.password is not None:
         user = [address.user] if address.user is not None else []
         await connection.call("AUTH", *user, address.password or "")

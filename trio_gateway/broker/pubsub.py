@@ -9,7 +9,7 @@ import structlog
 import trio
 
 from ..core.resilience import Breaker
-from ..redis_url import Address
+from ..redis_url import RedisAddress
 from ..runtime.ingest import Ingest
 from ..runtime.queue import EventQueue
 from ..runtime.supervision import ConnectionLost, Demoted
@@ -25,10 +25,10 @@ LIVENESS: Final = 2.0
 class Listener(Protocol):
     """What listens to a channel that carries something else than events. Neither method blocks."""
 
-    def hear(self, payload: bytes, /) -> None:
+    def receive(self, payload: bytes, /) -> None:
         """A message was published."""
 
-    def link_back(self) -> None:
+    def on_subscribed(self) -> None:
         """The subscription holds, for the first time or again.
 
         What was published before is lost: what messages tell must be looked up again.
@@ -43,7 +43,7 @@ class PubSub:
 
     def __init__(
         self,
-        address: Address,
+        address: RedisAddress,
         patterns: Sequence[str],
         ingest: Ingest,
         queue: EventQueue,
@@ -56,8 +56,8 @@ class PubSub:
         self._queue = queue
         self._breaker = breaker
         listeners = listeners or {}
-        self._listeners = {name.encode(): each.hear for name, each in listeners.items()}
-        self._on_link = [each.link_back for each in listeners.values()]
+        self._listeners = {name.encode(): each.receive for name, each in listeners.items()}
+        self._on_link = [each.on_subscribed for each in listeners.values()]
         self._unconfirmed = 0
         self.connected = False
         self._link = trio.CancelScope()
@@ -76,7 +76,7 @@ class PubSub:
             self.connected = False
             self._link = trio.CancelScope()
 
-    def look_again(self) -> None:
+    def reconnect(self) -> None:
         """Connect anew: another link to the same Redis has found that it is no primary."""
         if self.connected:
             self._link.cancel()
@@ -136,8 +136,8 @@ class PubSub:
             self.connected = True
             self._breaker.succeeded()
             log.info("subscribed", source="pubsub", patterns=len(self._patterns))
-            for link_back in self._on_link:
-                link_back()
+            for on_subscribed in self._on_link:
+                on_subscribed()
 
     def _first_match(self, channel: bytes) -> tuple[bytes | None, str]:
         """Of our patterns; and the channel's name."""

@@ -9,8 +9,8 @@ import trio
 from .commands import Unavailable
 
 FRESH: Final = 0.5  # seconds that an answer holds
-PROMPT: Final = 0.25  # seconds that a question waits for a check that is slow
-PATIENCE: Final = 2.0  # seconds until a check without an answer is a failed one
+ANSWER_TIMEOUT: Final = 0.25  # seconds that a question waits for a check that is slow
+CHECK_TIMEOUT: Final = 2.0  # seconds until a check without an answer is a failed one
 
 
 class Readiness:
@@ -35,7 +35,7 @@ class Readiness:
             if not self._is_checking:
                 self._is_checking = True
                 self._wanted.set()
-            with trio.move_on_after(PROMPT if self._is_known else PATIENCE):
+            with trio.move_on_after(ANSWER_TIMEOUT if self._is_known else CHECK_TIMEOUT):
                 await self._done.wait()
         return self._problem
 
@@ -45,7 +45,7 @@ class Readiness:
             await self._wanted.wait()
             self._wanted = trio.Event()
             try:
-                await self._check(PATIENCE)
+                await self._check(CHECK_TIMEOUT)
                 self._problem = None
             except Unavailable as unavailable:
                 self._problem = str(unavailable)

@@ -8,7 +8,7 @@ import trio
 
 from ..core.event_ids import START, Position, entry_id, tag
 from ..core.resilience import Breaker
-from ..redis_url import Address
+from ..redis_url import RedisAddress
 from ..runtime.stream_inlet import Entry, StreamInlet
 from ..runtime.supervision import ConnectionLost, Demoted
 from ..runtime.throttled_log import ThrottledLog
@@ -34,7 +34,7 @@ class Streams:
 
     def __init__(
         self,
-        address: Address,
+        address: RedisAddress,
         streams: Sequence[str],
         inlet: StreamInlet,
         breaker: Breaker,

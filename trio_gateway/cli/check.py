@@ -12,7 +12,7 @@ from .errors import FAILED, settings_or_exit
 
 if TYPE_CHECKING:
     from ..broker.connection import RedisConnection
-    from ..redis_url import Address
+    from ..redis_url import RedisAddress
     from ..settings import Settings
 
 _PATIENCE: Final = 3.0  # seconds for one answer
@@ -81,13 +81,13 @@ def check() -> None:
     """
     import trio
 
-    from ..redis_url import Address
+    from ..redis_url import RedisAddress
 
     settings = settings_or_exit()
     report = _Report()
     _check_settings(settings, report)
     _check_files(settings, report)
-    trio.run(_check_redis, settings, Address.from_url(settings.redis_url), report)
+    trio.run(_check_redis, settings, RedisAddress.from_url(settings.redis_url), report)
     if settings.database_url is not None:
         trio.run(_check_database, settings, settings.database_url, report)
     if report.wrong:
@@ -124,7 +124,7 @@ def _check_files(settings: "Settings", report: _Report) -> None:
     )
 
 
-async def _check_redis(settings: "Settings", address: "Address", report: _Report) -> None:
+async def _check_redis(settings: "Settings", address: "RedisAddress", report: _Report) -> None:
     from ..broker.connection import open_redis
     from ..runtime.supervision import ConnectionLost
 

@@ -68,7 +68,7 @@ def replay(letter_ids: tuple[str, ...], everything: bool) -> None:
     for letter_id, fields in letters:
         data, name = fields[b"data"], fields[b"stream"].decode()
         try:
-            parse_event(data, channel=name, heard_at=0)
+            parse_event(data, channel=name, received_at=0)
         except InvalidEvent as invalid:
             kept += 1
             click.echo(printable(f"{letter_id} stays: {invalid}"), err=True)
@@ -86,11 +86,11 @@ def _open() -> "tuple[redis.Redis, str]":
     from redis.backoff import NoBackoff
     from redis.retry import Retry
 
-    from ..redis_url import Address
+    from ..redis_url import RedisAddress
 
     settings = settings_or_exit()
     pool = redis.ConnectionPool(
-        **Address.from_url(settings.redis_url).pool_options(redis),
+        **RedisAddress.from_url(settings.redis_url).pool_options(redis),
         protocol=2,
         socket_timeout=5,
         socket_connect_timeout=5,

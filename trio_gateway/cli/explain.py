@@ -68,7 +68,7 @@ def _read_event(file: str) -> "Event":
     if len(found) != 1:
         raise Failure(f"{file} holds {len(found)} events: one is wanted", MISUSED)
     try:
-        return parse_event(found[0].event, channel="", heard_at=0)
+        return parse_event(found[0].event, channel="", received_at=0)
     except InvalidEvent as invalid:
         raise Failure(f"no gateway delivers this: {invalid}") from None
 

@@ -31,8 +31,8 @@ class _Content:
     __slots__ = ("_channels", "_first", "_occurrences", "_prune_at", "_skipped")
 
     def __init__(self, once: _Once) -> None:
-        heard_at, channel, mark = once
-        self._occurrences: deque[_Occurrence] = deque([(heard_at, mark)])
+        received_at, channel, mark = once
+        self._occurrences: deque[_Occurrence] = deque([(received_at, mark)])
         self._first = 0  # the number of the first of them; they are numbered in order
         self._channels = {channel: 1}  # the next number that is left for each channel
         self._skipped: dict[str, deque[int]] = {}  # earlier ones that are left for it, too
@@ -48,8 +48,8 @@ class _Content:
         """
         for number in self._skipped.get(channel, ()):
             if number >= self._first:
-                heard_at, mark = self._occurrences[number - self._first]
-                if abs(now - heard_at) <= CONTENT_WINDOW:
+                received_at, mark = self._occurrences[number - self._first]
+                if abs(now - received_at) <= CONTENT_WINDOW:
                     self._skipped[channel].remove(number)
                     return mark
         end = self._first + len(self._occurrences)
@@ -57,12 +57,12 @@ class _Content:
         found = None
         skipped: list[int] = []
         while number < end and len(skipped) < _MOST_SKIPPED:
-            heard_at, mark = self._occurrences[number - self._first]
+            received_at, mark = self._occurrences[number - self._first]
             number += 1
-            if abs(now - heard_at) <= CONTENT_WINDOW:
+            if abs(now - received_at) <= CONTENT_WINDOW:
                 found = mark
                 break
-            if heard_at > now:
+            if received_at > now:
                 skipped.append(number - 1)
         if found is not None:
             self._carry(channel, number, skipped)
@@ -113,7 +113,7 @@ class Duplicates:
     def __init__(self) -> None:
         # When the first of the events that are still to come was heard, if they do not come in
         # the order of their hearing: what it may be a copy of must be remembered till then.
-        self.oldest = inf
+        self.oldest_pending = inf
         self._ids: dict[tuple[int, str | int], tuple[float, int]] = {}
         self._contents: dict[int, _Once | _Content] = {}
         # By first hearing. A dictionary keeps its order, too, but to find the oldest it steps over
@@ -128,22 +128,22 @@ class Duplicates:
 
     def is_duplicate(self, event: Event) -> bool:
         """Whether this event has been heard before; if not, it is remembered from now on."""
-        return self.first(event) is not None
+        return self.find_or_add(event) is not None
 
-    def first(self, event: Event, mark: int = 0) -> int | None:
+    def find_or_add(self, event: Event, mark: int = 0) -> int | None:
         """The mark with which this event was remembered when it was first heard, or None if it is
         now: then it is remembered with this one.
         """
-        now = event.heard_at
+        now = event.received_at
         most = len(self._contents) + self._extra if event.id is None else len(self._ids)
         if now >= self._forgets_at or most > MOST_REMEMBERED:
             self._forgets_at = now + _FORGETS_EVERY
-            self._forget(min(now, self.oldest))
+            self._forget(min(now, self.oldest_pending))
         if event.id is not None:
             # As a tuple, since an int's hash is the int modulo 2^61-1, and tenants go beyond.
             key = event.tenant, event.id if len(event.id) <= _LONG else hash(event.id)
-            heard_at, before = self._ids.get(key, _NEVER)
-            if heard_at + ID_WINDOW >= now:
+            received_at, before = self._ids.get(key, _NEVER)
+            if received_at + ID_WINDOW >= now:
                 return before
             self._ids[key] = now, mark
             self._ids_in_order.append((now, key))
@@ -187,8 +187,8 @@ class Duplicates:
         while ids_in_order and (
             ids_in_order[0][0] + ID_WINDOW < now or len(ids_in_order) > MOST_REMEMBERED
         ):
-            heard_at, known = ids_in_order.popleft()
-            if ids[known][0] == heard_at:  # it was not heard again since
+            received_at, known = ids_in_order.popleft()
+            if ids[known][0] == received_at:  # it was not heard again since
                 del ids[known]
 
 

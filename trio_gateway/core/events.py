@@ -57,13 +57,26 @@ class InvalidEvent(Exception):  # noqa: N818 - reads better where it is raised
 class Event:
     """One event on its way through the gateway.
 
-    ``heard_at`` is when it was received, on the runtime's clock. ``stream`` and ``position`` are
+    ``received_at`` is when it was received, on the runtime's clock. ``stream`` and ``position`` are
     None for an event from Pub/Sub, ``event_id`` is None unless the event is durable.
     """
 
     __slots__ = (
-        "_deflated", "_frame", "branch", "channel", "event_id", "heard_at", "id", "payload",
-        "position", "sector", "session", "stream", "tenant", "ts", "type",
+        "_deflated",
+        "_frame",
+        "branch",
+        "channel",
+        "event_id",
+        "id",
+        "payload",
+        "position",
+        "received_at",
+        "sector",
+        "session",
+        "stream",
+        "tenant",
+        "ts",
+        "type",
     )  # fmt: skip
 
     def __init__(
@@ -71,7 +84,7 @@ class Event:
         envelope: _Envelope,
         payload: bytes,
         channel: str,
-        heard_at: float,
+        received_at: float,
         stream: Stream | None,
         position: Position | None,
         event_id: str | None,
@@ -85,7 +98,7 @@ class Event:
         self.ts = bytes(envelope.ts)  # as published, JSON
         self.payload = payload  # as published, byte for byte
         self.channel = channel
-        self.heard_at = heard_at
+        self.received_at = received_at
         self.stream = stream
         self.position = position
         self.event_id = event_id
@@ -126,14 +139,14 @@ def parse_event(
     payload: bytes,
     *,
     channel: str,
-    heard_at: float,
+    received_at: float,
     stream: Stream | None = None,
     position: Position | None = None,
     durable_types: Container[str] = (),
 ) -> Event:
     """Return the event in a published payload, or raise :exc:`InvalidEvent`.
 
-    ``heard_at`` is in seconds on the runtime's clock. An event that was read from a stream has
+    ``received_at`` is in seconds on the runtime's clock. An event that was read from a stream has
     its ``stream`` and ``position``, and an event id if its type is one of ``durable_types``.
 
     Every event is checked here: from Pub/Sub, from streams, and in the publisher before it sends.
@@ -155,7 +168,7 @@ def parse_event(
     found = None
     if stream is not None and position is not None and envelope.type in durable_types:
         found = event_id(stream, position)
-    return Event(envelope, payload, channel, heard_at, stream, position, found)
+    return Event(envelope, payload, channel, received_at, stream, position, found)
 
 
 def _look(payload: bytes) -> _Envelope:

@@ -90,7 +90,7 @@ class Dispatch:
                 self._log_failure(len(batch))
             if fresh or scope.cancelled_caught:
                 self.duration.observe(ended - started)
-            self.latency.observe_all([ended - event.heard_at for event in fresh])
+            self.latency.observe_all([ended - event.received_at for event in fresh])
             if self.observe is not None:
                 self.observe(fresh, ended)
             queue.done(len(batch))
@@ -102,7 +102,7 @@ class Dispatch:
         if now - self._looked_back_at >= LOOK_BACK:
             self._looked_back_at = now
             oldest = min(now, *(queue.oldest for queue in self._queues))
-            self._duplicates.oldest = self._kept.oldest = oldest
+            self._duplicates.oldest_pending = self._kept.oldest_pending = oldest
 
     def _log_failure(self, events: int) -> None:
         self._throttled_log.error("delivery took too long", events=events, seconds=self._timeout)
@@ -146,7 +146,7 @@ class Dispatch:
         for event in batch:
             audiences = self.audiences(event)
             # Not at hearing: a copy that the queue then drops must not count as the first.
-            delivered_up_to = self._duplicates.first(event, joins)
+            delivered_up_to = self._duplicates.find_or_add(event, joins)
             if delivered_up_to is None:
                 self._count(event, audiences)
                 fresh.append(event)

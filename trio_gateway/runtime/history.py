@@ -19,7 +19,7 @@ class StoredEvent(NamedTuple):
 
     stream: Stream
     position: Position
-    heard_at: float  # on the runtime's clock: positions are by Redis', and wall clocks are set
+    received_at: float  # on the runtime's clock: positions are by Redis', and wall clocks are set
     frame: bytes
     audiences: tuple[Audience, ...]
     delivered_up_to: int  # connections up to this number were sent a Pub/Sub copy of it live
@@ -81,7 +81,7 @@ class History:
         kept = StoredEvent(
             event.stream,
             event.position,
-            event.heard_at,
+            event.received_at,
             event.frame,
             tuple(audiences),
             delivered_up_to,
@@ -119,7 +119,7 @@ class History:
         while self._kept and (
             len(self._kept) > self.most_events
             or self.bytes > self.most_bytes
-            or self._kept[0].heard_at < oldest
+            or self._kept[0].received_at < oldest
         ):
             kept = self._kept.popleft()
             self.bytes -= len(kept.frame)

@@ -47,7 +47,7 @@ class Ingest:
             return parse_event(
                 payload,
                 channel=channel,
-                heard_at=now,
+                received_at=now,
                 stream=stream,
                 position=position,
                 durable_types=durable_types,

@@ -51,13 +51,13 @@ class EventQueue:
     @property
     def oldest(self) -> float:
         """When the first of those that wait was heard; infinity if none does."""
-        waiting = [lane[0].heard_at for lane in self._lanes.values() if lane]
-        waiting += [event.heard_at for event in self._blocked.values()]
+        waiting = [lane[0].received_at for lane in self._lanes.values() if lane]
+        waiting += [event.received_at for event in self._blocked.values()]
         return min(waiting, default=math.inf)
 
     def offer(self, event: Event) -> None:
         """Add an event; when full, an older one makes room. Never waits."""
-        if self._rate is not None and self._rate.exceeded(event.tenant, event.heard_at):
+        if self._rate is not None and self._rate.exceeded(event.tenant, event.received_at):
             self._refuse(event)
             return
         dropped = self.depth >= self.capacity
@@ -65,7 +65,7 @@ class EventQueue:
             loser = self._make_room(event)
         self.undelivered += 1
         self._add(event)
-        if (alarm := self._alarm) is not None and alarm.note(event.heard_at, dropped=dropped):
+        if (alarm := self._alarm) is not None and alarm.note(event.received_at, dropped=dropped):
             log.error(
                 "dropping events", dropped=alarm.dropped, heard=alarm.heard,
                 capacity=self.capacity, tenant=loser.tenant,

@@ -116,7 +116,7 @@ class StreamInlet:
             event = parse_event(
                 entry.payload,
                 channel=name,
-                heard_at=trio.current_time() - ago,
+                received_at=trio.current_time() - ago,
                 stream=stream,
                 position=entry.position,
                 durable_types=self._durable_types,

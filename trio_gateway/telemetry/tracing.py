@@ -72,7 +72,7 @@ class Tracing:
                 trace.SpanKind.CONSUMER,
                 self._attributes(event),
                 [] if origin is None else [trace.Link(origin)],
-                start_time=now - round((ended - event.heard_at) * 1e9),
+                start_time=now - round((ended - event.received_at) * 1e9),
             )
             span.end(now)
 

@@ -43,8 +43,8 @@ def describe(settings: "Settings") -> _Object:
     channels: _Object = {}
     operations: _Object = {}
     for endpoint in Endpoint:
-        heard = [_event_name(name) for name in heard_at(endpoint, routes)]
-        if heard_at(endpoint, Routing({"any other": UNKNOWN})):
+        heard = [_event_name(name) for name in received_at(endpoint, routes)]
+        if received_at(endpoint, Routing({"any other": UNKNOWN})):
             heard.append("event")
         _add_endpoint(endpoint, heard, channels, operations)
     for name, (address, words) in sources.items():
@@ -78,7 +78,7 @@ def describe(settings: "Settings") -> _Object:
     }
 
 
-def heard_at(endpoint: Endpoint, routes: Routing) -> list[str]:
+def received_at(endpoint: Endpoint, routes: Routing) -> list[str]:
     """The types of which somebody on this endpoint may hear events: by the routing itself."""
     tenant, branch, sector, session = TenantId(1), BranchId(1), SectorId(1), SessionId(1)
     somebody = Principal(
@@ -95,7 +95,7 @@ def heard_at(endpoint: Endpoint, routes: Routing) -> list[str]:
 
     def hears(name: str) -> bool:
         payload = msgspec.json.encode({"type": name, **keys})
-        event = parse_event(payload, channel="", heard_at=0)
+        event = parse_event(payload, channel="", received_at=0)
         return not mine.isdisjoint(routes.audiences(event))
 
     return [name for name in routes if hears(name)]

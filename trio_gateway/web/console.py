@@ -166,7 +166,7 @@ async def publish(parts: Parts) -> Answer:
         return sample
     payload = bytes(sample.event)
     try:
-        event = parse_event(payload, channel="", heard_at=0)
+        event = parse_event(payload, channel="", received_at=0)
     except InvalidEvent as invalid:
         return problem(422, f"event: {invalid}")
     if event.tenant != admin.tenant:

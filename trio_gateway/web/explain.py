@@ -36,7 +36,7 @@ async def explain(parts: Parts) -> Answer:
         return problem(403, "for an ADMIN only")
     try:
         asked = msgspec.json.decode(await request.get_data(as_text=False), type=_Asked)
-        event = parse_event(bytes(asked.event), channel="", heard_at=0)
+        event = parse_event(bytes(asked.event), channel="", received_at=0)
     except RequestEntityTooLarge:
         return problem(413, f"a body has at most {MOST_BYTES} bytes")
     except InvalidEvent as invalid:
