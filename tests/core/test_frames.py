@@ -1,3 +1,5 @@
+"""A server's frames: their bytes, and taking joined ones apart again."""
+
 from itertools import accumulate
 
 import pytest
@@ -33,13 +35,13 @@ frames = st.lists(st.tuples(st.sampled_from([TEXT, CLOSE, PING, PONG]), payloads
         (65_536, "81 7f 00 00 00 00 00 01 00 00"),
     ],
 )
-def test_a_text_frame_is_final_and_unmasked_with_the_shortest_length(size: int, head: str) -> None:
+def test_text_frame_is_final_and_unmasked_with_the_shortest_length(size: int, head: str) -> None:
     payload = b"x" * size
 
     assert text_frame(payload) == bytes.fromhex(head) + payload
 
 
-def test_a_ping_is_two_bytes() -> None:
+def test_ping_is_two_bytes() -> None:
     assert bytes.fromhex("89 00") == PING_FRAME
 
 
@@ -52,7 +54,7 @@ def test_joined_frames_split_into_what_they_were_made_of(made: list[tuple[int, b
 
 
 @given(frames, st.data())
-def test_a_boundary_is_the_first_end_of_a_frame_that_is_not_before_the_offset(
+def test_boundary_is_the_first_end_of_a_frame_that_is_not_before_the_offset(
     made: list[tuple[int, bytes]], data: st.DataObject
 ) -> None:
     whole = [frame(opcode, payload) for opcode, payload in made]
@@ -62,7 +64,7 @@ def test_a_boundary_is_the_first_end_of_a_frame_that_is_not_before_the_offset(
     assert boundary(b"".join(whole), offset) == min(end for end in ends if end >= offset)
 
 
-def test_a_close_frame_has_its_code_and_reason() -> None:
+def test_close_frame_has_its_code_and_reason() -> None:
     assert close_frame(1000) == bytes.fromhex("88 02 03 e8")
     assert close_frame(4001, "no") == bytes.fromhex("88 04 0f a1") + b"no"
 
@@ -74,7 +76,7 @@ def test_a_close_frame_has_its_code_and_reason() -> None:
 @example("x" + "é" * 62)
 @example("x" * 120 + "😀")
 @example("x" * 122 + "ñ")
-def test_a_reason_is_cut_between_characters(reason: str) -> None:
+def test_reason_is_cut_between_characters(reason: str) -> None:
     [(opcode, payload)] = split(close_frame(1001, reason))
     kept = bytes(payload[2:]).decode()
 

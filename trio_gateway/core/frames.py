@@ -1,16 +1,33 @@
-"""A payload as a WebSocket frame, as a server sends it: unmasked and whole (RFC 6455, 5.2)."""
+"""WebSocket frames as a server sends them: build them, and find them again in joined ones.
+
+A server's frames are unmasked, and each of ours is a whole message (RFC 6455, 5.2). What a client
+sends is read in :mod:`.client_frames`.
+"""
 
 import zlib
 from collections.abc import Iterator
+from enum import IntEnum
 from struct import Struct
 from typing import Final
 
+
+class Opcode(IntEnum):
+    """What a frame is (RFC 6455, 5.2). Binary and continuation frames are never sent."""
+
+    TEXT = 0x1
+    CLOSE = 0x8
+    PING = 0x9
+    PONG = 0xA
+
+
+TEXT: Final = Opcode.TEXT
+CLOSE: Final = Opcode.CLOSE
+PING: Final = Opcode.PING
+PONG: Final = Opcode.PONG
+
 _FIN: Final = 0x80
-_RSV1: Final = 0x40  # compressed
-TEXT: Final = 0x1
-CLOSE: Final = 0x8
-PING: Final = 0x9
-PONG: Final = 0xA
+_RSV1: Final = 0x40  # the payload is compressed (RFC 7692, 6)
+_OPCODE: Final = 0x0F
 
 _SHORT: Final = Struct("!BB").pack
 _MEDIUM: Final = Struct("!BBH").pack
@@ -20,6 +37,9 @@ MAX_REASON_BYTES: Final = 123  # a control frame's 125 bytes less the code (RFC 
 
 
 def frame(opcode: int, payload: bytes) -> bytes:
+    """A frame with this payload, in the shortest form of its length. ``opcode`` may include RSV
+    bits.
+    """
     size = len(payload)
     if size < 126:
         return _SHORT(_FIN | opcode, size) + payload
@@ -29,13 +49,15 @@ def frame(opcode: int, payload: bytes) -> bytes:
 
 
 def text_frame(payload: bytes) -> bytes:
+    """A text message; the payload is UTF-8."""
     return frame(TEXT, payload)
 
 
 def deflated_frame(payload: bytes) -> bytes:
-    """The payload compressed on its own (RFC 7692, 7.2.1), or plain if that is no longer.
+    """A text message that is compressed on its own (RFC 7692, 7.2.1), or plain if that is shorter.
 
-    For everybody at once, so it is worth little time: the fastest level is used.
+    One frame serves all clients that support compression. Compressing takes longer than sending to
+    any of them, so the fastest level is used.
     """
     compressor = zlib.compressobj(level=zlib.Z_BEST_SPEED, wbits=-zlib.MAX_WBITS)
     data = compressor.compress(payload) + compressor.flush(zlib.Z_SYNC_FLUSH)
@@ -44,45 +66,32 @@ def deflated_frame(payload: bytes) -> bytes:
 
 
 def close_frame(code: int, reason: str = "") -> bytes:
-    """A close frame; a reason that is too long is cut between characters."""
-    cut = reason.encode()[:MAX_REASON_BYTES].decode(errors="ignore").encode()
-    return frame(CLOSE, code.to_bytes(2, "big") + cut)
+    """A close frame. A reason of more than :data:`MAX_REASON_BYTES` is cut between characters."""
+    kept = reason.encode()[:MAX_REASON_BYTES].decode(errors="ignore").encode()
+    return frame(CLOSE, code.to_bytes(2, "big") + kept)
 
 
 PING_FRAME: Final = frame(PING, b"")
 
 
-_LONGEST_SHORT: Final = 125
-_SHORT_HEAD: Final = 6  # with its mask
-_SHORT_OPCODES: Final = {_FIN | opcode: opcode for opcode in (TEXT, PING, PONG)}
-
-
-def short_frame(data: bytes) -> tuple[int, bytes, int] | None:
-    """The opcode and the payload of the frame at the beginning, as a client sends it, and where
-    it ends; None unless it is text, ping or pong, whole, of 125 bytes at most, and all there.
-    """
-    if len(data) < _SHORT_HEAD or (opcode := _SHORT_OPCODES.get(data[0])) is None:
-        return None
-    size = data[1] - 0x80  # the first bit says that it is masked, as it must be
-    end = _SHORT_HEAD + size
-    if not 0 <= size <= _LONGEST_SHORT or len(data) < end:
-        return None
-    key = int.from_bytes(data[2:_SHORT_HEAD] * (size // 4 + 1), "little") & ((1 << 8 * size) - 1)
-    payload = int.from_bytes(data[_SHORT_HEAD:end], "little") ^ key
-    return opcode, payload.to_bytes(size, "little"), end
-
-
 def split(data: bytes | memoryview) -> Iterator[tuple[int, memoryview]]:
-    """The frames in joined whole frames: opcode and payload of each."""
+    """The opcode and the payload of each frame in whole frames that are joined.
+
+    RSV1 is not returned, so the frames must not be compressed: frames of :func:`deflated_frame`
+    go only to the direct transport, which does not split them.
+    """
     view, start = memoryview(data), 0
     while start < len(view):
         body, end = _bounds(view, start)
-        yield view[start] & 0x0F, view[body:end]
+        yield view[start] & _OPCODE, view[body:end]
         start = end
 
 
 def boundary(data: bytes | memoryview, offset: int) -> int:
-    """Where the frame that the given offset falls into ends; an offset between two is its own."""
+    """The first end of a frame, in whole frames that are joined, that is not before ``offset``.
+
+    Compressed frames may be among them.
+    """
     view, end = memoryview(data), 0
     while end < offset:
         _, end = _bounds(view, end)
@@ -90,6 +99,7 @@ def boundary(data: bytes | memoryview, offset: int) -> int:
 
 
 def _bounds(view: memoryview, start: int) -> tuple[int, int]:
+    """Where the payload of the frame at ``start`` begins and ends."""
     size = view[start + 1]
     if size < 126:
         return start + 2, start + 2 + size

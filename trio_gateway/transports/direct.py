@@ -16,10 +16,9 @@ from wsproto.events import Ping as PingFrame
 from wsproto.events import Pong as PongFrame
 from wsproto.extensions import Extension, PerMessageDeflate
 
+from ..core.client_frames import short_frame
 from ..core.close_codes import Close
-from ..core.frames import CLOSE, close_frame, frame, short_frame
-from ..core.frames import PING as PING_CODE
-from ..core.frames import PONG as PONG_CODE
+from ..core.frames import CLOSE, PING, PONG, close_frame, frame
 from ..runtime.connection import Disconnected, Ping, Pong, ProtocolViolation
 from ..runtime.outbox import Outbox
 from .hypercorn_bounds import MOST_FRAGMENTS
@@ -206,9 +205,9 @@ class DirectSocket:
             return self._said(self._websocket)
         opcode, payload, end = found
         self._unread = self._unread[end:]
-        if opcode == PING_CODE:
+        if opcode == PING:
             return Ping(payload)
-        if opcode == PONG_CODE:
+        if opcode == PONG:
             return Pong()
         if len(payload) > self.max_size:
             raise self._too_big()
