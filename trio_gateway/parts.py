@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from .access.addresses import Addresses
-from .access.admission import Admission, Candidate
+from .access.admission import Admission, PendingAdmission
 from .access.auth import Auth
 from .access.revocations import Revocations
 from .access.tickets import Tickets
@@ -78,7 +78,7 @@ class Parts:
     admission: Admission
     silent: SilentConnections  # that have sent no byte yet
     heads: ConcurrencyLimiter[Opening]  # request heads being read
-    admissions: ConcurrencyLimiter[Candidate]  # credentials being checked
+    admissions: ConcurrencyLimiter[PendingAdmission]  # credentials being checked
     room: Room  # for clients at a limit
     catch_ups: KeyedLimiter  # requests that each user or session has at a time
     # The whole process:

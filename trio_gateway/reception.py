@@ -7,7 +7,7 @@ from functools import partial
 import structlog
 import trio
 
-from .access.admission import Candidate
+from .access.admission import PendingAdmission
 from .core.audiences import Endpoint, Principal, SectorId
 from .core.client_request import ClientRequest
 from .core.close_codes import Close, Rejected
@@ -70,13 +70,13 @@ class Reception:
                 address = parts.addresses.of(request.peer, request.headers.get("x-forwarded-for"))
                 parts.addresses.enter(address, trio.current_time())
                 entered = True
-                with await self._admit(request) as candidate:
-                    principal = await self._let_in(candidate)
+                with await self._admit(request) as pending:
+                    principal = await self._confirm(pending)
                 # It has joined the hub before anything is awaited again.
                 connection = Connection(
                     principal,
                     self._one_way_limits if request.one_way else self._limits,
-                    self._answer,
+                    self._handle,
                     self._on_trios_clock(principal.expires_at),
                     replays=parts.replays,
                     resume_from=request.last_event_id,
@@ -93,13 +93,13 @@ class Reception:
                 bug = Rejected(Close.INTERNAL_ERROR, "internal error", "internal_error")
                 await self._reject(endpoint, socket, bug)
                 return
-            del request, candidate  # a long head and its token, of no use while the client stays
+            del request, pending  # a long head and its token, of no use while the client stays
             await self._run(connection, socket)
         finally:
             if entered:
                 parts.addresses.leave(address)
 
-    async def _admit(self, request: ClientRequest) -> Candidate:
+    async def _admit(self, request: ClientRequest) -> PendingAdmission:
         accept_timeout = self._parts.settings.ws_accept_timeout
         try:
             admitted = await self._parts.admissions.run(
@@ -112,30 +112,30 @@ class Reception:
                 Close.SERVER_OVERLOADED, "too many handshakes", "handshake_limit"
             ) from None
         if admitted is None:
-            raise _too_long()
+            raise _timed_out()
         return admitted
 
-    async def _let_in(self, candidate: Candidate) -> Principal:
+    async def _confirm(self, pending: PendingAdmission) -> Principal:
         """Who joins the hub, or :exc:`Rejected`. Everything holds until the next await."""
         admission = self._parts.admission
         self._refuse_while_draining()
         try:
-            place, waited = await self._parts.room.find(candidate.principal)
-            candidate.watch.doubtful |= waited
+            place, waited = await self._parts.room.find(pending.principal)
+            pending.watch.stale |= waited
         except Rejected:
             self._refuse_while_draining()
             raise
         with place, trio.move_on_after(self._parts.settings.ws_accept_timeout):
             while True:
                 self._refuse_while_draining()  # the others may have been sent away meanwhile
-                if (principal := admission.confirm(candidate)) is None:
-                    await admission.look_again(candidate)
-                elif candidate.ticket is None:
+                if (principal := admission.confirm(pending)) is None:
+                    await admission.recheck(pending)
+                elif pending.ticket is None:
                     return principal
                 else:
-                    await admission.redeem(candidate.ticket)
-                    candidate.ticket = None
-        raise _too_long()
+                    await admission.redeem(pending.ticket)
+                    pending.ticket = None
+        raise _timed_out()
 
     def _refuse_while_draining(self) -> None:
         if self.draining:
@@ -177,7 +177,7 @@ class Reception:
             else:
                 await socket.close(rejected.close, rejected.text)
 
-    async def _answer(self, connection: Connection, message: Message) -> None:
+    async def _handle(self, connection: Connection, message: Message) -> None:
         """Answer a message that the connection cannot answer by itself."""
         match message:
             case Reauthenticate(token):
@@ -214,5 +214,5 @@ class Reception:
         return trio.current_time() + unix_time - self._parts.clock()
 
 
-def _too_long() -> Rejected:
+def _timed_out() -> Rejected:
     return Rejected(Close.SERVER_OVERLOADED, "can't check the credential now", "accept_timeout")

@@ -10,7 +10,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from trio_gateway.access.admission import Admission, Candidate
+from trio_gateway.access.admission import Admission, PendingAdmission
 from trio_gateway.access.revocations import Revocations
 from trio_gateway.access.tickets import Tickets
 from trio_gateway.broker.commands import Unavailable
@@ -90,7 +90,7 @@ class Place:
             sector_assignments=sector_assignments,
             clock=lambda: NOW + trio.current_time(),
         )
-        self.outcome: Candidate | Principal | Rejected | None = None
+        self.outcome: PendingAdmission | Principal | Rejected | None = None
 
     async def admit(self, **query: str) -> None:
         try:
@@ -180,7 +180,7 @@ async def test_token_that_is_revoked_while_its_revocation_is_looked_up_is_refuse
         revoke(place)
         await trio.sleep(2)
         if revoke in {by_key, by_users_key}:  # as one that is revoked right after it has joined
-            assert isinstance(place.outcome, Candidate)
+            assert isinstance(place.outcome, PendingAdmission)
         else:
             assert place.refusal == REVOKED
 
@@ -190,26 +190,26 @@ async def test_what_is_heard_between_admission_and_joining_counts(
 ) -> None:
     async with opened() as place:
         await place.admit(token=token())
-        candidate = place.outcome
-        assert isinstance(candidate, Candidate)
-        with candidate:
-            assert place.admission.confirm(candidate) is not None
+        pending = place.outcome
+        assert isinstance(pending, PendingAdmission)
+        with pending:
+            assert place.admission.confirm(pending) is not None
             by_key_alone_since_the_message_was_lost(place)
-            assert place.admission.confirm(candidate) is None  # look again
+            assert place.admission.confirm(pending) is None  # look again
             with pytest.raises(Rejected, match="revoked"):
-                await place.admission.look_again(candidate)
+                await place.admission.recheck(pending)
             by_message(place)
             with pytest.raises(Rejected, match="revoked"):
-                place.admission.confirm(candidate)
+                place.admission.confirm(pending)
         assert not place.revocations.watches
 
 
 async def test_token_that_expires_during_admission_is_refused(autojump_clock: MockClock) -> None:
     async with opened() as place:
         await place.admit(token=token(exp=NOW + 1))
-        assert isinstance(place.outcome, Candidate)
-        with place.outcome as candidate, pytest.raises(Rejected, match="expired"):
-            place.admission.confirm(candidate)
+        assert isinstance(place.outcome, PendingAdmission)
+        with place.outcome as pending, pytest.raises(Rejected, match="expired"):
+            place.admission.confirm(pending)
 
 
 async def test_sectors_that_change_during_admission_are_those_that_it_joins_with(
@@ -217,10 +217,10 @@ async def test_sectors_that_change_during_admission_are_those_that_it_joins_with
 ) -> None:
     async with opened() as place:
         await place.admit(token=token())
-        assert isinstance(place.outcome, Candidate)
+        assert isinstance(place.outcome, PendingAdmission)
         place.sector_assignments.sectors = {6}
-        with place.outcome as candidate:
-            found = place.admission.confirm(candidate)
+        with place.outcome as pending:
+            found = place.admission.confirm(pending)
         assert found is not None
         assert found.sectors == {BranchId(1): frozenset({SectorId(6)})}
 
@@ -240,8 +240,8 @@ async def test_ticket_is_still_good_until_it_is_redeemed(autojump_clock: MockClo
         await place.admit(ticket=ticket)
         first = place.outcome
         await place.admit(ticket=ticket)
-        assert isinstance(first, Candidate)
-        assert isinstance(place.outcome, Candidate)
+        assert isinstance(first, PendingAdmission)
+        assert isinstance(place.outcome, PendingAdmission)
         assert first.ticket is not None
         await place.admission.redeem(first.ticket)
         with pytest.raises(Rejected, match="ticket invalid"):
@@ -253,12 +253,12 @@ async def test_where_nobody_checks_revocations_a_second_look_ends_at_once(
 ) -> None:
     async with opened(checks_revocations=False) as place:
         await place.admit(token=token())
-        assert isinstance(place.outcome, Candidate)
-        with place.outcome as candidate:
-            candidate.watch.doubtful = True
-            assert place.admission.confirm(candidate) is None
-            await place.admission.look_again(candidate)
-            assert place.admission.confirm(candidate) is not None
+        assert isinstance(place.outcome, PendingAdmission)
+        with place.outcome as pending:
+            pending.watch.stale = True
+            assert place.admission.confirm(pending) is None
+            await place.admission.recheck(pending)
+            assert place.admission.confirm(pending) is not None
 
 
 # Live connections
@@ -348,8 +348,8 @@ async def test_sectors_that_move_during_a_sweep_do_not_save_from_it(
 async def test_message_reaches_who_is_waiting_and_nobody_else(autojump_clock: MockClock) -> None:
     async with opened() as place:
         await place.admit(token=token())
-        assert isinstance(place.outcome, Candidate)
-        with place.outcome as candidate:
+        assert isinstance(place.outcome, PendingAdmission)
+        with place.outcome as pending:
             for other in ({"jti": "b"}, {"user_id": 22}, {"jti": "a", "tenant_id": 2}):
                 place.revocations.receive(json.dumps(other).encode())
-            assert place.admission.confirm(candidate) is not None
+            assert place.admission.confirm(pending) is not None

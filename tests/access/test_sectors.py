@@ -17,7 +17,7 @@ from structlog.testing import capture_logs
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from trio_gateway.access import sectors
-from trio_gateway.access.sector_database import QueryFailed, Rows, WaiterKey
+from trio_gateway.access.sector_database import Assignments, QueryFailed, WaiterKey
 from trio_gateway.access.sectors import SectorAssignments
 from trio_gateway.core.audiences import (
     BranchId,
@@ -66,7 +66,7 @@ class Database:
     ) -> None:
         self.rows[tenant, branch, str(user), day] = {(sector, shift) for sector in serves}
 
-    async def of(self, waiter: WaiterKey, day: date, /) -> Rows:
+    async def of(self, waiter: WaiterKey, day: date, /) -> Assignments:
         self.queries += 1
         self.asked.append((trio.current_time(), waiter, day))
         self._now[waiter] += 1
@@ -421,7 +421,7 @@ async def test_one_that_can_never_be_answered_does_not_keep_the_others_from_it(
         database.assign(5, user=2)
         of = database.of
 
-        async def except_for_1(waiter: WaiterKey, day: date, /) -> Rows:
+        async def except_for_1(waiter: WaiterKey, day: date, /) -> Assignments:
             if waiter.user == "1":
                 raise QueryFailed("DataError")
             return await of(waiter, day)
@@ -765,7 +765,7 @@ async def test_flip_after_one_branch_was_asked_for_and_before_another_is_not_mis
         database = restaurant.database
         of = database.of
 
-        async def slow_for_2(waiter: WaiterKey, day: date, /) -> Rows:
+        async def slow_for_2(waiter: WaiterKey, day: date, /) -> Assignments:
             await trio.sleep(2 if waiter.branch == 2 else 0)
             return await of(waiter, day)
 

@@ -150,7 +150,7 @@ async def test_ticket_whose_answer_is_lost_is_not_called_invalid(
     async with relayed(redis_url) as (relay, gateway):
         _, ticket = await issue(gateway)
         tickets = gateway.app.parts.tickets
-        await tickets.look_at(ticket)  # as a client does that nothing else refuses
+        await tickets.peek(ticket)  # as a client does that nothing else refuses
         relay.vanish(Way.TO_CLIENT)
 
         async def redeem() -> None:

@@ -30,7 +30,7 @@ from tests.support.gateways import (
     until,
     valkey,
 )
-from trio_gateway.access.sector_database import Rows, SectorDatabase
+from trio_gateway.access.sector_database import Assignments, SectorDatabase
 from trio_gateway.testing import make_jwt, make_table_token
 
 REVOKED = (4001, "token revoked")
@@ -221,7 +221,7 @@ def slow_sectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, A
         database.execute(f"CREATE TABLE waiter_sector_assignment ({columns})")
     fast = SectorDatabase.of
 
-    async def slow(*arguments: Any) -> Rows:
+    async def slow(*arguments: Any) -> Assignments:
         found = await fast(*arguments)
         await trio.sleep(0.3)
         return found

@@ -11,20 +11,20 @@ from ..core.origins import check_origin, is_own_page
 from ..settings import Settings
 from .auth import Auth, FirstOf, JwtAuth, LegacyTableAuth, TableAuth
 from .jwks import KeySet
-from .revocations import Revocations, Watch
+from .revocations import CredentialWatch, Revocations
 from .tickets import Tickets
 
 if TYPE_CHECKING:
     from .sectors import SectorAssignments
 
 
-class Candidate:
+class PendingAdmission:
     """A client that is being admitted: who it is, and what is heard about it until it has joined.
 
     A context manager, to be left when it has joined or was refused.
     """
 
-    def __init__(self, watch: Watch, ticket: str | None) -> None:
+    def __init__(self, watch: CredentialWatch, ticket: str | None) -> None:
         self.watch = watch
         self.ticket = ticket  # not redeemed yet
 
@@ -65,7 +65,7 @@ class Admission:
         self._revocations = revocations
         self._tickets = tickets
 
-    async def admit(self, request: ClientRequest) -> Candidate:
+    async def admit(self, request: ClientRequest) -> PendingAdmission:
         """Who this is, or :exc:`Rejected`. Its ticket, if it brings one, is still good then."""
         if request.endpoint.staff:
             required = self._needs_origin and not request.same_origin
@@ -74,26 +74,26 @@ class Admission:
                 check_origin(request.origin, self._origins, required=required)
         ticket = request.ticket
         credential = request.credential if ticket is None else await self.token_of(ticket)
-        return Candidate(await self._authenticate(credential, request.endpoint), ticket)
+        return PendingAdmission(await self._authenticate(credential, request.endpoint), ticket)
 
-    async def look_again(self, candidate: Candidate) -> None:
+    async def recheck(self, pending: PendingAdmission) -> None:
         """Raise :exc:`Rejected` if its token was revoked meanwhile, or if nobody knows."""
-        await candidate.watch.check()
+        await pending.watch.check()
 
-    def confirm(self, candidate: Candidate) -> Principal | None:
+    def confirm(self, pending: PendingAdmission) -> Principal | None:
         """Who this is now, or :exc:`Rejected` for what has happened since it was looked at.
 
         None if it must be looked at again. What is returned holds until the next await.
         """
-        if not candidate.watch.is_settled():
+        if not pending.watch.is_current():
             return None
-        if candidate.principal.expires_at <= self._clock():
+        if pending.principal.expires_at <= self._clock():
             raise Rejected(Close.AUTH_FAILED, "token expired", "auth")
-        return self._latest(candidate.principal)
+        return self._latest(pending.principal)
 
     async def token_of(self, ticket: str) -> str:
         """The token that a ticket stands for, which is not redeemed by this."""
-        return await self._accepted_tickets.look_at(ticket)
+        return await self._accepted_tickets.peek(ticket)
 
     async def redeem(self, ticket: str) -> None:
         """Use a ticket up; raise :exc:`Rejected` if somebody else has."""
@@ -120,11 +120,11 @@ class Admission:
         """
         if token is None:
             raise Rejected(Close.AUTH_FAILED, "token missing", "auth")
-        with Candidate(await self._authenticate(token, principal.endpoint), None) as candidate:
-            if candidate.principal.owner != principal.owner:
+        with PendingAdmission(await self._authenticate(token, principal.endpoint), None) as pending:
+            if pending.principal.owner != principal.owner:
                 raise Rejected(Close.FORBIDDEN, "token of somebody else", "renewal")
-            while (renewed := self.confirm(candidate)) is None:
-                await self.look_again(candidate)
+            while (renewed := self.confirm(pending)) is None:
+                await self.recheck(pending)
             return renewed
 
     async def identify(self, token: str | None, *, staff: bool | None = None) -> list[Principal]:
@@ -150,7 +150,7 @@ class Admission:
             await watch.check()
         return assigned
 
-    async def _authenticate(self, credential: str, endpoint: Endpoint) -> Watch:
+    async def _authenticate(self, credential: str, endpoint: Endpoint) -> CredentialWatch:
         """The principal with its sectors, watched already; its revocation is looked up last."""
         watch = self._watch(await self._auth[endpoint].authenticate(credential, endpoint))
         watch.start()
@@ -162,8 +162,8 @@ class Admission:
             raise
         return watch
 
-    def _watch(self, principal: Principal) -> Watch:
-        return Watch(self._revocations, principal)
+    def _watch(self, principal: Principal) -> CredentialWatch:
+        return CredentialWatch(self._revocations, principal)
 
     async def _assign(self, principal: Principal) -> Principal:
         return (

@@ -100,14 +100,14 @@ class LegacyTableAuth:
 class FirstOf:
     """By the first of several ways that does not fail; the first one's failure if all do."""
 
-    def __init__(self, *ways: Auth) -> None:
-        self._ways = ways
+    def __init__(self, *methods: Auth) -> None:
+        self._methods = methods
 
     async def authenticate(self, credential: str, endpoint: Endpoint) -> Principal:
         first: Rejected | None = None
-        for way in self._ways:
+        for method in self._methods:
             try:
-                return await way.authenticate(credential, endpoint)
+                return await method.authenticate(credential, endpoint)
             except Rejected as rejected:
                 if rejected.close is not Close.AUTH_FAILED:
                     raise

@@ -82,12 +82,12 @@ class KeySet:
             known = key_id is None or any(key.id == key_id for key in self._known())
             await self._fetch(self._changed if known else self._unknown)
         if self.successes == presented:
-            raise _unanswered()
+            raise _unavailable()
         return self._known()
 
     def _known(self) -> tuple[Key, ...]:
         if self.keys is None:
-            raise _unanswered()
+            raise _unavailable()
         return self.keys
 
     def _first_presented(self, token: str, presented: int) -> int:
@@ -159,7 +159,7 @@ class KeySet:
         return Key(read.key, tuple(fitting), read.key_id) if fitting else None
 
 
-def _unanswered() -> Rejected:
+def _unavailable() -> Rejected:
     return Rejected(Close.SERVER_OVERLOADED, "can't check the token now", "dependency")
 
 

@@ -22,7 +22,9 @@ log = structlog.get_logger()
 
 _BATCH: Final = 250  # principals in one MGET
 _REST: Final = 0.005  # seconds between two
-SOON: Final = 3.0  # seconds over which everybody is looked at after messages may have been lost
+RECHECK_PERIOD: Final = (
+    3.0  # seconds over which everybody is looked at after messages may have been lost
+)
 
 
 class _Check:
@@ -37,7 +39,7 @@ class _Check:
         self.failed = False
 
 
-class Watch:
+class CredentialWatch:
     """What is heard about one principal until it has joined the hub, or its token was renewed.
 
     From :meth:`start` to :meth:`stop` :meth:`Revocations.receive` finds it as it finds a live
@@ -48,7 +50,7 @@ class Watch:
     def __init__(self, revocations: "Revocations | None", principal: Principal) -> None:
         self.principal = principal
         self.revoked = False
-        self.doubtful = False  # a message may have been lost, or the last look is a while ago
+        self.stale = False  # a message may have been lost, or the last look is a while ago
         self._revocations = revocations
 
     def start(self) -> None:
@@ -72,19 +74,19 @@ class Watch:
         Whatever is heard while this waits counts.
         """
         while True:
-            self.doubtful = False
+            self.stale = False
             if self._revocations is None:
                 await trio.lowlevel.checkpoint()
             else:
                 await self._revocations.check(self.principal)
-            if self.is_settled():
+            if self.is_current():
                 return
 
-    def is_settled(self) -> bool:
+    def is_current(self) -> bool:
         """Whether what was checked still holds; raises :exc:`Rejected` if it was revoked since."""
         if self.revoked:
             raise _revoked()
-        return not self.doubtful
+        return not self.stale
 
 
 class Revocations:
@@ -95,8 +97,8 @@ class Revocations:
         self._hub = hub
         self._throttled_log = ThrottledLog(log)
         self._ask, self._asked = trio.open_memory_channel[_Check](1000)
-        self._doubt = trio.Event()  # whether a message may have been lost
-        self.watches: set[Watch] = set()
+        self._messages_lost = trio.Event()  # whether a message may have been lost
+        self.watches: set[CredentialWatch] = set()
 
     async def check(self, principal: Principal) -> None:
         """Raise :exc:`Rejected` if the credential is revoked, or if nobody knows."""
@@ -141,29 +143,29 @@ class Revocations:
         """
         soon = False
         while True:
-            self._doubt = trio.Event()
+            self._messages_lost = trio.Event()
             parts = math.ceil(len(self._hub) / _BATCH) or 1
-            pause = (min(interval, SOON) if soon else interval) / parts
+            pause = (min(interval, RECHECK_PERIOD) if soon else interval) / parts
             soon = await self._sweep_all(0.0 if soon else pause, pause)
 
     async def _sweep_all(self, wait: float, pause: float) -> bool:
         """Wait, look at a batch, pause, look at the next; whether it all must be done again."""
-        if await self._is_in_doubt(wait):
+        if await self._lost_messages_within(wait):
             return True
         connections = list(self._hub.connections)  # those that came during the wait, too
         for i in range(0, len(connections), _BATCH):
-            if i and await self._is_in_doubt(pause):
+            if i and await self._lost_messages_within(pause):
                 return True
             if not await self._sweep(batch := connections[i : i + _BATCH]):
                 await self._sweep_again(batch)
                 return True
         return False
 
-    async def _is_in_doubt(self, seconds: float) -> bool:
+    async def _lost_messages_within(self, seconds: float) -> bool:
         """Wait; end at once with True if a message may have been lost."""
         with trio.move_on_after(seconds):
-            await self._doubt.wait()
-        return self._doubt.is_set()
+            await self._messages_lost.wait()
+        return self._messages_lost.is_set()
 
     async def _sweep_again(self, batch: Sequence[Connection]) -> None:
         """Until Redis answers."""
@@ -192,22 +194,22 @@ class Revocations:
     def receive(self, payload: bytes) -> None:
         """A message on :data:`~.control_messages.REVOKED`: close whom it is about, at once."""
         try:
-            said = msgspec.json.decode(payload, type=Revoked)
+            message = msgspec.json.decode(payload, type=Revoked)
         except (msgspec.DecodeError, UnicodeError, RecursionError):
             self._throttled_log.warning("invalid revocation")
             return
         for connection in list(self._hub.connections):
-            if _is_about(said, connection.principal):
+            if _is_about(message, connection.principal):
                 connection.close(Close.AUTH_FAILED, "token revoked")
         for watch in self.watches:
-            if _is_about(said, watch.principal):
+            if _is_about(message, watch.principal):
                 watch.revoked = True
 
     def on_subscribed(self) -> None:
         """Messages may have been lost until now: look at everybody again, soon."""
-        self._doubt.set()
+        self._messages_lost.set()
         for watch in self.watches:
-            watch.doubtful = True
+            watch.stale = True
 
     async def _revoked(self, principals: Sequence[Principal]) -> list[bool]:
         keys = [key for principal in principals for key in _keys(principal)]
@@ -251,9 +253,9 @@ def _is_revoked(principal: Principal, found: dict[str, bytes | None]) -> bool:
     return moment.timestamp() > principal.issued_at
 
 
-def _is_about(said: Revoked, principal: Principal) -> bool:
-    if said.tenant_id is not None and said.tenant_id != principal.tenant:
+def _is_about(message: Revoked, principal: Principal) -> bool:
+    if message.tenant_id is not None and message.tenant_id != principal.tenant:
         return False
-    if said.jti is not None and said.jti == principal.token_id:
+    if message.jti is not None and message.jti == principal.token_id:
         return True
-    return said.user_id is not None and str(said.user_id) == principal.user
+    return message.user_id is not None and str(message.user_id) == principal.user

@@ -27,7 +27,7 @@ class WaiterKey(NamedTuple):
     user: UserId
 
 
-Rows = frozenset[tuple[SectorId, str | None]]  # sectors and shifts of one day
+Assignments = frozenset[tuple[SectorId, str | None]]  # sectors and shifts of one day
 
 
 class QueryFailed(Exception):  # noqa: N818 - an outcome
@@ -40,7 +40,7 @@ class AssignmentSource(Protocol):
     queries: int
     failures: int
 
-    async def of(self, waiter: WaiterKey, day: date, /) -> Rows:
+    async def of(self, waiter: WaiterKey, day: date, /) -> Assignments:
         """A waiter's assignments of a day; raises :exc:`QueryFailed`."""
 
     def close(self) -> None:
@@ -68,12 +68,12 @@ class SectorDatabase:
         """Give the connections back that no query holds."""
         self._engine.dispose()
 
-    async def of(self, key: WaiterKey, day: date) -> Rows:
+    async def of(self, key: WaiterKey, day: date) -> Assignments:
         """A waiter's assignments of a day; raises :exc:`QueryFailed`."""
         if int(key.user) > MAX_ID:
             return frozenset()
         self.queries += 1
-        rows: Rows | None = None
+        rows: Assignments | None = None
         try:
             with trio.move_on_after(TIMEOUT):
                 rows = await trio.to_thread.run_sync(
@@ -87,7 +87,7 @@ class SectorDatabase:
             raise QueryFailed(f"no answer in {TIMEOUT:g} s")
         return rows
 
-    def _query(self, key: WaiterKey, day: date) -> Rows:
+    def _query(self, key: WaiterKey, day: date) -> Assignments:
         at = self._columns
         query = select(at["sector_id"], at["shift"]).where(
             at["tenant_id"] == key.tenant,

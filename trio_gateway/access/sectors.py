@@ -23,7 +23,7 @@ from ..runtime.connection import Connection
 from ..runtime.hub import Hub
 from ..runtime.throttled_log import ThrottledLog
 from ..settings import InvalidSettings, Settings
-from .sector_database import AssignmentSource, QueryFailed, Rows, SectorDatabase, WaiterKey
+from .sector_database import Assignments, AssignmentSource, QueryFailed, SectorDatabase, WaiterKey
 
 log = structlog.get_logger()
 
@@ -35,16 +35,16 @@ _MOST_CACHED: Final = 50_000  # persons
 
 
 @dataclass(slots=True)
-class _Known:
+class _CachedAssignments:
     """What the database said last of a waiter."""
 
     day: date
-    rows: Rows
-    asked_at: float  # on Trio's clock
+    rows: Assignments
+    queried_at: float  # on Trio's clock
 
 
 @dataclass(slots=True)
-class _Question:
+class _Query:
     """What the database is being asked; whoever else wants to know waits for the same answer."""
 
     done: trio.Event = field(default_factory=trio.Event)
@@ -76,14 +76,16 @@ class SectorAssignments:
         self._ttl = ttl
         self._wall_clock = wall_clock
         # By person, in the order of asking; then by branch.
-        self._known: OrderedDict[tuple[TenantId, UserId], dict[BranchId, _Known]] = OrderedDict()
-        self._asking: dict[WaiterKey, _Question] = {}
+        self._cache: OrderedDict[tuple[TenantId, UserId], dict[BranchId, _CachedAssignments]] = (
+            OrderedDict()
+        )
+        self._running: dict[WaiterKey, _Query] = {}
         self._periods: dict[tuple[TenantId, BranchId], Period] = {}  # that live waiters are in
         self._pending: dict[WaiterKey, None] = {}  # to be asked again, since the database failed
-        self._unsure: dict[
+        self._unverified: dict[
             WaiterKey, None
         ] = {}  # behind those: a change may not have been heard of
-        self._link_back_at = -math.inf  # what was asked before may be outdated
+        self._subscribed_at = -math.inf  # what was asked before may be outdated
         self._wake = trio.Event()
         self._answered = 0  # queries
         self._throttled_log = ThrottledLog(log)
@@ -93,7 +95,7 @@ class SectorAssignments:
 
     @property
     def known(self) -> int:
-        return sum(map(len, self._known.values()))
+        return sum(map(len, self._cache.values()))
 
     @property
     def pending(self) -> int:
@@ -117,15 +119,15 @@ class SectorAssignments:
             return principal
         unknown: list[WaiterKey] = []
 
-        async def ask(key: WaiterKey) -> None:
-            if not await self._ask(key, fresh=fresh):
+        async def query_branch(key: WaiterKey) -> None:
+            if not await self._query(key, fresh=fresh):
                 unknown.append(key)
 
         async with trio.open_nursery() as nursery:  # at once: one deadline for all the branches
             for branch in principal.branches:
                 key = WaiterKey(principal.tenant, branch, principal.user)
                 if fresh or not self._is_fresh(key):
-                    nursery.start_soon(ask, key)
+                    nursery.start_soon(query_branch, key)
         self._set_pending(unknown)  # only now: what is owed to nobody is forgotten
         return self._with_sectors(principal)
 
@@ -143,16 +145,16 @@ class SectorAssignments:
     def receive(self, payload: bytes) -> None:
         """A message on :data:`~.control_messages.SECTORS_CHANGED`: a waiter's assignments have changed."""
         try:
-            said = msgspec.json.decode(payload, type=SectorsChanged)
+            message = msgspec.json.decode(payload, type=SectorsChanged)
         except (msgspec.DecodeError, UnicodeError, RecursionError):
             self._throttled_log.warning("invalid sectors message")
             return
-        tenant, user = TenantId(said.tenant_id), UserId(str(said.waiter_id))
-        for key, question in self._asking.items():
+        tenant, user = TenantId(message.tenant_id), UserId(str(message.waiter_id))
+        for key, query in self._running.items():
             if key.tenant == tenant and key.user == user:
-                question.outdated = True
-        for known in self._known.get((tenant, user), {}).values():
-            known.asked_at = -math.inf
+                query.outdated = True
+        for known in self._cache.get((tenant, user), {}).values():
+            known.queried_at = -math.inf
         self._set_pending(
             WaiterKey(tenant, branch, user)
             for connection in self._connections_of(tenant, user)
@@ -163,10 +165,10 @@ class SectorAssignments:
         """Messages may have been lost until now: what is cached is outdated, and all live waiters
         are asked for again, one after the other, behind those whose change was heard of.
         """
-        self._link_back_at = trio.current_time()
-        for question in self._asking.values():
-            question.outdated = True
-        self._unsure.update(
+        self._subscribed_at = trio.current_time()
+        for query in self._running.values():
+            query.outdated = True
+        self._unverified.update(
             (WaiterKey(principal.tenant, branch, principal.user), None)
             for connection in self._waiters()
             if (principal := connection.principal).user is not None
@@ -192,13 +194,13 @@ class SectorAssignments:
         """Ask what is owed until it is answered, and apply it; returns only when cancelled."""
         backoff, failures = Backoff(first=0.5, most=10), 0
         while True:
-            while not (pending := self._pending or self._unsure):
+            while not (pending := self._pending or self._unverified):
                 self._wake = trio.Event()
                 await self._wake.wait()
             key = next(iter(pending))
             if not self._connections_of(key.tenant, key.user):
                 del pending[key]
-            elif await self._ask(key, fresh=False):
+            elif await self._query(key, fresh=False):
                 failures = 0
             else:
                 failures += 1
@@ -261,7 +263,7 @@ class SectorAssignments:
             key = WaiterKey(principal.tenant, branch, principal.user)
             period = self._period(key.tenant, branch)
             self._periods.setdefault((key.tenant, branch), period)
-            if (known := self._last(key)) is None:
+            if (known := self._cached(key)) is None:
                 had = principal.sectors.get(branch)
             else:
                 if known.day != period.day:  # better than nothing, until it is asked for
@@ -276,35 +278,35 @@ class SectorAssignments:
     def _period(self, tenant: TenantId, branch: BranchId) -> Period:
         return self._days.period(tenant, branch, self._wall_clock())
 
-    def _last(self, key: WaiterKey) -> _Known | None:
-        return self._known.get((key.tenant, key.user), {}).get(key.branch)
+    def _cached(self, key: WaiterKey) -> _CachedAssignments | None:
+        return self._cache.get((key.tenant, key.user), {}).get(key.branch)
 
     def _is_fresh(self, key: WaiterKey) -> bool:
-        known = self._last(key)
+        known = self._cached(key)
         return (
             known is not None
             and known.day == self._period(key.tenant, key.branch).day
-            and trio.current_time() - known.asked_at < self._ttl
-            and known.asked_at > self._link_back_at
+            and trio.current_time() - known.queried_at < self._ttl
+            and known.queried_at > self._subscribed_at
         )
 
-    async def _ask(self, key: WaiterKey, *, fresh: bool) -> bool:
+    async def _query(self, key: WaiterKey, *, fresh: bool) -> bool:
         """Ask the database, or wait for who asks already; whether it has answered.
 
         ``fresh`` wants to know what holds now, and not when that question was sent.
         """
-        while (asked := self._asking.get(key)) is not None:
-            asked.outdated |= fresh
-            await asked.done.wait()
-            if asked.answered is not None:
-                return asked.answered
+        while (running := self._running.get(key)) is not None:
+            running.outdated |= fresh
+            await running.done.wait()
+            if running.answered is not None:
+                return running.answered
         if not self._breaker.try_now(trio.current_time()):
             return False
-        question = self._asking[key] = _Question()
+        query = self._running[key] = _Query()
         try:
-            known = await self._answer(key, question)
+            known = await self._query_database(key, query)
         except QueryFailed as unanswered:
-            question.answered = False
+            query.answered = False
             self._breaker.failed(trio.current_time())
             self._throttled_log.warning(
                 "sectors not known", error=str(unanswered), tenant=key.tenant
@@ -314,35 +316,35 @@ class SectorAssignments:
             self._breaker.abandoned(trio.current_time())
             raise
         finally:
-            del self._asking[key]
-            question.done.set()
-        question.answered = True
+            del self._running[key]
+            query.done.set()
+        query.answered = True
         self._breaker.succeeded()
-        self._learn(key, known)
+        self._store(key, known)
         return True
 
-    async def _answer(self, key: WaiterKey, question: _Question) -> _Known:
+    async def _query_database(self, key: WaiterKey, query: _Query) -> _CachedAssignments:
         """What the database says, and said after the last change that was heard of."""
         while True:
-            question.outdated = False
-            day, asked_at = self._period(key.tenant, key.branch).day, trio.current_time()
+            query.outdated = False
+            day, queried_at = self._period(key.tenant, key.branch).day, trio.current_time()
             rows = await self._assignments.of(key, day)
             self._answered += 1
-            if not question.outdated and day == self._period(key.tenant, key.branch).day:
-                return _Known(day, rows, asked_at)
+            if not query.outdated and day == self._period(key.tenant, key.branch).day:
+                return _CachedAssignments(day, rows, queried_at)
 
-    def _learn(self, key: WaiterKey, known: _Known) -> None:
+    def _store(self, key: WaiterKey, known: _CachedAssignments) -> None:
         """Whoever asked: all of the waiter's connections hear what it serves now."""
-        before = self._last(key)
+        before = self._cached(key)
         person = (key.tenant, key.user)
-        self._known.setdefault(person, {})[key.branch] = known
-        self._known.move_to_end(person)
-        if len(self._known) > _MOST_CACHED:
-            self._known.popitem(last=False)
-        asked_for = key in self._pending or key in self._unsure
+        self._cache.setdefault(person, {})[key.branch] = known
+        self._cache.move_to_end(person)
+        if len(self._cache) > _MOST_CACHED:
+            self._cache.popitem(last=False)
+        asked_for = key in self._pending or key in self._unverified
         if asked_for or (before is not None and before.rows != known.rows):
             self._pending.pop(key, None)
-            self._unsure.pop(key, None)
+            self._unverified.pop(key, None)
             for connection in self._connections_of(key.tenant, key.user):
                 self._apply(connection)
 

@@ -27,7 +27,7 @@ class Tickets:
         await self._commands.set_for(_ticket_key(ticket), token, TICKET_LIFE)
         return ticket
 
-    async def look_at(self, ticket: str) -> str:
+    async def peek(self, ticket: str) -> str:
         """The token it stands for, which it does until :meth:`redeem`; else :exc:`Rejected`."""
         return await self._token(self._commands.get, ticket)
 
