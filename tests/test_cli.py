@@ -609,7 +609,11 @@ async def test_explain_asks_a_gateway_who_is_connected(url: str, gateway: int) -
     ("token", "path", "error"),
     [
         ("nonsense", "", "HTTP 401 (token invalid): bring a token of this gateway"),
-        (make_jwt(harness.JWT_SECRET), "", "HTTP 403 (for an ADMIN only): bring the token of an"),
+        (
+            make_jwt(harness.JWT_SECRET),
+            "",
+            "HTTP 403 (for the role ADMIN only): bring the token of an",
+        ),
         ("nonsense", "/elsewhere", "HTTP 404: no gateway there"),
         ("hunter2\n", "", "what TRIO_GATEWAY_TOKEN holds is no token"),
         ("hünter2", "", "what TRIO_GATEWAY_TOKEN holds is no token"),

@@ -1,4 +1,4 @@
-"""The tables of the docs, from tables in the code and from measured figures.
+"""The tables of the docs, generated from tables in the code and from measured figures.
 
 ``python -m tools.tables`` renews them. A table stands between ``<!-- generated: NAME -->`` and
 ``<!-- end -->``; a test finds drift.
@@ -85,7 +85,7 @@ def http() -> str:
         rows.append((_code(f"{method} {path}"), words))
     streams = ", ".join(_code(f"GET {path}") for path in PATHS)
     rows.append((streams, "see Server-Sent Events"))
-    rows.append((_code(f"GET {CONTRACT}"), "this contract, for machines; public"))
+    rows.append((_code(f"GET {CONTRACT}"), "this contract as an AsyncAPI document; public"))
     files = ", ".join(_code(f"GET {path}") for path in FILES)
     rows.append((files, "the JavaScript client and its types; public, for pages of any origin"))
     return table(("path", "answer"), *rows)

@@ -22,9 +22,9 @@ def test_only_what_waiting_would_not_mend_is_the_end() -> None:
 def test_what_is_done_is_what_the_contract_asks_for() -> None:
     asked = {
         "not retry": Next.STOP,
-        "mend itself": Next.STOP,
+        "fix its code": Next.STOP,
         "not retry with the same token": Next.RENEW,
-        "cool down": Next.COOL_DOWN,
+        "wait before it reconnects": Next.COOL_DOWN,
         "reconnect": Next.BACK_OFF,
         "reconnect after that time": Next.BACK_OFF,
         "retry with back-off": Next.BACK_OFF,

@@ -45,8 +45,8 @@ def test_a_reason_is_given_exactly_when_it_is_not_delivered(
     assert (why_not(event, who, routes) is None) is hears(event, who, routes)
 
 
-def mended(fact: Fact, event: Event, who: Principal) -> tuple[Event, Principal]:
-    """As if that one fact were not in the way."""
+def fixed(fact: Fact, event: Event, who: Principal) -> tuple[Event, Principal]:
+    """The same, without the obstacle of that one fact."""
     match fact:
         case Fact.TENANT:
             return event, replace(who, tenant=event.tenant)
@@ -60,13 +60,13 @@ def mended(fact: Fact, event: Event, who: Principal) -> tuple[Event, Principal]:
         case Fact.SESSION if event.session is not None:
             return event, replace(who, session=event.session)
         case Fact.SESSION:
-            event.session = who.session  # the event is what must be mended
+            event.session = who.session  # here the event must be fixed
             return event, who
     raise AssertionError(fact)
 
 
 @given(events, principals, tables)
-def test_a_reason_is_true_and_the_next_one_shows_when_it_is_mended(
+def test_a_reason_is_true_and_the_next_one_shows_when_it_is_fixed(
     event: Event, who: Principal, routes: Routing
 ) -> None:
     ranks = [
@@ -78,7 +78,7 @@ def test_a_reason_is_true_and_the_next_one_shows_when_it_is_mended(
         assert rank > before
         if reason.fact is Fact.TYPE:
             return
-        event, who = mended(reason.fact, event, who)
+        event, who = fixed(reason.fact, event, who)
     assert hears(event, who, routes)
 
 
@@ -100,7 +100,7 @@ def test_a_type_is_the_reason_only_if_nobody_of_its_tenant_hears_it_there(
 
 
 WORDS = {
-    "tenant": (make_event(tenant_id=2), make_principal(), "the token is another tenant's"),
+    "tenant": (make_event(tenant_id=2), make_principal(), "the token is of another tenant"),
     "branch": (
         make_event(branch_id=2),
         make_principal(branches=[3, 1]),
@@ -124,31 +124,31 @@ WORDS = {
     "session, not named": (
         make_event("CART_SYNC"),
         make_principal(Endpoint.DINER),
-        "CART_SYNC is for one session, and names none",
+        "CART_SYNC is for one session, but names no session",
     ),
     "role": (
         make_event("ENTITY_CREATED"),
         make_principal(),
         (
-            "ENTITY_CREATED goes to admins, who on /ws/waiter are ADMIN and MANAGER;"
+            "ENTITY_CREATED goes to admins, which on /ws/waiter are ADMIN and MANAGER;"
             " the token has WAITER"
         ),
     ),
     "type": (
         make_event("ROUND_SUBMITTED"),
         make_principal(Endpoint.KITCHEN),
-        "ROUND_SUBMITTED goes to admins, waiters, diners: never to /ws/kitchen",
+        "ROUND_SUBMITTED goes to admins, waiters, diners, never to /ws/kitchen",
     ),
     "type, not known": (
         make_event("BREAD"),
         make_principal(Endpoint.KITCHEN),
-        "BREAD is not a known type, and goes to admins: never to /ws/kitchen",
+        "BREAD is not a known type and goes to admins, never to /ws/kitchen",
     ),
     "type, of the whole tenant": (
         make_event("CART_SYNC", branch_id=0),
         make_principal(Endpoint.ADMIN),
         (
-            "an event for the whole tenant (branch 0) goes to its admins alone,"
+            "an event for the whole tenant (branch 0) goes to its admins only,"
             " and CART_SYNC never goes to them"
         ),
     ),
@@ -176,7 +176,7 @@ def test_a_verdict_is_by_endpoint() -> None:
     assert found.as_json() == {
         "hears": True,
         "endpoints": ["waiter", "admin"],
-        "reasons": {"kitchen": "type: ENTITY_CREATED goes to admins: never to /ws/kitchen"},
+        "reasons": {"kitchen": "type: ENTITY_CREATED goes to admins, never to /ws/kitchen"},
     }
 
 
@@ -186,8 +186,8 @@ def test_an_endpoint_that_does_not_let_the_role_in_says_so() -> None:
         "hears": True,
         "endpoints": ["waiter"],
         "reasons": {
-            "kitchen": "role: /ws/kitchen lets in ADMIN, KITCHEN, MANAGER; the token has WAITER",
-            "admin": "role: /ws/admin lets in ADMIN, MANAGER; the token has WAITER",
+            "kitchen": "role: /ws/kitchen admits ADMIN, KITCHEN, MANAGER; the token has WAITER",
+            "admin": "role: /ws/admin admits ADMIN, MANAGER; the token has WAITER",
         },
     }
 
@@ -198,7 +198,7 @@ def test_of_another_tenants_token_no_more_is_said(event: Event, who: Principal) 
         assert judge(event, [who]).as_json() == {
             "hears": False,
             "endpoints": [],
-            "reasons": {"token": "tenant: the token is another tenant's"},
+            "reasons": {"token": "tenant: the token is of another tenant"},
         }
 
 

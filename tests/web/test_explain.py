@@ -118,7 +118,7 @@ async def test_of_another_tenants_token_no_more_is_said_than_that() -> None:
     other = {
         "hears": False,
         "endpoints": [],
-        "reasons": {"token": "tenant: the token is another tenant's"},
+        "reasons": {"token": "tenant: the token is of another tenant"},
     }
     assert found["tokens"] == [other, other]
 
@@ -152,7 +152,7 @@ async def test_an_admin_of_any_branch_may_ask_of_what_is_for_the_whole_tenant() 
 @pytest.mark.parametrize(
     ("body", "status", "error"),
     [
-        (b"", 422, "no JSON object"),
+        (b"", 422, "not a JSON object"),
         (b"[]", 422, "Expected `object`"),
         (b'{"event":"\xff"}', 422, "event: event is not UTF-8"),
         ({}, 422, "missing required field `event`"),

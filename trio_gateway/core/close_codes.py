@@ -9,9 +9,9 @@ from typing import Final
 class Close(IntEnum):
     """Close codes (RFC 6455, 7.4; 4000 and up are the gateway's own).
 
-    ``when`` one is sent and what ``then`` the client should do, in the words of the contract:
-    docs/protocol.md and the AsyncAPI document are made from them. ``status`` is the HTTP status of
-    a response that rejects a client for the same reason.
+    ``when`` says when a code is sent, ``then`` what the client should do: docs/protocol.md and the
+    AsyncAPI document are generated from them. ``status`` is the HTTP status of a response that
+    rejects a client for the same reason.
     """
 
     when: str
@@ -24,67 +24,77 @@ class Close(IntEnum):
         close.when, close.then, close.status = when, then, status
         return close
 
-    NORMAL = 1000, "it asked"
-    GOING_AWAY = 1001, "shutdown; the reason is `retry in 3.2s`", "reconnect after that time", 503
-    PROTOCOL_ERROR = 1002, "frames that break RFC 6455", "mend itself"
-    UNSUPPORTED_DATA = 1003, "a binary frame", "mend itself"
+    NORMAL = 1000, "the client closed"
+    GOING_AWAY = (
+        1001,
+        "the gateway shuts down; the reason is `retry in 3.2s`",
+        "reconnect after that time",
+        503,
+    )
+    PROTOCOL_ERROR = 1002, "frames that violate RFC 6455", "fix its code"
+    UNSUPPORTED_DATA = 1003, "a binary frame", "fix its code"
     NO_STATUS = 1005  # never sent: the client's close frame carried no code
-    ABNORMAL = 1006  # never sent: the client went without a close frame
-    INVALID_DATA = 1007, "text that is not UTF-8", "mend itself"
-    POLICY_VIOLATION = 1008, "Origin not allowed, or missing in production", "not retry", 403
+    ABNORMAL = 1006  # never sent: the connection ended without a close frame
+    INVALID_DATA = 1007, "text that is not UTF-8", "fix its code"
+    POLICY_VIOLATION = (
+        1008,
+        "the Origin is not allowed, or is missing in production",
+        "not retry",
+        403,
+    )
     MESSAGE_TOO_BIG = (
         1009,
-        "a message over `WS_MAX_MESSAGE_SIZE` bytes, or in more than 256 fragments",
+        "a message of more than `WS_MAX_MESSAGE_SIZE` bytes, or of more than 256 fragments",
         "not retry",
     )
-    INTERNAL_ERROR = 1011, "a bug of ours", "retry with back-off", 500
+    INTERNAL_ERROR = 1011, "a bug in the gateway", "retry with back-off", 500
     SERVER_OVERLOADED = (
         1013,
         (
-            "a limit is reached (in all, per user, session or address, clients being admitted), "
-            "or what is needed to admit it is down"
+            "a limit is reached (in total, per user, session or address, or of clients being "
+            "admitted), or a service that is needed to admit the client is down"
         ),
         "retry with back-off",
         503,
     )
     AUTH_FAILED = (
         4001,
-        "token missing, invalid, expired, revoked",
+        "the token is missing, invalid, expired or revoked",
         "not retry with the same token",
     )
     FORBIDDEN = (
         4003,
-        "role not admitted here, no branch in the token, a malformed Origin",
+        "the role is not admitted here, the token has no branch, or the Origin is malformed",
         "not retry",
         403,
     )
     HEARTBEAT_TIMEOUT = (
         4008,
         (
-            "no heartbeat for `WS_HEARTBEAT_TIMEOUT`, nothing at all for `WS_RECEIVE_TIMEOUT`, or "
-            "no answer to a ping within 2 s when room is made for a new connection"
+            "no heartbeat for `WS_HEARTBEAT_TIMEOUT`, no data at all for `WS_RECEIVE_TIMEOUT`, or "
+            "no pong within 2 s when room is needed for a new connection"
         ),
         "reconnect",
     )
     SLOW_CONSUMER = (
         4009,
-        "too slow: its outbox is full, or it accepted no byte for `WS_WRITE_TIMEOUT`",
+        "the client is too slow: its outbox is full, or it took no byte for `WS_WRITE_TIMEOUT`",
         "reconnect",
     )
     RATE_LIMITED = (
         4029,
         (
-            "over `WS_MESSAGE_RATE_LIMIT` messages in `WS_MESSAGE_RATE_WINDOW`; or, at connect, "
-            "`WS_MAX_FAILED_LOGINS` of its address in a minute: then the credential was not "
-            "looked at"
+            "more than `WS_MESSAGE_RATE_LIMIT` messages in `WS_MESSAGE_RATE_WINDOW`; or, on "
+            "connect, `WS_MAX_FAILED_LOGINS` failed logins from its address in a minute: then the "
+            "credential was not checked"
         ),
-        "cool down",
+        "wait before it reconnects",
         429,
     )
 
     @property
     def sent(self) -> bool:
-        """Whether it goes over the wire; the others are what logs and metrics call an end."""
+        """Whether the gateway sends it. The others only occur in logs and metrics."""
         return bool(self.when)
 
 

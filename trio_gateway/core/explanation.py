@@ -1,7 +1,7 @@
-"""Explanations: which audiences an event names, and why somebody is in none of them, in words.
+"""Explanations: whether a principal receives an event, and if not, why.
 
-Whether somebody hears is asked of the functions that deliver, so the two can't disagree; a reason
-is found by asking them again with one fact of the principal changed.
+The answer comes from the functions that deliver events, so the two cannot disagree. A reason is
+found by calling them again with one fact about the principal changed.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -13,11 +13,11 @@ from .audiences import Audience, Endpoint, Principal, Role, SectorId, SessionId,
 from .events import Event
 from .routing import ROUTES, Routing, To
 
-EVERYWHERE: Final = "token"  # among reasons by endpoint: it holds on each of them
+EVERYWHERE: Final = "token"  # the key of a reason that holds on every endpoint
 
 
 class Fact(StrEnum):
-    """What stands between an event and somebody who does not hear it."""
+    """The kinds of reasons why a principal does not receive an event."""
 
     TENANT = "tenant"
     BRANCH = "branch"
@@ -25,12 +25,12 @@ class Fact(StrEnum):
     TYPE = "type"
     SECTOR = "sector"
     SESSION = "session"
-    TOKEN = "token"  # it is none  # noqa: S105 - a word
+    TOKEN = "token"  # it is invalid  # noqa: S105 - a word
 
 
 @dataclass(frozen=True, slots=True)
 class Reason:
-    """Why not; the text is for people."""
+    """Why a principal does not receive an event; ``text`` is for people."""
 
     fact: Fact
     text: str
@@ -41,12 +41,13 @@ class Reason:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """On which endpoints a token's holder hears an event, and why not on the others."""
+    """The endpoints on which a token's holder receives an event, and why not on the others."""
 
     hears: tuple[Endpoint, ...]
     reasons: Mapping[str, Reason]  # by the endpoint's label, or EVERYWHERE
 
     def as_json(self) -> dict[str, Any]:
+        """The verdict as ``POST /ws/explain`` returns it."""
         return {
             "hears": bool(self.hears),
             "endpoints": [endpoint.label for endpoint in self.hears],
@@ -55,7 +56,7 @@ class Verdict:
 
 
 def refused(text: str) -> Verdict:
-    """Of a token with which nobody is let in, or that is not to be looked at."""
+    """The verdict on a token that no endpoint admits, or that must not be looked at."""
     return Verdict((), {EVERYWHERE: Reason(Fact.TOKEN, text)})
 
 
@@ -65,9 +66,10 @@ def judge(
     routes: Routing = ROUTES,
     audiences: Collection[Audience] | None = None,
 ) -> Verdict:
-    """Of one token: ``principals`` is who its holder is, on each endpoint that lets it in.
+    """The verdict on one token.
 
-    Of another tenant's token no more is said than that. ``audiences`` as in :func:`why_not`.
+    ``principals`` has one principal for each endpoint that admits the token. About a token of
+    another tenant the verdict says only that. ``audiences`` as in :func:`why_not`.
     """
     first = principals[0]
     if first.tenant != event.tenant:
@@ -79,7 +81,7 @@ def judge(
         if endpoint.staff is not first.endpoint.staff:
             continue
         if (principal := by_endpoint.get(endpoint)) is None:
-            reasons[endpoint.label] = _not_let_in(endpoint, first.roles)
+            reasons[endpoint.label] = _not_admitted(endpoint, first.roles)
         elif (reason := why_not(event, principal, routes, audiences)) is None:
             hears.append(endpoint)
         else:
@@ -93,11 +95,11 @@ def why_not(
     routes: Routing = ROUTES,
     audiences: Collection[Audience] | None = None,
 ) -> Reason | None:
-    """Why a principal does not hear an event; None if it does.
+    """Why a principal does not receive an event; None if it does.
 
-    ``audiences`` are those that the event goes to, if they are others than the routing table says
-    (WS_UNCOVERED_SECTOR). Of several reasons it is the first of: tenant, branch, role or type,
-    sector, session; mend it, and the next one is the reason.
+    ``audiences`` are those that the event goes to, if they differ from what the routing table says
+    (WS_UNCOVERED_SECTOR). Of several reasons the first is returned, in this order: tenant, branch,
+    role or type, sector, session.
     """
     named = frozenset(routes.audiences(event) if audiences is None else audiences)
 
@@ -109,25 +111,25 @@ def why_not(
     if principal.tenant != event.tenant:
         return _of_another_tenant()
     to = routes.route_of(event.type).to
-    mends = _mends(event, principal)
-    ideal = _mended(principal, mends.values())
+    fixes = _fixes(event, principal)
+    ideal = _fixed(principal, fixes.values())
     if not hears(ideal):
         if principal.endpoint is Endpoint.DINER and event.branch and To.DINERS in to:
-            return Reason(Fact.SESSION, f"{event.type} is for one session, and names none")
-        if Fact.BRANCH in mends:
-            return _elsewhere(event, principal)
+            return Reason(Fact.SESSION, f"{event.type} is for one session, but names no session")
+        if Fact.BRANCH in fixes:
+            return _other_branch(event, principal)
         if hears(replace(ideal, roles=ideal.roles | {Role.MANAGER})):
             return _no_admin(event, principal)
         return _never(event, principal.endpoint, to, known=event.type in routes)
-    for fact, mend in mends.items():
-        others = [each for other, each in mends.items() if other is not fact]
-        if hears(replace(principal, **mend)) or not hears(_mended(principal, others)):
+    for fact, fix in fixes.items():
+        others = [each for other, each in fixes.items() if other is not fact]
+        if hears(replace(principal, **fix)) or not hears(_fixed(principal, others)):
             return _REASONS[fact](event, principal)
-    raise AssertionError("the ideal principal hears, and nothing made it so")
+    raise AssertionError("with all fixes the principal receives it, but no single fix is a reason")
 
 
 def describe(audience: Audience) -> dict[str, Any]:
-    """An audience for programs: its kind, and what it is of."""
+    """An audience as JSON: its kind, tenant, and branch, sector or session."""
     kind, tenant, number, sector = audience
     found: dict[str, Any] = {"audience": kind, "tenant_id": int(tenant)}
     if kind == "diners":
@@ -139,8 +141,8 @@ def describe(audience: Audience) -> dict[str, Any]:
     return found
 
 
-def _mends(event: Event, principal: Principal) -> dict[Fact, dict[str, Any]]:
-    """What of the principal would have to be otherwise, in the order of telling."""
+def _fixes(event: Event, principal: Principal) -> dict[Fact, dict[str, Any]]:
+    """What would have to change in the principal, in the order of the reasons."""
     found: dict[Fact, dict[str, Any]] = {}
     if event.branch and event.branch not in principal.branches:
         found[Fact.BRANCH] = {"branches": principal.branches | {event.branch}}
@@ -154,22 +156,22 @@ def _mends(event: Event, principal: Principal) -> dict[Fact, dict[str, Any]]:
     return found
 
 
-def _mended(principal: Principal, mends: Iterable[dict[str, Any]]) -> Principal:
-    for mend in mends:
-        principal = replace(principal, **mend)
+def _fixed(principal: Principal, fixes: Iterable[dict[str, Any]]) -> Principal:
+    for fix in fixes:
+        principal = replace(principal, **fix)
     return principal
 
 
 def _of_another_tenant() -> Reason:
-    return Reason(Fact.TENANT, "the token is another tenant's")
+    return Reason(Fact.TENANT, "the token is of another tenant")
 
 
-def _not_let_in(endpoint: Endpoint, roles: frozenset[str]) -> Reason:
+def _not_admitted(endpoint: Endpoint, roles: frozenset[str]) -> Reason:
     wanted = ", ".join(sorted(endpoint.roles))
-    return Reason(Fact.ROLE, f"{endpoint.path} lets in {wanted}; the token has {_words(roles)}")
+    return Reason(Fact.ROLE, f"{endpoint.path} admits {wanted}; the token has {_words(roles)}")
 
 
-def _elsewhere(event: Event, principal: Principal) -> Reason:
+def _other_branch(event: Event, principal: Principal) -> Reason:
     mine = _numbers(principal.branches)
     return Reason(Fact.BRANCH, f"the event is for branch {event.branch}, the token for {mine}")
 
@@ -186,7 +188,7 @@ def _other_session(event: Event, principal: Principal) -> Reason:
 
 
 _REASONS: Final = {
-    Fact.BRANCH: _elsewhere,
+    Fact.BRANCH: _other_branch,
     Fact.SECTOR: _other_sector,
     Fact.SESSION: _other_session,
 }
@@ -194,19 +196,19 @@ _REASONS: Final = {
 
 def _no_admin(event: Event, principal: Principal) -> Reason:
     what = f"{event.type} goes" if event.branch else "an event for the whole tenant (branch 0) goes"
-    heads = "who on /ws/waiter are ADMIN and MANAGER"
+    heads = "which on /ws/waiter are ADMIN and MANAGER"
     return Reason(Fact.ROLE, f"{what} to admins, {heads}; the token has {_words(principal.roles)}")
 
 
 def _never(event: Event, endpoint: Endpoint, to: To, *, known: bool) -> Reason:
     if not event.branch:
-        text = "an event for the whole tenant (branch 0) goes to its admins alone"
+        text = "an event for the whole tenant (branch 0) goes to its admins only"
         if To.ADMINS not in to:
             text += f", and {event.type} never goes to them"
         return Reason(Fact.TYPE, text)
     kinds = [kind.name.lower().replace("_", " ") for kind in to if kind.name] or ["nobody"]
-    text = f"{event.type}{'' if known else ' is not a known type, and'} goes to {', '.join(kinds)}"
-    return Reason(Fact.TYPE, f"{text}: never to {endpoint.path}")
+    text = f"{event.type}{'' if known else ' is not a known type and'} goes to {', '.join(kinds)}"
+    return Reason(Fact.TYPE, f"{text}, never to {endpoint.path}")
 
 
 def _numbers(numbers: Iterable[int]) -> str:

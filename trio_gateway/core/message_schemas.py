@@ -1,6 +1,7 @@
-"""The catalogue: each message between a client and the gateway, with its schema and an example.
+"""Each message between a client and the gateway, with its schema and an example.
 
-docs/protocol.md and the AsyncAPI document are made from it. Events have a schema of their own.
+docs/protocol.md and the AsyncAPI document are generated from these tables. Events have a schema
+of their own.
 """
 
 from collections.abc import Mapping
@@ -28,7 +29,7 @@ def _object(name: str, **keys: Schema) -> Schema:
 
 @dataclass(frozen=True)
 class Answer:
-    """Something that the gateway says by itself; ``example`` is the text of a frame."""
+    """A message that the gateway sends and that is not an event; ``example`` is a frame's text."""
 
     example: str
     schema: Schema
@@ -37,7 +38,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Request:
-    """Something that a client may say; ``answer`` names one of :data:`ANSWERS`, if there is any."""
+    """A message that a client may send; ``answer`` is a key of :data:`ANSWERS`, or None."""
 
     example: str
     schema: Schema
@@ -49,26 +50,26 @@ class Request:
 _SECTORS: Final = [SectorId(5), SectorId(6)]
 
 ANSWERS: Final[Mapping[str, Answer]] = {
-    "pong": Answer(messages.PONG.decode(), _object("pong"), "to a `ping`"),
+    "pong": Answer(messages.PONG.decode(), _object("pong"), "the answer to a `ping`"),
     "sectors_updated": Answer(
         messages.sectors_updated(_SECTORS, Command.REFRESH_SECTORS_JSON).decode(),
         _object("sectors_updated", sector_ids={"type": "array", "items": {"type": "integer"}}),
-        "what it hears from now on, of all its branches",
+        "the sectors that the client receives events of from now on, in all its branches",
     ),
     "sectors_updated_text": Answer(
         messages.sectors_updated(_SECTORS, Command.REFRESH_SECTORS).decode(),
         {"type": "string", "pattern": "^sectors_updated:([0-9]+(,[0-9]+)*)?$"},
-        "the same, to who asked by the word alone",
+        "the same, as the answer to the bare word",
     ),
     "auth_ok": Answer(
         messages.auth_ok(1790000000).decode(),
         _object("auth_ok", expires_at={"type": "integer", "description": "unix seconds"}),
-        "the new token counts; its end",
+        "the new token is in force; when it expires",
     ),
     "resumed": Answer(
         messages.resumed(recovered=True, count=2, last_event_id="AbCd").decode(),
         _object("resumed", recovered={"type": "boolean"}, count=_COUNT, last_event_id=_STRING),
-        "to who asked to resume, before the `count` events that it missed",
+        "the answer to `resume`, before the `count` events that the client missed",
     ),
     "intervals": Answer(
         messages.intervals(
@@ -80,31 +81,31 @@ ANSWERS: Final[Mapping[str, Answer]] = {
             receive_timeout=_SECONDS,
             ping_interval=_SECONDS,
         ),
-        "the gateway's own settings in seconds: send something at least once in half of the "
-        "smaller of the first two; the gateway sends something at least once in the third",
+        "the gateway's settings, in seconds. Send something at least once in half of the smaller "
+        "of the first two; the gateway sends something at least once in the third",
     ),
     "statistics": Answer(
         messages.statistics({"at": 1790000000.5, "pid": 42, "numbers": {}}, []).decode(),
         _object("statistics", at={"type": "number"}, pid=_COUNT, numbers={"type": "object"}),
-        "to an ADMIN that watches, once a second: this process's metrics, breakers and links, and "
-        "the slow clients of its tenant",
+        "sent once a second to an ADMIN that watches: the metrics, circuit breakers and Redis "
+        "connections of this process, and the slow clients of the ADMIN's tenant",
     ),
     "gap": Answer(
         messages.GAP.decode(),
         _object("gap"),
-        "durable events were lost and can't be replayed: refetch your state",
+        "durable events were lost and cannot be replayed: fetch your state again",
     ),
 }
 
 REQUESTS: Final[Mapping[str, Request]] = {
-    "ping": Request('{"type":"ping"}', _object("ping"), "pong", "whatever its other keys"),
+    "ping": Request('{"type":"ping"}', _object("ping"), "pong", "other keys are ignored"),
     "ping_text": Request("ping", {"const": "ping"}, "pong"),
     "refresh_sectors": Request(
         '{"type":"refresh_sectors"}',
         _object("refresh_sectors"),
         "sectors_updated",
-        "waiters only. Over five in ten seconds, or while the database fails, it is what is "
-        "known already",
+        "waiters only. After more than five in ten seconds, or while the database is down, the "
+        "answer is what is known already",
         frozenset({Endpoint.WAITER}),
     ),
     "refresh_sectors_text": Request(
@@ -118,33 +119,34 @@ REQUESTS: Final[Mapping[str, Request]] = {
         '{"type":"auth","token":"…"}',
         _object("auth", token=_STRING),
         "auth_ok",
-        "a token of somebody else closes with 4003, a bad one with 4001; while Redis can't say "
-        "whether the token is revoked nothing is answered and the old one holds: try again",
+        "another principal's token closes the connection with 4003, an invalid one with 4001. "
+        "While Redis cannot say whether the token is revoked, there is no answer and the old "
+        "token stays in force: try again",
     ),
     "ask_intervals": Request(
         '{"type":"intervals"}',
         _object("intervals"),
         "intervals",
-        "after a `resume`, if there is one: that must be the first message",
+        "a `resume` must come before it, as the first message",
     ),
     "watch": Request(
         '{"type":"watch"}',
         _object("watch"),
         "statistics",
-        "for the role ADMIN on `/ws/admin`, until it says `unwatch`",
+        "for the role ADMIN on `/ws/admin`, until it sends `unwatch`",
         frozenset({Endpoint.ADMIN}),
     ),
     "unwatch": Request(
         '{"type":"unwatch"}',
         _object("unwatch"),
         None,
-        "no more figures",
+        "stops the statistics",
         frozenset({Endpoint.ADMIN}),
     ),
     "resume": Request(
         '{"type":"resume","last_event_id":"…"}',
         _object("resume", last_event_id=_STRING),
         "resumed",
-        "as its first message; then what it missed, see Resume",
+        "must be the first message; the missed events follow the answer, see Resume",
     ),
 }

@@ -51,44 +51,66 @@ class _Histogram(NamedTuple):
 
 # The names are a promise (contract, section 5). No label has unbounded values.
 METRICS: Final[Mapping[str, _Counter | _Gauge | _Histogram]] = {
-    "wsgateway_ready": _Gauge("Processes that clients should be sent to"),
-    "wsgateway_metrics_partial": _Gauge("1: figures of other workers are missing", None, "max"),
-    "wsgateway_connections_total": _Gauge("Open connections"),
-    "wsgateway_connections_limit": _Gauge("How many may be open"),
-    "wsgateway_connections_by_endpoint": _Gauge("Open connections by endpoint", "endpoint"),
-    "wsgateway_circuit_breaker_state": _Gauge("0 closed, 1 open, 2 half-open", "name", "max"),
-    "wsgateway_event_queue_depth": _Gauge("Events that wait to be delivered"),
-    "wsgateway_connections_rejected_total": _Counter("Clients that were not let in", "reason"),
-    "wsgateway_connections_closed_total": _Counter("Ended connections by close code", "code"),
-    "wsgateway_connections_closed_by_gateway_total": _Counter(
-        "Connections that the gateway closed, by the close code that it chose", "code"
+    "wsgateway_ready": _Gauge("Processes that are ready to serve clients"),
+    "wsgateway_metrics_partial": _Gauge(
+        "1 if the metrics of other workers are missing", None, "max"
     ),
-    "wsgateway_upgrades_refused_total": _Counter("Upgrades refused by HTTP status", "status"),
-    "wsgateway_broadcasts_total": _Counter("Events that somebody heard"),
-    "wsgateway_broadcasts_failed_total": _Counter("Events whose delivery took too long"),
-    "wsgateway_events_received_total": _Counter("Events heard, valid or not", "source"),
-    "wsgateway_events_processed_total": _Counter("Events dispatched, duplicates left out"),
-    "wsgateway_events_dropped_total": _Counter("Events dropped before they were delivered"),
-    "wsgateway_events_dropped_by_source_total": _Counter("The same, and why", "source,reason"),
-    "wsgateway_events_invalid_total": _Counter("What was published and is no event", "reason"),
-    "wsgateway_events_duplicate_total": _Counter("Copies of events that were heard before"),
-    "wsgateway_events_unheard_total": _Counter("Events nobody heard, or whose sector nobody has"),
-    "wsgateway_events_unknown_type_total": _Counter("Events of a type that has no route"),
-    "wsgateway_deliveries_total": _Counter("Events handed to a connection"),
-    "wsgateway_resumes_total": _Counter("Clients that asked to resume", "outcome"),
-    "wsgateway_replayed_events_total": _Counter("Durable events sent from the history"),
-    "wsgateway_stream_gaps_total": _Counter("Times that stream entries were lost unread"),
-    "wsgateway_log_lines_dropped_total": _Counter("Log lines that could not be written"),
-    "wsgateway_tasks": _Gauge("Trio tasks: about one for each connection, and a few"),
-    "wsgateway_history_events": _Gauge("Durable events in memory"),
-    "wsgateway_history_bytes": _Gauge("Their bytes"),
-    "wsgateway_dead_letters_total": _Counter("Stream entries that are no events", "outcome"),
-    "wsgateway_sector_queries_total": _Counter("Queries to the database", "outcome"),
-    "wsgateway_messages_received_total": _Counter("Messages from clients"),
-    "wsgateway_broadcast_duration_seconds": _Histogram("Delivering one batch of events"),
-    "wsgateway_event_latency_seconds": _Histogram("From hearing an event to its last write"),
+    "wsgateway_connections_total": _Gauge("Open connections"),
+    "wsgateway_connections_limit": _Gauge("Maximum number of open connections"),
+    "wsgateway_connections_by_endpoint": _Gauge("Open connections by endpoint", "endpoint"),
+    "wsgateway_circuit_breaker_state": _Gauge(
+        "State of the circuit breaker: 0 closed, 1 open, 2 half-open", "name", "max"
+    ),
+    "wsgateway_event_queue_depth": _Gauge("Events waiting to be delivered"),
+    "wsgateway_connections_rejected_total": _Counter("Rejected connections by reason", "reason"),
+    "wsgateway_connections_closed_total": _Counter("Closed connections by close code", "code"),
+    "wsgateway_connections_closed_by_gateway_total": _Counter(
+        "Connections closed by the gateway, by close code", "code"
+    ),
+    "wsgateway_upgrades_refused_total": _Counter(
+        "Refused upgrade requests by HTTP status", "status"
+    ),
+    "wsgateway_broadcasts_total": _Counter("Events with at least one recipient"),
+    "wsgateway_broadcasts_failed_total": _Counter("Events whose delivery timed out"),
+    "wsgateway_events_received_total": _Counter(
+        "Events received from Redis, valid or not, by source", "source"
+    ),
+    "wsgateway_events_processed_total": _Counter("Events dispatched, without duplicates"),
+    "wsgateway_events_dropped_total": _Counter("Events dropped before delivery"),
+    "wsgateway_events_dropped_by_source_total": _Counter(
+        "Events dropped before delivery, by source and reason", "source,reason"
+    ),
+    "wsgateway_events_invalid_total": _Counter("Invalid events by reason", "reason"),
+    "wsgateway_events_duplicate_total": _Counter("Duplicates of events received before"),
+    "wsgateway_events_unheard_total": _Counter(
+        "Events without a recipient, or whose sector has no waiter"
+    ),
+    "wsgateway_events_unknown_type_total": _Counter("Events of a type without a route"),
+    "wsgateway_deliveries_total": _Counter("Events written to a connection or its outbox"),
+    "wsgateway_resumes_total": _Counter("Requests to resume by outcome", "outcome"),
+    "wsgateway_replayed_events_total": _Counter("Durable events replayed from the history"),
+    "wsgateway_stream_gaps_total": _Counter(
+        "Times that stream entries were lost before they were read"
+    ),
+    "wsgateway_log_lines_dropped_total": _Counter(
+        "Log lines dropped because they could not be written"
+    ),
+    "wsgateway_tasks": _Gauge("Running Trio tasks"),
+    "wsgateway_history_events": _Gauge("Durable events in the history"),
+    "wsgateway_history_bytes": _Gauge("Bytes of the durable events in the history"),
+    "wsgateway_dead_letters_total": _Counter(
+        "Invalid stream entries to be copied to the dead-letter stream, by outcome", "outcome"
+    ),
+    "wsgateway_sector_queries_total": _Counter(
+        "Queries to the sector database by outcome", "outcome"
+    ),
+    "wsgateway_messages_received_total": _Counter("Messages received from clients"),
+    "wsgateway_broadcast_duration_seconds": _Histogram(
+        "Duration of the delivery of one batch of events"
+    ),
+    "wsgateway_event_latency_seconds": _Histogram("Time from receiving an event to its last write"),
     "wsgateway_loop_stall_seconds": _Histogram("Turns of the event loop that took 10 ms or more"),
-    "wsgateway_gc_pause_seconds": _Histogram("Collections of garbage"),
+    "wsgateway_gc_pause_seconds": _Histogram("Duration of garbage collections"),
 }
 
 

@@ -1,6 +1,6 @@
-"""The contract as an AsyncAPI 3.0 document, from the tables that the gateway itself runs on.
+"""The contract as an AsyncAPI 3.0 document, generated from the tables that the gateway runs on.
 
-It is public, as the JavaScript client is, and holds no address and no secret.
+Like the JavaScript client it is public, and contains no address and no secret.
 """
 
 import json
@@ -37,7 +37,7 @@ _Object = dict[str, Any]
 
 
 def describe(settings: "Settings") -> _Object:
-    """What a gateway with these settings promises: its routes, patterns and streams."""
+    """Describe a gateway with these settings: its routes, patterns and streams."""
     routes = settings.routes
     sources = _sources(settings.redis_channel_patterns, settings.redis_streams)
     channels: _Object = {}
@@ -51,14 +51,14 @@ def describe(settings: "Settings") -> _Object:
         channels[name] = _redis_channel(address, words, "event")
         operations[f"hear_{name}"] = _operation("receive", name, ["event"])
     for name, address in {"revoked": REVOKED, "sectors_changed": SECTORS_CHANGED}.items():
-        channels[name] = _redis_channel(address, "A notice to the gateway itself.", name)
+        channels[name] = _redis_channel(address, "A control message to the gateway itself.", name)
         operations[f"hear_{name}"] = _operation("receive", name, [name])
     return {
         "asyncapi": "3.0.0",
         "info": {
             "title": "trio-gateway",
             "version": __version__,
-            "description": "Events from Redis to exactly the clients that may hear them.",
+            "description": "Delivers events from Redis to exactly the clients that may receive them.",
             "license": {"name": "MIT"},
         },
         "defaultContentType": "application/json",
@@ -79,7 +79,7 @@ def describe(settings: "Settings") -> _Object:
 
 
 def received_at(endpoint: Endpoint, routes: Routing) -> list[str]:
-    """The types of which somebody on this endpoint may hear events: by the routing itself."""
+    """The event types that some client on this endpoint may receive, by the routing itself."""
     tenant, branch, sector, session = TenantId(1), BranchId(1), SectorId(1), SessionId(1)
     somebody = Principal(
         endpoint=endpoint,
@@ -108,11 +108,11 @@ _SERVERS: Final[_Object] = {
         "variables": {"host": {"default": default, "description": words}},
     }
     for name, protocol, default, words in (
-        ("websocket", "wss", "gateway.example", "the gateway's name, where TLS ends"),
+        ("websocket", "wss", "gateway.example", "the gateway's host name; TLS may end at a proxy"),
         ("websocket_plain", "ws", "localhost:8001", "a gateway without TLS, in development"),
         ("http", "https", "gateway.example", "as for WebSockets"),
         ("http_plain", "http", "localhost:8001", "as for WebSockets"),
-        ("redis", "redis", "localhost:6380", "where backends publish (REDIS_URL)"),
+        ("redis", "redis", "localhost:6380", "the Redis that backends publish to (REDIS_URL)"),
     )
 }
 _SECURITY: Final[_Object] = {
@@ -122,7 +122,7 @@ _SECURITY: Final[_Object] = {
         "type": "httpApiKey",
         "in": "query",
         "name": "ticket",
-        "description": "From `POST /ws/ticket`: good for 30 seconds, once.",
+        "description": "From `POST /ws/ticket`: valid once, for 30 seconds.",
     },
     "bearer": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"},
     "subprotocol": {
@@ -148,7 +148,7 @@ def _add_endpoint(
     names = ("websocket", "websocket_plain")
     channel = _channel(endpoint.path, names, [*asked, *answers, *types])
     channel |= {
-        "description": f"{words} The upgrade is accepted first; a refusal is a close code.",
+        "description": f"{words} The upgrade is always accepted; a rejection is a close code.",
         "bindings": {"ws": {"method": "GET", "query": query, "bindingVersion": "0.1.0"}},
     }
     here = endpoint.label
@@ -169,16 +169,16 @@ def _add_endpoint(
     there = f"{here}_events"
     told = ["resumed", "gap", *types, "close"]
     channels[there] = _channel(path, ("http", "http_plain"), told) | {
-        "description": f"{words} Server-Sent Events; a refusal is an HTTP status."
+        "description": f"{words} Server-Sent Events; a rejection is an HTTP status."
     }
     http = {"http": {"method": "GET", "query": query, "bindingVersion": "0.3.0"}}
     operations[f"{there}_hears"] = _operation("send", there, told, schemes) | {"bindings": http}
 
 
 def _sources(patterns: Iterable[str], streams: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """Where events come from: address and description by the name of the channel here."""
-    body = "Who hears an event is decided by its body, not by the channel."
-    stream = "A Redis stream: XADD with one field `data`, the event. Durable types belong here."
+    """The sources of events: address and description, by the name of the channel in the document."""
+    body = "The body of an event decides who receives it, not the channel."
+    stream = "A Redis stream: XADD with one field `data`, the event. Publish durable types here."
     found = {f"pubsub_{n}": (p, f"PUBLISH. {body}") for n, p in enumerate(patterns, 1)}
     return found | {f"stream_{n}": (name, stream) for n, name in enumerate(streams, 1)}
 
@@ -226,11 +226,11 @@ def _schemas() -> _Object:
     event = found.pop("Keys")
     event |= {
         "title": "Event",
-        "description": f"At most {MAX_EVENT_BYTES} bytes. All other keys pass through untouched.",
+        "description": f"At most {MAX_EVENT_BYTES} bytes. All other keys are passed through unchanged.",
     }
     event["properties"]["event_id"] = {
         "type": "string",
-        "description": "Given by the gateway, the last key: of a durable type, from a stream.",
+        "description": "Added by the gateway as the last key, to events of a durable type from a stream.",
     }
     return {"Event": event, **found}
 
@@ -249,7 +249,7 @@ def _messages(routes: Routing) -> _Object:
         }
     found["close"] = {
         "name": "close",
-        "summary": "The end of a stream of Server-Sent Events, `event: close`.",
+        "summary": "The last message of a stream of Server-Sent Events, `event: close`.",
         "payload": {
             "type": "object",
             "properties": {
@@ -265,7 +265,7 @@ def _messages(routes: Routing) -> _Object:
     any_event = _ref("components", "schemas", "Event")
     found["event"] = {
         "name": "event",
-        "summary": "An event of any type. One that is not in the table goes to the admins.",
+        "summary": "An event of any type. A type that has no route goes to the admins.",
         "payload": any_event,
     }
     for name, each in routes.items():
@@ -286,14 +286,14 @@ def _messages(routes: Routing) -> _Object:
 
 
 def _event_name(event_type: str) -> str:
-    """The key of a type's message: a type may be any text, a key may not."""
+    """The key of a type's message. A type may be any text, a key may not."""
     safe = quote(event_type, safe="").replace("~", "%7E").replace(".", "%2E")
     return f"event.{safe.replace('%', '.')}"
 
 
 @cache
 def _samples() -> Mapping[str, _Object]:
-    """The first of the sample events of each type."""
+    """The first sample event of each type."""
     text = files("trio_gateway").joinpath("data", "events.jsonl").read_text("utf-8")
     events = [json.loads(line)["event"] for line in text.splitlines()]
     return {event["type"]: event for event in reversed(events)}

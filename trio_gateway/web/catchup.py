@@ -35,7 +35,7 @@ _PLACE_BYTES: Final = 48
 
 
 async def branch(parts: Parts) -> Answer:
-    """What staff would have heard in one branch since then, in pages, see Resume."""
+    """The durable events of one branch that this member of staff missed, in pages, see Resume."""
     try:
         principals = await identify(parts, _token("token"), staff=True)
     except Rejected as rejected:
@@ -45,13 +45,13 @@ async def branch(parts: Parts) -> Answer:
         return problem(422, "branch_id must be a positive integer")
     mine = [p for p in principals if int(asked) in p.branches]
     if not mine:
-        return problem(403, "not a branch of this token")
+        return problem(403, "branch_id is not a branch of this token")
     only = frozenset({BranchId(int(asked))})
     return await _missed(parts, [replace(principal, branches=only) for principal in mine])
 
 
 async def session(parts: Parts) -> Answer:
-    """What the diners of a session would have heard since then, in pages, see Resume."""
+    """The durable events that the diners of a session missed, in pages, see Resume."""
     try:
         principals = await identify(parts, _token("table_token"), staff=False)
     except Rejected as rejected:
@@ -60,7 +60,7 @@ async def session(parts: Parts) -> Answer:
     if not is_id(asked):
         return problem(422, "session_id must be a positive integer")
     if int(asked) != principals[0].session:
-        return problem(403, "not the session of this token")
+        return problem(403, "session_id is not the session of this token")
     return await _missed(parts, principals)
 
 
@@ -72,11 +72,11 @@ async def _missed(parts: Parts, principals: Sequence[Principal]) -> Answer:
     except ValueError:
         return problem(422, "since must be a unix time or an event id")
     if moment is not None and moment > parts.clock() + _FAR:
-        return problem(422, "since is far in the future: a unix time is in seconds")
+        return problem(422, "since is far in the future: it is a unix time in seconds")
     try:
         give_back = await parts.catch_ups.take(principals[0].owner)
     except Overloaded:
-        return problem(429, "too many requests at a time of this user or session", retry_after=1)
+        return problem(429, "too many simultaneous requests of this user or session", retry_after=1)
     held: ExitStack = request.scope["until_sent"]  # type: ignore[typeddict-item]  # HttpConnection's
     held.callback(give_back)
     if not history.warm:

@@ -77,7 +77,7 @@ async def _admit(parts: Parts) -> Principal:
     for principal in await identify(parts, token, staff=True, ticket=ticket):
         if may_watch(principal):
             return principal
-    raise Rejected(Close.FORBIDDEN, "for an ADMIN only", "role")
+    raise Rejected(Close.FORBIDDEN, "for the role ADMIN only", "role")
 
 
 async def _redeem(parts: Parts) -> None:
@@ -120,18 +120,18 @@ async def token(parts: Parts) -> Answer:
     if not (is_loopback(request.remote_addr or "") and is_loopback(host_of(request.host))) or any(
         name in request.headers for name in _FORWARDED
     ):
-        return problem(403, "for a browser on the gateway's own machine")
+        return problem(403, "only for a browser on the gateway's own machine")
     wanted = await _asked(_Wanted)
     if not isinstance(wanted, _Wanted):
         return wanted
     endpoint = ENDPOINTS.get(f"/ws/{wanted.endpoint}")
     if endpoint is None:
-        return problem(422, "no such endpoint")
+        return problem(422, "unknown endpoint")
     settings = parts.settings
     life = lifetime(time.time(), TOKEN_LIFE)
     if not endpoint.staff:
         if not wanted.branch_ids:
-            return problem(422, "a table is in a branch")
+            return problem(422, "a table token needs a branch")
         claims = table_claims(
             tenant=wanted.tenant_id,
             branch=wanted.branch_ids[0],
@@ -141,7 +141,7 @@ async def token(parts: Parts) -> Answer:
         return jsonify(token=mint(claims | life, settings.table_secret))
     algorithm = signing_algorithm(settings.jwt_algorithms)
     if algorithm is None:
-        return problem(422, "JWT_ALGORITHMS has none that we could sign with")
+        return problem(422, "JWT_ALGORITHMS has no HMAC algorithm to sign with")
     claims = staff_claims(
         tenant=wanted.tenant_id,
         user=secrets.randbelow(10**9) + 10**9,
@@ -170,7 +170,7 @@ async def publish(parts: Parts) -> Answer:
     except InvalidEvent as invalid:
         return problem(422, f"event: {invalid}")
     if event.tenant != admin.tenant:
-        return problem(403, "an event of another tenant")
+        return problem(403, "the event is of another tenant")
     try:
         await _redeem(parts)
     except Rejected as rejected:
@@ -192,7 +192,7 @@ async def _asked(kind: type[T]) -> T | Answer:
     (Fetch, 3.2.2), which we don't answer.
     """
     if request.mimetype != "application/json":
-        return problem(415, "application/json only")
+        return problem(415, "the body must be application/json")
     try:
         return msgspec.json.decode(await request.get_data(as_text=False), type=kind)
     except msgspec.ValidationError as error:

@@ -1,4 +1,4 @@
-"""``POST /ws/explain``: who hears an event, whether these tokens would, and who is connected."""
+"""``POST /ws/explain``: who receives an event, whether these tokens would, and who is connected."""
 
 from collections import Counter
 from typing import Annotated, Any, Final
@@ -26,31 +26,33 @@ class _Asked(msgspec.Struct):
 
 
 async def explain(parts: Parts) -> Answer:
-    """Who would hear an event, see below; for an ADMIN, of its own tenant and branches."""
+    """Who would receive an event, see below; for an ADMIN, for its own tenant and branches."""
     try:
         principals = await identify(parts, bearer(request.headers.get("Authorization")), staff=True)
     except Rejected as rejected:
         return refusal(rejected)
     admin = next((each for each in principals if each.endpoint is Endpoint.ADMIN), None)
     if admin is None or Role.ADMIN not in admin.roles:
-        return problem(403, "for an ADMIN only")
+        return problem(403, "for the role ADMIN only")
     try:
         asked = msgspec.json.decode(await request.get_data(as_text=False), type=_Asked)
         event = parse_event(bytes(asked.event), channel="", received_at=0)
     except RequestEntityTooLarge:
-        return problem(413, f"a body has at most {MOST_BYTES} bytes")
+        return problem(413, f"the body must have at most {MOST_BYTES} bytes")
     except InvalidEvent as invalid:
         return problem(422, f"event: {invalid}")
     except msgspec.ValidationError as error:
         return problem(422, str(error))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return problem(422, 'no JSON object {"event": {…}, "tokens": ["…"]}')
+        return problem(422, 'not a JSON object {"event": {…}, "tokens": ["…"]}')
     if event.tenant != admin.tenant:
-        return problem(403, "an event of another tenant")
+        return problem(403, "the event is of another tenant")
     if event.branch and event.branch not in admin.branches:
-        return problem(403, f"the event is for branch {event.branch}, which is none of yours")
+        return problem(
+            403, f"the event is for branch {event.branch}, which is not a branch of this token"
+        )
     holders = [await _identify(parts, token) for token in asked.tokens]
-    # Nothing is awaited from here on, so that all of the answer is of one moment.
+    # Nothing is awaited from here on, so that the whole response describes one moment.
     routes, audiences = parts.settings.routes, parts.dispatch.audiences(event)
     here = Counter(each.principal.endpoint for each in parts.hub.members(audiences))
     body: dict[str, Any] = {
@@ -70,7 +72,7 @@ async def explain(parts: Parts) -> Answer:
 
 
 async def _identify(parts: Parts, token: str) -> list[Principal] | Verdict:
-    """Of a token in the body: one that is none is an answer here, and no failed login."""
+    """Identify a token of the body. Here an invalid one is an answer, not a failed login."""
     try:
         return await parts.admission.identify(token, staff=not is_for_diners(token))
     except Rejected as rejected:

@@ -96,7 +96,7 @@ def _connections(parts: Parts) -> dict[str, Any]:
 
 
 async def _health(parts: Parts) -> Answer:
-    """200 while the process lives; `status` is `healthy` or `degraded`."""
+    """200 while the process runs; `status` is `healthy` or `degraded`."""
     breakers = [parts.breakers[name] for name in ("commands", "writes", "database")]
     healthy = parts.ready and all(each.state is State.CLOSED for each in breakers)
     status = "healthy" if healthy else "degraded"
@@ -104,13 +104,13 @@ async def _health(parts: Parts) -> Answer:
 
 
 async def _health_ready(parts: Parts) -> Answer:
-    """200 or 503: for load balancers; 503 as soon as draining starts."""
+    """For load balancers: 200 if ready, else 503; 503 as soon as draining starts."""
     ready = parts.ready and await _check(parts) is None
     return jsonify(ready=ready, draining=parts.draining), 200 if ready else 503
 
 
 async def _health_detailed(parts: Parts) -> Answer:
-    """Every part; 503 unless all that is needed works."""
+    """The state of every part; 503 unless everything that is needed works."""
     error = await _check(parts)
     worst = max(parts.breakers.values(), key=lambda breaker: breaker.state is not State.CLOSED)
     ready = parts.ready and error is None
@@ -160,12 +160,12 @@ def _status(connected: bool) -> str:
 
 
 async def _check(parts: Parts) -> str | None:
-    """None if Redis answers and takes what we write, else why not."""
+    """None if Redis answers and accepts writes, else why not."""
     return await parts.readiness.ask()
 
 
 async def _metrics(parts: Parts) -> Answer:
-    """Prometheus text, summed over the workers of one master."""
+    """Metrics in the Prometheus text format, summed over the workers of one supervisor."""
     return Response(
         metrics.render(parts.worker_stats.all(stats.snapshot(parts))),
         content_type=metrics.CONTENT_TYPE,
@@ -173,17 +173,17 @@ async def _metrics(parts: Parts) -> Answer:
 
 
 async def _ticket(parts: Parts) -> Answer:
-    """A ticket for the token, see Tokens; 401, 403, 503."""
+    """A ticket for the token, see Tokens; or 401, 403, 503."""
     token = bearer(request.headers.get("Authorization"))
     if token is None:
-        return problem(401, "Authorization: Bearer with a token is needed")
+        return problem(401, "the header Authorization: Bearer <token> is required")
     try:
         await identify(parts, token)  # good on some endpoint: no other token ever costs a key
         ticket = await parts.tickets.issue(token)
     except Rejected as rejected:
         return refusal(rejected)
     except Unavailable:
-        return problem(503, "can't issue a ticket now")
+        return problem(503, "cannot issue a ticket now")
     response = jsonify(ticket=ticket, expires_in=TICKET_LIFE)
     response.headers["Cache-Control"] = "no-store"
     return response
