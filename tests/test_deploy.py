@@ -37,7 +37,7 @@ def named(expression: str) -> Iterator[tuple[str, set[str]]]:
 
 async def test_every_metric_that_is_asked_for_is_exposed_with_its_labels() -> None:
     with valkey() as server:
-        async with serving(server.connection_url, "line") as gateway:
+        async with serving(server.connection_url, "direct") as gateway:
             backend = redis.Redis.from_url(server.connection_url)
             backend.close()
             reply = await http(gateway.port, "/ws/metrics")

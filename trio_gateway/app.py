@@ -13,7 +13,7 @@ from .gateway import Gateway, create_app
 from .serve import heed_signals_in_master, tune_gc
 from .settings import InvalidSettings, load_settings
 from .telemetry import logs, output
-from .transports import tcp as line
+from .transports import tcp
 
 __all__ = ["app", "create_app"]
 
@@ -31,7 +31,7 @@ def _from_environment() -> Gateway:
     log = structlog.get_logger()
     for warning in settings.warnings:
         log.warning(warning)
-    line.install()
+    tcp.install()
     tune_gc()
     heed_signals_in_master(gateway)
     return gateway

@@ -23,7 +23,7 @@ from . import workers
 from .core.exception_groups import leaves
 from .gateway import Gateway
 from .telemetry import logs
-from .transports import tcp as line
+from .transports import tcp
 from .transports.accepting import Board, Turns
 
 log = structlog.get_logger()
@@ -97,7 +97,7 @@ def run(
     and when it is gone we stop, too. ``board`` is a descriptor and a place, see
     :mod:`.edges.accepting`: ``5:0``.
     """
-    line.install()
+    tcp.install()
     tune_gc()
     _fit(app, config)
     config.workers = 1  # of a file for several, Hypercorn would warn

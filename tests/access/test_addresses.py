@@ -53,7 +53,7 @@ async def dialled_from(address: str, port: int) -> AsyncIterator[Client]:
 
 
 async def upgraded(client: Client, transport: Transport, sub: int = 21) -> None:
-    """A waiter; through the second door as it is reached past the line, in a second request."""
+    """A waiter; over ASGI as the second request of its connection."""
     if transport == "asgi":
         await client.send(b"GET /ws/health HTTP/1.1\r\nHost: a\r\n\r\n")
         assert (await client.response())[0] == 200
@@ -120,7 +120,7 @@ async def test_sockets_over_the_most_handshakes_wait_their_turn_or_are_closed_an
     redis_url: str,
 ) -> None:
     async with (
-        serving(redis_url, "line", ws_max_handshakes=8, ws_accept_timeout=1) as gateway,
+        serving(redis_url, "direct", ws_max_handshakes=8, ws_accept_timeout=1) as gateway,
         unaffected(gateway),
     ):
         async with AsyncExitStack() as stack:
@@ -182,7 +182,7 @@ class Unhurried:
 async def test_clients_over_the_most_that_are_being_admitted_are_told_1013(
     redis_url: str,
 ) -> None:
-    """Through the second door: on the line they are not even read from."""
+    """Over the ASGI transport: the direct one does not even read from them."""
     auth = Unhurried()
     settings = make_settings(redis_url, ws_max_handshakes=4, ws_accept_timeout=4)
     by_endpoint = dict.fromkeys(Endpoint, auth)
@@ -333,7 +333,7 @@ async def test_address_that_keeps_failing_is_told_4029_whatever_it_brings(
 
 
 async def test_failures_over_http_count_as_well(redis_url: str) -> None:
-    async with serving(redis_url, "line", ws_max_failed_logins=3, ws_proxy_hops=1) as gateway:
+    async with serving(redis_url, "direct", ws_max_failed_logins=3, ws_proxy_hops=1) as gateway:
         port, good = gateway.port, make_jwt(JWT_SECRET)
 
         async def status(path: str, token: str, *, method: str = "GET", said: str) -> int:
@@ -356,7 +356,7 @@ async def test_failures_are_forgotten_after_their_time(
     redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(addresses, "_FAILURE_WINDOW", 0.3)
-    async with serving(redis_url, "line", ws_max_failed_logins=1) as gateway:
+    async with serving(redis_url, "direct", ws_max_failed_logins=1) as gateway:
         url = f"{gateway.url}/ws/waiter?token=x"
         async with connect(url) as client:
             assert (await closed(client))[0] == Close.AUTH_FAILED
@@ -439,7 +439,7 @@ async def test_flood_is_ended_with_its_code_and_no_bystander_notices(
 ) -> None:
     data, code = FLOODS[name]
     async with (
-        serving(redis_url, "line") as gateway,
+        serving(redis_url, "direct") as gateway,
         unaffected(gateway),
         AsyncExitStack() as stack,
     ):
@@ -459,8 +459,8 @@ async def test_flood_is_ended_with_its_code_and_no_bystander_notices(
         async with trio.open_nursery() as nursery:
             for client in clients:
                 nursery.start_soon(flood, client)
-        # Through the second door, what Hypercorn ends is seen as a client that has gone.
-        seen = code if transport == "line" or "messages" in name else Close.ABNORMAL
+        # Over ASGI, what Hypercorn ends is seen as a client that has gone.
+        seen = code if transport == "direct" or "messages" in name else Close.ABNORMAL
         await until(lambda: gateway.app.parts.hub.closed == {seen: 6})
         figures = await metrics(gateway.port)
         assert figures[f"connections_closed_total{{{int(seen)}}}"] == 6
@@ -472,7 +472,7 @@ async def test_flood_that_never_stops_is_cut_off(
 ) -> None:
     data, _ = FLOODS[name]
     async with (
-        serving(redis_url, "line") as gateway,
+        serving(redis_url, "direct") as gateway,
         unaffected(gateway),
         dialled(gateway.port) as client,
     ):
@@ -506,7 +506,7 @@ async def test_message_may_come_in_some_fragments_and_in_any_number_of_segments(
             assert await client.text() == PONG_TEXT
 
 
-async def test_no_door_agrees_to_compression(redis_url: str, transport: Transport) -> None:
+async def test_no_transport_agrees_to_compression(redis_url: str, transport: Transport) -> None:
     """65 KB can inflate to 200 MB."""
     async with serving(redis_url, transport) as gateway:
         for before in (b"", b"GET /ws/health HTTP/1.1\r\nHost: a\r\n\r\n"):
@@ -525,7 +525,7 @@ async def test_no_door_agrees_to_compression(redis_url: str, transport: Transpor
                 assert b"extensions" not in head.lower()
                 await client.send(client_frame(TEXT, b"\x2a\xcb\xcc\x4b\x07\x00", rsv=4))
                 with trio.fail_after(3):
-                    if transport == "line" and not before:
+                    if transport == "direct" and not before:
                         assert (await client.closed())[0] == Close.PROTOCOL_ERROR
                     else:  # Hypercorn's way to say so is to end
                         await client.rest()
@@ -588,7 +588,7 @@ async def test_thirty_connects_of_one_session_at_once_leave_exactly_the_limit(
 
 async def test_a_thousand_bad_tokens_delay_nobody(redis_url: str, transport: Transport) -> None:
     head, _, signature = make_jwt(JWT_SECRET).partition(".")
-    number = 1000 if transport == "line" else 300
+    number = 1000 if transport == "direct" else 300
     async with serving(redis_url, transport) as gateway, unaffected(gateway):
         limit = trio.CapacityLimiter(50)
 
@@ -616,7 +616,7 @@ async def test_crowd_of_silent_connections_delays_nobody(
     changes: dict[str, Any] = {"ws_max_handshakes": 20, "ws_accept_timeout": 5}
     if limited:
         changes["ws_max_connections_per_address"] = 30
-    async with serving(redis_url, "line", **changes) as gateway, AsyncExitStack() as stack:
+    async with serving(redis_url, "direct", **changes) as gateway, AsyncExitStack() as stack:
         slowest = 0.0
         for n in range(3 if first else 10):
             for _ in range(20):
@@ -638,7 +638,7 @@ async def test_silent_connections_of_an_address_are_counted_from_their_accept_on
     redis_url: str,
 ) -> None:
     async with (
-        serving(redis_url, "line", ws_max_connections_per_address=3) as gateway,
+        serving(redis_url, "direct", ws_max_connections_per_address=3) as gateway,
         AsyncExitStack() as stack,
     ):
         silent = [await stack.enter_async_context(dialled(gateway.port)) for _ in range(5)]

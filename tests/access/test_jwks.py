@@ -461,7 +461,7 @@ async def test_server_that_drips_is_given_up_and_holds_no_thread(
 # In a gateway
 
 
-@pytest.mark.parametrize("transport", ["line", "asgi"])
+@pytest.mark.parametrize("transport", ["direct", "asgi"])
 async def test_keys_behind_a_url_let_clients_in(
     redis_url: str, issuer: Issuer, transport: Transport
 ) -> None:
@@ -478,7 +478,7 @@ async def test_keys_behind_a_url_let_clients_in(
     assert issuer.requests == 1
 
 
-@pytest.mark.parametrize("transport", ["line", "asgi"])
+@pytest.mark.parametrize("transport", ["direct", "asgi"])
 async def test_token_of_a_new_key_is_1013_or_503_until_the_key_was_looked_up(
     redis_url: str, issuer: Issuer, transport: Transport, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,8 +23,8 @@ async def numbers(client: Client, count: int) -> list[int]:
         return [(await anext(client)).data["n"] for _ in range(count)]
 
 
-@pytest.mark.parametrize("transport", ["line", "asgi"])
-async def test_it_hears_what_its_token_may_hear_through_either_door(
+@pytest.mark.parametrize("transport", ["direct", "asgi"])
+async def test_client_receives_what_its_token_may_receive_over_either_transport(
     redis_url: str, backend: "redis.Redis", transport: Transport
 ) -> None:
     async with (

@@ -190,7 +190,7 @@ async def test_signal_sends_every_client_away_with_a_hint_and_ends_the_process(
         client(gateway.diner_url()) as diner,
         client(gateway.staff_url("waiter"), stream=await _used(gateway.port)) as second,
     ):
-        # Whom the second door has served before must not be waited for.
+        # A client of the ASGI transport must not be waited for.
         async with client(gateway.diner_url(), stream=await _used(gateway.port)):
             pass
         started = trio.current_time()
@@ -233,7 +233,7 @@ async def _connections(gateway: Served, number: int) -> bool:
 
 
 async def _used(port: int) -> trio.SocketStream:
-    """A connection that has had a request: an upgrade that comes now takes the second door."""
+    """A connection that has had a request: an upgrade that comes now takes the ASGI transport."""
     stream = await trio.open_tcp_stream("127.0.0.1", port)
     await stream.send_all(b"GET /ws/health HTTP/1.1\r\nHost: localhost\r\n\r\n")
     answer = b""
@@ -489,10 +489,10 @@ async def _ask(port: int, token: str) -> None:
     await http(port, "/ws/ticket", method="POST", headers=bearer)
 
 
-async def _visit(port: int, upgrade: bytes, second_door: bool) -> None:
-    """Ask for a WebSocket, and leave at once; by the second door as a second request."""
+async def _visit(port: int, upgrade: bytes, over_asgi: bool) -> None:
+    """Ask for a WebSocket, and leave at once; over ASGI as a second request."""
     with trio.fail_after(5):
-        stream = await (_used(port) if second_door else trio.open_tcp_stream("127.0.0.1", port))
+        stream = await (_used(port) if over_asgi else trio.open_tcp_stream("127.0.0.1", port))
         async with stream:
             renewal = b'{"type":"auth","token":"Zm9vYmFyLW5vdC1hLXRva2Vu-malformed"}'
             frame = b"\x81" + bytes([0x80 | len(renewal)]) + bytes(4) + renewal

@@ -123,7 +123,7 @@ async def test_event_id_is_the_same_in_two_gateways_and_resumes_in_either(
 
 
 @pytest.mark.parametrize("way", ["query", "header", "message"])
-@pytest.mark.parametrize("transport", ["line", "asgi"])
+@pytest.mark.parametrize("transport", ["direct", "asgi"])
 async def test_client_resumes_by_query_header_or_first_message(
     backend: "redis.Redis", redis_url: str, way: str, transport: Any
 ) -> None:

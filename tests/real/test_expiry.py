@@ -32,7 +32,7 @@ from tests.support.sockets import dialled
 from tests.support.stopwatch import Stopwatch
 from trio_gateway.testing import make_jwt, make_payload, make_table_token
 
-TRANSPORTS = pytest.mark.parametrize("transport", ["line", "asgi"])
+TRANSPORTS = pytest.mark.parametrize("transport", ["direct", "asgi"])
 STREAM: Final = "events:critical"
 
 

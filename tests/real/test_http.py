@@ -1,4 +1,4 @@
-"""Plain HTTP on the same port: Hypercorn's and Quart's, with what the line mends in them."""
+"""Plain HTTP on the same port: Hypercorn's and Quart's, with our fixes."""
 
 import pytest
 import trio

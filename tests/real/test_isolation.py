@@ -163,7 +163,7 @@ JUNK: Final[list[tuple[str, bytes]]] = [
 ]
 
 
-@pytest.mark.parametrize("transport", ["line", "asgi"])
+@pytest.mark.parametrize("transport", ["direct", "asgi"])
 async def test_junk_reaches_nobody_and_stops_nothing(
     backend: "redis.Redis", redis_url: str, transport: Transport
 ) -> None:

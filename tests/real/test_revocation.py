@@ -34,7 +34,7 @@ from trio_gateway.access.sector_database import Assignments, SectorDatabase
 from trio_gateway.testing import make_jwt, make_table_token
 
 REVOKED = (4001, "token revoked")
-TRANSPORTS = pytest.mark.parametrize("transport", ["line", "asgi"])
+TRANSPORTS = pytest.mark.parametrize("transport", ["direct", "asgi"])
 
 
 def iso(moment: float, zone: timezone = UTC) -> str:
@@ -234,7 +234,7 @@ def slow_sectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, A
 @pytest.mark.parametrize(
     ("transport", "way"),
     [
-        *(("line", way) for way in ("token", "ticket", "renewal", "stream")),
+        *(("direct", way) for way in ("token", "ticket", "renewal", "stream")),
         *(("asgi", way) for way in ("token", "renewal")),
     ],
 )

@@ -68,7 +68,7 @@ async def test_dead_connections_give_way_after_two_seconds_and_living_ones_stay(
         relay.reset()
 
 
-@pytest.mark.parametrize("transport", ["line", "asgi"])
+@pytest.mark.parametrize("transport", ["direct", "asgi"])
 async def test_when_all_connections_answer_the_newcomer_is_refused(
     redis_url: str, transport: Transport
 ) -> None:

@@ -240,7 +240,7 @@ def markers(events: Sequence[dict[str, Any]]) -> list[int]:
     return [event["entity"]["marker"] for event in events]
 
 
-@pytest.mark.parametrize("transport", ["line", "asgi"])
+@pytest.mark.parametrize("transport", ["direct", "asgi"])
 @pytest.mark.parametrize("shift", [0, 1])  # what the stream carries now, Pub/Sub carries then
 async def test_each_client_hears_exactly_what_the_table_says_once_and_in_order(
     backend: "redis.Redis", redis_url: str, transport: Transport, shift: int
@@ -277,7 +277,7 @@ async def test_each_client_hears_exactly_what_the_table_says_once_and_in_order(
     assert figures["events_duplicate_total"] == 0
 
 
-@pytest.mark.parametrize("transport", ["line", "asgi"])
+@pytest.mark.parametrize("transport", ["direct", "asgi"])
 async def test_staff_of_two_branches_hear_both_and_each_event_once(
     backend: "redis.Redis", redis_url: str, transport: Transport
 ) -> None:

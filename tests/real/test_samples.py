@@ -140,7 +140,7 @@ def play(backend: "redis.Redis", sample: Sample) -> None:
         backend.publish(sample.channel, bytes(sample.event))
 
 
-@pytest.mark.parametrize("transport", ["line", "asgi"])
+@pytest.mark.parametrize("transport", ["direct", "asgi"])
 async def test_each_client_hears_the_samples_that_the_table_gives_it_byte_for_byte(
     backend: "redis.Redis", redis_url: str, transport: Transport
 ) -> None:
@@ -165,7 +165,7 @@ async def test_each_client_hears_the_samples_that_the_table_gives_it_byte_for_by
     assert figures["deliveries_total"] == sum(map(len, heard.values()))
 
 
-@pytest.mark.parametrize("transport", ["line", "asgi"])
+@pytest.mark.parametrize("transport", ["direct", "asgi"])
 async def test_samples_played_all_at_once_reach_the_same_clients(
     backend: "redis.Redis", redis_url: str, transport: Transport
 ) -> None:

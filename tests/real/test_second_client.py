@@ -15,7 +15,7 @@ from websockets.trio.client import connect as connect_with_websockets
 from tests.support.gateways import JWT_SECRET, TABLE_SECRET, Transport, make_settings, running
 from trio_gateway.testing import make_jwt, make_table_token
 
-TRANSPORTS = pytest.mark.parametrize("transport", ["line", "asgi"])
+TRANSPORTS = pytest.mark.parametrize("transport", ["direct", "asgi"])
 
 
 @asynccontextmanager
@@ -63,7 +63,7 @@ async def test_session_with_another_clients_library(
             gateway.diner_url(),
         ):
             async with connected(url) as client:
-                if transport == "line":  # Hypercorn's own protocol code takes whatever is offered
+                if transport == "direct":  # Hypercorn's own protocol code takes whatever is offered
                     assert client.protocol.extensions == []
                 await ping(client)
                 backend.publish("branch:1:admin", text)

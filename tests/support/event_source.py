@@ -141,7 +141,7 @@ class Listener:
 async def listening(
     port: int, path: str, headers: dict[str, str] | None = None, method: str = "GET"
 ) -> AsyncIterator[Listener]:
-    """Somebody at this door, let in or not."""
+    """A client of this endpoint, admitted or not."""
     async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
         listener = Listener(stream)
         with trio.fail_after(5):

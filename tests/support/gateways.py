@@ -1,4 +1,4 @@
-"""A gateway with real parts, for the tests: a Redis-compatible server, sockets, both doors."""
+"""A gateway with real parts, for the tests: a Redis-compatible server, sockets, both transports."""
 
 import inspect
 import json
@@ -35,7 +35,7 @@ from trio_gateway.core.resilience import Breaker
 from trio_gateway.gateway import Gateway, create_app
 from trio_gateway.settings import Settings
 from trio_gateway.testing import make_jwt, make_table_token
-from trio_gateway.transports import tcp as line
+from trio_gateway.transports import tcp
 
 from .ports import free_port as free_port
 from .redis_server import RedisServer as RedisServer
@@ -43,7 +43,7 @@ from .redis_server import valkey as valkey
 
 JWT_SECRET = "0123456789abcdef" * 4
 TABLE_SECRET = "fedcba9876543210" * 4
-Transport = Literal["line", "asgi"]
+Transport = Literal["direct", "asgi"]
 
 
 def make_settings(redis_url: str, **changes: Any) -> Settings:
@@ -90,14 +90,14 @@ class Running(Reachable):
 async def running(
     settings: Settings,
     *,
-    transport: Transport = "line",
+    transport: Transport = "direct",
     auth: Mapping[Endpoint, Auth] | None = None,
     wait_ready: bool = True,
     config: Config | None = None,
     clock: Callable[[], float] = time.time,
 ) -> AsyncIterator[Running]:
-    """Serve a gateway in this process, through the line or through Hypercorn and Quart alone."""
-    line.install()
+    """Serve a gateway in this process, with the direct transport or with ASGI alone."""
+    tcp.install()
     if transport == "asgi":
         vars(hypercorn.trio.run)["TCPServer"] = TCPServer
     app = create_app(settings, auth=auth, clock=clock)
@@ -129,7 +129,7 @@ async def running(
             yield Running(int(binds[0].rsplit(":", 1)[1]), app, stop)
             stop.set()
     finally:
-        line.install()
+        tcp.install()
 
 
 def with_certificate(config: Config, folder: Path) -> ssl.SSLContext:
@@ -146,7 +146,7 @@ def with_certificate(config: Config, folder: Path) -> ssl.SSLContext:
 
 @asynccontextmanager
 async def serving(redis_url: str, transport: Transport, **changes: Any) -> AsyncIterator[Running]:
-    """One with these settings changed, through this door."""
+    """Serve a gateway with these settings changed, over this transport."""
     async with running(make_settings(redis_url, **changes), transport=transport) as gateway:
         yield gateway
 

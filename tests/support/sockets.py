@@ -46,17 +46,17 @@ class HeadCase(NamedTuple):
     """A request head, who answers it, and with which status."""
 
     data: bytes
-    by: Literal["line", "hypercorn"]
+    by: Literal["direct", "hypercorn"]
     status: int
 
 
 def _ours(
     status: int, *more: str, request: str = "GET /ws/waiter HTTP/1.1", **changes: Any
 ) -> HeadCase:
-    return HeadCase(make_head(*more, request=request, **changes), "line", status)
+    return HeadCase(make_head(*more, request=request, **changes), "direct", status)
 
 
-def _raw(status: int, text: str, by: Literal["line", "hypercorn"] = "line") -> HeadCase:
+def _raw(status: int, text: str, by: Literal["direct", "hypercorn"] = "direct") -> HeadCase:
     return HeadCase(text.encode("latin-1"), by, status)
 
 

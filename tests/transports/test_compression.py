@@ -66,7 +66,7 @@ def test_what_is_agreed_to(offers: str, answer: str | None) -> None:
 async def test_who_agreed_gets_big_events_compressed_and_who_did_not_plain(redis_url: str) -> None:
     big = make_payload(data={"items": [f"plate {n}" for n in range(500)]})
     small = make_payload(data="ñ")
-    async with serving(redis_url, "line", ws_compression=True) as gateway:
+    async with serving(redis_url, "direct", ws_compression=True) as gateway:
         url = f"ws://127.0.0.1:{gateway.port}/ws/waiter?token={make_jwt_of('1')}"
         other = f"ws://127.0.0.1:{gateway.port}/ws/waiter?token={make_jwt_of('2')}"
         async with (
@@ -104,7 +104,7 @@ async def test_who_agreed_gets_big_events_compressed_and_who_did_not_plain(redis
 
 
 async def test_what_inflates_beyond_the_bound_is_too_big(redis_url: str) -> None:
-    async with serving(redis_url, "line", ws_compression=True) as gateway:
+    async with serving(redis_url, "direct", ws_compression=True) as gateway:
         url = f"ws://127.0.0.1:{gateway.port}/ws/waiter?token={make_jwt_of('1')}"
         async with connect(url, compression="deflate", proxy=None) as client:
             await client.send("x" * 10_000_000)  # ten kilobytes on the wire
@@ -138,7 +138,7 @@ async def test_control_frames_may_come_between_compressed_fragments(
     redis_url: str, opcode: int, with_head: bool
 ) -> None:
     async with (
-        serving(redis_url, "line", ws_compression=True) as gateway,
+        serving(redis_url, "direct", ws_compression=True) as gateway,
         dialled(gateway.port) as client,
     ):
         sent = b""
@@ -175,7 +175,7 @@ async def test_control_frames_may_come_between_compressed_fragments(
 )
 async def test_broken_compression_has_its_code(redis_url: str, frames: bytes, code: Close) -> None:
     async with (
-        serving(redis_url, "line", ws_compression=True) as gateway,
+        serving(redis_url, "direct", ws_compression=True) as gateway,
         dialled(gateway.port) as client,
     ):
         await client.upgrade(f"/ws/waiter?token={make_jwt_of('1')}", Raw.OFFER)
@@ -190,7 +190,7 @@ async def test_what_a_message_inflates_to_is_bounded_wherever_it_comes(
     redis_url: str, size: int, fragments: int, with_head: bool
 ) -> None:
     async with (
-        serving(redis_url, "line", ws_compression=True) as gateway,
+        serving(redis_url, "direct", ws_compression=True) as gateway,
         dialled(gateway.port) as client,
     ):
         parts = pieces(Raw.deflate(b"x" * size), fragments)

@@ -47,13 +47,13 @@ class Pieces(trio.abc.Stream):
 
 async def all_said(pieces: list[bytes], *, by_wsproto: bool) -> list[object]:
     """What a client says, and how it ends."""
-    line = DirectSocket(Pieces(pieces[1:]), b"" if by_wsproto else pieces[0], MOST)
+    sock = DirectSocket(Pieces(pieces[1:]), b"" if by_wsproto else pieces[0], MOST)
     if by_wsproto:
-        line._websocket = Connection(ConnectionType.SERVER, trailing_data=pieces[0])
+        sock._websocket = Connection(ConnectionType.SERVER, trailing_data=pieces[0])
     said: list[object] = []
     while True:
         try:
-            each = await line.receive()
+            each = await sock.receive()
         except Disconnected as left:
             return [*said, ("left", left.code, left.reason)]
         except ProtocolViolation as violation:
@@ -97,19 +97,19 @@ def test_short_frames_mean_what_wsproto_says(data: bytes, cuts: list[int]) -> No
 
 async def test_short_frames_need_no_wsproto() -> None:
     said = [client_frame(0x81, b"ping"), client_frame(0x89, b"?"), client_frame(0x8A, b"")]
-    line = DirectSocket(Pieces([b"".join(said)]), b"", MOST)
+    sock = DirectSocket(Pieces([b"".join(said)]), b"", MOST)
 
-    assert await line.receive() == "ping"
-    assert await line.receive() == Ping(b"?")
-    assert isinstance(await line.receive(), Pong)
-    assert line._websocket is None
+    assert await sock.receive() == "ping"
+    assert await sock.receive() == Ping(b"?")
+    assert isinstance(await sock.receive(), Pong)
+    assert sock._websocket is None
 
 
 async def test_a_short_message_can_be_too_big_too() -> None:
-    line = DirectSocket(Pieces([client_frame(0x81, b"x" * 11)]), b"", 10)
+    sock = DirectSocket(Pieces([client_frame(0x81, b"x" * 11)]), b"", 10)
 
     with pytest.raises(ProtocolViolation) as violation:
-        await line.receive()
+        await sock.receive()
 
     assert violation.value.close is Close.MESSAGE_TOO_BIG
 

@@ -32,10 +32,10 @@ def test_head_is_upgraded_refused_or_hypercorns(head: HeadCase) -> None:
         case None:
             assert head.by == "hypercorn"
         case Refusal(status, reason):
-            assert (head.by, head.status) == ("line", status)
+            assert (head.by, head.status) == ("direct", status)
             assert reason.isascii()
         case ClientRequest(endpoint, key=key):
-            assert (head.by, head.status) == ("line", 101)
+            assert (head.by, head.status) == ("direct", 101)
             assert (endpoint, key) == (Endpoint.WAITER, KEY)
 
 

@@ -1,4 +1,4 @@
-"""Server-Sent Events: the third door, with the rules of the others."""
+"""The SSE transport: the rules of the others apply."""
 
 import json
 import os
@@ -70,7 +70,7 @@ async def let_in(
 
 @pytest.fixture
 async def gateway(redis_url: str) -> AsyncIterator[Running]:
-    async with serving(redis_url, "line") as found:
+    async with serving(redis_url, "direct") as found:
         yield found
 
 
@@ -238,9 +238,9 @@ async def test_ticket_is_good_for_one_stream(gateway: Running) -> None:
         assert second.status == 401
 
 
-async def test_limits_are_those_of_all_doors(redis_url: str) -> None:
+async def test_limits_are_those_of_the_other_transports(redis_url: str) -> None:
     limits = {"ws_max_connections_per_user": 1, "ws_max_failed_logins": 1}
-    async with serving(redis_url, "line", **limits) as gateway:
+    async with serving(redis_url, "direct", **limits) as gateway:
         async with let_in(gateway, staff()), listening(gateway.port, staff()) as second:
             assert (second.status, second.headers["retry-after"]) == (429, "5")
             assert json.loads(second.body)["code"] == 1013
@@ -267,7 +267,7 @@ async def test_limit_of_one_client_is_not_told_as_a_fault_of_the_server(
     """Load balancers send a server that answers 503 nobody for a while."""
     first = table() if "diner" in second else staff()
     async with (
-        serving(redis_url, "line", **limits) as gateway,
+        serving(redis_url, "direct", **limits) as gateway,
         let_in(gateway, first),
         listening(gateway.port, second) as refused,
     ):

@@ -1,4 +1,4 @@
-"""The line: whatever comes over the wire is answered as it should, and hurts nobody else."""
+"""The direct transport: any bytes are answered as they should be, and harm no other client."""
 
 import gc
 import json
@@ -128,7 +128,7 @@ async def test_head_is_answered_the_same_wherever_it_is_cut(
     # In lockstep, a segment is received before the next one is sent.
     async with in_memory(make_app(), lockstep_stream_pair) as dial:
         bystander = await dial().upgrade()
-        step = 1 if head.by == "line" else 7  # what lies behind the cut is Hypercorn's own
+        step = 1 if head.by == "direct" else 7  # what lies behind the cut is Hypercorn's own
         cuts = [(head.data[:i], head.data[i:]) for i in range(1, len(head.data), step)]
         byte_by_byte = [head.data[i : i + 1] for i in range(len(head.data))]
         for segments in [(head.data,), byte_by_byte, *cuts]:
@@ -144,7 +144,7 @@ async def test_every_head_in_turn_leaves_a_bystander_served() -> None:
         for head in HEADS.values():
             async with bystanding(gateway.port), dialled(gateway.port) as client:
                 assert await status_of(client, head.data) == head.status
-        expected = sum(h.by == "line" and h.status != 101 for h in HEADS.values())
+        expected = sum(h.by == "direct" and h.status != 101 for h in HEADS.values())
         assert gateway.app.parts.counts.refused.total() == expected
 
 
@@ -214,7 +214,7 @@ async def test_pipelined_requests_are_all_answered() -> None:
             assert (status, json.loads(body)["connections"]["total"]) == (200, 0)
 
 
-async def test_upgrade_as_second_request_is_served_by_the_second_door() -> None:
+async def test_upgrade_as_second_request_is_served_by_the_asgi_transport() -> None:
     async with in_memory(make_app()) as dial:
         client = dial()
         await client.send(b"GET /ws/health HTTP/1.1\r\nHost: a\r\n\r\n")
@@ -949,7 +949,7 @@ async def keep(port: int, *, task_status: Any = trio.TASK_STATUS_IGNORED) -> Non
         await trio.sleep_forever()
 
 
-async def test_stuck_client_of_the_second_door_is_cut_after_the_write_timeout() -> None:
+async def test_stuck_client_of_the_asgi_transport_is_reset_after_the_write_timeout() -> None:
     auth = dict.fromkeys(Endpoint, BySession())
     async with (
         serving(auth, ws_write_timeout=0.3, ws_outbox_bytes=50_000_000) as gateway,
@@ -1027,7 +1027,7 @@ async def test_while_draining_http_answers_and_upgrades_are_503() -> None:
 
         async with dialled(gateway.port) as client:
             assert await status_of(client, make_head()) == 503
-        await kept.send(make_head())  # the second door says so too
+        await kept.send(make_head())  # the ASGI transport says so too
         assert (await kept.response())[0] == 503
         assert (await http(gateway.port, "/ws/health")).status == 200
         assert (await http(gateway.port, "/ws/health/ready")).status == 503
@@ -1136,7 +1136,7 @@ async def test_client_of_another_make_is_served() -> None:
 # Without the direct transport, and with another app
 
 
-async def test_second_door_serves_everything_when_the_line_is_not_installed() -> None:
+async def test_asgi_transport_serves_everything_when_the_direct_one_is_not_installed() -> None:
     made = make_settings(NO_REDIS)
     auth = dict.fromkeys(Endpoint, BySession())
     async with running(made, auth=auth, wait_ready=False, transport="asgi") as gateway:

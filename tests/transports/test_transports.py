@@ -1,4 +1,4 @@
-"""Both doors keep the contract: what one client may do does not depend on how it came in."""
+"""Each transport keeps the contract: what a client may do does not depend on it."""
 
 import json
 import time
@@ -363,7 +363,7 @@ async def test_size_of_a_message_is_counted_in_bytes(redis_url: str, transport: 
 
 
 async def test_message_of_too_many_characters_is_1009(redis_url: str, transport: Transport) -> None:
-    """Through the second door it is Hypercorn that says so, and it gives no reason."""
+    """Over the ASGI transport Hypercorn closes, and it gives no reason."""
     async with (
         serving(redis_url, transport) as gateway,
         connect(gateway.staff_url("waiter")) as client,
@@ -371,7 +371,7 @@ async def test_message_of_too_many_characters_is_1009(redis_url: str, transport:
         await client.send_message("x" * 65_537)
         code, reason = await closed(client)
         assert code == Close.MESSAGE_TOO_BIG
-        assert reason == ("message is over 65536 bytes" if transport == "line" else "")
+        assert reason == ("message is over 65536 bytes" if transport == "direct" else "")
 
 
 async def test_fragments_with_control_frames_between_are_one_message(
@@ -410,26 +410,26 @@ async def some_frames(client: Any) -> AsyncIterator[tuple[int, bytes]]:
 async def test_broken_frame_has_its_code(
     redis_url: str, transport: Transport, data: bytes, code: Close
 ) -> None:
-    """Through the second door, Hypercorn answers with a bare end of TCP, and we never see it."""
+    """Over the ASGI transport Hypercorn closes TCP without a code, and the app never sees it."""
     async with serving(redis_url, transport) as gateway, dialled(gateway.port) as client:
         await client.upgrade(f"/ws/waiter?token={staff()}")
         await until(lambda: len(gateway.app.parts.hub))
         await client.send(data)
         with trio.fail_after(3):
-            if transport == "line":
+            if transport == "direct":
                 assert (await client.closed())[0] == code
             else:
                 with pytest.raises(EOFError):
                     await client.closed()
         await client.leave()
-        counted = code if transport == "line" else Close.ABNORMAL
+        counted = code if transport == "direct" else Close.ABNORMAL
         await until(lambda: gateway.app.parts.hub.closed == {counted: 1})
 
 
 async def test_clients_own_code_is_answered_and_counted(
     redis_url: str, transport: Transport
 ) -> None:
-    """Hypercorn keeps it to itself: through the second door everybody who leaves counts as 1006."""
+    """Hypercorn does not pass it on: over ASGI every client that leaves counts as 1006."""
     async with serving(redis_url, transport) as gateway:
         async with dialled(gateway.port) as client:
             await client.upgrade(f"/ws/waiter?token={staff()}")
@@ -437,7 +437,7 @@ async def test_clients_own_code_is_answered_and_counted(
             await client.send(client_frame(CLOSE, close_payload(3999, "lunch")))
             with trio.fail_after(3):
                 assert await client.closed() == (3999, "lunch")
-        counted = 3999 if transport == "line" else int(Close.ABNORMAL)
+        counted = 3999 if transport == "direct" else int(Close.ABNORMAL)
         await until(lambda: gateway.app.parts.hub.closed == {counted: 1})
         assert len(gateway.app.parts.hub) == 0
 
@@ -648,7 +648,7 @@ async def test_unknown_endpoint_is_404(redis_url: str, transport: Transport) -> 
         assert (await client.response())[0] == 404
 
 
-async def test_second_door_says_nothing_to_a_client_that_is_to_be_cut() -> None:
+async def test_asgi_transport_sends_nothing_to_an_aborted_client() -> None:
     """ASGI has no way to cut, and a server asked to send 1006 would say 1000."""
     said: list[int] = []
 

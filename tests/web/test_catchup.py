@@ -27,7 +27,7 @@ AUDIENCES: Final = (admins(TenantId(1), BranchId(1)), diners(TenantId(1), 456)) 
 
 @pytest.fixture
 async def gateway(redis_url: str) -> AsyncIterator[Running]:
-    async with serving(redis_url, "line") as found:
+    async with serving(redis_url, "direct") as found:
         yield found
 
 

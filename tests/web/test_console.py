@@ -62,7 +62,7 @@ def test_the_pages_buckets_are_those_of_the_histograms() -> None:
 
 async def test_in_production_the_page_is_for_admins(redis_url: str) -> None:
     async with serving(
-        redis_url, "line", environment="production", allowed_origins=("https://a.example",)
+        redis_url, "direct", environment="production", allowed_origins=("https://a.example",)
     ) as gateway:
 
         async def status(**headers: str) -> int:
@@ -90,7 +90,7 @@ async def test_ticket_that_the_console_refused_for_another_reason_is_still_good(
     settings = production if why != "body" else {}
     with redis.Redis.from_url(redis_url) as backend:
         backend.flushall()
-        async with serving(redis_url, "line", ws_max_failed_logins=1, **settings) as gateway:
+        async with serving(redis_url, "direct", ws_max_failed_logins=1, **settings) as gateway:
             role = "MANAGER" if why == "role" else "ADMIN"
             bearer = {"Authorization": f"Bearer {make_jwt(JWT_SECRET, roles=[role])}"}
             reply = await http(gateway.port, "/ws/ticket", method="POST", headers=bearer)
@@ -162,7 +162,7 @@ async def test_tokens_are_made_for_pages_on_this_machine_alone(
 
 
 async def test_playground_makes_tokens_for_each_endpoint_and_publishes(redis_url: str) -> None:
-    async with serving(redis_url, "line", ws_console_tokens=True) as gateway:
+    async with serving(redis_url, "direct", ws_console_tokens=True) as gateway:
 
         async def post(path: str, body: dict[str, Any]) -> Any:
             headers = {"Content-Type": "application/json", "Authorization": f"Bearer {admin}"}
@@ -241,7 +241,7 @@ async def test_a_sample_does_not_trim_the_backends_stream(redis_url: str) -> Non
 
 
 async def test_an_admin_that_watches_is_told_figures_and_others_are_not(redis_url: str) -> None:
-    async with serving(redis_url, "line") as gateway:
+    async with serving(redis_url, "direct") as gateway:
         url = gateway.staff_url("admin", sub="1")
         async with (
             admitted(url) as admin,
@@ -308,7 +308,7 @@ async def test_slow_clients_of_other_tenants_are_nobodys_business(nursery: trio.
 async def test_the_consoles_own_page_may_connect_in_development_and_no_other(
     redis_url: str,
 ) -> None:
-    async with serving(redis_url, "line") as gateway:
+    async with serving(redis_url, "direct") as gateway:
         url, own = gateway.staff_url("admin"), f"http://127.0.0.1:{gateway.port}"
         async with admitted(url, extra_headers=[("Origin", own.encode())]):
             pass

@@ -20,7 +20,7 @@ BEARER: Final = {"Authorization": f"Bearer {TOKEN}"}
 
 @pytest.fixture
 async def gateway(redis_url: str) -> AsyncIterator[Running]:
-    async with serving(redis_url, "line") as found:
+    async with serving(redis_url, "direct") as found:
         yield found
 
 
@@ -120,7 +120,7 @@ async def test_bugs_limits_and_outages_can_be_read(
     redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     origin = {"Origin": ALLOWED}
-    async with serving(redis_url, "line", ws_max_failed_logins=1) as gateway:
+    async with serving(redis_url, "direct", ws_max_failed_logins=1) as gateway:
         app = gateway.app
 
         async def asked(headers: dict[str, str]) -> int:

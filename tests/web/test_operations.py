@@ -28,7 +28,7 @@ async def statuses(port: int, *paths: str, method: str = "GET") -> set[int]:
 
 async def test_they_are_answered_there_alone_and_nothing_else_is(redis_url: str) -> None:
     port = free_port()
-    async with serving(redis_url, "line", ws_operations_bind=f"127.0.0.1:{port}") as gateway:
+    async with serving(redis_url, "direct", ws_operations_bind=f"127.0.0.1:{port}") as gateway:
         for method in ("GET", "HEAD", "POST", "OPTIONS"):
             assert await statuses(gateway.port, *OPERATORS, method=method) == {404}
         tricks = (
@@ -54,7 +54,7 @@ async def test_they_are_answered_there_alone_and_nothing_else_is(redis_url: str)
 
 
 async def test_without_the_setting_they_are_where_they_were(redis_url: str) -> None:
-    async with serving(redis_url, "line") as gateway:
+    async with serving(redis_url, "direct") as gateway:
         assert await statuses(gateway.port, *OPERATORS) == {200}
 
 
