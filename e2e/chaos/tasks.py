@@ -1,4 +1,4 @@
-"""The background tasks of a gateway: the call that starts each, and the name that a fault gives it."""
+"""The background tasks of a gateway: the call that starts each, and its name for a fault."""
 
 from typing import Final
 

@@ -6,8 +6,10 @@ from contextlib import suppress
 
 
 def free_port() -> int:
-    """A free port below those that the kernel gives to clients: one of them, connecting to a port on which
-    nobody listens, could be given that port and be connected to itself.
+    """A free port below the range that the kernel gives to clients.
+
+    A client that connects to a port of that range on which nobody listens could be given that
+    port itself, and be connected to itself.
     """
     while True:
         port = random.randrange(20_000, 32_000)

@@ -1,4 +1,4 @@
-"""The faults of e2e/chaos, for a moment, and what each of them had found."""
+"""Faults of Redis: some of those that e2e/chaos tries all of, and what each of them had found."""
 
 import json
 from collections.abc import AsyncIterator

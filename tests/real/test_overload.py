@@ -1,4 +1,4 @@
-"""Overload for a moment: what e2e/chaos does for a minute. Here one burst is more than fits."""
+"""One burst of events that is more than the queue takes; e2e/chaos overloads for a minute."""
 
 import json
 from typing import Any
