@@ -95,7 +95,7 @@ def test_no_part_of_a_password_is_shown(url: str) -> None:
 def test_options_without_effect_are_named() -> None:
     settings = Settings(redis_url="redis://h?socket_timeout=9&db=1")
     assert [w for w in settings.warnings if w.startswith("REDIS_URL")] == [
-        "REDIS_URL: socket_timeout has no effect, the gateway decides that itself"
+        "REDIS_URL: socket_timeout has no effect: the gateway sets it itself"
     ]
 
 

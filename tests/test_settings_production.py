@@ -81,7 +81,7 @@ def test_production_refuses_a_secret_out_of_an_example(
     name: str, secret: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     [problem] = problems(monkeypatch, **{name: secret})
-    assert problem == f"{name} is no secret: it stands in somebody's example"
+    assert problem == f"{name} is not secret: it is the value of a published example"
 
 
 @pytest.mark.parametrize("name", SECRETS[:2])
@@ -102,7 +102,6 @@ def test_production_needs_no_previous_secret(monkeypatch: pytest.MonkeyPatch) ->
         "redis://10.0.0.5", "redis://redis:6379/0", "rediss://redis.example", "redis://:@redis",
         "redis://user@redis", "redis://redis?db=1", "redis://redis?password=", "redis://0.0.0.0",
         "redis://127.0.0.1.evil.example", "redis://localhost.evil.example", "redis://[2001:db8::1]",
-        "redis://redis?no_password=x",
     ],
 )  # fmt: skip
 def test_production_refuses_a_redis_that_is_open_to_its_network(

@@ -1,8 +1,8 @@
 """``app``, for the hypercorn command: ``hypercorn -c hypercorn.toml trio_gateway.app:app``.
 
-Importing this module sets up the whole process: it reads the settings, exits with status 2 if they
-are bad, replaces stdout and stderr, and patches Hypercorn. To embed a gateway, call
-:func:`trio_gateway.gateway.create_app`.
+Importing this module sets up the process: it reads the settings, exits with status 2 if they are
+invalid, replaces stdout and stderr, and patches Hypercorn. To embed a gateway, call
+:func:`trio_gateway.gateway.create_app` instead.
 """
 
 import sys
@@ -15,7 +15,7 @@ from .settings import InvalidSettings, load_settings
 from .telemetry import logs, output
 from .transports import tcp
 
-__all__ = ["app", "create_app"]
+__all__ = ["app"]
 
 
 def _from_environment() -> Gateway:

@@ -33,6 +33,8 @@ from .transports.tcp import TcpService
 from .web import operations, routes
 from .web.http_connection import HttpConnection
 
+__all__ = ["Gateway", "create_app"]
+
 log = structlog.get_logger()
 
 _OPEN_MAX: Final = 10_240  # open files of a process on macOS
@@ -253,7 +255,16 @@ def create_app(
     auth: Mapping[Endpoint, Auth] | None = None,
     clock: Callable[[], float] = time.time,
 ) -> Gateway:
-    """A gateway with these settings; ``auth`` and ``clock`` are for tests and embedders."""
+    """Make a gateway, an ASGI app for Hypercorn's Trio worker. Reads no environment.
+
+    Arguments:
+        settings: the settings of this gateway.
+        auth: how to authenticate, per endpoint, instead of by tokens; for tests, see
+            :class:`trio_gateway.testing.NullAuth`.
+        clock: returns unix time in seconds; for tests.
+
+    Raises :exc:`trio_gateway.settings.InvalidSettings` if ``DATABASE_URL`` can't be used.
+    """
     return Gateway(settings, auth=auth, clock=clock)
 
 

@@ -1,4 +1,4 @@
-"""Publishing, for backends: an event goes where every gateway hears it, or an exception says why.
+"""Publishing, for backends: send an event to every gateway, or raise an exception that says why.
 
 ::
 
@@ -18,28 +18,37 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from .core.event_ids import DEFAULT_STREAM
-from .core.events import Event, InvalidEvent, parse_event
-from .core.routing import ROUTES, Route, Routing, To
+from .core.events import InvalidEvent, parse_event
+from .core.routing import ROUTES, InvalidRoutes, Route, Routing, channel_for, read_routes
 from .redis_errors import is_wrong_server
 from .redis_url import RedisAddress
 
-__all__ = ["TIMEOUT", "AsyncPublisher", "InvalidEvent", "PublishFailed", "Publisher"]
+__all__ = [
+    "TIMEOUT",
+    "AsyncPublisher",
+    "InvalidEvent",
+    "InvalidRoutes",
+    "PublishFailed",
+    "Publisher",
+    "read_routes",
+]
 
-TIMEOUT: Final = 2.0  # seconds to connect, and again for the answer
+TIMEOUT: Final = 2.0  # seconds to connect, and again for the reply
 _FIELD: Final = "data"
 
-# By redis-py and its parser, beside its own errors.
-_WHAT_JUNK_RAISES: Final = (AssertionError, AttributeError, LookupError, TypeError, ValueError)
+# What redis-py and its parser raise for an invalid reply, in addition to redis-py's own errors.
+_INVALID_REPLY: Final = (AssertionError, AttributeError, LookupError, TypeError, ValueError)
 
 T = TypeVar("T")
 _Event = Mapping[str, Any] | bytes | str
 
 
 class PublishFailed(Exception):  # noqa: N818 - an outcome
-    """Redis did not take the event; the text says where and why, never the password.
+    """Redis did not accept the event. The text says where and why; it never holds the password.
 
-    ``in_doubt`` is True if the event may have got through all the same: it was sent, at the first
-    or the second try, and Redis' answer was lost. Publishing it again is safe if it has an ``id``.
+    ``in_doubt`` is True if the event may have been published nevertheless: it was sent, at the
+    first or the second attempt, and the reply was lost. Publishing it again is safe if it has an
+    ``id``.
     """
 
     def __init__(self, text: str, *, in_doubt: bool = False) -> None:
@@ -48,17 +57,24 @@ class PublishFailed(Exception):  # noqa: N818 - an outcome
 
 
 class _WrongServer(PublishFailed):
-    """Refused by one that is not the one to ask."""
+    """The server that refused the command can't execute it: a replica, or one that is loading."""
 
 
 class Publisher:
-    """Publishes events to Redis, checked by the same rules as the gateway's.
+    """Publishes events to Redis. It checks each event by the gateway's own rules first.
 
-    Events of a durable type are added to ``stream``, which is kept at about ``max_length`` entries
-    (None: without bound); the others are published on one channel. ``routes`` is the routing table
-    of the gateways: give yours if they have a ``WS_ROUTES_FILE``.
+    An event of a durable type is added to a stream; any other event is published on one channel.
+    No connection is made before the first event. Threads may share a publisher.
 
-    Nothing is connected before the first event. Threads may share a publisher.
+    Arguments:
+        url: where Redis is: ``redis://``, ``rediss://`` or ``unix://``, with the options that the
+            gateway's ``REDIS_URL`` takes.
+        stream: the stream for durable events; one of the gateways' ``REDIS_STREAMS``.
+        max_length: about how many entries the stream keeps; None for no limit.
+        routes: the gateways' routing table. Pass ``read_routes(text)`` of their
+            ``WS_ROUTES_FILE`` if they have one.
+
+    Raises :exc:`ValueError` if the URL can't be used.
     """
 
     def __init__(
@@ -83,7 +99,7 @@ class Publisher:
                 protocol=2,
                 socket_connect_timeout=TIMEOUT,
                 socket_timeout=TIMEOUT,
-                retry=Retry(NoBackoff(), 0),  # ours to decide: an event must not be sent twice
+                retry=Retry(NoBackoff(), 0),  # _run decides: an event must not be sent twice
             )
         )
         self._address = address
@@ -103,6 +119,7 @@ class Publisher:
         self.close()
 
     def close(self) -> None:
+        """Close all connections. A later :meth:`publish` connects again."""
         self._redis.connection_pool.disconnect()
 
     def publish(
@@ -113,21 +130,27 @@ class Publisher:
         stream: str | None = None,
         channel: str | None = None,
     ) -> str | int:
-        """Publish one event; return its entry id in the stream, or how many heard the channel.
+        """Publish one event. It takes a few seconds at most.
 
-        ``event`` is a dict, or the JSON itself as bytes or str, which goes out byte for byte.
-        ``id`` becomes the event's idempotency key unless it has one; for a dict only. Gateways
-        take the same ``id`` within 5 minutes for the same event, so an event with one is sent
-        again when the answer to adding it to the stream gets lost. One that a server refused
-        because it is no primary is sent to the one that the name leads to by then.
+        Arguments:
+            event: a mapping, or the JSON as bytes or str, which is sent byte for byte.
+            id: the idempotency key, unless the mapping has one; not allowed with JSON. Gateways
+                treat events with the same ``id`` within 5 minutes as one event. An event with an
+                ``id`` is therefore sent again if the reply to adding it to the stream is lost.
+            stream, channel: publish there, whatever the event's type.
 
-        ``stream`` or ``channel`` sends it there, whatever its type.
+        Returns the entry's id in the stream (a str), or the number of subscribers that received it
+        on the channel (an int).
 
-        Raises :exc:`InvalidEvent` if the gateway would drop it, and :exc:`PublishFailed` if Redis
-        did not take it; in a few seconds at most.
+        If a server refuses because it is not the primary, the event is sent once more, to the
+        server that the host name resolves to then.
+
+        Raises :exc:`InvalidEvent` if the gateway would drop the event, :exc:`PublishFailed` if
+        Redis did not accept it, :exc:`TypeError` or :exc:`ValueError` for arguments that exclude
+        each other.
         """
         if stream is not None and channel is not None:
-            raise ValueError("stream or channel, not both")
+            raise ValueError("pass stream or channel, not both")
         payload = _encode(event, id)
         parsed = parse_event(payload, channel="", received_at=0.0)
         if stream is None and channel is None:
@@ -149,8 +172,8 @@ class Publisher:
         return entry.decode()
 
     def _run(self, command: Callable[[], Any], kind: type, *, again: bool = False) -> Any:
-        """Give the command, and once more if a server refused it that is not the one to ask; with
-        ``again``, also once more if its answer got lost.
+        """Run the command; run it once more if the wrong server refused it. With ``again``, also run
+        it once more if the reply was lost.
         """
         in_doubt = refused = False
         while True:
@@ -164,7 +187,7 @@ class Publisher:
                 refused |= wrong_server
                 in_doubt |= failed.in_doubt
                 if not try_again:
-                    # An earlier try may have got through, whatever became of this one.
+                    # An earlier attempt may have succeeded, whatever happened to this one.
                     failed.in_doubt = in_doubt
                     raise
 
@@ -175,7 +198,7 @@ class Publisher:
         except _NotReached as not_reached:
             match not_reached.error:
                 case redis.AuthenticationError() as error:
-                    text = f"{where} does not let us in: {error}"
+                    text = f"{where} refuses the credentials: {error}"
                 case redis.TimeoutError():
                     text = f"can't connect to {where}: no answer in {TIMEOUT:g} s"
                 case error:
@@ -191,17 +214,19 @@ class Publisher:
                 raise _WrongServer(f"{where} refuses: {error}") from None
             if isinstance(error, redis.ResponseError):
                 raise PublishFailed(f"{where} refuses: {error}") from None
-            raise PublishFailed(f"{where} hung up: {_cause(error)}", in_doubt=True) from None
-        except _WHAT_JUNK_RAISES:
+            raise PublishFailed(
+                f"{where} closed the connection: {_cause(error)}", in_doubt=True
+            ) from None
+        except _INVALID_REPLY:
             reply = None
         if not isinstance(reply, kind):
-            self._redis.connection_pool.disconnect()  # what comes next may be no answer, either
-            raise PublishFailed(f"{where} answered nonsense", in_doubt=True)
+            self._redis.connection_pool.disconnect()  # the bytes that follow can't be trusted, either
+            raise PublishFailed(f"{where} sent an invalid reply", in_doubt=True)
         return reply
 
 
 class _NotReached(Exception):  # noqa: N818 - an outcome
-    """No connection, so that nothing was sent. Not a RedisError: those say less."""
+    """There is no connection, so nothing was sent. A RedisError alone would not say that."""
 
     def __init__(self, error: redis.RedisError) -> None:
         super().__init__()
@@ -219,10 +244,11 @@ class _Pool(redis.ConnectionPool):
 class AsyncPublisher:
     """A :class:`Publisher` for asyncio and Trio: ``async with AsyncPublisher(url) as publisher``.
 
-    It is the synchronous one in a worker thread of the library at hand, one event at a time and in
-    the order of the calls. A call that is cancelled may have published its event all the same.
-    Takes the same arguments, and raises the same exceptions. It belongs to the event loop that
-    entered it.
+    It runs the synchronous publisher in a worker thread, one event at a time and in the order of
+    the calls. A cancelled call may have published its event nevertheless. It belongs to the event
+    loop in which it was entered.
+
+    Takes the arguments of :class:`Publisher`, and raises the same exceptions.
     """
 
     def __init__(self, url: str, **options: Any) -> None:
@@ -256,9 +282,12 @@ class AsyncPublisher:
         stream: str | None = None,
         channel: str | None = None,
     ) -> str | int:
-        """As :meth:`Publisher.publish`."""
+        """Publish one event, as :meth:`Publisher.publish` does.
+
+        Also raises :exc:`RuntimeError` outside of the ``async with`` block.
+        """
         if self._in_thread is None:
-            raise RuntimeError("enter it first: async with AsyncPublisher(url) as publisher")
+            raise RuntimeError("not entered: use async with AsyncPublisher(url) as publisher")
         return await self._in_thread.run(
             partial(self._publisher.publish, event, id=id, stream=stream, channel=channel)
         )
@@ -290,19 +319,10 @@ class _AsyncioThread:
 _InThread = _TrioThread | _AsyncioThread
 
 
-def channel_for(event: Event, routes: Routing = ROUTES) -> str:
-    """The one channel on which the gateways hear an event that is not durable."""
-    if event.session is not None and routes.route_of(event.type).to == To.DINERS:
-        return f"channel:session:{event.session}"
-    if event.branch == 0:
-        return f"channel:tenant:{event.tenant}:admin"
-    return f"channel:branch:{event.branch}:admin"
-
-
 def _encode(event: _Event, id: str | None) -> bytes:  # noqa: A002 - the event's key
     if not isinstance(event, Mapping):
         if id is not None:
-            raise TypeError("id is for an event given as a dict: JSON goes out as it is")
+            raise TypeError("id can't be added to JSON: pass the event as a mapping")
         try:
             return event.encode() if isinstance(event, str) else bytes(event)
         except UnicodeEncodeError:

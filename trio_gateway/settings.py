@@ -25,6 +25,8 @@ from .core.tokens import Key, Rules
 from .keys import MIN_SECRET_BYTES, SIGNATURES, algorithms_of, is_well_known, public_keys
 from .redis_url import RedisAddress
 
+__all__ = ["InvalidSettings", "Settings", "load_settings"]
+
 _PATTERNS = (
     "channel:branch:*:waiters",
     "channel:branch:*:kitchen",
@@ -41,8 +43,8 @@ _PATTERNS = (
     "tenant:*:admin",
 )
 _ORIGINS = tuple(f"http://localhost:{port}" for port in (5176, 5177, 5178))
-_USUAL_IDLE_TIMEOUT = 45  # seconds: event-source-polyfill; proxies have 60, unless told otherwise
-_USUAL_PING = 25  # seconds between the pings of our clients unless the gateway names another
+_USUAL_IDLE_TIMEOUT = 45  # seconds, of event-source-polyfill; the default of proxies is 60
+_USUAL_PING = 25  # seconds between the pings of our clients, unless the gateway asks for others
 _BIND = re.compile(
     r"(?:[a-z0-9._-]+|\[[0-9a-f:.]+\]):(?P<port>[0-9]{1,5})", re.ASCII | re.IGNORECASE
 )
@@ -57,7 +59,10 @@ _Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class InvalidSettings(ValueError):  # noqa: N818 - reads better where it is raised
-    """The gateway can't start so; ``problems`` names each setting and what is wrong with it."""
+    """The gateway can't start with these settings.
+
+    ``problems`` has one text for each problem; it names the setting and says what is wrong.
+    """
 
     def __init__(self, problems: list[str]) -> None:
         super().__init__("\n".join(problems))
@@ -68,7 +73,7 @@ class Settings(BaseSettings):
     """Every setting of the gateway, with its default (contract, section 6).
 
     ``Settings(...)`` takes keyword arguments by the settings' names in lower case;
-    :func:`load_settings` is what the programs use. Times are seconds, sizes bytes.
+    :func:`load_settings` also reads ``.env``. Times are in seconds, sizes in bytes.
     """
 
     model_config = SettingsConfigDict(
@@ -105,19 +110,21 @@ class Settings(BaseSettings):
     ws_drop_alarm_threshold: Annotated[float, Field(ge=0, le=1)] = 0.05
     ws_drop_alarm_cooldown: _Seconds = 300
     ws_routes_file: Path | None = None
-    ws_tracing: bool = False  # needs the extra otel
+    ws_tracing: bool = False  # needs the extra "otel"
     ws_console_tokens: bool = False  # the console makes tokens; in development only
     ws_max_handshakes: _Count = 1000  # in progress at a time
     ws_max_connections_per_address: Annotated[int, Field(ge=0)] = 0  # 0 = off
     ws_max_failed_logins: Annotated[int, Field(ge=0)] = 0  # per address and minute; 0 = off
-    ws_operations_bind: str | None = None  # host:port for metrics and details, there alone
-    ws_proxy_hops: Annotated[int, Field(ge=0)] = 0  # proxies of ours that add X-Forwarded-For
+    ws_operations_bind: str | None = None  # host:port serves metrics and details, there only
+    ws_proxy_hops: Annotated[int, Field(ge=0)] = (
+        0  # how many trusted proxies add to X-Forwarded-For
+    )
 
     redis_url: str = Field(default="redis://localhost:6380", repr=False)
     allow_redis_without_password: bool = False
     redis_channel_patterns: _List = _PATTERNS
     redis_streams: _List = (DEFAULT_STREAM,)
-    redis_dlq_stream: str | None = None  # where entries that are no events are copied to
+    redis_dlq_stream: str | None = None  # entries that are not valid events are copied to it
     redis_event_queue_size: _Count = 5000
     redis_event_batch_size: _Count = 50
     redis_pool_max_connections: _Count = 50
@@ -126,7 +133,7 @@ class Settings(BaseSettings):
 
     jwt_secret: str | None = Field(default=None, repr=False)
     table_token_secret: str | None = Field(default=None, repr=False)
-    # While a secret is being changed, tokens signed with the one before are still good.
+    # While a secret is being changed, tokens signed with the previous one are still accepted.
     jwt_secret_previous: str | None = Field(default=None, repr=False)
     table_token_secret_previous: str | None = Field(default=None, repr=False)
     jwt_algorithms: _List = ("HS256",)
@@ -134,7 +141,7 @@ class Settings(BaseSettings):
     jwt_jwks_url: str | None = None
     jwt_issuer: str | None = None
     jwt_audience: str | None = None
-    # For nbf and iat, of an issuer whose clock is ahead; exp is exact.
+    # Seconds for nbf and iat, if the clock of the issuer is ahead; exp is exact.
     jwt_leeway: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 10
     jwt_revalidation_interval: _Seconds = 300
     allow_legacy_table_tokens: bool = False
@@ -143,7 +150,7 @@ class Settings(BaseSettings):
     database_url: str | None = Field(default=None, repr=False)
     sector_cache_ttl: _Seconds = 300
     sector_table: str = "waiter_sector_assignment"
-    sector_columns: _List = ()  # name=column, for those that are called otherwise
+    sector_columns: _List = ()  # name=column, for columns with another name
     service_time_zone: str = "UTC"
     service_time_zones: _List = ()  # tenant:branch=Zone
     service_day_cutoff: time = time(5)
@@ -198,14 +205,14 @@ class Settings(BaseSettings):
         if value is not None:
             match = _BIND.fullmatch(value)
             if match is None or not 0 < int(match["port"]) < 1 << 16:
-                raise ValueError("is not host:port, as 127.0.0.1:9001")
+                raise ValueError("is not host:port, for example 127.0.0.1:9001")
         return value
 
     @field_validator("service_day_cutoff")
     @classmethod
     def _local(cls, value: time) -> time:
         if value.tzinfo is not None:
-            raise ValueError("has a time zone of its own: that is SERVICE_TIME_ZONE")
+            raise ValueError("has a time zone: set that as SERVICE_TIME_ZONE")
         return value
 
     @field_validator("redis_url")
@@ -229,13 +236,15 @@ class Settings(BaseSettings):
         if SIGNATURES & set(self.jwt_algorithms) and not (self.jwt_public_key or self.jwt_jwks_url):
             problems.append("JWT_ALGORITHMS names a signature: set JWT_PUBLIC_KEY or JWT_JWKS_URL")
         if self.redis_dlq_stream in self.redis_streams:
-            problems.append("REDIS_DLQ_STREAM is one of REDIS_STREAMS: each copy would be copied")
+            problems.append(
+                "REDIS_DLQ_STREAM is one of REDIS_STREAMS: each copy would be copied again"
+            )
         problems += self._streams_that_share_a_tag()
         if self.ws_tracing and not all(map(_is_installed, _OTEL)):
-            problems.append("WS_TRACING needs more: pip install 'trio-gateway[otel]'")
+            problems.append("WS_TRACING needs other packages: pip install 'trio-gateway[otel]'")
         if self.production:
             problems += self._production_problems()
-        # Read now, so that a mistake in them stops the start.
+        # Read them now, so that a mistake in one of them prevents the start.
         for read in ("routes", "staff_keys", "service_days", "sector_column_names"):
             try:
                 getattr(self, read)
@@ -246,7 +255,7 @@ class Settings(BaseSettings):
         return self
 
     def _streams_that_share_a_tag(self) -> list[str]:
-        """An event id names its stream by a tag of 16 bits: two streams must not have the same."""
+        """Event ids name their stream by a tag of 16 bits: no two streams may have the same tag."""
         first: dict[str, str] = {}
         return [
             f"REDIS_STREAMS: events of {other} and of {name} would have the same ids; rename one"
@@ -264,15 +273,17 @@ class Settings(BaseSettings):
             elif len(secret.encode()) < MIN_SECRET_BYTES:
                 problems.append(f"{name.upper()} is shorter than {MIN_SECRET_BYTES} bytes")
             elif is_well_known(secret):
-                problems.append(f"{name.upper()} is no secret: it stands in somebody's example")
+                problems.append(
+                    f"{name.upper()} is not secret: it is the value of a published example"
+                )
         if self.ws_console_tokens:
-            problems.append("WS_CONSOLE_TOKENS lets anybody in (it is for development)")
+            problems.append("WS_CONSOLE_TOKENS admits anybody (it is for development)")
         if "*" in self.allowed_origins:
             problems.append("ALLOWED_ORIGINS is a wildcard (production needs a list)")
         if not self.allow_redis_without_password and _is_open(self.redis_url):
             problems.append(
                 "REDIS_URL has no password and is not on this machine"
-                " (ALLOW_REDIS_WITHOUT_PASSWORD=true if the network is yours)"
+                " (ALLOW_REDIS_WITHOUT_PASSWORD=true if the network is private)"
             )
         return problems
 
@@ -296,12 +307,12 @@ class Settings(BaseSettings):
 
     @cached_property
     def staff_secret(self) -> str:
-        """``JWT_SECRET``, or in development a random one that no token was signed with yet."""
+        """``JWT_SECRET``, or in development a random secret that no token was signed with yet."""
         return self.jwt_secret or _random_secret("staff")
 
     @cached_property
     def table_secret(self) -> str:
-        """``TABLE_TOKEN_SECRET``, or in development a random one."""
+        """``TABLE_TOKEN_SECRET``, or in development a random secret."""
         return self.table_token_secret or _random_secret("table")
 
     @cached_property
@@ -320,16 +331,18 @@ class Settings(BaseSettings):
 
     @cached_property
     def table_keys(self) -> tuple[Key, ...]:
+        """The keys that table tokens may be signed with."""
         secrets = (self.table_secret, self.table_token_secret_previous)
         return tuple(Key(secret, ("HS256",)) for secret in secrets if secret)
 
     @cached_property
     def rules(self) -> Rules:
+        """What a staff token must satisfy besides its signature."""
         return Rules(issuer=self.jwt_issuer, audience=self.jwt_audience, leeway=self.jwt_leeway)
 
     @cached_property
     def service_days(self) -> ServiceDays:
-        """When which day's and which shift's assignments hold."""
+        """The time zones, the cutoff and the shifts that decide which assignments are in force."""
         problems = []
         zone, zones, windows = ServiceDays().zone, {}, {}
         try:
@@ -350,7 +363,7 @@ class Settings(BaseSettings):
 
     @cached_property
     def sector_column_names(self) -> Mapping[str, str]:
-        """What the columns of the sector table are called, where not by their own names."""
+        """The columns of the sector table that have names of their own, by our names."""
         found = {}
         for item in self.sector_columns:
             name, equals, called = item.partition("=")
@@ -364,27 +377,29 @@ class Settings(BaseSettings):
 
     @property
     def production(self) -> bool:
+        """Whether ``ENVIRONMENT`` is ``production``."""
         return self.environment == "production"
 
     @property
     def json_logs(self) -> bool:
+        """Whether logs are JSON: ``LOG_FORMAT``, and in production by default."""
         return (self.log_format or ("json" if self.production else "console")) == "json"
 
     @property
     def warnings(self) -> list[str]:
-        """What an operator should know although it does not stop the start."""
+        """Problems that do not prevent the start, as texts for operators."""
         found = []
         if self.jwt_secret is None and _HMAC & set(self.jwt_algorithms):
-            found.append("JWT_SECRET is not set: a random one, so no staff token can be valid")
+            found.append("JWT_SECRET is not set: it is random, so no staff token is valid")
         if self.table_token_secret is None:
-            found.append("TABLE_TOKEN_SECRET is not set: a random one, so no table token is valid")
+            found.append("TABLE_TOKEN_SECRET is not set: it is random, so no table token is valid")
         if self.jwt_secret is not None and self.jwt_secret == self.table_token_secret:
             found.append("JWT_SECRET and TABLE_TOKEN_SECRET are the same: use two")
         for name in RedisAddress.from_url(self.redis_url).ignored:
-            found.append(f"REDIS_URL: {name} has no effect, the gateway decides that itself")
+            found.append(f"REDIS_URL: {name} has no effect: the gateway sets it itself")
         url = urlsplit(self.jwt_jwks_url or "")
         if url.scheme == "http" and not is_loopback(url.hostname or ""):
-            found.append("JWT_JWKS_URL is not https: who stands in between can make tokens")
+            found.append("JWT_JWKS_URL is not https: anybody on the way can forge tokens")
         for name in self._secrets_in_use:
             secret = getattr(self, name)
             if secret is not None and len(secret.encode()) < MIN_SECRET_BYTES:
@@ -392,7 +407,7 @@ class Settings(BaseSettings):
         return found + self._interval_warnings()
 
     def _interval_warnings(self) -> list[str]:
-        """Intervals that clients, proxies or other settings can not be expected to fit."""
+        """Warnings about intervals that do not fit each other, usual clients or usual proxies."""
         heartbeat, receive = self.ws_heartbeat_timeout, self.ws_receive_timeout
         found = []
         if self.ws_ping_interval >= heartbeat:
@@ -420,12 +435,12 @@ class Settings(BaseSettings):
         return found
 
 
-# In the environment of several workers: what their random secrets are made from.
+# An environment variable of the workers: the seed of their common random secrets.
 DEVELOPMENT_SECRET = "TRIO_GATEWAY_DEVELOPMENT_SECRET"  # noqa: S105 - a name
 
 
 def _random_secret(kind: str) -> str:
-    """A secret that nobody knows; workers of one supervisor have the same."""
+    """A random secret; all workers of a supervisor have the same one."""
     seed = os.environ.get(DEVELOPMENT_SECRET)
     if seed is None:
         return secrets.token_urlsafe(MIN_SECRET_BYTES)
@@ -436,10 +451,10 @@ NAMES = frozenset(name.upper() for name in Settings.model_fields)
 
 
 def load_settings(env_file: str = ".env") -> Settings:
-    """Read the settings from the environment, and what that leaves open from ``.env``.
+    """Read the settings from the environment, and those it does not set from ``env_file``.
 
-    Raises :exc:`InvalidSettings` with one problem a line: a bad value, a ``WS_*`` name that is no
-    setting, something that production requires. No problem holds the value of a secret.
+    Raises :exc:`InvalidSettings` for invalid values, for unknown names that begin with ``WS_``, and
+    for what production requires. No text contains the value of a secret.
     """
     try:
         in_file = dotenv_values(env_file)
@@ -458,7 +473,7 @@ def load_settings(env_file: str = ".env") -> Settings:
 
 
 def _unknown(name: str) -> str:
-    """The problem with a name that claims to be a setting of ours and is none, or ``""``."""
+    """The problem with a name that begins with ``WS_`` and is not a setting, or ``""``."""
     if not name.upper().startswith("WS_") or name.upper() in NAMES:
         return ""
     close = difflib.get_close_matches(name.upper(), NAMES, n=1)
@@ -480,12 +495,12 @@ _OTEL = ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http")
 def _is_installed(module: str) -> bool:
     try:
         return find_spec(module) is not None
-    except ModuleNotFoundError:  # not even what it would be in
+    except ModuleNotFoundError:  # its parent package is not installed, either
         return False
 
 
 def _is_open(redis_url: str) -> bool:
-    """Whether anybody on the network may be able to publish there."""
+    """Whether anybody on the network may be able to publish to this Redis."""
     parts = urlsplit(redis_url)
     if parts.scheme == "unix" or parts.password or "password" in parse_qs(parts.query):
         return False

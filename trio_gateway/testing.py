@@ -1,4 +1,4 @@
-"""Fakes and makers for tests: the gateway's own, and those of whoever builds on it."""
+"""Tokens, events and fakes for tests: the gateway's own, and those of applications."""
 
 import json
 import time
@@ -17,6 +17,19 @@ from .core.routing import ROUTES
 from .runtime.connection import Disconnected, Ping, Pong
 from .runtime.outbox import Outbox
 
+__all__ = [
+    "Endpoint",
+    "FakeClient",
+    "FakeSocket",
+    "NullAuth",
+    "Principal",
+    "make_event",
+    "make_jwt",
+    "make_payload",
+    "make_principal",
+    "make_table_token",
+]
+
 
 def make_principal(
     endpoint: Endpoint = Endpoint.WAITER,
@@ -29,7 +42,11 @@ def make_principal(
     session: int = 456,
     expires_at: float = float("inf"),
 ) -> Principal:
-    """A principal with sectors in every one of its branches."""
+    """Make a principal for an endpoint; it has the ``sectors`` in each of its ``branches``.
+
+    ``user`` counts for staff endpoints, ``session`` for diners. ``roles`` defaults to the
+    endpoint's own role. ``expires_at`` is unix time.
+    """
     diner = endpoint is Endpoint.DINER
     return Principal(
         endpoint=endpoint,
@@ -44,7 +61,7 @@ def make_principal(
 
 
 def make_payload(type: str = "ROUND_READY", **keys: Any) -> bytes:  # noqa: A002 - the event's key
-    """An event as a backend would publish it; a key set to ``...`` is left out."""
+    """Make the JSON of an event, as a backend publishes it; a key set to ``...`` is left out."""
     event = {"type": type, "tenant_id": 1, "branch_id": 1} | keys
     return json.dumps({k: v for k, v in event.items() if v is not ...}).encode()
 
@@ -58,9 +75,10 @@ def make_event(
     position: Position | None = None,
     **keys: Any,
 ) -> Event:
-    """An event as the gateway makes it of :func:`make_payload`.
+    """Make an event as the gateway reads it from ``channel``; ``keys`` as in :func:`make_payload`.
 
-    With ``stream`` and ``position``, as it is read from there; it is durable if its type is.
+    With ``stream`` and ``position``, as the gateway reads it from that stream; the event is durable
+    if its type is. ``heard_at`` is the time of receipt on Trio's clock, in seconds.
     """
     return parse_event(
         make_payload(type, **keys),
@@ -73,13 +91,13 @@ def make_event(
 
 
 def make_jwt(secret: str, *, life: float = 3600, algorithm: str = "HS256", **claims: Any) -> str:
-    """A staff token; a claim set to ``...`` is left out."""
+    """Make a staff token that expires in ``life`` seconds; a claim set to ``...`` is left out."""
     found = staff_claims(tenant=1, user=21, branches=[1], roles=["WAITER"])
     return _mint(found | lifetime(time.time(), life) | claims, secret, algorithm)
 
 
 def make_table_token(secret: str, *, life: float = 3600, **claims: Any) -> str:
-    """A table token; a claim set to ``...`` is left out."""
+    """Make a table token that expires in ``life`` seconds; a claim set to ``...`` is left out."""
     found = table_claims(tenant=1, branch=1, table=10, session=456)
     return _mint(found | lifetime(time.time(), life) | claims, secret)
 
@@ -89,36 +107,40 @@ def _mint(claims: Mapping[str, Any], secret: str, algorithm: str = "HS256") -> s
 
 
 class NullAuth:
-    """Lets everybody in, as the principal it was given or as one made for the endpoint."""
+    """Authenticates every client, as the given principal or as one made for the endpoint."""
 
     def __init__(self, principal: Principal | None = None) -> None:
         self._principal = principal
 
     async def authenticate(self, credential: str, endpoint: Endpoint) -> Principal:
+        """Return the principal."""
         await trio.lowlevel.checkpoint()
         return self._principal or make_principal(endpoint)
 
 
 class FakeClient:
-    """The other end of a :class:`FakeSocket`."""
+    """The client's end of a :class:`FakeSocket`."""
 
     def __init__(self) -> None:
         self.to_gateway, self.from_client = trio.open_memory_channel[str | Ping | Pong | Exception](
             1000
         )
 
-    async def send(self, said: str | Ping | Pong) -> None:
-        await self.to_gateway.send(said)
+    async def send(self, message: str | Ping | Pong) -> None:
+        """Send a message or a control frame to the gateway."""
+        await self.to_gateway.send(message)
 
     async def leave(self, code: int = Close.NORMAL, reason: str = "") -> None:
+        """Close the connection with a close code."""
         await self.to_gateway.send(Disconnected(code, reason))
 
     async def misbehave(self, outcome: Exception) -> None:
+        """Make the gateway's next receive raise ``outcome``."""
         await self.to_gateway.send(outcome)
 
 
 class FakeSocket:
-    """A socket in memory. ``room`` is how many bytes the client's kernel still takes."""
+    """A socket in memory. ``room`` is how many bytes it accepts until the client reads on."""
 
     measures_progress = False
     answers_pings = True
@@ -135,30 +157,33 @@ class FakeSocket:
 
     @property
     def texts(self) -> list[str]:
-        """The text messages that the client has been sent, of what is written in whole."""
+        """The text messages that were written completely."""
         return [str(payload, "utf-8") for payload in self._sent(TEXT)]
 
     @property
     def pings(self) -> int:
+        """How many pings were written."""
         return len(self._sent(PING))
 
     @property
     def pongs(self) -> list[bytes]:
+        """The payloads of the pongs that were written."""
         return self._sent(PONG)
 
     def _sent(self, wanted: int) -> list[bytes]:
         written, end = memoryview(bytes(self.written)), 0
-        padded = memoryview(self.written + bytes(9))  # a cut head is a head all the same
+        padded = memoryview(self.written + bytes(9))  # boundary() reads a whole frame head
         while (following := end + boundary(padded[end:], 1)) <= len(written):
             end = following
         return [bytes(payload) for opcode, payload in split(written[:end]) if opcode == wanted]
 
     def read(self, size: float) -> None:
-        """The client reads on: so many bytes more fit."""
+        """Let the client read: ``size`` more bytes are accepted."""
         self.room += size
         self._more_room.set()
 
     def try_write(self, data: bytes | memoryview) -> int:
+        """Write what there is room for; return how many bytes that was."""
         if self.aborted:
             raise BrokenPipeError
         taken = int(min(self.room, len(data)))
@@ -168,21 +193,25 @@ class FakeSocket:
         return taken
 
     async def write_from(self, outbox: Outbox) -> None:
+        """Wait for room, then write from the head of the outbox."""
         while not self.room and not self.aborted:
             self._more_room = trio.Event()
             await self._more_room.wait()
         outbox.took(self.try_write(outbox.head()))
 
     def traffic(self) -> tuple[int, int]:
+        """Bytes received and acknowledged; a socket in memory measures neither."""
         return 0, 0
 
     async def receive(self) -> str | Ping | Pong:
-        said = await self.client.from_client.receive()
-        if isinstance(said, Exception):
-            raise said
-        return said
+        """Return what the client sends next, or raise how it ended."""
+        message = await self.client.from_client.receive()
+        if isinstance(message, Exception):
+            raise message
+        return message
 
     async def close(self, code: int, reason: str) -> None:
+        """Record the close code and the reason, unless the socket was aborted."""
         await trio.lowlevel.checkpoint()
         if self.aborted:
             return
@@ -193,5 +222,6 @@ class FakeSocket:
         self.reason = reason
 
     def abort(self) -> None:
+        """Drop the connection: from now on a write raises :exc:`BrokenPipeError`."""
         self.aborted = True
         self._more_room.set()

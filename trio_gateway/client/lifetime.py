@@ -1,26 +1,27 @@
-"""How long a token still lives. The clock of this device may be wrong: it alone never decides."""
+"""How long a token remains valid. The clock of this device may be wrong: it alone never decides."""
 
+import base64
+import json
 from typing import Final
-
-from ..core.tokens import claims_of
 
 RENEW_AT: Final = 0.8  # of what is left of a token's life
 SUPPOSED_LIFE: Final = 75.0  # seconds, of a token that seems expired and has no iat
-UNSURE: Final = 660.0  # seconds that a clock may be behind, until something has shown how far it is
-_SHORT: Final = 60.0  # what is left beyond that must be at least this, or the margin is not used
+UNSURE: Final = 660.0  # seconds that the clock may be behind while nothing has shown its error
+_SHORT: Final = 60.0  # seconds; the margin is used only if more than UNSURE + _SHORT are left
 
 
 class Lifetime:
-    """Computes what is left of a token's life, and learns from tokens how late the clock is."""
+    """Computes the rest of a token's life, and learns from tokens how far the clock is behind."""
 
     def __init__(self) -> None:
         self._behind: float | None = None  # seconds; None: nothing has shown it
 
     def left(self, token: str, expires_at: float, now: float) -> float:
-        """Seconds until a token that the gateway has just accepted expires, rather too few.
+        """Seconds until a token expires that the gateway has just accepted; rather too few.
 
-        ``now`` is this device's clock, which is used as far as the token does not contradict it:
-        a token was not issued in the future, and an accepted one has not expired.
+        ``expires_at`` and ``now`` are unix time, ``now`` by this device's clock. The clock is used
+        unless the token contradicts it: no token was issued in the future, and an accepted token
+        has not expired.
         """
         issued_at = claimed(token, "iat")
         whole = SUPPOSED_LIFE
@@ -37,16 +38,23 @@ class Lifetime:
         return left
 
     def expired(self, expires_at: float, now: float) -> None:
-        """The gateway has said that a connection's token expires now."""
+        """Learn from the gateway that a connection's token has expired just now."""
         self._behind = expires_at - now
 
 
 def claimed(token: str, name: str) -> float | None:
-    """A number that a JWT claims, not verified; None if it does not."""
-    value = (claims_of(token) or {}).get(name)
+    """A numeric claim of a JWT, not verified; None if the token has no such claim."""
+    _, *parts = token.split(".")
+    if len(parts) != 2:
+        return None
+    try:
+        claims = json.loads(base64.urlsafe_b64decode(parts[0] + "=" * (-len(parts[0]) % 4)))
+    except (ValueError, RecursionError):
+        return None
+    value = claims.get(name) if isinstance(claims, dict) else None
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def expiry(token: str) -> float | None:
-    """When a JWT says that it ends, unix time; not verified."""
+    """The expiry of a JWT, unix time, not verified; None if it has none."""
     return claimed(token, "exp")

@@ -145,6 +145,15 @@ ROUTES: Final = Routing(
 )
 
 
+def channel_for(event: Event, routes: Routing = ROUTES) -> str:
+    """The Pub/Sub channel to publish an event on that is not durable."""
+    if event.session is not None and routes.route_of(event.type).to == To.DINERS:
+        return f"channel:session:{event.session}"
+    if event.branch == 0:
+        return f"channel:tenant:{event.tenant}:admin"
+    return f"channel:branch:{event.branch}:admin"
+
+
 class InvalidRoutes(ValueError):  # noqa: N818 - reads better where it is raised
     """A routes file is invalid; the text names the place."""
 

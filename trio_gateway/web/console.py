@@ -18,8 +18,8 @@ from ..core.close_codes import Close, Rejected
 from ..core.events import InvalidEvent, parse_event
 from ..core.minting import lifetime, mint, signing_algorithm, staff_claims, table_claims
 from ..core.origins import host_of, is_loopback
+from ..core.routing import channel_for
 from ..parts import Parts
-from ..publisher import channel_for
 from ..stats_feed import may_watch
 from .responses import Answer, identify, problem, refusal
 
