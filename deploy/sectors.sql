@@ -1,4 +1,4 @@
--- The table that the gateway reads; a platform has it already.
+-- The table that the gateway reads. A platform usually has it already.
 CREATE TABLE IF NOT EXISTS waiter_sector_assignment (
     id bigserial PRIMARY KEY,
     tenant_id bigint NOT NULL,
