@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support.gateways import http, serving, valkey
 from trio_gateway.settings import NAMES
-from trio_gateway.telemetry.prometheus import METRICS
+from trio_gateway.telemetry.metrics import METRICS
 
 ROOT = Path(__file__).parent.parent
 ALERTS = (ROOT / "deploy/prometheus/alerts.yml").read_text()

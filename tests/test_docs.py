@@ -14,7 +14,7 @@ from tests.support.gateways import make_settings
 from tools import tables
 from trio_gateway.gateway import create_app
 from trio_gateway.settings import NAMES
-from trio_gateway.telemetry.prometheus import METRICS
+from trio_gateway.telemetry.metrics import METRICS
 from trio_gateway.web.routes import HTTP
 
 PAGE = tables.PAGE.read_text("utf-8")

@@ -11,7 +11,7 @@ from .core.close_codes import Close
 from .parts import Parts
 from .runtime.hub import Hub
 from .telemetry import output
-from .telemetry.prometheus import Snapshot
+from .telemetry.snapshot import Snapshot
 
 MOST_SLOW: Final = 20  # slow clients that are named
 _MOST_CODES: Final = 64  # labels for close codes, which clients choose

@@ -19,7 +19,7 @@ import trio
 from hypercorn.config import Config
 
 from .core.resilience import Backoff
-from .telemetry.prometheus import GROUP, WorkerSnapshots, open_group
+from .telemetry.worker_snapshots import GROUP, WorkerSnapshots, open_group
 from .transports.accepting import Board
 
 log = structlog.get_logger()
@@ -114,12 +114,12 @@ class Supervisor:
             each.set_inheritable(True)
         self._main = secure or insecure
         self._insecure = insecure if secure else []
-        self._figures: WorkerSnapshots | None = None
+        self._snapshots: WorkerSnapshots | None = None
         try:
             group = str(open_group())
-            self._figures = WorkerSnapshots(Path(group))
+            self._snapshots = WorkerSnapshots(Path(group))
         except OSError as error:  # a read-only file system: metrics are no reason not to serve
-            log.warning("figures not shared: metrics are one worker's", error=error.strerror)
+            log.warning("snapshots not shared: metrics are one worker's", error=error.strerror)
             group = ""
         self._env = {**env, GROUP: group}
         self._board: Board | None = None
@@ -147,9 +147,9 @@ class Supervisor:
             self._listeners.cancel_scope.cancel()
         for each in self._sockets:
             each.close()
-        if self._figures is not None:
+        if self._snapshots is not None:
             with suppress(OSError):
-                self._figures.remove()
+                self._snapshots.remove()
         return self._status
 
     async def _keep(self, place: int) -> None:
@@ -203,13 +203,13 @@ class Supervisor:
             await self._wait_stopping(delay)
 
     async def _ended(self, worker: _Worker) -> int:
-        """Wait for its end, keep its figures, and free its seat; its status."""
+        """Wait for its end, keep its counters, and free its seat; its status."""
         status = await worker.wait()
         self._leave_board(worker.seat)
         worker.seat = None
-        if self._figures is not None:
+        if self._snapshots is not None:
             with suppress(OSError):  # then its file stays
-                self._figures.fold(worker.process.pid)
+                self._snapshots.fold(worker.process.pid)
         return status
 
     async def _wait_stopping(self, seconds: float) -> None:

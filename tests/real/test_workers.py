@@ -324,7 +324,7 @@ async def test_no_counter_falls_when_a_worker_is_killed_and_no_file_is_left(
             nursery.cancel_scope.cancel()
         await scrape()
 
-        (folder,) = tmp_path.glob("trio-gateway-figures-*")
+        (folder,) = tmp_path.glob("trio-gateway-stats-*")
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
         assert {name.partition("-")[0] for name in files()} == {
             "gone.json", *map(str, master.workers),
@@ -332,7 +332,7 @@ async def test_no_counter_falls_when_a_worker_is_killed_and_no_file_is_left(
     for before_, after in pairwise(seen):
         assert all(map(operator.le, before_, after)), (before_, after)
     assert seen[-1][0] >= 4  # those that the killed ones had last counted, and all others
-    assert not list(tmp_path.glob("trio-gateway-figures-*"))
+    assert not list(tmp_path.glob("trio-gateway-stats-*"))
 
 
 async def test_without_a_place_for_temporary_files_workers_serve_and_metrics_say_so(
@@ -359,5 +359,5 @@ async def test_without_a_place_for_temporary_files_workers_serve_and_metrics_say
         status, _, errors = await wait(started, 20)
 
     assert status == 0
-    assert errors.count(b"figures not shared") == 1
+    assert errors.count(b"snapshots not shared") == 1
     assert b"bug" not in errors

@@ -7,7 +7,8 @@ from typing import Final
 import structlog
 import trio
 
-from .prometheus import GROUP, Snapshot, WorkerSnapshots
+from .snapshot import Snapshot
+from .worker_snapshots import GROUP, WorkerSnapshots
 
 log = structlog.get_logger()
 
@@ -26,11 +27,11 @@ class WorkerStats:
 
     @classmethod
     def of_this_process(cls) -> "WorkerStats":
-        """Without a place to share snapshots in, this process has its own alone."""
+        """The stats of this process; only its own if there is no folder to share snapshots in."""
         try:
             return cls(WorkerSnapshots.of_this_process(), partial=os.environ.get(GROUP) == "")
         except OSError as error:
-            log.warning("figures not shared", error=error.strerror)
+            log.warning("snapshots not shared", error=error.strerror)
             return cls(None, partial=True)
 
     def all(self, own: Snapshot) -> list[Snapshot]:
@@ -60,9 +61,9 @@ class WorkerStats:
     def _write(self, snapshots: WorkerSnapshots, own: Snapshot) -> None:
         try:
             snapshots.write(own)
-        except OSError as error:  # a full disk, for example, is no reason to end
+        except OSError as error:  # a full disk, for example, must not end the process
             if not self.partial:
-                log.error("figures not shared", error=error.strerror)
+                log.error("snapshots not shared", error=error.strerror)
             self.partial = True
         else:
             self.partial = False

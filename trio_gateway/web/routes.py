@@ -16,7 +16,7 @@ from ..core.close_codes import Rejected
 from ..core.resilience import State
 from ..parts import Parts
 from ..reception import Reception
-from ..telemetry import prometheus as metrics
+from ..telemetry import prometheus
 from ..transports.asgi import DRAIN, AsgiSocket, read_scope
 from . import catchup, console, operations
 from .explain import MOST_BYTES, explain
@@ -167,8 +167,8 @@ async def _check(parts: Parts) -> str | None:
 async def _metrics(parts: Parts) -> Answer:
     """Metrics in the Prometheus text format, summed over the workers of one supervisor."""
     return Response(
-        metrics.render(parts.worker_stats.all(stats.snapshot(parts))),
-        content_type=metrics.CONTENT_TYPE,
+        prometheus.render(parts.worker_stats.all(stats.snapshot(parts))),
+        content_type=prometheus.CONTENT_TYPE,
     )
 
 

@@ -1,4 +1,4 @@
-"""What a master's workers share, and what is left of those that were killed."""
+"""The snapshots that workers share, and what is left of workers that were killed."""
 
 import os
 import time
@@ -18,10 +18,12 @@ from trio_gateway.core.histogram import SECONDS
 from trio_gateway.gateway import create_app
 from trio_gateway.stats import snapshot
 from trio_gateway.telemetry.private_folder import PrivateFolder
-from trio_gateway.telemetry.prometheus import METRICS, Snapshot, WorkerSnapshots, fold, render
+from trio_gateway.telemetry.prometheus import render
+from trio_gateway.telemetry.snapshot import Snapshot, fold
+from trio_gateway.telemetry.worker_snapshots import WorkerSnapshots
 from trio_gateway.telemetry.worker_stats import WorkerStats
 
-SAMPLE = Snapshot({}, {})
+EMPTY = Snapshot({}, {})
 BUCKETS = len(SECONDS) + 1
 LONG_AGO = time.time() - 7200
 
@@ -33,14 +35,12 @@ def age(folder: Path) -> Path:
 
 @pytest.fixture
 def own(tmp_path: Path) -> WorkerSnapshots:
-    return WorkerSnapshots(tmp_path / "trio-gateway-figures-own")
+    return WorkerSnapshots(tmp_path / "trio-gateway-stats-own")
 
 
-def test_folder_of_a_master_that_was_killed_is_removed(
-    own: WorkerSnapshots, tmp_path: Path
-) -> None:
-    killed = tmp_path / "trio-gateway-figures-killed"
-    WorkerSnapshots(killed).write(SAMPLE)
+def test_the_folder_of_a_killed_supervisor_is_removed(own: WorkerSnapshots, tmp_path: Path) -> None:
+    killed = tmp_path / "trio-gateway-stats-killed"
+    WorkerSnapshots(killed).write(EMPTY)
     (killed / "1.draft").touch()
     age(killed)
 
@@ -49,14 +49,14 @@ def test_folder_of_a_master_that_was_killed_is_removed(
     assert not killed.exists()
 
 
-def test_what_is_no_abandoned_folder_of_figures_is_let_be(
+def test_only_abandoned_folders_of_snapshots_are_removed(
     own: WorkerSnapshots, tmp_path: Path
 ) -> None:
-    alive = tmp_path / "trio-gateway-figures-alive"
-    WorkerSnapshots(alive).write(SAMPLE)
+    alive = tmp_path / "trio-gateway-stats-alive"
+    WorkerSnapshots(alive).write(EMPTY)
     demo = tmp_path / "trio-gateway-demo-x"
-    somebodys = tmp_path / "trio-gateway-figures-somebodys"
-    for folder in (demo, somebodys):
+    foreign = tmp_path / "trio-gateway-stats-foreign"
+    for folder in (demo, foreign):
         folder.mkdir()
         (folder / "precious").touch()
         age(folder)
@@ -65,12 +65,12 @@ def test_what_is_no_abandoned_folder_of_figures_is_let_be(
 
     assert list(alive.iterdir())
     assert (demo / "precious").exists()
-    assert (somebodys / "precious").exists()
+    assert (foreign / "precious").exists()
 
 
-def test_last_one_out_takes_the_folder_along(own: WorkerSnapshots, tmp_path: Path) -> None:
-    own.write(SAMPLE)
-    own.leave(SAMPLE)
+def test_the_last_worker_removes_the_folder(own: WorkerSnapshots, tmp_path: Path) -> None:
+    own.write(EMPTY)
+    own.leave(EMPTY)
 
     assert list(tmp_path.iterdir()) == []
 
@@ -81,13 +81,13 @@ def of(deliveries: float, ended: bool = False) -> Snapshot:
 
 
 def deliveries(reader: WorkerSnapshots) -> float:
-    """The sum over all that this one reads."""
+    """The sum over all snapshots that this worker reads."""
     found = Metrics(render(reader.read()).decode())
     assert found["gc_pause_seconds_sum"] == found["gc_pause_seconds_count"] / BUCKETS * 2
     return found["deliveries_total"]
 
 
-def test_what_ended_is_folded_into_one_sample() -> None:
+def test_snapshots_of_ended_workers_are_folded_into_one() -> None:
     counts = {"wsgateway_deliveries_total": {"": 3.0}, "of_a_newer_worker": {"a": 1.0}}
     more = {"wsgateway_deliveries_total": {"": 4.0, "b": 1.0}}
     one = Snapshot(counts, {"x": ([1, 2], 0.5), "y": ([1], 1.0)})
@@ -102,10 +102,10 @@ def test_what_ended_is_folded_into_one_sample() -> None:
 
 @settings(max_examples=25)
 @given(st.lists(st.tuples(st.integers(1, 4), st.integers(0, 100)), max_size=12))
-def test_folding_leaves_every_sum_as_it_is_and_no_file_of_the_dead(
+def test_folding_changes_no_sum_and_leaves_no_file_of_an_ended_worker(
     steps: list[tuple[int, int]],
 ) -> None:
-    """Workers (by pid) write, end, and come again under the same pid."""
+    """Workers (by pid) write, end, and start again with the same pid."""
     with TemporaryDirectory() as place:
         reader = WorkerSnapshots(Path(place, "group"))
         reader.write(of(0))
@@ -122,10 +122,10 @@ def test_folding_leaves_every_sum_as_it_is_and_no_file_of_the_dead(
 
 
 @pytest.mark.parametrize("at", ["before the file is removed", "and it is never removed"])
-def test_no_sum_is_wrong_while_one_is_folded(
+def test_no_sum_is_wrong_while_a_worker_is_folded(
     own: WorkerSnapshots, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
-    worker = WorkerSnapshots(tmp_path / "trio-gateway-figures-own")
+    worker = WorkerSnapshots(tmp_path / "trio-gateway-stats-own")
     worker.write(of(3))
     own.write(of(0))
     seen: list[float] = []
@@ -147,7 +147,7 @@ def test_no_sum_is_wrong_while_one_is_folded(
 def test_a_reader_that_is_overtaken_by_a_fold_reads_again(
     own: WorkerSnapshots, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    worker = WorkerSnapshots(tmp_path / "trio-gateway-figures-own")
+    worker = WorkerSnapshots(tmp_path / "trio-gateway-stats-own")
     worker.write(of(3))
     names = PrivateFolder.names
 
@@ -161,24 +161,24 @@ def test_a_reader_that_is_overtaken_by_a_fold_reads_again(
 
 
 def test_no_symbolic_link_is_followed(own: WorkerSnapshots, tmp_path: Path) -> None:
-    """Neither to a folder of figures, nor to a file in one, nor when one is removed."""
+    """Neither to a folder of snapshots, nor to a file in one, nor when one is removed."""
     victim = tmp_path / "victim"
     victim.mkdir(mode=0o700)
     (victim / "1.json").write_text("precious")
     age(victim)
-    (tmp_path / "trio-gateway-figures-link").symlink_to(victim)
-    os.utime(tmp_path / "trio-gateway-figures-link", (LONG_AGO, LONG_AGO), follow_symlinks=False)
+    (tmp_path / "trio-gateway-stats-link").symlink_to(victim)
+    os.utime(tmp_path / "trio-gateway-stats-link", (LONG_AGO, LONG_AGO), follow_symlinks=False)
     own.clean_up()
     with pytest.raises(OSError, match=r"."):
-        WorkerSnapshots(tmp_path / "trio-gateway-figures-link").write(SAMPLE)
+        WorkerSnapshots(tmp_path / "trio-gateway-stats-link").write(EMPTY)
 
-    own.write(SAMPLE)
-    folder = tmp_path / "trio-gateway-figures-own"
+    own.write(EMPTY)
+    folder = tmp_path / "trio-gateway-stats-own"
     (folder / f"{own._own}.draft").symlink_to(victim / "1.json")
     with pytest.raises(OSError, match=r"."):
-        own.write(SAMPLE)
+        own.write(EMPTY)
     (folder / "2-a.json").symlink_to(victim / "1.json")
-    (folder / "3-a.json").symlink_to("/dev/zero")  # nor read for ever
+    (folder / "3-a.json").symlink_to("/dev/zero")  # would be read for ever
     own.read()
     own.fold(2)
     own.remove()
@@ -187,20 +187,20 @@ def test_no_symbolic_link_is_followed(own: WorkerSnapshots, tmp_path: Path) -> N
     assert (victim / "1.json").read_text() == "precious"
 
 
-def test_a_folder_that_others_may_enter_is_refused(own: WorkerSnapshots, tmp_path: Path) -> None:
-    folder = tmp_path / "trio-gateway-figures-own"
+def test_a_folder_that_others_can_open_is_refused(own: WorkerSnapshots, tmp_path: Path) -> None:
+    folder = tmp_path / "trio-gateway-stats-own"
     folder.mkdir()
     folder.chmod(0o770)
     with pytest.raises(PermissionError):
-        own.write(SAMPLE)
+        own.write(EMPTY)
     assert own.read() == [fold([])]
     assert not list(folder.iterdir())
 
 
-async def test_figures_that_can_t_be_written_are_an_error_in_the_log_and_not_the_end(
+async def test_snapshots_that_cannot_be_written_are_logged_once_and_do_not_end_the_process(
     own: WorkerSnapshots, tmp_path: Path, autojump_clock: MockClock
 ) -> None:
-    folder = tmp_path / "trio-gateway-figures-own"
+    folder = tmp_path / "trio-gateway-stats-own"
     folder.touch()  # no folder can be made here
     app = create_app(make_settings("redis://127.0.0.1:1"))
     stats = WorkerStats(own)
@@ -211,23 +211,4 @@ async def test_figures_that_can_t_be_written_are_an_error_in_the_log_and_not_the
         with trio.move_on_after(5):
             await stats.share(partial(snapshot, app.parts))
 
-    assert [line["event"] for line in logs] == ["figures not shared"]
-
-
-async def test_every_metric_has_its_figure_and_every_figure_its_metric() -> None:
-    sample = snapshot(create_app(make_settings("redis://127.0.0.1:1")).parts)
-
-    assert sample.numbers.keys() | sample.histograms.keys() == METRICS.keys()
-
-
-async def test_a_close_code_keeps_its_label_for_good(autojump_clock: MockClock) -> None:
-    """However many others clients choose, and however often."""
-    app = create_app(make_settings("redis://127.0.0.1:1"))
-    before: dict[str, float] = {}
-    for code in [*range(3000, 3100), *[3099] * 50, *range(3050, 3200), 1001, 4001]:
-        app.parts.hub.closed[code] += 1
-        found = snapshot(app.parts).numbers["wsgateway_connections_closed_total"]
-        assert all(found[label] >= number for label, number in before.items())
-        assert sum(found.values()) == app.parts.hub.closed.total()
-        before = found
-    assert len(before) < 100
+    assert [line["event"] for line in logs] == ["snapshots not shared"]
