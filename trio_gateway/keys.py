@@ -1,4 +1,4 @@
-"""Keys: what a secret or a public key is good for."""
+"""Keys: read public keys, and check what a key or a secret is suitable for."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ MIN_SECRET_BYTES = 32
 
 
 def is_well_known(secret: str) -> bool:
-    """Whether a secret was copied from somebody's example."""
+    """Whether a secret was copied from a published example."""
     return any(words in secret.lower() for words in _WELL_KNOWN)
 
 
@@ -22,7 +22,7 @@ _WELL_KNOWN = (
 
 
 def algorithms_of(public_key: Any) -> frozenset[str]:
-    """The algorithms that a public key is for (RFC 7518, 3.1; RFC 8037)."""
+    """Return the algorithms that a public key supports (RFC 7518, 3.1; RFC 8037)."""
     from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
 
     match public_key:
@@ -37,9 +37,9 @@ def algorithms_of(public_key: Any) -> frozenset[str]:
 
 
 def public_keys(text: str) -> list[Any]:
-    """PEM public keys, given as such or as the path of a file that holds them.
+    """Read PEM public keys, from the text itself or from the file of this path.
 
-    Raises :exc:`ValueError`, which shows nothing of it.
+    Raises :exc:`ValueError`; its message contains nothing of the text.
     """
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 

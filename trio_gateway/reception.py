@@ -1,4 +1,4 @@
-"""Reception: one client, from its accepted upgrade to its log line."""
+"""Reception: serve one client, from its accepted upgrade to the log line about its end."""
 
 import math
 from dataclasses import replace
@@ -23,7 +23,7 @@ log = structlog.get_logger()
 
 
 class Reception:
-    """Admits clients, runs their connections and answers what they ask, on every transport."""
+    """Admits clients, runs their connections and answers their requests, on every transport."""
 
     def __init__(self, parts: Parts, stats_feed: StatsFeed) -> None:
         settings = parts.settings
@@ -49,7 +49,7 @@ class Reception:
 
     @property
     def draining(self) -> bool:
-        """Whether clients are being sent away."""
+        """Whether the gateway closes its clients and admits no new ones."""
         return self._parts.draining
 
     def count_refusal(self, status: int) -> None:
@@ -57,9 +57,9 @@ class Reception:
         self._parts.counts.refused[status] += 1
 
     async def serve_connection(self, request: ClientRequest, socket: Socket) -> None:
-        """Serve one client whose upgrade was accepted, whichever transport it came through.
+        """Serve one client whose upgrade was accepted, on any transport.
 
-        Returns when its close has gone through. A bug in it ends this client alone, with 1011.
+        Returns when the connection is closed. A bug ends only this client, with 1011.
         """
         parts = self._parts
         endpoint = request.endpoint
@@ -72,7 +72,7 @@ class Reception:
                 entered = True
                 with await self._admit(request) as pending:
                     principal = await self._confirm(pending)
-                # It has joined the hub before anything is awaited again.
+                # No await between this and joining the hub: what was checked still holds.
                 connection = Connection(
                     principal,
                     self._one_way_limits if request.one_way else self._limits,
@@ -93,7 +93,7 @@ class Reception:
                 bug = Rejected(Close.INTERNAL_ERROR, "internal error", "internal_error")
                 await self._reject(endpoint, socket, bug)
                 return
-            del request, pending  # a long head and its token, of no use while the client stays
+            del request, pending  # free a long head and its token while the client is connected
             await self._run(connection, socket)
         finally:
             if entered:
@@ -116,7 +116,10 @@ class Reception:
         return admitted
 
     async def _confirm(self, pending: PendingAdmission) -> Principal:
-        """Who joins the hub, or :exc:`Rejected`. Everything holds until the next await."""
+        """Return the principal that joins the hub, or raise :exc:`Rejected`.
+
+        What was checked holds until the next await.
+        """
         admission = self._parts.admission
         self._refuse_while_draining()
         try:
@@ -127,7 +130,7 @@ class Reception:
             raise
         with place, trio.move_on_after(self._parts.settings.ws_accept_timeout):
             while True:
-                self._refuse_while_draining()  # the others may have been sent away meanwhile
+                self._refuse_while_draining()  # a drain may have begun during an await
                 if (principal := admission.confirm(pending)) is None:
                     await admission.recheck(pending)
                 elif pending.ticket is None:
@@ -198,7 +201,7 @@ class Reception:
                 connection.renew(self._on_trios_clock(principal.expires_at))
                 connection.send(auth_ok(principal.expires_at))
         except Rejected as rejected:
-            # Live connections stay while Redis is down: the old credential holds to its end.
+            # Live connections stay while Redis is down: the old credential holds until it expires.
             if rejected.close is not Close.SERVER_OVERLOADED:
                 connection.close(rejected.close, rejected.text)
 

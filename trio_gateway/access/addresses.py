@@ -1,4 +1,4 @@
-"""Addresses: how many connections one has, and how often it failed to get in."""
+"""Addresses: limits on the connections and on the failed logins of one IP address."""
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable
@@ -10,14 +10,15 @@ from ..core.limits import RateLimit
 from ..core.origins import host_of
 
 _FAILURE_WINDOW: Final = 60.0  # seconds
-_MOST_REMEMBERED: Final = 10_000  # addresses that failed lately; past it the oldest is forgotten
+_MOST_REMEMBERED: Final = 10_000  # addresses with failed logins; past it the oldest is forgotten
 
 
 def client_address(peer: str, forwarded_for: str | None, hops: int) -> str:
-    """Whose connection this is: the peer's, or what ``hops`` proxies of ours say.
+    """Return the client's address: the peer's, or the one that our proxies report.
 
-    Each of them appends the address it saw to ``X-Forwarded-For``; what stands before that is
-    the client's own word and counts for nothing. What is no address is the peer's.
+    ``hops`` is the number of our proxies. Each appends the address it saw to ``X-Forwarded-For``;
+    whatever precedes those entries was written by the client and is ignored. If the entry is not
+    an address, the peer's address is returned.
     """
     if not hops or not forwarded_for:
         return _owner(peer) or peer
@@ -26,9 +27,9 @@ def client_address(peer: str, forwarded_for: str | None, hops: int) -> str:
 
 
 def _owner(text: str) -> str | None:
-    """An address in one form, whatever port stands behind it; None if it is none.
+    """Return an address in its normal form without a port, or None if it is not an address.
 
-    Of IPv6 the network: who has one address of a /64 has them all.
+    For IPv6 this is the /64 network: a client that has one of its addresses has all of them.
     """
     try:
         address = ip_address(host_of(text))
@@ -42,7 +43,7 @@ def _owner(text: str) -> str | None:
 
 
 class Addresses:
-    """Limits by address; 0 is no limit. ``hops`` is how many proxies of ours stand in front."""
+    """Limits by address; 0 is no limit. ``hops`` is the number of our proxies in front."""
 
     def __init__(self, *, connections: int = 0, failures: int = 0, hops: int = 0) -> None:
         self._most_connections = connections
@@ -55,14 +56,15 @@ class Addresses:
         return len(self._connected) + len(self._failures)
 
     def of(self, peer: Callable[[], str], forwarded_for: str | None) -> str:
-        """As :func:`client_address`; not asked for, and empty, while there is no limit."""
+        """As :func:`client_address`. Without a limit it is empty, and ``peer`` is not called."""
         if not self._most_connections and not self._most_failures:
             return ""
         return client_address(peer(), forwarded_for, self._hops)
 
     def enter(self, address: str, now: float) -> None:
-        """Count a connection until :meth:`leave`, or raise :exc:`Rejected` for one too many,
-        or for an address that keeps failing. ``now`` is on Trio's clock.
+        """Count a connection until :meth:`leave`. ``now`` is on Trio's clock.
+
+        Raises :exc:`Rejected` if the address has too many connections or failed logins.
         """
         self.check(address, now)
         if not self._most_connections:
@@ -74,8 +76,10 @@ class Addresses:
         self._connected[address] += 1
 
     def silent_of(self, peer: Callable[[], str]) -> tuple[str, int | None]:
-        """The address of a connection that has said nothing, and how many such it may have; None
-        if there is no limit. Behind proxies of ours nothing is known of it yet.
+        """Return the address of a connection that has sent nothing, and how many such it may have.
+
+        The number is None if there is no limit. Behind proxies of ours the client's address is not
+        known yet, so there is no limit.
         """
         if not self._most_connections or self._hops:
             return "", None
@@ -83,6 +87,7 @@ class Addresses:
         return address, self._most_connections - self._connected[address]
 
     def leave(self, address: str) -> None:
+        """Stop counting a connection."""
         if not self._most_connections:
             return
         self._connected[address] -= 1
@@ -90,13 +95,13 @@ class Addresses:
             del self._connected[address]
 
     def check(self, address: str, now: float) -> None:
-        """Raise :exc:`Rejected` if it keeps failing, whatever it brings this time."""
+        """Raise :exc:`Rejected` if the address had too many failed logins, with any credential."""
         failures = self._failures.get(address)
         if failures is not None and failures.is_full(now):
             raise Rejected(Close.RATE_LIMITED, "too many failed logins", "failed_logins")
 
     def failed(self, address: str, now: float) -> None:
-        """It brought a credential that is none."""
+        """Count a failed login: the client sent an invalid credential."""
         if not self._most_failures:
             return
         if (failures := self._failures.pop(address, None)) is None:

@@ -1,4 +1,4 @@
-"""Admission: who is let in, and as whom; at connect, at renewal, and over HTTP."""
+"""Admission: decide who a client is, when it connects, renews its token or calls by HTTP."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 
 class PendingAdmission:
-    """A client that is being admitted: who it is, and what is heard about it until it has joined.
+    """A client that was authenticated and has not joined the hub yet.
 
-    A context manager, to be left when it has joined or was refused.
+    A context manager; leave it when the client has joined or was rejected.
     """
 
     def __init__(self, watch: CredentialWatch, ticket: str | None) -> None:
@@ -40,11 +40,12 @@ class PendingAdmission:
 
 
 class Admission:
-    """The one way to a :class:`Principal`: origin, ticket, credential, sectors, revocation.
+    """Checks origin, ticket, credential, sectors and revocation, and returns a :class:`Principal`.
 
-    What is checked before an await is looked at again after it; a ticket is redeemed last.
-    ``auth`` replaces the way to authenticate per endpoint. Without ``tickets`` every ticket is
-    refused, without ``revocations`` none is looked up.
+    What was checked before an await is checked again after it. A ticket is redeemed last.
+
+    ``auth`` replaces the :class:`~.auth.Auth` of each endpoint. Without ``tickets`` every ticket
+    is rejected. Without ``revocations`` no credential is revoked.
     """
 
     def __init__(
@@ -66,10 +67,10 @@ class Admission:
         self._tickets = tickets
 
     async def admit(self, request: ClientRequest) -> PendingAdmission:
-        """Who this is, or :exc:`Rejected`. Its ticket, if it brings one, is still good then."""
+        """Authenticate a client, or raise :exc:`Rejected`. Does not redeem its ticket."""
         if request.endpoint.staff:
             required = self._needs_origin and not request.same_origin
-            # The console, in development; in production its origin must be listed as any other.
+            # The console in development. In production its origin must be listed like any other.
             if self._needs_origin or not is_own_page(request.origin, request.host):
                 check_origin(request.origin, self._origins, required=required)
         ticket = request.ticket
@@ -77,13 +78,13 @@ class Admission:
         return PendingAdmission(await self._authenticate(credential, request.endpoint), ticket)
 
     async def recheck(self, pending: PendingAdmission) -> None:
-        """Raise :exc:`Rejected` if its token was revoked meanwhile, or if nobody knows."""
+        """Raise :exc:`Rejected` if its token was revoked, or if that cannot be checked."""
         await pending.watch.check()
 
     def confirm(self, pending: PendingAdmission) -> Principal | None:
-        """Who this is now, or :exc:`Rejected` for what has happened since it was looked at.
+        """Return the current principal, or raise :exc:`Rejected` if it is no longer admitted.
 
-        None if it must be looked at again. What is returned holds until the next await.
+        Returns None if :meth:`recheck` is needed first. The result holds until the next await.
         """
         if not pending.watch.is_current():
             return None
@@ -92,11 +93,11 @@ class Admission:
         return self._latest(pending.principal)
 
     async def token_of(self, ticket: str) -> str:
-        """The token that a ticket stands for, which is not redeemed by this."""
+        """Return the token of a ticket, without redeeming it."""
         return await self._accepted_tickets.peek(ticket)
 
     async def redeem(self, ticket: str) -> None:
-        """Use a ticket up; raise :exc:`Rejected` if somebody else has."""
+        """Use up a ticket. Raises :exc:`Rejected` if somebody else has used it."""
         await self._accepted_tickets.redeem(ticket)
 
     @property
@@ -106,7 +107,7 @@ class Admission:
         return self._tickets
 
     def is_allowed(self, origin: str) -> bool:
-        """Whether staff may come from a page on this origin."""
+        """Whether staff may connect from a page on this origin."""
         try:
             check_origin(origin, self._origins, required=False)
         except Rejected:
@@ -114,9 +115,9 @@ class Admission:
         return True
 
     async def renew(self, principal: Principal, token: str | None) -> Principal:
-        """Who this is by another token, on the same endpoint; it must be the same one.
+        """Return the principal of a new token, on the same endpoint and of the same owner.
 
-        It holds until the next await.
+        Raises :exc:`Rejected`. The result holds until the next await.
         """
         if token is None:
             raise Rejected(Close.AUTH_FAILED, "token missing", "auth")
@@ -128,9 +129,10 @@ class Admission:
             return renewed
 
     async def identify(self, token: str | None, *, staff: bool | None = None) -> list[Principal]:
-        """Who holds this token is, on each endpoint that lets it in: staff, diners, or any.
+        """Return the principal of a token on each endpoint that admits it.
 
-        Raises :exc:`Rejected` if there is none.
+        ``staff`` limits it to the endpoints of staff (True) or of diners (False). Raises
+        :exc:`Rejected` if no endpoint admits it.
         """
         found: list[Principal] = []
         rejections: list[Rejected] = []
@@ -142,8 +144,8 @@ class Admission:
             except Rejected as rejected:
                 rejections.append(rejected)
         if not found:
-            # FORBIDDEN says more than AUTH_FAILED: that token is valid, though not for this. And
-            # where nobody could look, no other endpoint's word on the token is the last.
+            # FORBIDDEN tells more than AUTH_FAILED: the token is valid, but not for this endpoint.
+            # If one endpoint could not check the token, the others' answers are not final.
             raise max(rejections, key=lambda r: (r.close is Close.SERVER_OVERLOADED, r.close))
         with self._watch(found[0]) as watch:  # one token, however many endpoints
             assigned = [await self._assign(principal) for principal in found]
@@ -151,7 +153,7 @@ class Admission:
         return assigned
 
     async def _authenticate(self, credential: str, endpoint: Endpoint) -> CredentialWatch:
-        """The principal with its sectors, watched already; its revocation is looked up last."""
+        """Return the principal with its sectors, watched. Its revocation is checked last."""
         watch = self._watch(await self._auth[endpoint].authenticate(credential, endpoint))
         watch.start()
         try:
@@ -183,7 +185,7 @@ class Admission:
 def default_auth(
     settings: Settings, clock: Callable[[], float] = time.time
 ) -> dict[Endpoint, Auth]:
-    """The way to authenticate on each endpoint that the settings say."""
+    """Return the :class:`~.auth.Auth` of each endpoint, according to the settings."""
     url = settings.jwt_jwks_url
     key_set = KeySet(url, settings.jwt_algorithms) if url is not None else None
     staff = JwtAuth(settings.staff_keys, settings.rules, clock, key_set)

@@ -37,7 +37,7 @@ class Auth(Protocol):
 
 
 class JwtAuth:
-    """By a staff JWT, signed with one of some keys, or of a key set."""
+    """Authenticates by a staff JWT, signed with one of the keys or with one of the key set."""
 
     def __init__(
         self,
@@ -67,13 +67,13 @@ class JwtAuth:
             if not public:
                 raise
             check_claims(credential, self._rules, self._clock())
-        # "Invalid" is said only by keys that were fetched after the token was presented.
+        # Only keys that were fetched after the token was presented can prove it invalid.
         public = await self._key_set.look_up(credential, key_id, presented)
         return read_jwt(credential, self._keys + public, self._rules, self._clock())
 
 
 class TableAuth:
-    """By a table token."""
+    """Authenticates by a table token."""
 
     def __init__(self, keys: Sequence[Key], rules: Rules, clock: Clock = time.time) -> None:
         self._keys = keys
@@ -86,7 +86,7 @@ class TableAuth:
 
 
 class LegacyTableAuth:
-    """By a table token of the older kind, ``tenant:branch:table:session:expires_at:sig``."""
+    """Authenticates by a legacy table token, ``tenant:branch:table:session:expires_at:sig``."""
 
     def __init__(self, secret: str, clock: Clock = time.time) -> None:
         self._secret = secret
@@ -98,7 +98,7 @@ class LegacyTableAuth:
 
 
 class FirstOf:
-    """By the first of several ways that does not fail; the first one's failure if all do."""
+    """Authenticates by the first method that succeeds. If all fail, the first failure counts."""
 
     def __init__(self, *methods: Auth) -> None:
         self._methods = methods

@@ -1,4 +1,4 @@
-"""JWKS: the public keys of whoever issues the staff tokens, fetched and kept (RFC 7517)."""
+"""JWKS: fetch and cache the public keys of the issuer of staff tokens (RFC 7517)."""
 
 import hashlib
 import json
@@ -22,60 +22,61 @@ from ..keys import SIGNATURES, algorithms_of
 log = structlog.get_logger()
 
 TIMEOUT: Final = 3.0  # seconds for one fetch
-# Seconds in which key ids that are not in the set cause one fetch, and tokens whose key may have
-# changed under its id cause _MOST_CHANGED. One that failed is tried again after TIMEOUT.
+# Seconds in which unknown key ids cause one fetch, and tokens whose key may have changed under its
+# id cause _MOST_CHANGED. A failed fetch is retried after TIMEOUT.
 AT_MOST_EVERY: Final = 60.0
 _MOST_CHANGED: Final = 3
-_MOST_PRESENTED: Final = 10_000  # tokens that are remembered, each for so many seconds:
-_REMEMBERED: Final = 180.0
+_MOST_PRESENTED: Final = 10_000  # tokens to remember
+_REMEMBERED: Final = 180.0  # seconds to remember each
 _MAX_BYTES: Final = 1 << 20
 _CHUNK: Final = 1 << 16
 
 
 class KeySet:
-    """The keys behind a URL. Fetched when first needed, and again for a token that none of them
-    has signed: its key may be newer than they are.
+    """The keys at a URL.
 
-    A token with a made-up key costs no more than the fetches that the rates allow. There is one
-    rate for ids that are not in the set and another for keys that may have changed under their
-    id, so that neither kind of token can use up what the other needs.
+    They are fetched when first needed, and again for a token that none of them has signed: its
+    key may be newer. Two rates bound the fetches that invented keys can cause, one for ids that
+    are not in the set and one for keys that may have changed under their id, so that neither kind
+    of token can use up the fetches of the other.
 
-    A fetch runs in a thread, and nobody waits for it whose key is there. It goes on when the
-    client that caused it leaves: else clients that leave at once could keep new keys out.
+    A fetch runs in a thread; clients whose key is known do not wait for it. It continues when the
+    client that caused it disconnects: otherwise clients that disconnect at once could keep new
+    keys out.
     """
 
     def __init__(self, url: str, algorithms: Sequence[str]) -> None:
         self._url = url
         self._algorithms = SIGNATURES & frozenset(algorithms)
         self._limiter = trio.CapacityLimiter(1)
-        self._failed_at = float("-inf")  # when the last fetch that failed had begun
+        self._failed_at = float("-inf")  # when the last failed fetch began
         self._fetching: trio.Event | None = None
         self._unknown = RateLimit(1, AT_MOST_EVERY)
         self._changed = RateLimit(_MOST_CHANGED, AT_MOST_EVERY)
-        # Tokens that no key has signed, by their hashes: when, and after how many fetches, each
-        # was first presented.
+        # Tokens that no key has signed, by hash: when each was first presented, and the number of
+        # successful fetches before that.
         self._presented: OrderedDict[bytes, tuple[float, int]] = OrderedDict()
         self.keys: tuple[Key, ...] | None = None  # None before the first success
         self.fetches = 0
         self.successes = 0  # of these
 
     async def keys_for(self, algorithm: str | None) -> tuple[Key, ...]:
-        """The keys that a token with this algorithm may be signed with, as far as they are known.
+        """Return the known keys that may have signed a token with this algorithm.
 
-        Raises :exc:`Rejected` as SERVER_OVERLOADED while there are none at all.
+        Raises :exc:`Rejected` as SERVER_OVERLOADED while no key is known.
         """
-        if algorithm not in self._algorithms:  # a shared secret's, or nobody's
+        if algorithm not in self._algorithms:  # one of shared secrets, or unknown
             return ()
         if self.keys is None:
             await self._fetch(self._unknown)
         return self._known()
 
     async def look_up(self, token: str, key_id: str | None, presented: int) -> tuple[Key, ...]:
-        """The keys, fetched since this token, which none had signed, was first presented.
+        """Return the keys as fetched after this token, which no key has signed, was presented.
 
-        ``presented`` is what :attr:`successes` was at that moment. Raises :exc:`Rejected` as
-        SERVER_OVERLOADED while there was no fetch since then: nobody may be told that a token is
-        invalid before the key was looked up.
+        ``presented`` is the value of :attr:`successes` when it was presented. Raises
+        :exc:`Rejected` as SERVER_OVERLOADED if there was no fetch since its first presentation: a
+        token must not be called invalid before its key was looked up.
         """
         presented = self._first_presented(token, presented)
         if self.successes == presented:
@@ -91,11 +92,11 @@ class KeySet:
         return self.keys
 
     def _first_presented(self, token: str, presented: int) -> int:
-        """By the token and not by its key id: somebody else can make up an id before it is used."""
+        """Remember by token, not by key id: anybody can invent an id before it is in use."""
         digest = hashlib.sha256(token.encode(errors="replace")).digest()
         now = trio.current_time()
         at, first = self._presented.setdefault(digest, (now, presented))
-        if now - at > _REMEMBERED:  # what was looked up for it is old
+        if now - at > _REMEMBERED:  # the fetch for it is too long ago
             self._presented[digest] = now, presented
             return presented
         if len(self._presented) > _MOST_PRESENTED:
@@ -103,7 +104,7 @@ class KeySet:
         return first
 
     async def _fetch(self, rate: RateLimit) -> None:
-        """Fetch the keys, or wait for the fetch in progress; not at all if it is too soon."""
+        """Fetch the keys, or wait for the fetch in progress. Does nothing over the rate."""
         if self._fetching is not None:
             await self._fetching.wait()
             return
@@ -132,7 +133,7 @@ class KeySet:
             self._fetching = None
 
     def _read(self, text: bytes) -> tuple[Key, ...]:
-        """The keys of a set that we can use; raises :exc:`ValueError` if there are none."""
+        """Return the usable keys of a set. Raises :exc:`ValueError` if there are none."""
         key_set = json.loads(text)
         listed = key_set.get("keys") if isinstance(key_set, dict) else None
         if not isinstance(listed, list):
@@ -143,14 +144,14 @@ class KeySet:
         return tuple(found)
 
     def _read_key(self, listed: Any) -> Key | None:
-        """One that others put there for others (RFC 7517, 5), or that is broken, spoils nothing."""
+        """Return a key, or None if it is malformed or for another purpose (RFC 7517, 5)."""
         try:
             read = jwt.PyJWK(listed)
         except (jwt.PyJWTError, AttributeError, LookupError, TypeError, ValueError):
             return None
         if read.public_key_use not in {None, "sig"}:
             return None
-        # A symmetric key in a public set is nobody's secret: algorithms_of knows none.
+        # A symmetric key in a public set is not secret: algorithms_of() returns none for it.
         fitting = [
             algorithm
             for algorithm in sorted(algorithms_of(read.key) & self._algorithms)
@@ -164,7 +165,7 @@ def _unavailable() -> Rejected:
 
 
 def _get(url: str) -> bytes:
-    """Whatever there is; ``urlopen`` bounds the wait for each piece, this bounds all of them."""
+    """Return the body at a URL within TIMEOUT; ``urlopen`` bounds only the wait for each piece."""
     until = time.monotonic() + TIMEOUT
     request = urllib.request.Request(url, headers={"Accept": "application/json"})  # noqa: S310
     found = b""

@@ -1,4 +1,4 @@
-"""Revocations: which credentials Redis says are revoked."""
+"""Revocations: which credentials are revoked, according to Redis."""
 
 import math
 from collections.abc import Sequence
@@ -21,14 +21,14 @@ from ..runtime.throttled_log import ThrottledLog
 log = structlog.get_logger()
 
 _BATCH: Final = 250  # principals in one MGET
-_REST: Final = 0.005  # seconds between two
+_PAUSE: Final = 0.005  # seconds between two MGETs for checks
 RECHECK_PERIOD: Final = (
     3.0  # seconds over which everybody is looked at after messages may have been lost
 )
 
 
 class _Check:
-    """One principal's question, waiting for the MGET that answers it."""
+    """A principal that waits for the MGET that checks it."""
 
     __slots__ = ("answered", "failed", "principal", "revoked")
 
@@ -40,24 +40,26 @@ class _Check:
 
 
 class CredentialWatch:
-    """What is heard about one principal until it has joined the hub, or its token was renewed.
+    """Notices a revocation of one principal until it has joined the hub or renewed its token.
 
-    From :meth:`start` to :meth:`stop` :meth:`Revocations.receive` finds it as it finds a live
-    connection; as a context manager it does both.
-    ``revocations`` is None where nobody checks them.
+    Between :meth:`start` and :meth:`stop`, :meth:`Revocations.receive` finds it as it finds a live
+    connection. As a context manager it starts and stops itself. Without ``revocations`` nothing
+    is ever revoked.
     """
 
     def __init__(self, revocations: "Revocations | None", principal: Principal) -> None:
         self.principal = principal
         self.revoked = False
-        self.stale = False  # a message may have been lost, or the last look is a while ago
+        self.stale = False  # a message may have been lost, or the last check is too long ago
         self._revocations = revocations
 
     def start(self) -> None:
+        """Notice revocations from now on."""
         if self._revocations is not None:
             self._revocations.watches.add(self)
 
     def stop(self) -> None:
+        """Notice no more revocations."""
         if self._revocations is not None:
             self._revocations.watches.discard(self)
 
@@ -69,9 +71,9 @@ class CredentialWatch:
         self.stop()
 
     async def check(self) -> None:
-        """Raise :exc:`Rejected` if the credential is revoked, or if nobody knows.
+        """Raise :exc:`Rejected` if the credential is revoked, or if that cannot be checked.
 
-        Whatever is heard while this waits counts.
+        Includes revocations that are received while this waits.
         """
         while True:
             self.stale = False
@@ -83,32 +85,32 @@ class CredentialWatch:
                 return
 
     def is_current(self) -> bool:
-        """Whether what was checked still holds; raises :exc:`Rejected` if it was revoked since."""
+        """Whether the last check still holds. Raises :exc:`Rejected` if it was revoked since."""
         if self.revoked:
             raise _revoked()
         return not self.stale
 
 
 class Revocations:
-    """Asks Redis whether a credential has been revoked: at connect, at intervals, when told to."""
+    """Checks for revoked credentials at connect, at intervals, and when a message arrives."""
 
     def __init__(self, commands: Commands, hub: Hub) -> None:
         self._commands = commands
         self._hub = hub
         self._throttled_log = ThrottledLog(log)
-        self._ask, self._asked = trio.open_memory_channel[_Check](1000)
-        self._messages_lost = trio.Event()  # whether a message may have been lost
+        self._send_check, self._checks = trio.open_memory_channel[_Check](1000)
+        self._messages_lost = trio.Event()
         self.watches: set[CredentialWatch] = set()
 
     async def check(self, principal: Principal) -> None:
-        """Raise :exc:`Rejected` if the credential is revoked, or if nobody knows."""
+        """Raise :exc:`Rejected` if the credential is revoked, or if that cannot be checked."""
         if not _keys(principal):
             return
         check = _Check(principal)
         try:
-            self._ask.send_nowait(check)
+            self._send_check.send_nowait(check)
         except trio.WouldBlock:
-            await self._ask.send(check)
+            await self._send_check.send(check)
         await check.answered.wait()
         if check.failed:
             raise Rejected(Close.SERVER_OVERLOADED, "can't check the token now", "dependency")
@@ -116,14 +118,16 @@ class Revocations:
             raise _revoked()
 
     async def answer_checks(self) -> NoReturn:
-        """Answer what :meth:`check` asks: whoever asks during one MGET, or in a few milliseconds
-        after it, shares the next. In a storm one costs as much as the rest of several handshakes.
+        """Answer the calls of :meth:`check`; returns only when cancelled.
+
+        Calls that arrive during one MGET, or a few milliseconds after it, share the next one. When
+        many clients connect, an MGET each would cost as much as several handshakes.
         """
         while True:
-            checks = [await self._asked.receive()]
+            checks = [await self._checks.receive()]
             while len(checks) < _BATCH:
                 try:
-                    checks.append(self._asked.receive_nowait())
+                    checks.append(self._checks.receive_nowait())
                 except trio.WouldBlock:
                     break
             try:
@@ -135,11 +139,13 @@ class Revocations:
                     check.failed = True
             for check in checks:
                 check.answered.set()
-            await trio.sleep(_REST)
+            await trio.sleep(_PAUSE)
 
     async def sweep(self, interval: float) -> NoReturn:
-        """Look at every live connection once per interval, client traffic or not; and at all of
-        them within seconds when a message may have been lost, or when Redis answers again.
+        """Check every live connection once per interval (seconds); returns only when cancelled.
+
+        Checks all of them within :data:`RECHECK_PERIOD` when a message may have been lost, or when
+        Redis answers again.
         """
         soon = False
         while True:
@@ -149,7 +155,7 @@ class Revocations:
             soon = await self._sweep_all(0.0 if soon else pause, pause)
 
     async def _sweep_all(self, wait: float, pause: float) -> bool:
-        """Wait, look at a batch, pause, look at the next; whether it all must be done again."""
+        """Wait, then check all in batches with pauses; whether to check all again soon."""
         if await self._lost_messages_within(wait):
             return True
         connections = list(self._hub.connections)  # those that came during the wait, too
@@ -162,13 +168,13 @@ class Revocations:
         return False
 
     async def _lost_messages_within(self, seconds: float) -> bool:
-        """Wait; end at once with True if a message may have been lost."""
+        """Wait; return True at once if a message may have been lost."""
         with trio.move_on_after(seconds):
             await self._messages_lost.wait()
         return self._messages_lost.is_set()
 
     async def _sweep_again(self, batch: Sequence[Connection]) -> None:
-        """Until Redis answers."""
+        """Retry a batch until Redis answers."""
         backoff, failures = Backoff(first=0.5, most=1.0), 1
         await trio.sleep(backoff.after(failures))
         while not await self._sweep(batch):
@@ -176,23 +182,23 @@ class Revocations:
             await trio.sleep(backoff.after(failures))
 
     async def _sweep(self, batch: Sequence[Connection]) -> bool:
-        """Close those whose token was revoked; whether Redis has answered."""
-        asked = [connection.principal for connection in batch]
+        """Close the connections whose token is revoked; whether Redis answered."""
+        principals = [connection.principal for connection in batch]
         try:
-            revoked = await self._revoked(asked)
+            revoked = await self._revoked(principals)
         except Unavailable as error:
             self._throttled_log.warning(
                 "revocations not checked", connections=len(batch), error=str(error)
             )
             return False
-        for connection, principal, is_revoked in zip(batch, asked, revoked, strict=True):
-            # One whose token was renewed meanwhile was checked then.
+        for connection, principal, is_revoked in zip(batch, principals, revoked, strict=True):
+            # A token that was renewed in the meantime was checked at its renewal.
             if is_revoked and _credential(connection.principal) == _credential(principal):
                 connection.close(Close.AUTH_FAILED, "token revoked")
         return True
 
     def receive(self, payload: bytes) -> None:
-        """A message on :data:`~.control_messages.REVOKED`: close whom it is about, at once."""
+        """Handle a message on :data:`~.control_messages.REVOKED`: close the revoked connections."""
         try:
             message = msgspec.json.decode(payload, type=Revoked)
         except (msgspec.DecodeError, UnicodeError, RecursionError):
@@ -206,7 +212,7 @@ class Revocations:
                 watch.revoked = True
 
     def on_subscribed(self) -> None:
-        """Messages may have been lost until now: look at everybody again, soon."""
+        """Check all connections soon: messages may have been lost until now."""
         self._messages_lost.set()
         for watch in self.watches:
             watch.stale = True
@@ -223,7 +229,7 @@ def _revoked() -> Rejected:
 
 
 def _credential(principal: Principal) -> tuple[str | None, float | None]:
-    """What a revocation of one owner's token is compared with."""
+    """The part of a principal that distinguishes two tokens of the same owner."""
     return principal.token_id, principal.issued_at
 
 
@@ -243,10 +249,10 @@ def _is_revoked(principal: Principal, found: dict[str, bytes | None]) -> bool:
     if since is None:
         return False
     if principal.issued_at is None:
-        return True  # counts as older
+        return True  # a token without iat counts as older
     try:
         moment = datetime.fromisoformat(since.decode())
-    except ValueError:  # something was meant to be revoked: better one login too many
+    except ValueError:  # something was to be revoked: rather one login too many
         return True
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=UTC)

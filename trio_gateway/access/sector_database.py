@@ -1,4 +1,4 @@
-"""Assignments: who serves which sector, as the backend's SQL database says."""
+"""The backend's SQL database: which waiter serves which sector on a day."""
 
 import math
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ _THREADS: Final = 4
 
 
 class WaiterKey(NamedTuple):
-    """Whose assignments, where."""
+    """A waiter in a branch."""
 
     tenant: TenantId
     branch: BranchId
@@ -31,27 +31,30 @@ Assignments = frozenset[tuple[SectorId, str | None]]  # sectors and shifts of on
 
 
 class QueryFailed(Exception):  # noqa: N818 - an outcome
-    """The database failed, or took too long."""
+    """The database failed or timed out."""
 
 
 class AssignmentSource(Protocol):
-    """Who knows the assignments."""
+    """A source of sector assignments. ``queries`` and ``failures`` count so far."""
 
     queries: int
     failures: int
 
     async def of(self, waiter: WaiterKey, day: date, /) -> Assignments:
-        """A waiter's assignments of a day; raises :exc:`QueryFailed`."""
+        """Return a waiter's assignments on a day. Raises :exc:`QueryFailed`."""
 
     def close(self) -> None:
-        """Nothing more is asked."""
+        """Release resources; no query follows."""
 
 
 class SectorDatabase:
-    """The table in the backend's database, asked in a thread of its own under a deadline, so that
-    a hung database neither blocks the loop nor eats the thread pool.
+    """The table of assignments in the backend's database.
 
-    Raises :exc:`ValueError` for a URL that can't be used; no text holds the password.
+    Queries run in threads of their own with a deadline, so that a hung database neither blocks
+    the event loop nor uses up Trio's threads. ``name`` is the table, perhaps with its schema;
+    ``columns`` maps names of :data:`SECTOR_COLUMNS` to other column names.
+
+    Raises :exc:`ValueError` if the URL is unusable. No message contains the password.
     """
 
     def __init__(self, url: str, name: str, columns: Mapping[str, str]) -> None:
@@ -65,11 +68,11 @@ class SectorDatabase:
         self.failures = 0
 
     def close(self) -> None:
-        """Give the connections back that no query holds."""
+        """Close the idle connections."""
         self._engine.dispose()
 
     async def of(self, key: WaiterKey, day: date) -> Assignments:
-        """A waiter's assignments of a day; raises :exc:`QueryFailed`."""
+        """Return a waiter's assignments on a day. Raises :exc:`QueryFailed`."""
         if int(key.user) > MAX_ID:
             return frozenset()
         self.queries += 1
@@ -110,17 +113,17 @@ def _engine(url: str) -> Engine:
         if parsed.drivername in {"postgresql", "postgres"}:
             parsed = parsed.set(drivername="postgresql+psycopg")
         if parsed.drivername in {"sqlite", "sqlite+pysqlite"} and _names_a_file(parsed.database):
-            # Else SQLite would make an empty file where there is none.
+            # Otherwise SQLite creates a missing file.
             parsed = parsed.set(database="file:" + quote(parsed.database))
             parsed = parsed.update_query_dict({"mode": "rw", "uri": "true"})
         engine = sqlalchemy.create_engine(parsed, pool_pre_ping=True, **_options(parsed))
     except ImportError:
-        mend = (
+        remedy = (
             " (pip install 'trio-gateway[postgres]')"
             if parsed.drivername == "postgresql+psycopg"
             else ""
         )
-        raise ValueError(f"needs a driver that is not installed{mend}") from None
+        raise ValueError(f"needs a driver that is not installed{remedy}") from None
     except sqlalchemy.exc.NoSuchModuleError:
         raise ValueError("names a database that SQLAlchemy does not know") from None
     except (sqlalchemy.exc.ArgumentError, ValueError):
@@ -141,7 +144,7 @@ def _names_a_file(database: str | None) -> TypeGuard[str]:
 
 
 def _options(url: URL) -> dict[str, Any]:
-    """A deadline for whatever the driver lets us give one, so that no thread outlives its query."""
+    """Set every deadline that the driver supports, so that no thread outlives its query."""
     if url.drivername.startswith("sqlite"):
         return {"connect_args": {"timeout": TIMEOUT}}
     if url.drivername != "postgresql+psycopg":

@@ -1,4 +1,4 @@
-"""Sectors: who serves which sector today, from a cache, the database, or what was known last."""
+"""Sectors: which sectors a waiter serves today, from a cache, the database or the last answer."""
 
 import math
 import random
@@ -27,16 +27,16 @@ from .sector_database import Assignments, AssignmentSource, QueryFailed, SectorD
 
 log = structlog.get_logger()
 
-REFRESHES: Final = 5  # of one connection that ask the database, in
+REFRESHES: Final = 5  # refreshes of one connection that query the database, per window
 REFRESH_WINDOW: Final = 10.0  # seconds
-SPREAD: Final = 60.0  # seconds over which a day's flip is applied
-_TICK: Final = 5.0  # seconds between two looks at the clock
-_MOST_CACHED: Final = 50_000  # persons
+SPREAD: Final = 60.0  # seconds over which the change of day or shift is applied
+_TICK: Final = 5.0  # seconds between two checks of the clock
+_MOST_CACHED: Final = 50_000  # waiters
 
 
 @dataclass(slots=True)
 class _CachedAssignments:
-    """What the database said last of a waiter."""
+    """The last answer of the database about a waiter in a branch."""
 
     day: date
     rows: Assignments
@@ -45,18 +45,18 @@ class _CachedAssignments:
 
 @dataclass(slots=True)
 class _Query:
-    """What the database is being asked; whoever else wants to know waits for the same answer."""
+    """A query in progress. Everybody who needs the same answer waits for it."""
 
     done: trio.Event = field(default_factory=trio.Event)
     outdated: bool = False  # assignments may have changed since it was sent
-    answered: bool | None = None  # None: whoever asked was cancelled
+    answered: bool | None = None  # None: the query was cancelled
 
 
 class SectorAssignments:
-    """The waiters' sectors: from a cache, from the database, or from what was known last.
+    """The waiters' sectors: from a cache, the database, or its last answer.
 
-    A failure is never taken for "no sectors": what the database said last holds, else what the
-    token claims; and it is asked again until it answers, which then reaches the live connection.
+    A failed query does not mean "no sectors": the last answer holds, or else the token's claim.
+    The query is repeated until the database answers, and live connections then get the result.
     """
 
     def __init__(
@@ -75,17 +75,17 @@ class SectorAssignments:
         self._days = days or ServiceDays()
         self._ttl = ttl
         self._wall_clock = wall_clock
-        # By person, in the order of asking; then by branch.
+        # By waiter, the least recently stored first; then by branch.
         self._cache: OrderedDict[tuple[TenantId, UserId], dict[BranchId, _CachedAssignments]] = (
             OrderedDict()
         )
         self._running: dict[WaiterKey, _Query] = {}
-        self._periods: dict[tuple[TenantId, BranchId], Period] = {}  # that live waiters are in
-        self._pending: dict[WaiterKey, None] = {}  # to be asked again, since the database failed
+        self._periods: dict[tuple[TenantId, BranchId], Period] = {}  # of live waiters
+        self._pending: dict[WaiterKey, None] = {}  # to be queried (again)
         self._unverified: dict[
             WaiterKey, None
-        ] = {}  # behind those: a change may not have been heard of
-        self._subscribed_at = -math.inf  # what was asked before may be outdated
+        ] = {}  # queried after those: a change may have been missed
+        self._subscribed_at = -math.inf  # answers from before may be outdated
         self._wake = trio.Event()
         self._answered = 0  # queries
         self._throttled_log = ThrottledLog(log)
@@ -95,25 +95,27 @@ class SectorAssignments:
 
     @property
     def known(self) -> int:
+        """The number of cached answers."""
         return sum(map(len, self._cache.values()))
 
     @property
     def pending(self) -> int:
-        """Answers that are owed to live connections by a database that failed."""
+        """The number of queries to repeat for live connections because the database failed."""
         return len(self._pending)
 
     @property
     def queries(self) -> dict[str, float]:
-        """Queries so far, by outcome."""
+        """The number of queries so far, by outcome."""
         return {"answered": self._answered, "failed": self._assignments.failures}
 
     def close(self) -> None:
+        """Release the database connections."""
         self._assignments.close()
 
     async def assign(self, principal: Principal, *, fresh: bool = False) -> Principal:
-        """The principal with today's sectors; ``fresh`` bypasses the cache. Never fails.
+        """Return the principal with today's sectors. Never fails; ``fresh`` bypasses the cache.
 
-        :meth:`latest` makes good what changes between this and :meth:`Hub.join`.
+        Call :meth:`latest` before :meth:`Hub.join`, for changes in between.
         """
         if principal.endpoint is not Endpoint.WAITER or principal.user is None:
             return principal
@@ -123,27 +125,27 @@ class SectorAssignments:
             if not await self._query(key, fresh=fresh):
                 unknown.append(key)
 
-        async with trio.open_nursery() as nursery:  # at once: one deadline for all the branches
+        async with trio.open_nursery() as nursery:  # concurrently: one deadline for all branches
             for branch in principal.branches:
                 key = WaiterKey(principal.tenant, branch, principal.user)
                 if fresh or not self._is_fresh(key):
                     nursery.start_soon(query_branch, key)
-        self._set_pending(unknown)  # only now: what is owed to nobody is forgotten
+        self._set_pending(unknown)  # only now: keys without a live connection are dropped
         return self._with_sectors(principal)
 
     async def refresh(self, connection: Connection) -> None:
-        """A client asks for its sectors: from the database, unless it asks all the time."""
+        """Refresh a client's sectors on request. Over the limit the cache answers."""
         if (limit := self._refreshes.get(connection)) is None:
             limit = self._refreshes[connection] = RateLimit(REFRESHES, REFRESH_WINDOW)
         now = trio.current_time()
         fresh = not limit.is_full(now)
-        if fresh:  # who asks too often must not be kept from it for ever
+        if fresh:  # requests over the limit do not count, else a busy client would never be served
             limit.exceeded(now)
         await self.assign(connection.principal, fresh=fresh)
         self._apply(connection)
 
     def receive(self, payload: bytes) -> None:
-        """A message on :data:`~.control_messages.SECTORS_CHANGED`: a waiter's assignments have changed."""
+        """Query a waiter again, by a message on :data:`~.control_messages.SECTORS_CHANGED`."""
         try:
             message = msgspec.json.decode(payload, type=SectorsChanged)
         except (msgspec.DecodeError, UnicodeError, RecursionError):
@@ -162,8 +164,9 @@ class SectorAssignments:
         )
 
     def on_subscribed(self) -> None:
-        """Messages may have been lost until now: what is cached is outdated, and all live waiters
-        are asked for again, one after the other, behind those whose change was heard of.
+        """Query all live waiters again: messages may have been lost until now.
+
+        Cached answers are outdated. Waiters whose change was announced are queried first.
         """
         self._subscribed_at = trio.current_time()
         for query in self._running.values():
@@ -177,10 +180,10 @@ class SectorAssignments:
         self._wake.set()
 
     def latest(self, principal: Principal) -> Principal:
-        """The principal as :meth:`assign` would return it now, without waiting.
+        """Return the principal as :meth:`assign` would now, without waiting.
 
-        Must be followed by :meth:`Hub.join` or :meth:`Hub.move` in the same step: what is outdated,
-        because of a change that was heard of during an await, is then asked for again.
+        Call :meth:`Hub.join` or :meth:`Hub.move` next, without an await in between. Answers that
+        are outdated, because of a change during an earlier await, are queried again.
         """
         if principal.endpoint is not Endpoint.WAITER or principal.user is None:
             return principal
@@ -191,7 +194,7 @@ class SectorAssignments:
         return self._with_sectors(principal)
 
     async def retry_pending(self) -> NoReturn:
-        """Ask what is owed until it is answered, and apply it; returns only when cancelled."""
+        """Repeat pending queries until they are answered; returns only when cancelled."""
         backoff, failures = Backoff(first=0.5, most=10), 0
         while True:
             while not (pending := self._pending or self._unverified):
@@ -205,12 +208,12 @@ class SectorAssignments:
             else:
                 failures += 1
                 pending.pop(key, None)
-                pending[key] = None  # behind the others: what it can't answer may be this one
+                pending[key] = None  # last: perhaps only this query fails
                 wait = self._breaker.wait(trio.current_time())
                 await trio.sleep(max(wait, backoff.after(failures)))
 
     async def follow_clock(self) -> NoReturn:
-        """When a branch's day or shift changes, look at its live waiters again, over a minute."""
+        """Update live waiters, spread over a minute, when a branch's day or shift changes."""
         while True:
             changed: list[Connection] = []
             now: dict[tuple[TenantId, BranchId], Period] = {}
@@ -249,14 +252,14 @@ class SectorAssignments:
         ]
 
     def _apply(self, connection: Connection) -> None:
-        """Let it hear what it serves now: one step, so nothing is missed or doubled."""
+        """Move a connection to its current sectors in one step: no event is lost or doubled."""
         before = connection.principal
         after = self._with_sectors(before)
         if after is not before and not connection.ending:
             self._hub.move(connection, after)
 
     def _with_sectors(self, principal: Principal) -> Principal:
-        """By what is known; where nothing is, by what the principal had."""
+        """Return the principal with the cached sectors, and its own where there are none."""
         assert principal.user is not None
         sectors: dict[BranchId, frozenset[SectorId]] = {}
         for branch in principal.branches:
@@ -266,7 +269,7 @@ class SectorAssignments:
             if (known := self._cached(key)) is None:
                 had = principal.sectors.get(branch)
             else:
-                if known.day != period.day:  # better than nothing, until it is asked for
+                if known.day != period.day:  # better than nothing until the query is answered
                     self._set_pending([key])
                 had = frozenset(sector for sector, shift in known.rows if holds(shift, period))
             if had:
@@ -291,9 +294,9 @@ class SectorAssignments:
         )
 
     async def _query(self, key: WaiterKey, *, fresh: bool) -> bool:
-        """Ask the database, or wait for who asks already; whether it has answered.
+        """Query the database, or wait for the same query in progress; whether it answered.
 
-        ``fresh`` wants to know what holds now, and not when that question was sent.
+        With ``fresh``, a query in progress is repeated, since it may have been sent too early.
         """
         while (running := self._running.get(key)) is not None:
             running.outdated |= fresh
@@ -305,12 +308,10 @@ class SectorAssignments:
         query = self._running[key] = _Query()
         try:
             known = await self._query_database(key, query)
-        except QueryFailed as unanswered:
+        except QueryFailed as failed:
             query.answered = False
             self._breaker.failed(trio.current_time())
-            self._throttled_log.warning(
-                "sectors not known", error=str(unanswered), tenant=key.tenant
-            )
+            self._throttled_log.warning("sectors not known", error=str(failed), tenant=key.tenant)
             return False
         except BaseException:
             self._breaker.abandoned(trio.current_time())
@@ -324,7 +325,7 @@ class SectorAssignments:
         return True
 
     async def _query_database(self, key: WaiterKey, query: _Query) -> _CachedAssignments:
-        """What the database says, and said after the last change that was heard of."""
+        """Return an answer that is newer than the last change that was announced."""
         while True:
             query.outdated = False
             day, queried_at = self._period(key.tenant, key.branch).day, trio.current_time()
@@ -334,15 +335,15 @@ class SectorAssignments:
                 return _CachedAssignments(day, rows, queried_at)
 
     def _store(self, key: WaiterKey, known: _CachedAssignments) -> None:
-        """Whoever asked: all of the waiter's connections hear what it serves now."""
+        """Cache an answer, and apply a changed one to all connections of the waiter."""
         before = self._cached(key)
         person = (key.tenant, key.user)
         self._cache.setdefault(person, {})[key.branch] = known
         self._cache.move_to_end(person)
         if len(self._cache) > _MOST_CACHED:
             self._cache.popitem(last=False)
-        asked_for = key in self._pending or key in self._unverified
-        if asked_for or (before is not None and before.rows != known.rows):
+        is_pending = key in self._pending or key in self._unverified
+        if is_pending or (before is not None and before.rows != known.rows):
             self._pending.pop(key, None)
             self._unverified.pop(key, None)
             for connection in self._connections_of(key.tenant, key.user):
@@ -361,9 +362,9 @@ def _same(a: Sectors, b: Sectors) -> bool:
 def make_sector_assignments(
     settings: Settings, hub: Hub, breaker: Breaker, clock: Callable[[], float]
 ) -> SectorAssignments:
-    """The roster by the database that the settings name, which there must be one.
+    """Make the assignments from the database in ``DATABASE_URL``, which must be set.
 
-    Raises :exc:`InvalidSettings` if its URL can't be used.
+    Raises :exc:`InvalidSettings` if the URL is unusable.
     """
     assert settings.database_url is not None
     try:

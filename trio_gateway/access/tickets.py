@@ -1,4 +1,4 @@
-"""Tickets: one-time stand-ins for a token, so that no token needs to be in a URL."""
+"""Tickets: each replaces a token once, so that no token has to be in a URL."""
 
 import hashlib
 import secrets
@@ -13,28 +13,28 @@ _TICKET_BYTES: Final = 16
 
 
 class Tickets:
-    """Issues tickets and redeems them, each once, in any process.
+    """Issues tickets and redeems each once, in any process of the gateway.
 
-    Redis holds the token for half a minute, under the ticket's hash.
+    Redis keeps the token for :data:`TICKET_LIFE` under the ticket's hash.
     """
 
     def __init__(self, commands: Commands) -> None:
         self._commands = commands
 
     async def issue(self, token: str) -> str:
-        """A ticket for this token, which the caller has found valid."""
+        """Return a new ticket for this token, which the caller has found valid."""
         ticket = secrets.token_urlsafe(_TICKET_BYTES)
         await self._commands.set_for(_ticket_key(ticket), token, TICKET_LIFE)
         return ticket
 
     async def peek(self, ticket: str) -> str:
-        """The token it stands for, which it does until :meth:`redeem`; else :exc:`Rejected`."""
+        """Return the ticket's token, and keep it valid. Raises :exc:`Rejected` if it is invalid."""
         return await self._token(self._commands.get, ticket)
 
     async def redeem(self, ticket: str) -> str:
-        """The token it stands for, once; else :exc:`Rejected`.
+        """Return the ticket's token and use it up. Raises :exc:`Rejected` if it is invalid.
 
-        To be called when nothing else can refuse the client any more.
+        Call this last, when nothing else can reject the client any more.
         """
         return await self._token(self._commands.getdel, ticket)
 

@@ -1,4 +1,4 @@
-"""Audiences: the names under which an event and those who may hear it meet."""
+"""Audiences: the keys by which an event finds the clients that may receive it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,37 +19,42 @@ Audience = NewType("Audience", tuple[str, TenantId, int, int])
 
 
 def waiters(tenant: TenantId, branch: BranchId, sector: SectorId) -> Audience:
+    """The waiters of one sector of the branch."""
     return Audience(("waiters", tenant, branch, sector))
 
 
 def floor(tenant: TenantId, branch: BranchId) -> Audience:
-    """Every waiter of the branch, whatever the sector."""
+    """All waiters of the branch, in every sector."""
     return Audience(("floor", tenant, branch, 0))
 
 
 def kitchen(tenant: TenantId, branch: BranchId) -> Audience:
+    """The kitchen of the branch."""
     return Audience(("kitchen", tenant, branch, 0))
 
 
 def admins(tenant: TenantId, branch: BranchId) -> Audience:
+    """The admins of the branch."""
     return Audience(("admins", tenant, branch, 0))
 
 
 def tenant_admins(tenant: TenantId) -> Audience:
-    """The admins of every branch of the tenant."""
+    """The admins of all branches of the tenant."""
     return Audience(("tenant_admins", tenant, 0, 0))
 
 
 def diners(tenant: TenantId, session: SessionId) -> Audience:
+    """The diners of one table session."""
     return Audience(("diners", tenant, session, 0))
 
 
 def branch_diners(tenant: TenantId, branch: BranchId) -> Audience:
+    """The diners of all table sessions of the branch."""
     return Audience(("branch_diners", tenant, branch, 0))
 
 
 class Role(StrEnum):
-    """The roles that a staff token may name."""
+    """The roles that the endpoints know. A staff token may name others, which have no effect."""
 
     WAITER = "WAITER"
     KITCHEN = "KITCHEN"
@@ -83,7 +88,7 @@ NO_SECTORS: Sectors = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Principal:
-    """Who a client is, as far as anything here needs to know; times are unix seconds."""
+    """Who a client is, on one endpoint. Times are unix seconds."""
 
     endpoint: Endpoint
     tenant: TenantId
@@ -98,7 +103,7 @@ class Principal:
 
     @property
     def owner(self) -> tuple[str, TenantId, UserId | SessionId | None]:
-        """Whose connections a limit counts: the tenant's user, or the tenant's session."""
+        """The key of limits on connections: a user of the tenant, or a session of the tenant."""
         if self.session is not None:
             return ("session", self.tenant, self.session)
         return ("user", self.tenant, self.user)

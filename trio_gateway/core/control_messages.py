@@ -1,4 +1,4 @@
-"""Notices: what backends tell the gateway itself, each on a channel of its own."""
+"""Control messages: what backends publish to the gateway itself, each kind on its own channel."""
 
 from typing import Annotated, Final
 
@@ -11,7 +11,7 @@ _User = int | Annotated[str, msgspec.Meta(pattern="^[0-9]+$")]
 
 
 class Revoked(msgspec.Struct):
-    """A token is revoked, or a user's tokens (of one tenant, or of any)."""
+    """A token is revoked, or all tokens of a user (in one tenant, or in all)."""
 
     jti: str | None = None
     user_id: _User | None = None

@@ -1,4 +1,4 @@
-"""Origins: where a page comes from, compared as browsers compare it (RFC 6454, section 4)."""
+"""Origins: read and compare them as browsers do (RFC 6454, section 4), and check them."""
 
 import ipaddress
 import re
@@ -19,10 +19,10 @@ _DEFAULT_PORTS: Final = {"http": 80, "https": 443, "ws": 80, "wss": 443}
 
 
 def normalise(text: str) -> str:
-    """An origin as a browser writes it: lower case, no default port, IPv6 in its short form.
+    """Return an origin as a browser writes it: lower case, no default port, short IPv6.
 
-    Two origins are the same if this is equal. Raises :exc:`ValueError` for anything that is not
-    ``scheme://host[:port]``, ``null`` included.
+    Two origins are the same if their normal forms are equal. Raises :exc:`ValueError` for
+    anything that is not ``scheme://host[:port]``, including ``null``.
     """
     if (match := _ORIGIN.fullmatch(text)) is None:
         raise ValueError("not scheme://host[:port]")
@@ -37,7 +37,7 @@ def normalise(text: str) -> str:
 
 
 def is_origin(text: str) -> bool:
-    """Whether this is ``scheme://host[:port]`` and nothing more (RFC 6454, 6.2)."""
+    """Whether this is ``scheme://host[:port]`` without anything else (RFC 6454, 6.2)."""
     try:
         normalise(text)
     except ValueError:
@@ -46,8 +46,10 @@ def is_origin(text: str) -> bool:
 
 
 def read_origin(text: str) -> str:
-    """An origin that a person wrote, as :func:`normalise` does; its host may be a name in any
-    script, which browsers send as Punycode (UTS 46). Raises :exc:`ValueError`.
+    """Read an origin from a configuration, into the form of :func:`normalise`.
+
+    Its host may be a name in any script, which browsers send as Punycode (UTS 46). Raises
+    :exc:`ValueError`.
     """
     if not text.isascii() and (match := _WITH_NAME.fullmatch(text)) is not None:
         # IDNAError is a ValueError.
@@ -57,7 +59,7 @@ def read_origin(text: str) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether this is a name or an address of this machine, and nobody else's."""
+    """Whether this is a loopback address or ``localhost``."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

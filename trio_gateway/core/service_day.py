@@ -1,4 +1,4 @@
-"""The service day: which day's and which shift's assignments hold at a branch right now."""
+"""The service day: the day and the shifts whose assignments are in force at a branch."""
 
 import re
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ _ZONE: Final = re.compile(r"(\d+):(\d+)=(.+)")
 
 @dataclass(frozen=True, slots=True)
 class Period:
-    """A service day, and the shifts that are off right now."""
+    """A service day and the shifts that are off at the moment."""
 
     day: date
     off: frozenset[str] = frozenset()
@@ -23,8 +23,10 @@ class Period:
 
 @dataclass(frozen=True, slots=True)
 class ServiceDays:
-    """A branch's day begins at the cut-off in its time zone, so that a dinner past midnight stays
-    on its day. ``windows`` are the shifts' hours; one without them is on all day.
+    """The service days of all branches.
+
+    A branch's day begins at the cut-off in its time zone, so that a dinner past midnight belongs
+    to the day before. ``windows`` are the shifts' hours; a shift without hours is on all day.
     """
 
     zone: tzinfo = UTC
@@ -33,10 +35,11 @@ class ServiceDays:
     windows: Mapping[str, tuple[time, time]] = field(default_factory=dict)
 
     def period(self, tenant: TenantId, branch: BranchId, unix_time: float) -> Period:
+        """Return the branch's period at a time in unix seconds."""
         zone = self.zones.get((tenant, branch), self.zone)
         local = datetime.fromtimestamp(unix_time, zone)
         day, now = local.date(), local.time()
-        # The instant, too: an hour that clocks repeat in autumn must not bring the old day back.
+        # Compare instants, too: the hour repeated in autumn must not bring the old day back.
         begins = datetime.combine(day, self.cut_off, zone).timestamp()
         if now < self.cut_off and unix_time < begins:
             day -= timedelta(days=1)
@@ -50,12 +53,12 @@ def _in(now: time, window: tuple[time, time]) -> bool:
 
 
 def holds(shift: str | None, period: Period) -> bool:
-    """Whether an assignment for this shift (None: all day) holds in this period."""
+    """Whether an assignment for this shift (None: all day) is in force in this period."""
     return shift not in period.off
 
 
 def read_zone(text: str) -> tzinfo:
-    """Raises :exc:`ValueError` for what is no zone of the tz database. UTC needs no database."""
+    """Return a zone of the tz database. Raises :exc:`ValueError`. UTC needs no database."""
     if text == "UTC":
         return UTC
     try:
@@ -66,7 +69,7 @@ def read_zone(text: str) -> tzinfo:
 
 
 def read_zones(items: tuple[str, ...]) -> Mapping[tuple[TenantId, BranchId], tzinfo]:
-    """``tenant:branch=Zone`` each; raises :exc:`ValueError`."""
+    """Read items of the form ``tenant:branch=Zone``. Raises :exc:`ValueError`."""
     found = {}
     for item in items:
         if (match := _ZONE.fullmatch(item)) is None:
@@ -76,7 +79,10 @@ def read_zones(items: tuple[str, ...]) -> Mapping[tuple[TenantId, BranchId], tzi
 
 
 def read_windows(items: tuple[str, ...]) -> Mapping[str, tuple[time, time]]:
-    """``SHIFT=HH:MM-HH:MM`` each, which may pass midnight; raises :exc:`ValueError`."""
+    """Read items of the form ``SHIFT=HH:MM-HH:MM``; hours may pass midnight.
+
+    Raises :exc:`ValueError`.
+    """
     found = {}
     for item in items:
         try:

@@ -1,4 +1,4 @@
-"""Tokens: staff JWTs and table tokens, from a string to who it is; time is an argument."""
+"""Tokens: read staff JWTs and table tokens. Time is an argument."""
 
 import hashlib
 import hmac
@@ -30,8 +30,9 @@ MAX_TOKEN_CHARACTERS: Final = 8192
 
 
 class _Hmac(jwt.algorithms.HMACAlgorithm):
-    """Asks of each secret only once whether it is a key of another kind: PyJWT asks for every
-    token, which costs as much as all the rest.
+    """Checks each secret only once for being a key of another kind.
+
+    PyJWT does it for every token, which costs as much as the rest of the verification.
     """
 
     def __init__(self, hash_algorithm: Any) -> None:
@@ -56,15 +57,15 @@ _MOST_DIGITS: Final = len(str(MAX_ID))
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """A key and the algorithms it may be used with: fixed here, never taken from the token."""
+    """A key and the algorithms it may be used with, which are never taken from the token."""
 
-    value: Any  # a secret, or a public key as cryptography has it
+    value: Any  # a secret, or a public key object of cryptography
     algorithms: tuple[str, ...]
-    id: str | None = None  # as a key set names it; a token that names another is not tried
+    id: str | None = None  # its id in a key set; a token with another id is not verified with it
 
 
 def names_of(token: str) -> tuple[str | None, str | None]:
-    """The algorithm and the key that a token says it was signed with, if any; not verified."""
+    """Return the algorithm and the key id of a token's header, if any. Not verified."""
     try:
         header = jwt.get_unverified_header(token)
     except (jwt.PyJWTError, ValueError, RecursionError):
@@ -74,7 +75,7 @@ def names_of(token: str) -> tuple[str | None, str | None]:
 
 
 def claims_of(token: str) -> Mapping[str, Any] | None:
-    """What a JWT claims, not verified: fit to tell somebody what is wrong, and for nothing else."""
+    """Return the claims of a JWT, not verified: use them only to explain what is wrong."""
     try:
         claims = json.loads(
             _JWS.decode_complete(token, options={"verify_signature": False})["payload"]
@@ -85,7 +86,7 @@ def claims_of(token: str) -> Mapping[str, Any] | None:
 
 
 def is_for_diners(token: str) -> bool:
-    """Whether a token, valid or not, looks like a table token of either kind."""
+    """Whether a token, valid or not, looks like a table token, legacy or not."""
     if token.count(":") == _LEGACY_COLONS:
         return True
     claims = claims_of(token)
@@ -94,9 +95,9 @@ def is_for_diners(token: str) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
-    """What a token must satisfy besides its signature.
+    """Requirements for a token besides its signature.
 
-    ``leeway`` (seconds) is how far ``nbf`` and ``iat`` may lie in the future, since the issuer's
+    ``leeway`` (seconds) is how far ``nbf`` and ``iat`` may be in the future, because the issuer's
     clock may be ahead of ours. ``exp`` is exact.
     """
 
@@ -107,7 +108,7 @@ class Rules:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Staff:
-    """A staff token that was found valid."""
+    """A valid staff token. Times are unix seconds."""
 
     tenant: TenantId
     user: UserId
@@ -119,12 +120,12 @@ class Staff:
     token_id: str | None = None
 
     def on(self, endpoint: Endpoint) -> Principal:
-        """Who this is on that endpoint, or :exc:`Rejected` as FORBIDDEN."""
+        """Return the principal on this endpoint, or raise :exc:`Rejected` as FORBIDDEN."""
         if not self.roles & endpoint.roles:
             raise Rejected(Close.FORBIDDEN, "role not admitted here", "role")
         if not self.branches:
             raise Rejected(Close.FORBIDDEN, "no branch in the token", "branch")
-        # Without a database the claim's sectors hold in every branch of the claim.
+        # Without a database the claimed sectors hold in every branch of the token.
         sectors: Sectors = {branch: self.sectors for branch in self.branches if self.sectors}
         return Principal(
             endpoint=endpoint,
@@ -141,7 +142,7 @@ class Staff:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """A table token that was found valid."""
+    """A valid table token. Times are unix seconds."""
 
     tenant: TenantId
     branch: BranchId
@@ -152,6 +153,7 @@ class Table:
     token_id: str | None = None
 
     def on(self, endpoint: Endpoint) -> Principal:
+        """Return the principal on this endpoint, which must be the diners'."""
         assert endpoint is Endpoint.DINER
         return Principal(
             endpoint=endpoint,
@@ -165,16 +167,17 @@ class Table:
 
 
 def read_jwt(token: str, keys: Sequence[Key], rules: Rules, now: float) -> Staff:
-    """Return the staff member a JWT names, or raise :exc:`Rejected` as AUTH_FAILED.
+    """Read a staff JWT, or raise :exc:`Rejected` as AUTH_FAILED (RFC 7519, RFC 8725).
 
-    ``now`` is unix time in seconds. No error holds any part of the token (RFC 7519, RFC 8725).
+    ``now`` is unix time in seconds. No error contains any part of the token.
     """
     return _staff(_verified(token, keys), rules, now)
 
 
 def check_claims(token: str, rules: Rules, now: float) -> None:
-    """Raise :exc:`Rejected` if no signature could make this token a good one: it is damaged, it has
-    expired, or what it claims is invalid.
+    """Raise :exc:`Rejected` if this token cannot be valid, whoever signed it.
+
+    It is damaged or has expired, or its claims are invalid.
     """
     if (claims := claims_of(token)) is None:
         raise _failed("token invalid")
@@ -201,7 +204,7 @@ def _staff(claims: Mapping[str, Any], rules: Rules, now: float) -> Staff:
 
 
 def read_table_token(token: str, keys: Sequence[Key], rules: Rules, now: float) -> Table:
-    """Return the table session a token names, or raise :exc:`Rejected` as AUTH_FAILED."""
+    """Read a table token, or raise :exc:`Rejected` as AUTH_FAILED."""
     claims = _verified(token, keys)
     _refuse_refresh_token(claims)
     _check_times(claims, Rules(leeway=rules.leeway), now)
@@ -220,8 +223,9 @@ def read_table_token(token: str, keys: Sequence[Key], rules: Rules, now: float) 
 
 
 def read_legacy_table_token(token: str, secret: str, now: float) -> Table:
-    """Return the table session of a ``tenant:branch:table:session:expires_at:sig`` token, or
-    raise :exc:`Rejected` as AUTH_FAILED.
+    """Read a ``tenant:branch:table:session:expires_at:sig`` token.
+
+    Raises :exc:`Rejected` as AUTH_FAILED.
     """
     if len(token) > MAX_TOKEN_CHARACTERS:
         raise _failed("token too long")
@@ -249,13 +253,13 @@ def read_legacy_table_token(token: str, secret: str, now: float) -> Table:
 
 
 def legacy_signature(fields: str, secret: str) -> str:
-    """The first 32 lowercase hex digits of HMAC-SHA256 over the first five fields."""
+    """Return the first 32 lowercase hex digits of HMAC-SHA256 over the first five fields."""
     data = fields.encode("utf-8", errors="surrogatepass")
     return hmac.new(secret.encode(), data, hashlib.sha256).hexdigest()[:_LEGACY_SIGNATURE]
 
 
 class Unverified(Rejected):
-    """None of the keys signed this token; another one, that is not known yet, may have."""
+    """None of the known keys signed this token; a key that is not known yet may have."""
 
     def __init__(self, text: str) -> None:
         super().__init__(Close.AUTH_FAILED, text, "auth")
@@ -266,8 +270,9 @@ def _failed(text: str) -> Rejected:
 
 
 def _verified(token: str, keys: Sequence[Key]) -> Mapping[str, Any]:
-    """The claims of a token that one of the keys signed, else :exc:`Unverified`. Claims are ours
-    to check: PyJWT is lenient with types, and has been with ``iss``.
+    """Return the claims of a token that one of the keys signed, or raise :exc:`Unverified`.
+
+    PyJWT does not check the claims: it is lenient with types, and has been with ``iss``.
     """
     if len(token) > MAX_TOKEN_CHARACTERS:
         raise _failed("token too long")
@@ -278,7 +283,7 @@ def _verified(token: str, keys: Sequence[Key]) -> Mapping[str, Any]:
         except jwt.InvalidAlgorithmError:
             continue
         except (jwt.PyJWTError, ValueError, TypeError, RecursionError):
-            allowed = True  # TypeError: an algorithm that is allowed, but for another kind of key
+            allowed = True  # TypeError: the algorithm is allowed, but for another kind of key
             continue
         named = found["header"].get("kid")
         if key.id is None or named is None or key.id == named:
@@ -374,7 +379,7 @@ def _token_id(claims: Mapping[str, Any]) -> str | None:
 
 
 def _encodable(text: str) -> bool:
-    """Whether it can become a Redis key: a lone surrogate cannot."""
+    """Whether this can be part of a Redis key: a lone surrogate cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:

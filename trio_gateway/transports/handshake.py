@@ -17,7 +17,7 @@ MAX_HEAD_BYTES: Final = 16_384
 MAX_HEADERS: Final = 100
 _GUID: Final = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, 1.3
 
-# Said twice, these could mean one thing to us and another to a proxy.
+# If repeated, the gateway and a proxy could interpret these differently.
 _ONCE: Final = frozenset(
     {
         "authorization", "content-length", "host", "last-event-id", "origin", "sec-websocket-key",
@@ -29,14 +29,14 @@ _READ: Final = _ONCE | {"connection", "sec-websocket-protocol", "sec-websocket-e
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """The HTTP status that answers a request we won't upgrade, and why."""
+    """An upgrade request that is refused: the HTTP status and the reason."""
 
     status: int
     reason: str
 
 
 def read_query(query: str) -> dict[str, str]:
-    """The parameters of a query string; of a repeated one the first counts."""
+    """Return the parameters of a query string; the first value of a repeated one."""
     found: dict[str, str] = {}
     for name, value in parse_qsl(query, keep_blank_values=True, errors="replace"):
         found.setdefault(name, value)
@@ -44,6 +44,7 @@ def read_query(query: str) -> dict[str, str]:
 
 
 def join_headers(headers: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
+    """Return headers by name in lower case; the values of a repeated one are joined by commas."""
     found: dict[str, str] = {}
     for raw_name, raw_value in headers:
         name, value = raw_name.decode("latin-1").lower(), raw_value.decode("latin-1").strip()
@@ -52,7 +53,7 @@ def join_headers(headers: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
 
 
 class _Head:
-    """What httptools finds in a head."""
+    """Collects what httptools finds in a head."""
 
     def __init__(self) -> None:
         self.target = b""
@@ -70,10 +71,12 @@ class _Head:
 
 
 def parse_head(head: bytes, peer: Callable[[], str] = str) -> ClientRequest | Refusal | None:
-    """Read a request head, up to and with its empty line. None: not a WebSocket's, so not ours.
+    """Parse a request head that ends with its empty line (RFC 6455, 4.2.1).
 
-    What httptools finds malformed is refused, whatever it asked for: a proxy and Hypercorn might
-    disagree about where it ends (RFC 9112, 11.2). The opening handshake is RFC 6455, 4.2.1.
+    Returns None if it does not ask for a WebSocket. A head that httptools finds malformed is
+    refused in any case: a proxy and Hypercorn might disagree about where it ends (RFC 9112, 11.2).
+
+    ``peer`` returns the address of the other end of the connection.
     """
     if head.startswith(b"PRI "):
         return Refusal(400, "HTTP/2 was not negotiated")
@@ -149,7 +152,7 @@ def _handshake(
 
 
 def _path_and_query(target: str) -> tuple[str, str]:
-    """Of a request target (RFC 9112, 3.2.1): ``//a/b`` is a path; urlsplit would see a host."""
+    """Split a request target (RFC 9112, 3.2.1). In ``//a/b`` urlsplit would see a host."""
     if target.startswith("/"):
         path, _, query = target.partition("?")
         return path, query
@@ -169,7 +172,7 @@ def _is_key(text: str) -> bool:
 
 
 def acceptance(request: ClientRequest, extensions: str | None = None) -> bytes:
-    """The response that opens the WebSocket (RFC 6455, 4.2.2)."""
+    """Return the response that opens the WebSocket (RFC 6455, 4.2.2)."""
     digest = hashlib.sha1(request.key.encode() + _GUID, usedforsecurity=False).digest()
     lines = [
         "HTTP/1.1 101 Switching Protocols",
@@ -195,7 +198,7 @@ _PHRASES: Final = {
 
 
 def refusal_response(refusal: Refusal) -> bytes:
-    """The response that refuses an upgrade, and ends the connection."""
+    """Return the response that refuses an upgrade and announces that the connection closes."""
     body = f"{refusal.reason}\n".encode()
     lines = [
         f"HTTP/1.1 {refusal.status} {_PHRASES[refusal.status]}",
