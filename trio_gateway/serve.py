@@ -24,7 +24,7 @@ from .core.exception_groups import leaves
 from .gateway import Gateway
 from .telemetry import logs
 from .transports import tcp
-from .transports.accepting import Board, Turns
+from .transports.accepting import AcceptBalancer, WorkerLoads
 
 log = structlog.get_logger()
 
@@ -94,8 +94,8 @@ def run(
     """Serve until SIGTERM, SIGINT or SIGHUP; returns the exit status: 0, or 1 after a failure.
 
     ``supervisor`` is a socket to who started us as one of several: it is told when we are ready,
-    and when it is gone we stop, too. ``board`` is a descriptor and a place, see
-    :mod:`.edges.accepting`: ``5:0``.
+    and when it is gone we stop, too. ``board`` is a descriptor and a slot, see
+    :mod:`.transports.accepting`: ``5:0``.
     """
     tcp.install()
     tune_gc()
@@ -237,10 +237,10 @@ async def _serve(
             nursery.start_soon(beside, tell_supervisor, link)
             nursery.start_soon(beside, heed_supervisor, link)
         if board is not None:
-            descriptor, place = map(int, board.split(":"))
-            turns = Turns(Board(descriptor), place, app.parts.load)
-            turns.install()
-            nursery.start_soon(beside, turns.keep_posted)
+            descriptor, slot = map(int, board.split(":"))
+            balancer = AcceptBalancer(WorkerLoads(descriptor), slot, app.parts.load)
+            balancer.install()
+            nursery.start_soon(beside, balancer.keep_published)
         log.info("starting", pid=os.getpid(), bind=config.bind)
         await server(shutdown_trigger=shutdown_trigger)
         nursery.cancel_scope.cancel()

@@ -20,7 +20,7 @@ from hypercorn.config import Config
 
 from .core.resilience import Backoff
 from .telemetry.worker_snapshots import GROUP, WorkerSnapshots, open_group
-from .transports.accepting import Board
+from .transports.accepting import WorkerLoads
 
 log = structlog.get_logger()
 
@@ -122,9 +122,9 @@ class Supervisor:
             log.warning("snapshots not shared: metrics are one worker's", error=error.strerror)
             group = ""
         self._env = {**env, GROUP: group}
-        self._board: Board | None = None
+        self._board: WorkerLoads | None = None
         try:
-            self._board = Board.create(2 * count)  # while one is replaced there are more
+            self._board = WorkerLoads.create(2 * count)  # while one is replaced there are more
         except OSError as error:
             log.warning("workers accept as it happens", error=error.strerror)
         self._seats = set(range(2 * count))  # at the board, that are free

@@ -36,7 +36,7 @@ _SERVE: Final = {"serve.py: beside, heed_signals": ["_serve.<locals>.heed_signal
 _SUPERVISED: Final = {
     "serve.py: beside, tell_supervisor, link": ["_serve.<locals>.tell_supervisor"],
     "serve.py: beside, heed_supervisor, link": ["_serve.<locals>.heed_supervisor"],
-    "serve.py: beside, turns.keep_posted": ["Turns.keep_posted"],
+    "serve.py: beside, balancer.keep_published": ["AcceptBalancer.keep_published"],
 }
 _SUPERVISOR: Final = {
     "workers.py: self._heed_signals, places": ["Supervisor._heed_signals"],

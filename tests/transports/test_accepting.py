@@ -1,4 +1,4 @@
-"""Which of several workers takes the next client."""
+"""Balancing connections: which of several workers accepts the next client."""
 
 import os
 import time
@@ -13,17 +13,23 @@ from hypothesis import strategies as st
 
 import trio_gateway.transports.accepting as accepting_module
 from tests.support.gateways import until
-from trio_gateway.transports.accepting import Board, Load, Turns, _Listener, patience
+from trio_gateway.transports.accepting import (
+    AcceptBalancer,
+    Load,
+    WorkerLoads,
+    _Listener,
+    accept_delay,
+)
 
 LOADS = st.lists(st.builds(Load, st.integers(0, 50), st.integers(1, 50)), min_size=1, max_size=8)
 
 
 @settings(max_examples=50)
 @given(LOADS)
-def test_some_worker_takes_the_next_client_at_once_and_has_room_if_any_has(
+def test_a_worker_with_room_accepts_at_once_if_any_has_room(
     loads: list[Load],
 ) -> None:
-    waits = [patience(each, loads[:n] + loads[n + 1 :]) for n, each in enumerate(loads)]
+    waits = [accept_delay(each, loads[:n] + loads[n + 1 :]) for n, each in enumerate(loads)]
     eager = [each for each, seconds in zip(loads, waits, strict=True) if not seconds]
 
     assert eager
@@ -33,63 +39,65 @@ def test_some_worker_takes_the_next_client_at_once_and_has_room_if_any_has(
 
 @settings(max_examples=50)
 @given(st.integers(1, 8), st.integers(0, 500))
-def test_who_always_lets_others_go_first_has_hardly_more_than_they(
+def test_worker_that_accepts_first_has_hardly_more_clients_than_the_others(
     workers: int, clients: int
 ) -> None:
-    """However the kernel chooses among those that do not wait: here always the first."""
+    """Whichever the kernel chooses among those without a delay: here always the first."""
     counts = [0] * workers
     for _ in range(clients):
         loads = [Load(count, 1000) for count in counts]
         (first, *_) = (
-            n for n, each in enumerate(loads) if not patience(each, loads[:n] + loads[n + 1 :])
+            n for n, each in enumerate(loads) if not accept_delay(each, loads[:n] + loads[n + 1 :])
         )
         counts[first] += 1
     assert max(counts) - min(counts) <= max(5, clients // 40)
 
 
 @pytest.fixture
-def board() -> Iterator[Board]:
-    found = Board.create(4)
+def loads() -> Iterator[WorkerLoads]:
+    found = WorkerLoads.create(4)
     yield found
     os.close(found.descriptor)
 
 
-def test_what_a_stuck_or_dead_worker_posted_is_not_believed(
-    board: Board, monkeypatch: pytest.MonkeyPatch
+def test_load_of_a_stuck_or_dead_worker_is_ignored(
+    loads: WorkerLoads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    board.post(0, Load(1, 10))
-    board.post(2, Load(2, 10))
-    assert Board(board.descriptor).others(1) == [Load(1, 10), Load(2, 10)]
-    assert board.others(0) == [Load(2, 10)]
-    board.clear(2)  # by the supervisor
-    assert board.others(1) == [Load(1, 10)]
+    loads.publish(0, Load(1, 10))
+    loads.publish(2, Load(2, 10))
+    assert WorkerLoads(loads.descriptor).others(1) == [Load(1, 10), Load(2, 10)]
+    assert loads.others(0) == [Load(2, 10)]
+    loads.clear(2)  # by the supervisor
+    assert loads.others(1) == [Load(1, 10)]
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + 1.1)
-    assert board.others(1) == []
+    assert loads.others(1) == []
 
 
 class Worker:
-    """One that accepts on a socket, and has as many clients as it has accepted."""
+    """A worker whose clients are those that it has accepted on a socket."""
 
-    def __init__(self, board: Board, place: int, socket: trio.socket.SocketType, most: int) -> None:
+    def __init__(
+        self, loads: WorkerLoads, slot: int, socket: trio.socket.SocketType, most: int
+    ) -> None:
         self.clients: list[trio.SocketStream] = []
         self.most: int | None = most  # None: it is being replaced
-        self.turns = Turns(board, place, self.load)
-        self.listener = _Listener(self.turns, socket)
+        self.balancer = AcceptBalancer(loads, slot, self.load)
+        self.listener = _Listener(self.balancer, socket)
 
     def load(self) -> Load | None:
         return None if self.most is None else Load(len(self.clients), self.most)
 
     async def run(self) -> None:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self.turns.keep_posted)
+            nursery.start_soon(self.balancer.keep_published)
             while True:
                 self.clients.append(await self.listener.accept())
 
 
 @asynccontextmanager
-async def accepting(board: Board, *most: int) -> AsyncIterator[tuple[list[Worker], int]]:
-    """Workers that may have so many clients, and their one port."""
+async def accepting(loads: WorkerLoads, *most: int) -> AsyncIterator[tuple[list[Worker], int]]:
+    """Workers with these numbers of clients at most, and their port."""
     listening = trio.socket.socket()
     await listening.bind(("127.0.0.1", 0))
     listening.listen(100)
@@ -97,9 +105,9 @@ async def accepting(board: Board, *most: int) -> AsyncIterator[tuple[list[Worker
     workers: list[Worker] = []
     try:
         async with trio.open_nursery() as nursery:
-            for place, each in enumerate(most):
+            for slot, each in enumerate(most):
                 socket = stdlib_socket(fileno=os.dup(listening.fileno()))
-                worker = Worker(board, place, trio.socket.from_stdlib_socket(socket), each)
+                worker = Worker(loads, slot, trio.socket.from_stdlib_socket(socket), each)
                 workers.append(worker)
                 nursery.start_soon(worker.run)
             yield workers, port
@@ -116,34 +124,36 @@ async def connect(port: int, count: int) -> list[trio.SocketStream]:
     return [await trio.open_tcp_stream("127.0.0.1", port) for _ in range(count)]
 
 
-async def test_no_worker_is_full_before_all_are(board: Board) -> None:
-    async with accepting(board, 10, 20, 2) as (workers, port):
+async def test_no_worker_is_full_before_all_are(loads: WorkerLoads) -> None:
+    async with accepting(loads, 10, 20, 2) as (workers, port):
         clients = await connect(port, 32)
         await until(lambda: [len(each.clients) for each in workers] == [10, 20, 2])
-        clients += await connect(port, 3)  # somebody must refuse these
+        clients += await connect(port, 3)  # some worker must refuse these
         await until(lambda: sum(len(each.clients) for each in workers) == 35)
         for client in clients:
             await client.aclose()
 
 
-async def test_one_that_is_being_replaced_leaves_all_to_its_siblings(board: Board) -> None:
-    async with accepting(board, 100, 100) as (workers, port):
+async def test_worker_that_is_being_replaced_leaves_all_clients_to_the_others(
+    loads: WorkerLoads,
+) -> None:
+    async with accepting(loads, 100, 100) as (workers, port):
         workers[0].most = None
         clients = await connect(port, 20)
         await until(lambda: len(workers[1].clients) == 20)
-        workers[1].most = None  # all of them are, and all must be answered
+        workers[1].most = None  # all are being replaced, and every client must be answered
         clients += await connect(port, 5)
         await until(lambda: sum(len(each.clients) for each in workers) == 25)
         for client in clients:
             await client.aclose()
 
 
-async def test_a_client_that_no_sibling_takes_does_not_wait_for_ever(
-    board: Board, monkeypatch: pytest.MonkeyPatch
+async def test_client_that_no_other_worker_accepts_is_accepted_after_the_delay(
+    loads: WorkerLoads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(accepting_module, "_PATIENCE", 0.1)
-    async with accepting(board, 1) as (workers, port):
-        board.post(1, Load(0, 100))  # it has room, and accepts nobody
+    monkeypatch.setattr(accepting_module, "_DELAY_IF_FULL", 0.1)
+    async with accepting(loads, 1) as (workers, port):
+        loads.publish(1, Load(0, 100))  # it has room, and does not accept
         clients = await connect(port, 2)
         await until(lambda: len(workers[0].clients) == 2)
         for client in clients:

@@ -1,9 +1,9 @@
-"""Accepting: which of several workers on one listener takes the next client.
+"""Balance new connections among worker processes that accept on the same listener.
 
-The kernel wakes all of them for a new connection, and the first to ask has it: mostly the same
-one. Here each posts how many clients it has where its siblings can read it, and a worker that has
-more than they have leaves the next client to them for a moment. One that is full, or is being
-replaced, leaves it to them as long as one of them has room.
+The kernel wakes every worker for a new connection, and the first to accept gets it: mostly the same
+worker. Here each worker publishes its number of clients in shared memory. A worker with more
+clients than another one leaves the next connection to it for a moment. A worker that is full, or
+is being replaced, leaves it to the others for longer, as long as one of them has room.
 """
 
 import mmap
@@ -18,108 +18,116 @@ from typing import Any, Final, NamedTuple, NoReturn, cast
 import hypercorn.trio.run
 import trio
 
-_POST: Final = struct.Struct("=ddd")  # when (monotonic seconds, 0: never), clients, most clients
-_EVERY: Final = 0.1  # seconds between two posts
-_STALE: Final = 1.0  # seconds after which a post says nothing: its worker is stuck or dead
-_TICK: Final = 0.002  # seconds between two looks at what a sibling does
-_TURN: Final = 0.05  # seconds that one with fewer clients has to take the next
-_RESTLESS: Final = 0.05  # seconds without such waits after one that was in vain
-_PATIENCE: Final = 2.0  # seconds that one with room has, if this one has none
+# A published load: when (monotonic seconds; 0 is never), clients, max_clients.
+_ENTRY: Final = struct.Struct("=ddd")
+_PUBLISH_INTERVAL: Final = 0.1  # seconds
+_STALE_AFTER: Final = 1.0  # seconds; then the worker that published it is stuck or dead
+_POLL_INTERVAL: Final = 0.002  # seconds between two looks at whether another worker has accepted
+_DELAY: Final = 0.05  # seconds that a worker with fewer clients has to accept
+_PAUSE: Final = 0.05  # seconds without such delays after one in which no other worker accepted
+_DELAY_IF_FULL: Final = 2.0  # seconds that a worker with room has to accept, if this one has none
 
 
 class Load(NamedTuple):
-    """How many clients a worker has, those included that are arriving, and how many it may have."""
+    """How many clients a worker has, those included that are connecting, and how many it may have."""
 
     clients: float
-    most: float
+    max_clients: float
 
     @property
     def full(self) -> bool:
-        return self.clients >= self.most
+        """Whether it has no room for another client."""
+        return self.clients >= self.max_clients
 
 
-def patience(own: Load, others: Sequence[Load]) -> float:
-    """Seconds for which a worker leaves a new client to its siblings. Four clients more than a
-    sibling has, or two in a hundred, count as the same number.
+def accept_delay(own: Load, others: Sequence[Load]) -> float:
+    """Seconds for which a worker leaves a new connection to the others.
+
+    A difference of up to four clients, or of two per cent, does not count.
     """
     with_room = [other for other in others if not other.full]
     if own.full and with_room:
-        return _PATIENCE
-    alike = own.clients - max(4.0, own.clients * 0.02)
-    return _TURN if any(other.clients < alike for other in with_room) else 0.0
+        return _DELAY_IF_FULL
+    tolerated = own.clients - max(4.0, own.clients * 0.02)
+    return _DELAY if any(other.clients < tolerated for other in with_room) else 0.0
 
 
-class Board:
-    """The posts of a supervisor's workers, in memory that all of them have; a place for each."""
+class WorkerLoads:
+    """The loads of a supervisor's workers, in memory that they share; each has a slot in it."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
         self._memory = mmap.mmap(descriptor, 0)
 
     @classmethod
-    def create(cls, places: int) -> "Board":
-        """A new one. Raises :exc:`OSError`."""
+    def create(cls, slots: int) -> "WorkerLoads":
+        """Make the memory, with empty slots. Raises :exc:`OSError`."""
         if hasattr(os, "memfd_create"):
-            descriptor = os.memfd_create("trio-gateway-board")
+            descriptor = os.memfd_create("trio-gateway-loads")
         else:  # not Linux
             with tempfile.TemporaryFile() as file:
                 descriptor = os.dup(file.fileno())
-        os.ftruncate(descriptor, places * _POST.size)
+        os.ftruncate(descriptor, slots * _ENTRY.size)
         return cls(descriptor)
 
-    def post(self, place: int, load: Load) -> None:
-        _POST.pack_into(self._memory, place * _POST.size, time.monotonic(), *load)
+    def publish(self, slot: int, load: Load) -> None:
+        """Write a worker's load, with the present time."""
+        _ENTRY.pack_into(self._memory, slot * _ENTRY.size, time.monotonic(), *load)
 
-    def clear(self, place: int) -> None:
-        """Nothing is to be expected of this one."""
-        _POST.pack_into(self._memory, place * _POST.size, 0.0, 0.0, 0.0)
+    def clear(self, slot: int) -> None:
+        """Empty a slot: its worker accepts no more connections."""
+        _ENTRY.pack_into(self._memory, slot * _ENTRY.size, 0.0, 0.0, 0.0)
 
-    def others(self, place: int) -> list[Load]:
-        """What the workers at the other places have posted lately."""
-        since = time.monotonic() - _STALE
+    def others(self, slot: int) -> list[Load]:
+        """The loads in all other slots, without the stale ones."""
+        since = time.monotonic() - _STALE_AFTER
         return [
-            Load(clients, most)
-            for at, (when, clients, most) in enumerate(_POST.iter_unpack(self._memory))
-            if at != place and when > since
+            Load(clients, max_clients)
+            for at, (when, clients, max_clients) in enumerate(_ENTRY.iter_unpack(self._memory))
+            if at != slot and when > since
         ]
 
 
-class Turns:
-    """One worker at the board. ``load`` is asked for its own; None: it takes no more clients."""
+class AcceptBalancer:
+    """Balances one worker with the others.
 
-    def __init__(self, board: Board, place: int, load: Callable[[], Load | None]) -> None:
-        self._board = board
-        self._place = place
+    ``load`` returns its own load, or None if it accepts no more connections.
+    """
+
+    def __init__(self, loads: WorkerLoads, slot: int, load: Callable[[], Load | None]) -> None:
+        self._loads = loads
+        self._slot = slot
         self._load = load
 
-    def patience(self) -> float:
-        """As the function, with what is posted now; posts the own load."""
-        return patience(self._post() or Load(0, 0), self._board.others(self._place))
+    def delay(self) -> float:
+        """Publish the own load; returns :func:`accept_delay` with the loads of the others."""
+        return accept_delay(self._publish() or Load(0, 0), self._loads.others(self._slot))
 
-    async def keep_posted(self) -> NoReturn:
-        """Post the load at intervals; returns only when cancelled."""
+    async def keep_published(self) -> NoReturn:
+        """Publish the load at intervals; returns only when cancelled, and then clears the slot."""
         try:
             while True:
-                self._post()
-                await trio.sleep(_EVERY)
+                self._publish()
+                await trio.sleep(_PUBLISH_INTERVAL)
         finally:
-            self._board.clear(self._place)
+            self._loads.clear(self._slot)
 
-    def _post(self) -> Load | None:
+    def _publish(self) -> Load | None:
         load = self._load()
         if load is None:
-            self._board.clear(self._place)
+            self._loads.clear(self._slot)
         else:
-            self._board.post(self._place, load)
+            self._loads.publish(self._slot, load)
         return load
 
     def install(self) -> None:
-        """Let Hypercorn's Trio worker accept in turn; it makes its listeners by this name."""
-        vars(hypercorn.trio.run)["trio"] = _Trio(partial(_Listener, self))
+        """Let Hypercorn's Trio worker accept through this balancer."""
+        # It makes its listeners by this name.
+        hypercorn.trio.run.trio = _Trio(partial(_Listener, self))  # type: ignore[assignment,attr-defined]
 
 
 class _Trio:
-    """The module as Hypercorn sees it, with another listener."""
+    """The ``trio`` module as Hypercorn sees it, with another ``SocketListener``."""
 
     def __init__(self, listener: Callable[[Any], "_Listener"]) -> None:
         self.SocketListener = listener
@@ -129,30 +137,32 @@ class _Trio:
 
 
 class _Listener(trio.abc.Listener[trio.SocketStream]):
-    def __init__(self, turns: Turns, socket: trio.socket.SocketType) -> None:
-        self._turns = turns
+    """A ``trio.SocketListener`` that leaves connections to other workers as the balancer says."""
+
+    def __init__(self, balancer: AcceptBalancer, socket: trio.socket.SocketType) -> None:
+        self._balancer = balancer
         self._listener = trio.SocketListener(socket)
-        self._restless_until = 0.0
+        self._paused_until = 0.0
         self.socket = socket
 
     async def accept(self) -> trio.SocketStream:
         waiting_since: float | None = None
         while True:
             await trio.lowlevel.wait_readable(cast("Any", self.socket))
-            now, patience = trio.current_time(), self._turns.patience()
-            if patience == _TURN and now < self._restless_until:
-                patience = 0.0
+            now, delay = trio.current_time(), self._balancer.delay()
+            if delay == _DELAY and now < self._paused_until:
+                delay = 0.0
             if waiting_since is None:
                 waiting_since = now
-            if now < waiting_since + patience:
-                await trio.sleep(_TICK)
-                if not self.socket.is_readable():  # a sibling took it
+            if now < waiting_since + delay:
+                await trio.sleep(_POLL_INTERVAL)
+                if not self.socket.is_readable():  # another worker accepted it
                     waiting_since = None
                 continue
-            if patience:
-                self._restless_until = now + _RESTLESS
-            # A sibling may be quicker still; then this one must not wait here for the next.
-            with trio.move_on_after(_TICK):
+            if delay:
+                self._paused_until = now + _PAUSE
+            # Another worker may still be quicker; then this one must not wait here for the next.
+            with trio.move_on_after(_POLL_INTERVAL):
                 return await self._listener.accept()
             waiting_since = None
 
