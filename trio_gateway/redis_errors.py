@@ -1,4 +1,4 @@
-"""What an error reply of Redis says about the server that sent it."""
+"""Error replies of Redis that say that another server should be asked."""
 
 import re
 from typing import Final
@@ -21,16 +21,17 @@ _KINDS: Final = (
     MovedError,
     ReadOnlyError,
 )
-# Also in the middle of a text: a script's or a transaction's error holds the one of its command.
+# Anywhere in the text: the error of a script or transaction contains that of its command.
 _WORDS: Final = re.compile(
     r"\b(?:READONLY|LOADING|MASTERDOWN|NOREPLICAS|NOAUTH|WRONGPASS|CLUSTERDOWN|MOVED|UNBLOCKED)\b"
 )
 
 
 def is_wrong_server(error: RedisError) -> bool:
-    """Whether another server has to be asked, or this one on a new connection: it is a replica,
-    still loading, cut off, or does not know us any more. The command was refused, not executed.
+    """Whether the command should be sent again on a new connection, maybe to another server.
 
-    A connection that is kept would say so for ever.
+    The server is a replica, still loading, cut off from its cluster, or no longer accepts our
+    credentials. It refused the command and did not execute it. The old connection must be closed:
+    it would give the same answer for ever.
     """
     return isinstance(error, _KINDS) or _WORDS.search(str(error)) is not None

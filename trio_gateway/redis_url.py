@@ -1,7 +1,7 @@
-"""A Redis URL: where Redis is, how to get in, and its TLS.
+"""Redis URLs: address, credentials and TLS options.
 
-The gateway's own links, its commands, the publisher and the CLI read the URL here, so that an
-option means the same for all of them.
+The gateway's sources, its commands, the publisher and the CLI all read the URL here, so that an
+option means the same for each of them.
 """
 
 import difflib
@@ -21,7 +21,7 @@ _VERIFY: Final = {
     "required": ssl.CERT_REQUIRED,
 }
 _NAME: Final = re.compile(r"[a-z_]{1,40}")
-# What redis-py takes, too, and the gateway decides itself.
+# Options of redis-py that have no effect here: the gateway decides these itself.
 _IGNORED: Final = frozenset({
     "socket_timeout", "socket_connect_timeout", "socket_read_size", "socket_keepalive",
     "retry_on_timeout", "retry_on_error", "max_connections", "health_check_interval", "timeout",
@@ -32,7 +32,7 @@ _IGNORED: Final = frozenset({
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tls:
-    """How Redis proves who it is, and how we do; the ``ssl_*`` options of redis-py."""
+    """Certificates and TLS parameters: the ``ssl_*`` options of redis-py."""
 
     ca_certs: str | None = None
     ca_path: str | None = None
@@ -48,7 +48,10 @@ class Tls:
     exclude_verify_flags: tuple[ssl.VerifyFlags, ...] | None = None
 
     def context(self) -> ssl.SSLContext:
-        """Raises :exc:`OSError` or :exc:`ValueError` if a file or a value is no good."""
+        """Build the context.
+
+        Raises :exc:`OSError` or :exc:`ValueError` if a file or a value is invalid.
+        """
         context = ssl.create_default_context()
         context.check_hostname = self.check_hostname and self.cert_reqs != "none"
         context.verify_mode = _VERIFY[self.cert_reqs]
@@ -68,7 +71,7 @@ class Tls:
         return context
 
     def check(self) -> None:
-        """Raise :exc:`ValueError` that names the option whose file or value is no good."""
+        """Raise :exc:`ValueError` if a file or value is invalid; the text names the option."""
         if self.keyfile is not None and self.certfile is None:
             raise ValueError("ssl_keyfile needs ssl_certfile")
         parts = (
@@ -98,7 +101,7 @@ class Tls:
 
 @dataclass(frozen=True, slots=True)
 class RedisAddress:
-    """Where a Redis is and how to get in, from its URL; the password is never shown."""
+    """Address and credentials of a Redis, from its URL. The ``repr`` has no password."""
 
     host: str = "localhost"
     port: int = 6379
@@ -114,12 +117,12 @@ class RedisAddress:
     def from_url(cls, url: str) -> "RedisAddress":
         """Read a ``redis://``, ``rediss://`` or ``unix://`` URL.
 
-        Raises :exc:`ValueError` for any other, for an unknown option and for a bad value. The text
-        names the option and holds no value.
+        Raises :exc:`ValueError` for any other URL, an unknown option or an invalid value. The
+        text names the option and contains no value.
         """
         try:
             parts = urlsplit(url)
-        except ValueError:  # its text holds parts of the URL
+        except ValueError:  # its text contains parts of the URL
             raise ValueError("is no URL: write %5B and %5D in a password") from None
         if parts.scheme not in SCHEMES:
             raise ValueError("must begin with redis://, rediss:// or unix://")
@@ -156,7 +159,10 @@ class RedisAddress:
             self.tls.check()
 
     def pool_options(self, library: Any) -> dict[str, Any]:
-        """What a connection pool of ``redis`` or ``redis.asyncio`` needs to reach it."""
+        """Arguments for a connection pool of ``redis`` or ``redis.asyncio``.
+
+        ``library`` is that module.
+        """
         found: dict[str, Any] = {
             "db": self.db,
             "username": self.user,

@@ -209,7 +209,7 @@ def replies(data: bytes) -> None:
     async def listen() -> None:
         while True:
             for reply in await redis.receive():
-                pubsub._hear(reply)
+                pubsub._take(reply)
 
     with suppress(ConnectionLost):
         trio.run(listen)

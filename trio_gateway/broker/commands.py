@@ -22,13 +22,12 @@ from ..redis_url import RedisAddress
 log = structlog.get_logger()
 
 TIMEOUT: Final = 2.0  # seconds for one command
-# By redis-py and its parser, beside its own errors.
-_WHAT_JUNK_RAISES: Final = (
+# What redis-py and its parser raise for an invalid reply, besides their own errors.
+_INVALID_REPLY_ERRORS: Final = (
     AssertionError, AttributeError, LookupError, MemoryError, TypeError, ValueError,
 )  # fmt: skip
 
-
-_LETTERS: Final = 5, 30.0  # failures in a row, and seconds until the next try
+_DEAD_LETTER_BREAKER: Final = 5, 30.0  # failures in a row, seconds until the next try
 # An XADD that fails ends the script before the key is set.
 _ADD_ONCE: Final = """
 if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
@@ -39,11 +38,11 @@ return 1
 
 
 class Unavailable(Exception):  # noqa: N818 - an outcome
-    """Redis does not answer, or has not for a while; nothing was learnt."""
+    """Redis does not answer, or its breaker is open. It is unknown what the answer would be."""
 
 
 class _Call:
-    """A command on its way to the asyncio loop, and what came of it."""
+    """A command on its way to the asyncio loop, and its outcome."""
 
     __slots__ = ("command", "done", "outcome", "scope")
 
@@ -60,10 +59,11 @@ class _Call:
 
 
 class Commands:
-    """The few commands that the gateway gives; each raises :exc:`Unavailable` in bounded time.
+    """The few commands that the gateway sends; each raises :exc:`Unavailable` in bounded time.
 
-    What writes has a breaker of its own: a Redis that is full, or a replica, refuses that and
-    answers all else, and who brings a token must not suffer for who brings a ticket.
+    Reads and writes have a breaker each. A Redis that is full, or is a replica, refuses writes
+    and answers reads: clients with a token, which needs a read, must not be turned away because
+    tickets, which need a write, fail.
     """
 
     def __init__(self, url: str, reads: Breaker, writes: Breaker, *, max_connections: int) -> None:
@@ -71,10 +71,11 @@ class Commands:
         self._send, self._receive = trio.open_memory_channel[_Call](0)
         self._reads = reads
         self._writes = writes
-        # Of dead letters: a stream or a right that only they need must not cost anybody a ticket.
-        self._letters = Breaker(*_LETTERS)
-        self._connections = 0  # the number of times that they were all thrown away
-        self._is_stale = False  # they have to be, before the next command
+        # Dead letters have their own: a stream or a right that only they need must not cost
+        # anybody a ticket.
+        self._dead_letters = Breaker(*_DEAD_LETTER_BREAKER)
+        self._generation = 0  # how often all connections were discarded
+        self._is_stale = False  # discard them before the next command
 
     async def run(self) -> NoReturn:
         """Run the asyncio loop that redis-py needs; returns only when cancelled.
@@ -91,13 +92,13 @@ class Commands:
                     await trio_asyncio.aio_as_trio(self._redis.connection_pool.disconnect)()
 
     def reconnect(self) -> None:
-        """Connect anew: another link to the same Redis has found that it is no primary."""
+        """Use new connections: another one has found that the server is not the primary."""
         self._is_stale = True
 
     async def check(self, seconds: float) -> None:
-        """Raise :exc:`Unavailable` unless Redis answers, and would take a ticket.
+        """Raise :exc:`Unavailable` unless Redis answers in ``seconds`` and accepts writes.
 
-        Anybody can cause a check: that it takes too long opens no breaker.
+        Anybody can cause a check, so a slow answer opens no breaker.
         """
         deadline = trio.current_time() + seconds
         await self._run(
@@ -105,13 +106,17 @@ class Commands:
         )
         await self._run(
             self._writes,
-            lambda redis: redis.set("gateway:ticket:check", "", xx=True),  # never there: no change
+            lambda redis: redis.set(
+                "gateway:ticket:check", "", xx=True
+            ),  # the key never exists: no change
             _is_true_or_none,
             seconds=max(0.0, deadline - trio.current_time()),
             is_check=True,
         )
 
     async def mget(self, keys: Sequence[str]) -> list[bytes | None]:
+        """Return the value of each key, None for a key that does not exist."""
+
         def fits(reply: Any) -> bool:
             return (
                 isinstance(reply, list) and len(reply) == len(keys) and all(map(_is_value, reply))
@@ -123,36 +128,40 @@ class Commands:
         return found
 
     async def set_for(self, key: str, value: str, seconds: int) -> None:
+        """Set a key that expires after ``seconds``."""
         await self._run(self._writes, lambda redis: redis.set(key, value, ex=seconds), bool)
 
     async def get(self, key: str) -> bytes | None:
+        """Return a key's value, or None."""
         found: bytes | None = await self._run(self._reads, lambda redis: redis.get(key), _is_value)
         return found
 
     async def getdel(self, key: str) -> bytes | None:
-        # Not again if its answer is lost: what was there is gone then, and None would be a lie.
+        """Return a key's value, or None, and delete the key."""
+        # Not repeated if its answer is lost: the key is deleted by then, and None would be wrong.
         found: bytes | None = await self._run(
             self._writes, lambda redis: redis.getdel(key), _is_value, again=False
         )
         return found
 
     async def publish(self, channel: str, payload: bytes) -> None:
+        """Publish a message on a channel."""
         await self._run(
             self._writes, lambda redis: redis.publish(channel, payload), _is_count, again=False
         )
 
     async def claim(self, key: str, seconds: int) -> bool:
-        """Whether we are the first to name this key in so many seconds."""
+        """Set a key that expires after ``seconds``; return False if it exists already."""
         first = await self._run(
             self._writes,
             lambda redis: redis.set(key, "1", ex=seconds, nx=True),
             _is_true_or_none,
-            again=False,  # or we might come second to ourselves
+            again=False,  # a second try would find the key of the first
         )
         return bool(first)
 
     async def add(self, stream: str, fields: dict[str, str | bytes]) -> None:
-        """Add an entry to a stream, which is not trimmed by that."""
+        """Add an entry to a stream, without trimming the stream."""
         entry: Any = fields
         await self._run(
             self._writes, lambda redis: redis.xadd(stream, entry), _is_value, again=False
@@ -166,17 +175,17 @@ class Commands:
         fields: dict[str, str | bytes],
         max_length: int,
     ) -> bool:
-        """Add an entry to a stream that is kept at about that length, unless that was done under
-        this key in so many seconds; whether it was done now.
+        """Add an entry to a stream, unless one was added under ``key`` within ``seconds``.
 
-        In one step: the key is set when the entry is there, so neither a failure in between nor a
-        second try loses the entry or adds it twice.
+        Returns whether it was added. The stream is trimmed to about ``max_length`` entries. Key
+        and entry are written in one step, so neither a failure nor a second try loses the entry
+        or adds it twice.
         """
         if self._writes.state is not State.CLOSED:
             raise Unavailable("breaker is open")
         words = [word for pair in fields.items() for word in pair]
         added = await self._run(
-            self._letters,
+            self._dead_letters,
             lambda redis: redis.eval(_ADD_ONCE, 2, key, stream, seconds, max_length, *words),
             _is_count,
         )
@@ -185,54 +194,56 @@ class Commands:
     async def _run(
         self,
         breaker: Breaker,
-        give: Callable[[Redis], Awaitable[Any]],
+        send: Callable[[Redis], Awaitable[Any]],
         fits: Callable[[Any], bool],
         *,
         seconds: float = TIMEOUT,
         again: bool = True,
         is_check: bool = False,
     ) -> Any:
-        """``fits`` says whether a reply can be the answer; ``again``, whether the command may be
-        given twice where its answer was lost. One that was refused always may.
+        """Send a command within ``seconds``, at most twice, and return its reply.
+
+        ``fits`` says whether a reply has the right shape. ``again`` says whether the command may
+        be repeated when its answer was lost; one that was refused may be in any case.
         """
         if not breaker.try_now(trio.current_time()):
             raise Unavailable("breaker is open")
 
-        async def give_once() -> Any:
+        async def send_once() -> Any:
             if self._is_stale:
                 self._is_stale = False
-                await self._throw_away(self._connections)
-            connections = self._connections
+                await self._discard_connections(self._generation)
+            generation = self._generation
             try:
-                reply = await give(self._redis)
+                reply = await send(self._redis)
                 if fits(reply):
                     return reply
-            except _WHAT_JUNK_RAISES:
+            except _INVALID_REPLY_ERRORS:
                 pass
             except RedisError as error:
                 if is_wrong_server(error):
-                    await self._throw_away(connections)
+                    await self._discard_connections(generation)
                 raise
-            if connections != self._connections:
+            if generation != self._generation:
                 raise NotConnected("closed meanwhile")
-            # Junk, or the answer to another question: then what comes next may be that, too.
-            await self._throw_away(connections)
+            # Invalid, or the answer to another command: then the next replies may be, too.
+            await self._discard_connections(generation)
             raise InvalidResponse
 
         async def command() -> Any:
             try:
-                return await give_once()
+                return await send_once()
             except RedisError as error:
                 # A pooled connection may lead to a Redis that has restarted, or was demoted.
                 lost = again and isinstance(error, NotConnected)
                 if not (lost or is_wrong_server(error)):
                     raise
-            return await give_once()
+            return await send_once()
 
         reply: Any = None
         try:
-            # redis-py throws away a connection whose command is cancelled, so its reply can't
-            # become the next caller's.
+            # redis-py closes a connection whose command is cancelled, so its reply can't become
+            # the next caller's.
             with trio.move_on_after(seconds) as scope:
                 reply = await self._in_loop(command)
             if scope.cancelled_caught:
@@ -265,12 +276,13 @@ class Commands:
         assert call.outcome is not None
         return call.outcome.unwrap()
 
-    async def _throw_away(self, connections: int) -> None:
-        """Close all connections, unless that was done since: the next ones resolve the name anew
-        and authenticate again.
+    async def _discard_connections(self, generation: int) -> None:
+        """Close all connections, unless that was done since this generation.
+
+        The next ones resolve the host name and authenticate again.
         """
-        if connections == self._connections:
-            self._connections += 1
+        if generation == self._generation:
+            self._generation += 1
             await self._redis.connection_pool.disconnect()
 
 
@@ -287,7 +299,7 @@ def _is_true_or_none(reply: Any) -> bool:
 
 
 def _pool(url: str, max_connections: int) -> BlockingConnectionPool:
-    """A pool of connections to Redis; none is opened before it is needed."""
+    """A pool of connections to Redis; each is opened when it is needed."""
     return BlockingConnectionPool(
         **RedisAddress.from_url(url).pool_options(redis.asyncio),
         protocol=2,  # RESP3 begins with HELLO, which some proxies do not know
@@ -295,5 +307,5 @@ def _pool(url: str, max_connections: int) -> BlockingConnectionPool:
         timeout=TIMEOUT,
         socket_connect_timeout=TIMEOUT,
         socket_timeout=TIMEOUT,
-        retry=Retry(NoBackoff(), 0),  # it does not know which commands may be given twice
+        retry=Retry(NoBackoff(), 0),  # it does not know which commands may be repeated
     )

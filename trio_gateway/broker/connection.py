@@ -13,9 +13,9 @@ from ..core.exception_groups import first_leaf
 from ..redis_url import RedisAddress
 from ..runtime.supervision import ConnectionLost, Demoted
 
-CONNECT_TIMEOUT: Final = 3.0  # seconds for the connection, and as many for its greetings
-# Bytes: a link that brings so many while it is waited for is slow; one that brings fewer, and no
-# answer, is lost, though some trickle in.
+CONNECT_TIMEOUT: Final = 3.0  # seconds to connect, and again to authenticate
+# Bytes: a connection that brings this many during a timeout is slow, but works. One that brings
+# fewer, and no complete reply, is lost, even if some bytes trickle in.
 ENOUGH: Final = 65_536
 _CHUNK: Final = 1 << 18
 _DEMOTED: Final = frozenset({"MASTERDOWN", "READONLY", "UNBLOCKED"})
@@ -34,6 +34,7 @@ class RedisConnection:
         self.received = 0  # bytes
 
     async def send(self, *words: str | bytes | int) -> None:
+        """Send one command."""
         try:
             packed = hiredis.pack_command(words)  # type: ignore[arg-type]  # its stub is too narrow
             await self._stream.send_all(packed)
@@ -41,7 +42,7 @@ class RedisConnection:
             raise ConnectionLost(f"send failed: {type(error).__name__}") from None
 
     async def receive(self) -> list[Any]:
-        """Wait for data; the replies that are complete with it, maybe none."""
+        """Wait for data, and return the replies that it completes; the list may be empty."""
         try:
             data = await self._stream.receive_some(_CHUNK)
         except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
@@ -53,10 +54,10 @@ class RedisConnection:
         return self._complete()
 
     async def ask(self, *words: str | bytes | int, timeout: float = inf) -> Any:
-        """Send one command and wait for its reply, with nothing else under way.
+        """Send one command and return its reply; no other command may be waiting for one.
 
-        An error reply is returned as :exc:`hiredis.ReplyError`. Neither a reply nor
-        :data:`ENOUGH` bytes of one in ``timeout`` seconds is :exc:`ConnectionLost`.
+        An error reply is returned as :exc:`hiredis.ReplyError`. If neither a reply nor
+        :data:`ENOUGH` bytes of one arrive in ``timeout`` seconds, the connection is lost.
         """
         await self.send(*words)
         replies: list[Any] = []
@@ -72,7 +73,10 @@ class RedisConnection:
         return replies[0]
 
     async def call(self, *words: str | bytes | int, timeout: float = inf) -> Any:
-        """As :meth:`ask`, but an error reply is :exc:`ConnectionLost`, too."""
+        """Like :meth:`ask`, but an error reply raises :exc:`ConnectionLost`.
+
+        It raises :exc:`Demoted` if the reply says that the server is a replica.
+        """
         reply = await self.ask(*words, timeout=timeout)
         if isinstance(reply, hiredis.ReplyError):
             what = str(reply).split(" ", 1)[0]
@@ -81,9 +85,9 @@ class RedisConnection:
         return reply
 
     async def check_role(self, *, timeout: float = inf) -> None:
-        """Raise :exc:`Demoted` if this is a replica, as far as it tells: a proxy may not.
+        """Raise :exc:`Demoted` if the server says that it is a replica. A proxy may not say it.
 
-        Every user may say HELLO, whatever the ACL. Without a version it changes nothing.
+        Every user may send HELLO, whatever the ACL. Without a version it changes nothing.
         """
         reply = await self.ask("HELLO", timeout=timeout)
         if isinstance(reply, list) and b"role" in reply[::2]:
@@ -96,9 +100,9 @@ class RedisConnection:
         try:
             while (reply := self._reader.gets()) is not _NOTHING:
                 found.append(reply)
-        # RESP3's maps by lists; arrays of four thousand million members; and such.
+        # Maps whose keys are lists (RESP3), arrays of 4,000,000,000 members, and so on.
         except (hiredis.ProtocolError, TypeError, ValueError, MemoryError):
-            raise ConnectionLost("what came is not RESP") from None
+            raise ConnectionLost("the reply is not RESP") from None
         return found
 
 
@@ -151,7 +155,7 @@ async def _greet(connection: RedisConnection, address: RedisAddress) -> None:
         await connection.call("AUTH", *user, address.password or "")
     if address.db:
         await connection.call("SELECT", address.db)
-    # A convenience in CLIENT LIST: an ACL may refuse it, and a proxy may not know it.
+    # Shown in CLIENT LIST. An error is ignored: an ACL may refuse it, a proxy may not know it.
     await connection.ask("CLIENT", "SETNAME", address.client_name or "trio-gateway")
     await connection.check_role()
 

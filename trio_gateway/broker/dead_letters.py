@@ -1,4 +1,4 @@
-"""Dead letters: stream entries that are no events, put aside with the reason."""
+"""Dead letters: invalid stream entries are copied to a stream of their own, with the reason."""
 
 from collections import Counter
 from typing import Final, NamedTuple, NoReturn
@@ -11,14 +11,14 @@ from .commands import Commands, Unavailable
 
 log = structlog.get_logger()
 
-MAX_LENGTH: Final = 10_000  # entries, about; the oldest go
+MAX_LENGTH: Final = 10_000  # entries, about; the oldest are trimmed
 _MOST_WAITING: Final = 100
-_MOST_BYTES: Final = 131_072  # of a payload; what is larger was no event for that alone
-_REMEMBERED: Final = 86_400  # seconds in which another process does not put the same aside again
+_MOST_BYTES: Final = 131_072  # of a payload; a longer one is invalid for its size alone
+_REMEMBERED: Final = 86_400  # seconds in which no other process copies the same entry
 
 
 class DeadLetter(NamedTuple):
-    """An entry as it stood in its stream, and why it is no event."""
+    """An invalid stream entry, and why it is invalid."""
 
     stream: str
     entry_id: str
@@ -28,18 +28,20 @@ class DeadLetter(NamedTuple):
 
 
 class DeadLetters:
-    """Copies poison to a stream of its own. Never in the way: what there is no room for, or no
-    Redis, is counted and let go; it was logged with its id, and still stands where it stood.
+    """Copies invalid stream entries to the dead-letter stream.
+
+    It delays nothing: an entry is counted as lost if too many wait, or if Redis is unavailable.
+    The entry was logged with its id, and is still in its stream.
     """
 
     def __init__(self, commands: Commands, stream: str) -> None:
         self._commands = commands
         self._stream = stream
         self._put, self._take = trio.open_memory_channel[DeadLetter](_MOST_WAITING)
-        self.outcomes = Counter(copied=0, lost=0)  # of those that are ours to copy
+        self.outcomes = Counter(copied=0, lost=0)  # of the entries that no other process copied
 
     def offer(self, stream: str, entry_id: str, reason: str, error: str, data: bytes) -> None:
-        """Have this entry copied, unless too many wait for that."""
+        """Have an entry copied, unless too many are waiting. Never waits."""
         try:
             self._put.send_nowait(DeadLetter(stream, entry_id, reason, error, data))
         except trio.WouldBlock:
@@ -51,7 +53,7 @@ class DeadLetters:
         while True:
             letter = await self._take.receive()
             try:
-                # Every process reads every entry: the first one puts it aside.
+                # Every process reads every entry: the first one copies it.
                 key = f"gateway:dlq:{letter.stream}:{letter.entry_id}"
                 self.outcomes["copied"] += await self._commands.add_once(
                     key, _REMEMBERED, self._stream, _fields(letter), MAX_LENGTH

@@ -1,4 +1,4 @@
-"""The Pub/Sub source: what is published while we listen, at most once."""
+"""The Pub/Sub source: messages that are published while we are subscribed, at most once."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -17,28 +17,28 @@ from .connection import ENOUGH, RedisConnection, open_redis
 
 log = structlog.get_logger()
 
-# Seconds of waiting until Redis is pinged, and again until its answer is overdue: a half-open
-# link is noticed after twice this long, whatever TCP believes.
+# Seconds of waiting until a PING is sent, and again until its answer is overdue: a half-open
+# connection is noticed after twice this time, whatever the state of TCP.
 LIVENESS: Final = 2.0
 
 
 class Listener(Protocol):
-    """What listens to a channel that carries something else than events. Neither method blocks."""
+    """Receives the messages of a channel that carries no events. Its methods never wait."""
 
     def receive(self, payload: bytes, /) -> None:
         """A message was published."""
 
     def on_subscribed(self) -> None:
-        """The subscription holds, for the first time or again.
+        """The channel is subscribed, for the first time or again.
 
-        What was published before is lost: what messages tell must be looked up again.
+        Messages that were published before are lost: look up again what they would have said.
         """
 
 
 class PubSub:
-    """Subscribes to patterns and hands on each event as it comes.
+    """Subscribes to patterns and puts each event into the queue.
 
-    ``listeners`` are for channels that carry something else than events.
+    ``listeners``, by channel, receive the messages that are not events.
     """
 
     def __init__(
@@ -57,29 +57,29 @@ class PubSub:
         self._breaker = breaker
         listeners = listeners or {}
         self._listeners = {name.encode(): each.receive for name, each in listeners.items()}
-        self._on_link = [each.on_subscribed for each in listeners.values()]
+        self._on_subscribed = [each.on_subscribed for each in listeners.values()]
         self._unconfirmed = 0
         self.connected = False
-        self._link = trio.CancelScope()
+        self._connection_scope = trio.CancelScope()
         first_match = lru_cache(maxsize=10_000)(self._first_match)
         self._first_match_of: Callable[[bytes], tuple[bytes | None, str]] = first_match
 
     async def run(self) -> NoReturn:
-        """Listen until the link is :exc:`ConnectionLost`."""
+        """Receive until the connection is :exc:`ConnectionLost`."""
         try:
             async with open_redis(self._address) as redis:
-                with self._link:
+                with self._connection_scope:
                     await self._subscribe(redis)
                     await self._listen(redis)
                 raise Demoted("its Redis may be a replica by now")
         finally:
             self.connected = False
-            self._link = trio.CancelScope()
+            self._connection_scope = trio.CancelScope()
 
     def reconnect(self) -> None:
-        """Connect anew: another link to the same Redis has found that it is no primary."""
+        """Connect again: another connection has found that the server is not the primary."""
         if self.connected:
-            self._link.cancel()
+            self._connection_scope.cancel()
 
     async def _subscribe(self, redis: RedisConnection) -> None:
         self._unconfirmed = len(self._patterns) + len(self._listeners)
@@ -87,11 +87,13 @@ class PubSub:
             await redis.send("PSUBSCRIBE", *self._patterns)
         if self._listeners:
             await redis.send("SUBSCRIBE", *self._listeners)
-        await redis.send("PING")  # one that is loading its data lets us subscribe all the same
+        await redis.send("PING")  # a server that is still loading refuses this, but not a SUBSCRIBE
 
     async def _listen(self, redis: RedisConnection) -> NoReturn:
-        """Only the answer to a PING shows how far behind a link is: one that brings a byte now and
-        then, or less than is published, is no link. What we are too busy to read is not its fault.
+        """Receive replies, and detect dead and lagging connections by PING.
+
+        Only the answer to a PING shows how far behind a connection is: one that brings a byte now
+        and then, but no answer, is lost. Time in which this process was busy does not count.
         """
         pinged, waited, before = True, 0.0, redis.received
         while True:
@@ -105,7 +107,7 @@ class PubSub:
                     pinged, waited = False, 0.0
                     self._answered()
                 else:
-                    self._hear(reply)
+                    self._take(reply)
             if waited >= LIVENESS:
                 if not pinged:
                     await redis.send("PING")
@@ -113,10 +115,10 @@ class PubSub:
                     raise ConnectionLost("no answer to PING")
                 pinged, waited, before = True, 0.0, redis.received
 
-    def _hear(self, reply: Any) -> None:
+    def _take(self, reply: Any) -> None:
         match reply:
             case [b"pmessage", bytes() as pattern, bytes() as channel, bytes() as payload]:
-                # A channel that matches several patterns is sent once for each of them.
+                # Redis sends a message once for each pattern that its channel matches.
                 first, name = self._first_match_of(channel)
                 if first == pattern:
                     event = self._ingest.parse(payload, source="pubsub", channel=name)
@@ -136,11 +138,11 @@ class PubSub:
             self.connected = True
             self._breaker.succeeded()
             log.info("subscribed", source="pubsub", patterns=len(self._patterns))
-            for on_subscribed in self._on_link:
+            for on_subscribed in self._on_subscribed:
                 on_subscribed()
 
     def _first_match(self, channel: bytes) -> tuple[bytes | None, str]:
-        """Of our patterns; and the channel's name."""
+        """The first pattern that matches a channel, and the channel's name."""
         name = channel.decode(errors="replace")
         for pattern in self._patterns:
             if glob(pattern).fullmatch(channel):
@@ -150,7 +152,7 @@ class PubSub:
 
 @lru_cache(maxsize=1000)
 def glob(pattern: bytes) -> re.Pattern[bytes]:
-    """A Redis pattern as a regular expression: ``*``, ``?``, ``[a-c]``, ``[^a]``, ``\\x``."""
+    """Translate a Redis pattern (``*``, ``?``, ``[a-c]``, ``[^a]``, ``\\x``) to a regex."""
     found, at = b"", 0
     while at < len(pattern):
         here = pattern[at : at + 1]
@@ -174,7 +176,7 @@ def glob(pattern: bytes) -> re.Pattern[bytes]:
 
 
 def _end_of_set(pattern: bytes, start: int) -> int:
-    """Where the set that begins at ``start`` ends, 0 if it has no end or no member."""
+    """The index of the ``]`` that ends the set at ``start``; 0 if it has no end or no member."""
     at = start + 1 + (pattern[start + 1 : start + 2] == b"^")
     first = at
     while at < len(pattern) and pattern[at : at + 1] != b"]":

@@ -1,4 +1,4 @@
-"""Readiness: whether Redis works, looked up rarely however often it is asked."""
+"""Readiness: whether Redis works. It is checked rarely, however often it is asked."""
 
 from collections.abc import Awaitable, Callable
 from math import inf
@@ -8,16 +8,17 @@ import trio
 
 from .commands import Unavailable
 
-FRESH: Final = 0.5  # seconds that an answer holds
-ANSWER_TIMEOUT: Final = 0.25  # seconds that a question waits for a check that is slow
-CHECK_TIMEOUT: Final = 2.0  # seconds until a check without an answer is a failed one
+FRESH: Final = 0.5  # seconds for which a result is used again
+ANSWER_TIMEOUT: Final = 0.25  # seconds that a request waits for a slow check
+CHECK_TIMEOUT: Final = 2.0  # seconds until a check without an answer has failed
 
 
 class Readiness:
-    """One check at a time, shared by all who ask.
+    """Runs one check at a time and shares its result.
 
-    While a check takes long, what was last known is answered: a Redis that is slow for a second
-    must not take this process out of the load balancer.
+    While a check is slow, the last result is given: a Redis that is slow for a second must not
+    take this process out of the load balancer. ``check`` gets a timeout in seconds and raises
+    :exc:`Unavailable` if Redis does not work.
     """
 
     def __init__(self, check: Callable[[float], Awaitable[None]]) -> None:
@@ -30,7 +31,7 @@ class Readiness:
         self._done = trio.Event()
 
     async def ask(self) -> str | None:
-        """None if Redis answers and takes what we write, else why not."""
+        """Return None if Redis answers and accepts writes, otherwise the reason."""
         if self._is_checking or self._checked_at + FRESH <= trio.current_time():
             if not self._is_checking:
                 self._is_checking = True

@@ -1,4 +1,4 @@
-"""Duplicates: one content on several channels is one event."""
+"""Duplicates: the same content on several channels is one event."""
 
 from collections import deque
 from math import inf
@@ -10,22 +10,22 @@ CONTENT_WINDOW: Final = 5.0  # seconds
 ID_WINDOW: Final = 300.0
 _NEVER: Final = (-inf, 0)
 _FORGETS_EVERY: Final = 0.1  # seconds
-MOST_REMEMBERED: Final = 500_000  # of either kind; past it the oldest are forgotten
+MOST_REMEMBERED: Final = 500_000  # ids, and as many contents; beyond that the oldest are forgotten
 _LONG: Final = 100  # characters of an id; of a longer one only a hash is kept
-# How many occurrences that were heard long after an event are looked at for it. There are some
+# How many occurrences that were received long after an event are searched for it. There are such
 # only while one source lags behind another by more than the window.
 _MOST_SKIPPED: Final = 64
 _FEW: Final = 16
 
-_Occurrence = tuple[float, int]  # when it was first heard, its mark
-_Once = tuple[float, str, int]  # the same of a content that was heard once, and its channel
+_Occurrence = tuple[float, int]  # when it was first received, its mark
+_Once = tuple[float, str, int]  # time, channel and mark of a content that was received once
 
 
 class _Content:
     """The occurrences of one content, the oldest first, and which channels have carried them.
 
-    An event costs the same however often its content was heard: a channel carries the occurrences
-    in their order, so that one number per channel tells which ones are left for it.
+    An event costs the same however often its content was received: each channel carries the
+    occurrences in order, so one number per channel says which ones it has not carried yet.
     """
 
     __slots__ = ("_channels", "_first", "_occurrences", "_prune_at", "_skipped")
@@ -33,18 +33,20 @@ class _Content:
     def __init__(self, once: _Once) -> None:
         received_at, channel, mark = once
         self._occurrences: deque[_Occurrence] = deque([(received_at, mark)])
-        self._first = 0  # the number of the first of them; they are numbered in order
-        self._channels = {channel: 1}  # the next number that is left for each channel
-        self._skipped: dict[str, deque[int]] = {}  # earlier ones that are left for it, too
+        self._first = 0  # the number of the oldest; they are numbered in order
+        self._channels = {channel: 1}  # the next number that each channel has not carried
+        self._skipped: dict[str, deque[int]] = {}  # earlier ones that it has not carried
         self._prune_at = _FEW
 
     @property
     def size(self) -> int:
+        """What counts against :data:`MOST_REMEMBERED`."""
         return len(self._occurrences) + len(self._channels)
 
     def join(self, now: float, channel: str) -> int | None:
-        """The mark of the oldest occurrence in the window that this channel has not carried; it
-        has now. None if there is none.
+        """Let the channel carry the oldest occurrence in the window that it has not carried.
+
+        Returns the mark of that occurrence, or None if there is none.
         """
         for number in self._skipped.get(channel, ()):
             if number >= self._first:
@@ -69,7 +71,7 @@ class _Content:
         return found
 
     def add(self, now: float, channel: str, mark: int) -> None:
-        """Another occurrence, which this channel was the first to carry."""
+        """Add an occurrence that this channel is the first to carry."""
         number = max(self._channels.get(channel, 0), self._first)
         end = self._first + len(self._occurrences)
         skipped = []
@@ -80,7 +82,7 @@ class _Content:
         self._carry(channel, end + 1, skipped)
 
     def forget_first(self) -> bool:
-        """Forget the oldest occurrence; whether none is left."""
+        """Forget the oldest occurrence; return whether none is left."""
         self._occurrences.popleft()
         self._first += 1
         return not self._occurrences
@@ -91,7 +93,7 @@ class _Content:
             left = self._skipped.setdefault(channel, deque(maxlen=_MOST_SKIPPED))
             left.extend(skipped)
         if len(self._channels) > self._prune_at:
-            # A channel for which all are left is like one that was never heard.
+            # A channel that has carried none of them is like one that was never seen.
             first = self._first
             self._channels = {c: n for c, n in self._channels.items() if n > first}
             self._skipped = {c: s for c, s in self._skipped.items() if s and s[-1] >= first}
@@ -99,40 +101,41 @@ class _Content:
 
 
 class Duplicates:
-    """Remembers what was heard lately; times are seconds on the runtime's clock.
+    """Remembers recent events; times are seconds on the runtime's clock.
 
-    Backends publish one event on several channels, with only ``ts`` differing: a content's copy
-    joins the oldest occurrence within five seconds that its channel has not carried yet. The same
-    content twice on one channel is two occurrences, hence two events. An event with an ``id`` is
-    known by that alone, for five minutes, per tenant.
+    - Backends publish one event on several channels, and only the value of ``ts`` differs. A copy
+      joins the oldest occurrence of its content within 5 seconds that its channel has not carried
+      yet. The same content twice on one channel is two occurrences, hence two events.
+    - An event with an ``id`` is identified by that alone, for 5 minutes, per tenant.
 
-    Contents are remembered by a 64-bit hash: among 300,000 of them the odds that two share one
-    are 1 in 400 million.
+    Contents are remembered by a 64-bit hash: the odds that two of 300,000 share one are 1 in
+    400 million.
     """
 
     def __init__(self) -> None:
-        # When the first of the events that are still to come was heard, if they do not come in
-        # the order of their hearing: what it may be a copy of must be remembered till then.
+        # When the oldest event that is still queued was received. Fair queueing does not keep
+        # the order of receipt, so entries of that age must be kept for its copies.
         self.oldest_pending = inf
         self._ids: dict[tuple[int, str | int], tuple[float, int]] = {}
         self._contents: dict[int, _Once | _Content] = {}
-        # By first hearing. A dictionary keeps its order, too, but to find the oldest it steps over
-        # every place from which one was taken.
+        # By first receipt. A dictionary keeps its order, too, but finding its oldest key steps
+        # over every slot from which a key was deleted.
         self._ids_in_order: deque[tuple[float, tuple[int, str | int]]] = deque()
         self._contents_in_order: deque[tuple[float, int]] = deque()
-        self._extra = 0  # what the contents hold beside one occurrence and one channel each
+        self._extra = 0  # what the contents hold besides one occurrence and one channel each
         self._forgets_at = -inf
 
     def __len__(self) -> int:
         return len(self._ids) + len(self._contents)
 
     def is_duplicate(self, event: Event) -> bool:
-        """Whether this event has been heard before; if not, it is remembered from now on."""
+        """Whether this event was received before; if not, it is remembered from now on."""
         return self.find_or_add(event) is not None
 
     def find_or_add(self, event: Event, mark: int = 0) -> int | None:
-        """The mark with which this event was remembered when it was first heard, or None if it is
-        now: then it is remembered with this one.
+        """Return the mark that was given when this event was first received.
+
+        Returns None if it was not received before: then it is remembered with this ``mark``.
         """
         now = event.received_at
         most = len(self._contents) + self._extra if event.id is None else len(self._ids)
@@ -188,7 +191,7 @@ class Duplicates:
             ids_in_order[0][0] + ID_WINDOW < now or len(ids_in_order) > MOST_REMEMBERED
         ):
             received_at, known = ids_in_order.popleft()
-            if ids[known][0] == received_at:  # it was not heard again since
+            if ids[known][0] == received_at:  # it was not remembered again since
                 del ids[known]
 
 
@@ -197,24 +200,24 @@ def _content(event: Event) -> tuple[bytes, ...]:
     payload, ts = event.payload, event.ts
     if not ts:
         return (payload,)
-    # Few events hold the four characters "ts" with quotes more than once: then the one value
-    # behind them is the one msgspec found. If there are more, find the one at depth one.
+    # Few payloads contain "ts" with its quotes more than once. If it is there once, the value
+    # after it is the one that msgspec found; otherwise find the one at depth one.
     start = payload.find(b'"ts"')
     if start < 0 or payload.find(b'"ts"', start + 4) >= 0:
         start = _outermost_ts(payload)
     value = payload.find(ts, start + 4) if start >= 0 else -1
     if value < 0 or ((between := payload[start + 4 : value]) != b":" and between.strip() != b":"):
-        # Written with escapes, or twice: then copies must agree to the byte.
+        # Written with escapes, or twice: then copies must be equal byte for byte.
         return (payload,)
     return payload[:start], payload[value + len(ts) :]
 
 
 def _outermost_ts(payload: bytes) -> int:
-    """Where the key ``"ts"`` stands at depth one of a valid JSON object, or -1."""
+    """The index of the only key ``"ts"`` at depth one of a valid JSON object, or -1."""
     depth, at, found = 0, 0, -1
     while at < len(payload):
         byte = payload[at]
-        if byte == 0x22:  # a string: on to its end
+        if byte == 0x22:  # a string: skip to its end
             end = at + 1
             while payload[end] != 0x22:
                 end += 2 if payload[end] == 0x5C else 1

@@ -1,4 +1,4 @@
-"""Positions: where in the streams an event stands, and the opaque ids that say so."""
+"""Positions of events in their streams, and the opaque event ids that name them."""
 
 import zlib
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from typing import Final, NewType
 
 from .decimals import is_decimal
 
-Stream = NewType("Stream", str)  # a stream's tag: the same in every process
+Stream = NewType("Stream", str)  # a stream's tag, the same in every process
 Position = NewType("Position", tuple[int, int])  # an entry's milliseconds and sequence number
 Cursor = Mapping[Stream, Position]
 
@@ -14,16 +14,16 @@ DEFAULT_STREAM: Final = "events:critical"  # the Redis stream that durable event
 START: Final = Position((0, 0))
 _MAX: Final = 2**64 - 1
 LAST: Final = Position((_MAX, _MAX))
-_NOWHERE: Final = "0-0-none"  # an id that no history covers
+_NOWHERE: Final = "0-0-none"  # a valid id that no history covers
 
 
 def tag(name: str) -> Stream:
-    """A stream's tag, short since it goes with every event."""
+    """A stream's tag. It is short because it goes with every event."""
     return Stream(f"{zlib.crc32(name.encode()) & 0xFFFF:04x}")
 
 
 def read_position(entry_id: str) -> Position:
-    """The position in an entry's id, as Redis writes it; raises :exc:`ValueError`."""
+    """The position in an entry id of Redis. Raises :exc:`ValueError` if it is not one."""
     milliseconds, dash, sequence = entry_id.partition("-")
     if not dash or not (_is_number(milliseconds) and _is_number(sequence)):
         raise ValueError("not an entry id")
@@ -36,17 +36,17 @@ def entry_id(position: Position) -> str:
 
 
 def event_id(stream: Stream, position: Position) -> str:
-    """What a client is given with an event, and gives back to resume after it."""
+    """The id that a client gets with an event, and sends to resume after it."""
     return f"{position[0]}-{position[1]}-{stream}"
 
 
 def cursor_id(cursor: Cursor) -> str:
-    """An id for a place in several streams: that of a client that has received nothing yet."""
+    """An id for a cursor in several streams, for a client that has received no event yet."""
     return ".".join(event_id(s, position) for s, position in sorted(cursor.items())) or _NOWHERE
 
 
 def read_cursor(text: str) -> Cursor:
-    """The place that an id names; raises :exc:`ValueError` if it is none of ours."""
+    """The cursor that an id names. Raises :exc:`ValueError` if it is not an event id."""
     found: dict[Stream, Position] = {}
     for part in text.split("."):
         entry_id, dash, stream = part.rpartition("-")

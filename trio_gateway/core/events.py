@@ -1,4 +1,4 @@
-"""Events: the only look inside the JSON that backends publish."""
+"""Events: the only place that looks inside the JSON that backends publish."""
 
 import re
 from collections.abc import Callable, Container
@@ -19,7 +19,7 @@ _Positive = Annotated[int, msgspec.Meta(gt=0, le=MAX_ID)]
 
 
 class Keys(msgspec.Struct, gc=False):
-    """The keys of an event that have rules; all the others pass through unseen."""
+    """The keys of an event that have rules; all others pass through unread."""
 
     type: Annotated[str, msgspec.Meta(min_length=1)]
     tenant_id: _Positive
@@ -44,9 +44,10 @@ _ESCAPE: Final = re.compile(
 
 
 class InvalidEvent(Exception):  # noqa: N818 - reads better where it is raised
-    """What was published is no event; ``reason`` is one of a fixed few, fit for a metric label.
+    """A payload is not a valid event.
 
-    The text names the rule, never the payload.
+    ``reason`` is one of a small fixed set and fits a metric label. The text names the broken rule
+    and never contains the payload.
     """
 
     def __init__(self, reason: str, text: str) -> None:
@@ -107,24 +108,25 @@ class Event:
 
     @property
     def text(self) -> bytes:
-        """What clients get: the payload, to which a durable event's id is spliced at the end."""
+        """The JSON that clients get: the payload, with ``event_id`` appended if it is durable."""
         if self.event_id is None:
             return self.payload
-        # An event has keys, so a comma is due; ids need no escapes.
+        # The object is not empty, so a comma is needed; ids need no escapes.
         open_end = self.payload.rstrip(_WHITE_SPACE)[:-1]
         return b'%b,"event_id":"%b"}' % (open_end, self.event_id.encode())
 
     @property
     def frame(self) -> bytes:
-        """The WebSocket frame that every recipient gets, encoded once (RFC 6455, 5.2)."""
+        """The WebSocket frame for all recipients, encoded once (RFC 6455, 5.2)."""
         if self._frame is None:
             self._frame = text_frame(self.text)
         return self._frame
 
     @property
     def deflated(self) -> bytes:
-        """The frame of a big event compressed, once, for recipients that agreed to it; a small
-        one's is the plain frame itself.
+        """The compressed frame for recipients that negotiated compression, encoded once.
+
+        A payload below :data:`WORTH_DEFLATING` bytes is not compressed: this is ``frame`` then.
         """
         if self._deflated is None:
             big = len(self.payload) >= WORTH_DEFLATING
@@ -154,11 +156,11 @@ def parse_event(
     if len(payload) > MAX_EVENT_BYTES:
         raise InvalidEvent("too_big", f"event is over {MAX_EVENT_BYTES} bytes")
     try:
-        # msgspec skips over what it does not need, unchecked, and a browser that is sent bad
-        # UTF-8 drops the connection: one bad event would throw everybody out.
+        # msgspec does not check what it skips, and a browser drops the connection when it gets
+        # invalid UTF-8: one bad event would disconnect every client.
         if not payload.isascii():
             payload.decode()
-        envelope = _look(payload)
+        envelope = _decode_envelope(payload)
     except UnicodeDecodeError:
         raise InvalidEvent("not_utf8", "event is not UTF-8") from None
     except msgspec.ValidationError as error:
@@ -171,18 +173,19 @@ def parse_event(
     return Event(envelope, payload, channel, received_at, stream, position, found)
 
 
-def _look(payload: bytes) -> _Envelope:
+def _decode_envelope(payload: bytes) -> _Envelope:
     try:
         return _decode(payload)
     except msgspec.ValidationError:
         raise
     except msgspec.DecodeError:
-        # JSON allows what msgspec does not (RFC 8259, 8.2): a text cut in the middle of an emoji.
-        # It passes through like any other; only our own look is at a mended copy.
-        return _decode(_ESCAPE.sub(_mended, payload))
+        # JSON allows half of a surrogate pair (RFC 8259, 8.2), such as a text that was cut inside
+        # an emoji; msgspec does not. The payload passes through as it is; only a repaired copy of
+        # it is decoded here.
+        return _decode(_ESCAPE.sub(_repaired, payload))
 
 
-def _mended(escape: re.Match[bytes]) -> bytes:
+def _repaired(escape: re.Match[bytes]) -> bytes:
     return rb"\ufffd" if escape[1] else escape[0]
 
 

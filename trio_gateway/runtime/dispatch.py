@@ -54,7 +54,10 @@ class Dispatch:
         self._writes_per_checkpoint = writes_per_checkpoint
         self._timeout = timeout
         self._duplicates = Duplicates()
-        self._kept = Duplicates()  # of what stands in the history
+        # The durable events in the history. Not the same lookup: here the window begins with the
+        # first stream copy of a content, there with the first copy from any source, so an event
+        # can be new in one and a duplicate in the other.
+        self._kept = Duplicates()
         # One batch after the other, whichever queue it is from: an event on Pub/Sub has reached
         # everybody before those that follow its copy in the stream do.
         self._turn = trio.Lock()
