@@ -98,6 +98,12 @@ def test_modules_that_a_page_names_exist(page: str) -> None:
     assert [name for name in named if not any((place / name).exists() for place in places)] == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.stem))
+def test_tests_that_a_page_names_exist(page: Path) -> None:
+    named = re.findall(r"\b(?:tests|e2e)/[\w/]+\.py", page.read_text("utf-8"))
+    assert [name for name in named if not (DOCS.parent / name).exists()] == []
+
+
 @pytest.mark.parametrize("names", [NAMES, METRICS], ids=["settings", "metrics"])
 def test_every_setting_and_metric_is_in_the_docs(names: Collection[str]) -> None:
     text = "".join(page.read_text("utf-8") for page in PAGES)
