@@ -1,11 +1,13 @@
-"""Answers: what the HTTP routes have in common. Who asks, and how he is refused."""
+"""Shared by the HTTP routes: authentication and error responses."""
 
 import trio
 from quart import Response, jsonify, request
 
 from ..core.audiences import Principal
+from ..core.client_request import bearer
 from ..core.close_codes import RETRY_AFTER, Close, Rejected
 from ..parts import Parts
+from ..stats_feed import may_watch
 
 Answer = tuple[Response, int] | Response
 
@@ -17,9 +19,11 @@ async def identify(
     staff: bool | None = None,
     ticket: str | None = None,
 ) -> list[Principal]:
-    """Who holds this token, or the one that the ticket stands for, which is not redeemed by this.
+    """Authenticate a token, or the token that a ticket was issued for.
 
-    An invalid one counts for the address as it does at connect.
+    Returns the holder as a principal of each endpoint that admits the token; ``staff`` says which
+    kind of token is expected (None: either). A ticket is not redeemed. An invalid token counts as a failed login
+    of the client's address, as on connect. Raises :exc:`Rejected`.
     """
     forwarded_for = ", ".join(request.headers.getlist("X-Forwarded-For"))
     address = parts.addresses.of(lambda: request.remote_addr or "", forwarded_for)
@@ -34,13 +38,31 @@ async def identify(
         raise
 
 
+async def identify_admin(parts: Parts) -> Principal:
+    """The ADMIN that sent this request, by token or ticket.
+
+    Raises :exc:`Rejected` for anybody else. A ticket stays valid until :func:`redeem_ticket`.
+    """
+    token, ticket = bearer(request.headers.get("Authorization")), request.args.get("ticket")
+    for principal in await identify(parts, token, staff=True, ticket=ticket):
+        if may_watch(principal):
+            return principal
+    raise Rejected(Close.FORBIDDEN, "for the role ADMIN only", "role")
+
+
+async def redeem_ticket(parts: Parts) -> None:
+    """Redeem the request's ticket, if it has one. Call it when nothing else can fail."""
+    if (ticket := request.args.get("ticket")) is not None:
+        await parts.admission.redeem(ticket)
+
+
 def refusal(rejected: Rejected) -> Answer:
     """The response to a client that is not admitted."""
     return problem(rejected.status, rejected.text, retry_after=rejected.retry_after)
 
 
 def problem(status: int, text: str, *, retry_after: int | None = None) -> Answer:
-    """An error; ``retry_after`` is in seconds."""
+    """An error response; ``retry_after`` is in seconds."""
     response = jsonify(error=text)
     response.headers["Cache-Control"] = "no-store"
     if (after := retry_after or RETRY_AFTER.get(status)) is not None:
