@@ -178,15 +178,21 @@ def _from_debian(session: nox.Session, *packages: str) -> None:
 
 @nox.session
 def package(session: nox.Session) -> None:
-    """Build wheel and sdist, and run the wheel outside the source tree."""
+    """Both wheels and the sdist, and that the wheels work where the source tree is not."""
     session.install("build")
     made = Path(session.create_tmp()).resolve()
-    shutil.rmtree(made / "dist", ignore_errors=True)
-    session.run("python", "-m", "build", "--outdir", str(made / "dist"))  # the wheel by the sdist
-    session.run("python", "-m", "venv", "--clear", str(made / "venv"))
-    (wheel,) = (made / "dist").glob("*.whl")
-    pip = str(made / "venv/bin/pip")
-    session.run(pip, "install", "-q", f"{wheel}[demo]", external=True)
+    dist = made / "dist"
+    shutil.rmtree(dist, ignore_errors=True)
+    session.run("python", "-m", "build", "--outdir", str(dist))  # the wheel from the sdist
+    session.run("python", "-m", "build", "--wheel", "--outdir", str(dist), "clients/python")
+    wheels = {"venv": "trio_gateway-*.whl", "light": "trio_gateway_client-*.whl"}
+    for venv, pattern in wheels.items():
+        (wheel,) = dist.glob(pattern)
+        extras = "[demo]" if venv == "venv" else ""
+        session.run("python", "-m", "venv", "--clear", str(made / venv))
+        pip = str(made / venv / "bin/pip")
+        session.run(pip, "install", "-q", f"{wheel}{extras}", external=True)
+    smoke = Path("clients/python/smoke.py").resolve()
     with session.chdir(made):
         session.run("venv/bin/trio-gateway", "--version", external=True)
         session.run("venv/bin/trio-gateway", "demo", "--loops", "1", external=True, silent=True)
@@ -195,6 +201,8 @@ def package(session: nox.Session) -> None:
             "assert (f / 'py.typed').is_file(); assert (f / 'static/client.js').is_file()"
         )
         session.run("venv/bin/python", "-c", look, external=True)
+        python = str(made / "light/bin/python")
+        session.run("venv/bin/python", str(smoke), python, external=True)
 
 
 @nox.session
