@@ -116,7 +116,7 @@ async def unaffected(gateway: Running) -> AsyncIterator[None]:
 # Handshakes in progress
 
 
-async def test_sockets_over_the_most_handshakes_wait_their_turn_or_are_closed_and_counted(
+async def test_sockets_over_the_handshake_limit_wait_or_are_closed_and_counted(
     redis_url: str,
 ) -> None:
     async with (
@@ -179,7 +179,7 @@ class Unhurried:
         return make_principal(endpoint)
 
 
-async def test_clients_over_the_most_that_are_being_admitted_are_told_1013(
+async def test_clients_over_the_admission_limit_are_closed_with_1013(
     redis_url: str,
 ) -> None:
     """Over the ASGI transport: the direct one does not even read from them."""
@@ -205,15 +205,13 @@ async def test_clients_over_the_most_that_are_being_admitted_are_told_1013(
 # Addresses
 
 
-def test_nobodys_address_is_looked_at_while_there_is_no_limit() -> None:
+def test_address_is_not_read_without_a_limit() -> None:
     assert Addresses(hops=1).of(lambda: "127.0.0.1", "10.0.0.1") == ""
     assert Addresses(hops=1, failures=1).of(lambda: "127.0.0.1", "10.0.0.1") == "10.0.0.1"
 
 
 @MANY_ADDRESSES
-async def test_connections_of_one_address_are_limited_and_others_are_not(
-    redis_url: str, transport: Transport
-) -> None:
+async def test_connections_are_limited_per_address(redis_url: str, transport: Transport) -> None:
     async with (
         serving(redis_url, transport, ws_max_connections_per_address=2) as gateway,
         AsyncExitStack() as stack,
@@ -237,7 +235,7 @@ async def test_connections_of_one_address_are_limited_and_others_are_not(
         await until(lambda: len(gateway.app.parts.addresses) == 1)
 
 
-async def test_behind_a_proxy_an_address_is_what_the_proxy_says_and_not_the_client(
+async def test_behind_a_proxy_the_proxy_reports_the_address_and_not_the_client(
     redis_url: str, transport: Transport
 ) -> None:
     changes = {"ws_max_connections_per_address": 2, "ws_proxy_hops": 1}
@@ -261,7 +259,7 @@ async def test_behind_a_proxy_an_address_is_what_the_proxy_says_and_not_the_clie
         assert gateway.app.parts.counts.rejected == {"address_limit": 1}
 
 
-async def test_without_proxies_of_ours_what_a_client_says_of_its_address_is_ignored(
+async def test_without_trusted_proxies_x_forwarded_for_is_ignored(
     redis_url: str, transport: Transport
 ) -> None:
     async with (
@@ -299,9 +297,7 @@ async def test_without_proxies_of_ours_what_a_client_says_of_its_address_is_igno
         ("::1", 1, "::/64"),
     ],
 )
-def test_address_is_in_one_form_however_it_is_written(
-    forwarded_for: str | None, hops: int, found: str
-) -> None:
+def test_address_is_normalised(forwarded_for: str | None, hops: int, found: str) -> None:
     assert client_address("192.0.2.9", forwarded_for, hops) == found
     assert client_address("::ffff:192.0.2.9", None, 0) == "192.0.2.9"
     assert client_address("", None, 0) == ""  # of a unix socket
@@ -311,7 +307,7 @@ def test_address_is_in_one_form_however_it_is_written(
 
 
 @MANY_ADDRESSES
-async def test_address_that_keeps_failing_is_told_4029_whatever_it_brings(
+async def test_address_with_too_many_failed_logins_is_closed_with_4029_for_any_credential(
     redis_url: str, transport: Transport
 ) -> None:
     good = make_jwt(JWT_SECRET)
@@ -332,7 +328,7 @@ async def test_address_that_keeps_failing_is_told_4029_whatever_it_brings(
         assert figures["connections_rejected_total{failed_logins}"] == 3
 
 
-async def test_failures_over_http_count_as_well(redis_url: str) -> None:
+async def test_failed_logins_over_http_count_too(redis_url: str) -> None:
     async with serving(redis_url, "direct", ws_max_failed_logins=3, ws_proxy_hops=1) as gateway:
         port, good = gateway.port, make_jwt(JWT_SECRET)
 
@@ -352,9 +348,7 @@ async def test_failures_over_http_count_as_well(redis_url: str) -> None:
             assert (await ending(client))[0] == Close.RATE_LIMITED
 
 
-async def test_failures_are_forgotten_after_their_time(
-    redis_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_failed_logins_expire(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(addresses, "_FAILURE_WINDOW", 0.3)
     async with serving(redis_url, "direct", ws_max_failed_logins=1) as gateway:
         url = f"{gateway.url}/ws/waiter?token=x"
@@ -376,7 +370,7 @@ def is_free(found: Addresses, address: str, now: float) -> bool:
     return True
 
 
-def test_failures_are_forgotten_a_minute_after_they_were_made() -> None:
+def test_failed_login_counts_for_one_minute() -> None:
     found = Addresses(failures=3)
     for now in (0.0, 10.0, 20.0):
         assert is_free(found, "a", now)
@@ -390,14 +384,14 @@ def test_failures_are_forgotten_a_minute_after_they_were_made() -> None:
     assert is_free(found, "a", 70.0)
 
 
-def test_being_refused_is_no_failure_of_its_own() -> None:
+def test_rejected_attempt_does_not_count_as_failed_login() -> None:
     found = Addresses(failures=1)
     found.failed("a", 0.0)
     assert not any(is_free(found, "a", float(now)) for now in range(60))
     assert is_free(found, "a", 60.0)
 
 
-def test_what_is_remembered_of_addresses_is_bounded() -> None:
+def test_number_of_remembered_addresses_is_bounded() -> None:
     found = Addresses(connections=5, failures=5)
     for n in range(30_000):
         found.failed(f"address {n}", 0.0)
@@ -434,7 +428,7 @@ FLOODS: Final = {
 
 
 @pytest.mark.parametrize("name", FLOODS)
-async def test_flood_is_ended_with_its_code_and_no_bystander_notices(
+async def test_flood_is_closed_with_its_code_and_other_clients_are_not_affected(
     redis_url: str, transport: Transport, name: str
 ) -> None:
     data, code = FLOODS[name]
@@ -467,7 +461,7 @@ async def test_flood_is_ended_with_its_code_and_no_bystander_notices(
 
 
 @pytest.mark.parametrize("name", ["pings", "messages", "tiny fragments", "big message"])
-async def test_flood_that_never_stops_is_cut_off(
+async def test_flood_that_never_stops_is_aborted(
     redis_url: str, transport: Transport, name: str
 ) -> None:
     data, _ = FLOODS[name]
@@ -484,7 +478,7 @@ async def test_flood_that_never_stops_is_cut_off(
         await until(lambda: len(gateway.app.parts.hub) == 1)
 
 
-async def test_message_may_come_in_some_fragments_and_in_any_number_of_segments(
+async def test_message_may_arrive_in_some_fragments_and_any_number_of_segments(
     redis_url: str, transport: Transport
 ) -> None:
     text = '{"type":"ping","x":"' + "a" * 4000 + '"}'
@@ -534,7 +528,7 @@ async def test_no_transport_agrees_to_compression(redis_url: str, transport: Tra
 # Many at a time
 
 
-async def test_thirty_connects_of_one_user_at_once_leave_exactly_the_limit(
+async def test_thirty_concurrent_connects_of_one_user_leave_exactly_the_limit(
     redis_url: str, transport: Transport
 ) -> None:
     async with serving(redis_url, transport, ws_max_connections_per_user=3) as gateway:
@@ -565,7 +559,7 @@ async def test_thirty_connects_of_one_user_at_once_leave_exactly_the_limit(
             pass
 
 
-async def test_thirty_connects_of_one_session_at_once_leave_exactly_the_limit(
+async def test_thirty_concurrent_connects_of_one_session_leave_exactly_the_limit(
     redis_url: str, transport: Transport
 ) -> None:
     async with serving(redis_url, transport, ws_max_connections_per_session=20) as gateway:
@@ -586,7 +580,9 @@ async def test_thirty_connects_of_one_session_at_once_leave_exactly_the_limit(
             nursery.cancel_scope.cancel()
 
 
-async def test_a_thousand_bad_tokens_delay_nobody(redis_url: str, transport: Transport) -> None:
+async def test_a_thousand_invalid_tokens_delay_no_other_client(
+    redis_url: str, transport: Transport
+) -> None:
     head, _, signature = make_jwt(JWT_SECRET).partition(".")
     number = 1000 if transport == "direct" else 300
     async with serving(redis_url, transport) as gateway, unaffected(gateway):
@@ -609,7 +605,7 @@ async def test_a_thousand_bad_tokens_delay_nobody(redis_url: str, transport: Tra
 
 @pytest.mark.parametrize("limited", [False, True])
 @pytest.mark.parametrize("first", [b"", b"GET /ws"])
-async def test_crowd_of_silent_connections_delays_nobody(
+async def test_many_silent_connections_delay_no_other_client(
     redis_url: str, limited: bool, first: bytes
 ) -> None:
     """A crowd that takes all places of the handshakes many times over, while others connect."""
@@ -634,7 +630,7 @@ async def test_crowd_of_silent_connections_delays_nobody(
             assert gateway.app.parts.counts.refused[503] >= 150
 
 
-async def test_silent_connections_of_an_address_are_counted_from_their_accept_on(
+async def test_silent_connections_of_an_address_count_from_accept(
     redis_url: str,
 ) -> None:
     async with (

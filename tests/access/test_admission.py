@@ -55,7 +55,7 @@ class Redis:
         self.keys[key] = value.encode()
 
 
-class SlowRoster:
+class SlowSectorAssignments:
     """Needs a second and a half to find the sectors."""
 
     def __init__(self) -> None:
@@ -76,7 +76,7 @@ class Place:
 
     def __init__(self, *, checks_revocations: bool = True) -> None:
         self.redis = Redis()
-        self.sector_assignments = SlowRoster()
+        self.sector_assignments = SlowSectorAssignments()
         self.hub = Hub()
         commands: Any = self.redis
         self.revocations = Revocations(commands, self.hub)
@@ -185,7 +185,7 @@ async def test_token_that_is_revoked_while_its_revocation_is_looked_up_is_refuse
             assert place.refusal == REVOKED
 
 
-async def test_what_is_heard_between_admission_and_joining_counts(
+async def test_revocation_between_admission_and_joining_is_noticed(
     autojump_clock: MockClock,
 ) -> None:
     async with opened() as place:
@@ -212,7 +212,7 @@ async def test_token_that_expires_during_admission_is_refused(autojump_clock: Mo
             place.admission.confirm(pending)
 
 
-async def test_sectors_that_change_during_admission_are_those_that_it_joins_with(
+async def test_client_joins_with_sectors_that_changed_during_admission(
     autojump_clock: MockClock,
 ) -> None:
     async with opened() as place:
@@ -225,7 +225,7 @@ async def test_sectors_that_change_during_admission_are_those_that_it_joins_with
         assert found.sectors == {BranchId(1): frozenset({SectorId(6)})}
 
 
-async def test_admission_that_is_cancelled_is_watched_no_more(autojump_clock: MockClock) -> None:
+async def test_cancelled_admission_is_no_longer_watched(autojump_clock: MockClock) -> None:
     async with opened() as place:
         for seconds in (0.5, 1.55):
             with trio.move_on_after(seconds):
@@ -234,7 +234,7 @@ async def test_admission_that_is_cancelled_is_watched_no_more(autojump_clock: Mo
             assert not place.revocations.watches
 
 
-async def test_ticket_is_still_good_until_it_is_redeemed(autojump_clock: MockClock) -> None:
+async def test_ticket_is_valid_until_it_is_redeemed(autojump_clock: MockClock) -> None:
     async with opened() as place:
         ticket = await place.tickets.issue(token())
         await place.admit(ticket=ticket)
@@ -248,7 +248,7 @@ async def test_ticket_is_still_good_until_it_is_redeemed(autojump_clock: MockClo
             await place.admission.redeem(ticket)
 
 
-async def test_where_nobody_checks_revocations_a_second_look_ends_at_once(
+async def test_recheck_without_revocations_returns_at_once(
     autojump_clock: MockClock,
 ) -> None:
     async with opened(checks_revocations=False) as place:
@@ -275,7 +275,7 @@ async def connected(place: Place, **keys: Any) -> AsyncIterator[tuple[Connection
         nursery.cancel_scope.cancel()
 
 
-async def test_all_are_looked_at_within_seconds_after_messages_may_have_been_lost(
+async def test_all_connections_are_checked_within_seconds_after_messages_may_have_been_lost(
     autojump_clock: MockClock,
 ) -> None:
     async with opened() as place, connected(place) as (_, socket):
@@ -288,7 +288,7 @@ async def test_all_are_looked_at_within_seconds_after_messages_may_have_been_los
         assert socket.closed is Close.AUTH_FAILED
 
 
-async def test_a_look_at_all_is_spread_over_seconds_and_asks_for_many_at_once(
+async def test_check_of_all_connections_is_spread_over_seconds_in_batches(
     autojump_clock: MockClock,
 ) -> None:
     async with opened() as place, trio.open_nursery() as nursery:
@@ -307,7 +307,7 @@ async def test_a_look_at_all_is_spread_over_seconds_and_asks_for_many_at_once(
         nursery.cancel_scope.cancel()
 
 
-async def test_sweep_that_failed_is_made_good_when_redis_is_back_and_not_an_interval_later(
+async def test_failed_sweep_is_repeated_as_soon_as_redis_is_back(
     autojump_clock: MockClock,
 ) -> None:
     async with opened() as place, connected(place) as (_, socket):
@@ -320,7 +320,7 @@ async def test_sweep_that_failed_is_made_good_when_redis_is_back_and_not_an_inte
         assert socket.closed is Close.AUTH_FAILED
 
 
-async def test_sweep_does_not_close_for_the_token_before_a_renewal(
+async def test_sweep_does_not_close_a_connection_whose_token_was_renewed(
     autojump_clock: MockClock,
 ) -> None:
     async with opened() as place, connected(place) as (client, socket):
@@ -334,7 +334,7 @@ async def test_sweep_does_not_close_for_the_token_before_a_renewal(
         assert socket.closed is Close.AUTH_FAILED
 
 
-async def test_sectors_that_move_during_a_sweep_do_not_save_from_it(
+async def test_sector_change_during_a_sweep_does_not_hide_a_revocation(
     autojump_clock: MockClock,
 ) -> None:
     async with opened() as place, connected(place) as (client, socket):
@@ -345,7 +345,9 @@ async def test_sectors_that_move_during_a_sweep_do_not_save_from_it(
         assert socket.closed is Close.AUTH_FAILED
 
 
-async def test_message_reaches_who_is_waiting_and_nobody_else(autojump_clock: MockClock) -> None:
+async def test_revocation_message_affects_only_its_pending_admission(
+    autojump_clock: MockClock,
+) -> None:
     async with opened() as place:
         await place.admit(token=token())
         assert isinstance(place.outcome, PendingAdmission)

@@ -150,7 +150,7 @@ async def unavailable(keys: KeySet, token: str) -> bool:
 # Which keys
 
 
-async def test_token_of_each_kind_of_key_is_good(issuer: Issuer) -> None:
+async def test_token_of_each_kind_of_key_is_valid(issuer: Issuer) -> None:
     keys = KeySet(issuer.url, SIGNATURES)
     for algorithm in PRIVATE:
         assert await is_good(keys, signed(algorithm, kid=algorithm))
@@ -158,7 +158,7 @@ async def test_token_of_each_kind_of_key_is_good(issuer: Issuer) -> None:
     assert issuer.requests == 1
 
 
-async def test_key_id_of_another_key_makes_the_token_bad(issuer: Issuer) -> None:
+async def test_token_with_the_id_of_another_key_is_invalid(issuer: Issuer) -> None:
     other = rsa.generate_private_key(65537, 2048)
     listed = RSAAlgorithm.to_jwk(other.public_key(), as_dict=True) | {"kid": "other"}
     issuer.body = key_set(jwk("RS256"), listed)
@@ -168,7 +168,7 @@ async def test_key_id_of_another_key_makes_the_token_bad(issuer: Issuer) -> None
     assert issuer.requests == 1
 
 
-async def test_symmetric_key_in_the_set_is_no_key(issuer: Issuer) -> None:
+async def test_symmetric_key_in_the_set_is_ignored(issuer: Issuer) -> None:
     """Whoever can read the set could sign with it."""
     issuer.body = key_set(OCT, jwk("ES256"))
     keys = KeySet(issuer.url, ("HS256", *SIGNATURES))
@@ -193,7 +193,7 @@ async def test_symmetric_key_in_the_set_is_no_key(issuer: Issuer) -> None:
         ({"alg": "RSA-OAEP"}, False),
     ],
 )
-async def test_key_is_used_for_what_it_says_it_is_for(
+async def test_key_is_used_only_for_its_declared_purpose(
     issuer: Issuer, changes: dict[str, Any], good: bool
 ) -> None:
     issuer.body = key_set(jwk("RS256", **changes), jwk("ES256"))
@@ -218,7 +218,7 @@ async def test_key_is_used_with_the_configured_algorithms_only(issuer: Issuer) -
         jwk("RS256", alg=["RS256"]), jwk("RS256", alg={}), {**jwk("RS256"), "n": None},
     ],
 )  # fmt: skip
-async def test_broken_key_spoils_no_other(issuer: Issuer, broken: Any) -> None:
+async def test_malformed_key_does_not_affect_others(issuer: Issuer, broken: Any) -> None:
     issuer.body = key_set(broken, jwk("ES256"), broken)
     assert await is_good(KeySet(issuer.url, SIGNATURES), signed("ES256", kid="ES256"))
 
@@ -226,7 +226,7 @@ async def test_broken_key_spoils_no_other(issuer: Issuer, broken: Any) -> None:
 # How often
 
 
-async def test_new_key_is_looked_up_once_a_minute_and_not_called_invalid_before(
+async def test_new_key_is_looked_up_once_a_minute_before_its_token_is_invalid(
     issuer: Issuer, mock_clock: MockClock
 ) -> None:
     issuer.body = key_set(jwk("RS256"))
@@ -244,7 +244,7 @@ async def test_new_key_is_looked_up_once_a_minute_and_not_called_invalid_before(
     assert not await is_good(keys, old)
 
 
-async def test_made_up_key_ids_cost_one_fetch_a_minute_and_are_told_when_it_was_made(
+async def test_invented_key_ids_cost_one_fetch_a_minute(
     issuer: Issuer, mock_clock: MockClock
 ) -> None:
     keys = KeySet(issuer.url, SIGNATURES)
@@ -313,7 +313,7 @@ async def test_forged_tokens_cost_three_fetches_a_minute(
     assert [await unavailable(keys, each) for each in forged].count(False) == 50
 
 
-async def test_token_that_no_key_could_make_good_causes_no_fetch(
+async def test_token_that_no_key_could_make_valid_causes_no_fetch(
     issuer: Issuer, mock_clock: MockClock
 ) -> None:
     keys = KeySet(issuer.url, SIGNATURES)
@@ -324,7 +324,7 @@ async def test_token_that_no_key_could_make_good_causes_no_fetch(
     assert issuer.requests == 1
 
 
-async def test_all_who_wait_for_the_keys_share_one_fetch(issuer: Issuer) -> None:
+async def test_concurrent_clients_share_one_fetch(issuer: Issuer) -> None:
     keys, good = KeySet(issuer.url, SIGNATURES), []
     issuer.answers.clear()
 
@@ -347,7 +347,7 @@ async def test_tokens_that_no_public_key_could_have_signed_cause_no_fetch(issuer
     assert issuer.requests == 0
 
 
-async def test_client_that_leaves_does_not_break_off_the_fetch(
+async def test_fetch_continues_when_the_client_disconnects(
     issuer: Issuer, mock_clock: MockClock
 ) -> None:
     """Else one that comes and goes once a minute could keep a new key out for ever."""
@@ -374,7 +374,7 @@ async def until_requested(issuer: Issuer, number: int) -> None:
 # When it can't be had
 
 
-async def test_nobody_is_told_that_the_token_is_bad_before_the_keys_were_had(
+async def test_token_is_not_called_invalid_before_the_keys_were_fetched(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(jwks, "TIMEOUT", 0.2)
@@ -405,7 +405,7 @@ GARBAGE: Final = {
 
 
 @pytest.mark.parametrize("name", GARBAGE)
-async def test_garbage_counts_as_no_answer_and_leaves_the_keys_that_were_there(
+async def test_invalid_response_is_a_failed_fetch_and_keeps_the_old_keys(
     issuer: Issuer, mock_clock: MockClock, name: str
 ) -> None:
     good, token = issuer.body, signed("RS256", kid="RS256")
@@ -431,7 +431,7 @@ async def test_garbage_counts_as_no_answer_and_leaves_the_keys_that_were_there(
         b"HTTP/1.1 302 Found\r\nLocation: gopher://x\r\n\r\n",
     ],
 )  # fmt: skip
-async def test_broken_http_counts_as_no_answer(
+async def test_broken_http_is_a_failed_fetch(
     issuer: Issuer, mock_clock: MockClock, raw: bytes
 ) -> None:
     issuer.raw = raw
@@ -444,7 +444,7 @@ async def test_broken_http_counts_as_no_answer(
     assert await is_good(keys, signed("RS256", kid="RS256"))
 
 
-async def test_server_that_drips_is_given_up_and_holds_no_thread(
+async def test_fetch_from_a_dripping_server_times_out_and_holds_no_thread(
     issuer: Issuer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jwks, "TIMEOUT", 0.2)
@@ -462,7 +462,7 @@ async def test_server_that_drips_is_given_up_and_holds_no_thread(
 
 
 @pytest.mark.parametrize("transport", ["direct", "asgi"])
-async def test_keys_behind_a_url_let_clients_in(
+async def test_clients_are_admitted_by_the_keys_at_a_url(
     redis_url: str, issuer: Issuer, transport: Transport
 ) -> None:
     settings = make_settings(redis_url, jwt_algorithms=SIGNATURES, jwt_jwks_url=issuer.url)
@@ -504,7 +504,7 @@ async def test_token_of_a_new_key_is_1013_or_503_until_the_key_was_looked_up(
     assert issuer.requests == 2
 
 
-async def test_server_that_hangs_delays_nobody_whose_key_is_there(
+async def test_hung_server_does_not_delay_clients_whose_key_is_cached(
     redis_url: str, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jwks, "AT_MOST_EVERY", 0.0)
@@ -538,7 +538,7 @@ async def test_server_that_hangs_delays_nobody_whose_key_is_there(
     assert issuer.requests == 2
 
 
-async def test_set_that_is_down_is_1013_or_503_for_those_who_need_it_and_nothing_for_others(
+async def test_unreachable_key_set_is_1013_or_503_only_for_tokens_that_need_it(
     redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jwks, "TIMEOUT", 0.2)

@@ -143,7 +143,7 @@ def serves(client: Connection | Principal, branch: int = 1) -> set[int]:
 # The cache
 
 
-async def test_no_count_of_queries_falls_when_one_fails(autojump_clock: MockClock) -> None:
+async def test_query_counts_never_decrease(autojump_clock: MockClock) -> None:
     async with opened() as restaurant:
         restaurant.database.takes, restaurant.database.down = 1, True
         restaurant.nursery.start_soon(restaurant.sector_assignments.assign, make_principal())
@@ -153,7 +153,7 @@ async def test_no_count_of_queries_falls_when_one_fails(autojump_clock: MockCloc
         assert restaurant.sector_assignments.queries == {"answered": 0, "failed": 1}
 
 
-async def test_answer_is_good_for_its_time_and_not_longer(autojump_clock: MockClock) -> None:
+async def test_cached_answer_expires(autojump_clock: MockClock) -> None:
     async with opened(ttl=300) as restaurant:
         restaurant.database.assign(5)
         assert serves(await restaurant.sector_assignments.assign(make_principal())) == {5}
@@ -167,7 +167,7 @@ async def test_answer_is_good_for_its_time_and_not_longer(autojump_clock: MockCl
         assert restaurant.database.queries == 2
 
 
-async def test_no_sectors_is_an_answer_and_is_cached_as_one(autojump_clock: MockClock) -> None:
+async def test_empty_answer_is_cached(autojump_clock: MockClock) -> None:
     async with opened() as restaurant:
         claims = make_principal(sectors=[9])
         for _ in range(3):
@@ -175,7 +175,7 @@ async def test_no_sectors_is_an_answer_and_is_cached_as_one(autojump_clock: Mock
         assert restaurant.database.queries == 1
 
 
-async def test_cache_is_bounded_and_forgets_who_was_asked_for_longest_ago(
+async def test_cache_is_bounded_and_evicts_the_oldest_waiter(
     autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sectors, "_MOST_CACHED", 3)
@@ -190,7 +190,7 @@ async def test_cache_is_bounded_and_forgets_who_was_asked_for_longest_ago(
         assert restaurant.database.queries == 5
 
 
-async def test_one_query_is_in_flight_for_a_waiter_of_a_branch(autojump_clock: MockClock) -> None:
+async def test_one_query_at_a_time_per_waiter_and_branch(autojump_clock: MockClock) -> None:
     async with opened() as restaurant:
         database, found = restaurant.database, list[set[int]]()
         database.takes = 1
@@ -211,7 +211,7 @@ async def test_one_query_is_in_flight_for_a_waiter_of_a_branch(autojump_clock: M
         assert Counter(map(tuple, found)) == {(5,): 50, (7,): 50}
 
 
-async def test_who_waits_for_somebody_elses_question_asks_when_that_one_is_cancelled(
+async def test_waiting_call_queries_itself_when_the_shared_query_is_cancelled(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     async with opened() as restaurant:
@@ -233,7 +233,7 @@ async def test_who_waits_for_somebody_elses_question_asks_when_that_one_is_cance
         assert restaurant.breaker.state is State.CLOSED
 
 
-async def test_all_branches_of_a_waiter_are_asked_for_at_once(autojump_clock: MockClock) -> None:
+async def test_all_branches_of_a_waiter_are_queried_concurrently(autojump_clock: MockClock) -> None:
     async with opened() as restaurant:
         restaurant.database.takes = 2
         for branch in (1, 2, 3):
@@ -253,7 +253,7 @@ async def test_only_the_waiter_endpoint_has_sectors(
         assert restaurant.database.queries == 0
 
 
-async def test_equal_waiters_of_two_tenants_have_nothing_in_common(
+async def test_waiters_with_the_same_id_in_two_tenants_share_nothing(
     autojump_clock: MockClock,
 ) -> None:
     async with opened() as restaurant:
@@ -273,7 +273,7 @@ async def test_equal_waiters_of_two_tenants_have_nothing_in_common(
 # Failures
 
 
-async def test_without_an_answer_the_claim_holds_in_every_branch(
+async def test_without_an_answer_the_claimed_sectors_hold_in_every_branch(
     autojump_clock: MockClock,
 ) -> None:
     async with opened() as restaurant:
@@ -286,7 +286,7 @@ async def test_without_an_answer_the_claim_holds_in_every_branch(
         assert serves(nothing) == set()
 
 
-async def test_failure_is_never_cached_as_an_answer(autojump_clock: MockClock) -> None:
+async def test_failed_query_is_not_cached(autojump_clock: MockClock) -> None:
     async with opened() as restaurant:
         restaurant.database.assign(5)
         restaurant.database.down = True
@@ -296,7 +296,7 @@ async def test_failure_is_never_cached_as_an_answer(autojump_clock: MockClock) -
         assert serves(await restaurant.sector_assignments.assign(make_principal())) == {5}
 
 
-async def test_last_answer_holds_before_the_claim_even_when_it_is_old(
+async def test_expired_answer_takes_precedence_over_the_claim(
     autojump_clock: MockClock,
 ) -> None:
     async with opened(ttl=300) as restaurant:
@@ -309,7 +309,7 @@ async def test_last_answer_holds_before_the_claim_even_when_it_is_old(
         }
 
 
-async def test_failed_answer_is_asked_for_until_it_comes_and_reaches_the_live_connection(
+async def test_failed_query_is_repeated_and_its_answer_reaches_the_live_connection(
     autojump_clock: MockClock,
 ) -> None:
     async with opened() as restaurant:
@@ -330,7 +330,7 @@ async def test_failed_answer_is_asked_for_until_it_comes_and_reaches_the_live_co
         assert restaurant.database.queries == paid
 
 
-async def test_branch_that_failed_falls_back_alone(autojump_clock: MockClock) -> None:
+async def test_only_the_failed_branch_falls_back(autojump_clock: MockClock) -> None:
     async with opened() as restaurant:
         restaurant.database.assign(5)
         await restaurant.sector_assignments.assign(make_principal())
@@ -341,7 +341,7 @@ async def test_branch_that_failed_falls_back_alone(autojump_clock: MockClock) ->
         assert (serves(found, 1), serves(found, 2)) == ({5}, {9})
 
 
-async def test_breaker_leaves_a_failing_database_alone(autojump_clock: MockClock) -> None:
+async def test_open_breaker_stops_queries(autojump_clock: MockClock) -> None:
     async with opened() as restaurant:
         restaurant.database.down = True
         restaurant.database.takes = 2
@@ -354,7 +354,7 @@ async def test_breaker_leaves_a_failing_database_alone(autojump_clock: MockClock
         assert [line["event"] for line in logs] == ["sectors not known"] * 5
 
 
-async def test_nobody_waits_for_a_database_while_one_tries_whether_it_is_back(
+async def test_half_open_breaker_lets_one_query_through_and_the_others_do_not_wait(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     async with opened() as restaurant:
@@ -370,7 +370,7 @@ async def test_nobody_waits_for_a_database_while_one_tries_whether_it_is_back(
         assert trio.current_time() == started
 
 
-async def test_try_that_is_cancelled_does_not_keep_the_breaker_half_open(
+async def test_cancelled_query_does_not_keep_the_breaker_half_open(
     autojump_clock: MockClock,
 ) -> None:
     async with opened() as restaurant:
@@ -386,7 +386,7 @@ async def test_try_that_is_cancelled_does_not_keep_the_breaker_half_open(
         assert restaurant.breaker.state is State.CLOSED
 
 
-async def test_connection_that_leaves_is_owed_nothing(autojump_clock: MockClock) -> None:
+async def test_pending_query_of_a_closed_connection_is_dropped(autojump_clock: MockClock) -> None:
     async with opened() as restaurant:
         restaurant.database.down = True
         client = await restaurant.enter()
@@ -399,7 +399,7 @@ async def test_connection_that_leaves_is_owed_nothing(autojump_clock: MockClock)
         assert restaurant.database.queries == asked
 
 
-async def test_http_requests_leave_no_debts_behind(autojump_clock: MockClock) -> None:
+async def test_http_requests_leave_no_pending_queries(autojump_clock: MockClock) -> None:
     async with opened() as restaurant:
         restaurant.database.down = True
         for user in range(100):
@@ -408,7 +408,7 @@ async def test_http_requests_leave_no_debts_behind(autojump_clock: MockClock) ->
         assert restaurant.sector_assignments.pending == 0
 
 
-async def test_one_that_can_never_be_answered_does_not_keep_the_others_from_it(
+async def test_query_that_always_fails_does_not_block_the_others(
     autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with opened() as restaurant:
@@ -432,7 +432,7 @@ async def test_one_that_can_never_be_answered_does_not_keep_the_others_from_it(
         assert restaurant.sector_assignments.pending == 1
 
 
-async def test_bug_in_a_query_leaves_nobody_waiting_for_it(autojump_clock: MockClock) -> None:
+async def test_bug_in_a_query_wakes_all_that_wait_for_it(autojump_clock: MockClock) -> None:
     async with opened() as restaurant:
         restaurant.database.rows = None  # type: ignore[assignment]
         for _ in range(2):
@@ -465,7 +465,7 @@ async def test_refresh_reaches_the_waiters_other_devices(autojump_clock: MockClo
         assert restaurant.database.queries == 2
 
 
-async def test_refresh_asks_again_if_somebodys_question_may_be_older_than_the_change(
+async def test_refresh_repeats_a_running_query_that_may_predate_the_change(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     async with opened() as restaurant:
@@ -503,7 +503,7 @@ async def test_refresh_is_limited_per_connection_to_5_in_10_seconds(
         assert serves(client) == {8}
 
 
-async def test_who_asks_all_the_time_is_answered_as_often_as_the_limit_allows(
+async def test_constant_refreshes_query_as_often_as_the_limit_allows(
     autojump_clock: MockClock,
 ) -> None:
     async with opened() as restaurant:
@@ -514,7 +514,7 @@ async def test_who_asks_all_the_time_is_answered_as_often_as_the_limit_allows(
         assert restaurant.database.queries == 1 + 50
 
 
-async def test_refresh_that_fails_changes_nothing_and_is_made_up_for(
+async def test_failed_refresh_changes_nothing_and_is_repeated(
     autojump_clock: MockClock,
 ) -> None:
     async with opened() as restaurant:
@@ -552,7 +552,7 @@ async def test_change_is_applied_at_once_to_all_live_connections_of_the_waiter(
         assert database.queries == asked + 2
 
 
-async def test_change_that_comes_while_the_waiter_is_being_asked_for_is_asked_for_again(
+async def test_change_during_a_query_repeats_the_query(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     async with opened() as restaurant:
@@ -574,7 +574,7 @@ async def test_change_that_comes_while_the_waiter_is_being_asked_for_is_asked_fo
         assert database.most_at_once.total() == 1
 
 
-async def test_changes_that_were_announced_while_the_link_was_down_are_looked_up(
+async def test_changes_announced_while_the_link_was_down_are_found(
     autojump_clock: MockClock,
 ) -> None:
     async with opened() as restaurant:
@@ -593,7 +593,7 @@ async def test_changes_that_were_announced_while_the_link_was_down_are_looked_up
         assert restaurant.database.queries == queries
 
 
-async def test_cached_answer_is_asked_for_again_after_the_link_was_down(
+async def test_cached_answers_are_outdated_after_the_link_was_down(
     autojump_clock: MockClock,
 ) -> None:
     """Also one that was being asked for when the link came back."""
@@ -621,7 +621,7 @@ async def test_cached_answer_is_asked_for_again_after_the_link_was_down(
         assert serves(client) == {8}
 
 
-async def test_look_at_everybody_delays_no_change_that_was_heard_of(
+async def test_announced_changes_are_queried_before_the_check_of_everybody(
     autojump_clock: MockClock,
 ) -> None:
     async with opened() as restaurant:
@@ -639,7 +639,7 @@ async def test_look_at_everybody_delays_no_change_that_was_heard_of(
         assert restaurant.database.queries == 200
 
 
-async def test_change_between_the_answer_and_the_joining_is_made_good(
+async def test_change_between_the_answer_and_joining_is_applied(
     autojump_clock: MockClock,
 ) -> None:
     async with opened() as restaurant:
@@ -653,7 +653,7 @@ async def test_change_between_the_answer_and_the_joining_is_made_good(
         assert serves(client) == {6}
 
 
-async def test_change_of_a_waiter_who_is_away_is_looked_up_when_they_come(
+async def test_change_of_an_absent_waiter_is_queried_at_the_next_connect(
     autojump_clock: MockClock,
 ) -> None:
     async with opened() as restaurant:
@@ -666,7 +666,7 @@ async def test_change_of_a_waiter_who_is_away_is_looked_up_when_they_come(
         assert serves(await restaurant.enter()) == {6}
 
 
-async def test_change_is_not_lost_when_the_database_fails_right_then(
+async def test_change_is_not_lost_when_its_query_fails(
     autojump_clock: MockClock,
 ) -> None:
     async with opened() as restaurant:
@@ -691,7 +691,7 @@ async def test_change_is_not_lost_when_the_database_fails_right_then(
         b"[" * 100_000,
     ],
 )  # fmt: skip
-async def test_message_that_is_no_change_is_logged_and_changes_nothing(
+async def test_invalid_message_is_logged_and_changes_nothing(
     autojump_clock: MockClock, payload: bytes
 ) -> None:
     async with opened() as restaurant:
@@ -706,7 +706,7 @@ async def test_message_that_is_no_change_is_logged_and_changes_nothing(
 # The wall clock
 
 
-async def test_days_flip_reaches_live_connections_within_a_minute_and_a_tick(
+async def test_change_of_day_reaches_live_connections_within_a_minute_and_a_tick(
     autojump_clock: MockClock,
 ) -> None:
     async with opened() as restaurant:
@@ -719,7 +719,7 @@ async def test_days_flip_reaches_live_connections_within_a_minute_and_a_tick(
         assert serves(client) == {6}
 
 
-async def test_first_waiter_of_a_branch_who_comes_just_before_the_flip_sees_it(
+async def test_first_waiter_of_a_branch_just_before_the_change_of_day_gets_it(
     autojump_clock: MockClock,
 ) -> None:
     async with opened() as restaurant:
@@ -732,7 +732,7 @@ async def test_first_waiter_of_a_branch_who_comes_just_before_the_flip_sees_it(
         assert serves(client) == {6}
 
 
-async def test_waiter_who_comes_right_after_the_flip_does_not_hide_it_from_the_others(
+async def test_waiter_who_connects_after_the_change_of_day_does_not_hide_it_from_others(
     autojump_clock: MockClock,
 ) -> None:
     async with opened() as restaurant:
@@ -747,7 +747,7 @@ async def test_waiter_who_comes_right_after_the_flip_does_not_hide_it_from_the_o
         assert serves(client) == {6}
 
 
-async def test_flip_while_a_waiter_is_being_asked_for_is_not_missed(
+async def test_change_of_day_during_a_query_is_not_missed(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     async with opened() as restaurant:
@@ -758,7 +758,7 @@ async def test_flip_while_a_waiter_is_being_asked_for_is_not_missed(
         assert serves(await restaurant.sector_assignments.assign(make_principal())) == {6}
 
 
-async def test_flip_after_one_branch_was_asked_for_and_before_another_is_not_missed(
+async def test_change_of_day_between_the_queries_of_two_branches_is_not_missed(
     autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with opened() as restaurant:
@@ -779,7 +779,7 @@ async def test_flip_after_one_branch_was_asked_for_and_before_another_is_not_mis
         assert serves(client) == {6}
 
 
-async def test_flip_is_spread_over_a_minute_and_asks_once_for_each_waiter(
+async def test_change_of_day_is_spread_over_a_minute_with_one_query_per_waiter(
     autojump_clock: MockClock,
 ) -> None:
     async with opened() as restaurant:
@@ -800,7 +800,7 @@ async def test_flip_is_spread_over_a_minute_and_asks_once_for_each_waiter(
         assert Counter(int((at - min(when)) // 10) for at in when) == dict.fromkeys(range(6), 20)
 
 
-async def test_flip_with_the_database_down_keeps_yesterdays_sectors_until_it_is_back(
+async def test_yesterdays_sectors_hold_while_the_database_is_down(
     autojump_clock: MockClock,
 ) -> None:
     async with opened() as restaurant:
@@ -832,7 +832,7 @@ async def test_shift_change_reaches_live_connections_without_a_query(
         assert restaurant.database.queries == 1
 
 
-async def test_branches_flip_each_at_their_own_hour(autojump_clock: MockClock) -> None:
+async def test_each_branch_changes_day_at_its_own_hour(autojump_clock: MockClock) -> None:
     place = (TenantId(1), BranchId(2))
     async with opened(zones={place: ZoneInfo("Asia/Tokyo")}) as restaurant:
         database = restaurant.database
@@ -846,9 +846,7 @@ async def test_branches_flip_each_at_their_own_hour(autojump_clock: MockClock) -
 
 
 @pytest.mark.parametrize("step", [-86_400.0, 86_400.0])
-async def test_step_of_the_wall_clock_is_followed_and_waits_for_nothing(
-    autojump_clock: MockClock, step: float
-) -> None:
+async def test_step_of_the_wall_clock_is_followed(autojump_clock: MockClock, step: float) -> None:
     async with opened() as restaurant:
         there = date.fromordinal(TODAY.toordinal() + int(step // 86_400))
         restaurant.database.assign(5)
@@ -863,7 +861,7 @@ async def test_step_of_the_wall_clock_is_followed_and_waits_for_nothing(
         assert serves(client) == {5}
 
 
-async def test_quiet_day_costs_no_query(autojump_clock: MockClock) -> None:
+async def test_no_change_costs_no_query(autojump_clock: MockClock) -> None:
     async with opened(cut_off=time(5)) as restaurant:
         await restaurant.enter()
         await trio.sleep(TO_FLIP - 1)
@@ -949,7 +947,7 @@ def test_move_while_batches_are_delivered_neither_loses_nor_doubles_an_event(
 
 
 @given(st.lists(_sets, min_size=1, max_size=6))
-def test_after_any_moves_the_hub_knows_exactly_the_last_sectors(
+def test_after_any_moves_the_hub_has_exactly_the_last_sectors(
     serving: list[frozenset[int]],
 ) -> None:
     hub = Hub()

@@ -92,7 +92,7 @@ def test_endpoints_are_found_by_path() -> None:
     }
 
 
-def test_diners_alone_are_no_staff() -> None:
+def test_only_diners_are_not_staff() -> None:
     assert [e.name for e in Endpoint if not e.staff] == ["DINER"]
 
 

@@ -25,7 +25,7 @@ def test_an_origin_is_scheme_host_and_port(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", NO_ORIGINS)
-def test_anything_else_is_no_origin(text: str) -> None:
+def test_anything_else_is_not_an_origin(text: str) -> None:
     assert not is_origin(text)
 
 
@@ -68,22 +68,22 @@ def test_different_origins_stay_different(a: str, b: str) -> None:
         ("http://例え.jp:8080", "http://xn--r8jz45g.jp:8080"),
     ],
 )
-def test_name_in_any_script_is_what_a_browser_sends(written: str, sent: str) -> None:
+def test_name_in_any_script_becomes_what_a_browser_sends(written: str, sent: str) -> None:
     assert read_origin(written) == sent
     assert not is_origin(written)  # on the wire it is ASCII
 
 
 @pytest.mark.parametrize("text", ["https://é é.example", "https://é.example/", "https://é@b", "é"])
-def test_what_is_no_origin_in_any_script_is_refused(text: str) -> None:
+def test_invalid_origin_in_any_script_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r".+"):
         read_origin(text)
 
 
 @pytest.mark.parametrize("host", ["localhost", "LocalHost", "127.0.0.1", "127.9.9.9", "::1"])
-def test_this_machine_has_several_names(host: str) -> None:
+def test_loopback_addresses_and_localhost_are_this_machine(host: str) -> None:
     assert is_loopback(host)
 
 
 @pytest.mark.parametrize("host", ["", "localhost.evil.example", "10.0.0.1", "a.localhost", "::"])
-def test_other_machines_do_not(host: str) -> None:
+def test_other_names_and_addresses_are_not_this_machine(host: str) -> None:
     assert not is_loopback(host)

@@ -60,7 +60,7 @@ def test_day_begins_at_five_unless_told_otherwise(local: str, expected: str) -> 
     assert day(ServiceDays(zone=BERLIN), at(local)) == date.fromisoformat(expected)
 
 
-def test_cut_off_at_midnight_makes_it_the_calendars_day() -> None:
+def test_with_a_cut_off_at_midnight_the_day_is_the_calendar_day() -> None:
     days = ServiceDays(zone=BERLIN, cut_off=time(0))
 
     assert day(days, at("2026-03-10 23:59:59")) == date(2026, 3, 10)
@@ -86,7 +86,7 @@ def test_every_branch_has_the_day_of_its_own_zone() -> None:
 # Hours that clocks skip and repeat
 
 
-def test_day_flips_at_the_local_hour_on_both_sides_of_a_change_of_the_clocks() -> None:
+def test_day_begins_at_the_local_hour_before_and_after_a_clock_change() -> None:
     days = ServiceDays(zone=BERLIN)
     for sunday in ("2026-03-29", "2026-10-25"):
         before = date.fromisoformat(sunday) - timedelta(days=1)
@@ -94,7 +94,7 @@ def test_day_flips_at_the_local_hour_on_both_sides_of_a_change_of_the_clocks() -
         assert day(days, at(f"{sunday} 05:00")) == date.fromisoformat(sunday)
 
 
-def test_cut_off_in_a_skipped_hour_is_when_the_clocks_pass_it() -> None:
+def test_cut_off_in_a_skipped_hour_takes_effect_at_the_skip() -> None:
     days = ServiceDays(zone=BERLIN, cut_off=time(2, 30))
     skipped = at("2026-03-29 03:00")
 
@@ -200,7 +200,7 @@ def test_a_window_and_the_rest_of_the_day_never_hold_together(
 
 
 @pytest.mark.parametrize("text", ["", "Mars/Olympus", "../etc/passwd", "/etc/passwd", "Europe"])
-def test_what_is_no_zone_is_named(text: str) -> None:
+def test_unknown_zone_is_named(text: str) -> None:
     with pytest.raises(ValueError, match=rf"^unknown time zone {text}$"):
         read_zone(text)
 
@@ -209,7 +209,7 @@ def test_what_is_no_zone_is_named(text: str) -> None:
     "item",
     ["Europe/Berlin", "1=Europe/Berlin", "1:=UTC", "1:2:3=UTC", "a:b=UTC", "1:2=", "-1:2=UTC"],
 )
-def test_zone_of_no_branch_is_named(item: str) -> None:
+def test_zone_without_a_branch_is_named(item: str) -> None:
     with pytest.raises(ValueError, match=f"^{item} is not tenant:branch=Zone$"):
         read_zones((item,))
 
@@ -226,7 +226,7 @@ def test_branch_with_an_unknown_zone_is_named() -> None:
         "morning=06:00-14:00", "MORNING=06:00-06:00", "=06:00-14:00", "MORNING=06:00-14:00Z",
     ],
 )  # fmt: skip
-def test_what_is_no_window_is_named(item: str) -> None:
+def test_invalid_window_is_named(item: str) -> None:
     with pytest.raises(ValueError, match=f"^{item} is not SHIFT=HH:MM-HH:MM$"):
         read_windows((item,))
 
@@ -235,7 +235,7 @@ def test_windows_are_read() -> None:
     assert SHIFTS["NIGHT"] == (time(22), time(6))
 
 
-def test_without_time_zone_data_utc_is_there_and_others_say_what_to_install(
+def test_without_time_zone_data_utc_works_and_others_name_the_package(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for package in ("tzdata", "tzdata.zoneinfo.Europe"):

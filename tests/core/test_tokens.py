@@ -79,7 +79,7 @@ def refused(caught: pytest.ExceptionInfo[Rejected], token: str = "") -> str:
 # --- staff ---
 
 
-def test_a_staff_token_says_who_it_is() -> None:
+def test_a_staff_token_names_its_owner() -> None:
     found = staff(sector_ids=[5, 6], jti="j", email="a@b.c")
 
     assert asdict(found) == {
@@ -116,7 +116,7 @@ WRONG: dict[str, list[Any]] = {
 @pytest.mark.parametrize(
     ("claim", "value"), [(claim, value) for claim, values in WRONG.items() for value in values]
 )
-def test_a_claim_that_is_not_what_it_should_be_is_refused(claim: str, value: Any) -> None:
+def test_an_invalid_claim_is_refused(claim: str, value: Any) -> None:
     token = sign(STAFF | {claim: value})
     with pytest.raises(Rejected) as caught:
         read_jwt(token, HS256, Rules(), NOW)
@@ -124,7 +124,7 @@ def test_a_claim_that_is_not_what_it_should_be_is_refused(claim: str, value: Any
     assert refused(caught, token)
 
 
-def test_the_largest_ids_are_ids() -> None:
+def test_the_largest_ids_are_valid() -> None:
     largest = 2**63 - 1
     found = staff(tenant_id=largest, branch_ids=[largest], sector_ids=[largest], sub=str(largest))
 
@@ -132,7 +132,7 @@ def test_the_largest_ids_are_ids() -> None:
     assert [*found.branches, *found.sectors] == [largest, largest]
 
 
-def test_a_token_is_good_up_to_its_exp_and_no_longer() -> None:
+def test_a_token_is_valid_until_its_exp() -> None:
     token = sign(STAFF | {"iat": 400, "exp": 500})
 
     assert read_jwt(token, HS256, Rules(), 499.9).expires_at == 500
@@ -142,7 +142,7 @@ def test_a_token_is_good_up_to_its_exp_and_no_longer() -> None:
 
 
 @pytest.mark.parametrize("claim", ["nbf", "iat"])
-def test_nbf_and_iat_may_lie_in_the_future_by_the_leeway(claim: str) -> None:
+def test_nbf_and_iat_may_be_in_the_future_by_the_leeway(claim: str) -> None:
     token = sign(STAFF | {"iat": 400, claim: 500})
 
     assert read_jwt(token, HS256, Rules(leeway=10), 490).user == "21"
@@ -167,7 +167,7 @@ def test_nbf_in_the_past_is_fine() -> None:
     "iss", ["https://id.example", "https://id.example.com.evil", "", "HTTPS://ID.EXAMPLE.COM", None,
             ..., ["https://id.example.com"], 1, "https://id.example.com/"],
 )  # fmt: skip
-def test_iss_is_exactly_ours(iss: Any) -> None:
+def test_iss_must_match_exactly(iss: Any) -> None:
     rules = Rules(issuer="https://id.example.com")
 
     assert staff(rules, iss="https://id.example.com").user == "21"
@@ -177,7 +177,7 @@ def test_iss_is_exactly_ours(iss: Any) -> None:
 
 
 @pytest.mark.parametrize("aud", ["gateway", ["gateway"], ["other", "gateway"]])
-def test_aud_is_ours_or_a_list_with_ours(aud: Any) -> None:
+def test_aud_may_be_a_string_or_a_list(aud: Any) -> None:
     assert staff(Rules(audience="gateway"), aud=aud).user == "21"
 
 
@@ -192,7 +192,7 @@ def test_another_aud_is_refused(aud: Any) -> None:
 
 
 @pytest.mark.parametrize("claims", [{"iss": "x"}, {"aud": "x"}, {"aud": ["x"]}, {"aud": 1}])
-def test_iss_and_aud_are_not_looked_at_unless_configured(claims: dict[str, Any]) -> None:
+def test_iss_and_aud_are_not_checked_unless_configured(claims: dict[str, Any]) -> None:
     assert staff(**claims).user == "21"
 
 
@@ -231,7 +231,7 @@ PUBLIC = Key(RSA.public_key(), ("RS256",))
 
 @pytest.mark.parametrize("secret", [PEM, PEM.strip(), PEM.replace(b"\n", b"\r\n")])
 @pytest.mark.parametrize("keys", [[PUBLIC], [PUBLIC, *HS256], [*HS256, PUBLIC]])
-def test_a_public_key_is_no_secret(secret: bytes, keys: list[Key]) -> None:
+def test_a_public_key_is_not_accepted_as_a_secret(secret: bytes, keys: list[Key]) -> None:
     token = sign(STAFF, secret)
     with pytest.raises(Rejected) as caught:
         read_jwt(token, keys, Rules(), NOW)
@@ -256,7 +256,7 @@ def test_every_algorithm_on_the_list_is_admitted(alg: str) -> None:
 
 
 @pytest.mark.parametrize("header", [{"kid": 1}, {"crit": ["x"]}, {"b64": False}, {"alg": ...}])
-def test_a_header_that_asks_for_more_than_we_know_is_refused(header: dict[str, Any]) -> None:
+def test_an_unknown_critical_header_is_refused(header: dict[str, Any]) -> None:
     if header == {"alg": ...}:
         _, claims, signature = sign(STAFF).split(".")
         token = f"{b64(b'{}')}.{claims}.{signature}"
@@ -267,7 +267,7 @@ def test_a_header_that_asks_for_more_than_we_know_is_refused(header: dict[str, A
     refused(caught, token)
 
 
-def test_while_keys_change_a_token_of_either_is_good() -> None:
+def test_tokens_of_the_previous_and_the_current_key_are_valid() -> None:
     old, new = Key("old" * 20, ("HS256",)), Key("new" * 20, ("HS256",))
     for secret in ("old" * 20, "new" * 20):
         assert read_jwt(sign(STAFF, secret), [new, old], Rules(), NOW).user == "21"
@@ -276,7 +276,7 @@ def test_while_keys_change_a_token_of_either_is_good() -> None:
         read_jwt(sign(STAFF, "other" * 20), [new, old], Rules(), NOW)
 
 
-def test_without_keys_no_token_is_good() -> None:
+def test_without_keys_no_token_is_valid() -> None:
     with pytest.raises(Rejected, match="algorithm not allowed"):
         read_jwt(sign(STAFF), [], Rules(), NOW)
 
@@ -302,14 +302,14 @@ def test_a_damaged_token_is_refused(token: str) -> None:
     "claims", [b"", b"[]", b"null", b'"x"', b"1", b"{", b"\xff\xfe\xff", b"[" * 3000, b"{}",
                b'{"exp":' + b"9" * 5000 + b"}"],
 )  # fmt: skip
-def test_what_was_signed_must_be_claims(claims: bytes) -> None:
+def test_the_payload_must_be_a_json_object(claims: bytes) -> None:
     token = sign(claims)
     with pytest.raises(Rejected) as caught:
         read_jwt(token, HS256, Rules(), NOW)
     refused(caught, token)
 
 
-def test_a_token_may_be_long_but_not_endless() -> None:
+def test_the_length_of_a_token_is_limited() -> None:
     token = sign(STAFF | {"email": "x" * 5000})
     assert read_jwt(token, HS256, Rules(), NOW).user == "21"
 
@@ -368,12 +368,12 @@ def test_a_token_without_a_branch_is_valid_but_forbidden() -> None:
     assert (caught.value.close, caught.value.label) == (Close.FORBIDDEN, "branch")
 
 
-def test_the_claims_sectors_hold_in_every_branch_of_the_claim() -> None:
+def test_claimed_sectors_hold_in_every_branch_of_the_token() -> None:
     assert staff(sector_ids=[5, 6]).on(Endpoint.WAITER).sectors == {1: {5, 6}, 2: {5, 6}}
     assert staff().on(Endpoint.WAITER).sectors == {}
 
 
-def test_what_a_revocation_is_checked_against_goes_along() -> None:
+def test_the_principal_has_what_revocations_are_checked_against() -> None:
     principal = staff(jti="j").on(Endpoint.WAITER)
     diner = table(jti="j").on(Endpoint.DINER)
 
@@ -384,7 +384,7 @@ def test_what_a_revocation_is_checked_against_goes_along() -> None:
 # --- table tokens ---
 
 
-def test_a_table_token_says_which_session() -> None:
+def test_a_table_token_names_its_session() -> None:
     diner = table().on(Endpoint.DINER)
 
     assert (diner.tenant, diner.session, diner.user) == (1, 456, None)
@@ -407,7 +407,7 @@ TABLE_WRONG: dict[str, list[Any]] = {
 @pytest.mark.parametrize(
     ("claim", "value"), [(claim, value) for claim, them in TABLE_WRONG.items() for value in them]
 )
-def test_a_table_claim_that_is_not_what_it_should_be_is_refused(claim: str, value: Any) -> None:
+def test_an_invalid_table_claim_is_refused(claim: str, value: Any) -> None:
     token = sign(TABLE | {"exp": NOW + 7200, claim: value}, TABLE_SECRET)
     with pytest.raises(Rejected) as caught:
         read_table_token(token, TABLE_KEYS, Rules(), NOW)
@@ -463,14 +463,14 @@ def legacy(fields: str, secret: str = TABLE_SECRET) -> str:
     return f"{fields}:{signature.hexdigest()[:32]}"
 
 
-def test_a_legacy_token_says_which_session() -> None:
+def test_a_legacy_token_names_its_session() -> None:
     found = read_legacy_table_token(legacy("1:2:10:456:1000060"), TABLE_SECRET, NOW)
 
     assert (found.tenant, found.branch, found.table, found.session) == (1, 2, 10, 456)
     assert (found.expires_at, found.issued_at, found.token_id) == (1_000_060.0, None, None)
 
 
-def test_a_legacy_signature_is_made_as_the_contract_says() -> None:
+def test_a_legacy_signature_follows_the_contract() -> None:
     fields = "1:2:10:456:1000060"
 
     assert f"{fields}:{legacy_signature(fields, TABLE_SECRET)}" == legacy(fields)
@@ -542,7 +542,7 @@ def test_junk_is_refused_and_nothing_worse(token: str) -> None:
 
 
 @given(claims, claims)
-def test_signed_junk_is_refused_or_good_and_nothing_worse(
+def test_arbitrary_signed_claims_are_valid_or_rejected(
     changes: dict[str, Any], header: dict[str, Any]
 ) -> None:
     for read, keys, good in ((read_jwt, HS256, STAFF), (read_table_token, HS256, TABLE)):

@@ -75,7 +75,7 @@ async def test_silent_clients_are_closed_when_their_tokens_end(
 
 
 @TRANSPORTS
-async def test_expiry_is_exact_and_a_clock_that_is_ahead_is_forgiven_by_the_leeway(
+async def test_expiry_is_exact_and_the_leeway_allows_an_issuers_clock_ahead(
     backend: "redis.Redis", redis_url: str, transport: Transport
 ) -> None:
     async with running(make_settings(redis_url), transport=transport) as gateway:
@@ -199,7 +199,7 @@ async def test_new_roles_branches_and_sectors_apply_at_once(
         ("", 4001),
     ],
 )
-async def test_renewal_that_is_none_ends_the_connection_and_it_hears_no_more(
+async def test_invalid_renewal_ends_the_connection_and_its_events(
     backend: "redis.Redis", redis_url: str, transport: Transport, token: str, code: int
 ) -> None:
     async with (
@@ -224,7 +224,7 @@ async def test_renewal_that_is_none_ends_the_connection_and_it_hears_no_more(
         (table(life=4 * 3600), 4001),
     ],
 )
-async def test_diners_renewal_that_is_none_ends_the_connection(
+async def test_invalid_renewal_of_a_diner_ends_the_connection(
     backend: "redis.Redis", redis_url: str, transport: Transport, token: str, code: int
 ) -> None:
     async with (
@@ -238,7 +238,7 @@ async def test_diners_renewal_that_is_none_ends_the_connection(
 # Redis frozen
 
 
-async def test_frozen_redis_delays_no_ping_and_connects_end_as_1013_in_bounded_time() -> None:
+async def test_frozen_redis_delays_no_ping_and_connects_end_with_1013_in_bounded_time() -> None:
     with valkey() as server:
         settings = make_settings(
             server.connection_url, ws_max_handshakes=30, ws_accept_timeout=1, ws_max_failed_logins=1
@@ -292,7 +292,7 @@ async def _while_frozen(
 
 
 @TRANSPORTS
-async def test_event_id_of_another_tenant_gives_nothing_of_it(
+async def test_event_id_of_another_tenant_gives_none_of_its_events(
     backend: "redis.Redis", redis_url: str, transport: Transport
 ) -> None:
     def speak(n: int) -> None:
@@ -378,7 +378,7 @@ async def test_refreshed_sectors_are_the_clients_own(
 
 
 @TRANSPORTS
-async def test_ticket_of_one_kind_opens_no_endpoint_of_the_other(
+async def test_ticket_for_a_table_token_opens_no_staff_endpoint_and_vice_versa(
     backend: "redis.Redis", redis_url: str, transport: Transport
 ) -> None:
     async with running(make_settings(redis_url), transport=transport) as gateway:

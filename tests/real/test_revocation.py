@@ -50,7 +50,7 @@ async def refusal(url: str) -> tuple[int, str]:
 
 
 @TRANSPORTS
-async def test_token_on_the_blacklist_is_refused_and_its_owners_other_tokens_are_not(
+async def test_only_the_token_on_the_blacklist_is_refused(
     backend: "redis.Redis", redis_url: str, transport: Transport
 ) -> None:
     backend.set("auth:token:blacklist:stolen", "whatever")
@@ -143,7 +143,7 @@ async def test_renewal_with_a_revoked_token_ends_the_connection(
         ({"user_id": 22, "jti": "b"}, {"b", "other user"}),
     ],
 )
-async def test_revocation_on_the_channel_closes_whom_it_is_about_at_once(
+async def test_revocation_on_the_channel_closes_its_connections_at_once(
     backend: "redis.Redis",
     redis_url: str,
     transport: Transport,
@@ -188,7 +188,7 @@ async def test_revocation_on_the_channel_closes_whom_it_is_about_at_once(
         assert endings == dict.fromkeys(gone, REVOKED)
 
 
-async def test_junk_on_the_revocation_channel_closes_nobody(
+async def test_invalid_revocation_message_closes_no_connection(
     backend: "redis.Redis", redis_url: str
 ) -> None:
     junk: list[str | bytes] = [
@@ -238,7 +238,7 @@ def slow_sectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, A
         *(("asgi", way) for way in ("token", "renewal")),
     ],
 )
-async def test_token_that_is_revoked_while_it_is_being_admitted_does_not_stay(
+async def test_token_revoked_during_admission_does_not_stay_connected(
     backend: "redis.Redis",
     redis_url: str,
     slow_sectors: dict[str, Any],
@@ -283,7 +283,7 @@ async def test_token_that_is_revoked_while_it_is_being_admitted_does_not_stay(
 
 
 @TRANSPORTS
-async def test_revocation_that_was_published_while_the_link_was_down_is_made_good(
+async def test_revocation_published_while_the_link_was_down_is_applied(
     backend: "redis.Redis", redis_url: str, transport: Transport
 ) -> None:
     settings = make_settings(redis_url)
@@ -302,7 +302,7 @@ async def test_revocation_that_was_published_while_the_link_was_down_is_made_goo
 
 
 @TRANSPORTS
-async def test_sweep_closes_silent_clients_whose_token_was_revoked_and_nobody_else(
+async def test_sweep_closes_only_clients_whose_token_was_revoked(
     backend: "redis.Redis", redis_url: str, transport: Transport
 ) -> None:
     settings = make_settings(redis_url, jwt_revalidation_interval=0.1)
@@ -323,7 +323,7 @@ async def test_sweep_closes_silent_clients_whose_token_was_revoked_and_nobody_el
         assert await received(other) == await received(other_diner) == []
 
 
-async def test_sweep_asks_for_many_in_one_command(backend: "redis.Redis", redis_url: str) -> None:
+async def test_sweep_checks_many_with_one_command(backend: "redis.Redis", redis_url: str) -> None:
     settings = make_settings(redis_url, jwt_revalidation_interval=0.05)
 
     def calls() -> int:
@@ -392,7 +392,7 @@ async def ticket(gateway: Running, token: str) -> str:
 
 
 @TRANSPORTS
-async def test_ticket_opens_one_connection_and_no_second(
+async def test_ticket_opens_one_connection(
     backend: "redis.Redis", redis_url: str, transport: Transport
 ) -> None:
     async with running(make_settings(redis_url), transport=transport) as gateway:
@@ -412,7 +412,7 @@ async def test_ticket_opens_one_connection_and_no_second(
 @TRANSPORTS
 @pytest.mark.parametrize("why", ["origin", "role", "user limit", "total limit", "draining"])
 @pytest.mark.parametrize("way", ["socket", "stream"])
-async def test_ticket_that_was_refused_for_another_reason_is_still_good(
+async def test_ticket_stays_valid_if_its_client_is_refused_for_another_reason(
     backend: "redis.Redis", redis_url: str, transport: Transport, way: str, why: str
 ) -> None:
     limits = {
@@ -445,7 +445,7 @@ async def test_ticket_that_was_refused_for_another_reason_is_still_good(
         assert await refusal(f"{other.url}/ws/waiter?ticket={once}") == (4001, "ticket invalid")
 
 
-async def test_two_who_bring_tickets_at_the_same_time_do_not_share_the_last_place(
+async def test_two_concurrent_tickets_do_not_share_the_last_place(
     backend: "redis.Redis", redis_url: str
 ) -> None:
     settings = make_settings(redis_url, ws_max_total_connections=1)
@@ -465,7 +465,7 @@ async def test_two_who_bring_tickets_at_the_same_time_do_not_share_the_last_plac
         nursery.cancel_scope.cancel()
 
 
-async def test_ticket_is_redeemed_once_however_many_try_at_the_same_time(
+async def test_ticket_is_redeemed_once_by_many_concurrent_clients(
     backend: "redis.Redis", redis_url: str
 ) -> None:
     async with running(make_settings(redis_url)) as one, running(make_settings(redis_url)) as two:
@@ -489,7 +489,7 @@ async def test_ticket_is_redeemed_once_however_many_try_at_the_same_time(
         assert codes == [4001] * 9
 
 
-async def test_ticket_is_kept_by_redis_for_thirty_seconds_and_not_under_its_own_name(
+async def test_redis_keeps_a_ticket_for_thirty_seconds_under_its_hash(
     backend: "redis.Redis", redis_url: str
 ) -> None:
     async with running(make_settings(redis_url)) as gateway:
@@ -512,9 +512,7 @@ async def test_ticket_is_redeemed_by_another_process(
         assert await refusal(f"{one.url}/ws/waiter?ticket={once}") == (4001, "ticket invalid")
 
 
-async def test_ticket_gives_no_more_than_the_token_it_stands_for(
-    backend: "redis.Redis", redis_url: str
-) -> None:
+async def test_ticket_gives_no_more_than_its_token(backend: "redis.Redis", redis_url: str) -> None:
     async with running(make_settings(redis_url)) as gateway:
         staff = make_jwt(JWT_SECRET, jti="a")
         url = gateway.url
@@ -552,7 +550,7 @@ async def test_ticket_gives_no_more_than_the_token_it_stands_for(
         (f"bearer   {make_jwt(JWT_SECRET)}", 200),
     ],
 )
-async def test_ticket_is_given_for_a_credential_that_some_endpoint_admits(
+async def test_ticket_is_issued_for_a_credential_that_some_endpoint_admits(
     backend: "redis.Redis", redis_url: str, authorization: str | None, status: int
 ) -> None:
     backend.set("auth:token:blacklist:stolen", "1")
@@ -566,7 +564,7 @@ async def test_ticket_is_given_for_a_credential_that_some_endpoint_admits(
         assert (await http(gateway.port, "/ws/ticket", headers=headers)).status == 405
 
 
-async def test_ticket_can_neither_be_had_nor_used_while_redis_is_down() -> None:
+async def test_ticket_can_neither_be_issued_nor_used_while_redis_is_down() -> None:
     with valkey() as server:
         async with running(make_settings(server.connection_url)) as gateway:
             token = make_jwt(JWT_SECRET)

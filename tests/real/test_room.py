@@ -28,7 +28,7 @@ from trio_gateway.testing import make_jwt, make_payload
 
 
 @pytest.mark.parametrize("limit", ["user", "session"])
-async def test_dead_connections_give_way_after_two_seconds_and_living_ones_stay(
+async def test_dead_connections_are_closed_after_two_seconds_and_live_ones_stay(
     redis_url: str, limit: str
 ) -> None:
     settings = make_settings(redis_url, **{f"ws_max_connections_per_{limit}": 3})
@@ -69,7 +69,7 @@ async def test_dead_connections_give_way_after_two_seconds_and_living_ones_stay(
 
 
 @pytest.mark.parametrize("transport", ["direct", "asgi"])
-async def test_when_all_connections_answer_the_newcomer_is_refused(
+async def test_new_connection_is_refused_when_all_others_answer(
     redis_url: str, transport: Transport
 ) -> None:
     settings = make_settings(redis_url, ws_max_connections_per_user=2)
@@ -87,7 +87,7 @@ async def test_when_all_connections_answer_the_newcomer_is_refused(
         assert await received(first) == await received(second) == []
 
 
-async def test_stream_of_events_is_there_as_long_as_what_it_is_sent_is_acknowledged(
+async def test_event_stream_is_alive_while_its_data_is_acknowledged(
     redis_url: str,
 ) -> None:
     settings = make_settings(redis_url, ws_max_connections_per_user=1)
@@ -110,7 +110,7 @@ async def test_stream_of_events_is_there_as_long_as_what_it_is_sent_is_acknowled
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what was acknowledged")
-async def test_stream_of_events_that_takes_nothing_gives_way(
+async def test_event_stream_that_acknowledges_nothing_is_closed(
     redis_url: str, backend: "redis.Redis"
 ) -> None:
     settings = make_settings(redis_url, ws_max_connections_per_user=1)

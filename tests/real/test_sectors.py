@@ -185,7 +185,7 @@ async def heard(
 # Whose rows count
 
 
-async def test_waiter_hears_the_sectors_that_are_assigned_for_today_and_no_others(
+async def test_waiter_receives_only_the_sectors_assigned_for_today(
     redis_url: str, backend: "redis.Redis", database: Database
 ) -> None:
     database.assign(5)
@@ -236,7 +236,7 @@ async def test_waiter_without_a_row_has_no_sectors_whatever_the_token_claims(
         assert [event["type"] for event in await received(client)] == ["ROUND_PENDING"]
 
 
-async def test_equal_waiters_of_two_tenants_hear_nothing_of_each_other(
+async def test_waiters_with_the_same_id_in_two_tenants_are_isolated(
     redis_url: str, backend: "redis.Redis", database: Database
 ) -> None:
     database.assign(5, tenant_id=1)
@@ -253,7 +253,7 @@ async def test_equal_waiters_of_two_tenants_hear_nothing_of_each_other(
         assert await received(one) == []
 
 
-async def test_ids_beyond_32_bits_and_beyond_64_are_no_failure(database: Database) -> None:
+async def test_ids_beyond_32_bits_and_beyond_64_do_not_fail(database: Database) -> None:
     most = 2**63 - 1
     database.assign(5, tenant_id=most, branch_id=most, waiter_id=most)
     with roster_of(database) as (sector_assignments, assignments):
@@ -267,14 +267,14 @@ async def test_ids_beyond_32_bits_and_beyond_64_are_no_failure(database: Databas
         assert assignments.failures == 0
 
 
-async def test_row_without_a_sector_counts_for_nothing(database: Database) -> None:
+async def test_row_without_a_sector_is_ignored(database: Database) -> None:
     database.assign(5)
     database.assign(None)  # type: ignore[arg-type]
     with roster_of(database) as (sector_assignments, _):
         assert set((await sector_assignments.assign(make_principal())).sectors[BranchId(1)]) == {5}
 
 
-async def test_table_and_columns_may_be_called_otherwise(
+async def test_table_and_columns_may_have_other_names(
     redis_url: str, backend: "redis.Redis", make_database: MakeDatabase
 ) -> None:
     called = {"waiter_id": "employee", "assignment_date": "on day", "is_active": "valid"}
@@ -290,7 +290,7 @@ async def test_table_and_columns_may_be_called_otherwise(
         assert await heard(gateway, backend, client) == {5}
 
 
-async def test_gateway_can_only_read(database: Database) -> None:
+async def test_database_connection_is_read_only(database: Database) -> None:
     database.assign(5)
     with roster_of(database) as (_, assignments):
         with (
@@ -301,7 +301,7 @@ async def test_gateway_can_only_read(database: Database) -> None:
         assert await assignments.of(WAITER_21, today()) == {(5, None)}
 
 
-async def test_demo_makes_its_sectors_on_the_spot(tmp_path: Path) -> None:
+async def test_demo_creates_its_sectors(tmp_path: Path) -> None:
     with roster_of(Database(demo_database(str(tmp_path)))) as (_, assignments):
         for day in (today(), today() + timedelta(days=1)):
             assert await assignments.of(WAITER_21, day) == {(5, None)}
@@ -310,7 +310,7 @@ async def test_demo_makes_its_sectors_on_the_spot(tmp_path: Path) -> None:
 # Changes
 
 
-async def test_refresh_answers_in_the_form_it_was_asked_in_and_moves_the_client(
+async def test_refresh_is_answered_in_the_form_of_its_request(
     redis_url: str, backend: "redis.Redis", database: Database
 ) -> None:
     database.assign(5)
@@ -336,7 +336,7 @@ async def test_refresh_answers_in_the_form_it_was_asked_in_and_moves_the_client(
         ]  # fmt: skip
 
 
-async def test_change_that_the_backend_announces_reaches_the_client_at_once(
+async def test_announced_change_reaches_the_client_at_once(
     redis_url: str, backend: "redis.Redis", database: Database
 ) -> None:
     database.assign(5)
@@ -357,7 +357,7 @@ async def test_change_that_the_backend_announces_reaches_the_client_at_once(
         assert await received(stranger) == []
 
 
-async def test_change_that_was_announced_while_the_link_was_down_reaches_the_client(
+async def test_change_announced_while_the_link_was_down_reaches_the_client(
     redis_url: str, backend: "redis.Redis", database: Database
 ) -> None:
     database.assign(5)
@@ -407,7 +407,7 @@ async def test_event_of_an_uncovered_sector_goes_to_the_branch_if_asked_to(
 # Many at once
 
 
-async def test_500_waiters_at_once_are_500_queries_and_then_none(database: Database) -> None:
+async def test_500_concurrent_waiters_cost_500_queries_and_then_none(database: Database) -> None:
     for user in range(1, 501):
         if user % 50 == 0:
             database.assign(user % 9 + 1, waiter_id=user)
@@ -429,7 +429,7 @@ async def test_500_waiters_at_once_are_500_queries_and_then_none(database: Datab
         )
 
 
-async def test_500_connections_of_one_waiter_are_one_query(database: Database) -> None:
+async def test_500_connections_of_one_waiter_cost_one_query(database: Database) -> None:
     database.assign(5)
     with roster_of(database) as (sector_assignments, assignments):
         async with trio.open_nursery() as nursery:
@@ -441,7 +441,7 @@ async def test_500_connections_of_one_waiter_are_one_query(database: Database) -
 # Failures
 
 
-async def test_frozen_database_delays_a_connect_by_two_seconds_and_nobody_else(
+async def test_frozen_database_delays_only_connects_by_two_seconds(
     redis_url: str, backend: "redis.Redis", server: Postgres, pg: Database
 ) -> None:
     pg.assign(5)
@@ -492,7 +492,7 @@ async def test_frozen_database_delays_a_connect_by_two_seconds_and_nobody_else(
     assert max(latencies) < 0.25
 
 
-async def test_when_it_stays_frozen_nobody_waits_any_more(
+async def test_database_that_stays_frozen_delays_no_connect(
     redis_url: str, server: Postgres, pg: Database
 ) -> None:
     settings = make_settings(redis_url, database_url=pg.url, circuit_failure_threshold=5)
@@ -517,7 +517,7 @@ async def test_when_it_stays_frozen_nobody_waits_any_more(
         await until(partial(_no_query_hangs, gateway))
 
 
-async def test_database_that_is_down_at_the_start_is_made_up_for_when_it_comes(
+async def test_sectors_are_queried_when_a_database_that_was_down_at_start_is_up(
     redis_url: str, backend: "redis.Redis", tmp_path: Path
 ) -> None:
     file = tmp_path / "late.db"
@@ -536,7 +536,7 @@ async def test_database_that_is_down_at_the_start_is_made_up_for_when_it_comes(
         assert await heard(gateway, backend, client) == {5}
 
 
-async def test_server_that_nobody_reaches_is_no_reason_not_to_start(
+async def test_gateway_starts_with_an_unreachable_database(
     redis_url: str, backend: "redis.Redis"
 ) -> None:
     url = f"postgresql://gateway:word@127.0.0.1:{free_port()}/backend"
@@ -549,9 +549,7 @@ async def test_server_that_nobody_reaches_is_no_reason_not_to_start(
         assert (await http(gateway.port, "/ws/health/ready")).status == 200
 
 
-async def test_wrong_password_is_a_failure_that_no_log_tells(
-    redis_url: str, server: Postgres
-) -> None:
+async def test_wrong_password_is_not_logged(redis_url: str, server: Postgres) -> None:
     port, secret = free_port(), "a-Wrong-Word-4711"
     env = environment(redis_url, DATABASE_URL=server.url_with(secret), LOG_LEVEL="debug")
     arguments = ("trio_gateway", "serve", "-b", f"127.0.0.1:{port}")
@@ -582,9 +580,7 @@ async def test_wrong_password_is_a_failure_that_no_log_tells(
         ("sqlite+aiosqlite:///s3cret", "needs a driver that is not installed"),
     ],
 )
-async def test_database_url_that_cannot_be_used_is_refused_without_saying_it(
-    url: str, words: str
-) -> None:
+async def test_unusable_database_url_is_refused_without_showing_it(url: str, words: str) -> None:
     with pytest.raises(InvalidSettings) as caught:
         create_app(make_settings("redis://localhost", database_url=url))
     (problem,) = caught.value.problems
@@ -592,7 +588,7 @@ async def test_database_url_that_cannot_be_used_is_refused_without_saying_it(
     assert "s3cret" not in problem
 
 
-async def test_missing_psycopg_is_named_by_the_extra_that_brings_it(
+async def test_missing_psycopg_is_reported_with_its_extra(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "psycopg", None)
@@ -604,7 +600,7 @@ async def test_missing_psycopg_is_named_by_the_extra_that_brings_it(
     "program",
     [("trio_gateway", "serve"), ("trio_gateway.app",)],
 )
-async def test_bad_database_url_stops_the_start(program: tuple[str, ...]) -> None:
+async def test_invalid_database_url_stops_the_start(program: tuple[str, ...]) -> None:
     env = environment("redis://localhost", DATABASE_URL="postgresql://u:s3cret@host:s3cret/db")
     async with process(*program, env=env) as gateway:
         status, out, err = await wait(gateway)
@@ -613,7 +609,7 @@ async def test_bad_database_url_stops_the_start(program: tuple[str, ...]) -> Non
     assert b"s3cret" not in out + err
 
 
-async def test_value_that_is_no_sector_is_a_failure_and_not_a_bug(
+async def test_invalid_sector_in_the_database_is_a_failed_query(
     tmp_path: Path,
 ) -> None:
     database = Database(f"sqlite:///{tmp_path / 'odd.db'}").create()

@@ -130,7 +130,7 @@ def test_subprotocol_pair(offered: str, answered: str | None, credential: str) -
     assert b"bearer" not in acceptance(handshake)
 
 
-def test_subprotocols_may_stand_in_two_headers() -> None:
+def test_subprotocols_may_be_in_two_headers() -> None:
     handshake = parse("Sec-WebSocket-Protocol: gateway.v1", "Sec-WebSocket-Protocol: bearer.abc")
 
     assert (handshake.subprotocol, handshake.credential) == ("gateway.v1", "abc")
@@ -139,7 +139,7 @@ def test_subprotocols_may_stand_in_two_headers() -> None:
 # The credential
 
 
-def test_query_goes_before_authorization_and_that_before_the_subprotocol() -> None:
+def test_query_precedes_authorization_which_precedes_the_subprotocol() -> None:
     headers = ["Authorization: Bearer second", "Sec-WebSocket-Protocol: gateway.v1, bearer.third"]
 
     assert parse(*headers, request="GET /ws/waiter?token=first HTTP/1.1").credential == "first"
@@ -148,7 +148,7 @@ def test_query_goes_before_authorization_and_that_before_the_subprotocol() -> No
     assert parse().credential == ""
 
 
-def test_empty_token_in_the_query_is_none() -> None:
+def test_empty_token_in_the_query_is_ignored() -> None:
     handshake = parse("Authorization: Bearer real", request="GET /ws/waiter?token= HTTP/1.1")
 
     assert handshake.credential == "real"
@@ -165,11 +165,11 @@ def test_empty_token_in_the_query_is_none() -> None:
         ("/ws/diner?table_token=1%3A2%3A3", "1:2:3"),
     ],
 )
-def test_token_stands_under_the_endpoints_own_name(target: str, credential: str) -> None:
+def test_query_parameter_of_the_token_depends_on_the_endpoint(target: str, credential: str) -> None:
     assert parse(request=f"GET {target} HTTP/1.1").credential == credential
 
 
-def test_ticket_stands_in_the_query() -> None:
+def test_ticket_is_in_the_query() -> None:
     assert parse(request="GET /ws/diner?ticket=once HTTP/1.1").ticket == "once"
     assert parse().ticket is None
 
@@ -231,7 +231,7 @@ def test_query(query: str, found: dict[str, str]) -> None:
     assert read_query(query) == found
 
 
-def test_headers_are_joined_by_name_whatever_its_case() -> None:
+def test_headers_are_joined_by_name_in_any_case() -> None:
     headers = [(b"Accept", b" a "), (b"X", b"\xe9"), (b"ACCEPT", b"b")]
 
     assert join_headers(headers) == {"accept": "a, b", "x": "\xe9"}
