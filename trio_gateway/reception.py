@@ -14,7 +14,8 @@ from .core.close_codes import Close, Rejected
 from .core.messages import Command, Message, Reauthenticate, auth_ok, intervals, sectors_updated
 from .parts import Parts
 from .runtime.concurrency_limiter import Overloaded
-from .runtime.connection import Connection, ConnectionLimits, Socket
+from .runtime.connection import Connection, ConnectionLimits
+from .runtime.socket import Socket
 from .runtime.throttled_log import ThrottledLog
 from .stats_feed import StatsFeed
 from .transports.sse import EventStream

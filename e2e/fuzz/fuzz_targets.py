@@ -33,10 +33,10 @@ from trio_gateway.core.tokens import (
     read_table_token,
 )
 from trio_gateway.redis_url import RedisAddress
-from trio_gateway.runtime.connection import Disconnected, ProtocolViolation
 from trio_gateway.runtime.hub import Hub
 from trio_gateway.runtime.ingest import Ingest
 from trio_gateway.runtime.queue import EventQueue
+from trio_gateway.runtime.socket import Disconnected, ProtocolViolation
 from trio_gateway.runtime.supervision import ConnectionLost
 from trio_gateway.testing import make_jwt, make_payload, make_table_token
 from trio_gateway.transports.direct import DirectSocket

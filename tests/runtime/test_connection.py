@@ -12,15 +12,9 @@ from trio_gateway.core.close_codes import Close
 from trio_gateway.core.frames import PING_FRAME, boundary, frame, text_frame
 from trio_gateway.core.frames import PONG as PONG_OPCODE
 from trio_gateway.core.messages import Command, Message, Reauthenticate, Resume
-from trio_gateway.runtime.connection import (
-    Connection,
-    ConnectionLimits,
-    Ping,
-    Pong,
-    ProtocolViolation,
-)
+from trio_gateway.runtime.connection import Connection, ConnectionLimits
 from trio_gateway.runtime.hub import Hub
-from trio_gateway.runtime.outbox import Outbox
+from trio_gateway.runtime.socket import Ping, Pong, ProtocolViolation
 from trio_gateway.testing import FakeSocket, make_principal
 
 INFINITE = float("inf")
@@ -849,9 +843,9 @@ async def test_nothing_is_written_to_a_socket_that_was_cut_off(
     autojump_clock: MockClock,
 ) -> None:
     class Strict(FakeSocket):
-        async def write_from(self, outbox: Outbox) -> None:
+        async def send_some(self, head: Callable[[], memoryview]) -> int:
             assert not self.aborted
-            await super().write_from(outbox)
+            return await super().send_some(head)
 
     async with trio.open_nursery() as nursery:
         for room in (0, 3):

@@ -1,5 +1,6 @@
 """The outbox: order, exact counts, and a discard that leaves no frame torn."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -139,3 +140,30 @@ def test_any_puts_and_takes_yield_the_frames_in_order(
         taken += take(outbox, 7)
     assert taken == added
     assert outbox.frames == 0
+
+
+@pytest.mark.parametrize("bounds", [{"max_bytes": 20}, {"max_frames": 2}])
+def test_put_tells_when_more_waits_than_a_bound_allows(bounds: dict[str, float]) -> None:
+    outbox, data = Outbox(**bounds), text_frame(b"12345678")
+
+    assert [outbox.put(data, 1) for _ in range(4)] == [False, False, True, True]
+
+    take(outbox, 2 * len(data))
+    assert not outbox.put(b"", 0)
+
+
+def test_bytes_that_the_kernel_took_at_once_do_not_count_for_the_bound() -> None:
+    data = text_frame(b"12345678")
+
+    assert not Outbox(max_bytes=4).put(data, 1, written=len(data) - 4)
+
+
+def test_what_was_discarded_while_it_was_sent_is_not_counted_as_taken() -> None:
+    outbox = Outbox()
+    outbox.put(text_frame(b"a"), 1)
+    sent = len(outbox.head())
+    outbox.discard()
+
+    outbox.took(sent)
+
+    assert (outbox.bytes, outbox.frames, outbox.partial) == (0, 0, False)

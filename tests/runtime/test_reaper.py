@@ -10,9 +10,10 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from trio_gateway.core.close_codes import Close
 from trio_gateway.core.messages import Message
-from trio_gateway.runtime.connection import Connection, ConnectionLimits, Ping, Pong
+from trio_gateway.runtime.connection import Connection, ConnectionLimits
 from trio_gateway.runtime.hub import Hub
 from trio_gateway.runtime.reaper import clean_up, reap
+from trio_gateway.runtime.socket import Ping, Pong
 from trio_gateway.testing import FakeSocket, make_principal
 
 PATIENT = ConnectionLimits(stale_after=math.inf, receive_timeout=math.inf)

@@ -12,11 +12,12 @@ from trio_gateway.core.audiences import Endpoint, Principal, audiences_of
 from trio_gateway.core.close_codes import Close
 from trio_gateway.core.event_ids import START, Cursor, Position, Stream, event_id
 from trio_gateway.core.events import Event
-from trio_gateway.runtime.connection import Connection, ConnectionLimits, Ping
+from trio_gateway.runtime.connection import Connection, ConnectionLimits
 from trio_gateway.runtime.dispatch import Dispatch
 from trio_gateway.runtime.history import History
 from trio_gateway.runtime.hub import Hub
 from trio_gateway.runtime.resume import PATIENCE, UNDECIDED, Replays
+from trio_gateway.runtime.socket import Ping
 from trio_gateway.testing import FakeSocket, make_event, make_principal
 
 A, B = Stream("aaaa"), Stream("bbbb")

@@ -10,9 +10,10 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from trio_gateway.core.audiences import Endpoint, Principal
 from trio_gateway.core.close_codes import Close, Rejected
 from trio_gateway.core.messages import Message
-from trio_gateway.runtime.connection import Connection, ConnectionLimits, Ping, Pong
+from trio_gateway.runtime.connection import Connection, ConnectionLimits
 from trio_gateway.runtime.hub import CapacityLimits, Hub
 from trio_gateway.runtime.room import Room
+from trio_gateway.runtime.socket import Ping, Pong
 from trio_gateway.testing import FakeSocket, make_principal
 
 TERMS = ConnectionLimits(stale_after=1e6, receive_timeout=1e6)

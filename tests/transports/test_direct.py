@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from wsproto.connection import Connection, ConnectionType
 
 from trio_gateway.core.close_codes import Close
-from trio_gateway.runtime.connection import Disconnected, Ping, Pong, ProtocolViolation
+from trio_gateway.runtime.socket import Disconnected, Ping, Pong, ProtocolViolation
 from trio_gateway.transports.direct import DirectSocket
 
 MOST = 300  # bytes of a message

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, Protocol
 
 import structlog
 import trio
@@ -16,79 +16,12 @@ from ..core.limits import RateLimit
 from ..core.messages import PONG as PONG_TEXT
 from ..core.messages import Command, Message, Resume, read_message
 from .outbox import Outbox
+from .socket import Disconnected, Ping, Pong, ProtocolViolation, Socket
 
 log = structlog.get_logger()
 
 _PONG_TEXT = text_frame(PONG_TEXT)
 DRAIN_TIMEOUT: Final = 2.0  # seconds for what waits in the outbox when a connection ends
-
-
-class Ping(NamedTuple):
-    """A protocol-level ping from the client."""
-
-    payload: bytes
-
-
-class Pong(NamedTuple):
-    """A protocol-level pong: no heartbeat, since the client's library says it, not the client."""
-
-
-class Disconnected(Exception):  # noqa: N818 - an outcome
-    """The client closed, or is gone: then the code is 1006."""
-
-    def __init__(self, code: int, reason: str = "") -> None:
-        super().__init__(code)
-        self.code = code
-        self.reason = reason
-
-
-class ProtocolViolation(Exception):  # noqa: N818 - an outcome
-    """The client broke a rule of the wire, and is closed with this code."""
-
-    def __init__(self, close: Close, reason: str) -> None:
-        super().__init__(reason)
-        self.close = close
-        self.reason = reason
-
-
-class Socket(Protocol):
-    """What a connection needs of the wire. All bytes are whole WebSocket frames, unmasked."""
-
-    def try_write(self, data: bytes) -> int:
-        """Hand over what can go without waiting, and say how many bytes that were.
-
-        Raises :exc:`OSError` if the client is gone.
-        """
-
-    @property
-    def measures_progress(self) -> bool:
-        """Whether :meth:`write_from` has a deadline of its own, because it sees what is taken."""
-
-    async def write_from(self, outbox: Outbox) -> None:
-        """Wait until something of the outbox can go, and let it go.
-
-        Raises :exc:`OSError` if the client is gone, and of these :exc:`TimeoutError` if it took
-        nothing for the write timeout.
-        """
-
-    @property
-    def answers_pings(self) -> bool:
-        """Whether :data:`PING_FRAME` reaches the client, and its pong is received."""
-
-    def traffic(self) -> tuple[int, int]:
-        """Bytes that the peer has acknowledged, and bytes that it has yet to acknowledge.
-
-        Zeros where the kernel does not tell.
-        """
-
-    async def receive(self) -> "str | Ping | Pong":
-        """The next message. Raises :exc:`Disconnected` or :exc:`ProtocolViolation`."""
-
-    async def close(self, code: int, reason: str) -> None:
-        """Send the close frame, and linger until it has arrived. Bounded in time."""
-
-    def abort(self) -> None:
-        """Cut the client off at once. Never raises, may be called again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,11 +241,12 @@ class Connection:
             if written == len(data):
                 return
             if outbox is None:
-                outbox = self._outbox = Outbox()
-            outbox.put(data, frames, written)
+                limits = self._limits
+                outbox = self._outbox = Outbox(limits.outbox_bytes, limits.outbox_messages)
+            overflowed = outbox.put(data, frames, written)
         else:
-            outbox.put(data, frames)
-        if outbox.bytes > self._limits.outbox_bytes or outbox.frames > self._limits.outbox_messages:
+            overflowed = outbox.put(data, frames)
+        if overflowed:
             self.close(Close.SLOW_CONSUMER, "too slow: outbox is full")
         elif not self._writing and self._nursery is not None:
             self._writing = True
@@ -476,7 +410,7 @@ class Connection:
         try:
             while outbox.bytes:
                 with trio.move_on_after(timeout) as scope:
-                    await socket.write_from(outbox)
+                    outbox.took(await socket.send_some(outbox.head))
                 if scope.cancelled_caught:
                     raise TimeoutError
         except TimeoutError:

@@ -1,5 +1,6 @@
 """The outbox: whole frames that one client's kernel buffer would not take yet."""
 
+import math
 from collections import deque
 from itertools import islice
 from typing import Final
@@ -10,26 +11,35 @@ _JOINED: Final = 1 << 16  # bytes handed to the kernel in one write, about
 
 
 class Outbox:
-    """Frames in order, of which the first may be partly written. Bounded by its owner."""
+    """Frames in order, of which the first may be partly written.
 
-    __slots__ = ("_chunks", "_written", "bytes", "frames")
+    ``max_bytes`` and ``max_frames`` bound what waits; :meth:`put` tells when it is more.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_chunks", "_max_bytes", "_max_frames", "_written", "bytes", "frames")
+
+    def __init__(self, max_bytes: float = math.inf, max_frames: float = math.inf) -> None:
+        self._max_bytes = max_bytes
+        self._max_frames = max_frames
         self._chunks: deque[tuple[bytes, int]] = deque()  # joined frames, and how many
         self._written = 0  # of the first chunk
         self.bytes = 0
         self.frames = 0
 
-    def put(self, data: bytes, frames: int, written: int = 0) -> None:
-        """Add joined whole frames, of which the kernel has already taken some bytes."""
+    def put(self, data: bytes, frames: int, written: int = 0) -> bool:
+        """Add joined whole frames, of which the kernel has already taken ``written`` bytes.
+
+        They are added in any case. Returns whether more waits now than the bounds allow.
+        """
         assert written == 0 or not self._chunks
         self._chunks.append((data, frames))
         self._written += written
         self.bytes += len(data) - written
         self.frames += frames
+        return self.bytes > self._max_bytes or self.frames > self._max_frames
 
     def head(self) -> memoryview:
-        """What is to be written next, if anything: many small chunks are joined into one write."""
+        """The bytes to write next, if any: many small chunks are joined into one write."""
         if not self._chunks:
             return memoryview(b"")
         head = memoryview(self._chunks[0][0])[self._written :]
@@ -44,8 +54,10 @@ class Outbox:
         return memoryview(b"".join(parts))
 
     def took(self, size: int) -> None:
-        """The kernel took so many bytes of :meth:`head`."""
+        """Remove the first ``size`` bytes of :meth:`head`: the transport has taken them."""
         chunks = self._chunks
+        if not chunks:  # they were discarded while they were being sent
+            return
         self.bytes -= size
         self._written += size
         while chunks and self._written >= len(chunks[0][0]):

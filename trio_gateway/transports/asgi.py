@@ -12,8 +12,7 @@ from ..core.audiences import Endpoint
 from ..core.client_request import ClientRequest
 from ..core.close_codes import Close
 from ..core.frames import TEXT, boundary, split
-from ..runtime.connection import ProtocolViolation
-from ..runtime.outbox import Outbox
+from ..runtime.socket import ProtocolViolation
 from .handshake import join_headers, read_query
 
 DRAIN = 2.0  # seconds
@@ -100,14 +99,14 @@ class AsgiSocket:
             raise BrokenPipeError
         return 0
 
-    async def write_from(self, outbox: Outbox) -> None:
-        data = outbox.head()
+    async def send_some(self, head: Callable[[], memoryview]) -> int:
+        data = head()
         if not self.measures_progress:  # one frame has one deadline
             data = data[: boundary(data, 1)]
-        outbox.took(len(data))
         for opcode, payload in split(data):
             if opcode == TEXT:  # pings are the server's own (websocket_ping_interval)
                 await self._websocket.send(str(payload, "utf-8"))
+        return len(data)
 
     async def receive(self) -> str:
         said = await self._websocket.receive()

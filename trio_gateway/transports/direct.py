@@ -3,6 +3,7 @@
 import os
 import select
 import struct
+from collections.abc import Callable
 from contextlib import suppress
 from math import inf
 from socket import SO_LINGER, SOL_SOCKET
@@ -19,8 +20,7 @@ from wsproto.extensions import Extension, PerMessageDeflate
 from ..core.client_frames import short_frame
 from ..core.close_codes import Close
 from ..core.frames import CLOSE, PING, PONG, close_frame, frame
-from ..runtime.connection import Disconnected, Ping, Pong, ProtocolViolation
-from ..runtime.outbox import Outbox
+from ..runtime.socket import Disconnected, Ping, Pong, ProtocolViolation
 from .hypercorn_bounds import MOST_FRAGMENTS
 from .progress import DIRECT, MovingStream, traffic, wait_writable
 
@@ -148,33 +148,33 @@ class DirectSocket:
         except BlockingIOError:
             return 0
 
-    async def write_from(self, outbox: Outbox) -> None:
+    async def send_some(self, head: Callable[[], memoryview]) -> int:
         if self._socket is None:
-            data = outbox.head()
-            outbox.took(len(data))
+            data = head()
             await self._send_all(data)
-            return
+            return len(data)
         if self._socket.fileno() == -1:
             raise BrokenPipeError
         try:
             await wait_writable(self._socket, self._write_timeout)
         except trio.ClosedResourceError:
             raise BrokenPipeError from None
-        # Only now: what the outbox holds may have changed meanwhile.
-        if outbox.bytes and (taken := self.try_write(outbox.head())):
-            outbox.took(taken)
+        data = head()  # only now: it may have changed meanwhile
+        return self.try_write(data) if data else 0
 
     async def send(self, data: bytes, timeout: float) -> None:
         """Send all of it, while nobody else writes. Raises :exc:`OSError` if the client is gone,
         :exc:`trio.TooSlowError` if it has not taken all in so many seconds.
         """
-        if (taken := self.try_write(data)) == len(data):
+        if (sent := self.try_write(data)) == len(data):
             return
-        outbox = Outbox()
-        outbox.put(data, 1, taken)
+
+        def rest() -> memoryview:
+            return memoryview(data)[sent:]
+
         with trio.fail_after(timeout):
-            while outbox.bytes:
-                await self.write_from(outbox)
+            while sent < len(data):
+                sent += await self.send_some(rest)
 
     async def receive(self) -> str | Ping | Pong:
         while True:

@@ -14,8 +14,7 @@ from ..core.client_request import ClientRequest
 from ..core.close_codes import RETRY_AFTER, Close, Rejected, parse_retry_hint
 from ..core.frames import boundary
 from ..core.sse import HELLO, MEDIA_TYPE, as_events, close_event
-from ..runtime.connection import Disconnected, ProtocolViolation
-from ..runtime.outbox import Outbox
+from ..runtime.socket import Disconnected, ProtocolViolation
 from .asgi import abort_of, measures_progress, traffic_of
 from .direct import LINGER
 
@@ -80,12 +79,12 @@ class EventStream:
             raise BrokenPipeError
         return 0
 
-    async def write_from(self, outbox: Outbox) -> None:
-        data = outbox.head()
+    async def send_some(self, head: Callable[[], memoryview]) -> int:
+        data = head()
         if not self.measures_progress:  # one event has one deadline
             data = data[: boundary(data, 1)]
-        outbox.took(len(data))
         await self._write(as_events(data))
+        return len(data)
 
     async def receive(self) -> NoReturn:
         try:
