@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import trio
@@ -191,8 +191,8 @@ class FakeSocket:
         self.writes += 1
         return taken
 
-    async def write_from(self, outbox: Outbox) -> None:
-        """Wait for room, then write from the head of the outbox."""
+    async def send_some(self, head: Callable[[], memoryview]) -> int:
+        """Wait for room, then write from what ``head`` returns; returns how many bytes fit."""
         while not self.room and not self.aborted:
             self._more_room = trio.Event()
             await self._more_room.wait()

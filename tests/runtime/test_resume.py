@@ -17,6 +17,7 @@ from trio_gateway.runtime.dispatch import Dispatch
 from trio_gateway.runtime.history import History
 from trio_gateway.runtime.hub import Hub
 from trio_gateway.runtime.resume import PATIENCE, UNDECIDED, Replays
+from trio_gateway.runtime.resume_state import Phase
 from trio_gateway.runtime.socket import Ping
 from trio_gateway.testing import FakeSocket, make_event, make_principal
 
@@ -120,7 +121,7 @@ class World:
         """A client that is past the moment in which it may ask to resume."""
         client = await self.connect(**options)
         await client.say("x")
-        assert client.connection.cursor is None
+        assert client.connection.resume_state.phase is Phase.LIVE
         return client
 
 
@@ -715,8 +716,7 @@ async def test_slow_client_hears_what_a_stream_made_anew_brings(
     await world.publish(*range(1, 501), entity="x" * 100)
     client = await world.connect(place(0), socket=FakeSocket(room=0))
     world.history.restart(A, since=at(501), end=at(100))  # of which nobody knows what was lost
-    client.connection.cursor = world.history.end
-    client.connection.send(json.dumps(GAP).encode())
+    world.replays.tell_of_gap()
     await world.publish(101, 102)  # places that the stream had before
     client.socket.read(math.inf)
     await wait_all_tasks_blocked()

@@ -19,7 +19,6 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from trio_gateway.core.audiences import Endpoint, Principal, audiences_of
 from trio_gateway.core.close_codes import Close
 from trio_gateway.core.event_ids import START, Position, Stream, read_cursor
-from trio_gateway.core.messages import GAP
 from trio_gateway.core.routing import ROUTES
 from trio_gateway.runtime.connection import Connection, ConnectionLimits
 from trio_gateway.runtime.dispatch import Dispatch
@@ -205,10 +204,7 @@ class World:
         """As the streams source and the gateway do it."""
         await self.read.wait_idle()
         self.history.restart(A, since=since, end=end)
-        for connection in self.hub.held:
-            connection.cursor = connection.accepted_at = self.history.end
-        for connection in list(self.hub.connections):
-            connection.send(GAP)
+        self.replays.tell_of_gap()
 
     # Clients
 

@@ -16,6 +16,7 @@ from ..core.limits import RateLimit
 from ..core.messages import PONG as PONG_TEXT
 from ..core.messages import Command, Message, Resume, read_message
 from .outbox import Outbox
+from .resume_state import Phase, ResumeState
 from .socket import Disconnected, Ping, Pong, ProtocolViolation, Socket
 
 log = structlog.get_logger()
@@ -76,13 +77,10 @@ class Resuming(Protocol):
 class Connection:
     """One client that was let in.
 
-    ``answer`` is asked about the messages that need more than the connection knows.
-    ``expires_at`` is the credential's end on Trio's clock. ``replays`` lets it begin where it
-    left off; ``resume_from`` is the last event id that the handshake named, if any;
-    ``accepted_at`` is the place in the history from which on it misses nothing.
-    ``supports_deflate`` says that it can read compressed messages.
-
-    While it has a ``cursor``, durable events come from the history: it has them up to there.
+    ``answer`` is called with the messages that need more than the connection knows.
+    ``expires_at`` is the end of the credential, on Trio's clock. ``replays`` lets it begin where
+    an earlier connection left off, with the places that :class:`ResumeState` describes.
+    ``supports_deflate`` says that the client can read compressed messages.
     """
 
     __slots__ = (
@@ -105,11 +103,9 @@ class Connection:
         "_socket",
         "_writing",
         "_written",
-        "accepted_at",
         "audiences",
         "chose_its_code",
         "close_reason",
-        "cursor",
         "ended_at",
         "expires_at",
         "joined_at",
@@ -117,8 +113,7 @@ class Connection:
         "messages",
         "number",
         "principal",
-        "resume_from",
-        "resuming",
+        "resume_state",
         "sent_at",
         "supports_deflate",
     )  # fmt: skip
@@ -143,13 +138,10 @@ class Connection:
         self.close_reason = ""
         self.chose_its_code = False  # the client did, and may have sent any
         self.ended_at: float | None = None
-        self.cursor: Cursor | None = None
-        self.accepted_at = accepted_at
         self.supports_deflate = supports_deflate
         self.number = 0  # the hub's, from 1 in the order of joining
         self.mask = 0  # the hub's, while it looks for who hears a batch
-        self.resume_from = resume_from
-        self.resuming = False
+        self.resume_state = ResumeState(accepted_at, resume_from)
         self._replays = replays
         self._answer = answer
         self._limits = terms
@@ -205,8 +197,9 @@ class Connection:
                 async with trio.open_nursery() as nursery:
                     self._nursery = nursery
                     try:
-                        if self._replays is not None and self.resume_from is not None:
-                            self.start(self._replays.resume, self, self.resume_from)
+                        resume_from = self.resume_state.resume_from
+                        if self._replays is not None and resume_from is not None:
+                            self.start(self._replays.resume, self, resume_from)
                         await self._read(socket)
                     except Exception:
                         self.close(Close.INTERNAL_ERROR, "internal error")
@@ -364,7 +357,7 @@ class Connection:
             return
         self.messages += 1
         message = read_message(said)
-        if self.cursor is not None and not self.resuming and not isinstance(message, Resume):
+        if self.resume_state.phase is Phase.HELD and not isinstance(message, Resume):
             assert self._replays is not None
             self._replays.go_live(self)
         match message:

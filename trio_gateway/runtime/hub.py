@@ -8,7 +8,9 @@ import trio
 
 from ..core.audiences import Audience, Endpoint, Principal, audiences_of
 from ..core.close_codes import Close, Rejected
+from ..core.event_ids import Cursor
 from .connection import Connection
+from .resume_state import Step
 
 
 class CapacityLimits:
@@ -135,7 +137,7 @@ class Hub:
             return
         del self._connections[connection]
         self._leaving.add(connection)
-        self.held.discard(connection)
+        self.step(connection, Step.LEAVE)
         owner = connection.principal.owner
         self._owned[owner].remove(connection)
         if not self._owned[owner]:
@@ -144,6 +146,14 @@ class Hub:
         self.deflate_count -= connection.supports_deflate
         for audience in connection.audiences:
             self._exit(audience, connection)
+
+    def step(self, connection: Connection, step: Step, cursor: Cursor | None = None) -> None:
+        """Take a step of its resume state. It is :attr:`held` exactly while it has a cursor."""
+        connection.resume_state.step(step, cursor)
+        if connection.resume_state.cursor is None:
+            self.held.discard(connection)
+        else:
+            self.held.add(connection)
 
     def evict(self, connection: Connection, code: int, reason: str) -> None:
         """Close it, and free its place at once."""

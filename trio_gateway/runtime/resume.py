@@ -1,12 +1,7 @@
-"""Resume: from the history to live events, with nothing lost or doubled at the seam.
+"""Resume: send a connection the durable events that it missed, then let it go live.
 
-A connection with a ``cursor`` hears no durable event live: what stands after that place reaches
-it from the history. Dispatch adds a batch to the history and takes its snapshot of the members
-in one synchronous step, and a connection gives up its cursor in one with finding that nothing
-is left to replay. So each event reaches it in exactly one of the two ways.
-
-Every connection begins so, for a moment: its first message may be a ``resume``, and live events
-sent before that would come out of order. Any other first message decides, or half a second.
+:mod:`.resume_state` has the theory: the phases of a connection, and why nothing is lost or
+doubled between the history and live events. Here is what moves a connection from one to the next.
 """
 
 from collections import Counter, deque
@@ -19,6 +14,7 @@ from ..core.messages import GAP, resumed
 from .connection import Connection
 from .history import History, StoredEvent
 from .hub import Hub
+from .resume_state import Phase, Step
 
 UNDECIDED: Final = 0.5  # seconds that a silent client may still ask to resume
 _TOGETHER: Final = 0.05  # seconds: whose time comes so soon is decided at once, in one wake-up
@@ -42,12 +38,13 @@ class Replays:
 
     def hold(self, connection: Connection, now: float) -> None:
         """It has just joined: durable events wait in the history until it is decided."""
-        if connection.accepted_at is None:
-            connection.accepted_at = self._history.end
-        connection.cursor = connection.accepted_at
-        self._hub.held.add(connection)
-        connection.resuming = connection.resume_from is not None
-        if not connection.resuming:
+        state = connection.resume_state
+        if state.accepted_at is None:
+            state.accepted_at = self._history.end
+        if state.resume_from is not None:
+            self._hub.step(connection, Step.JOIN_RESUMING, state.accepted_at)
+        else:
+            self._hub.step(connection, Step.JOIN, state.accepted_at)
             self._undecided.append((now + UNDECIDED, connection))
             self._begun.set()
 
@@ -63,19 +60,19 @@ class Replays:
                 if not self._undecided or self._undecided[0][0] > together:
                     break
                 _, connection = self._undecided.popleft()
-                if not connection.resuming:
+                if connection.resume_state.phase is Phase.HELD:
                     self.go_live(connection)
 
     def go_live(self, connection: Connection) -> None:
         """It did not ask to resume: live from here, after what came since it joined."""
-        if connection.cursor is None or connection.ending:
+        if connection.ending:
             return
         missed = self._missed(connection)
         if len(missed) <= _CHUNK_EVENTS and not connection.waiting_bytes:
             self._write(connection, missed)
-            self._let_go(connection)
+            self._hub.step(connection, Step.CATCH_UP)
         else:
-            connection.resuming = True
+            self._hub.step(connection, Step.REPLAY)
             connection.start(self._catch_up, connection, [], {})
 
     def begin(self, stream: Stream, ahead: float | None) -> None:
@@ -94,26 +91,26 @@ class Replays:
 
     def _hold_back(self, connection: Connection, stream: Stream, since: Position) -> None:
         """Let it go live from there in this stream."""
-        live = connection.cursor is None
-        was = self._history.end if live else connection.cursor
-        connection.cursor = {**(was or {}), stream: since}
-        connection.accepted_at = {**(connection.accepted_at or {}), stream: since}
-        if live:
-            connection.resuming = True
-            self._hub.held.add(connection)
+        state = connection.resume_state
+        was_live = state.phase is Phase.LIVE
+        cursor = self._history.end if state.cursor is None else state.cursor
+        state.accepted_at = {**(state.accepted_at or {}), stream: since}
+        self._hub.step(connection, Step.OWE, {**cursor, stream: since})
+        if was_live:
             connection.start(self._catch_up, connection, [], {})
 
     def tell_of_gap(self) -> None:
         """Events were lost between Redis and this process: tell every client to refetch."""
-        for connection in self._hub.held:
-            connection.cursor = connection.accepted_at = self._history.end
+        for connection in list(self._hub.held):
+            connection.resume_state.accepted_at = self._history.end
+            self._hub.step(connection, Step.GAP, self._history.end)
         for connection in list(self._hub.connections):
             connection.send(GAP)
 
     def ask(self, connection: Connection, last_event_id: str | None) -> None:
         """It asks to resume in a message: that must be its first."""
-        if connection.messages == 1 and not connection.resuming:
-            connection.resuming = True
+        if connection.messages == 1 and connection.resume_state.may_resume:
+            self._hub.step(connection, Step.ASK)
             # What is no string names no place either.
             connection.start(
                 self.resume, connection, "?" if last_event_id is None else last_event_id
@@ -129,13 +126,13 @@ class Replays:
             return
         if cursor is None or not self._in_order(connection):
             self._refuse(connection)
-            if connection.cursor is not None:
+            if connection.resume_state.cursor is not None:
                 await self._catch_up(connection, self._missed(connection), history.end)
             return
         self.resumes["recovered"] += 1
         # Other streams than the one that an event's id names are heard from here on.
-        place = connection.cursor = {**self._accepted_at(connection), **cursor}
-        self._hub.held.add(connection)
+        place = {**self._accepted_at(connection), **cursor}
+        self._hub.step(connection, Step.REPLAY, place)
         missed = self._missed(connection)
         if not missed:  # else the id that holds is the client's own, until theirs come
             place = {**place, **{s: max(p, place.get(s, p)) for s, p in history.end.items()}}
@@ -144,7 +141,7 @@ class Replays:
 
     def _refuse(self, connection: Connection) -> None:
         self.resumes["not_recovered"] += 1
-        began, cursor = self._history.began, connection.cursor
+        began, cursor = self._history.began, connection.resume_state.cursor
         place = self._history.end if cursor is None else {**began, **cursor}
         connection.send(resumed(recovered=False, count=0, last_event_id=cursor_id(place)))
 
@@ -166,19 +163,21 @@ class Replays:
 
     def _accepted_at(self, connection: Connection) -> Cursor:
         """From where on it hears live events; a stream that was read later, from its begin."""
-        assert connection.accepted_at is not None
-        return {**self._history.began, **connection.accepted_at}
+        accepted_at = connection.resume_state.accepted_at
+        assert accepted_at is not None
+        return {**self._history.began, **accepted_at}
 
     def _in_order(self, connection: Connection) -> bool:
         """Whether it was sent no durable event yet, which a replay would have to precede."""
-        if connection.cursor is not None:
+        if connection.resume_state.cursor is not None:
             return True
         return not self._history.missed(self._accepted_at(connection), connection.audiences)
 
     def _missed(self, connection: Connection) -> list[StoredEvent]:
         """What it has to be sent, without what it was sent live as a Pub/Sub copy."""
-        assert connection.cursor is not None
-        cursor = {**self._history.began, **connection.cursor}
+        cursor = connection.resume_state.cursor
+        assert cursor is not None
+        cursor = {**self._history.began, **cursor}
         if self._history.forgot(cursor):  # while it was held: it read too slowly
             connection.send(GAP)
         return [
@@ -193,35 +192,31 @@ class Replays:
         """Send what was missed up to a place, no faster than the client takes it, then what came
         meanwhile, until nothing is left.
         """
+        state = connection.resume_state
         while not connection.ending:
-            cursor = connection.cursor
+            cursor = state.cursor
             await connection.wait_written()
-            if connection.cursor is not cursor:  # told of a gap: what was before it is over
+            if state.cursor is None:  # it has left meanwhile
+                return
+            if state.cursor is not cursor:  # told of a gap: what was before it is over
                 missed, upto = self._missed(connection), self._history.end
             if missed:
                 chunk, missed = _first(missed)
                 self._write(connection, chunk)
                 continue
-            assert connection.cursor is not None
-            connection.cursor = {**connection.cursor, **upto}
+            state.advance(upto)
             missed, upto = self._missed(connection), self._history.end
             if not missed:
-                self._let_go(connection)
+                self._hub.step(connection, Step.CATCH_UP)
                 return
 
     def _write(self, connection: Connection, chunk: list[StoredEvent]) -> None:
-        assert connection.cursor is not None
-        places = {kept.stream: kept.position for kept in chunk}
-        connection.cursor = {**connection.cursor, **places}
+        connection.resume_state.advance({kept.stream: kept.position for kept in chunk})
         # It may have got other audiences since this was found.
         frames = [k.frame for k in chunk if not connection.audiences.isdisjoint(k.audiences)]
         if frames:
             connection.write(b"".join(frames), len(frames), trio.current_time())
             self.replayed += len(frames)
-
-    def _let_go(self, connection: Connection) -> None:
-        connection.cursor = None
-        self._hub.held.discard(connection)
 
 
 def _first(missed: list[StoredEvent]) -> tuple[list[StoredEvent], list[StoredEvent]]:

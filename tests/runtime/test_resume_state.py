@@ -1,0 +1,67 @@
+"""The resume state: its table, and that a cursor is there exactly in two of its phases."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trio_gateway.core.event_ids import START, Stream
+from trio_gateway.runtime.connection import Connection, ConnectionLimits
+from trio_gateway.runtime.hub import Hub
+from trio_gateway.runtime.resume_state import TRANSITIONS, Phase, ResumeState, Step
+from trio_gateway.testing import make_principal
+
+PLACE = {Stream("a"): START}
+
+
+@given(st.lists(st.sampled_from(Step)))
+def test_connection_is_held_exactly_while_it_has_a_cursor(steps: list[Step]) -> None:
+    hub, connection = Hub(), Connection(make_principal(), ConnectionLimits())
+    state = connection.resume_state
+    for step in steps:
+        if step in TRANSITIONS[state.phase]:
+            hub.step(connection, step, PLACE)
+        has_cursor = state.cursor is not None
+        assert has_cursor == (state.phase in {Phase.HELD, Phase.REPLAYING})
+        assert has_cursor == (connection in hub.held)
+
+
+def test_impossible_step_raises() -> None:
+    with pytest.raises(KeyError):
+        ResumeState().step(Step.CATCH_UP)
+
+
+@pytest.mark.parametrize("step", Step)
+def test_no_step_reopens_a_closed_state(step: Step) -> None:
+    state = ResumeState()
+    state.step(Step.LEAVE)
+
+    state.step(step, PLACE)
+
+    assert (state.phase, state.cursor) == (Phase.CLOSED, None)
+
+
+@pytest.mark.parametrize("replays", [Step.ASK, Step.REPLAY])
+def test_client_may_resume_until_it_has_asked_or_was_replayed_to(replays: Step) -> None:
+    state = ResumeState()
+    state.step(Step.JOIN, PLACE)
+    assert state.may_resume
+    state.step(replays)
+    assert not state.may_resume
+    state.step(Step.CATCH_UP)
+    assert not state.may_resume
+
+
+def test_silent_client_may_still_resume_when_it_is_live() -> None:
+    state = ResumeState()
+    state.step(Step.JOIN, PLACE)
+    state.step(Step.CATCH_UP)
+
+    assert state.may_resume
+
+
+def test_step_without_a_cursor_keeps_the_one_there_is() -> None:
+    state = ResumeState()
+    state.step(Step.JOIN, PLACE)
+    state.step(Step.REPLAY)
+
+    assert state.cursor == PLACE

@@ -1,0 +1,129 @@
+"""The resume state of one connection: by which of two ways a durable event reaches it.
+
+A durable event reaches a connection live, from dispatch, or from the history. Which of the two
+is a question of its phase:
+
+- CONNECTING: it is not in the hub yet, or nobody resumes.
+- HELD: it has joined, and may still ask to resume: by its first message, or in its handshake.
+  Live events that were sent before an answer would come out of order, so durable ones wait in
+  the history. Any other first message decides, or half a second of silence.
+- REPLAYING: it is sent what it missed, no faster than it reads.
+- LIVE: it is sent durable events as they are dispatched.
+- CLOSED: it has left the hub, and is sent nothing. No step changes that.
+
+The cursor is the place in the history up to which it has everything. These three are one fact:
+the phase is HELD or REPLAYING; there is a cursor; the connection is in ``hub.held``, by which
+dispatch passes it over. :meth:`ResumeState.step` keeps the first two together, and ``Hub.step``,
+through which alone a phase changes, the third.
+
+Nothing is lost or doubled at the seam, because two things happen in one synchronous step each:
+
+- Dispatch adds a batch to the history and takes its snapshot of the members.
+- A connection finds that nothing is left to replay and becomes LIVE.
+
+So a batch comes either before the second, and is replayed, or after it, and is sent live.
+
+A client may ask to resume once, and only before anything was replayed to it: ``may_resume``. One
+that asks when it is LIVE already, after half a second of silence, is looked up while it stays
+LIVE; it is REPLAYING once its place is found, and only if no durable event was sent to it.
+
+LAGGING will be the phase of a client that reads too slowly to stay LIVE: its outbox is given up
+for a cursor, and it goes back to REPLAYING. Nothing uses it yet: such a client is closed.
+"""
+
+from collections.abc import Mapping
+from enum import Enum, auto
+from typing import Final
+
+from ..core.event_ids import Cursor
+
+
+class Phase(Enum):
+    """Where a connection stands between joining and live events."""
+
+    CONNECTING = auto()
+    HELD = auto()
+    REPLAYING = auto()
+    LIVE = auto()
+    CLOSED = auto()
+
+
+class Step(Enum):
+    """What changes the phase of a connection, or its cursor."""
+
+    JOIN = auto()  # the hub, and it has not said yet how it begins
+    JOIN_RESUMING = auto()  # its handshake named the last event that it has
+    ASK = auto()  # to resume, in its first message
+    REPLAY = auto()  # its place was found, or what it missed is too much for one write
+    CATCH_UP = auto()  # nothing is left to replay
+    OWE = auto()  # a stream was read for the first time, and it is owed events of that
+    GAP = auto()  # events were lost, and what came before is over
+    LEAVE = auto()  # the hub
+
+
+TRANSITIONS: Final[Mapping[Phase, Mapping[Step, Phase]]] = {
+    Phase.CONNECTING: {
+        Step.JOIN: Phase.HELD,
+        Step.JOIN_RESUMING: Phase.REPLAYING,
+        Step.LEAVE: Phase.CLOSED,
+    },
+    Phase.HELD: {
+        Step.ASK: Phase.REPLAYING,
+        Step.REPLAY: Phase.REPLAYING,
+        Step.CATCH_UP: Phase.LIVE,
+        Step.OWE: Phase.HELD,
+        Step.GAP: Phase.HELD,
+        Step.LEAVE: Phase.CLOSED,
+    },
+    Phase.REPLAYING: {
+        Step.REPLAY: Phase.REPLAYING,
+        Step.CATCH_UP: Phase.LIVE,
+        Step.OWE: Phase.REPLAYING,
+        Step.GAP: Phase.REPLAYING,
+        Step.LEAVE: Phase.CLOSED,
+    },
+    Phase.LIVE: {
+        Step.ASK: Phase.LIVE,
+        Step.REPLAY: Phase.REPLAYING,
+        Step.OWE: Phase.REPLAYING,
+        Step.LEAVE: Phase.CLOSED,
+    },
+    Phase.CLOSED: dict.fromkeys(Step, Phase.CLOSED),
+}
+
+
+class ResumeState:
+    """The phase of one connection, and its places in the history.
+
+    ``resume_from`` is the last event id that its handshake named, if any. ``accepted_at`` is the
+    place from which on it misses nothing: where the history stood when its upgrade was accepted,
+    or, if None, when it joins.
+    """
+
+    __slots__ = ("accepted_at", "cursor", "may_resume", "phase", "resume_from")
+
+    def __init__(self, accepted_at: Cursor | None = None, resume_from: str | None = None) -> None:
+        self.phase = Phase.CONNECTING
+        self.cursor: Cursor | None = None
+        self.accepted_at = accepted_at
+        self.resume_from = resume_from
+        self.may_resume = True
+
+    def step(self, step: Step, cursor: Cursor | None = None) -> None:
+        """Change the phase as :data:`TRANSITIONS` says; a cursor replaces the one it has.
+
+        Raises :exc:`KeyError` if the step is impossible in this phase, which is a bug.
+        """
+        self.phase = TRANSITIONS[self.phase][step]
+        if self.phase is Phase.HELD or self.phase is Phase.REPLAYING:
+            self.cursor = self.cursor if cursor is None else cursor
+            assert self.cursor is not None
+        else:
+            self.cursor = None
+        if self.phase is Phase.REPLAYING or step is Step.ASK:
+            self.may_resume = False
+
+    def advance(self, places: Cursor) -> None:
+        """It has everything up to these places, too."""
+        assert self.cursor is not None
+        self.cursor = {**self.cursor, **places}
