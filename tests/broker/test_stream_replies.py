@@ -1,0 +1,47 @@
+"""Replies about streams: parsed into types, or a lost connection."""
+
+from collections.abc import Callable
+from typing import Any
+
+import hiredis
+import pytest
+
+from trio_gateway.broker.stream_replies import Info, read_entries, read_info, read_news, read_time
+from trio_gateway.core.event_ids import START
+from trio_gateway.runtime.supervision import ConnectionLost
+
+SHAPES: list[Any] = [
+    b"OK", 1, [], [1], [[b"a"]], [[b"a", 1]], [[b"a", [[b"1-1"]]]], [[b"a", [[b"1-1", [b"b"]]]]],
+    [[b"a", [[b"x", [b"data", b"b"]]]]], [[b"\xff", [[b"1-1", None]]]],
+    [[b"a", [[b"1-1", [1, 2]]]]],
+    [b"1-1", None], [[b"1-1", [b"data", 5]]], [b"length"], [b"length", 1], [1, 2], {},
+    [b"length", b"1", b"last-generated-id", b"1-1", b"first-entry", None], float("nan"), True,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("read", [read_news, read_entries, read_info, read_time])
+@pytest.mark.parametrize("reply", SHAPES, ids=repr)
+def test_reply_of_another_shape_is_a_lost_connection(
+    reply: Any, read: Callable[[Any], Any]
+) -> None:
+    if reply == [] and read in {read_news, read_entries}:
+        assert read(reply) == []
+        return
+    with pytest.raises(ConnectionLost, match="unexpected reply"):
+        read(reply)
+
+
+def test_replies_are_parsed() -> None:
+    assert read_news(None) == []
+    entries = [[b"1-2", [b"other", b"a", b"data", b"b"]], [b"1-3", None], [b"1-4", [b"x", b"y"]]]
+    payloads = [((1, 2), b"b"), ((1, 3), None), ((1, 4), None)]
+    assert read_news([[b"events", entries]]) == [("events", payloads)]
+    assert read_entries(entries) == payloads
+    info: list[Any] = [b"length", 3, b"last-generated-id", b"5-0", b"first-entry", entries[0]]
+    assert read_info(info) == ((5, 0), (1, 2), 3, None, START)
+    assert read_info([*info, b"entries-added", 9, b"new-in-redis-99", b"?"]).added == 9
+    assert read_info(hiredis.ReplyError("ERR no such key")) == Info()
+    assert read_time([b"1700000000", b"250000"]) == 1_700_000_000.25
+    assert read_time(hiredis.ReplyError("NOPERM no")) is None
+    with pytest.raises(ConnectionLost, match="XINFO failed: NOPERM"):
+        read_info(hiredis.ReplyError("NOPERM no"))
