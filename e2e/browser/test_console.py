@@ -76,12 +76,12 @@ def join(page: Page, endpoint: str) -> None:
 def test_figures_move_as_events_come(page: Page, backend: "redis.Redis") -> None:
     expect(page.locator("#endpoints")).to_contain_text("admin1")
     expect(page.locator("#breakers")).to_contain_text("link: streamsconnected")
-    events = page.locator("#figures .card").nth(1).locator(".figure span")
+    events = page.locator("#stats .card").nth(1).locator(".figure span")
     expect(events).to_have_text("0")
     for n in range(50):
         publish(backend, n)
     expect(events).not_to_have_text("0")
-    chart = page.locator("#figures svg").nth(1)
+    chart = page.locator("#stats svg").nth(1)
     expect(chart).to_have_attribute(
         "aria-label", re.compile(r"Events a second, last two minutes: now .+, at most [1-9]")
     )
@@ -138,7 +138,7 @@ def test_when_the_gateway_is_lost_the_page_says_so_comes_back_and_resumes(
 
 
 def test_who_hears_this_is_answered(page: Page) -> None:
-    page.get_by_role("tab", name="Who hears this?").click()
+    page.get_by_role("tab", name="Who receives this?").click()
     waiter = make_jwt(JWT_SECRET, sector_ids=[7])
     page.get_by_label("Tokens to judge").fill(waiter)
     page.get_by_role("button", name="Ask").click()
@@ -162,14 +162,14 @@ def test_everything_is_reached_by_keyboard(page: Page) -> None:
     expect(page.get_by_role("tab", name="Playground")).to_be_focused()
     expect(page.get_by_role("tabpanel", name="Playground")).to_be_visible()
     page.keyboard.press("End")
-    expect(page.get_by_role("tab", name="Who hears this?")).to_have_attribute(
+    expect(page.get_by_role("tab", name="Who receives this?")).to_have_attribute(
         "aria-selected", "true"
     )
     page.keyboard.press("Home")
     expect(page.get_by_role("tabpanel", name="Live")).to_be_visible()
 
 
-@pytest.mark.parametrize("tab", ["Live", "Playground", "Who hears this?"])
+@pytest.mark.parametrize("tab", ["Live", "Playground", "Who receives this?"])
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_nothing_stands_in_the_way_of_a_screen_reader(page: Page, tab: str, theme: str) -> None:
     axe = os.environ.get("AXE")
@@ -188,7 +188,7 @@ def test_nothing_stands_in_the_way_of_a_screen_reader(page: Page, tab: str, them
     assert serious == []
 
 
-@pytest.mark.parametrize("tab", ["Live", "Playground", "Who hears this?"])
+@pytest.mark.parametrize("tab", ["Live", "Playground", "Who receives this?"])
 def test_it_fits_a_phone(page: Page, tab: str) -> None:
     page.set_viewport_size({"width": 360, "height": 740})
     page.get_by_role("tab", name=tab).click()
