@@ -58,7 +58,7 @@ def chaos(session: nox.Session) -> None:
     ``-- e2e/chaos/test_clock.py`` runs one file, ``-- -k sigterm`` the tests of that name.
     """
     session.install("-e", ".[test]")
-    session.run("pytest", "-m", "chaos", *_chosen(session, "e2e/chaos"))
+    session.run("pytest", "-m", "chaos", *session.posargs)
 
 
 @nox.session

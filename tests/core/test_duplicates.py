@@ -203,7 +203,7 @@ def test_an_event_costs_no_more_when_its_content_was_heard_often(way: str) -> No
         channels = {"on one channel": 1, "on many channels": number, "on two in turn": 2}[way]
         return [make_event(channel=str(i % channels), received_at=i / 5000) for i in range(number)]
 
-    few, many = events(1000), events(16_000)
+    few, many = events(500), events(8000)
     assert min(_cost(many) for _ in range(3)) < 4 * 16 * min(_cost(few) for _ in range(5))
 
 
@@ -250,7 +250,7 @@ def test_forgetting_costs_no_more_when_much_is_remembered() -> None:
                 best = min(best, time.thread_time() - began)
         return best
 
-    assert cost(40_000) < 4 * cost(2000)
+    assert cost(20_000) < 4 * cost(1000)
 
 
 def test_memory_is_bounded_and_the_oldest_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
