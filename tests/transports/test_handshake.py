@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tests.support.sockets import ACCEPT, HEADS, KEY, HeadCase, make_head
 from trio_gateway.core.audiences import Endpoint
-from trio_gateway.core.client_request import ClientRequest, bearer
+from trio_gateway.core.client_request import ClientRequest
 from trio_gateway.transports.handshake import (
     MAX_HEADERS,
     Refusal,
@@ -136,84 +136,6 @@ def test_subprotocols_may_be_in_two_headers() -> None:
     assert (handshake.subprotocol, handshake.credential) == ("gateway.v1", "abc")
 
 
-# The credential
-
-
-def test_query_precedes_authorization_which_precedes_the_subprotocol() -> None:
-    headers = ["Authorization: Bearer second", "Sec-WebSocket-Protocol: gateway.v1, bearer.third"]
-
-    assert parse(*headers, request="GET /ws/waiter?token=first HTTP/1.1").credential == "first"
-    assert parse(*headers).credential == "second"
-    assert parse(headers[1]).credential == "third"
-    assert parse().credential == ""
-
-
-def test_empty_token_in_the_query_is_ignored() -> None:
-    handshake = parse("Authorization: Bearer real", request="GET /ws/waiter?token= HTTP/1.1")
-
-    assert handshake.credential == "real"
-
-
-@pytest.mark.parametrize(
-    ("target", "credential"),
-    [
-        ("/ws/diner?table_token=mine", "mine"),
-        ("/ws/diner?token=mine", ""),
-        ("/ws/waiter?table_token=mine", ""),
-        ("/ws/waiter?token=a&token=b", "a"),
-        ("/ws/waiter?TOKEN=a", ""),
-        ("/ws/diner?table_token=1%3A2%3A3", "1:2:3"),
-    ],
-)
-def test_query_parameter_of_the_token_depends_on_the_endpoint(target: str, credential: str) -> None:
-    assert parse(request=f"GET {target} HTTP/1.1").credential == credential
-
-
-def test_ticket_is_in_the_query() -> None:
-    assert parse(request="GET /ws/diner?ticket=once HTTP/1.1").ticket == "once"
-    assert parse().ticket is None
-
-
-@pytest.mark.parametrize(
-    ("authorization", "token"),
-    [
-        ("Bearer abc", "abc"),
-        ("bearer abc", "abc"),
-        ("  BEARER   abc  ", "abc"),
-        ("Bearer", None),
-        ("Bearer ", None),
-        ("Basic abc", None),
-        ("Bearerabc", None),
-        ("", None),
-        (None, None),
-    ],
-)
-def test_bearer_token(authorization: str | None, token: str | None) -> None:
-    assert bearer(authorization) == token
-
-
-# Where to resume
-
-
-@pytest.mark.parametrize(
-    ("target", "header", "last"),
-    [
-        ("/ws/waiter", None, None),
-        ("/ws/waiter?last_event_id=7", None, "7"),
-        ("/ws/waiter", "8", "8"),
-        ("/ws/waiter?last_event_id=7", "8", "8"),
-        ("/ws/waiter?last_event_id=", "8", "8"),
-        ("/ws/waiter?last_event_id=7", "", "7"),
-        ("/ws/waiter?last_event_id=7&lastEventId=9", None, "9"),
-        ("/ws/waiter?last_event_id=", None, ""),
-    ],
-)
-def test_last_event_id(target: str, header: str | None, last: str | None) -> None:
-    more = [] if header is None else [f"Last-Event-ID: {header}"]
-
-    assert parse(*more, request=f"GET {target} HTTP/1.1").last_event_id == last
-
-
 # Its parts
 
 
@@ -235,8 +157,3 @@ def test_headers_are_joined_by_name_in_any_case() -> None:
     headers = [(b"Accept", b" a "), (b"X", b"\xe9"), (b"ACCEPT", b"b")]
 
     assert join_headers(headers) == {"accept": "a, b", "x": "\xe9"}
-
-
-def test_origin() -> None:
-    assert parse("Origin: https://a.example").origin == "https://a.example"
-    assert parse().origin is None
