@@ -292,10 +292,10 @@ def test_publish_does_not_trim_the_stream(url: str, store: "redis.Redis") -> Non
     assert b"MAXLEN" not in added
 
 
-def test_check_of_a_sound_set_up_finds_nothing_wrong(url: str) -> None:
+def test_check_finds_no_problem_in_a_valid_setup(url: str) -> None:
     done = run("check", env={"REDIS_URL": url, **SECRETS})
     assert (done.exit_code, done.stderr) == (0, "")
-    assert "wrong" not in done.stdout
+    assert "error" not in done.stdout
     assert done.stdout.splitlines()[-1] == "The gateway can start."
 
 
@@ -317,7 +317,7 @@ def test_check_finds_that_redis_is_a_replica(url: str, store: "redis.Redis") -> 
         store.replicaof("NO", "ONE")
     assert done.exit_code == 1
     assert "Redis is a replica" in done.stdout
-    assert "leads to the primary" in done.stdout
+    assert "resolves to the primary" in done.stdout
 
 
 def test_check_leaves_redis_as_it_was(url: str, store: "redis.Redis") -> None:
@@ -325,7 +325,7 @@ def test_check_leaves_redis_as_it_was(url: str, store: "redis.Redis") -> None:
     assert not store.keys()
 
 
-def test_check_says_how_to_mend_each_thing(url: str, store: "redis.Redis") -> None:
+def test_check_says_how_to_fix_each_problem(url: str, store: "redis.Redis") -> None:
     store.set("events:critical", "no stream")
     env = {
         "REDIS_URL": url,
@@ -336,23 +336,23 @@ def test_check_says_how_to_mend_each_thing(url: str, store: "redis.Redis") -> No
     for text in (
         "JWT_SECRET is not set",
         "WRONGTYPE",
-        "name another in REDIS_STREAMS",
+        "name another one in REDIS_STREAMS",
         "LimitNOFILE",
-        "2 wrong",
+        "2 problems",
     ):
         assert text in done.stdout
 
 
 @pytest.mark.parametrize(
-    ("replies", "mend"),
+    ("replies", "remedy"),
     [
         ("refused", "start Redis there, or set REDIS_URL"),
         ("WRONGPASS", "the user or the password in REDIS_URL is wrong"),
         ("NOPERM", "allow this user the keys"),
     ],
 )
-def test_check_of_a_redis_that_does_not_let_us(
-    url: str, store: "redis.Redis", replies: str, mend: str
+def test_check_says_what_redis_refuses(
+    url: str, store: "redis.Redis", replies: str, remedy: str
 ) -> None:
     store.execute_command(
         *["ACL", "SETUSER", "meek", "on", ">pw", "~events:*", "+client", "+xread", "+xrevrange"]  # type: ignore[no-untyped-call]
@@ -365,7 +365,7 @@ def test_check_of_a_redis_that_does_not_let_us(
     done = run("check", env={"REDIS_URL": where, **SECRETS})
     assert done.exit_code == 1
     assert replies in done.stdout
-    assert mend in done.stdout
+    assert remedy in done.stdout
     assert "hunter2" not in done.output
 
 

@@ -74,7 +74,7 @@ def test_the_routes_of_a_file_count(tmp_path: Path) -> None:
     assert verdict["endpoints"] == ["waiter"]
 
 
-def test_a_wrong_signature_is_said_as_such() -> None:
+def test_invalid_signature_is_reported() -> None:
     staff, diner = verdicts(make_jwt("x" * 32), make_table_token("x" * 32))
     assert staff["reasons"]["token"].startswith("token: not signed with JWT_SECRET")
     assert diner["reasons"]["token"].startswith("token: not signed with TABLE_TOKEN_SECRET")
@@ -163,8 +163,8 @@ def test_a_sample_line_is_an_event() -> None:
         (["-", "--token", "-"], EVENT, 2, "can be read only once"),
         (["-", "--token", "@gone"], EVENT, 2, "can't read a token from gone: No such file"),
         (["-", "--token", "@/dev/null"], EVENT, 2, "there is no token in /dev/null"),
-        (["-"], f"{EVENT}\n{EVENT}\n", 2, "- holds 2 events: one is wanted"),
-        (["-"], "", 2, "- holds 0 events: one is wanted"),
+        (["-"], f"{EVENT}\n{EVENT}\n", 2, "- holds 2 events: give one"),
+        (["-"], "", 2, "- holds 0 events: give one"),
         (["-"], '{"type":"X"}', 1, "no gateway delivers this: Object missing required field"),
         (["gone.json"], "", 2, "gone.json"),
         (["-", "--url", "redis://x"], EVENT, 2, "--url"),

@@ -10,7 +10,7 @@ import sys
 import structlog
 
 from .gateway import Gateway, create_app
-from .serve import heed_signals_in_master, tune_gc
+from .serve import handle_signals_in_master, tune_gc
 from .settings import InvalidSettings, load_settings
 from .telemetry import logs, output
 from .transports import tcp
@@ -33,7 +33,7 @@ def _from_environment() -> Gateway:
         log.warning(warning)
     tcp.install()
     tune_gc()
-    heed_signals_in_master(gateway)
+    handle_signals_in_master(gateway)
     return gateway
 
 

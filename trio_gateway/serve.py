@@ -1,4 +1,4 @@
-"""Serving: Hypercorn's Trio server in this process, ended by signals, with true exit statuses."""
+"""Serving: Hypercorn's Trio server in this process, with signals and exit statuses."""
 
 import gc
 import os
@@ -30,19 +30,19 @@ log = structlog.get_logger()
 
 DEFAULT_BIND: Final = "0.0.0.0:8001"
 _LAST_PORT: Final = 65_535
-_LAST_WORDS: Final = 0.5  # seconds for HTTP answers, however long the drain took
+_HTTP_GRACE: Final = 0.5  # seconds at least for HTTP responses, however long the drain took
 
 
 class BadConfig(ValueError):  # noqa: N818 - reads better where it is raised
-    """Hypercorn's configuration can't be used; the text says why."""
+    """Hypercorn's configuration is invalid; the text says why."""
 
 
 def read_config(
     path: Path | None, binds: tuple[str, ...] = (), insecure_binds: tuple[str, ...] = ()
 ) -> Config:
-    """Hypercorn's configuration from a TOML file, or what hypercorn.toml says if there is none.
+    """Read Hypercorn's configuration from a TOML file; without one, use that of hypercorn.toml.
 
-    Raises :exc:`BadConfig`.
+    ``binds`` and ``insecure_binds`` replace those of the file. Raises :exc:`BadConfig`.
     """
     if path is None:
         config = Config()
@@ -62,7 +62,7 @@ def read_config(
             raise BadConfig(f"{path}: {error}") from None
     if config.worker_class != "trio":
         raise BadConfig(f'trio-gateway runs on Trio only: worker_class = "trio" in {path}')
-    # 0 is for the hypercorn command: its master then serves by itself, as we do.
+    # 0 is for the hypercorn command: its master then serves in its own process, as we do.
     config.workers = max(1, config.workers)
     if binds:
         config.bind = list(binds)
@@ -76,31 +76,34 @@ def read_config(
 
 
 def tune_gc() -> None:
-    """Let the garbage collector leave alone what stays for ever, and look less often at the rest.
+    """Exclude the objects that exist now from garbage collection, and collect the rest less often.
 
-    Each accept makes hundreds of objects that live on: with the usual thresholds a third of its
-    cost is looking through them all again, and a full collection stops every client for as long.
+    Each accept creates hundreds of objects that stay. With the default thresholds, traversing them
+    is a third of its cost, and a full collection stops every client meanwhile.
     """
     gc.collect()
     gc.freeze()
-    # What is young is looked at twice and then left alone, so a pause is short however many have
-    # come; a middle generation of twenty times as much would cost the same in one piece.
+    # Objects survive two young collections and are then ignored until a full one, which is rare,
+    # so pauses do not grow with the number of clients. A second generation of twenty times the size
+    # would cost the same time in a single long pause.
     gc.set_threshold(10_000, 1, 4_000)
 
 
 def run(
     app: Gateway, config: Config, supervisor: int | None = None, board: str | None = None
 ) -> int:
-    """Serve until SIGTERM, SIGINT or SIGHUP; returns the exit status: 0, or 1 after a failure.
+    """Serve until SIGTERM, SIGINT or SIGHUP; return the exit status: 0, or 1 after a failure.
 
-    ``supervisor`` is a socket to who started us as one of several: it is told when we are ready,
-    and when it is gone we stop, too. ``board`` is a descriptor and a slot, see
-    :mod:`.transports.accepting`: ``5:0``.
+    Arguments:
+        supervisor: the descriptor of a socket to the supervisor, if this process is one of its
+            workers. The worker reports there that it is ready, and stops when the socket closes.
+        board: the descriptor of the workers' board and the slot of this worker, as ``5:0``; see
+            :mod:`.transports.accepting`.
     """
     tcp.install()
     tune_gc()
-    _fit(app, config)
-    config.workers = 1  # of a file for several, Hypercorn would warn
+    _configure(app, config)
+    config.workers = 1  # for any other number, Hypercorn would warn
     try:
         trio.run(_serve, app, config, supervisor, board)
     except BaseException as error:
@@ -116,8 +119,8 @@ def run(
     return 0
 
 
-def _fit(app: Gateway, config: Config) -> None:
-    """Let the gateway and Hypercorn agree."""
+def _configure(app: Gateway, config: Config) -> None:
+    """Apply Hypercorn's settings to the gateway, and the gateway's to Hypercorn."""
     app.parts.drain.patience = config.graceful_timeout
     if config.logger_class is hypercorn.logging.Logger and config.statsd_host is None:
         config.logger_class = logs.HypercornLogger
@@ -125,18 +128,19 @@ def _fit(app: Gateway, config: Config) -> None:
     config.websocket_ping_interval = app.settings.ws_ping_interval
 
 
-def heed_signals_in_master(app: Gateway) -> None:
-    """Make ``hypercorn`` with ``workers = 0`` end as :func:`run` does.
+def handle_signals_in_master(app: Gateway) -> None:
+    """Make ``hypercorn`` with ``workers = 0`` handle signals as :func:`run` does.
 
-    Its master then serves in its own process, and would heed no signal: SIGTERM would end it
-    without a word to any client. With workers it has a way to tell them, which stays as it is.
+    Its master then serves in its own process and installs no signal handlers: SIGTERM would end it
+    without closing a connection. With workers, Hypercorn stops them itself, and that stays as it
+    is.
     """
     hypercorns_own = hypercorn.trio.run.worker_serve
 
     async def worker_serve(
         wrapped: Any, config: Config, *, shutdown_trigger: Any = None, **options: Any
     ) -> None:
-        _fit(app, config)
+        _configure(app, config)
         server = partial(hypercorns_own, wrapped, config, **options)
         if shutdown_trigger is not None:
             await server(shutdown_trigger=shutdown_trigger)
@@ -152,7 +156,7 @@ def heed_signals_in_master(app: Gateway) -> None:
 
 
 def supervise(config: Config, arguments: Sequence[str], env: Mapping[str, str]) -> int:
-    """Serve with ``config.workers`` processes; returns the exit status."""
+    """Serve with ``config.workers`` processes; return the exit status."""
     try:
         return workers.supervise(config, arguments, config.workers, env)
     except OSError as error:
@@ -165,9 +169,11 @@ def _cannot_serve(config: Config, error: OSError) -> int:
     return 1
 
 
-def heeded() -> list[signal.Signals]:
-    """What ends it. One process has nothing to roll at SIGHUP: it ends, too, and not in silence;
-    under nohup it is to be ignored.
+def shutdown_signals() -> list[signal.Signals]:
+    """The signals that start a graceful shutdown.
+
+    A single process has no workers to replace at SIGHUP: it treats it like SIGTERM, unless the
+    signal is ignored (nohup).
     """
     found = [signal.SIGTERM, signal.SIGINT]
     hup = getattr(signal, "SIGHUP", None)  # not on Windows
@@ -181,7 +187,7 @@ async def _serve(
     board: str | None = None,
     server: Callable[..., Awaitable[None]] | None = None,
 ) -> None:
-    """Serve with ``server``, Hypercorn's, until a signal or the supervisor says to stop."""
+    """Serve with Hypercorn's ``server`` until a signal arrives or the supervisor is gone."""
     server = server or partial(hypercorn_serve, app, config, mode="asgi")
     asked = trio.Event()
 
@@ -190,14 +196,14 @@ async def _serve(
         await asked.wait()
         began = trio.current_time()
         await app.drain()
-        # Its patience with HTTP clients begins only now: it is what is left of the one there is.
+        # Hypercorn's timeout for HTTP clients begins only now: give it the rest of ours.
         left = config.graceful_timeout - (trio.current_time() - began)
-        config.graceful_timeout = max(_LAST_WORDS, left)
+        config.graceful_timeout = max(_HTTP_GRACE, left)
 
     failed = False
 
-    async def beside(work: Callable[..., Awaitable[None]], *arguments: Any) -> None:
-        """A bug beside the server ends it as one inside does: when every client has been told."""
+    async def stop_on_bug(work: Callable[..., Awaitable[None]], *arguments: Any) -> None:
+        """Run a task next to the server; a bug in it stops the server, after the drain."""
         nonlocal failed
         try:
             await work(*arguments)
@@ -208,8 +214,8 @@ async def _serve(
 
     async with trio.open_nursery() as nursery:
 
-        async def heed_signals() -> None:
-            with trio.open_signal_receiver(*heeded()) as signals:
+        async def handle_signals() -> None:
+            with trio.open_signal_receiver(*shutdown_signals()) as signals:
                 async for number in signals:
                     if asked.is_set():
                         log.warning("stopping at once", signal=signal.Signals(number).name)
@@ -219,28 +225,28 @@ async def _serve(
                     asked.set()
 
         async def tell_supervisor(link: trio.SocketStream) -> None:
-            while not app.ready:  # noqa: ASYNC110 - it depends on many things, and is asked once
+            while not app.ready:  # noqa: ASYNC110 - it depends on many things
                 await trio.sleep(0.05)
             with suppress(trio.BrokenResourceError):
                 await link.send_all(workers.READY)
 
-        async def heed_supervisor(link: trio.SocketStream) -> None:
+        async def watch_supervisor(link: trio.SocketStream) -> None:
             with suppress(trio.BrokenResourceError):
-                await link.receive_some(1)  # it never says anything
+                await link.receive_some(1)  # it never sends anything
             log.warning("supervisor is gone")
             asked.set()
 
-        nursery.start_soon(beside, heed_signals)
+        nursery.start_soon(stop_on_bug, handle_signals)
         if supervisor is not None:
             ours = trio.socket.from_stdlib_socket(socket.socket(fileno=supervisor))
             link = trio.SocketStream(ours)
-            nursery.start_soon(beside, tell_supervisor, link)
-            nursery.start_soon(beside, heed_supervisor, link)
+            nursery.start_soon(stop_on_bug, tell_supervisor, link)
+            nursery.start_soon(stop_on_bug, watch_supervisor, link)
         if board is not None:
             descriptor, slot = map(int, board.split(":"))
             balancer = AcceptBalancer(WorkerLoads(descriptor), slot, app.parts.load)
             balancer.install()
-            nursery.start_soon(beside, balancer.keep_published)
+            nursery.start_soon(stop_on_bug, balancer.keep_published)
         log.info("starting", pid=os.getpid(), bind=config.bind)
         await server(shutdown_trigger=shutdown_trigger)
         nursery.cancel_scope.cancel()

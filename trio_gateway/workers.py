@@ -1,7 +1,8 @@
 """Workers: several gateway processes on one listener, each restarted when it dies.
 
-Hypercorn's own master takes the siblings of a worker that died along, and exits with 0. Here a
-worker is a child process that runs ``serve`` on inherited sockets; its siblings never notice.
+When a worker of Hypercorn's own master dies, the master ends all of them and exits with 0. Here a
+worker is a child process that runs ``serve`` on inherited sockets, and its death does not affect
+the others.
 """
 
 import os
@@ -24,13 +25,15 @@ from .transports.accepting import WorkerLoads
 
 log = structlog.get_logger()
 
-MISUSED: Final = 2  # the status of a worker whose settings are bad
-READY: Final = b"1"  # what a worker tells its supervisor once it is ready
-_READY_TIMEOUT: Final = 15.0  # seconds that a new worker may take before the old one goes
-_SETTLED: Final = 10.0  # seconds that a worker must have lived for its death to count as the first
+MISUSED: Final = 2  # the exit status of a worker whose settings are invalid
+READY: Final = b"1"  # what a worker sends its supervisor once it is ready
+_READY_TIMEOUT: Final = 15.0  # seconds to wait for a new worker before the old one is stopped
+_STABLE_AFTER: Final = (
+    10.0  # seconds; the death of a worker that lived longer restarts the back-off
+)
 _KILL_AFTER: Final = 2.0  # seconds beyond graceful_timeout
-_LAST_WORDS: Final = 0.5  # seconds until what a worker said before it ended has been read
-_MOST_BYTES: Final = 16_384  # of problems
+_FINAL_READ_TIMEOUT: Final = 0.5  # seconds to read what a worker sent before it ended
+_MAX_PROBLEM_BYTES: Final = 16_384  # of a worker's problems
 
 
 class _CannotStart(Exception):  # noqa: N818 - an outcome
@@ -38,9 +41,10 @@ class _CannotStart(Exception):  # noqa: N818 - an outcome
 
 
 class _Worker:
-    """One child process, and the socket pair that says when it is ready and when we are gone.
+    """One child process, and a socket pair with it.
 
-    On its end of the pair the worker writes :data:`READY` once, or what is wrong with its settings.
+    The worker writes :data:`READY` on its end once, or the problems with its settings. It stops
+    when the supervisor's end closes.
     """
 
     def __init__(
@@ -49,7 +53,7 @@ class _Worker:
         self.process = process
         self.seat = seat  # at the board
         self._link = link
-        self._told: signal.Signals | None = None
+        self._sent_signal: signal.Signals | None = None
         self._heard = trio.Event()
         self.ready = False
         self.problems: list[str] = []  # with its settings
@@ -59,10 +63,10 @@ class _Worker:
         return self.process.returncode is not None
 
     async def listen(self) -> None:
-        """Hear what it has to say; returns when it has said it or is gone."""
+        """Read what it sends; return when it is ready, or when its end is closed."""
         said = b""
         with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-            while len(said) < _MOST_BYTES and (data := await self._link.receive_some()):
+            while len(said) < _MAX_PROBLEM_BYTES and (data := await self._link.receive_some()):
                 said += data
                 if said.startswith(READY):
                     self.ready = True
@@ -72,20 +76,22 @@ class _Worker:
         self._heard.set()
 
     async def wait_ready(self) -> bool:
-        """Whether it came so far; False if it ended or took too long."""
+        """Wait until it is ready; return False if it ended or took too long."""
         with trio.move_on_after(_READY_TIMEOUT):
             await self._heard.wait()
         return self.ready
 
     def signal(self, number: signal.Signals) -> None:
-        """Send it a signal, unless that was the last one: to a worker a second means hurry."""
-        if not self.ended and number != self._told:
-            self._told = number
+        """Send it a signal, unless it was the last one sent: a repeated signal stops it at once."""
+        if not self.ended and number != self._sent_signal:
+            self._sent_signal = number
             self.process.send_signal(number)
 
     async def wait(self) -> int:
         status = await self.process.wait()
-        with trio.move_on_after(_LAST_WORDS):  # a child of its own may hold the other end open
+        with trio.move_on_after(
+            _FINAL_READ_TIMEOUT
+        ):  # its own children may hold the other end open
             await self._heard.wait()
         await trio.aclose_forcefully(self._link)
         return status
@@ -94,10 +100,10 @@ class _Worker:
 class Supervisor:
     """Keeps ``count`` workers alive on one set of sockets.
 
-    SIGTERM and SIGINT drain all of them, a second one kills them; SIGHUP replaces them one by
-    one, each old one only when its successor is ready. Bad settings end everything at the start
-    only: once a worker has been ready, whatever ends another one or keeps it from starting is
-    tried again with back-off, and the others serve on.
+    - SIGTERM and SIGINT drain all workers; a second one kills them.
+    - SIGHUP replaces them one by one; each old worker stops when its successor is ready.
+    - Invalid settings end the supervisor only at the start. Once a worker has been ready, a worker
+      that ends or can't start is started again with back-off, and the others go on serving.
     """
 
     def __init__(
@@ -134,14 +140,14 @@ class Supervisor:
         self._stopping = trio.Event()
         self._proven = False  # a worker has been ready, or has lived long, with our settings
         self._listeners: trio.Nursery | None = None  # to what workers say
-        self._told = signal.SIGTERM  # the last that all were sent, once we are stopping
+        self._sent_signal = signal.SIGTERM  # the last that all were sent, once we are stopping
         self._status = 0
 
     async def run(self) -> int:
         """Supervise until told to stop; returns the exit status: 0 if every worker's was."""
         async with trio.open_nursery() as self._listeners:
             async with trio.open_nursery() as places:
-                self._listeners.start_soon(self._heed_signals, places)
+                self._listeners.start_soon(self._handle_signals, places)
                 for place in range(self._count):
                     places.start_soon(self._keep, place)
             self._listeners.cancel_scope.cancel()
@@ -179,7 +185,7 @@ class Supervisor:
                 # One that was told to stop before it could heed the signal has served nobody.
                 self._status = self._status or int(status not in {0, -signal.SIGTERM})
                 return
-            settled = trio.current_time() - started > _SETTLED
+            settled = trio.current_time() - started > _STABLE_AFTER
             self._proven |= worker.ready or settled
             if status == MISUSED and not self._proven:
                 log.critical(
@@ -229,7 +235,7 @@ class Supervisor:
         assert self._listeners is not None
         self._listeners.start_soon(self._listen, worker)
         if self._stopping.is_set():  # meanwhile
-            worker.signal(self._told)
+            worker.signal(self._sent_signal)
         return worker
 
     def _leave_board(self, seat: int | None) -> None:
@@ -270,10 +276,10 @@ class Supervisor:
         await worker.listen()
         self._proven |= worker.ready
 
-    async def _heed_signals(self, places: trio.Nursery) -> None:
-        heeded = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+    async def _handle_signals(self, places: trio.Nursery) -> None:
+        handled = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
         async with trio.open_nursery() as nursery:
-            with trio.open_signal_receiver(*heeded) as signals:
+            with trio.open_signal_receiver(*handled) as signals:
                 async for number in signals:
                     name = signal.Signals(number).name
                     if self._stopping.is_set():
@@ -285,15 +291,15 @@ class Supervisor:
                     else:
                         log.info("stopping", signal=name)
                         self._stop(signal.SIGTERM)
-                        nursery.start_soon(self._lose_patience)
+                        nursery.start_soon(self._kill_after_timeout)
 
     def _stop(self, number: signal.Signals) -> None:
         self._stopping.set()
-        self._told = number
+        self._sent_signal = number
         for worker in [*self._workers.values(), *self._passing]:
             worker.signal(number)
 
-    async def _lose_patience(self) -> None:
+    async def _kill_after_timeout(self) -> None:
         await trio.sleep(self._patience)
         log.error("workers killed", seconds=self._patience)
         self._stop(signal.SIGKILL)

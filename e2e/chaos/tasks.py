@@ -32,14 +32,14 @@ _WORKER: Final = {
     "gateway.py: parts.worker_stats.share, partial(stats.snapshot, parts)": ["WorkerStats.share"]
 }
 # Around the gateway under ``trio-gateway serve``; of a supervised process; and of its supervisor.
-_SERVE: Final = {"serve.py: beside, heed_signals": ["_serve.<locals>.heed_signals"]}
+_SERVE: Final = {"serve.py: stop_on_bug, handle_signals": ["_serve.<locals>.handle_signals"]}
 _SUPERVISED: Final = {
-    "serve.py: beside, tell_supervisor, link": ["_serve.<locals>.tell_supervisor"],
-    "serve.py: beside, heed_supervisor, link": ["_serve.<locals>.heed_supervisor"],
-    "serve.py: beside, balancer.keep_published": ["AcceptBalancer.keep_published"],
+    "serve.py: stop_on_bug, tell_supervisor, link": ["_serve.<locals>.tell_supervisor"],
+    "serve.py: stop_on_bug, watch_supervisor, link": ["_serve.<locals>.watch_supervisor"],
+    "serve.py: stop_on_bug, balancer.keep_published": ["AcceptBalancer.keep_published"],
 }
 _SUPERVISOR: Final = {
-    "workers.py: self._heed_signals, places": ["Supervisor._heed_signals"],
+    "workers.py: self._handle_signals, places": ["Supervisor._handle_signals"],
     "workers.py: self._keep, place": ["Supervisor._keep"],
     "workers.py: self._listen, worker": ["Supervisor._listen"],
     "workers.py: self._roll": ["Supervisor._roll"],

@@ -11,7 +11,7 @@ from tests.support.gateways import make_settings, running
 from trio_gateway.core.close_codes import Close
 from trio_gateway.gateway import create_app
 from trio_gateway.runtime.connection import Connection, ConnectionLimits
-from trio_gateway.serve import heeded
+from trio_gateway.serve import shutdown_signals
 from trio_gateway.testing import FakeSocket, make_principal
 
 NO_REDIS = "redis://127.0.0.1:1"
@@ -102,8 +102,8 @@ def test_sighup_ends_one_process_but_not_under_nohup() -> None:
     before = signal.getsignal(signal.SIGHUP)
     try:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        assert signal.SIGHUP in heeded()
+        assert signal.SIGHUP in shutdown_signals()
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        assert signal.SIGHUP not in heeded()
+        assert signal.SIGHUP not in shutdown_signals()
     finally:
         signal.signal(signal.SIGHUP, before)

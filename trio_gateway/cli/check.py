@@ -1,4 +1,4 @@
-"""``check``: is everything here that the gateway needs?"""
+"""``check``: verify the settings and everything that they name."""
 
 import secrets
 from collections.abc import Iterator
@@ -15,50 +15,53 @@ if TYPE_CHECKING:
     from ..redis_url import RedisAddress
     from ..settings import Settings
 
-_PATIENCE: Final = 3.0  # seconds for one answer
-MIN_REDIS: Final = 7  # the first that counts what was added to a stream
-_SPARE_FILES: Final = 64  # descriptors beside the clients': Redis, listeners, logs, HTTP
+_REPLY_TIMEOUT: Final = 3.0  # seconds for one reply
+MIN_REDIS: Final = 7  # the first version that counts the entries added to a stream
+_SPARE_FILES: Final = 64  # descriptors besides the clients': Redis, listeners, logs, HTTP
 
-# What Redis or the system says, and how to mend it; the first that fits.
-_MENDS: Final = (
-    ("Connection refused", "start Redis there, or set REDIS_URL to where it is"),
+# A part of an error's text, and its remedy; the first match counts.
+_REMEDIES: Final = (
+    ("Connection refused", "start Redis there, or set REDIS_URL to its address"),
     ("Name or service not known", "set REDIS_URL to a host that can be resolved"),
-    ("can't connect", "set REDIS_URL to where Redis is; is a firewall in between?"),
-    ("no answer", "is that a Redis, and does it want TLS (rediss://)?"),
-    ("not RESP", "something else than Redis listens there: set REDIS_URL"),
-    ("NOAUTH", "Redis wants a password: REDIS_URL=redis://:PASSWORD@host:port"),
+    ("can't connect", "set REDIS_URL to the address of Redis, and check firewalls"),
+    ("no answer", "check that this is Redis, and whether it requires TLS (rediss://)"),
+    ("not RESP", "the server there is not Redis: set REDIS_URL"),
+    ("NOAUTH", "Redis requires a password: REDIS_URL=redis://:PASSWORD@host:port"),
     ("WRONGPASS", "the user or the password in REDIS_URL is wrong"),
-    ("AUTH failed", "Redis has no password: take it out of REDIS_URL"),
+    ("AUTH failed", "Redis has no password: remove it from REDIS_URL"),
     ("SELECT failed: NOPERM", "allow this user: ACL SETUSER … +select"),
     ("SELECT failed", "the database number in REDIS_URL is too high"),
-    ("is a replica", "set REDIS_URL to a name that leads to the primary"),
-    ("closed by Redis", "is that a Redis, and does it want TLS (rediss://)?"),
+    ("is a replica", "set REDIS_URL to a name that resolves to the primary"),
+    ("closed by Redis", "check that this is Redis, and whether it requires TLS (rediss://)"),
 )
 
 
 class _Report:
-    """Says what is right and what is not, a line each."""
+    """Prints one line for each result, and counts the problems."""
 
     def __init__(self) -> None:
-        self.wrong = 0
+        self.problems = 0
 
-    def right(self, text: str) -> None:
+    def ok(self, text: str) -> None:
         self._say("ok", text, fg="green")
 
     def warn(self, text: str) -> None:
         self._say("warning", text, fg="yellow")
 
-    def fail(self, text: str, mend: str) -> None:
-        self.wrong += 1
-        self._say("wrong", text, fg="red", bold=True)
-        self._say("", f"-> {mend}")
+    def fail(self, text: str, remedy: str) -> None:
+        self.problems += 1
+        self._say("error", text, fg="red", bold=True)
+        self._say("", f"fix: {remedy}")
 
     def _say(self, label: str, text: str, **style: Any) -> None:
         click.echo(click.style(f"{label:<9}", **style) + printable(text))
 
     @contextmanager
-    def trying(self, text: str, mend: str, *more: str) -> Iterator[None]:
-        """Report whether what is tried in here raises Lost; ``mend`` is for want of permission."""
+    def trying(self, text: str, remedy: str, *more: str) -> Iterator[None]:
+        """Report whether the block raises :exc:`ConnectionLost`.
+
+        ``remedy`` is for a missing permission, ``more`` for any other problem.
+        """
         from ..runtime.supervision import ConnectionLost
 
         try:
@@ -66,18 +69,19 @@ class _Report:
         except ConnectionLost as lost:
             problem = str(lost)
             if "NOPERM" in problem:
-                self.fail(f"{text}: {problem}", mend)
+                self.fail(f"{text}: {problem}", remedy)
             else:
                 self.fail(f"{text}: {problem}", next(iter(more), "see the log of Redis"))
         else:
-            self.right(text)
+            self.ok(text)
 
 
 @click.command()
 def check() -> None:
-    """Check the settings and what they name; say what is wrong and how to mend it.
+    """Check the settings and what they name; print each problem and how to fix it.
 
-    Leaves Redis as it is. Exit status 0 if all is well, 1 if not, 2 if the settings are no good.
+    Changes nothing in Redis. Exit status 0 without problems, 1 with some, 2 if the settings are
+    invalid.
     """
     import trio
 
@@ -90,14 +94,14 @@ def check() -> None:
     trio.run(_check_redis, settings, RedisAddress.from_url(settings.redis_url), report)
     if settings.database_url is not None:
         trio.run(_check_database, settings, settings.database_url, report)
-    if report.wrong:
-        click.echo(f"{report.wrong} wrong")
+    if report.problems:
+        click.echo(f"{report.problems} problem{'s' if report.problems > 1 else ''}")
         raise SystemExit(FAILED)
     click.echo("The gateway can start.")
 
 
 def _check_settings(settings: "Settings", report: _Report) -> None:
-    report.right(f"settings ({settings.environment})")
+    report.ok(f"settings ({settings.environment})")
     for warning in settings.warnings:
         report.warn(warning)
     if not settings.staff_keys and settings.jwt_jwks_url is None:
@@ -106,7 +110,7 @@ def _check_settings(settings: "Settings", report: _Report) -> None:
             "set JWT_PUBLIC_KEY to the key in PEM, or to a file that holds it",
         )
     if settings.ws_routes_file is not None:
-        report.right(f"routes from {settings.ws_routes_file}")
+        report.ok(f"routes from {settings.ws_routes_file}")
 
 
 def _check_files(settings: "Settings", report: _Report) -> None:
@@ -115,7 +119,7 @@ def _check_files(settings: "Settings", report: _Report) -> None:
     _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # the gateway raises the soft one to it
     needed = settings.ws_max_total_connections + _SPARE_FILES
     if limit == resource.RLIM_INFINITY or limit >= needed:
-        report.right(f"open files for {settings.ws_max_total_connections} clients")
+        report.ok(f"open files for {settings.ws_max_total_connections} clients")
         return
     report.fail(
         f"{limit} open files are too few for WS_MAX_TOTAL_CONNECTIONS"
@@ -130,15 +134,17 @@ async def _check_redis(settings: "Settings", address: "RedisAddress", report: _R
 
     try:
         async with open_redis(address) as redis:
-            report.right(f"Redis at {address}: connected")
+            report.ok(f"Redis at {address}: connected")
             await _check_version(redis, report)
             await _check_commands(settings, redis, report)
         async with open_redis(address) as redis:
             await _check_subscribing(settings, redis, report)
     except ConnectionLost as lost:
         problem = str(lost)
-        mend = next((mend for sign, mend in _MENDS if sign in problem), "see the log of Redis")
-        report.fail(f"Redis: {problem}", mend)
+        remedy = next(
+            (remedy for sign, remedy in _REMEDIES if sign in problem), "see the log of Redis"
+        )
+        report.fail(f"Redis: {problem}", remedy)
 
 
 async def _check_version(redis: "RedisConnection", report: _Report) -> None:
@@ -150,7 +156,7 @@ async def _check_version(redis: "RedisConnection", report: _Report) -> None:
     if major.isdigit() and int(major) < MIN_REDIS:
         report.warn(
             f"Redis {version} does not count the entries of a stream: clients are told of a gap"
-            f" whenever none can be ruled out. Redis {MIN_REDIS} or any Valkey knows"
+            f" whenever one is possible. Use Redis {MIN_REDIS} or newer, or Valkey"
         )
 
 
@@ -162,7 +168,7 @@ async def _check_commands(settings: "Settings", redis: "RedisConnection", report
             f"stream {stream}",
             "allow this user to read it:"
             f" ACL SETUSER … ~{stream} +xread +xrevrange +xinfo|stream +time",
-            f"the key {stream} is something else than a stream: name another in REDIS_STREAMS",
+            f"the key {stream} is not a stream: name another one in REDIS_STREAMS",
         ):
             await _call(redis, "XREVRANGE", stream, "+", "-", "COUNT", 1)
             await _call(redis, "XREAD", "COUNT", 1, "STREAMS", stream, "$")
@@ -172,7 +178,7 @@ async def _check_commands(settings: "Settings", redis: "RedisConnection", report
     with report.trying(
         "tickets (SET, GET, GETDEL)",
         "allow this user the keys: ACL SETUSER … ~gateway:ticket:* +set +get +getdel",
-        "GETDEL came with Redis 6.2; a replica takes no SET: name a primary in REDIS_URL",
+        "GETDEL needs Redis 6.2, and SET a primary: name a primary in REDIS_URL",
     ):
         await _call(redis, "SET", key, "", "EX", 5)
         await _call(redis, "GET", key)
@@ -187,12 +193,14 @@ async def _check_commands(settings: "Settings", redis: "RedisConnection", report
             f"dead letters in {dlq} (EVAL)",
             "allow this user the keys:"
             f" ACL SETUSER … ~gateway:dlq:* ~{dlq} +eval +exists +xadd +set",
-            f"the key {dlq} is something else than a stream: name another in REDIS_DLQ_STREAM",
+            f"the key {dlq} is not a stream: name another one in REDIS_DLQ_STREAM",
         ):
             await _call(redis, "EVAL", "return 0", 0)
             await _call(redis, "EXISTS", "gateway:dlq:check")
-            await _call(redis, "SET", "gateway:dlq:check", "", "XX")  # never there: no change
-            # No entry can have this id: an error, and nothing added.
+            await _call(
+                redis, "SET", "gateway:dlq:check", "", "XX"
+            )  # XX: no such key, so no change
+            # No entry can have this id: an error, and nothing is added.
             await _call(redis, "XADD", dlq, "0-0", "check", "", unless="greater than 0-0")
 
 
@@ -230,11 +238,11 @@ async def _check_database(settings: "Settings", url: str, report: _Report) -> No
     except QueryFailed as unanswered:
         report.fail(
             f"sectors: {unanswered}",
-            f"is the database up, and may this user read {settings.sector_table}?"
+            f"check that the database is up and that this user may read {settings.sector_table}"
             " (SECTOR_TABLE, SECTOR_COLUMNS)",
         )
     else:
-        report.right(f"sectors from {settings.sector_table}")
+        report.ok(f"sectors from {settings.sector_table}")
     finally:
         assignments.close()
 
@@ -244,9 +252,9 @@ async def _call(redis: "RedisConnection", *words: str | int, unless: str | None 
 
     from ..runtime.supervision import ConnectionLost
 
-    with trio.move_on_after(_PATIENCE) as scope:
+    with trio.move_on_after(_REPLY_TIMEOUT) as scope:
         reply = await redis.ask(*words)
         if isinstance(reply, Exception) and (unless is None or unless not in str(reply)):
             raise ConnectionLost(f"{words[0]!s} failed: {str(reply).split(' ', 1)[0]}")
     if scope.cancelled_caught:
-        raise ConnectionLost(f"no answer in {_PATIENCE:g} s")
+        raise ConnectionLost(f"no answer in {_REPLY_TIMEOUT:g} s")

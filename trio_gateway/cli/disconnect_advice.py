@@ -1,4 +1,4 @@
-"""Why a client is not connected, and what to do about it, in a line."""
+"""Texts for people: why a client is not connected, and what to do about it."""
 
 import ssl
 from typing import TYPE_CHECKING, Final
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
 
 _ADVICE: Final = {
     Close.GOING_AWAY: "the gateway is going down: connect again after that time",
-    Close.POLICY_VIOLATION: "give an origin that stands in its ALLOWED_ORIGINS with --origin",
+    Close.POLICY_VIOLATION: "pass an origin from its ALLOWED_ORIGINS with --origin",
     Close.INTERNAL_ERROR: "a bug in the gateway: its log says more; try again later",
     Close.SERVER_OVERLOADED: "a limit is reached, or Redis is down: try again in a while",
     Close.AUTH_FAILED: "get a new token, signed with the secret of this gateway",
-    Close.FORBIDDEN: "this token is not for this endpoint: take another --as or another token",
+    Close.FORBIDDEN: "this token is not for this endpoint: use another --as or another token",
     Close.RATE_LIMITED: "too many messages or failed logins from this side: wait a little",
 }
 
 
 def why(url: str, status: "Status") -> str:
-    """What a client's status says, for people."""
+    """Explain a client's status in one line."""
     where = urlsplit(url).netloc
     match status.error:
         case None:

@@ -1,4 +1,4 @@
-"""How a command ends when it can't go on: one line on stderr, and a status."""
+"""How a command fails: with one line on stderr and an exit status."""
 
 import sys
 from collections.abc import Iterable
@@ -16,18 +16,18 @@ MISUSED = 2  # usage and settings
 
 
 class Failure(click.ClickException):
-    """Ends the command with this line and status."""
+    """Ends the command with this message and exit status."""
 
     def __init__(self, message: str, status: int = FAILED) -> None:
         super().__init__(message)
-        vars(self)["exit_code"] = status  # a class variable in click's eyes
+        vars(self)["exit_code"] = status  # click declares it as a class variable
 
     def show(self, file: IO[Any] | None = None) -> None:
         click.echo(printable(f"trio-gateway: {self.message}", lines=True), file=file, err=True)
 
 
 def settings_or_exit() -> "Settings":
-    """The settings, or exit status 2 with a line per problem."""
+    """Return the settings, or exit with status 2 and one line per problem."""
     from ..settings import InvalidSettings, load_settings
 
     try:
@@ -37,7 +37,7 @@ def settings_or_exit() -> "Settings":
 
 
 def misused(problems: Iterable[str]) -> NoReturn:
-    """Exit with a line per problem."""
+    """Exit with status 2 and one line per problem."""
     for problem in problems:
         click.echo(printable(f"trio-gateway: {problem}", lines=True), err=True)
     sys.exit(MISUSED)

@@ -1,4 +1,4 @@
-"""Files of events: one a line, plain or as ``{"channel": …, "event": …}``."""
+"""Files of events: one event on each line, plain or as ``{"channel": …, "event": …}``."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ _decode: Final = msgspec.json.Decoder(_Object).decode
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One event as it stands in the file, and the channel it names."""
+    """One event, byte for byte as in the file, and the channel that its line names."""
 
     number: int
     event: bytes
@@ -25,15 +25,15 @@ class Line:
         try:
             found = _decode(self.event)
         except msgspec.DecodeError:
-            return self  # whoever publishes it finds out what is wrong with it
+            return self  # publishing it reports the problem
         ts = datetime.now(UTC).isoformat(timespec="microseconds")
         found["ts"] = msgspec.Raw(msgspec.json.encode(ts))
         return Line(self.number, msgspec.json.encode(found), self.channel)
 
 
 def read_lines(file: IO[bytes]) -> Iterator[Line]:
-    """The events of a file as they come; a file that is one JSON object over several lines is one
-    event.
+    """Read the events of a file, one by one. A file that is a single JSON object over several
+    lines is one event.
     """
     first = file.readline()
     whole = None if _is_json(first) else first + file.read()
@@ -54,7 +54,7 @@ def _read(number: int, text: bytes) -> Line:
             channel = msgspec.json.decode(found["channel"], type=str)
             return Line(number, bytes(found["event"]), channel)
     except msgspec.DecodeError:
-        pass  # whoever publishes it finds out what is wrong with it
+        pass  # publishing it reports the problem
     return Line(number, text)
 
 

@@ -1,4 +1,4 @@
-"""``explain``: who hears an event, and why somebody does not."""
+"""``explain``: who receives an event, and why others do not."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from ..core.events import Event
 
-Told = Mapping[str, Any]  # as POST /ws/explain answers
+Answer = Mapping[str, Any]  # as POST /ws/explain answers
 
 
 @click.command()
@@ -66,7 +66,7 @@ def _read_event(file: str) -> "Event":
     with click.open_file(file, "rb") as opened:
         found = list(read_lines(opened))
     if len(found) != 1:
-        raise Failure(f"{file} holds {len(found)} events: one is wanted", MISUSED)
+        raise Failure(f"{file} holds {len(found)} events: give one", MISUSED)
     try:
         return parse_event(found[0].event, channel="", received_at=0)
     except InvalidEvent as invalid:
@@ -88,7 +88,7 @@ def _read_token(given: str) -> str:
     return token
 
 
-def _locally(event: "Event", tokens: Sequence[str]) -> Told:
+def _locally(event: "Event", tokens: Sequence[str]) -> Answer:
     import trio
 
     from .local_policy import ask
@@ -96,13 +96,13 @@ def _locally(event: "Event", tokens: Sequence[str]) -> Told:
     return trio.run(ask, settings_or_exit(), event, tokens)
 
 
-def _remotely(event: "Event", tokens: Sequence[str], url: str) -> Told:
+def _remotely(event: "Event", tokens: Sequence[str], url: str) -> Answer:
     import msgspec
 
     from .credentials import Identity, staff_token_by
     from .gateway_http import post
 
-    read_url(url)  # before a secret is asked for
+    read_url(url)  # before the settings are read for a secret
     if (token := os.environ.get("TRIO_GATEWAY_TOKEN")) is None:
         admin = Identity(tenant=event.tenant, branches=(event.branch or 1,), roles=("ADMIN",))
         token = staff_token_by(settings_or_exit(), admin)
@@ -113,7 +113,7 @@ def _remotely(event: "Event", tokens: Sequence[str], url: str) -> Told:
 # Showing it
 
 
-def _show(told: Told, event: "Event", tokens: Sequence[str]) -> None:
+def _show(told: Answer, event: "Event", tokens: Sequence[str]) -> None:
     from rich.console import Console
     from rich.text import Text
 
@@ -137,7 +137,7 @@ def _show(told: Told, event: "Event", tokens: Sequence[str]) -> None:
         _show_tokens(console, told["tokens"], tokens)
 
 
-def _show_tokens(console: "Console", told: Sequence[Told], tokens: Sequence[str]) -> None:
+def _show_tokens(console: "Console", told: Sequence[Answer], tokens: Sequence[str]) -> None:
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -155,7 +155,7 @@ def _show_tokens(console: "Console", told: Sequence[Told], tokens: Sequence[str]
     console.print(drawn)
 
 
-def _rows(verdict: Told) -> Iterator[tuple[str, str]]:
+def _rows(verdict: Answer) -> Iterator[tuple[str, str]]:
     for endpoint in verdict["endpoints"]:
         yield f"/ws/{endpoint}", ""
     for where, reason in verdict["reasons"].items():
@@ -163,7 +163,7 @@ def _rows(verdict: Told) -> Iterator[tuple[str, str]]:
 
 
 def _holder(token: str) -> str:
-    """Whom a token names, whether it is good or not."""
+    """The holder that a token names, whether it is valid or not."""
     from ..core.tokens import claims_of, is_for_diners
 
     claims = claims_of(token)
@@ -177,7 +177,7 @@ def _holder(token: str) -> str:
     return f"user {claims.get('sub')} {named}"[:40]
 
 
-def _words(audience: Told) -> str:
+def _words(audience: Answer) -> str:
     match audience:
         case {"audience": "waiters", "branch_id": branch, "sector_id": sector}:
             return f"waiters of sector {sector} in branch {branch}"

@@ -1,4 +1,4 @@
-"""Asking a gateway over HTTP."""
+"""HTTP requests to a gateway."""
 
 import http.client
 import ssl
@@ -10,8 +10,8 @@ import msgspec
 from .errors import Failure
 from .url import read_url
 
-_PATIENCE: Final = 10.0  # seconds for one answer
-_MOST: Final = 1 << 20  # bytes of one
+_TIMEOUT: Final = 10.0  # seconds for one response
+_MAX_BYTES: Final = 1 << 20  # of one response
 
 _ADVICE: Final = {
     401: "bring a token of this gateway in TRIO_GATEWAY_TOKEN",
@@ -23,24 +23,27 @@ _ADVICE: Final = {
 
 
 def post(url: str, path: str, token: str, body: bytes) -> Mapping[str, Any]:
-    """The JSON object that the gateway answers, or :exc:`Failure`. The token goes into a header."""
+    """Post a JSON body, with the token in a header; return the JSON object of the response.
+
+    Raises :exc:`Failure`.
+    """
     parts = read_url(url)
     where, host = parts.netloc, parts.hostname or ""
     connect = http.client.HTTPSConnection if parts.scheme == "wss" else http.client.HTTPConnection
-    connection = connect(host, parts.port, timeout=_PATIENCE)
+    connection = connect(host, parts.port, timeout=_TIMEOUT)
     headers = {"Content-Type": "application/json"}
     try:
         headers["Authorization"] = f"Bearer {token.encode('ascii').decode()}"
         connection.request("POST", f"{parts.path}{path}", body, headers)
         response = connection.getresponse()
-        status, text = response.status, response.read(_MOST)
+        status, text = response.status, response.read(_MAX_BYTES)
     except ConnectionRefusedError:
         raise Failure(
             f"nobody listens on {where}: start the gateway (trio-gateway serve),"
             " or say with --url where it is"
         ) from None
     except TimeoutError:
-        raise Failure(f"no answer from {where} in {_PATIENCE:g} s: is that a gateway?") from None
+        raise Failure(f"no answer from {where} in {_TIMEOUT:g} s: is that a gateway?") from None
     except ssl.SSLError as error:
         raise Failure(f"no TLS with {where}: {error.reason}") from None
     except OSError as error:

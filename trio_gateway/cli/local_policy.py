@@ -1,4 +1,4 @@
-"""The policy by the settings of this machine: what a gateway with them would do with a token."""
+"""What a gateway with the settings of this machine would do with an event and with tokens."""
 
 import secrets
 from collections.abc import Mapping, Sequence
@@ -26,19 +26,20 @@ _SIGNER: Final = "HS256"
 
 @dataclass(frozen=True, slots=True)
 class _Holder:
-    """Who holds a token, or why nobody is let in with it."""
+    """The holder of a token, or why the token is refused."""
 
     found: Sequence[Principal] | Verdict
     verified: bool
 
 
 async def ask(settings: Settings, event: Event, tokens: Sequence[str]) -> Mapping[str, Any]:
-    """What POST /ws/explain would answer, but for who is connected; beside that ``verified`` for
-    each token, and ``notes`` for people.
+    """Answer as POST /ws/explain does, without the counts of connections.
+
+    The answer also has ``verified`` for each token, and ``notes`` for people.
     """
     sector_assignments = _sector_assignments(settings)
     try:
-        # Their logs are for operators of a gateway; what matters of them here is in the answer.
+        # These logs are for operators of a gateway; the answer holds what matters here.
         with structlog.testing.capture_logs():
             policy = _Policy(settings, sector_assignments)
             holders = [await policy.holder_of(token) for token in tokens]
@@ -70,8 +71,9 @@ async def ask(settings: Settings, event: Event, tokens: Sequence[str]) -> Mappin
 
 
 class _Policy:
-    """As a gateway's, and beside it one for tokens whose signature can't be checked here: those are
-    signed anew, with a key that nobody has seen, and then read like any other.
+    """A gateway's admission, and a second one for tokens whose signature can't be checked here.
+
+    Those are signed again with a random key, and then read like any other token.
     """
 
     def __init__(self, settings: Settings, sector_assignments: "SectorAssignments | None") -> None:
@@ -120,7 +122,7 @@ async def _identify(
 
 
 def _has_keys(settings: Settings, *, diners: bool) -> bool:
-    """Whether there is something to check a signature with."""
+    """Whether there is a key to check a signature with."""
     if diners:
         return settings.table_token_secret is not None
     return bool(settings.jwt_secret or settings.jwt_public_key or settings.jwt_jwks_url)

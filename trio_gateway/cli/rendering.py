@@ -1,4 +1,4 @@
-"""The screen: an event as a line for people, coloured on a terminal."""
+"""Rendering: events as lines for people, coloured on a terminal."""
 
 import os
 import sys
@@ -29,10 +29,10 @@ _MOST_CHARACTERS: Final = 40
 
 
 class Screen:
-    """Lines on stdout, out at once; BrokenPipeError when nobody reads them any more.
+    """Writes lines to stdout without buffering them.
 
-    Nothing is dropped: a reader that is slow holds up who shows, but neither the event loop nor
-    the end of the command.
+    Nothing is dropped: a slow reader delays the task that writes, but neither the event loop nor
+    the exit of the command. Raises :exc:`BrokenPipeError` when stdout is closed.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class Screen:
         from rich.console import Console
 
         self._console = Console(soft_wrap=True, highlight=False)
-        self._lock = trio.Lock()  # one after the other
+        self._lock = trio.Lock()  # one writer at a time
 
     async def show(self, text: "Text | str" = "") -> None:
         with self._console.capture() as captured:
@@ -56,14 +56,14 @@ class Screen:
 
 
 def _write(data: bytes) -> None:
-    # Not through sys.stdout, which Python flushes at the end: it would wait for this thread.
+    # Not through sys.stdout: Python flushes it at exit, and would wait for this thread.
     fd = sys.stdout.fileno()
     while data:
         data = data[os.write(fd, data) :]
 
 
 def json_text(message: str) -> "Text":
-    """A message as it came, coloured and indented."""
+    """A message as it was received, coloured and indented."""
     from rich.highlighter import JSONHighlighter
     from rich.text import Text
 
@@ -73,7 +73,7 @@ def json_text(message: str) -> "Text":
 
 
 def summary(message: str, role: str, *, places: bool = True) -> "Text":
-    """Time, role, type, where (with ``places``), and the first facts of its entity."""
+    """One line: time, role, type, place (with ``places``), and the first values of the entity."""
     from rich.text import Text
 
     event = _read(message)
@@ -92,7 +92,7 @@ def summary(message: str, role: str, *, places: bool = True) -> "Text":
 
 
 def published(message: str, channel: str) -> "Text":
-    """What a backend published, to go with the summaries of those who heard it."""
+    """One line for what a backend published, in the style of :func:`summary`."""
     from rich.text import Text
 
     event = _read(message)

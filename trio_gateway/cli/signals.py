@@ -1,4 +1,4 @@
-"""Running something on Trio until it is done or a signal says that it is enough."""
+"""Run a function on Trio until it returns or a signal cancels it."""
 
 import signal
 from collections.abc import Awaitable, Callable
@@ -11,10 +11,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def run(work: Callable[[], Awaitable[None]]) -> None:
-    """Run ``work``, cancelled by the first signal; raise its first failure, out of its group.
+    """Run ``work`` until it returns or the first signal cancels it; raise its first failure.
 
-    Signals are ignored from then on: what is left is to exit, and a second Ctrl-C must not turn
-    that into a traceback.
+    Later signals are ignored: the process only has to exit, and a second Ctrl-C must not turn that
+    into a traceback.
     """
     try:
         trio.run(_run, work)
@@ -25,14 +25,14 @@ def run(work: Callable[[], Awaitable[None]]) -> None:
 async def _run(work: Callable[[], Awaitable[None]]) -> None:
     for number in SIGNALS:  # this holds again when the receiver is closed
         signal.signal(number, signal.SIG_IGN)
-    # Outside of the nursery: signals are heard, and change nothing, while it is being left.
+    # Outside of the nursery: signals that arrive while the nursery exits have no effect.
     with trio.open_signal_receiver(*SIGNALS) as signals:
         async with trio.open_nursery() as nursery:
 
-            async def heed_signals() -> None:
+            async def cancel_at_signal() -> None:
                 async for _ in signals:
                     nursery.cancel_scope.cancel()
 
-            nursery.start_soon(heed_signals)
+            nursery.start_soon(cancel_at_signal)
             await work()
             nursery.cancel_scope.cancel()

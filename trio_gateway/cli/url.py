@@ -10,8 +10,9 @@ _TLS: Final = {"ws": False, "http": False, "wss": True, "https": True}
 
 
 def read_url(url: str) -> SplitResult:
-    """A gateway's URL, its scheme ws or wss; a path in front of /ws/… is kept, for those behind a
-    proxy.
+    """Read a gateway's URL; the result's scheme is ws or wss.
+
+    A path before ``/ws/…`` is kept, for gateways behind a proxy. Raises :exc:`click.BadParameter`.
     """
     try:
         parts = urlsplit(url)

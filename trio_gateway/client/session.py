@@ -15,10 +15,12 @@ from .feed import Feed, Intervals, Item, Renewed, Resumed, Sectors
 from .policy import Next, after_close
 from .transport import Ended, Wire
 
-PING_EVERY: Final = 25.0  # seconds between two pings, or less if the gateway asks for it
-PING_LEAST: Final = 0.5  # seconds, whatever the gateway says: pings count towards its rate limit
-PATIENCE: Final = 10.0  # seconds without a byte after a ping, and for sending anything
-GOODBYE: Final = 0.5  # seconds for it to arrive
+PING_INTERVAL: Final = 25.0  # seconds between two pings, or less if the gateway asks for it
+MIN_PING_INTERVAL: Final = (
+    0.5  # seconds, whatever the gateway says: pings count towards its rate limit
+)
+REPLY_TIMEOUT: Final = 10.0  # seconds without a byte after a ping, and for sending anything
+CLOSE_TIMEOUT: Final = 0.5  # seconds for it to arrive
 
 log = logging.getLogger("trio_gateway.client")
 
@@ -62,7 +64,7 @@ class Session:
         self._reading: trio.CancelScope | None = None  # while nothing is handed on
         self._dead = False  # the stream: it is to be given up
         self._renewed = trio.Event()
-        self._ping_every = PING_EVERY
+        self._ping_every = PING_INTERVAL
         self._told_intervals = trio.Event()
         self._asked: list[_Question] = []
 
@@ -87,7 +89,7 @@ class Session:
             try:
                 ending = await self._hear()
             except trio.Cancelled:
-                with trio.move_on_after(GOODBYE, shield=True):
+                with trio.move_on_after(CLOSE_TIMEOUT, shield=True):
                     await self._wire.say_goodbye()
                 raise
             finally:
@@ -99,12 +101,12 @@ class Session:
         """Ask the gateway to look up the sectors, and wait for the answer.
 
         Raises :exc:`ConnectionError` if the connection ends first, :exc:`TimeoutError` after
-        ``PATIENCE``.
+        ``REPLY_TIMEOUT``.
         """
         question = _Question()
         self._asked.append(question)
         try:
-            with trio.move_on_after(PATIENCE):
+            with trio.move_on_after(REPLY_TIMEOUT):
                 if await self._say(_message("refresh_sectors")):
                     await question.answered.wait()
                 else:
@@ -137,7 +139,9 @@ class Session:
                             self._credential.renewed(expires_at)
                             self._renewed.set()
                         case Intervals(silence):
-                            self._ping_every = min(PING_EVERY, max(PING_LEAST, silence / 2))
+                            self._ping_every = min(
+                                PING_INTERVAL, max(MIN_PING_INTERVAL, silence / 2)
+                            )
                             self._told_intervals.set()
                         case Sectors(ids):
                             self._answer(ids)
@@ -152,7 +156,7 @@ class Session:
     def _moved(self) -> None:
         """Something came: also half a message on a slow line is an answer to a ping."""
         if self._reading is not None and self._reading.deadline != math.inf:
-            self._reading.deadline = trio.current_time() + PATIENCE
+            self._reading.deadline = trio.current_time() + REPLY_TIMEOUT
 
     def _answer(self, sectors: tuple[int, ...] | None) -> None:
         """Answer those that have asked for the sectors; None: the connection has ended."""
@@ -166,13 +170,13 @@ class Session:
         began = trio.current_time()
         if not await self._say(_message("intervals")):
             return
-        with trio.move_on_at(began + PING_EVERY):  # an older gateway does not answer
+        with trio.move_on_at(began + PING_INTERVAL):  # an older gateway does not answer
             await self._told_intervals.wait()
         await trio.sleep_until(began + self._ping_every)
         while await self._say("ping"):
             # While the reader is slow nothing is read, and no answer can be missed.
             if self._reading is not None:
-                self._reading.deadline = trio.current_time() + PATIENCE
+                self._reading.deadline = trio.current_time() + REPLY_TIMEOUT
             await trio.sleep(self._ping_every)
 
     async def _renew(self) -> None:
@@ -191,12 +195,12 @@ class Session:
             self._renewed = trio.Event()
             if not await self._say(_message("auth", token=token)):
                 return
-            with trio.move_on_after(PATIENCE):
+            with trio.move_on_after(REPLY_TIMEOUT):
                 await self._renewed.wait()
 
     async def _say(self, text: str) -> bool:
         """Whether it could be sent. What is stuck half-way has spoilt the stream."""
-        with trio.move_on_after(PATIENCE):
+        with trio.move_on_after(REPLY_TIMEOUT):
             try:
                 await self._wire.send(text)
             except Ended:
