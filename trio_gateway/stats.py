@@ -1,4 +1,4 @@
-"""Stats: what the parts have counted, under the names of the metrics, and their state."""
+"""Stats: the counters of the parts, under the names of the metrics, and the parts' state."""
 
 import os
 from collections import Counter
@@ -50,7 +50,7 @@ def snapshot(parts: Parts) -> Snapshot:
             "wsgateway_events_dropped_by_source_total": {
                 "pubsub,queue_full": parts.pubsub_queue.dropped,
                 "pubsub,tenant_rate": parts.pubsub_queue.over_rate,
-                "stream,queue_full": parts.stream_queue.dropped,  # which waits instead
+                "stream,queue_full": parts.stream_queue.dropped,  # always 0: the source waits instead
             },
             "wsgateway_events_invalid_total": ingest.invalid,
             "wsgateway_events_duplicate_total": dispatch.duplicate,
@@ -82,10 +82,10 @@ def snapshot(parts: Parts) -> Snapshot:
 
 
 def describe(parts: Parts) -> dict[str, Any]:
-    """The metrics of this process, and its state that is not a number; for the console."""
+    """The metrics of this process, and the rest of its state, for the console."""
     own = snapshot(parts)
     return {
-        "at": trio.current_time(),  # a clock that nobody sets
+        "at": trio.current_time(),  # a monotonic clock
         "pid": os.getpid(),
         "ready": parts.ready,
         "draining": parts.draining,

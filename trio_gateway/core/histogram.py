@@ -1,4 +1,4 @@
-"""A histogram: how often a figure fell below each of a few bounds."""
+"""A histogram: the number of values per bucket, and their sum."""
 
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
@@ -10,7 +10,7 @@ SECONDS: Final = (
 
 
 class Histogram:
-    """Counts by upper bound (the last one is open), and their sum."""
+    """Counts per bucket, by upper bound (the last bucket has none), and the sum of the values."""
 
     def __init__(self, bounds: Sequence[float] = SECONDS) -> None:
         self._bounds = bounds
@@ -18,11 +18,12 @@ class Histogram:
         self.sum = 0.0
 
     def observe(self, value: float, times: int = 1) -> None:
+        """Add a value, ``times`` times."""
         self.counts[bisect_left(self._bounds, value)] += times
         self.sum += value * times
 
     def observe_all(self, values: Iterable[float]) -> None:
-        """Each of many, at half the cost."""
+        """Add many values, at half the cost of :meth:`observe` for each."""
         bounds, counts, total = self._bounds, self.counts, 0.0
         for value in values:
             counts[bisect_left(bounds, value)] += 1

@@ -3,7 +3,7 @@
 from collections import deque
 from typing import Final
 
-_FEW: Final = 1000  # tenants that need no sweeping
+_FEW: Final = 1000  # tenants below which no sweep is needed
 _ROUNDING: Final = 1e-9  # seconds
 
 
@@ -17,33 +17,35 @@ class RateLimit:
         self._window = window
 
     def exceeded(self, now: float) -> bool:
-        """Count a message; whether it is one too many."""
+        """Count a message; return whether it exceeds the limit."""
         over = self.is_full(now)
         self._times.append(now)
         return over
 
     def is_full(self, now: float) -> bool:
-        """Whether one more message would be one too many."""
+        """Whether one more message would exceed the limit."""
         times = self._times
         return len(times) == times.maxlen and now - times[0] < self._window
 
 
 class TenantRate:
-    """At most ``rate`` events a second of each tenant: a token bucket that holds one second's
-    worth, and one event at least. Only who has said something lately is remembered.
+    """At most ``rate`` events per second of each tenant.
+
+    A token bucket per tenant holds the events of one second, and at least one event. Only tenants
+    that were active recently are remembered.
     """
 
     def __init__(self, rate: float) -> None:
         self._interval = 1 / rate
         self._depth = max(1.0, self._interval) - self._interval  # seconds ahead of its rate
-        self._ahead: dict[int, float] = {}  # until when each tenant is: its bucket is full then
+        self._ahead: dict[int, float] = {}  # the time at which each tenant's bucket is full again
         self._sweep_at = _FEW
 
     def __len__(self) -> int:
         return len(self._ahead)
 
     def exceeded(self, tenant: int, now: float) -> bool:
-        """Whether this event is one too many; if not, it is counted."""
+        """Count an event; return True, and do not count it, if it exceeds the rate."""
         until = self._ahead.get(tenant, now)
         if until - now > self._depth + _ROUNDING:
             return True
@@ -69,7 +71,7 @@ class DropAlarm:
         self.dropped = 0
 
     def note(self, now: float, *, dropped: bool) -> bool:
-        """Count an event; whether it is time to raise the alarm."""
+        """Count an event; return whether to raise the alarm now."""
         seconds = self._seconds
         if not seconds or now - seconds[-1][0] >= 1.0:
             seconds.append([now, 0, 0])

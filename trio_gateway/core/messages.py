@@ -1,4 +1,4 @@
-"""What clients say, and what they are answered."""
+"""The messages that clients send, and the messages that answer them."""
 
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -12,27 +12,27 @@ from .audiences import SectorId
 
 
 class Command(Enum):
-    """The messages without content."""
+    """The messages that carry no data."""
 
     PING = auto()
-    REFRESH_SECTORS = auto()  # the word alone: answered in the word's own form
+    REFRESH_SECTORS = auto()  # the bare word, which has an answer of its own form
     REFRESH_SECTORS_JSON = auto()
-    WATCH = auto()  # an admin wants figures once a second
+    WATCH = auto()  # an admin asks for statistics once a second
     UNWATCH = auto()
-    INTERVALS = auto()  # how often it must be heard from, and how often it hears from us
-    NOTHING = auto()  # anything else that is text: activity, and no more
+    INTERVALS = auto()  # a client asks for the timeouts and the ping interval
+    NOTHING = auto()  # any other text: it counts as a heartbeat only
 
 
 @dataclass(frozen=True, slots=True)
 class Reauthenticate:
-    """A new credential for this connection; None if the message brought no string."""
+    """A new credential for this connection; ``token`` is None if the message had no string."""
 
     token: str | None
 
 
 @dataclass(frozen=True, slots=True)
 class Resume:
-    """Replay from here; None if the message brought no string."""
+    """Replay the events after this id; None if the message had no string."""
 
     last_event_id: str | None
 
@@ -53,7 +53,7 @@ _encode: Final = msgspec.json.encode
 
 
 def read_message(text: str) -> Message:
-    """What the client means. Never fails: what is not understood is :attr:`Command.NOTHING`."""
+    """Parse a message of a client. Never fails: an unknown one is :attr:`Command.NOTHING`."""
     if (word := _WORDS.get(text)) is not None:
         return word
     if not text.lstrip().startswith("{"):
@@ -61,7 +61,7 @@ def read_message(text: str) -> Message:
     try:
         said = _decode(text)
     except (msgspec.DecodeError, UnicodeError, RecursionError):
-        # msgspec refuses half an emoji and 1e999 in keys that are not read; browsers send both.
+        # msgspec rejects lone surrogates and 1e999 even in unused keys; browsers send both.
         try:
             said = msgspec.convert(json.loads(text), _Object)
         except (ValueError, RecursionError):
@@ -86,10 +86,11 @@ def read_message(text: str) -> Message:
 
 
 PONG: Final = b'{"type":"pong"}'
-GAP: Final = b'{"type":"gap"}'  # events were lost and can't be replayed: refetch
+GAP: Final = b'{"type":"gap"}'  # durable events were lost and cannot be replayed
 
 
 def auth_ok(expires_at: float) -> bytes:
+    """The answer to a valid new token; ``expires_at`` is unix time."""
     return _encode({"type": "auth_ok", "expires_at": int(expires_at)})
 
 
@@ -99,12 +100,13 @@ def sectors_updated(sectors: Collection[SectorId], form: Command) -> bytes:
     return _encode({"type": "sectors_updated", "sector_ids": sorted(sectors)})
 
 
-def statistics(figures: Mapping[str, Any], slow: Sequence[Mapping[str, Any]]) -> bytes:
-    return _encode({"type": "statistics", **figures, "slow": slow})
+def statistics(stats: Mapping[str, Any], slow: Sequence[Mapping[str, Any]]) -> bytes:
+    """The stats of a process, and the slow clients of the receiver's tenant."""
+    return _encode({"type": "statistics", **stats, "slow": slow})
 
 
 def intervals(*, heartbeat_timeout: float, receive_timeout: float, ping_interval: float) -> bytes:
-    """What the gateway measures silence by, in seconds (``WS_HEARTBEAT_TIMEOUT`` and so on)."""
+    """The gateway's timeouts and ping interval in seconds (``WS_HEARTBEAT_TIMEOUT`` and so on)."""
     return _encode(
         {
             "type": "intervals",

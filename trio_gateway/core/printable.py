@@ -1,8 +1,8 @@
-"""Printable: text of strangers, without what a terminal could take for commands."""
+"""Printable text: untrusted text without characters that a terminal would interpret."""
 
 from typing import Final
 
-# C0, DEL and C1 (ECMA-48), line separators, and what turns the direction of the text after it.
+# C0, DEL and C1 (ECMA-48), line separators, and characters that change the text direction.
 _CONTROLS: Final = {
     code: f"\\u{code:04x}"
     for code in (
@@ -14,7 +14,8 @@ _BUT_LINES: Final = {code: text for code, text in _CONTROLS.items() if chr(code)
 
 
 def printable(text: str, *, lines: bool = False) -> str:
-    """The text with its control characters escaped, as JSON does it; ``lines`` keeps its line
-    breaks and tabs.
+    """Escape the control characters of a text, as JSON does.
+
+    ``lines`` keeps line breaks and tabs.
     """
     return text.translate(_BUT_LINES if lines else _CONTROLS)

@@ -1,4 +1,4 @@
-"""Resilience: when to leave a failing dependency alone, and for how long."""
+"""Circuit breaker and back-off: when to stop calling a failing dependency, and for how long."""
 
 import random
 from enum import IntEnum
@@ -8,7 +8,7 @@ SOON: Final = 1.0  # seconds
 
 
 class State(IntEnum):
-    """Of a breaker; the numbers are those of the metric."""
+    """The state of a circuit breaker; the numbers are the values of the metric."""
 
     CLOSED = 0
     OPEN = 1
@@ -16,9 +16,11 @@ class State(IntEnum):
 
 
 class Breaker:
-    """Opens after ``threshold`` failures in a row; ``recovery`` seconds later one try is let
-    through, which closes it or opens it again; :data:`SOON` later, where that is sooner, after a
-    failure that says so. Times are seconds on the runtime's clock.
+    """A circuit breaker.
+
+    It opens after ``threshold`` failures in a row. After ``recovery`` seconds it allows one
+    attempt, which closes it or opens it again. After a failure that was reported as ``soon``, that
+    is after :data:`SOON` seconds at most. Times are seconds on the runtime's clock.
     """
 
     def __init__(self, threshold: int, recovery: float) -> None:
@@ -29,14 +31,16 @@ class Breaker:
         self.failures = 0  # in a row
 
     def wait(self, now: float) -> float:
-        """Seconds until the next try is allowed; 0 means now."""
+        """Seconds until the next attempt is allowed; 0 means now."""
         if self.state is not State.OPEN:
             return 0.0
         return max(0.0, self._opened_at + self._recovery - now)
 
     def try_now(self, now: float) -> bool:
-        """Whether a try is allowed now. The first one after the recovery time half-opens it, and
-        until that one has ended no other is.
+        """Whether an attempt is allowed now.
+
+        The first attempt after the recovery time half-opens the breaker; no other is allowed until
+        that one has ended.
         """
         if self.state is State.HALF_OPEN:
             return False
@@ -47,18 +51,19 @@ class Breaker:
         return True
 
     def succeeded(self) -> None:
+        """An attempt succeeded: close the breaker."""
         self.state = State.CLOSED
         self.failures = 0
 
     def failed(self, now: float, *, soon: bool = False) -> None:
-        """A try failed; ``soon`` if it was answered at once and nothing is spared by waiting."""
+        """An attempt failed. ``soon``: it failed at once, so that a long wait would spare nothing."""
         self.failures += 1
         if self.state is State.HALF_OPEN or self.failures >= self._threshold:
             self.state = State.OPEN
             self._opened_at = now - max(0.0, self._recovery - SOON) if soon else now
 
     def abandoned(self, now: float) -> None:
-        """The try was cancelled before it had an outcome: the next one may try at once."""
+        """The attempt was cancelled before it had an outcome: the next one is allowed at once."""
         if self.state is State.HALF_OPEN:
             self.state = State.OPEN
             self._opened_at = now - self._recovery
@@ -76,6 +81,6 @@ class Backoff:
         self._random = random.Random()  # noqa: S311 - spreads load, keeps no secret
 
     def after(self, failures: int) -> float:
-        """Seconds to wait after so many failures in a row."""
+        """Seconds to wait after this number of failures in a row."""
         bound = min(self.most, self._first * 2 ** min(failures, 30))
         return self._random.uniform(0, bound)

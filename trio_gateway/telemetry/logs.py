@@ -20,7 +20,7 @@ from ..core.printable import printable
 from ..settings import Settings
 from . import output
 
-# Tokens stand in query strings, in Authorization headers, in subprotocols, or bare.
+# Tokens occur in query strings, in Authorization headers, in subprotocols, or alone.
 _SECRETS: Final = re.compile(
     r"(?P<query>\b(?:table_token|token|ticket)(?:=|\\?[\"']\s*:\s*)\\?[\"']?)[^&\s\"'#\\]+"
     r"|(?P<bearer>\bbearer(?: +|\.))[^\s,\"']+"
@@ -38,7 +38,7 @@ _NOT_ASCII_CONTROLS: Final = str.maketrans(
 
 
 def redact(text: str) -> str:
-    """The text without anything that looks like a credential."""
+    """Replace everything in a text that looks like a credential."""
 
     def replace(match: re.Match[str]) -> str:
         return (match["query"] or match["bearer"] or match["url"] or "") + _GONE
@@ -60,7 +60,7 @@ def _escaped(_logger: Any, _method: str, event: structlog.types.EventDict) -> di
 def _clean(value: object) -> object:
     try:
         match value:
-            case str():  # a lone surrogate would be no UTF-8
+            case str():  # a lone surrogate cannot be encoded as UTF-8
                 return redact(value).encode(errors="backslashreplace").decode()
             case None | bool() | int() | float():
                 return value
@@ -89,7 +89,7 @@ class _Redact(logging.Filter):
 
 
 def _never_raising(base: type[Any]) -> type[Any]:
-    """A logger whose calls never raise: what can't be logged is logged without its fields."""
+    """A logger whose calls never raise: a line that cannot be rendered is logged without fields."""
 
     class Logger(base):  # type: ignore[misc]
         def _proxy_to_logger(self, method_name: str, event: Any = None, **fields: Any) -> Any:
@@ -105,7 +105,7 @@ def _never_raising(base: type[Any]) -> type[Any]:
 
 
 def set_up(settings: Settings) -> None:
-    """Set up structlog, and redaction for what libraries log by themselves."""
+    """Set up structlog, and redaction for the log lines of libraries."""
     processors: list[structlog.types.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
@@ -150,12 +150,12 @@ class HypercornLogger(hypercorn.logging.Logger):
                     _detach(handler)
 
     async def access(self, *arguments: Any) -> None:
-        with suppress(Exception):  # a query that is no UTF-8, say
+        with suppress(Exception):  # such as a query that is not UTF-8
             await super().access(*arguments)
 
 
 def _detach(handler: logging.FileHandler) -> None:
-    """Write to its file from a thread of its own."""
+    """Write a handler's file from a separate thread."""
     file: Any = handler.stream
     if not isinstance(file, output.LineStream):
         stream: Any = output.stream_to(os.dup(file.fileno()))

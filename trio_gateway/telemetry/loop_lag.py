@@ -1,4 +1,4 @@
-"""Stalls: how long the loop was away from the sockets, and how much of that was the collector."""
+"""Event-loop lag: long turns of the loop, and how long garbage collections took."""
 
 import gc
 import time
@@ -10,7 +10,7 @@ import trio
 
 from ..core.histogram import Histogram
 
-LEAST: Final = 0.01  # seconds; a turn of the loop that is shorter is no stall
+LEAST: Final = 0.01  # seconds; shorter turns of the loop are not counted
 
 
 class LoopLag(trio.abc.Instrument):
@@ -19,8 +19,8 @@ class LoopLag(trio.abc.Instrument):
     """
 
     def __init__(self) -> None:
-        self.turns = Histogram()  # those that took too long, seconds
-        self.collections = Histogram()  # of garbage, seconds
+        self.turns = Histogram()  # long turns, in seconds
+        self.collections = Histogram()  # garbage collections, in seconds
         self._since = self._collecting_since = time.perf_counter()
 
     def after_io_wait(self, timeout: float) -> None:
@@ -40,7 +40,7 @@ class LoopLag(trio.abc.Instrument):
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Watch the loop that this is called in."""
+        """Measure the event loop that this is called in."""
         self._since = time.perf_counter()
         trio.lowlevel.add_instrument(self)
         gc.callbacks.append(self.collects)

@@ -1,4 +1,4 @@
-"""Output: standard streams that neither raise nor block, whatever becomes of who reads them.
+"""Output: standard streams that neither raise nor block, whatever their reader does.
 
 What is written goes into a bounded buffer, and a thread of its own passes it on. The descriptor
 stays as it is: it is shared with other processes, so it must not be made non-blocking. If it can't
@@ -19,7 +19,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Final, Literal, NoReturn
 
-MOST_BYTES: Final = 1 << 20  # that may wait
+MOST_BYTES: Final = 1 << 20  # that may be queued
 # Bytes that no other process's lines can come between (write(2), pipe(7)).
 _AT_ONCE: Final[int] = getattr(select, "PIPE_BUF", 512)
 _ENDING: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -53,13 +53,13 @@ class LineWriter:
         self._waiting: deque[bytes] = deque()
         self._bytes = 0  # of what waits
         self._written = 0  # bytes, since the start
-        self._busy = False  # the thread has some of it in its hands
-        self._torn = False  # only a part of the last lines could be written
+        self._busy = False  # the thread is writing
+        self._torn = False  # the last lines were written only in part
         self._unannounced = 0
         self._thread: threading.Thread | None = None
 
     def write(self, text: str) -> None:
-        """Write this soon, in whole lines. Where there is no room, the oldest are dropped."""
+        """Queue text to be written in whole lines. If the queue is full, the oldest lines are dropped."""
         with self._changed:
             lines, end, self._rest = (self._rest + text).rpartition("\n")
             if end:
@@ -98,7 +98,7 @@ class LineWriter:
         self._unannounced += number
 
     def flush(self, patience: float = _PATIENCE, most: float = _MOST_PATIENCE) -> bool:
-        """Wait until everything is written, for as long as it moves; returns whether it is."""
+        """Wait until everything is written or there is no progress; return whether it is written."""
         end = time.monotonic() + most
         with self._changed:
             self.end_line()
@@ -202,7 +202,7 @@ _announcement: Callable[[int], None] = _announce_plainly
 
 
 def announce_by(announcement: Callable[[int], None]) -> None:
-    """How to say that so many lines were dropped."""
+    """How to report a number of dropped lines."""
     global _announcement
     _announcement = announcement
 
@@ -242,7 +242,7 @@ def flush() -> None:
 
 
 def dropped() -> int:
-    """How many lines this process could not write."""
+    """The number of lines that this process could not write."""
     return sum(writer.dropped for writer in _writers)
 
 

@@ -1,4 +1,4 @@
-"""A folder in a place that others can write to, such as ``/tmp``, that only this user may use."""
+"""A folder that only this user can access, in a place such as ``/tmp`` that others can write to."""
 
 import errno
 import os
@@ -22,7 +22,7 @@ class PrivateFolder:
         self.path = path
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a file in one step; the folder is made if it is not there."""
+        """Write a file atomically; create the folder if it does not exist."""
         with suppress(FileExistsError):
             self.path.mkdir(mode=0o700)
         with self._opened() as folder:
@@ -33,7 +33,7 @@ class PrivateFolder:
             os.replace(draft, name, src_dir_fd=folder, dst_dir_fd=folder)
 
     def read(self, name: str) -> tuple[bytes, int]:
-        """What a file holds, and a number that changes with each :meth:`write` to that name."""
+        """The content of a file, and a number that changes with each :meth:`write` to that name."""
         with self._opened() as folder:
             flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
             with open(os.open(name, flags, dir_fd=folder), "rb") as file:
@@ -50,14 +50,14 @@ class PrivateFolder:
             return sorted({name.removesuffix(_DRAFT) for name in os.listdir(folder)})
 
     def remove(self, name: str) -> None:
-        """Remove a file, and what is left of an unfinished :meth:`write` of it."""
+        """Remove a file, and the draft of an unfinished :meth:`write` of it."""
         with self._opened() as folder:
             for each in (name, name + _DRAFT):
                 with suppress(FileNotFoundError):
                     os.unlink(each, dir_fd=folder)
 
     def remove_all(self, suffix: str) -> None:
-        """Remove the folder with the files that end so; one that holds anything else stays."""
+        """Remove the folder and its files with this suffix. A folder with other files is kept."""
         with self._opened() as folder:
             for name in os.listdir(folder):
                 if name.endswith((suffix, _DRAFT)):

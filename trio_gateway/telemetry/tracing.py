@@ -1,7 +1,7 @@
-"""Tracing (the extra ``otel``): a span for each event, from hearing it to its last write.
+"""Tracing (the extra ``otel``): a span for each event, from its receipt to its last write.
 
-Nobody imports this module while ``WS_TRACING`` is off. Where the spans go, and how many of them,
-say OpenTelemetry's own ``OTEL_*`` variables.
+This module is imported only if ``WS_TRACING`` is on. OpenTelemetry's own ``OTEL_*`` variables say
+where spans are sent, and how many.
 """
 
 import logging
@@ -49,17 +49,17 @@ _decode: Final = msgspec.json.Decoder(_Carrier).decode
 
 
 class Tracing:
-    """Makes the spans. A ``processor`` takes what has ended; it must not block."""
+    """Makes the spans. ``processor`` receives the ended ones; it must not block."""
 
     def __init__(self, processor: SpanProcessor, routes: Routing = ROUTES) -> None:
-        # Only ours: whoever else uses OpenTelemetry in this process has a provider of their own.
+        # A provider of our own: other users of OpenTelemetry in this process have theirs.
         self._provider = TracerProvider(resource=_resource(), shutdown_on_exit=False)
         self._provider.add_span_processor(processor)
         self._tracer = self._provider.get_tracer("trio_gateway", __version__)
         self._routes = routes
 
     def observe(self, events: Sequence[Event], ended: float) -> None:
-        """They have been delivered; ``ended`` is on Trio's clock, and is now."""
+        """Make the spans of events that were just delivered; ``ended`` is now, on Trio's clock."""
         now = time.time_ns()
         for event in events:
             origin = read_traceparent(event.payload)
@@ -94,7 +94,7 @@ class Tracing:
         return found
 
     def close(self) -> None:
-        """Export what is left; blocks."""
+        """Export the remaining spans; blocks."""
         self._provider.shutdown()
 
 
@@ -145,7 +145,7 @@ class _Trouble(logging.Handler):
 
     def __init__(self, level: int) -> None:
         super().__init__(level)
-        self._throttled_log = ThrottledLog(log, clock=time.monotonic)  # of any thread
+        self._throttled_log = ThrottledLog(log, clock=time.monotonic)  # called from any thread
 
     def emit(self, record: logging.LogRecord) -> None:
         try:

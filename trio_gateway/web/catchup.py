@@ -26,10 +26,12 @@ from ..runtime.history import History, StoredEvent
 from ..runtime.resume import PATIENCE
 from .responses import Answer, identify, problem, refusal
 
-PAGE_BYTES: Final = 1_000_000  # of a body, at most
+PAGE_BYTES: Final = 1_000_000  # the largest body
 _PIECE_EVENTS: Final = 100  # read from the history without a checkpoint: below a millisecond
 _PIECE_BYTES: Final = 65_536
-_FAR: Final = 86_400  # seconds in the future: no clock is so wrong, but milliseconds are
+_FAR: Final = (
+    86_400  # seconds in the future: more than any clock is wrong, but less than milliseconds are
+)
 _TAIL_BYTES: Final = 100  # room for what follows the events, and in it for each stream's place
 _PLACE_BYTES: Final = 48
 
@@ -92,7 +94,7 @@ async def _missed(parts: Parts, principals: Sequence[Principal]) -> Answer:
         cursor = {stream: seen for stream, seen in asked.items() if stream in history.end}
     response = Response(_page(history, cursor, audiences), content_type="application/json")
     response.headers["Cache-Control"] = "no-store"
-    if not complete:  # the contract's body has no room for it
+    if not complete:  # the body has no field for it
         response.headers["Gateway-Complete"] = "false"
     return response
 
@@ -100,7 +102,7 @@ async def _missed(parts: Parts, principals: Sequence[Principal]) -> Answer:
 async def _page(
     history: History, cursor: Cursor, audiences: frozenset[Audience]
 ) -> AsyncIterator[bytes]:
-    """The body, piece by piece. Where it ends early, ``next`` says from where to go on."""
+    """The body, in pieces. If there is more, ``next`` is the event id to continue from."""
     was_whole = not history.forgot(cursor)
     room, count, more = PAGE_BYTES - _TAIL_BYTES - _PLACE_BYTES * len(cursor), 0, False
     piece = bytearray(b'{"events":[')
@@ -138,7 +140,7 @@ def _text(kept: StoredEvent) -> memoryview:
 
 
 def _read_since(text: str) -> tuple[float | None, Cursor | None]:
-    """A unix time or a place; raises :exc:`ValueError` if it is neither."""
+    """Parse a unix time or an event id; raises :exc:`ValueError` if it is neither."""
     try:
         moment = float(text)
     except ValueError:
