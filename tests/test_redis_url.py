@@ -1,4 +1,4 @@
-"""What a Redis URL may hold, and what is refused at the start, without a value of it shown."""
+"""Redis URLs: what they may contain, and that an error shows no secret."""
 
 import ssl
 from pathlib import Path
@@ -67,7 +67,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("url", "why"), REFUSED)
-def test_url_that_cannot_be_honoured_stops_the_start(url: str, why: str) -> None:
+def test_invalid_url_stops_the_start(url: str, why: str) -> None:
     with pytest.raises(ValueError, match=why):
         Settings(redis_url=url)
     with pytest.raises(ValueError, match=why):
@@ -99,7 +99,7 @@ def test_options_without_effect_are_named() -> None:
     ]
 
 
-def test_key_with_a_password_is_read_with_it_and_refused_without(tmp_path: Path) -> None:
+def test_key_with_a_password_is_read_only_with_it(tmp_path: Path) -> None:
     from cryptography.hazmat.primitives import serialization
 
     leaf = trustme.CA().issue_cert("client")

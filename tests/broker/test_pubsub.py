@@ -84,9 +84,7 @@ async def test_connection_that_answers_is_kept(autojump_clock: MockClock) -> Non
         assert scope.cancelled_caught
 
 
-async def test_redis_that_is_still_loading_is_a_lost_connection_although_it_accepts_subscriptions() -> (
-    None
-):
+async def test_redis_that_is_still_loading_is_a_lost_connection() -> None:
     async def redis(stream: trio.abc.Stream) -> None:
         await stream.send_all(b"*3\r\n$9\r\nsubscribe\r\n$1\r\nx\r\n:1\r\n")
         await trio.testing.wait_all_tasks_blocked()

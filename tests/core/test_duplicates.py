@@ -1,3 +1,5 @@
+"""Duplicates: which events are copies of one another, and what remembering them costs."""
+
 import json
 import time
 from itertools import accumulate
@@ -44,14 +46,14 @@ def test_each_of_two_events_has_its_own_copies() -> None:
 
 
 @pytest.mark.parametrize(("later", "new"), [(0, False), (4.9, False), (5.0, False), (5.01, True)])
-def test_copies_are_heard_within_5_seconds(later: float, new: bool) -> None:
+def test_copies_are_recognised_within_5_seconds(later: float, new: bool) -> None:
     first = make_event(channel=WAITERS, received_at=1000.0)
     copy = make_event(channel=ADMIN, received_at=1000.0 + later)
 
     assert heard(first, copy) == [True, new]
 
 
-def test_a_copy_does_not_make_the_5_seconds_longer() -> None:
+def test_copy_does_not_extend_the_5_seconds() -> None:
     times = {WAITERS: 0.0, ADMIN: 4.0, STREAM: 6.0}
 
     assert heard(*(make_event(channel=c, received_at=t) for c, t in times.items())) == [
@@ -59,7 +61,7 @@ def test_a_copy_does_not_make_the_5_seconds_longer() -> None:
     ]  # fmt: skip
 
 
-def test_a_copy_that_was_heard_earlier_but_taken_later_is_a_copy() -> None:
+def test_copy_that_was_received_earlier_but_dispatched_later_is_a_copy() -> None:
     late, early = (
         make_event(channel=WAITERS, received_at=3.0),
         make_event(channel=ADMIN, received_at=1.0),
@@ -123,14 +125,14 @@ def test_copies_differ_in_ts_alone(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", OTHER)
-def test_what_differs_in_more_than_its_ts_is_another_event(case: str) -> None:
+def test_event_that_differs_in_more_than_ts_is_another_event(case: str) -> None:
     one, other = OTHER[case]
 
     assert heard(raw(one, WAITERS), raw(other, ADMIN)) == [True, True]
 
 
 @pytest.mark.parametrize("text", ['"ts":1,"ts":2', r'"\u0074s":1', '"ts":1,"a":{"ts":1},"ts":1'])
-def test_copies_that_agree_to_the_byte_are_copies_however_ts_is_written(text: str) -> None:
+def test_equal_bytes_are_copies_however_ts_is_written(text: str) -> None:
     assert heard(raw(text, WAITERS), raw(text, ADMIN)) == [True, False]
 
 
@@ -149,7 +151,7 @@ def test_an_id_is_known_for_5_minutes(start: float, later: float, new: bool) -> 
 
 @pytest.mark.parametrize("channel", [WAITERS, ADMIN, STREAM])
 @pytest.mark.parametrize("data", [1, 2])
-def test_an_id_is_known_by_whatever_way_it_comes(channel: str, data: int) -> None:
+def test_id_is_known_whatever_its_source(channel: str, data: int) -> None:
     first = make_event(id="x", channel=WAITERS, data=1)
 
     assert heard(first, make_event(id="x", channel=channel, data=data)) == [True, False]
@@ -165,7 +167,7 @@ def test_one_content_with_two_ids_is_two_events() -> None:
     assert heard(one, other) == [True, True]
 
 
-def test_what_was_heard_again_after_5_minutes_is_known_for_5_more() -> None:
+def test_id_received_again_after_5_minutes_is_known_for_5_more() -> None:
     times = [0.0, 200.0, 400.0, 650.0, 700.5]
 
     assert heard(*(make_event(id="x", received_at=t) for t in times)) == [
@@ -174,7 +176,7 @@ def test_what_was_heard_again_after_5_minutes_is_known_for_5_more() -> None:
 
 
 @pytest.mark.parametrize(("one", "other"), [(1, 2**61), (7, 7 + 2**61 - 1), (2**62, 4)])
-def test_tenants_whose_numbers_have_one_hash_do_not_share_ids(one: int, other: int) -> None:
+def test_tenants_with_equal_hashes_do_not_share_ids(one: int, other: int) -> None:
     events = [make_event(id="x", tenant_id=tenant) for tenant in (one, other, one, other)]
 
     assert heard(*events) == [True, True, False, False]
@@ -198,7 +200,7 @@ def _cost(events: list[Event]) -> float:
 
 
 @pytest.mark.parametrize("way", ["on one channel", "on many channels", "on two in turn"])
-def test_an_event_costs_no_more_when_its_content_was_heard_often(way: str) -> None:
+def test_event_costs_no_more_when_its_content_was_received_often(way: str) -> None:
     def events(number: int) -> list[Event]:
         channels = {"on one channel": 1, "on many channels": number, "on two in turn": 2}[way]
         return [make_event(channel=str(i % channels), received_at=i / 5000) for i in range(number)]
@@ -207,7 +209,7 @@ def test_an_event_costs_no_more_when_its_content_was_heard_often(way: str) -> No
     assert min(_cost(many) for _ in range(3)) < 4 * 16 * min(_cost(few) for _ in range(5))
 
 
-def test_what_one_channel_repeats_is_joined_one_by_one_by_another() -> None:
+def test_repetitions_on_one_channel_are_joined_one_by_one_by_another() -> None:
     seen = Duplicates()
     first = [seen.find_or_add(make_event(channel=WAITERS), mark) for mark in range(3)]
     copies = [seen.find_or_add(make_event(channel=ADMIN), 9) for _ in range(4)]
@@ -219,7 +221,7 @@ def test_what_one_channel_repeats_is_joined_one_by_one_by_another() -> None:
 # --- memory ---
 
 
-def test_what_is_too_old_to_matter_is_forgotten() -> None:
+def test_entries_outside_of_their_window_are_forgotten() -> None:
     seen = Duplicates()
     for i in range(100):
         seen.is_duplicate(make_event(data=i, received_at=i / 100))
@@ -280,7 +282,7 @@ def test_memory_for_the_channels_of_one_content_is_bounded(
         assert len(seen) + seen._extra <= 52
 
 
-def test_a_content_that_never_rests_does_not_collect_channels() -> None:
+def test_content_that_is_always_repeated_does_not_collect_channels() -> None:
     seen = Duplicates()
     for i in range(2000):  # the channels of a session each
         seen.is_duplicate(make_event(channel=str(i), received_at=i / 10))
@@ -327,7 +329,7 @@ bodies = st.fixed_dictionaries(
 
 
 @given(st.lists(st.tuples(gaps, channels, bodies), max_size=40), st.sampled_from([0.0, 1e6]))
-def test_it_knows_what_a_model_that_never_forgets_knows(
+def test_it_agrees_with_a_model_that_never_forgets(
     steps: list[tuple[float, str, dict[str, object]]], start: float
 ) -> None:
     seen, model = Duplicates(), Model()
@@ -342,7 +344,7 @@ def test_it_knows_what_a_model_that_never_forgets_knows(
     st.lists(st.tuples(gaps, channels, st.integers(1, 2)), max_size=60),
     st.fixed_dictionaries({c: st.sampled_from([0.0, 2.0, 6.0, 20.0]) for c in (STREAM, WAITERS)}),
 )
-def test_sources_that_lag_behind_others_change_nothing(
+def test_sources_that_lag_behind_others_change_no_answer(
     steps: list[tuple[float, str, int]], lags: dict[str, float]
 ) -> None:
     seen, model, now = Duplicates(), Model(), 0.0
@@ -365,9 +367,7 @@ values = st.recursive(
 
 @given(st.dictionaries(st.sampled_from(["a", "ts", "z", "\\ts"]), values), values, st.booleans())
 @example({"a": {"ts": 1}, "ts": 1}, 15, False)
-def test_ts_is_left_out_wherever_it_stands(
-    keys: dict[str, object], ts: object, spaced: bool
-) -> None:
+def test_ts_is_left_out_wherever_it_is(keys: dict[str, object], ts: object, spaced: bool) -> None:
     separators = (" , ", "\t: ") if spaced else (",", ":")
 
     def event(channel: str, ts: object) -> Event:

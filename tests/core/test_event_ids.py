@@ -1,4 +1,4 @@
-"""Positions: ids that name a place, and nothing else that is taken for one."""
+"""Event ids: each names one cursor, and no other text does."""
 
 import string
 
@@ -24,12 +24,12 @@ streams = st.text(string.hexdigits.lower()[:16], min_size=4, max_size=4).map(Str
 
 
 @given(positions, streams)
-def test_event_id_names_its_place_and_no_other(position: Position, stream: Stream) -> None:
+def test_event_id_names_exactly_one_position(position: Position, stream: Stream) -> None:
     assert read_cursor(event_id(stream, position)) == {stream: position}
 
 
 @given(st.dictionaries(streams, positions, min_size=1, max_size=4))
-def test_id_of_a_place_in_several_streams_comes_back_as_that_place(
+def test_id_of_a_cursor_in_several_streams_is_read_as_that_cursor(
     cursor: dict[Stream, Position],
 ) -> None:
     text = cursor_id(cursor)
@@ -50,7 +50,7 @@ def test_positions_sort_as_redis_sorts_entries(a: Position, b: Position) -> None
     assert a >= START
 
 
-def test_no_place_has_an_id_too_so_that_it_is_not_taken_for_the_present_one() -> None:
+def test_empty_cursor_has_an_id_of_its_own() -> None:
     """An empty id asks for the present place: resuming from there would recover nothing."""
     assert read_cursor(cursor_id({})) == {Stream("none"): START}
 
@@ -68,7 +68,7 @@ def test_position_is_read_as_redis_writes_it() -> None:
         "-1-1", "1--1", f"{MOST + 1}-0", f"0-{MOST + 1}", "9" * 5000 + "-0", "\u0661-1", "\xb2-1",
     ],
 )  # fmt: skip
-def test_what_redis_would_not_write_is_no_position(text: str) -> None:
+def test_text_that_redis_would_not_write_is_not_a_position(text: str) -> None:
     with pytest.raises(ValueError, match="entry id"):
         read_position(text)
 
@@ -80,13 +80,13 @@ def test_what_redis_would_not_write_is_no_position(text: str) -> None:
         ".1-1-abcd", "1-1-abcd,2-1-abcd", "1-1-1-abcd", "x-1-abcd", "$", "0", "null", "1" * 10_000,
     ],
 )  # fmt: skip
-def test_what_we_did_not_write_is_no_place(text: str) -> None:
+def test_text_that_is_not_an_event_id_is_not_a_cursor(text: str) -> None:
     with pytest.raises(ValueError, match="id"):
         read_cursor(text)
 
 
 @given(st.text(max_size=60) | st.text(string.digits + "-.abcd", max_size=60))
-def test_any_text_is_a_place_or_a_value_error(text: str) -> None:
+def test_any_text_is_a_cursor_or_a_value_error(text: str) -> None:
     try:
         found = read_cursor(text)
     except ValueError:

@@ -1,3 +1,5 @@
+"""Events: which payloads are valid, and that they pass through unchanged."""
+
 import json
 from pathlib import Path
 from typing import Any
@@ -62,7 +64,7 @@ INTS = ["tenant_id", "branch_id", "sector_id", "session_id", "table_id"]
 
 @pytest.mark.parametrize("key", INTS)
 @pytest.mark.parametrize("value", NO_INT)
-def test_what_is_no_integer_in_range_is_no_id(key: str, value: str) -> None:
+def test_id_must_be_an_integer_in_range(key: str, value: str) -> None:
     assert reason(with_json(key, value)) == key
 
 
@@ -78,7 +80,7 @@ def test_an_id_may_be_as_large_as_63_bits_allow(key: str) -> None:
 
 @pytest.mark.parametrize("key", ["tenant_id", "sector_id", "session_id", "table_id"])
 @pytest.mark.parametrize("value", ["0", "-0"])
-def test_0_is_no_id(key: str, value: str) -> None:
+def test_0_is_not_a_valid_id(key: str, value: str) -> None:
     assert reason(with_json(key, value)) == key
 
 
@@ -87,17 +89,17 @@ def test_branch_0_is_the_whole_tenant() -> None:
 
 
 @pytest.mark.parametrize("value", ['""', "null", "1", "true", '["A"]'])
-def test_a_type_is_a_string_with_something_in_it(value: str) -> None:
+def test_type_must_be_a_string_that_is_not_empty(value: str) -> None:
     assert reason(with_json("type", value)) == "type"
 
 
 @pytest.mark.parametrize("value", ["1", "true", '["A"]', "{}"])
-def test_an_idempotency_key_is_a_string(value: str) -> None:
+def test_idempotency_key_must_be_a_string(value: str) -> None:
     assert reason(with_json("id", value)) == "id"
 
 
 @pytest.mark.parametrize("text", ["[]", '["type"]', "null", "true", "1", '"{}"', "[[[["])
-def test_what_is_no_object_is_no_event(text: str) -> None:
+def test_payload_must_be_a_json_object(text: str) -> None:
     assert reason(text) == "not_object"
 
 
@@ -117,7 +119,7 @@ BROKEN: dict[str, bytes | str] = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_what_is_no_json_is_no_event(name: str) -> None:
+def test_payload_must_be_json(name: str) -> None:
     assert reason(BROKEN[name]) == "not_json"
 
 
@@ -126,17 +128,17 @@ def test_what_is_no_json_is_no_event(name: str) -> None:
     ['"a\nb"', '"\\q"', '"\\u12"', '"\\uzzzz"', "01", "1.", ".5", "+1", "NaN", "-Infinity", "tru",
      "[1,]", "[1 2]", '{"a":1,}', "{a:1}", '"\0"', "", "'a'", "--1", "1e+"],
 )  # fmt: skip
-def test_keys_that_nobody_reads_must_be_json_all_the_same(value: str) -> None:
+def test_values_of_unread_keys_must_be_json(value: str) -> None:
     assert reason(with_json("data", value)) == "not_json"
 
 
-def test_json_nested_beyond_reason_is_refused_without_a_crash() -> None:
+def test_json_nested_too_deeply_is_invalid_without_a_crash() -> None:
     deep = 20_000
     assert reason(with_json("data", "[" * deep + "]" * deep)) == "not_json"
     assert reason('{"a":' * 9_000) == "not_json"
 
 
-def test_json_nested_within_reason_passes() -> None:
+def test_json_nested_moderately_is_valid() -> None:
     parse(with_json("data", "[" * 100 + "]" * 100))
 
 
@@ -144,7 +146,7 @@ BAD_UTF8 = [b"\xff", b"\xc3", b"\xed\xa0\x80", b"\xc0\xaf", b"\xf4\x90\x80\x80",
 
 
 @pytest.mark.parametrize("junk", BAD_UTF8)
-def test_what_is_no_utf8_is_refused_in_keys_that_nobody_reads(junk: bytes) -> None:
+def test_invalid_utf8_in_unread_keys_is_rejected(junk: bytes) -> None:
     whole = make_payload(data=["here"])
 
     assert reason(whole.replace(b"here", junk)) == "not_utf8"
@@ -172,7 +174,7 @@ HALF_PAIRS = [
 
 
 @pytest.mark.parametrize("text", HALF_PAIRS)
-def test_a_text_cut_in_the_middle_of_an_emoji_passes_as_it_is(text: str) -> None:
+def test_text_cut_in_the_middle_of_an_emoji_is_passed_on_unchanged(text: str) -> None:
     payload = with_json("data", f'{{"note": "{text}"}}').encode()
     event = parse(payload)
 
@@ -181,11 +183,11 @@ def test_a_text_cut_in_the_middle_of_an_emoji_passes_as_it_is(text: str) -> None
 
 
 @pytest.mark.parametrize("value", [r'"\ud83d', r'"\ud83d\q"', r'"\ud83"', r"\ud83d", r'"\\ud83d'])
-def test_what_is_no_json_does_not_pass_for_half_an_emoji(value: str) -> None:
+def test_invalid_json_is_not_accepted_as_half_an_emoji(value: str) -> None:
     assert reason(with_json("data", value)) == "not_json"
 
 
-def test_half_an_emoji_excuses_no_broken_rule() -> None:
+def test_half_an_emoji_does_not_excuse_a_broken_rule() -> None:
     assert reason(with_json("tenant_id", r'"\ud83d"')) == "tenant_id"
     assert reason(with_json("data", r'"\ud83d", "tenant_id": true')) == "tenant_id"
 
@@ -194,7 +196,7 @@ def test_a_key_written_with_escapes_is_that_key() -> None:
     assert reason(r'{"type":"A","tenant_id":1,"branch_id":1,"\u0074enant_id":0}') == "tenant_id"
 
 
-def test_of_a_key_written_twice_the_last_counts_as_in_a_browser() -> None:
+def test_last_of_two_equal_keys_counts_as_in_a_browser() -> None:
     assert parse('{"tenant_id":1,"type":"A","branch_id":1,"tenant_id":2}').tenant == 2
 
 
@@ -241,7 +243,7 @@ def test_an_error_names_the_rule_and_never_the_payload(payload: bytes) -> None:
     assert "secret" not in str(caught.value)
 
 
-def test_what_is_printed_of_an_event_is_not_its_payload() -> None:
+def test_repr_of_an_event_does_not_contain_its_payload() -> None:
     assert repr(parse(make_payload("A", data="secret"))) == "<Event A tenant=1 branch=1>"
 
 
@@ -257,12 +259,12 @@ json_values = st.recursive(
 @given(st.binary() | st.text().map(lambda text: text.encode("utf-8", "surrogatepass")))
 @example(b'{"type":"\\ud800')
 @example(b"\\ud800\\")
-def test_junk_is_invalid_and_nothing_worse(junk: bytes) -> None:
+def test_random_bytes_are_invalid_and_never_crash(junk: bytes) -> None:
     assert reason(junk) in REASONS
 
 
 @given(st.data())
-def test_a_damaged_event_is_an_event_or_invalid_and_nothing_worse(data: st.DataObject) -> None:
+def test_damaged_event_is_valid_or_invalid_and_never_crashes(data: st.DataObject) -> None:
     whole = make_payload(data={"note": "\U0001f600 ñ"}, ts=1.5, sector_id=5, id="x")
     at = data.draw(st.integers(0, len(whole)))
     damaged = whole[:at] + data.draw(st.binary(max_size=3)) + whole[at + 1 :]

@@ -1,4 +1,4 @@
-"""Entries that are no events are put aside once, and can be looked at and replayed."""
+"""Dead letters: invalid entries are copied once, and can be listed and replayed."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ def dlq(monkeypatch: pytest.MonkeyPatch, redis_url: str, *arguments: str) -> Res
     return CliRunner().invoke(main, ["dlq", *arguments])
 
 
-async def test_poison_is_put_aside_once_by_however_many_gateways(
+async def test_invalid_entry_is_copied_once_however_many_gateways_read_it(
     redis_url: str, backend: "redis.Redis"
 ) -> None:
     settings = make_settings(redis_url, redis_dlq_stream="events:dlq")
@@ -45,7 +45,7 @@ async def test_poison_is_put_aside_once_by_however_many_gateways(
         assert letters[2][1][b"size"] == b"200000"
 
 
-async def test_no_letter_is_written_unless_it_is_asked_for(
+async def test_dead_letters_are_written_only_if_configured(
     redis_url: str, backend: "redis.Redis"
 ) -> None:
     async with running(make_settings(redis_url)) as gateway:
@@ -62,7 +62,7 @@ async def put_aside(commands: Commands) -> bool:
     return await commands.add_once("gateway:dlq:x", 60, "events:dlq", LETTER, 10_000)
 
 
-async def test_letter_that_could_not_be_added_is_not_taken_for_added(
+async def test_dead_letter_that_could_not_be_added_is_tried_again(
     redis_url: str, backend: "redis.Redis"
 ) -> None:
     backend.set("events:dlq", "no stream")
@@ -77,7 +77,7 @@ async def test_letter_that_could_not_be_added_is_not_taken_for_added(
 
 
 @pytest.mark.parametrize("fault", ["no stream", "no right"])
-async def test_letters_that_redis_refuses_cost_nobody_a_ticket(
+async def test_dead_letters_that_redis_refuses_do_not_affect_tickets(
     redis_url: str, backend: "redis.Redis", fault: str
 ) -> None:
     url = redis_url
@@ -97,7 +97,7 @@ async def test_letters_that_redis_refuses_cost_nobody_a_ticket(
         assert await commands.getdel("ticket") == b"token"
 
 
-async def test_letter_whose_answer_is_lost_is_added_once(
+async def test_dead_letter_whose_reply_is_lost_is_added_once(
     redis_url: str, backend: "redis.Redis"
 ) -> None:
     breakers = Breaker(5, 30), Breaker(5, 30)
@@ -123,7 +123,7 @@ def put(backend: "redis.Redis", data: bytes) -> str:
     return str(letter_id.decode())
 
 
-def test_letters_are_listed_and_shown(
+def test_dead_letters_are_listed_and_shown(
     redis_url: str, backend: "redis.Redis", monkeypatch: pytest.MonkeyPatch
 ) -> None:
     letter_id = put(backend, b"no json")
@@ -135,7 +135,7 @@ def test_letters_are_listed_and_shown(
     assert dlq(monkeypatch, redis_url, "show", "5-5").exit_code == 1
 
 
-def test_what_is_an_event_by_now_is_replayed_and_the_rest_stays(
+def test_dead_letters_that_are_valid_now_are_replayed_and_the_rest_stays(
     redis_url: str, backend: "redis.Redis", monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(backend, GOOD)
@@ -151,7 +151,7 @@ def test_what_is_an_event_by_now_is_replayed_and_the_rest_stays(
     assert [letter_id.decode() for letter_id, _ in left] == [bad]
 
 
-def test_replay_wants_to_be_told_what(
+def test_replay_requires_ids_or_all(
     redis_url: str, backend: "redis.Redis", monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert dlq(monkeypatch, redis_url, "replay").exit_code == 2

@@ -1,4 +1,4 @@
-"""A failover that leaves old links open: whoever was connected to the old primary finds the new."""
+"""A failover that leaves old connections open: every part finds the new primary."""
 
 import socket
 from collections.abc import Callable, Iterator
@@ -84,7 +84,7 @@ async def ready(gateway: Running) -> bool:
     return (await http(gateway.port, "/ws/health/ready")).status == 200
 
 
-async def test_failover_that_keeps_old_links_open_is_followed(name: Name) -> None:
+async def test_failover_that_keeps_old_connections_open_is_followed(name: Name) -> None:
     async with (
         running(make_settings(name.url)) as gateway,
         AsyncPublisher(name.url) as publisher,
@@ -134,7 +134,7 @@ REFUSALS: dict[str, Callable[["redis.Redis"], Any]] = {
 
 
 @pytest.mark.parametrize("refusal", REFUSALS)
-async def test_what_one_server_refuses_is_given_to_the_one_that_the_name_leads_to(
+async def test_refused_command_is_sent_to_the_server_that_the_name_leads_to(
     name: Name, refusal: str
 ) -> None:
     for server in (name.one, name.other):
@@ -160,7 +160,7 @@ async def test_what_one_server_refuses_is_given_to_the_one_that_the_name_leads_t
         assert new.xlen(STREAM) == 1
 
 
-async def test_server_that_refuses_for_good_is_unavailable(name: Name) -> None:
+async def test_server_that_always_refuses_is_unavailable(name: Name) -> None:
     name.target = name.other.port  # the replica
     breaker = Breaker(1, 30)
     async with open_commands(name.url, Breaker(5, 30), breaker, max_connections=5) as commands:

@@ -1,4 +1,4 @@
-"""Redis as a source: what counts as one event, how it may be reached, and what if it goes."""
+"""Redis as a source: what counts as one event, how it is reached, and what happens if it fails."""
 
 import json
 import ssl
@@ -135,7 +135,7 @@ async def test_copies_on_several_streams_are_one_event(
         assert markers(await received(waiter)) == [0, 0]
 
 
-async def test_same_id_is_the_same_event_by_whatever_way_but_only_within_its_tenant(
+async def test_same_id_is_the_same_event_whatever_its_source_but_only_within_its_tenant(
     backend: "redis.Redis", redis_url: str
 ) -> None:
     async with (
@@ -269,7 +269,7 @@ async def test_redis_is_reached_by_every_kind_of_url(guarded: RedisServer, templ
         ("redis://deaf:secret@{tcp}", "Redis says NOPERM"),
     ],
 )
-async def test_redis_that_refuses_us_is_named_in_the_log_without_the_password(
+async def test_redis_that_refuses_the_credentials_is_named_in_the_log_without_the_password(
     guarded: RedisServer, template: str, error: str
 ) -> None:
     with capture_logs() as logs:
@@ -388,7 +388,7 @@ async def test_tls_options_of_the_url_hold_for_every_connection(
         assert f"Redis at localhost:{port}: connected" in checked.output
 
 
-async def test_client_certificate_that_is_missing_is_a_refusal(
+async def test_missing_client_certificate_is_refused(
     guarded: RedisServer, authority: tuple[trustme.CA, Path]
 ) -> None:
     ca, folder = authority
@@ -405,7 +405,7 @@ async def test_client_certificate_that_is_missing_is_a_refusal(
 
 
 @pytest.mark.parametrize("fault", ["of an authority nobody trusts", "of another host"])
-async def test_tls_certificate_that_proves_nothing_is_refused(
+async def test_untrusted_tls_certificate_is_refused(
     guarded: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     authority = trustme.CA()
@@ -504,7 +504,9 @@ async def test_redis_that_is_killed_and_comes_back_costs_no_client_and_no_stream
         assert await breaker_states(gateway) == dict.fromkeys(BREAKERS, 0)
 
 
-async def test_redis_that_hangs_is_noticed_within_five_seconds_and_may_come_back() -> None:
+async def test_redis_that_hangs_is_noticed_within_five_seconds_and_used_again_when_it_answers() -> (
+    None
+):
     """SIGSTOP is what a half-open link looks like: connected, and no answer to anything."""
     async with (
         own_redis() as server,
@@ -582,7 +584,7 @@ async def test_connection_that_redis_drops_is_opened_again(
             assert (await http(gateway.port, "/ws/health/ready")).status == 200
 
 
-async def test_stream_that_vanishes_and_begins_anew_is_read_on(
+async def test_stream_that_is_deleted_and_created_anew_is_read_on(
     backend: "redis.Redis", redis_url: str
 ) -> None:
     """``XTRIM``, ``DEL`` and ``FLUSHALL`` leave a cursor behind that later entries are beyond."""
@@ -601,7 +603,7 @@ async def test_stream_that_vanishes_and_begins_anew_is_read_on(
         assert markers(await received(waiter)) == ["one", "two", "three"]
 
 
-async def test_key_that_is_no_stream_is_a_lost_source_and_not_the_end(
+async def test_key_that_is_not_a_stream_is_a_lost_source_and_does_not_end_the_process(
     backend: "redis.Redis", redis_url: str
 ) -> None:
     backend.set(STREAM, "a string")
