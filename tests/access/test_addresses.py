@@ -1,4 +1,4 @@
-"""Abuse: whoever takes too much is stopped, counted and, mostly, told; nobody else notices."""
+"""Limits by address and by user, floods, and failed logins: other clients are not affected."""
 
 import ssl
 from collections import Counter
@@ -53,7 +53,7 @@ async def dialled_from(address: str, port: int) -> AsyncIterator[Client]:
 
 
 async def upgraded(client: Client, transport: Transport, sub: int = 21) -> None:
-    """A waiter; over ASGI as the second request of its connection."""
+    """A waiter; on the ASGI transport, the second request of its connection."""
     if transport == "asgi":
         await client.send(b"GET /ws/health HTTP/1.1\r\nHost: a\r\n\r\n")
         assert (await client.response())[0] == 200
@@ -84,7 +84,7 @@ async def is_let_in_from(address: str, gateway: Running, *more: str) -> bool:
 
 
 class Bystander:
-    """Somebody who pings all the while, and how long the slowest answer took, in seconds."""
+    """A client that pings continuously; measures the slowest answer, in seconds."""
 
     def __init__(self) -> None:
         self.slowest = 0.0
@@ -102,7 +102,7 @@ class Bystander:
 
 @asynccontextmanager
 async def unaffected(gateway: Running) -> AsyncIterator[None]:
-    """Meanwhile a bystander's pings are answered as ever."""
+    """A bystander's pings are answered in time while the body runs."""
     bystander = Bystander()
     async with admitted(gateway.staff_url("kitchen", sub="77")) as client:
         async with trio.open_nursery() as nursery:
@@ -169,7 +169,7 @@ async def test_silent_tls_handshakes_are_counted_and_have_the_same_deadline(
 
 
 class Unhurried:
-    """Authentication that waits until it is told to go on."""
+    """Authentication that waits until ``go_on`` is set."""
 
     def __init__(self) -> None:
         self.go_on = trio.Event()
@@ -182,7 +182,7 @@ class Unhurried:
 async def test_clients_over_the_admission_limit_are_closed_with_1013(
     redis_url: str,
 ) -> None:
-    """Over the ASGI transport: the direct one does not even read from them."""
+    """On the ASGI transport: the direct one does not read from them."""
     auth = Unhurried()
     settings = make_settings(redis_url, ws_max_handshakes=4, ws_accept_timeout=4)
     by_endpoint = dict.fromkeys(Endpoint, auth)
@@ -608,7 +608,7 @@ async def test_a_thousand_invalid_tokens_delay_no_other_client(
 async def test_many_silent_connections_delay_no_other_client(
     redis_url: str, limited: bool, first: bytes
 ) -> None:
-    """A crowd that takes all places of the handshakes many times over, while others connect."""
+    """Many times the limit of handshakes are silent connections while others connect."""
     changes: dict[str, Any] = {"ws_max_handshakes": 20, "ws_accept_timeout": 5}
     if limited:
         changes["ws_max_connections_per_address"] = 30

@@ -1,4 +1,4 @@
-"""Admission: what was checked before an await is looked at again after it, in virtual time."""
+"""Admission checks again after an await what it checked before; in virtual time."""
 
 import json
 from collections.abc import AsyncIterator, Sequence
@@ -28,7 +28,7 @@ FOR_EVER = ConnectionLimits(stale_after=float("inf"), receive_timeout=float("inf
 
 
 class Redis:
-    """Keys that take a tenth of a second to be read; while it is down they can't be."""
+    """Keys that take a tenth of a second to read; reading fails while it is down."""
 
     def __init__(self) -> None:
         self.keys: dict[str, bytes] = {}
@@ -56,7 +56,7 @@ class Redis:
 
 
 class SlowSectorAssignments:
-    """Needs a second and a half to find the sectors."""
+    """Takes a second and a half to find the sectors."""
 
     def __init__(self) -> None:
         self.sectors = {5}
@@ -72,7 +72,7 @@ class SlowSectorAssignments:
 
 
 class Place:
-    """An admission with all that it needs."""
+    """An admission with everything it needs."""
 
     def __init__(self, *, checks_revocations: bool = True) -> None:
         self.redis = Redis()

@@ -1,4 +1,4 @@
-"""Key sets: public keys behind a URL that answers, hangs, drips, lies, or is not there."""
+"""Key sets at a URL that answers, hangs, sends slowly, sends garbage or is unreachable."""
 
 import json
 import threading
@@ -49,7 +49,7 @@ OCT: Final = {"kty": "oct", "kid": "shared", "k": "c2VjcmV0" * 8}
 
 
 def jwk(algorithm: str, kid: str | None = None, **changes: Any) -> dict[str, Any]:
-    """The public key of that algorithm, as a key set has it; the algorithm is its name, too."""
+    """The public key of an algorithm as a JWK, whose id is the algorithm."""
     public = PRIVATE[algorithm].public_key()
     kind: Any = {"RS256": RSAAlgorithm, "ES256": ECAlgorithm, "EdDSA": OKPAlgorithm}[algorithm]
     return {**kind.to_jwk(public, as_dict=True), "kid": kid or algorithm} | changes
@@ -60,7 +60,7 @@ def key_set(*keys: Any) -> bytes:
 
 
 def signed(algorithm: str, *, by: str | None = None, kid: str | None = None, **claims: Any) -> str:
-    """A waiter's token, signed with the key of ``by``, or of the algorithm's own name."""
+    """A waiter's token, signed with the key named ``by``, by default the algorithm's key."""
     found = {
         "sub": "21", "tenant_id": 1, "branch_ids": [1], "roles": ["WAITER"],
         "exp": time.time() + 600,
@@ -70,7 +70,7 @@ def signed(algorithm: str, *, by: str | None = None, kid: str | None = None, **c
 
 
 class Issuer:
-    """Who signs the tokens: a web server in a thread, as good or bad as it is told to be."""
+    """The issuer of the tokens: a web server in a thread, with the failures it is given."""
 
     def __init__(self, port: int, body: bytes) -> None:
         self.url = f"http://127.0.0.1:{port}/jwks.json"
@@ -128,7 +128,7 @@ def issuer() -> Iterator[Issuer]:
 
 
 async def is_good(keys: KeySet, token: str) -> bool:
-    """Whether the key set vouches for the token; a key set that can't be had raises."""
+    """Whether the token is valid by the key set; raises if the key set is unavailable."""
     auth = JwtAuth((), Rules(), time.time, keys)
     try:
         await auth.authenticate(token, Endpoint.WAITER)
@@ -169,7 +169,7 @@ async def test_token_with_the_id_of_another_key_is_invalid(issuer: Issuer) -> No
 
 
 async def test_symmetric_key_in_the_set_is_ignored(issuer: Issuer) -> None:
-    """Whoever can read the set could sign with it."""
+    """Everybody who can read the set could sign with it."""
     issuer.body = key_set(OCT, jwk("ES256"))
     keys = KeySet(issuer.url, ("HS256", *SIGNATURES))
     secret = jwt.utils.base64url_decode(OCT["k"])
@@ -261,7 +261,7 @@ async def test_invented_key_ids_cost_one_fetch_a_minute(
 async def test_stranger_cannot_use_up_the_fetch_that_a_new_key_needs(
     issuer: Issuer, mock_clock: MockClock
 ) -> None:
-    """Nor does it help to know the next key's id."""
+    """Knowing the next key's id does not help, either."""
     issuer.body = key_set(jwk("RS256"))
     keys = KeySet(issuer.url, SIGNATURES)
     assert not await is_good(keys, signed("RS256", kid="ES256"))
@@ -350,7 +350,7 @@ async def test_tokens_that_no_public_key_could_have_signed_cause_no_fetch(issuer
 async def test_fetch_continues_when_the_client_disconnects(
     issuer: Issuer, mock_clock: MockClock
 ) -> None:
-    """Else one that comes and goes once a minute could keep a new key out for ever."""
+    """Otherwise a client that connects once a minute could keep a new key out for ever."""
     issuer.body = key_set(jwk("RS256"))
     keys = KeySet(issuer.url, SIGNATURES)
     assert await is_good(keys, signed("RS256", kid="RS256"))

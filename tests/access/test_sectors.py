@@ -1,4 +1,4 @@
-"""The roster in virtual time: its cache, its failures, its debts, and the clock on the wall."""
+"""Sector assignments in virtual time: cache, failures, repeated queries and the wall clock."""
 
 import json
 from collections import Counter
@@ -42,7 +42,7 @@ FOR_EVER = ConnectionLimits(stale_after=float("inf"), receive_timeout=float("inf
 
 @dataclass
 class Database:
-    """Who serves what, and how well it answers."""
+    """A database of assignments that can be slow or down."""
 
     rows: dict[tuple[int, int, str, date], set[tuple[int, str | None]]] = field(
         default_factory=dict
@@ -86,7 +86,7 @@ class Database:
 
 
 class Restaurant:
-    """A roster with all that it needs, and waiters who come in."""
+    """Sector assignments with everything they need, and connected waiters."""
 
     def __init__(self, nursery: trio.Nursery, *, ttl: float = 300, **days: Any) -> None:
         self.nursery = nursery
@@ -106,7 +106,7 @@ class Restaurant:
     async def enter(
         self, principal: Principal | None = None, *, assigned: bool = False
     ) -> Connection:
-        """A client connects, as the gateway lets it."""
+        """Connect a client as the gateway does."""
         found = principal or make_principal()
 
         async def serve(*, task_status: trio.TaskStatus[Connection]) -> None:
@@ -119,7 +119,7 @@ class Restaurant:
         return client
 
     def change(self, *, tenant: int = 1, user: int | str = 21) -> None:
-        """The backend says that somebody's assignments have changed."""
+        """The backend announces that the assignments of a waiter have changed."""
         self.sector_assignments.receive(
             json.dumps({"tenant_id": tenant, "waiter_id": user}).encode()
         )
@@ -596,7 +596,7 @@ async def test_changes_announced_while_the_link_was_down_are_found(
 async def test_cached_answers_are_outdated_after_the_link_was_down(
     autojump_clock: MockClock,
 ) -> None:
-    """Also one that was being asked for when the link came back."""
+    """Including an answer whose query was running when the link came back."""
     async with opened() as restaurant:
         restaurant.database.assign(5)
         await restaurant.sector_assignments.assign(make_principal())
@@ -886,7 +886,7 @@ _steps: st.SearchStrategy[list[tuple[str, Any]]] = st.lists(
 def test_move_while_batches_are_delivered_neither_loses_nor_doubles_an_event(
     steps: list[tuple[str, Any]], first: Iterable[int], writes_per_checkpoint: int
 ) -> None:
-    """Sector 9 is served throughout; 1 to 3 come and go, also between two writes of a batch."""
+    """Sector 9 is served throughout; 1 to 3 change, also between two writes of a batch."""
 
     async def run() -> None:
         hub = Hub()
