@@ -23,7 +23,7 @@ from tests.support.sockets import (
 from trio_gateway.core.close_codes import Close
 from trio_gateway.core.frames import CLOSE, PING, PONG, TEXT, deflated_frame, split, text_frame
 from trio_gateway.testing import make_jwt, make_payload
-from trio_gateway.transports.compression import agree
+from trio_gateway.transports.compression import negotiate
 
 
 @given(st.one_of(st.binary(max_size=300), st.integers(0, 20_000).map(lambda n: b'{"a":1}' * n)))
@@ -58,7 +58,7 @@ _NO_CONTEXT = "permessage-deflate; client_no_context_takeover; server_no_context
     ],
 )
 def test_what_is_agreed_to(offers: str, answer: str | None) -> None:
-    agreed = agree(offers)
+    agreed = negotiate(offers)
 
     assert (agreed and agreed.answer) == answer
 

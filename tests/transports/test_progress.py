@@ -32,7 +32,7 @@ from trio_gateway.core.audiences import Endpoint, Principal
 from trio_gateway.core.close_codes import Close
 from trio_gateway.gateway import Gateway
 from trio_gateway.testing import make_payload, make_principal, make_table_token
-from trio_gateway.transports.progress import MovingStream, acknowledged
+from trio_gateway.transports.progress import ProgressStream, acknowledged
 
 NO_REDIS: Final = "redis://127.0.0.1:1"
 WRITE_TIMEOUT: Final = 0.6
@@ -206,7 +206,7 @@ async def test_sigterm_ends_with_0_although_clients_do_not_read(
 
 async def test_write_that_is_cancelled_before_it_waits_is_whole() -> None:
     ours, theirs = await tcp_pair()
-    stream = MovingStream(ours, 1)
+    stream = ProgressStream(ours, 1)
     with trio.CancelScope() as outer:
         outer.cancel()
         with trio.CancelScope(shield=True) as stream.shield:
@@ -224,7 +224,7 @@ async def test_write_that_is_cancelled_before_it_waits_is_whole() -> None:
 
 async def test_peer_that_takes_nothing_is_a_timeout_and_one_that_is_gone_is_not() -> None:
     ours, theirs = await tcp_pair()
-    stream = MovingStream(ours, 0.2)
+    stream = ProgressStream(ours, 0.2)
     started = trio.current_time()
     with pytest.raises(TimeoutError):
         await stream.send_all(b"x" * 20_000_000)

@@ -61,7 +61,7 @@ from trio_gateway.testing import NullAuth, make_event, make_principal
 from trio_gateway.transports import tcp
 from trio_gateway.transports.direct import LINGER, DirectSocket
 from trio_gateway.transports.handshake import MAX_HEAD_BYTES
-from trio_gateway.transports.progress import find_the_vanished
+from trio_gateway.transports.progress import enable_keepalive
 
 NO_REDIS = "redis://127.0.0.1:1"
 EVERYBODY: Mapping[Endpoint, Auth] = {endpoint: NullAuth() for endpoint in Endpoint}
@@ -666,9 +666,9 @@ async def test_kernel_finds_clients_that_vanished(
 
     def remembering(sock: Any, timeout: float) -> None:
         sockets.append(sock)
-        find_the_vanished(sock, timeout)
+        enable_keepalive(sock, timeout)
 
-    monkeypatch.setattr(tcp, "find_the_vanished", remembering)
+    monkeypatch.setattr(tcp, "enable_keepalive", remembering)
     async with serving(ws_write_timeout=write_timeout) as gateway, AsyncExitStack() as stack:
         for first in TRANSPORTS.values():
             client = await stack.enter_async_context(dialled(gateway.port))

@@ -1,4 +1,4 @@
-"""Frames as Server-Sent Events (WHATWG HTML, 9.2), for those who can't have a WebSocket."""
+"""WebSocket frames as Server-Sent Events (WHATWG HTML, 9.2)."""
 
 import json
 import re
@@ -8,30 +8,32 @@ from .close_codes import parse_retry_hint
 from .frames import PING, TEXT, split
 
 MEDIA_TYPE: Final = "text/event-stream"
-HELLO: Final = b"retry: 3000\n\n"  # milliseconds; an earlier close may have said something else
+HELLO: Final = b"retry: 3000\n\n"  # milliseconds; an earlier close may have set another value
 _COMMENT: Final = b": ping\n\n"
 
 _LINE_END: Final = re.compile(rb"\r\n|\r|\n")
-# As Event.text splices it, and nowhere but at the end; JSON has no bare quote inside a string.
+# As Event.text appends it, so only at the end; JSON has no bare quote inside a string.
 _EVENT_ID: Final = re.compile(rb',"event_id":"(\d{1,20}-\d{1,20}-[0-9a-f]{4})"\}\Z')
-_TAIL: Final = 64  # bytes that it fits into
-# No event looks like that: it would name its tenant.
+_TAIL: Final = 64  # bytes at the end in which it is searched
+# No event has this form: an event names its tenant.
 _RESUMED: Final = re.compile(
     rb'\{"type":"resumed","recovered":\w+,"count":\d+,"last_event_id":"([^"\\]+)"\}'
 )
 
 
 def as_events(data: bytes | memoryview) -> bytes:
-    """Joined whole frames as events; pings become comments, and pongs nothing.
+    """Convert whole, uncompressed frames that are joined. A text becomes an event, a ping a
+    comment, a pong nothing.
 
-    What names a place to resume from has it as its ``id``: the browser gives that back by itself.
+    The position of an event, or of a ``resumed`` message, becomes its ``id``: the browser sends the
+    last one back by itself when it reconnects.
     """
     return b"".join(_as_event(opcode, payload) for opcode, payload in split(data))
 
 
 def close_event(code: int, reason: str) -> bytes:
-    """What stands for a close frame. After it browsers come again by themselves: not before the
-    moment that the reason may name.
+    """The event for a close. Browsers reconnect after it by themselves; if the reason has a retry
+    hint, not before that time.
     """
     said = json.dumps({"code": code, "reason": reason}, separators=(",", ":"))
     after = parse_retry_hint(reason)

@@ -1,4 +1,4 @@
-"""The second door: a socket over Quart's websocket, for whatever does not come by the line."""
+"""The ASGI transport: a WebSocket over Quart's, for clients that the direct one cannot serve."""
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -68,7 +68,7 @@ def measures_progress(scope: Any) -> bool:
 
 
 def read_scope(endpoint: Endpoint, scope: Any) -> ClientRequest:
-    """What an ASGI server says of a client that is at this endpoint's door."""
+    """The request of a client of this endpoint, from an ASGI scope."""
     return ClientRequest(
         endpoint,
         read_query(scope["query_string"].decode("latin-1")),
@@ -79,8 +79,10 @@ def read_scope(endpoint: Endpoint, scope: Any) -> ClientRequest:
 
 
 class AsgiSocket:
-    """Slower than the line, and with less to see: the ASGI server answers the client's pings and
-    keeps its close code to itself; when the client leaves, whoever serves it is cancelled.
+    """A WebSocket over ASGI, slower than the direct transport.
+
+    The ASGI server answers the client's pings, and does not pass on the client's close code. When
+    the client leaves, Quart cancels the task that serves it.
     """
 
     def __init__(self, websocket: Websocket, max_size: int) -> None:
@@ -91,7 +93,7 @@ class AsgiSocket:
         self._closed = False
         self._aborted = False
         self.measures_progress = measures_progress(scope)
-        self.answers_pings = False  # ASGI has no word for a ping
+        self.answers_pings = False  # ASGI has no message for a ping
         self.traffic = traffic_of(scope)
 
     def try_write(self, data: bytes) -> int:
@@ -104,7 +106,7 @@ class AsgiSocket:
         if not self.measures_progress:  # one frame has one deadline
             data = data[: boundary(data, 1)]
         for opcode, payload in split(data):
-            if opcode == TEXT:  # pings are the server's own (websocket_ping_interval)
+            if opcode == TEXT:  # the server sends pings itself (websocket_ping_interval)
                 await self._websocket.send(str(payload, "utf-8"))
         return len(data)
 
@@ -121,10 +123,10 @@ class AsgiSocket:
     async def close(self, code: int, reason: str) -> None:
         if self._aborted:
             return
-        if code == Close.ABNORMAL:  # the client has gone, and the server has answered its close
+        if code == Close.ABNORMAL:  # the client is gone, and the server has answered its close
             self._closed = True
             return
-        # A client that opens no window, or does not read, takes no close either.
+        # A client that opens no window, or does not read, does not receive a close either.
         with trio.move_on_after(_LINGER), suppress(OSError):
             await self._websocket.close(code, reason)
             self._closed = True

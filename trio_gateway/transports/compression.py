@@ -1,4 +1,4 @@
-"""Compression (RFC 7692): agreed to on the line with who offers it, if WS_COMPRESSION says so."""
+"""permessage-deflate (RFC 7692) on the direct transport, if WS_COMPRESSION is set."""
 
 import zlib
 from typing import Any, NamedTuple
@@ -6,23 +6,25 @@ from typing import Any, NamedTuple
 from wsproto.extensions import PerMessageDeflate
 from wsproto.frame_protocol import CloseReason, Opcode, RsvBits
 
-_WHOLE_WINDOW = 15  # bits
+_MAX_WINDOW = 15  # bits
 _RSV1 = RsvBits(rsv1=True, rsv2=False, rsv3=False)
-_LAST_BYTES = b"\x00\x00\xff\xff"  # of a message, which the sender leaves out (RFC 7692, 7.2.1)
+_LAST_BYTES = (
+    b"\x00\x00\xff\xff"  # of a compressed message; the sender omits them (RFC 7692, 7.2.1)
+)
 
 
 class Inflation(PerMessageDeflate):
-    """Reads compressed messages, of which none becomes larger than ``max_size`` bytes.
+    """Reads compressed messages. One that inflates to more than ``max_size`` bytes is an error.
 
-    Control frames between the fragments of a message are not part of it (RFC 6455, 5.4); in
-    wsproto's own they end it.
+    Control frames between the fragments of a message are not part of it (RFC 6455, 5.4); wsproto's
+    own extension takes them for its end.
     """
 
     def __init__(self, max_size: int) -> None:
         super().__init__(client_no_context_takeover=True, server_no_context_takeover=True)
         self._max_size = max_size
         self._in_message = self._in_control = self._compressed = False
-        self._room = 0  # bytes that the message may still become
+        self._room = 0  # bytes by which the message may still grow
         self._inflater: Any = None
 
     def frame_inbound_header(
@@ -34,7 +36,7 @@ class Inflation(PerMessageDeflate):
             return CloseReason.PROTOCOL_ERROR
         if begins and not self._in_message:
             self._in_message, self._compressed, self._room = True, rsv.rsv1, self._max_size
-            self._inflater = zlib.decompressobj(-_WHOLE_WINDOW) if rsv.rsv1 else None
+            self._inflater = zlib.decompressobj(-_MAX_WINDOW) if rsv.rsv1 else None
         return _RSV1
 
     def frame_inbound_payload_data(self, proto: Any, data: bytes) -> bytes | CloseReason:
@@ -59,19 +61,19 @@ class Inflation(PerMessageDeflate):
         return CloseReason.MESSAGE_TOO_BIG if self._room < 0 else inflated
 
 
-class Agreed(NamedTuple):
-    """What reads compressed messages, and the header that says what was agreed to."""
+class Negotiated(NamedTuple):
+    """The extension that reads compressed messages, and the header that accepts it."""
 
     extension: Inflation
     answer: str
 
 
-def agree(offers: str, max_size: int = 65_536) -> Agreed | None:
-    """The first of a client's offers (``Sec-WebSocket-Extensions``) that we can live with.
+def negotiate(offers: str, max_size: int = 65_536) -> Negotiated | None:
+    """Accept the first acceptable offer in ``Sec-WebSocket-Extensions``; None if there is none.
 
-    A message is compressed once, on its own and with the whole window, for everybody: no message
-    refers to one before it, and who insists on a smaller window gets plain ones. A client's
-    message may inflate to ``max_size`` bytes.
+    We compress an event once for all clients: on its own and with the largest window. So messages
+    do not refer to earlier ones (no context takeover), and an offer that demands a smaller window
+    is not accepted. A client's message may inflate to ``max_size`` bytes.
     """
     for offer in offers.split(","):
         name = offer.partition(";")[0].strip().lower()
@@ -82,6 +84,6 @@ def agree(offers: str, max_size: int = 65_536) -> Agreed | None:
             parameters = extension.accept(offer)
         except ValueError:
             continue
-        if parameters and extension.server_max_window_bits == _WHOLE_WINDOW:
-            return Agreed(extension, f"{name}; {parameters}")
+        if parameters and extension.server_max_window_bits == _MAX_WINDOW:
+            return Negotiated(extension, f"{name}; {parameters}")
     return None

@@ -1,4 +1,4 @@
-"""The wire: frames of one client on a Trio stream, read and written with as little as it takes."""
+"""The direct transport: a WebSocket on a Trio stream, with few steps between it and the kernel."""
 
 import os
 import select
@@ -22,21 +22,22 @@ from ..core.close_codes import Close
 from ..core.frames import CLOSE, PING, PONG, close_frame, frame
 from ..runtime.socket import Disconnected, Ping, Pong, ProtocolViolation
 from .hypercorn_bounds import MOST_FRAGMENTS
-from .progress import DIRECT, MovingStream, traffic, wait_writable
+from .progress import DIRECT, ProgressStream, traffic, wait_writable
 
 LINGER: Final = 1.0  # seconds
-_RESETS: Final = struct.pack("ii", 1, 0)  # a close that waits for nothing
+_RESETS: Final = struct.pack("ii", 1, 0)  # with SO_LINGER, a close resets at once
 CHUNK: Final = 65_536
-# Of frames at a time: seven bytes may be a frame of their own, and others wait meanwhile.
+# Bytes of frames that are read at a time: a frame may have seven, and other clients wait meanwhile.
 _FRAMES_CHUNK: Final = 4096
-GONE: Final = (trio.BrokenResourceError, trio.ClosedResourceError, trio.BusyResourceError)
+STREAM_ERRORS: Final = (trio.BrokenResourceError, trio.ClosedResourceError, trio.BusyResourceError)
 
 
 async def receive(stream: trio.abc.Stream, size: int, *, at_once: bool = False) -> bytes:
-    """Some bytes, none at the end. Raises :exc:`OSError` or one of :data:`GONE`.
+    """Receive up to ``size`` bytes; none at the end of the stream.
 
-    Of a plain socket they are read without the stream's own steps, of which there are many;
-    ``at_once`` without waiting, and then without a checkpoint, if some are there.
+    Raises :exc:`OSError` or one of :data:`STREAM_ERRORS`. A plain socket is read directly, which
+    is cheaper than through the stream. With ``at_once`` it is read before it is waited for: then
+    there is no checkpoint if bytes are there.
     """
     if not DIRECT or type(stream) is not trio.SocketStream:
         return bytes(await stream.receive_some(size))
@@ -46,7 +47,8 @@ async def receive(stream: trio.abc.Stream, size: int, *, at_once: bool = False) 
             await trio.lowlevel.wait_readable(socket)
         at_once = False
         try:
-            # The number is asked for each time, -1 once closed: the next client gets the old one.
+            # Ask for the descriptor each time: it is -1 once closed, and the next client gets the old
+            # number.
             return os.read(socket.fileno(), size)
         except BlockingIOError:
             pass
@@ -54,8 +56,9 @@ async def receive(stream: trio.abc.Stream, size: int, *, at_once: bool = False) 
 
 
 async def linger(stream: trio.abc.Stream) -> None:
-    """Say that nothing more comes, and read on until the peer is done or a second has passed: a
-    socket that is closed with unread data is reset, and what was sent last is lost.
+    """Send an end, and read on until the peer ends too or a second has passed.
+
+    Closing a socket with unread data resets it, and what was sent last is lost.
     """
     with trio.move_on_after(LINGER):
         try:
@@ -63,7 +66,7 @@ async def linger(stream: trio.abc.Stream) -> None:
                 await stream.send_eof()
             while await stream.receive_some(CHUNK):
                 pass
-        except GONE:
+        except STREAM_ERRORS:
             pass
 
 
@@ -77,13 +80,15 @@ def is_readable(sock: Any) -> bool:
 
 
 def is_closed(stream: trio.abc.Stream) -> bool:
-    """Whether it is a plain socket that was closed already; to close one again is not cheap."""
+    """Whether it is a plain socket that is closed already; closing one again is not cheap."""
     return isinstance(stream, trio.SocketStream) and stream.socket.fileno() == -1
 
 
 def reset(stream: trio.abc.Stream) -> None:
-    """Reset the connection at once, below TLS if there is any: for a peer that takes nothing, the
-    kernel would keep what was not sent for minutes, and not even the end would reach it.
+    """Reset the connection at once, below TLS if there is any.
+
+    After an ordinary close, the kernel would keep unsent data for minutes for a peer that takes
+    nothing, and the peer would not learn of the end.
     """
     socket = socket_of(stream)
     if socket is not None and socket.fileno() != -1:
@@ -93,17 +98,17 @@ def reset(stream: trio.abc.Stream) -> None:
 
 
 def socket_of(stream: trio.abc.Stream) -> Any:
-    """The socket that carries a stream, below TLS if there is any; else None."""
+    """The socket that carries a stream, below TLS if there is any; None if it has no socket."""
     return getattr(getattr(stream, "transport_stream", stream), "socket", None)
 
 
 class DirectSocket:
-    """A WebSocket on a Trio stream: ready-made frames are written, short ones are read here, and
-    wsproto reads the others.
+    """A WebSocket on a Trio stream. It writes ready-made frames; it reads short frames itself, and
+    the others through wsproto.
 
-    ``rest`` is what the client sent behind its request head: its first frames. A write raises
-    :exc:`TimeoutError` if the client takes nothing for ``write_timeout`` seconds, where that can
-    be seen.
+    ``rest`` is what the client sent behind its request head: its first frames. A message of more
+    than ``max_size`` bytes is a violation. A write raises :exc:`TimeoutError` if the client takes
+    nothing for ``write_timeout`` seconds, where that can be measured.
     """
 
     __slots__ = (
@@ -118,16 +123,16 @@ class DirectSocket:
         self._write_timeout = write_timeout
         self._socket = stream.socket if DIRECT and type(stream) is trio.SocketStream else None
         self.measures_progress = self._socket is not None or isinstance(
-            getattr(stream, "transport_stream", None), MovingStream
+            getattr(stream, "transport_stream", None), ProgressStream
         )
         self.max_size = max_size
-        self.deflate: PerMessageDeflate | None = None  # reads compressed messages, if agreed to
+        self.deflate: PerMessageDeflate | None = None  # reads compressed messages, if negotiated
         self._unread = rest
-        self._websocket: WebSocket | None = None  # made for the first frame that is not short
-        self._pieces: list[str] = []  # of a message that is not complete yet
+        self._websocket: WebSocket | None = None  # from the first frame that is not short
+        self._pieces: list[str] = []  # of an incomplete message
         self._size = 0  # their bytes
-        self._fragments = 0  # its frames
-        self._broken = False  # a write was cut off: the peer may have half a frame
+        self._fragments = 0  # its frames so far
+        self._broken = False  # a write was cancelled: the peer may have half a frame
         self._aborted = False
 
     @property
@@ -178,12 +183,12 @@ class DirectSocket:
 
     async def receive(self) -> str | Ping | Pong:
         while True:
-            said = self._short() if self._websocket is None else self._said(self._websocket)
-            if said is not None:
-                return said
+            received = self._short() if self._websocket is None else self._message(self._websocket)
+            if received is not None:
+                return received
             try:
                 data = await receive(self._stream, _FRAMES_CHUNK)
-            except (OSError, *GONE):
+            except (OSError, *STREAM_ERRORS):
                 data = b""
             if not data:
                 raise Disconnected(Close.ABNORMAL)
@@ -193,8 +198,8 @@ class DirectSocket:
                 self._websocket.receive_data(data)
 
     def _short(self) -> str | Ping | Pong | None:
-        """What the next frame says, if it is short and all there, as nearly all are. From the
-        first one that is not, wsproto reads everything.
+        """The next frame, if it is short and complete, as nearly all are. From the first that is
+        not, wsproto reads everything.
         """
         if not self._unread:
             return None
@@ -202,7 +207,7 @@ class DirectSocket:
             extensions: list[Extension] = [] if self.deflate is None else [self.deflate]
             self._websocket = WebSocket(ConnectionType.SERVER, extensions, self._unread)
             self._unread = b""
-            return self._said(self._websocket)
+            return self._message(self._websocket)
         opcode, payload, end = found
         self._unread = self._unread[end:]
         if opcode == PING:
@@ -214,10 +219,10 @@ class DirectSocket:
         try:
             return payload.decode()
         except UnicodeDecodeError:
-            raise ProtocolViolation(Close.INVALID_DATA, _why(Close.INVALID_DATA)) from None
+            raise ProtocolViolation(Close.INVALID_DATA, _reason(Close.INVALID_DATA)) from None
 
-    def _said(self, websocket: WebSocket) -> str | Ping | Pong | None:
-        """What the next whole message says, if it is there."""
+    def _message(self, websocket: WebSocket) -> str | Ping | Pong | None:
+        """The next whole message, ping or pong, if wsproto has one."""
         for event in websocket.events():
             match event:
                 case TextMessage():
@@ -234,14 +239,14 @@ class DirectSocket:
                 case CloseConnection(code=code, reason=reason):
                     if websocket.state is ConnectionState.REMOTE_CLOSING:
                         raise Disconnected(int(code), reason or "")
-                    # wsproto's word for what broke RFC 6455, or the bound of what it inflates to
+                    # What wsproto found to violate RFC 6455, or a message that inflates to too much.
                     if code == Close.MESSAGE_TOO_BIG:
                         raise self._too_big()
-                    raise ProtocolViolation(Close(int(code)), _why(Close(int(code))))
+                    raise ProtocolViolation(Close(int(code)), _reason(Close(int(code))))
         return None
 
     def _text(self, event: TextMessage) -> str | None:
-        """The message, if this piece completes it."""
+        """The message, if this piece completes it. Raises :exc:`ProtocolViolation` for a big one."""
         piece = event.data
         self._size += len(piece) if piece.isascii() else len(piece.encode())
         if self._size > self.max_size:
@@ -282,10 +287,10 @@ class DirectSocket:
         self._broken = True
         try:
             await self._stream.send_all(data)
-        except GONE:
+        except STREAM_ERRORS:
             raise BrokenPipeError from None
         self._broken = False
 
 
-def _why(close: Close) -> str:
+def _reason(close: Close) -> str:
     return "text is not UTF-8" if close is Close.INVALID_DATA else "frames break RFC 6455"

@@ -1,4 +1,4 @@
-"""Bounds for Hypercorn's HTTP and WebSocket code: what it would take, or wait for, without end."""
+"""Bounds for what Hypercorn's HTTP and WebSocket code would buffer, or wait for, without end."""
 
 import math
 from contextlib import suppress
@@ -38,15 +38,15 @@ from ..core.close_codes import Close
 from ..core.limits import RateLimit
 from .asgi import control_of
 
-MOST_FRAGMENTS: Final = 256  # of one message: each costs as much as a message of its own
-_MOST_CONTROL: Final = 100  # pings and pongs in a second; the gateway's own limit can't see them
-_PIECE: Final = 1024  # bytes at a time: seven may be a frame of their own
+MOST_FRAGMENTS: Final = 256  # of one message: each costs as much as a whole message
+_MOST_CONTROL: Final = 100  # pings and pongs in a second; the gateway does not see them here
+_PIECE: Final = 1024  # bytes that are handled at a time: a frame may have seven
 _LINGER: Final = 1.0  # seconds
-_LAST_WORDS: Final = 16_384  # bytes in which the answer to our close must come
+_MAX_UNTIL_CLOSED: Final = 16_384  # bytes within which the answer to our close must come
 
 
 class _Buffer(WebsocketBuffer):
-    """Counts the fragments of a message, too."""
+    """Limits the number of fragments of a message, too."""
 
     def __init__(self, max_length: int) -> None:
         super().__init__(max_length)
@@ -64,14 +64,14 @@ class _Buffer(WebsocketBuffer):
 
 
 class BoundedStream(WSStream):
-    """Agrees to no extension, has an end to what it takes, and lets others have their turn."""
+    """Accepts no extension, limits fragments and control frames, and yields to other tasks."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.buffer = _Buffer(self.config.websocket_max_message_size)
         self._control = RateLimit(_MOST_CONTROL, 1.0)
-        self._over_at: float | None = None  # when it was told so
-        self._last_words = _LAST_WORDS
+        self._over_at: float | None = None  # when a limit was exceeded and we closed
+        self._bytes_left = _MAX_UNTIL_CLOSED
 
     async def handle(self, event: Event) -> None:
         if not isinstance(event, Data):
@@ -79,22 +79,22 @@ class BoundedStream(WSStream):
             return
         for at in range(0, len(event.data), _PIECE):
             piece = event.data[at : at + _PIECE]
-            if self._last_words > 0:
+            if self._bytes_left > 0:
                 await super().handle(Data(event.stream_id, piece))
             if self._over_at is not None:
-                await self._wait_for_the_end(len(piece))
+                await self._await_close(len(piece))
             await trio.lowlevel.checkpoint()
 
-    async def _wait_for_the_end(self, size: int) -> None:
-        """Discard what comes, so that our close frame is not lost to a reset; for so long."""
-        self._last_words -= size
+    async def _await_close(self, size: int) -> None:
+        """Discard data for a second after our close, so that no reset loses our close frame."""
+        self._bytes_left -= size
         assert self._over_at is not None
         if trio.current_time() - self._over_at > _LINGER and self.app_put is not None:
             self._over_at = math.inf
             await self.app_put({"type": "websocket.disconnect", "code": int(Close.ABNORMAL)})
 
     async def _accept(self, message: WebsocketAcceptEvent) -> None:
-        # permessage-deflate: 65 KB can become 200 MB, and nothing bounds that.
+        # With permessage-deflate 65 KB can become 200 MB, and Hypercorn has no bound for that.
         self.handshake.extensions = None
         await super()._accept(message)
 
@@ -105,10 +105,10 @@ class BoundedStream(WSStream):
                     await self._send_wsproto_event(event.response())
                 await self.send(StreamClosed(stream_id=self.stream_id))
             elif self._over_at is None and self.state is not ASGIWebsocketState.CLOSED:
-                # Once the app has closed it takes no more, and waiting for it would be for ever.
-                await self._take(event)
+                # Once the app has closed it receives no more, and putting would wait for ever.
+                await self._handle_message(event)
 
-    async def _take(self, event: WebSocketEvent) -> None:
+    async def _handle_message(self, event: WebSocketEvent) -> None:
         match event:
             case Message():
                 try:
@@ -134,8 +134,8 @@ class BoundedStream(WSStream):
 class BoundedH11(H11Protocol):
     """Speaks HTTP/1 only.
 
-    Hypercorn also changes to HTTP/2 where nobody negotiated it: for ``Upgrade: h2c``, which a
-    server may ignore (RFC 9110, 7.8), and for a request line that HTTP/2's preface begins with.
+    Hypercorn also changes to HTTP/2 where it was not negotiated: for ``Upgrade: h2c``, which a
+    server may ignore (RFC 9110, 7.8), and for the request line of HTTP/2's preface.
     """
 
     async def _check_protocol(self, event: h11.Request) -> None:
@@ -150,7 +150,7 @@ class BoundedH11(H11Protocol):
 
 
 class BoundedH2(H2Protocol):
-    """Resets a stream whose client opens no window for it within the write timeout."""
+    """Resets an HTTP/2 stream if its client opens no window within the write timeout."""
 
     async def stream_send(self, event: Event) -> None:
         buffer = self.stream_buffers.get(event.stream_id)
@@ -158,7 +158,7 @@ class BoundedH2(H2Protocol):
         if isinstance(buffer, BoundedBuffer) and control is not None:
             buffer.timeout = control.write_timeout
         if isinstance(event, StreamClosed) and buffer is not None and buffer.buffer:
-            await self._reset(event.stream_id)  # whoever sent this has lost patience
+            await self._reset(event.stream_id)  # the gateway has given up on the client
         try:
             await super().stream_send(event)
         except TimeoutError:
@@ -166,7 +166,7 @@ class BoundedH2(H2Protocol):
             raise
 
     async def _reset(self, stream_id: int) -> None:
-        """End one stream; the sending task drops what waits for it."""
+        """End one stream; the sending task drops its buffered data."""
         with suppress(KeyError, ProtocolError):
             self.connection.reset_stream(stream_id, ErrorCodes.CANCEL)
             self.priority.unblock(stream_id)
@@ -175,11 +175,11 @@ class BoundedH2(H2Protocol):
 
 
 class BoundedBuffer(StreamBuffer):
-    """What waits for one HTTP/2 client's flow control.
+    """The data of one HTTP/2 stream that waits for flow control.
 
-    Hypercorn lets the sender go on as soon as little is taken out, instead of left in: who opens
-    its window no more would be buffered for without end, and never be found slow. A wait raises
-    :exc:`TimeoutError` when for ``timeout`` seconds nothing was taken out.
+    Hypercorn lets the sender go on when little was taken out, instead of when little is left: for
+    a client that opens no window it would buffer without end, and the client would never count as
+    slow. A wait raises :exc:`TimeoutError` if nothing is taken out for ``timeout`` seconds.
     """
 
     timeout = math.inf

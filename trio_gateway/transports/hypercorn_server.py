@@ -10,16 +10,16 @@ from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import AppWrapper, LifespanState
 
 from .asgi import TcpControl, with_control
-from .direct import GONE, LINGER, reset, socket_of
+from .direct import LINGER, STREAM_ERRORS, reset, socket_of
 from .hypercorn_bounds import bound_protocols
-from .progress import MovingStream, traffic
+from .progress import ProgressStream, traffic
 
 
 class HypercornServer(TCPServer):
     """Serves one connection as Hypercorn does, but no client can make it wait without end.
 
     ``received`` are bytes that were read from the stream already; they are served first. A stream
-    with TLS must be carried by a :class:`MovingStream`. A client that takes nothing for
+    with TLS must be carried by a :class:`ProgressStream`. A client that takes nothing for
     ``write_timeout`` seconds is reset. The ASGI app finds a :class:`TcpControl` in its scope.
     """
 
@@ -36,12 +36,12 @@ class HypercornServer(TCPServer):
     ) -> None:
         bound_protocols()
         # What sees how much the client takes: the stream, or what carries its TLS.
-        self._moving: MovingStream
+        self._moving: ProgressStream
         self._sender: trio.abc.SendStream
         if isinstance(stream, trio.SSLStream):
             self._sender, self._moving = stream, stream.transport_stream
         else:
-            self._sender = self._moving = MovingStream(stream, write_timeout)
+            self._sender = self._moving = ProgressStream(stream, write_timeout)
         control = TcpControl(
             abort=lambda: reset(stream),
             traffic=lambda: traffic(socket_of(stream)),
@@ -71,7 +71,7 @@ class HypercornServer(TCPServer):
                 with trio.CancelScope(shield=True, deadline=until) as self._moving.shield:
                     await self._sender.send_all(event.data)
                     sent = True
-            except GONE:
+            except STREAM_ERRORS:
                 pass
             finally:
                 self._moving.shield = None

@@ -14,16 +14,17 @@ if sys.platform == "linux":
     import fcntl
     import termios
 
-# A socket can be written to by its descriptor; on Windows it can't.
+# Whether a socket can be written to by its descriptor; on Windows it cannot.
 DIRECT: Final = sys.platform != "win32"
-_LOOKS: Final = 4  # at the peer, in one timeout
+_LOOKS: Final = 4  # checks of progress within one timeout
 # tcpi_bytes_acked in the kernel's struct tcp_info (Linux 4.1)
 _TCP_INFO: Final = getattr(socket, "TCP_INFO", None) if sys.platform == "linux" else None
 _BYTES_ACKED: Final = Struct("=120xQ")
 _INT: Final = Struct("i")
 
-_VANISHED_AFTER: Final = 30.0  # seconds
-# Seconds of silence before a probe, between two, and how many; macOS has another first one.
+_UNACKNOWLEDGED_AFTER: Final = 30.0  # seconds
+# Seconds of silence before the first probe, seconds between two, number of probes. On macOS the
+# first option has another name.
 _KEEP_ALIVE: Final = (
     ("TCP_KEEPIDLE" if hasattr(socket, "TCP_KEEPIDLE") else "TCP_KEEPALIVE", 30),
     ("TCP_KEEPINTVL", 10),
@@ -32,10 +33,10 @@ _KEEP_ALIVE: Final = (
 
 
 def acknowledged(sock: Any) -> int:
-    """How many bytes the peer has acknowledged so far; 0 where the kernel doesn't tell.
+    """How many bytes the peer has acknowledged so far; 0 where the kernel does not tell.
 
-    A kernel reports a socket as writable only when a third of a buffer of megabytes is free, which
-    a slow peer may need minutes for.
+    That a socket becomes writable is too coarse a sign of progress: the kernel reports it only when
+    a third of a buffer of megabytes is free, for which a slow peer may need minutes.
     """
     if _TCP_INFO is not None:
         with suppress(OSError):
@@ -46,27 +47,25 @@ def acknowledged(sock: Any) -> int:
 
 
 def outstanding(sock: Any) -> int:
-    """How many bytes were written that the peer has yet to acknowledge; 0 if the kernel doesn't
-    tell.
-    """
+    """How many written bytes the peer has yet to acknowledge; 0 if the kernel does not tell."""
     if _TCP_INFO is None or sock.family not in {socket.AF_INET, socket.AF_INET6}:
         return 0
     try:
         return int(_INT.unpack(fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(_INT.size)))[0])
-    except (OSError, ValueError):  # ValueError: it is closed
+    except (OSError, ValueError):  # ValueError: closed
         return 0
 
 
 def traffic(sock: Any) -> tuple[int, int]:
-    """Bytes that the peer has acknowledged so far, and has yet to."""
+    """The bytes that the peer has acknowledged so far, and those that it has yet to."""
     return (0, 0) if sock is None else (acknowledged(sock), outstanding(sock))
 
 
 async def wait_writable(sock: Any, timeout: float) -> None:
-    """Wait until the socket takes more.
+    """Wait until the socket can be written to.
 
-    Raises :exc:`TimeoutError` if for so many seconds it took nothing and the peer acknowledged
-    nothing, and :exc:`trio.ClosedResourceError` if it is closed.
+    Raises :exc:`TimeoutError` if it cannot, and the peer acknowledges nothing, for ``timeout``
+    seconds; :exc:`trio.ClosedResourceError` if it is closed.
     """
     acked, moved_at = acknowledged(sock), trio.current_time()
     while True:
@@ -82,27 +81,29 @@ async def wait_writable(sock: Any, timeout: float) -> None:
             raise TimeoutError("the peer takes nothing")
 
 
-def find_the_vanished(sock: Any, write_timeout: float) -> None:
-    """Have the kernel end a connection whose peer is gone without a word, within a minute.
+def enable_keepalive(sock: Any, write_timeout: float) -> None:
+    """Let the kernel end a connection within a minute after its peer has vanished.
 
-    Either data is not acknowledged for half a minute, which what is sent at intervals sees to, or
-    nothing answers a silence. Later than the write timeout, which knows the reason.
+    It ends when sent data is not acknowledged for half a minute, or when keepalive probes of a
+    silent connection are not answered. Both take longer than the write timeout, so that a client
+    that is only slow is closed with the code for it.
     """
     if sock.family not in {socket.AF_INET, socket.AF_INET6}:
         return
-    unacknowledged = int(max(_VANISHED_AFTER, 1.5 * write_timeout) * 1000)
-    with suppress(OSError):  # it is gone already
+    unacknowledged = int(max(_UNACKNOWLEDGED_AFTER, 1.5 * write_timeout) * 1000)
+    with suppress(OSError):  # the peer is gone already
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in (*_KEEP_ALIVE, ("TCP_USER_TIMEOUT", unacknowledged)):
             if (option := getattr(socket, name, None)) is not None:
                 sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
-class MovingStream(trio.abc.HalfCloseableStream):
-    """A stream whose writes raise :exc:`TimeoutError` when the peer takes nothing for a while.
+class ProgressStream(trio.abc.HalfCloseableStream):
+    """A stream whose writes raise :exc:`TimeoutError` if the peer takes nothing for ``timeout``
+    seconds.
 
-    It may carry TLS, or be written to by Hypercorn, neither of which sees how much is taken.
-    ``shield`` is a scope around a write that may be cancelled only once it has to wait.
+    It may carry TLS, or be written to by Hypercorn: neither sees how much the peer takes.
+    ``shield`` is a shielded scope around a write; the write lowers the shield when it has to wait.
     """
 
     def __init__(self, stream: trio.abc.HalfCloseableStream, timeout: float) -> None:
@@ -132,7 +133,9 @@ class MovingStream(trio.abc.HalfCloseableStream):
                 await wait_writable(sock, self._timeout)
             except OSError as error:
                 raise trio.BrokenResourceError("socket is broken") from error
-        await trio.lowlevel.cancel_shielded_checkpoint()  # it is sent
+        await (
+            trio.lowlevel.cancel_shielded_checkpoint()
+        )  # all is sent, so cancelling comes too late
 
     def _lower_shield(self) -> None:
         if self.shield is not None:

@@ -42,7 +42,7 @@ class HeadReader:
         """Read until the head is complete, and maybe beyond.
 
         Returns the refusal if it is too long or incomplete. Raises :exc:`OSError` or one of
-        :data:`trio_gateway.transports.direct.GONE`.
+        :data:`trio_gateway.transports.direct.STREAM_ERRORS`.
         """
         data = bytearray()
         while True:

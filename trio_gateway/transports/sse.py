@@ -1,4 +1,4 @@
-"""Server-Sent Events: a socket over an HTTP response, for networks that break WebSockets."""
+"""The SSE transport: events in an HTTP response, for networks that break WebSockets."""
 
 import json
 import math
@@ -40,7 +40,9 @@ class Reception(Protocol):
 async def serve(
     reception: Reception, handshake: ClientRequest, scope: Any, receive: Receive, send: Send
 ) -> None:
-    """The third door. A refusal is an HTTP status; returns when the stream has ended."""
+    """Serve a request for an event stream; returns when the stream has ended. A client that is not
+    admitted is answered with an HTTP status.
+    """
     match scope["method"]:
         case "GET" if reception.draining:
             reception.count_refusal(503)
@@ -52,9 +54,9 @@ async def serve(
 
 
 class EventStream:
-    """Listens to nothing: the client says no word, and goes by closing the connection.
+    """A one-way socket: the client sends nothing, and leaves by closing the connection.
 
-    The response begins when the client is let in. A close before that is an HTTP status.
+    The response begins when the client is admitted. A close before that is an HTTP status.
     """
 
     def __init__(self, scope: Any, receive: Receive, send: Send) -> None:
@@ -63,12 +65,12 @@ class EventStream:
         self._start = _start(200, _STREAM_HEADERS)
         self._reset = abort_of(scope)
         self.measures_progress = measures_progress(scope)
-        self.answers_pings = False  # it is sent a comment, which nobody answers
+        self.answers_pings = False  # a ping is a comment, which no client answers
         self.traffic = traffic_of(scope)
         if scope["http_version"].startswith("1"):
-            # Who is sent away must not come back here, to be refused, on the same connection.
+            # A client that reconnects must not come back on this connection, to a gateway that drains.
             self._start["headers"].append((b"connection", b"close"))
-        self._turn = trio.Lock()  # the reader begins the response, or the writer does
+        self._lock = trio.Lock()  # either the reader or the writer begins the response
         self._begun = False
         self._broken = False  # a send was cut off: the client may have half an event
         self._ended = False
@@ -94,11 +96,11 @@ class EventStream:
         while (message := await self._receive())["type"] != "http.disconnect":
             if message.get("body"):
                 raise ProtocolViolation(Close.UNSUPPORTED_DATA, "a stream of events takes no body")
-        async with self._turn:  # a write that took too long says so first
+        async with self._lock:  # a write that took too long reports that first
             raise Disconnected(Close.ABNORMAL)
 
     async def refuse(self, rejected: Rejected) -> None:
-        """Answer a client that is not let in; the response has not begun."""
+        """Answer a client that is not admitted; the response has not begun."""
         with trio.move_on_after(LINGER), suppress(OSError):
             await _refuse(
                 self._send, rejected.status, rejected.close, rejected.text, rejected.retry_after
@@ -122,7 +124,7 @@ class EventStream:
             self._reset()
 
     async def _write(self, events: bytes, *, more: bool = True) -> None:
-        async with self._turn:
+        async with self._lock:
             if self._aborted:
                 raise BrokenPipeError
             self._broken = True
@@ -137,14 +139,14 @@ class EventStream:
 
 _STREAM_HEADERS: Final = {
     "Content-Type": MEDIA_TYPE,
-    # A proxy that compressed or rewrote it would keep events back (RFC 9111, 5.2.2.6).
+    # A proxy that compresses or rewrites the stream delays events (RFC 9111, 5.2.2.6).
     "Cache-Control": "no-store, no-transform",
-    "X-Accel-Buffering": "no",  # nginx would keep events back until its buffer is full
+    "X-Accel-Buffering": "no",  # nginx would delay events until its buffer is full
 }
 
 
 async def _refuse(send: Send, status: int, code: int, reason: str, again: float | None) -> None:
-    """Say no as the other routes do; the code is what a WebSocket would have been closed with."""
+    """Refuse as the other HTTP routes do; ``code`` is the close code that a WebSocket would get."""
     found = {"Content-Type": "application/json", "Cache-Control": "no-store"}
     if status == 401:
         found["WWW-Authenticate"] = "Bearer"

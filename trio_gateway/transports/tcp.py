@@ -25,12 +25,12 @@ from ..runtime.client_counts import ClientCounts
 from ..runtime.concurrency_limiter import ConcurrencyLimiter, Overloaded
 from ..runtime.silent_connections import SilentConnections
 from ..runtime.throttled_log import ThrottledLog
-from .compression import agree
-from .direct import GONE, LINGER, DirectSocket, is_closed, is_readable, linger, socket_of
+from .compression import negotiate
+from .direct import LINGER, STREAM_ERRORS, DirectSocket, is_closed, is_readable, linger, socket_of
 from .handshake import Refusal, acceptance, parse_head, refusal_response
 from .hypercorn_bounds import bound_protocols
 from .hypercorn_server import HypercornServer
-from .progress import MovingStream, find_the_vanished
+from .progress import ProgressStream, enable_keepalive
 from .request_head import Head, HeadReader, Nobody
 
 log = structlog.get_logger()
@@ -116,9 +116,9 @@ class TcpConnection:
         write_timeout = LINGER if service is None else service.write_timeout
         stream = self._stream
         if (sock := socket_of(stream)) is not None:
-            find_the_vanished(sock, write_timeout)
+            enable_keepalive(sock, write_timeout)
         if isinstance(stream, trio.SSLStream):  # TLS must not be bypassed
-            stream.transport_stream = MovingStream(stream.transport_stream, write_timeout)
+            stream.transport_stream = ProgressStream(stream.transport_stream, write_timeout)
         if service is None:
             await self._hand_over(b"", write_timeout)
             return
@@ -126,7 +126,7 @@ class TcpConnection:
             service.watch(self._context.terminated.wait, self._config.graceful_timeout)
         try:
             await self._serve(service)
-        except* (OSError, *GONE, trio.TooSlowError):
+        except* (OSError, *STREAM_ERRORS, trio.TooSlowError):
             pass
         except* Exception as faults:
             kinds = sorted({type(each).__name__ for each in leaves(faults)})
@@ -189,7 +189,7 @@ class TcpConnection:
         )
         extensions = None
         if service.compresses:
-            agreed = agree(request.extensions, service.max_message_size)
+            agreed = negotiate(request.extensions, service.max_message_size)
             if agreed is not None:
                 socket.deflate, extensions = agreed
                 request = replace(request, supports_deflate=True)

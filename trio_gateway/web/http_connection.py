@@ -1,4 +1,4 @@
-"""HTTP connection: one HTTP request, before Quart sees it."""
+"""One HTTP request, before Quart sees it."""
 
 from contextlib import ExitStack
 from typing import Any
@@ -14,8 +14,10 @@ from . import cors, operations
 
 
 class HttpConnection(TrioASGIHTTPConnection):
-    """An HTTP request: ours if it asks for a stream of events, Quart's if not; what pages of
-    other origins may call is answered such that they can read it.
+    """Serves event streams, and hands every other request to Quart.
+
+    Hides the paths of the other listener, and adds CORS headers where pages of other origins may
+    call.
     """
 
     def __init__(self, parts: Parts, reception: Reception, app: QuartTrio, scope: Any) -> None:
@@ -28,7 +30,7 @@ class HttpConnection(TrioASGIHTTPConnection):
             self.scope["path"], self.scope["headers"], self._parts.admission.is_allowed,
         )  # fmt: skip
         has_operations = self._parts.settings.ws_operations_bind is not None
-        if has_operations and operations.hides(self.scope, path):
+        if has_operations and operations.is_hidden(self.scope, path):
             await sse.answer(send, 404, {"Content-Type": "text/plain"}, b"not found\n")
             return
         if (shared := cors.PATHS.get(path)) is not None:
@@ -37,11 +39,11 @@ class HttpConnection(TrioASGIHTTPConnection):
                 return
             send = cors.adding(cors.response_headers(shared, headers, is_allowed), send)
         if (endpoint := sse.PATHS.get(path)) is None:
-            with ExitStack() as until_sent:  # for what a view holds until its answer is sent
+            with ExitStack() as until_sent:  # for what a view holds until its response is sent
                 self.scope["until_sent"] = until_sent  # type: ignore[typeddict-unknown-key]
                 try:
                     await super().__call__(receive, send)
-                except* TimeoutError:  # the client takes nothing, and was cut off
+                except* TimeoutError:  # the client takes nothing, and was reset
                     pass
             return
         await sse.serve(

@@ -1,6 +1,6 @@
-"""Operations: a listener of its own for what is for operators and not for clients.
+"""The operations listener, for metrics and details that are not for clients.
 
-With ``WS_OPERATIONS_BIND`` metrics and details are answered there alone. It serves plain HTTP.
+With ``WS_OPERATIONS_BIND`` these are served there and nowhere else. It speaks plain HTTP.
 """
 
 import socket
@@ -16,29 +16,31 @@ from quart_trio import QuartTrio
 from ..transports.tcp import TcpConnection
 
 PATHS: Final = frozenset({"/ws/metrics", "/ws/health/detailed"})
-_ALSO: Final = frozenset({"/ws/health", "/ws/health/ready"})  # there, too
-_OPERATIONS: Final = "operations"  # in the state of a request that came by the listener
+_SHARED: Final = frozenset(
+    {"/ws/health", "/ws/health/ready"}
+)  # these paths are served by both listeners
+_OPERATIONS: Final = "operations"  # in the ASGI state of its requests
 _BACKLOG: Final = 100
 
 
-def came_by_it(scope: Any) -> bool:
-    """Whether a request came by the listener for operators."""
+def is_operations_request(scope: Any) -> bool:
+    """Whether a request came through the operations listener."""
     return _OPERATIONS in (scope.get("state") or {})
 
 
-def hides(scope: Any, path: str) -> bool:
-    """Whether the listener by which a request came does not have this path."""
-    return path not in PATHS | _ALSO if came_by_it(scope) else path in PATHS
+def is_hidden(scope: Any, path: str) -> bool:
+    """Whether the listener through which a request came does not serve this path."""
+    return path not in PATHS | _SHARED if is_operations_request(scope) else path in PATHS
 
 
 class CannotListen(Exception):  # noqa: N818 - reads better where it is raised
-    """The address of ``WS_OPERATIONS_BIND`` can't be listened on; the text says why."""
+    """Listening on ``WS_OPERATIONS_BIND`` failed; the text gives the reason."""
 
 
 def open_listeners(bind: str) -> list[trio.SocketListener]:
-    """Listen on ``host:port``; raises :exc:`CannotListen`.
+    """Listen on ``host:port``. Raises :exc:`CannotListen`.
 
-    Each worker listens for itself (SO_REUSEPORT), and any of them may answer.
+    Each worker has its own listener (SO_REUSEPORT), and any of them may answer.
     """
     try:
         return _listeners(bind)

@@ -45,7 +45,9 @@ def _bound(
 ) -> Callable[[], Awaitable[Answer]]:
     async def view() -> Answer:
         # Checked by route, because Quart also serves `//ws/metrics`.
-        if parts.settings.ws_operations_bind is not None and operations.hides(request.scope, path):
+        if parts.settings.ws_operations_bind is not None and operations.is_hidden(
+            request.scope, path
+        ):
             abort(404)
         return await answer(parts)
 
@@ -57,7 +59,7 @@ def _websocket(
 ) -> Callable[[], Awaitable[None]]:
     async def view() -> None:
         scope: Any = websocket.scope
-        if operations.came_by_it(scope):
+        if operations.is_operations_request(scope):
             parts.counts.refused[404] += 1
             abort(404)
         if parts.draining:
