@@ -506,14 +506,14 @@ async def test_connection_that_is_cancelled_from_outside_can_be_written_to_at_ev
 ) -> None:
     started: list[int] = []
 
-    async def errand(step: int) -> None:
+    async def task(step: int) -> None:
         started.append(step)
         await trio.sleep_forever()
 
     act: dict[str, Callable[[Connection, int], None]] = {
         "send": lambda client, _: client.send(b"hello"),  # which starts the writer
         "ping": lambda client, _: client.ping(trio.current_time()),
-        "start": lambda client, step: client.start(errand, step),
+        "start": lambda client, step: client.start_task(task, step),
         "close": lambda client, _: client.close(Close.GOING_AWAY),
         "cut": lambda client, _: client.cut(),
     }
@@ -539,7 +539,7 @@ async def test_connection_that_is_cancelled_from_outside_can_be_written_to_at_ev
 
 
 async def test_bug_beside_the_reader_is_1011(autojump_clock: MockClock) -> None:
-    async def errand() -> None:
+    async def task() -> None:
         await trio.sleep(1)
         raise ZeroDivisionError
 
@@ -547,7 +547,7 @@ async def test_bug_beside_the_reader_is_1011(autojump_clock: MockClock) -> None:
     with pytest.RaisesGroup(ZeroDivisionError, flatten_subgroups=True):
         async with trio.open_nursery() as nursery:
             await start(nursery, client, socket, hub)
-            client.start(errand)
+            client.start_task(task)
 
     assert socket.closed is Close.INTERNAL_ERROR
     assert hub.closed == {Close.INTERNAL_ERROR: 1}

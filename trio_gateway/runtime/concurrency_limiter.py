@@ -1,4 +1,4 @@
-"""A turnstile: so many do something at a time, the others wait for their turn, not for ever."""
+"""A concurrency limiter: a number of tasks run at once, the others wait for a bounded time."""
 
 from collections.abc import Awaitable, Callable
 from itertools import islice
@@ -9,24 +9,26 @@ import trio
 T = TypeVar("T")
 
 _MOMENT: Final = 0.5  # seconds
-_LOOKED_AT: Final = 20  # of those at work, for one that waits
+_LOOKED_AT: Final = 20  # running ones, for one that waits
 
 
 class Overloaded(Exception):  # noqa: N818 - an outcome
-    """There was no turn in time."""
+    """No slot became free in time."""
 
 
 class ConcurrencyLimiter(Generic[T]):
-    """Bounds how many are at it. A crowd that comes at once is served in turn instead of being
-    turned away. One that dawdles holds a place for a bounded time, and while others wait for one,
-    no longer than a moment.
+    """Limits how many coroutines run at once, to ``most``.
+
+    The others wait in FIFO order, so that a crowd is served in turn instead of being turned away.
+    Each slot is held for a bounded time. While others wait, one that dawdles (that waits for
+    somebody else) loses its slot after half a second.
     """
 
     def __init__(self, most: int) -> None:
         self._most = most
         self._turns = trio.Semaphore(most)
         self._scopes: set[trio.CancelScope] = set()
-        # Those that may be ended early: since when they are at it, and whether they dawdle.
+        # Those that may be ended early: since when they run, and whether they dawdle.
         self._inside: dict[trio.CancelScope, tuple[float, Callable[[], bool]]] = {}
 
     @property
@@ -40,15 +42,17 @@ class ConcurrencyLimiter(Generic[T]):
         patience: float | None = None,
         dawdles: Callable[[], bool] | None = None,
     ) -> T | None:
-        """Do the work when it is our turn. Raise :exc:`Overloaded` if that did not come within our
-        patience (seconds; the timeout if None); return None if the work took longer than the
-        timeout, or if everything was given up meanwhile.
+        """Wait for a slot, then run ``work`` and return its result.
 
-        ``dawdles`` says whether the work waits for somebody else: then it is given up, too, once
-        it has taken a moment and another one waits for its place.
+        It waits ``patience`` seconds for a slot (``timeout`` if None), and the work may take
+        ``timeout`` seconds. ``dawdles`` tells whether the work waits for somebody else; then it
+        is cancelled, too, once it has run for half a second and another waits for its slot.
+
+        Returns None if the work was cancelled: by its timeout, or by :meth:`give_up`.
+        Raises :exc:`Overloaded` if no slot became free in time.
         """
         has_turn = False
-        # The one scope of all that happens here: with its two turnstiles a handshake has few.
+        # One scope for all of it: a handshake passes two limiters, and scopes cost.
         with trio.CancelScope(deadline=trio.current_time() + timeout) as scope:
             self._scopes.add(scope)
             try:
@@ -92,6 +96,6 @@ class ConcurrencyLimiter(Generic[T]):
                 return
 
     def give_up(self) -> None:
-        """Cancel what waits and what is at work."""
+        """Cancel everything that waits or runs."""
         for scope in self._scopes:
             scope.cancel()

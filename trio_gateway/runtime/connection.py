@@ -27,7 +27,7 @@ DRAIN_TIMEOUT: Final = 2.0  # seconds for what waits in the outbox when a connec
 
 @dataclass(frozen=True, slots=True)
 class ConnectionLimits:
-    """What a client is held to; seconds and bytes."""
+    """The limits for one client, in seconds, bytes and numbers of messages."""
 
     stale_after: float = 60
     receive_timeout: float = 90
@@ -90,7 +90,6 @@ class Connection:
         "_answering",
         "_asked",
         "_code",
-        "_errand",
         "_heard_at",
         "_limits",
         "_nursery",
@@ -101,6 +100,7 @@ class Connection:
         "_received_at",
         "_replays",
         "_socket",
+        "_task_scope",
         "_writing",
         "_written",
         "audiences",
@@ -152,16 +152,16 @@ class Connection:
         self._nursery: trio.Nursery | None = None
         self._reading: trio.CancelScope | None = None
         self._writing = False
-        self._asked = False  # whether it is there, and not heard of since
-        self._acked = 0  # bytes, when it was asked
+        self._asked = False  # pinged by ask(), and nothing received since
+        self._acked = 0  # bytes, when it was pinged
         self._ping_at = 0  # bytes that are acknowledged once the ping has arrived
-        self._answering = False  # a message of it, and not reading meanwhile
+        self._answering = False  # a message, and not reading meanwhile
         self._written: trio.Event | None = None
-        self._errand: trio.CancelScope | None = None
+        self._task_scope: trio.CancelScope | None = None
 
     @property
     def code(self) -> int:
-        """How it ended: the code the client sent, or the one it was sent."""
+        """The close code: the one that the client sent, or that it was sent."""
         return int(Close.ABNORMAL) if self._code is None else self._code
 
     @property
@@ -170,7 +170,7 @@ class Connection:
 
     @property
     def rate_limited(self) -> bool:
-        """Whether it has said anything yet, so that its rate is tracked."""
+        """Whether it has sent a message yet, so that its rate is tracked."""
         return self._rate is not None
 
     @property
@@ -199,7 +199,7 @@ class Connection:
                     try:
                         resume_from = self.resume_state.resume_from
                         if self._replays is not None and resume_from is not None:
-                            self.start(self._replays.resume, self, resume_from)
+                            self.start_task(self._replays.resume, self, resume_from)
                         await self._read(socket)
                     except Exception:
                         self.close(Close.INTERNAL_ERROR, "internal error")
@@ -209,8 +209,8 @@ class Connection:
                         # before its block is left, and takes no task in that step.
                         self.close(Close.ABNORMAL)
                         hub.leave(self)
-                        if self._errand is not None:
-                            self._errand.cancel()
+                        if self._task_scope is not None:
+                            self._task_scope.cancel()
                         self._end_writing(nursery)
             finally:
                 self._nursery = None
@@ -249,15 +249,15 @@ class Connection:
         """Send one text message."""
         self.write(text_frame(text), 1, trio.current_time())
 
-    def start(self, errand: Callable[..., Awaitable[None]], *arguments: Any) -> None:
-        """Run one errand beside the reading, until it is done or the connection ends."""
+    def start_task(self, task: Callable[..., Awaitable[None]], *arguments: Any) -> None:
+        """Run a task next to the reader, until it is done or the connection ends."""
         if self._nursery is None or self._code is not None:
             return
-        self._errand = scope = trio.CancelScope()
+        self._task_scope = scope = trio.CancelScope()
 
         async def run() -> None:
             with scope:
-                await errand(*arguments)
+                await task(*arguments)
 
         self._nursery.start_soon(self._run_task, run)
 
@@ -273,7 +273,7 @@ class Connection:
         self.write(PING_FRAME, 1, now)
 
     def ask(self, now: float) -> None:
-        """Ask the client whether it is there, see :attr:`is_there`."""
+        """Ping the client to see whether it is alive, see :attr:`is_there`."""
         assert self._socket is not None
         self._asked = True
         self.ping(now)
@@ -320,12 +320,12 @@ class Connection:
             self._nursery.cancel_scope.cancel()
 
     def renew(self, expires_at: float) -> None:
-        """The credential ends at another time from now on."""
+        """Set another end of the credential, on Trio's clock."""
         self.expires_at = expires_at
         self._set_deadline()
 
     async def _read(self, socket: Socket) -> None:
-        while self._code is None:  # again if a word came together with the deadline
+        while self._code is None:  # again if a message came together with the deadline
             with trio.CancelScope(deadline=self.deadline) as self._reading:
                 try:
                     while True:
@@ -374,7 +374,7 @@ class Connection:
 
     @property
     def deadline(self) -> float:
-        """When it is closed if nothing more is heard of it."""
+        """When it is closed if nothing more is received."""
         return min(
             self._heard_at + self._limits.stale_after,
             self._received_at + self._limits.receive_timeout,
@@ -386,7 +386,7 @@ class Connection:
             self._reading.deadline = self.deadline
 
     def close_on_time(self, now: float) -> None:
-        """Close it if its deadline has passed, with the code of whichever that was."""
+        """Close it if a deadline has passed, with the code for that one."""
         if now >= self.expires_at:
             self.close(Close.AUTH_FAILED, "token expired")
         elif now >= self._heard_at + self._limits.stale_after:
@@ -418,7 +418,7 @@ class Connection:
                 self._written = None
 
     def _end_writing(self, nursery: trio.Nursery) -> None:
-        """Nothing is added to the outbox any more; a bounded time for what it holds."""
+        """Give what the outbox holds a bounded time; nothing is added any more."""
         timeout = DRAIN_TIMEOUT
         if self.code == Close.SLOW_CONSUMER:
             timeout = self._limits.write_timeout
@@ -433,7 +433,7 @@ class Connection:
             nursery.start_soon(self._run_task, self._write_out)
 
     async def _run_task(self, task: Callable[[], Awaitable[None]]) -> None:
-        """Run a task beside the reader, which is cancelled by what it raises: a bug, so 1011."""
+        """Run a task next to the reader. An exception is a bug: close with 1011."""
         try:
             await task()
         except Exception:
@@ -441,7 +441,7 @@ class Connection:
             raise
 
     async def _finish(self, socket: Socket) -> None:
-        """Send the close frame if the wire is between two frames, else there is no way to."""
+        """Send the close frame, unless a frame is partly written: then nothing can follow it."""
         assert self._code is not None
         if self._outbox is not None and self._outbox.partial:
             return

@@ -1,4 +1,4 @@
-"""Dispatch: from the queue to whoever may hear it, in one write a connection."""
+"""Dispatch: deliver events from the queues, with one write per connection and batch."""
 
 import math
 from collections import defaultdict
@@ -35,7 +35,7 @@ _BATCHES_OF_A_BACKLOG: Final = 4
 
 
 class Dispatch:
-    """Delivers batches of events to the hub's connections, keeps the durable ones, and counts."""
+    """Delivers batches of events to connections, stores the durable ones, and counts."""
 
     def __init__(
         self,
@@ -58,8 +58,8 @@ class Dispatch:
         # first stream copy of a content, there with the first copy from any source, so an event
         # can be new in one and a duplicate in the other.
         self._kept = Duplicates()
-        # One batch after the other, whichever queue it is from: an event on Pub/Sub has reached
-        # everybody before those that follow its copy in the stream do.
+        # One batch at a time, from whichever queue: an event on Pub/Sub has reached every client
+        # before the events that follow its copy in the stream do.
         self._turn = trio.Lock()
         self._queues: list[EventQueue] = []  # that it takes from
         self._looked_back_at = -math.inf
@@ -71,10 +71,10 @@ class Dispatch:
         self.observe: Callable[[Sequence[Event], float], None] | None = None  # what was delivered
 
     async def run(self, queue: EventQueue, batch_size: int) -> NoReturn:
-        """Deliver what comes; return only when cancelled.
+        """Deliver the events of a queue; return only when cancelled.
 
-        When more waits than one batch holds, several go in one write: what a write costs is then
-        shared by more events, and that is how a backlog is worked off.
+        When more waits than one batch holds, several batches go in one write. More events share
+        the cost of a write then, which is how a backlog is worked off.
         """
         self._queues.append(queue)
         while True:
@@ -99,8 +99,9 @@ class Dispatch:
             queue.done(len(batch))
 
     def _look_back(self, now: float) -> None:
-        """Once a second: how long ago what still waits was heard, for its copies are remembered
-        until it has come. No event that comes later can have been heard earlier than that.
+        """Once a second, note the receive time of the oldest waiting event.
+
+        Its copies must be remembered until it comes; no later event was received before it.
         """
         if now - self._looked_back_at >= LOOK_BACK:
             self._looked_back_at = now
@@ -111,11 +112,11 @@ class Dispatch:
         self._throttled_log.error("delivery took too long", events=events, seconds=self._timeout)
 
     async def deliver(self, batch: Sequence[Event]) -> list[Event]:
-        """Hand each event to whoever may hear it, each connection once, in one write; return
-        those that were no duplicates.
+        """Send each event to its audiences, with one write per connection.
 
-        History and members are looked at in one step, before anything is awaited: a connection
-        gets an event live if it is not held at that moment, and from the history if it is.
+        Returns the events that were not duplicates. History and members are looked up in one
+        step, before anything is awaited: a connection that is held at that moment gets a durable
+        event from the history, any other gets it live.
         """
         fresh, groups = self._plan(batch)
         self.processed += len(fresh)
@@ -137,18 +138,18 @@ class Dispatch:
         return fresh
 
     def remember(self, event: Event) -> None:
-        """Keep a durable event of the past, which nobody is sent. The oldest comes first."""
+        """Store a durable event of the past without sending it. Call it with the oldest first."""
         self._duplicates.is_duplicate(event)
         self._keep(event, self.audiences(event), delivered_up_to=0)
 
     def _plan(self, batch: Sequence[Event]) -> tuple[list[Event], list[_Group]]:
-        """Those that were no duplicates, and who gets what."""
+        """The events that were not duplicates, and which connections get which frames."""
         fresh: list[Event] = []
         planned: list[_Planned] = []
         joins = self._hub.joins
         for event in batch:
             audiences = self.audiences(event)
-            # Not at hearing: a copy that the queue then drops must not count as the first.
+            # Not on receipt: a copy that the queue then drops must not count as the first.
             delivered_up_to = self._duplicates.find_or_add(event, joins)
             if delivered_up_to is None:
                 self._count(event, audiences)
@@ -158,7 +159,7 @@ class Dispatch:
             else:
                 self.duplicate += 1
                 kept = self._keep(event, audiences, delivered_up_to=delivered_up_to)
-                # A stream event whose Pub/Sub copy came before some had joined: they get this one.
+                # Connections that joined after its Pub/Sub copy was sent get the stream event.
                 if kept and delivered_up_to < joins:
                     planned.append((event, audiences, delivered_up_to))
             if event.stream is not None and event.position is not None:
@@ -181,12 +182,14 @@ class Dispatch:
         return [([event.frame], 1, members)] if members else []
 
     def _plan_many(self, planned: list[_Planned]) -> list[_Group]:
-        """As one bit mask per audience (bit i: the i-th event), so that the work per connection
-        is to or the masks of its own audiences, and equal masks share one joined byte string.
+        """Plan with one bit mask per audience (bit i: the i-th event).
+
+        The work per connection is to or the masks of its audiences, and equal masks share one
+        joined byte string.
         """
         heard: defaultdict[Audience, int] = defaultdict(int)
         durable = 0
-        copies: list[tuple[int, int]] = []  # a bit, and who has heard it
+        copies: list[tuple[int, int]] = []  # a bit, and the last connection that has the event
         for i, (event, audiences, delivered_up_to) in enumerate(planned):
             for audience in audiences:
                 heard[audience] |= 1 << i
@@ -198,7 +201,7 @@ class Dispatch:
         if copies or (durable and self._hub.held):
             by_mask = self._without(by_mask, durable, copies)
         frames = [event.frame for event, _, _ in planned] if by_mask else []
-        # The few before the many: nobody waits for the writes to another's crowd.
+        # Small groups first: they do not wait for the writes to a large one.
         return sorted(((frames, mask, them) for mask, them in by_mask.items()), key=_crowd)
 
     def _without(
@@ -207,7 +210,7 @@ class Dispatch:
         durable: int,
         copies: Sequence[tuple[int, int]],
     ) -> Mapping[int, list[Connection]]:
-        """Without what they have heard already, or get from the history."""
+        """Without events that a connection has already, or gets from the history."""
         found: defaultdict[int, list[Connection]] = defaultdict(list)
         held = self._hub.held
         for mask, members in by_mask.items():
@@ -221,7 +224,7 @@ class Dispatch:
         return found
 
     def audiences(self, event: Event) -> list[Audience]:
-        """Who hears it: what the routing says, and what an uncovered sector falls back to."""
+        """The audiences by the routing, and what an uncovered sector falls back to."""
         found = self._routes.audiences(event)
         if self._uncovered_to_branch and self._is_uncovered(event, found):
             found.append(floor(event.tenant, event.branch))
@@ -234,7 +237,7 @@ class Dispatch:
         return covering in audiences and not self._hub.hears([covering])
 
     def _keep(self, event: Event, audiences: list[Audience], *, delivered_up_to: int) -> bool:
-        """Whether it is a durable event that was not kept yet; then it is from now on."""
+        """Store an event if it is durable and not stored yet; return whether it was."""
         if event.event_id is None or self._kept.is_duplicate(event):
             return False
         self._history.add(
@@ -253,7 +256,7 @@ class Dispatch:
     def _break_off(
         self, batch: Sequence[Event], groups: list[_Group], members: list[Connection], done: int
     ) -> None:
-        """Who was not written to may have lost durable events, or their copies: say so."""
+        """Send a gap to connections not written to: they may have lost durable events."""
         if not any(self._routes.is_durable(event.type) for event in batch):
             return
         left = members[done:]
@@ -270,7 +273,7 @@ def _crowd(group: _Group) -> int:
 
 
 def _with_deflated(groups: list[_Group], deflated: list[bytes]) -> list[_Group]:
-    """The same, but for who can read compressed frames those."""
+    """Split each group: connections that can read compressed frames get those."""
     found: list[_Group] = []
     for frames, mask, members in groups:
         if plain := [connection for connection in members if not connection.supports_deflate]:
@@ -284,7 +287,7 @@ _AS_BITS: Final = bytes(byte == ord("1") for byte in range(256))
 
 
 def join(frames: Sequence[bytes], mask: int) -> tuple[bytes, int]:
-    """The frames whose bits are set, in order, and how many they are."""
+    """Join the frames whose bits are set, in order; also return their number."""
     count = mask.bit_count()
     if count == 1:
         return frames[mask.bit_length() - 1], 1

@@ -1,4 +1,4 @@
-"""The drain: hear no more, deliver what was heard, send every client away."""
+"""The drain: stop receiving, deliver what was received, close every connection."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -14,15 +14,18 @@ from .queue import EventQueue
 log = structlog.get_logger()
 
 PATIENCE: Final = 5.0  # seconds for all of it, where the server does not say
-_FOR_QUEUES: Final = 0.4  # of it, for events that were heard before; the rest is for the closes
-_RECONNECTS_PER_SECOND: Final = 500  # what the retry hints spread the clients to
+_FOR_QUEUES: Final = 0.4  # of it, for the queues; the rest is for the closes
+_RECONNECTS_PER_SECOND: Final = 500  # that the retry hints spread clients to
 _FIRST_WINDOW: Final = 2.0  # seconds; the window of a gateway with few clients
 
 
 class Drain:
-    """The end of a gateway, in this order and within ``patience``.
+    """Ends a gateway, within ``patience`` seconds.
 
-    ``stop`` is called first: nothing comes in any more.
+    1. Call ``stop``: no event comes in any more.
+    2. Deliver the events in the queues.
+    3. Close every connection, with a hint when to reconnect.
+    4. Cut the connections that are left.
     """
 
     def __init__(self, hub: Hub, queues: Sequence[EventQueue], stop: Callable[[], None]) -> None:
@@ -35,7 +38,7 @@ class Drain:
         self.patience = PATIENCE  # seconds: the server's graceful_timeout
 
     async def run(self) -> None:
-        """Drain, or wait for who does already. Cancelled, it drops everything that is left."""
+        """Drain, or wait for the drain that is under way. Cancelled, it cuts what is left."""
         if self.begun:
             await self._done.wait()
             return
@@ -49,7 +52,7 @@ class Drain:
                 for queue in self._queues:
                     await queue.wait_idle()
             undelivered = sum(queue.undelivered for queue in self._queues)
-            self._send_everybody_away()
+            self._close_all()
             with trio.move_on_at(started + self.patience):
                 await hub.wait_empty()
             log.info(
@@ -65,12 +68,12 @@ class Drain:
             self._done.set()
 
     def hint(self, place: float | None = None) -> str:
-        """When to come back, for who is at this place (0 to 1) in the window, or at any."""
+        """When to reconnect, for a client at this place (0 to 1) of the window; None for any."""
         if place is None:
             place = random.random()  # noqa: S311 - spreads load
         return format_retry_hint(self._window * place)
 
-    def _send_everybody_away(self) -> None:
+    def _close_all(self) -> None:
         connections = list(self._hub.connections)
         random.shuffle(connections)
         for i, connection in enumerate(connections):

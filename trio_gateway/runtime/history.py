@@ -15,7 +15,7 @@ from ..core.events import Event
 
 
 class StoredEvent(NamedTuple):
-    """A durable event as clients get it, and where it stands."""
+    """A durable event as clients get it, and its position."""
 
     stream: Stream
     position: Position
@@ -29,8 +29,9 @@ class History:
     """The durable events of the last while, bounded by count, bytes and age (seconds since they
     were heard).
 
-    A replay costs what was missed, not what happened: each audience has its own list per stream,
-    read from its end. Whoever has seen less than what was forgotten can't be told what it missed.
+    A replay costs what was missed, not what happened: each audience has a list of its own per
+    stream, read from its end. A client whose position is before a forgotten event cannot be told
+    what it missed.
     """
 
     def __init__(self, *, events: int = 50_000, size: int = 67_108_864, age: float = 3600) -> None:
@@ -39,10 +40,10 @@ class History:
         self.age = age
         self._kept: deque[StoredEvent] = deque()
         self._by_audience: dict[tuple[Stream, Audience], deque[StoredEvent]] = {}
-        self._whole: set[Stream] = set()  # of which everything that ever was is known
-        self._since: dict[Stream, Position] = {}  # where each begins
-        self._forgotten: dict[Stream, Position] = {}  # the last one that was over the bounds
-        self._grown = trio.Event()
+        self._whole: set[Stream] = set()  # of which every entry there ever was is known
+        self._since: dict[Stream, Position] = {}  # from where each is known
+        self._forgotten: dict[Stream, Position] = {}  # the last one that was dropped
+        self._grown = trio.lowlevel.ParkingLot()
         self.bytes = 0
         self.began: dict[Stream, Position] = {}  # where each was first read live
         self.expected: set[Stream] = set()  # that are to be read
@@ -52,16 +53,20 @@ class History:
         return len(self._kept)
 
     def begin(self, stream: Stream, since: Position, *, whole: bool = False) -> None:
-        """Nothing before this place is known of the stream; there was nothing, if that is the
-        ``whole``. What it holds is added next, then it is passed by up to where it is read from.
+        """Start tracking a stream at ``since``. ``whole``: it never had an earlier entry.
+
+        Call :meth:`add` for each entry that it still holds, then :meth:`advance` to the position
+        from which it is read.
         """
         self._since[stream] = since
         if whole:
             self._whole.add(stream)
 
     def restart(self, stream: Stream, *, since: Position, end: Position) -> None:
-        """Entries were lost: who has seen less than ``since`` can't be told what followed. It is
-        read on from ``end``, which lies before that if the stream is a new one.
+        """Forget a stream of which entries were lost.
+
+        A client whose position is before ``since`` cannot be told what followed. The stream is
+        read on from ``end``, which is before ``since`` if it was created anew.
         """
         self._kept = deque(kept for kept in self._kept if kept.stream != stream)
         self.bytes = sum(len(kept.frame) for kept in self._kept)
@@ -95,16 +100,17 @@ class History:
         self.trim(now)
 
     def advance(self, stream: Stream, position: Position) -> None:
-        """The stream has been read up to here."""
+        """Note that the stream has been read up to this position."""
         self.began.setdefault(stream, position)
-        if self._since.get(stream) == START:  # an id before the first entry is none of this stream
+        if self._since.get(stream) == START:  # an id before the first entry is not of this stream
             self._since[stream] = position
         self.end = {**self.end, stream: position}
-        self._grown.set()
+        self._grown.unpark_all()
 
     def position_at(self, stream: Stream, moment: float) -> Position | None:
-        """A place before all that entered Redis from this unix time on; None if not all of that is
-        known.
+        """A position before every entry that Redis added from this unix time on.
+
+        None if not all of those are known.
         """
         place = Position((max(0, math.floor(moment * 1000)), 0))
         if place < self._since[stream]:
@@ -114,7 +120,7 @@ class History:
         return None if self.forgot({stream: place}) else place
 
     def trim(self, now: float) -> None:
-        """Forget what is over the bounds."""
+        """Drop the oldest events until the bounds hold."""
         oldest = now - self.age
         while self._kept and (
             len(self._kept) > self.most_events
@@ -125,14 +131,14 @@ class History:
             self.bytes -= len(kept.frame)
             self._whole.discard(kept.stream)
             self._forgotten[kept.stream] = kept.position
-            for audience in kept.audiences:  # the oldest of all is the oldest of its audiences, too
+            for audience in kept.audiences:  # the oldest of all is also the oldest of its audiences
                 mine = self._by_audience[kept.stream, audience]
                 mine.popleft()
                 if not mine:
                     del self._by_audience[kept.stream, audience]
 
     def covers(self, cursor: Cursor) -> bool:
-        """Whether everything after this place is still known, as far as it has been read."""
+        """Whether everything after this cursor is still known, as far as it has been read."""
         return (
             bool(cursor)
             and not self.forgot(cursor)
@@ -146,13 +152,14 @@ class History:
         )
 
     def forgot(self, cursor: Cursor) -> bool:
-        """Whether something after this place was over the bounds."""
+        """Whether an event after this cursor has been dropped."""
         forgotten = self._forgotten
         return any(s in forgotten and forgotten[s] > position for s, position in cursor.items())
 
     def is_ahead(self, cursor: Cursor) -> bool:
-        """Whether this place lies beyond what has been read: another process was quicker, or the
-        stream was not read yet.
+        """Whether this cursor is beyond what has been read.
+
+        Another process was faster, or the stream has not been read yet.
         """
         end = self.end
         return any(
@@ -165,17 +172,17 @@ class History:
         return self.expected <= self.end.keys()
 
     async def wait_begun(self) -> None:
-        """Wait until there is a present place."""
+        """Wait until a stream has been read up to its present end."""
         while not self.end:
-            await self._wait()
+            await self._grown.park()
 
     async def wait_for(self, cursor: Cursor) -> None:
-        """Wait until it has been read that far."""
+        """Wait until this cursor has been read."""
         while self.is_ahead(cursor):
-            await self._wait()
+            await self._grown.park()
 
     def missed(self, cursor: Cursor, audiences: Iterable[Audience]) -> list[StoredEvent]:
-        """What these audiences heard after this place, each event once, in order.
+        """The events for these audiences after this cursor, each once, in order.
 
         Only of the streams that the cursor names: a tenant's events live in one of them.
         """
@@ -191,10 +198,7 @@ class History:
     def following(
         self, cursor: Cursor, audiences: Iterable[Audience], most: int
     ) -> list[StoredEvent]:
-        """As :meth:`missed`, the first so many; it takes as long as they are many, not as all are.
-
-        The place after it has, for the stream of each, its position.
-        """
+        """The first ``most`` events of :meth:`missed`, at a cost that grows with ``most`` only."""
         runs = []
         for audience in audiences:
             for stream, seen in cursor.items():
@@ -212,8 +216,8 @@ class History:
         return found
 
     def place_before(self, moment: float) -> tuple[Cursor, bool]:
-        """The place before all that entered Redis from this unix time on, and whether all of that
-        is known.
+        """The cursor before every entry that Redis added from this unix time on, and whether all
+        of those are known.
         """
         milliseconds = min(max(0, math.floor(moment * 1000)), LAST[0])
         place = Position((milliseconds - 1, LAST[1])) if milliseconds else START
@@ -222,11 +226,6 @@ class History:
             stream in self._whole or self._since[stream] <= place for stream in cursor
         )
         return cursor, bool(cursor) and complete
-
-    async def _wait(self) -> None:
-        if self._grown.is_set():
-            self._grown = trio.Event()
-        await self._grown.wait()
 
 
 def _position(kept: StoredEvent) -> Position:

@@ -1,4 +1,4 @@
-"""The hub: the dictionary between audiences and the connections that are in them."""
+"""The hub: the connections of this process, and the audiences that they are in."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, KeysView, Mapping, Sequence
@@ -14,7 +14,7 @@ from .resume_state import Step
 
 
 class CapacityLimits:
-    """How many connections one process holds: in all, per user, per diners' session."""
+    """The most connections of one process: in total, per user, per diner session."""
 
     def __init__(self, *, total: int, per_user: int, per_session: int) -> None:
         self.total = total
@@ -26,7 +26,7 @@ Owner = tuple[str, int, object]
 
 
 class Place:
-    """A place in the hub that is held for somebody; a context manager that releases it."""
+    """A reserved place in the hub; a context manager that releases it at its end."""
 
     def __init__(self, reserved: Counter[Owner], owner: Owner) -> None:
         self._reserved = reserved
@@ -43,7 +43,7 @@ class Place:
 
 
 class Hub:
-    """Who is connected, and in which audiences.
+    """The connections, by audience and by owner.
 
     Every method but :meth:`wait_empty` is synchronous, hence atomic: no lock anywhere.
     """
@@ -55,21 +55,21 @@ class Hub:
         self._reserved: Counter[Owner] = Counter()
         self._connections: dict[Connection, None] = {}  # in the order they joined
         self._leaving: set[Connection] = set()
-        self._emptied = trio.Event()
+        self._emptied = trio.lowlevel.ParkingLot()
         self.joins = 0  # ever
         self.deflate_count = 0  # connections that can read compressed messages
-        self.held: set[Connection] = set()  # to whom durable events come from the history
+        self.held: set[Connection] = set()  # they get durable events from the history
         self.by_endpoint: dict[Endpoint, int] = dict.fromkeys(Endpoint, 0)
         self.closed: Counter[int] = Counter()  # by code, whoever chose it
         self.closed_by_gateway: Counter[int] = Counter()
-        self._messages = 0  # of those that are gone
+        self._messages = 0  # of connections that are closed
 
     def __len__(self) -> int:
         return len(self._connections)
 
     @property
     def taken(self) -> int:
-        """How many places are, those included that are reserved."""
+        """The number of places that are taken, including reserved ones."""
         return len(self._connections) + self._reserved.total()
 
     @property
@@ -78,12 +78,12 @@ class Hub:
 
     @property
     def leaving(self) -> set[Connection]:
-        """Those that hear no event any more but whose close has not reached the client yet."""
+        """Connections that get no events any more, and whose close is under way."""
         return self._leaving
 
     @property
     def messages(self) -> int:
-        """Messages that clients have sent, those included that have left."""
+        """Messages from clients since the start, including those that have left."""
         here = sum(connection.messages for connection in self._connections)
         return self._messages + here + sum(connection.messages for connection in self._leaving)
 
@@ -95,7 +95,7 @@ class Hub:
         """
         if (limits := self._limits) is None:
             return
-        # First the limits within which room can be made, which makes room in all.
+        # First the limits at which room can be made, which makes room in total, too.
         owned = len(self.owned_by(principal)) + self._reserved[principal.owner]
         if principal.session is not None and owned >= limits.per_session:
             raise Rejected(
@@ -113,13 +113,15 @@ class Hub:
         return self._owned.get(principal.owner, ())
 
     def reserve(self, principal: Principal) -> Place:
-        """As :meth:`admit`, and the place is taken until it is released; then :meth:`join` must
-        follow in the same step.
+        """As :meth:`admit`, and the place stays taken until it is released.
+
+        :meth:`join` must follow the release without an await between them.
         """
         self.admit(principal)
         return Place(self._reserved, principal.owner)
 
     def join(self, connection: Connection) -> None:
+        """Add a connection to the audiences of its principal."""
         principal = connection.principal
         self.joins += 1
         connection.number = self.joins
@@ -132,7 +134,7 @@ class Hub:
             self._enter(audience, connection)
 
     def leave(self, connection: Connection) -> None:
-        """It hears nothing from now on. It is :meth:`gone` when its close is through."""
+        """Take it out of all audiences. :meth:`gone` follows when its close has gone through."""
         if connection not in self._connections:  # it was evicted
             return
         del self._connections[connection]
@@ -156,25 +158,27 @@ class Hub:
             self.held.add(connection)
 
     def evict(self, connection: Connection, code: int, reason: str) -> None:
-        """Close it, and free its place at once."""
+        """Close a connection, and free its place at once."""
         connection.close(code, reason)
         self.leave(connection)
 
     def gone(self, connection: Connection) -> None:
+        """Forget a connection whose close has gone through, and count it."""
         self._leaving.discard(connection)
         self._messages += connection.messages
         self.count_close(connection.code, by_gateway=not connection.chose_its_code)
         if not self._connections and not self._leaving:
-            self._emptied.set()
+            self._emptied.unpark_all()
 
     def count_close(self, code: int, *, by_gateway: bool = True) -> None:
+        """Count a close code, also of a client that never joined."""
         self.closed[code] += 1
         if by_gateway:
             self.closed_by_gateway[code] += 1
 
     def move(self, connection: Connection, principal: Principal) -> None:
-        """Its audiences are another principal's from now on; same owner, same endpoint."""
-        if connection not in self._connections:  # it left while the other principal was found
+        """Give a connection another principal, of the same owner and endpoint."""
+        if connection not in self._connections:  # it has left meanwhile
             return
         assert principal.owner == connection.principal.owner
         assert principal.endpoint is connection.principal.endpoint
@@ -193,10 +197,10 @@ class Hub:
         return list(set().union(*found))
 
     def masks(self, heard: Mapping[Audience, int]) -> dict[int, list[Connection]]:
-        """Who hears what, as bits: those of the audiences that a connection is in, or-ed.
+        """Connections by what they are sent: the bits of all their audiences, or-ed.
 
-        From the audiences' side: a batch names few, and a connection may be in many. The mask is
-        collected on the connection itself, which costs half of what a dictionary does.
+        It starts from the audiences: a batch names few, and a connection may be in many. The mask
+        is collected on the connection itself, at half the cost of a dictionary.
         """
         found: set[Connection] = set()
         for audience, bits in heard.items():
@@ -205,22 +209,20 @@ class Hub:
             for connection in members:
                 connection.mask |= bits
             found |= members
-        by_mask: defaultdict[int, list[Connection]] = defaultdict(list)  # few, of many connections
+        by_mask: defaultdict[int, list[Connection]] = defaultdict(list)  # few masks
         for connection in found:
             by_mask[connection.mask].append(connection)
             connection.mask = 0
         return by_mask
 
     def hears(self, audiences: Iterable[Audience]) -> bool:
-        """Whether anybody is in any of these audiences."""
+        """Whether any connection is in one of these audiences."""
         return not self._members.keys().isdisjoint(audiences)
 
     async def wait_empty(self) -> None:
-        """Wait until every connection is gone."""
+        """Wait until every connection has left and its close has gone through."""
         while self._connections or self._leaving:
-            if self._emptied.is_set():
-                self._emptied = trio.Event()
-            await self._emptied.wait()
+            await self._emptied.park()
 
     def _enter(self, audience: Audience, connection: Connection) -> None:
         if (members := self._members.get(audience)) is None:

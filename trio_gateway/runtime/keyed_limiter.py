@@ -12,20 +12,23 @@ _MOST_WAITING: Final = 32  # requests of one key
 
 
 class KeyedLimiter:
-    """Bounds how many requests each key (a user or a session) has at a time.
+    """Limits each key (a user or a session) to ``most`` requests at a time.
 
-    The others wait for up to ``patience`` seconds. More than one at a time, because a dead
-    connection must not lock its user out.
+    Others wait for up to ``patience`` seconds. It is more than one, because a dead connection
+    must not lock its user out.
     """
 
     def __init__(self, most: int = 4, *, patience: float = 2.0) -> None:
         self._most = most
         self._patience = patience
         self._turns: dict[Hashable, trio.Semaphore] = {}
-        self._there: Counter[Hashable] = Counter()  # at it or waiting
+        self._there: Counter[Hashable] = Counter()  # running or waiting
 
     async def take(self, key: Hashable) -> Callable[[], None]:
-        """Wait for a turn; returns the function that gives it back. Raises :exc:`Overloaded`."""
+        """Wait for a slot, and return the function that releases it.
+
+        Raises :exc:`Overloaded` if there is none in time, or too many wait.
+        """
         if self._there[key] >= self._most + _MOST_WAITING:
             raise Overloaded
         self._there[key] += 1

@@ -1,4 +1,4 @@
-"""The queue: events that were heard and wait for dispatch, taken from tenant after tenant."""
+"""The queue: received events that wait for dispatch, fair among tenants."""
 
 import math
 from collections import deque
@@ -19,30 +19,31 @@ MAX_BATCH_BYTES: Final = 262_144  # of payloads, about
 
 
 class EventQueue:
-    """Events that were heard and wait to be delivered, ``capacity`` of them at most.
+    """Received events that wait to be delivered, at most ``capacity`` of them.
 
-    :meth:`offer` drops when full and is for what is lost anyhow if nobody listens (Pub/Sub);
-    :meth:`put` waits, and is for what Redis keeps meanwhile (streams). One queue is filled by one
-    of them only, or a drop could take what was to wait.
+    :meth:`offer` drops an event when the queue is full. It is for Pub/Sub, where an event that
+    nobody listens to is lost anyway. :meth:`put` waits for room. It is for streams, which Redis
+    keeps meanwhile. One queue is filled by one of them only, or a drop could take an event that
+    was to wait.
 
-    Each tenant's events wait in a lane of their own, and the lanes are taken from in turn, so
-    that nobody waits behind another's flood. A stream is one lane, whoever its events are for:
-    its order is what clients resume by.
+    Each tenant has a lane, a queue of its own, and the lanes are served round robin, so that no
+    tenant waits behind a flood of another. A stream is one lane, for whichever tenants its events
+    are: clients resume by its order.
     """
 
     def __init__(
         self, capacity: int, alarm: DropAlarm | None = None, rate: TenantRate | None = None
     ) -> None:
         self._lanes: dict[Stream | TenantId, deque[Event]] = {}
-        self._turns: deque[Stream | TenantId] = deque()  # the lanes; the next one comes first
-        self._largest: deque[Event] = deque()  # a lane that had most waiting when it was looked for
-        self._blocked: dict[trio.lowlevel.Task, Event] = {}  # who waits for room, with what
-        self._news = trio.Event()
+        self._turns: deque[Stream | TenantId] = deque()  # the lanes, next one first
+        self._largest: deque[Event] = deque()  # the longest lane at the last look
+        self._blocked: dict[trio.lowlevel.Task, Event] = {}  # waiting for room
+        self._added = trio.lowlevel.ParkingLot()
         self._alarm = alarm
         self._rate = rate
         self._throttled_log = ThrottledLog(log)
-        self.undelivered = 0  # that wait, or are being delivered
-        self._idle = trio.Event()
+        self.undelivered = 0  # waiting or being delivered
+        self._idle = trio.lowlevel.ParkingLot()
         self.capacity = capacity
         self.depth = 0
         self.dropped = 0  # because it was full
@@ -50,13 +51,13 @@ class EventQueue:
 
     @property
     def oldest(self) -> float:
-        """When the first of those that wait was heard; infinity if none does."""
+        """Receive time of the oldest waiting event; infinity if none waits."""
         waiting = [lane[0].received_at for lane in self._lanes.values() if lane]
         waiting += [event.received_at for event in self._blocked.values()]
         return min(waiting, default=math.inf)
 
     def offer(self, event: Event) -> None:
-        """Add an event; when full, an older one makes room. Never waits."""
+        """Add an event; when full, drop an older one. Never waits."""
         if self._rate is not None and self._rate.exceeded(event.tenant, event.received_at):
             self._refuse(event)
             return
@@ -90,20 +91,20 @@ class EventQueue:
     async def wait(self) -> None:
         """Wait until there is something to take."""
         while not self.depth:
-            if self._news.is_set():
-                self._news = trio.Event()
-            await self._news.wait()
+            await self._added.park()
 
     def take(self, most: int) -> list[Event]:
-        """What is there, from each lane in turn: up to ``most``, and to what one write may hold,
-        since whoever gets it all must not be over its outbox's bound by that.
+        """Take up to ``most`` events, round robin across the lanes. Never waits.
+
+        Stops after :data:`MAX_BATCH_BYTES` of payload, so that a client that receives the whole
+        batch does not overflow its outbox.
         """
         batch: list[Event] = []
         lanes, turns = self._lanes, self._turns
         left, size = self.depth, 0
         while left and len(batch) < most and size < MAX_BATCH_BYTES:
             lane = lanes[turns[0]]
-            if lane:  # else it has lost its only one to a newcomer
+            if lane:  # else its only event was dropped
                 event = lane.popleft()
                 batch.append(event)
                 size += len(event.payload)
@@ -120,17 +121,15 @@ class EventQueue:
         return batch
 
     def done(self, events: int) -> None:
-        """So many of those that were taken are delivered."""
+        """Tell that this number of taken events has been delivered."""
         self.undelivered -= events
         if not self.undelivered:
-            self._idle.set()
+            self._idle.unpark_all()
 
     async def wait_idle(self) -> None:
         """Wait until everything that was added is delivered."""
         while self.undelivered:
-            if self._idle.is_set():
-                self._idle = trio.Event()
-            await self._idle.wait()
+            await self._idle.park()
 
     def _add(self, event: Event) -> None:
         key = event.stream or event.tenant
@@ -139,12 +138,15 @@ class EventQueue:
             self._turns.append(key)
         lane.append(event)
         if not self.depth:
-            self._news.set()
+            self._added.unpark_all()
         self.depth += 1
 
     def _make_room(self, newcomer: Event) -> Event:
-        """Drop the oldest event of whoever has as many waiting as its share of the room, or more:
-        the newcomer's tenant if it has, else one that had most. Who has less loses nothing.
+        """Drop one event to make room for another, and return it.
+
+        The fair share of a lane is the capacity divided by the number of lanes. Drops the oldest
+        event of the newcomer's lane if that has reached its share, else the oldest of the longest
+        lane. A lane below its share loses nothing.
         """
         lanes = self._lanes
         share = self.capacity / len(lanes)

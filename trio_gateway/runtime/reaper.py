@@ -22,9 +22,10 @@ async def reap(
     cleanup_interval: float,
     wall_clock: Callable[[], float] = time.time,
 ) -> NoReturn:
-    """Ping who was sent nothing for a while; clean up at intervals. Returns when cancelled.
+    """Ping connections that were sent nothing for a while, and clean up at intervals.
 
-    A connection closes itself when its time has come; what is found here has failed to.
+    Intervals are seconds. A connection closes itself at its deadline; this finds the ones that
+    failed to. Returns only when cancelled.
     """
     tick = min(ping_interval / 10, cleanup_interval)
     clean_up_at = trio.current_time() + cleanup_interval
@@ -41,7 +42,7 @@ async def reap(
             continue
         clean_up_at = trio.current_time() + cleanup_interval
         shift = wall_clock() - trio.current_time() - offset
-        if abs(shift) > 1:  # the wall clock was set, and tokens end by it
+        if abs(shift) > 1:  # the wall clock was set, and tokens expire by it
             offset += shift
             for connection in hub.connections:
                 connection.renew(connection.principal.expires_at - offset)
@@ -49,7 +50,7 @@ async def reap(
 
 
 def clean_up(hub: Hub, now: float) -> None:
-    """Close what is overdue, cut what is stuck in its close."""
+    """Close connections that are overdue, and cut those whose close is stuck."""
     for connection in list(hub.connections):
         if connection.deadline < now:
             connection.close_on_time(now)

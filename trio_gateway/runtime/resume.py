@@ -32,12 +32,12 @@ class Replays:
         self._history = history
         self._hub = hub
         self._undecided: deque[tuple[float, Connection]] = deque()
-        self._begun = trio.Event()
+        self._begun = trio.lowlevel.ParkingLot()
         self.resumes: Counter[str] = Counter()  # by outcome
         self.replayed = 0  # events
 
     def hold(self, connection: Connection, now: float) -> None:
-        """It has just joined: durable events wait in the history until it is decided."""
+        """Hold back durable events for a connection that has just joined, until it is decided."""
         state = connection.resume_state
         if state.accepted_at is None:
             state.accepted_at = self._history.end
@@ -46,14 +46,13 @@ class Replays:
         else:
             self._hub.step(connection, Step.JOIN, state.accepted_at)
             self._undecided.append((now + UNDECIDED, connection))
-            self._begun.set()
+            self._begun.unpark_all()
 
     async def decide(self) -> None:
-        """Let go live who has said nothing for a while; returns only when cancelled."""
+        """Let silent connections go live after a while; returns only when cancelled."""
         while True:
             while not self._undecided:
-                self._begun = trio.Event()
-                await self._begun.wait()
+                await self._begun.park()
             await trio.sleep_until(self._undecided[0][0])
             together = trio.current_time() + _TOGETHER
             for _ in range(_PER_CHECKPOINT):
@@ -64,7 +63,7 @@ class Replays:
                     self.go_live(connection)
 
     def go_live(self, connection: Connection) -> None:
-        """It did not ask to resume: live from here, after what came since it joined."""
+        """Send a connection that does not resume what came since it joined, and let it go live."""
         if connection.ending:
             return
         missed = self._missed(connection)
@@ -73,11 +72,13 @@ class Replays:
             self._hub.step(connection, Step.CATCH_UP)
         else:
             self._hub.step(connection, Step.REPLAY)
-            connection.start(self._catch_up, connection, [], {})
+            connection.start_task(self._catch_up, connection, [], {})
 
     def begin(self, stream: Stream, ahead: float | None) -> None:
-        """A stream is read for the first time: who was there before is owed what has entered it
-        since. ``ahead`` is how far Redis' unix time is at least ahead of Trio's, if it is known.
+        """Tell that a stream has been read for the first time.
+
+        Clients that connected earlier are sent what entered it since they joined, or a gap.
+        ``ahead`` is a lower bound of Redis' unix time minus Trio's, None if it is unknown.
         """
         history = self._history
         for connection in list(self._hub.connections):
@@ -90,17 +91,17 @@ class Replays:
                 self._hold_back(connection, stream, since)
 
     def _hold_back(self, connection: Connection, stream: Stream, since: Position) -> None:
-        """Let it go live from there in this stream."""
+        """Send a connection this stream from ``since`` on, before it is live in it."""
         state = connection.resume_state
         was_live = state.phase is Phase.LIVE
         cursor = self._history.end if state.cursor is None else state.cursor
         state.accepted_at = {**(state.accepted_at or {}), stream: since}
         self._hub.step(connection, Step.OWE, {**cursor, stream: since})
         if was_live:
-            connection.start(self._catch_up, connection, [], {})
+            connection.start_task(self._catch_up, connection, [], {})
 
     def tell_of_gap(self) -> None:
-        """Events were lost between Redis and this process: tell every client to refetch."""
+        """Tell every client to refetch, because events were lost between Redis and this process."""
         for connection in list(self._hub.held):
             connection.resume_state.accepted_at = self._history.end
             self._hub.step(connection, Step.GAP, self._history.end)
@@ -108,18 +109,18 @@ class Replays:
             connection.send(GAP)
 
     def ask(self, connection: Connection, last_event_id: str | None) -> None:
-        """It asks to resume in a message: that must be its first."""
+        """Answer a message that asks to resume: only a client's first may."""
         if connection.messages == 1 and connection.resume_state.may_resume:
             self._hub.step(connection, Step.ASK)
-            # What is no string names no place either.
-            connection.start(
+            # What is not a string is an invalid id, too.
+            connection.start_task(
                 self.resume, connection, "?" if last_event_id is None else last_event_id
             )
             return
         self._refuse(connection)
 
     async def resume(self, connection: Connection, last_event_id: str) -> None:
-        """Answer a client that asks to resume, replay, and let it go live."""
+        """Answer a client that asks to resume, replay what it missed, and let it go live."""
         history = self._history
         cursor = await self._find(connection, last_event_id)
         if connection.ending:
@@ -130,7 +131,7 @@ class Replays:
                 await self._catch_up(connection, self._missed(connection), history.end)
             return
         self.resumes["recovered"] += 1
-        # Other streams than the one that an event's id names are heard from here on.
+        # Streams that the id does not name are followed from where it was accepted.
         place = {**self._accepted_at(connection), **cursor}
         self._hub.step(connection, Step.REPLAY, place)
         missed = self._missed(connection)
@@ -146,7 +147,7 @@ class Replays:
         connection.send(resumed(recovered=False, count=0, last_event_id=cursor_id(place)))
 
     async def _find(self, connection: Connection, last_event_id: str) -> Cursor | None:
-        """The place that the id names, if all that came after it is known."""
+        """The cursor of this id, if everything after it is known."""
         try:
             cursor = read_cursor(last_event_id) if last_event_id else None
         except ValueError:
@@ -162,19 +163,19 @@ class Replays:
         return cursor if self._history.covers(cursor) else None
 
     def _accepted_at(self, connection: Connection) -> Cursor:
-        """From where on it hears live events; a stream that was read later, from its begin."""
+        """From where on it misses nothing; for a stream that was read later, its begin."""
         accepted_at = connection.resume_state.accepted_at
         assert accepted_at is not None
         return {**self._history.began, **accepted_at}
 
     def _in_order(self, connection: Connection) -> bool:
-        """Whether it was sent no durable event yet, which a replay would have to precede."""
+        """Whether a replay is still in order: no durable event was sent to it live."""
         if connection.resume_state.cursor is not None:
             return True
         return not self._history.missed(self._accepted_at(connection), connection.audiences)
 
     def _missed(self, connection: Connection) -> list[StoredEvent]:
-        """What it has to be sent, without what it was sent live as a Pub/Sub copy."""
+        """The events that it missed, without those of which it was sent a Pub/Sub copy live."""
         cursor = connection.resume_state.cursor
         assert cursor is not None
         cursor = {**self._history.began, **cursor}
@@ -189,8 +190,8 @@ class Replays:
     async def _catch_up(
         self, connection: Connection, missed: list[StoredEvent], upto: Cursor
     ) -> None:
-        """Send what was missed up to a place, no faster than the client takes it, then what came
-        meanwhile, until nothing is left.
+        """Send what was missed, which reaches up to ``upto``, no faster than the client takes it;
+        then what came meanwhile, until nothing is left, and let it go live.
         """
         state = connection.resume_state
         while not connection.ending:
@@ -220,7 +221,7 @@ class Replays:
 
 
 def _first(missed: list[StoredEvent]) -> tuple[list[StoredEvent], list[StoredEvent]]:
-    """A chunk to write at once, and the rest."""
+    """The first chunk to write at once, and the rest."""
     size = 0
     for n, kept in enumerate(missed[:_CHUNK_EVENTS], 1):
         size += len(kept.frame)

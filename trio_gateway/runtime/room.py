@@ -1,4 +1,4 @@
-"""Room: dead connections give their places to new ones of the same user or session."""
+"""Room: dead connections lose their places to new ones of the same user or session."""
 
 from collections.abc import Callable
 from typing import Final
@@ -15,7 +15,7 @@ _LOOK: Final = 0.1  # seconds between two looks at the answers
 
 
 class _Probe:
-    """The connections of one owner that were asked whether they are there."""
+    """The connections of one owner that were pinged to see which are alive."""
 
     def __init__(self, asked: list[Connection], now: float) -> None:
         self.asked = asked
@@ -33,7 +33,7 @@ class _Probe:
 class Room:
     """Makes room in the hub for a user or a session whose connections may be dead.
 
-    ``given_up`` says that nobody is let in any more.
+    ``given_up`` tells that no client is admitted any more.
     """
 
     def __init__(self, hub: Hub, given_up: Callable[[], bool] = lambda: False) -> None:
@@ -42,11 +42,12 @@ class Room:
         self._probes: dict[Owner, _Probe] = {}  # while newcomers wait for them
 
     async def find(self, principal: Principal) -> tuple[Place, bool]:
-        """A place in the hub, and whether it had to be waited for; else :exc:`Rejected`.
+        """Reserve a place in the hub; return it, and whether it had to be waited for.
 
-        At the limit of the user or session its connections are asked whether they are there. Of
-        those that do not answer in time one is closed for each newcomer that waits. Newcomers
-        that come meanwhile share the probe; there can be as many as there are connections.
+        At the limit of the user or session its connections are pinged. Of those that do not
+        answer within :data:`ANSWER_TIME` one is closed for each newcomer. Newcomers that come
+        meanwhile share the probe, at most one for each connection. Raises :exc:`Rejected` if
+        there is no room.
         """
         hub, owner = self._hub, principal.owner
         try:
@@ -56,7 +57,7 @@ class Room:
                 raise
             refusal = full
         if (probe := self._probes.get(owner)) is None:
-            if not (asked := list(hub.owned_by(principal))):  # others are just being let in
+            if not (asked := list(hub.owned_by(principal))):  # the places are reserved by others
                 raise refusal
             probe = self._probes[owner] = _Probe(asked, trio.current_time())
         if probe.waiting >= len(probe.asked):
@@ -74,7 +75,7 @@ class Room:
             left = probe.until - trio.current_time()
             silent = probe.silent(self._hub)
             if left <= 0 and silent:
-                # Its place is free at once, so no two newcomers count on it.
+                # Its place is free at once, so that no two newcomers count on it.
                 self._hub.evict(silent[0], Close.HEARTBEAT_TIMEOUT, "no answer to a ping")
             try:
                 return self._hub.reserve(principal)

@@ -1,4 +1,4 @@
-"""Connections that have not sent a byte yet: many may wait, and none is in another's way."""
+"""Connections that have not sent a byte yet: many may wait, and none blocks another."""
 
 from collections.abc import Awaitable, Callable
 
@@ -8,10 +8,10 @@ from .concurrency_limiter import Overloaded
 
 
 class SilentConnections:
-    """Bounds how many are silent, in all and of one address.
+    """Limits how many connections are silent, in total and of one address.
 
-    One too many ends the one that has been silent longest: a client that means to speak does so
-    within a round trip, so a crowd that never does costs the others nothing.
+    One too many ends the one that has been silent longest. A client that means to speak does so
+    within a round trip, so a crowd that never speaks costs the others nothing.
     """
 
     def __init__(self, most: int) -> None:
@@ -29,10 +29,10 @@ class SilentConnections:
         address: str = "",
         most: int | None = None,
     ) -> bool:
-        """Wait until it speaks; False if it did not in time, or everything was given up.
+        """Wait until it speaks; False if it did not in ``timeout`` seconds, or was given up.
 
-        ``most`` is how many of its address may be silent. Raises :exc:`Overloaded` if a newer one
-        took its place.
+        ``most`` is how many connections of its address may be silent. Raises :exc:`Overloaded`
+        if a newer one took its place.
         """
         spoke = False
         deadline = trio.current_time() + timeout

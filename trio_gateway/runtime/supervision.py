@@ -1,4 +1,4 @@
-"""Supervision: a source that is lost is opened again, for ever."""
+"""Supervision: a lost source is opened again, for ever."""
 
 from collections.abc import Awaitable, Callable
 from typing import NoReturn
@@ -13,11 +13,11 @@ log = structlog.get_logger()
 
 
 class ConnectionLost(Exception):  # noqa: N818 - an outcome
-    """What a source reads from is not there, went away, or talks nonsense; it may come back."""
+    """The server of a source is absent, went away or sent nonsense; it may come back."""
 
 
 class Demoted(ConnectionLost):
-    """It answers, but is not the server to read from: a new connection may lead to that one."""
+    """The server answers, but is not the one to read from; a new connection may reach that."""
 
 
 async def keep_running(
@@ -27,7 +27,7 @@ async def keep_running(
 
     After :exc:`Demoted` it runs again within a second: a failover may be over by then.
 
-    ``work`` says ``breaker.succeeded()`` once it is connected. Any other exception is a bug and
+    ``work`` calls ``breaker.succeeded()`` once it is connected. Any other exception is a bug and
     propagates.
     """
     backoff = backoff or Backoff()
