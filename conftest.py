@@ -27,7 +27,7 @@ def redis_url() -> Iterator[str]:
         yield server.connection_url
 
 
-@pytest.fixture(params=["line", "asgi"])
+@pytest.fixture(params=["direct", "asgi"])
 def transport(request: pytest.FixtureRequest) -> Transport:
     found: Transport = request.param
     return found
