@@ -172,7 +172,7 @@ class Publisher:
         return entry.decode()
 
     def _run(self, command: Callable[[], Any], kind: type, *, again: bool = False) -> Any:
-        """Run the command; run it once more if the wrong server refused it. With ``again``, also run
+        """Run the command; run it once more if the wrong server refused it. With ``again``, run
         it once more if the reply was lost.
         """
         in_doubt = refused = False
@@ -220,7 +220,7 @@ class Publisher:
         except _INVALID_REPLY:
             reply = None
         if not isinstance(reply, kind):
-            self._redis.connection_pool.disconnect()  # the bytes that follow can't be trusted, either
+            self._redis.connection_pool.disconnect()  # what follows can't be trusted
             raise PublishFailed(f"{where} sent an invalid reply", in_doubt=True)
         return reply
 

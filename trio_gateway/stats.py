@@ -50,7 +50,7 @@ def snapshot(parts: Parts) -> Snapshot:
             "wsgateway_events_dropped_by_source_total": {
                 "pubsub,queue_full": parts.pubsub_queue.dropped,
                 "pubsub,tenant_rate": parts.pubsub_queue.over_rate,
-                "stream,queue_full": parts.stream_queue.dropped,  # always 0: the source waits instead
+                "stream,queue_full": parts.stream_queue.dropped,  # always 0: the source waits
             },
             "wsgateway_events_invalid_total": ingest.invalid,
             "wsgateway_events_duplicate_total": dispatch.duplicate,

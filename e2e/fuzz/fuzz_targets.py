@@ -97,7 +97,11 @@ def events(data: bytes) -> None:
     assert 0 <= event.branch <= MAX_ID
     assert all(event.tenant == audience[1] for audience in ROUTES.audiences(event))
     event = parse_event(
-        data, channel="c", received_at=0.0, stream=tag("events:critical"), position=Position((1, 0)),
+        data,
+        channel="c",
+        received_at=0.0,
+        stream=tag("events:critical"),
+        position=Position((1, 0)),
         durable_types={event.type},
     )  # fmt: skip
     text = event.text.decode()

@@ -276,7 +276,7 @@ async def test_token_revoked_during_admission_does_not_stay_connected(
                     query = f"ticket={await ticket(gateway, token)}"
                     await trio.sleep(0.01)
                     assert gateway.app.parts.sector_assignments is not None
-                    gateway.app.parts.sector_assignments.on_subscribed()  # it asks the database again
+                    gateway.app.parts.sector_assignments.on_subscribed()
                 nursery.start_soon(revoke_it)
                 assert await refusal(f"{gateway.url}/ws/waiter?{query}") == REVOKED
         assert not gateway.app.parts.hub.connections

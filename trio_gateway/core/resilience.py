@@ -56,7 +56,7 @@ class Breaker:
         self.failures = 0
 
     def failed(self, now: float, *, soon: bool = False) -> None:
-        """An attempt failed. ``soon``: it failed at once, so that a long wait would spare nothing."""
+        """An attempt failed. ``soon``: it failed at once, so a long wait would save nothing."""
         self.failures += 1
         if self.state is State.HALF_OPEN or self.failures >= self._threshold:
             self.state = State.OPEN

@@ -59,7 +59,7 @@ class LineWriter:
         self._thread: threading.Thread | None = None
 
     def write(self, text: str) -> None:
-        """Queue text to be written in whole lines. If the queue is full, the oldest lines are dropped."""
+        """Queue text to be written in whole lines. A full queue drops its oldest lines."""
         with self._changed:
             lines, end, self._rest = (self._rest + text).rpartition("\n")
             if end:
@@ -98,7 +98,7 @@ class LineWriter:
         self._unannounced += number
 
     def flush(self, patience: float = _PATIENCE, most: float = _MOST_PATIENCE) -> bool:
-        """Wait until everything is written or there is no progress; return whether it is written."""
+        """Wait until all is written or there is no progress; return whether all is written."""
         end = time.monotonic() + most
         with self._changed:
             self.end_line()

@@ -29,7 +29,7 @@ _DELAY_IF_FULL: Final = 2.0  # seconds that a worker with room has to accept, if
 
 
 class Load(NamedTuple):
-    """How many clients a worker has, those included that are connecting, and how many it may have."""
+    """How many clients a worker has, connecting ones included, and how many it may have."""
 
     clients: float
     max_clients: float

@@ -47,7 +47,7 @@ async def receive(stream: trio.abc.Stream, size: int, *, at_once: bool = False) 
             await trio.lowlevel.wait_readable(socket)
         at_once = False
         try:
-            # Ask for the descriptor each time: it is -1 once closed, and the next client gets the old
+            # Ask for the descriptor each time: it is -1 once closed, and a new client gets the old
             # number.
             return os.read(socket.fileno(), size)
         except BlockingIOError:
@@ -239,14 +239,14 @@ class DirectSocket:
                 case CloseConnection(code=code, reason=reason):
                     if websocket.state is ConnectionState.REMOTE_CLOSING:
                         raise Disconnected(int(code), reason or "")
-                    # What wsproto found to violate RFC 6455, or a message that inflates to too much.
+                    # wsproto found a violation of RFC 6455, or a message inflates to too much.
                     if code == Close.MESSAGE_TOO_BIG:
                         raise self._too_big()
                     raise ProtocolViolation(Close(int(code)), _reason(Close(int(code))))
         return None
 
     def _text(self, event: TextMessage) -> str | None:
-        """The message, if this piece completes it. Raises :exc:`ProtocolViolation` for a big one."""
+        """The message, if this piece completes it. Raises :exc:`ProtocolViolation` if too big."""
         piece = event.data
         self._size += len(piece) if piece.isascii() else len(piece.encode())
         if self._size > self.max_size:

@@ -68,7 +68,7 @@ class EventStream:
         self.answers_pings = False  # a ping is a comment, which no client answers
         self.traffic = traffic_of(scope)
         if scope["http_version"].startswith("1"):
-            # A client that reconnects must not come back on this connection, to a gateway that drains.
+            # A client that reconnects must not come back on this connection to a draining gateway.
             self._start["headers"].append((b"connection", b"close"))
         self._lock = trio.Lock()  # either the reader or the writer begins the response
         self._begun = False

@@ -58,7 +58,7 @@ def describe(settings: "Settings") -> _Object:
         "info": {
             "title": "trio-gateway",
             "version": __version__,
-            "description": "Delivers events from Redis to exactly the clients that may receive them.",
+            "description": "Delivers events from Redis to the clients that may receive them.",
             "license": {"name": "MIT"},
         },
         "defaultContentType": "application/json",
@@ -176,7 +176,7 @@ def _add_endpoint(
 
 
 def _sources(patterns: Iterable[str], streams: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """The sources of events: address and description, by the name of the channel in the document."""
+    """The sources of events: address and description, by channel name in the document."""
     body = "The body of an event decides who receives it, not the channel."
     stream = "A Redis stream: XADD with one field `data`, the event. Publish durable types here."
     found = {f"pubsub_{n}": (p, f"PUBLISH. {body}") for n, p in enumerate(patterns, 1)}
@@ -226,11 +226,11 @@ def _schemas() -> _Object:
     event = found.pop("Keys")
     event |= {
         "title": "Event",
-        "description": f"At most {MAX_EVENT_BYTES} bytes. All other keys are passed through unchanged.",
+        "description": f"At most {MAX_EVENT_BYTES} bytes. Other keys are passed through unchanged.",
     }
     event["properties"]["event_id"] = {
         "type": "string",
-        "description": "Added by the gateway as the last key, to events of a durable type from a stream.",
+        "description": "Added by the gateway as the last key of durable events from a stream.",
     }
     return {"Event": event, **found}
 

@@ -81,7 +81,7 @@ async def token(parts: Parts) -> Answer:
 
 
 async def publish(parts: Parts) -> Answer:
-    """Development only: an ADMIN publishes an event for its tenant, on a stream if it is durable."""
+    """Development only: an ADMIN publishes an event for its tenant, durable ones on a stream."""
     if parts.settings.production:
         return problem(404, "not found")
     try:

@@ -22,8 +22,8 @@ async def identify(
     """Authenticate a token, or the token that a ticket was issued for.
 
     Returns the holder as a principal of each endpoint that admits the token; ``staff`` says which
-    kind of token is expected (None: either). A ticket is not redeemed. An invalid token counts as a failed login
-    of the client's address, as on connect. Raises :exc:`Rejected`.
+    kind of token is expected (None: either). A ticket is not redeemed. An invalid token counts as
+    a failed login of the client's address, as on connect. Raises :exc:`Rejected`.
     """
     forwarded_for = ", ".join(request.headers.getlist("X-Forwarded-For"))
     address = parts.addresses.of(lambda: request.remote_addr or "", forwarded_for)
