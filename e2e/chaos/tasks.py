@@ -43,7 +43,7 @@ _SUPERVISOR: Final = {
     "workers.py: self._keep, place": ["Supervisor._keep"],
     "workers.py: self._listen, worker": ["Supervisor._listen"],
     "workers.py: self._roll": ["Supervisor._roll"],
-    "workers.py: self._lose_patience": ["Supervisor._lose_patience"],
+    "workers.py: self._kill_after_timeout": ["Supervisor._kill_after_timeout"],
 }
 # One client or one command waits for each of these: they are not background tasks.
 _AWAITED: Final = {

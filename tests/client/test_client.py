@@ -785,7 +785,7 @@ async def test_what_is_no_gateway_is_tried_again_and_that_is_told(
         nursery.cancel_scope.cancel()
     waiting = [status for status in told if status.state == "waiting"]
     assert [status.reason for status in waiting[:3]] == [
-        "what answers there speaks no WebSocket",
+        "the server there does not speak WebSocket",
         "",
         "not connected in 15 s",
     ]

@@ -1,10 +1,10 @@
-"""A client of the gateway for Trio: it connects, stays connected, and misses nothing in silence.
+"""A client of the gateway for Trio: it connects, stays connected, and reports every gap.
 
     async with connect("wss://gateway.example/ws/waiter", token) as client:
         async for event in client:
             print(event.type, event.data)
 
-What it does when is in docs/clients.md.
+docs/api.md documents the names, docs/clients.md what the client does when a connection ends.
 """
 
 from .connection import Client, connect

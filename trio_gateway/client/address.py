@@ -1,4 +1,4 @@
-"""Where an endpoint is, and how to get there."""
+"""The address of an endpoint, and how to connect to it."""
 
 import ssl
 from collections.abc import Awaitable, Callable
@@ -15,7 +15,7 @@ _SECURE: Final = {"ws": False, "http": False, "wss": True, "https": True}
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """The host for its header, the target of the request, and how to open a stream."""
+    """The ``Host`` header, the target of the request, and a function that opens a stream."""
 
     host: str
     target: str
@@ -23,14 +23,14 @@ class Address:
 
 
 def read_address(url: str, ssl_context: ssl.SSLContext | None) -> Address:
-    """Raises :exc:`ValueError` for a URL that is none, or that holds a credential."""
+    """Read a URL. Raises :exc:`ValueError` if it is invalid or contains a credential."""
     parts = urlsplit(url)
     secure = _SECURE.get(parts.scheme)
     if secure is None or not parts.hostname or parts.username is not None:
         raise ValueError("url must be wss://host[:port]/ws/ENDPOINT, or ws://")
     for name, _ in parse_qsl(parts.query, keep_blank_values=True):
         if name in {"token", "table_token", "ticket"}:
-            raise ValueError(f"no {name} in the url: it would stand in logs; give it as token")
+            raise ValueError(f"no {name} in the url: it would appear in logs; pass it as token")
     host, port = parts.hostname, parts.port or (443 if secure else 80)
 
     async def dial() -> trio.abc.Stream:

@@ -21,8 +21,8 @@ from .session import Ending, Session, after, broken
 from .transport import Ended, NoUpgrade, Wire
 from .values import Event, Gap, Refused, Status, TokenProvider
 
-CONNECT_TIMEOUT: Final = 15.0  # seconds, from asking for a token to being let in
-STABLE: Final = 10.0  # seconds that a connection must hold to begin the back-off anew
+CONNECT_TIMEOUT: Final = 15.0  # seconds, from asking for a token to admission
+STABLE: Final = 10.0  # seconds; a connection that lasted longer restarts the back-off
 COOL_DOWN: Final = 30.0  # seconds at least, and twice that at most
 FIRST_BOUND: Final = 1.0  # seconds, of the back-off
 LONGEST_BOUND: Final = 30.0
@@ -45,14 +45,23 @@ async def connect(
 ) -> AsyncIterator["Client"]:
     """Connect to an endpoint, and stay connected until the block is left.
 
-    ``url`` names the endpoint (``wss://gateway.example/ws/waiter``); a token in it is a
-    :exc:`ValueError`. ``token`` is one, or a function that gets one, sync or async: it is asked
-    before every connect and before the token expires, and called with True if the last one was
-    refused, so that it can pass over what it has kept. ``on_gap`` is called by the iteration, in
-    the order of the events, when some may be missing: fetch your state again. ``on_state`` is
-    called at once. ``buffer`` events wait for you; what comes then waits in the gateway, which
-    closes with 4009 when that is too much, and the client resumes. ``dial`` opens the stream
-    instead of us: through a proxy, a Unix socket.
+    Arguments:
+        url: the endpoint, as ``wss://gateway.example/ws/waiter``; without a token.
+        token: a token, or a function, sync or async, that returns one. It is called before every
+            connect and before the token expires, with True if the last token was refused, so that
+            it can skip a cached one.
+        last_event_id: resume after this event; by default begin at the present.
+        on_gap: called, sync or async, when events may be missing: fetch your state again. The
+            iteration calls it, in the order of the events.
+        on_state: called with each new status, at once.
+        origin: the ``Origin`` header.
+        buffer: how many events wait here for a slow reader. Further ones wait in the gateway; if
+            they exceed its limit it closes with 4009, and the client resumes.
+        ssl_context: for ``wss://``; by default the system's certificates.
+        dial: opens the stream, for example through a proxy or to a Unix socket.
+
+    Raises :exc:`ValueError` if the URL is invalid or contains a token. What the block raises leaves
+    it unchanged.
     """
     address = read_address(url, ssl_context)
     client = Client(
@@ -80,11 +89,11 @@ async def connect(
         (only,) = group.exceptions
     finally:
         client._inbox.close()
-    raise only  # what the block raised, as it raised it
+    raise only  # what the block raised, without the group
 
 
 class Client:
-    """What :func:`connect` gives: iterate over it for the events, in one task at a time."""
+    """A connection made by :func:`connect`. Iterate over it for events, in one task at a time."""
 
     def __init__(
         self,
@@ -105,30 +114,30 @@ class Client:
         self._inbox_in, self._inbox = trio.open_memory_channel[Item](buffer)
         self._last_event_id = feed.place
         self._refusal: Refused | None = None
-        self._settled = trio.Event()  # let in for the first time, or refused
+        self._settled = trio.Event()  # admitted for the first time, or refused
         self._opened_at = math.inf
         self._session: Session | None = None  # while open
         self.status = Status("connecting")
 
     @property
     def last_event_id(self) -> str:
-        """Where to resume from after what iteration has given out so far; keep it over restarts."""
+        """Where to resume after the events that iteration has given out; store it for restarts."""
         return self._last_event_id
 
     async def wait_open(self) -> None:
-        """Wait until the gateway has let us in for the first time; raises :exc:`Refused`.
+        """Wait until the gateway has admitted us for the first time.
 
-        From then on no durable event is missed without ``on_gap``.
+        From then on no durable event is missed without a call of ``on_gap``. Raises :exc:`Refused`.
         """
         await self._settled.wait()
         if self._refusal is not None:
             raise self._refusal
 
     async def refresh_sectors(self) -> tuple[int, ...]:
-        """Ask the gateway to look up this waiter's sectors now; gives those in force.
+        """Ask the gateway to look up this waiter's sectors now; return the ids of those in force.
 
-        Somebody must iterate meanwhile, if events come. Raises :exc:`ConnectionError` without a
-        connection, :exc:`TimeoutError` without an answer.
+        Another task must iterate meanwhile if events arrive. Raises :exc:`ConnectionError` without
+        a connection, :exc:`TimeoutError` without a reply.
         """
         if self._session is None:
             raise ConnectionError(f"not connected: {self.status.state}")
@@ -138,8 +147,10 @@ class Client:
         return self
 
     async def __anext__(self) -> Event:
-        """The next event. Raises :exc:`Refused` when the gateway has ended it for good, and
-        :exc:`trio.ClosedResourceError` once the block of :func:`connect` was left.
+        """Return the next event.
+
+        Raises :exc:`Refused` when the gateway has refused this client for good, and
+        :exc:`trio.ClosedResourceError` after the block of :func:`connect` was left.
         """
         while True:
             try:
@@ -158,7 +169,7 @@ class Client:
                         await told
 
     async def _run(self) -> None:
-        """Socket after socket, until refused or cancelled."""
+        """Connect again and again, until refused or cancelled."""
         failures, backoff = 0, Backoff(FIRST_BOUND, LONGEST_BOUND)
         while True:
             self._opened_at = math.inf
@@ -172,7 +183,7 @@ class Client:
                 self._inbox_in.close()
                 return
             if (asked := parse_retry_hint(ending.reason)) is not None:
-                wait = asked  # the gateway has spread its clients already
+                wait = asked  # the gateway has already spread its clients over time
             elif ending.retry_after is not None:
                 wait = ending.retry_after + backoff.after(failures)
                 failures += 1
@@ -186,7 +197,7 @@ class Client:
             await trio.sleep(wait)
 
     async def _attempt(self) -> Ending:
-        """Connect, and listen until it has ended."""
+        """Connect, and receive until the connection ends."""
         self._become(Status("connecting"))
         stream: trio.abc.Stream | None = None
         try:
@@ -208,7 +219,7 @@ class Client:
             return after(ended, self._credential)
         except NoUpgrade as refused:
             if refused.status is None:
-                return broken("what answers there speaks no WebSocket", refused)
+                return broken("the server there does not speak WebSocket", refused)
             what, why = after_status(refused.status), f"HTTP {refused.status}"
             if what is Next.RENEW:
                 self._credential.refused(refused.status, why)

@@ -10,13 +10,13 @@ from ..core.close_codes import Close
 from .lifetime import RENEW_AT, Lifetime, claimed, expiry
 from .values import TokenProvider
 
-_SELDOM: Final = 0.1  # of a token's whole life at least, between two renewals
-_SELDOM_UNKNOWN: Final = 10.0  # seconds: the same if the token does not say how long it lives
+_SELDOM: Final = 0.1  # of a token's whole life, at least, between two renewals
+_SELDOM_UNKNOWN: Final = 10.0  # seconds: the same if the token has no iat
 _OVERDUE: Final = 30.0  # seconds until the provider is asked again, past the supposed expiry
 
 
 class NoToken(Exception):  # noqa: N818 - an outcome
-    """There is no token that could be tried; ``code`` is that of the refusal."""
+    """There is no token to connect with; ``code`` is that of the refusal."""
 
     def __init__(self, why: str, code: int = Close.AUTH_FAILED) -> None:
         super().__init__(why)
@@ -24,16 +24,16 @@ class NoToken(Exception):  # noqa: N818 - an outcome
 
 
 class Credential:
-    """Of one client. No text of it holds a token.
+    """The credential of one client. None of its texts holds a token.
 
-    A token counts as refused only after it was presented and an answer was about it for sure.
-    While a renewal has no answer, a refusal may be about the present token or about the offered
-    one: then another is asked for, and whichever comes is presented again.
+    A token counts as refused only if it was presented and the refusal was certainly about it. While
+    a renewal is not answered, a refusal may be about the present token or the offered one: the
+    provider is then asked again, and whichever token it returns is presented.
     """
 
     def __init__(self, given: str | TokenProvider) -> None:
         self._given = given
-        self._offered = ""  # to renew the present one, not answered yet
+        self._offered = ""  # for a renewal that is not answered yet
         self._refused = ""
         self._unwanted = False  # a token was refused since the last one that was accepted
         self._why, self._code = "", int(Close.AUTH_FAILED)
@@ -56,7 +56,7 @@ class Credential:
         self.token, self._expires_at, self.renew_at = token, expiry(token), None
 
     async def offer(self) -> str | None:
-        """A token to renew the present one with, if there is another; may raise as above."""
+        """Get another token for a renewal, or None; raises whatever the provider raises."""
         token = await self._ask(refused=False)
         if not token or token == self.token:
             return None
@@ -64,19 +64,19 @@ class Credential:
         return token
 
     def held(self) -> None:
-        """The gateway has let us in with it."""
+        """The gateway has admitted us with the present token."""
         self._refused, self._unwanted = "", False
         self._plan()
 
     def renewed(self, expires_at: float) -> None:
-        """The gateway has accepted what was offered."""
+        """The gateway has accepted the offered token."""
         if not self._offered:
-            return  # a second answer
+            return  # a duplicate reply
         self.token, self._offered, self._expires_at = self._offered, "", expires_at
         self._plan(seldom=True)
 
     def postpone(self) -> None:
-        """Ask again later: nothing has come of a renewal yet, and the present token holds."""
+        """Plan the next attempt: no renewal has succeeded yet, and the present token is valid."""
         now = trio.current_time()
         left = self._ends - now
         self.renew_at = now + (max(1.0, RENEW_AT * left) if left > 0 else _OVERDUE)
@@ -91,7 +91,7 @@ class Credential:
             self._lifetime.expired(self._expires_at, time.time())
 
     def _plan(self, *, seldom: bool = False) -> None:
-        """Plan the renewal. A token that is new and seems to be at its end shows a wrong clock."""
+        """Plan the renewal. If a new token seems to have expired, the clock is wrong."""
         if isinstance(self._given, str) or self._expires_at is None:
             return
         now = trio.current_time()

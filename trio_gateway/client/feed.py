@@ -1,4 +1,4 @@
-"""The feed: what the gateway's messages mean, over any number of sockets. Each event once."""
+"""The feed: parses the gateway's messages over any number of sockets, and yields each event once."""
 
 import json
 from collections.abc import Mapping
@@ -19,28 +19,28 @@ class Missed:
 
 @dataclass(frozen=True, slots=True)
 class Resumed:
-    """We are let in, and this is a place to resume from."""
+    """The gateway has admitted us; resume from here."""
 
     last_event_id: str
 
 
 @dataclass(frozen=True, slots=True)
 class Renewed:
-    """The credential that was offered holds until then, unix time."""
+    """The gateway has accepted the offered credential; it expires then, unix time."""
 
     expires_at: float
 
 
 @dataclass(frozen=True, slots=True)
 class Intervals:
-    """The gateway closes after so many seconds of silence."""
+    """The gateway closes the connection after this silence, in seconds."""
 
     silence: float
 
 
 @dataclass(frozen=True, slots=True)
 class Sectors:
-    """The sectors that a waiter was asked for."""
+    """The answer to a request for the waiter's sectors."""
 
     ids: tuple[int, ...]
 
@@ -49,14 +49,14 @@ Item = Event | Missed | Resumed | Renewed | Intervals | Sectors
 
 
 class Feed:
-    """Reads messages. ``place`` is where to resume from: behind the last event that was read."""
+    """Reads messages. ``place`` is where to resume: after the last event that was read."""
 
     def __init__(self, last_event_id: str) -> None:
         self.place = last_event_id
         self._seen: dict[str, None] = {}
 
     def read(self, text: str) -> list[Item]:
-        """What a message says, in order; nothing, if it is none that we know."""
+        """Parse a message into items, in order; an unknown message has none."""
         try:
             message = json.loads(text)
         except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""The policy: what comes after each way that a connection can end. Decides, does nothing."""
+"""The policy: what to do after each way in which a connection can end. Decisions only."""
 
 from email.utils import parsedate_to_datetime
 from enum import Enum, auto
@@ -10,10 +10,10 @@ from ..core.close_codes import Close
 class Next(Enum):
     """What to do after a connection has ended."""
 
-    BACK_OFF = auto()  # again, after a random time that grows
-    COOL_DOWN = auto()  # again, in a while
-    RENEW = auto()  # again, with another token
-    STOP = auto()  # it would end like this again
+    BACK_OFF = auto()  # reconnect, after a random time that grows
+    COOL_DOWN = auto()  # reconnect, after a longer time
+    RENEW = auto()  # reconnect with another token
+    STOP = auto()  # reconnecting would end in the same way
 
 
 _AFTER_CLOSE: Final = {
@@ -26,17 +26,17 @@ _AFTER_CLOSE: Final = {
     Close.AUTH_FAILED: Next.RENEW,
     Close.RATE_LIMITED: Next.COOL_DOWN,
 }
-_PASSING: Final = frozenset({408, 425, 429})  # HTTP statuses below 500 that come and go
-_LONGEST_HINT: Final = 3600.0  # seconds of a Retry-After that are believed
+_PASSING: Final = frozenset({408, 425, 429})  # temporary HTTP statuses below 500
+_LONGEST_HINT: Final = 3600.0  # seconds; a longer Retry-After counts as this
 
 
 def after_close(code: int) -> Next:
-    """After a close code; 1006 is a connection that broke, or was never made."""
+    """What to do after a close code; 1006 is a connection that broke or was never made."""
     return _AFTER_CLOSE.get(code, Next.BACK_OFF)  # type: ignore[call-overload, no-any-return]
 
 
 def after_status(status: int) -> Next:
-    """After an HTTP status instead of an upgrade: proxies say 502, a gateway that drains 503.
+    """What to do after an HTTP status: proxies send 502, a draining gateway sends 503.
 
     A 401 comes from a proxy that checks the credential itself.
     """

@@ -27,7 +27,7 @@ log = logging.getLogger("trio_gateway.client")
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How it ended, or why it never began; ``error`` if there was no gateway to say so."""
+    """How a connection ended, or why there was none; ``error`` if no gateway was reached."""
 
     code: int
     reason: str
@@ -47,7 +47,7 @@ class _Question:
 
 
 class Session:
-    """One socket's. ``hand_on`` gives an item to the reader, and waits while he has too many."""
+    """The session on one socket. ``hand_on`` passes an item to the reader; it waits for room."""
 
     def __init__(
         self,
@@ -69,10 +69,10 @@ class Session:
         self._asked: list[_Question] = []
 
     async def get_in(self, host: str, target: str, headers: Sequence[tuple[bytes, bytes]]) -> None:
-        """Connect, and wait until the answer to a resume says that we are let in.
+        """Connect, and wait until the reply to a resume says that we are admitted.
 
-        What comes meanwhile is kept for later: the reader may be slow, and the time for connecting
-        is not his. Raises :exc:`Ended` and :exc:`NoUpgrade`.
+        Items that arrive meanwhile are kept for :meth:`run`: a slow reader must not use up the time
+        for connecting. Raises :exc:`Ended` and :exc:`NoUpgrade`.
         """
         await self._wire.upgrade(host, target, headers)
         await self._wire.send(_message("resume", last_event_id=self._feed.place))
@@ -81,7 +81,7 @@ class Session:
         self._credential.held()
 
     async def run(self) -> Ending:
-        """Hand on what comes until it has ended, with a word from us now and then."""
+        """Pass on items until the connection ends; send pings and renewals meanwhile."""
         self._wire.on_data = self._moved
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._beat)
@@ -121,8 +121,8 @@ class Session:
         return question.sectors
 
     async def _hear(self) -> Ending:
-        """What was taken off the wire is always handed on: an event counts as seen once it was
-        read, and a resume would not bring it again.
+        """Pass on everything that was read: an event counts as seen once it was read, and a resume
+        would not bring it again.
         """
         for item in self._early:
             await self._hand_on(item)
@@ -154,19 +154,19 @@ class Session:
         return broken("no answer to a ping")
 
     def _moved(self) -> None:
-        """Something came: also half a message on a slow line is an answer to a ping."""
+        """Bytes have arrived: on a slow link, half a message is an answer to a ping, too."""
         if self._reading is not None and self._reading.deadline != math.inf:
             self._reading.deadline = trio.current_time() + REPLY_TIMEOUT
 
     def _answer(self, sectors: tuple[int, ...] | None) -> None:
-        """Answer those that have asked for the sectors; None: the connection has ended."""
+        """Answer all requests for the sectors; None: the connection has ended."""
         for question in self._asked:
             question.sectors = sectors
             question.answered.set()
         self._asked.clear()
 
     async def _beat(self) -> None:
-        """Say something now and then, and look whether it is answered."""
+        """Send pings, and set a deadline for their answers."""
         began = trio.current_time()
         if not await self._say(_message("intervals")):
             return
@@ -199,12 +199,12 @@ class Session:
                 await self._renewed.wait()
 
     async def _say(self, text: str) -> bool:
-        """Whether it could be sent. What is stuck half-way has spoilt the stream."""
+        """Send a message; return whether that succeeded. After a timeout the stream is unusable."""
         with trio.move_on_after(REPLY_TIMEOUT):
             try:
                 await self._wire.send(text)
             except Ended:
-                return False  # whoever receives finds out how
+                return False  # receiving reports the reason
             return True
         self._dead = True
         if self._reading is not None:
@@ -213,7 +213,7 @@ class Session:
 
 
 def after(ended: Ended, credential: Credential) -> Ending:
-    """What comes after the gateway, or the network, has ended a socket."""
+    """Decide what follows after the gateway, or the network, has ended a connection."""
     what = after_close(ended.code)
     if what is Next.RENEW:
         credential.refused(ended.code, ended.reason)

@@ -1,4 +1,4 @@
-"""The wire: one WebSocket on a Trio stream, from the client's side (RFC 6455)."""
+"""The transport: one WebSocket on a Trio stream, from the client's side (RFC 6455)."""
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -12,11 +12,11 @@ from wsproto.utilities import LocalProtocolError, RemoteProtocolError
 from ..core.close_codes import Close
 from .policy import retry_after
 
-MOST: Final = 1 << 20  # characters of one message; events have 65,536 bytes and an id
+MAX_MESSAGE: Final = 1 << 20  # characters; events have at most 65,536 bytes and an id
 
 
 class Ended(Exception):  # noqa: N818 - an outcome
-    """The WebSocket is over, by this close code; 1006 if no close frame came."""
+    """The WebSocket has ended with this close code; 1006 without a close frame."""
 
     def __init__(self, code: int = Close.ABNORMAL, reason: str = "") -> None:
         super().__init__(f"{code} {reason}".rstrip())
@@ -25,9 +25,9 @@ class Ended(Exception):  # noqa: N818 - an outcome
 
 
 class NoUpgrade(Exception):  # noqa: N818 - an outcome
-    """What answers has refused the upgrade with an HTTP status; None if it speaks no HTTP.
+    """The server refused the upgrade with an HTTP status; None if its answer was not HTTP.
 
-    ``retry_after`` is what that header asks for, in seconds.
+    ``retry_after`` is the value of that header, in seconds.
     """
 
     def __init__(self, status: int | None, retry_after: float | None = None) -> None:
@@ -37,19 +37,20 @@ class NoUpgrade(Exception):  # noqa: N818 - an outcome
 
 
 class Wire:
-    """One task may receive while others send; whoever is cancelled at it must drop the stream.
+    """A WebSocket. One task may receive while others send.
 
-    ``on_data`` is called whenever bytes have come, also those of half a message.
+    A task that is cancelled while it sends or receives must drop the stream. ``on_data`` is called
+    whenever bytes have arrived, even those of half a message.
     """
 
     def __init__(self, stream: trio.abc.Stream) -> None:
         self._stream = stream
         self.on_data: Callable[[], None] | None = None
         self._ws = WSConnection(ConnectionType.CLIENT)
-        self._turn = trio.Lock()  # to send: what wsproto makes must go out in that order
+        self._turn = trio.Lock()  # to send: wsproto's output must be sent in its order
 
     async def upgrade(self, host: str, target: str, headers: Sequence[tuple[bytes, bytes]]) -> None:
-        """Ask for the WebSocket; raise :exc:`NoUpgrade` or :exc:`Ended`."""
+        """Request the upgrade. Raises :exc:`NoUpgrade` or :exc:`Ended`."""
         await self._send(ws.Request(host=host, target=target, extra_headers=list(headers)))
         try:
             while True:
@@ -68,30 +69,30 @@ class Wire:
             raise NoUpgrade(None) from None
 
     async def receive(self) -> str:
-        """The next text message. Pings are answered meanwhile; raises :exc:`Ended`."""
+        """Return the next text message, and answer pings meanwhile. Raises :exc:`Ended`."""
         text = ""
         while True:
             for event in self._ws.events():
                 match event:
                     case ws.TextMessage(data=data, message_finished=finished):
                         text += data
-                        if len(text) > MOST:
+                        if len(text) > MAX_MESSAGE:
                             raise Ended(Close.MESSAGE_TOO_BIG, "message too big")
                         if finished:
                             return text
                     case ws.Ping():
                         await self._send(event.response())
                     case ws.CloseConnection(code=code, reason=reason):
-                        with suppress(Ended):  # what counts is what it said
+                        with suppress(Ended):  # its close frame counts
                             await self._send(event.response())
                         raise Ended(code, reason or "")
             try:
                 await self._more()
             except RemoteProtocolError:
-                raise Ended(reason="frames that break the protocol") from None
+                raise Ended(reason="invalid frames") from None
 
     async def send(self, text: str) -> None:
-        """Send a message, or raise :exc:`Ended`."""
+        """Send a text message. Raises :exc:`Ended`."""
         await self._send(ws.TextMessage(data=text))
 
     async def say_goodbye(self) -> None:

@@ -1,4 +1,4 @@
-"""What a user of the client sees."""
+"""The values that users of the client see."""
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -12,20 +12,20 @@ Gap = Literal["lost", "not_recovered"]
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """An event as it came."""
+    """An event as it was received."""
 
     type: str
     data: Mapping[str, Any]  # decoded
-    text: str  # byte for byte what the backend published, and the event_id at its end
+    text: str  # byte for byte as published, with the event_id at its end
     event_id: str | None  # of a durable one
 
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """How the connection stands, and what brought it there.
+    """The state of the connection, and its reason.
 
-    ``code`` is a close code, or the HTTP status that refused the upgrade; ``error`` what kept us
-    from connecting at all.
+    ``code`` is a close code, or the HTTP status that refused the upgrade. ``error`` is the
+    exception if no gateway was reached.
     """
 
     state: Literal["connecting", "open", "waiting", "refused"]
@@ -36,7 +36,7 @@ class Status:
 
 
 class Refused(Exception):  # noqa: N818 - an outcome
-    """The gateway does not want this client, and trying again would not change that.
+    """The gateway refuses this client, and trying again would not change that.
 
     ``code`` is its close code, or the HTTP status that refused the upgrade.
     """
