@@ -77,7 +77,7 @@ def make_event(
     """Make an event as the gateway reads it from ``channel``; ``keys`` as in :func:`make_payload`.
 
     With ``stream`` and ``position``, as the gateway reads it from that stream; the event is durable
-    if its type is. ``heard_at`` is the time of receipt on Trio's clock, in seconds.
+    if its type is. ``received_at`` is the time of receipt on Trio's clock, in seconds.
     """
     return parse_event(
         make_payload(type, **keys),
