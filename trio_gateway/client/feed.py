@@ -1,4 +1,4 @@
-"""The feed: parses the gateway's messages over any number of sockets, and yields each event once."""
+"""The feed: parses the messages of the gateway and yields each event once, on any socket."""
 
 import json
 from collections.abc import Mapping
