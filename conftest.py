@@ -1,5 +1,6 @@
 """What all tests share: a profile for hypothesis, a Redis for each module, and both transports."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.support.gateways import Transport, valkey
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 # The same examples on every run, and few enough to be quick.
 settings.register_profile(
@@ -37,3 +40,13 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     """Collect the browser's tests only for ``-m browser``: they need an extra of their own."""
     wanted = config.getoption("markexpr") == "browser"
     return True if collection_path.name == "browser" and not wanted else None
+
+
+@pytest.fixture(autouse=True)
+def _signal_handlers() -> Iterator[None]:
+    """Restore the signal handlers: a command that ends ignores signals, which children inherit."""
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    yield
+    for number, handler in before.items():
+        if signal.getsignal(number) is not handler:
+            signal.signal(number, handler)

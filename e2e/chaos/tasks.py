@@ -49,7 +49,7 @@ _SUPERVISOR: Final = {
 _AWAITED: Final = {
     "runtime/connection.py: self._run_task, run",
     "runtime/connection.py: self._run_task, self._write_out",
-    "access/sectors.py: ask, key",
+    "access/sectors.py: query_branch, key",
     "broker/commands.py: (await self._receive.receive()).run, loop",
 }
 
