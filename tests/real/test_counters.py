@@ -117,19 +117,20 @@ async def reconnect(
     meanwhile: Callable[["redis.Redis"], None] = lambda backend: None,
 ) -> None:
     """The gateway's link to the stream ends; this has happened when it is there again."""
-    assert gateway.app.parts.streams is not None
-    meanwhile_and_kill(backend, meanwhile)
-    await until(lambda: not gateway.app.ready)
-    await until(lambda: gateway.app.ready)
-
-
-def meanwhile_and_kill(backend: "redis.Redis", meanwhile: Callable[["redis.Redis"], None]) -> None:
+    killed = links(backend)
     with backend.pipeline(transaction=True) as together:
-        for client in backend.client_list(_type="normal"):
-            if client["name"] == "trio-gateway":
-                together.client_kill_filter(_id=client["id"])
+        for link in killed:
+            together.client_kill_filter(_id=link)
         together.execute()
     meanwhile(backend)
+    # Not by readiness alone: the link can be back before anybody has seen it away.
+    await until(lambda: links(backend) - killed and gateway.app.ready)
+
+
+def links(backend: "redis.Redis") -> set[str]:
+    """The ids of the gateway's links to the stream."""
+    clients = backend.client_list(_type="normal")
+    return {client["id"] for client in clients if client["name"] == "trio-gateway"}
 
 
 async def ids(client: WebSocketConnection, found: list[Any]) -> None:
