@@ -104,13 +104,13 @@ def test_every_role_hears_its_events_in_the_playground(
 
 def test_a_sample_that_is_published_is_heard(page: Page) -> None:
     join(page, "waiter")
-    page.get_by_label("Snapshot").select_option("SERVICE_CALL_CREATED")
+    page.get_by_label("Sample").select_option("SERVICE_CALL_CREATED")
     page.get_by_role("button", name="Publish").click()
     expect(page.locator("#published")).to_have_text("published on the stream events:critical")
     expect(page.get_by_role("log")).to_contain_text('"SERVICE_CALL_CREATED"')
     page.locator("#event").fill("{")
     page.get_by_role("button", name="Publish").click()
-    expect(page.locator("#published")).to_have_text("that is not JSON")
+    expect(page.locator("#published")).to_have_text("not valid JSON")
 
 
 def test_when_the_gateway_is_lost_the_page_says_so_comes_back_and_resumes(
@@ -124,7 +124,7 @@ def test_when_the_gateway_is_lost_the_page_says_so_comes_back_and_resumes(
     try:
         expect(page.locator("#link")).to_contain_text("connection lost")
         expect(page.locator("#playState")).to_contain_text("connection lost")
-        expect(page.locator("#playWait")).to_contain_text("trying again in")
+        expect(page.locator("#playWait")).to_contain_text("reconnecting in")
         publish(backend, "meanwhile")
     finally:
         gateway.start_sync()
@@ -140,12 +140,12 @@ def test_when_the_gateway_is_lost_the_page_says_so_comes_back_and_resumes(
 def test_who_hears_this_is_answered(page: Page) -> None:
     page.get_by_role("tab", name="Who receives this?").click()
     waiter = make_jwt(JWT_SECRET, sector_ids=[7])
-    page.get_by_label("Tokens to judge").fill(waiter)
+    page.get_by_label("Tokens to check").fill(waiter)
     page.get_by_role("button", name="Ask").click()
     verdict = page.locator("#verdict")
     expect(verdict).to_contain_text("ROUND_READY: durable")
     expect(verdict).to_contain_text("waiters: branch 1, sector 5")
-    expect(verdict).to_contain_text("does not hear it")
+    expect(verdict).to_contain_text("does not receive it")
     expect(verdict).to_contain_text("sector")
 
 
@@ -210,8 +210,8 @@ def test_in_production_it_is_for_admins(browser: Browser, redis_url: str) -> Non
             page = context.new_page()
             page.goto(f"{gateway.url}/ws/console")
             for role, answer in {
-                "WAITER": "no ADMIN's token",
-                "MANAGER": "no ADMIN's token",
+                "WAITER": "not an ADMIN's",
+                "MANAGER": "not an ADMIN's",
             }.items():
                 page.get_by_label("Token").fill(make_jwt(JWT_SECRET, roles=[role]))
                 page.get_by_role("button", name="Open").click()
