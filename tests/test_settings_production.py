@@ -82,14 +82,14 @@ def test_production_refuses_a_secret_out_of_an_example(
     name: str, secret: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     [problem] = problems(monkeypatch, **{name: secret})
-    assert problem == f"{name} is not secret: it is the value of a published example"
+    assert problem == f"{name} is not secret: it was copied from a published example"
 
 
 @pytest.mark.parametrize("name", SECRETS[:2])
 def test_production_refuses_to_do_without_a_secret(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert problems(monkeypatch, **{name: ""}) == [f"{name} is not set (production needs one)"]
+    assert problems(monkeypatch, **{name: ""}) == [f"{name} is not set (production requires it)"]
 
 
 def test_production_needs_no_previous_secret(monkeypatch: pytest.MonkeyPatch) -> None:

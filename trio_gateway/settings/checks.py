@@ -1,0 +1,137 @@
+"""Checks of several settings together: problems that prevent the start, and warnings."""
+
+from importlib.util import find_spec
+from typing import Final
+from urllib.parse import parse_qs, urlsplit
+
+from ..core.event_ids import tag
+from ..core.origins import is_loopback
+from ..keys import MIN_SECRET_BYTES, SIGNATURES, is_well_known
+from ..redis_url import RedisAddress
+from .values import HMAC, SettingValues
+
+_USUAL_IDLE_TIMEOUT: Final = 45  # seconds, of event-source-polyfill; the default of proxies is 60
+_USUAL_PING: Final = 25  # seconds between the pings of our clients, by default
+_OTEL: Final = ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http")
+
+
+def problems_of(settings: SettingValues) -> list[str]:
+    """The problems that prevent the start, as texts that name the settings."""
+    problems = []
+    signatures = SIGNATURES & set(settings.jwt_algorithms)
+    if signatures and not (settings.jwt_public_key or settings.jwt_jwks_url):
+        problems.append(
+            "JWT_ALGORITHMS names a public-key algorithm: set JWT_PUBLIC_KEY or JWT_JWKS_URL"
+        )
+    if settings.redis_dlq_stream in settings.redis_streams:
+        problems.append("REDIS_DLQ_STREAM is one of REDIS_STREAMS: each copy would be copied again")
+    problems += _streams_with_the_same_tag(settings)
+    if settings.ws_tracing and not all(map(_is_installed, _OTEL)):
+        problems.append("WS_TRACING needs other packages: pip install 'trio-gateway[otel]'")
+    if settings.environment == "production":
+        problems += _production_problems(settings)
+    return problems
+
+
+def warnings_of(settings: SettingValues) -> list[str]:
+    """Problems that do not prevent the start, as texts for operators."""
+    found = []
+    if settings.jwt_secret is None and HMAC & set(settings.jwt_algorithms):
+        found.append("JWT_SECRET is not set: it is random, so no staff token is valid")
+    if settings.table_token_secret is None:
+        found.append("TABLE_TOKEN_SECRET is not set: it is random, so no table token is valid")
+    if settings.jwt_secret is not None and settings.jwt_secret == settings.table_token_secret:
+        found.append("JWT_SECRET and TABLE_TOKEN_SECRET are the same: use two different secrets")
+    for name in RedisAddress.from_url(settings.redis_url).ignored:
+        found.append(f"REDIS_URL: {name} has no effect: the gateway sets it itself")
+    url = urlsplit(settings.jwt_jwks_url or "")
+    if url.scheme == "http" and not is_loopback(url.hostname or ""):
+        found.append("JWT_JWKS_URL is not https: anyone on the network path can forge tokens")
+    for name in _secrets_in_use(settings):
+        secret = getattr(settings, name)
+        if secret is not None and len(secret.encode()) < MIN_SECRET_BYTES:
+            found.append(f"{name.upper()} is shorter than {MIN_SECRET_BYTES} bytes")
+    return found + _interval_warnings(settings)
+
+
+def _interval_warnings(settings: SettingValues) -> list[str]:
+    """Warnings about intervals that do not fit each other, usual clients or usual proxies."""
+    heartbeat, receive = settings.ws_heartbeat_timeout, settings.ws_receive_timeout
+    found = []
+    if settings.ws_ping_interval >= heartbeat:
+        found.append(
+            f"WS_PING_INTERVAL ({settings.ws_ping_interval:g} s) is not below WS_HEARTBEAT_TIMEOUT"
+            f" ({heartbeat:g} s): a dead connection is found only by the heartbeat timeout"
+        )
+    if settings.ws_ping_interval >= _USUAL_IDLE_TIMEOUT:
+        found.append(
+            f"WS_PING_INTERVAL ({settings.ws_ping_interval:g} s) is not below {_USUAL_IDLE_TIMEOUT}"
+            " s: EventSource polyfills reconnect then, and from 60 s proxies close connections"
+        )
+    if receive < heartbeat:
+        found.append(
+            f"WS_RECEIVE_TIMEOUT ({receive:g} s) is below WS_HEARTBEAT_TIMEOUT"
+            f" ({heartbeat:g} s), which then never applies"
+        )
+    if min(heartbeat, receive) < 2 * _USUAL_PING:
+        name = "WS_HEARTBEAT_TIMEOUT" if heartbeat <= receive else "WS_RECEIVE_TIMEOUT"
+        found.append(
+            f"{name} ({min(heartbeat, receive):g} s) is below {2 * _USUAL_PING} s: clients that"
+            f" ping every {_USUAL_PING} s and do not ask for the intervals are closed with 4008"
+            " when one ping is late"
+        )
+    return found
+
+
+def _streams_with_the_same_tag(settings: SettingValues) -> list[str]:
+    """Event ids name their stream by a tag of 16 bits: no two streams may have the same tag."""
+    first: dict[str, str] = {}
+    return [
+        f"REDIS_STREAMS: events of {other} and of {name} would have the same ids; rename one"
+        for name in settings.redis_streams
+        if (other := first.setdefault(tag(name), name)) != name
+    ]
+
+
+def _production_problems(settings: SettingValues) -> list[str]:
+    problems = []
+    for name in _secrets_in_use(settings):
+        secret = getattr(settings, name)
+        if secret is None:
+            if not name.endswith("_previous"):
+                problems.append(f"{name.upper()} is not set (production requires it)")
+        elif len(secret.encode()) < MIN_SECRET_BYTES:
+            problems.append(f"{name.upper()} is shorter than {MIN_SECRET_BYTES} bytes")
+        elif is_well_known(secret):
+            problems.append(f"{name.upper()} is not secret: it was copied from a published example")
+    if settings.ws_console_tokens:
+        problems.append("WS_CONSOLE_TOKENS mints tokens without authentication (development only)")
+    if "*" in settings.allowed_origins:
+        problems.append("ALLOWED_ORIGINS contains a wildcard (production requires a list)")
+    if not settings.allow_redis_without_password and _is_open(settings.redis_url):
+        problems.append(
+            "REDIS_URL has no password and is not on this machine"
+            " (ALLOW_REDIS_WITHOUT_PASSWORD=true if the network is private)"
+        )
+    return problems
+
+
+def _secrets_in_use(settings: SettingValues) -> list[str]:
+    """The names of the settings whose secrets sign or verify tokens."""
+    staff = ["jwt_secret", "jwt_secret_previous"] if HMAC & set(settings.jwt_algorithms) else []
+    return [*staff, "table_token_secret", "table_token_secret_previous"]
+
+
+def _is_open(redis_url: str) -> bool:
+    """Whether anyone on the network may be able to publish to this Redis."""
+    parts = urlsplit(redis_url)
+    if parts.scheme == "unix" or parts.password or "password" in parse_qs(parts.query):
+        return False
+    return not is_loopback(parts.hostname or "localhost")
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # its parent package is not installed, either
+        return False
