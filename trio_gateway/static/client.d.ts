@@ -1,6 +1,6 @@
 /** A client of trio-gateway. All times are in seconds. */
 
-/** An event as the backend published it; a durable one has its `event_id` as well. */
+/** An event as the backend published it. A durable event has an `event_id` as well. */
 export interface GatewayEvent {
   type: string;
   tenant_id: number;
@@ -10,95 +10,97 @@ export interface GatewayEvent {
 }
 
 /**
- * - `connecting`: asking for a token, opening, waiting to be let in
- * - `open`: let in; events arrive
- * - `waiting`: will try again by itself, after a while
- * - `offline`: the browser says that there is no network; will try again when it says that there is
- *   one, and seldom until then, because browsers are wrong about it with some VPNs and adapters
- * - `refused`: ended by the gateway, for good
+ * - `connecting`: gets a token, opens a socket, waits for admission
+ * - `open`: admitted; events arrive
+ * - `waiting`: will try again after a while
+ * - `offline`: the browser says that there is no network. The client tries again when the browser says
+ *   that there is one, and at long intervals until then, because browsers are wrong with some VPNs
+ * - `refused`: ended by the gateway; the client does not try again
  * - `closed`: ended by `close()`, or by a later `connect()` of this page to the same URL
  */
 export type State = "connecting" | "open" | "waiting" | "offline" | "refused" | "closed";
 
 /** How a connection ended. */
 export interface Ending {
-  /** The gateway's close code; 1006 if there was none, or the socket was found to be dead. */
+  /** The gateway's close code; 1006 if none was received or the socket was dead. */
   code: number;
   reason: string;
-  /** Seconds until the next attempt, sooner if the network comes back; null: none is made. */
+  /** Seconds until the next attempt (sooner if the network comes back); null if there is none. */
   retryIn: number | null;
 }
 
 /**
- * Why events may be missing: `lost` between backend and gateway; `not_recovered` because the
- * gateway no longer knew (or never knew) the place to resume from.
+ * Why events may be missing.
+ *
+ * - `lost`: they were lost between backend and gateway
+ * - `not_recovered`: the gateway does not know the position to resume from, or no longer
  */
 export type GapReason = "lost" | "not_recovered";
 
 /**
- * Where tokens come from: asked before every connect and before the token expires. It may keep
- * a token for as long as it is valid, but when `refused` is true the gateway has refused a token:
- * the one that it refused, again, ends the connection for good. No token (null, "") ends it too; an error
- * counts as a failed attempt, and it is asked again later.
+ * Provides tokens. It is called before every attempt to connect and before the token expires, and may
+ * return a cached token. `refused` is true if the gateway has refused a token: to return that token
+ * again ends the connection with `refused`. No token (null, undefined, "") before an attempt does the
+ * same. An exception counts as a failed attempt; the provider is called again later.
  */
 export type TokenProvider = (asked: {
   refused: boolean;
 }) => string | null | undefined | Promise<string | null | undefined>;
 
-/** Whatever tells of the device's network and of the tab; a `window`, or a worker's `self`. */
+/** A source of events about the network and the tab: a `window`, or a worker's `self`. */
 export interface Page extends EventTarget {
   readonly navigator?: { readonly onLine?: boolean };
   readonly document?: { readonly visibilityState: string };
 }
 
-/** Good as they are; for tests and for networks of an uncommon kind. Seconds. */
+/** Seconds. The defaults suit most networks; tests and unusual networks may need others. */
 export interface Timings {
-  /** From the answer to one ping to the next ping, less if the gateway asks for it. 25 */
+  /** From the answer to one ping to the next ping; less if the gateway asks for it. Default: 25 */
   ping: number;
-  /** Until a ping must be answered. 10 */
+  /** Time for the answer to a ping. Default: 10 */
   patience: number;
-  /** The same after the device slept or changed its network. 3 */
+  /** The same after the device slept, changed its network or showed the tab. Default: 3 */
   shortPatience: number;
-  /** Until an attempt must have succeeded. 15 */
+  /** Time for an attempt to connect, the token provider included. Default: 15 */
   connect: number;
-  /** The back-off's first upper bound, doubled with each attempt; the wait is drawn below it. 1 */
+  /** First upper bound of the random wait between attempts; each attempt doubles it. Default: 1 */
   backOff: number;
-  /** Its last upper bound. 30 */
+  /** Greatest upper bound of that wait. Default: 30 */
   longest: number;
-  /** After 4029 the wait is between this and twice this. 30 */
+  /** After 4029 the wait is between this and twice this. Default: 30 */
   coolDown: number;
-  /** While the browser says that there is no network, attempts are this to twice this apart. 30 */
+  /** While the browser says that there is no network: between this and twice this. Default: 30 */
   offline: number;
-  /** A connection that held for this long makes the back-off begin anew. 10 */
+  /** A connection that lasted this long resets the back-off. Default: 10 */
   stable: number;
 }
 
 export interface Options {
-  /** `wss://…/ws/waiter`; in a page `/ws/waiter` will do. It must not hold a token. */
+  /** `wss://…/ws/waiter`, in a page also `/ws/waiter`. It must not contain a token. */
   url: string | URL;
   token: string | TokenProvider;
-  /** Each event, once, and its text as it came (numbers over 2^53 are exact only there). */
+  /** Called once for each event, with its text as received (numbers over 2^53 are exact only there). */
   onEvent?: (event: GatewayEvent, text: string) => void;
   /** Events may be missing: fetch your state again. */
   onGap?: (reason: GapReason) => void;
-  /** What else the gateway says: answers, mostly (null: no JSON), and its text. */
+  /** Called for each other message (mostly answers), and its text. `message` is null if it is not JSON. */
   onMessage?: (message: any, text: string) => void;
   onState?: (state: State) => void;
   onClose?: (ending: Ending) => void;
-  /** It has ended for good: sign in again, or mend what the code names. */
+  /** The client does not try again: sign in again, or fix the cause that the code names. */
   onRefused?: (ending: Ending) => void;
-  /** The token provider failed. */
+  /** The token provider threw an exception or rejected. */
   onError?: (error: unknown) => void;
-  /** A place to begin from, kept from another page's `gateway.lastEventId`. */
+  /** Position to resume from: an earlier page's `gateway.lastEventId`. */
   lastEventId?: string;
-  /** The page it lives in. Default: this one; null: none, as under Node. */
+  /** The page that it belongs to. Default: this page; null: none (as under Node). */
   page?: Page | null;
-  /** Default: the global one. */
+  /** Default: the global `WebSocket`. */
   WebSocket?: typeof WebSocket;
   timings?: Partial<Timings>;
 }
 
-/** The same as the `on…` options, for `addEventListener`; what they are given is the `detail`. */
+/** The `on…` options as events for `addEventListener`. Their arguments are in `detail`. */
 export interface GatewayEventMap {
   event: CustomEvent<{ event: GatewayEvent; text: string }>;
   gap: CustomEvent<GapReason>;
@@ -109,21 +111,21 @@ export interface GatewayEventMap {
   error: CustomEvent<unknown>;
 }
 
-/** By this way, since Node's types have no names for these. */
+/** Derived, because Node's types have no names for these. */
 type Listen = Parameters<EventTarget["addEventListener"]>;
 
-/** A connection that stays, by as many sockets one after the other as it takes. */
+/** A connection that outlives its sockets: it opens another one whenever a socket ends. */
 export interface Gateway extends EventTarget {
   readonly state: State;
-  /** Where it would resume from; empty until it was first let in. Always safe to keep. */
+  /** Position to resume from; empty until the client was first admitted. It may be stored at any time. */
   readonly lastEventId: string;
-  /** Ask the gateway to look up this waiter's sectors now. Rejects unless it answers. */
+  /** Ask the gateway to look up this waiter's sectors now. Rejects if no answer comes in time. */
   refreshSectors(): Promise<number[]>;
-  /** Say something of your own, JSON or a word; throws unless the state is `open`. */
+  /** Send a message of your own, an object as JSON. Throws unless the state is `open`. */
   send(message: object | string): void;
-  /** Give the socket up and connect again at once, unless the gateway has asked to wait; resumes. */
+  /** Drop the socket and resume on another one: at once, or after the wait that the gateway asked for. */
   reconnect(): void;
-  /** End it. Nothing is called any more. */
+  /** End the connection. No listener is called afterwards. */
   close(): void;
   addEventListener<K extends keyof GatewayEventMap>(
     type: K,
@@ -136,14 +138,14 @@ export interface Gateway extends EventTarget {
 /**
  * Connect, and stay connected until `close()` or a refusal.
  *
- * A page has one connection to a URL (its query aside): a second `connect` closes the first,
- * since it may be somebody else who has signed in.
+ * A page has one connection to a URL (without its query): a second `connect` closes the first one,
+ * because another user may have signed in.
  */
 export declare function connect(options: Options): Gateway;
 
 /**
- * What a close code asks of a client: `back off` and try again, `cool down` first, `renew` the token,
- * or `stop`.
+ * What a client should do after a close code: `back off` and try again, `cool down` and try again,
+ * `renew` the token, or `stop`.
  */
 export declare function afterClose(code: number): "back off" | "cool down" | "renew" | "stop";
 

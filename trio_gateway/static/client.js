@@ -1,6 +1,6 @@
 // @ts-self-types="./client.d.ts"
 /**
- * A client of trio-gateway for browsers and Node. What is exported is described in client.d.ts.
+ * A client of trio-gateway for browsers and Node. client.d.ts describes the exports.
  *
  * @import { Ending, GatewayEvent, Options, Page, State, Timings } from "./client.d.ts"
  */
@@ -17,18 +17,19 @@ const TIMINGS = {
   offline: 30,
   stable: 10,
 };
-const NO_ANSWER = 1006; // what a browser says when there was no close frame
+const ABNORMAL_CLOSURE = 1006; // RFC 6455, 7.1.5: no close frame was received
 const AUTH_FAILED = 4001;
 const STOP = new Set([1002, 1003, 1007, 1008, 1009, 4003]);
-const LATE = 5; // seconds: a timer that is later than this has slept
-const LEAST_PING = 0.5; // seconds between pings, whatever the gateway says: they count towards its rate limit
-const RENEW_AT = 0.8; // of what is left of a token's life
-const SUPPOSED_LIFE = 75; // seconds, of a token that seems expired and has no iat
-const UNSURE = 660; // seconds that a clock may be behind, until something has shown how far it is
-const SELDOM = { known: 0.1, unknown: 10 }; // between two renewals: of a token's life; seconds
-const OVERDUE = 30; // seconds until the provider is asked again, past the supposed expiry
-const REMEMBERED = 1000; // event ids
-const LONGEST_TIMER = 2 ** 31 - 1; // milliseconds; what is longer fires at once
+const SLEEP_THRESHOLD = 5; // seconds; a timer that fires later than this shows that the device slept
+const MIN_PING_INTERVAL = 0.5; // seconds, even if the gateway asks for less: its rate limit counts pings
+const RENEW_AT = 0.8; // fraction of a token's remaining lifetime
+const ASSUMED_LIFETIME = 75; // seconds; for a token without iat that seems to be expired
+const MAX_CLOCK_ERROR = 660; // seconds; how far a clock may be behind, until the error has been measured
+/** After a renewal, with and without a known lifetime: a fraction of it; seconds. */
+const MIN_RENEWAL_INTERVAL = { known: 0.1, unknown: 10 };
+const RENEWAL_RETRY = 30; // seconds between calls of the provider, after the assumed expiry
+const REMEMBERED_IDS = 1000; // event ids
+const MAX_TIMER = 2 ** 31 - 1; // milliseconds; browsers run longer timers at once
 
 /** @type {typeof import("./client.d.ts").afterClose} */
 export const afterClose = (code) => {
@@ -38,17 +39,17 @@ export const afterClose = (code) => {
 };
 
 /**
- * The `retry in 3.2s` of a close reason.
+ * Seconds to wait, from a close reason such as `retry in 3.2s`; null if it contains none.
  *
  * @param {string} reason
  */
-const hint = (reason) => {
+const retryHint = (reason) => {
   const found = /\bretry in (\d+(?:\.\d+)?)s/.exec(reason);
   return found ? Number(found[1]) : null;
 };
 
 /**
- * What a JWT says of its own life, unchecked; nothing if it is no JWT.
+ * The `exp` and `iat` of a JWT, not verified; empty if the token is not a JWT.
  *
  * @param {string} token
  * @returns {{ exp?: number, iat?: number }}
@@ -70,41 +71,46 @@ const claims = (token) => {
  * @param {() => void} call
  * @param {number} seconds
  */
-const after = (call, seconds) => setTimeout(call, Math.min(seconds * 1000, LONGEST_TIMER));
+const after = (call, seconds) => setTimeout(call, Math.min(seconds * 1000, MAX_TIMER));
 
 const seconds = () => Date.now() / 1000;
 
 /**
- * What is left of a token's life. The device's clock may be wrong, so it alone never decides: it is
- * used as far as no token has contradicted it.
+ * Computes the remaining lifetime of tokens. The device's clock may be wrong: it is corrected by what
+ * the times in accepted and expired tokens show.
  */
 class Lifetime {
-  /** Seconds that the clock is behind; null: nothing has shown it. @type {number | null} */
-  #behind = null;
+  /** Seconds that the clock is behind; null if unknown. @type {number | null} */
+  #clockBehind = null;
 
   /**
-   * Seconds until a token that the gateway has just accepted expires, rather too few.
+   * Seconds until a token that the gateway has just accepted expires. Too short rather than too long.
    *
    * @param {number | undefined} iat @param {number} expires @param {number} now
    */
-  left(iat, expires, now) {
-    const whole = iat !== undefined && iat < expires ? expires - iat : SUPPOSED_LIFE;
-    if (iat !== undefined) this.#behind = Math.max(this.#behind ?? 0, iat - now); // not issued in the future
-    const left = expires - now - (this.#behind ?? 0);
-    if (left <= 0) return whole; // it was accepted: the clock is ahead
+  remaining(iat, expires, now) {
+    const whole = iat !== undefined && iat < expires ? expires - iat : ASSUMED_LIFETIME;
+    // No token is issued in the future.
+    if (iat !== undefined) this.#clockBehind = Math.max(this.#clockBehind ?? 0, iat - now);
+    const left = expires - now - (this.#clockBehind ?? 0);
+    if (left <= 0) return whole; // accepted, so the clock is ahead
     if (iat !== undefined) return Math.min(left, whole);
-    const unsure = this.#behind === null && left > UNSURE + 60;
-    return unsure ? Math.min(left, (left - UNSURE) / RENEW_AT) : left;
+    const uncertain = this.#clockBehind === null && left > MAX_CLOCK_ERROR + 60;
+    return uncertain ? Math.min(left, (left - MAX_CLOCK_ERROR) / RENEW_AT) : left;
   }
 
-  /** The gateway has said that a connection's token expires now. @param {number} expires @param {number} now */
+  /**
+   * The gateway has closed a connection because its token has just expired.
+   *
+   * @param {number} expires @param {number} now
+   */
   expired(expires, now) {
-    this.#behind = expires - now;
+    this.#clockBehind = expires - now;
   }
 }
 
-const WAKER_AFTER = 5; // seconds that a page must have been hidden
-/** What a worker does that wakes a hidden page: browsers hold up the timers of the page, not its own. */
+const WAKER_AFTER = 5; // seconds that a page must be hidden
+/** Code of a worker that wakes a hidden page: browsers delay a page's timers, not a worker's. */
 const WAKER = "onmessage = ({ data }) => setTimeout(postMessage, data, 0)";
 
 /** @type {WeakMap<Page, Map<string, Connection>>} */
@@ -124,69 +130,69 @@ class Connection extends EventTarget {
   #state = "connecting";
   /** @type {WebSocket | null} */
   #socket = null;
-  /** Counts the attempts, so that what an earlier one waited for is known to be stale. */
+  /** Number of the attempt. After an await, another number means that this attempt is obsolete. */
   #attempt = 0;
-  /** Attempts since a connection last held. */
+  /** Failed attempts since the last stable connection. */
   #failures = 0;
   #openSince = 0;
-  /** Not before this, whatever the device says: the gateway asked for it. */
+  /** No attempt before this time, because the gateway asked for it; seconds, by the device's clock. */
   #notBefore = 0;
-  /** Seconds of that wait. */
-  #askedToWait = 0;
-  /** The one that holds, or is being tried. */
+  /** Seconds that the gateway asked to wait. */
+  #retryAfter = 0;
+  /** The token of the connection, or of the attempt. */
   #token = "";
-  /** Sent to renew it, and not answered yet: a refusal may then be about either. */
-  #offered = "";
-  /** The one that was presented and refused, for sure. */
-  #refused = "";
-  /** A token was refused since one was last accepted. */
-  #unwanted = false;
-  #why = "";
-  /** When the gateway will end the connection, unix time by its clock; 0 if nobody knows. */
+  /** A token sent for renewal and not answered yet. A refusal may then concern either token. */
+  #pendingToken = "";
+  /** The token that was certainly refused. */
+  #refusedToken = "";
+  /** Whether a token was refused since one was last accepted. */
+  #tokenRefused = false;
+  #refusalReason = "";
+  /** When the gateway will end the connection: unix time by its clock, 0 if unknown. */
   #expires = 0;
-  /** Seconds from the planned renewal to the token's end. */
-  #left = 0;
-  #lifetime = new Lifetime();
-  /** Let in while the browser says that there is no network: it does not know. */
-  #networkUnknown = false;
-  #pingEvery;
-  #pinged = false;
+  /** Seconds from the planned renewal to the token's expiry. */
+  #untilExpiry = 0;
+  #tokenLifetime = new Lifetime();
+  /** The gateway admitted us while the browser said that there is no network: do not believe it. */
+  #ignoreOffline = false;
+  #pingInterval;
+  #awaitingPong = false;
   #lastEventId;
   /** @type {Set<string>} */
-  #seen = new Set();
+  #seenIds = new Set();
   /** @type {{ resolve: (sectors: number[]) => void, reject: (error: Error) => void }[]} */
-  #asked = [];
+  #sectorRequests = [];
   /** @type {Map<string, { due: number, run: () => void, id: ReturnType<typeof setTimeout> }>} */
   #timers = new Map();
   /** Wakes the page while it is hidden. @type {Worker | null} */
   #waker = null;
   /** @type {ReturnType<typeof setTimeout> | undefined} */
   #wakerStart;
-  #listening = new AbortController();
+  #listenerAbort = new AbortController();
 
   /** @param {Options} options */
   constructor(options) {
     super();
     this.#options = options;
     this.#timings = { ...TIMINGS, ...options.timings };
-    this.#pingEvery = this.#timings.ping;
+    this.#pingInterval = this.#timings.ping;
     this.#lastEventId = options.lastEventId ?? "";
     this.#url = new URL(options.url, globalThis.location?.href);
     this.#url.protocol = this.#url.protocol.replace(/^http/, "ws");
     this.#url.hash = "";
     this.#WebSocket = options.WebSocket ?? globalThis.WebSocket;
-    if (!this.#WebSocket) throw new TypeError("no WebSocket here: Node has one since version 22");
+    if (!this.#WebSocket) throw new TypeError("there is no WebSocket: Node has one since version 22");
     for (const name of ["token", "table_token", "ticket"]) {
       if (this.#url.searchParams.has(name)) {
-        throw new TypeError(`no ${name} in the URL: it would stand in logs; use the option token`);
+        throw new TypeError(`no ${name} in the URL: URLs appear in logs; use the option token`);
       }
     }
     const here = /** @type {any} */ (globalThis);
     const page = typeof here.addEventListener === "function" ? here : null;
     this.#page = options.page === undefined ? page : options.page;
-    this.#listen();
-    if (this.#page) this.#take(this.#page);
-    this.#connect(); // tells nothing before it has waited, so listeners can be added first
+    this.#addListeners();
+    if (this.#page) this.#replaceInPage(this.#page);
+    this.#connect(); // emits nothing before its first await, so listeners can be added
   }
 
   get state() {
@@ -204,9 +210,9 @@ class Connection extends EventTarget {
         reject(new Error(`not connected: ${this.#state}`));
         return;
       }
-      this.#asked.push({ resolve, reject });
-      this.#say({ type: "refresh_sectors" });
-      this.#timer("sectors", () => this.#answerAsked(null), this.#timings.patience);
+      this.#sectorRequests.push({ resolve, reject });
+      this.#sendMessage({ type: "refresh_sectors" });
+      this.#setTimer("sectors", () => this.#settleSectorRequests(null), this.#timings.patience);
     });
   }
 
@@ -218,23 +224,23 @@ class Connection extends EventTarget {
 
   reconnect() {
     if (this.#ended) return;
-    const wait = this.#mustWait;
-    if (wait > 0) this.#wait(wait);
+    const wait = this.#remainingWait;
+    if (wait > 0) this.#retryLater(wait);
     else this.#connect();
   }
 
   close() {
-    this.#end("closed");
-    this.#listening.abort();
+    this.#finish("closed");
+    this.#listenerAbort.abort();
   }
 
-  #listen() {
+  #addListeners() {
     const { onEvent, onGap, onMessage, onState, onClose, onRefused, onError } = this.#options;
-    const options = { signal: this.#listening.signal };
+    const options = { signal: this.#listenerAbort.signal };
     /** @param {string} name @param {((detail: any) => void) | undefined} call */
     const on = (name, call) => {
       if (!call) return;
-      const listener = /** @param {any} told */ (told) => call(told.detail);
+      const listener = /** @param {any} event */ (event) => call(event.detail);
       this.addEventListener(name, listener, options);
     };
     on("event", onEvent && (({ event, text }) => onEvent(event, text)));
@@ -245,22 +251,22 @@ class Connection extends EventTarget {
     on("refused", onRefused);
     on("error", onError);
     /** @param {string} name @param {() => void} call */
-    const watch = (name, call) => this.#page?.addEventListener(name, call, options);
-    watch("offline", () => {
-      this.#networkUnknown = false;
-      this.#look();
+    const onPage = (name, call) => this.#page?.addEventListener(name, call, options);
+    onPage("offline", () => {
+      this.#ignoreOffline = false;
+      this.#checkConnection();
     });
-    watch("online", () => this.#look());
-    watch("pageshow", () => this.#look());
-    watch("visibilitychange", () => {
-      this.#keepAwake();
-      if (!this.#hidden) this.#look();
+    onPage("online", () => this.#checkConnection());
+    onPage("pageshow", () => this.#checkConnection());
+    onPage("visibilitychange", () => {
+      this.#updateWaker();
+      if (!this.#hidden) this.#checkConnection();
     });
-    this.#keepAwake();
+    this.#updateWaker();
   }
 
-  /** @param {Page} page */
-  #take(page) {
+  /** Close the page's earlier connection to the same URL. @param {Page} page */
+  #replaceInPage(page) {
     const connections = pages.get(page) ?? new Map();
     pages.set(page, connections);
     connections.get(this.#key)?.close();
@@ -268,7 +274,7 @@ class Connection extends EventTarget {
   }
 
   get #ended() {
-    return this.#listening.signal.aborted;
+    return this.#listenerAbort.signal.aborted;
   }
 
   get #key() {
@@ -276,39 +282,43 @@ class Connection extends EventTarget {
   }
 
   /** @param {string} name @param {unknown} detail */
-  #tell(name, detail) {
+  #emit(name, detail) {
     if (!this.#ended) this.dispatchEvent(new CustomEvent(name, { detail }));
   }
 
   /** @param {State} state */
-  #become(state) {
+  #setState(state) {
     if (state === this.#state) return;
     this.#state = state;
-    this.#tell("state", state);
+    this.#emit("state", state);
   }
 
-  /** One timer of a name at most. @param {string} name @param {() => void} call @param {number} wait */
-  #timer(name, call, wait) {
-    this.#stop(name);
+  /**
+   * Start a timer; it replaces the one of the same name.
+   *
+   * @param {string} name @param {() => void} call @param {number} wait
+   */
+  #setTimer(name, call, wait) {
+    this.#clearTimer(name);
     const run = () => {
       this.#timers.delete(name);
       call();
     };
     this.#timers.set(name, { due: seconds() + wait, run, id: after(run, wait) });
-    this.#waker?.postMessage(Math.min(wait * 1000 + 10, LONGEST_TIMER));
+    this.#waker?.postMessage(Math.min(wait * 1000 + 10, MAX_TIMER));
   }
 
   /** @param {string} name */
-  #stop(name) {
+  #clearTimer(name) {
     clearTimeout(this.#timers.get(name)?.id);
     this.#timers.delete(name);
   }
 
-  /** Run the timers that are due, which the browser may hold up while the page is hidden. */
+  /** Run the timers that are due: the browser may delay them while the page is hidden. */
   #runDue() {
     for (const [name, { due, run }] of this.#timers) {
       if (due > seconds()) continue;
-      this.#stop(name);
+      this.#clearTimer(name);
       run();
     }
   }
@@ -317,8 +327,8 @@ class Connection extends EventTarget {
     return this.#page?.document?.visibilityState === "hidden";
   }
 
-  /** Have a worker while the page is hidden, if it is for more than a moment: it may be closing. */
-  #keepAwake() {
+  /** Start the worker when the page has been hidden for a while (it may be closing); end it when shown. */
+  #updateWaker() {
     clearTimeout(this.#wakerStart);
     if (this.#hidden && !this.#ended) {
       if (!this.#waker) this.#wakerStart = after(() => this.#startWaker(), WAKER_AFTER);
@@ -328,11 +338,11 @@ class Connection extends EventTarget {
     this.#waker = null;
   }
 
-  /** Without one, or if the page's policy forbids it (`worker-src blob:`), what is heard wakes the page. */
+  /** Where no worker can run (`worker-src` forbids `blob:`), each received message wakes the page. */
   #startWaker() {
     if (this.#waker || typeof Worker !== "function") return;
     const url = URL.createObjectURL(new Blob([WAKER], { type: "text/javascript" }));
-    const loaded = () => URL.revokeObjectURL(url); // not earlier: older Safaris would not load it
+    const loaded = () => URL.revokeObjectURL(url); // not earlier, because older Safaris would not load it
     try {
       const waker = new Worker(url);
       waker.onmessage = () => {
@@ -353,31 +363,32 @@ class Connection extends EventTarget {
     }
   }
 
-  // An attempt: token, socket, let in
+  // An attempt: get a token, open a socket, be admitted
 
   async #connect() {
-    this.#drop();
+    this.#dropSocket();
     const attempt = this.#attempt;
-    this.#become("connecting");
+    this.#setState("connecting");
     if (attempt !== this.#attempt) return; // a listener closed it
-    this.#timer("connect", () => this.#lost(NO_ANSWER, "not connected in time"), this.#timings.connect);
+    const late = () => this.#disconnected(ABNORMAL_CLOSURE, "not connected in time");
+    this.#setTimer("connect", late, this.#timings.connect);
     let token;
     try {
-      token = await this.#ask(this.#unwanted);
+      token = await this.#getToken(this.#tokenRefused);
     } catch (error) {
       if (attempt !== this.#attempt) return;
-      this.#tell("error", error);
-      if (attempt === this.#attempt) this.#lost(NO_ANSWER, "no token: the provider failed");
+      this.#emit("error", error);
+      if (attempt === this.#attempt) this.#disconnected(ABNORMAL_CLOSURE, "no token: the provider failed");
       return;
     }
     if (attempt !== this.#attempt) return;
     if (!token) return this.#refuse(AUTH_FAILED, "no token");
-    if (token === this.#refused) return this.#refuse(AUTH_FAILED, this.#why);
+    if (token === this.#refusedToken) return this.#refuse(AUTH_FAILED, this.#refusalReason);
     this.#open(token);
   }
 
   /** @param {boolean} refused */
-  async #ask(refused) {
+  async #getToken(refused) {
     const { token } = this.#options;
     return typeof token === "function" ? await token({ refused }) : token;
   }
@@ -388,299 +399,300 @@ class Connection extends EventTarget {
     try {
       socket = new this.#WebSocket(this.#url, ["gateway.v1", `bearer.${token}`]);
     } catch (error) {
-      // The token is no subprotocol, or the page may not: waiting mends neither.
-      return this.#refuse(NO_ANSWER, String(error).replaceAll(token, "…"));
+      // The token is not valid as a subprotocol, or the page may not connect: a retry would fail, too.
+      return this.#refuse(ABNORMAL_CLOSURE, String(error).replaceAll(token, "…"));
     }
     this.#token = token;
-    this.#offered = "";
+    this.#pendingToken = "";
     this.#expires = claims(token).exp ?? 0;
     this.#socket = socket;
-    // Node 22 says no more than this of a connection that it could not make.
-    socket.onerror = () => this.#lost(NO_ANSWER, "");
+    // Node 22 emits no close event for a connection that could not be made.
+    socket.onerror = () => this.#disconnected(ABNORMAL_CLOSURE, "");
     socket.onopen = () => {
-      socket.onerror = null; // from here on the close event follows, and brings the code
-      this.#say({ type: "resume", last_event_id: this.#lastEventId });
+      socket.onerror = null; // from now on a close event follows, with the code
+      this.#sendMessage({ type: "resume", last_event_id: this.#lastEventId });
     };
-    socket.onmessage = ({ data }) => this.#hear(data);
-    socket.onclose = ({ code, reason }) => this.#lost(code, reason);
+    socket.onmessage = ({ data }) => this.#receive(data);
+    socket.onclose = ({ code, reason }) => this.#disconnected(code, reason);
   }
 
-  #letIn() {
-    this.#stop("connect");
+  #admitted() {
+    this.#clearTimer("connect");
     this.#openSince = seconds();
-    this.#askedToWait = 0;
-    this.#refused = "";
-    this.#unwanted = false;
-    this.#networkUnknown = this.#page?.navigator?.onLine === false;
-    this.#pingEvery = this.#timings.ping;
-    this.#pingLater();
-    this.#renewLater(false);
-    this.#say({ type: "intervals" });
-    this.#become("open");
+    this.#retryAfter = 0;
+    this.#refusedToken = "";
+    this.#tokenRefused = false;
+    this.#ignoreOffline = this.#page?.navigator?.onLine === false;
+    this.#pingInterval = this.#timings.ping;
+    this.#schedulePing();
+    this.#scheduleRenewal(false);
+    this.#sendMessage({ type: "intervals" });
+    this.#setState("open");
   }
 
-  // What the gateway says
+  // Messages from the gateway
 
   /** @param {unknown} data */
-  #hear(data) {
-    if (this.#pinged) this.#pingLater();
+  #receive(data) {
+    if (this.#awaitingPong) this.#schedulePing();
     if (this.#hidden) queueMicrotask(() => this.#runDue());
     const text = String(data);
     let message = null;
     try {
       message = JSON.parse(text);
     } catch {
-      // a word, as the answer to the plain form of a message
+      // not JSON: the answer to the plain form of a message
     }
-    // Events name their tenant, the gateway's own messages don't: whatever types there are.
-    if (message?.tenant_id !== undefined) return this.#event(message, text);
+    // Only events have a tenant_id. The type does not tell: backends may use any.
+    if (message?.tenant_id !== undefined) return this.#receiveEvent(message, text);
     switch (message?.type) {
       case "resumed":
         if (typeof message.last_event_id === "string") this.#lastEventId = message.last_event_id;
-        this.#letIn();
-        if (!message.recovered) this.#tell("gap", "not_recovered");
+        this.#admitted();
+        if (!message.recovered) this.#emit("gap", "not_recovered");
         break;
       case "gap":
-        this.#tell("gap", "lost");
+        this.#emit("gap", "lost");
         break;
       case "auth_ok":
-        if (!this.#offered) break; // a second answer
-        this.#token = this.#offered;
-        this.#offered = "";
+        if (!this.#pendingToken) break; // a repeated answer
+        this.#token = this.#pendingToken;
+        this.#pendingToken = "";
         this.#expires = message.expires_at;
-        this.#renewLater(true);
+        this.#scheduleRenewal(true);
         break;
       case "sectors_updated":
-        this.#answerAsked(message.sector_ids);
+        this.#settleSectorRequests(message.sector_ids);
         break;
       case "intervals":
-        this.#hearIntervals(message);
+        this.#applyIntervals(message);
         break;
     }
-    this.#tell("message", { message, text });
+    this.#emit("message", { message, text });
   }
 
   /** @param {{ heartbeat_timeout?: unknown, receive_timeout?: unknown }} message */
-  #hearIntervals({ heartbeat_timeout, receive_timeout }) {
-    const silence = Math.min(Number(heartbeat_timeout), Number(receive_timeout));
-    if (!(silence > 0)) return;
-    this.#pingEvery = Math.min(this.#timings.ping, Math.max(LEAST_PING, silence / 2));
-    if (!this.#pinged) this.#pingLater();
+  #applyIntervals({ heartbeat_timeout, receive_timeout }) {
+    const timeout = Math.min(Number(heartbeat_timeout), Number(receive_timeout));
+    if (!(timeout > 0)) return;
+    this.#pingInterval = Math.min(this.#timings.ping, Math.max(MIN_PING_INTERVAL, timeout / 2));
+    if (!this.#awaitingPong) this.#schedulePing();
   }
 
   /** @param {GatewayEvent} event @param {string} text */
-  #event(event, text) {
+  #receiveEvent(event, text) {
     const id = event.event_id;
     if (typeof id === "string") {
-      if (this.#seen.has(id)) return;
-      this.#seen.add(id);
-      if (this.#seen.size > REMEMBERED) {
-        for (const oldest of this.#seen) {
-          this.#seen.delete(oldest);
+      if (this.#seenIds.has(id)) return;
+      this.#seenIds.add(id);
+      if (this.#seenIds.size > REMEMBERED_IDS) {
+        for (const oldest of this.#seenIds) {
+          this.#seenIds.delete(oldest);
           break;
         }
       }
       this.#lastEventId = id;
     }
-    this.#tell("event", { event, text });
+    this.#emit("event", { event, text });
   }
 
   /** @param {number[] | null} sectors */
-  #answerAsked(sectors) {
-    this.#stop("sectors");
-    for (const { resolve, reject } of this.#asked.splice(0)) {
+  #settleSectorRequests(sectors) {
+    this.#clearTimer("sectors");
+    for (const { resolve, reject } of this.#sectorRequests.splice(0)) {
       if (sectors) resolve(sectors);
-      else reject(new Error("the gateway did not say the sectors"));
+      else reject(new Error("the gateway did not answer with the sectors"));
     }
   }
 
   /** @param {object} message */
-  #say(message) {
+  #sendMessage(message) {
     this.#socket?.send(JSON.stringify(message));
   }
 
-  // Whether the socket lives
+  // Liveness of the socket
 
   /**
-   * Set from the answer to a ping, not from the timer that sent it: browsers let chains of timers in
-   * a hidden tab fire once a minute, which is too late for the gateway's 60 seconds.
+   * Started by the answer to a ping, not by the timer that sent the ping: browsers run chained timers
+   * of a hidden tab once a minute, which is too late for the gateway's timeout of 60 seconds.
    */
-  #pingLater() {
-    this.#pinged = false;
-    this.#stop("pong");
-    const due = seconds() + this.#pingEvery;
-    const ping = () => this.#ping(this.#slept(due));
-    this.#timer("ping", ping, this.#pingEvery);
+  #schedulePing() {
+    this.#awaitingPong = false;
+    this.#clearTimer("pong");
+    const due = seconds() + this.#pingInterval;
+    const ping = () => this.#ping(this.#isLate(due));
+    this.#setTimer("ping", ping, this.#pingInterval);
   }
 
-  /** @param {boolean} hurry */
-  #ping(hurry) {
-    const patience = hurry ? this.#timings.shortPatience : this.#timings.patience;
+  /** @param {boolean} short whether to wait for the short time only */
+  #ping(short) {
+    const patience = short ? this.#timings.shortPatience : this.#timings.patience;
     const due = seconds() + patience;
-    this.#pinged = true;
-    this.#stop("ping");
-    this.#timer(
+    this.#awaitingPong = true;
+    this.#clearTimer("ping");
+    this.#setTimer(
       "pong",
       () => {
-        // After a sleep the answer may lie there, not heard yet.
-        if (this.#slept(due)) this.#ping(true);
-        else this.#lost(NO_ANSWER, "no answer to a ping");
+        // After a sleep the answer may have arrived and not been read yet.
+        if (this.#isLate(due)) this.#ping(true);
+        else this.#disconnected(ABNORMAL_CLOSURE, "no answer to a ping");
       },
       patience,
     );
     this.#socket?.send("ping");
   }
 
-  /** @param {number} due */
-  #slept(due) {
-    return seconds() - due > LATE;
+  /** Whether a timer is so late that the device must have slept. @param {number} due */
+  #isLate(due) {
+    return seconds() - due > SLEEP_THRESHOLD;
   }
 
-  /** The tab is seen again, or the network came or went: is the socket dead, or the wait over? */
-  #look() {
+  /** The tab is shown or the network has changed: check the socket, or try again if the wait is over. */
+  #checkConnection() {
     if (this.#state === "open") this.#ping(true);
     if (this.#state !== "waiting" && this.#state !== "offline") return;
-    const wait = this.#mustWait;
+    const wait = this.#remainingWait;
     if (!this.#offline) {
-      if (wait > 0) this.#wait(wait);
+      if (wait > 0) this.#retryLater(wait);
       else this.#connect();
     } else if (this.#state === "waiting") {
-      this.#wait(Math.max(wait, this.#seldom()));
+      this.#retryLater(Math.max(wait, this.#offlineInterval()));
     }
   }
 
-  /** Seconds that the gateway still wants us to wait; not more if the clock was set back. */
-  get #mustWait() {
-    return Math.min(this.#notBefore - seconds(), this.#askedToWait);
+  /** Rest of the wait that the gateway asked for; a clock that was set back does not extend it. */
+  get #remainingWait() {
+    return Math.min(this.#notBefore - seconds(), this.#retryAfter);
   }
 
   get #offline() {
-    return !this.#networkUnknown && this.#page?.navigator?.onLine === false;
+    return !this.#ignoreOffline && this.#page?.navigator?.onLine === false;
   }
 
-  /** The browser may be wrong about the network (a VPN, a virtual adapter), so attempts go on. */
-  #seldom() {
+  /** Seconds until the next attempt while offline: the browser may be wrong (VPNs, virtual adapters). */
+  #offlineInterval() {
     return this.#timings.offline * (1 + Math.random());
   }
 
-  // The token's life
+  // Renewal of the token
 
   /** @param {boolean} renewed */
-  #renewLater(renewed) {
+  #scheduleRenewal(renewed) {
     if (!this.#expires || typeof this.#options.token !== "function") return;
     const { iat } = claims(this.#token);
-    const left = this.#lifetime.left(iat, this.#expires, seconds());
-    // A token that is new and seems to be at its end shows that the clock is wrong.
-    const seldom = iat === undefined ? SELDOM.unknown : SELDOM.known * (this.#expires - iat);
-    this.#left = left;
-    this.#renewIn(Math.max(1, renewed ? seldom : 0, RENEW_AT * left));
+    const left = this.#tokenLifetime.remaining(iat, this.#expires, seconds());
+    // If a new token seems to be about to expire, the clock is wrong: do not renew without pause.
+    const { known, unknown } = MIN_RENEWAL_INTERVAL;
+    const least = iat === undefined ? unknown : known * (this.#expires - iat);
+    this.#untilExpiry = left;
+    this.#renewAfter(Math.max(1, renewed ? least : 0, RENEW_AT * left));
   }
 
   /** @param {number} wait */
-  #renewIn(wait) {
-    this.#left -= wait;
-    this.#timer("renew", () => this.#renew(), wait);
+  #renewAfter(wait) {
+    this.#untilExpiry -= wait;
+    this.#setTimer("renew", () => this.#renew(), wait);
   }
 
   async #renew() {
     const attempt = this.#attempt;
-    // Also if nothing comes of it: the old one holds for a while.
-    this.#renewIn(this.#left > 0 ? Math.max(1, RENEW_AT * this.#left) : OVERDUE);
+    // Plan the next try first, in case this one fails: the present token is still valid for a while.
+    this.#renewAfter(this.#untilExpiry > 0 ? Math.max(1, RENEW_AT * this.#untilExpiry) : RENEWAL_RETRY);
     try {
-      const token = await this.#ask(false);
+      const token = await this.#getToken(false);
       if (attempt !== this.#attempt || !token || token === this.#token) return;
-      this.#offered = token;
-      this.#say({ type: "auth", token });
+      this.#pendingToken = token;
+      this.#sendMessage({ type: "auth", token });
     } catch (error) {
-      if (attempt === this.#attempt) this.#tell("error", error);
+      if (attempt === this.#attempt) this.#emit("error", error);
     }
   }
 
-  // The end of a socket, and what comes after
+  // The end of a socket, and the next attempt
 
-  /** Forget the socket and all that waits for it. */
-  #drop() {
+  /** Close the socket, and clear all timers and pending requests. */
+  #dropSocket() {
     this.#attempt++;
-    for (const name of this.#timers.keys()) this.#stop(name);
-    this.#pinged = false;
+    for (const name of this.#timers.keys()) this.#clearTimer(name);
+    this.#awaitingPong = false;
     const socket = this.#socket;
     this.#socket = null;
     if (!socket) return;
     socket.onopen = socket.onmessage = socket.onerror = socket.onclose = null;
-    // Its close event may be a minute away if the network is gone.
+    // Do not wait for its close event: without a network that may take a minute.
     socket.close(1000);
-    this.#answerAsked(null);
+    this.#settleSectorRequests(null);
   }
 
   /** @param {number} code @param {string} reason */
-  #lost(code, reason) {
+  #disconnected(code, reason) {
     const wasOpen = this.#state === "open";
-    const held = wasOpen && seconds() - this.#openSince >= this.#timings.stable;
-    if (held) this.#failures = 0;
-    this.#drop();
+    const wasStable = wasOpen && seconds() - this.#openSince >= this.#timings.stable;
+    if (wasStable) this.#failures = 0;
+    this.#dropSocket();
     const next = afterClose(code);
     if (next === "stop") return this.#refuse(code, reason);
-    if (next === "renew") this.#blame(reason, wasOpen);
-    // The gateway has spread its clients already.
-    let asked = hint(reason);
+    if (next === "renew") this.#markTokenRefused(reason, wasOpen);
+    // No jitter on a hint: the gateway has given each client another one.
+    let asked = retryHint(reason);
     if (next === "cool down") asked ??= this.#timings.coolDown * (1 + Math.random());
-    this.#askedToWait = asked ?? 0;
-    this.#notBefore = seconds() + this.#askedToWait;
+    this.#retryAfter = asked ?? 0;
+    this.#notBefore = seconds() + this.#retryAfter;
     let wait = asked ?? this.#backOff(next === "renew");
-    if (this.#offline) wait = Math.max(wait, this.#seldom());
+    if (this.#offline) wait = Math.max(wait, this.#offlineInterval());
     const attempt = this.#attempt;
-    this.#tell("close", { code, reason, retryIn: wait });
-    if (attempt === this.#attempt) this.#wait(wait);
+    this.#emit("close", { code, reason, retryIn: wait });
+    if (attempt === this.#attempt) this.#retryLater(wait);
   }
 
   /**
-   * A token counts as refused only if the answer was about it for sure. Else whichever comes next from
-   * the provider is presented, and judged.
+   * A token counts as refused only if the answer certainly concerned it. During a renewal it may concern
+   * either token, so the provider's next token is tried, even if it is the same.
    *
    * @param {string} reason @param {boolean} wasOpen
    */
-  #blame(reason, wasOpen) {
-    this.#unwanted = true;
-    this.#why = reason;
-    this.#refused = this.#offered ? "" : this.#token;
-    if (wasOpen && !this.#offered && this.#expires && reason.includes("expired")) {
-      this.#lifetime.expired(this.#expires, seconds());
+  #markTokenRefused(reason, wasOpen) {
+    this.#tokenRefused = true;
+    this.#refusalReason = reason;
+    this.#refusedToken = this.#pendingToken ? "" : this.#token;
+    if (wasOpen && !this.#pendingToken && this.#expires && reason.includes("expired")) {
+      this.#tokenLifetime.expired(this.#expires, seconds());
     }
   }
 
-  /** Anything between nothing and a bound that doubles, so that many do not come back as one. */
-  #backOff(atOnce = false) {
+  /** A random wait below a bound that doubles, so that many clients do not return at the same time. */
+  #backOff(firstAtOnce = false) {
     const { backOff, longest } = this.#timings;
     const bound = Math.min(longest, backOff * 2 ** this.#failures);
-    return this.#failures++ || !atOnce ? Math.random() * bound : 0;
+    return this.#failures++ || !firstAtOnce ? Math.random() * bound : 0;
   }
 
   /** @param {number} wait */
-  #wait(wait) {
-    this.#timer("retry", () => this.#connect(), wait);
-    this.#become(this.#offline ? "offline" : "waiting");
+  #retryLater(wait) {
+    this.#setTimer("retry", () => this.#connect(), wait);
+    this.#setState(this.#offline ? "offline" : "waiting");
   }
 
   /** @param {number} code @param {string} reason */
   #refuse(code, reason) {
     const attempt = this.#attempt;
     const ending = { code, reason, retryIn: null };
-    this.#tell("close", ending);
+    this.#emit("close", ending);
     if (attempt !== this.#attempt) return;
-    this.#end("refused", ending);
+    this.#finish("refused", ending);
   }
 
   /** @param {State} state @param {Ending} [ending] */
-  #end(state, ending) {
+  #finish(state, ending) {
     if (this.#state === "refused" || this.#state === "closed") return;
-    this.#drop();
-    // First of all: a listener may connect again.
+    this.#dropSocket();
+    // Before the listeners are called: they may connect again.
     const connections = this.#page && pages.get(this.#page);
     if (connections?.get(this.#key) === this) connections.delete(this.#key);
-    this.#become(state);
-    if (ending) this.#tell("refused", ending);
-    this.#listening.abort();
-    this.#keepAwake();
+    this.#setState(state);
+    if (ending) this.#emit("refused", ending);
+    this.#listenerAbort.abort();
+    this.#updateWaker();
   }
 }
 

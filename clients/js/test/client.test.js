@@ -4,7 +4,7 @@ import assert from "node:assert/strict";
 import { afterEach, beforeEach, mock, test } from "node:test";
 
 import { afterClose, connect } from "../../../trio_gateway/static/client.js";
-import { Clock, Driven, FakePage, FakeWebSocket, draw, jwt, settle } from "./fakes.js";
+import { Clock, FakePage, FakeWebSocket, TestClient, jwt, setRandom, settle } from "./fakes.js";
 
 const HOUR = 3600;
 /** @type {Clock} */
@@ -15,31 +15,31 @@ beforeEach(() => {
   FakeWebSocket.all = [];
 });
 afterEach(() => {
-  for (const { client } of driven.splice(0)) client.close();
+  for (const { client } of clients.splice(0)) client.close();
   Reflect.deleteProperty(globalThis, "Worker");
   mock.timers.reset();
   mock.restoreAll();
 });
 
-/** @type {Driven[]} */
-const driven = [];
-/** @param {ConstructorParameters<typeof Driven>[0]} [options] */
+/** @type {TestClient[]} */
+const clients = [];
+/** @param {ConstructorParameters<typeof TestClient>[0]} [options] */
 const start = async (options) => {
-  const started = new Driven(options);
-  driven.push(started);
+  const started = new TestClient(options);
+  clients.push(started);
   await settle();
   return started;
 };
-/** @param {ConstructorParameters<typeof Driven>[0]} [options] */
+/** @param {ConstructorParameters<typeof TestClient>[0]} [options] */
 const open = async (options) => {
   const opened = await start(options);
-  opened.socket.letIn();
+  opened.socket.admit();
   return opened;
 };
 const sockets = () => FakeWebSocket.all.length;
 const live = () => FakeWebSocket.all.filter((socket) => socket.live).length;
 
-/** How long it takes until there is one socket more. @param {number} most */
+/** Seconds until there is another socket. @param {number} most */
 const untilNext = async (most) => {
   const before = sockets();
   for (let waited = 0; waited <= most; waited += 0.1) {
@@ -51,14 +51,14 @@ const untilNext = async (most) => {
 
 // Connecting
 
-test("the token stands among the subprotocols and never in the URL", async () => {
+test("the token is sent as a subprotocol and never in the URL", async () => {
   const { socket } = await start({ token: "a.b.c" });
   assert.deepEqual(socket.protocols, ["gateway.v1", "bearer.a.b.c"]);
   assert.equal(socket.url, "wss://gateway.example/ws/waiter");
 });
 
 for (const name of ["token", "table_token", "ticket"]) {
-  test(`a URL with a ${name} in it is refused`, () => {
+  test(`a URL that contains a ${name} is a TypeError`, () => {
     assert.throws(() => connect({ url: `wss://gateway.example/ws/diner?${name}=x`, token: "x" }), {
       name: "TypeError",
       message: new RegExp(`^no ${name} in the URL`),
@@ -67,13 +67,13 @@ for (const name of ["token", "table_token", "ticket"]) {
   });
 }
 
-test("a token that can't be a subprotocol ends it, and stands in no error", async () => {
+test("a token that is not valid as a subprotocol is refused, and appears in no error", async () => {
   const client = await start({ token: "1:1:10:456:1790000000:secret" });
   assert.equal(client.client.state, "refused");
-  assert.doesNotMatch(JSON.stringify(client.told), /secret/);
+  assert.doesNotMatch(JSON.stringify(client.calls), /secret/);
 });
 
-test("what the page or the platform does not allow is told as what it is", async () => {
+test("an error of the WebSocket constructor and a missing WebSocket are reported", async () => {
   const mixed = class {
     constructor() {
       throw new DOMException("an insecure connection may not be initiated", "SecurityError");
@@ -85,16 +85,16 @@ test("what the page or the platform does not allow is told as what it is", async
   assert.throws(() => connect({ url: "wss://gateway.example/ws/waiter", token: "x" }), /version 22/);
 });
 
-test("http and https URLs will do, and a fragment, which WebSockets had none of for long", async () => {
+test("an https URL becomes wss, and a fragment is removed", async () => {
   const { socket } = await start({ url: "https://gateway.example/ws/kitchen#here" });
   assert.equal(socket.url, "wss://gateway.example/ws/kitchen");
 });
 
-test("it is open once the gateway has let it in, not when the socket opens", async () => {
+test("the state is open when the gateway has admitted the client, not when the socket opens", async () => {
   const { client, socket } = await start();
   socket.open();
   assert.equal(client.state, "connecting");
-  socket.say({ type: "resumed", recovered: true, count: 0, last_event_id: "0" });
+  socket.receive({ type: "resumed", recovered: true, count: 0, last_event_id: "0" });
   assert.equal(client.state, "open");
 });
 
@@ -102,37 +102,37 @@ test("listeners are called only after connect() has returned", async () => {
   /** @type {string[]} */
   const states = [];
   const { client } = await start({ onState: () => states.push(client.state) });
-  driven[0].socket.letIn();
+  clients[0].socket.admit();
   assert.deepEqual(states, ["open"]);
 });
 
-test("an attempt that hangs is given up and made again", async () => {
-  draw(0.5);
-  const { told } = await start();
+test("an attempt that hangs is ended and repeated", async () => {
+  setRandom(0.5);
+  const { calls } = await start();
   await clock.pass(14.9);
   assert.equal(sockets(), 1);
   await clock.pass(1);
   assert.equal(sockets(), 2);
   assert.equal(live(), 1);
-  assert.deepEqual(told[0], ["close", { code: 1006, reason: "not connected in time", retryIn: 0.5 }]);
+  assert.deepEqual(calls[0], ["close", { code: 1006, reason: "not connected in time", retryIn: 0.5 }]);
 });
 
-test("what becomes of a socket that was given up does not matter", async () => {
-  draw(0.5);
+test("events of a dropped socket are ignored", async () => {
+  setRandom(0.5);
   const client = await start();
   await clock.pass(16);
   const [first, second] = FakeWebSocket.all;
   first.fail();
   first.end(4003);
-  first.letIn();
+  first.admit();
   assert.equal(client.of("close").length, 1);
   assert.equal(client.client.state, "connecting");
-  second.letIn();
+  second.admit();
   assert.equal(client.client.state, "open");
 });
 
-test("an error is enough to know that the socket could not be opened", async () => {
-  draw(0.5);
+test("an error without a close event counts as a failed attempt", async () => {
+  setRandom(0.5);
   const client = await start();
   client.socket.fail();
   assert.deepEqual(client.of("close"), [{ code: 1006, reason: "", retryIn: 0.5 }]);
@@ -140,7 +140,7 @@ test("an error is enough to know that the socket could not be opened", async () 
   assert.equal(sockets(), 2);
 });
 
-test("an error of an open socket waits for the code that follows it", async () => {
+test("an error of an open socket is reported with the close code that follows", async () => {
   const client = await open();
   client.socket.end(4003, "forbidden");
   assert.equal(client.of("refused")[0].code, 4003);
@@ -149,39 +149,39 @@ test("an error of an open socket waits for the code that follows it", async () =
 
 // The token provider
 
-test("a provider that fails is asked again with back-off, and its error is told", async () => {
-  draw(0.999);
-  let asked = 0;
+test("a provider that throws is called again with back-off, and its error is reported", async () => {
+  setRandom(0.999);
+  let calls = 0;
   const client = await start({
     token: () => {
-      asked++;
+      calls++;
       throw new Error("no network");
     },
   });
   await clock.pass(0.9);
-  assert.equal(asked, 1);
+  assert.equal(calls, 1);
   await clock.pass(0.2);
-  assert.equal(asked, 2);
+  assert.equal(calls, 2);
   await clock.pass(10 * 60);
-  assert.ok(asked < 30, `${asked} times`);
+  assert.ok(calls < 30, `${calls} times`);
   assert.equal(sockets(), 0);
   assert.equal(client.of("error")[0].message, "no network");
 });
 
-test("a provider that never answers is asked again", async () => {
-  let asked = 0;
+test("a provider that never answers is called again", async () => {
+  let calls = 0;
   await start({
     token: () => {
-      asked++;
+      calls++;
       return new Promise(() => {});
     },
   });
   await clock.pass(20);
-  assert.equal(asked, 2);
+  assert.equal(calls, 2);
 });
 
 for (const none of [null, undefined, ""]) {
-  test(`a provider that has no token (${JSON.stringify(none)}) ends it`, async () => {
+  test(`a provider without a token (${JSON.stringify(none)}) ends in refused`, async () => {
     const client = await start({ token: async () => none });
     assert.deepEqual(client.of("refused"), [{ code: 4001, reason: "no token", retryIn: null }]);
     await clock.pass(HOUR);
@@ -189,12 +189,12 @@ for (const none of [null, undefined, ""]) {
   });
 }
 
-test("what a provider says after close() opens nothing", async () => {
+test("a token that arrives after close() opens no socket", async () => {
   /** @type {(token: string) => void} */
-  let say = () => {};
-  const { client } = await start({ token: () => new Promise((resolve) => (say = resolve)) });
+  let answer = () => {};
+  const { client } = await start({ token: () => new Promise((resolve) => (answer = resolve)) });
   client.close();
-  say("late");
+  answer("late");
   await clock.pass(60);
   assert.equal(sockets(), 0);
 });
@@ -209,7 +209,7 @@ const CONTRACT = {
 };
 for (const [what, codes] of Object.entries(CONTRACT)) {
   for (const code of codes) {
-    test(`${code} means: ${what}`, () => assert.equal(afterClose(code), what));
+    test(`after ${code} a client should: ${what}`, () => assert.equal(afterClose(code), what));
   }
 }
 
@@ -231,7 +231,7 @@ for (const code of CONTRACT.stop) {
 
 for (const code of CONTRACT["back off"]) {
   test(`after ${code} the bound of the wait doubles up to half a minute`, async () => {
-    draw(0.999999);
+    setRandom(0.999999);
     const client = await start();
     for (const bound of [1, 2, 4, 8, 16, 30, 30, 30]) {
       client.socket.open();
@@ -243,10 +243,10 @@ for (const code of CONTRACT["back off"]) {
   });
 }
 
-test("the wait is anything below its bound", async () => {
+test("the wait is random, from zero to its bound", async () => {
   const client = await start();
   for (const drawn of [0, 0.25, 0.5]) {
-    draw(drawn);
+    setRandom(drawn);
     client.socket.end(1006);
     await untilNext(60);
   }
@@ -256,11 +256,11 @@ test("the wait is anything below its bound", async () => {
   );
 });
 
-test("a connection that held makes the back-off begin anew, one that was short does not", async () => {
-  draw(0.5);
+test("a connection that lasted resets the back-off, a short one does not", async () => {
+  setRandom(0.5);
   const client = await start();
   for (const held of [0, 0, 0, 3, 11, 0]) {
-    client.socket.letIn();
+    client.socket.admit();
     await clock.pass(held);
     client.socket.end(1013);
     await untilNext(60);
@@ -271,7 +271,7 @@ test("a connection that held makes the back-off begin anew, one that was short d
   );
 });
 
-test("the gateway's hint is obeyed to the decimal", async () => {
+test("the client waits for exactly the time in the close reason", async () => {
   const client = await open();
   client.socket.end(1001, "retry in 3.2s");
   assert.equal(client.of("close")[0].retryIn, 3.2);
@@ -281,7 +281,7 @@ test("the gateway's hint is obeyed to the decimal", async () => {
   assert.equal(sockets(), 2);
 });
 
-test("a tab that is shown and a network that comes back do not shorten the hint", async () => {
+test("a shown tab or a returning network does not shorten the wait that the gateway asked for", async () => {
   const client = await open();
   client.socket.end(1001, "retry in 30.5s");
   await clock.pass(10);
@@ -294,7 +294,7 @@ test("a tab that is shown and a network that comes back do not shorten the hint"
   assert.equal(sockets(), 2);
 });
 
-test("a hint of months is no hint of nothing", async () => {
+test("a hint that is longer than the longest timer does not become zero", async () => {
   const client = await open();
   client.socket.end(1001, "retry in 9999999s");
   await clock.pass(HOUR);
@@ -306,8 +306,8 @@ for (const [drawn, wait] of [
   [0.5, 45],
   [0.999, 59.97],
 ]) {
-  test(`after 4029 it cools down, ${wait} s if ${drawn} is drawn`, async () => {
-    draw(drawn);
+  test(`after 4029 it waits for ${wait} s if the random number is ${drawn}`, async () => {
+    setRandom(drawn);
     const client = await open();
     client.socket.end(4029, "rate limited");
     await clock.pass(10);
@@ -319,13 +319,13 @@ for (const [drawn, wait] of [
   });
 }
 
-test("a hint is obeyed after 4029 as well", async () => {
+test("a hint takes precedence over the cool-down after 4029", async () => {
   const client = await open();
   client.socket.end(4029, "retry in 3.5s");
   assert.equal(client.of("close")[0].retryIn, 3.5);
 });
 
-test("a clock that is set back does not make a wait longer", async () => {
+test("a clock that is set back does not extend a wait", async () => {
   const client = await open();
   client.socket.end(1001, "retry in 10.5s");
   clock.sleep(-HOUR);
@@ -335,55 +335,55 @@ test("a clock that is set back does not make a wait longer", async () => {
 });
 
 test("after 4001 the same token is not tried again", async () => {
-  let asked = 0;
+  let calls = 0;
   const client = await start({
     token: () => {
-      asked++;
-      return "dead";
+      calls++;
+      return "refused";
     },
   });
   client.socket.end(4001, "token expired");
   await clock.pass(HOUR);
-  assert.equal(asked, 2);
+  assert.equal(calls, 2);
   assert.equal(sockets(), 1);
   assert.equal(client.client.state, "refused");
   assert.equal(client.of("refused")[0].code, 4001);
 });
 
-test("after 4001 a fresh token is tried at once, and the provider knows why it is asked", async () => {
+test("after 4001 a fresh token is tried at once, and the provider is called with refused: true", async () => {
   /** @type {boolean[]} */
-  const asked = [];
+  const calls = [];
   const client = await open({
     token: ({ refused }) => {
-      asked.push(refused);
-      return `token${asked.length}`;
+      calls.push(refused);
+      return `token${calls.length}`;
     },
   });
   client.socket.end(4001, "token expired");
   await clock.pass(0.1);
   assert.equal(client.socket.token, "token2");
-  client.socket.letIn();
+  client.socket.admit();
   assert.equal(client.client.state, "open");
   client.socket.end(1006);
   await untilNext(60);
-  assert.deepEqual(asked, [false, true, false]);
+  assert.deepEqual(calls, [false, true, false]);
   assert.deepEqual(client.of("refused"), []);
 });
 
 test("fresh tokens that are all refused are tried with back-off", async () => {
-  let asked = 0;
-  const client = await start({ token: () => `token${++asked}` });
+  let calls = 0;
+  const client = await start({ token: () => `token${++calls}` });
   for (let minute = 0; minute < 10; minute++) {
     for (let second = 0; second < 60; second++) {
       await clock.pass(1);
       if (client.socket.live) client.socket.end(4001, "bad signature");
     }
   }
-  assert.ok(asked > 5 && asked < 100, `asked ${asked} times`);
+  assert.ok(calls > 5 && calls < 100, `called ${calls} times`);
 });
 
-test("a refused token is still known to be refused after attempts that failed otherwise", async () => {
-  const tokens = ["dead", "fresh", "dead"];
+test("a refused token stays refused after attempts that failed for other reasons", async () => {
+  const tokens = ["refused", "fresh", "refused"];
   const client = await start({ token: () => tokens.shift() });
   client.socket.end(4001, "revoked");
   await clock.pass(0.1);
@@ -395,21 +395,21 @@ test("a refused token is still known to be refused after attempts that failed ot
 
 // Resume
 
-test("the first message asks for the present place, later ones for the last that was seen", async () => {
-  draw(0);
+test("the first resume asks for the present position, later ones for the last event received", async () => {
+  setRandom(0);
   const client = await start();
   client.socket.open();
   assert.deepEqual(client.socket.sent, ['{"type":"resume","last_event_id":""}']);
   client.socket.end(1006);
   await clock.pass(0.1);
-  client.socket.letIn({ last_event_id: "place" });
+  client.socket.admit({ last_event_id: "position" });
   client.socket.end(1006);
   await clock.pass(0.1);
   client.socket.open();
-  assert.deepEqual(client.socket.sent, ['{"type":"resume","last_event_id":"place"}']);
-  client.socket.letIn({ last_event_id: "place" });
-  client.socket.say({ type: "ROUND_READY", tenant_id: 1, event_id: "7" });
-  client.socket.say({ type: "CART_CLEARED", tenant_id: 1 });
+  assert.deepEqual(client.socket.sent, ['{"type":"resume","last_event_id":"position"}']);
+  client.socket.admit({ last_event_id: "position" });
+  client.socket.receive({ type: "ROUND_READY", tenant_id: 1, event_id: "7" });
+  client.socket.receive({ type: "CART_CLEARED", tenant_id: 1 });
   assert.equal(client.client.lastEventId, "7");
   client.socket.end(1006);
   await clock.pass(0.1);
@@ -417,56 +417,56 @@ test("the first message asks for the present place, later ones for the last that
   assert.deepEqual(client.socket.sent, ['{"type":"resume","last_event_id":"7"}']);
 });
 
-test("an answer that names no place leaves the one that is known", async () => {
-  draw(0);
-  const client = await open({ lastEventId: "kept" });
-  client.socket.say({ type: "ROUND_READY", tenant_id: 1, event_id: "7" });
+test("an answer without a position leaves the known position unchanged", async () => {
+  setRandom(0);
+  const client = await open({ lastEventId: "stored" });
+  client.socket.receive({ type: "ROUND_READY", tenant_id: 1, event_id: "7" });
   client.socket.end(1006);
   await clock.pass(0.1);
   client.socket.open();
-  client.socket.say({ type: "resumed", recovered: false, count: 0 });
+  client.socket.receive({ type: "resumed", recovered: false, count: 0 });
   assert.equal(client.client.lastEventId, "7");
   assert.deepEqual(client.of("gap"), ["not_recovered"]);
 });
 
 for (const code of [1001, 1006, 1011, 1013, 4001, 4008, 4009, 4029]) {
-  test(`the place to resume from is kept over ${code}, and a gap is told once`, async () => {
-    draw(0);
-    let asked = 0;
-    const client = await open({ token: () => `token${++asked}` });
-    client.socket.say({ type: "ROUND_READY", tenant_id: 1, event_id: "7" });
-    client.socket.say({ type: "gap" });
+  test(`the position survives ${code}, and a gap is reported once`, async () => {
+    setRandom(0);
+    let calls = 0;
+    const client = await open({ token: () => `token${++calls}` });
+    client.socket.receive({ type: "ROUND_READY", tenant_id: 1, event_id: "7" });
+    client.socket.receive({ type: "gap" });
     client.socket.end(code);
     await clock.pass(61);
     client.socket.open();
     assert.equal(client.socket.sent[0], '{"type":"resume","last_event_id":"7"}');
-    client.socket.letIn({ last_event_id: "7" });
+    client.socket.admit({ last_event_id: "7" });
     assert.deepEqual(client.of("gap"), ["lost"]);
   });
 }
 
-test("the last thousand are remembered, not more", async () => {
+test("only the last thousand event ids are remembered", async () => {
   const client = await open();
   for (let id = 0; id <= 1000; id++) {
-    client.socket.say({ type: "ROUND_READY", tenant_id: 1, event_id: `${id}` });
+    client.socket.receive({ type: "ROUND_READY", tenant_id: 1, event_id: `${id}` });
   }
   for (const event_id of ["1", "0"]) {
-    client.socket.say({ type: "ROUND_READY", tenant_id: 1, event_id });
+    client.socket.receive({ type: "ROUND_READY", tenant_id: 1, event_id });
   }
   assert.equal(client.of("event").length, 1002);
   assert.equal(client.of("event").at(-1).event_id, "0");
 });
 
-test("it can begin where another page left off", async () => {
-  const { socket } = await start({ lastEventId: "kept" });
+test("it resumes from the lastEventId of another page", async () => {
+  const { socket } = await start({ lastEventId: "stored" });
   socket.open();
-  assert.deepEqual(socket.sent, ['{"type":"resume","last_event_id":"kept"}']);
+  assert.deepEqual(socket.sent, ['{"type":"resume","last_event_id":"stored"}']);
 });
 
-test("an event that was seen is not handed on again, one without an id always is", async () => {
+test("an event id is reported once, events without an id always", async () => {
   const client = await open();
   for (const event_id of ["1", "2", "1", undefined, undefined, "2", "3"]) {
-    client.socket.say({ type: "ROUND_READY", tenant_id: 1, event_id });
+    client.socket.receive({ type: "ROUND_READY", tenant_id: 1, event_id });
   }
   assert.deepEqual(
     client.of("event").map((event) => event.event_id),
@@ -474,11 +474,11 @@ test("an event that was seen is not handed on again, one without an id always is
   );
 });
 
-test("lost events and a place that is forgotten are told as gaps, after it is open", async () => {
+test("lost events and an unknown position are reported as gaps, after the state is open", async () => {
   const client = await start();
-  client.socket.letIn({ recovered: false });
-  client.socket.say({ type: "gap" });
-  assert.deepEqual(client.told, [
+  client.socket.admit({ recovered: false });
+  client.socket.receive({ type: "gap" });
+  assert.deepEqual(client.calls, [
     ["state", "open"],
     ["gap", "not_recovered"],
     ["gap", "lost"],
@@ -488,14 +488,14 @@ test("lost events and a place that is forgotten are told as gaps, after it is op
 for (const type of ["pong", "gap", "resumed", "auth_ok", "sectors_updated"]) {
   test(`a backend's event of type ${type} is an event`, async () => {
     const client = await open();
-    client.socket.say({ type, tenant_id: 1, branch_id: 1 });
+    client.socket.receive({ type, tenant_id: 1, branch_id: 1 });
     assert.deepEqual(client.of("event"), [{ type, tenant_id: 1, branch_id: 1 }]);
     assert.deepEqual(client.of("gap"), []);
     assert.equal(client.client.lastEventId, "0");
   });
 }
 
-test("the text of an event is handed on as it came", async () => {
+test("the text of an event is passed on unchanged", async () => {
   const text = '{"type":"X","tenant_id":1,"data":{"id":9007199254740993}}';
   /** @type {string[]} */
   const texts = [];
@@ -504,7 +504,7 @@ test("the text of an event is handed on as it came", async () => {
   assert.deepEqual(texts, [text]);
 });
 
-test("what is no JSON, or no object, is passed over", async () => {
+test("text that is not JSON, or not an object, is ignored", async () => {
   const client = await open();
   for (const data of ["sectors_updated:5", "{", "null", "7", '"x"', "[]"]) {
     client.socket.onmessage({ data });
@@ -515,7 +515,7 @@ test("what is no JSON, or no object, is passed over", async () => {
 
 // Renewal
 
-test("the token is renewed in place when four fifths of its life are over", async () => {
+test("the token is renewed on the connection after four fifths of its lifetime", async () => {
   const tokens = [jwt({ exp: clock.seconds + 100 }), jwt({ exp: clock.seconds + 300 })];
   const second = tokens[1];
   const client = await open({ token: () => tokens.shift() });
@@ -529,31 +529,31 @@ test("the token is renewed in place when four fifths of its life are over", asyn
   assert.equal(client.client.state, "open");
 });
 
-test("what auth_ok says is when the next renewal is counted from", async () => {
+test("the next renewal is computed from the expiry in auth_ok", async () => {
   const exp = clock.seconds + 100;
   const tokens = [jwt({ exp }), jwt({ exp: exp + 1 }), jwt({ exp: exp + 2 })];
   const client = await open({ token: () => tokens.shift() });
   await keepAlive(client, 80.2);
-  client.socket.say({ type: "auth_ok", expires_at: clock.seconds + 4000 });
+  client.socket.receive({ type: "auth_ok", expires_at: clock.seconds + 4000 });
   await keepAlive(client, 3195);
   assert.equal(tokens.length, 1);
   await keepAlive(client, 10);
   assert.equal(tokens.length, 0);
 });
 
-test("a renewed token is the one that a refusal is about", async () => {
+test("after a renewal, a refusal concerns the new token", async () => {
   const fresh = jwt({ exp: clock.seconds + 300 });
   const tokens = [jwt({ exp: clock.seconds + 10 })];
   const client = await open({ token: () => tokens.shift() ?? fresh });
   await clock.pass(8.1);
-  client.socket.say({ type: "auth_ok", expires_at: clock.seconds + 290 });
+  client.socket.receive({ type: "auth_ok", expires_at: clock.seconds + 290 });
   client.socket.end(4001, "revoked");
   await clock.pass(60);
   assert.equal(sockets(), 1);
   assert.equal(client.client.state, "refused");
 });
 
-test("a renewal that is not answered is asked for again before the token expires", async () => {
+test("a renewal without an answer is repeated before the token expires", async () => {
   const exp = clock.seconds + 100;
   const fresh = jwt({ exp: exp + 300 });
   const tokens = [jwt({ exp }), fresh, fresh, fresh];
@@ -563,7 +563,7 @@ test("a renewal that is not answered is asked for again before the token expires
   assert.ok(renewals.length >= 2, `${renewals.length} times`);
 });
 
-test("a token that expired while its renewal was not answered gives way to the fresh one", async () => {
+test("a token that expires during its renewal is replaced by the fresh one", async () => {
   const fresh = jwt({ exp: clock.seconds + 300 });
   const tokens = [jwt({ exp: clock.seconds + 10 })];
   const client = await open({ token: () => tokens.shift() ?? fresh });
@@ -574,14 +574,14 @@ test("a token that expired while its renewal was not answered gives way to the f
   assert.equal(client.client.state, "connecting");
 });
 
-test("a refusal while a renewal is open blames neither token for sure", async () => {
+test("a refusal during a renewal marks neither token as refused", async () => {
   const [first, other] = [jwt({ exp: clock.seconds + 100 }), jwt({ exp: clock.seconds + 100, jti: "2" })];
   const tokens = [first, other];
   /** @type {boolean[]} */
-  const asked = [];
+  const calls = [];
   const client = await open({
     token: ({ refused }) => {
-      asked.push(refused);
+      calls.push(refused);
       return tokens.shift() ?? first;
     },
   });
@@ -589,22 +589,22 @@ test("a refusal while a renewal is open blames neither token for sure", async ()
   client.socket.end(4001, "bad signature");
   await clock.pass(0.1);
   assert.equal(client.socket.token, first);
-  client.socket.letIn();
+  client.socket.admit();
   assert.equal(client.client.state, "open");
   client.socket.end(4001, "token revoked");
   await clock.pass(60);
-  assert.deepEqual(asked, [false, false, true, true]);
+  assert.deepEqual(calls, [false, false, true, true]);
   assert.equal(client.of("refused")[0].reason, "token revoked");
 });
 
-test("two answers to a renewal lose no token", async () => {
+test("a repeated answer to a renewal loses no token", async () => {
   const fresh = jwt({ exp: clock.seconds + 1000 });
   const tokens = [jwt({ exp: clock.seconds + 10 })];
   const client = await open({ token: () => tokens.shift() ?? fresh });
-  client.socket.say({ type: "auth_ok", expires_at: clock.seconds + 5 });
+  client.socket.receive({ type: "auth_ok", expires_at: clock.seconds + 5 });
   await clock.pass(8.1);
   for (let answer = 0; answer < 2; answer++) {
-    client.socket.say({ type: "auth_ok", expires_at: clock.seconds + 990 });
+    client.socket.receive({ type: "auth_ok", expires_at: clock.seconds + 990 });
   }
   client.socket.end(4001, "revoked");
   await clock.pass(60);
@@ -631,11 +631,11 @@ for (const behind of [-600, 0, 600]) {
           await clock.pass(1, 1000);
           const { socket } = client;
           if (socket.live && clock.seconds + behind >= expires) socket.end(4001, "token expired");
-          if (socket.live && client.client.state === "connecting") socket.letIn();
-          const said = socket.sent.at(-1);
-          if (said === "ping") socket.say({ type: "pong" });
-          if (said?.includes("auth")) {
-            socket.say({ type: "auth_ok", expires_at: expires });
+          if (socket.live && client.client.state === "connecting") socket.admit();
+          const last = socket.sent.at(-1);
+          if (last === "ping") socket.receive({ type: "pong" });
+          if (last?.includes("auth")) {
+            socket.receive({ type: "auth_ok", expires_at: expires });
             socket.sent.push("");
           }
         }
@@ -647,18 +647,18 @@ for (const behind of [-600, 0, 600]) {
   }
 }
 
-test("a provider that keeps its token or fails is no reason to send anything", async () => {
-  const kept = jwt({ exp: clock.seconds + 100 });
-  const answers = [() => kept, () => kept, () => assert.fail("down"), () => null];
-  let asked = 0;
+test("nothing is sent if the provider returns the same token, none, or throws", async () => {
+  const cached = jwt({ exp: clock.seconds + 100 });
+  const answers = [() => cached, () => cached, () => assert.fail("down"), () => null];
+  let calls = 0;
   const client = await open({
     token: () => {
-      asked++;
-      return (answers.shift() ?? (() => kept))();
+      calls++;
+      return (answers.shift() ?? (() => cached))();
     },
   });
   await keepAlive(client, 99.9);
-  assert.ok(asked < 10, `asked ${asked} times`);
+  assert.ok(calls < 10, `called ${calls} times`);
   assert.deepEqual(
     client.socket.sent.filter((text) => text.includes("auth")),
     [],
@@ -667,7 +667,7 @@ test("a provider that keeps its token or fails is no reason to send anything", a
   assert.equal(client.client.state, "open");
 });
 
-test("a clock that is a day ahead does not make it renew without end", async () => {
+test("a clock that is a day ahead does not cause endless renewals", async () => {
   let minted = 0;
   const token = () => {
     minted++;
@@ -678,13 +678,13 @@ test("a clock that is a day ahead does not make it renew without end", async () 
   for (let minute = 0; minute < 60; minute++) {
     await keepAlive(client, 60);
     if (client.socket.sent.at(-1)?.includes("auth")) {
-      client.socket.say({ type: "auth_ok", expires_at: clock.seconds - 24 * HOUR + 600 });
+      client.socket.receive({ type: "auth_ok", expires_at: clock.seconds - 24 * HOUR + 600 });
     }
   }
   assert.ok(minted >= 6 && minted < 20, `${minted} in an hour`);
 });
 
-test("a clock that is ahead by almost a token's life makes it renew once a second at most", async () => {
+test("a clock that is ahead by almost a token's lifetime causes one renewal a second at most", async () => {
   let minted = 0;
   const client = await open({
     token: () => jwt({ exp: clock.seconds + 0.1, jti: `${minted++}` }),
@@ -692,31 +692,31 @@ test("a clock that is ahead by almost a token's life makes it renew once a secon
   for (let passed = 0; passed < 60; passed += 0.1) {
     await clock.pass(0.1);
     if (client.socket.sent.at(-1)?.includes("auth")) {
-      client.socket.say({ type: "auth_ok", expires_at: clock.seconds + 0.1 });
+      client.socket.receive({ type: "auth_ok", expires_at: clock.seconds + 0.1 });
     }
-    if (client.socket.sent.at(-1) === "ping") client.socket.say({ type: "pong" });
+    if (client.socket.sent.at(-1) === "ping") client.socket.receive({ type: "pong" });
   }
   assert.ok(minted > 1 && minted <= 61, `${minted} in a minute`);
 });
 
-test("a token that says nothing of its life is not renewed", async () => {
-  let asked = 0;
-  const client = await open({ token: () => `opaque${++asked}` });
+test("a token without a readable expiry is not renewed", async () => {
+  let calls = 0;
+  const client = await open({ token: () => `opaque${++calls}` });
   await keepAlive(client, HOUR);
-  assert.equal(asked, 1);
+  assert.equal(calls, 1);
 });
 
-/** Answer pings while time passes. @param {Driven} client @param {number} seconds */
+/** Answer pings while time passes. @param {TestClient} client @param {number} seconds */
 async function keepAlive(client, seconds) {
   for (let passed = 0; passed < seconds; passed += 1) {
     await clock.pass(Math.min(1, seconds - passed));
-    if (client.socket.sent.at(-1) === "ping") client.socket.say({ type: "pong" });
+    if (client.socket.sent.at(-1) === "ping") client.socket.receive({ type: "pong" });
   }
 }
 
 // Heartbeat, sleep, network
 
-test("it says something every 25 seconds, and answers keep the socket", async () => {
+test("it pings every 25 seconds, and keeps a socket that answers", async () => {
   const client = await open();
   await keepAlive(client, 200);
   const pings = client.socket.sent.filter((text) => text === "ping");
@@ -730,14 +730,14 @@ for (const [heartbeat, receive, every] of [
   [60, 8, 4],
   [0.1, 90, 0.5],
 ]) {
-  test(`it says something every ${every} s to a gateway that asks for ${heartbeat} and ${receive}`, async () => {
+  test(`it pings every ${every} s if the gateway's timeouts are ${heartbeat} and ${receive} s`, async () => {
     const client = await open();
     assert.deepEqual(client.socket.sent.slice(1), ['{"type":"intervals"}']);
-    client.socket.say({ type: "intervals", heartbeat_timeout: heartbeat, receive_timeout: receive });
+    client.socket.receive({ type: "intervals", heartbeat_timeout: heartbeat, receive_timeout: receive });
     for (let passed = 0; passed < 20 * every; passed += 0.1) {
       await clock.pass(0.1);
       if (client.socket.sent.at(-1) === "ping") {
-        client.socket.say({ type: "pong" });
+        client.socket.receive({ type: "pong" });
         client.socket.sent.push("");
       }
     }
@@ -747,10 +747,10 @@ for (const [heartbeat, receive, every] of [
   });
 }
 
-test("intervals that are no numbers change nothing", async () => {
+test("invalid intervals are ignored", async () => {
   const client = await open();
   for (const bad of ["x", -1, null, 0, {}]) {
-    client.socket.say({ type: "intervals", heartbeat_timeout: bad, receive_timeout: 90 });
+    client.socket.receive({ type: "intervals", heartbeat_timeout: bad, receive_timeout: 90 });
   }
   await clock.pass(24);
   assert.ok(!client.socket.sent.includes("ping"));
@@ -758,11 +758,11 @@ test("intervals that are no numbers change nothing", async () => {
   assert.equal(client.socket.sent.at(-1), "ping");
 });
 
-test("a socket that does not answer is replaced, and what it says later is not heard", async () => {
-  draw(0);
+test("a socket that does not answer is replaced, and its later messages are ignored", async () => {
+  setRandom(0);
   const client = await open();
-  const dead = client.socket;
-  const { onmessage, onclose } = dead;
+  const first = client.socket;
+  const { onmessage, onclose } = first;
   await clock.pass(34.9);
   assert.equal(sockets(), 1);
   await clock.pass(0.3);
@@ -770,20 +770,20 @@ test("a socket that does not answer is replaced, and what it says later is not h
   assert.equal(live(), 1);
   assert.deepEqual(client.of("close"), [{ code: 1006, reason: "no answer to a ping", retryIn: 0 }]);
   assert.ok(onmessage && onclose);
-  assert.equal(dead.onmessage, null);
-  assert.equal(dead.onclose, null);
+  assert.equal(first.onmessage, null);
+  assert.equal(first.onclose, null);
 });
 
-test("anything that comes is an answer", async () => {
+test("any message counts as an answer to a ping", async () => {
   const client = await open();
   await clock.pass(26);
-  client.socket.say({ type: "CART_CLEARED", tenant_id: 1 });
+  client.socket.receive({ type: "CART_CLEARED", tenant_id: 1 });
   await clock.pass(20);
   assert.equal(sockets(), 1);
 });
 
-test("a timer that fires much too late means a sleep: the ping is given three seconds", async () => {
-  draw(0);
+test("after a sleep a ping must be answered in three seconds", async () => {
+  setRandom(0);
   const client = await open();
   await clock.pass(20);
   clock.sleep(HOUR);
@@ -795,38 +795,38 @@ test("a timer that fires much too late means a sleep: the ping is given three se
   assert.equal(sockets(), 2);
 });
 
-test("a sleep between ping and answer is no silence of the gateway's", async () => {
+test("a sleep between ping and answer does not count as silence of the gateway", async () => {
   const client = await open();
   await clock.pass(25);
   clock.sleep(HOUR);
   await clock.pass(10);
   assert.equal(sockets(), 1);
-  client.socket.say({ type: "pong" });
+  client.socket.receive({ type: "pong" });
   await clock.pass(20);
   assert.equal(sockets(), 1);
   assert.equal(client.client.state, "open");
 });
 
-for (const [name, happen] of /** @type {[string, (page: FakePage) => void][]} */ ([
+for (const [name, trigger] of /** @type {[string, (page: FakePage) => void][]} */ ([
   ["shown again", (page) => page.show(true)],
   ["taken from the back-forward cache", (page) => page.dispatchEvent(new Event("pageshow"))],
   ["on another network", (page) => page.network(true)],
 ])) {
-  test(`a page that is ${name} asks at once whether its socket lives`, async () => {
-    draw(0);
+  test(`a page that is ${name} pings at once`, async () => {
+    setRandom(0);
     const client = await open();
-    happen(client.page);
+    trigger(client.page);
     assert.equal(client.socket.sent.at(-1), "ping");
-    client.socket.say({ type: "pong" });
+    client.socket.receive({ type: "pong" });
     await clock.pass(20);
     assert.equal(sockets(), 1);
-    happen(client.page);
+    trigger(client.page);
     await clock.pass(3.2);
     assert.equal(sockets(), 2);
   });
 
-  test(`a page that is ${name} does not sit out a back-off`, async () => {
-    draw(0.999);
+  test(`a page that is ${name} ends a back-off`, async () => {
+    setRandom(0.999);
     const client = await open();
     for (let failed = 0; failed < 6; failed++) {
       client.socket.end(1006);
@@ -834,21 +834,21 @@ for (const [name, happen] of /** @type {[string, (page: FakePage) => void][]} */
     }
     await clock.pass(1);
     assert.equal(sockets(), 6);
-    happen(client.page);
+    trigger(client.page);
     await settle();
     assert.equal(sockets(), 7);
   });
 }
 
-test("a page that is hidden is left alone", async () => {
+test("a page that becomes hidden sends nothing", async () => {
   const client = await open();
   const before = client.socket.sent.length;
   client.page.show(false);
   assert.equal(client.socket.sent.length, before);
 });
 
-test("offline it tries seldom, and goes on at once when the network is back", async () => {
-  draw(0.5);
+test("offline it tries at long intervals, and at once when the network is back", async () => {
+  setRandom(0.5);
   const client = await open();
   client.page.network(false);
   await clock.pass(3.1);
@@ -870,8 +870,8 @@ test("offline it tries seldom, and goes on at once when the network is back", as
   assert.equal(sockets(), before + 1);
 });
 
-test("a browser that says offline although the network works is not believed", async () => {
-  draw(0.5);
+test("a wrong offline state of the browser is ignored until its next offline event", async () => {
+  setRandom(0.5);
   const page = new FakePage();
   page.navigator.onLine = false;
   const client = await open({ page });
@@ -880,14 +880,14 @@ test("a browser that says offline although the network works is not believed", a
   assert.equal(client.client.state, "waiting");
   await clock.pass(0.6);
   assert.equal(sockets(), 2);
-  client.socket.letIn();
+  client.socket.admit();
   page.network(false);
   client.socket.end(1006);
   assert.equal(client.client.state, "offline");
 });
 
-test("a wait becomes a longer one when the network goes", async () => {
-  draw(0.5);
+test("a wait becomes longer when the network is lost", async () => {
+  setRandom(0.5);
   const client = await open();
   client.socket.end(1006);
   client.page.network(false);
@@ -898,7 +898,7 @@ test("a wait becomes a longer one when the network goes", async () => {
   assert.equal(sockets(), 2);
 });
 
-test("offline, a hint is still obeyed", async () => {
+test("offline, the hint of the gateway is respected", async () => {
   const client = await open();
   client.page.navigator.onLine = false;
   client.socket.end(1001, "retry in 100.5s");
@@ -908,10 +908,10 @@ test("offline, a hint is still obeyed", async () => {
   assert.equal(sockets(), 2);
 });
 
-test("offline in name only: a socket that answers is kept", async () => {
+test("a socket that answers is kept although the browser says offline", async () => {
   const client = await open();
   client.page.network(false);
-  client.socket.say({ type: "pong" });
+  client.socket.receive({ type: "pong" });
   await clock.pass(20);
   assert.equal(client.client.state, "open");
   assert.equal(sockets(), 1);
@@ -919,13 +919,13 @@ test("offline in name only: a socket that answers is kept", async () => {
 
 // A hidden tab
 
-/** Stands for the worker that wakes a hidden page: its timers are the test's. */
+/** Replaces the worker that wakes a hidden page. The test triggers its timers. */
 class FakeWorker {
   /** @type {FakeWorker[]} */
   static all = [];
   live = true;
   /** @type {number[]} */
-  asked = [];
+  delays = [];
   /** @type {any} */ onmessage = null;
   /** @type {any} */ onerror = null;
 
@@ -937,7 +937,7 @@ class FakeWorker {
 
   /** @param {number} after milliseconds */
   postMessage(after) {
-    this.asked.push(after);
+    this.delays.push(after);
   }
 
   terminate() {
@@ -955,18 +955,18 @@ const hide = async (worker = FakeWorker) => {
   return client;
 };
 
-test("a hidden page is woken by a worker, which asks for every timer to come", async () => {
+test("a hidden page is woken by a worker, which gets the delay of every timer", async () => {
   const client = await hide();
   const [worker] = FakeWorker.all;
   assert.match(worker.url, /^blob:/);
-  assert.equal(worker.asked[0], 0);
-  assert.ok(worker.asked.slice(1).every((wait) => wait > 19_000 && wait <= 20_010));
-  clock.sleep(21); // the page's own timers are held up
+  assert.equal(worker.delays[0], 0);
+  assert.ok(worker.delays.slice(1).every((wait) => wait > 19_000 && wait <= 20_010));
+  clock.sleep(21); // the page's own timers are delayed
   worker.onmessage({});
   assert.equal(client.socket.sent.at(-1), "ping");
-  assert.equal(worker.asked.at(-1), 10_010);
+  assert.equal(worker.delays.at(-1), 10_010);
   clock.sleep(2);
-  client.socket.say({ type: "pong" });
+  client.socket.receive({ type: "pong" });
   clock.sleep(25.1);
   worker.onmessage({});
   assert.equal(client.socket.sent.filter((text) => text === "ping").length, 2);
@@ -987,7 +987,7 @@ test("the worker ends when the page is shown, and with the client", async () => 
   const client = await hide();
   client.page.show(true);
   assert.deepEqual(FakeWorker.all.map((worker) => worker.live), [false]);
-  client.socket.say({ type: "pong" });
+  client.socket.receive({ type: "pong" });
   client.page.show(false);
   await clock.pass(5.1);
   client.client.close();
@@ -997,11 +997,11 @@ test("the worker ends when the page is shown, and with the client", async () => 
 test("a page that is hidden for a moment, or closing, starts no worker", async () => {
   const client = await hide();
   client.page.show(true);
-  client.socket.say({ type: "pong" });
+  client.socket.receive({ type: "pong" });
   client.page.show(false);
   await clock.pass(4);
   client.page.show(true);
-  client.socket.say({ type: "pong" });
+  client.socket.receive({ type: "pong" });
   await clock.pass(4);
   client.page.show(false);
   client.client.close();
@@ -1017,16 +1017,16 @@ const forbidden = class {
 for (const [name, worker] of /** @type {[string, any][]} */ ([
   ["throws", forbidden],
   ["fails", FakeWorker],
-  ["is not there", undefined],
+  ["is missing", undefined],
 ])) {
-  test(`where a worker ${name}, what is heard wakes a hidden page`, async () => {
+  test(`if the worker ${name}, a received message wakes a hidden page`, async () => {
     const client = await hide(worker);
     FakeWorker.all[0]?.onerror({});
     clock.sleep(21);
-    client.socket.say({ type: "CART_CLEARED", tenant_id: 1 });
+    client.socket.receive({ type: "CART_CLEARED", tenant_id: 1 });
     await settle();
     assert.equal(client.socket.sent.at(-1), "ping");
-    client.socket.say({ type: "pong" });
+    client.socket.receive({ type: "pong" });
     assert.equal(client.client.state, "open");
     assert.equal(sockets(), 1);
   });
@@ -1036,8 +1036,8 @@ for (const [name, worker] of /** @type {[string, any][]} */ ([
 
 test("a second connect of a page to a URL closes the first, whose query may differ", async () => {
   const first = await open({ url: "wss://gateway.example/ws/waiter?a=1" });
-  const second = new Driven({ url: "wss://gateway.example/ws/waiter", page: first.page });
-  driven.push(second);
+  const second = new TestClient({ url: "wss://gateway.example/ws/waiter", page: first.page });
+  clients.push(second);
   assert.equal(live(), 0);
   await settle();
   assert.equal(live(), 1);
@@ -1048,7 +1048,7 @@ test("a second connect of a page to a URL closes the first, whose query may diff
   assert.equal(live(), 1);
 });
 
-test("other URLs, other pages, and programs without a page have sockets of their own", async () => {
+test("each URL and each page has its own socket, and so has each connect without a page", async () => {
   const first = await open();
   const more = [
     { url: "wss://gateway.example/ws/kitchen", page: first.page },
@@ -1060,7 +1060,7 @@ test("other URLs, other pages, and programs without a page have sockets of their
   assert.equal(live(), 5);
 });
 
-test("closing the one that was replaced does not let go of the second", async () => {
+test("closing a replaced client does not unregister its successor", async () => {
   const first = await open();
   const second = await open({ page: first.page });
   first.client.close();
@@ -1071,45 +1071,45 @@ test("closing the one that was replaced does not let go of the second", async ()
 
 // Sectors
 
-test("sectors are asked for and told", async () => {
+test("refreshSectors sends the request and returns the answer", async () => {
   const { client, socket } = await open();
   const both = Promise.all([client.refreshSectors(), client.refreshSectors()]);
   assert.equal(socket.sent.at(-1), '{"type":"refresh_sectors"}');
-  socket.say({ type: "sectors_updated", sector_ids: [5, 6] });
+  socket.receive({ type: "sectors_updated", sector_ids: [5, 6] });
   assert.deepEqual(await both, [
     [5, 6],
     [5, 6],
   ]);
 });
 
-test("sectors that are not told in time, or lost with the socket, are an error", async () => {
+test("refreshSectors rejects without an answer in time, and when the socket is lost", async () => {
   const { client, socket } = await open();
   const late = client.refreshSectors();
-  const asserted = assert.rejects(late, /did not say the sectors/);
+  const asserted = assert.rejects(late, /did not answer with the sectors/);
   await clock.pass(10.1);
   await asserted;
   const lost = client.refreshSectors();
-  const alsoAsserted = assert.rejects(lost, /did not say the sectors/);
+  const alsoAsserted = assert.rejects(lost, /did not answer with the sectors/);
   socket.end(1006);
   await alsoAsserted;
   await assert.rejects(client.refreshSectors(), /not connected: waiting/);
 });
 
-// What the application says itself
+// Messages of the application
 
-test("the application may say things, and is told the answers, which are no events", async () => {
+test("the application can send messages, and onMessage gets the answers but no events", async () => {
   /** @type {any[]} */
   const answers = [];
   const client = await start({ onMessage: (message, text) => answers.push([message, text]) });
   assert.throws(() => client.client.send("ping"), /^Error: not connected: connecting$/);
-  client.socket.letIn();
+  client.socket.admit();
   answers.length = 0;
   client.client.send({ type: "watch" });
   client.client.send("refresh_sectors");
   assert.deepEqual(client.socket.sent.slice(-2), ['{"type":"watch"}', "refresh_sectors"]);
-  client.socket.say({ type: "statistics", pid: 1 });
+  client.socket.receive({ type: "statistics", pid: 1 });
   client.socket.onmessage({ data: "sectors_updated:5" });
-  client.socket.say({ type: "ROUND_READY", tenant_id: 1 });
+  client.socket.receive({ type: "ROUND_READY", tenant_id: 1 });
   assert.deepEqual(answers, [
     [{ type: "statistics", pid: 1 }, '{"type":"statistics","pid":1}'],
     [null, "sectors_updated:5"],
@@ -1118,7 +1118,7 @@ test("the application may say things, and is told the answers, which are no even
 
 test("reconnect() resumes on another socket at once, unless the gateway has asked to wait", async () => {
   const client = await open();
-  client.socket.say({ type: "ROUND_READY", tenant_id: 1, event_id: "7" });
+  client.socket.receive({ type: "ROUND_READY", tenant_id: 1, event_id: "7" });
   client.client.reconnect();
   await settle();
   assert.equal(live(), 1);
@@ -1130,7 +1130,7 @@ test("reconnect() resumes on another socket at once, unless the gateway has aske
   assert.equal(sockets(), 2);
   await clock.pass(1);
   assert.equal(sockets(), 3);
-  client.socket.letIn();
+  client.socket.admit();
   clock.sleep(-HOUR);
   client.client.reconnect();
   await settle();
@@ -1143,31 +1143,31 @@ test("reconnect() resumes on another socket at once, unless the gateway has aske
 
 // The end
 
-test("close() ends everything: socket, timers, listeners", async () => {
+test("close() ends socket, timers and listeners", async () => {
   const client = await open();
   client.client.close();
   assert.equal(client.client.state, "closed");
   assert.equal(live(), 0);
-  const told = client.told.length;
-  assert.deepEqual(client.told.at(-1), ["state", "closed"]);
+  const before = client.calls.length;
+  assert.deepEqual(client.calls.at(-1), ["state", "closed"]);
   client.page.show(true);
   client.page.network(true);
   await clock.pass(HOUR);
   client.client.close();
-  assert.equal(client.told.length, told);
+  assert.equal(client.calls.length, before);
   assert.equal(sockets(), 1);
 });
 
-test("close() before anything has begun opens nothing", async () => {
-  const client = new Driven();
+test("close() right after connect() opens no socket", async () => {
+  const client = new TestClient();
   client.client.close();
   await clock.pass(60);
   assert.equal(sockets(), 0);
 });
 
 for (const name of ["onEvent", "onGap", "onState", "onClose", "onError"]) {
-  test(`close() in ${name} is the end as well`, async () => {
-    draw(0);
+  test(`close() inside ${name} is final`, async () => {
+    setRandom(0);
     let calls = 0;
     const tokens = ["token"];
     const client = await start({
@@ -1177,9 +1177,9 @@ for (const name of ["onEvent", "onGap", "onState", "onClose", "onError"]) {
         client.client.close();
       },
     });
-    client.socket.letIn({ recovered: false });
-    client.socket.say({ type: "ROUND_READY", tenant_id: 1, event_id: "1" });
-    client.socket.say({ type: "ROUND_READY", tenant_id: 1, event_id: "2" });
+    client.socket.admit({ recovered: false });
+    client.socket.receive({ type: "ROUND_READY", tenant_id: 1, event_id: "1" });
+    client.socket.receive({ type: "ROUND_READY", tenant_id: 1, event_id: "2" });
     client.socket.end(1006);
     await clock.pass(HOUR);
     assert.equal(calls, name === "onState" ? 2 : 1);
@@ -1188,30 +1188,30 @@ for (const name of ["onEvent", "onGap", "onState", "onClose", "onError"]) {
   });
 }
 
-test("close() when it begins another attempt is the end as well", async () => {
-  draw(0);
-  let asked = 0;
+test("close() at the start of another attempt is final", async () => {
+  setRandom(0);
+  let calls = 0;
   const client = await open({
-    token: () => `${++asked}`,
+    token: () => `${++calls}`,
     onState: (state) => state === "connecting" && client.client.close(),
   });
   client.socket.end(1006);
   await clock.pass(HOUR);
   assert.equal(client.client.state, "closed");
-  assert.equal(asked, 1);
+  assert.equal(calls, 1);
   assert.equal(sockets(), 1);
 });
 
-test("close() when it has been refused silences what would still be told, and mends nothing", async () => {
-  const told = /** @type {string[]} */ ([]);
+test("close() in the refused state stops later callbacks and keeps the state", async () => {
+  const events = /** @type {string[]} */ ([]);
   const client = await open({ onState: (state) => state === "refused" && client.client.close() });
-  client.client.addEventListener("refused", () => told.push("refused"));
+  client.client.addEventListener("refused", () => events.push("refused"));
   client.socket.end(4003);
   assert.equal(client.client.state, "refused");
-  assert.deepEqual([...told, ...client.of("refused")], []);
+  assert.deepEqual([...events, ...client.of("refused")], []);
 });
 
-test("one that was refused can be connected again from the listener that hears of it", async () => {
+test("onRefused may connect again", async () => {
   const page = new FakePage();
   const again = new Promise((resolve) => {
     open({ page, onRefused: () => resolve(start({ page, token: "fresh" })) });
@@ -1219,30 +1219,30 @@ test("one that was refused can be connected again from the listener that hears o
   await settle();
   FakeWebSocket.all[0].end(4003);
   const second = await again;
-  second.socket.letIn();
+  second.socket.admit();
   assert.equal(second.socket.token, "fresh");
   assert.deepEqual(
-    driven.map(({ client }) => client.state),
+    clients.map(({ client }) => client.state),
     ["refused", "open"],
   );
   await start({ page });
   assert.equal(second.client.state, "closed");
 });
 
-test("addEventListener hears the same", async () => {
+test("addEventListener gets the same events", async () => {
   const { client, socket } = await open();
   /** @type {unknown[]} */
-  const heard = [];
-  client.addEventListener("event", ({ detail }) => heard.push(detail.event.type));
-  client.addEventListener("gap", ({ detail }) => heard.push(detail));
-  socket.say({ type: "ROUND_READY", tenant_id: 1 });
-  socket.say({ type: "gap" });
-  assert.deepEqual(heard, ["ROUND_READY", "lost"]);
+  const received = [];
+  client.addEventListener("event", ({ detail }) => received.push(detail.event.type));
+  client.addEventListener("gap", ({ detail }) => received.push(detail));
+  socket.receive({ type: "ROUND_READY", tenant_id: 1 });
+  socket.receive({ type: "gap" });
+  assert.deepEqual(received, ["ROUND_READY", "lost"]);
 });
 
-// Whatever happens
+// Random sequences
 
-/** Numbers from 0 to 1, the same for the same seed (mulberry32). @param {number} seed */
+/** Reproducible numbers from 0 to 1 (mulberry32). @param {number} seed */
 const numbers = (seed) => () => {
   seed = (seed + 0x6d2b79f5) | 0;
   let mixed = Math.imul(seed ^ (seed >>> 15), 1 | seed);
@@ -1250,7 +1250,7 @@ const numbers = (seed) => () => {
   return ((mixed ^ (mixed >>> 14)) >>> 0) / 2 ** 32;
 };
 
-test("whatever happens: one socket at most, no attempt too early, and in the end it is open", async () => {
+test("after any sequence of events: one socket at most, no early attempt, and open in the end", async () => {
   for (let seed = 0; seed < 60; seed++) {
     const number = numbers(seed);
     mock.method(Math, "random", number);
@@ -1260,8 +1260,8 @@ test("whatever happens: one socket at most, no attempt too early, and in the end
     let notBefore = 0;
     const client = await start({ token: () => jwt({ exp: clock.seconds + 300, jti: `${number()}` }) });
     /** @type {Record<string, () => void>} */
-    const happenings = {
-      letIn: () => client.socket.live && client.client.state === "connecting" && client.socket.letIn(),
+    const actions = {
+      admit: () => client.socket.live && client.client.state === "connecting" && client.socket.admit(),
       end: () => {
         if (!client.socket.live) return;
         client.socket.end(choose([1000, 1006, 1011, 1013, 4001, 4008, 4009]));
@@ -1284,8 +1284,8 @@ test("whatever happens: one socket at most, no attempt too early, and in the end
     };
     for (let step = 0; step < 40; step++) {
       const before = sockets();
-      const name = choose(Object.keys(happenings));
-      happenings[name]();
+      const name = choose(Object.keys(actions));
+      actions[name]();
       await clock.pass(choose([0, 0.1, 0.5, 3]));
       const story = `seed ${seed}, step ${step}, ${name}`;
       assert.ok(live() <= 1, `${live()} sockets: ${story}`);
@@ -1294,7 +1294,7 @@ test("whatever happens: one socket at most, no attempt too early, and in the end
     client.page.network(true);
     for (let passed = 0; client.client.state !== "open" && passed < 200; passed++) {
       await clock.pass(0.5);
-      happenings.letIn();
+      actions.admit();
     }
     assert.equal(client.client.state, "open", `seed ${seed}`);
     client.client.close();

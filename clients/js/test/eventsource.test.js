@@ -1,4 +1,4 @@
-/** Server-Sent Events as a standard EventSource hears them (Node's own, --experimental-eventsource). */
+/** Server-Sent Events with a standard EventSource (Node's, --experimental-eventsource). */
 
 import assert from "node:assert/strict";
 import { after, afterEach, beforeEach, test } from "node:test";
@@ -20,47 +20,47 @@ const listen = (token) => {
   const source = new EventSource(`${url}/events?last_event_id=&token=${token}`);
   sources.push(source);
   /** @type {any[]} */
-  const heard = [];
-  source.onmessage = ({ data, lastEventId }) => heard.push({ ...JSON.parse(data), lastEventId });
-  source.addEventListener("close", ({ data }) => heard.push(JSON.parse(data)));
-  return { source, heard };
+  const received = [];
+  source.onmessage = ({ data, lastEventId }) => received.push({ ...JSON.parse(data), lastEventId });
+  source.addEventListener("close", ({ data }) => received.push(JSON.parse(data)));
+  return { source, received };
 };
 
-/** @param {() => unknown} true_ @param {number} [seconds] */
-const until = async (true_, seconds = 10) => {
-  for (const end = Date.now() + seconds * 1000; !(await true_()); await sleep(20)) {
-    assert.ok(Date.now() < end, `not so within ${seconds} s`);
+/** Wait until a condition is true. @param {() => unknown} condition @param {number} [seconds] */
+const until = async (condition, seconds = 10) => {
+  for (const end = Date.now() + seconds * 1000; !(await condition()); await sleep(20)) {
+    assert.ok(Date.now() < end, `not true within ${seconds} s`);
   }
 };
 
-test("an EventSource comes back by itself and misses nothing", async () => {
-  const { source, heard } = listen(staffToken());
-  await until(() => heard.length);
-  assert.deepEqual([heard[0].type, heard[0].recovered], ["resumed", true]);
+test("an EventSource reconnects by itself and misses no event", async () => {
+  const { source, received } = listen(staffToken());
+  await until(() => received.length);
+  assert.deepEqual([received[0].type, received[0].recovered], ["resumed", true]);
   await publish({ id: "before" });
-  await until(() => heard.length === 2);
-  assert.equal(heard[1].lastEventId, heard[1].event_id);
+  await until(() => received.length === 2);
+  assert.equal(received[1].lastEventId, received[1].event_id);
 
   await gateway.stop("SIGTERM");
-  await until(() => heard.length === 3);
-  assert.equal(heard[2].code, 1001);
+  await until(() => received.length === 3);
+  assert.equal(received[2].code, 1001);
   await publish({ id: "meanwhile" });
   await gateway.start();
-  await until(() => heard.length === 5);
+  await until(() => received.length === 5);
   await until(async () => (await connections(gateway)) === 1);
   await publish({ id: "after" });
-  await until(() => heard.length === 6);
+  await until(() => received.length === 6);
   assert.deepEqual(
-    heard.slice(3).map(({ id, type, count }) => id ?? [type, count]),
+    received.slice(3).map(({ id, type, count }) => id ?? [type, count]),
     [["resumed", 1], "meanwhile", "after"],
   );
   assert.equal(source.readyState, EventSource.OPEN);
 });
 
-test("an EventSource that is refused stops", async () => {
-  const { source, heard } = listen(staffToken({ exp: 1 }));
+test("an EventSource that is refused does not reconnect", async () => {
+  const { source, received } = listen(staffToken({ exp: 1 }));
   await until(() => source.readyState === EventSource.CLOSED);
   await sleep(100);
-  assert.deepEqual(heard, []);
+  assert.deepEqual(received, []);
   assert.equal(await connections(gateway), 0);
 });

@@ -1,4 +1,4 @@
-/** A WebSocket, a page and a clock that do what the test says. */
+/** A WebSocket, a page and a clock that the test controls. */
 
 import { mock } from "node:test";
 
@@ -30,7 +30,7 @@ export class FakeWebSocket {
 
   /** @param {string} text */
   send(text) {
-    if (!this.onmessage) throw new Error("sent on a socket that was given up");
+    if (!this.onmessage) throw new Error("sent on a socket that the client had dropped");
     this.sent.push(text);
   }
 
@@ -50,17 +50,17 @@ export class FakeWebSocket {
   }
 
   /** @param {object} message */
-  say(message) {
+  receive(message) {
     this.onmessage?.({ data: JSON.stringify(message) });
   }
 
-  /** Accept it and let it in. */
-  letIn({ recovered = true, last_event_id = "0" } = {}) {
+  /** Accept the upgrade and answer the resume. */
+  admit({ recovered = true, last_event_id = "0" } = {}) {
     this.open();
-    this.say({ type: "resumed", recovered, count: 0, last_event_id });
+    this.receive({ type: "resumed", recovered, count: 0, last_event_id });
   }
 
-  /** Every code but 1006 comes after the gateway has accepted. @param {number} code */
+  /** Close the socket. Every code but 1006 comes after the upgrade. @param {number} code */
   end(code, reason = "") {
     if (!this.#opened && code !== 1006) this.open();
     this.live = false;
@@ -68,14 +68,14 @@ export class FakeWebSocket {
     this.onclose?.({ code, reason });
   }
 
-  /** As in Node 22: no close event after it. */
+  /** Fail to connect as in Node 22: without a close event. */
   fail() {
     this.live = false;
     this.onerror?.({});
   }
 }
 
-/** A window, as far as the client looks at it. */
+/** The part of a window that the client uses. */
 export class FakePage extends EventTarget {
   navigator = { onLine: true };
   document = { visibilityState: "visible" };
@@ -93,12 +93,12 @@ export class FakePage extends EventTarget {
   }
 }
 
-/** Let what is ready run. */
+/** Run all pending callbacks. */
 export const settle = () => new Promise((resolve) => setImmediate(resolve));
 
 const STEP = 100; // milliseconds
 
-/** Time that passes only when told to. */
+/** Virtual time: it passes only in `pass` and `sleep`. */
 export class Clock {
   #now = 1_790_000_000_000;
 
@@ -111,7 +111,7 @@ export class Clock {
     return this.#now / 1000;
   }
 
-  /** @param {number} seconds @param {number} [most] milliseconds at once */
+  /** @param {number} seconds @param {number} [most] milliseconds in one step */
   async pass(seconds, most = STEP) {
     await settle();
     for (let left = Math.round(seconds * 1000); left > 0; left -= most) {
@@ -128,22 +128,22 @@ export class Clock {
   }
 }
 
-/** What `Math.random` says from now on. @param {number} value */
-export const draw = (value) => mock.method(Math, "random", () => value);
+/** Make `Math.random` return this value. @param {number} value */
+export const setRandom = (value) => mock.method(Math, "random", () => value);
 
 /** @param {{ exp?: number, iat?: number, jti?: string }} claims */
 export const jwt = (claims) => `e30.${Buffer.from(JSON.stringify(claims)).toString("base64url")}.c2ln`;
 
-/** A client on fakes, with all that it told in order. */
-export class Driven {
+/** A client on fakes, and the callbacks that it has called, in order. */
+export class TestClient {
   /** @type {[string, any][]} */
-  told = [];
+  calls = [];
   page = new FakePage();
 
   /** @param {Partial<Options>} [options] */
   constructor(options = {}) {
     /** @param {string} name */
-    const note = (name) => (/** @type {any} */ detail) => this.told.push([name, detail]);
+    const note = (name) => (/** @type {any} */ detail) => this.calls.push([name, detail]);
     this.client = connect({
       url: "wss://gateway.example/ws/waiter",
       token: "token",
@@ -159,13 +159,13 @@ export class Driven {
     });
   }
 
-  /** The newest one. */
+  /** The newest socket. */
   get socket() {
     return /** @type {FakeWebSocket} */ (FakeWebSocket.all.at(-1));
   }
 
-  /** @param {string} name */
+  /** The details of the calls of one callback. @param {string} name */
   of(name) {
-    return this.told.filter(([told]) => told === name).map(([, detail]) => detail);
+    return this.calls.filter(([called]) => called === name).map(([, detail]) => detail);
   }
 }

@@ -1,6 +1,6 @@
 /**
- * A real gateway for the tests: a process of its own that can be killed and started again, tokens
- * for it, and a way to publish. tests/clients/run.py says where Redis is.
+ * A real gateway for the tests: a process that can be killed and started again, tokens for it, and a
+ * function to publish. tests/clients/run.py sets the address of Redis.
  */
 
 import assert from "node:assert/strict";
@@ -13,7 +13,7 @@ const { TEST_REDIS_URL, TEST_PYTHON, TEST_JWT_SECRET, TEST_TABLE_SECRET } = proc
 assert(TEST_REDIS_URL && TEST_PYTHON && TEST_JWT_SECRET && TEST_TABLE_SECRET, "use tests/clients/run.py");
 const redis = new URL(TEST_REDIS_URL);
 
-/** A stream of its own: Node runs each test file in a process, several at a time. */
+/** A stream for this test file: Node runs several test files at a time, each in a process. */
 export const STREAM = `events:${process.pid}`;
 
 /** @param {object} claims @param {string} secret */
@@ -74,7 +74,7 @@ const freePort = async () => {
   return port;
 };
 
-/** How many connections it has. @param {Gateway} gateway @returns {Promise<number>} */
+/** The number of connections of a gateway. @param {Gateway} gateway @returns {Promise<number>} */
 export const connections = async (gateway) =>
   (await (await gateway.http("/ws/health")).json()).connections.total;
 
@@ -148,8 +148,8 @@ export class Gateway {
   }
 }
 
-/** What a client told, in order, and a way to wait for it. */
-export class Told {
+/** Records the callbacks that a client calls, in order, and waits for them. */
+export class Calls {
   /** @type {{ name: string, detail: any, at: number }[]} */
   all = [];
   #changed = new EventTarget();
@@ -160,7 +160,7 @@ export class Told {
     this.#changed.dispatchEvent(new Event("change"));
   }
 
-  /** Give these to connect(). */
+  /** Options for connect(). */
   get listeners() {
     /** @param {string} name */
     const note = (name) => (/** @type {unknown} */ detail) => this.#note(name, detail);
@@ -176,21 +176,25 @@ export class Told {
 
   /** @param {string} name @returns {any[]} */
   of(name) {
-    return this.all.filter((told) => told.name === name).map((told) => told.detail);
+    return this.all.filter((call) => call.name === name).map((call) => call.detail);
   }
 
-  /** Wait until this is true of what was told. @param {() => unknown} true_ @param {number} [seconds] */
-  async until(true_, seconds = 10) {
+  /**
+   * Wait until a condition is true. It is checked after each call of a callback.
+   *
+   * @param {() => unknown} condition @param {number} [seconds]
+   */
+  async until(condition, seconds = 10) {
     const signal = AbortSignal.timeout(seconds * 1000);
-    while (!true_()) {
+    while (!condition()) {
       await once(this.#changed, "change", { signal }).catch(() =>
-        assert.fail(`not so within ${seconds} s; told: ${JSON.stringify(this.all)}`),
+        assert.fail(`not true within ${seconds} s; calls: ${JSON.stringify(this.all)}`),
       );
     }
   }
 
-  /** Wait for the n-th time that it is let in. @param {number} [times] */
-  letIn(times = 1) {
+  /** Wait until the client has been admitted this many times. @param {number} [times] */
+  admitted(times = 1) {
     return this.until(() => this.of("state").filter((state) => state === "open").length >= times);
   }
 }

@@ -7,7 +7,7 @@ import { setTimeout as sleep } from "node:timers/promises";
 
 import { connect } from "../../../trio_gateway/static/client.js";
 import { FakePage } from "./fakes.js";
-import { Gateway, STREAM, Told, command, connections, publish, staffToken, tableToken } from "./gateway.js";
+import { Gateway, STREAM, Calls, command, connections, publish, staffToken, tableToken } from "./gateway.js";
 
 /** @typedef {import("../../../trio_gateway/static/client.js").Options} Options */
 
@@ -24,264 +24,264 @@ afterEach(() => clients.splice(0).forEach((client) => client.close()));
 
 /** @param {Partial<Options>} [options] */
 const start = (options = {}) => {
-  const told = new Told();
+  const calls = new Calls();
   const client = connect({
     url: gateway.url("waiter"),
     token: () => staffToken(),
-    ...told.listeners,
+    ...calls.listeners,
     ...options,
   });
   clients.push(client);
-  return { told, client };
+  return { calls, client };
 };
 
-/** @param {Told} told */
-const ids = (told) => told.of("event").map((event) => event.id);
+/** @param {Calls} calls */
+const ids = (calls) => calls.of("event").map((event) => event.id);
 
-test("a waiter hears what is for waiters, and no token comes near a log", async () => {
+test("a waiter receives the events of its sector only, and no part of a token is logged", async () => {
   const token = staffToken();
-  const { told, client } = start({ token });
-  await told.letIn();
+  const { calls, client } = start({ token });
+  await calls.admitted();
   await publish({ id: "other sector", sector_id: 6 });
   await publish({ id: "own sector" });
-  await told.until(() => ids(told).length);
-  assert.deepEqual(ids(told), ["own sector"]);
-  assert.equal(client.lastEventId, told.of("event")[0].event_id);
+  await calls.until(() => ids(calls).length);
+  assert.deepEqual(ids(calls), ["own sector"]);
+  assert.equal(client.lastEventId, calls.of("event")[0].event_id);
   client.close();
   while (!gateway.log.includes('"endpoint":"waiter"')) await sleep(20);
   for (const part of token.split(".")) assert.ok(!gateway.log.includes(part));
 });
 
 test("a diner connects with a table token", async () => {
-  const { told } = start({ url: gateway.url("diner"), token: tableToken() });
-  await told.letIn();
+  const { calls } = start({ url: gateway.url("diner"), token: tableToken() });
+  await calls.admitted();
   await publish({ id: "for the table" });
-  await told.until(() => ids(told).length);
+  await calls.until(() => ids(calls).length);
 });
 
-test("the client that the gateway serves works, too", async () => {
+test("the client that the gateway serves is this file, and it works as a module", async () => {
   const served = await (await gateway.http("/ws/client.js")).text();
   assert.equal(served, await readFile(SOURCE, "utf8"));
   const module = await import(`data:text/javascript,${encodeURIComponent(served)}`);
-  const told = new Told();
+  const calls = new Calls();
   const url = gateway.url("waiter");
-  clients.push(module.connect({ url, token: staffToken(), ...told.listeners }));
-  await told.letIn();
+  clients.push(module.connect({ url, token: staffToken(), ...calls.listeners }));
+  await calls.admitted();
 });
 
-test("what it missed while the gateway was killed comes once, and in order", async () => {
-  const { told } = start({ timings: QUICK });
-  await told.letIn();
+test("events published while the gateway was killed arrive once and in order", async () => {
+  const { calls } = start({ timings: QUICK });
+  await calls.admitted();
   await publish({ id: "before" });
-  await told.until(() => ids(told).length);
+  await calls.until(() => ids(calls).length);
   await gateway.stop("SIGKILL");
   for (const id of ["a", "b", "c"]) await publish({ id });
   await gateway.start();
-  await told.letIn(2);
+  await calls.admitted(2);
   await publish({ id: "after" });
-  await told.until(() => ids(told).includes("after"));
-  assert.deepEqual(ids(told), ["before", "a", "b", "c", "after"]);
-  assert.deepEqual(told.of("gap"), []);
+  await calls.until(() => ids(calls).includes("after"));
+  assert.deepEqual(ids(calls), ["before", "a", "b", "c", "after"]);
+  assert.deepEqual(calls.of("gap"), []);
 });
 
-test("a client that had heard nothing resumes as well", async () => {
-  const { told } = start({ timings: QUICK });
-  await told.letIn();
+test("a client that had received no event resumes as well", async () => {
+  const { calls } = start({ timings: QUICK });
+  await calls.admitted();
   await gateway.stop("SIGKILL");
   await publish({ id: "missed" });
   await gateway.start();
-  await told.until(() => ids(told).length);
-  assert.deepEqual(ids(told), ["missed"]);
+  await calls.until(() => ids(calls).length);
+  assert.deepEqual(ids(calls), ["missed"]);
 });
 
-test("at SIGTERM it comes back when the gateway has said, and not before", async () => {
-  const { told } = start({ timings: QUICK });
-  await told.letIn();
+test("after SIGTERM it reconnects after the hint of the gateway, and not before", async () => {
+  const { calls } = start({ timings: QUICK });
+  await calls.admitted();
   await gateway.stop("SIGTERM");
-  const [ending] = told.of("close");
+  const [ending] = calls.of("close");
   assert.equal(ending.code, 1001);
   assert.match(ending.reason, /^retry in \d+\.\ds$/);
   assert.equal(`retry in ${ending.retryIn.toFixed(1)}s`, ending.reason);
   await gateway.start();
-  await told.letIn(2);
-  const closed = told.all.findIndex(({ name }) => name === "close");
-  const again = told.all.findIndex(
+  await calls.admitted(2);
+  const closed = calls.all.findIndex(({ name }) => name === "close");
+  const again = calls.all.findIndex(
     ({ name, detail }, i) => i > closed && name === "state" && detail === "connecting",
   );
-  const waited = told.all[again].at - told.all[closed].at;
+  const waited = calls.all[again].at - calls.all[closed].at;
   assert.ok(waited > ending.retryIn - 0.02, `${waited} s instead of ${ending.retryIn}`);
 });
 
-test("a dead token is tried once", async () => {
-  let asked = 0;
-  const dead = staffToken({ exp: 1_700_000_000 });
-  const { told, client } = start({
+test("a refused token is tried once", async () => {
+  let providerCalls = 0;
+  const expired = staffToken({ exp: 1_700_000_000 });
+  const { calls, client } = start({
     token: () => {
-      asked++;
-      return dead;
+      providerCalls++;
+      return expired;
     },
     timings: QUICK,
   });
-  await told.until(() => told.of("refused").length);
+  await calls.until(() => calls.of("refused").length);
   await sleep(500);
-  assert.equal(asked, 2);
+  assert.equal(providerCalls, 2);
   assert.equal(client.state, "refused");
   assert.deepEqual(
-    told.of("close").map(({ code }) => code),
+    calls.of("close").map(({ code }) => code),
     [4001, 4001],
   );
-  assert.equal(told.of("state").filter((state) => state === "open").length, 0);
+  assert.equal(calls.of("state").filter((state) => state === "open").length, 0);
 });
 
-test("a dead token gives way to a fresh one", async () => {
-  const { told } = start({
+test("a refused token is replaced by a fresh one", async () => {
+  const { calls } = start({
     token: ({ refused }) => staffToken(refused ? {} : { exp: 1_700_000_000 }),
   });
-  await told.letIn();
-  assert.equal(told.of("close")[0].code, 4001);
+  await calls.admitted();
+  assert.equal(calls.of("close")[0].code, 4001);
 });
 
-test("a role that is not admitted is the end", async () => {
-  const { told } = start({ token: staffToken({ roles: ["KITCHEN"] }) });
-  await told.until(() => told.of("refused").length);
-  assert.equal(told.of("refused")[0].code, 4003);
+test("a role that is not admitted is refused", async () => {
+  const { calls } = start({ token: staffToken({ roles: ["KITCHEN"] }) });
+  await calls.until(() => calls.of("refused").length);
+  assert.equal(calls.of("refused")[0].code, 4003);
 });
 
-test("over the rate limit it cools down", async () => {
-  const { told, client } = start({ timings: { coolDown: 0.5, ...QUICK } });
-  await told.letIn();
-  const asked = Array.from({ length: 30 }, () => client.refreshSectors());
-  await Promise.allSettled(asked);
-  await told.until(() => told.of("close").length);
-  const [{ code, retryIn }] = told.of("close");
+test("after the rate limit it waits for the cool-down", async () => {
+  const { calls, client } = start({ timings: { coolDown: 0.5, ...QUICK } });
+  await calls.admitted();
+  const requests = Array.from({ length: 30 }, () => client.refreshSectors());
+  await Promise.allSettled(requests);
+  await calls.until(() => calls.of("close").length);
+  const [{ code, retryIn }] = calls.of("close");
   assert.equal(code, 4029);
   assert.ok(retryIn >= 0.5 && retryIn <= 1, `${retryIn}`);
-  await told.letIn(2);
+  await calls.admitted(2);
 });
 
-test("one too many is turned away with 1013, and let in when there is room", async () => {
+test("a connection over the user's limit is closed with 1013, and admitted when there is room", async () => {
   const full = new Gateway({ WS_MAX_CONNECTIONS_PER_USER: "1" });
   await full.start();
   try {
     const first = start({ url: full.url("waiter") });
-    await first.told.letIn();
+    await first.calls.admitted();
     const second = start({ url: full.url("waiter"), timings: QUICK });
-    await second.told.until(() => second.told.of("close").length >= 2);
-    assert.equal(second.told.of("close")[0].code, 1013);
+    await second.calls.until(() => second.calls.of("close").length >= 2);
+    assert.equal(second.calls.of("close")[0].code, 1013);
     first.client.close();
-    await second.told.letIn();
+    await second.calls.admitted();
   } finally {
     await full.stop("SIGTERM");
   }
 });
 
-test("a place that was forgotten is told as a gap", async () => {
-  const { told } = start({ timings: QUICK });
-  await told.letIn();
+test("a position that has been trimmed is reported as a gap", async () => {
+  const { calls } = start({ timings: QUICK });
+  await calls.admitted();
   await gateway.stop("SIGKILL");
   await publish({ id: "lost" });
-  await publish({ id: "kept" });
+  await publish({ id: "left" });
   await command("XTRIM", STREAM, "MAXLEN", "1");
   await gateway.start();
-  await told.letIn(2);
-  await told.until(() => told.of("gap").length);
-  assert.deepEqual(told.of("gap"), ["not_recovered"]);
+  await calls.admitted(2);
+  await calls.until(() => calls.of("gap").length);
+  assert.deepEqual(calls.of("gap"), ["not_recovered"]);
 });
 
-test("entries that were taken away unread are told as a gap", async () => {
-  const { told } = start();
-  await told.letIn();
+test("entries that are trimmed before they are read are reported as a gap", async () => {
+  const { calls } = start();
+  await calls.admitted();
   process.kill(gateway.pid, "SIGSTOP");
-  // The first may be read already: Redis answers whoever waits for it.
-  for (const id of ["read", "taken away", "left"]) await publish({ id });
+  // The first one may be read already: Redis has answered the read that was blocked.
+  for (const id of ["perhaps read", "trimmed", "left"]) await publish({ id });
   await command("XTRIM", STREAM, "MAXLEN", "1");
   process.kill(gateway.pid, "SIGCONT");
-  await told.until(() => told.of("gap").length);
-  assert.deepEqual(told.of("gap"), ["lost"]);
+  await calls.until(() => calls.of("gap").length);
+  assert.deepEqual(calls.of("gap"), ["lost"]);
 });
 
-test("the token is renewed in band, and the connection outlives the first one", async () => {
+test("the token is renewed on the connection, which outlives the first token", async () => {
   const now = Math.floor(Date.now() / 1000);
   const lives = [4, 600];
-  const { told } = start({ token: () => staffToken({ exp: now + (lives.shift() ?? 600) }) });
-  await told.letIn();
+  const { calls } = start({ token: () => staffToken({ exp: now + (lives.shift() ?? 600) }) });
+  await calls.admitted();
   await sleep((now + 5) * 1000 - Date.now());
-  await publish({ id: "after the first token's life" });
-  await told.until(() => ids(told).length);
+  await publish({ id: "after the first token's expiry" });
+  await calls.until(() => ids(calls).length);
   assert.equal(lives.length, 0);
-  assert.deepEqual(told.of("close"), []);
+  assert.deepEqual(calls.of("close"), []);
 });
 
 test("a gateway that hangs is noticed when the tab is shown, and resumed on when it is back", async () => {
   const page = new FakePage();
   const timings = { ...QUICK, shortPatience: 0.3, connect: 0.5 };
-  const { told, client } = start({ page, timings });
-  await told.letIn();
+  const { calls, client } = start({ page, timings });
+  await calls.admitted();
   process.kill(gateway.pid, "SIGSTOP");
   try {
     page.show(true);
-    await told.until(() => told.of("close").length);
-    assert.equal(told.of("close")[0].reason, "no answer to a ping");
+    await calls.until(() => calls.of("close").length);
+    assert.equal(calls.of("close")[0].reason, "no answer to a ping");
     await publish({ id: "meanwhile" });
   } finally {
     process.kill(gateway.pid, "SIGCONT");
   }
-  await told.until(() => ids(told).length);
+  await calls.until(() => ids(calls).length);
   assert.equal(client.state, "open");
-  assert.deepEqual(ids(told), ["meanwhile"]);
+  assert.deepEqual(ids(calls), ["meanwhile"]);
 });
 
-test("a tab that is shown again keeps a socket that lives", async () => {
+test("a tab that is shown again keeps a live socket", async () => {
   const page = new FakePage();
-  const { told } = start({ page, timings: { shortPatience: 1 } });
-  await told.letIn();
+  const { calls } = start({ page, timings: { shortPatience: 1 } });
+  await calls.admitted();
   page.show(false);
   page.show(true);
   await sleep(1200);
-  assert.deepEqual(told.of("close"), []);
+  assert.deepEqual(calls.of("close"), []);
 });
 
-test("offline it tries seldom, online it resumes at once", async () => {
+test("offline it does not reconnect, online it resumes at once", async () => {
   const page = new FakePage();
-  const { told, client } = start({ page, timings: QUICK });
-  await told.letIn();
+  const { calls, client } = start({ page, timings: QUICK });
+  await calls.admitted();
   page.network(false);
   await gateway.stop("SIGKILL");
-  await told.until(() => client.state === "offline");
+  await calls.until(() => client.state === "offline");
   await publish({ id: "while offline" });
   await gateway.start();
   await sleep(600);
   assert.equal(client.state, "offline");
   page.network(true);
-  await told.until(() => ids(told).length);
-  assert.deepEqual(ids(told), ["while offline"]);
+  await calls.until(() => ids(calls).length);
+  assert.deepEqual(ids(calls), ["while offline"]);
 });
 
-test("it says something as often as a gateway with little patience asks", async () => {
-  const impatient = new Gateway({ WS_HEARTBEAT_TIMEOUT: "2", WS_CLEANUP_INTERVAL: "0.5" });
-  await impatient.start();
+test("it pings as often as a gateway with a short heartbeat timeout asks", async () => {
+  const strict = new Gateway({ WS_HEARTBEAT_TIMEOUT: "2", WS_CLEANUP_INTERVAL: "0.5" });
+  await strict.start();
   try {
-    const { told } = start({ url: impatient.url("waiter") });
-    await told.letIn();
+    const { calls } = start({ url: strict.url("waiter") });
+    await calls.admitted();
     await sleep(3500);
-    assert.deepEqual(told.of("close"), []);
+    assert.deepEqual(calls.of("close"), []);
   } finally {
-    await impatient.stop("SIGTERM");
+    await strict.stop("SIGTERM");
   }
 });
 
 test("a page has one socket to a URL", async () => {
   const page = new FakePage();
   const first = start({ page });
-  await first.told.letIn();
+  await first.calls.admitted();
   const second = start({ page });
-  await second.told.letIn();
+  await second.calls.admitted();
   assert.equal(first.client.state, "closed");
   while ((await connections(gateway)) !== 1) await sleep(20);
 });
 
-test("sectors are looked up when asked", async () => {
-  const { told, client } = start();
-  await told.letIn();
+test("refreshSectors returns the sectors that the gateway has looked up", async () => {
+  const { calls, client } = start();
+  await calls.admitted();
   assert.deepEqual(await client.refreshSectors(), [5]);
 });

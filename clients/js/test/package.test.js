@@ -1,4 +1,4 @@
-/** The package, as npm would publish it. */
+/** The package as npm would publish it. */
 
 import assert from "node:assert/strict";
 import { execFile } from "node:child_process";
@@ -13,7 +13,7 @@ const run = promisify(execFile);
 const HERE = fileURLToPath(new URL("..", import.meta.url));
 const SOURCES = fileURLToPath(new URL("../../../trio_gateway/static/", import.meta.url));
 
-/** A project that has installed the packed package. */
+/** A project with the packed package installed. */
 let project = "";
 /** @type {{ files: { path: string }[], filename: string }} */
 let packed;
@@ -29,7 +29,7 @@ before(async () => {
 });
 after(() => rm(project, { recursive: true }));
 
-test("it holds the client, its types and what npm adds, and nothing else", () => {
+test("the package contains the client, its types and the files that npm adds, and no other", () => {
   assert.deepEqual(packed.files.map(({ path }) => path).sort(), [
     "README.md",
     "client.d.ts",
@@ -39,19 +39,19 @@ test("it holds the client, its types and what npm adds, and nothing else", () =>
 });
 
 for (const name of ["client.js", "client.d.ts"]) {
-  test(`its ${name} is the one that the gateway serves`, async () => {
+  test(`its ${name} is the file that the gateway serves`, async () => {
     const installed = await readFile(join(project, "node_modules/trio-gateway-client", name), "utf8");
     assert.equal(installed, await readFile(join(SOURCES, name), "utf8"));
   });
 }
 
-test("it is imported by its name", async () => {
+test("it can be imported by its name", async () => {
   const script = 'import("trio-gateway-client").then((all) => console.log(Object.keys(all).join()))';
   const { stdout } = await run(process.execPath, ["-e", script], { cwd: project });
   assert.equal(stdout.trim(), "afterClose,connect");
 });
 
-test("its types are found by its name, in browsers and Node, and know what is wrong", async () => {
+test("TypeScript finds its types for browsers and Node, and rejects wrong options", async () => {
   await writeFile(
     join(project, "right.ts"),
     `import { connect, type GatewayEvent, type State } from "trio-gateway-client";
@@ -82,7 +82,7 @@ test("its types are found by its name, in browsers and Node, and know what is wr
   await run(tsc, [...browser, "right.ts"], { cwd: project });
   await run(tsc, [...node, "right.ts"], { cwd: project });
   const wrong = await run(tsc, [...browser, "wrong.ts"], { cwd: project }).then(
-    () => assert.fail("it found nothing"),
+    () => assert.fail("tsc found no error"),
     ({ stdout }) => [...stdout.matchAll(/^wrong\.ts\((\d+)/gm)].map(([, line]) => line),
   );
   assert.deepEqual(wrong, ["2", "3", "4"]);
