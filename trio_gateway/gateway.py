@@ -41,15 +41,15 @@ _OPEN_MAX: Final = 10_240  # open files of a process on macOS
 
 
 class _Lifespan(TrioASGILifespan):
-    """The app's life: the gateway's tasks are nested in it, and a bug in one of them ends it.
+    """The app's lifespan, with the gateway's tasks inside. A bug in one of them ends the process.
 
-    Hypercorn logs what its lifespan raises and goes on serving, except for this one error.
+    Hypercorn logs other exceptions of a lifespan and continues; LifespanFailureError stops it.
     """
 
     app: "Gateway"
 
     async def __call__(self, receive: Any, send: Any) -> None:
-        messages = [await receive()]  # Hypercorn waits for us from now on: no error gets lost
+        messages = [await receive()]  # from now on Hypercorn waits for us, and sees our errors
 
         async def receive_again() -> Any:
             return messages.pop() if messages else await receive()
@@ -62,15 +62,15 @@ class _Lifespan(TrioASGILifespan):
                 log.critical(str(first_leaf(errors)))
             raise LifespanFailureError("serving", "can't listen") from None
         except* Exception as bugs:
-            with suppress(Exception):  # an embedder's log may raise, and this has to end
+            with suppress(Exception):  # an embedding program's log may raise
                 log.critical("stopped by a bug", exc_info=bugs)
             raise LifespanFailureError("serving", "stopped by a bug") from None
 
 
 class Gateway(QuartTrio):
-    """An ASGI app that hands each event from Redis to exactly the clients that may receive it.
+    """An ASGI app that delivers each event from Redis to exactly the clients that may receive it.
 
-    ``auth`` replaces the way to authenticate per endpoint; ``clock`` is unix time. Raises
+    ``auth`` replaces authentication per endpoint; ``clock`` returns unix time. Raises
     :exc:`InvalidSettings` if ``DATABASE_URL`` cannot be used.
     """
 
@@ -107,11 +107,11 @@ class Gateway(QuartTrio):
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if sniffio.current_async_library() != "trio":
-            print(  # noqa: T201 - to a person at a terminal
+            print(  # noqa: T201 - for a person at a terminal
                 'trio-gateway runs on Trio only: use hypercorn -k trio (worker_class = "trio")',
                 file=sys.stderr,
             )
-            # Raised by the loop itself and not in this task, of which asyncio would print a trace.
+            # Exit from the loop, not from this task: asyncio would print its traceback.
             asyncio.get_running_loop().call_soon(sys.exit, 2)
             await asyncio.get_running_loop().create_future()
         await super().__call__(scope, receive, send)
@@ -130,9 +130,9 @@ class Gateway(QuartTrio):
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[None]:
-        """Run the gateway's tasks; leaving drains and closes every connection.
+        """Run the gateway's tasks. Leaving the block drains, and closes every connection.
 
-        Raises whatever a task raised: that is a bug, and ends the process.
+        Raises the exception of a task that failed: that is a bug, and ends the process.
         """
         settings, parts = self.settings, self.parts
         _raise_fd_limit()
@@ -140,7 +140,7 @@ class Gateway(QuartTrio):
             if parts.sector_assignments is not None:
                 stack.callback(parts.sector_assignments.close)
             if settings.ws_tracing:
-                from .telemetry.tracing import open_tracing  # an extra, and nothing while it is off
+                from .telemetry.tracing import open_tracing  # an extra; imported only if it is on
 
                 parts.dispatch.observe = await stack.enter_async_context(
                     open_tracing(settings.routes)
@@ -179,7 +179,7 @@ class Gateway(QuartTrio):
         nursery.start_soon(self._trim_history)
         nursery.start_soon(self._server_stops.run)
         if multiprocessing.parent_process() is not None:
-            nursery.start_soon(self._outlive_siblings)
+            nursery.start_soon(self._delay_sigterm)
         nursery.start_soon(self._run_sources)
         nursery.start_soon(parts.worker_stats.share, partial(stats.snapshot, parts))
 
@@ -199,7 +199,7 @@ class Gateway(QuartTrio):
         )
 
     async def _trim_history(self) -> None:
-        while True:  # events become too old also while no new one comes
+        while True:  # events also become too old when no new event comes
             await trio.sleep(self.settings.ws_cleanup_interval)
             self.parts.history.trim(trio.current_time())
 
@@ -207,25 +207,25 @@ class Gateway(QuartTrio):
         if self._server_stops.watch(terminated):
             self.parts.drain.patience = patience
 
-    async def _outlive_siblings(self) -> None:
-        """Let a SIGTERM end this worker only when every client has been told.
+    async def _delay_sigterm(self) -> None:
+        """Delay a SIGTERM until every client has received its close frame.
 
-        Hypercorn's master terminates the other workers as soon as the first one has ended, in the
-        middle of their closes.
+        Hypercorn's master terminates the other workers as soon as the first one has ended, even if
+        they are still closing their connections.
         """
         with trio.open_signal_receiver(signal.SIGTERM) as signals:
             await anext(signals)
             await self.drain()
-            while self._server_stops.stopping:  # it ends by itself
+            while self._server_stops.stopping:  # the process then ends by itself
                 await anext(signals)
         output.flush()
         signal.raise_signal(signal.SIGTERM)
 
 
 class _ServerStops:
-    """Drains when Hypercorn says that it stops, which it tells no client.
+    """Drains when Hypercorn begins to stop, because Hypercorn does not close the clients itself.
 
-    The first TCP connection brings the event to wait for.
+    The first TCP connection passes the event to wait for.
     """
 
     def __init__(self, drain: Callable[[], Awaitable[None]]) -> None:
@@ -235,7 +235,7 @@ class _ServerStops:
         self.stopping = False
 
     def watch(self, terminated: Callable[[], Awaitable[None]]) -> bool:
-        """Wait for this from now on; whether it was the first."""
+        """Wait for ``terminated`` from now on; return False if another one was passed before."""
         if self._watched:
             return False
         self._watched = True
@@ -259,7 +259,7 @@ def create_app(
 
     Arguments:
         settings: the settings of this gateway.
-        auth: how to authenticate, per endpoint, instead of by tokens; for tests, see
+        auth: replaces authentication by tokens, per endpoint; for tests, see
             :class:`trio_gateway.testing.NullAuth`.
         clock: returns unix time in seconds; for tests.
 
@@ -271,13 +271,13 @@ def create_app(
 def _raise_fd_limit() -> None:
     """Raise the soft limit of open files, usually 1024, as far as the system allows.
 
-    Each client needs one.
+    Each client needs a file descriptor.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == hard:
         return
     refused: Exception | None = None
-    # macOS reports no hard limit, and refuses to go beyond OPEN_MAX.
+    # macOS reports no hard limit, but refuses more than OPEN_MAX.
     for wanted in (hard, max(soft, _OPEN_MAX)):
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

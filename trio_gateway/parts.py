@@ -1,4 +1,4 @@
-"""Parts: everything that a gateway is made of, built in one place and without I/O."""
+"""Parts: every object of a gateway, built in one place and without I/O."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -49,8 +49,8 @@ if TYPE_CHECKING:
 class Parts:
     """The parts of one gateway.
 
-    They are complete once built, and nothing runs yet: :meth:`Gateway.serving` starts their
-    tasks. A part that a setting switches off is None for good.
+    They are complete when built, but nothing runs yet: :meth:`Gateway.serving` starts their tasks.
+    A part that a setting switches off is None and stays None.
     """
 
     settings: Settings
@@ -68,7 +68,7 @@ class Parts:
     streams: Streams
     sources: trio.CancelScope  # around the tasks of the two sources
     dead_letters: DeadLetters | None
-    # Who may connect:
+    # Admission:
     commands: Commands
     readiness: Readiness
     tickets: Tickets
@@ -76,11 +76,11 @@ class Parts:
     sector_assignments: "SectorAssignments | None"
     addresses: Addresses
     admission: Admission
-    silent: SilentConnections  # that have sent no byte yet
+    silent: SilentConnections  # have sent no byte yet
     heads: ConcurrencyLimiter[Opening]  # request heads being read
     admissions: ConcurrencyLimiter[PendingAdmission]  # credentials being checked
     room: Room  # for clients at a limit
-    catch_ups: KeyedLimiter  # requests that each user or session has at a time
+    catch_ups: KeyedLimiter  # simultaneous requests of each user or session
     # The whole process:
     drain: Drain
     counts: ClientCounts
@@ -89,7 +89,7 @@ class Parts:
 
     @property
     def draining(self) -> bool:
-        """Whether clients are being sent away."""
+        """Whether the gateway closes its clients and admits no new ones."""
         return self.drain.begun
 
     @property
@@ -99,16 +99,16 @@ class Parts:
 
     @property
     def handshakes(self) -> int:
-        """How many clients are being admitted, or have sent nothing yet."""
+        """The number of clients that are being admitted or have sent nothing yet."""
         return len(self.silent) + self._arriving
 
     @property
     def _arriving(self) -> int:
-        """The clients being admitted that have sent something."""
+        """The number of clients that are being admitted and have sent something."""
         return self.heads.inside + self.counts.arriving + self.admissions.inside
 
     def load(self) -> Load | None:
-        """How many clients it has and may have; None if it takes no more because it ends."""
+        """How many clients the process has and may have; None while it drains."""
         if self.draining:
             return None
         return Load(self.hub.taken + self._arriving, self.settings.ws_max_total_connections)
@@ -122,7 +122,7 @@ def build_parts(
 ) -> Parts:
     """Build the parts of a gateway with these settings.
 
-    ``auth`` replaces the way to authenticate per endpoint. Raises :exc:`InvalidSettings` if
+    ``auth`` replaces authentication per endpoint. Raises :exc:`InvalidSettings` if
     ``DATABASE_URL`` cannot be used.
     """
     breakers = {
@@ -179,7 +179,7 @@ def build_parts(
     admission = Admission(
         settings,
         tickets=tickets,
-        revocations=revocations if auth is None else None,  # what replaces it looks them up
+        revocations=revocations if auth is None else None,  # a replacement checks them itself
         auth=auth,
         sector_assignments=sector_assignments,
         clock=clock,
@@ -220,12 +220,12 @@ def build_parts(
     silent = SilentConnections(settings.ws_max_handshakes)
     heads: ConcurrencyLimiter[Opening] = ConcurrencyLimiter(settings.ws_max_handshakes)
 
-    def stop_hearing() -> None:
+    def stop_sources() -> None:
         sources.cancel()
         silent.give_up()
         heads.give_up()
 
-    drain = Drain(hub, (pubsub_queue, stream_queue), stop_hearing)
+    drain = Drain(hub, (pubsub_queue, stream_queue), stop_sources)
     return Parts(
         settings=settings,
         clock=clock,

@@ -1,4 +1,4 @@
-"""Stats: the counters of the parts, under the names of the metrics, and the parts' state."""
+"""Stats: the counters and the state of the parts, under the names of the metrics."""
 
 import os
 from collections import Counter
@@ -13,8 +13,8 @@ from .runtime.hub import Hub
 from .telemetry import output
 from .telemetry.snapshot import Snapshot
 
-MOST_SLOW: Final = 20  # slow clients that are named
-_MOST_CODES: Final = 64  # labels for close codes, which clients choose
+MAX_SLOW: Final = 20  # slow clients that are listed
+_MAX_CODES: Final = 64  # close codes as labels; clients can send any code
 
 
 def snapshot(parts: Parts) -> Snapshot:
@@ -82,7 +82,7 @@ def snapshot(parts: Parts) -> Snapshot:
 
 
 def describe(parts: Parts) -> dict[str, Any]:
-    """The metrics of this process, and the rest of its state, for the console."""
+    """The metrics and the state of this process, for the console."""
     own = snapshot(parts)
     return {
         "at": trio.current_time(),  # a monotonic clock
@@ -113,20 +113,20 @@ def slow(hub: Hub, admin: Principal) -> list[dict[str, Any]]:
             "bytes": each.waiting_bytes,
             "frames": each.waiting_frames,
         }
-        for each in waiting[:MOST_SLOW]
+        for each in waiting[:MAX_SLOW]
     ]
 
 
 def _by_code(closed: Counter[int]) -> dict[str, float]:
-    """Clients choose their close codes: the first ones to occur are labels, the rest is "other".
+    """The counters by close code: a label for each of the first codes, "other" for the rest.
 
-    A code keeps its label for good, or a counter would fall. Our own are there from the start, or
-    the first of them would be no increase.
+    A code keeps its label: otherwise a counter would decrease. The gateway's own codes are there
+    from the start: otherwise their first close would not be an increase.
     """
     found = {str(int(close)): 0.0 for close in Close if close.sent}
     for code, number in closed.items():  # in the order in which they occurred first
         label = str(int(code))
-        if label not in found and len(found) >= _MOST_CODES:
+        if label not in found and len(found) >= _MAX_CODES:
             label = "other"
         found[label] = found.get(label, 0.0) + number
     return found

@@ -27,7 +27,7 @@ _GATEWAY: Final = {
     "gateway.py: keep_running, name, run, parts.breakers[name]": ["PubSub.run", "Streams.run"],
 }
 # Of a process that Hypercorn's master or the supervisor has started.
-_CHILD: Final = {"gateway.py: self._outlive_siblings": ["Gateway._outlive_siblings"]}
+_CHILD: Final = {"gateway.py: self._delay_sigterm": ["Gateway._delay_sigterm"]}
 _WORKER: Final = {
     "gateway.py: parts.worker_stats.share, partial(stats.snapshot, parts)": ["WorkerStats.share"]
 }

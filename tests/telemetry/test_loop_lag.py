@@ -3,7 +3,7 @@ import time
 
 import trio
 
-from trio_gateway.telemetry.loop_lag import LEAST, LoopLag
+from trio_gateway.telemetry.loop_lag import MIN_TURN, LoopLag
 
 
 async def test_a_turn_of_the_loop_that_takes_long_is_a_stall() -> None:
@@ -11,12 +11,12 @@ async def test_a_turn_of_the_loop_that_takes_long_is_a_stall() -> None:
     with loop_lag.watched():
         await trio.sleep(0.5)  # the loop waits for the sockets meanwhile
         number, waited = sum(loop_lag.turns.counts), loop_lag.turns.sum
-        time.sleep(3 * LEAST)
+        time.sleep(3 * MIN_TURN)
         await trio.lowlevel.checkpoint()
 
     assert waited < 0.5
     assert sum(loop_lag.turns.counts) > number
-    assert loop_lag.turns.sum >= waited + 3 * LEAST
+    assert loop_lag.turns.sum >= waited + 3 * MIN_TURN
 
 
 async def test_collections_are_timed_while_watched() -> None:

@@ -107,7 +107,7 @@ def test_a_reader_that_stalls_delays_nobody_and_costs_the_oldest_lines() -> None
     announced: Announced = []
     with pipe() as (read, write):
         filled = fill(write)
-        lines = writer(write, announced, most_bytes=10_000)
+        lines = writer(write, announced, max_bytes=10_000)
         began = time.monotonic()
         for n in range(20_000):
             lines.write(f"line {n:05}\n")
@@ -166,7 +166,7 @@ def test_a_descriptor_that_somebody_made_non_blocking_is_waited_for() -> None:
 
 def test_a_line_longer_than_the_buffer_is_dropped() -> None:
     with pipe() as (read, write):
-        lines = writer(write, most_bytes=100)
+        lines = writer(write, max_bytes=100)
         lines.write("x" * 200 + "\n")
         lines.write("short\n")
         assert lines.flush()

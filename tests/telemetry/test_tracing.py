@@ -28,7 +28,7 @@ from trio_gateway.core.events import Event
 from trio_gateway.runtime.dispatch import Dispatch
 from trio_gateway.runtime.hub import Hub
 from trio_gateway.runtime.queue import EventQueue
-from trio_gateway.telemetry.tracing import Tracing, _tell_of_trouble, read_traceparent
+from trio_gateway.telemetry.tracing import Tracing, _log_exporter_problems, read_traceparent
 from trio_gateway.testing import make_event, make_payload
 
 TRACE: Final = "4bf92f3577b34da6a3ce929d0e0e4736"  # the example of W3C's Trace Context
@@ -227,7 +227,7 @@ def test_nothing_is_imported_while_it_is_off() -> None:
 def test_trouble_with_every_span_is_a_line_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr("time.monotonic", lambda: now)
-    _tell_of_trouble()
+    _log_exporter_problems()
     trouble = logging.getLogger("opentelemetry.sdk.of.this.test")
     with capture_logs() as logs:
         for n in range(50):
@@ -236,5 +236,5 @@ def test_trouble_with_every_span_is_a_line_a_second(monkeypatch: pytest.MonkeyPa
         trouble.warning("queue full")
 
     assert [(log["event"], log["held_back"]) for log in logs] == [
-        ("tracing trouble", 0), ("tracing trouble", 49),
+        ("tracing problem", 0), ("tracing problem", 49),
     ]  # fmt: skip

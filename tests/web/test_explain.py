@@ -16,7 +16,7 @@ from tests.support.gateways import (
 )
 from trio_gateway.gateway import Gateway
 from trio_gateway.testing import make_jwt, make_table_token
-from trio_gateway.web.explain import MOST_BYTES, MOST_TOKENS
+from trio_gateway.web.explain import MAX_BYTES, MAX_TOKENS
 
 EVENT = {
     "type": "ROUND_READY",
@@ -158,9 +158,9 @@ async def test_an_admin_of_any_branch_may_ask_of_what_is_for_the_whole_tenant() 
         ({}, 422, "missing required field `event`"),
         ({"event": EVENT | {"tenant_id": "1"}}, 422, "event: Expected `int`"),
         ({"event": EVENT, "tokens": "t"}, 422, "$.tokens"),
-        ({"event": EVENT, "tokens": ["t"] * (MOST_TOKENS + 1)}, 422, "$.tokens"),
+        ({"event": EVENT, "tokens": ["t"] * (MAX_TOKENS + 1)}, 422, "$.tokens"),
         ({"event": EVENT | {"x": "x" * 65_536}}, 422, "event: event is over 65536 bytes"),
-        ({"event": EVENT, "tokens": ["x" * MOST_BYTES]}, 413, "at most"),
+        ({"event": EVENT, "tokens": ["x" * MAX_BYTES]}, 413, "at most"),
     ],
 )
 async def test_a_body_that_is_no_question_is_refused(body: Any, status: int, error: str) -> None:

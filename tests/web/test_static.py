@@ -7,7 +7,7 @@ from quart import Response
 
 from tests.support.gateways import make_settings
 from trio_gateway.gateway import create_app
-from trio_gateway.web.static import CONTRACT, FILES
+from trio_gateway.web.static import ASYNCAPI, FILES
 
 
 async def get(path: str, **headers: str) -> Response:
@@ -30,7 +30,7 @@ async def test_file_is_served_as_it_stands_in_the_package_and_its_type_is_not_gu
     assert response.headers["X-Content-Type-Options"] == "nosniff"
 
 
-@pytest.mark.parametrize("path", [*FILES, CONTRACT])
+@pytest.mark.parametrize("path", [*FILES, ASYNCAPI])
 async def test_file_is_sent_again_only_once_it_has_changed(path: str) -> None:
     first = await get(path)
     assert first.headers["Cache-Control"] == "no-cache"

@@ -1,4 +1,4 @@
-"""Logs: structlog set up once. JSON in production, colours on a terminal, never a secret.
+"""Logs: the set-up of structlog. JSON in production, colours on a terminal, never a secret.
 
 A log call never raises. With the streams of :mod:`.output` it never blocks either.
 """
@@ -29,7 +29,7 @@ _SECRETS: Final = re.compile(
     r"|(?P<url>\b\w+://[^\s/@:]*:)[^\s/]+(?=@)",
     re.IGNORECASE,
 )
-_GONE: Final = "[redacted]"
+_REDACTED: Final = "[redacted]"
 _MULTILINE: Final = frozenset({"exception", "stack"})
 # JSON needs no escape for these, but a terminal that shows the line does.
 _NOT_ASCII_CONTROLS: Final = str.maketrans(
@@ -41,7 +41,7 @@ def redact(text: str) -> str:
     """Replace everything in a text that looks like a credential."""
 
     def replace(match: re.Match[str]) -> str:
-        return (match["query"] or match["bearer"] or match["url"] or "") + _GONE
+        return (match["query"] or match["bearer"] or match["url"] or "") + _REDACTED
 
     return _SECRETS.sub(replace, text)
 
@@ -74,7 +74,7 @@ def _clean(value: object) -> object:
 
 
 class _Redact(logging.Filter):
-    """For loggers of the libraries, Hypercorn's access log among them."""
+    """Redacts the records of library loggers, such as Hypercorn's access log."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         try:
@@ -89,7 +89,7 @@ class _Redact(logging.Filter):
 
 
 def _never_raising(base: type[Any]) -> type[Any]:
-    """A logger whose calls never raise: a line that cannot be rendered is logged without fields."""
+    """Make a logger whose calls never raise; an entry that can't be rendered loses its fields."""
 
     class Logger(base):  # type: ignore[misc]
         def _proxy_to_logger(self, method_name: str, event: Any = None, **fields: Any) -> Any:
@@ -135,22 +135,22 @@ def set_up(settings: Settings) -> None:
         if not any(isinstance(each, _Redact) for each in logger.filters):
             logger.addFilter(_Redact())
     if isinstance(sys.stderr, output.LineStream):
-        quart.logging.default_handler.setStream(sys.stderr)  # it keeps what was there at its import
-    output.announce_by(_say_dropped)
+        quart.logging.default_handler.setStream(sys.stderr)  # it still has the stream of its import
+    output.announce_by(_log_dropped)
 
 
 class HypercornLogger(hypercorn.logging.Logger):
-    """Hypercorn's logs, which may be files (``accesslog = "/dev/stdout"``, a named pipe)."""
+    """Hypercorn's logs, without blocking on their files (``accesslog = "/dev/stdout"``, a pipe)."""
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         for logger in (self.access_logger, self.error_logger):
             for handler in logger.handlers if logger is not None else ():
-                if type(handler) is logging.FileHandler:  # others rotate
+                if type(handler) is logging.FileHandler:  # not those that rotate files
                     _detach(handler)
 
     async def access(self, *arguments: Any) -> None:
-        with suppress(Exception):  # such as a query that is not UTF-8
+        with suppress(Exception):  # for example a query that is not UTF-8
             await super().access(*arguments)
 
 
@@ -163,7 +163,7 @@ def _detach(handler: logging.FileHandler) -> None:
         file.close()
 
 
-def _say_dropped(lines: int) -> None:
+def _log_dropped(lines: int) -> None:
     structlog.get_logger().warning("log lines dropped", lines=lines)
 
 

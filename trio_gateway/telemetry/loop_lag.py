@@ -10,12 +10,13 @@ import trio
 
 from ..core.histogram import Histogram
 
-LEAST: Final = 0.01  # seconds; shorter turns of the loop are not counted
+MIN_TURN: Final = 0.01  # seconds; shorter turns of the loop are not counted
 
 
 class LoopLag(trio.abc.Instrument):
-    """Times each turn of the loop, from one look at the sockets to the next, in which nobody is
-    read, written to or let in. Costs two looks at the clock a turn.
+    """Measures each turn of the loop: the time from one poll of the sockets to the next.
+
+    During a turn no other client is served. The cost is two readings of the clock per turn.
     """
 
     def __init__(self) -> None:
@@ -28,11 +29,11 @@ class LoopLag(trio.abc.Instrument):
 
     def before_io_wait(self, timeout: float) -> None:
         took = time.perf_counter() - self._since
-        if took >= LEAST:
+        if took >= MIN_TURN:
             self.turns.observe(took)
 
     def collects(self, phase: str, _info: Mapping[str, Any]) -> None:
-        """One of :data:`gc.callbacks`."""
+        """Measure a garbage collection; called by :data:`gc.callbacks`."""
         if phase == "start":
             self._collecting_since = time.perf_counter()
         else:

@@ -1,9 +1,9 @@
-"""Output: standard streams that neither raise nor block, whatever their reader does.
+"""Output: standard streams whose writes neither raise nor block.
 
-What is written goes into a bounded buffer, and a thread of its own passes it on. The descriptor
-stays as it is: it is shared with other processes, so it must not be made non-blocking. If it can't
-be written to, or if its reader stalls for so long that the buffer is full, lines are dropped,
-counted, and announced once lines get through again.
+Written text goes into a bounded buffer, and a separate thread writes it to the descriptor. The
+descriptor is shared with other processes, so it is not made non-blocking. Lines are dropped if the
+descriptor can't be written to, or if its reader stalls until the buffer is full. Dropped lines are
+counted, and announced when a later write succeeds.
 """
 
 import atexit
@@ -19,42 +19,43 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Final, Literal, NoReturn
 
-MOST_BYTES: Final = 1 << 20  # that may be queued
-# Bytes that no other process's lines can come between (write(2), pipe(7)).
-_AT_ONCE: Final[int] = getattr(select, "PIPE_BUF", 512)
-_ENDING: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-_MOST_OF_A_LINE: Final = 65_536  # characters that wait for the end of their line
+MAX_BYTES: Final = 1 << 20  # in the queue
+# A pipe takes this many bytes in one piece, not mixed with other writers' (write(2), pipe(7)).
+_ATOMIC_BYTES: Final[int] = getattr(select, "PIPE_BUF", 512)
+_ENDING_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_MAX_LINE: Final = 65_536  # characters; a longer line is written in pieces
 _STDERR: Final = 2  # the highest of the standard descriptors
-_PAUSE: Final = 0.005  # seconds between two writes, so that many lines are one
-_PATIENCE: Final = 0.5  # seconds without progress after which a flush gives up
-_MOST_PATIENCE: Final = 1.0  # seconds that a flush takes at most
+_PAUSE: Final = 0.005  # seconds between two writes, so that one write takes several lines
+_STALL_TIMEOUT: Final = 0.5  # seconds without progress after which a flush gives up
+_FLUSH_TIMEOUT: Final = 1.0  # seconds for a whole flush
 
 
 class LineWriter:
-    """Writes lines to a descriptor, from a thread that the first of them starts.
+    """Writes lines to a descriptor in a thread, which starts with the first line.
 
-    ``announce`` is told how many lines were dropped, in that thread, when lines get through again.
+    After lines were dropped, the first successful write calls ``announce`` with their number, in
+    that thread.
     """
 
     def __init__(
-        self, fd: int, announce: Callable[[int], None], *, most_bytes: int = MOST_BYTES
+        self, fd: int, announce: Callable[[int], None], *, max_bytes: int = MAX_BYTES
     ) -> None:
         self.fd = fd
         self.dropped = 0  # lines, since the start
         self._announce = announce
-        self._most_bytes = most_bytes
-        self.forget()
+        self._max_bytes = max_bytes
+        self.reset()
 
-    def forget(self) -> None:
-        """Start again. In a forked child there is no thread, and what waits is the parent's."""
-        # Reentrant: a garbage collection may come at any moment, and a finalizer may write.
+    def reset(self) -> None:
+        """Start anew. A forked child has no thread, and the queued lines are its parent's."""
+        # Reentrant: the garbage collector may run at any moment, and a finalizer may write.
         self._changed = threading.Condition(threading.RLock())
-        self._rest = ""  # of a line that is not complete
+        self._rest = ""  # an incomplete line
         self._waiting: deque[bytes] = deque()
-        self._bytes = 0  # of what waits
+        self._bytes = 0  # in the queue
         self._written = 0  # bytes, since the start
         self._busy = False  # the thread is writing
-        self._torn = False  # the last lines were written only in part
+        self._torn = False  # the last write ended inside a line
         self._unannounced = 0
         self._thread: threading.Thread | None = None
 
@@ -64,11 +65,11 @@ class LineWriter:
             lines, end, self._rest = (self._rest + text).rpartition("\n")
             if end:
                 self._offer(lines + end)
-            if len(self._rest) > _MOST_OF_A_LINE:
+            if len(self._rest) > _MAX_LINE:
                 self.end_line()
 
     def end_line(self) -> None:
-        """Don't wait for the end of a line that is not complete."""
+        """Queue an incomplete line, too."""
         with self._changed:
             rest, self._rest = self._rest, ""
             if rest:
@@ -77,7 +78,7 @@ class LineWriter:
     def _offer(self, text: str) -> None:
         self._waiting.append(text.encode(errors="backslashreplace"))
         self._bytes += len(self._waiting[-1])
-        while self._bytes > self._most_bytes:
+        while self._bytes > self._max_bytes:
             oldest = self._waiting.popleft()
             self._bytes -= len(oldest)
             self._drop(oldest)
@@ -87,7 +88,7 @@ class LineWriter:
 
     def _start(self) -> None:
         thread = threading.Thread(target=self._run, name=f"output {self.fd}", daemon=True)
-        # If no thread can be had now, what waits is bounded, and the next line tries again.
+        # If no thread can be started, the queue stays bounded, and the next line tries again.
         with suppress(RuntimeError):
             thread.start()
             self._thread = thread
@@ -97,13 +98,16 @@ class LineWriter:
         self.dropped += number
         self._unannounced += number
 
-    def flush(self, patience: float = _PATIENCE, most: float = _MOST_PATIENCE) -> bool:
-        """Wait until all is written or there is no progress; return whether all is written."""
-        end = time.monotonic() + most
+    def flush(self, stall_timeout: float = _STALL_TIMEOUT, timeout: float = _FLUSH_TIMEOUT) -> bool:
+        """Wait until everything is written; return whether it is.
+
+        Gives up after ``stall_timeout`` seconds without progress, and after ``timeout`` in all.
+        """
+        end = time.monotonic() + timeout
         with self._changed:
             self.end_line()
             while self._waiting or self._busy:
-                written, until = self._written, min(time.monotonic() + patience, end)
+                written, until = self._written, min(time.monotonic() + stall_timeout, end)
                 while self._written == written and (self._waiting or self._busy):
                     if not self._changed.wait(until - time.monotonic()):
                         return False
@@ -132,23 +136,23 @@ class LineWriter:
                 time.sleep(_PAUSE)
 
     def _take(self) -> bytes:
-        """As many of the waiting lines as can be written at once, and one at least."""
+        """Take the queued lines that fit into one atomic write; at least one."""
         taken: list[bytes] = []
         size = 0
-        while self._waiting and (not taken or size + len(self._waiting[0]) <= _AT_ONCE):
+        while self._waiting and (not taken or size + len(self._waiting[0]) <= _ATOMIC_BYTES):
             taken.append(self._waiting.popleft())
             size += len(taken[-1])
         self._bytes -= size
         return b"".join(taken)
 
     def _write(self, data: bytes) -> bool:
-        """Whether it could be written; waits for as long as that takes."""
+        """Write the data, waiting as long as it takes; return whether that succeeded."""
         if self._torn:
             data = b"\n" + data
         while data:
             try:
                 written = os.write(self.fd, data)
-            except BlockingIOError:  # somebody else made it non-blocking
+            except BlockingIOError:  # another process made it non-blocking
                 poll = select.poll()
                 poll.register(self.fd, select.POLLOUT)
                 poll.poll()
@@ -164,7 +168,7 @@ class LineWriter:
 
 
 class LineStream(io.TextIOBase):
-    """A text stream whose lines a :class:`LineWriter` writes; its ``flush`` waits for nothing."""
+    """A text stream that writes through a :class:`LineWriter`. ``flush`` does not wait."""
 
     encoding = "utf-8"
     errors = "backslashreplace"
@@ -173,7 +177,7 @@ class LineStream(io.TextIOBase):
         self._writer = writer
 
     def write(self, text: str) -> int:
-        if not isinstance(text, str):  # click asks like this whether a stream is binary
+        if not isinstance(text, str):  # click tests in this way whether a stream is binary
             raise TypeError(f"write() argument must be str, not {type(text).__name__}")
         self._writer.write(text)
         return len(text)
@@ -194,23 +198,23 @@ class LineStream(io.TextIOBase):
 _writers: Final[list[LineWriter]] = []
 
 
-def _announce_plainly(number: int) -> None:
+def _announce_on_stderr(number: int) -> None:
     sys.stderr.write(f"trio-gateway: {number} lines of output were dropped here\n")
 
 
-_announcement: Callable[[int], None] = _announce_plainly
+_announcement: Callable[[int], None] = _announce_on_stderr
 
 
 def announce_by(announcement: Callable[[int], None]) -> None:
-    """How to report a number of dropped lines."""
+    """Set the function that reports a number of dropped lines."""
     global _announcement
     _announcement = announcement
 
 
 def replace(*names: Literal["stdout", "stderr"]) -> None:
-    """Replace these streams of :mod:`sys`, which then neither raise nor block.
+    """Replace these streams of :mod:`sys` by streams that neither raise nor block.
 
-    One that is replaced already, or caught by somebody (a test, say), stays.
+    A stream that was already replaced, here or by a test that captures it, is not changed.
     """
     for name in names:
         stream = getattr(sys, name)
@@ -226,17 +230,17 @@ def replace(*names: Literal["stdout", "stderr"]) -> None:
 
 
 def stream_to(fd: int) -> LineStream:
-    """A stream to this descriptor, which has to stay open."""
+    """Make a stream that writes to this descriptor, which must stay open."""
     if not _writers:
         atexit.register(_end)
-        os.register_at_fork(after_in_child=_forget)
+        os.register_at_fork(after_in_child=_reset)
     writer = LineWriter(fd, lambda number: _announcement(number))
     _writers.append(writer)
     return LineStream(writer)
 
 
 def flush() -> None:
-    """Wait until everything is written, for as long as it moves, and a second each at most."""
+    """Wait until all streams are written, each for a second at most."""
     for writer in _writers:
         writer.flush()
 
@@ -247,21 +251,23 @@ def dropped() -> int:
 
 
 def _end() -> None:
-    # What the process has done is done: a signal must not change its status now.
+    # The process has finished its work: a signal must not change its exit status now.
     with suppress(ValueError):  # not in the main thread
-        for number in _ENDING:
+        for number in _ENDING_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
     flush()
 
 
-def _forget() -> None:
+def _reset() -> None:
     for writer in _writers:
-        writer.forget()
+        writer.reset()
 
 
 def _null() -> int:
-    """Where to write if this stream was closed at the start. All closed standard descriptors are
-    taken, too: a client's socket must never get the number of stderr.
+    """Open the null device for a stream that was closed at the start.
+
+    This also occupies every closed standard descriptor: a client's socket must never get the number
+    of stderr.
     """
     while (fd := os.open(os.devnull, os.O_RDWR)) <= _STDERR:
         pass

@@ -1,4 +1,4 @@
-"""A folder that only this user can access, in a place such as ``/tmp`` that others can write to."""
+"""A folder that only this user can access, in a folder such as ``/tmp`` that is shared."""
 
 import errno
 import os
@@ -12,8 +12,10 @@ _DRAFT: Final = ".draft"
 
 
 class PrivateFolder:
-    """Files of ours under names of ours. No symbolic link is followed, neither to the folder nor
-    in it, and a folder of another user, or one that others may enter, is refused.
+    """Reads and writes files in a private folder.
+
+    Symbolic links are not followed, neither to the folder nor inside it. A folder of another user,
+    or one that others can access, is refused.
 
     All methods raise :exc:`OSError`.
     """
@@ -33,19 +35,19 @@ class PrivateFolder:
             os.replace(draft, name, src_dir_fd=folder, dst_dir_fd=folder)
 
     def read(self, name: str) -> tuple[bytes, int]:
-        """The content of a file, and a number that changes with each :meth:`write` to that name."""
+        """Return the content of a file, and a number that changes with each :meth:`write` to it."""
         with self._opened() as folder:
             flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
             with open(os.open(name, flags, dir_fd=folder), "rb") as file:
                 return file.read(), _version(os.fstat(file.fileno()))
 
     def version(self, name: str) -> int:
-        """The number that :meth:`read` would return."""
+        """Return the number that :meth:`read` would return."""
         with self._opened() as folder:
             return _version(os.stat(name, dir_fd=folder, follow_symlinks=False))
 
     def names(self) -> list[str]:
-        """Of the files, those included of which there is only an unfinished :meth:`write`."""
+        """Return the names of the files, including those of unfinished writes."""
         with self._opened() as folder:
             return sorted({name.removesuffix(_DRAFT) for name in os.listdir(folder)})
 
@@ -57,7 +59,7 @@ class PrivateFolder:
                     os.unlink(each, dir_fd=folder)
 
     def remove_all(self, suffix: str) -> None:
-        """Remove the folder and its files with this suffix. A folder with other files is kept."""
+        """Remove the folder and its files with this suffix. A folder with other files stays."""
         with self._opened() as folder:
             for name in os.listdir(folder):
                 if name.endswith((suffix, _DRAFT)):

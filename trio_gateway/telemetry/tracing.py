@@ -1,7 +1,7 @@
 """Tracing (the extra ``otel``): a span for each event, from its receipt to its last write.
 
-This module is imported only if ``WS_TRACING`` is on. OpenTelemetry's own ``OTEL_*`` variables say
-where spans are sent, and how many.
+This module is imported only if ``WS_TRACING`` is on. OpenTelemetry's own ``OTEL_*`` variables
+configure where spans are sent, and which share of them.
 """
 
 import logging
@@ -29,11 +29,11 @@ from ..runtime.throttled_log import ThrottledLog
 
 log = structlog.get_logger()
 
-LAST_FLUSH: Final = 2.0  # seconds for what is not exported yet when the gateway stops
+LAST_FLUSH: Final = 2.0  # seconds to export the remaining spans when the gateway stops
 
 # https://www.w3.org/TR/trace-context/#traceparent-header, 3.2.2
 _TRACEPARENT: Final = re.compile(r"00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
-_LATER: Final = re.compile(
+_LATER_VERSION: Final = re.compile(
     r"(?!00|ff)[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(?:-.*)?"
 )
 
@@ -49,7 +49,7 @@ _decode: Final = msgspec.json.Decoder(_Carrier).decode
 
 
 class Tracing:
-    """Makes the spans. ``processor`` receives the ended ones; it must not block."""
+    """Makes the spans. ``processor`` receives each span when it has ended, and must not block."""
 
     def __init__(self, processor: SpanProcessor, routes: Routing = ROUTES) -> None:
         # A provider of our own: other users of OpenTelemetry in this process have theirs.
@@ -59,13 +59,13 @@ class Tracing:
         self._routes = routes
 
     def observe(self, events: Sequence[Event], ended: float) -> None:
-        """Make the spans of events that were just delivered; ``ended`` is now, on Trio's clock."""
+        """Make a span for each delivered event; ``ended`` is the present on Trio's clock."""
         now = time.time_ns()
         for event in events:
             origin = read_traceparent(event.payload)
             span = self._tracer.start_span(
                 f"deliver {event.type}" if event.type in self._routes else "deliver",
-                # A new trace if it names none; never one that happens to be current here.
+                # Without a traceparent a new trace begins, whatever the current one is.
                 _BEGIN
                 if origin is None
                 else trace.set_span_in_context(trace.NonRecordingSpan(origin), _BEGIN),
@@ -99,29 +99,30 @@ class Tracing:
 
 
 def read_traceparent(payload: bytes) -> trace.SpanContext | None:
-    """The span that an event says it comes from, in its key ``traceparent``; None if it says
-    nothing, or what is no ``traceparent``.
+    """Read the parent span from an event's key ``traceparent``.
+
+    None if the key is missing or invalid.
     """
     if b'"traceparent"' not in payload:
         return None
     try:
-        said = _decode(payload).traceparent
+        value = _decode(payload).traceparent
     except msgspec.DecodeError:
         return None
-    if not isinstance(said, str):
+    if not isinstance(value, str):
         return None
-    if (found := _TRACEPARENT.fullmatch(said) or _LATER.fullmatch(said)) is None:
+    if (found := _TRACEPARENT.fullmatch(value) or _LATER_VERSION.fullmatch(value)) is None:
         return None
     context = trace.SpanContext(
         int(found[1], 16), int(found[2], 16), True, trace.TraceFlags(int(found[3], 16) & 1)
     )
-    return context if context.is_valid else None  # zeros are not
+    return context if context.is_valid else None  # ids of zeros only are invalid
 
 
 @asynccontextmanager
 async def open_tracing(routes: Routing) -> AsyncIterator[Observe]:
-    """What Dispatch tells of delivered events; a thread of its own sends the spans over OTLP."""
-    _tell_of_trouble()
+    """Yield the function to call with delivered events; a thread exports their spans by OTLP."""
+    _log_exporter_problems()
     tracing = Tracing(BatchSpanProcessor(OTLPSpanExporter()), routes)
     log.info("tracing")
     try:
@@ -138,9 +139,10 @@ def _resource() -> Resource:
     return Resource.create({} if named else {SERVICE_NAME: "trio-gateway"})
 
 
-class _Trouble(logging.Handler):
-    """Says in our log, redacted, what the exporter can't do. A line a second: a burst of events
-    is more spans than the exporter's queue holds, and it says so for each.
+class _ExporterLog(logging.Handler):
+    """Copies the exporter's warnings into our log, redacted, and one a second at most.
+
+    The exporter logs a warning for each span that its queue has no room for.
     """
 
     def __init__(self, level: int) -> None:
@@ -149,13 +151,13 @@ class _Trouble(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            self._throttled_log.warning("tracing trouble", error=record.getMessage())
+            self._throttled_log.warning("tracing problem", error=record.getMessage())
         except Exception:
             self.handleError(record)
 
 
-def _tell_of_trouble() -> None:
+def _log_exporter_problems() -> None:
     logger = logging.getLogger("opentelemetry")
-    if not any(isinstance(each, _Trouble) for each in logger.handlers):
-        logger.addHandler(_Trouble(logging.WARNING))
+    if not any(isinstance(each, _ExporterLog) for each in logger.handlers):
+        logger.addHandler(_ExporterLog(logging.WARNING))
     logger.propagate = False

@@ -1,6 +1,6 @@
-"""The contract as an AsyncAPI 3.0 document, generated from the tables that the gateway runs on.
+"""The contract as an AsyncAPI 3.0 document, generated from the tables that the gateway uses.
 
-Like the JavaScript client it is public, and contains no address and no secret.
+The document is public. It contains no address and no secret.
 """
 
 import json
@@ -37,22 +37,22 @@ _Object = dict[str, Any]
 
 
 def describe(settings: "Settings") -> _Object:
-    """Describe a gateway with these settings: its routes, patterns and streams."""
+    """Make the document for a gateway with these settings: its routes, patterns and streams."""
     routes = settings.routes
     sources = _sources(settings.redis_channel_patterns, settings.redis_streams)
     channels: _Object = {}
     operations: _Object = {}
     for endpoint in Endpoint:
-        heard = [_event_name(name) for name in received_at(endpoint, routes)]
+        received = [_event_name(name) for name in received_at(endpoint, routes)]
         if received_at(endpoint, Routing({"any other": UNKNOWN})):
-            heard.append("event")
-        _add_endpoint(endpoint, heard, channels, operations)
+            received.append("event")
+        _add_endpoint(endpoint, received, channels, operations)
     for name, (address, words) in sources.items():
         channels[name] = _redis_channel(address, words, "event")
-        operations[f"hear_{name}"] = _operation("receive", name, ["event"])
+        operations[f"receive_{name}"] = _operation("receive", name, ["event"])
     for name, address in {"revoked": REVOKED, "sectors_changed": SECTORS_CHANGED}.items():
         channels[name] = _redis_channel(address, "A control message to the gateway itself.", name)
-        operations[f"hear_{name}"] = _operation("receive", name, [name])
+        operations[f"receive_{name}"] = _operation("receive", name, [name])
     return {
         "asyncapi": "3.0.0",
         "info": {
@@ -79,9 +79,9 @@ def describe(settings: "Settings") -> _Object:
 
 
 def received_at(endpoint: Endpoint, routes: Routing) -> list[str]:
-    """The event types that some client on this endpoint may receive, by the routing itself."""
+    """The event types that a client on this endpoint may receive, found by routing one of each."""
     tenant, branch, sector, session = TenantId(1), BranchId(1), SectorId(1), SessionId(1)
-    somebody = Principal(
+    principal = Principal(
         endpoint=endpoint,
         tenant=tenant,
         branches=frozenset({branch}),
@@ -90,15 +90,15 @@ def received_at(endpoint: Endpoint, routes: Routing) -> list[str]:
         sectors={branch: frozenset({sector})},
         session=None if endpoint.staff else session,
     )
-    mine = audiences_of(somebody)
+    audiences = audiences_of(principal)
     keys = {"tenant_id": tenant, "branch_id": branch, "sector_id": sector, "session_id": session}
 
-    def hears(name: str) -> bool:
+    def receives(name: str) -> bool:
         payload = msgspec.json.encode({"type": name, **keys})
         event = parse_event(payload, channel="", received_at=0)
-        return not mine.isdisjoint(routes.audiences(event))
+        return not audiences.isdisjoint(routes.audiences(event))
 
-    return [name for name in routes if hears(name)]
+    return [name for name in routes if receives(name)]
 
 
 _SERVERS: Final[_Object] = {
@@ -137,8 +137,9 @@ _SECURITY: Final[_Object] = {
 def _add_endpoint(
     endpoint: Endpoint, types: Sequence[str], channels: _Object, operations: _Object
 ) -> None:
-    asked = {name: said for name, said in REQUESTS.items() if endpoint in said.endpoints}
-    answers = [name for name in ANSWERS if name in {"gap", *(a.answer for a in asked.values())}]
+    requests = {name: each for name, each in REQUESTS.items() if endpoint in each.endpoints}
+    answered = {"gap", *(each.answer for each in requests.values())}
+    answers = [name for name in ANSWERS if name in answered]
     token = "token" if endpoint.staff else "table_token"
     words = f"For {', '.join(sorted(endpoint.roles))}." if endpoint.staff else "For diners."
     query: Schema = {
@@ -146,7 +147,7 @@ def _add_endpoint(
         "properties": {name: {"type": "string"} for name in (token, "ticket", "last_event_id")},
     }
     names = ("websocket", "websocket_plain")
-    channel = _channel(endpoint.path, names, [*asked, *answers, *types])
+    channel = _channel(endpoint.path, names, [*requests, *answers, *types])
     channel |= {
         "description": f"{words} The upgrade is always accepted; a rejection is a close code.",
         "bindings": {"ws": {"method": "GET", "query": query, "bindingVersion": "0.1.0"}},
@@ -154,25 +155,27 @@ def _add_endpoint(
     here = endpoint.label
     channels[here] = channel
     schemes = [token, "ticket", "bearer"]
-    for name, said in asked.items():
+    for name, each in requests.items():
         operation = _operation("receive", here, [name], [*schemes, "subprotocol"])
-        if said.answer is not None:
+        if each.answer is not None:
             operation["reply"] = {
                 "channel": _ref("channels", here),
-                "messages": [_ref("channels", here, "messages", said.answer)],
+                "messages": [_ref("channels", here, "messages", each.answer)],
             }
         operations[f"{here}_{name}"] = operation
-    operations[f"{here}_hears"] = _operation(
+    operations[f"send_{here}"] = _operation(
         "send", here, ["gap", *types], [*schemes, "subprotocol"]
     )
-    path = next(path for path, each in PATHS.items() if each is endpoint)
-    there = f"{here}_events"
-    told = ["resumed", "gap", *types, "close"]
-    channels[there] = _channel(path, ("http", "http_plain"), told) | {
+    path = next(path for path, other in PATHS.items() if other is endpoint)
+    events = f"{here}_events"
+    messages = ["resumed", "gap", *types, "close"]
+    channels[events] = _channel(path, ("http", "http_plain"), messages) | {
         "description": f"{words} Server-Sent Events; a rejection is an HTTP status."
     }
     http = {"http": {"method": "GET", "query": query, "bindingVersion": "0.3.0"}}
-    operations[f"{there}_hears"] = _operation("send", there, told, schemes) | {"bindings": http}
+    operations[f"send_{events}"] = _operation("send", events, messages, schemes) | {
+        "bindings": http
+    }
 
 
 def _sources(patterns: Iterable[str], streams: Iterable[str]) -> dict[str, tuple[str, str]]:
@@ -237,15 +240,15 @@ def _schemas() -> _Object:
 
 def _messages(routes: Routing) -> _Object:
     found: _Object = {}
-    spoken: Mapping[str, Request | Answer] = {**REQUESTS, **ANSWERS}
-    for name, said in spoken.items():
-        text = not said.example.startswith("{")
+    client_messages: Mapping[str, Request | Answer] = {**REQUESTS, **ANSWERS}
+    for name, message in client_messages.items():
+        text = not message.example.startswith("{")
         found[name] = {
             "name": name,
-            "summary": said.note or f"Answered with `{REQUESTS[name].answer}`.",
+            "summary": message.note or f"Answered with `{REQUESTS[name].answer}`.",
             "contentType": "text/plain" if text else "application/json",
-            "payload": said.schema,
-            "examples": [{"payload": said.example if text else json.loads(said.example)}],
+            "payload": message.schema,
+            "examples": [{"payload": message.example if text else json.loads(message.example)}],
         }
     found["close"] = {
         "name": "close",
@@ -269,7 +272,7 @@ def _messages(routes: Routing) -> _Object:
         "payload": any_event,
     }
     for name, each in routes.items():
-        message = found[_event_name(name)] = {
+        described = found[_event_name(name)] = {
             "name": name,
             "payload": {
                 "allOf": [
@@ -281,12 +284,12 @@ def _messages(routes: Routing) -> _Object:
             "x-durable": each.durable,
         }
         if name in _samples():
-            message["examples"] = [{"payload": _samples()[name]}]
+            described["examples"] = [{"payload": _samples()[name]}]
     return found
 
 
 def _event_name(event_type: str) -> str:
-    """The key of a type's message. A type may be any text, a key may not."""
+    """The key of a type's message. A type may be any text; a key has a limited alphabet."""
     safe = quote(event_type, safe="").replace("~", "%7E").replace(".", "%2E")
     return f"event.{safe.replace('%', '.')}"
 

@@ -1,7 +1,7 @@
-"""Catch-up: what a client has missed, over HTTP, in pages, for clients that cannot resume.
+"""Catch-up: missed events over HTTP, in pages, for clients that cannot resume.
 
-A page is read from the history in short pieces while it is sent: nobody waits behind a long one,
-and a client costs one piece of memory however slowly it reads.
+A page is read from the history in short pieces while it is sent: no other client waits for a long
+page, and a slow reader costs the memory of one piece.
 """
 
 import math
@@ -27,13 +27,12 @@ from ..runtime.resume import PATIENCE
 from .responses import Answer, identify, problem, refusal
 
 PAGE_BYTES: Final = 1_000_000  # the largest body
-_PIECE_EVENTS: Final = 100  # read from the history without a checkpoint: below a millisecond
+_PIECE_EVENTS: Final = 100  # read without a checkpoint, in less than a millisecond
 _PIECE_BYTES: Final = 65_536
-_FAR: Final = (
-    86_400  # seconds in the future: more than any clock is wrong, but less than milliseconds are
-)
-_TAIL_BYTES: Final = 100  # room for what follows the events, and in it for each stream's place
-_PLACE_BYTES: Final = 48
+# Seconds in the future: more than the error of a clock, less than a time in milliseconds.
+_FAR: Final = 86_400
+_TAIL_BYTES: Final = 100  # reserved for the keys after the events
+_POSITION_BYTES: Final = 48  # reserved for each stream's position in `next`
 
 
 async def branch(parts: Parts) -> Answer:
@@ -42,14 +41,14 @@ async def branch(parts: Parts) -> Answer:
         principals = await identify(parts, _token("token"), staff=True)
     except Rejected as rejected:
         return refusal(rejected)
-    asked = request.args.get("branch_id", "")
-    if not is_id(asked):
+    wanted = request.args.get("branch_id", "")
+    if not is_id(wanted):
         return problem(422, "branch_id must be a positive integer")
-    mine = [p for p in principals if int(asked) in p.branches]
-    if not mine:
+    members = [p for p in principals if int(wanted) in p.branches]
+    if not members:
         return problem(403, "branch_id is not a branch of this token")
-    only = frozenset({BranchId(int(asked))})
-    return await _missed(parts, [replace(principal, branches=only) for principal in mine])
+    only = frozenset({BranchId(int(wanted))})
+    return await _missed(parts, [replace(principal, branches=only) for principal in members])
 
 
 async def session(parts: Parts) -> Answer:
@@ -58,10 +57,10 @@ async def session(parts: Parts) -> Answer:
         principals = await identify(parts, _token("table_token"), staff=False)
     except Rejected as rejected:
         return refusal(rejected)
-    asked = request.args.get("session_id", "")
-    if not is_id(asked):
+    wanted = request.args.get("session_id", "")
+    if not is_id(wanted):
         return problem(422, "session_id must be a positive integer")
-    if int(asked) != principals[0].session:
+    if int(wanted) != principals[0].session:
         return problem(403, "session_id is not the session of this token")
     return await _missed(parts, principals)
 
@@ -70,7 +69,7 @@ async def _missed(parts: Parts, principals: Sequence[Principal]) -> Answer:
     audiences = frozenset[Audience]().union(*map(audiences_of, principals))
     since, history = request.args.get("since", ""), parts.history
     try:
-        moment, asked = _read_since(since)
+        moment, after = _read_since(since)
     except ValueError:
         return problem(422, "since must be a unix time or an event id")
     if moment is not None and moment > parts.clock() + _FAR:
@@ -87,14 +86,14 @@ async def _missed(parts: Parts, principals: Sequence[Principal]) -> Answer:
     if moment is not None:
         cursor, complete = history.place_before(moment)
     else:
-        assert asked is not None
-        with trio.move_on_after(PATIENCE):  # another process may have been quicker
-            await history.wait_for(asked)
-        complete = history.covers(asked) and not history.is_ahead(asked)
-        cursor = {stream: seen for stream, seen in asked.items() if stream in history.end}
+        assert after is not None
+        with trio.move_on_after(PATIENCE):  # another process may have read on further
+            await history.wait_for(after)
+        complete = history.covers(after) and not history.is_ahead(after)
+        cursor = {stream: seen for stream, seen in after.items() if stream in history.end}
     response = Response(_page(history, cursor, audiences), content_type="application/json")
     response.headers["Cache-Control"] = "no-store"
-    if not complete:  # the body has no field for it
+    if not complete:  # the contract has no key for it in the body
         response.headers["Gateway-Complete"] = "false"
     return response
 
@@ -102,24 +101,24 @@ async def _missed(parts: Parts, principals: Sequence[Principal]) -> Answer:
 async def _page(
     history: History, cursor: Cursor, audiences: frozenset[Audience]
 ) -> AsyncIterator[bytes]:
-    """The body, in pieces. If there is more, ``next`` is the event id to continue from."""
+    """Yield the body in pieces. If there are more events, ``next`` is the id to continue after."""
     was_whole = not history.forgot(cursor)
-    room, count, more = PAGE_BYTES - _TAIL_BYTES - _PLACE_BYTES * len(cursor), 0, False
+    room, count, more = PAGE_BYTES - _TAIL_BYTES - _POSITION_BYTES * len(cursor), 0, False
     piece = bytearray(b'{"events":[')
     while not more:
-        if was_whole and history.forgot(cursor):  # since the last piece: the next page tells so
+        if was_whole and history.forgot(cursor):  # since the last piece; the next page reports it
             more = True
             break
         found = history.following(cursor, audiences, _PIECE_EVENTS)
-        for kept in found:
-            text = _text(kept)
+        for stored in found:
+            text = _text(stored)
             if more := len(text) + 1 > room:
                 break
             piece += b"," if count else b""
             piece += text
             room -= len(text) + 1
             count += 1
-            cursor = {**cursor, kept.stream: kept.position}
+            cursor = {**cursor, stored.stream: stored.position}
             if len(piece) >= _PIECE_BYTES:
                 break
         else:
@@ -134,8 +133,8 @@ async def _page(
     yield bytes(piece + b"}")
 
 
-def _text(kept: StoredEvent) -> memoryview:
-    ((_, payload),) = split(kept.frame)
+def _text(stored: StoredEvent) -> memoryview:
+    ((_, payload),) = split(stored.frame)
     return payload
 
 

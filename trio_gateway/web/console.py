@@ -21,8 +21,8 @@ _PAGE: Final = _read("console.html")
 _GATE: Final = _read("console-gate.html")
 
 
-def _allowed(tag: str) -> str:
-    """The CSP sources of the inline elements of both pages: their hashes (CSP 3, 2.3.1)."""
+def _hashes_of(tag: str) -> str:
+    """Return the CSP sources of both pages' inline elements: their hashes (CSP 3, 2.3.1)."""
     found = re.findall(rf"<{tag}[^>]*>(.*?)</{tag}>", _PAGE + _GATE, re.DOTALL)
     hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()) for text in found]
     return " ".join(f"'sha256-{each.decode()}'" for each in hashes)
@@ -31,8 +31,8 @@ def _allowed(tag: str) -> str:
 _HEADERS: Final = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": (
-        f"default-src 'none'; script-src {_allowed('script')} 'self'; "  # 'self' is for client.js
-        f"style-src {_allowed('style')}; worker-src blob:; "
+        f"default-src 'none'; script-src {_hashes_of('script')} 'self'; "  # 'self' is for client.js
+        f"style-src {_hashes_of('style')}; worker-src blob:; "
         "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
         "frame-ancestors 'none'"
     ),

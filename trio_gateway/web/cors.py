@@ -1,7 +1,7 @@
-"""CORS: which pages may call which of the HTTP paths from a browser (Fetch, 3.3).
+"""CORS: which pages may call which HTTP paths from a browser (Fetch, 3.3).
 
-It works on ASGI messages, beneath Quart, so that every answer to a page has the headers: errors
-that Quart raises, and a stream of events, too. Cookies are never allowed: credentials are tokens.
+It works on ASGI messages, below Quart, so that every response to a page has the headers, including
+Quart's error responses and event streams. Cookies are never allowed: credentials are tokens.
 """
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping
@@ -15,30 +15,30 @@ Headers = list[tuple[bytes, bytes]]
 
 
 @dataclass(frozen=True, slots=True)
-class Shared:
-    """A path that pages may call."""
+class SharedPath:
+    """A path that pages of other origins may call."""
 
     method: str
-    any_origin: bool = False  # else the origins that staff may connect from
+    any_origin: bool = False  # if not, the origins in ALLOWED_ORIGINS
 
 
-PATHS: Final[Mapping[str, Shared]] = {
-    "/ws/ticket": Shared("POST"),
-    "/ws/catchup": Shared("GET"),
-    "/ws/catchup/session": Shared("GET", any_origin=True),
-    "/ws/explain": Shared("POST"),
-    **{f"{each.path}/events": Shared("GET", any_origin=not each.staff) for each in Endpoint},
+PATHS: Final[Mapping[str, SharedPath]] = {
+    "/ws/ticket": SharedPath("POST"),
+    "/ws/catchup": SharedPath("GET"),
+    "/ws/catchup/session": SharedPath("GET", any_origin=True),
+    "/ws/explain": SharedPath("POST"),
+    **{f"{each.path}/events": SharedPath("GET", any_origin=not each.staff) for each in Endpoint},
 }
-# Without cookies `*` stands for every header but Authorization; older browsers read the others.
+# Without cookies, `*` means every header except Authorization. Older browsers need the names.
 _ALLOWED_HEADERS: Final = b"Authorization, Content-Type, Last-Event-ID, Cache-Control, *"
 _EXPOSED_HEADERS: Final = b"Retry-After, WWW-Authenticate, Gateway-Complete"
-_MAX_AGE: Final = b"600"  # seconds that a browser need not ask again
+_MAX_AGE: Final = b"600"  # seconds for which a browser may cache the preflight
 
 
 def response_headers(
-    shared: Shared, request: Iterable[tuple[bytes, bytes]], is_allowed: Callable[[str], bool]
+    shared: SharedPath, request: Iterable[tuple[bytes, bytes]], is_allowed: Callable[[str], bool]
 ) -> Headers:
-    """What every answer on this path has; ``is_allowed`` decides about an origin."""
+    """Return the headers for every response on this path; ``is_allowed`` decides on an origin."""
     vary = [] if shared.any_origin else [(b"vary", b"Origin")]
     if (origin := _allowed_origin(shared, request, is_allowed)) is None:
         return vary
@@ -50,14 +50,14 @@ def response_headers(
 
 
 async def answer_options(
-    shared: Shared,
+    shared: SharedPath,
     request: Iterable[tuple[bytes, bytes]],
     is_allowed: Callable[[str], bool],
     send: Send,
 ) -> None:
-    """Answer OPTIONS, a browser's preflight (Fetch, 4.9) in particular.
+    """Answer an OPTIONS request, such as a browser's preflight (Fetch, 4.9).
 
-    A browser takes the absence of the headers for a no, whatever the status.
+    Without the headers the browser refuses the call, whatever the status is.
     """
     headers = response_headers(shared, request, is_allowed)
     if _allowed_origin(shared, request, is_allowed) is not None:
@@ -66,7 +66,7 @@ async def answer_options(
             (b"access-control-allow-headers", _ALLOWED_HEADERS),
             (b"access-control-max-age", _MAX_AGE),
         ]
-        # A public page that calls a gateway in the browser's own network asks for this, too.
+        # A page of the public web that calls a gateway in a private network needs this, too.
         if _values(request, b"access-control-request-private-network") == [b"true"]:
             headers.append((b"access-control-allow-private-network", b"true"))
     headers.append((b"allow", f"{shared.method}, OPTIONS".encode()))
@@ -86,9 +86,9 @@ def adding(headers: Headers, send: Send) -> Send:
 
 
 def _allowed_origin(
-    shared: Shared, request: Iterable[tuple[bytes, bytes]], is_allowed: Callable[[str], bool]
+    shared: SharedPath, request: Iterable[tuple[bytes, bytes]], is_allowed: Callable[[str], bool]
 ) -> bytes | None:
-    """What to name as the allowed origin; None if this page's is not."""
+    """Return the allowed origin to name in the response; None if the page's is not allowed."""
     if shared.any_origin:
         return b"*"
     origins = _values(request, b"origin")

@@ -1,4 +1,4 @@
-"""Development only: routes with which the console makes tokens and publishes events."""
+"""Development only: the routes by which the console mints tokens and publishes events."""
 
 import secrets
 import time
@@ -24,7 +24,7 @@ _FORWARDED: Final = ("Forwarded", "Via", "X-Forwarded-For", "X-Real-Ip")
 
 
 class _TokenRequest(msgspec.Struct):
-    """The claims of the token to make: for staff, or for a table."""
+    """The claims of a staff token or a table token."""
 
     endpoint: str
     tenant_id: Annotated[int, msgspec.Meta(gt=0)] = 1
@@ -42,8 +42,8 @@ async def token(parts: Parts) -> Answer:
     """Development only, where `WS_CONSOLE_TOKENS` allows it: a token for the playground."""
     if not parts.settings.ws_console_tokens:
         return problem(404, "not found")
-    # It makes tokens for anybody who asks, so it serves this machine only: no client behind a
-    # local proxy, and no page of a host name that was pointed to this machine.
+    # It mints tokens without authentication, so it serves only this machine: no client behind a
+    # local proxy, and no page whose host name was made to resolve to this machine.
     if not (is_loopback(request.remote_addr or "") and is_loopback(host_of(request.host))) or any(
         name in request.headers for name in _FORWARDED
     ):
@@ -105,9 +105,8 @@ async def publish(parts: Parts) -> Answer:
     routes, streams = parts.settings.routes, parts.settings.redis_streams
     try:
         if routes.is_durable(event.type) and streams:
-            await parts.commands.add(
-                streams[0], {"data": payload}
-            )  # not trimmed: the stream belongs to others
+            # Not trimmed: the backends decide how long their stream is.
+            await parts.commands.add(streams[0], {"data": payload})
             return jsonify(stream=streams[0])
         channel = channel_for(event, routes)
         await parts.commands.publish(channel, payload)
@@ -117,10 +116,10 @@ async def publish(parts: Parts) -> Answer:
 
 
 async def _read_body(kind: type[T]) -> T | Answer:
-    """The decoded JSON body, or an error response.
+    """Return the decoded JSON body, or an error response.
 
-    Only pages of this gateway can send it: other origins may not send JSON without a preflight
-    (Fetch, 3.2.2), which is not answered here.
+    Only pages of this gateway can send such a body: a browser sends JSON to another origin only
+    after a preflight (Fetch, 3.2.2), which fails here.
     """
     if request.mimetype != "application/json":
         return problem(415, "the body must be application/json")

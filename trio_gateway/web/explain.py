@@ -1,4 +1,4 @@
-"""``POST /ws/explain``: who receives an event, whether these tokens would, and who is connected."""
+"""``POST /ws/explain``: the receivers of an event, and whether given tokens would receive it."""
 
 from collections import Counter
 from typing import Annotated, Any, Final
@@ -16,17 +16,17 @@ from ..core.tokens import is_for_diners
 from ..parts import Parts
 from .responses import Answer, identify, problem, refusal
 
-MOST_TOKENS: Final = 16
-MOST_BYTES: Final = 256 * 1024  # of a body: an event, and tokens as long as they may be
+MAX_TOKENS: Final = 16
+MAX_BYTES: Final = 256 * 1024  # of a body: an event and the longest tokens
 
 
-class _Asked(msgspec.Struct):
+class _Request(msgspec.Struct):
     event: msgspec.Raw
-    tokens: Annotated[list[str], msgspec.Meta(max_length=MOST_TOKENS)] = []
+    tokens: Annotated[list[str], msgspec.Meta(max_length=MAX_TOKENS)] = []
 
 
 async def explain(parts: Parts) -> Answer:
-    """Who would receive an event, see below; for an ADMIN, for its own tenant and branches."""
+    """Who would receive an event, see below; for an ADMIN of its tenant and branch."""
     try:
         principals = await identify(parts, bearer(request.headers.get("Authorization")), staff=True)
     except Rejected as rejected:
@@ -35,10 +35,10 @@ async def explain(parts: Parts) -> Answer:
     if admin is None or Role.ADMIN not in admin.roles:
         return problem(403, "for the role ADMIN only")
     try:
-        asked = msgspec.json.decode(await request.get_data(as_text=False), type=_Asked)
-        event = parse_event(bytes(asked.event), channel="", received_at=0)
+        body = msgspec.json.decode(await request.get_data(as_text=False), type=_Request)
+        event = parse_event(bytes(body.event), channel="", received_at=0)
     except RequestEntityTooLarge:
-        return problem(413, f"the body must have at most {MOST_BYTES} bytes")
+        return problem(413, f"the body must have at most {MAX_BYTES} bytes")
     except InvalidEvent as invalid:
         return problem(422, f"event: {invalid}")
     except msgspec.ValidationError as error:
@@ -51,28 +51,28 @@ async def explain(parts: Parts) -> Answer:
         return problem(
             403, f"the event is for branch {event.branch}, which is not a branch of this token"
         )
-    holders = [await _identify(parts, token) for token in asked.tokens]
+    holders = [await _identify(parts, token) for token in body.tokens]
     # Nothing is awaited from here on, so that the whole response describes one moment.
     routes, audiences = parts.settings.routes, parts.dispatch.audiences(event)
-    here = Counter(each.principal.endpoint for each in parts.hub.members(audiences))
-    body: dict[str, Any] = {
+    connected = Counter(each.principal.endpoint for each in parts.hub.members(audiences))
+    found: dict[str, Any] = {
         "type": event.type,
         "known": event.type in routes,
         "durable": routes.is_durable(event.type),
         "audiences": [describe(each) for each in dict.fromkeys(audiences)],
-        "connections": {endpoint.label: here[endpoint] for endpoint in Endpoint},
+        "connections": {endpoint.label: connected[endpoint] for endpoint in Endpoint},
         "tokens": [
             (each if isinstance(each, Verdict) else judge(event, each, routes, audiences)).as_json()
             for each in holders
         ],
     }
-    response = jsonify(body)
+    response = jsonify(found)
     response.headers["Cache-Control"] = "no-store"
     return response
 
 
 async def _identify(parts: Parts, token: str) -> list[Principal] | Verdict:
-    """Identify a token of the body. Here an invalid one is an answer, not a failed login."""
+    """Identify a token of the body. An invalid one is a result here, not a failed login."""
     try:
         return await parts.admission.identify(token, staff=not is_for_diners(token))
     except Rejected as rejected:

@@ -63,7 +63,7 @@ async def detailed(parts: Parts) -> Answer:
 
 
 def _database(parts: Parts) -> dict[str, Any]:
-    """Not needed to be ready: without it the last known assignments hold, or the tokens' claims."""
+    """The state of the database. The gateway is ready without it, by older data or token claims."""
     if (sector_assignments := parts.sector_assignments) is None:
         return {"status": "not configured"}
     breaker = parts.breakers["database"]
@@ -79,5 +79,5 @@ def _status(connected: bool) -> str:
 
 
 async def _check(parts: Parts) -> str | None:
-    """None if Redis answers and accepts writes, else why not."""
+    """Return None if Redis answers and accepts writes, otherwise the reason."""
     return await parts.readiness.ask()

@@ -16,8 +16,8 @@ from . import cors, operations
 class HttpConnection(TrioASGIHTTPConnection):
     """Serves event streams, and hands every other request to Quart.
 
-    Hides the paths of the other listener, and adds CORS headers where pages of other origins may
-    call.
+    Hides the paths of the other listener. Adds CORS headers to paths that pages of other origins
+    may call.
     """
 
     def __init__(self, parts: Parts, reception: Reception, app: QuartTrio, scope: Any) -> None:
@@ -39,11 +39,11 @@ class HttpConnection(TrioASGIHTTPConnection):
                 return
             send = cors.adding(cors.response_headers(shared, headers, is_allowed), send)
         if (endpoint := sse.PATHS.get(path)) is None:
-            with ExitStack() as until_sent:  # for what a view holds until its response is sent
+            with ExitStack() as until_sent:  # releases what a view holds, after its response
                 self.scope["until_sent"] = until_sent  # type: ignore[typeddict-unknown-key]
                 try:
                     await super().__call__(receive, send)
-                except* TimeoutError:  # the client takes nothing, and was reset
+                except* TimeoutError:  # the client did not read, and was reset
                     pass
             return
         await sse.serve(

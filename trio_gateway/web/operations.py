@@ -1,6 +1,6 @@
-"""The operations listener, for metrics and details that are not for clients.
+"""The operations listener: metrics and health details on a separate address, over plain HTTP.
 
-With ``WS_OPERATIONS_BIND`` these are served there and nowhere else. It speaks plain HTTP.
+With ``WS_OPERATIONS_BIND`` they are served there and not to clients.
 """
 
 import socket
@@ -16,10 +16,8 @@ from quart_trio import QuartTrio
 from ..transports.tcp import TcpConnection
 
 PATHS: Final = frozenset({"/ws/metrics", "/ws/health/detailed"})
-_SHARED: Final = frozenset(
-    {"/ws/health", "/ws/health/ready"}
-)  # these paths are served by both listeners
-_OPERATIONS: Final = "operations"  # in the ASGI state of its requests
+_ON_BOTH: Final = frozenset({"/ws/health", "/ws/health/ready"})  # served by both listeners
+_OPERATIONS: Final = "operations"  # key in the ASGI state of this listener's requests
 _BACKLOG: Final = 100
 
 
@@ -30,7 +28,7 @@ def is_operations_request(scope: Any) -> bool:
 
 def is_hidden(scope: Any, path: str) -> bool:
     """Whether the listener through which a request came does not serve this path."""
-    return path not in PATHS | _SHARED if is_operations_request(scope) else path in PATHS
+    return path not in PATHS | _ON_BOTH if is_operations_request(scope) else path in PATHS
 
 
 class CannotListen(Exception):  # noqa: N818 - reads better where it is raised
@@ -71,7 +69,7 @@ def _listeners(bind: str) -> list[trio.SocketListener]:
 
 
 async def serve(app: QuartTrio, listeners: list[trio.SocketListener]) -> NoReturn:
-    """Answer operators; returns only when cancelled."""
+    """Serve the app on these listeners; returns only when cancelled."""
     config = Config()
     config.alpn_protocols = ["http/1.1"]
     config.include_server_header = False

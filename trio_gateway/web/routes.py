@@ -18,7 +18,7 @@ from ..reception import Reception
 from ..telemetry import prometheus
 from ..transports.asgi import DRAIN, AsgiSocket, read_scope
 from . import catchup, console, dev, health, operations
-from .explain import MOST_BYTES, explain
+from .explain import MAX_BYTES, explain
 from .responses import Answer, identify, problem, refusal
 from .static import add_files
 
@@ -28,7 +28,7 @@ _BODY_TIMEOUT: Final = 10  # seconds within which a request's body must arrive; 
 def add_routes(app: QuartTrio, parts: Parts, reception: Reception) -> None:
     """Add all routes to the app."""
     app.config |= {
-        "MAX_CONTENT_LENGTH": MOST_BYTES,
+        "MAX_CONTENT_LENGTH": MAX_BYTES,
         "BODY_TIMEOUT": _BODY_TIMEOUT,
         "RESPONSE_TIMEOUT": None,  # a response may take any time while the client reads
     }
@@ -66,7 +66,7 @@ def _websocket(
             parts.counts.refused[503] += 1
             abort(503)
         client_request = read_scope(endpoint, scope)
-        # Hypercorn takes the offered subprotocols out of the headers of HTTP/2.
+        # With HTTP/2, Hypercorn removes the offered subprotocols from the headers.
         offered = scope.get("subprotocols") or []
         subprotocol = client_request.subprotocol or (
             SUBPROTOCOL if SUBPROTOCOL in offered else None

@@ -1,6 +1,6 @@
-"""What is served as it stands: the JavaScript client, and the contract for machines.
+"""Static files: the JavaScript client and the AsyncAPI document.
 
-It is public: no credential is asked for, and pages of any origin may load it.
+They are public: no credential is needed, and pages of any origin may load them.
 """
 
 import json
@@ -14,30 +14,30 @@ from quart_trio import QuartTrio
 from ..settings import Settings
 from .asyncapi import describe
 
-# Path: the file, its type, and headers beside those that all have.
+# Path: the file, its type, and additional headers.
 FILES: Final[Mapping[str, tuple[str, str, Mapping[str, str]]]] = {
     "/ws/client.js": ("client.js", "text/javascript", {"X-TypeScript-Types": "./client.d.ts"}),
     "/ws/client.d.ts": ("client.d.ts", "application/typescript", {}),
 }
-CONTRACT: Final = "/ws/asyncapi.json"
+ASYNCAPI: Final = "/ws/asyncapi.json"
 _HEADERS: Final = {
     "Access-Control-Allow-Origin": "*",
-    "Cache-Control": "no-cache",  # kept, but asked for again: then 304
+    "Cache-Control": "no-cache",  # stored, but revalidated each time (304)
     "Cross-Origin-Resource-Policy": "cross-origin",
     "X-Content-Type-Options": "nosniff",
 }
 
 
 def add_files(app: QuartTrio, settings: Settings) -> None:
-    """Give the app a route for each of the files, which are read now, once, and the contract."""
+    """Add routes for the files and the AsyncAPI document. All are read now, and only once."""
     for path, (name, content_type, headers) in FILES.items():
         body = files("trio_gateway").joinpath("static", name).read_bytes()
-        app.add_url_rule(path, path, _served(body, content_type, {**_HEADERS, **headers}))
-    contract = json.dumps(describe(settings)).encode()
-    app.add_url_rule(CONTRACT, CONTRACT, _served(contract, "application/json", _HEADERS))
+        app.add_url_rule(path, path, _view_of(body, content_type, {**_HEADERS, **headers}))
+    document = json.dumps(describe(settings)).encode()
+    app.add_url_rule(ASYNCAPI, ASYNCAPI, _view_of(document, "application/json", _HEADERS))
 
 
-def _served(
+def _view_of(
     body: bytes, content_type: str, headers: Mapping[str, str]
 ) -> Callable[[], Awaitable[Response]]:
     async def view() -> Response:
