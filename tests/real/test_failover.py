@@ -154,7 +154,7 @@ async def test_refused_command_is_sent_to_the_server_that_the_name_leads_to(
 
             await commands.mget(["k"])  # may be given twice, if its connection was closed
             assert await commands.getdel("k") is None  # refused by the old one, not lost
-            assert await commands.claim("c", 10)
+            assert await commands.add_once("c", 10, "dlq", {"data": b""}, 10)
             await trio.to_thread.run_sync(publisher.publish, EVENT)  # it has no id
     with redis.Redis(port=name.other.port) as new:
         assert new.xlen(STREAM) == 1

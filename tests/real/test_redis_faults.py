@@ -283,5 +283,6 @@ async def test_whatever_redis_replies_a_command_is_answered_or_unavailable(polit
                 with suppress(Unavailable):
                     assert isinstance(await commands.getdel("a"), bytes | None)
                 with suppress(Unavailable):
-                    assert isinstance(await commands.claim("a", 1), bool)
+                    added = await commands.add_once("a", 1, "b", {"data": b""}, 10)
+                    assert isinstance(added, bool)
         nursery.cancel_scope.cancel()

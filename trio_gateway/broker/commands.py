@@ -150,16 +150,6 @@ class Commands:
             self._writes, lambda redis: redis.publish(channel, payload), _is_count, again=False
         )
 
-    async def claim(self, key: str, seconds: int) -> bool:
-        """Set a key that expires after ``seconds``; return False if it exists already."""
-        first = await self._run(
-            self._writes,
-            lambda redis: redis.set(key, "1", ex=seconds, nx=True),
-            _is_true_or_none,
-            again=False,  # a second try would find the key of the first
-        )
-        return bool(first)
-
     async def add(self, stream: str, fields: dict[str, str | bytes]) -> None:
         """Add an entry to a stream, without trimming the stream."""
         entry: Any = fields

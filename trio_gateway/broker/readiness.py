@@ -27,24 +27,24 @@ class Readiness:
         self._is_known = False
         self._checked_at = -inf
         self._is_checking = False
-        self._wanted = trio.Event()
-        self._done = trio.Event()
+        self._wanted = trio.lowlevel.ParkingLot()
+        self._done = trio.lowlevel.ParkingLot()
 
     async def ask(self) -> str | None:
         """Return None if Redis answers and accepts writes, otherwise the reason."""
         if self._is_checking or self._checked_at + FRESH <= trio.current_time():
             if not self._is_checking:
                 self._is_checking = True
-                self._wanted.set()
+                self._wanted.unpark_all()
             with trio.move_on_after(ANSWER_TIMEOUT if self._is_known else CHECK_TIMEOUT):
-                await self._done.wait()
+                await self._done.park()
         return self._problem
 
     async def run(self) -> NoReturn:
         """Check when asked; return only when cancelled."""
         while True:
-            await self._wanted.wait()
-            self._wanted = trio.Event()
+            while not self._is_checking:
+                await self._wanted.park()
             try:
                 await self._check(CHECK_TIMEOUT)
                 self._problem = None
@@ -52,5 +52,4 @@ class Readiness:
                 self._problem = str(unavailable)
             self._is_known, self._is_checking = True, False
             self._checked_at = trio.current_time()
-            self._done.set()
-            self._done = trio.Event()
+            self._done.unpark_all()
