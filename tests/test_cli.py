@@ -119,7 +119,7 @@ def test_legacy_token_comes_with_a_warning_unless_they_are_allowed() -> None:
 def test_no_secret_no_token(kind: str, name: str) -> None:
     done = run("token", kind)
     assert (done.exit_code, done.stdout) == (2, "")
-    says = "set it to what the gateway has, in the environment or in .env"
+    says = "set it to the gateway's value, in the environment or in .env"
     assert done.stderr == f"trio-gateway: {name} is not set: {says}\n"
 
 
@@ -266,7 +266,7 @@ def test_rate_and_repeat(url: str, store: "redis.Redis", tmp_path: Path) -> None
 def test_channel_without_a_listener_is_pointed_out(url: str, store: "redis.Redis") -> None:
     done = run("publish", "-", env={"REDIS_URL": url}, stdin=CART)
     assert done.exit_code == 0
-    assert "nobody listens" in done.stderr
+    assert "had no subscriber" in done.stderr
 
 
 def test_publish_stops_when_redis_is_down() -> None:
@@ -534,7 +534,7 @@ async def test_tail_says_why_it_is_refused(url: str, gateway: int) -> None:
     status, out, err = await ran("tail", "--url", where, env=env)
     assert (status, out) == (1, [])
     assert "4001 AUTH_FAILED" in err
-    assert err.endswith("(it was signed with JWT_SECRET as it is set here)\n")
+    assert err.endswith("(it was signed with the JWT_SECRET that is set here)\n")
 
     arguments = f"tail --as kitchen --role WAITER --url {where}".split()
     status, out, err = await ran(*arguments, env=harness.environment(url))
@@ -563,7 +563,7 @@ async def test_tail_connects_again_and_prints_what_came_meanwhile(
     assert types == ["ROUND_READY", "ROUND_SERVED"]
     lost, again = err.decode().splitlines()
     assert lost.startswith(f"the connection to 127.0.0.1:{gateway.port} broke: is the gateway")
-    assert "; again in " in lost
+    assert "; reconnecting in " in lost
     assert again.startswith("connected again to ws://127.0.0.1")
 
 
@@ -571,7 +571,7 @@ async def test_tail_of_nobody_says_how_to_start_a_gateway(url: str) -> None:
     where = f"ws://127.0.0.1:{harness.free_port()}"
     status, _, err = await ran("tail", "--url", where, env=harness.environment(url))
     assert status == 1
-    assert err.startswith("trio-gateway: nobody listens on 127.0.0.1:")
+    assert err.startswith("trio-gateway: nothing listens on 127.0.0.1:")
     assert "trio-gateway serve" in err
 
 
@@ -608,15 +608,15 @@ async def test_explain_asks_a_gateway_who_is_connected(url: str, gateway: int) -
 @pytest.mark.parametrize(
     ("token", "path", "error"),
     [
-        ("nonsense", "", "HTTP 401 (token invalid): bring a token of this gateway"),
+        ("nonsense", "", "HTTP 401 (token invalid): put a token of this gateway"),
         (
             make_jwt(harness.JWT_SECRET),
             "",
-            "HTTP 403 (for the role ADMIN only): bring the token of an",
+            "HTTP 403 (for the role ADMIN only): put a token of an",
         ),
-        ("nonsense", "/elsewhere", "HTTP 404: no gateway there"),
-        ("hunter2\n", "", "what TRIO_GATEWAY_TOKEN holds is no token"),
-        ("hünter2", "", "what TRIO_GATEWAY_TOKEN holds is no token"),
+        ("nonsense", "/elsewhere", "HTTP 404: there is no gateway"),
+        ("hunter2\n", "", "the value of TRIO_GATEWAY_TOKEN is not a token"),
+        ("hünter2", "", "the value of TRIO_GATEWAY_TOKEN is not a token"),
     ],
 )
 def test_explain_says_why_a_gateway_does_not_answer(
@@ -776,8 +776,8 @@ def test_tail_takes_the_demo_that_started_last(temporary: Path) -> None:
     for number in (1, 2):
         path = put_demo(temporary / f"trio-gateway-demo-{number}", url=f"ws://127.0.0.1:{number}")
         os.utime(path, (number, number))
-    assert "nobody listens on 127.0.0.1:2" in run("tail", "--demo").stderr
-    assert "nobody listens on 127.0.0.1:2" in run("tail").stderr
+    assert "nothing listens on 127.0.0.1:2" in run("tail", "--demo").stderr
+    assert "nothing listens on 127.0.0.1:2" in run("tail").stderr
 
 
 @pytest.mark.parametrize(
@@ -789,7 +789,7 @@ def test_tail_takes_no_demo_file_that_is_not_private_or_not_of_a_running_demo(
     temporary: Path, changes: dict[str, Any]
 ) -> None:
     put_demo(temporary / "trio-gateway-demo-1", **changes)
-    assert run("tail", "--demo").stderr.startswith("trio-gateway: no demo of yours runs")
+    assert run("tail", "--demo").stderr.startswith("trio-gateway: no demo of this user runs")
     assert run("tail").stderr.startswith("trio-gateway: JWT_SECRET is not set")
 
 
@@ -827,7 +827,7 @@ async def test_demo_ends_by_itself_after_its_loops(tmp_path: Path) -> None:
     env = {**harness.environment("redis://nowhere"), "TMPDIR": str(tmp_path)}
     status, out, err = await ran(*arguments, env=env)
     assert (status, err) == (0, "")
-    assert out[-1].startswith("39 events played; received: waiter ")
+    assert out[-1].startswith("39 events published; received: waiter ")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -843,7 +843,7 @@ async def test_demo_on_a_port_in_use_says_so(url: str, gateway: int) -> None:
     done = run("demo", "--port", str(gateway))
     assert (done.exit_code, done.stderr) == (
         1,
-        f"trio-gateway: port {gateway} is taken: choose another with --port\n",
+        f"trio-gateway: port {gateway} is in use: choose another with --port\n",
     )
 
 
@@ -862,7 +862,7 @@ async def test_demo_shows_the_last_words_of_a_gateway_that_ends(tmp_path: Path) 
         os.kill(gateway, signal.SIGKILL)
         status, _, err = await harness.wait(process)
     assert status == 1
-    assert err.startswith(b"trio-gateway: the gateway ended with status -9. Its last words:\n")
+    assert err.startswith(b"trio-gateway: the gateway ended with status -9. The end of its log:\n")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -105,7 +105,7 @@ def test_without_secrets_claims_are_believed_and_that_is_said() -> None:
     assert [verdict["endpoints"] for verdict in found["tokens"]] == [["waiter"], ["diner"], []]
     assert [verdict["verified"] for verdict in found["tokens"]] == [False, False, False]
     assert found["tokens"][2]["reasons"] == {"token": "token: token expired"}
-    assert any("claims are believed" in note for note in found["notes"])
+    assert any("claims are not verified" in note for note in found["notes"])
 
 
 def test_table_tokens_of_the_older_kind_are_read_where_they_are_allowed() -> None:
@@ -130,7 +130,7 @@ def test_sectors_are_those_of_the_database_if_there_is_one(tmp_path: Path) -> No
     env = {"DATABASE_URL": f"sqlite:///{tmp_path}/floor.db", "SERVICE_DAY_CUTOFF": "00:00"}
     found = json.loads(explain(WAITER, **env).stdout)
     assert found["tokens"][0]["endpoints"] == ["waiter"]
-    assert "sectors are those of today in the database" in found["notes"]
+    assert "sectors are today's in the database" in found["notes"]
     gone = {"DATABASE_URL": f"sqlite:///{tmp_path}/gone.db"}
     found = json.loads(explain(WAITER, **gone).stdout)
     assert "this waiter has 1, 2" in found["tokens"][0]["reasons"]["waiter"]
@@ -139,8 +139,9 @@ def test_sectors_are_those_of_the_database_if_there_is_one(tmp_path: Path) -> No
 
 def test_what_an_uncovered_sector_falls_back_to_is_noted() -> None:
     notes = json.loads(explain(WS_UNCOVERED_SECTOR="branch").stdout)["notes"]
-    nobody = "if no waiter of sector 5 is connected"
-    assert notes == [f"{nobody}, all of branch 1 hear it (WS_UNCOVERED_SECTOR=branch)"]
+    condition = "if no waiter of sector 5 is connected"
+    receivers = "all waiters of branch 1 receive it"
+    assert notes == [f"{condition}, {receivers} (WS_UNCOVERED_SECTOR=branch)"]
 
 
 def test_a_token_may_stand_in_a_file_or_on_stdin(tmp_path: Path) -> None:
@@ -162,13 +163,13 @@ def test_a_sample_line_is_an_event() -> None:
     [
         (["-", "--token", "-"], EVENT, 2, "can be read only once"),
         (["-", "--token", "@gone"], EVENT, 2, "can't read a token from gone: No such file"),
-        (["-", "--token", "@/dev/null"], EVENT, 2, "there is no token in /dev/null"),
-        (["-"], f"{EVENT}\n{EVENT}\n", 2, "- holds 2 events: give one"),
-        (["-"], "", 2, "- holds 0 events: give one"),
-        (["-"], '{"type":"X"}', 1, "no gateway delivers this: Object missing required field"),
+        (["-", "--token", "@/dev/null"], EVENT, 2, "/dev/null contains no token"),
+        (["-"], f"{EVENT}\n{EVENT}\n", 2, "- contains 2 events: pass one"),
+        (["-"], "", 2, "- contains 0 events: pass one"),
+        (["-"], '{"type":"X"}', 1, "invalid event: Object missing required field"),
         (["gone.json"], "", 2, "gone.json"),
         (["-", "--url", "redis://x"], EVENT, 2, "--url"),
-        (["-", "--url", f"ws://127.0.0.1:{harness.free_port()}"], EVENT, 1, "nobody listens on"),
+        (["-", "--url", f"ws://127.0.0.1:{harness.free_port()}"], EVENT, 1, "nothing listens on"),
     ],
 )
 def test_what_can_not_be_explained_is_said_in_a_line(

@@ -39,7 +39,7 @@ from tests.support.postgres import Postgres, postgres
 from tests.support.stopwatch import Stopwatch
 from trio_gateway.access.sector_database import QueryFailed, SectorDatabase, WaiterKey
 from trio_gateway.access.sectors import SectorAssignments
-from trio_gateway.cli.demo import _database as demo_database
+from trio_gateway.cli.demo_processes import make_database as demo_database
 from trio_gateway.core.audiences import BranchId, TenantId, UserId
 from trio_gateway.core.resilience import Breaker
 from trio_gateway.core.service_day import ServiceDays

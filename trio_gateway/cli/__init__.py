@@ -1,4 +1,4 @@
-"""The command line. Each command imports what it needs when it runs: ``--help`` is instant."""
+"""The command line. Each command imports what it needs when it runs, so ``--help`` is fast."""
 
 import errno
 import os
@@ -29,8 +29,8 @@ class _Commands(click.Group):
         return list(self.commands)
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        # What is said to people never fails a command. Its output is not replaced: it must not
-        # get lost, and a pipe that is full may hold it up.
+        # Messages on stderr never make a command fail. stdout is not replaced: the output must be
+        # complete, and a full pipe may delay it.
         output.replace("stderr")
         return super().main(*args, **kwargs)
 
@@ -40,7 +40,7 @@ class _Commands(click.Group):
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
-            # Else Python tries once more to write what it still has, and says that it failed.
+            # Otherwise Python writes its buffer at exit, and prints a second error.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             raise Failure(f"can't write: {error.strerror}") from None
 
@@ -48,7 +48,7 @@ class _Commands(click.Group):
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="trio-gateway")
 def main() -> None:
-    """A real-time gateway: events from Redis to the WebSocket clients that may hear them.
+    """A real-time gateway: events from Redis to the clients that may receive them.
 
     Settings come from the environment and from .env (docs/operations.md).
     """

@@ -1,4 +1,4 @@
-"""``asyncapi``: the contract for machines."""
+"""``asyncapi``: print the contract as an AsyncAPI document."""
 
 import click
 
@@ -7,7 +7,7 @@ from .errors import settings_or_exit
 
 @click.command()
 def asyncapi() -> None:
-    """Print the contract as an AsyncAPI 3 document, as GET /ws/asyncapi.json answers it."""
+    """Print the contract as an AsyncAPI 3 document, like GET /ws/asyncapi.json."""
     import json
 
     from ..web.asyncapi import describe

@@ -1,4 +1,4 @@
-"""``check``: verify the settings and everything that they name."""
+"""``check``: verify the settings, and the Redis and the database that they name."""
 
 import secrets
 from collections.abc import Iterator
@@ -78,7 +78,7 @@ class _Report:
 
 @click.command()
 def check() -> None:
-    """Check the settings and what they name; print each problem and how to fix it.
+    """Check the settings, Redis and the database; print each problem and how to fix it.
 
     Changes nothing in Redis. Exit status 0 without problems, 1 with some, 2 if the settings are
     invalid.
@@ -150,13 +150,13 @@ async def _check_redis(settings: "Settings", address: "RedisAddress", report: _R
 async def _check_version(redis: "RedisConnection", report: _Report) -> None:
     reply = await redis.ask("HELLO")
     words = reply if isinstance(reply, list) else []
-    said = dict(zip(words[::2], words[1::2], strict=False)).get(b"version", b"")
-    version = said.decode(errors="replace") if isinstance(said, bytes) else ""
+    value = dict(zip(words[::2], words[1::2], strict=False)).get(b"version", b"")
+    version = value.decode(errors="replace") if isinstance(value, bytes) else ""
     major = version.partition(".")[0]
     if major.isdigit() and int(major) < MIN_REDIS:
         report.warn(
-            f"Redis {version} does not count the entries of a stream: clients are told of a gap"
-            f" whenever one is possible. Use Redis {MIN_REDIS} or newer, or Valkey"
+            f"Redis {version} does not count the entries of a stream: clients get a gap message"
+            f" whenever a gap is possible. Use Redis {MIN_REDIS} or newer, or Valkey"
         )
 
 
@@ -197,9 +197,8 @@ async def _check_commands(settings: "Settings", redis: "RedisConnection", report
         ):
             await _call(redis, "EVAL", "return 0", 0)
             await _call(redis, "EXISTS", "gateway:dlq:check")
-            await _call(
-                redis, "SET", "gateway:dlq:check", "", "XX"
-            )  # XX: no such key, so no change
+            # XX: the key does not exist, so nothing changes.
+            await _call(redis, "SET", "gateway:dlq:check", "", "XX")
             # No entry can have this id: an error, and nothing is added.
             await _call(redis, "XADD", dlq, "0-0", "check", "", unless="greater than 0-0")
 
@@ -228,9 +227,7 @@ async def _check_database(settings: "Settings", url: str, report: _Report) -> No
     try:
         assignments = SectorDatabase(url, settings.sector_table, settings.sector_column_names)
     except ValueError as error:
-        report.fail(
-            f"DATABASE_URL {error}", "write it as SQLAlchemy does: dialect://user@host/name"
-        )
+        report.fail(f"DATABASE_URL {error}", "write a SQLAlchemy URL: dialect://user@host/name")
         return
     try:
         nobody = WaiterKey(TenantId(1), BranchId(1), UserId("0"))

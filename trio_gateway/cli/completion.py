@@ -1,4 +1,4 @@
-"""``trio-gateway completion``: the script with which a shell completes the commands."""
+"""``completion``: print the script by which a shell completes the commands."""
 
 import click
 

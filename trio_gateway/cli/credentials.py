@@ -1,4 +1,4 @@
-"""Credentials: tokens minted from the gateway's own secrets, for trying things out."""
+"""Credentials: tokens for trials, signed with the gateway's own secrets."""
 
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -21,7 +21,7 @@ ENDPOINTS: Final = ("waiter", "kitchen", "admin", "diner")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Identity:
-    """Whom a token is for; a staff member's part, a diner's part, and what both have."""
+    """The holder of a token. Staff have user, roles and sectors; diners have table and session."""
 
     tenant: int = 1
     branches: Sequence[int] = (1,)
@@ -35,88 +35,93 @@ class Identity:
 
 
 def staff_token(
-    secret: str, who: Identity, *, algorithm: str = "HS256", rules: "Rules | None" = None
+    secret: str, identity: Identity, *, algorithm: str = "HS256", rules: "Rules | None" = None
 ) -> str:
-    """A staff JWT. It satisfies the issuer and audience of ``rules``."""
+    """Mint a staff JWT with the issuer and audience of ``rules``."""
     from ..core.minting import mint, staff_claims
 
     claims = staff_claims(
-        tenant=who.tenant,
-        user=who.user,
-        branches=who.branches,
-        roles=who.roles,
-        sectors=who.sectors,
+        tenant=identity.tenant,
+        user=identity.user,
+        branches=identity.branches,
+        roles=identity.roles,
+        sectors=identity.sectors,
         rules=rules,
     )
-    return mint(claims | _lifetime(who), secret, algorithm)
+    return mint(claims | _lifetime(identity), secret, algorithm)
 
 
-def table_token(secret: str, who: Identity) -> str:
-    """A table token: for the diners of a session."""
+def table_token(secret: str, identity: Identity) -> str:
+    """Mint a table token, for the diners of a session."""
     from ..core.minting import mint, table_claims
 
     claims = table_claims(
-        tenant=who.tenant, branch=who.branches[0], table=who.table, session=who.session
+        tenant=identity.tenant,
+        branch=identity.branches[0],
+        table=identity.table,
+        session=identity.session,
     )
-    return mint(claims | _lifetime(who), secret)
+    return mint(claims | _lifetime(identity), secret)
 
 
-def legacy_token(secret: str, who: Identity) -> str:
-    """A legacy table token."""
+def legacy_token(secret: str, identity: Identity) -> str:
+    """Mint a legacy table token."""
     from ..core.minting import mint_legacy_table_token
 
     return mint_legacy_table_token(
         secret,
-        tenant=who.tenant,
-        branch=who.branches[0],
-        table=who.table,
-        session=who.session,
-        expires_at=int(time.time()) + who.life,
+        tenant=identity.tenant,
+        branch=identity.branches[0],
+        table=identity.table,
+        session=identity.session,
+        expires_at=int(time.time()) + identity.life,
     )
 
 
-def _lifetime(who: Identity) -> dict[str, Any]:
+def _lifetime(identity: Identity) -> dict[str, Any]:
     from ..core.minting import lifetime
 
-    token_id = {} if who.token_id is None else {"jti": who.token_id}
-    return lifetime(time.time(), who.life) | token_id
+    token_id = {} if identity.token_id is None else {"jti": identity.token_id}
+    return lifetime(time.time(), identity.life) | token_id
 
 
-def staff_token_by(settings: "Settings", who: Identity) -> str:
-    """A staff token that a gateway with these settings accepts, or :exc:`Failure`."""
+def staff_token_by(settings: "Settings", identity: Identity) -> str:
+    """Mint a staff token that a gateway with these settings accepts. Raises :exc:`Failure`."""
     from ..core.minting import signing_algorithm
 
     algorithm = signing_algorithm(settings.jwt_algorithms)
     if algorithm is None:
         names = ", ".join(settings.jwt_algorithms)
         raise Failure(
-            f"can't mint a staff token: JWT_ALGORITHMS is {names}, whose private key is not here"
+            f"can't mint a staff token: JWT_ALGORITHMS is {names}, and the private key is not here"
             " (only HS256, HS384 and HS512 sign with JWT_SECRET)",
             MISUSED,
         )
     secret = _secret("JWT_SECRET", settings.jwt_secret)
-    return staff_token(secret, who, algorithm=algorithm, rules=settings.rules)
+    return staff_token(secret, identity, algorithm=algorithm, rules=settings.rules)
 
 
-def table_token_by(settings: "Settings", who: Identity) -> str:
-    return table_token(_secret("TABLE_TOKEN_SECRET", settings.table_token_secret), who)
+def table_token_by(settings: "Settings", identity: Identity) -> str:
+    """Mint a table token that a gateway with these settings accepts. Raises :exc:`Failure`."""
+    return table_token(_secret("TABLE_TOKEN_SECRET", settings.table_token_secret), identity)
 
 
-def legacy_token_by(settings: "Settings", who: Identity) -> str:
-    return legacy_token(_secret("TABLE_TOKEN_SECRET", settings.table_token_secret), who)
+def legacy_token_by(settings: "Settings", identity: Identity) -> str:
+    """Mint a legacy table token with the secret of these settings. Raises :exc:`Failure`."""
+    return legacy_token(_secret("TABLE_TOKEN_SECRET", settings.table_token_secret), identity)
 
 
 def _secret(name: str, value: str | None) -> str:
     if value is None:
         raise Failure(
-            f"{name} is not set: set it to what the gateway has, in the environment or in .env",
+            f"{name} is not set: set it to the gateway's value, in the environment or in .env",
             MISUSED,
         )
     return value
 
 
 def _id(least: int = 1) -> dict[str, Any]:
-    """An option's number, as the contract has them."""
+    """The arguments of an option that is an id, with the range of the contract."""
 
     def check(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
         for each in value if isinstance(value, tuple) else (value,):
@@ -163,7 +168,7 @@ _TABLE_LIFE: Final = click.option(
 
 
 def identity_options(*, staff: bool = False, diner: bool = False) -> Callable[[F], F]:
-    """The options that say whom a token is for."""
+    """The options that describe the holder of a token."""
     options = (
         _TENANT,
         _BRANCHES if staff else _BRANCH,

@@ -1,4 +1,4 @@
-"""Where a running demo is: a private file in its temporary folder, which ``tail`` looks for."""
+"""The file of a running demo, private, in its temporary folder. ``tail`` finds the demo by it."""
 
 import json
 import os
@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
-FOLDER: Final = "trio-gateway-demo-"  # what the names of the demos' temporary folders start with
+FOLDER: Final = "trio-gateway-demo-"  # the prefix of the demos' temporary folders
 _NAME: Final = "demo.json"
-_MOST: Final = 10_000  # bytes
+_MAX_BYTES: Final = 10_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,24 +32,24 @@ class RunningDemo:
 
 
 def write(folder: str, demo: RunningDemo) -> None:
-    """Write the file, readable by its owner only; it goes when the folder does."""
+    """Write the file, readable only by its owner. It is removed with the folder."""
     path = os.path.join(folder, _NAME)
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         json.dump(asdict(demo), file)
 
 
 def find() -> RunningDemo | None:
-    """The demo of this user that started last and still runs."""
+    """Return the newest demo of this user that still runs, or None."""
     found = [_read(path) for path in Path(tempfile.gettempdir()).glob(f"{FOLDER}*/{_NAME}")]
     alive = [each for each in found if each is not None and each[1].alive]
     return max(alive, key=lambda each: each[0])[1] if alive else None
 
 
 def _read(path: Path) -> tuple[float, RunningDemo] | None:
-    """When it was written, and what it says; None if it is not a private file of this user.
+    """Read a file: its time and content, or None if it is not a private file of this user.
 
-    Everybody can put files into a shared temporary folder, so neither a link nor a pipe nor the
-    file of somebody else is read.
+    Other users can put files into the temporary folder, so links, pipes and their files are not
+    read.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -61,6 +61,6 @@ def _read(path: Path) -> tuple[float, RunningDemo] | None:
         if not private or status.st_uid != os.getuid():
             return None
         try:
-            return status.st_mtime, RunningDemo(**json.loads(file.read(_MOST)))
+            return status.st_mtime, RunningDemo(**json.loads(file.read(_MAX_BYTES)))
         except (TypeError, ValueError):
             return None

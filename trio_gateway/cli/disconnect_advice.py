@@ -1,4 +1,4 @@
-"""Texts for people: why a client is not connected, and what to do about it."""
+"""Texts for people: why a client is not connected, and what to do then."""
 
 import ssl
 from typing import TYPE_CHECKING, Final
@@ -8,18 +8,19 @@ import trio
 
 from ..client import NoUpgrade
 from ..core.close_codes import Close
+from .url import no_listener
 
 if TYPE_CHECKING:
     from ..client import Status
 
 _ADVICE: Final = {
-    Close.GOING_AWAY: "the gateway is going down: connect again after that time",
+    Close.GOING_AWAY: "the gateway is shutting down: connect again after that time",
     Close.POLICY_VIOLATION: "pass an origin from its ALLOWED_ORIGINS with --origin",
-    Close.INTERNAL_ERROR: "a bug in the gateway: its log says more; try again later",
+    Close.INTERNAL_ERROR: "a bug in the gateway, see its log; try again later",
     Close.SERVER_OVERLOADED: "a limit is reached, or Redis is down: try again in a while",
     Close.AUTH_FAILED: "get a new token, signed with the secret of this gateway",
     Close.FORBIDDEN: "this token is not for this endpoint: use another --as or another token",
-    Close.RATE_LIMITED: "too many messages or failed logins from this side: wait a little",
+    Close.RATE_LIMITED: "too many messages or failed logins from this client: wait a minute",
 }
 
 
@@ -32,11 +33,11 @@ def why(url: str, status: "Status") -> str:
                 return f"the connection to {where} broke: is the gateway still there?"
             return _closed(status.code or 0, status.reason)
         case NoUpgrade(status=503):
-            return f"the gateway at {where} is going down (HTTP 503): try again in a while"
+            return f"the gateway at {where} is shutting down (HTTP 503): try again in a while"
         case NoUpgrade(status=int(code)):
-            return f"{where} answers with HTTP {code}: no gateway there, or under another path"
+            return f"{where} answers with HTTP {code}: there is no gateway, or it has another path"
         case NoUpgrade():
-            return f"can't connect to {where}: what answers there speaks no WebSocket"
+            return f"can't connect to {where}: the server does not speak WebSocket"
         case TimeoutError(strerror=None):
             return f"no answer from {where}: {status.reason}; is that a gateway?"
         case error:
@@ -57,7 +58,7 @@ def _closed(code: int, reason: str) -> str:
 def _no_network(where: str, error: Exception) -> str:
     cause: BaseException | None = error
     while cause is not None and not (isinstance(cause, OSError) and cause.strerror):
-        # Several addresses were tried, each with a failure of its own: the first will do.
+        # Several addresses were tried, each with its own error: report the first.
         match cause:
             case BaseExceptionGroup(exceptions=(first, *_)):
                 cause = first
@@ -65,10 +66,7 @@ def _no_network(where: str, error: Exception) -> str:
                 cause = cause.__cause__
     match cause:
         case ConnectionRefusedError():
-            return (
-                f"nobody listens on {where}: start the gateway (trio-gateway serve),"
-                " or say with --url where it is"
-            )
+            return no_listener(where)
         case ssl.SSLError():
             return f"no TLS with {where}: {cause.reason}"
         case OSError():

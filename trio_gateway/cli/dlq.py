@@ -1,4 +1,4 @@
-"""``dlq``: look at stream entries that were no events, and play them again once mended."""
+"""``dlq``: show dead letters (invalid stream entries), and add them to their stream again."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -15,15 +15,15 @@ _DEFAULT = "events:dlq"
 
 @click.group()
 def dlq() -> None:
-    """Entries that were no events (REDIS_DLQ_STREAM, else events:dlq)."""
+    """Dead letters: invalid stream entries, in REDIS_DLQ_STREAM or events:dlq."""
 
 
 @dlq.command("list")
-@click.option("--count", type=click.IntRange(min=1), default=20, help="The newest so many.")
+@click.option("--count", type=click.IntRange(min=1), default=20, help="How many.")
 def list_letters(count: int) -> None:
-    """List the newest entries, a line each."""
+    """List the newest dead letters, one on each line."""
     client, stream = _open()
-    found: Any = _asked(lambda: client.xrevrange(stream, count=count))
+    found: Any = _call(lambda: client.xrevrange(stream, count=count))
     for letter_id, fields in found:
         entry = _text(fields)
         click.echo(
@@ -37,7 +37,7 @@ def list_letters(count: int) -> None:
 @dlq.command()
 @click.argument("letter_id", metavar="ID")
 def show(letter_id: str) -> None:
-    """Show one entry: what it is on stderr, what it held on stdout."""
+    """Show one dead letter: its description on stderr, its payload on stdout."""
     client, stream = _open()
     fields = _fetch(client, stream, letter_id)
     entry = _text(fields)
@@ -48,36 +48,37 @@ def show(letter_id: str) -> None:
 
 @dlq.command()
 @click.argument("letter_ids", nargs=-1, metavar="[ID]…")
-@click.option("--all", "everything", is_flag=True, help="All that there is.")
+@click.option("--all", "everything", is_flag=True, help="All dead letters.")
 def replay(letter_ids: tuple[str, ...], everything: bool) -> None:
-    """Add entries to their stream again, and remove them here.
+    """Add dead letters to their stream again, and remove them here.
 
-    What is still no event stays, with the reason: mend the gateway's rules, or publish it anew.
+    An entry that is still invalid stays, and the reason is printed. Publish a corrected event
+    instead.
     """
     from ..core.events import InvalidEvent, parse_event
 
     if bool(letter_ids) == everything:
-        raise click.UsageError("name entries, or say --all")
+        raise click.UsageError("pass ids, or --all")
     client, stream = _open()
     if everything:
-        found: Any = _asked(lambda: client.xrange(stream))
+        found: Any = _call(lambda: client.xrange(stream))
         letters = [(letter_id.decode(), fields) for letter_id, fields in found]
     else:
         letters = [(letter_id, _fetch(client, stream, letter_id)) for letter_id in letter_ids]
-    kept = 0
+    still_invalid = 0
     for letter_id, fields in letters:
         data, name = fields[b"data"], fields[b"stream"].decode()
         try:
             parse_event(data, channel=name, received_at=0)
         except InvalidEvent as invalid:
-            kept += 1
-            click.echo(printable(f"{letter_id} stays: {invalid}"), err=True)
+            still_invalid += 1
+            click.echo(printable(f"{letter_id}: {invalid}"), err=True)
             continue
-        _asked(lambda name=name, data=data: client.xadd(name, {"data": data}))
-        _asked(lambda letter_id=letter_id: client.xdel(stream, letter_id))
+        _call(lambda name=name, data=data: client.xadd(name, {"data": data}))
+        _call(lambda letter_id=letter_id: client.xdel(stream, letter_id))
         click.echo(printable(f"{letter_id} -> {name}"))
-    click.echo(f"{len(letters) - kept} replayed, {kept} kept", err=True)
-    if kept:
+    click.echo(f"{len(letters) - still_invalid} replayed, {still_invalid} still invalid", err=True)
+    if still_invalid:
         raise SystemExit(FAILED)
 
 
@@ -94,23 +95,23 @@ def _open() -> "tuple[redis.Redis, str]":
         protocol=2,
         socket_timeout=5,
         socket_connect_timeout=5,
-        retry=Retry(NoBackoff(), 0),  # an event must not be added twice unasked
+        retry=Retry(NoBackoff(), 0),  # an event must not be added twice
     )
     return redis.Redis(connection_pool=pool), settings.redis_dlq_stream or _DEFAULT
 
 
-def _asked(ask: Any) -> Any:
-    """What Redis answers, or a line that says why it does not."""
+def _call(command: Any) -> Any:
+    """Return the reply of Redis. Raises :exc:`Failure` if there is none."""
     import redis
 
     try:
-        return ask()
+        return command()
     except redis.RedisError as error:
-        raise Failure(f"Redis: {type(error).__name__}; trio-gateway check says more") from None
+        raise Failure(f"Redis: {type(error).__name__}; run trio-gateway check") from None
 
 
 def _fetch(client: "redis.Redis", stream: str, letter_id: str) -> dict[bytes, bytes]:
-    found: Any = _asked(lambda: client.xrange(stream, letter_id, letter_id))
+    found: Any = _call(lambda: client.xrange(stream, letter_id, letter_id))
     if not found:
         raise Failure(f"no entry {letter_id} in {stream}")
     fields: dict[bytes, bytes] = found[0][1]

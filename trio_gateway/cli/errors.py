@@ -1,4 +1,4 @@
-"""How a command fails: with one line on stderr and an exit status."""
+"""Errors of commands: one line on stderr and an exit status."""
 
 import sys
 from collections.abc import Iterable

@@ -13,27 +13,28 @@ _decode: Final = msgspec.json.Decoder(_Object).decode
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
-    """One event, byte for byte as in the file, and the channel that its line names."""
+class FileEvent:
+    """One event of a file; ``number`` is its line, ``channel`` is given in the file or None."""
 
     number: int
-    event: bytes
+    payload: bytes  # unchanged
     channel: str | None = None
 
-    def now(self) -> "Line":
-        """The same event with ``ts`` set to the present; every other byte of a value stays."""
+    def now(self) -> "FileEvent":
+        """The same event with ``ts`` set to the present; the bytes of other values stay."""
         try:
-            found = _decode(self.event)
+            found = _decode(self.payload)
         except msgspec.DecodeError:
             return self  # publishing it reports the problem
         ts = datetime.now(UTC).isoformat(timespec="microseconds")
         found["ts"] = msgspec.Raw(msgspec.json.encode(ts))
-        return Line(self.number, msgspec.json.encode(found), self.channel)
+        return FileEvent(self.number, msgspec.json.encode(found), self.channel)
 
 
-def read_lines(file: IO[bytes]) -> Iterator[Line]:
-    """Read the events of a file, one by one. A file that is a single JSON object over several
-    lines is one event.
+def read_events(file: IO[bytes]) -> Iterator[FileEvent]:
+    """Read the events of a file, one by one.
+
+    A file that is one JSON object on several lines is one event.
     """
     first = file.readline()
     whole = None if _is_json(first) else first + file.read()
@@ -46,16 +47,16 @@ def read_lines(file: IO[bytes]) -> Iterator[Line]:
             yield _read(number, text)
 
 
-def _read(number: int, text: bytes) -> Line:
+def _read(number: int, text: bytes) -> FileEvent:
     text = text.strip()
     try:
         found = _decode(text)
         if "type" not in found and {"channel", "event"} <= found.keys():
             channel = msgspec.json.decode(found["channel"], type=str)
-            return Line(number, bytes(found["event"]), channel)
+            return FileEvent(number, bytes(found["event"]), channel)
     except msgspec.DecodeError:
         pass  # publishing it reports the problem
-    return Line(number, text)
+    return FileEvent(number, text)
 
 
 def _is_json(text: bytes) -> bool:

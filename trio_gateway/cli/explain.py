@@ -1,4 +1,4 @@
-"""``explain``: who receives an event, and why others do not."""
+"""``explain``: print who receives an event, and why others do not."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,48 +29,49 @@ Answer = Mapping[str, Any]  # as POST /ws/explain answers
     "tokens",
     multiple=True,
     metavar="TOKEN|@FILE|-",
-    help="Would its holder hear it? Repeatable. Others can see a command line: a file that holds"
-    " the token, or - for stdin, keeps it to yourself.",
+    help="Say whether its holder receives the event. Repeatable. Other users can see a command"
+    " line: @FILE or - (stdin) hides the token.",
 )
 @click.option(
     "--url",
-    help="Of a gateway: it answers, by its own table, secrets and database, and says who is"
-    " connected. Asked with the ADMIN's token in TRIO_GATEWAY_TOKEN, else with one minted from"
+    help="Ask this gateway, which uses its own table, secrets and database, and counts its"
+    " connections. Needs an ADMIN's token in TRIO_GATEWAY_TOKEN; by default one is minted with"
     " JWT_SECRET.",
 )
-@click.option("--json", "as_json", is_flag=True, help="For programs, as POST /ws/explain.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, as POST /ws/explain does.")
 def explain(file: str, tokens: Sequence[str], url: str | None, as_json: bool) -> None:
-    """Say who hears an event, and why the holders of these tokens do or do not.
+    """Print who receives an event, and why the holders of given tokens do or do not.
 
-    EVENT.json holds one event, or {"channel": …, "event": …}. Nothing is sent to anybody. Without
-    --url it is answered from the settings here: tokens are checked with the secrets that are set,
-    and not whether they have been revoked.
+    EVENT.json contains one event, or {"channel": …, "event": …}. Nothing is published.
+
+    Without --url the settings here are used: tokens are verified with the secrets that are set,
+    but revocations are not checked.
     """
     if [file, *tokens].count("-") > 1:
-        raise click.UsageError("- is stdin, and can be read only once")
+        raise click.UsageError("- is stdin, which can be read only once")
     event = _read_event(file)
     given = [_read_token(each) for each in tokens]
-    told = _locally(event, given) if url is None else _remotely(event, given, url)
+    answer = _locally(event, given) if url is None else _remotely(event, given, url)
     if as_json:
         import msgspec
 
-        click.echo(msgspec.json.format(msgspec.json.encode(told)).decode())
+        click.echo(msgspec.json.format(msgspec.json.encode(answer)).decode())
         return
-    _show(told, event, given)
+    _show(answer, event, given)
 
 
 def _read_event(file: str) -> "Event":
     from ..core.events import InvalidEvent, parse_event
-    from .event_files import read_lines
+    from .event_files import read_events
 
     with click.open_file(file, "rb") as opened:
-        found = list(read_lines(opened))
+        found = list(read_events(opened))
     if len(found) != 1:
-        raise Failure(f"{file} holds {len(found)} events: give one", MISUSED)
+        raise Failure(f"{file} contains {len(found)} events: pass one", MISUSED)
     try:
-        return parse_event(found[0].event, channel="", received_at=0)
+        return parse_event(found[0].payload, channel="", received_at=0)
     except InvalidEvent as invalid:
-        raise Failure(f"no gateway delivers this: {invalid}") from None
+        raise Failure(f"invalid event: {invalid}") from None
 
 
 def _read_token(given: str) -> str:
@@ -81,10 +82,10 @@ def _read_token(given: str) -> str:
         with click.open_file(file) as opened:
             token = str(opened.read()).strip()
     except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "not a text"
+        why = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise Failure(f"can't read a token from {file}: {why}", MISUSED) from None
     if not token:
-        raise Failure(f"there is no token in {file}", MISUSED)
+        raise Failure(f"{file} contains no token", MISUSED)
     return token
 
 
@@ -113,46 +114,46 @@ def _remotely(event: "Event", tokens: Sequence[str], url: str) -> Answer:
 # Showing it
 
 
-def _show(told: Answer, event: "Event", tokens: Sequence[str]) -> None:
+def _show(answer: Answer, event: "Event", tokens: Sequence[str]) -> None:
     from rich.console import Console
     from rich.text import Text
 
     console = Console(highlight=False)
-    kept = "durable if read from a stream" if told["durable"] else "not durable"
-    known = "" if told["known"] else "no known type, "
+    durable = "durable if read from a stream" if answer["durable"] else "not durable"
+    known = "" if answer["known"] else "unknown type, "
 
-    def say(text: str, style: str = "") -> None:
+    def show(text: str, style: str = "") -> None:
         console.print(Text(printable(text), style), soft_wrap=True)
 
-    say(f"{told['type']}  ({known}{kept})", "bold")
-    audiences = [_words(each) for each in told["audiences"]] or ["nobody"]
+    show(f"{answer['type']}  ({known}{durable})", "bold")
+    audiences = [_words(each) for each in answer["audiences"]] or ["nobody"]
     for label, text in zip(["goes to", *[""] * len(audiences)], audiences, strict=False):
-        say(f"  {label:<10} {text}")
-    if "connections" in told:
-        numbers = "  ".join(f"{name} {n}" for name, n in told["connections"].items())
-        say(f"  {'connected':<10} {numbers}  (to the process that answered)")
-    for note in told.get("notes", ()):
-        say(f"  {note}", "dim")
+        show(f"  {label:<10} {text}")
+    if "connections" in answer:
+        numbers = "  ".join(f"{name} {n}" for name, n in answer["connections"].items())
+        show(f"  {'connected':<10} {numbers}  (to the process that answered)")
+    for note in answer.get("notes", ()):
+        show(f"  {note}", "dim")
     if tokens:
-        _show_tokens(console, told["tokens"], tokens)
+        _show_tokens(console, answer["tokens"], tokens)
 
 
-def _show_tokens(console: "Console", told: Sequence[Answer], tokens: Sequence[str]) -> None:
+def _show_tokens(console: "Console", verdicts: Sequence[Answer], tokens: Sequence[str]) -> None:
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("token", "holder", "on", "hears", "why not"):
-        drawn.add_column(name)
-    for number, (verdict, token) in enumerate(zip(told, tokens, strict=True), 1):
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("token", "holder", "endpoint", "receives it", "why not"):
+        grid.add_column(name)
+    for number, (verdict, token) in enumerate(zip(verdicts, tokens, strict=True), 1):
         head = [str(number), _holder(token)]
         for endpoint, reason in _rows(verdict):
             style = "red" if reason else "green"
             cells = [*head, endpoint, "no" if reason else "yes", reason]
-            drawn.add_row(*[Text(printable(cell)) for cell in cells], style=style)
+            grid.add_row(*[Text(printable(cell)) for cell in cells], style=style)
             head = ["", ""]
-    console.print(drawn)
+    console.print(grid)
 
 
 def _rows(verdict: Answer) -> Iterator[tuple[str, str]]:
@@ -163,7 +164,7 @@ def _rows(verdict: Answer) -> Iterator[tuple[str, str]]:
 
 
 def _holder(token: str) -> str:
-    """The holder that a token names, whether it is valid or not."""
+    """The holder that a token names; the token may be invalid."""
     from ..core.tokens import claims_of, is_for_diners
 
     claims = claims_of(token)

@@ -8,15 +8,15 @@ from typing import Any, Final
 import msgspec
 
 from .errors import Failure
-from .url import read_url
+from .url import no_listener, read_url
 
 _TIMEOUT: Final = 10.0  # seconds for one response
 _MAX_BYTES: Final = 1 << 20  # of one response
 
 _ADVICE: Final = {
-    401: "bring a token of this gateway in TRIO_GATEWAY_TOKEN",
-    403: "bring the token of an ADMIN of the event's tenant and branch in TRIO_GATEWAY_TOKEN",
-    404: "no gateway there, an older one, or under another path",
+    401: "put a token of this gateway into TRIO_GATEWAY_TOKEN",
+    403: "put a token of an ADMIN of the event's tenant and branch into TRIO_GATEWAY_TOKEN",
+    404: "there is no gateway, or an older one, or it has another path",
     429: "wait a minute",
     503: "a dependency of the gateway is down: try again in a while",
 }
@@ -38,10 +38,7 @@ def post(url: str, path: str, token: str, body: bytes) -> Mapping[str, Any]:
         response = connection.getresponse()
         status, text = response.status, response.read(_MAX_BYTES)
     except ConnectionRefusedError:
-        raise Failure(
-            f"nobody listens on {where}: start the gateway (trio-gateway serve),"
-            " or say with --url where it is"
-        ) from None
+        raise Failure(no_listener(where)) from None
     except TimeoutError:
         raise Failure(f"no answer from {where} in {_TIMEOUT:g} s: is that a gateway?") from None
     except ssl.SSLError as error:
@@ -49,9 +46,9 @@ def post(url: str, path: str, token: str, body: bytes) -> Mapping[str, Any]:
     except OSError as error:
         raise Failure(f"can't connect to {where}: {error.strerror}") from None
     except http.client.HTTPException:
-        raise Failure(f"can't ask {where}: what answers there speaks no HTTP") from None
+        raise Failure(f"{where} does not speak HTTP") from None
     except ValueError:  # its text would show the token
-        raise Failure("what TRIO_GATEWAY_TOKEN holds is no token") from None
+        raise Failure("the value of TRIO_GATEWAY_TOKEN is not a token") from None
     finally:
         connection.close()
     try:
@@ -60,7 +57,7 @@ def post(url: str, path: str, token: str, body: bytes) -> Mapping[str, Any]:
         answer = {}
     if status == 200 and answer:
         return answer
-    said = answer.get("error")
-    problem = f"{where} answers with HTTP {status}" + (f" ({said})" if said else "")
-    advice = _ADVICE.get(status, "no gateway there, or under another path" if not said else "")
+    reason = answer.get("error")
+    problem = f"{where} answers with HTTP {status}" + (f" ({reason})" if reason else "")
+    advice = _ADVICE.get(status, "" if reason else "there is no gateway, or it has another path")
     raise Failure(f"{problem}: {advice}" if advice else problem)

@@ -1,4 +1,4 @@
-"""What a gateway with the settings of this machine would do with an event and with tokens."""
+"""The routing and admission of a gateway with the settings of this machine."""
 
 import secrets
 from collections.abc import Mapping, Sequence
@@ -39,7 +39,7 @@ async def ask(settings: Settings, event: Event, tokens: Sequence[str]) -> Mappin
     """
     sector_assignments = _sector_assignments(settings)
     try:
-        # These logs are for operators of a gateway; the answer holds what matters here.
+        # Its log entries are for operators of a gateway; the answer contains what matters here.
         with structlog.testing.capture_logs():
             policy = _Policy(settings, sector_assignments)
             holders = [await policy.holder_of(token) for token in tokens]
@@ -78,7 +78,7 @@ class _Policy:
 
     def __init__(self, settings: Settings, sector_assignments: "SectorAssignments | None") -> None:
         self._settings = settings
-        self._theirs = Admission(settings, sector_assignments=sector_assignments)
+        self._gateways = Admission(settings, sector_assignments=sector_assignments)
         self._secret = secrets.token_urlsafe(32)
         keys = (Key(self._secret, (_SIGNER,)),)
         staff = JwtAuth(keys, settings.rules)
@@ -91,21 +91,21 @@ class _Policy:
     async def holder_of(self, token: str) -> _Holder:
         diners = is_for_diners(token)
         if diners and claims_of(token) is None and not self._settings.allow_legacy_table_tokens:
-            text = "a table token of the older kind, without ALLOW_LEGACY_TABLE_TOKENS=true"
+            text = "a legacy table token, and ALLOW_LEGACY_TABLE_TOKENS is not true"
             return _Holder(refused(text), verified=False)
-        unchecked = await _identify(self._unchecked, self._signed_anew(token), diners=diners)
+        unchecked = await _identify(self._unchecked, self._sign_again(token), diners=diners)
         if not _has_keys(self._settings, diners=diners):
             return _Holder(unchecked, verified=False)
-        found = await _identify(self._theirs, token, diners=diners)
+        found = await _identify(self._gateways, token, diners=diners)
         if not isinstance(found, Verdict) or found == unchecked:
             return _Holder(found, verified=True)
         allowed = names_of(token)[0]
         if diners or allowed is None or allowed in self._settings.jwt_algorithms:
             keys = "TABLE_TOKEN_SECRET" if diners else _staff_keys(self._settings)
-            found = refused(f"not signed with {keys}, or not as it was signed")
+            found = refused(f"not signed with {keys}, or changed after it was signed")
         return _Holder(found, verified=True)
 
-    def _signed_anew(self, token: str) -> str:
+    def _sign_again(self, token: str) -> str:
         claims = claims_of(token)
         if claims is not None:
             return mint(claims, self._secret, _SIGNER)
@@ -138,15 +138,15 @@ def _notes_on_tokens(
 ) -> list[str]:
     if not holders:
         return []
-    found = ["revocation is not looked up here: ask a gateway with --url"]
+    found = ["revocations are not checked here: ask a gateway with --url"]
     if not all(holder.verified for holder in holders):
-        found.append("claims are believed where JWT_SECRET or TABLE_TOKEN_SECRET is not set")
+        found.append("claims are not verified where JWT_SECRET or TABLE_TOKEN_SECRET is not set")
     if settings.database_url is None:
         found.append("sectors are the tokens' sector_ids: DATABASE_URL is not set")
     elif database_failed:
         found.append("sectors are the tokens' sector_ids where the database did not answer")
     else:
-        found.append("sectors are those of today in the database")
+        found.append("sectors are today's in the database")
     return found
 
 
@@ -154,12 +154,13 @@ def _notes_on_sectors(settings: Settings, event: Event, audiences: Sequence[Audi
     named = {kind for kind, *_ in audiences}
     if settings.ws_uncovered_sector != "branch" or "waiters" not in named:
         return []
-    nobody = f"if no waiter of sector {event.sector} is connected"
-    return [f"{nobody}, all of branch {event.branch} hear it (WS_UNCOVERED_SECTOR=branch)"]
+    condition = f"if no waiter of sector {event.sector} is connected"
+    receivers = f"all waiters of branch {event.branch}"
+    return [f"{condition}, {receivers} receive it (WS_UNCOVERED_SECTOR=branch)"]
 
 
 def _sector_assignments(settings: Settings) -> "SectorAssignments | None":
-    """As the gateway's, with nobody connected."""
+    """Make the gateway's sector assignments, for a hub without connections."""
     if settings.database_url is None:
         return None
     import time

@@ -1,4 +1,4 @@
-"""``publish``: events from a file to Redis, as a backend would."""
+"""``publish``: publish events from a file to Redis, as a backend does."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -12,16 +12,16 @@ from .errors import FAILED, Failure, settings_or_exit
 
 if TYPE_CHECKING:
     from ..publisher import Publisher
-    from .event_files import Line
+    from .event_files import FileEvent
 
 
 class _Tally:
-    """What became of the events so far."""
+    """The number of events so far, by outcome."""
 
     def __init__(self) -> None:
         self.added = 0
         self.published = 0
-        self.unheard = 0
+        self.without_subscriber = 0
         self.invalid = 0
         self._started = time.monotonic()
 
@@ -46,16 +46,18 @@ class _Tally:
     type=click.FloatRange(min=0),
     default=0,
     metavar="N",
-    help="Events a second; 0, the default, is as fast as it goes.",
+    help="Events per second; 0, the default, is as fast as possible.",
 )
-@click.option("--repeat", type=click.IntRange(min=1), default=1, help="Play the file so often.")
-@click.option("--now", is_flag=True, help="Set each event's ts to the present.")
+@click.option(
+    "--repeat", type=click.IntRange(min=1), default=1, help="Publish the file N times.", metavar="N"
+)
+@click.option("--now", is_flag=True, help="Set each event's ts to the present time.")
 def publish(file: str, rate: float, repeat: int, now: bool) -> None:
     """Publish one event, or a file of them, to the Redis at REDIS_URL.
 
-    FILE holds one JSON object, or one a line: an event, or {"channel": …, "event": …} for where
-    to send it. An event alone goes where its type belongs: durable ones to the first of
-    REDIS_STREAMS, the others on a channel.
+    FILE contains one JSON object, or one on each event: an event, or {"channel": …, "event": …} to
+    choose the channel. An event alone goes where its type belongs: a durable event to the first of
+    REDIS_STREAMS, any other on a channel.
     """
     from ..publisher import Publisher, PublishFailed
 
@@ -70,89 +72,89 @@ def publish(file: str, rate: float, repeat: int, now: bool) -> None:
             Publisher(
                 settings.redis_url,
                 stream=streams[0],
-                max_length=None,  # how long the backends' stream is kept is theirs to say
+                max_length=None,  # the backends decide how long their stream is
                 routes=settings.routes,
             )
         ) as to,
     ):
-        lines = _lines(opened, repeat)
+        events = _events(opened, repeat)
         status = 0
         try:
-            for line in _with_progress(_paced(lines, rate), _count(file, repeat)):
-                _publish(to, line.now() if now else line, streams, tally)
+            for event in _with_progress(_paced(events, rate), _count(file, repeat)):
+                _publish(to, event.now() if now else event, streams, tally)
         except PublishFailed as failed:
             click.echo(printable(f"trio-gateway: {failed}"), err=True)
             status = FAILED
         except KeyboardInterrupt:
             status = 130
     click.echo(str(tally))
-    if tally.unheard:
+    if tally.without_subscriber:
         click.echo(
-            f"trio-gateway: nobody listens to {tally.unheard} of them:"
+            f"trio-gateway: {tally.without_subscriber} of them had no subscriber:"
             " is a gateway running on this Redis, with these patterns?",
             err=True,
         )
     raise SystemExit(status or (FAILED if tally.invalid else 0))
 
 
-def _publish(to: "Publisher", line: "Line", streams: Iterable[str], tally: _Tally) -> None:
+def _publish(to: "Publisher", event: "FileEvent", streams: Iterable[str], tally: _Tally) -> None:
     from ..core.event_ids import DEFAULT_STREAM
     from ..publisher import InvalidEvent
 
     where: dict[str, str] = {}
-    if line.channel is not None:
-        named_stream = line.channel in {DEFAULT_STREAM, *streams}
-        where = {"stream" if named_stream else "channel": line.channel}
+    if event.channel is not None:
+        named_stream = event.channel in {DEFAULT_STREAM, *streams}
+        where = {"stream" if named_stream else "channel": event.channel}
     try:
-        said = to.publish(line.event, **where)
+        outcome = to.publish(event.payload, **where)
     except InvalidEvent as invalid:
         tally.invalid += 1
-        click.echo(printable(f"line {line.number}: {invalid}"), err=True)
+        click.echo(printable(f"line {event.number}: {invalid}"), err=True)
         return
-    if isinstance(said, str):
+    if isinstance(outcome, str):
         tally.added += 1
     else:
         tally.published += 1
-        tally.unheard += not said
+        tally.without_subscriber += not outcome
 
 
-def _lines(file: Any, repeat: int) -> Iterator["Line"]:
-    from .event_files import read_lines
+def _events(file: Any, repeat: int) -> Iterator["FileEvent"]:
+    from .event_files import read_events
 
     if repeat == 1:
-        yield from read_lines(file)
+        yield from read_events(file)
         return
-    lines = list(read_lines(file))
+    events = list(read_events(file))
     for _ in range(repeat):
-        yield from lines
+        yield from events
 
 
 def _count(file: str, repeat: int) -> int | None:
-    """How many events to expect, if that can be known."""
+    """The number of events, or None for stdin."""
     if file == "-":
         return None
     with open(file, "rb") as opened:
-        return repeat * sum(1 for _ in _lines(opened, 1))
+        return repeat * sum(1 for _ in _events(opened, 1))
 
 
-def _paced(lines: Iterator["Line"], rate: float) -> Iterator["Line"]:
+def _paced(events: Iterator["FileEvent"], rate: float) -> Iterator["FileEvent"]:
     started = time.monotonic()
-    for i, line in enumerate(lines):
+    for i, event in enumerate(events):
         if rate and (wait := started + i / rate - time.monotonic()) > 0:
             time.sleep(wait)
-        yield line
+        yield event
 
 
-def _with_progress(lines: Iterator["Line"], total: int | None) -> Iterator["Line"]:
-    """The same lines; on a terminal with a bar under what is printed meanwhile."""
+def _with_progress(events: Iterator["FileEvent"], total: int | None) -> Iterator["FileEvent"]:
+    """Yield the same events, with a progress bar on a terminal."""
     from rich.console import Console
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield from lines
+        yield from events
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("publishing"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        yield from progress.track(lines, total=total)
+        yield from progress.track(events, total=total)

@@ -1,4 +1,4 @@
-"""Rendering: events as lines for people, coloured on a terminal."""
+"""Rendering: events as text for people, with colours on a terminal."""
 
 import os
 import sys
@@ -24,8 +24,8 @@ _TYPE_STYLES: Final = {
     "PRODUCT": "bold red",
 }
 _PLACES: Final = ("branch_id", "sector_id", "table_id", "session_id")
-_MOST_FACTS: Final = 4
-_MOST_CHARACTERS: Final = 40
+_MAX_FACTS: Final = 4
+_MAX_CHARACTERS: Final = 40
 
 
 class Screen:
@@ -73,7 +73,10 @@ def json_text(message: str) -> "Text":
 
 
 def summary(message: str, role: str, *, places: bool = True) -> "Text":
-    """One line: time, role, type, place (with ``places``), and the first values of the entity."""
+    """One line: time, role, type, the ids of the place, and the first values of the entity.
+
+    Without ``places`` it shows only the table.
+    """
     from rich.text import Text
 
     event = _read(message)
@@ -92,7 +95,7 @@ def summary(message: str, role: str, *, places: bool = True) -> "Text":
 
 
 def published(message: str, channel: str) -> "Text":
-    """One line for what a backend published, in the style of :func:`summary`."""
+    """One line for a published event, in the style of :func:`summary`."""
     from rich.text import Text
 
     event = _read(message)
@@ -118,7 +121,7 @@ def _facts(entity: Any) -> list[str]:
     for key, value in entity.items():
         if isinstance(value, str | int | float):
             text = str(value).lower() if isinstance(value, bool) else str(value)
-            if len(text) > _MOST_CHARACTERS:
-                text = text[: _MOST_CHARACTERS - 1] + "…"
+            if len(text) > _MAX_CHARACTERS:
+                text = text[: _MAX_CHARACTERS - 1] + "…"
             found.append(f"{key.removesuffix('_id')} {text}")
-    return found[:_MOST_FACTS]
+    return found[:_MAX_FACTS]

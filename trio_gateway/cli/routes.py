@@ -22,15 +22,15 @@ W  waiters of the event's sector, or of the branch if it names none
 F  floor: every waiter of the branch     K  kitchen of the branch
 A  admins of the branch                  D  diners of the event's session
 B  every diner of the branch
-Durable types belong on a stream. Any other type goes to the admins and is not durable."""
+Publish durable types on a stream. An unknown type goes to the admins and is not durable."""
 
 
 @click.command()
 @click.option(
-    "--json", "as_json", is_flag=True, help="For programs, in the words of the TOML file."
+    "--json", "as_json", is_flag=True, help="Print JSON, with the names of the TOML file."
 )
 def routes(as_json: bool) -> None:
-    """Print who hears which type of event: the table in force, with WS_ROUTES_FILE."""
+    """Print the routing table in force: the audiences of each event type, with WS_ROUTES_FILE."""
     settings = settings_or_exit()
     if as_json:
         _print_json(settings.routes)
@@ -71,22 +71,22 @@ def _print_table(table: "Routing") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    drawn.add_column("type", no_wrap=True)
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    grid.add_column("type", no_wrap=True)
     for letter in _COLUMNS.values():
-        drawn.add_column(letter, justify="center")
-    drawn.add_column("durable", justify="center")
-    drawn.add_column("")
+        grid.add_column(letter, justify="center")
+    grid.add_column("durable", justify="center")
+    grid.add_column("")
     for name, route in table.items():
-        here = _names(route.to)
+        columns = _names(route.to)
         difference = _difference(name, route)
-        drawn.add_row(
+        grid.add_row(
             name,
-            *("●" if column in here else "·" for column in _COLUMNS),
+            *("●" if column in columns else "·" for column in _COLUMNS),
             "yes" if route.durable else "no",
             difference or "",
             style="yellow" if difference else None,
         )
     console = Console(highlight=False)
-    console.print(drawn)
+    console.print(grid)
     console.print(_LEGEND)

@@ -18,10 +18,10 @@ from .errors import MISUSED, misused
     "-c",
     "--config",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Hypercorn's TOML file  [default: hypercorn.toml, if it is there]",
+    help="Hypercorn's TOML file  [default: hypercorn.toml, if it exists]",
 )
 @click.option("-b", "--bind", multiple=True, help="host:port, unix:path or fd://num; repeatable")
-@click.option("-w", "--workers", type=click.IntRange(min=1), help="Processes on one listener")
+@click.option("-w", "--workers", type=click.IntRange(min=1), help="Number of processes")
 @click.option("--insecure-bind", multiple=True, hidden=True)
 @click.option("--board", hidden=True)
 @click.option("--supervisor", type=int, hidden=True)
@@ -35,7 +35,7 @@ def serve(
 ) -> None:
     """Run the gateway until SIGTERM or Ctrl-C.
 
-    With several workers SIGHUP replaces them one by one, and one that dies is started again.
+    With several workers, SIGHUP replaces them one by one, and a worker that fails is restarted.
     """
     import structlog
 
@@ -66,8 +66,8 @@ def serve(
         for warning in settings.warnings:
             structlog.get_logger().warning(warning)
         if hypercorn.workers > 1:
-            # Each worker reads ``.env`` for itself, as it is then. What was set nowhere is random,
-            # and must be the same in all of them.
+            # Each worker reads ``.env`` itself when it starts. A secret that is not set is random,
+            # and must be the same in all workers.
             env = {DEVELOPMENT_SECRET: secrets.token_urlsafe()} | os.environ
             arguments = [] if config is None else ["--config", str(config)]
             sys.exit(serving.supervise(hypercorn, arguments, env))
@@ -75,7 +75,7 @@ def serve(
 
 
 def _refuse(problems: Sequence[str], supervisor: int | None) -> NoReturn:
-    """Exit because of these. The supervisor logs those of a worker."""
+    """Exit with status 2. A worker sends its problems to the supervisor, which logs them."""
     if supervisor is None:
         misused(problems)
     with suppress(OSError):  # it may be gone

@@ -23,7 +23,7 @@ def run(work: Callable[[], Awaitable[None]]) -> None:
 
 
 async def _run(work: Callable[[], Awaitable[None]]) -> None:
-    for number in SIGNALS:  # this holds again when the receiver is closed
+    for number in SIGNALS:  # in force again when the receiver is closed
         signal.signal(number, signal.SIG_IGN)
     # Outside of the nursery: signals that arrive while the nursery exits have no effect.
     with trio.open_signal_receiver(*SIGNALS) as signals:

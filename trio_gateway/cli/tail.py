@@ -32,17 +32,17 @@ if TYPE_CHECKING:
     "--demo",
     "of_demo",
     is_flag=True,
-    help="The gateway of the `trio-gateway demo` that runs on this machine, with its secrets.  "
-    "[default: if neither --url, --token, JWT_SECRET nor TABLE_TOKEN_SECRET says another]",
+    help="Use the gateway of the `trio-gateway demo` on this machine, and its secrets.  "
+    "[default: if --url, --token, JWT_SECRET and TABLE_TOKEN_SECRET are not set]",
 )
 @click.option(
     "--token",
     envvar="TRIO_GATEWAY_TOKEN",
-    help="Better in TRIO_GATEWAY_TOKEN: others can see a command line.  [default: minted from"
-    " JWT_SECRET or TABLE_TOKEN_SECRET, for whom the options below say]",
+    help="Safer in TRIO_GATEWAY_TOKEN: other users can see a command line.  [default: minted with"
+    " JWT_SECRET or TABLE_TOKEN_SECRET, for the holder that the options below describe]",
 )
-@click.option("--origin", help="The Origin to name; a production gateway wants one from staff.")
-@click.option("--json", "raw", is_flag=True, help="One line of JSON an event, nothing else.")
+@click.option("--origin", help="The Origin header; a production gateway requires one from staff.")
+@click.option("--json", "raw", is_flag=True, help="Print one line of JSON per event.")
 @click.option("--count", type=click.IntRange(min=1), metavar="N", help="Stop after N events.")
 @identity_options(staff=True, diner=True)
 def tail(
@@ -62,17 +62,17 @@ def tail(
     session: int,
     life: int,
 ) -> None:
-    """Connect to the gateway as a role and print the events that come, until Ctrl-C.
+    """Connect to the gateway as a role and print the events, until Ctrl-C.
 
-    A connection that ends is made again, and what came meanwhile is printed then; --token is good
-    for as long as it lives, a minted one is renewed. Exit status 1 if the first attempt fails.
+    If the connection ends, it reconnects and prints the events that it missed. A minted token is
+    renewed; --token is used until it expires. Exit status 1 if the first attempt fails.
     """
     demo = _running_demo(of_demo, url, token)
     if url is None:
         url = demo.url if demo else DEFAULT
     where = endpoint_url(url, endpoint)
     if token is None:
-        who = Identity(
+        identity = Identity(
             tenant=tenant,
             branches=branches,
             user=user,
@@ -82,10 +82,10 @@ def tail(
             session=session,
             life=life,
         )
-        mint = _mint(endpoint, who, demo)
-        mint()  # what is wrong with that is said before anything is tried
+        mint = _mint(endpoint, identity, demo)
+        mint()  # report an error before connecting
         secret = "TABLE_TOKEN_SECRET" if endpoint == "diner" else "JWT_SECRET"
-        signed_with = f"the {secret} of the demo" if demo else f"{secret} as it is set here"
+        signed_with = f"the {secret} of the demo" if demo else f"the {secret} that is set here"
         _tail(
             where, lambda _: mint(), endpoint,
             origin=origin, raw=raw, count=count, signed_with=signed_with,
@@ -95,13 +95,13 @@ def tail(
 
 
 def _running_demo(wanted: bool, url: str | None, token: str | None) -> "RunningDemo | None":
-    """The demo that is asked for, or one that runs if nothing says which gateway is meant."""
+    """Find the demo if ``--demo`` is given, or if nothing names another gateway."""
     if wanted:
         if url is not None:
             raise click.UsageError("--demo and --url exclude each other")
         demo = demo_file.find()
         if demo is None:
-            raise Failure("no demo of yours runs on this machine: start one with trio-gateway demo")
+            raise Failure("no demo of this user runs here: start one with trio-gateway demo")
         return demo
     if url is not None or token is not None:
         return None
@@ -110,14 +110,14 @@ def _running_demo(wanted: bool, url: str | None, token: str | None) -> "RunningD
     return None if configured else demo_file.find()
 
 
-def _mint(endpoint: str, who: Identity, demo: "RunningDemo | None") -> Callable[[], str]:
-    """What mints a token for this endpoint, with the demo's secret or the settings' own."""
+def _mint(endpoint: str, identity: Identity, demo: "RunningDemo | None") -> Callable[[], str]:
+    """Make a function that mints tokens for this endpoint, with the demo's or our secret."""
     diner = endpoint == "diner"
     if demo is None:
-        return partial(table_token_by if diner else staff_token_by, settings_or_exit(), who)
+        return partial(table_token_by if diner else staff_token_by, settings_or_exit(), identity)
     if diner:
-        return partial(table_token, demo.table_token_secret, who)
-    return partial(staff_token, demo.jwt_secret, who)
+        return partial(table_token, demo.table_token_secret, identity)
+    return partial(staff_token, demo.jwt_secret, identity)
 
 
 def _tail(
@@ -139,44 +139,46 @@ def _tail(
     screen = Screen()
     connected = False
 
-    def because(status: Status) -> str:
+    def explain(status: Status) -> str:
         text = why(url, status)
         if signed_with is not None and status.code == Close.AUTH_FAILED:
             text += f" (it was signed with {signed_with})"
         return text
 
-    def tell(status: Status) -> None:
+    def report_status(status: Status) -> None:
         nonlocal connected
         match status.state:
             case "open":
                 again = " again" if connected else ""
-                click.echo(f"connected{again} to {url}, Ctrl-C ends it", err=True)
+                click.echo(f"connected{again} to {url}; stop with Ctrl-C", err=True)
                 connected = True
             case "waiting" if connected:
-                reason = printable(because(status))
-                click.echo(f"{reason}; again in {status.retry_in:.1f} s", err=True)
+                reason = printable(explain(status))
+                click.echo(f"{reason}; reconnecting in {status.retry_in:.1f} s", err=True)
             case "waiting":
-                raise Failure(because(status))
+                raise Failure(explain(status))
 
-    def tell_of_gap(_: str) -> None:
+    def report_gap(_: str) -> None:
         click.echo("events may be missing here", err=True)
 
     async def show(event: Event) -> None:
         if raw:
-            # Between its tokens a backend may have broken the line; inside of a string it can't.
+            # JSON allows line breaks between its tokens, but not inside strings.
             await screen.write(event.text.replace("\r", " ").replace("\n", " ") + "\n")
         else:
             await screen.show(summary(event.text, endpoint))
             await screen.show(json_text(event.text))
 
     async def work() -> None:
-        heard = 0
-        async with connect(url, token, origin=origin, on_state=tell, on_gap=tell_of_gap) as client:
+        received = 0
+        async with connect(
+            url, token, origin=origin, on_state=report_status, on_gap=report_gap
+        ) as client:
             try:
-                while heard != count:
+                while received != count:
                     await show(await anext(client))
-                    heard += 1
+                    received += 1
             except Refused:
-                raise Failure(because(client.status)) from None
+                raise Failure(explain(client.status)) from None
 
     run(work)

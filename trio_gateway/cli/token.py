@@ -1,4 +1,4 @@
-"""``token``: mint a token, alone on stdout, for use in ``$(…)``."""
+"""``token``: mint a token and print it alone, for use in ``$(…)``."""
 
 from collections.abc import Sequence
 
@@ -13,12 +13,12 @@ from .credentials import (
 )
 from .errors import settings_or_exit
 
-_TOKEN_ID = click.option("--jti", "token_id", help="The token's id, by which it can be revoked.")
+_TOKEN_ID = click.option("--jti", "token_id", help="The token's id; it can be revoked by this id.")
 
 
 @click.group()
 def token() -> None:
-    """Mint a token from JWT_SECRET or TABLE_TOKEN_SECRET, for trying things out."""
+    """Mint a token for trials, with JWT_SECRET or TABLE_TOKEN_SECRET."""
 
 
 @token.command()
@@ -34,7 +34,7 @@ def staff(
     token_id: str | None,
 ) -> None:
     """A staff JWT, for /ws/waiter, /ws/kitchen and /ws/admin  [role: WAITER]."""
-    who = Identity(
+    identity = Identity(
         tenant=tenant,
         branches=branches,
         user=user,
@@ -43,7 +43,7 @@ def staff(
         life=life,
         token_id=token_id,
     )
-    click.echo(staff_token_by(settings_or_exit(), who))
+    click.echo(staff_token_by(settings_or_exit(), identity))
 
 
 @token.command()
@@ -53,7 +53,7 @@ def table(
     tenant: int, branch: int, table: int, session: int, life: int, token_id: str | None
 ) -> None:
     """A table token, for /ws/diner."""
-    who = Identity(
+    identity = Identity(
         tenant=tenant,
         branches=(branch,),
         table=table,
@@ -61,19 +61,19 @@ def table(
         life=life,
         token_id=token_id,
     )
-    click.echo(table_token_by(settings_or_exit(), who))
+    click.echo(table_token_by(settings_or_exit(), identity))
 
 
 @token.command()
 @identity_options(diner=True)
 def legacy(tenant: int, branch: int, table: int, session: int, life: int) -> None:
-    """A table token of the older kind, tenant:branch:table:session:expires_at:sig."""
-    who = Identity(tenant=tenant, branches=(branch,), table=table, session=session, life=life)
+    """A legacy table token, tenant:branch:table:session:expires_at:sig."""
+    identity = Identity(tenant=tenant, branches=(branch,), table=table, session=session, life=life)
     settings = settings_or_exit()
-    minted = legacy_token_by(settings, who)
+    minted = legacy_token_by(settings, identity)
     if not settings.allow_legacy_table_tokens:
         click.echo(
-            "trio-gateway: gateways accept this kind only with ALLOW_LEGACY_TABLE_TOKENS=true",
+            "trio-gateway: gateways accept legacy tokens only with ALLOW_LEGACY_TABLE_TOKENS=true",
             err=True,
         )
     click.echo(minted)

@@ -1,4 +1,4 @@
-"""The ``--url`` option: where a gateway is."""
+"""The ``--url`` option: the address of a gateway."""
 
 from typing import Final
 from urllib.parse import SplitResult, urlsplit
@@ -12,7 +12,7 @@ _TLS: Final = {"ws": False, "http": False, "wss": True, "https": True}
 def read_url(url: str) -> SplitResult:
     """Read a gateway's URL; the result's scheme is ws or wss.
 
-    A path before ``/ws/…`` is kept, for gateways behind a proxy. Raises :exc:`click.BadParameter`.
+    A path before ``/ws/…`` stays, for gateways behind a proxy. Raises :exc:`click.BadParameter`.
     """
     try:
         parts = urlsplit(url)
@@ -25,6 +25,14 @@ def read_url(url: str) -> SplitResult:
         )
     scheme = "wss" if _TLS[parts.scheme] else "ws"
     return parts._replace(scheme=scheme, path=parts.path.rstrip("/"))
+
+
+def no_listener(where: str) -> str:
+    """The text for a refused connection to ``host:port``."""
+    return (
+        f"nothing listens on {where}: start the gateway (trio-gateway serve),"
+        " or pass its address with --url"
+    )
 
 
 def endpoint_url(url: str, endpoint: str) -> str:

