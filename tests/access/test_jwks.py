@@ -258,7 +258,7 @@ async def test_invented_key_ids_cost_one_fetch_a_minute(
         mock_clock.jump(60)
 
 
-async def test_stranger_cannot_use_up_the_fetch_that_a_new_key_needs(
+async def test_unauthenticated_client_cannot_use_up_the_fetch_that_a_new_key_needs(
     issuer: Issuer, mock_clock: MockClock
 ) -> None:
     """Knowing the next key's id does not help, either."""

@@ -36,7 +36,7 @@ async def lost_after(redis: Redis) -> float:
         return trio.current_time()
 
 
-async def test_connection_that_brings_a_byte_a_second_is_lost(autojump_clock: MockClock) -> None:
+async def test_connection_that_delivers_a_byte_a_second_is_lost(autojump_clock: MockClock) -> None:
     async def redis(stream: trio.abc.Stream) -> None:
         await stream.send_all(PONG)
         for byte in message(1000):
@@ -58,7 +58,7 @@ async def test_connection_that_falls_behind_is_lost_even_if_every_message_is_com
     assert await lost_after(redis) == 2 * LIVENESS
 
 
-async def test_connection_that_brings_much_is_kept_however_late_the_answer(
+async def test_busy_connection_is_kept_however_late_the_answer(
     autojump_clock: MockClock,
 ) -> None:
     async def redis(stream: trio.abc.Stream) -> None:

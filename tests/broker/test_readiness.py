@@ -1,4 +1,4 @@
-"""Readiness is looked up rarely, however often and by however many it is asked."""
+"""Readiness is checked rarely, however many requests ask for it."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -11,7 +11,7 @@ from trio_gateway.broker.readiness import ANSWER_TIMEOUT, CHECK_TIMEOUT, FRESH, 
 
 
 class Redis:
-    """Takes so long to answer, and then has this problem."""
+    """A Redis that answers after this delay, with this problem."""
 
     def __init__(self) -> None:
         self.takes = 0.0
@@ -42,7 +42,7 @@ async def readiness_of(redis: Redis) -> AsyncIterator[Readiness]:
         nursery.cancel_scope.cancel()
 
 
-async def test_a_crowd_costs_one_check_every_half_second(autojump_clock: MockClock) -> None:
+async def test_many_requests_cost_one_check_every_half_second(autojump_clock: MockClock) -> None:
     redis = Redis()
     redis.takes = 0.1
 
@@ -52,14 +52,14 @@ async def test_a_crowd_costs_one_check_every_half_second(autojump_clock: MockClo
             await trio.sleep(0.1)
 
     async with readiness_of(redis) as readiness:
-        async with trio.open_nursery() as crowd:
+        async with trio.open_nursery() as nursery:
             for _ in range(700):
-                crowd.start_soon(ask)
+                nursery.start_soon(ask)
         assert redis.most_at_once == 1
         assert redis.checks <= 1 + trio.current_time() / FRESH
 
 
-async def test_redis_that_is_slow_for_a_second_stays_ready_and_the_answer_is_prompt(
+async def test_redis_that_is_slow_for_a_second_stays_ready_and_the_answer_is_immediate(
     autojump_clock: MockClock,
 ) -> None:
     redis = Redis()
@@ -92,7 +92,7 @@ async def test_redis_that_is_slow_for_longer_is_not_ready_until_it_answers(
         assert await readiness.ask() is None
 
 
-async def test_refusal_is_told_at_once_and_for_as_long_as_it_holds(
+async def test_refusal_is_answered_at_once_until_the_cause_is_gone(
     autojump_clock: MockClock,
 ) -> None:
     redis = Redis()

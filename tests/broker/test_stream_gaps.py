@@ -1,4 +1,4 @@
-"""Gap detection: a cursor is compared with what XINFO says."""
+"""Gap detection: a cursor is compared with the reply to XINFO."""
 
 import pytest
 

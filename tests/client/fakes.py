@@ -1,4 +1,4 @@
-"""A gateway in memory, that does as the test says."""
+"""A gateway in memory that the test controls."""
 
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -22,35 +22,35 @@ Script = Callable[["Peer"], Awaitable[None]]
 class Peer:
     """The gateway's end of one socket."""
 
-    def __init__(self, socket: WebSocketConnection, heard: list[Any]) -> None:
+    def __init__(self, socket: WebSocketConnection, received: list[Any]) -> None:
         self._socket = socket
-        self.heard = heard  # what the client has said, on all sockets; JSON is decoded
+        self.received = received  # messages of the client on all sockets; JSON is decoded
         self.intervals: tuple[float, float] | None = None  # None: an older gateway
 
-    async def hear(self) -> Any:
-        """The next thing that the client says, except that it asks for the intervals."""
+    async def receive(self) -> Any:
+        """The next message of the client, except the request for the intervals."""
         while True:
             text = await self._socket.get_message()
-            said = text if text == "ping" else json.loads(text)
-            if said != {"type": "intervals"}:
-                self.heard.append(said)
-                return said
+            message = text if text == "ping" else json.loads(text)
+            if message != {"type": "intervals"}:
+                self.received.append(message)
+                return message
             if self.intervals is not None:
                 heartbeat, receive = self.intervals
-                await self.say(
+                await self.send(
                     type="intervals", heartbeat_timeout=heartbeat, receive_timeout=receive
                 )
 
-    async def say(self, **message: Any) -> None:
+    async def send(self, **message: Any) -> None:
         await self._socket.send_message(json.dumps(message))
 
-    async def let_in(self, *, recovered: bool = True, last_event_id: str = "0") -> None:
+    async def admit(self, *, recovered: bool = True, last_event_id: str = "0") -> None:
         """Answer the resume."""
-        assert (await self.hear())["type"] == "resume"
-        await self.say(type="resumed", recovered=recovered, count=0, last_event_id=last_event_id)
+        assert (await self.receive())["type"] == "resume"
+        await self.send(type="resumed", recovered=recovered, count=0, last_event_id=last_event_id)
 
     async def publish(self, number: int, **keys: Any) -> None:
-        """A durable event with this number in it, and as its id."""
+        """Send a durable event with this number as its content and its id."""
         await self._socket.send_message(
             make_payload(n=number, event_id=str(number), **keys).decode()
         )
@@ -61,20 +61,20 @@ class Peer:
     async def stay(self, *, answering: bool = True) -> None:
         """Answer pings until the client leaves."""
         while True:
-            if await self.hear() == "ping" and answering:
-                await self.say(type="pong")
+            if await self.receive() == "ping" and answering:
+                await self.send(type="pong")
 
 
 class FakeGateway:
-    """Serves each socket by the next of some scripts, the last one for ever."""
+    """Serves each socket with the next script; the last one serves all further sockets."""
 
     def __init__(self, nursery: trio.Nursery, *scripts: Script | int) -> None:
         self._nursery = nursery
         self._scripts = list(scripts)
-        self.dialled: list[float] = []  # at which times
+        self.dialled: list[float] = []  # times of the attempts
         self.headers: list[dict[str, str]] = []
-        self.heard: list[Any] = []
-        self.cut = lambda: None  # the stream in use, without a word
+        self.received: list[Any] = []
+        self.abort = lambda: None  # the present stream, without a close frame
 
     async def dial(self) -> trio.abc.Stream:
         client, server = memory_stream_pair()
@@ -92,7 +92,7 @@ class FakeGateway:
                     await request.reject(script)
                 else:
                     socket = await request.accept()
-                    await script(Peer(socket, self.heard))
+                    await script(Peer(socket, self.received))
                 nursery.cancel_scope.cancel()
         except* (ConnectionClosed, trio.BrokenResourceError, trio.ClosedResourceError):
             pass
@@ -108,21 +108,21 @@ async def fake_gateway(*scripts: Script | int) -> AsyncIterator[FakeGateway]:
 
 
 async def hang_up(peer: Peer) -> None:
-    """The connection breaks, without a close frame."""
+    """End the connection without a close frame."""
 
 
 async def welcome(peer: Peer) -> None:
-    """Let in, and stay."""
-    await peer.let_in()
+    """Admit the client and answer its pings."""
+    await peer.admit()
     await peer.stay()
 
 
 def closing(code: int, reason: str = "", *, after: float | None = None) -> Script:
-    """A gateway that closes: at once, or so many seconds after it has let the client in."""
+    """A script that closes: at once, or this many seconds after it has admitted the client."""
 
     async def script(peer: Peer) -> None:
         if after is not None:
-            await peer.let_in()
+            await peer.admit()
             with trio.move_on_after(after):
                 await peer.stay()
         await peer.close(code, reason)

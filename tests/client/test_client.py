@@ -27,14 +27,14 @@ async def numbers(client: Client, count: int) -> list[int]:
     return [(await anext(client)).data["n"] for _ in range(count)]
 
 
-# What comes
+# Events and messages
 
 
-async def test_events_come_as_they_are(autojump_clock: MockClock) -> None:
+async def test_events_arrive_unchanged(autojump_clock: MockClock) -> None:
     async def script(peer: Peer) -> None:
-        await peer.let_in(last_event_id="0")
+        await peer.admit(last_event_id="0")
         await peer.publish(1)
-        await peer.say(type="CART_SYNC", tenant_id=1, branch_id=1)
+        await peer.send(type="CART_SYNC", tenant_id=1, branch_id=1)
         await peer.stay()
 
     async with fake_gateway(script) as gateway, connecting(gateway) as client:
@@ -46,9 +46,9 @@ async def test_events_come_as_they_are(autojump_clock: MockClock) -> None:
     assert client.last_event_id == "1"
 
 
-async def test_an_event_that_came_already_is_not_handed_on_again(autojump_clock: MockClock) -> None:
+async def test_duplicate_event_is_not_returned_again(autojump_clock: MockClock) -> None:
     async def script(peer: Peer) -> None:
-        await peer.let_in()
+        await peer.admit()
         for number in (1, 2, 1, 2, 3):
             await peer.publish(number)
         await peer.stay()
@@ -57,14 +57,14 @@ async def test_an_event_that_came_already_is_not_handed_on_again(autojump_clock:
         assert await numbers(client, 3) == [1, 2, 3]
 
 
-async def test_the_gateways_own_messages_are_no_events_and_its_types_no_messages(
+async def test_messages_of_the_gateway_are_not_events_whatever_type_events_have(
     autojump_clock: MockClock,
 ) -> None:
     gaps: list[str] = []
 
     async def script(peer: Peer) -> None:
-        await peer.let_in()
-        await peer.say(type="sectors_updated", sector_ids=[1])
+        await peer.admit()
+        await peer.send(type="sectors_updated", sector_ids=[1])
         await peer._socket.send_message("sectors_updated:1")
         await peer._socket.send_message("[" * 100_000)
         await peer.publish(1, type="gap")
@@ -75,31 +75,31 @@ async def test_the_gateways_own_messages_are_no_events_and_its_types_no_messages
     assert gaps == []
 
 
-async def test_gaps_are_told_in_the_order_of_the_events(autojump_clock: MockClock) -> None:
-    told: list[Any] = []
+async def test_gaps_are_reported_in_the_order_of_the_events(autojump_clock: MockClock) -> None:
+    calls: list[Any] = []
 
     async def gap(why: str) -> None:
         await trio.sleep(1)
-        told.append(why)
+        calls.append(why)
 
     async def script(peer: Peer) -> None:
-        await peer.let_in(recovered=False, last_event_id="7")
+        await peer.admit(recovered=False, last_event_id="7")
         await peer.publish(8)
-        await peer.say(type="gap")
+        await peer.send(type="gap")
         await peer.publish(9)
         await peer.stay()
 
     async with fake_gateway(script) as gateway, connecting(gateway, on_gap=gap) as client:
         async for event in client:
-            told.append(event.data["n"])
+            calls.append(event.data["n"])
             if event.data["n"] == 9:
                 break
-    assert told == ["not_recovered", 8, "lost", 9]
+    assert calls == ["not_recovered", 8, "lost", 9]
 
 
-async def test_the_last_event_id_is_of_what_was_given_out(autojump_clock: MockClock) -> None:
+async def test_last_event_id_is_that_of_the_last_returned_event(autojump_clock: MockClock) -> None:
     async def script(peer: Peer) -> None:
-        await peer.let_in(last_event_id="0")
+        await peer.admit(last_event_id="0")
         await peer.publish(1)
         await peer.publish(2)
         await peer.stay()
@@ -113,13 +113,13 @@ async def test_the_last_event_id_is_of_what_was_given_out(autojump_clock: MockCl
         assert client.last_event_id == "before"
         await anext(client)
         assert client.last_event_id == "1"
-    assert gateway.heard[0] == {"type": "resume", "last_event_id": "before"}
+    assert gateway.received[0] == {"type": "resume", "last_event_id": "before"}
 
 
-# Credential
+# The credential
 
 
-async def test_the_token_stands_in_a_header_and_nowhere_else(autojump_clock: MockClock) -> None:
+async def test_token_is_sent_only_in_a_header(autojump_clock: MockClock) -> None:
     async with (
         fake_gateway(welcome) as gateway,
         connecting(gateway, "secret", origin="https://app.example") as client,
@@ -137,13 +137,13 @@ async def test_the_token_stands_in_a_header_and_nowhere_else(autojump_clock: Moc
         "wss://x/ws/waiter?ticket=", "ws://x:y/",
     ],
 )  # fmt: skip
-async def test_a_url_that_is_none_or_holds_a_credential_is_an_error(url: str) -> None:
+async def test_invalid_url_or_one_with_a_credential_is_an_error(url: str) -> None:
     with pytest.raises(ValueError):
         async with connect(url, "t"):
             raise AssertionError
 
 
-async def test_a_provider_is_asked_before_every_connect(autojump_clock: MockClock) -> None:
+async def test_provider_is_called_before_every_connect(autojump_clock: MockClock) -> None:
     asked: list[bool] = []
 
     async def provide(refused: bool) -> str:
@@ -159,31 +159,31 @@ async def test_a_provider_is_asked_before_every_connect(autojump_clock: MockCloc
     assert [h["authorization"] for h in gateway.headers] == ["Bearer t1", "Bearer t2", "Bearer t3"]
 
 
-async def test_a_provider_that_fails_is_asked_again(
+async def test_failing_provider_is_called_again(
     autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    said = iter([OSError("no backend"), "t"])
-    told: list[Status] = []
+    results = iter([OSError("no backend"), "t"])
+    statuses: list[Status] = []
 
     def provide(refused: bool) -> str:
-        if isinstance(found := next(said), Exception):
+        if isinstance(found := next(results), Exception):
             raise found
         return str(found)
 
     async with (
         fake_gateway(welcome) as gateway,
-        connecting(gateway, provide, on_state=told.append) as client,
+        connecting(gateway, provide, on_state=statuses.append) as client,
     ):
         await client.wait_open()
     assert len(gateway.dialled) == 1
-    assert str(told[1].error) == "no backend"
+    assert str(statuses[1].error) == "no backend"
     assert caplog.record_tuples == [
         ("trio_gateway.client", logging.WARNING, "the token provider failed")
     ]
 
 
 @pytest.mark.parametrize("token", ["", "a b", "a\r\nX: y", "ü"])
-async def test_what_can_be_no_token_is_refused_without_a_try(
+async def test_impossible_token_is_refused_without_an_attempt(
     autojump_clock: MockClock, token: str
 ) -> None:
     async with fake_gateway(welcome) as gateway, connecting(gateway, token) as client:
@@ -194,7 +194,7 @@ async def test_what_can_be_no_token_is_refused_without_a_try(
     assert gateway.dialled == []
 
 
-async def test_the_same_token_again_is_the_end(autojump_clock: MockClock) -> None:
+async def test_same_token_after_a_refusal_is_final(autojump_clock: MockClock) -> None:
     async with (
         fake_gateway(closing(4001, "token expired")) as gateway,
         connecting(gateway) as client,
@@ -206,7 +206,7 @@ async def test_the_same_token_again_is_the_end(autojump_clock: MockClock) -> Non
     assert len(gateway.dialled) == 1
 
 
-async def test_fresh_tokens_that_are_all_refused_are_tried_less_and_less(
+async def test_refused_fresh_tokens_are_tried_with_back_off(
     autojump_clock: MockClock,
 ) -> None:
     made = iter(range(1000))
@@ -220,28 +220,30 @@ async def test_fresh_tokens_that_are_all_refused_are_tried_less_and_less(
 
 
 def renewing(*answers: Callable[[Peer], Any]) -> Callable[[Peer], Any]:
-    """Lets in, and answers each renewal in turn."""
+    """A script that admits the client and answers each renewal with the next function."""
 
     async def script(peer: Peer) -> None:
-        await peer.let_in()
+        await peer.admit()
         for answer in answers:
-            while (said := await peer.hear()) == "ping":
-                await peer.say(type="pong")
-            assert said["type"] == "auth"
+            while (message := await peer.receive()) == "ping":
+                await peer.send(type="pong")
+            assert message["type"] == "auth"
             await answer(peer)
         await peer.stay()
 
     return script
 
 
-async def test_a_token_is_renewed_in_place_before_it_expires(autojump_clock: MockClock) -> None:
+async def test_token_is_renewed_on_the_connection_before_it_expires(
+    autojump_clock: MockClock,
+) -> None:
     tokens = [make_jwt(SECRET, life=life) for life in (100, 200, 300)]
     given = iter(tokens)
     renewed: list[float] = []
 
     async def ok(peer: Peer) -> None:
         renewed.append(trio.current_time())
-        await peer.say(type="auth_ok", expires_at=int(time.time()) + 200)
+        await peer.send(type="auth_ok", expires_at=int(time.time()) + 200)
 
     async with (
         fake_gateway(renewing(ok, ok)) as gateway,
@@ -249,13 +251,13 @@ async def test_a_token_is_renewed_in_place_before_it_expires(autojump_clock: Moc
     ):
         await client.wait_open()
         await trio.sleep(250)
-    said = [each["token"] for each in gateway.heard if each != "ping" and each["type"] == "auth"]
-    assert said == tokens[1:]
+    sent = [each["token"] for each in gateway.received if each != "ping" and each["type"] == "auth"]
+    assert sent == tokens[1:]
     assert renewed == [pytest.approx(80, abs=2), pytest.approx(80 + 160, abs=4)]
     assert len(gateway.dialled) == 1
 
 
-async def test_a_provider_that_has_nothing_new_is_asked_until_it_has(
+async def test_provider_without_a_new_token_is_called_until_it_has_one(
     autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     old, new = make_jwt(SECRET, life=1000), make_jwt(SECRET, life=5000)
@@ -267,18 +269,18 @@ async def test_a_provider_that_has_nothing_new_is_asked_until_it_has(
         return str(found)
 
     async def ok(peer: Peer) -> None:
-        await peer.say(type="auth_ok", expires_at=int(time.time()) + 10**6)
+        await peer.send(type="auth_ok", expires_at=int(time.time()) + 10**6)
 
     async with fake_gateway(renewing(ok)) as gateway, connecting(gateway, provide) as client:
         await client.wait_open()
         await trio.sleep(5000)
     assert answers == []
-    assert gateway.heard[-1] == "ping"
-    assert {"type": "auth", "token": new} in gateway.heard
+    assert gateway.received[-1] == "ping"
+    assert {"type": "auth", "token": new} in gateway.received
     assert len(caplog.records) == 1
 
 
-async def test_a_renewal_that_is_refused_is_followed_by_another_token(
+async def test_refused_renewal_is_followed_by_another_token(
     autojump_clock: MockClock,
 ) -> None:
     asked: list[bool] = []
@@ -300,10 +302,10 @@ async def test_a_renewal_that_is_refused_is_followed_by_another_token(
     assert len(gateway.dialled) == 2
 
 
-async def test_a_refusal_while_a_renewal_is_open_blames_neither_token_for_sure(
+async def test_refusal_during_a_renewal_marks_neither_token_as_refused(
     autojump_clock: MockClock,
 ) -> None:
-    """The offered one is presented once more; what then is said is about it."""
+    """The new token is presented once more, and the next refusal concerns that token."""
     offered = make_jwt(SECRET, life=100, sub="2")
     tokens = iter([make_jwt(SECRET, life=100), *[offered] * 3])
 
@@ -321,18 +323,18 @@ async def test_a_refusal_while_a_renewal_is_open_blames_neither_token_for_sure(
 
 
 async def unanswered(peer: Peer) -> None:
-    """Redis can't say whether it is revoked: the old one holds, until its expiry."""
+    """The revocation cannot be looked up: the old token is valid until its expiry."""
     with trio.move_on_after(15):
         await peer.stay()
     await peer.close(4001, "token expired")
 
 
-async def cut(peer: Peer) -> None:
+async def abort(peer: Peer) -> None:
     raise trio.BrokenResourceError
 
 
-@pytest.mark.parametrize("answer", [unanswered, cut])
-async def test_a_token_that_no_gateway_has_judged_is_not_blamed(
+@pytest.mark.parametrize("answer", [unanswered, abort])
+async def test_token_without_an_answer_is_not_marked_as_refused(
     autojump_clock: MockClock, answer: Callable[[Peer], Any]
 ) -> None:
     first, second = make_jwt(SECRET, life=100), make_jwt(SECRET, life=1000)
@@ -347,10 +349,10 @@ async def test_a_token_that_no_gateway_has_judged_is_not_blamed(
     assert presented == [f"Bearer {first}", f"Bearer {second}"]
 
 
-async def test_the_present_token_is_tried_again_after_a_renewal_was_refused(
+async def test_present_token_is_tried_again_after_a_refused_renewal(
     autojump_clock: MockClock,
 ) -> None:
-    """The refusal was about the other one."""
+    """The refusal concerned the other token."""
     first = make_jwt(SECRET, life=1000)
     tokens = iter([first, make_jwt(SECRET, life=1000, sub="2"), *[first] * 10])
     async with (
@@ -362,12 +364,12 @@ async def test_the_present_token_is_tried_again_after_a_renewal_was_refused(
     assert [headers["authorization"] for headers in gateway.headers] == [f"Bearer {first}"] * 2
 
 
-async def test_two_answers_to_a_renewal_lose_no_token(autojump_clock: MockClock) -> None:
+async def test_repeated_answer_to_a_renewal_loses_no_token(autojump_clock: MockClock) -> None:
     tokens = iter([make_jwt(SECRET, life=100), *[make_jwt(SECRET, life=1000)] * 5])
 
     async def twice(peer: Peer) -> None:
         for _ in range(2):
-            await peer.say(type="auth_ok", expires_at=int(time.time()) + 1000)
+            await peer.send(type="auth_ok", expires_at=int(time.time()) + 1000)
         await peer.close(4001, "token revoked")
 
     async with (
@@ -382,7 +384,7 @@ async def test_two_answers_to_a_renewal_lose_no_token(autojump_clock: MockClock)
 @pytest.mark.parametrize("skew", [-600, 0, 600])
 @pytest.mark.parametrize("life", [120, 900])
 @pytest.mark.parametrize("says_iat", [True, False], ids=["iat", "no iat"])
-async def test_renewal_does_not_depend_on_this_devices_clock(
+async def test_renewal_does_not_depend_on_the_devices_clock(
     autojump_clock: MockClock,
     monkeypatch: pytest.MonkeyPatch,
     skew: float,
@@ -400,20 +402,20 @@ async def test_renewal_does_not_depend_on_this_devices_clock(
         return make_jwt(SECRET, iat=iat, exp=true_time() + life, jti=str(len(minted)))
 
     async def script(peer: Peer) -> None:
-        """As the gateway: closes on time at the expiry of the token that it accepted last."""
-        await peer.let_in()
+        """Like the gateway: close at the expiry of the last accepted token."""
+        await peer.admit()
         expires = minted[-1] + life
         while True:
             with trio.move_on_at(expires - began) as scope:
-                said = await peer.hear()
+                message = await peer.receive()
             if scope.cancelled_caught:
                 await peer.close(4001, "token expired")
                 return
-            if said == "ping":
-                await peer.say(type="pong")
+            if message == "ping":
+                await peer.send(type="pong")
             else:
                 expires = minted[-1] + life
-                await peer.say(type="auth_ok", expires_at=expires)
+                await peer.send(type="auth_ok", expires_at=expires)
 
     minted: list[int] = []
     monkeypatch.setattr(time, "time", lambda: began + trio.current_time() + skew)
@@ -424,13 +426,13 @@ async def test_renewal_does_not_depend_on_this_devices_clock(
     assert 4 <= len(minted) < (20 if says_iat else 40)
 
 
-async def test_a_clock_that_makes_each_token_seem_old_does_not_renew_all_the_time(
+async def test_clock_that_is_ahead_does_not_cause_endless_renewals(
     autojump_clock: MockClock,
 ) -> None:
     made = iter(range(10**6))
 
     async def ok(peer: Peer) -> None:
-        await peer.say(type="auth_ok", expires_at=int(time.time()) + 1)
+        await peer.send(type="auth_ok", expires_at=int(time.time()) + 1)
 
     def provide(refused: bool) -> str:
         return make_jwt(SECRET, iat=..., exp=int(time.time()) + 1, sub=str(next(made)))
@@ -440,7 +442,7 @@ async def test_a_clock_that_makes_each_token_seem_old_does_not_renew_all_the_tim
     assert 2 < next(made) < 70
 
 
-async def test_a_provider_hears_of_a_refusal_until_a_token_holds(
+async def test_provider_is_called_with_refused_until_a_token_is_accepted(
     autojump_clock: MockClock,
 ) -> None:
     asked: list[bool] = []
@@ -460,11 +462,11 @@ async def test_a_provider_hears_of_a_refusal_until_a_token_holds(
 # Sectors
 
 
-async def test_sectors_are_asked_for_and_told(autojump_clock: MockClock) -> None:
+async def test_refresh_sectors_returns_the_answer(autojump_clock: MockClock) -> None:
     async def script(peer: Peer) -> None:
-        await peer.let_in()
-        assert await peer.hear() == {"type": "refresh_sectors"}
-        await peer.say(type="sectors_updated", sector_ids=[5, 6])
+        await peer.admit()
+        assert await peer.receive() == {"type": "refresh_sectors"}
+        await peer.send(type="sectors_updated", sector_ids=[5, 6])
         await peer.stay()
 
     async with fake_gateway(script) as gateway, connecting(gateway) as client:
@@ -474,10 +476,10 @@ async def test_sectors_are_asked_for_and_told(autojump_clock: MockClock) -> None
         assert await client.refresh_sectors() == (5, 6)
 
 
-async def test_sectors_that_are_not_told_are_an_error(autojump_clock: MockClock) -> None:
+async def test_refresh_sectors_without_an_answer_is_an_error(autojump_clock: MockClock) -> None:
     async def leave(peer: Peer) -> None:
-        await peer.let_in()
-        await peer.hear()
+        await peer.admit()
+        await peer.receive()
 
     async with fake_gateway(welcome) as gateway, connecting(gateway) as client:
         await client.wait_open()
@@ -489,13 +491,13 @@ async def test_sectors_that_are_not_told_are_an_error(autojump_clock: MockClock)
             await client.refresh_sectors()
 
 
-# Whether it lives
+# Liveness
 
 
 @pytest.mark.parametrize(
     ("intervals", "every"), [((60, 90), 25), ((20, 90), 10), ((60, 8.0), 4), ((0, 0), 0.5)]
 )
-async def test_it_says_ping_as_often_as_the_gateway_asks(
+async def test_client_pings_as_often_as_the_gateway_asks(
     autojump_clock: MockClock, intervals: tuple[float, float], every: float
 ) -> None:
     async def script(peer: Peer) -> None:
@@ -505,11 +507,11 @@ async def test_it_says_ping_as_often_as_the_gateway_asks(
     async with fake_gateway(script) as gateway, connecting(gateway) as client:
         await client.wait_open()
         await trio.sleep(10 * every + 0.1)
-    assert gateway.heard.count("ping") == 10
+    assert gateway.received.count("ping") == 10
 
 
-async def test_half_a_message_is_an_answer_to_a_ping(autojump_clock: MockClock) -> None:
-    """On a line that takes 4 KB a second, an event may take longer than the patience."""
+async def test_part_of_a_message_counts_as_an_answer_to_a_ping(autojump_clock: MockClock) -> None:
+    """On a link of 4 KB/s an event may take longer than the timeout of a ping."""
 
     async def dial() -> trio.abc.Stream:
         client, server = trio.testing.memory_stream_pair()
@@ -521,8 +523,8 @@ async def test_half_a_message_is_an_answer_to_a_ping(autojump_clock: MockClock) 
         async with trio.open_nursery() as serving:
             request = await wrap_server_stream(serving, stream)
             peer = Peer(await request.accept(), [])
-            await peer.let_in()
-            await peer.hear()  # the ping
+            await peer.admit()
+            await peer.receive()  # the ping
             text = make_payload(event_id="1", data="x" * 40_000)
             frame = b"\x81\x7e" + len(text).to_bytes(2, "big") + text
             for at in range(0, len(frame), 4096):
@@ -538,38 +540,38 @@ async def test_half_a_message_is_an_answer_to_a_ping(autojump_clock: MockClock) 
     assert dialled == [0]
 
 
-async def test_it_says_ping_while_nothing_comes(autojump_clock: MockClock) -> None:
+async def test_client_pings_a_silent_gateway(autojump_clock: MockClock) -> None:
     async with fake_gateway(welcome) as gateway, connecting(gateway) as client:
         await client.wait_open()
         await trio.sleep(101)
-    assert gateway.heard[1:] == ["ping"] * 4
+    assert gateway.received[1:] == ["ping"] * 4
     assert len(gateway.dialled) == 1
 
 
-async def test_a_ping_without_an_answer_means_another_socket(autojump_clock: MockClock) -> None:
+async def test_ping_without_an_answer_replaces_the_socket(autojump_clock: MockClock) -> None:
     async def mute(peer: Peer) -> None:
-        await peer.let_in()
+        await peer.admit()
         await peer.stay(answering=False)
 
-    told: list[Status] = []
+    statuses: list[Status] = []
     async with (
         fake_gateway(mute, welcome) as gateway,
-        connecting(gateway, on_state=told.append) as client,
+        connecting(gateway, on_state=statuses.append) as client,
     ):
         await client.wait_open()
         await trio.sleep(40)
-    assert (told[2].code, told[2].reason) == (1006, "no answer to a ping")
-    assert told[2].retry_in is not None
-    assert gateway.dialled[1] == pytest.approx(35 + told[2].retry_in)
+    assert (statuses[2].code, statuses[2].reason) == (1006, "no answer to a ping")
+    assert statuses[2].retry_in is not None
+    assert gateway.dialled[1] == pytest.approx(35 + statuses[2].retry_in)
 
 
-async def test_a_slow_reader_keeps_his_connection_and_every_event(
+async def test_slow_reader_keeps_its_connection_and_every_event(
     autojump_clock: MockClock,
 ) -> None:
-    """While he is at it nothing is read, hence no answer to a ping either."""
+    """While the reader is busy nothing is read, no answer to a ping either."""
 
     async def script(peer: Peer) -> None:
-        await peer.let_in()
+        await peer.admit()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(peer.stay)
             for number in range(20):
@@ -582,15 +584,13 @@ async def test_a_slow_reader_keeps_his_connection_and_every_event(
             await trio.sleep(60)
     assert found == list(range(20))
     assert len(gateway.dialled) == 1
-    assert gateway.heard.count("ping") > 40
+    assert gateway.received.count("ping") > 40
 
 
 @pytest.mark.parametrize("reader", ["quick", "slow"])
-async def test_a_gateway_that_takes_nothing_means_another_socket(
-    autojump_clock: MockClock, reader: str
-) -> None:
+async def test_stuck_gateway_replaces_the_socket(autojump_clock: MockClock, reader: str) -> None:
     class Stuck(trio.abc.Stream):
-        """A socket whose other side stops reading once it has let us in."""
+        """A socket whose peer stops reading after the admission."""
 
         def __init__(self, stream: trio.abc.Stream) -> None:
             self._stream = stream
@@ -617,7 +617,7 @@ async def test_a_gateway_that_takes_nothing_means_another_socket(
         return streams[-1]
 
     async def script(peer: Peer) -> None:
-        await peer.let_in()
+        await peer.admit()
         if reader == "slow":
             for number in range(2):
                 await peer.publish(number)
@@ -631,41 +631,41 @@ async def test_a_gateway_that_takes_nothing_means_another_socket(
         await wait_all_tasks_blocked()
         streams[0].stuck = True
         await trio.sleep(25 + 10 + 1.1)
-        if reader == "slow":  # one of them waits for him, behind the place to resume from
+        if reader == "slow":  # one of them waits for the reader, after the position to resume from
             assert await numbers(client, 2) == [0, 1]
             await trio.sleep(1.1)
     assert len(streams) == 2
 
 
-# The end of a socket, and what comes after
+# The end of a socket, and the next attempt
 
 
 @pytest.mark.parametrize("code", [1002, 1003, 1007, 1008, 1009, 4003])
-async def test_codes_that_waiting_would_not_mend_are_the_end(
+async def test_codes_that_a_retry_cannot_fix_are_final(
     autojump_clock: MockClock, code: int
 ) -> None:
-    told: list[Status] = []
+    statuses: list[Status] = []
     async with (
         fake_gateway(closing(code, "why")) as gateway,
-        connecting(gateway, on_state=told.append) as client,
+        connecting(gateway, on_state=statuses.append) as client,
     ):
         with pytest.raises(Refused) as refused:
             await anext(client)
     assert (refused.value.code, refused.value.reason) == (code, "why")
-    assert told[-1] == Status("refused", code, "why")
+    assert statuses[-1] == Status("refused", code, "why")
     assert len(gateway.dialled) == 1
 
 
 @pytest.mark.parametrize("code", [1000, 1001, 1006, 1011, 1013, 4008, 4009, 4999])
-async def test_all_others_are_tried_again_with_a_back_off_that_grows_to_half_a_minute(
+async def test_other_codes_are_retried_with_back_off_up_to_half_a_minute(
     autojump_clock: MockClock, code: int
 ) -> None:
-    told: list[Status] = []
+    statuses: list[Status] = []
     script = hang_up if code == 1006 else closing(code)
-    async with fake_gateway(script) as gateway, connecting(gateway, on_state=told.append):
+    async with fake_gateway(script) as gateway, connecting(gateway, on_state=statuses.append):
         await trio.sleep(300)
-    waits = [status.retry_in for status in told if status.state == "waiting"]
-    assert {status.code for status in told if status.state == "waiting"} == {code}
+    waits = [status.retry_in for status in statuses if status.state == "waiting"]
+    assert {status.code for status in statuses if status.state == "waiting"} == {code}
     for wait, bound in zip(waits, [1, 2, 4, 8, 16, *[30] * 100], strict=False):
         assert wait is not None
         assert 0 <= wait <= bound
@@ -673,7 +673,7 @@ async def test_all_others_are_tried_again_with_a_back_off_that_grows_to_half_a_m
     assert len(gateway.dialled) == len(waits)
 
 
-async def test_a_hint_is_obeyed(autojump_clock: MockClock) -> None:
+async def test_retry_hint_is_respected(autojump_clock: MockClock) -> None:
     async with (
         fake_gateway(closing(1001, "retry in 3.2s"), welcome) as gateway,
         connecting(gateway) as client,
@@ -682,17 +682,17 @@ async def test_a_hint_is_obeyed(autojump_clock: MockClock) -> None:
     assert gateway.dialled == [0, pytest.approx(3.2)]
 
 
-async def test_a_connection_that_held_begins_the_back_off_anew(autojump_clock: MockClock) -> None:
-    told: list[Status] = []
+async def test_connection_that_lasted_resets_the_back_off(autojump_clock: MockClock) -> None:
+    statuses: list[Status] = []
     scripts = [*[hang_up] * 8, closing(1011, after=11), closing(1011, after=11), welcome]
-    async with fake_gateway(*scripts) as gateway, connecting(gateway, on_state=told.append):
+    async with fake_gateway(*scripts) as gateway, connecting(gateway, on_state=statuses.append):
         await trio.sleep(300)
-    waits = [status.retry_in for status in told if status.state == "waiting"]
+    waits = [status.retry_in for status in statuses if status.state == "waiting"]
     assert len(waits) == 10
     assert all(wait is not None and wait <= 1 for wait in waits[8:])
 
 
-async def test_too_many_messages_are_followed_by_a_cool_down(autojump_clock: MockClock) -> None:
+async def test_rate_limit_is_followed_by_a_cool_down(autojump_clock: MockClock) -> None:
     async with (
         fake_gateway(closing(4029, "rate limited"), welcome) as gateway,
         connecting(gateway) as client,
@@ -702,9 +702,7 @@ async def test_too_many_messages_are_followed_by_a_cool_down(autojump_clock: Moc
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 426, 431])
-async def test_an_upgrade_that_is_refused_for_good_is_the_end(
-    autojump_clock: MockClock, status: int
-) -> None:
+async def test_permanently_refused_upgrade_is_final(autojump_clock: MockClock, status: int) -> None:
     async with fake_gateway(status) as gateway, connecting(gateway) as client:
         with pytest.raises(Refused, match=f"^refused: {status} \\(HTTP {status}\\)$") as refused:
             await anext(client)
@@ -712,8 +710,8 @@ async def test_an_upgrade_that_is_refused_for_good_is_the_end(
     assert len(gateway.dialled) == 1
 
 
-async def test_a_401_is_followed_by_another_token(autojump_clock: MockClock) -> None:
-    """A proxy that checks tokens itself answers like that."""
+async def test_401_is_followed_by_another_token(autojump_clock: MockClock) -> None:
+    """The answer of a proxy that checks tokens."""
     asked: list[bool] = []
 
     def provide(refused: bool) -> str:
@@ -727,7 +725,7 @@ async def test_a_401_is_followed_by_another_token(autojump_clock: MockClock) -> 
 
 
 @pytest.mark.parametrize("status", [429, 503])
-async def test_a_retry_after_is_waited_for(autojump_clock: MockClock, status: int) -> None:
+async def test_retry_after_is_respected(autojump_clock: MockClock, status: int) -> None:
     async def dial() -> trio.abc.Stream:
         dialled.append(trio.current_time())
         client, server = trio.testing.memory_stream_pair()
@@ -750,7 +748,7 @@ async def test_a_retry_after_is_waited_for(autojump_clock: MockClock, status: in
 
 
 @pytest.mark.parametrize("status", [408, 429, 502, 503, 504])
-async def test_an_upgrade_that_is_refused_for_now_is_tried_again(
+async def test_temporarily_refused_upgrade_is_tried_again(
     autojump_clock: MockClock, status: int
 ) -> None:
     async with fake_gateway(status, status, welcome) as gateway, connecting(gateway) as client:
@@ -758,21 +756,21 @@ async def test_an_upgrade_that_is_refused_for_now_is_tried_again(
     assert len(gateway.dialled) == 3
 
 
-async def test_what_is_no_gateway_is_tried_again_and_that_is_told(
+async def test_server_that_is_not_a_gateway_is_tried_again_and_reported(
     autojump_clock: MockClock,
 ) -> None:
     answers = [b"SSH-2.0-x\r\n\r\n", b"", None]
-    told: list[Status] = []
+    statuses: list[Status] = []
 
     async with trio.open_nursery() as nursery:
 
         async def answer(stream: trio.abc.Stream) -> None:
-            said = answers.pop(0) if answers else b""
+            reply = answers.pop(0) if answers else b""
             await stream.receive_some()
-            if said is None:
+            if reply is None:
                 await trio.sleep_forever()
             else:
-                await stream.send_all(said)
+                await stream.send_all(reply)
                 await stream.aclose()
 
         async def dial() -> trio.abc.Stream:
@@ -780,10 +778,10 @@ async def test_what_is_no_gateway_is_tried_again_and_that_is_told(
             nursery.start_soon(answer, theirs)
             return ours
 
-        async with connect(URL, "t", dial=dial, on_state=told.append):
+        async with connect(URL, "t", dial=dial, on_state=statuses.append):
             await trio.sleep(25)
         nursery.cancel_scope.cancel()
-    waiting = [status for status in told if status.state == "waiting"]
+    waiting = [status for status in statuses if status.state == "waiting"]
     assert [status.reason for status in waiting[:3]] == [
         "the server there does not speak WebSocket",
         "",
@@ -792,7 +790,7 @@ async def test_what_is_no_gateway_is_tried_again_and_that_is_told(
     assert isinstance(waiting[2].error, TimeoutError)
 
 
-async def test_a_network_that_is_not_there_is_tried_again(autojump_clock: MockClock) -> None:
+async def test_missing_network_is_tried_again(autojump_clock: MockClock) -> None:
     outcomes: list[Exception] = [OSError("unreachable"), trio.BrokenResourceError()]
 
     async with fake_gateway(welcome) as gateway:
@@ -806,25 +804,25 @@ async def test_a_network_that_is_not_there_is_tried_again(autojump_clock: MockCl
             await client.wait_open()
 
 
-async def test_it_resumes_from_the_last_event_that_came(autojump_clock: MockClock) -> None:
+async def test_client_resumes_from_the_last_received_event(autojump_clock: MockClock) -> None:
     async def first(peer: Peer) -> None:
-        await peer.let_in(last_event_id="0")
+        await peer.admit(last_event_id="0")
         await peer.publish(1)
         await peer.publish(2)
 
     async def second(peer: Peer) -> None:
-        await peer.let_in(last_event_id="2")
+        await peer.admit(last_event_id="2")
         await peer.publish(2)
         await peer.publish(3)
         await peer.stay()
 
     async with fake_gateway(first, second) as gateway, connecting(gateway) as client:
         assert await numbers(client, 3) == [1, 2, 3]
-    resumes = [said["last_event_id"] for said in gateway.heard if said != "ping"]
+    resumes = [message["last_event_id"] for message in gateway.received if message != "ping"]
     assert resumes == ["", "2"]
 
 
-async def test_it_resumes_from_the_place_it_was_told_if_nothing_came(
+async def test_client_without_events_resumes_from_the_position_of_the_answer(
     autojump_clock: MockClock,
 ) -> None:
     async with (
@@ -832,21 +830,21 @@ async def test_it_resumes_from_the_place_it_was_told_if_nothing_came(
         connecting(gateway),
     ):
         await trio.sleep(5)
-    resumes = [said["last_event_id"] for said in gateway.heard if said != "ping"]
+    resumes = [message["last_event_id"] for message in gateway.received if message != "ping"]
     assert resumes == ["", "0"]
 
 
-async def test_a_slow_reader_hears_of_a_gap_though_he_was_slow(autojump_clock: MockClock) -> None:
-    """Being let in must not wait for him, or what was said with it could be lost."""
+async def test_slow_reader_gets_a_gap_notice(autojump_clock: MockClock) -> None:
+    """Admission must not wait for the reader, or the gap that comes with it could be lost."""
     gaps: list[str] = []
 
     async def full(peer: Peer) -> None:
-        await peer.let_in()
+        await peer.admit()
         for number in range(3):
             await peer.publish(number)
 
     async def forgetful(peer: Peer) -> None:
-        await peer.let_in(recovered=False)
+        await peer.admit(recovered=False)
         await peer.publish(9)
         await peer.stay()
 
@@ -863,7 +861,7 @@ async def test_a_slow_reader_hears_of_a_gap_though_he_was_slow(autojump_clock: M
 # Leaving
 
 
-async def test_leaving_says_goodbye(autojump_clock: MockClock) -> None:
+async def test_leaving_the_block_sends_a_close_frame(autojump_clock: MockClock) -> None:
     codes: list[int] = []
 
     async def script(peer: Peer) -> None:
@@ -881,7 +879,7 @@ async def test_leaving_says_goodbye(autojump_clock: MockClock) -> None:
     assert trio.current_time() == 0
 
 
-async def test_leaving_a_gateway_that_does_not_answer_takes_half_a_second(
+async def test_leaving_takes_half_a_second_if_the_gateway_does_not_answer(
     autojump_clock: MockClock,
 ) -> None:
     async def dial() -> trio.abc.Stream:
@@ -897,7 +895,7 @@ async def test_leaving_a_gateway_that_does_not_answer_takes_half_a_second(
         assert trio.current_time() == 0.5
 
 
-async def test_what_the_block_raises_comes_out_as_it_was_raised(autojump_clock: MockClock) -> None:
+async def test_exception_of_the_block_is_raised_unchanged(autojump_clock: MockClock) -> None:
     async def listen() -> None:
         async with connecting(gateway) as client:
             await client.wait_open()
@@ -908,7 +906,7 @@ async def test_what_the_block_raises_comes_out_as_it_was_raised(autojump_clock: 
             await listen()
 
 
-async def test_a_cancelled_block_is_left_as_any_other(autojump_clock: MockClock) -> None:
+async def test_cancelled_block_is_left_like_any_other(autojump_clock: MockClock) -> None:
     async with fake_gateway(welcome) as gateway:
         with trio.move_on_after(3) as scope:
             async with connecting(gateway) as client:
@@ -918,7 +916,7 @@ async def test_a_cancelled_block_is_left_as_any_other(autojump_clock: MockClock)
 
 
 @pytest.mark.parametrize("state", ["connecting", "open", "waiting", "refused"])
-async def test_what_on_state_raises_comes_out_as_it_was_raised(
+async def test_exception_of_on_state_is_raised_unchanged(
     autojump_clock: MockClock, state: str
 ) -> None:
     def buggy(status: Status) -> None:
@@ -934,20 +932,20 @@ async def test_what_on_state_raises_comes_out_as_it_was_raised(
             await listen()
 
 
-async def test_leaving_with_events_unread_is_nothing_special(autojump_clock: MockClock) -> None:
+async def test_block_can_be_left_with_unread_events(autojump_clock: MockClock) -> None:
     async def script(peer: Peer) -> None:
-        await peer.let_in()
+        await peer.admit()
         for number in range(5):
             await peer.publish(number)
 
-    told: list[Status] = []
+    statuses: list[Status] = []
     async with (
         fake_gateway(script) as gateway,
-        connecting(gateway, buffer=1, on_state=told.append) as client,
+        connecting(gateway, buffer=1, on_state=statuses.append) as client,
     ):
         await client.wait_open()
         await trio.sleep(1)
-    assert [status.state for status in told] == ["connecting", "open"]
+    assert [status.state for status in statuses] == ["connecting", "open"]
 
 
 async def test_iteration_ends_with_the_block(autojump_clock: MockClock) -> None:

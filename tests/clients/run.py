@@ -1,4 +1,4 @@
-"""Run a command with a real Valkey behind it: the JavaScript client's tests start gateways on it.
+"""Run a command with a real Valkey, for the gateways that the JavaScript client's tests start.
 
 python tests/clients/run.py node --test clients/js/test/*.test.js
 """

@@ -1,8 +1,8 @@
-"""Origins: equal when a browser calls them equal, however they are written."""
+"""Origins: compared as browsers compare them, in any notation."""
 
 import pytest
 
-from trio_gateway.core.origins import is_loopback, is_origin, normalise, read_origin
+from trio_gateway.core.origins import is_loopback, is_origin, is_own_page, normalise, read_origin
 
 ORIGINS = [
     "http://localhost:5176", "https://a.b", "https://A.b:443", "http://[::1]:80", "capacitor://x",
@@ -87,3 +87,25 @@ def test_loopback_addresses_and_localhost_are_this_machine(host: str) -> None:
 @pytest.mark.parametrize("host", ["", "localhost.evil.example", "10.0.0.1", "a.localhost", "::"])
 def test_other_names_and_addresses_are_not_this_machine(host: str) -> None:
     assert not is_loopback(host)
+
+
+@pytest.mark.parametrize("host", ["localhost:8001", "127.0.0.1:8001", "[::1]:8001", "localhost"])
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_page_that_was_served_on_this_machine_is_our_own(host: str, scheme: str) -> None:
+    assert is_own_page(f"{scheme}://{host}", host)
+
+
+@pytest.mark.parametrize(
+    ("origin", "host"),
+    [
+        ("http://rebound.example:8001", "rebound.example:8001"),
+        ("http://localhost:8002", "localhost:8001"),
+        ("http://127.0.0.1:8001", "localhost:8001"),
+        ("null", "localhost:8001"),
+        (None, "localhost:8001"),
+        ("http://localhost:8001", ""),
+    ],
+    ids=["DNS rebinding", "another port", "another name", "null", "no origin", "no host"],
+)
+def test_other_page_is_not_our_own(origin: str | None, host: str) -> None:
+    assert not is_own_page(origin, host)

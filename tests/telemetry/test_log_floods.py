@@ -1,4 +1,4 @@
-"""The log: whatever strangers do, a line a second of its kind."""
+"""Floods of rejected clients: the log has one line a second of each kind."""
 
 from collections import defaultdict
 
@@ -13,7 +13,7 @@ from trio_gateway.gateway import create_app
 PER_SECOND = 20
 
 
-async def test_flood_of_strangers_is_a_line_a_second_of_each_kind(
+async def test_flood_of_rejected_clients_logs_one_line_a_second_of_each_kind(
     autojump_clock: MockClock,
 ) -> None:
     app = create_app(make_settings("redis://127.0.0.1:1"))

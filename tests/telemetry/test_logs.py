@@ -44,7 +44,7 @@ FORMS = [
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("credential", [JWT, TABLE_TOKEN, LEGACY, TICKET])
-def test_a_credential_is_gone_whatever_its_form(credential: str, form: str) -> None:
+def test_credential_is_removed_in_every_form(credential: str, form: str) -> None:
     text = redact(f"before {form.format(credential)} after")
 
     assert "[redacted]" in text
@@ -54,7 +54,7 @@ def test_a_credential_is_gone_whatever_its_form(credential: str, form: str) -> N
 
 
 @pytest.mark.parametrize("credential", [JWT, TABLE_TOKEN, LEGACY])
-def test_a_token_is_gone_also_when_it_stands_alone(credential: str) -> None:
+def test_bare_token_is_removed(credential: str) -> None:
     assert redact(f"bad: {credential}, sorry") == "bad: [redacted], sorry"
 
 
@@ -67,7 +67,7 @@ URLS = {
 
 
 @pytest.mark.parametrize("url", URLS)
-def test_a_password_is_gone_from_its_url(url: str) -> None:
+def test_password_is_removed_from_a_url(url: str) -> None:
     assert redact(f"no route to {url}.") == f"no route to {URLS[url]}."
 
 
@@ -76,12 +76,12 @@ def test_a_password_is_gone_from_its_url(url: str) -> None:
     ["", "token expired", "the token: expired", "redis://redis:6379/0", "http://localhost:5176",
      "1:2:3", "12:34:56", "tenant=1 user=21", "ñ 😀", "retry in 3.2s", "unknown setting: WS_X"],
 )  # fmt: skip
-def test_other_texts_stay_as_they_are(text: str) -> None:
+def test_other_text_is_unchanged(text: str) -> None:
     assert redact(text) == text
 
 
 @given(st.text(st.characters()), st.text(st.characters()))
-def test_redaction_never_fails_whatever_stands_around(before: str, after: str) -> None:
+def test_redaction_never_fails_and_always_removes_the_token(before: str, after: str) -> None:
     assert JWT.split(".")[2] not in redact(f"{before}&token={JWT}&{after}")
 
 
@@ -135,9 +135,7 @@ def test_any_value_can_be_logged(
 
 
 @pytest.mark.parametrize("form", ["json", "console"])
-def test_an_exception_is_logged_without_what_it_must_not_say(
-    form: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_exception_is_logged_without_secrets(form: str, capsys: pytest.CaptureFixture[str]) -> None:
     log = log_in(form)
     try:
         raise ValueError(f"bad token={TICKET}")
@@ -156,7 +154,7 @@ def test_the_console_shows_a_readable_line(capsys: pytest.CaptureFixture[str]) -
 
     assert "[warning  ] rejected" in line
     assert "endpoint=waiter n=3 url='?token=[redacted]'" in line
-    assert "\x1b" not in line  # no colours, since this is no terminal
+    assert "\x1b" not in line  # no colours, because this is not a terminal
 
 
 CONTROLS = ["\x1b[2J\x1b[31m", "\x9b2J", "\x7f", "\r", "\x00", "\u202e", "\u2028"]
@@ -164,7 +162,7 @@ CONTROLS = ["\x1b[2J\x1b[31m", "\x9b2J", "\x7f", "\r", "\x00", "\u202e", "\u2028
 
 @pytest.mark.parametrize("form", ["json", "console"])
 @pytest.mark.parametrize("control", CONTROLS)
-def test_what_a_client_says_cannot_command_a_terminal(
+def test_text_of_a_client_cannot_contain_terminal_controls(
     form: str, control: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log = log_in(form)
@@ -181,7 +179,7 @@ def test_what_a_client_says_cannot_command_a_terminal(
         assert json.loads(logged.splitlines()[0])["reason"] == f"a{control}b"
 
 
-def test_no_line_can_be_forged_in_the_console(capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_log_line_can_be_forged_in_the_console(capsys: pytest.CaptureFixture[str]) -> None:
     log_in("console").info("closed", reason="bye\n2026-01-01 [critical ] stopped by a bug")
 
     assert len(capsys.readouterr().err.splitlines()) == 1
@@ -202,7 +200,7 @@ def _endless() -> list[Any]:
 @pytest.mark.parametrize(
     "value", [Spiteful(), _endless(), {1: Spiteful()}], ids=["repr", "endless", "key"]
 )
-def test_what_cannot_be_logged_does_not_raise(
+def test_value_that_cannot_be_formatted_does_not_raise(
     form: str, value: object, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log_in(form).info("rejected", value=value, code=4001)
@@ -212,7 +210,7 @@ def test_what_cannot_be_logged_does_not_raise(
     assert "4001" in logged
 
 
-def test_a_processor_that_fails_costs_the_fields_only(capsys: pytest.CaptureFixture[str]) -> None:
+def test_failing_processor_loses_only_the_fields(capsys: pytest.CaptureFixture[str]) -> None:
     log = log_in("json")
     processors = structlog.get_config()["processors"]
 
@@ -247,20 +245,20 @@ def test_a_context_is_part_of_every_line(capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.mark.parametrize(
-    ("level", "heard"), [("debug", 3), ("info", 2), ("warning", 1), ("error", 0), ("critical", 0)]
+    ("level", "lines"), [("debug", 3), ("info", 2), ("warning", 1), ("error", 0), ("critical", 0)]
 )
 def test_the_level_decides_what_is_logged(
-    level: str, heard: int, capsys: pytest.CaptureFixture[str]
+    level: str, lines: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log = log_in("json", level)
     log.debug("x")
     log.info("x")
     log.warning("x")
 
-    assert len(capsys.readouterr().err.splitlines()) == heard
+    assert len(capsys.readouterr().err.splitlines()) == lines
 
 
-class StoredEvent(logging.Handler):
+class StoredLines(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.setFormatter(logging.Formatter("%(message)s"))
@@ -271,9 +269,9 @@ class StoredEvent(logging.Handler):
 
 
 @pytest.fixture
-def kept() -> Iterator[StoredEvent]:
-    """What Hypercorn's access log writes."""
-    handler, logger = StoredEvent(), logging.getLogger("hypercorn.access")
+def stored() -> Iterator[StoredLines]:
+    """The lines that Hypercorn's access log writes."""
+    handler, logger = StoredLines(), logging.getLogger("hypercorn.access")
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel("INFO")
@@ -282,30 +280,30 @@ def kept() -> Iterator[StoredEvent]:
     logger.setLevel(level)
 
 
-def test_hypercorns_access_log_shows_no_token(kept: StoredEvent) -> None:
+def test_hypercorns_access_log_shows_no_token(stored: StoredLines) -> None:
     set_up(Settings())
     atoms = {"h": "127.0.0.1", "R": f"GET /ws/catchup?since=1&token={JWT}&x=%20", "s": 200}
     logging.getLogger("hypercorn.access").info('%(h)s "%(R)s" %(s)s', atoms)
 
-    assert kept.lines == ['127.0.0.1 "GET /ws/catchup?since=1&token=[redacted]&x=%20" 200']
+    assert stored.lines == ['127.0.0.1 "GET /ws/catchup?since=1&token=[redacted]&x=%20" 200']
 
 
-def test_a_librarys_traceback_shows_no_token(kept: StoredEvent) -> None:
+def test_a_librarys_traceback_shows_no_token(stored: StoredLines) -> None:
     set_up(Settings())
     try:
         raise ValueError(f"bad token={TICKET}")
     except ValueError:
         logging.getLogger("hypercorn.access").exception("failed")
 
-    assert kept.lines[0].splitlines()[-1] == "ValueError: bad token=[redacted]"
-    assert TICKET not in kept.lines[0]
+    assert stored.lines[0].splitlines()[-1] == "ValueError: bad token=[redacted]"
+    assert TICKET not in stored.lines[0]
 
 
-def test_hypercorns_access_log_cannot_command_a_terminal(kept: StoredEvent) -> None:
+def test_hypercorns_access_log_contains_no_terminal_controls(stored: StoredLines) -> None:
     set_up(Settings())
     logging.getLogger("hypercorn.access").info("%(r)s", {"r": "GET /\x1b[2J\n127.0.0.1 GET /x"})
 
-    assert kept.lines == [r"GET /\u001b[2J\u000a127.0.0.1 GET /x"]
+    assert stored.lines == [r"GET /\u001b[2J\u000a127.0.0.1 GET /x"]
 
 
 @pytest.fixture
@@ -315,7 +313,7 @@ def access_log(tmp_path: Path) -> Iterator[Path]:
     logger.handlers.clear()
 
 
-async def test_hypercorns_access_log_takes_any_request(access_log: Path) -> None:
+async def test_hypercorns_access_log_accepts_any_request(access_log: Path) -> None:
     config = Config()
     config.accesslog, config.errorlog = str(access_log), None
     hypercorns = HypercornLogger(config)
@@ -344,11 +342,11 @@ async def test_hypercorns_access_log_may_be_a_pipe_that_nobody_reads(access_log:
     os.close(reader)
 
 
-def test_a_librarys_record_that_cannot_be_formatted_does_not_raise(kept: StoredEvent) -> None:
+def test_a_librarys_record_that_cannot_be_formatted_does_not_raise(stored: StoredLines) -> None:
     set_up(Settings())
     logging.getLogger("hypercorn.access").info("%d", "no number")
 
-    assert kept.lines == ["(a record that can't be logged: TypeError)"]
+    assert stored.lines == ["(a record that can't be logged: TypeError)"]
 
 
 def test_setting_up_twice_filters_once() -> None:

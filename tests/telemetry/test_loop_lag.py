@@ -6,10 +6,10 @@ import trio
 from trio_gateway.telemetry.loop_lag import MIN_TURN, LoopLag
 
 
-async def test_a_turn_of_the_loop_that_takes_long_is_a_stall() -> None:
+async def test_long_step_of_the_loop_is_a_stall() -> None:
     loop_lag = LoopLag()
     with loop_lag.watched():
-        await trio.sleep(0.5)  # the loop waits for the sockets meanwhile
+        await trio.sleep(0.5)  # the loop waits for its sockets
         number, waited = sum(loop_lag.turns.counts), loop_lag.turns.sum
         time.sleep(3 * MIN_TURN)
         await trio.lowlevel.checkpoint()

@@ -1,4 +1,4 @@
-"""Output: what becomes of a line when its reader is gone, slow, or was never there."""
+"""Output whose reader has ended, is slow, or never existed."""
 
 import gc
 import os
@@ -42,7 +42,7 @@ def soon(true: Callable[[], object], seconds: float = 5) -> None:
 
 
 def fill(write: int) -> int:
-    """Leave no room in the pipe; returns how many bytes that took."""
+    """Fill the pipe; returns the number of bytes."""
     os.set_blocking(write, False)
     filled = 0
     try:
@@ -53,7 +53,7 @@ def fill(write: int) -> int:
     return filled
 
 
-def test_lines_come_out_whole_and_in_order() -> None:
+def test_lines_are_written_whole_and_in_order() -> None:
     with pipe() as (read, write):
         stream = LineStream(writer(write))
         for text in ("one\ntw", "o\n", "", "thr", "ee"):
@@ -66,7 +66,7 @@ def test_lines_come_out_whole_and_in_order() -> None:
 
 
 @pytest.mark.parametrize("target", ["closed pipe", "/dev/full", "closed descriptor"])
-def test_what_cannot_be_written_is_dropped_and_counted(target: str) -> None:
+def test_lines_that_cannot_be_written_are_dropped_and_counted(target: str) -> None:
     announced: Announced = []
     with pipe() as (read, write):
         if target == "/dev/full":
@@ -84,7 +84,7 @@ def test_what_cannot_be_written_is_dropped_and_counted(target: str) -> None:
     assert announced == []
 
 
-def test_once_lines_get_through_again_it_is_said_how_many_were_dropped() -> None:
+def test_number_of_dropped_lines_is_logged_when_writing_works_again() -> None:
     announced: Announced = []
     full, (read, write) = os.open("/dev/full", os.O_WRONLY), os.pipe()
     target = os.dup(full)
@@ -103,7 +103,7 @@ def test_once_lines_get_through_again_it_is_said_how_many_were_dropped() -> None
     assert announced == [3]
 
 
-def test_a_reader_that_stalls_delays_nobody_and_costs_the_oldest_lines() -> None:
+def test_stalled_reader_delays_no_client_and_loses_the_oldest_lines() -> None:
     announced: Announced = []
     with pipe() as (read, write):
         filled = fill(write)
@@ -129,7 +129,7 @@ def test_a_reader_that_stalls_delays_nobody_and_costs_the_oldest_lines() -> None
         assert len(numbers) + dropped == 20_000
 
 
-def test_a_flush_ends_although_its_reader_never_reads() -> None:
+def test_flush_ends_although_the_reader_never_reads() -> None:
     with pipe() as (_, write):
         fill(write)
         lines = writer(write)
@@ -139,7 +139,7 @@ def test_a_flush_ends_although_its_reader_never_reads() -> None:
         assert 0.1 <= time.monotonic() - began < 0.5
 
 
-def test_a_flush_waits_for_a_slow_reader_that_reads() -> None:
+def test_flush_waits_for_a_slow_reader() -> None:
     with pipe() as (read, write):
         filled = fill(write)
         lines = writer(write)
@@ -149,7 +149,7 @@ def test_a_flush_waits_for_a_slow_reader_that_reads() -> None:
         assert lines.flush(0.5)
 
 
-def test_a_descriptor_that_somebody_made_non_blocking_is_waited_for() -> None:
+def test_non_blocking_descriptor_is_waited_for() -> None:
     with pipe() as (read, write):
         left = filled = fill(write)
         os.set_blocking(write, False)
@@ -192,14 +192,14 @@ def test_a_finalizer_may_write_while_a_line_is_written() -> None:
 
 
 def script(text: str, **options: Any) -> "subprocess.CompletedProcess[bytes]":
-    """Run this in a process whose stderr is replaced."""
+    """Run this script in a process whose stderr is replaced."""
     head = "import os, sys\nfrom trio_gateway.telemetry import output\noutput.replace('stderr')\n"
     return subprocess.run(
         [sys.executable, "-c", head + text], timeout=20, stdout=subprocess.PIPE, **options
     )
 
 
-def test_a_forked_child_writes_its_own_lines_and_none_of_its_parents() -> None:
+def test_forked_child_writes_its_own_lines_and_none_of_its_parent() -> None:
     ended = script(
         "output._writers[0]._waiting.append(b'parent\\n')\n"
         "if os.fork() == 0:\n    print('child', file=sys.stderr)\n    sys.exit()\n"
@@ -210,14 +210,14 @@ def test_a_forked_child_writes_its_own_lines_and_none_of_its_parents() -> None:
     assert ended.stderr.splitlines() == [b"child", b"parent", b"more"]
 
 
-def test_the_last_words_of_a_crash_come_out() -> None:
+def test_traceback_of_a_crash_is_written() -> None:
     ended = script("raise ValueError('crash')", stderr=subprocess.PIPE)
     assert ended.returncode == 1
     assert ended.stderr.endswith(b"ValueError: crash\n")
 
 
 @pytest.mark.parametrize("target", ["closed pipe", "/dev/full", "full pipe"])
-def test_a_process_ends_with_its_own_status_whoever_reads(target: str) -> None:
+def test_exit_status_does_not_depend_on_the_reader(target: str) -> None:
     with pipe() as (read, write):
         if target == "/dev/full":
             full = os.open(target, os.O_WRONLY)
@@ -233,7 +233,7 @@ def test_a_process_ends_with_its_own_status_whoever_reads(target: str) -> None:
         assert time.monotonic() - began < 5
 
 
-def test_a_signal_in_the_last_moment_does_not_change_the_status() -> None:
+def test_late_signal_does_not_change_the_exit_status() -> None:
     with pipe() as (_, write):
         fill(write)
         ended = script(
@@ -247,9 +247,9 @@ def test_a_signal_in_the_last_moment_does_not_change_the_status() -> None:
         assert ended.returncode == 3
 
 
-def test_no_other_file_gets_the_number_of_a_stderr_that_was_closed() -> None:
+def test_descriptor_of_a_closed_stderr_is_not_reused() -> None:
     ended = script(
-        "print('nobody hears it', file=sys.stderr)\noutput.flush()\n"
+        "print('never read', file=sys.stderr)\noutput.flush()\n"
         "opened = os.open('/dev/zero', os.O_RDONLY)\n"
         "print(opened, os.path.samefile(2, os.devnull))",
         preexec_fn=lambda: os.close(2),
@@ -259,19 +259,19 @@ def test_no_other_file_gets_the_number_of_a_stderr_that_was_closed() -> None:
     assert is_null == b"True"
 
 
-def test_click_takes_it_for_a_stream_of_text(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_click_accepts_it_as_a_text_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     with pipe() as (read, write):
         stream = LineStream(writer(write))
         monkeypatch.setattr(sys, "stderr", stream)
         click.echo(click.style("ñ", fg="red"), err=True)
         click.echo("text", err=True)
         assert stream._writer.flush()
-        assert os.read(read, 4096).decode() == "ñ\ntext\n"  # no colours: it is no terminal
+        assert os.read(read, 4096).decode() == "ñ\ntext\n"  # no colours: it is not a terminal
         with pytest.raises(TypeError):
             stream.write(b"bytes")  # type: ignore[arg-type]
 
 
-def test_a_stream_that_somebody_has_caught_stays(capsys: pytest.CaptureFixture[str]) -> None:
+def test_redirected_stream_is_not_replaced(capsys: pytest.CaptureFixture[str]) -> None:
     caught = sys.stderr
     output.replace("stderr")
     assert sys.stderr is caught

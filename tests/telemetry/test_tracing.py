@@ -1,4 +1,4 @@
-"""Tracing: a span for each event, and nothing at all while it is off."""
+"""Tracing: a span for each event, and no cost while it is off."""
 
 import json
 import logging
@@ -44,17 +44,17 @@ def spans_of(*events: Event) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize(
-    ("said", "sampled"),
+    ("value", "sampled"),
     [
         (SAMPLED, True),
         (f"00-{TRACE}-{PARENT}-00", False),
         (f"00-{TRACE}-{PARENT}-ff", True),
-        (f"cc-{TRACE}-{PARENT}-01", True),  # of a version to come
+        (f"cc-{TRACE}-{PARENT}-01", True),  # of a future version
         (f"cc-{TRACE}-{PARENT}-01-what-the-future-will-be-like", True),
     ],
 )
-def test_traceparent_names_the_span_that_it_comes_from(said: str, sampled: bool) -> None:
-    origin = read_traceparent(make_payload(traceparent=said))
+def test_traceparent_is_parsed(value: str, sampled: bool) -> None:
+    origin = read_traceparent(make_payload(traceparent=value))
     assert origin is not None
     assert (f"{origin.trace_id:032x}", f"{origin.span_id:016x}") == (TRACE, PARENT)
     assert origin.is_remote
@@ -62,7 +62,7 @@ def test_traceparent_names_the_span_that_it_comes_from(said: str, sampled: bool)
 
 
 @pytest.mark.parametrize(
-    "said",
+    "value",
     [
         ..., None, 1, "", [SAMPLED], {"traceparent": SAMPLED}, f" {SAMPLED}", SAMPLED.upper(),
         f"00-{TRACE}-{PARENT}", f"{SAMPLED}-more", f"{SAMPLED}\n", f"ff-{TRACE}-{PARENT}-01",
@@ -70,12 +70,12 @@ def test_traceparent_names_the_span_that_it_comes_from(said: str, sampled: bool)
         f"cc-{TRACE}-{PARENT}-01.more",
     ],
 )  # fmt: skip
-def test_anything_else_is_no_traceparent(said: object) -> None:
-    payload = make_payload(traceparent=said, data={"traceparent": SAMPLED})
+def test_invalid_traceparent_is_ignored(value: object) -> None:
+    payload = make_payload(traceparent=value, data={"traceparent": SAMPLED})
     assert read_traceparent(payload) is None
 
 
-async def test_span_lasts_from_hearing_to_the_last_write(autojump_clock: MockClock) -> None:
+async def test_span_lasts_from_receipt_to_the_last_write(autojump_clock: MockClock) -> None:
     exporter = InMemorySpanExporter()
     dispatch, queue = Dispatch(Hub()), EventQueue(10)
     dispatch.observe = Tracing(SimpleSpanProcessor(exporter)).observe
@@ -93,7 +93,7 @@ async def test_span_lasts_from_hearing_to_the_last_write(autojump_clock: MockClo
     assert spans[0].end_time == spans[1].end_time
 
 
-def test_span_says_what_the_event_was_but_not_what_it_said() -> None:
+def test_span_describes_the_event_without_its_payload() -> None:
     event = make_event(
         "ROUND_READY", tenant_id=7, branch_id=3, session_id=456, data="secret",
         stream=tag("events:critical"), position=Position((5, 1)),
@@ -117,7 +117,7 @@ def test_span_says_what_the_event_was_but_not_what_it_said() -> None:
     assert span.resource.attributes["service.name"] == "trio-gateway"
 
 
-def test_types_that_nobody_knows_make_no_names() -> None:
+def test_unknown_types_do_not_become_span_names() -> None:
     (span,) = spans_of(make_event("JUNK-8217391"))
     assert span.name == "deliver"
 
@@ -128,13 +128,13 @@ def test_event_with_a_traceparent_is_in_its_trace_and_linked() -> None:
     assert [f"{link.context.span_id:016x}" for link in span.links] == [PARENT]
 
 
-def test_what_the_backend_did_not_sample_is_not_traced() -> None:
+def test_event_of_an_unsampled_trace_is_not_traced() -> None:
     assert spans_of(make_event(traceparent=f"00-{TRACE}-{PARENT}-00")) == ()
 
 
 @contextmanager
 def collector() -> Iterator[tuple[str, list[Span]]]:
-    """Where it listens, and the spans that it was sent over OTLP."""
+    """The port of an OTLP collector, and the spans that it has received."""
     spans: list[Span] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -159,7 +159,7 @@ def collector() -> Iterator[tuple[str, list[Span]]]:
         thread.join()
 
 
-async def test_spans_leave_the_process_before_it_ends(redis_url: str) -> None:
+async def test_spans_are_exported_before_the_process_ends(redis_url: str) -> None:
     port = free_port()
     command = ("trio_gateway", "serve", "--bind", f"127.0.0.1:{port}")
     with collector() as (endpoint, spans):
@@ -216,7 +216,7 @@ print(sorted(asked - {"redis"}))  # which measures itself where it finds it
 """
 
 
-def test_nothing_is_imported_while_it_is_off() -> None:
+def test_nothing_is_imported_while_tracing_is_off() -> None:
     env = environment("redis://127.0.0.1:1")
     found = subprocess.run(
         [sys.executable, "-c", OFF], env=env, capture_output=True, check=True, timeout=20
@@ -224,7 +224,7 @@ def test_nothing_is_imported_while_it_is_off() -> None:
     assert found.stdout.decode().splitlines()[-1] == "[]"
 
 
-def test_trouble_with_every_span_is_a_line_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_exports_are_logged_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr("time.monotonic", lambda: now)
     _log_exporter_problems()

@@ -1,4 +1,4 @@
-"""The snapshots that workers share, and what is left of workers that were killed."""
+"""The snapshots that workers share, and the files that killed workers leave behind."""
 
 import os
 import time
@@ -122,7 +122,7 @@ def test_folding_changes_no_sum_and_leaves_no_file_of_an_ended_worker(
 
 
 @pytest.mark.parametrize("at", ["before the file is removed", "and it is never removed"])
-def test_no_sum_is_wrong_while_a_worker_is_folded(
+def test_sums_stay_correct_while_a_worker_is_folded(
     own: WorkerSnapshots, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
     worker = WorkerSnapshots(tmp_path / "trio-gateway-stats-own")
@@ -144,7 +144,7 @@ def test_no_sum_is_wrong_while_a_worker_is_folded(
     assert set(seen) == {3.0}
 
 
-def test_a_reader_that_is_overtaken_by_a_fold_reads_again(
+def test_reader_overtaken_by_a_fold_reads_again(
     own: WorkerSnapshots, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker = WorkerSnapshots(tmp_path / "trio-gateway-stats-own")
@@ -161,7 +161,7 @@ def test_a_reader_that_is_overtaken_by_a_fold_reads_again(
 
 
 def test_no_symbolic_link_is_followed(own: WorkerSnapshots, tmp_path: Path) -> None:
-    """Neither to a folder of snapshots, nor to a file in one, nor when one is removed."""
+    """Neither as a folder of snapshots, nor as a file in one, nor when one is removed."""
     victim = tmp_path / "victim"
     victim.mkdir(mode=0o700)
     (victim / "1.json").write_text("precious")
@@ -178,7 +178,7 @@ def test_no_symbolic_link_is_followed(own: WorkerSnapshots, tmp_path: Path) -> N
     with pytest.raises(OSError, match=r"."):
         own.write(EMPTY)
     (folder / "2-a.json").symlink_to(victim / "1.json")
-    (folder / "3-a.json").symlink_to("/dev/zero")  # would be read for ever
+    (folder / "3-a.json").symlink_to("/dev/zero")  # reading it would never end
     own.read()
     own.fold(2)
     own.remove()

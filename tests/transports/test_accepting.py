@@ -26,7 +26,7 @@ LOADS = st.lists(st.builds(Load, st.integers(0, 50), st.integers(1, 50)), min_si
 
 @settings(max_examples=50)
 @given(LOADS)
-def test_a_worker_with_room_accepts_at_once_if_any_has_room(
+def test_free_worker_accepts_at_once_if_any_has_room(
     loads: list[Load],
 ) -> None:
     waits = [accept_delay(each, loads[:n] + loads[n + 1 :]) for n, each in enumerate(loads)]
@@ -42,7 +42,7 @@ def test_a_worker_with_room_accepts_at_once_if_any_has_room(
 def test_worker_that_accepts_first_has_hardly_more_clients_than_the_others(
     workers: int, clients: int
 ) -> None:
-    """Whichever the kernel chooses among those without a delay: here always the first."""
+    """The kernel may choose any worker without a delay: here it always chooses the first."""
     counts = [0] * workers
     for _ in range(clients):
         loads = [Load(count, 1000) for count in counts]
@@ -97,7 +97,7 @@ class Worker:
 
 @asynccontextmanager
 async def accepting(loads: WorkerLoads, *most: int) -> AsyncIterator[tuple[list[Worker], int]]:
-    """Workers with these numbers of clients at most, and their port."""
+    """Workers with these limits of clients, and their port."""
     listening = trio.socket.socket()
     await listening.bind(("127.0.0.1", 0))
     listening.listen(100)

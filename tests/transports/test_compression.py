@@ -1,4 +1,4 @@
-"""Big events are compressed once, for who agreed to it; the others get them plain."""
+"""Big events are compressed once, for the clients that negotiated it. The others get them plain."""
 
 import tracemalloc
 import zlib
@@ -27,7 +27,7 @@ from trio_gateway.transports.compression import negotiate
 
 
 @given(st.one_of(st.binary(max_size=300), st.integers(0, 20_000).map(lambda n: b'{"a":1}' * n)))
-def test_a_compressed_frame_inflates_to_the_payload_and_is_never_longer(payload: bytes) -> None:
+def test_compressed_frame_inflates_to_the_payload_and_is_never_longer(payload: bytes) -> None:
     found = deflated_frame(payload)
 
     assert len(found) <= len(text_frame(payload))
@@ -51,19 +51,21 @@ _NO_CONTEXT = "permessage-deflate; client_no_context_takeover; server_no_context
         ("permessage-deflate", _NO_CONTEXT),
         ("permessage-deflate; client_max_window_bits", f"{_NO_CONTEXT}; client_max_window_bits=15"),
         ("foo, permessage-deflate", _NO_CONTEXT),
-        ("permessage-deflate; server_max_window_bits=10", None),  # ours is the whole window
+        ("permessage-deflate; server_max_window_bits=10", None),  # our window is the full one
         ("permessage-deflate; server_max_window_bits=10, permessage-deflate", _NO_CONTEXT),
         ("permessage-deflate; server_max_window_bits=x", None),
         ("permessage-deflate; client_max_window_bits=99", None),
     ],
 )
-def test_what_is_agreed_to(offers: str, answer: str | None) -> None:
+def test_extension_offers_are_accepted_or_declined(offers: str, answer: str | None) -> None:
     agreed = negotiate(offers)
 
     assert (agreed and agreed.answer) == answer
 
 
-async def test_who_agreed_gets_big_events_compressed_and_who_did_not_plain(redis_url: str) -> None:
+async def test_big_events_are_compressed_only_for_clients_that_negotiated_it(
+    redis_url: str,
+) -> None:
     big = make_payload(data={"items": [f"plate {n}" for n in range(500)]})
     small = make_payload(data="ñ")
     async with serving(redis_url, "direct", ws_compression=True) as gateway:
@@ -81,7 +83,7 @@ async def test_who_agreed_gets_big_events_compressed_and_who_did_not_plain(redis
             while b"\r\n\r\n" not in head:
                 head += bytes(await raw.stream.receive_some(1))
             for client in (packed, plain):
-                await client.send("ping" + " " * 3000 + "?")  # compressed by who agreed
+                await client.send("ping" + " " * 3000 + "?")  # compressed if negotiated
                 await client.send("ping")
                 assert await client.recv() == '{"type":"pong"}'
             await raw.send(client_frame(TEXT, b"ping"))
@@ -90,8 +92,8 @@ async def test_who_agreed_gets_big_events_compressed_and_who_did_not_plain(redis
                 backend.publish("channel:branch:1:waiters", payload)
             backend.close()
             for client in (packed, plain):
-                heard = [(await client.recv()).encode() for _ in range(3)]  # type: ignore[union-attr]
-                assert heard == [big, small, big + b" "]
+                events = [(await client.recv()).encode() for _ in range(3)]  # type: ignore[union-attr]
+                assert events == [big, small, big + b" "]
             expected = text_frame(b'{"type":"pong"}') + deflated_frame(big)
             received = b""
             with trio.fail_after(3):
@@ -103,7 +105,7 @@ async def test_who_agreed_gets_big_events_compressed_and_who_did_not_plain(redis
     assert len(deflated_frame(big)) < len(big) / 3
 
 
-async def test_what_inflates_beyond_the_bound_is_too_big(redis_url: str) -> None:
+async def test_message_that_inflates_beyond_the_limit_is_too_big(redis_url: str) -> None:
     async with serving(redis_url, "direct", ws_compression=True) as gateway:
         url = f"ws://127.0.0.1:{gateway.port}/ws/waiter?token={make_jwt_of('1')}"
         async with connect(url, compression="deflate", proxy=None) as client:
@@ -115,13 +117,13 @@ async def test_what_inflates_beyond_the_bound_is_too_big(redis_url: str) -> None
 
 
 class Raw:
-    """A client whose compressed frames are made by hand."""
+    """A client that sends hand-made compressed frames."""
 
     OFFER: Final = "Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits"
 
     @staticmethod
     def deflate(data: bytes) -> bytes:
-        """As a message that is compressed on its own (RFC 7692, 7.2.1)."""
+        """Compress a message on its own (RFC 7692, 7.2.1)."""
         compressor = zlib.compressobj(9, wbits=-15)
         packed = compressor.compress(data) + compressor.flush(zlib.Z_SYNC_FLUSH)
         return packed.removesuffix(b"\x00\x00\xff\xff")
@@ -142,14 +144,14 @@ async def test_control_frames_may_come_between_compressed_fragments(
         dialled(gateway.port) as client,
     ):
         sent = b""
-        for turn in range(2):  # what one message leaves behind is not the next one's
+        for turn in range(2):  # no state of one message reaches the next
             text = b'{"type":"ping","turn":"' + str(turn).encode() + bytes(range(65, 90)) + b'"}'
             parts = pieces(Raw.deflate(text), 3)
             between = client_frame(opcode, b"between") + client_frame(opcode)
             sent += client_frame(TEXT, parts[0], fin=False, rsv=4) + between
             sent += client_frame(CONTINUATION, parts[1], fin=False) + between
             sent += client_frame(CONTINUATION, parts[2])
-            sent += client_frame(TEXT, "ping")  # a plain one among them
+            sent += client_frame(TEXT, "ping")  # an uncompressed message among them
         target = f"/ws/waiter?token={make_jwt_of('1')}"
         await client.upgrade(target, Raw.OFFER, behind=sent if with_head else b"")
         if not with_head:
@@ -173,7 +175,9 @@ async def test_control_frames_may_come_between_compressed_fragments(
     ],
     ids=["compressed ping", "compressed continuation", "no deflate", "no beginning"],
 )
-async def test_broken_compression_has_its_code(redis_url: str, frames: bytes, code: Close) -> None:
+async def test_invalid_compression_is_closed_with_its_code(
+    redis_url: str, frames: bytes, code: Close
+) -> None:
     async with (
         serving(redis_url, "direct", ws_compression=True) as gateway,
         dialled(gateway.port) as client,
@@ -186,7 +190,7 @@ async def test_broken_compression_has_its_code(redis_url: str, frames: bytes, co
 @pytest.mark.parametrize("size", [65_536, 65_537, 50_000_000])
 @pytest.mark.parametrize("fragments", [1, 3])
 @pytest.mark.parametrize("with_head", [False, True])
-async def test_what_a_message_inflates_to_is_bounded_wherever_it_comes(
+async def test_inflated_size_is_limited_on_every_transport(
     redis_url: str, size: int, fragments: int, with_head: bool
 ) -> None:
     async with (

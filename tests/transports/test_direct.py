@@ -1,4 +1,4 @@
-"""Short frames are read without wsproto, and mean what wsproto says they mean."""
+"""Short frames are read without wsproto, with the same result."""
 
 import os
 import socket
@@ -27,7 +27,7 @@ def client_frame(first: int, payload: bytes, key: bytes = b"\x01\xff\x00\x80") -
 
 
 class Pieces(trio.abc.Stream):
-    """Brings some bytes, piece by piece, and then its end."""
+    """A stream that yields some pieces and then ends."""
 
     def __init__(self, pieces: list[bytes]) -> None:
         self._pieces = [piece for piece in pieces if piece]
@@ -45,20 +45,20 @@ class Pieces(trio.abc.Stream):
         raise AssertionError
 
 
-async def all_said(pieces: list[bytes], *, by_wsproto: bool) -> list[object]:
-    """What a client says, and how it ends."""
+async def read_all(pieces: list[bytes], *, by_wsproto: bool) -> list[object]:
+    """The messages of a client, and how it ends."""
     sock = DirectSocket(Pieces(pieces[1:]), b"" if by_wsproto else pieces[0], MOST)
     if by_wsproto:
         sock._websocket = Connection(ConnectionType.SERVER, trailing_data=pieces[0])
-    said: list[object] = []
+    received: list[object] = []
     while True:
         try:
             each = await sock.receive()
         except Disconnected as left:
-            return [*said, ("left", left.code, left.reason)]
+            return [*received, ("left", left.code, left.reason)]
         except ProtocolViolation as violation:
-            return [*said, ("violation", violation.close, violation.reason)]
-        said.append("pong" if isinstance(each, Pong) else each)
+            return [*received, ("violation", violation.close, violation.reason)]
+        received.append("pong" if isinstance(each, Pong) else each)
 
 
 frames = st.builds(
@@ -81,23 +81,23 @@ frames = st.builds(
 @example(client_frame(0x81, "ñ".encode()[:1]), [])
 @example(b"\x81\x04ping", [])  # not masked
 @settings(deadline=None)
-def test_short_frames_mean_what_wsproto_says(data: bytes, cuts: list[int]) -> None:
+def test_short_frames_are_read_as_by_wsproto(data: bytes, cuts: list[int]) -> None:
     edges = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
     pieces = [data[a:b] for a, b in pairwise(edges)]
 
     async def both() -> tuple[list[object], list[object]]:
         return (
-            await all_said(pieces, by_wsproto=False),
-            await all_said(pieces, by_wsproto=True),
+            await read_all(pieces, by_wsproto=False),
+            await read_all(pieces, by_wsproto=True),
         )
 
     ours, wsprotos = trio.run(both)
     assert ours == wsprotos
 
 
-async def test_short_frames_need_no_wsproto() -> None:
-    said = [client_frame(0x81, b"ping"), client_frame(0x89, b"?"), client_frame(0x8A, b"")]
-    sock = DirectSocket(Pieces([b"".join(said)]), b"", MOST)
+async def test_short_frames_are_read_without_wsproto() -> None:
+    received = [client_frame(0x81, b"ping"), client_frame(0x89, b"?"), client_frame(0x8A, b"")]
+    sock = DirectSocket(Pieces([b"".join(received)]), b"", MOST)
 
     assert await sock.receive() == "ping"
     assert await sock.receive() == Ping(b"?")
@@ -105,7 +105,7 @@ async def test_short_frames_need_no_wsproto() -> None:
     assert sock._websocket is None
 
 
-async def test_a_short_message_can_be_too_big_too() -> None:
+async def test_short_message_over_the_limit_is_too_big() -> None:
     sock = DirectSocket(Pieces([client_frame(0x81, b"x" * 11)]), b"", 10)
 
     with pytest.raises(ProtocolViolation) as violation:
@@ -114,7 +114,7 @@ async def test_a_short_message_can_be_too_big_too() -> None:
     assert violation.value.close is Close.MESSAGE_TOO_BIG
 
 
-async def test_a_socket_that_others_closed_is_the_clients_end() -> None:
+async def test_socket_closed_elsewhere_counts_as_disconnected() -> None:
     listener = (await trio.open_tcp_listeners(0, host="127.0.0.1"))[0]
     client = await trio.open_tcp_stream(*listener.socket.getsockname())
     served = DirectSocket(stream := await listener.accept(), b"", MOST)
@@ -125,6 +125,8 @@ async def test_a_socket_that_others_closed_is_the_clients_end() -> None:
     await client.aclose()
     ours, theirs = socket.socketpair()
     with ours, theirs, socket.socket(fileno=os.dup2(ours.fileno(), number)):
-        theirs.send(client_frame(0x81, b"hers"))  # to the next client, under the old number
+        theirs.send(
+            client_frame(0x81, b"hers")
+        )  # to the next client, which has the same descriptor number
         with pytest.raises(Disconnected):
             await served.receive()

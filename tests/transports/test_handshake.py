@@ -1,4 +1,4 @@
-"""A request head: what it asks for, or the status that refuses it."""
+"""Parsing a request head: an upgrade, a refusal, or a request for Hypercorn."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ def parse(*more: str, **changes: Any) -> ClientRequest:
 
 
 @pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
-def test_head_is_upgraded_refused_or_hypercorns(head: HeadCase) -> None:
+def test_head_is_upgraded_refused_or_passed_to_hypercorn(head: HeadCase) -> None:
     match parse_head(head.data):
         case None:
             assert head.by == "hypercorn"
@@ -43,7 +43,7 @@ def test_http2_that_was_not_negotiated_is_refused() -> None:
     assert parse_head(b"PRI * HTTP/2.0\r\n\r\n") == Refusal(400, "HTTP/2 was not negotiated")
 
 
-def test_as_many_headers_as_allowed_are_read() -> None:
+def test_maximum_number_of_headers_is_accepted() -> None:
     assert parse(*["X-More: y"] * (MAX_HEADERS - 5)).headers["x-more"].startswith("y, y")
 
 
@@ -53,12 +53,12 @@ def test_each_endpoint_has_its_path(endpoint: Endpoint) -> None:
 
 
 @given(st.binary(max_size=300))
-def test_no_bytes_make_it_raise(data: bytes) -> None:
+def test_arbitrary_bytes_never_raise(data: bytes) -> None:
     assert not isinstance(parse_head(data + b"\r\n\r\n"), ClientRequest)
 
 
 @given(st.data())
-def test_no_byte_put_somewhere_makes_it_raise(data: st.DataObject) -> None:
+def test_head_with_any_byte_inserted_never_raises(data: st.DataObject) -> None:
     head = bytearray(make_head("Origin: http://a.example", "Sec-WebSocket-Protocol: gateway.v1"))
     at = data.draw(st.integers(0, len(head) - 5))
     head[at : at + data.draw(st.integers(0, 1))] = data.draw(st.binary(min_size=1, max_size=2))
@@ -69,10 +69,10 @@ def test_no_byte_put_somewhere_makes_it_raise(data: st.DataObject) -> None:
             assert refusal_response(refusal).startswith(b"HTTP/1.1 4")
 
 
-# The answers
+# The responses
 
 
-def test_accepts_the_key_of_the_rfcs_example() -> None:
+def test_accept_key_is_that_of_the_rfc_example() -> None:
     assert acceptance(parse()) == (
         b"HTTP/1.1 101 Switching Protocols\r\n"
         b"Upgrade: websocket\r\n"
@@ -81,14 +81,14 @@ def test_accepts_the_key_of_the_rfcs_example() -> None:
     )
 
 
-def test_no_extension_is_agreed_to() -> None:
+def test_no_extension_is_accepted() -> None:
     handshake = parse("Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits")
 
     assert b"extension" not in acceptance(handshake).lower()
 
 
 @pytest.mark.parametrize("status", [400, 404, 408, 426, 431, 503])
-def test_refusal_ends_the_connection_and_says_why(status: int) -> None:
+def test_refusal_closes_the_connection_and_gives_the_reason(status: int) -> None:
     head, _, body = refusal_response(Refusal(status, "because")).partition(b"\r\n\r\n")
 
     assert head.startswith(b"HTTP/1.1 %d " % status)
@@ -106,7 +106,7 @@ def test_426_names_the_upgrade_and_its_version() -> None:
     assert b"\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n" in response
 
 
-# The subprotocol, which can carry the token
+# The subprotocol
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,9 @@ def test_426_names_the_upgrade_and_its_version() -> None:
         ("", None, ""),
     ],
 )
-def test_subprotocol_pair(offered: str, answered: str | None, credential: str) -> None:
+def test_subprotocol_pair_carries_the_token(
+    offered: str, answered: str | None, credential: str
+) -> None:
     handshake = parse(f"Sec-WebSocket-Protocol: {offered}")
 
     assert (handshake.subprotocol, handshake.credential) == (answered, credential)
@@ -136,7 +138,7 @@ def test_subprotocols_may_be_in_two_headers() -> None:
     assert (handshake.subprotocol, handshake.credential) == ("gateway.v1", "abc")
 
 
-# Its parts
+# Query and headers
 
 
 @pytest.mark.parametrize(
@@ -149,11 +151,11 @@ def test_subprotocols_may_be_in_two_headers() -> None:
         ("a=1;b=2", {"a": "1;b=2"}),
     ],
 )
-def test_query(query: str, found: dict[str, str]) -> None:
+def test_query_parameters_are_decoded(query: str, found: dict[str, str]) -> None:
     assert read_query(query) == found
 
 
-def test_headers_are_joined_by_name_in_any_case() -> None:
+def test_headers_with_one_name_are_joined_in_any_case() -> None:
     headers = [(b"Accept", b" a "), (b"X", b"\xe9"), (b"ACCEPT", b"b")]
 
     assert join_headers(headers) == {"accept": "a, b", "x": "\xe9"}

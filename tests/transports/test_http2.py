@@ -1,4 +1,4 @@
-"""HTTP/2: only where TLS negotiated it, and with an end to what its flow control holds up."""
+"""HTTP/2: accepted only if TLS negotiated it, and with deadlines although flow control blocks."""
 
 import ssl
 from collections.abc import AsyncIterator
@@ -41,7 +41,7 @@ class Served(NamedTuple):
 
 @asynccontextmanager
 async def serving(folder: Path, **changes: Any) -> AsyncIterator[Served]:
-    """A gateway that speaks HTTP/2 and HTTP/1.1 over TLS, and does not negotiate otherwise."""
+    """A gateway with HTTP/2 and HTTP/1.1 over TLS, chosen by ALPN."""
     config = Config()
     config.alpn_protocols = ["h2", "http/1.1"]
     config.graceful_timeout = 0.5
@@ -69,7 +69,7 @@ async def dial_tls(served: Served, protocol: str | None) -> AsyncIterator[Client
 
 
 class Peer:
-    """An HTTP/2 client whose windows are this large from the start, and are opened by hand."""
+    """An HTTP/2 client with this initial window. The test opens the windows further."""
 
     def __init__(self, client: Client, window: int | None = None) -> None:
         self.client = client
@@ -135,13 +135,11 @@ class Peer:
         return self.status[stream]
 
 
-# What was not negotiated
+# Not negotiated
 
 
 @pytest.mark.parametrize("tls", [None, "no protocol", "http/1.1"])
-async def test_preface_is_400_wherever_it_was_not_negotiated(
-    tls: str | None, tmp_path: Path
-) -> None:
+async def test_http2_preface_is_400_if_not_negotiated(tls: str | None, tmp_path: Path) -> None:
     sent = PREFACE + SETTINGS
     async with serving(tmp_path) as served:
         for cut in (1, 10, 16, 20, len(PREFACE)):
@@ -158,7 +156,7 @@ async def test_preface_is_400_wherever_it_was_not_negotiated(
 
 @asynccontextmanager
 async def dialled_plainly(served: Served) -> AsyncIterator[Client]:
-    """Past TLS: the same server, behind a listener without it."""
+    """A client without TLS, of the same server behind a plain listener."""
     made = make_settings(NO_REDIS)
     async with (
         running(made, auth=EVERYBODY, wait_ready=False) as gateway,
@@ -182,7 +180,7 @@ async def test_upgrade_to_http2_is_ignored(tls: bool, requests_before: int, tmp_
             assert (await client.response())[0] == 400
 
 
-# What was negotiated
+# Negotiated
 
 
 async def test_http2_over_tls_is_served(tmp_path: Path) -> None:
@@ -199,10 +197,10 @@ async def test_http2_over_tls_is_served(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bad", ["no path", "data on no stream"])
-async def test_broken_http2_hurts_nobody_else(bad: str, tmp_path: Path) -> None:
+async def test_invalid_http2_affects_no_other_client(bad: str, tmp_path: Path) -> None:
     async with serving(tmp_path) as served:
         url = f"wss://localhost:{served.gateway.port}/ws/waiter"
-        async with connect(url, ssl_context=served.trusting) as bystander:
+        async with connect(url, ssl_context=served.trusting) as other:
             async with dial_tls(served, "h2") as client:
                 with structlog.testing.capture_logs() as logs:
                     if bad == "no path":
@@ -214,11 +212,11 @@ async def test_broken_http2_hurts_nobody_else(bad: str, tmp_path: Path) -> None:
                     else:
                         await client.send(PREFACE + SETTINGS + b"\0\0\1" + b"\0" * 6 + b"x")
                     await client.rest()
-            await bystander.send_message("ping")
-            assert await bystander.get_message() == PONG_TEXT
+            await other.send_message("ping")
+            assert await other.get_message() == PONG_TEXT
 
 
-async def test_stream_whose_client_opens_no_window_is_closed_as_slow(tmp_path: Path) -> None:
+async def test_stream_without_a_window_is_closed_as_slow(tmp_path: Path) -> None:
     async with (
         serving(tmp_path, ws_write_timeout=0.2, ws_outbox_bytes=50_000_000) as served,
         dial_tls(served, "h2") as client,
@@ -241,10 +239,10 @@ async def test_stream_whose_client_opens_no_window_is_closed_as_slow(tmp_path: P
         assert peer.data[1].startswith(b"retry: 3000\n\ndata: 111")
 
 
-async def test_window_of_nothing_ends_with_the_write_timeout_and_leaves_no_task(
+async def test_zero_window_ends_with_the_write_timeout_and_leaves_no_task(
     tmp_path: Path,
 ) -> None:
-    """WebSockets that are refused or closed, event streams, and plain requests."""
+    """For WebSockets that are refused or closed, event streams, and plain requests."""
     async with serving(tmp_path, ws_write_timeout=0.3) as served:
         app = served.gateway.app
         async with dial_tls(served, "h2") as client:
@@ -265,11 +263,11 @@ async def test_window_of_nothing_ends_with_the_write_timeout_and_leaves_no_task(
             with trio.fail_after(3):
                 while len(peer.resets) < 15:
                     await peer.read()
-            assert await peer.answers()  # the connection itself is good
+            assert await peer.answers()  # the connection itself still works
         await until(lambda: trio.lowlevel.current_statistics().tasks_living <= before, 3)
 
 
-async def test_window_of_nothing_does_not_hold_up_the_end(tmp_path: Path) -> None:
+async def test_zero_window_does_not_delay_the_shutdown(tmp_path: Path) -> None:
     async with trio.open_nursery() as nursery:
         opened = trio.Event()
 

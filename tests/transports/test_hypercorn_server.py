@@ -1,7 +1,7 @@
-"""What this package replaces, overrides or reads of Hypercorn, which promises none of it.
+"""The private parts of Hypercorn that this package replaces, overrides or reads.
 
-If a test here fails after an upgrade: the ASGI transport still serves everything, slower. Adapt the
-transports before the version in pyproject.toml is raised.
+If a test fails with a new Hypercorn, adapt the transports before you raise the version in
+pyproject.toml. Until then the ASGI transport serves every client, but slower.
 """
 
 import inspect
@@ -97,7 +97,7 @@ def test_no_other_method_is_overridden(ours: type, base: type) -> None:
     assert shared == set(OVERRIDDEN[ours, base])
 
 
-def test_tcp_server_takes_what_a_connection_takes_and_is_awaited() -> None:
+def test_tcp_server_has_the_arguments_of_a_connection_and_is_awaited() -> None:
     names = ["app", "config", "context", "state", "stream"]
 
     assert [*inspect.signature(TCPServer).parameters] == names
@@ -127,7 +127,7 @@ async def test_tcp_server_has_the_attributes_that_the_overrides_use() -> None:
     assert "self.stream.receive_some" in inspect.getsource(TCPServer._read_data)
 
 
-def test_hypercorn_still_has_what_the_bounds_read() -> None:
+def test_hypercorn_has_the_attributes_that_the_bounds_read() -> None:
     assert isinstance(vars(StreamBuffer(trio.Event))["buffer"], bytearray)  # type: ignore[arg-type]
     assert {"_complete", "_is_empty", "_paused"} <= vars(StreamBuffer(trio.Event)).keys()  # type: ignore[arg-type]
     assert {"extend", "clear", "to_message"} <= vars(WebsocketBuffer).keys()

@@ -1,4 +1,4 @@
-"""A deadline measures progress: a client that reads slowly stays, one that reads nothing goes."""
+"""Deadlines measure progress: a slow client stays connected, a stuck one is closed."""
 
 import os
 import signal
@@ -40,7 +40,7 @@ HEALTH: Final = b"GET /ws/health HTTP/1.1\r\nHost: a\r\n\r\n"
 
 
 class BySession:
-    """Lets everybody in as a diner of the session that the token names."""
+    """Admits every client as a diner of the session that its token names."""
 
     async def authenticate(self, credential: str, endpoint: Endpoint) -> Principal:
         await trio.lowlevel.checkpoint()
@@ -95,7 +95,7 @@ async def opened(gateway: Running, name: str, tls: ssl.SSLContext | None) -> Asy
 
 
 async def read_slowly(client: Client) -> None:
-    """20 KB/s, all the time, off the wire: its kernel tells of that every 0.3 s."""
+    """Read 20 KB/s continuously. The kernel acknowledges that every 0.3 s."""
     stream: Any = client.stream
     carrier = getattr(stream, "transport_stream", stream)
     while True:
@@ -110,7 +110,7 @@ def fill(app: Gateway, size: int = 8_000_000) -> None:
 
 
 @pytest.mark.parametrize("with_tls", [False, True])
-async def test_client_that_reads_slowly_stays_and_one_that_does_not_read_goes(
+async def test_slow_reader_stays_connected_and_stuck_reader_is_closed(
     with_tls: bool, tmp_path: Any
 ) -> None:
     config = Config()
@@ -134,7 +134,7 @@ async def test_client_that_reads_slowly_stays_and_one_that_does_not_read_goes(
         assert hub.closed == {Close.SLOW_CONSUMER: len(stuck)}
 
 
-async def test_plain_response_has_as_long_as_it_moves() -> None:
+async def test_plain_response_may_take_any_time_while_bytes_are_accepted() -> None:
     async with (
         serving() as gateway,
         dialled(gateway.port, receive_buffer=4096) as slow,
@@ -150,7 +150,7 @@ async def test_plain_response_has_as_long_as_it_moves() -> None:
         assert gateway.app.config["RESPONSE_TIMEOUT"] is None
 
 
-async def test_clients_that_do_not_read_hold_up_the_end_no_longer_than_the_server_waits(
+async def test_stuck_clients_delay_the_shutdown_by_the_graceful_timeout_at_most(
     tmp_path: Any,
 ) -> None:
     config = Config()
@@ -169,7 +169,7 @@ async def test_clients_that_do_not_read_hold_up_the_end_no_longer_than_the_serve
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-async def test_sigterm_ends_with_0_although_clients_do_not_read(
+async def test_sigterm_exits_with_0_although_clients_do_not_read(
     redis_url: str, tmp_path: Path, workers: int
 ) -> None:
     port = free_port()
@@ -201,10 +201,10 @@ async def test_sigterm_ends_with_0_although_clients_do_not_read(
         assert trio.current_time() - asked < 4  # of a write timeout of 10 s
 
 
-# The stream itself
+# The stream
 
 
-async def test_write_that_is_cancelled_before_it_waits_is_whole() -> None:
+async def test_write_cancelled_before_it_blocks_is_complete() -> None:
     ours, theirs = await tcp_pair()
     stream = ProgressStream(ours, 1)
     with trio.CancelScope() as outer:
@@ -222,7 +222,7 @@ async def test_write_that_is_cancelled_before_it_waits_is_whole() -> None:
     await theirs.aclose()
 
 
-async def test_peer_that_takes_nothing_is_a_timeout_and_one_that_is_gone_is_not() -> None:
+async def test_stuck_peer_is_a_timeout_and_a_closed_one_is_not() -> None:
     ours, theirs = await tcp_pair()
     stream = ProgressStream(ours, 0.2)
     started = trio.current_time()
@@ -237,7 +237,7 @@ async def test_peer_that_takes_nothing_is_a_timeout_and_one_that_is_gone_is_not(
         await stream.send_all(b"x")
 
 
-async def test_bytes_that_the_peer_acknowledged_are_counted() -> None:
+async def test_acknowledged_bytes_are_counted() -> None:
     ours, theirs = await tcp_pair()
     before = acknowledged(ours.socket)
     await ours.send_all(b"x" * 1000)
@@ -245,7 +245,7 @@ async def test_bytes_that_the_peer_acknowledged_are_counted() -> None:
     if sys.platform == "linux":
         await until(lambda: acknowledged(ours.socket) == before + 1000)
     left, right = trio.socket.socketpair()
-    with left, right:  # a unix socket, of which the kernel tells nothing
+    with left, right:  # a unix socket: the kernel counts no acknowledged bytes
         assert acknowledged(left) == 0
     await ours.aclose()
     await theirs.aclose()

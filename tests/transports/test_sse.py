@@ -1,4 +1,4 @@
-"""The SSE transport: the rules of the others apply."""
+"""The SSE transport: the rules are those of the other transports."""
 
 import json
 import os
@@ -57,10 +57,10 @@ def table(more: str = "", **claims: Any) -> str:
 
 
 @asynccontextmanager
-async def let_in(
+async def admitted(
     gateway: Running, path: str, headers: dict[str, str] | None = None
 ) -> AsyncIterator[Listener]:
-    """Somebody who hears whatever is published from now on."""
+    """An admitted client, which receives what is published from now on."""
     before = gateway.app.parts.hub.joins
     async with listening(gateway.port, path, headers) as listener:
         assert listener.status == 200, listener.body
@@ -83,19 +83,19 @@ def add(backend: "redis.Redis", n: int, **keys: Any) -> None:
     backend.xadd(STREAM, {"data": make_payload(n=n, **keys)})
 
 
-# What is heard
+# Events
 
 
-async def test_each_hears_its_own_events_and_nobody_elses(
+async def test_each_stream_receives_only_its_own_events(
     gateway: Running, backend: "redis.Redis"
 ) -> None:
     async with (
-        let_in(gateway, staff("waiter")) as waiter,
-        let_in(gateway, staff("kitchen")) as kitchen,
-        let_in(gateway, staff("admin")) as admin,
-        let_in(gateway, table()) as diner,
-        let_in(gateway, staff("admin", tenant_id=2)) as stranger,
-        let_in(gateway, table(tenant_id=2)) as strange_diner,
+        admitted(gateway, staff("waiter")) as waiter,
+        admitted(gateway, staff("kitchen")) as kitchen,
+        admitted(gateway, staff("admin")) as admin,
+        admitted(gateway, table()) as diner,
+        admitted(gateway, staff("admin", tenant_id=2)) as other_admin,
+        admitted(gateway, table(tenant_id=2)) as other_diner,
     ):
         assert waiter.headers["content-type"] == "text/event-stream"
         assert waiter.headers["cache-control"] == "no-store, no-transform"
@@ -118,16 +118,16 @@ async def test_each_hears_its_own_events_and_nobody_elses(
             assert (await listener.next()).data == mine.decode()
         for listener in (waiter, admin):
             assert (await listener.next()).json["n"] == 2
-        for listener in (waiter, kitchen, admin, diner, stranger, strange_diner):
+        for listener in (waiter, kitchen, admin, diner, other_admin, other_diner):
             assert (await listener.next()).json["n"] == 3
         assert (await metrics(gateway.port)).by_label("connections_by_endpoint")["admin"] == 2
 
 
-async def test_browser_that_comes_again_misses_nothing_and_gets_nothing_twice(
+async def test_browser_that_reconnects_gets_each_event_once(
     gateway: Running, backend: "redis.Redis"
 ) -> None:
-    path = staff("kitchen", "&last_event_id=")  # empty: from where the streams are now
-    async with let_in(gateway, path) as kitchen:
+    path = staff("kitchen", "&last_event_id=")  # empty: from the present position of the streams
+    async with admitted(gateway, path) as kitchen:
         hello = await kitchen.next()
         assert hello.json["type"] == "resumed"
         assert hello.json["recovered"] is True
@@ -144,19 +144,19 @@ async def test_browser_that_comes_again_misses_nothing_and_gets_nothing_twice(
     add(backend, -1, tenant_id=2)
     add(backend, 4)
     await settle(gateway)
-    # The same URL again, as EventSource has it: the header says more than its parameter.
+    # EventSource repeats the same URL: the header takes precedence over the parameter.
     last = {"Last-Event-ID": kitchen.parser.last_event_id}
-    async with let_in(gateway, path, last) as kitchen:
+    async with admitted(gateway, path, last) as kitchen:
         add(backend, 5)
         answer = await kitchen.next()
         assert (answer.json["recovered"], answer.json["count"]) == (True, 2)
         assert [(await kitchen.next()).json["n"] for _ in range(3)] == [3, 4, 5]
 
-    async with let_in(gateway, path, {"Last-Event-ID": "junk"}) as kitchen:
+    async with admitted(gateway, path, {"Last-Event-ID": "junk"}) as kitchen:
         assert (await kitchen.next()).json["recovered"] is False
 
 
-# Who is let in
+# Admission
 
 
 TOKEN: Final = make_jwt(JWT_SECRET)
@@ -180,7 +180,7 @@ TOKEN: Final = make_jwt(JWT_SECRET)
         (table(), {"Origin": "https://any.example"}, 200, None),
     ],
 )
-async def test_refusal_is_a_status_which_ends_a_browsers_attempts(
+async def test_refusal_is_a_status_that_stops_the_browsers_retries(
     gateway: Running, path: str, headers: dict[str, str], status: int, code: int | None
 ) -> None:
     async with listening(gateway.port, path, headers) as listener:
@@ -217,7 +217,7 @@ async def test_origin_is_required_in_production(
         assert response.status == status
 
 
-async def test_page_that_brings_a_header_of_its_own_may_ask_before(gateway: Running) -> None:
+async def test_preflight_allows_a_page_to_send_its_own_header(gateway: Running) -> None:
     asked = {"Access-Control-Request-Method": "GET", "Origin": ORIGIN}
     async with listening(gateway.port, "/ws/waiter/events", asked, "OPTIONS") as listener:
         assert listener.status == 204
@@ -230,18 +230,18 @@ async def test_page_that_brings_a_header_of_its_own_may_ask_before(gateway: Runn
             assert (listener.status, listener.headers["allow"]) == (405, "GET, OPTIONS")
 
 
-async def test_ticket_is_good_for_one_stream(gateway: Running) -> None:
+async def test_ticket_opens_one_stream(gateway: Running) -> None:
     bearer = {"Authorization": f"Bearer {TOKEN}"}
     ticket = (await http(gateway.port, "/ws/ticket", method="POST", headers=bearer)).json["ticket"]
     path = f"/ws/waiter/events?ticket={ticket}"
-    async with let_in(gateway, path), listening(gateway.port, path) as second:
+    async with admitted(gateway, path), listening(gateway.port, path) as second:
         assert second.status == 401
 
 
 async def test_limits_are_those_of_the_other_transports(redis_url: str) -> None:
     limits = {"ws_max_connections_per_user": 1, "ws_max_failed_logins": 1}
     async with serving(redis_url, "direct", **limits) as gateway:
-        async with let_in(gateway, staff()), listening(gateway.port, staff()) as second:
+        async with admitted(gateway, staff()), listening(gateway.port, staff()) as second:
             assert (second.status, second.headers["retry-after"]) == (429, "5")
             assert json.loads(second.body)["code"] == 1013
         await until(lambda: not gateway.app.parts.hub.connections)
@@ -261,14 +261,14 @@ async def test_limits_are_those_of_the_other_transports(redis_url: str) -> None:
     ],
     ids=["user", "session", "address", "process"],
 )
-async def test_limit_of_one_client_is_not_told_as_a_fault_of_the_server(
+async def test_limit_of_one_client_is_429_and_a_shared_limit_503(
     redis_url: str, limits: dict[str, int], second: str, status: int
 ) -> None:
-    """Load balancers send a server that answers 503 nobody for a while."""
+    """Load balancers avoid a server that answers 503 for a while."""
     first = table() if "diner" in second else staff()
     async with (
         serving(redis_url, "direct", **limits) as gateway,
-        let_in(gateway, first),
+        admitted(gateway, first),
         listening(gateway.port, second) as refused,
     ):
         assert refused.status == status
@@ -276,7 +276,7 @@ async def test_limit_of_one_client_is_not_told_as_a_fault_of_the_server(
         assert json.loads(refused.body)["code"] == Close.SERVER_OVERLOADED
 
 
-async def test_dependency_that_is_down_is_told_as_the_servers() -> None:
+async def test_dependency_that_is_down_is_a_server_error() -> None:
     settings = make_settings(NO_REDIS)
     async with (
         running(settings, wait_ready=False) as gateway,
@@ -285,12 +285,12 @@ async def test_dependency_that_is_down_is_told_as_the_servers() -> None:
         assert (refused.status, refused.headers["retry-after"]) == (503, "1")
 
 
-# How it ends
+# The end of a stream
 
 
-async def test_client_that_goes_is_gone_at_once(gateway: Running) -> None:
+async def test_disconnected_client_leaves_the_hub_at_once(gateway: Running) -> None:
     with capture_logs() as logs:
-        async with let_in(gateway, staff()):
+        async with admitted(gateway, staff()):
             assert len(gateway.app.parts.hub) == 1
         await until(lambda: not gateway.app.parts.hub.connections)
         await gateway.app.parts.hub.wait_empty()
@@ -298,9 +298,9 @@ async def test_client_that_goes_is_gone_at_once(gateway: Running) -> None:
     assert (line["endpoint"], line["tenant"], line["code"]) == ("waiter", 1, Close.ABNORMAL)
 
 
-async def test_expiry_is_said_and_the_connection_ends(gateway: Running) -> None:
-    """Who kept it would come back on it to a process that is about to end."""
-    async with let_in(gateway, table(life=2)) as diner:
+async def test_expiry_is_sent_and_the_connection_is_closed(gateway: Running) -> None:
+    """On a connection that stays open the client would return to a process that is about to end."""
+    async with admitted(gateway, table(life=2)) as diner:
         (connection,) = gateway.app.parts.hub.connections
         connection.renew(trio.current_time())
         assert await diner.close_event() == (Close.AUTH_FAILED, "token expired")
@@ -309,13 +309,13 @@ async def test_expiry_is_said_and_the_connection_ends(gateway: Running) -> None:
             assert await diner.stream.receive_some() == b""
 
 
-async def test_client_that_sends_a_body_is_told_that_nobody_listens(gateway: Running) -> None:
-    async with let_in(gateway, staff(), {"Transfer-Encoding": "chunked"}) as listener:
+async def test_request_with_a_body_is_refused(gateway: Running) -> None:
+    async with admitted(gateway, staff(), {"Transfer-Encoding": "chunked"}) as listener:
         await listener.stream.send_all(b"2\r\nhm\r\n")
         assert (await listener.close_event())[0] == Close.UNSUPPORTED_DATA
 
 
-async def test_stuck_client_delays_nobody_and_is_cut_after_the_write_timeout() -> None:
+async def test_stuck_client_delays_no_other_and_is_aborted_after_the_write_timeout() -> None:
     settings = make_settings(NO_REDIS, ws_write_timeout=0.3, ws_outbox_bytes=50_000_000)
     async with (
         running(settings, auth=NOBODY, wait_ready=False) as gateway,
@@ -336,7 +336,7 @@ async def test_stuck_client_delays_nobody_and_is_cut_after_the_write_timeout() -
         assert gateway.app.parts.hub.closed == {Close.SLOW_CONSUMER: 1}
 
 
-async def test_drain_sends_streams_away_at_once_and_cuts_the_stuck() -> None:
+async def test_drain_closes_streams_at_once_and_aborts_the_stuck_ones() -> None:
     settings = make_settings(NO_REDIS, ws_outbox_bytes=50_000_000)
     async with (
         running(settings, auth=NOBODY, wait_ready=False) as gateway,
@@ -368,7 +368,7 @@ async def test_drain_sends_streams_away_at_once_and_cuts_the_stuck() -> None:
             assert len(await stuck.rest()) < 8_000_000
 
 
-async def test_sigterm_with_open_streams_ends_the_process_with_0(redis_url: str) -> None:
+async def test_sigterm_with_open_streams_exits_with_0(redis_url: str) -> None:
     port = free_port()
     command = ("trio_gateway", "serve", "--bind", f"127.0.0.1:{port}")
     async with process(*command, env=environment(redis_url), port=port) as started:
@@ -383,11 +383,11 @@ async def test_sigterm_with_open_streams_ends_the_process_with_0(redis_url: str)
         assert b"Traceback" not in errors
 
 
-# The socket, on a clock of its own
+# The socket, in virtual time
 
 
 class Response:
-    """An ASGI server's side of one request; its client reads nothing while ``stuck``."""
+    """The server's side of one ASGI request. The client reads nothing while ``stuck``."""
 
     def __init__(self) -> None:
         self.sent: list[Any] = []
@@ -418,7 +418,7 @@ class Response:
 
 @asynccontextmanager
 async def in_memory(app: Gateway, headers: dict[str, str] | None = None) -> AsyncIterator[Response]:
-    """One client of ``/ws/waiter/events``, once it is let in or refused."""
+    """A client of ``/ws/waiter/events`` that has been admitted or refused."""
     response = Response()
     scope = {
         "type": "http", "http_version": "2", "method": "GET", "path": "/ws/waiter/events",
@@ -436,7 +436,9 @@ def make_app(**changes: Any) -> Gateway:
     return create_app(make_settings(NO_REDIS, **changes), auth=NOBODY)
 
 
-async def test_silent_client_stays_and_is_sent_comments(autojump_clock: MockClock) -> None:
+async def test_silent_client_stays_connected_and_is_sent_comments(
+    autojump_clock: MockClock,
+) -> None:
     app = make_app()
     async with in_memory(app) as response:
         await trio.sleep(3600)
@@ -447,7 +449,7 @@ async def test_silent_client_stays_and_is_sent_comments(autojump_clock: MockCloc
     assert app.parts.hub.closed == {Close.ABNORMAL: 1}
 
 
-async def test_full_outbox_is_4009_behind_what_was_begun(autojump_clock: MockClock) -> None:
+async def test_full_outbox_is_4009_after_the_frame_in_progress(autojump_clock: MockClock) -> None:
     app = make_app(ws_outbox_bytes=100)
     async with in_memory(app) as response:
         (connection,) = app.parts.hub.connections
@@ -467,7 +469,7 @@ async def test_full_outbox_is_4009_behind_what_was_begun(autojump_clock: MockClo
         assert response.complete
 
 
-async def test_client_that_takes_no_byte_is_let_go_after_the_write_timeout(
+async def test_stuck_client_is_closed_after_the_write_timeout(
     autojump_clock: MockClock,
 ) -> None:
     app = make_app()
@@ -481,7 +483,7 @@ async def test_client_that_takes_no_byte_is_let_go_after_the_write_timeout(
     assert app.parts.hub.closed == {Close.SLOW_CONSUMER: 1}
 
 
-async def test_aborted_stream_resets_the_connection_and_takes_nothing_more() -> None:
+async def test_aborted_stream_resets_the_connection_and_sends_nothing_more() -> None:
     resets: list[bool] = []
     response = Response()
     control = TcpControl(lambda: resets.append(True), lambda: (0, 0), 10.0)
@@ -520,7 +522,7 @@ PLACE: Final = {"last-event-id": "2-2-abcd"}
     ],
     ids=str,
 )
-def test_place_to_resume_from_is_found_where_clients_put_it(
+def test_position_is_read_from_header_or_query(
     query: dict[str, str], headers: dict[str, str], place: str | None, one_way: bool
 ) -> None:
     handshake = ClientRequest(Endpoint.DINER, query, headers, one_way=one_way)

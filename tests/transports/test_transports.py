@@ -1,4 +1,4 @@
-"""Each transport keeps the contract: what a client may do does not depend on it."""
+"""The contract holds on every transport."""
 
 import json
 import time
@@ -55,13 +55,13 @@ def table(**claims: Any) -> str:
 
 
 async def refusal(url: str, origin: str | None = None, **kwargs: Any) -> tuple[int, str]:
-    """How a client is refused: after its upgrade was accepted."""
+    """Close code and reason of a client whose upgrade was accepted first."""
     headers = [*kwargs.pop("extra_headers", []), *([("Origin", origin)] if origin else [])]
     async with connect(url, extra_headers=headers, **kwargs) as client:
         return await closed(client)
 
 
-async def is_let_in(url: str, origin: str | None = None) -> bool:
+async def is_admitted(url: str, origin: str | None = None) -> bool:
     async with connect(url, extra_headers=[("Origin", origin)] if origin else None) as client:
         await client.send_message("ping")
         with trio.fail_after(3):
@@ -99,7 +99,7 @@ TABLE_TOKENS: Final = {
 }
 
 
-async def test_bad_credential_is_refused_with_its_code(
+async def test_invalid_credential_is_refused_with_its_code(
     redis_url: str, transport: Transport
 ) -> None:
     async with serving(redis_url, transport) as gateway:
@@ -121,7 +121,7 @@ async def test_bad_credential_is_refused_with_its_code(
 
 
 @pytest.mark.parametrize("role", ["WAITER", "KITCHEN", "MANAGER", "ADMIN"])
-async def test_role_is_let_in_where_the_contract_says(
+async def test_role_is_admitted_where_the_contract_says(
     redis_url: str, transport: Transport, role: str
 ) -> None:
     everywhere = role in {"MANAGER", "ADMIN"}
@@ -129,12 +129,12 @@ async def test_role_is_let_in_where_the_contract_says(
         for endpoint in STAFF:
             url = gateway.staff_url(endpoint, roles=[role])
             if everywhere or endpoint == role.lower():
-                assert await is_let_in(url)
+                assert await is_admitted(url)
             else:
                 assert (await refusal(url))[0] == Close.FORBIDDEN
 
 
-async def test_token_need_not_stand_in_the_url(redis_url: str, transport: Transport) -> None:
+async def test_token_may_be_sent_outside_the_url(redis_url: str, transport: Transport) -> None:
     async with serving(redis_url, transport) as gateway:
         for path, token in (("/ws/waiter", staff()), ("/ws/diner", table())):
             url = gateway.url + path
@@ -148,7 +148,7 @@ async def test_token_need_not_stand_in_the_url(redis_url: str, transport: Transp
             assert (await refusal(url, extra_headers=[("Authorization", "Bearer x")]))[0] == 4001
 
 
-async def test_ticket_is_good_once(redis_url: str, transport: Transport) -> None:
+async def test_ticket_is_valid_once(redis_url: str, transport: Transport) -> None:
     async with serving(redis_url, transport) as gateway:
         for path, token in (("/ws/waiter", staff()), ("/ws/diner", table())):
             headers = {"Authorization": f"Bearer {token}"}
@@ -156,7 +156,7 @@ async def test_ticket_is_good_once(redis_url: str, transport: Transport) -> None
             assert (reply.status, reply.json["expires_in"]) == (200, 30)
             url = f"{gateway.url}{path}?ticket={reply.json['ticket']}"
 
-            assert await is_let_in(url)
+            assert await is_admitted(url)
             assert await refusal(url) == (Close.AUTH_FAILED, "ticket invalid")
         assert (await refusal(f"{gateway.url}/ws/waiter?ticket="))[0] == Close.AUTH_FAILED
 
@@ -169,13 +169,13 @@ async def test_revoked_token_is_refused(redis_url: str, transport: Transport) ->
         assert await refusal(url) == (Close.AUTH_FAILED, "token revoked")
 
 
-async def test_without_redis_nobody_is_told_that_the_token_is_bad(transport: Transport) -> None:
+async def test_without_redis_no_token_is_called_invalid(transport: Transport) -> None:
     made = make_settings(NO_REDIS)
     async with running(made, transport=transport, wait_ready=False) as gateway:
         assert (await refusal(gateway.staff_url("waiter")))[0] == Close.SERVER_OVERLOADED
 
 
-async def test_credential_that_ends_closes_the_connection(
+async def test_expired_credential_closes_the_connection(
     redis_url: str, transport: Transport
 ) -> None:
     async with (
@@ -217,10 +217,10 @@ async def test_origin_is_checked_for_staff_only(
             for endpoint in STAFF:
                 url = gateway.staff_url(endpoint)
                 if code is None:
-                    assert await is_let_in(url, origin)
+                    assert await is_admitted(url, origin)
                 else:
                     assert (await refusal(url, origin))[0] == code
-            assert await is_let_in(gateway.diner_url(), origin)
+            assert await is_admitted(gateway.diner_url(), origin)
 
 
 @pytest.mark.parametrize(
@@ -236,18 +236,18 @@ async def test_origins_are_compared_as_origins(
     redis_url: str, transport: Transport, listed: str, sent: str
 ) -> None:
     async with serving(redis_url, transport, allowed_origins=(listed,)) as gateway:
-        assert await is_let_in(gateway.staff_url("waiter"), sent)
+        assert await is_admitted(gateway.staff_url("waiter"), sent)
         code, _ = await refusal(gateway.staff_url("waiter"), sent.replace("://", "://x."))
         assert code in {Close.POLICY_VIOLATION, Close.FORBIDDEN}  # x.[::1] is not an origin
 
 
-async def test_origin_is_looked_at_before_the_token(redis_url: str, transport: Transport) -> None:
+async def test_origin_is_checked_before_the_token(redis_url: str, transport: Transport) -> None:
     async with serving(redis_url, transport) as gateway:
         code, _ = await refusal(f"{gateway.url}/ws/waiter?token=x", "http://evil.example")
         assert code == Close.POLICY_VIOLATION
 
 
-# What clients say
+# Messages of clients
 
 
 @pytest.mark.parametrize(
@@ -271,7 +271,7 @@ async def test_ping_is_answered_in_all_its_forms(
                     assert await client.get_message() == PONG_TEXT
 
 
-async def test_client_that_asks_for_the_intervals_is_told_those_in_force(
+async def test_intervals_are_answered_with_the_values_in_force(
     redis_url: str, transport: Transport
 ) -> None:
     intervals = {
@@ -327,7 +327,9 @@ async def test_silent_client_is_closed_when_stale(redis_url: str, transport: Tra
         assert watch.net < 1
 
 
-async def test_one_message_over_the_rate_is_4029(redis_url: str, transport: Transport) -> None:
+async def test_one_message_over_the_rate_limit_is_4029(
+    redis_url: str, transport: Transport
+) -> None:
     async with (
         serving(redis_url, transport, ws_message_rate_window=30) as gateway,
         connect(gateway.staff_url("waiter")) as client,
@@ -362,8 +364,10 @@ async def test_size_of_a_message_is_counted_in_bytes(redis_url: str, transport: 
         assert (await closed(client))[0] == Close.MESSAGE_TOO_BIG
 
 
-async def test_message_of_too_many_characters_is_1009(redis_url: str, transport: Transport) -> None:
-    """Over the ASGI transport Hypercorn closes, and it gives no reason."""
+async def test_message_with_too_many_characters_is_1009(
+    redis_url: str, transport: Transport
+) -> None:
+    """On the ASGI transport Hypercorn closes the connection, without a reason."""
     async with (
         serving(redis_url, transport) as gateway,
         connect(gateway.staff_url("waiter")) as client,
@@ -389,7 +393,7 @@ async def test_fragments_with_control_frames_between_are_one_message(
 
 
 async def some_frames(client: Any) -> AsyncIterator[tuple[int, bytes]]:
-    """The frames up to the first text; Hypercorn sends a ping of its own at once."""
+    """The frames up to the first text. Hypercorn sends a ping at once."""
     with trio.fail_after(3):
         while True:
             frame = await client.frame()
@@ -407,10 +411,10 @@ async def some_frames(client: Any) -> AsyncIterator[tuple[int, bytes]]:
     ],
     ids=["not UTF-8", "unmasked", "reserved opcode"],
 )
-async def test_broken_frame_has_its_code(
+async def test_invalid_frame_is_closed_with_its_code(
     redis_url: str, transport: Transport, data: bytes, code: Close
 ) -> None:
-    """Over the ASGI transport Hypercorn closes TCP without a code, and the app never sees it."""
+    """On the ASGI transport Hypercorn closes TCP without a code, and the app does not see it."""
     async with serving(redis_url, transport) as gateway, dialled(gateway.port) as client:
         await client.upgrade(f"/ws/waiter?token={staff()}")
         await until(lambda: len(gateway.app.parts.hub))
@@ -429,7 +433,7 @@ async def test_broken_frame_has_its_code(
 async def test_clients_own_code_is_answered_and_counted(
     redis_url: str, transport: Transport
 ) -> None:
-    """Hypercorn does not pass it on: over ASGI every client that leaves counts as 1006."""
+    """Hypercorn does not pass it on: over ASGI every disconnect counts as 1006."""
     async with serving(redis_url, transport) as gateway:
         async with dialled(gateway.port) as client:
             await client.upgrade(f"/ws/waiter?token={staff()}")
@@ -451,12 +455,12 @@ async def test_client_that_vanishes_counts_as_1006(redis_url: str, transport: Tr
         assert len(gateway.app.parts.hub) == 0
 
 
-async def test_client_that_leaves_while_it_floods_leaves_nothing_behind(
+async def test_client_that_disconnects_during_a_flood_leaks_nothing(
     redis_url: str, transport: Transport
 ) -> None:
-    """Quart's inbound channel holds ten messages: left full, it and two tasks would leak."""
+    """Quart's inbound channel holds ten messages. If left full, it and two tasks would leak."""
     async with serving(redis_url, transport, ws_message_rate_limit=5) as gateway:
-        assert await is_let_in(gateway.staff_url("waiter"))  # what lives for all is there now
+        assert await is_admitted(gateway.staff_url("waiter"))  # the shared objects exist now
         await until(lambda: not gateway.app.parts.hub.leaving)
         await trio.sleep(0.1)
         before = trio.lowlevel.current_statistics().tasks_living
@@ -503,7 +507,7 @@ async def test_credential_is_renewed_in_place(redis_url: str, transport: Transpo
         (staff(branch_ids=[]), Close.FORBIDDEN),
     ],
 )
-async def test_renewal_that_fails_closes(
+async def test_failed_renewal_closes_the_connection(
     redis_url: str, transport: Transport, token: Any, code: Close
 ) -> None:
     async with (
@@ -514,7 +518,7 @@ async def test_renewal_that_fails_closes(
         assert (await closed(client))[0] == code
 
 
-async def test_diner_cannot_renew_into_another_session(
+async def test_diner_cannot_renew_with_another_session(
     redis_url: str, transport: Transport
 ) -> None:
     async with serving(redis_url, transport) as gateway, admitted(gateway.diner_url()) as client:
@@ -530,13 +534,13 @@ async def test_new_branches_and_roles_apply_at_once(redis_url: str, transport: T
         ):
             await renew(client, staff(roles=["MANAGER"], branch_ids=[2]))
             assert '"auth_ok"' in (await received_texts(client))[0]
-            heard = []
+            counts = []
             for branch in (1, 2):
                 payload = make_payload("ENTITY_CREATED", branch_id=branch)
                 backend.publish(f"channel:branch:{branch}:admin", payload)
                 await settle(gateway)
-                heard.append(len(await received_texts(client)))
-            assert heard == [0, 1]
+                counts.append(len(await received_texts(client)))
+            assert counts == [0, 1]
 
 
 async def test_sectors_are_refreshed_in_both_forms(redis_url: str, transport: Transport) -> None:
@@ -575,16 +579,16 @@ async def test_connection_over_a_limit_is_1013(
         if limit == "total":
             assert (await refusal(other))[0] == Close.SERVER_OVERLOADED
         else:
-            assert await is_let_in(other)
+            assert await is_admitted(other)
         await first.aclose()
         await until(lambda: len(gateway.app.parts.hub) == 1)
-        assert await is_let_in(url)
+        assert await is_admitted(url)
 
 
 # Events
 
 
-async def test_event_comes_byte_for_byte_to_whom_it_is_for(
+async def test_event_reaches_its_audiences_byte_for_byte(
     redis_url: str, transport: Transport
 ) -> None:
     payloads = [
@@ -612,12 +616,12 @@ async def test_event_comes_byte_for_byte_to_whom_it_is_for(
             await settle(gateway)
 
             for name, client in clients.items():
-                hears = name in {"waiter", "admin", "diner"}
-                expected = [payload.decode() for payload in payloads] if hears else []
+                is_recipient = name in {"waiter", "admin", "diner"}
+                expected = [payload.decode() for payload in payloads] if is_recipient else []
                 assert await received_texts(client) == expected
 
 
-async def test_everybody_hears_when_to_come_back(redis_url: str, transport: Transport) -> None:
+async def test_drain_sends_every_client_a_retry_hint(redis_url: str, transport: Transport) -> None:
     async with serving(redis_url, transport) as gateway:
         urls = [gateway.staff_url("waiter"), gateway.staff_url("kitchen"), gateway.diner_url()]
         async with AsyncExitStack() as stack:
@@ -649,29 +653,29 @@ async def test_unknown_endpoint_is_404(redis_url: str, transport: Transport) -> 
 
 
 async def test_asgi_transport_sends_nothing_to_an_aborted_client() -> None:
-    """ASGI has no way to cut, and a server asked to send 1006 would say 1000."""
-    said: list[int] = []
+    """ASGI cannot abort, and a server that is asked to send 1006 would send 1000."""
+    codes: list[int] = []
 
     class Websocket:
         async def close(self, code: int, _reason: str) -> None:
-            said.append(code)
+            codes.append(code)
 
     socket = AsgiSocket(cast("Any", Websocket()), 1)
     await socket.close(Close.ABNORMAL, "")
     await socket.close(Close.GOING_AWAY, "")
-    assert said == [Close.GOING_AWAY]
+    assert codes == [Close.GOING_AWAY]
     assert socket.try_write(b"its own writer sends") == 0
     socket.abort()
     with pytest.raises(BrokenPipeError):
         socket.try_write(b"gone")
 
 
-async def test_no_token_stands_in_a_log_line(
+async def test_no_token_is_logged(
     redis_url: str, transport: Transport, capsys: pytest.CaptureFixture[str]
 ) -> None:
     good, bad = staff(), staff(sub="22", life=-10)
     async with serving(redis_url, transport) as gateway:
-        assert await is_let_in(f"{gateway.url}/ws/waiter?token={good}")
+        assert await is_admitted(f"{gateway.url}/ws/waiter?token={good}")
         assert (await refusal(f"{gateway.url}/ws/waiter?token={bad}"))[0] == Close.AUTH_FAILED
         async with dialled(gateway.port) as client:
             await client.upgrade(f"/ws/waiter?token={good}")

@@ -1,4 +1,4 @@
-"""The contract for machines says what the gateway does."""
+"""The AsyncAPI document matches the behaviour of the gateway."""
 
 import json
 from collections.abc import Iterator
@@ -28,12 +28,12 @@ SAMPLES = [json.loads(line)["event"] for line in DATA.read_text("utf-8").splitli
 
 
 def check(name: str, payload: Any, document: Any = DOCUMENT) -> None:
-    """Raise unless this is what the message's schema says."""
+    """Raise unless this is valid by the message's schema."""
     schema = {"$ref": f"#/components/messages/{name}/payload"}
     Draft7Validator({**document, **schema}).validate(payload)
 
 
-def told(channel: str) -> set[str]:
+def messages_of(channel: str) -> set[str]:
     """The names of the messages that a channel carries."""
     return set(DOCUMENT["channels"][channel]["messages"])
 
@@ -49,7 +49,7 @@ def references(part: Any) -> Iterator[str]:
             yield from references(each)
 
 
-def test_every_reference_leads_somewhere() -> None:
+def test_every_reference_resolves() -> None:
     found = set(references(DOCUMENT))
     assert len(found) > len(ROUTES)
     for reference in found:
@@ -59,46 +59,46 @@ def test_every_reference_leads_somewhere() -> None:
 
 
 @pytest.mark.parametrize("name", ROUTES)
-def test_every_type_of_the_table_is_on_the_endpoints_that_hear_it(name: str) -> None:
+def test_every_event_type_is_on_the_endpoints_that_receive_it(name: str) -> None:
     to = set(MESSAGES[f"event.{name}"]["x-to"])
-    hear = {
+    roles_of = {
         "waiter": to & {"waiters", "floor", "admins"},  # admins may connect there
         "kitchen": to & {"kitchen"},
         "admin": to & {"admins"},
         "diner": to & {"diners", "branch_diners"},
     }
-    for endpoint, because in hear.items():
+    for endpoint, because in roles_of.items():
         for channel in (endpoint, f"{endpoint}_events"):
-            assert (f"event.{name}" in told(channel)) == bool(because)
+            assert (f"event.{name}" in messages_of(channel)) == bool(because)
 
 
-def test_a_submitted_round_is_not_for_the_kitchen_and_other_types_are_for_admins() -> None:
-    assert "event.ROUND_SUBMITTED" not in told("kitchen")
-    assert [e.label for e in Endpoint if "event" in told(e.label)] == ["waiter", "admin"]
+def test_submitted_round_is_not_on_the_kitchen_channel_and_unknown_types_are_for_admins() -> None:
+    assert "event.ROUND_SUBMITTED" not in messages_of("kitchen")
+    assert [e.label for e in Endpoint if "event" in messages_of(e.label)] == ["waiter", "admin"]
 
 
-def test_every_endpoint_and_every_way_in_has_its_address() -> None:
+def test_every_endpoint_and_every_source_has_its_address() -> None:
     channels = DOCUMENT["channels"].values()
     addresses = {channel["address"] for channel in channels}
     assert addresses >= {*ENDPOINTS, *PATHS, REVOKED, SECTORS_CHANGED, *SETTINGS.redis_streams}
     assert {channel.get("title") for channel in channels} >= set(SETTINGS.redis_channel_patterns)
 
 
-def test_every_close_code_that_is_sent_is_there_with_its_words() -> None:
+def test_every_close_code_that_is_sent_is_documented() -> None:
     codes = {each["code"]: each for each in DOCUMENT["x-close-codes"]}
     assert codes.keys() == set(Close) - {Close.NO_STATUS, Close.ABNORMAL}
     assert all(each["when"] and each["then"] for each in codes.values())
 
 
 @pytest.mark.parametrize("name", MESSAGES)
-def test_every_message_has_a_valid_schema_and_its_examples_fit_it(name: str) -> None:
+def test_every_schema_is_valid_and_accepts_its_examples(name: str) -> None:
     Draft7Validator.check_schema(MESSAGES[name]["payload"])
     for each in MESSAGES[name].get("examples", []):
         check(name, each["payload"])
 
 
 @pytest.mark.parametrize("event", SAMPLES, ids=lambda event: str(event["type"]))
-def test_the_sample_events_fit_their_types_schema_and_no_others(event: dict[str, Any]) -> None:
+def test_sample_events_match_the_schema_of_their_type_only(event: dict[str, Any]) -> None:
     check(f"event.{event['type']}", event)
     other = next(name for name in ROUTES if name != event["type"])
     with pytest.raises(ValidationError):
@@ -120,7 +120,7 @@ def test_the_sample_events_fit_their_types_schema_and_no_others(event: dict[str,
     ],
     ids=str,
 )
-def test_the_schema_refuses_what_the_gateway_refuses(changed: dict[str, Any]) -> None:
+def test_schema_rejects_what_the_gateway_rejects(changed: dict[str, Any]) -> None:
     event = SAMPLES[0] | changed
     with pytest.raises(InvalidEvent):
         parse_event(json.dumps(event).encode(), channel="", received_at=0)
@@ -128,16 +128,16 @@ def test_the_schema_refuses_what_the_gateway_refuses(changed: dict[str, Any]) ->
         check("event", event)
 
 
-def test_everything_that_a_client_may_say_is_in_the_catalogue_as_it_is_understood() -> None:
-    read = {name: read_message(said.example) for name, said in REQUESTS.items()}
+def test_every_client_message_is_documented_as_it_is_read() -> None:
+    read = {name: read_message(request.example) for name, request in REQUESTS.items()}
     named = {each for each in read.values() if isinstance(each, Command)}
     assert named == set(Command) - {Command.NOTHING}
     assert {type(each) for each in read.values()} == set(get_args(Message))
-    answers = {said.answer for said in REQUESTS.values()} - {None}
+    answers = {request.answer for request in REQUESTS.values()} - {None}
     assert answers | {"gap"} == set(ANSWERS)
 
 
-def test_routes_in_force_may_have_any_name_and_streams_any_braces(tmp_path: Path) -> None:
+def test_any_type_name_and_stream_name_is_escaped(tmp_path: Path) -> None:
     file = tmp_path / "routes.toml"
     file.write_text(
         '[routes."día/1.~%"]\nto = ["diners"]\n[routes.ROUND_READY]\nto = ["kitchen"]\n'
@@ -154,7 +154,7 @@ def test_routes_in_force_may_have_any_name_and_streams_any_braces(tmp_path: Path
     assert (stream["title"], stream["address"]) == ("{a}:events", None)
 
 
-def test_no_secret_and_no_address_of_ours_is_in_it() -> None:
+def test_document_contains_no_secret_and_no_internal_address() -> None:
     text = json.dumps(DOCUMENT)
     for secret in (SETTINGS.jwt_secret, SETTINGS.table_token_secret, "hush", "127.0.0.1"):
         assert secret

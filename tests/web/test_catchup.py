@@ -1,4 +1,4 @@
-"""Catch-up over HTTP: in pages, which cost nobody else anything."""
+"""Catch-up over HTTP: in pages, without delay for other clients."""
 
 import json
 import math
@@ -32,7 +32,7 @@ async def gateway(redis_url: str) -> AsyncIterator[Running]:
 
 
 def fill(gateway: Running, events: int, size: int) -> list[int]:
-    """Have this many events of about this many bytes in the history; returns their numbers."""
+    """Add events of about this size to the history; returns their numbers."""
     history, now = gateway.app.parts.history, trio.current_time()
     first = int(time.time() * 1000) - events
     for n in range(events):
@@ -44,7 +44,7 @@ def fill(gateway: Running, events: int, size: int) -> list[int]:
 
 
 async def pages(gateway: Running, path: str, since: object) -> list[list[int]]:
-    """The numbers of the events, page by page."""
+    """The numbers of the events on each page."""
     found: list[list[int]] = []
     while since is not None:
         reply = await http(gateway.port, f"{path}{since}")
@@ -60,7 +60,7 @@ async def pages(gateway: Running, path: str, since: object) -> list[list[int]]:
 
 @pytest.mark.parametrize(("events", "size"), [(9_000, 300), (40, 60_000), (3, 10), (0, 0)])
 @pytest.mark.parametrize("path", [MINE, f"{TABLE}&since="])
-async def test_pages_have_every_event_once_and_in_order(
+async def test_pages_contain_every_event_once_and_in_order(
     gateway: Running, path: str, events: int, size: int
 ) -> None:
     numbers = fill(gateway, events, size)
@@ -78,7 +78,7 @@ class LongestStep(trio.abc.Instrument):
     """The most CPU time between two checkpoints of a task."""
 
     seconds = 0.0
-    _began = math.inf  # the step that adds it does not count
+    _began = math.inf  # the step that adds it is not measured
 
     def before_task_step(self, task: Any) -> None:
         self._began = time.thread_time()
@@ -87,7 +87,7 @@ class LongestStep(trio.abc.Instrument):
         self.seconds = max(self.seconds, time.thread_time() - self._began)
 
 
-async def test_many_requests_at_a_time_hold_nobody_up(gateway: Running) -> None:
+async def test_many_concurrent_requests_delay_no_other_client(gateway: Running) -> None:
     fill(gateway, 30_000, 100)
     statuses: list[int] = []
 
@@ -104,10 +104,10 @@ async def test_many_requests_at_a_time_hold_nobody_up(gateway: Running) -> None:
     await until(lambda: not gateway.app.parts.catch_ups._turns)
 
 
-async def test_transfer_that_moves_has_no_limit_and_a_client_that_leaves_gives_up_its_turn(
+async def test_transfer_in_progress_has_no_time_limit_and_a_disconnect_frees_its_slot(
     gateway: Running,
 ) -> None:
-    assert gateway.app.config["RESPONSE_TIMEOUT"] is None  # Quart has one for the whole answer
+    assert gateway.app.config["RESPONSE_TIMEOUT"] is None  # Quart has one for the whole response
     numbers = fill(gateway, 18, 50_000)
     request = f"GET {MINE}0 HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n".encode()
     async with dialled(gateway.port, receive_buffer=4096) as slow:
@@ -121,13 +121,13 @@ async def test_transfer_that_moves_has_no_limit_and_a_client_that_leaves_gives_u
     assert b'],"count":18}' in received
 
     fill(gateway, 200, 60_000)
-    async with dialled(gateway.port, receive_buffer=4096) as gone:
-        await gone.send(request)
+    async with dialled(gateway.port, receive_buffer=4096) as client:
+        await client.send(request)
         await until(lambda: gateway.app.parts.catch_ups._turns)
     await until(lambda: not gateway.app.parts.catch_ups._turns)
 
 
-async def test_what_memory_does_not_hold_is_not_told_as_nothing(
+async def test_request_beyond_the_history_is_marked_incomplete(
     gateway: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(catchup, "PATIENCE", 0.05)
@@ -146,7 +146,7 @@ async def test_what_memory_does_not_hold_is_not_told_as_nothing(
             assert (reply.status, reply.headers["retry-after"]) == (503, "1")
 
 
-async def test_history_that_moves_past_a_slow_page_is_told_by_the_next_one(
+async def test_next_page_is_marked_incomplete_if_the_history_moved_past_it(
     gateway: Running,
 ) -> None:
     fill(gateway, 18, 50_000)
@@ -162,7 +162,7 @@ async def test_history_that_moves_past_a_slow_page_is_told_by_the_next_one(
     assert [event["n"] for event in reply.json["events"]] == [17]
 
 
-async def test_request_beyond_the_turns_is_429(
+async def test_request_over_the_concurrency_limit_is_429(
     gateway: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gateway.app.parts.catch_ups, "_most", 0)

@@ -1,4 +1,4 @@
-"""Pages of allowed origins may call the gateway over HTTP, and read whatever it answers."""
+"""Pages of allowed origins may call the gateway over HTTP and read every response."""
 
 from collections.abc import AsyncIterator
 from typing import Any, Final
@@ -37,14 +37,16 @@ def cors_headers(reply: Any) -> dict[str, str]:
     return {name: v for name, v in reply.headers.items() if name.startswith("access-control-")}
 
 
-def test_the_paths_are_the_contracts() -> None:
+def test_paths_with_cors_are_those_of_the_contract() -> None:
     streams = {f"/ws/{each}/events" for each in ("waiter", "kitchen", "admin")}
     assert {*STAFF_PATHS} == {"/ws/ticket", "/ws/catchup", "/ws/explain", *streams}
     assert {*DINER_PATHS} == {"/ws/catchup/session", "/ws/diner/events"}
 
 
 @pytest.mark.parametrize("path", cors.PATHS)
-async def test_preflight_allows_what_the_path_takes(gateway: Running, path: str) -> None:
+async def test_preflight_allows_the_methods_and_headers_of_the_path(
+    gateway: Running, path: str
+) -> None:
     any_origin = path in DINER_PATHS
     reply = await preflight(gateway.port, path, ALLOWED)
     assert (reply.status, reply.text) == (204, "")
@@ -61,7 +63,7 @@ async def test_preflight_allows_what_the_path_takes(gateway: Running, path: str)
 
 
 @pytest.mark.parametrize("origin", OTHERS)
-async def test_page_of_another_origin_may_read_only_what_is_the_diners(
+async def test_page_of_another_origin_may_read_only_the_diner_paths(
     gateway: Running, origin: str
 ) -> None:
     private = {"Access-Control-Request-Private-Network": "true"}
@@ -97,7 +99,7 @@ async def test_page_of_another_origin_may_read_only_what_is_the_diners(
         ("GET", "/ws/kitchen/events", {"Authorization": "Bearer x.y"}, None, 401),
     ],
 )
-async def test_every_answer_can_be_read(
+async def test_every_response_can_be_read(
     gateway: Running, method: str, path: str, headers: dict[str, str], body: Any, status: int
 ) -> None:
     sent = {**headers, "Origin": ALLOWED}
@@ -108,7 +110,7 @@ async def test_every_answer_can_be_read(
     assert reply.headers["vary"] == "Origin"
 
 
-async def test_stream_that_begins_can_be_read(gateway: Running) -> None:
+async def test_event_stream_can_be_read(gateway: Running) -> None:
     async with listening(gateway.port, f"/ws/admin/events?token={TOKEN}", {"Origin": ALLOWED}) as s:
         assert (s.status, s.headers["access-control-allow-origin"]) == (200, ALLOWED)
     path = f"/ws/diner/events?table_token={make_table_token(TABLE_SECRET)}"
@@ -141,7 +143,7 @@ async def test_bugs_limits_and_outages_can_be_read(
         assert await asked(origin) == 503
 
 
-async def test_what_is_for_operators_is_for_no_page(gateway: Running) -> None:
+async def test_operator_paths_have_no_cors_headers(gateway: Running) -> None:
     for path in ("/ws/metrics", "/ws/health/detailed", "/ws/console", "/ws/nowhere"):
         for method in ("GET", "OPTIONS"):
             reply = await http(gateway.port, path, method=method, headers={"Origin": ALLOWED})

@@ -1,4 +1,4 @@
-"""``POST /ws/explain``: what an ADMIN is told, and who is told nothing."""
+"""``POST /ws/explain``: what an ADMIN is shown, and which callers are refused."""
 
 import json
 from typing import Any
@@ -29,7 +29,7 @@ EVENT = {
 
 
 def gateway(**changes: Any) -> Gateway:
-    """One without Redis."""
+    """A gateway without Redis."""
     return make_idle_app(make_settings("redis://127.0.0.1:1", **changes))
 
 
@@ -48,7 +48,7 @@ async def ask(
     return response.status_code, await response.get_json()
 
 
-async def test_an_admin_is_told_who_would_hear_and_why_the_others_would_not() -> None:
+async def test_admin_is_shown_the_recipients_and_why_others_receive_nothing() -> None:
     tokens = {
         "waiter of 5": make_jwt(JWT_SECRET, sector_ids=[5]),
         "waiter of 1 and 2": make_jwt(JWT_SECRET, sector_ids=[1, 2]),
@@ -58,7 +58,7 @@ async def test_an_admin_is_told_who_would_hear_and_why_the_others_would_not() ->
     }
     status, found = await ask({"event": EVENT, "tokens": [*tokens.values()]}, admin())
     assert status == 200
-    told = dict(zip(tokens, found.pop("tokens"), strict=True))
+    verdicts = dict(zip(tokens, found.pop("tokens"), strict=True))
     assert found == {
         "type": "ROUND_READY",
         "known": True,
@@ -71,26 +71,26 @@ async def test_an_admin_is_told_who_would_hear_and_why_the_others_would_not() ->
         ],
         "connections": {"waiter": 0, "kitchen": 0, "admin": 0, "diner": 0},
     }
-    assert {who: verdict["endpoints"] for who, verdict in told.items()} == {
+    assert {name: verdict["endpoints"] for name, verdict in verdicts.items()} == {
         "waiter of 5": ["waiter"],
         "waiter of 1 and 2": [],
         "diner": ["diner"],
         "diner of another table": [],
         "of another branch": [],
     }
-    assert told["diner"] == {"hears": True, "endpoints": ["diner"], "reasons": {}}
-    assert told["waiter of 1 and 2"]["reasons"]["waiter"] == (
+    assert verdicts["diner"] == {"hears": True, "endpoints": ["diner"], "reasons": {}}
+    assert verdicts["waiter of 1 and 2"]["reasons"]["waiter"] == (
         "sector: the event is for sector 5 of branch 1, this waiter has 1, 2"
     )
-    assert told["diner of another table"]["reasons"]["diner"].startswith("session: ")
-    assert told["of another branch"]["reasons"]["kitchen"].startswith("branch: ")
+    assert verdicts["diner of another table"]["reasons"]["diner"].startswith("session: ")
+    assert verdicts["of another branch"]["reasons"]["kitchen"].startswith("branch: ")
 
 
-async def test_a_token_that_lets_nobody_in_is_told_why_and_is_no_failed_login() -> None:
+async def test_invalid_token_is_explained_and_counts_as_no_failed_login() -> None:
     tokens = {
         "expired": make_jwt(JWT_SECRET, life=-1),
         "an expired table token": make_table_token(TABLE_SECRET, life=-1),
-        "signed by somebody else": make_jwt("x" * 32),
+        "signed with another key": make_jwt("x" * 32),
         "nonsense": "nonsense",
         "without a role": make_jwt(JWT_SECRET, roles=["COOK"]),
         "without a branch": make_jwt(JWT_SECRET, branch_ids=[]),
@@ -99,20 +99,20 @@ async def test_a_token_that_lets_nobody_in_is_told_why_and_is_no_failed_login() 
     body = {"event": EVENT, "tokens": [*tokens.values()]}
     status, found = await ask(body, admin(), app=app)
     assert status == 200
-    told = dict(zip(tokens, found["tokens"], strict=True))
-    assert {who: verdict["reasons"] for who, verdict in told.items()} == {
+    verdicts = dict(zip(tokens, found["tokens"], strict=True))
+    assert {name: verdict["reasons"] for name, verdict in verdicts.items()} == {
         "expired": {"token": "token: token expired"},
         "an expired table token": {"token": "token: token expired"},
-        "signed by somebody else": {"token": "token: token invalid"},
+        "signed with another key": {"token": "token: token invalid"},
         "nonsense": {"token": "token: token invalid"},
         "without a role": {"token": "token: role not admitted here"},
         "without a branch": {"token": "token: no branch in the token"},
     }
-    assert not any(verdict["hears"] for verdict in told.values())
+    assert not any(verdict["hears"] for verdict in verdicts.values())
     assert (await ask(body, admin(), app=app))[0] == 200
 
 
-async def test_of_another_tenants_token_no_more_is_said_than_that() -> None:
+async def test_token_of_another_tenant_is_not_described() -> None:
     tokens = [admin(tenant_id=2), make_table_token(TABLE_SECRET, tenant_id=2)]
     _, found = await ask({"event": EVENT, "tokens": tokens}, admin())
     other = {
@@ -134,9 +134,9 @@ async def test_of_another_tenants_token_no_more_is_said_than_that() -> None:
         (admin(tenant_id=2), 403),
         (admin(branch_ids=[2]), 403),
     ],
-    ids=["nobody", "nonsense", "diner", "waiter", "manager", "other tenant", "other branch"],
+    ids=["no token", "nonsense", "diner", "waiter", "manager", "other tenant", "other branch"],
 )
-async def test_only_an_admin_of_the_events_own_tenant_and_branch_is_answered(
+async def test_only_an_admin_of_the_tenant_and_branch_of_the_event_is_answered(
     token: str | None, status: int
 ) -> None:
     got, body = await ask({"event": EVENT}, token)
@@ -144,7 +144,7 @@ async def test_only_an_admin_of_the_events_own_tenant_and_branch_is_answered(
     assert list(body) == ["error"]
 
 
-async def test_an_admin_of_any_branch_may_ask_of_what_is_for_the_whole_tenant() -> None:
+async def test_admin_of_any_branch_may_ask_about_events_of_the_whole_tenant() -> None:
     status, found = await ask({"event": EVENT | {"branch_id": 0}}, admin(branch_ids=[7]))
     assert (status, found["audiences"]) == (200, [{"audience": "tenant_admins", "tenant_id": 1}])
 
@@ -163,14 +163,14 @@ async def test_an_admin_of_any_branch_may_ask_of_what_is_for_the_whole_tenant() 
         ({"event": EVENT, "tokens": ["x" * MAX_BYTES]}, 413, "at most"),
     ],
 )
-async def test_a_body_that_is_no_question_is_refused(body: Any, status: int, error: str) -> None:
+async def test_invalid_body_is_refused(body: Any, status: int, error: str) -> None:
     got, answer = await ask(body, admin())
     assert got == status
     assert error in answer["error"]
     assert "sauce" not in answer["error"]
 
 
-async def test_who_brings_bad_tokens_too_often_is_refused_for_a_while() -> None:
+async def test_too_many_invalid_tokens_are_refused_for_a_while() -> None:
     app = gateway(ws_max_failed_logins=1)
     assert (await ask({"event": EVENT}, "nonsense", app=app))[0] == 401
     assert (await ask({"event": EVENT}, admin(), app=app))[0] == 429
@@ -199,7 +199,7 @@ async def test_live_connections_are_counted_by_endpoint(redis_url: str) -> None:
 
         assert await count() == {"waiter": 1, "kitchen": 0, "admin": 1, "diner": 1}
         assert await count(sector_id=None) == {"waiter": 2, "kitchen": 0, "admin": 1, "diner": 1}
-        # Nobody covers sector 9: WS_UNCOVERED_SECTOR sends it to the branch's waiters.
+        # No waiter covers sector 9: WS_UNCOVERED_SECTOR sends it to the waiters of the branch.
         assert (await count(sector_id=9))["waiter"] == 2
         await other.aclose()
         assert (await count(sector_id=9))["waiter"] == 1

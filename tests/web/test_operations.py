@@ -1,4 +1,4 @@
-"""Metrics and details on an address of their own."""
+"""Metrics and detailed health on a separate address."""
 
 from typing import Final
 
@@ -26,7 +26,9 @@ async def statuses(port: int, *paths: str, method: str = "GET") -> set[int]:
     return {(await http(port, path, method=method)).status for path in paths}
 
 
-async def test_they_are_answered_there_alone_and_nothing_else_is(redis_url: str) -> None:
+async def test_operations_address_serves_only_operations_and_no_other_address_does(
+    redis_url: str,
+) -> None:
     port = free_port()
     async with serving(redis_url, "direct", ws_operations_bind=f"127.0.0.1:{port}") as gateway:
         for method in ("GET", "HEAD", "POST", "OPTIONS"):
@@ -43,22 +45,22 @@ async def test_they_are_answered_there_alone_and_nothing_else_is(redis_url: str)
 
         assert await statuses(port, *OPERATORS, "/ws/health", "/ws/health/ready") == {200}
         assert await statuses(port, *PUBLIC, "/ws/waiter") == {404}
-        async with dialled(port) as client:  # one that asks for a WebSocket at once
+        async with dialled(port) as client:  # the first request is an upgrade
             await client.send(make_head())
             assert (await client.response())[0] == 404
-        async with dialled(port) as client:  # and one that does so later
+        async with dialled(port) as client:  # the second request is an upgrade
             await client.send(b"GET /ws/health HTTP/1.1\r\nHost: a\r\n\r\n")
             assert (await client.response())[0] == 200
             await client.send(make_head())
             assert (await client.response())[0] == 404
 
 
-async def test_without_the_setting_they_are_where_they_were(redis_url: str) -> None:
+async def test_without_the_setting_the_public_address_serves_them(redis_url: str) -> None:
     async with serving(redis_url, "direct") as gateway:
         assert await statuses(gateway.port, *OPERATORS) == {200}
 
 
-async def test_bad_requests_to_it_end_nothing(redis_url: str) -> None:
+async def test_invalid_requests_to_the_operations_address_end_no_process(redis_url: str) -> None:
     port = free_port()
     settings = make_settings(redis_url, ws_operations_bind=f"127.0.0.1:{port}")
     async with running(settings) as gateway:
@@ -71,7 +73,7 @@ async def test_bad_requests_to_it_end_nothing(redis_url: str) -> None:
         assert await statuses(gateway.port, "/ws/health") == {200}
 
 
-async def test_workers_share_it_and_it_ends_with_them(redis_url: str) -> None:
+async def test_workers_share_the_operations_address_and_close_it_at_the_end(redis_url: str) -> None:
     port, operations = free_port(), free_port()
     env = environment(redis_url, WS_OPERATIONS_BIND=f"127.0.0.1:{operations}")
     command = ("trio_gateway", "serve", "--workers", "2", "--bind", f"127.0.0.1:{port}")
@@ -93,7 +95,7 @@ async def test_workers_share_it_and_it_ends_with_them(redis_url: str) -> None:
             await trio.open_tcp_stream("127.0.0.1", operations)
 
 
-async def test_address_that_is_taken_stops_the_start_and_is_named(redis_url: str) -> None:
+async def test_address_in_use_stops_the_start_and_is_named(redis_url: str) -> None:
     (taken,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
     async with taken:
         bind = f"127.0.0.1:{taken.socket.getsockname()[1]}"

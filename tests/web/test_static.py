@@ -1,4 +1,4 @@
-"""The files that are served as they stand in the package."""
+"""The files of the package that are served unchanged."""
 
 from importlib.resources import files
 
@@ -11,14 +11,14 @@ from trio_gateway.web.static import ASYNCAPI, FILES
 
 
 async def get(path: str, **headers: str) -> Response:
-    """What a gateway without Redis answers."""
+    """The response of a gateway without Redis."""
     app = create_app(make_settings("redis://127.0.0.1:1"))
     response: Response = await app.test_client().get(path, headers=headers)
     return response
 
 
 @pytest.mark.parametrize("path", FILES)
-async def test_file_is_served_as_it_stands_in_the_package_and_its_type_is_not_guessed(
+async def test_file_of_the_package_is_served_unchanged_with_a_fixed_content_type(
     path: str,
 ) -> None:
     name, content_type, _ = FILES[path]
@@ -31,7 +31,7 @@ async def test_file_is_served_as_it_stands_in_the_package_and_its_type_is_not_gu
 
 
 @pytest.mark.parametrize("path", [*FILES, ASYNCAPI])
-async def test_file_is_sent_again_only_once_it_has_changed(path: str) -> None:
+async def test_unchanged_file_is_304(path: str) -> None:
     first = await get(path)
     assert first.headers["Cache-Control"] == "no-cache"
     again = await get(path, **{"If-None-Match": first.headers["ETag"]})
