@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from trio_gateway.core import duplicates
 from trio_gateway.core.duplicates import Duplicates
+from trio_gateway.core.event_ids import Position, Stream
 from trio_gateway.core.events import Event, parse_event
 from trio_gateway.testing import make_event
 
@@ -215,7 +216,25 @@ def test_repetitions_on_one_channel_are_joined_one_by_one_by_another() -> None:
     copies = [seen.find_or_add(make_event(channel=ADMIN), 9) for _ in range(4)]
 
     assert first == [None, None, None]
-    assert copies == [0, 1, 2, None]
+    assert [copy and copy.mark for copy in copies] == [0, 1, 2, None]
+
+
+@pytest.mark.parametrize("keys", [{}, {"id": "x"}, {"data": {"ts": 1}, "ts": 2}])
+def test_a_durable_copy_is_stored_once_whichever_copy_came_first(keys: dict[str, Any]) -> None:
+    def entry(name: str) -> Event:
+        at = Position((1, 0))
+        return make_event(channel=name, stream=Stream("aaaa"), position=at, **keys)
+
+    seen = Duplicates()
+    assert seen.find_or_add(make_event(channel=ADMIN, **keys), 7) is None
+    assert seen.find_or_add(make_event(channel=WAITERS, **keys)) == (7, False)
+    assert seen.find_or_add(entry("s")) == (7, False)
+    assert seen.find_or_add(entry("another stream")) == (7, True)
+
+    seen = Duplicates()
+    assert seen.find_or_add(entry("s"), 7) is None
+    assert seen.find_or_add(entry("another stream")) == (7, True)
+    assert seen.find_or_add(make_event(channel=ADMIN, **keys)) == (7, True)
 
 
 # --- memory ---

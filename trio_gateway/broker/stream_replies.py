@@ -15,6 +15,7 @@ from ..runtime.stream_inlet import Entry
 from ..runtime.supervision import ConnectionLost
 
 _FIELD: Final = b"data"
+_SHORT: Final = 20  # characters of an id; then its numbers have less than 64 bits
 _RawEntry = tuple[bytes, list[bytes] | None]
 
 
@@ -79,7 +80,7 @@ def read_time(reply: Any) -> float | None:
 
 def _read_entry(raw: _RawEntry) -> Entry:
     entry_id, fields = raw
-    if fields is not None and len(fields) == 2 and fields[0] == _FIELD:  # nearly always
+    if fields and fields[0] == _FIELD and len(fields) == 2:  # nearly always
         return Entry(_read_id(entry_id), fields[1])
     fields = fields or []
     payload = dict(zip(fields[::2], fields[1::2], strict=True)).get(_FIELD)
@@ -87,6 +88,9 @@ def _read_entry(raw: _RawEntry) -> Entry:
 
 
 def _read_id(raw: bytes) -> Position:
+    milliseconds, _, sequence = raw.partition(b"-")
+    if milliseconds.isdigit() and sequence.isdigit() and len(raw) < _SHORT:  # nearly always
+        return Position((int(milliseconds), int(sequence)))
     return read_position(raw.decode())
 
 

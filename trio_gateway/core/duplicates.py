@@ -2,13 +2,14 @@
 
 from collections import deque
 from math import inf
-from typing import Final
+from typing import Final, NamedTuple
 
 from .events import Event
 
 CONTENT_WINDOW: Final = 5.0  # seconds
 ID_WINDOW: Final = 300.0
 _NEVER: Final = (-inf, 0)
+_TS: Final = b'"ts"'
 _FORGETS_EVERY: Final = 0.1  # seconds
 MOST_REMEMBERED: Final = 500_000  # ids, and as many contents; beyond that the oldest are forgotten
 _LONG: Final = 100  # characters of an id; of a longer one only a hash is kept
@@ -17,8 +18,16 @@ _LONG: Final = 100  # characters of an id; of a longer one only a hash is kept
 _MOST_SKIPPED: Final = 64
 _FEW: Final = 16
 
-_Occurrence = tuple[float, int]  # when it was first received, its mark
-_Once = tuple[float, str, int]  # time, channel and mark of a content that was received once
+_STORED: Final = 1  # the lowest bit of an occurrence's state; the others are its mark
+_Occurrence = tuple[float, int]  # when it was first received, its state
+_Once = tuple[float, str, int]  # time, channel and state of a content that was received once
+
+
+class Found(NamedTuple):
+    """An event that was received before."""
+
+    mark: int  # that it was given when it was first received
+    was_stored: bool  # whether a durable copy of it was received before
 
 
 class _Content:
@@ -31,8 +40,8 @@ class _Content:
     __slots__ = ("_channels", "_first", "_occurrences", "_prune_at", "_skipped")
 
     def __init__(self, once: _Once) -> None:
-        received_at, channel, mark = once
-        self._occurrences: deque[_Occurrence] = deque([(received_at, mark)])
+        received_at, channel, state = once
+        self._occurrences: deque[_Occurrence] = deque([(received_at, state)])
         self._first = 0  # the number of the oldest; they are numbered in order
         self._channels = {channel: 1}  # the next number that each channel has not carried
         self._skipped: dict[str, deque[int]] = {}  # earlier ones that it has not carried
@@ -43,34 +52,38 @@ class _Content:
         """What counts against :data:`MOST_REMEMBERED`."""
         return len(self._occurrences) + len(self._channels)
 
-    def join(self, now: float, channel: str) -> int | None:
+    def join(self, now: float, channel: str, durable: bool) -> int | None:
         """Let the channel carry the oldest occurrence in the window that it has not carried.
 
-        Returns the mark of that occurrence, or None if there is none.
+        Returns the state that this occurrence had, or None if there is none.
         """
         for number in self._skipped.get(channel, ()):
             if number >= self._first:
-                received_at, mark = self._occurrences[number - self._first]
+                received_at, _ = self._occurrences[number - self._first]
                 if abs(now - received_at) <= CONTENT_WINDOW:
                     self._skipped[channel].remove(number)
-                    return mark
+                    return self._note(number, durable)
         end = self._first + len(self._occurrences)
         number = max(self._channels.get(channel, 0), self._first)
-        found = None
         skipped: list[int] = []
         while number < end and len(skipped) < _MOST_SKIPPED:
-            received_at, mark = self._occurrences[number - self._first]
+            received_at, _ = self._occurrences[number - self._first]
             number += 1
             if abs(now - received_at) <= CONTENT_WINDOW:
-                found = mark
-                break
+                self._carry(channel, number, skipped)
+                return self._note(number - 1, durable)
             if received_at > now:
                 skipped.append(number - 1)
-        if found is not None:
-            self._carry(channel, number, skipped)
-        return found
+        return None
 
-    def add(self, now: float, channel: str, mark: int) -> None:
+    def _note(self, number: int, durable: bool) -> int:
+        """Return the state of an occurrence; note in it that a durable copy was received."""
+        received_at, state = self._occurrences[number - self._first]
+        if durable:
+            self._occurrences[number - self._first] = received_at, state | _STORED
+        return state
+
+    def add(self, now: float, channel: str, state: int) -> None:
         """Add an occurrence that this channel is the first to carry."""
         number = max(self._channels.get(channel, 0), self._first)
         end = self._first + len(self._occurrences)
@@ -78,7 +91,7 @@ class _Content:
         if number < end:
             later = range(number, min(end, number + _MOST_SKIPPED))
             skipped = [n for n in later if self._occurrences[n - self._first][0] > now]
-        self._occurrences.append((now, mark))
+        self._occurrences.append((now, state))
         self._carry(channel, end + 1, skipped)
 
     def forget_first(self) -> bool:
@@ -132,8 +145,8 @@ class Duplicates:
         """Whether this event was received before; if not, it is remembered from now on."""
         return self.find_or_add(event) is not None
 
-    def find_or_add(self, event: Event, mark: int = 0) -> int | None:
-        """Return the mark that was given when this event was first received.
+    def find_or_add(self, event: Event, mark: int = 0) -> Found | None:
+        """Return what is known of this event if it was received before.
 
         Returns None if it was not received before: then it is remembered with this ``mark``.
         """
@@ -142,29 +155,39 @@ class Duplicates:
         if now >= self._forgets_at or most > MOST_REMEMBERED:
             self._forgets_at = now + _FORGETS_EVERY
             self._forget(min(now, self.oldest_pending))
+        state = mark << 1 | event.durable
         if event.id is not None:
-            # As a tuple, since an int's hash is the int modulo 2^61-1, and tenants go beyond.
-            key = event.tenant, event.id if len(event.id) <= _LONG else hash(event.id)
-            received_at, before = self._ids.get(key, _NEVER)
-            if received_at + ID_WINDOW >= now:
-                return before
-            self._ids[key] = now, mark
-            self._ids_in_order.append((now, key))
-            return None
-        return self._first_of_content(hash(_content(event)), now, event.channel, mark)
+            before = self._first_of_id(event.tenant, event.id, now, state)
+        else:
+            key = _content(event)
+            # Nearly always the first; this must stay cheap.
+            if key not in self._contents:
+                self._contents[key] = now, event.channel, state
+                self._contents_in_order.append((now, key))
+                return None
+            before = self._first_of_content(key, now, event.channel, state)
+        return None if before is None else Found(before >> 1, bool(before & _STORED))
 
-    def _first_of_content(self, key: int, now: float, channel: str, mark: int) -> int | None:
-        found = self._contents.get(key)
-        if found is None:
-            self._contents[key] = now, channel, mark
-            self._contents_in_order.append((now, key))
-            return None
+    def _first_of_id(self, tenant: int, name: str, now: float, state: int) -> int | None:
+        # As a tuple, since an int's hash is the int modulo 2^61-1, and tenants go beyond.
+        key = tenant, name if len(name) <= _LONG else hash(name)
+        received_at, before = self._ids.get(key, _NEVER)
+        if received_at + ID_WINDOW >= now:
+            if state & _STORED:
+                self._ids[key] = received_at, before | _STORED
+            return before
+        self._ids[key] = now, state
+        self._ids_in_order.append((now, key))
+        return None
+
+    def _first_of_content(self, key: int, now: float, channel: str, state: int) -> int | None:
+        found = self._contents[key]
         if isinstance(found, tuple):
             found = self._contents[key] = _Content(found)
         size = found.size
-        before = found.join(now, channel)
+        before = found.join(now, channel, bool(state & _STORED))
         if before is None:
-            found.add(now, channel, mark)
+            found.add(now, channel, state)
             self._contents_in_order.append((now, key))
         self._extra += found.size - size
         return before
@@ -195,21 +218,25 @@ class Duplicates:
                 del ids[known]
 
 
-def _content(event: Event) -> tuple[bytes, ...]:
-    """The payload without the value of its own, outermost ``ts``."""
-    payload, ts = event.payload, event.ts
-    if not ts:
-        return (payload,)
+def _content(event: Event) -> int:
+    """A hash of the payload without the value of its own, outermost ``ts``."""
+    payload = event.payload
+    if not (ts := bytes(event.ts)):
+        return hash(payload)
     # Few payloads contain "ts" with its quotes more than once. If it is there once, the value
     # after it is the one that msgspec found; otherwise find the one at depth one.
-    start = payload.find(b'"ts"')
-    if start < 0 or payload.find(b'"ts"', start + 4) >= 0:
+    if payload.count(_TS) == 1:
+        before, found, after = payload.partition(b'"ts":' + ts)
+        if found:
+            return hash((before, after))
+        start = payload.find(_TS)
+    else:
         start = _outermost_ts(payload)
     value = payload.find(ts, start + 4) if start >= 0 else -1
-    if value < 0 or ((between := payload[start + 4 : value]) != b":" and between.strip() != b":"):
+    if value < 0 or payload[start + 4 : value].strip() != b":":
         # Written with escapes, or twice: then copies must be equal byte for byte.
-        return (payload,)
-    return payload[:start], payload[value + len(ts) :]
+        return hash(payload)
+    return hash((payload[:start], payload[value + len(ts) :]))
 
 
 def _outermost_ts(payload: bytes) -> int:

@@ -11,6 +11,7 @@ import trio
 
 from ..core.audiences import Audience, floor, waiters
 from ..core.duplicates import Duplicates
+from ..core.event_ids import Position, Stream
 from ..core.events import Event
 from ..core.histogram import Histogram
 from ..core.messages import GAP
@@ -54,10 +55,6 @@ class Dispatch:
         self._writes_per_checkpoint = writes_per_checkpoint
         self._timeout = timeout
         self._duplicates = Duplicates()
-        # The durable events in the history. Not the same lookup: here the window begins with the
-        # first stream copy of a content, there with the first copy from any source, so an event
-        # can be new in one and a duplicate in the other.
-        self._kept = Duplicates()
         # One batch at a time, from whichever queue: an event on Pub/Sub has reached every client
         # before the events that follow its copy in the stream do.
         self._turn = trio.Lock()
@@ -106,7 +103,7 @@ class Dispatch:
         if now - self._looked_back_at >= LOOK_BACK:
             self._looked_back_at = now
             oldest = min(now, *(queue.oldest for queue in self._queues))
-            self._duplicates.oldest_pending = self._kept.oldest_pending = oldest
+            self._duplicates.oldest_pending = oldest
 
     def _log_failure(self, events: int) -> None:
         self._throttled_log.error("delivery took too long", events=events, seconds=self._timeout)
@@ -139,31 +136,39 @@ class Dispatch:
 
     def remember(self, event: Event) -> None:
         """Store a durable event of the past without sending it. Call it with the oldest first."""
-        self._duplicates.is_duplicate(event)
-        self._keep(event, self.audiences(event), delivered_up_to=0)
+        found = self._duplicates.find_or_add(event)
+        if event.durable and not (found and found.was_stored):
+            self._store(event, self.audiences(event), delivered_up_to=0)
 
     def _plan(self, batch: Sequence[Event]) -> tuple[list[Event], list[_Group]]:
         """The events that were not duplicates, and which connections get which frames."""
         fresh: list[Event] = []
         planned: list[_Planned] = []
         joins = self._hub.joins
+        read_up_to: dict[Stream, Position] = {}
         for event in batch:
             audiences = self.audiences(event)
             # Not on receipt: a copy that the queue then drops must not count as the first.
-            delivered_up_to = self._duplicates.find_or_add(event, joins)
-            if delivered_up_to is None:
+            found = self._duplicates.find_or_add(event, joins)
+            if found is None:
                 self._count(event, audiences)
                 fresh.append(event)
                 planned.append((event, audiences, 0))
-                kept = self._keep(event, audiences, delivered_up_to=0)
+                if event.durable:
+                    self._store(event, audiences, delivered_up_to=0)
             else:
                 self.duplicate += 1
-                kept = self._keep(event, audiences, delivered_up_to=delivered_up_to)
-                # Connections that joined after its Pub/Sub copy was sent get the stream event.
-                if kept and delivered_up_to < joins:
-                    planned.append((event, audiences, delivered_up_to))
+                if event.durable and not found.was_stored:
+                    self._store(event, audiences, delivered_up_to=found.mark)
+                    # Connections that joined after its Pub/Sub copy was sent get the stream event.
+                    if found.mark < joins:
+                        planned.append((event, audiences, found.mark))
             if event.stream is not None and event.position is not None:
-                self._history.advance(event.stream, event.position)
+                if event.stream not in read_up_to:
+                    self._history.advance(event.stream, event.position)  # it may be its first
+                read_up_to[event.stream] = event.position
+        for stream, position in read_up_to.items():
+            self._history.advance(stream, position)
         groups = self._plan_one(*planned[0]) if len(planned) == 1 else self._plan_many(planned)
         if groups and self._hub.deflate_count:
             deflated = [event.deflated for event, _, _ in planned]
@@ -177,7 +182,7 @@ class Dispatch:
         members = self._hub.members(audiences)
         if delivered_up_to:
             members = [connection for connection in members if connection.number > delivered_up_to]
-        if event.event_id is not None and (held := self._hub.held):
+        if event.durable and (held := self._hub.held):
             members = [connection for connection in members if connection not in held]
         return [([event.frame], 1, members)] if members else []
 
@@ -193,7 +198,7 @@ class Dispatch:
         for i, (event, audiences, delivered_up_to) in enumerate(planned):
             for audience in audiences:
                 heard[audience] |= 1 << i
-            if event.event_id is not None:
+            if event.durable:
                 durable |= 1 << i
             if delivered_up_to:
                 copies.append((1 << i, delivered_up_to))
@@ -236,14 +241,11 @@ class Dispatch:
         covering = waiters(event.tenant, event.branch, event.sector)
         return covering in audiences and not self._hub.hears([covering])
 
-    def _keep(self, event: Event, audiences: list[Audience], *, delivered_up_to: int) -> bool:
-        """Store an event if it is durable and not stored yet; return whether it was."""
-        if event.event_id is None or self._kept.is_duplicate(event):
-            return False
+    def _store(self, event: Event, audiences: list[Audience], *, delivered_up_to: int) -> None:
+        """Put a durable event into the history."""
         self._history.add(
             event, audiences, now=trio.current_time(), delivered_up_to=delivered_up_to
         )
-        return True
 
     def _count(self, event: Event, audiences: list[Audience]) -> None:
         if event.type not in self._routes:

@@ -86,7 +86,7 @@ class Tracing:
             "gateway.event.bytes": len(event.payload),
             "gateway.tenant": event.tenant,
             "gateway.branch": event.branch,
-            "gateway.durable": event.event_id is not None,
+            "gateway.durable": event.durable,
             "gateway.audiences": len(self._routes.audiences(event)),
         }
         if (name := event.event_id or event.id) is not None:
