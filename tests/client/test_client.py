@@ -565,6 +565,25 @@ async def test_ping_without_an_answer_replaces_the_socket(autojump_clock: MockCl
     assert gateway.dialled[1] == pytest.approx(35 + statuses[2].retry_in)
 
 
+async def test_message_from_before_the_ping_is_no_answer_to_it(
+    autojump_clock: MockClock,
+) -> None:
+    async def mute(peer: Peer) -> None:
+        await peer.admit()
+        await peer.receive()  # the ping
+        await peer.send(type="gap")
+        await peer.stay(answering=False)
+
+    statuses: list[Status] = []
+    async with (
+        fake_gateway(mute, welcome) as gateway,
+        connecting(gateway, on_state=statuses.append) as client,
+    ):
+        await client.wait_open()
+        await trio.sleep(45)
+    assert statuses[2].reason == "no answer to a ping"
+
+
 async def test_slow_reader_keeps_its_connection_and_every_event(
     autojump_clock: MockClock,
 ) -> None:

@@ -45,7 +45,12 @@ class Sectors:
     ids: tuple[int, ...]
 
 
-Item = Event | Missed | Resumed | Renewed | Intervals | Sectors
+@dataclass(frozen=True, slots=True)
+class Pong:
+    """The answer to a ping."""
+
+
+Item = Event | Missed | Resumed | Renewed | Intervals | Sectors | Pong
 
 
 class Feed:
@@ -69,6 +74,8 @@ class Feed:
                 self.place = place
                 gap: list[Item] = [] if recovered else [Missed("not_recovered")]
                 return [*gap, Resumed(place)]
+            case {"type": "pong"}:
+                return [Pong()]
             case {"type": "gap"}:
                 return [Missed("lost")]
             case {"type": "auth_ok", "expires_at": int(expires_at)}:

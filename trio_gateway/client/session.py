@@ -11,7 +11,7 @@ import trio
 
 from ..core.close_codes import Close
 from .credential import Credential
-from .feed import Feed, Intervals, Item, Renewed, Resumed, Sectors
+from .feed import Feed, Intervals, Item, Pong, Renewed, Resumed, Sectors
 from .policy import Next, after_close
 from .transport import Ended, Wire
 
@@ -62,6 +62,9 @@ class Session:
         self._hand_on = hand_on
         self._early: list[Item] = []
         self._reading: trio.CancelScope | None = None  # while nothing is handed on
+        # Only a pong for each ping shows that the gateway lives now: other messages may have been
+        # on their way before the network went.
+        self._unanswered = 0
         self._dead = False  # the stream: it is to be given up
         self._renewed = trio.Event()
         self._ping_every = PING_INTERVAL
@@ -129,6 +132,8 @@ class Session:
         try:
             while not self._dead:
                 with trio.CancelScope() as self._reading:
+                    if self._unanswered:
+                        self._reading.deadline = trio.current_time() + REPLY_TIMEOUT
                     text = await self._wire.receive()
                 reading, self._reading = self._reading, None
                 if reading.cancelled_caught:
@@ -145,6 +150,8 @@ class Session:
                             self._told_intervals.set()
                         case Sectors(ids):
                             self._answer(ids)
+                        case Pong():
+                            self._unanswered = max(0, self._unanswered - 1)
                         case _:
                             await self._hand_on(item)
         except Ended as ended:
@@ -174,6 +181,7 @@ class Session:
             await self._told_intervals.wait()
         await trio.sleep_until(began + self._ping_every)
         while await self._say("ping"):
+            self._unanswered += 1
             # While the reader is slow nothing is read, and no answer can be missed.
             if self._reading is not None:
                 self._reading.deadline = trio.current_time() + REPLY_TIMEOUT

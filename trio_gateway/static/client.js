@@ -156,7 +156,10 @@ class Connection extends EventTarget {
   /** The gateway admitted us while the browser said that there is no network: do not believe it. */
   #ignoreOffline = false;
   #pingInterval;
-  #awaitingPong = false;
+  /** Pings that the gateway has not answered yet. */
+  #unanswered = 0;
+  /** Seconds that it has for the next message while a ping is unanswered. */
+  #patience = 0;
   #lastEventId;
   /** @type {Set<string>} */
   #seenIds = new Set();
@@ -434,7 +437,6 @@ class Connection extends EventTarget {
 
   /** @param {unknown} data */
   #receive(data) {
-    if (this.#awaitingPong) this.#schedulePing();
     if (this.#hidden) queueMicrotask(() => this.#runDue());
     const text = String(data);
     let message = null;
@@ -444,7 +446,9 @@ class Connection extends EventTarget {
       // not JSON: the answer to the plain form of a message
     }
     // Only events have a tenant_id. The type does not tell: backends may use any.
-    if (message?.tenant_id !== undefined) return this.#receiveEvent(message, text);
+    const isEvent = message?.tenant_id !== undefined;
+    if (this.#unanswered) this.#receiveAnswer(!isEvent && message?.type === "pong");
+    if (isEvent) return this.#receiveEvent(message, text);
     switch (message?.type) {
       case "resumed":
         if (typeof message.last_event_id === "string") this.#lastEventId = message.last_event_id;
@@ -476,7 +480,7 @@ class Connection extends EventTarget {
     const timeout = Math.min(Number(heartbeat_timeout), Number(receive_timeout));
     if (!(timeout > 0)) return;
     this.#pingInterval = Math.min(this.#timings.ping, Math.max(MIN_PING_INTERVAL, timeout / 2));
-    if (!this.#awaitingPong) this.#schedulePing();
+    if (!this.#unanswered) this.#schedulePing();
   }
 
   /** @param {GatewayEvent} event @param {string} text */
@@ -517,7 +521,7 @@ class Connection extends EventTarget {
    * of a hidden tab once a minute, which is too late for the gateway's timeout of 60 seconds.
    */
   #schedulePing() {
-    this.#awaitingPong = false;
+    this.#unanswered = 0;
     this.#clearTimer("pong");
     const due = seconds() + this.#pingInterval;
     const ping = () => this.#ping(this.#isLate(due));
@@ -526,10 +530,15 @@ class Connection extends EventTarget {
 
   /** @param {boolean} short whether to wait for the short time only */
   #ping(short) {
-    const patience = short ? this.#timings.shortPatience : this.#timings.patience;
-    const due = seconds() + patience;
-    this.#awaitingPong = true;
+    this.#patience = short ? this.#timings.shortPatience : this.#timings.patience;
+    this.#unanswered++;
     this.#clearTimer("ping");
+    this.#awaitPong();
+    this.#socket?.send("ping");
+  }
+
+  #awaitPong() {
+    const due = seconds() + this.#patience;
     this.#setTimer(
       "pong",
       () => {
@@ -537,9 +546,24 @@ class Connection extends EventTarget {
         if (this.#isLate(due)) this.#ping(true);
         else this.#disconnected(ABNORMAL_CLOSURE, "no answer to a ping");
       },
-      patience,
+      this.#patience,
     );
-    this.#socket?.send("ping");
+  }
+
+  /**
+   * A message has arrived while a ping is unanswered. Only a pong for each ping shows that the gateway
+   * lives now: other messages, and the pong to an earlier ping, may have been on their way before the
+   * network went. On a slow connection they are progress, so there is more time for the next one.
+   *
+   * @param {boolean} isPong
+   */
+  #receiveAnswer(isPong) {
+    if (isPong && this.#unanswered === 1) {
+      this.#schedulePing();
+      return;
+    }
+    if (isPong) this.#unanswered--;
+    this.#awaitPong();
   }
 
   /** Whether a timer is so late that the device must have slept. @param {number} due */
@@ -614,7 +638,7 @@ class Connection extends EventTarget {
   #dropSocket() {
     this.#attempt++;
     for (const name of this.#timers.keys()) this.#clearTimer(name);
-    this.#awaitingPong = false;
+    this.#unanswered = 0;
     const socket = this.#socket;
     this.#socket = null;
     if (!socket) return;

@@ -13,6 +13,7 @@ export class FakeWebSocket {
   sent = [];
   live = true;
   #opened = false;
+  #pongs = 0;
   /** @type {any} */ onopen = null;
   /** @type {any} */ onmessage = null;
   /** @type {any} */ onerror = null;
@@ -52,6 +53,15 @@ export class FakeWebSocket {
   /** @param {object} message */
   receive(message) {
     this.onmessage?.({ data: JSON.stringify(message) });
+  }
+
+  /** Answer each ping that has no answer yet. */
+  answerPings() {
+    const pings = this.sent.filter((text) => text === "ping").length;
+    while (this.#pongs < pings) {
+      this.#pongs++;
+      this.receive({ type: "pong" });
+    }
   }
 
   /** Accept the upgrade and answer the resume. */

@@ -167,6 +167,7 @@ export class Calls {
     return {
       onEvent: note("event"),
       onGap: note("gap"),
+      onMessage: note("message"),
       onState: note("state"),
       onClose: note("close"),
       onRefused: note("refused"),
