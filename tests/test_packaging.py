@@ -50,6 +50,7 @@ def _distributions() -> Mapping[str, list[str]]:
     return packages_distributions()
 
 
+@cache
 def light_modules() -> set[str]:
     """The modules that the publisher and the client import, directly or not."""
     paths = {name_of(path): path for path in MODULES}
