@@ -1,4 +1,4 @@
-"""The bench: that its figures are of what it says, in one short run of each kind."""
+"""The bench: its figures are right, checked in a short run of each kind."""
 
 import json
 import subprocess
@@ -28,7 +28,7 @@ def bench(*arguments: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_every_event_is_delivered_to_every_role_that_may_hear_it_and_to_nobody_else() -> None:
+def test_every_event_is_delivered_to_its_audiences_and_to_no_other_client() -> None:
     figures = bench(
         "mixed", "--clients", "60", "--branches", "6", "--each", "3", "--seconds", "0.5"
     )
@@ -39,7 +39,7 @@ def test_every_event_is_delivered_to_every_role_that_may_hear_it_and_to_nobody_e
 
 
 @pytest.mark.slow
-def test_everybody_resumes_at_once_without_a_gap_or_a_question_per_client_to_redis() -> None:
+def test_concurrent_resumes_have_no_gap_and_no_redis_command_per_client() -> None:
     figures = bench("storm", "--resume", "--clients", "100", "--missed", "20")
 
     faults = ("missing", "duplicate", "out of order", "not recovered")
@@ -48,10 +48,10 @@ def test_everybody_resumes_at_once_without_a_gap_or_a_question_per_client_to_red
 
 
 @pytest.mark.parametrize(("texts", "missing"), [("eeP", 0), ("Pee", 0), ("P-e", 1), ("eP-e", 1)])
-def test_who_hears_an_event_before_its_first_pong_has_missed_none_of_those_before(
+def test_client_that_receives_an_event_before_its_first_pong_has_missed_none(
     texts: str, missing: int
 ) -> None:
-    """``e`` is the next event, ``-`` one that does not come, ``P`` the pong of who is let in."""
+    """``e`` is the next event, ``-`` a missing one, ``P`` the pong after admission."""
     template = Template([Kind("c", {"type": "A"})] * 10, 300)
     load, client = Load(1, template), Client(1, "/ws/waiter", Heard(range(10), 10))
     number, data = 5000, b""

@@ -30,7 +30,7 @@ LINE: dict[str, Any] = {
 }
 
 
-def test_entry_says_when_where_and_what_ran_beside() -> None:
+def test_entry_records_time_machine_and_parallel_load() -> None:
     found = entry(RUNS["accepts"], LINE)
     assert (found["date"], found["load_average"], found["repeats"]) == ("2026-01-02", 0.7, 2)
     assert found["machine"] == "2 cores of A CPU, Linux 6.1, Python 3.11, trio 1.2"
@@ -43,7 +43,7 @@ def test_entry_says_when_where_and_what_ran_beside() -> None:
     assert lost == {"figure": LOST, "gateway": 3}
 
 
-def test_run_changes_its_own_figures_alone(tmp_path: Path) -> None:
+def test_run_changes_only_its_own_figures(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     merge({"steady": {"figures": [1]}, "accepts": {"figures": [2]}}, path)
     merge({"accepts": {"figures": [3]}}, path)
@@ -51,7 +51,7 @@ def test_run_changes_its_own_figures_alone(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_file_that_cannot_be_written_whole_stays_as_it_was(
+def test_file_that_cannot_be_written_completely_is_unchanged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "results.json"
@@ -78,7 +78,7 @@ def measured(*arguments: str) -> "subprocess.CompletedProcess[str]":
     )
 
 
-def test_run_that_is_not_reached_in_time_leaves_what_there_was(tmp_path: Path) -> None:
+def test_run_that_is_skipped_for_time_keeps_the_old_figures(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     merge({"storm": {"figures": [1]}}, path)
     done = measured("--minutes", "0.0001", "--results", str(path), "storm", "small")
@@ -87,7 +87,7 @@ def test_run_that_is_not_reached_in_time_leaves_what_there_was(tmp_path: Path) -
     assert read(path) == {"storm": {"figures": [1]}}
 
 
-def test_run_that_hangs_is_ended_with_all_that_it_started() -> None:
+def test_hung_run_is_killed_with_its_children() -> None:
     code = "import subprocess, sys; subprocess.run(['sleep', '7654'], start_new_session=True)"
     with pytest.raises(Failed, match="longer than 1 s"):
         measure(Run(("timeit", "-n1", code), (), 1.0), 60, quick=False, repeat=1)
@@ -105,12 +105,12 @@ def test_run_that_hangs_is_ended_with_all_that_it_started() -> None:
     ],
     ids=["status", "no JSON", "no time"],
 )
-def test_run_that_fails_has_no_figures(run: Run, why: str) -> None:
+def test_failed_run_has_no_figures(run: Run, why: str) -> None:
     with pytest.raises(Failed, match=why):
         measure(run, 60, quick=False, repeat=1)
 
 
-def test_results_in_the_repository_are_of_runs_that_there_are() -> None:
+def test_results_in_the_repository_belong_to_existing_runs() -> None:
     found = json.loads(FILE.read_text("utf-8"))
     assert list(found) == [name for name in RUNS if name in found]
     for name, run in found.items():
@@ -120,7 +120,7 @@ def test_results_in_the_repository_are_of_runs_that_there_are() -> None:
 
 
 @pytest.mark.parametrize("name", performance.TABLES)
-def test_tables_can_be_made_of_nothing_and_of_everything(name: str) -> None:
+def test_tables_can_be_made_without_results_and_with_all(name: str) -> None:
     assert performance.TABLES[name]({}) is not None
     every: dict[str, Any] = {}
     for run, spec in RUNS.items():

@@ -65,7 +65,7 @@ def test_step_that_fails_fails_the_run_and_hides_no_other(tmp_path: Path, sessio
     ],
     ids=["no npm registry", "no Chromium", "no Debian mirror"],
 )
-def test_what_cannot_be_tried_is_skipped_visibly(
+def test_step_that_cannot_run_is_reported_as_skipped(
     tmp_path: Path, broken: dict[str, str], names: set[str]
 ) -> None:
     done = run(tmp_path, **broken)
@@ -75,7 +75,7 @@ def test_what_cannot_be_tried_is_skipped_visibly(
     assert lines[-1] == f"ci: {9 - len(names)} passed, 0 failed, {len(names)} skipped"
 
 
-def test_run_without_an_environment_or_stopped_in_the_middle_has_failed(tmp_path: Path) -> None:
+def test_run_without_an_environment_or_interrupted_has_failed(tmp_path: Path) -> None:
     done = run(tmp_path, pip="exit 1")
     assert (done.returncode, done.stdout.splitlines()[-1]) == (
         1,

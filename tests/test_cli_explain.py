@@ -30,7 +30,7 @@ def verdicts(*tokens: str, event: str = SECTORED, **env: str) -> list[dict[str, 
     return found
 
 
-def test_audiences_and_reasons_are_those_of_the_gateway(tmp_path: Path) -> None:
+def test_audiences_and_reasons_match_the_gateway(tmp_path: Path) -> None:
     (tmp_path / "event.json").write_text(SECTORED)
     done = run("explain", "event.json", "--json", "--token", WAITER, env=SECRETS)
     found = json.loads(done.stdout)
@@ -46,7 +46,7 @@ def test_audiences_and_reasons_are_those_of_the_gateway(tmp_path: Path) -> None:
     )
 
 
-def test_a_screen_shows_each_token_and_why_it_does_not_hear() -> None:
+def test_output_shows_each_token_and_why_it_does_not_receive() -> None:
     tokens = ["--token", WAITER, "--token", make_table_token(harness.TABLE_SECRET)]
     done = run("explain", "-", *tokens, env=SECRETS | {"COLUMNS": "200"}, stdin=SECTORED)
     assert done.exit_code == 0
@@ -59,7 +59,7 @@ def test_a_screen_shows_each_token_and_why_it_does_not_hear() -> None:
     assert "2 session 456 /ws/diner yes" in lines
 
 
-def test_what_stands_in_events_and_tokens_can_not_command_the_terminal() -> None:
+def test_text_of_events_and_tokens_cannot_contain_terminal_controls() -> None:
     event = json.dumps({"type": "\x1b[2J[red]", "tenant_id": 1, "branch_id": 1})
     token = make_jwt("x" * 32, roles=["\x1b]0;x"])
     done = run("explain", "-", "--token", token, env=SECRETS, stdin=event)
@@ -68,7 +68,7 @@ def test_what_stands_in_events_and_tokens_can_not_command_the_terminal() -> None
     assert "\\u001b[2J[red]" in done.stdout
 
 
-def test_the_routes_of_a_file_count(tmp_path: Path) -> None:
+def test_routes_of_a_file_are_used(tmp_path: Path) -> None:
     (tmp_path / "routes.toml").write_text('[routes.ROUND_READY]\nto = ["floor"]\n')
     (verdict,) = verdicts(WAITER, WS_ROUTES_FILE="routes.toml")
     assert verdict["endpoints"] == ["waiter"]
@@ -82,7 +82,7 @@ def test_invalid_signature_is_reported() -> None:
     assert diner["verified"]
 
 
-def test_any_other_fault_of_a_token_is_named() -> None:
+def test_other_faults_of_a_token_are_named() -> None:
     found = verdicts(
         make_jwt(harness.JWT_SECRET, life=-1),
         make_jwt(harness.JWT_SECRET, algorithm="HS512"),
@@ -97,7 +97,7 @@ def test_any_other_fault_of_a_token_is_named() -> None:
     ]
 
 
-def test_without_secrets_claims_are_believed_and_that_is_said() -> None:
+def test_without_secrets_claims_are_trusted_with_a_note() -> None:
     tokens = [make_jwt("x" * 32), make_table_token("y" * 32), make_jwt("x" * 32, life=-1)]
     arguments = [each for token in tokens for each in ("--token", token)]
     done = run("explain", "-", "--json", *arguments, stdin=EVENT[:-1] + ',"session_id":456}')
@@ -108,7 +108,7 @@ def test_without_secrets_claims_are_believed_and_that_is_said() -> None:
     assert any("claims are not verified" in note for note in found["notes"])
 
 
-def test_table_tokens_of_the_older_kind_are_read_where_they_are_allowed() -> None:
+def test_legacy_table_tokens_are_read_if_allowed() -> None:
     legacy = run("token", "legacy", env=SECRETS).stdout.strip()
     (refused,) = verdicts(legacy)
     assert "ALLOW_LEGACY_TABLE_TOKENS" in refused["reasons"]["token"]
@@ -118,7 +118,7 @@ def test_table_tokens_of_the_older_kind_are_read_where_they_are_allowed() -> Non
     assert forged["reasons"]["token"].startswith("token: not signed with TABLE_TOKEN_SECRET")
 
 
-def test_sectors_are_those_of_the_database_if_there_is_one(tmp_path: Path) -> None:
+def test_sectors_come_from_the_database_if_configured(tmp_path: Path) -> None:
     database = sqlite3.connect(tmp_path / "floor.db")
     database.execute(
         "CREATE TABLE waiter_sector_assignment (tenant_id, branch_id, sector_id, waiter_id,"
@@ -137,14 +137,14 @@ def test_sectors_are_those_of_the_database_if_there_is_one(tmp_path: Path) -> No
     assert any("did not answer" in note for note in found["notes"])
 
 
-def test_what_an_uncovered_sector_falls_back_to_is_noted() -> None:
+def test_fallback_of_an_uncovered_sector_is_noted() -> None:
     notes = json.loads(explain(WS_UNCOVERED_SECTOR="branch").stdout)["notes"]
     condition = "if no waiter of sector 5 is connected"
     receivers = "all waiters of branch 1 receive it"
     assert notes == [f"{condition}, {receivers} (WS_UNCOVERED_SECTOR=branch)"]
 
 
-def test_a_token_may_stand_in_a_file_or_on_stdin(tmp_path: Path) -> None:
+def test_token_may_come_from_a_file_or_stdin(tmp_path: Path) -> None:
     (tmp_path / "token").write_text(WAITER + "\n")
     (verdict,) = verdicts("@token")
     assert verdict["verified"]
@@ -153,7 +153,7 @@ def test_a_token_may_stand_in_a_file_or_on_stdin(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["tokens"][0]["hears"]
 
 
-def test_a_sample_line_is_an_event() -> None:
+def test_line_of_the_samples_is_accepted_as_an_event() -> None:
     line = SAMPLES.read_text("utf-8").splitlines()[0]
     assert json.loads(explain(event=line).stdout)["type"] == json.loads(line)["event"]["type"]
 
@@ -172,7 +172,7 @@ def test_a_sample_line_is_an_event() -> None:
         (["-", "--url", f"ws://127.0.0.1:{harness.free_port()}"], EVENT, 1, "nothing listens on"),
     ],
 )
-def test_what_can_not_be_explained_is_said_in_a_line(
+def test_invalid_input_is_reported_in_one_line(
     arguments: list[str], stdin: str, status: int, error: str
 ) -> None:
     done = run("explain", *arguments, env=SECRETS, stdin=stdin)

@@ -35,7 +35,7 @@ def named(expression: str) -> Iterator[tuple[str, set[str]]]:
         yield SUFFIX.sub("", found[1]), labels - {"instance"}
 
 
-async def test_every_metric_that_is_asked_for_is_exposed_with_its_labels() -> None:
+async def test_every_metric_in_a_query_is_exposed_with_its_labels() -> None:
     with valkey() as server:
         async with serving(server.connection_url, "direct") as gateway:
             backend = redis.Redis.from_url(server.connection_url)
@@ -72,7 +72,7 @@ def test_every_alert_has_its_page() -> None:
 
 
 @pytest.mark.parametrize("name", ["compose.yaml", "deploy/trio-gateway.service", "Dockerfile"])
-def test_every_setting_that_is_set_is_one(name: str) -> None:
+def test_every_setting_in_the_samples_exists(name: str) -> None:
     text = (ROOT / name).read_text()
     found = re.findall(r"\b((?:WS|JWT|TABLE|REDIS|LOG|SECTOR|SHIFT|CIRCUIT)_[A-Z_]+)\b", text)
 

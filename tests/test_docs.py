@@ -22,7 +22,7 @@ DOCS = tables.PAGE.parent
 PAGES = sorted(DOCS.rglob("*.md"))
 
 
-def test_tables_of_the_protocol_are_those_of_the_code() -> None:
+def test_tables_of_the_protocol_match_the_code() -> None:
     assert set(re.findall("<!-- generated: (.*) -->", PAGE)) == set(tables.TABLES)
     assert tables.renewed(PAGE) == PAGE, "run python -m tools.tables"
 
@@ -36,7 +36,7 @@ def test_drift_is_found_in_each_table(name: str) -> None:
     assert tables.renewed(PAGE) != drifted
 
 
-def test_tables_of_figures_are_those_of_the_results() -> None:
+def test_tables_of_figures_match_the_results() -> None:
     made = tools.performance.tables()
     used = set()
     for path in tables.FIGURES:
@@ -65,7 +65,7 @@ def test_no_measured_figure_is_written_by_hand(page: Path) -> None:
     assert re.findall(rf"\d[\d.,]*\s?{unit}\b.*", text) == []
 
 
-def test_every_path_that_is_answered_is_in_the_protocol() -> None:
+def test_every_http_path_is_in_the_protocol() -> None:
     app = create_app(make_settings("redis://127.0.0.1:1"))
     paths = {rule.rule for rule in app.url_map.iter_rules()}
     assert paths > {path for _, path in HTTP}
@@ -78,7 +78,7 @@ def test_every_page_is_in_the_sites_navigation() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.stem))
-def test_lists_stand_apart_from_the_text_before_them(page: Path) -> None:
+def test_lists_are_separated_from_the_text_before_them(page: Path) -> None:
     """Else the site shows them as part of the paragraph, unlike other readers of Markdown."""
     text = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
     glued = [

@@ -14,7 +14,7 @@ from trio_gateway.core.exception_groups import leaves
 
 
 class Unwritable:
-    """A log of somebody who embeds the gateway, whose disk is full."""
+    """The log handler of an embedding program whose disk is full."""
 
     def __getattr__(self, name: str) -> Any:
         def fail(*_: Any, **__: Any) -> NoReturn:

@@ -108,7 +108,7 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
     assert not left
 
 
-def test_the_table_has_no_arrow_that_nobody_uses() -> None:
+def test_the_table_has_no_unused_arrow() -> None:
     used: dict[str, set[str]] = {}
     for path in MODULES:
         others = {name.split(".")[0] for name in own_modules(path)} - {package_of(path)}

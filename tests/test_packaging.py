@@ -74,7 +74,7 @@ def test_every_import_is_of_a_declared_dependency() -> None:
 
 
 @pytest.mark.parametrize("folder", [ROOT, LIGHT], ids=["gateway", "client"])
-def test_constraints_hold_every_dependency(folder: Path) -> None:
+def test_constraints_pin_every_dependency(folder: Path) -> None:
     pinned = names((ROOT / "constraints.txt").read_text("utf-8").splitlines())
     assert names(project(folder)["project"]["dependencies"]) - pinned == set()
 
@@ -96,7 +96,7 @@ def test_light_wheel_declares_what_its_modules_import() -> None:
     assert {next(iter(providers(each))) for each in third_party(paths)} == names(declared)
 
 
-def test_both_distributions_want_the_same_versions() -> None:
+def test_both_distributions_require_the_same_versions() -> None:
     main = [re.sub(r"\s", "", each) for each in project(ROOT)["project"]["dependencies"]]
     assert set(project(LIGHT)["project"]["dependencies"]) <= set(main)
 
@@ -105,9 +105,7 @@ def test_both_distributions_want_the_same_versions() -> None:
     ("module", "allowed"),
     [("publisher", {"msgspec", "redis", "sniffio"}), ("client", {"trio", "wsproto"})],
 )
-def test_importing_one_does_not_import_what_only_the_other_needs(
-    module: str, allowed: set[str]
-) -> None:
+def test_import_needs_only_the_dependencies_of_its_wheel(module: str, allowed: set[str]) -> None:
     code = f"import sys, trio_gateway.{module}; print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = {name.split(".")[0] for name in run.stdout.split()}

@@ -77,14 +77,14 @@ def test_classes_and_functions_that_are_not_public_have_a_leading_underscore(mod
     assert defined <= PUBLIC[module]
 
 
-def test_package_itself_exports_its_version_alone() -> None:
+def test_package_itself_exports_only_its_version() -> None:
     tree = ast.parse(Path(trio_gateway.__file__).read_text("utf-8"))
     assert [type(node) for node in tree.body] == [ast.Expr, ast.Assign]
     assert re.fullmatch(r"\d+\.\d+\.\d+", trio_gateway.__version__)
 
 
 @pytest.mark.parametrize(("module", "name"), DOCUMENTED)
-def test_every_public_name_has_a_docstring_and_a_place_in_the_docs(module: str, name: str) -> None:
+def test_every_public_name_has_a_docstring_and_is_documented(module: str, name: str) -> None:
     public = getattr(load(module), name)
     assert re.search(rf"`[^`\n]*\b{name}\b", section(module)), f"{name} is not in {PAGE.name}"
     if inspect.isclass(public) or inspect.isfunction(public):
@@ -94,7 +94,7 @@ def test_every_public_name_has_a_docstring_and_a_place_in_the_docs(module: str, 
 
 
 @pytest.mark.parametrize("module", ["client", "gateway", "publisher", "testing"])
-def test_every_argument_of_a_public_function_is_in_the_docs(module: str) -> None:
+def test_every_argument_of_a_public_function_is_documented(module: str) -> None:
     text = section(module)
     for name in PUBLIC[module]:
         public = getattr(load(module), name)
@@ -116,7 +116,7 @@ def test_importing_create_app_reads_no_environment() -> None:
     assert python("import trio_gateway.app", **bad).returncode == 2
 
 
-def test_app_exports_app_alone() -> None:
+def test_app_exports_only_app() -> None:
     tree = ast.parse((Path(trio_gateway.__file__).parent / "app.py").read_text("utf-8"))
     exported = [
         ast.literal_eval(node.value)

@@ -48,7 +48,7 @@ def entries(store: "redis.Redis", stream: str = "events:critical") -> list[bytes
 
 
 @contextmanager
-def heard(store: "redis.Redis") -> Iterator[Callable[[], tuple[str, bytes]]]:
+def subscribed(store: "redis.Redis") -> Iterator[Callable[[], tuple[str, bytes]]]:
     """The next message on any channel."""
     pubsub: Any
     with store.pubsub() as pubsub:  # type: ignore[no-untyped-call]
@@ -76,7 +76,7 @@ def test_other_event_is_published_and_the_listeners_are_counted(
 ) -> None:
     with Publisher(url) as publisher:
         assert publisher.publish(CART) == 0
-        with heard(store) as following:
+        with subscribed(store) as following:
             assert publisher.publish(CART) == 1
             assert following() == (
                 "channel:session:456",
@@ -94,13 +94,13 @@ def test_other_event_is_published_and_the_listeners_are_counted(
         ({**CART, "type": "BREAD_BAKED", "branch_id": 0}, "channel:tenant:1:admin"),
     ],
 )
-def test_channel_fits_the_audience(event: dict[str, Any], channel: str) -> None:
+def test_channel_matches_the_audience(event: dict[str, Any], channel: str) -> None:
     parsed = parse_event(json.dumps(event).encode(), channel="", received_at=0)
     assert channel_for(parsed) == channel
 
 
 @pytest.mark.parametrize("as_text", [False, True])
-def test_json_goes_out_byte_for_byte(url: str, store: "redis.Redis", as_text: bool) -> None:
+def test_json_is_published_byte_for_byte(url: str, store: "redis.Redis", as_text: bool) -> None:
     payload = '{ "branch_id":1,"type" : "ROUND_READY","tenant_id":1, "x":1.50, "y":"Ñ\\u00d1" }'
     with Publisher(url) as publisher:
         publisher.publish(payload if as_text else payload.encode())
@@ -113,7 +113,7 @@ def test_dict_is_encoded_as_utf8(url: str, store: "redis.Redis") -> None:
     assert "Ñoquis 🙏".encode() in entries(store)[0]
 
 
-def test_id_becomes_the_events_own_unless_it_has_one(url: str, store: "redis.Redis") -> None:
+def test_id_is_added_unless_the_event_has_one(url: str, store: "redis.Redis") -> None:
     event = dict(DURABLE)
     with Publisher(url) as publisher:
         publisher.publish(event, id="a")
@@ -149,7 +149,7 @@ def test_invalid_event_is_refused_before_it_is_sent(
 
 
 def test_stream_or_channel_can_be_named(url: str, store: "redis.Redis") -> None:
-    with Publisher(url, stream="first") as publisher, heard(store) as following:
+    with Publisher(url, stream="first") as publisher, subscribed(store) as following:
         publisher.publish(DURABLE)
         publisher.publish(CART, stream="second")
         publisher.publish(DURABLE, channel="branch:1:waiters")
@@ -159,7 +159,7 @@ def test_stream_or_channel_can_be_named(url: str, store: "redis.Redis") -> None:
     assert (len(entries(store, "first")), len(entries(store, "second"))) == (1, 1)
 
 
-def test_stream_is_kept_at_about_its_length(url: str, store: "redis.Redis") -> None:
+def test_stream_is_trimmed_to_about_its_length(url: str, store: "redis.Redis") -> None:
     with Publisher(url, max_length=100) as publisher:
         for _ in range(500):
             publisher.publish(DURABLE)
@@ -181,16 +181,14 @@ def test_redis_down_is_a_failure_that_names_it_and_no_password() -> None:
             assert not failed.value.in_doubt
 
 
-def test_url_that_is_none_is_refused_without_showing_it() -> None:
+def test_invalid_url_is_refused_without_showing_it() -> None:
     for url in ("http://:hunter2@host", "redis://:hunter2@host:port"):
         with pytest.raises(ValueError, match="not a Redis URL") as refused:
             Publisher(url)
         assert "hunter2" not in str(refused.value)
 
 
-def test_password_that_is_wrong_is_a_failure_that_does_not_show_it(
-    url: str, store: "redis.Redis"
-) -> None:
+def test_wrong_password_is_a_failure_that_does_not_show_it(url: str, store: "redis.Redis") -> None:
     store.config_set("requirepass", "secret")
     try:
         with Publisher(url.replace("//", "//:hunter2@")) as publisher:
@@ -251,13 +249,13 @@ class Deaf:
                         client.sendall(b"+OK\r\n" * data.count(b"*"))
 
 
-def test_lost_answer_is_asked_for_again_if_the_event_has_an_id() -> None:
+def test_event_with_an_id_is_sent_again_after_a_lost_reply() -> None:
     with Deaf(silences=1) as server, Publisher(server.url) as publisher:
         assert publisher.publish(DURABLE, id="a") == "1-1"
         assert server.adds == 2
 
 
-def test_lost_answer_leaves_an_event_without_id_in_doubt() -> None:
+def test_lost_reply_leaves_an_event_without_id_in_doubt() -> None:
     with Deaf(silences=1) as server, Publisher(server.url) as publisher:
         with pytest.raises(PublishFailed, match="closed the connection") as failed:
             publisher.publish(DURABLE)
@@ -283,9 +281,7 @@ AFTERWARDS = {
 
 @pytest.mark.parametrize("then", AFTERWARDS)
 @pytest.mark.parametrize("library", ["none", "asyncio", "trio"])
-def test_event_that_a_first_try_may_have_added_stays_in_doubt_whatever_the_second_says(
-    library: str, then: str
-) -> None:
+def test_event_stays_in_doubt_if_the_first_try_may_have_added_it(library: str, then: str) -> None:
     async def publish(url: str) -> None:
         async with AsyncPublisher(url) as publisher:
             await publisher.publish(DURABLE, id="a")
@@ -325,7 +321,7 @@ def test_event_that_a_first_try_may_have_added_stays_in_doubt_whatever_the_secon
         ("WRONGTYPE Operation against a key", 1),
     ],
 )
-def test_refused_event_is_not_in_doubt_and_goes_to_the_server_that_the_name_leads_to_then(
+def test_refused_event_is_not_in_doubt_and_is_sent_to_the_new_primary(
     reply: str, tries: int
 ) -> None:
     with Deaf(0, f"-{reply}\r\n".encode()) as server, Publisher(server.url) as publisher:
@@ -342,7 +338,7 @@ def test_invalid_reply_leaves_the_event_in_doubt() -> None:
         assert failed.value.in_doubt
 
 
-def test_redis_that_restarted_is_found_again() -> None:
+def test_restarted_redis_is_used_again() -> None:
     port = harness.free_port()
     with Publisher(f"redis://127.0.0.1:{port}") as publisher:
         for _ in range(2):
@@ -377,7 +373,9 @@ async def test_trio_can_publish(url: str, store: "redis.Redis") -> None:
     assert json.loads(entries(store)[0]) == {**DURABLE, "id": "a"}
 
 
-async def test_events_go_out_in_the_order_of_the_calls(url: str, store: "redis.Redis") -> None:
+async def test_events_are_published_in_the_order_of_the_calls(
+    url: str, store: "redis.Redis"
+) -> None:
     async with AsyncPublisher(url) as publisher, trio.open_nursery() as nursery:
         for i in range(20):
             nursery.start_soon(publisher.publish, {**DURABLE, "data": i})
@@ -385,7 +383,7 @@ async def test_events_go_out_in_the_order_of_the_calls(url: str, store: "redis.R
     assert [json.loads(entry)["data"] for entry in entries(store)] == list(range(20))
 
 
-async def test_the_loop_runs_on_meanwhile() -> None:
+async def test_publishing_does_not_block_the_loop() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"redis://127.0.0.1:{silent.getsockname()[1]}"
         async with AsyncPublisher(url) as publisher, trio.open_nursery() as nursery:
@@ -402,6 +400,6 @@ async def test_the_loop_runs_on_meanwhile() -> None:
             await trio.sleep_forever()
 
 
-async def test_async_publisher_wants_to_be_entered() -> None:
+async def test_async_publisher_must_be_entered() -> None:
     with pytest.raises(RuntimeError, match="not entered"):
         await AsyncPublisher("redis://localhost").publish(CART)

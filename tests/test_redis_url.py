@@ -87,9 +87,9 @@ def test_no_part_of_a_password_is_shown(url: str) -> None:
     for refuse in (Publisher, lambda url: Settings(redis_url=url)):
         with pytest.raises(ValueError, match=r"\w") as refused:
             refuse(url)
-        # pydantic's own text holds the input; what is told of it is each error's message.
-        told = getattr(refused.value, "errors", lambda: [{"msg": str(refused.value)}])()
-        assert not [each for each in told if "hunter" in each["msg"].lower()]
+        # pydantic's own text contains the input; we show only the message of each error.
+        errors = getattr(refused.value, "errors", lambda: [{"msg": str(refused.value)}])()
+        assert not [each for each in errors if "hunter" in each["msg"].lower()]
 
 
 def test_options_without_effect_are_named() -> None:

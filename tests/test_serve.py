@@ -11,7 +11,7 @@ from trio_gateway.serve import BadConfig, read_config
 FILE = Path(__file__).parent.parent / "hypercorn.toml"
 
 
-def test_without_a_file_it_serves_as_with_the_one_that_we_ship() -> None:
+def test_defaults_are_those_of_the_shipped_file() -> None:
     without, shipped = read_config(None), read_config(FILE)
 
     named = vars(without).keys() | vars(shipped).keys()
@@ -20,7 +20,7 @@ def test_without_a_file_it_serves_as_with_the_one_that_we_ship() -> None:
     }
 
 
-def test_only_trio_will_do(tmp_path: Path) -> None:
+def test_only_the_trio_worker_class_is_accepted(tmp_path: Path) -> None:
     path = tmp_path / "hypercorn.toml"
     path.write_text('worker_class = "asyncio"\n')
 
@@ -28,13 +28,13 @@ def test_only_trio_will_do(tmp_path: Path) -> None:
         read_config(path)
 
 
-def test_a_port_that_cannot_be_is_named() -> None:
+def test_invalid_port_is_named() -> None:
     with pytest.raises(BadConfig, match="no such port"):
         read_config(None, ("127.0.0.1:99999",))
     read_config(None, ("127.0.0.1:65535", "unix:/tmp/99999", "localhost"))
 
 
-def test_hypercorn_still_serves_in_its_master_by_the_name_that_is_replaced() -> None:
+def test_hypercorn_serves_by_the_name_that_is_replaced() -> None:
     worker, serve = hypercorn.trio.run.trio_worker, hypercorn.trio.run.worker_serve
     assert vars(hypercorn.trio.run)["worker_serve"] is serve
     assert "partial(worker_serve, app, config, " in inspect.getsource(worker)

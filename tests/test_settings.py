@@ -20,7 +20,7 @@ PATTERNS = (
     "branch:*:waiters", "branch:*:kitchen", "branch:*:admin", "sector:*:*:waiters",
     "sector:*:waiters", "session:*", "tenant:*:admin",
 )  # fmt: skip
-OURS = {  # beside the contract's
+OURS = {  # in addition to those of the contract
     "WS_OPERATIONS_BIND": None,
     "ALLOW_REDIS_WITHOUT_PASSWORD": False,
     "REDIS_DLQ_STREAM": None,
@@ -125,7 +125,7 @@ def problems(monkeypatch: pytest.MonkeyPatch, **environment: str) -> list[str]:
     return caught.value.problems
 
 
-def test_the_settings_are_the_contracts_with_its_defaults() -> None:
+def test_settings_and_defaults_are_those_of_the_contract() -> None:
     settings = load_settings()
 
     assert {name: getattr(settings, name.lower()) for name in DEFAULTS} == DEFAULTS
@@ -176,7 +176,7 @@ def test_an_empty_value_is_not_set(name: str, monkeypatch: pytest.MonkeyPatch) -
 # --- .env ---
 
 
-def test_what_the_environment_leaves_open_is_read_from_the_file(
+def test_settings_missing_in_the_environment_are_read_from_the_file(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     Path(".env").write_text(
@@ -225,7 +225,7 @@ def test_an_unknown_setting_stops_the_start(
     assert problems(monkeypatch, **{name: value}) == [f"unknown setting: {name}{hint}"]
 
 
-def test_names_that_are_not_ours_are_nobodys_business(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_variables_of_others_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     load(monkeypatch, REDIS_FOO="1", WSL_DISTRO_NAME="x", JWT_FOO="1", ws_ping_interval="5")
 
 
@@ -256,7 +256,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("name", "value"), BAD)
-def test_a_bad_value_is_named_with_its_setting(
+def test_invalid_value_is_named_with_its_setting(
     name: str, value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     [problem] = problems(monkeypatch, **{name: value})
@@ -273,26 +273,26 @@ def test_every_mistake_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None
     ]  # fmt: skip
 
 
-def test_no_problem_tells_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = problems(
+def test_no_problem_shows_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = problems(
         monkeypatch, ENVIRONMENT="production", JWT_SECRET="hunter2", TABLE_TOKEN_SECRET="hunter2",
         REDIS_URL="http://:hunter2@redis:hunter2", DATABASE_URL="hunter2://hunter2:hunter2@db",
         JWT_PUBLIC_KEY="-----BEGIN hunter2", JWT_ALGORITHMS="EdDSA,HS256", WS_PING_INTERVAL="x",
     )  # fmt: skip
-    assert "hunter2" not in "\n".join(told)
+    assert "hunter2" not in "\n".join(found)
 
     monkeypatch.setenv("REDIS_URL", "redis://:hunter2@redis")
     monkeypatch.setenv("WS_PING_INTERVAL", "1")
     assert "hunter2" not in "\n".join(problems(monkeypatch))
 
 
-def test_nor_does_an_error_of_settings_made_by_hand() -> None:
+def test_error_of_settings_made_in_code_shows_no_secret() -> None:
     with pytest.raises(ValueError, match="redis_url") as caught:
         Settings(redis_url="hunter2")
     assert "hunter2" not in str(caught.value)
 
 
-def test_what_is_printed_of_the_settings_is_no_secret() -> None:
+def test_repr_of_the_settings_shows_no_secret() -> None:
     settings = Settings(
         jwt_secret="hunter2", table_token_secret="hunter2", redis_url="redis://:hunter2@redis",
         database_url="postgresql://:hunter2@db",
@@ -301,7 +301,7 @@ def test_what_is_printed_of_the_settings_is_no_secret() -> None:
     assert "hunter2" not in f"{settings!r} {settings}"
 
 
-def test_settings_do_not_change() -> None:
+def test_settings_are_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         Settings().ws_ping_interval = 5
 
@@ -335,7 +335,7 @@ def test_a_secret_is_measured_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     load(monkeypatch, **PRODUCTION | {"JWT_SECRET": "é" * 16})
 
 
-def test_production_needs_no_staff_secret_if_only_signatures_count(
+def test_production_needs_no_staff_secret_with_public_keys(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     load(
@@ -344,13 +344,13 @@ def test_production_needs_no_staff_secret_if_only_signatures_count(
     )
 
 
-def test_production_needs_to_know_its_origins(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_production_needs_allowed_origins(monkeypatch: pytest.MonkeyPatch) -> None:
     [problem] = problems(monkeypatch, **PRODUCTION, ALLOWED_ORIGINS="https://a.b,*")
 
     assert problem.startswith("ALLOWED_ORIGINS contains a wildcard")
 
 
-def test_in_development_a_wildcard_is_fine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_development_a_wildcard_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load(monkeypatch, ALLOWED_ORIGINS="*").allowed_origins == ("*",)
 
 
@@ -362,7 +362,7 @@ def test_logs_are_json_in_production_and_readable_elsewhere() -> None:
     assert [Settings(**production, **one).json_logs for one in formats] == [True, True, False]
 
 
-def test_development_without_secrets_makes_its_own_and_says_so() -> None:
+def test_development_without_secrets_generates_them_with_a_warning() -> None:
     one, other = Settings(), Settings()
 
     assert one.staff_secret == one.staff_secret != other.staff_secret
@@ -371,7 +371,7 @@ def test_development_without_secrets_makes_its_own_and_says_so() -> None:
     assert [line.split()[0] for line in one.warnings] == ["JWT_SECRET", "TABLE_TOKEN_SECRET"]
 
 
-def test_development_says_when_a_secret_is_short() -> None:
+def test_development_warns_of_a_short_secret() -> None:
     settings = Settings(jwt_secret="short", table_token_secret=SECRET)
 
     assert settings.warnings == ["JWT_SECRET is shorter than 32 bytes"]
@@ -385,7 +385,7 @@ def test_development_says_when_a_secret_is_short() -> None:
         ("127.0.0.1:65536", False), ("unix:/run/x", False), ("http://127.0.0.1:9001", False),
     ],
 )  # fmt: skip
-def test_address_for_operators_is_a_host_and_a_port(
+def test_operations_address_is_a_host_and_a_port(
     bind: str, good: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if good:
@@ -408,7 +408,7 @@ def test_address_for_operators_is_a_host_and_a_port(
     ],
     ids=str,
 )
-def test_intervals_that_do_not_fit_are_named_at_the_start(
+def test_inconsistent_intervals_are_named_at_the_start(
     intervals: dict[str, Any], named: list[str]
 ) -> None:
     settings = Settings(jwt_secret=SECRET, table_token_secret=OTHER, **intervals)
@@ -428,7 +428,7 @@ def test_tokens_are_checked_with_the_secrets_and_rules() -> None:
     assert read_table_token(diner, settings.table_keys, settings.rules, 0)
 
 
-def test_an_env_file_that_can_t_be_read_is_named(tmp_path: Path) -> None:
+def test_unreadable_env_file_is_named(tmp_path: Path) -> None:
     (tmp_path / ".env").write_bytes(b"JWT_ISSUER=\xff\n")
 
     with pytest.raises(InvalidSettings, match=r"^\.env: not UTF-8$"):
@@ -452,9 +452,7 @@ def test_a_public_key_is_a_pem_or_a_file_of_one(form: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("value", ["none.pem", "-----BEGIN PUBLIC KEY-----\nAAAA", "/", "ñ.env"])
-def test_a_public_key_that_is_none_stops_the_start(
-    value: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_invalid_public_key_stops_the_start(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("ñ.env").write_text("ñ", encoding="utf-8")
 
     assert problems(monkeypatch, JWT_ALGORITHMS="RS256", JWT_PUBLIC_KEY=value) == [
@@ -462,7 +460,7 @@ def test_a_public_key_that_is_none_stops_the_start(
     ]
 
 
-def test_signatures_need_a_key_from_somewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_signature_algorithms_need_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
     [problem] = problems(monkeypatch, JWT_ALGORITHMS="RS256,ES256")
     assert "JWT_PUBLIC_KEY or JWT_JWKS_URL" in problem
 
@@ -470,7 +468,7 @@ def test_signatures_need_a_key_from_somewhere(monkeypatch: pytest.MonkeyPatch) -
     assert settings.staff_keys == ()
 
 
-def test_without_a_file_the_routes_are_the_contracts() -> None:
+def test_without_a_file_the_routes_are_those_of_the_contract() -> None:
     assert Settings().routes == ROUTES
 
 
@@ -500,7 +498,7 @@ def test_a_mistake_in_the_routes_file_stops_the_start(
     ]
 
 
-def test_origins_are_kept_as_browsers_send_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_origins_are_stored_as_browsers_send_them(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = load(monkeypatch, ALLOWED_ORIGINS="HTTPS://App.Example:443, http://[0::1]:80")
 
     assert settings.allowed_origins == ("https://app.example", "http://[::1]")
@@ -512,7 +510,7 @@ def test_a_key_is_bound_to_its_algorithms() -> None:
     assert dataclasses.asdict(key)["algorithms"] == ("HS256",)
 
 
-def test_poison_is_not_copied_to_where_it_came_from(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dead_letter_stream_is_not_a_source(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InvalidSettings, match="REDIS_DLQ_STREAM is one of REDIS_STREAMS"):
         load(monkeypatch, REDIS_DLQ_STREAM="b", REDIS_STREAMS="a,b")
 
@@ -520,7 +518,7 @@ def test_poison_is_not_copied_to_where_it_came_from(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("one", "other"), [("events:critical", "events:25267"), ("orders:583", "orders:7000")]
 )
-def test_streams_whose_events_would_have_the_same_ids_are_refused(
+def test_streams_with_colliding_event_ids_are_refused(
     monkeypatch: pytest.MonkeyPatch, one: str, other: str
 ) -> None:
     assert problems(monkeypatch, REDIS_STREAMS=f"{one},payments,{other}") == [
@@ -529,7 +527,7 @@ def test_streams_whose_events_would_have_the_same_ids_are_refused(
     assert load(monkeypatch, REDIS_STREAMS=f"{one},{one}").redis_streams == (one, one)
 
 
-def test_tracing_without_what_it_needs_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tracing_without_its_dependencies_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trio_gateway.settings.checks._OTEL", ("trio_gateway.no_such", "no.such"))
     monkeypatch.setenv("WS_TRACING", "true")
     with pytest.raises(InvalidSettings, match=r"WS_TRACING needs .*trio-gateway\[otel\]"):

@@ -78,7 +78,7 @@ def test_production_refuses_a_short_secret(name: str, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("secret", WELL_KNOWN)
 @pytest.mark.parametrize("name", SECRETS)
-def test_production_refuses_a_secret_out_of_an_example(
+def test_production_refuses_the_secret_of_an_example(
     name: str, secret: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     [problem] = problems(monkeypatch, **{name: secret})
@@ -86,9 +86,7 @@ def test_production_refuses_a_secret_out_of_an_example(
 
 
 @pytest.mark.parametrize("name", SECRETS[:2])
-def test_production_refuses_to_do_without_a_secret(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_production_refuses_a_missing_secret(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert problems(monkeypatch, **{name: ""}) == [f"{name} is not set (production requires it)"]
 
 
@@ -105,7 +103,7 @@ def test_production_needs_no_previous_secret(monkeypatch: pytest.MonkeyPatch) ->
         "redis://127.0.0.1.evil.example", "redis://localhost.evil.example", "redis://[2001:db8::1]",
     ],
 )  # fmt: skip
-def test_production_refuses_a_redis_that_is_open_to_its_network(
+def test_production_refuses_a_remote_redis_without_a_password(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     [problem] = problems(monkeypatch, REDIS_URL=url)
@@ -122,13 +120,13 @@ def test_production_refuses_a_redis_that_is_open_to_its_network(
         "redis://redis?password=hunter2", "redis://",
     ],
 )  # fmt: skip
-def test_production_takes_a_redis_with_a_password_or_on_this_machine(
+def test_production_accepts_a_redis_with_a_password_or_on_this_machine(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert problems(monkeypatch, REDIS_URL=url) == []
 
 
-def test_each_problem_is_a_line_of_its_own_and_check_and_serve_say_the_same(
+def test_check_and_serve_print_the_same_problems_one_per_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     wrong = {
@@ -137,23 +135,23 @@ def test_each_problem_is_a_line_of_its_own_and_check_and_serve_say_the_same(
         "ALLOWED_ORIGINS": "*",
         "REDIS_URL": "redis://10.0.0.5",
     }
-    told = problems(monkeypatch, **wrong)
-    assert [line.split()[0] for line in told] == [*wrong]
-    kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    expected = problems(monkeypatch, **wrong)
+    assert [line.split()[0] for line in expected] == [*wrong]
+    inherited = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     for command in ("check", "serve"):
         ended = subprocess.run(
             [sys.executable, "-m", "trio_gateway", command],
-            env=kept | PRODUCTION | wrong,
+            env=inherited | PRODUCTION | wrong,
             capture_output=True,
             text=True,
             timeout=20,
             check=False,
         )
-        said = ended.stdout + ended.stderr
+        printed = ended.stdout + ended.stderr
         assert ended.returncode == 2
-        for line in told:
-            assert line in said
-        assert "Traceback" not in said
+        for line in expected:
+            assert line in printed
+        assert "Traceback" not in printed
 
 
 # Rotation
@@ -167,7 +165,7 @@ def is_good(settings: Settings, token: str) -> bool:
     return True
 
 
-def test_while_a_secret_is_changed_tokens_of_the_one_before_are_good() -> None:
+def test_tokens_of_the_previous_secret_are_valid_during_a_rotation() -> None:
     settings = Settings(
         jwt_secret=SECRET,
         jwt_secret_previous=OLD,
@@ -185,7 +183,7 @@ def test_while_a_secret_is_changed_tokens_of_the_one_before_are_good() -> None:
         read_table_token(make_table_token(SECRET), settings.table_keys, settings.rules, 0)
 
 
-def test_when_it_has_been_changed_they_are_not() -> None:
+def test_tokens_of_the_previous_secret_are_invalid_after_the_rotation() -> None:
     assert not is_good(Settings(jwt_secret=SECRET), make_jwt(OLD))
 
 
@@ -198,7 +196,7 @@ def signed(algorithm: str, by: str) -> str:
 
 
 @pytest.mark.parametrize("given", PRIVATE)
-def test_public_key_is_good_for_its_own_algorithms_only(given: str) -> None:
+def test_public_key_is_used_with_its_own_algorithms_only(given: str) -> None:
     settings = Settings(jwt_algorithms=tuple(PRIVATE), jwt_public_key=PEMS[given])
     for algorithm in PRIVATE:
         assert is_good(settings, signed(algorithm, by=algorithm)) is (algorithm == given)
@@ -206,7 +204,7 @@ def test_public_key_is_good_for_its_own_algorithms_only(given: str) -> None:
     assert key.algorithms == (given,)
 
 
-def test_several_keys_in_one_setting_are_all_good() -> None:
+def test_all_keys_of_a_setting_are_used() -> None:
     both = PEMS["RS256"] + "\n" + PEMS["EdDSA"]
     for text in (both, both.replace("\n", "\\n")):
         settings = Settings(jwt_algorithms=("RS256", "EdDSA"), jwt_public_key=text)
@@ -216,14 +214,14 @@ def test_several_keys_in_one_setting_are_all_good() -> None:
         assert not is_good(settings, signed("ES256", by="ES256"))
 
 
-def test_one_broken_key_among_several_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_invalid_key_among_several_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     broken = PEMS["RS256"] + "-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----\n"
     assert problems(monkeypatch, JWT_ALGORITHMS="RS256", JWT_PUBLIC_KEY=broken) == [
         "JWT_PUBLIC_KEY is neither a PEM public key nor a file of one"
     ]
 
 
-def test_private_key_in_the_place_of_the_public_one_stops_the_start_and_is_not_shown(
+def test_private_key_instead_of_the_public_one_stops_the_start_and_is_not_shown(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pem = PRIVATE["EdDSA"].private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
@@ -232,14 +230,12 @@ def test_private_key_in_the_place_of_the_public_one_stops_the_start_and_is_not_s
 
 
 @pytest.mark.parametrize("url", ["id.example/jwks", "file:///etc/keys", "ftp://x/y", "https://"])
-def test_key_set_is_fetched_from_the_web_or_not_at_all(
-    url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_key_set_url_must_be_http(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     [problem] = problems(monkeypatch, JWT_ALGORITHMS="RS256", JWT_JWKS_URL=url)
     assert problem.startswith("JWT_JWKS_URL: must begin with https://")
 
 
-def test_key_set_over_a_network_without_tls_is_warned_of() -> None:
+def test_key_set_without_tls_is_a_warning() -> None:
     def warned(url: str) -> bool:
         settings = Settings(jwt_algorithms=("RS256",), jwt_jwks_url=url)
         return any(line.startswith("JWT_JWKS_URL") for line in settings.warnings)

@@ -6,13 +6,13 @@ from trio_gateway.stats import snapshot
 from trio_gateway.telemetry.metrics import METRICS
 
 
-async def test_a_snapshot_has_every_metric_of_the_catalogue_and_no_other() -> None:
+async def test_snapshot_has_exactly_the_documented_metrics() -> None:
     found = snapshot(create_app(make_settings("redis://127.0.0.1:1")).parts)
 
     assert found.numbers.keys() | found.histograms.keys() == METRICS.keys()
 
 
-async def test_a_close_code_that_has_a_label_keeps_it(autojump_clock: MockClock) -> None:
+async def test_close_code_with_a_label_keeps_it(autojump_clock: MockClock) -> None:
     """However many other codes clients send, and however often."""
     app = create_app(make_settings("redis://127.0.0.1:1"))
     before: dict[str, float] = {}

@@ -36,7 +36,7 @@ def compute(seconds: float) -> None:
         pass
 
 
-def test_time_without_a_core_is_left_out() -> None:
+def test_time_without_a_core_is_excluded() -> None:
     with crowded(4):
         watch = Stopwatch()
         compute(0.1)
@@ -55,7 +55,7 @@ def test_time_in_which_this_process_waits_counts() -> None:
     assert 0.15 < watch.net <= watch.elapsed
 
 
-def test_another_process_that_is_late_is_left_out_while_it_is_late() -> None:
+def test_lateness_of_the_other_process_is_excluded() -> None:
     sleeper = _sleeper()
     watch = Stopwatch()
     sleeper.process.send_signal(signal.SIGSTOP)

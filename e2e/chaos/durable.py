@@ -242,7 +242,7 @@ async def run(
                 )
                 for _ in range(gateways)
             ]
-            gateway, *gateway.beside = fleet
+            gateway, *gateway.siblings = fleet
             ports = [each.port for each in fleet]
             try:
                 for each in fleet:

@@ -142,7 +142,7 @@ Progress = Callable[[], Awaitable[None]]
 async def test_restarting_two_gateways_in_turn_loses_no_durable_event() -> None:
     async def restart(server: RedisServer, first: GatewayProcess, progress: Progress) -> None:
         for _ in range(5):
-            for gateway in (first, *first.beside):
+            for gateway in (first, *first.siblings):
                 assert await gateway.stop() == 0
                 await progress()  # on the other one
                 await gateway.start()

@@ -1,4 +1,4 @@
-"""What a running gateway says is what its own document says."""
+"""A running gateway sends what its AsyncAPI document describes."""
 
 import json
 from typing import Any
@@ -14,7 +14,7 @@ from trio_gateway.testing import make_jwt
 from trio_gateway.web.asyncapi import describe
 
 
-async def test_messages_of_a_running_gateway_fit_the_schemas_that_it_serves(
+async def test_messages_of_a_running_gateway_match_the_schemas_that_it_serves(
     backend: "redis.Redis", redis_url: str
 ) -> None:
     settings = make_settings(redis_url)
@@ -27,24 +27,24 @@ async def test_messages_of_a_running_gateway_fit_the_schemas_that_it_serves(
             schema = {"$ref": f"#/components/messages/{name}/payload"}
             Draft7Validator({**document, **schema}).validate(payload)
 
-        heard = set()
+        sent = set()
         admin = gateway.staff_url("admin", sub="22")
         async with connect_to(gateway.staff_url("waiter")) as waiter, connect_to(admin) as other:
-            for name, said in sorted(REQUESTS.items(), key=lambda each: each[0] != "resume"):
-                client = waiter if Endpoint.WAITER in said.endpoints else other
-                text = said.example
+            for name, request in sorted(REQUESTS.items(), key=lambda each: each[0] != "resume"):
+                client = waiter if Endpoint.WAITER in request.endpoints else other
+                text = request.example
                 if name == "auth":
                     text = json.dumps(
                         {"type": "auth", "token": make_jwt(settings.jwt_secret or "")}
                     )
                 check(name, json.loads(text) if text.startswith("{") else text)
                 await client.send_message(text)
-                heard.add(name)
-                if said.answer is None:
+                sent.add(name)
+                if request.answer is None:
                     continue
                 answer = str(await client.get_message())
-                check(said.answer, json.loads(answer) if answer.startswith("{") else answer)
-            assert heard == REQUESTS.keys()
+                check(request.answer, json.loads(answer) if answer.startswith("{") else answer)
+            assert sent == REQUESTS.keys()
             event = {"type": "ROUND_READY", "tenant_id": 1, "branch_id": 1, "entity": {"x": "ñ"}}
             backend.xadd("events:critical", {"data": json.dumps(event)})
             live = await receive_event(waiter)

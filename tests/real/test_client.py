@@ -37,7 +37,7 @@ async def test_client_receives_what_its_token_may_receive_over_either_transport(
         assert client.last_event_id
 
 
-async def test_a_token_that_is_none_is_refused(redis_url: str) -> None:
+async def test_invalid_token_is_refused(redis_url: str) -> None:
     async with running(make_settings(redis_url)) as gateway:
         for endpoint, token, code in [
             ("waiter", "nonsense", 4001),
@@ -50,11 +50,11 @@ async def test_a_token_that_is_none_is_refused(redis_url: str) -> None:
                 assert refused.value.code == code
 
 
-async def test_it_renews_before_its_token_expires(
+async def test_client_renews_before_its_token_expires(
     redis_url: str, backend: "redis.Redis", monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(credential, "RENEW_AT", 0.001)  # at once: in a second
-    told: list[Status] = []
+    monkeypatch.setattr(credential, "RENEW_AT", 0.001)  # almost at once: after a second
+    statuses: list[Status] = []
     lives = iter([20, 600])
 
     async def provide(refused: bool) -> str:
@@ -63,17 +63,17 @@ async def test_it_renews_before_its_token_expires(
 
     async with (
         running(make_settings(redis_url)) as gateway,
-        connect(f"{gateway.url}/ws/waiter", provide, on_state=told.append) as client,
+        connect(f"{gateway.url}/ws/waiter", provide, on_state=statuses.append) as client,
     ):
         await client.wait_open()
         (connection,) = gateway.app.parts.hub.connections
         await until(lambda: connection.principal.expires_at > time.time() + 60)
         publish(backend, 1)
         assert await numbers(client, 1) == [1]
-    assert [status.state for status in told] == ["connecting", "open"]
+    assert [status.state for status in statuses] == ["connecting", "open"]
 
 
-async def test_it_says_something_as_often_as_this_gateway_asks(redis_url: str) -> None:
+async def test_client_pings_as_often_as_this_gateway_asks(redis_url: str) -> None:
     settings = make_settings(redis_url, ws_heartbeat_timeout=1.2, ws_cleanup_interval=0.1)
     async with (
         running(settings) as gateway,
@@ -86,7 +86,7 @@ async def test_it_says_something_as_often_as_this_gateway_asks(redis_url: str) -
         assert gateway.app.parts.hub.joins == 1
 
 
-async def test_over_a_broken_connection_nothing_is_lost_or_doubled(
+async def test_broken_connection_neither_loses_nor_doubles_an_event(
     redis_url: str, backend: "redis.Redis"
 ) -> None:
     async with (

@@ -1,4 +1,4 @@
-"""Streams that lose entries or come back older: a gap is told, and no id is delivered twice."""
+"""Streams that lose entries or are restored from older data: a gap, and no id twice."""
 
 import json
 from collections.abc import Callable
@@ -39,7 +39,7 @@ def markers(found: list[Any]) -> list[Any]:
 
 @pytest.fixture
 def uncounted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """XINFO as a Redis before version 7 answers it."""
+    """XINFO as before Redis 7."""
     new = {b"entries-added", b"max-deleted-entry-id", b"recorded-first-entry-id"}
 
     def read_old_info(reply: Any) -> Info:
@@ -52,7 +52,7 @@ def uncounted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def trimmed(backend: "redis.Redis") -> None:
-    """A hundred entries of which nobody can read more than the last ones."""
+    """A hundred entries, of which only the last ones can still be read."""
     with backend.pipeline(transaction=True) as together:
         for n in range(100):
             add(together, n)
@@ -138,7 +138,7 @@ async def ids(client: WebSocketConnection, found: list[Any]) -> None:
 
 
 def behind(backend: "redis.Redis") -> None:
-    """As a replica that has not got the last entries: 1 to 4 of 9."""
+    """Restore an older state, as a replica without the last entries has it: 1 to 4 of 9."""
     with backend.pipeline(transaction=True) as together:
         together.delete(STREAM)
         for n in range(1, 5):
@@ -166,8 +166,8 @@ async def test_no_id_is_delivered_twice_however_far_the_cursor_is_set_back(
         await settle(gateway)
         await ids(waiter, found)
 
-        told = [each for each in found if each != "gap"]
-        assert len(told) == len(set(told)) == 10
+        delivered = [each for each in found if each != "gap"]
+        assert len(delivered) == len(set(delivered)) == 10
         assert "gap" in found[9:]
 
 
@@ -191,7 +191,7 @@ async def test_new_entries_of_a_redis_whose_clock_is_behind_arrive(
 
 
 def slipped_in(backend: "redis.Redis") -> None:
-    """Two entries lost, two others before the cursor, one behind it: as many as there were."""
+    """Lose two entries, add two before the cursor and one after it: the counts are equal."""
     with backend.pipeline(transaction=True) as together:
         together.delete(STREAM)
         for at in ("1-0", "1-1", "1-2", "9-0"):
@@ -224,7 +224,7 @@ def delete_third(backend: "redis.Redis") -> None:
     backend.xdel(STREAM, "3-0")
 
 
-async def test_entries_that_a_backend_deletes_when_done_are_no_gap(
+async def test_entries_deleted_by_a_backend_are_not_a_gap(
     backend: "redis.Redis", redis_url: str
 ) -> None:
     async with (

@@ -1,4 +1,4 @@
-"""Durable events with a real Redis: kept, resumed, caught up with; and when there is a gap."""
+"""Durable events with a real Redis: history, resume, gaps and catch-up."""
 
 import json
 import time
@@ -59,7 +59,7 @@ def add(backend: "redis.Redis", marker: object, stream: str = STREAM, **keys: An
 async def resumed(
     url: str, last_event_id: str, **options: Any
 ) -> AsyncIterator[tuple[WebSocketConnection, dict[str, Any]]]:
-    """A client that resumes, and what it is answered."""
+    """A client that resumes, and the answer to it."""
     async with connect(f"{url}&last_event_id={quote(last_event_id)}", **options) as client:
         answer = await receive_event(client, 4)
         assert answer["type"] == "resumed"
@@ -67,7 +67,7 @@ async def resumed(
 
 
 async def recover(url: str, last_event_id: str) -> list[Any] | None:
-    """The markers of what is recovered, None if it can't be."""
+    """The markers of the recovered events; None if they cannot be recovered."""
     async with resumed(url, last_event_id) as (client, answer):
         found = markers([await receive_event(client) for _ in range(answer["count"])])
         assert await received(client) == []
@@ -86,7 +86,7 @@ async def recover(url: str, last_event_id: str) -> list[Any] | None:
         '{"type":"ROUND_READY","tenant_id":1,"branch_id":1,"entity":{"a":[{}]}}',
     ],
 )
-async def test_event_id_stands_at_the_very_end_of_the_bytes_that_were_published(
+async def test_event_id_is_appended_to_the_published_bytes(
     backend: "redis.Redis", redis_url: str, text: str
 ) -> None:
     async with running(make_settings(redis_url)) as gateway:
@@ -148,7 +148,7 @@ async def test_client_resumes_by_query_header_or_first_message(
     assert markers(events) == [1, 2, 3]
 
 
-async def test_id_of_a_gateway_that_reads_faster_is_waited_for(
+async def test_gateway_waits_for_an_id_that_a_faster_gateway_has_read(
     backend: "redis.Redis", redis_url: str
 ) -> None:
     async with running(make_settings(redis_url)) as gateway:
@@ -160,10 +160,10 @@ async def test_id_of_a_gateway_that_reads_faster_is_waited_for(
         assert 1.9 < trio.current_time() - started < 3
 
 
-# A gateway that starts
+# Start
 
 
-async def test_restarted_gateway_knows_what_the_stream_holds_page_after_page(
+async def test_restarted_gateway_loads_the_stream_page_by_page(
     backend: "redis.Redis", redis_url: str
 ) -> None:
     with backend.pipeline(transaction=False) as pipeline:
@@ -173,16 +173,14 @@ async def test_restarted_gateway_knows_what_the_stream_holds_page_after_page(
     async with running(make_settings(redis_url)) as gateway:
         assert (await metrics(gateway.port))["history_events"] == 2500
         async with admitted(gateway.staff_url("waiter")) as fresh:
-            assert await received(fresh) == []  # the past is for who asks
+            assert await received(fresh) == []  # only clients that resume get the past
         url = gateway.staff_url("waiter")
         for n in (0, 1, 499, 500, 1499, 1500, 2498, 2499):
             assert await recover(url, f"{ids[n]}-{TAG}") == list(range(n + 1, 2500))
         assert await recover(url, f"0-0-{TAG}") == list(range(2500))
 
 
-async def test_history_is_warmed_as_far_as_it_may_grow(
-    backend: "redis.Redis", redis_url: str
-) -> None:
+async def test_history_is_loaded_up_to_its_limit(backend: "redis.Redis", redis_url: str) -> None:
     ids = [add(backend, n) for n in range(20)]
     async with running(make_settings(redis_url, ws_history_events=5)) as gateway:
         url = gateway.staff_url("waiter")
@@ -191,7 +189,7 @@ async def test_history_is_warmed_as_far_as_it_may_grow(
         assert await recover(url, f"0-0-{TAG}") is None
 
 
-async def test_id_from_before_what_the_stream_holds_is_too_old(
+async def test_id_before_the_first_entry_of_the_stream_is_too_old(
     backend: "redis.Redis", redis_url: str
 ) -> None:
     ids = [add(backend, n) for n in range(10)]
@@ -203,7 +201,7 @@ async def test_id_from_before_what_the_stream_holds_is_too_old(
         assert await recover(url, ids[6]) == [7, 8, 9]
 
 
-async def test_id_of_a_stream_that_is_no_more_is_unknown_to_a_gateway_that_starts(
+async def test_id_of_a_deleted_stream_is_unknown_after_a_restart(
     backend: "redis.Redis", redis_url: str
 ) -> None:
     old = add(backend, 0)
@@ -216,7 +214,7 @@ async def test_id_of_a_stream_that_is_no_more_is_unknown_to_a_gateway_that_start
         assert await recover(gateway.staff_url("waiter"), new) == [2]
 
 
-async def test_stream_that_is_trimmed_while_it_is_read_costs_the_history_nothing(
+async def test_trimming_a_stream_does_not_change_the_history(
     backend: "redis.Redis", redis_url: str
 ) -> None:
     async with running(make_settings(redis_url)) as gateway:
@@ -235,15 +233,15 @@ async def test_stream_that_is_trimmed_while_it_is_read_costs_the_history_nothing
 
 
 @asynccontextmanager
-async def crowd(gateway: Running) -> AsyncIterator[list[WebSocketConnection]]:
-    """A client of each kind, and of other tenants: a gap is everybody's."""
+async def clients_of_all_kinds(gateway: Running) -> AsyncIterator[list[WebSocketConnection]]:
+    """Clients of each kind and of several tenants: a gap concerns all of them."""
     urls = [gateway.staff_url(each) for each in ("waiter", "kitchen")]
     urls += [gateway.staff_url("admin", roles=["ADMIN"], tenant_id=2), gateway.diner_url()]
     async with AsyncExitStack() as stack:
         yield [await stack.enter_async_context(admitted(url)) for url in urls]
 
 
-async def everybody_is_told(gateway: Running, clients: list[WebSocketConnection]) -> None:
+async def all_get_a_gap(gateway: Running, clients: list[WebSocketConnection]) -> None:
     streams = gateway.app.parts.streams
     assert streams is not None
     await until(lambda: streams.gaps)
@@ -267,10 +265,13 @@ def cut_off(backend: "redis.Redis") -> Any:
 
 
 @pytest.mark.parametrize("left", [0, 1, 2])
-async def test_stream_trimmed_beyond_the_cursor_while_we_were_away_is_a_gap_that_everybody_is_told(
+async def test_stream_trimmed_beyond_the_cursor_while_disconnected_is_a_gap_for_every_client(
     backend: "redis.Redis", redis_url: str, left: int
 ) -> None:
-    async with running(make_settings(redis_url)) as gateway, crowd(gateway) as clients:
+    async with (
+        running(make_settings(redis_url)) as gateway,
+        clients_of_all_kinds(gateway) as clients,
+    ):
         before = [add(backend, "before", session_id=456) for _ in range(2)]
         await settle(gateway)
         for client in clients:
@@ -284,7 +285,7 @@ async def test_stream_trimmed_beyond_the_cursor_while_we_were_away_is_a_gap_that
         away.xtrim(STREAM, maxlen=min(left, 1), approximate=False)
         away.execute()
 
-        await everybody_is_told(gateway, clients)
+        await all_get_a_gap(gateway, clients)
         url = gateway.staff_url("waiter")
         for last_event_id in before:
             assert await recover(url, last_event_id) is None
@@ -298,10 +299,13 @@ async def test_stream_trimmed_beyond_the_cursor_while_we_were_away_is_a_gap_that
 
 
 @pytest.mark.parametrize("entries", [1, 2, 5])
-async def test_stream_that_was_deleted_and_filled_again_while_we_were_away_is_a_gap(
+async def test_stream_recreated_while_disconnected_is_a_gap(
     backend: "redis.Redis", redis_url: str, entries: int
 ) -> None:
-    async with running(make_settings(redis_url)) as gateway, crowd(gateway) as clients:
+    async with (
+        running(make_settings(redis_url)) as gateway,
+        clients_of_all_kinds(gateway) as clients,
+    ):
         before = [add(backend, "before", branch_id=9) for _ in range(2)]
         await settle(gateway)
         time.sleep(0.002)
@@ -315,15 +319,15 @@ async def test_stream_that_was_deleted_and_filled_again_while_we_were_away_is_a_
             await until(lambda: gateway.app.parts.streams and gateway.app.parts.streams.gaps)
             add(backend, "last", branch_id=9)
 
-        await everybody_is_told(gateway, clients)
+        await all_get_a_gap(gateway, clients)
         for last_event_id in before:
             assert await recover(gateway.staff_url("waiter"), last_event_id) is None
 
 
-async def test_redis_that_comes_back_empty_is_a_gap_and_is_read_on() -> None:
+async def test_redis_that_restarts_empty_is_a_gap_and_is_read_again() -> None:
     with valkey() as server:
         settings = make_settings(server.connection_url, circuit_recovery_timeout=0.1)
-        async with running(settings) as gateway, crowd(gateway) as clients:
+        async with running(settings) as gateway, clients_of_all_kinds(gateway) as clients:
             with redis.Redis.from_url(server.connection_url) as backend:
                 old = [add(backend, n, branch_id=9) for n in range(3)]
                 await settle(gateway)
@@ -336,7 +340,7 @@ async def test_redis_that_comes_back_empty_is_a_gap_and_is_read_on() -> None:
             await until(lambda: gateway.app.ready, 15)
             with redis.Redis.from_url(server.connection_url) as backend:
                 new = add(backend, "last")
-                await everybody_is_told(gateway, clients)
+                await all_get_a_gap(gateway, clients)
                 add(backend, "next")
             await settle(gateway)
             url = gateway.staff_url("waiter")
@@ -348,10 +352,13 @@ async def test_redis_that_comes_back_empty_is_a_gap_and_is_read_on() -> None:
             ]
 
 
-async def test_entry_that_is_trimmed_away_between_two_reads_is_found_to_be_missing(
+async def test_entry_trimmed_between_two_reads_is_a_gap(
     backend: "redis.Redis", redis_url: str
 ) -> None:
-    async with running(make_settings(redis_url)) as gateway, crowd(gateway) as clients:
+    async with (
+        running(make_settings(redis_url)) as gateway,
+        clients_of_all_kinds(gateway) as clients,
+    ):
         at_once = backend.pipeline(transaction=True)
         for marker in ("lost", "last"):
             at_once.xadd(STREAM, {"data": payload(marker)})
@@ -372,7 +379,7 @@ def has_read(gateway: Running, entry_id: str) -> bool:
     return gateway.app.parts.streams.cursors[STREAM] == entry_id
 
 
-async def test_connection_that_redis_drops_is_no_gap(
+async def test_connection_dropped_by_redis_is_not_a_gap(
     backend: "redis.Redis", redis_url: str
 ) -> None:
     async with running(make_settings(redis_url)) as gateway:
@@ -384,7 +391,7 @@ async def test_connection_that_redis_drops_is_no_gap(
                 away.xadd(STREAM, {"data": payload(n + 1)})
                 away.xadd(STREAM, {"data": payload(n + 2)})
                 [*_, last] = away.execute()
-                # How soon it is back is left to chance: too soon for a look in between, perhaps.
+                # It may be back too soon to be seen disconnected.
                 await until(partial(has_read, gateway, last.decode()))
                 await until(lambda: gateway.app.ready)
             await settle(gateway)
@@ -392,10 +399,10 @@ async def test_connection_that_redis_drops_is_no_gap(
         assert (await metrics(gateway.port))["stream_gaps_total"] == 0
 
 
-# Poison
+# Invalid entries
 
 
-async def test_poison_is_counted_logged_with_its_id_and_passed_over(
+async def test_invalid_entry_is_counted_logged_with_its_id_and_skipped(
     backend: "redis.Redis", redis_url: str
 ) -> None:
     poison: dict[str, list[Any]] = {
@@ -424,10 +431,12 @@ async def test_poison_is_counted_logged_with_its_id_and_passed_over(
             invalid = (await metrics(gateway.port)).by_label("events_invalid_total")
             expected = {reason: len(ids) for reason, ids in entries.items()}
             assert invalid == expected | {"not_json": 3}
-            # The place of an entry that is no event is a place all the same.
+            # The position of an invalid entry is a valid position.
             at_the_end = f"{last.decode()}-{TAG}"
             assert await recover(gateway.staff_url("waiter"), at_the_end) == []
-        async with running(make_settings(redis_url)) as again:  # the same when it is warmed
+        async with running(
+            make_settings(redis_url)
+        ) as again:  # the same when the history is loaded
             assert await recover(again.staff_url("waiter"), f"0-0-{TAG}") == list(range(6))
     for reason, ids in entries.items():
         lines = [
@@ -438,7 +447,7 @@ async def test_poison_is_counted_logged_with_its_id_and_passed_over(
     assert "xxxxx" not in repr(logs)
 
 
-# Catching up over HTTP
+# Catch-up over HTTP
 
 
 def staff(*roles: str, **claims: Any) -> str:
@@ -446,7 +455,7 @@ def staff(*roles: str, **claims: Any) -> str:
 
 
 async def catch_up(gateway: Running, token: str | None, **query: object) -> Any:
-    """The markers that staff get, or the status if it is none of 200."""
+    """The markers that staff get, or the status if it is not 200."""
     text = "&".join(f"{name}={value}" for name, value in query.items())
     reply = await http(gateway.port, f"/ws/catchup?{text}" + (f"&token={token}" if token else ""))
     if reply.status != 200:
@@ -478,7 +487,7 @@ def publish_samples(backend: "redis.Redis") -> None:
     add(backend, "cart", type="CART_SYNC", session_id=456)
 
 
-async def test_staff_catch_up_with_what_they_would_hear_on_their_endpoints(
+async def test_staff_catch_up_with_the_events_of_their_endpoints(
     backend: "redis.Redis", redis_url: str
 ) -> None:
     kitchen = ["round", "ticket", "menu", "other session"]
@@ -504,7 +513,7 @@ async def test_staff_catch_up_with_what_they_would_hear_on_their_endpoints(
         assert await catch_up(gateway, both, branch_id=2, since=0) == ["other branch"]
 
 
-async def test_diners_catch_up_with_their_session_and_with_what_all_diners_hear(
+async def test_diners_catch_up_with_the_events_of_their_session_and_of_all_diners(
     backend: "redis.Redis", redis_url: str
 ) -> None:
     async with running(make_settings(redis_url)) as gateway:
@@ -541,7 +550,7 @@ async def test_since_is_a_time_or_an_event_id(backend: "redis.Redis", redis_url:
             assert await catch_up(gateway, token, branch_id=1, since=late) == []
 
 
-async def test_catch_up_that_is_not_all_says_so(backend: "redis.Redis", redis_url: str) -> None:
+async def test_incomplete_catch_up_is_marked(backend: "redis.Redis", redis_url: str) -> None:
     async with running(make_settings(redis_url, ws_history_events=2)) as gateway:
         ids = [add(backend, n) for n in range(4)]
         await settle(gateway)
@@ -566,7 +575,7 @@ BAD_TOKENS = [
 
 
 @pytest.mark.parametrize("query", [{"branch_id": 1, "since": 0}, {"branch_id": "x"}, {}])
-async def test_401_comes_before_anything_that_is_asked(
+async def test_401_takes_precedence_over_other_errors(
     backend: "redis.Redis", redis_url: str, query: dict[str, object]
 ) -> None:
     async with running(make_settings(redis_url)) as gateway:
@@ -577,7 +586,7 @@ async def test_401_comes_before_anything_that_is_asked(
             assert await catch_up_session(gateway, token, **session) == 401
 
 
-async def test_403_is_for_what_is_not_the_tokens_own(
+async def test_403_is_for_branches_and_sessions_of_others(
     backend: "redis.Redis", redis_url: str
 ) -> None:
     async with running(make_settings(redis_url)) as gateway:
@@ -591,7 +600,7 @@ async def test_403_is_for_what_is_not_the_tokens_own(
 @pytest.mark.parametrize(
     "branch", ["", "x", "-1", "0", "1.0", "1e0", "%D9%A1", str(2**63), "9" * 99]
 )
-async def test_422_is_for_a_branch_or_session_that_is_no_id(
+async def test_422_is_for_an_invalid_branch_or_session(
     backend: "redis.Redis", redis_url: str, branch: str
 ) -> None:
     async with running(make_settings(redis_url)) as gateway:
@@ -600,7 +609,7 @@ async def test_422_is_for_a_branch_or_session_that_is_no_id(
         assert await catch_up_session(gateway, mine, session_id=branch, since=0) == 422
 
 
-async def test_422_is_for_a_time_that_is_none(backend: "redis.Redis", redis_url: str) -> None:
+async def test_422_is_for_an_invalid_time(backend: "redis.Redis", redis_url: str) -> None:
     mine = make_table_token(TABLE_SECRET)
     async with running(make_settings(redis_url)) as gateway:
         far = [time.time() + 2 * 86_400, time.time() * 1000, int(time.time() * 1000), "1e300"]
@@ -628,7 +637,7 @@ async def test_422_is_for_a_time_that_is_none(backend: "redis.Redis", redis_url:
 async def test_each_of_two_streams_is_resumed_by_its_own_ids(
     backend: "redis.Redis", redis_url: str
 ) -> None:
-    """A tenant's events live in one of them."""
+    """The events of a tenant are all in one of them."""
     settings = make_settings(redis_url, redis_streams=("orders", "payments"))
     async with running(settings) as gateway:
         orders = [add(backend, n, "orders") for n in range(3)]
@@ -650,7 +659,7 @@ async def test_each_of_two_streams_is_resumed_by_its_own_ids(
         assert await recover(two, payments[0]) == [11, 12]
 
 
-async def test_gap_in_one_of_two_streams_leaves_the_ids_of_the_other_good(
+async def test_gap_in_one_stream_leaves_the_ids_of_the_other_valid(
     backend: "redis.Redis", redis_url: str
 ) -> None:
     settings = make_settings(redis_url, redis_streams=("orders", "payments"))

@@ -1,4 +1,4 @@
-"""Expiry, renewal and a frozen Redis: nobody stays who should have gone, nobody else waits."""
+"""Expiry, renewal and a frozen Redis: expired clients are closed, and no other client waits."""
 
 import json
 import time
@@ -52,7 +52,7 @@ def table(**claims: Any) -> str:
 
 
 @TRANSPORTS
-async def test_silent_clients_are_closed_when_their_tokens_end(
+async def test_silent_clients_are_closed_when_their_tokens_expire(
     backend: "redis.Redis", redis_url: str, transport: Transport
 ) -> None:
     async with (
@@ -100,7 +100,7 @@ async def test_expiry_is_exact_and_the_leeway_allows_an_issuers_clock_ahead(
 
 
 @TRANSPORTS
-async def test_renewal_moves_the_end_in_both_directions(
+async def test_renewal_moves_the_expiry_in_both_directions(
     backend: "redis.Redis", redis_url: str, transport: Transport
 ) -> None:
     async with running(make_settings(redis_url), transport=transport) as gateway:
@@ -134,11 +134,11 @@ async def test_no_event_is_missed_or_doubled_across_renewals(
                 backend.publish("channel:branch:1:admin", make_payload("ENTITY_CREATED", n=n))
                 time.sleep(0.001)
 
-        heard: list[dict[str, Any]] = []
+        events: list[dict[str, Any]] = []
 
         async def listen() -> None:
-            while len(heard) < 2 * number + renewals:
-                heard.append(json.loads(await client.get_message()))
+            while len(events) < 2 * number + renewals:
+                events.append(json.loads(await client.get_message()))
 
         with trio.fail_after(10):
             async with trio.open_nursery() as nursery:
@@ -149,19 +149,19 @@ async def test_no_event_is_missed_or_doubled_across_renewals(
                     await trio.sleep(0.06)
         assert await received(client) == []
         for kind in ("ENTITY_UPDATED", "ENTITY_CREATED"):
-            assert [each["n"] for each in heard if each["type"] == kind] == list(range(number))
-        assert sum(each["type"] == "auth_ok" for each in heard) == renewals
+            assert [each["n"] for each in events if each["type"] == kind] == list(range(number))
+        assert sum(each["type"] == "auth_ok" for each in events) == renewals
 
 
 @TRANSPORTS
 async def test_new_roles_branches_and_sectors_apply_at_once(
     backend: "redis.Redis", redis_url: str, transport: Transport
 ) -> None:
-    def speak() -> None:
+    def publish_all() -> None:
         for branch in (1, 2):
             for sector in (5, 6):
-                said = make_payload("ROUND_READY", branch_id=branch, sector_id=sector)
-                backend.xadd(STREAM, {"data": said})
+                payload = make_payload("ROUND_READY", branch_id=branch, sector_id=sector)
+                backend.xadd(STREAM, {"data": payload})
             backend.publish(
                 "channel:branch:1:admin", make_payload("ENTITY_CREATED", branch_id=branch)
             )
@@ -179,10 +179,10 @@ async def test_new_roles_branches_and_sectors_apply_at_once(
         ):
             await renew(client, staff(**claims))
             assert [each["type"] for each in await received(client)] == ["auth_ok"]
-            speak()
+            publish_all()
             await settle(gateway)
-            heard = [(each["branch_id"], each.get("sector_id")) for each in await received(client)]
-            assert sorted(heard, key=str) == expected
+            events = [(each["branch_id"], each.get("sector_id")) for each in await received(client)]
+            assert sorted(events, key=str) == expected
 
 
 @TRANSPORTS
@@ -199,7 +199,7 @@ async def test_new_roles_branches_and_sectors_apply_at_once(
         ("", 4001),
     ],
 )
-async def test_invalid_renewal_ends_the_connection_and_its_events(
+async def test_invalid_renewal_closes_the_connection_and_stops_its_events(
     backend: "redis.Redis", redis_url: str, transport: Transport, token: str, code: int
 ) -> None:
     async with (
@@ -224,7 +224,7 @@ async def test_invalid_renewal_ends_the_connection_and_its_events(
         (table(life=4 * 3600), 4001),
     ],
 )
-async def test_invalid_renewal_of_a_diner_ends_the_connection(
+async def test_invalid_renewal_of_a_diner_closes_the_connection(
     backend: "redis.Redis", redis_url: str, transport: Transport, token: str, code: int
 ) -> None:
     async with (
@@ -263,7 +263,10 @@ async def _while_frozen(
             try:
                 await client.upgrade(f"/ws/waiter?token={staff(sub=str(n))}")
                 endings.append((await client.closed())[0])
-            except (EOFError, trio.BrokenResourceError):  # not even read from: there are too many
+            except (
+                EOFError,
+                trio.BrokenResourceError,
+            ):  # not even read, because there are too many
                 endings.append(0)
 
     started = trio.current_time()
@@ -288,24 +291,24 @@ async def _while_frozen(
     )
 
 
-# Isolation, by the ways that the other rings leave out
+# Isolation: the cases that other tests leave out
 
 
 @TRANSPORTS
-async def test_event_id_of_another_tenant_gives_none_of_its_events(
+async def test_event_id_of_another_tenant_replays_none_of_its_events(
     backend: "redis.Redis", redis_url: str, transport: Transport
 ) -> None:
-    def speak(n: int) -> None:
+    def publish_all(n: int) -> None:
         for tenant in (1, 2):
-            said = make_payload("ROUND_READY", tenant_id=tenant, session_id=456, n=n)
-            backend.xadd(STREAM, {"data": said})
+            payload = make_payload("ROUND_READY", tenant_id=tenant, session_id=456, n=n)
+            backend.xadd(STREAM, {"data": payload})
 
     async with running(make_settings(redis_url), transport=transport) as gateway:
         async with admitted(gateway.diner_url(tenant_id=2)) as other:
-            speak(1)
+            publish_all(1)
             await settle(gateway)
             (event,) = await received(other)
-        speak(2)
+        publish_all(2)
         await settle(gateway)
         last = event["event_id"]
         urls = [
@@ -322,16 +325,16 @@ async def test_event_id_of_another_tenant_gives_none_of_its_events(
                 assert [(each["tenant_id"], each["n"]) for each in missed] == [(1, 2)] * count
 
 
-async def test_catch_up_gives_nothing_beyond_the_token(
+async def test_catch_up_returns_nothing_beyond_the_token(
     backend: "redis.Redis", redis_url: str
 ) -> None:
     async with running(make_settings(redis_url)) as gateway:
         for tenant in (1, 2):
             for branch in (1, 2):
-                said = make_payload(
+                payload = make_payload(
                     "ROUND_READY", tenant_id=tenant, branch_id=branch, session_id=456, sector_id=5
                 )
-                backend.xadd(STREAM, {"data": said})
+                backend.xadd(STREAM, {"data": payload})
         await settle(gateway)
 
         async def asked(path: str, token: str) -> tuple[int, list[tuple[int, int]]]:
@@ -370,8 +373,8 @@ async def test_refreshed_sectors_are_the_clients_own(
         await one.send_message(say)
         assert await received(one) == [{"type": "sectors_updated", "sector_ids": [5]}]
         for tenant in (1, 2):
-            said = make_payload("ROUND_READY", tenant_id=tenant, sector_id=6)
-            backend.publish("channel:branch:1:waiters", said)
+            payload = make_payload("ROUND_READY", tenant_id=tenant, sector_id=6)
+            backend.publish("channel:branch:1:waiters", payload)
         await settle(gateway)
         assert await received(one) == []
         assert [each["tenant_id"] for each in await received(other)] == [2]
@@ -396,7 +399,7 @@ async def test_ticket_for_a_table_token_opens_no_staff_endpoint_and_vice_versa(
             once = await ticket(token)
             async with connect(f"{gateway.url}/ws/{endpoint}?ticket={once}") as client:
                 assert (await closed(client))[0] == 4001
-            own = "waiter" if endpoint == "diner" else "diner"  # where it is still good
+            own = "waiter" if endpoint == "diner" else "diner"  # where it is still valid
             async with admitted(f"{gateway.url}/ws/{own}?ticket={once}"):
                 pass
         await until(lambda: not gateway.app.parts.hub.connections)

@@ -33,7 +33,7 @@ BEARER = {"Authorization": f"Bearer {make_jwt(JWT_SECRET, roles=['WAITER'])}"}
 
 
 class Name:
-    """A name that leads to one server now and to another one later, for new connections alone."""
+    """A name that new connections resolve to one server first, and to another one later."""
 
     def __init__(self, one: RedisServer, other: RedisServer) -> None:
         self.one, self.other = one, other
@@ -97,7 +97,7 @@ async def test_failover_that_keeps_old_connections_open_is_followed(name: Name) 
         name.fail_over()
 
         reply = await http(gateway.port, "/ws/ticket", method="POST", headers=BEARER)
-        assert reply.status == 200  # asked again, on a connection to the new primary
+        assert reply.status == 200  # sent again, on a connection to the new primary
         await until(lambda: ready(gateway))
         await until(lambda: (links(name.one), links(name.other)) == (0, 2), 8)
         await publisher.publish(EVENT)
@@ -105,13 +105,13 @@ async def test_failover_that_keeps_old_connections_open_is_followed(name: Name) 
 
 
 def links(server: RedisServer) -> int:
-    """How many of the gateway's own lead there."""
+    """The number of the gateway's connections to a server."""
     with redis.Redis(port=server.port) as admin:
         return sum(client["name"] == "trio-gateway" for client in admin.client_list())
 
 
-async def test_readers_do_not_stay_on_a_replica(name: Name) -> None:
-    """Nobody gives a command that writes; the name goes on leading to the old one for a while."""
+async def test_readers_leave_a_replica(name: Name) -> None:
+    """No command writes, and the name resolves to the old server for a while."""
     async with running(make_settings(name.url)) as gateway:
         name.fail_over(name_too=False)
         await until(lambda: not gateway.app.ready, 6)
@@ -134,7 +134,7 @@ REFUSALS: dict[str, Callable[["redis.Redis"], Any]] = {
 
 
 @pytest.mark.parametrize("refusal", REFUSALS)
-async def test_refused_command_is_sent_to_the_server_that_the_name_leads_to(
+async def test_refused_command_is_sent_to_the_server_that_the_name_resolves_to(
     name: Name, refusal: str
 ) -> None:
     for server in (name.one, name.other):
@@ -152,7 +152,7 @@ async def test_refused_command_is_sent_to_the_server_that_the_name_leads_to(
                     old.client_kill_filter(user="gateway")
             name.target = name.other.port
 
-            await commands.mget(["k"])  # may be given twice, if its connection was closed
+            await commands.mget(["k"])  # may be sent twice, if its connection was closed
             assert await commands.getdel("k") is None  # refused by the old one, not lost
             assert await commands.add_once("c", 10, "dlq", {"data": b""}, 10)
             await trio.to_thread.run_sync(publisher.publish, EVENT)  # it has no id
@@ -166,4 +166,6 @@ async def test_server_that_always_refuses_is_unavailable(name: Name) -> None:
     async with open_commands(name.url, Breaker(5, 30), breaker, max_connections=5) as commands:
         with pytest.raises(Unavailable):
             await commands.set_for("k", "v", 10)
-        assert 0 < breaker.wait(trio.current_time()) <= 1  # it answers at once: tried soon
+        assert (
+            0 < breaker.wait(trio.current_time()) <= 1
+        )  # it answers at once, so the next try is soon

@@ -1,4 +1,4 @@
-"""Plain HTTP on the same port: Hypercorn's and Quart's, with our fixes."""
+"""Plain HTTP on the same port, served by Hypercorn and Quart with our fixes."""
 
 import pytest
 import trio
@@ -15,10 +15,10 @@ from tests.support.gateways import make_settings, running
         b"GET /nowhere HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",
     ],
 )
-async def test_connection_ends_with_the_answer_when_that_was_asked_for(
+async def test_connection_is_closed_after_the_response_if_requested(
     redis_url: str, request_head: bytes
 ) -> None:
-    """Else whoever reads until the end, as HTTP/1.0 has it, waits for ever."""
+    """A client that reads until the end (HTTP/1.0) would otherwise wait for ever."""
     async with running(make_settings(redis_url)) as gateway:
         async with await trio.open_tcp_stream("127.0.0.1", gateway.port) as stream:
             await stream.send_all(request_head)
@@ -30,7 +30,7 @@ async def test_connection_ends_with_the_answer_when_that_was_asked_for(
         assert answer.partition(b"\r\n\r\n")[2]
 
 
-async def test_requests_on_one_connection_are_answered_in_turn(redis_url: str) -> None:
+async def test_requests_on_one_connection_are_answered_in_order(redis_url: str) -> None:
     async with running(make_settings(redis_url)) as gateway:
         async with await trio.open_tcp_stream("127.0.0.1", gateway.port) as stream:
             await stream.send_all(

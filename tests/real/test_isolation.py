@@ -1,4 +1,4 @@
-"""Two tenants that look alike in everything but the tenant, and every shape of junk."""
+"""Isolation of two tenants with equal ids, and invalid payloads of every shape."""
 
 import json
 import random
@@ -30,7 +30,7 @@ STREAM = "events:critical"
 MAX = 2**63 - 1
 TENANTS = (1, 2)
 SECRET = "payload-that-no-log-may-show"
-# Channels that name tenants, branches, sectors and sessions of anybody, and odd ones.
+# Channels of any tenant, branch, sector and session, and odd ones.
 CHANNELS: Final[tuple[str | bytes, ...]] = (
     STREAM,
     "channel:branch:1:waiters",
@@ -57,7 +57,7 @@ CHANNELS: Final[tuple[str | bytes, ...]] = (
 async def clients_of_both(
     gateway: Running,
 ) -> AsyncIterator[dict[tuple[int, str], WebSocketConnection]]:
-    """One of each kind per tenant: same users, branches, sectors, sessions in both."""
+    """One client of each kind per tenant, with the same users, branches, sectors and sessions."""
     async with AsyncExitStack() as stack:
         found = {}
         for tenant in TENANTS:
@@ -82,7 +82,7 @@ def publish(backend: "redis.Redis", channel: str | bytes, payload: bytes) -> Non
 
 
 def event(**changes: Any) -> dict[str, Any]:
-    """A valid event for everybody of a tenant's branch; a key set to ``...`` is left out."""
+    """A valid event for every client of a tenant's branch; a key set to ``...`` is left out."""
     found = {
         "type": "ROUND_READY",
         "tenant_id": 1,
@@ -99,13 +99,13 @@ def _json(**changes: Any) -> bytes:
 
 
 def _not_an_id(key: str, *, zero: bool = True, null: bool = True) -> list[tuple[str, bytes]]:
-    """The values that are no id, each in an event of which everything else is right."""
+    """Invalid ids, each in an event that is otherwise valid."""
     values: list[Any] = [
         True, False, "1", "", 1.0, 1.5, -1, -MAX, MAX + 1, 2**64, 10**30, [1], {"id": 1}, [], {},
     ]  # fmt: skip
     values += ([0] if zero else []) + ([None] if null else [])
     found = [(key, _json(**{key: value})) for value in values]
-    # What json.dumps would not write: it must not become a number on the way.
+    # json.dumps writes no such number; it must not be changed.
     raw = _json(**{key: "@"})
     return found + [(key, raw.replace(b'"@"', text)) for text in (b"1e0", b"1E0", b"0.1e1")]
 
@@ -122,14 +122,14 @@ JUNK: Final[list[tuple[str, bytes]]] = [
     *_not_an_id("table_id", null=False),
     *(("type", _json(type=kind)) for kind in _NO_TYPES),
     *(("id", _json(id=key)) for key in _NO_KEYS),
-    # Of a key that is there twice the last one counts, for us as for a browser.
+    # Of two equal keys the last one counts, as in a browser.
     ("tenant_id", b'{"tenant_id":1,"type":"ROUND_READY","branch_id":1,"tenant_id":"2"}'),
     ("tenant_id", b'{"type":"ROUND_READY","branch_id":1,"Tenant_id":1,"tenantId":1,"TENANT_ID":1}'),
     ("tenant_id", b'{"type":"ROUND_READY","branch_id":1,"data":{"tenant_id":1}}'),
     *(("not_object", text) for text in (b"[]", b"1", b'"text"', b"null", b"true", b"1.5")),
     ("not_object", b"[" + _json() + b"]"),
     ("not_object", json.dumps(_json().decode()).encode()),
-    # Told by the first thing that is wrong: that it goes on badly, nobody looks at any more.
+    # The reason is the first error; the rest is not read.
     ("not_object", b"[" * 30000),
     ("sector_id", _json(sector_id="@").replace(b'"@"', b"0x5")),
     ("not_json", b""),
@@ -164,7 +164,7 @@ JUNK: Final[list[tuple[str, bytes]]] = [
 
 
 @pytest.mark.parametrize("transport", ["direct", "asgi"])
-async def test_junk_reaches_nobody_and_stops_nothing(
+async def test_invalid_payloads_reach_no_client_and_stop_nothing(
     backend: "redis.Redis", redis_url: str, transport: Transport
 ) -> None:
     dice = random.Random(7)
@@ -178,22 +178,22 @@ async def test_junk_reaches_nobody_and_stops_nothing(
         ):
             for n, (_, payload) in enumerate(junk):
                 publish(backend, CHANNELS[n % len(CHANNELS)], payload)
-                if n % 4 == 0:  # in between, what must arrive
+                if n % 4 == 0:  # valid events in between, which must arrive
                     tenant = dice.choice(TENANTS)
                     marker = event(tenant_id=tenant, entity={"marker": [tenant, sent[tenant]]})
                     publish(backend, dice.choice((STREAM, "branch:1:admin")), _to_json(marker))
                     sent[tenant] += 1
             await settle(gateway)
-            heard = {who: await received(client) for who, client in clients.items()}
+            received_by = {who: await received(client) for who, client in clients.items()}
             figures = await metrics(gateway.port)
 
-    for (tenant, who), found in heard.items():
+    for (tenant, who), found in received_by.items():
         markers = [each["entity"]["marker"] for each in found]
         assert sorted(markers) == [[tenant, n] for n in range(sent[tenant])], who
     assert figures.by_label("events_invalid_total") == Counter(reason for reason, _ in junk)
     assert figures["events_processed_total"] == sent.total()
     warnings = [line for line in logs if line["event"] == "invalid event"]
-    # At most one line a second for each reason, but none is silent.
+    # At most one line a second for each reason, and at least one.
     assert {line["reason"] for line in warnings} == {reason for reason, _ in junk}
     assert SECRET not in repr(logs)
     assert not [line for line in logs if line["log_level"] in {"error", "critical"}]
@@ -203,7 +203,7 @@ def _to_json(found: dict[str, Any]) -> bytes:
     return json.dumps(found).encode()
 
 
-async def test_stream_entries_that_are_no_events_are_counted_and_passed_over(
+async def test_invalid_stream_entries_are_counted_and_skipped(
     backend: "redis.Redis", redis_url: str
 ) -> None:
     entries: list[dict[Any, Any]] = [
@@ -228,10 +228,10 @@ async def test_stream_entries_that_are_no_events_are_counted_and_passed_over(
         assert figures["events_received_total{stream}"] == len(entries) + 1
 
 
-async def test_channel_has_no_say_in_who_hears_an_event(
+async def test_channel_does_not_decide_who_receives_an_event(
     backend: "redis.Redis", redis_url: str
 ) -> None:
-    """A body of tenant 2 on every channel there is, tenant 1's own among them."""
+    """A body of tenant 2 on every channel, those of tenant 1 included."""
     async with (
         running(make_settings(redis_url)) as gateway,
         clients_of_both(gateway) as clients,
@@ -245,7 +245,7 @@ async def test_channel_has_no_say_in_who_hears_an_event(
             assert markers == (list(range(len(CHANNELS))) if tenant == 2 else []), who
 
 
-async def test_last_of_two_equal_keys_decides_as_it_does_in_the_browser(
+async def test_last_of_two_equal_keys_counts_as_in_a_browser(
     backend: "redis.Redis", redis_url: str
 ) -> None:
     twice = b'{"type":"ROUND_READY","tenant_id":1,"branch_id":1,"tenant_id":2,"sector_id":5}'
@@ -284,7 +284,7 @@ _JSON = st.recursive(
 
 
 def _mostly(right: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    """What is right three times of four, and anything else the fourth."""
+    """The valid strategy in three cases of four, otherwise anything."""
     return st.one_of(right, right, right, _JSON)
 
 
@@ -335,7 +335,7 @@ _PAYLOADS: st.SearchStrategy[bytes] = st.one_of(
 
 
 def _content(payload: bytes) -> str:
-    """What it says, whatever the spaces and without what the gateway adds; empty if no object."""
+    """The content without spaces and without the key that the gateway adds; empty if no object."""
     try:
         found = json.loads(payload)
     except (ValueError, RecursionError):
@@ -355,7 +355,7 @@ def _content(payload: bytes) -> str:
         HealthCheck.large_base_example,
     ],
 )
-async def test_whatever_is_published_no_client_hears_of_another_tenant(
+async def test_no_payload_reaches_a_client_of_another_tenant(
     backend: "redis.Redis", redis_url: str, published: list[tuple[str | bytes, bytes]]
 ) -> None:
     async with (
@@ -369,13 +369,13 @@ async def test_whatever_is_published_no_client_hears_of_another_tenant(
             publish(backend, STREAM, marker)
             publish(backend, "branch:1:admin", marker.replace(b"last", b"too"))
         await settle(gateway)
-        heard = {who: await received_texts(client) for who, client in clients.items()}
+        received_by = {who: await received_texts(client) for who, client in clients.items()}
         figures = await metrics(gateway.port)
 
     contents = {content for _, payload in published if (content := _content(payload))}
-    for (tenant, who), found in heard.items():
+    for (tenant, who), found in received_by.items():
         for text in found:
-            # What a browser makes of it is this tenant's, and nothing was made up on the way.
+            # As a browser reads it, it is of this tenant and was published.
             assert json.loads(text)["tenant_id"] == tenant, who
             assert _content(text.encode()) in contents or '"last"' in text or '"too"' in text
         assert sum('"last"' in text for text in found) >= 1, who

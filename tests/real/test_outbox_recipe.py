@@ -1,4 +1,4 @@
-"""The recipe of docs/outbox.md, as it stands there."""
+"""The recipe of docs/outbox.md, run as it is written there."""
 
 import re
 import sqlite3
@@ -30,7 +30,7 @@ def database(recipe: dict[str, Any]) -> Any:
     connection.close()
 
 
-async def test_what_is_committed_is_heard_once_though_the_relay_dies_in_between(
+async def test_committed_events_are_delivered_once_although_the_relay_dies(
     redis_url: str, recipe: dict[str, Any], database: sqlite3.Connection
 ) -> None:
     async with (
@@ -46,7 +46,7 @@ async def test_what_is_committed_is_heard_once_though_the_relay_dies_in_between(
 
         with Publisher(redis_url) as publisher:
             recipe["relay"](database, publisher, most=2)
-            # It died after publishing the second, before it could say so.
+            # It died after it had published the second event and before it had recorded that.
             with database:
                 database.execute("update outbox set published_at = null where id = 2")
             assert recipe["relay"](database, publisher) == 2
@@ -56,7 +56,7 @@ async def test_what_is_committed_is_heard_once_though_the_relay_dies_in_between(
         assert [event["n"] for event in await received(waiter)] == [0, 1, 2]
 
 
-def test_what_can_not_be_published_waits(
+def test_event_that_cannot_be_published_stays_in_the_outbox(
     recipe: dict[str, Any], database: sqlite3.Connection
 ) -> None:
     with database:

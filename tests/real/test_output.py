@@ -1,4 +1,4 @@
-"""Logs that nobody takes: the gateway serves on, and ends with a true status."""
+"""Logs without a reader: the gateway continues to serve, and its exit status is right."""
 
 import os
 import signal
@@ -38,7 +38,7 @@ COMMANDS: Final = {
 
 @contextmanager
 def unread(how: str) -> Iterator[int]:
-    """Where to log to that takes nothing."""
+    """Options of a process whose log is not read."""
     read, write = os.pipe()
     try:
         if how == "full disk":
@@ -74,7 +74,7 @@ async def served(
             try:
                 return (await http(port, "/ws/health/ready")).status == 200
             except (OSError, trio.BrokenResourceError, trio.TooSlowError):
-                # The stock command and the supervisor listen before anybody serves.
+                # The stock command and the supervisor listen before they serve.
                 return False
 
         await until(ready, 30)
@@ -90,7 +90,7 @@ async def served(
         ("stock with a worker", "full disk"),
     ],
 )
-async def test_a_log_that_nobody_takes_changes_no_answer_and_no_status(
+async def test_unread_log_changes_no_answer_and_no_exit_status(
     redis_url: str, tmp_path: Path, command: str, how: str
 ) -> None:
     bad = make_jwt("another secret of thirty-two bytes")
@@ -102,7 +102,7 @@ async def test_a_log_that_nobody_takes_changes_no_answer_and_no_status(
                 for _ in range(3):
                     answer = await http(gateway.port, f"/ws/waiter/events?token={bad}")
                     assert answer.status == 401
-                for _ in range(20):  # each with a line of the log
+                for _ in range(20):  # each writes a line to the log
                     async with connect(gateway.staff_url("kitchen"), proxy=None):
                         pass
                 await client.send("ping")
@@ -139,7 +139,7 @@ trio_gateway.gateway.reap = reap
     ("command", "how"),
     [("serve", "reader gone"), ("stock", "reader stalls")],
 )
-async def test_a_bug_ends_it_although_nobody_takes_its_last_words(
+async def test_bug_ends_the_process_although_its_log_is_unread(
     redis_url: str, tmp_path: Path, command: str, how: str
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(_BROKEN)
@@ -152,7 +152,7 @@ async def test_a_bug_ends_it_although_nobody_takes_its_last_words(
 
 
 @pytest.mark.parametrize(("command", "how"), [("serve", "full disk"), ("stock", "reader stalls")])
-async def test_bad_settings_are_status_2_although_nobody_takes_the_message(
+async def test_invalid_settings_are_status_2_although_the_message_is_unread(
     redis_url: str, tmp_path: Path, command: str, how: str
 ) -> None:
     words = (*COMMANDS[command], "-b", f"127.0.0.1:{free_port()}")

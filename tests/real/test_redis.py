@@ -1,4 +1,4 @@
-"""Redis as a source: what counts as one event, how it is reached, and what happens if it fails."""
+"""Redis as a source: duplicates, connections and failures."""
 
 import json
 import ssl
@@ -50,7 +50,7 @@ def markers(found: list[Any]) -> list[Any]:
     return [event["entity"]["marker"] for event in found]
 
 
-# What is one event
+# Duplicates
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ async def test_every_gateway_reads_every_entry(backend: "redis.Redis", redis_url
 async def test_event_arrives_at_once_with_no_polling_interval(
     backend: "redis.Redis", redis_url: str
 ) -> None:
-    """The median of some lone events, each of which waits for the one before to be received."""
+    """The median latency of single events, each published after the previous one was received."""
     async with (
         running(make_settings(redis_url)) as gateway,
         admitted(gateway.staff_url("waiter")) as waiter,
@@ -204,7 +204,7 @@ async def test_event_arrives_at_once_with_no_polling_interval(
             assert sorted(took)[10] < 0.05, way
 
 
-# How it is reached
+# Connections
 
 
 @pytest.fixture(scope="module")
@@ -215,8 +215,8 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
         with redis.Redis(port=server.port) as admin:
             admin.execute_command("ACL SETUSER alice on >pass/w@rd:% ~* &* +@all")
             admin.execute_command("ACL SETUSER open on nopass ~* &* +@all")
-            admin.execute_command("ACL SETUSER deaf on >secret ~* resetchannels +@all")
-            admin.config_set("requirepass", "for everybody")
+            admin.execute_command("ACL SETUSER unsubscribable on >secret ~* resetchannels +@all")
+            admin.config_set("requirepass", "default password")
         yield server
 
 
@@ -224,13 +224,13 @@ def _url(template: str, server: RedisServer) -> str:
     return template.format(
         tcp=f"127.0.0.1:{server.port}",
         alice="alice:" + quote("pass/w@rd:%", safe=""),
-        default=quote("for everybody"),
+        default=quote("default password"),
         path=server.unix_socket_path,
     )
 
 
 async def works(gateway: Running, url: str, **options: Any) -> None:
-    """Both sources and the commands do their work over this URL."""
+    """Both sources and the commands work over this URL."""
     assert (await http(gateway.port, "/ws/health/ready")).status == 200
     async with admitted(gateway.staff_url("waiter")) as waiter:  # asks Redis for revocations
         with redis.Redis.from_url(url, **options) as backend:
@@ -253,7 +253,7 @@ async def works(gateway: Running, url: str, **options: Any) -> None:
         "unix://{alice}@{path}",
     ],
 )
-async def test_redis_is_reached_by_every_kind_of_url(guarded: RedisServer, template: str) -> None:
+async def test_every_kind_of_redis_url_works(guarded: RedisServer, template: str) -> None:
     url = _url(template, guarded)
     async with running(make_settings(url)) as gateway:
         await works(gateway, url)
@@ -266,10 +266,10 @@ async def test_redis_is_reached_by_every_kind_of_url(guarded: RedisServer, templ
         ("redis://nobody:wrong-password@{tcp}", "AUTH failed: WRONGPASS"),
         ("redis://{tcp}", "NOAUTH"),
         ("redis://{alice}@{tcp}/99", "SELECT failed: ERR"),
-        ("redis://deaf:secret@{tcp}", "Redis says NOPERM"),
+        ("redis://unsubscribable:secret@{tcp}", "Redis says NOPERM"),
     ],
 )
-async def test_redis_that_refuses_the_credentials_is_named_in_the_log_without_the_password(
+async def test_rejected_redis_credentials_are_logged_without_the_password(
     guarded: RedisServer, template: str, error: str
 ) -> None:
     with capture_logs() as logs:
@@ -288,8 +288,8 @@ async def test_redis_that_refuses_the_credentials_is_named_in_the_log_without_th
 async def tls_in_front_of(
     port: int, certificate: trustme.LeafCert, clients: trustme.CA | None = None
 ) -> AsyncIterator[int]:
-    """The wheel's Valkey speaks no TLS: this does it for it. With ``clients`` it wants a
-    certificate of theirs, too.
+    """Terminate TLS for the wheel's Valkey, which has none. With ``clients`` it requires a
+    client certificate.
     """
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     certificate.configure_cert(context)
@@ -329,7 +329,9 @@ async def test_redis_is_reached_over_tls(
     async with tls_in_front_of(guarded.port, authority.issue_cert("localhost")) as port:
         url = _url("rediss://{alice}@localhost:", guarded) + f"{port}/1"
         async with running(make_settings(url)) as gateway:
-            plain = _url("redis://{alice}@{tcp}/1", guarded)  # a blocking client would wait for us
+            plain = _url(
+                "redis://{alice}@{tcp}/1", guarded
+            )  # a blocking client would block the loop that it waits for
             assert gateway.app.settings.redis_url == url
             assert (await http(gateway.port, "/ws/health/ready")).status == 200
             async with admitted(gateway.staff_url("waiter")) as waiter:
@@ -342,7 +344,7 @@ async def test_redis_is_reached_over_tls(
 
 @pytest.fixture(scope="module")
 def authority(tmp_path_factory: pytest.TempPathFactory) -> tuple[trustme.CA, Path]:
-    """One that only the URL names, and a folder with its certificate and a client's."""
+    """An authority that only the URL names, and a folder with its and a client's certificate."""
     authority, folder = trustme.CA(), tmp_path_factory.mktemp("tls")
     authority.cert_pem.write_to_path(folder / "ca.pem")
     client = authority.issue_cert("gateway")
@@ -404,7 +406,7 @@ async def test_missing_client_certificate_is_refused(
         assert "pass/w@rd" not in str(failed.value)
 
 
-@pytest.mark.parametrize("fault", ["of an authority nobody trusts", "of another host"])
+@pytest.mark.parametrize("fault", ["of an untrusted authority", "of another host"])
 async def test_untrusted_tls_certificate_is_refused(
     guarded: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
@@ -421,12 +423,12 @@ async def test_untrusted_tls_certificate_is_refused(
                 assert (await http(gateway.port, "/ws/health/ready")).status == 503
 
 
-# What if it goes
+# Failures
 
 
 @asynccontextmanager
 async def own_redis(**config: Any) -> AsyncIterator[RedisServer]:
-    """One that a test may do what it likes to; what was written to it is on the disk."""
+    """A Redis for one test, with its data on disk."""
     with valkey(appendonly="yes", appendfsync="always", **config) as server:
         yield server
 
@@ -441,7 +443,7 @@ async def breaker_states(gateway: Running) -> dict[str, float]:
     return {name: found[name] for name in BREAKERS}
 
 
-async def test_redis_that_is_killed_and_comes_back_costs_no_client_and_no_stream_entry() -> None:
+async def test_killed_and_restarted_redis_loses_no_client_and_no_stream_entry() -> None:
     changes = {"circuit_failure_threshold": 2, "circuit_recovery_timeout": 0.2}
     async with (
         own_redis() as server,
@@ -465,9 +467,9 @@ async def test_redis_that_is_killed_and_comes_back_costs_no_client_and_no_stream
         assert detailed.json["redis_async"]["status"] == "disconnected"
         assert detailed.json["redis_sync"]["status"] == "disconnected"
         assert detailed.json["connections"]["total"] == 2
-        for client in (waiter, diner):  # live ones stay, and are answered
+        for client in (waiter, diner):  # live clients stay connected and are answered
             assert markers(await received(client)) == ["before"]
-        for _ in range(3):  # nobody knows whether this token is revoked
+        for _ in range(3):  # the revocation of this token is unknown
             async with connect(gateway.staff_url("waiter")) as refused:
                 assert (await closed(refused))[0] == 1013
 
@@ -478,7 +480,7 @@ async def test_redis_that_is_killed_and_comes_back_costs_no_client_and_no_stream
 
         await start_again(server)
         with redis.Redis.from_url(server.connection_url) as backend:
-            for n in range(3):  # whoever reconnects later reads on from where it was
+            for n in range(3):  # each reader continues at its cursor
                 backend.xadd(STREAM, {"data": payload(f"after {n}", session_id=456)})
 
         async def ready() -> bool:
@@ -504,10 +506,8 @@ async def test_redis_that_is_killed_and_comes_back_costs_no_client_and_no_stream
         assert await breaker_states(gateway) == dict.fromkeys(BREAKERS, 0)
 
 
-async def test_redis_that_hangs_is_noticed_within_five_seconds_and_used_again_when_it_answers() -> (
-    None
-):
-    """SIGSTOP is what a half-open link looks like: connected, and no answer to anything."""
+async def test_hung_redis_is_detected_within_five_seconds_and_used_again_when_it_answers() -> None:
+    """SIGSTOP simulates a half-open link: connected, without any answer."""
     async with (
         own_redis() as server,
         running(make_settings(server.connection_url)) as gateway,
@@ -518,12 +518,12 @@ async def test_redis_that_hangs_is_noticed_within_five_seconds_and_used_again_wh
         assert app.parts.streams is not None
         assert (await http(gateway.port, "/ws/health/ready")).status == 200
         with server.frozen():
-            # One that is slow for a moment stays ready, however many ask.
+            # A Redis that is slow for a moment stays ready, however many requests ask.
             began = trio.current_time()
             while trio.current_time() < began + 1:
-                async with trio.open_nursery() as crowd:
+                async with trio.open_nursery() as nursery:
                     for _ in range(7):
-                        crowd.start_soon(http, gateway.port, "/ws/health/ready")
+                        nursery.start_soon(http, gateway.port, "/ws/health/ready")
                 assert (await http(gateway.port, "/ws/health/ready")).status == 200
             with trio.fail_after(3):  # a command has a shorter deadline than a silent link
                 while (await http(gateway.port, "/ws/health/ready")).status != 503:
@@ -545,7 +545,7 @@ async def test_redis_that_hangs_is_noticed_within_five_seconds_and_used_again_wh
         assert sorted(markers(await received(waiter))) == ["pubsub", "stream"]
 
 
-async def test_gateway_starts_without_redis_and_works_when_it_comes() -> None:
+async def test_gateway_starts_without_redis_and_works_once_redis_is_up() -> None:
     port = free_port()
     async with running(
         make_settings(f"redis://127.0.0.1:{port}", circuit_recovery_timeout=0.2), wait_ready=False
@@ -560,7 +560,7 @@ async def test_gateway_starts_without_redis_and_works_when_it_comes() -> None:
 
 
 @pytest.mark.parametrize("kind", ["pubsub", "normal"])
-async def test_connection_that_redis_drops_is_opened_again(
+async def test_connection_dropped_by_redis_is_reopened(
     backend: "redis.Redis", redis_url: str, kind: str
 ) -> None:
     source = "pubsub" if kind == "pubsub" else "stream"
@@ -584,10 +584,8 @@ async def test_connection_that_redis_drops_is_opened_again(
             assert (await http(gateway.port, "/ws/health/ready")).status == 200
 
 
-async def test_stream_that_is_deleted_and_created_anew_is_read_on(
-    backend: "redis.Redis", redis_url: str
-) -> None:
-    """``XTRIM``, ``DEL`` and ``FLUSHALL`` leave a cursor behind that later entries are beyond."""
+async def test_deleted_and_recreated_stream_is_read(backend: "redis.Redis", redis_url: str) -> None:
+    """After ``XTRIM``, ``DEL`` and ``FLUSHALL`` later entries are beyond the old cursor."""
     async with (
         running(make_settings(redis_url)) as gateway,
         admitted(gateway.staff_url("waiter")) as waiter,
@@ -603,7 +601,7 @@ async def test_stream_that_is_deleted_and_created_anew_is_read_on(
         assert markers(await received(waiter)) == ["one", "two", "three"]
 
 
-async def test_key_that_is_not_a_stream_is_a_lost_source_and_does_not_end_the_process(
+async def test_key_that_is_not_a_stream_is_a_lost_source_and_ends_no_process(
     backend: "redis.Redis", redis_url: str
 ) -> None:
     backend.set(STREAM, "a string")

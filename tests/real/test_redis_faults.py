@@ -1,4 +1,4 @@
-"""Faults of Redis: some of those that e2e/chaos tries all of, and what each of them had found."""
+"""Faults of Redis: a selection; e2e/chaos tries all."""
 
 import json
 from collections.abc import AsyncIterator
@@ -65,8 +65,8 @@ async def readiness(gateway: Running) -> int:
     return (await http(gateway.port, "/ws/health/ready")).status
 
 
-@pytest.mark.parametrize("name", ["answers to nobody's question", "out of memory"])
-async def test_fault_of_redis_is_noticed_and_recovered_from(name: str) -> None:
+@pytest.mark.parametrize("name", ["unexpected replies", "out of memory"])
+async def test_fault_of_redis_is_detected_and_recovered_from(name: str) -> None:
     (fault,) = [each for each in FAULTS if each.name == name]
     with valkey() as server:
         async with (
@@ -96,7 +96,7 @@ async def test_fault_of_redis_is_noticed_and_recovered_from(name: str) -> None:
             assert (await receive_event(diner))["type"] == "ROUND_READY"
 
 
-async def test_redis_that_takes_no_writes_refuses_tickets_and_nobody_else() -> None:
+async def test_read_only_redis_refuses_tickets_and_no_client() -> None:
     with valkey() as server:
         async with relayed(server.connection_url, redis_dlq_stream="events:dlq") as (_, gateway):
             _, ticket = await issue(gateway)
@@ -122,7 +122,7 @@ async def test_redis_that_takes_no_writes_refuses_tickets_and_nobody_else() -> N
                 pass
 
 
-async def test_dead_letter_that_redis_does_not_take_is_counted(
+async def test_dead_letter_refused_by_redis_is_counted(
     redis_url: str, backend: "redis.Redis"
 ) -> None:
     changes = {"redis_dlq_stream": "events:dlq", "circuit_recovery_timeout": 60}
@@ -143,14 +143,14 @@ async def test_dead_letter_that_redis_does_not_take_is_counted(
         assert await copied()
 
 
-async def test_ticket_whose_answer_is_lost_is_not_called_invalid(
+async def test_ticket_whose_reply_is_lost_is_not_called_invalid(
     redis_url: str, backend: "redis.Redis"
 ) -> None:
-    """Asked again, Redis would say that there is none: it gave it away the first time."""
+    """A second GETDEL would find nothing, because the first one removed the ticket."""
     async with relayed(redis_url) as (relay, gateway):
         _, ticket = await issue(gateway)
         tickets = gateway.app.parts.tickets
-        await tickets.peek(ticket)  # as a client does that nothing else refuses
+        await tickets.peek(ticket)  # as a client that is otherwise admitted
         relay.vanish(Way.TO_CLIENT)
 
         async def redeem() -> None:
@@ -166,7 +166,7 @@ async def test_ticket_whose_answer_is_lost_is_not_called_invalid(
 
 
 @pytest.mark.parametrize("command", ["mget", "get", "getdel"])
-async def test_command_that_redis_refuses_is_a_lookup_that_failed_and_never_a_no(
+async def test_command_refused_by_redis_is_a_failed_lookup_and_not_a_negative_answer(
     redis_url: str, backend: "redis.Redis", command: str
 ) -> None:
     async with running(make_settings(redis_url)) as gateway:
@@ -188,7 +188,7 @@ async def test_command_that_redis_refuses_is_a_lookup_that_failed_and_never_a_no
 
 @asynccontextmanager
 async def unreached(redis_url: str, **changes: object) -> AsyncIterator[tuple[Relay, Running]]:
-    """A gateway whose Redis is up, but refuses it."""
+    """A gateway whose Redis is up but refuses its connections."""
     async with open_relay(int(redis_url.rpartition(":")[2])) as relay:
         relay.refuse()
         settings = make_settings(f"redis://127.0.0.1:{relay.port}", **NOW | changes)
@@ -196,7 +196,7 @@ async def unreached(redis_url: str, **changes: object) -> AsyncIterator[tuple[Re
             yield relay, gateway
 
 
-async def test_client_that_came_before_redis_was_reached_gets_what_it_has_missed(
+async def test_client_connected_before_redis_gets_the_events_it_missed(
     redis_url: str, backend: "redis.Redis"
 ) -> None:
     backend.xadd(STREAM, {"data": event("long ago")}, id="1000-0")
@@ -219,7 +219,7 @@ async def test_client_that_came_before_redis_was_reached_gets_what_it_has_missed
                 assert await received(client) == []
 
 
-async def test_client_that_came_before_redis_was_reached_is_told_if_not_all_is_known(
+async def test_client_connected_before_redis_gets_a_gap_if_events_are_unknown(
     redis_url: str, backend: "redis.Redis"
 ) -> None:
     async with (
@@ -235,7 +235,7 @@ async def test_client_that_came_before_redis_was_reached_is_told_if_not_all_is_k
         assert (await receive_event(client))["entity"] == 3
 
 
-async def test_client_that_came_before_redis_was_reached_and_missed_nothing_hears_nothing(
+async def test_client_connected_before_redis_that_missed_nothing_gets_nothing(
     redis_url: str, backend: "redis.Redis"
 ) -> None:
     backend.xadd(STREAM, {"data": event("long ago")}, id="1000-0")
@@ -258,7 +258,7 @@ REPLIES = [
 
 
 @pytest.mark.parametrize("polite", [True, False], ids=["after the greetings", "at once"])
-async def test_whatever_redis_replies_a_command_is_answered_or_unavailable(polite: bool) -> None:
+async def test_command_is_answered_or_unavailable_whatever_redis_replies(polite: bool) -> None:
     reply = b""
 
     async def serve(stream: trio.SocketStream) -> None:

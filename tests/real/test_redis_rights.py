@@ -1,4 +1,4 @@
-"""A Redis that grants no more than it must: an ACL, or a proxy that knows few commands."""
+"""A Redis with minimal rights: an ACL, or a proxy with few commands."""
 
 import json
 import re
@@ -73,24 +73,24 @@ async def works(gateway: Running, backend: "redis.Redis") -> None:
 
 @pytest.fixture
 def granted(server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The URL of a user that has the rights that check proposes, and no other."""
+    """The URL of a user with exactly the rights that check proposes."""
     url, proposed = f"redis://few:pw@127.0.0.1:{server.port}/1", set[str]()
     with redis.Redis(port=server.port) as admin:
         admin.execute_command("ACL SETUSER few reset on >pw")
-        while True:  # without the right to SELECT it looks no further
-            status, said = check(url, monkeypatch)
-            lines = [line for line in said.splitlines() if "ACL SETUSER" in line]
+        while True:  # without the right to SELECT it stops there
+            status, printed = check(url, monkeypatch)
+            lines = [line for line in printed.splitlines() if "ACL SETUSER" in line]
             words = set(re.findall(r"(?<= )(?:[+~]\S+|allchannels)", " ".join(lines)))
             if words <= proposed:
                 break
             proposed |= words
             admin.execute_command("ACL", "SETUSER", "few", *sorted(words))
-    assert status == 0, said
+    assert status == 0, printed
     assert proposed.isdisjoint({"+@all", "~*"})
     return url
 
 
-async def test_the_rights_that_check_proposes_are_enough(server: RedisServer, granted: str) -> None:
+async def test_rights_that_check_proposes_are_sufficient(server: RedisServer, granted: str) -> None:
     with redis.Redis(port=server.port, db=1) as admin:
         admin.execute_command("ACL LOG RESET")
         async with running(make_settings(granted, redis_dlq_stream=DLQ)) as gateway:
@@ -99,7 +99,7 @@ async def test_the_rights_that_check_proposes_are_enough(server: RedisServer, gr
         assert {entry["object"] for entry in refused} <= {"client|setname", "client|setinfo"}
 
 
-async def test_a_proxy_that_knows_neither_client_nor_hello_will_do(tmp_path: Path) -> None:
+async def test_proxy_without_client_and_hello_is_sufficient(tmp_path: Path) -> None:
     (tmp_path / "few.conf").write_text('rename-command CLIENT ""\nrename-command HELLO ""\n')
     with (
         valkey(include=str(tmp_path / "few.conf")) as proxy,

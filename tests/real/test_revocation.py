@@ -1,4 +1,4 @@
-"""Revocations and tickets: what Redis knows about credentials, while it does and while not."""
+"""Revocations and tickets, with Redis up and down."""
 
 import json
 import sqlite3
@@ -72,7 +72,7 @@ async def test_only_the_token_on_the_blacklist_is_refused(
     [
         (lambda iat: iso(iat + 1), True),
         (lambda iat: iso(iat + 0.25), True),
-        (lambda iat: iso(iat), False),  # later than iat, says the contract
+        (lambda iat: iso(iat), False),  # the contract: later than iat
         (lambda iat: iso(iat - 1), False),
         (lambda iat: iso(iat + 1).replace("+00:00", "Z"), True),
         (lambda iat: iso(iat - 1).replace("+00:00", "Z"), False),
@@ -80,7 +80,7 @@ async def test_only_the_token_on_the_blacklist_is_refused(
         (lambda iat: iso(iat - 1).removesuffix("+00:00"), False),
         (lambda iat: iso(iat + 1, timezone(timedelta(hours=-5))), True),
         (lambda iat: iso(iat - 1, timezone(timedelta(hours=9, minutes=30))), False),
-        (lambda iat: "no time at all", True),  # somebody meant to revoke something
+        (lambda iat: "no time at all", True),  # invalid, so treated as a revocation
         (lambda iat: b"\xff\xfe", True),
     ],
 )
@@ -110,7 +110,7 @@ async def test_token_without_iat_counts_as_older_than_any_revocation(
             pass
 
 
-async def test_renewal_with_a_revoked_token_ends_the_connection(
+async def test_renewal_with_a_revoked_token_closes_the_connection(
     backend: "redis.Redis", redis_url: str
 ) -> None:
     async with (
@@ -127,12 +127,12 @@ async def test_renewal_with_a_revoked_token_ends_the_connection(
         assert await closed(client) == REVOKED
 
 
-# At once
+# By message
 
 
 @TRANSPORTS
 @pytest.mark.parametrize(
-    ("said", "gone"),
+    ("message", "closed_clients"),
     [
         ({"jti": "a"}, {"a", "a of tenant 2", "diner a"}),
         ({"jti": "a", "tenant_id": 1}, {"a", "diner a"}),
@@ -147,8 +147,8 @@ async def test_revocation_on_the_channel_closes_its_connections_at_once(
     backend: "redis.Redis",
     redis_url: str,
     transport: Transport,
-    said: dict[str, Any],
-    gone: set[str],
+    message: dict[str, Any],
+    closed_clients: set[str],
 ) -> None:
     async with running(make_settings(redis_url), transport=transport) as gateway:
         urls = {
@@ -170,7 +170,7 @@ async def test_revocation_on_the_channel_closes_its_connections_at_once(
                 count += 1
                 if count == len(urls):
                     joined.set()
-                if who in gone:
+                if who in closed_clients:
                     endings[who] = await closed(client, 2)
                 else:
                     await settled.wait()
@@ -181,11 +181,11 @@ async def test_revocation_on_the_channel_closes_its_connections_at_once(
             for who, url in urls.items():
                 nursery.start_soon(live, who, url)
             await joined.wait()
-            backend.publish("channel:auth:revoked", json.dumps(said))
-            await until(lambda: len(endings) == len(gone), 2)
+            backend.publish("channel:auth:revoked", json.dumps(message))
+            await until(lambda: len(endings) == len(closed_clients), 2)
             await settle(gateway)
             settled.set()
-        assert endings == dict.fromkeys(gone, REVOKED)
+        assert endings == dict.fromkeys(closed_clients, REVOKED)
 
 
 async def test_invalid_revocation_message_closes_no_connection(
@@ -202,14 +202,14 @@ async def test_invalid_revocation_message_closes_no_connection(
         admitted(gateway.staff_url("waiter")) as client,
         admitted(gateway.diner_url()) as diner,
     ):
-        for said in junk:
-            backend.publish("channel:auth:revoked", said)
+        for message in junk:
+            backend.publish("channel:auth:revoked", message)
         await settle(gateway)
         assert await received(client) == await received(diner) == []
         assert (await http(gateway.port, "/ws/health/ready")).status == 200
 
 
-# While it is being admitted
+# During admission
 
 
 @pytest.fixture
@@ -293,12 +293,12 @@ async def test_revocation_published_while_the_link_was_down_is_applied(
         admitted(gateway.staff_url("waiter", sub="22")) as other,
     ):
         backend.client_kill_filter(_type="pubsub")
-        backend.set("auth:token:blacklist:a", "1")  # and nobody hears the message
+        backend.set("auth:token:blacklist:a", "1")  # and the message is lost
         assert await closed(client, 3) == REVOKED
         assert await received(other) == []
 
 
-# At intervals
+# Sweeps
 
 
 @TRANSPORTS
@@ -341,7 +341,7 @@ async def test_sweep_checks_many_with_one_command(backend: "redis.Redis", redis_
             nursery.start_soon(live, n)
         await until(lambda: len(gateway.app.parts.hub) == 40)
         before, started = calls(), trio.current_time()
-        await trio.sleep(0.5)  # ten sweeps; nothing to wait for that says so
+        await trio.sleep(0.5)  # ten sweeps; there is nothing to wait for
         sweeps = (trio.current_time() - started) / 0.05
         assert 1 <= calls() - before <= sweeps + 2
         stay.set()
@@ -366,10 +366,10 @@ async def test_live_clients_stay_and_new_ones_get_1013_while_redis_is_down() -> 
             code, reason = await refusal(gateway.staff_url("waiter"))
             assert code == 1013
             assert "token" not in reason or "can't check" in reason
-            # A table token without a jti can't be revoked, so nothing needs to be asked.
+            # A table token without a jti cannot be revoked, so Redis is not needed.
             async with admitted(gateway.diner_url()):
                 pass
-            # Renewal: the old credential holds to its end, the connection is not given up.
+            # Renewal: the old credential stays valid until its expiry.
             renewal = make_jwt(JWT_SECRET, jti="b")
             await waiter.send_message(json.dumps({"type": "auth", "token": renewal}))
             assert await received(waiter) == []
@@ -435,7 +435,7 @@ async def test_ticket_stays_valid_if_its_client_is_refused_for_another_reason(
             path = f"/ws/{endpoint}/events?ticket={once}"
             reply = await http(gateway.port, path, headers={"Origin": origin})
             assert reply.status in {403, 429, 503}
-        elif why != "draining":  # an upgrade is then refused before that
+        elif why != "draining":  # such an upgrade is refused earlier
             url = f"{gateway.url}/ws/{endpoint}?ticket={once}"
             async with connect(url, extra_headers=[("Origin", origin)]) as client:
                 assert (await closed(client))[0] in {1001, 1008, 1013, 4003}
@@ -512,7 +512,7 @@ async def test_ticket_is_redeemed_by_another_process(
         assert await refusal(f"{one.url}/ws/waiter?ticket={once}") == (4001, "ticket invalid")
 
 
-async def test_ticket_gives_no_more_than_its_token(backend: "redis.Redis", redis_url: str) -> None:
+async def test_ticket_grants_no_more_than_its_token(backend: "redis.Redis", redis_url: str) -> None:
     async with running(make_settings(redis_url)) as gateway:
         staff = make_jwt(JWT_SECRET, jti="a")
         url = gateway.url
@@ -560,7 +560,7 @@ async def test_ticket_is_issued_for_a_credential_that_some_endpoint_admits(
         assert reply.status == status
         token = (authorization or "").rpartition(" ")[2]
         assert len(token) < 20 or token not in reply.text
-        assert len(backend.keys()) == (2 if status == 200 else 1)  # others cost Redis no key
+        assert len(backend.keys()) == (2 if status == 200 else 1)  # others create no key in Redis
         assert (await http(gateway.port, "/ws/ticket", headers=headers)).status == 405
 
 
@@ -578,4 +578,4 @@ async def test_ticket_can_neither_be_issued_nor_used_while_redis_is_down() -> No
                     method="POST",
                     headers={"Authorization": f"Bearer {bearer}"},
                 )
-                assert reply.status == 503  # not 401, not 403: nothing is wrong with the token
+                assert reply.status == 503  # not 401 or 403: the token is valid

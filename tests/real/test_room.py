@@ -1,4 +1,4 @@
-"""Making room: a phone that changed networks gets in again, through real sockets."""
+"""Making room over real sockets: a phone that changed networks is admitted again."""
 
 import socket
 import sys
@@ -52,7 +52,7 @@ async def test_dead_connections_are_closed_after_two_seconds_and_live_ones_stay(
 
         started = trio.current_time()
         async with trio.open_nursery() as nursery:
-            for _ in range(3):  # at once: two places for three
+            for _ in range(3):  # at the same time: two places for three
                 nursery.start_soon(come)
             await until(lambda: gateway.app.parts.hub.joins == 5, 4)
             assert 2 <= trio.current_time() - started < 3.5
@@ -109,7 +109,7 @@ async def test_event_stream_is_alive_while_its_data_is_acknowledged(
         assert list(gateway.app.parts.hub.connections) == [connection]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what was acknowledged")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux counts acknowledged bytes")
 async def test_event_stream_that_acknowledges_nothing_is_closed(
     redis_url: str, backend: "redis.Redis"
 ) -> None:

@@ -103,11 +103,11 @@ CHANNELS = (
 
 @dataclass(frozen=True)
 class Client:
-    """One client of the matrix, and what the contract says that it is."""
+    """A client of the matrix, and its audiences by the contract."""
 
     name: str
     endpoint: str
-    is_a: str  # the letters of the table that it can be meant by
+    is_a: str  # the letters of the table that may mean this client
     tenant: int = 1
     branch: int = 1
     sectors: tuple[int, ...] = ()
@@ -132,7 +132,7 @@ class Client:
         )
         return f"{gateway.url}/ws/{self.endpoint}?token={token}"
 
-    def should_hear(self, event: "dict[str, Any]") -> bool:
+    def should_receive(self, event: "dict[str, Any]") -> bool:
         letters = set(TABLE[event["type"]].split()) & set(self.is_a)
         if event["tenant_id"] != self.tenant:
             return False
@@ -145,7 +145,7 @@ class Client:
             or ("K" in letters and here)
             or ("A" in letters and here)
             or ("B" in letters and here)
-            # A session is the tenant's, whatever the branch of the diner's token.
+            # A session belongs to the tenant, whatever the branch in the diner's token.
             or ("D" in letters and event["session_id"] == self.session)
         )
 
@@ -181,7 +181,7 @@ def clients() -> Iterator[Client]:
 
 
 def events() -> Iterator[dict[str, Any]]:
-    """Each with a marker of its own."""
+    """All events, each with its own marker."""
     marker = itertools.count()
     for kind, branch, sector, session in itertools.product(
         TABLE, (1, 0), (SECTOR, None, NOBODYS_SECTOR), (SESSION, None)
@@ -205,24 +205,24 @@ async def connected(gateway: Running) -> AsyncIterator[dict[Client, WebSocketCon
         }
 
 
-async def heard_by_all(
+async def receive_all(
     sockets: dict[Client, WebSocketConnection],
 ) -> dict[Client, list[dict[str, Any]]]:
-    heard: dict[Client, list[dict[str, Any]]] = {}
+    received_by: dict[Client, list[dict[str, Any]]] = {}
 
     async def ask(client: Client, socket: WebSocketConnection) -> None:
-        heard[client] = await received(socket)
+        received_by[client] = await received(socket)
 
     async with trio.open_nursery() as nursery:
         for client, socket in sockets.items():
             nursery.start_soon(ask, client, socket)
-    return heard
+    return received_by
 
 
 def publish(
     backend: "redis.Redis", events: Sequence[dict[str, Any]], *, shift: int
 ) -> dict[str, list[dict[str, Any]]]:
-    """Publish each event once, the channels taking turns; what went which way, in order."""
+    """Publish each event once, on alternating channels; returns the order of each source."""
     ways: dict[str, list[dict[str, Any]]] = {"stream": [], "pubsub": []}
     pipeline = backend.pipeline(transaction=False)
     for n, event in enumerate(events, shift):
@@ -241,8 +241,8 @@ def markers(events: Sequence[dict[str, Any]]) -> list[int]:
 
 
 @pytest.mark.parametrize("transport", ["direct", "asgi"])
-@pytest.mark.parametrize("shift", [0, 1])  # what the stream carries now, Pub/Sub carries then
-async def test_each_client_hears_exactly_what_the_table_says_once_and_in_order(
+@pytest.mark.parametrize("shift", [0, 1])  # the second run exchanges stream and Pub/Sub
+async def test_each_client_receives_exactly_its_events_once_and_in_order(
     backend: "redis.Redis", redis_url: str, transport: Transport, shift: int
 ) -> None:
     everything = list(events())
@@ -252,33 +252,33 @@ async def test_each_client_hears_exactly_what_the_table_says_once_and_in_order(
     ):
         ways = publish(backend, everything, shift=shift)
         await settle(gateway)
-        heard = await heard_by_all(sockets)
+        received_by = await receive_all(sockets)
         figures = await metrics(gateway.port)
 
     by_marker = {event["entity"]["marker"]: event for event in everything}
     streamed = set(markers(ways["stream"]))
-    for client, found in heard.items():
+    for client, found in received_by.items():
         got = markers(found)
         for way, published in ways.items():
             here = [marker for marker in got if (marker in streamed) == (way == "stream")]
-            expected = markers([event for event in published if client.should_hear(event)])
+            expected = markers([event for event in published if client.should_receive(event)])
             wrong = [by_marker[marker] for marker in set(here) ^ set(expected)]
             assert not wrong, f"{client.name}, {way}"
             assert here == expected, f"{client.name}, {way}: not once, or not in order"
-        # Nothing was added to an event, nothing taken away.
+        # No event has gained or lost a key.
         for event in found:
             original = by_marker[event["entity"]["marker"]]
             assert {**event, "event_id": None} == {**original, "event_id": None}
-    assert any(len(found) > 100 for found in heard.values())
-    assert all(not found for client, found in heard.items() if client.tenant != 1)
+    assert any(len(found) > 100 for found in received_by.values())
+    assert all(not found for client, found in received_by.items() if client.tenant != 1)
     assert figures["events_processed_total"] == len(everything)
-    assert figures["deliveries_total"] == sum(map(len, heard.values()))
+    assert figures["deliveries_total"] == sum(map(len, received_by.values()))
     assert figures["events_unknown_type_total"] == 12
     assert figures["events_duplicate_total"] == 0
 
 
 @pytest.mark.parametrize("transport", ["direct", "asgi"])
-async def test_staff_of_two_branches_hear_both_and_each_event_once(
+async def test_staff_of_two_branches_receive_each_event_of_both_once(
     backend: "redis.Redis", redis_url: str, transport: Transport
 ) -> None:
     async with running(make_settings(redis_url), transport=transport) as gateway:
@@ -308,7 +308,7 @@ async def test_staff_of_two_branches_hear_both_and_each_event_once(
             assert markers(await received(admin)) == [0, 1, 2, 3, 6, 7]
 
 
-async def test_sector_that_nobody_covers_goes_to_the_branch_if_the_setting_says_so(
+async def test_event_of_an_uncovered_sector_goes_to_the_branch_if_configured(
     backend: "redis.Redis", redis_url: str
 ) -> None:
     settings = make_settings(redis_url, ws_uncovered_sector="branch")

@@ -1,4 +1,4 @@
-"""The 39 sample events, played through a real gateway the way their channels say."""
+"""The 39 sample events, published on their channels to a real gateway."""
 
 import re
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -36,7 +36,7 @@ SAMPLES = [
     msgspec.json.decode(line, type=Sample) for line in _FILE.read_bytes().splitlines() if line
 ]
 
-# Copies with only ``ts`` differing, heard on another channel than the line before them.
+# Copies of the line before them, on another channel, with another ``ts``.
 COPIES = {9: 8, 17: 16, 22: 21, 23: 21, 34: 33}
 
 
@@ -49,7 +49,7 @@ def _span(first: str, last: str = "") -> Iterator[int]:
     yield from range(int(first), int(last or first) + 1)
 
 
-# Which lines each client should hear, found by hand in the contract's table.
+# Lines that each client should receive, by hand from the contract's table.
 HEARD = {
     "waiter of sector 5": "1-6 8 10-16 18-21 24 27-28 33",
     "waiter of sector 6": "1 7 14-16 18-21 25-28 33",
@@ -108,7 +108,7 @@ def urls(gateway: Running) -> Mapping[str, str]:
 
 
 @asynccontextmanager
-async def everybody(gateway: Running) -> AsyncIterator[dict[str, WebSocketConnection]]:
+async def all_clients(gateway: Running) -> AsyncIterator[dict[str, WebSocketConnection]]:
     async with AsyncExitStack() as stack:
         yield {
             who: await stack.enter_async_context(admitted(url))
@@ -117,7 +117,7 @@ async def everybody(gateway: Running) -> AsyncIterator[dict[str, WebSocketConnec
 
 
 def numbers(found: list[str]) -> list[int]:
-    """The lines that a client was sent, having looked at each of them byte for byte."""
+    """The numbers of the lines that a client received; each is compared byte for byte."""
     return [_number(text) for text in found]
 
 
@@ -128,7 +128,7 @@ _EVENT_ID = re.compile(r',"event_id":"[^"\\]+"}$')
 def _number(text: str) -> int:
     as_published = _EVENT_ID.sub("}", text)
     number = _TEXTS.index(as_published) + 1
-    # All that the stream carries is of a durable type, and gains this one key at its end.
+    # Events of the stream are durable and gain this key at their end.
     assert (as_published != text) == (SAMPLES[number - 1].channel == STREAM), text
     return number
 
@@ -141,28 +141,28 @@ def play(backend: "redis.Redis", sample: Sample) -> None:
 
 
 @pytest.mark.parametrize("transport", ["direct", "asgi"])
-async def test_each_client_hears_the_samples_that_the_table_gives_it_byte_for_byte(
+async def test_each_client_receives_its_samples_byte_for_byte(
     backend: "redis.Redis", redis_url: str, transport: Transport
 ) -> None:
     assert len(SAMPLES) == 39
     async with (
         running(make_settings(redis_url), transport=transport) as gateway,
-        everybody(gateway) as clients,
+        all_clients(gateway) as clients,
     ):
         for sample in SAMPLES:
             play(backend, sample)
-            await settle(gateway)  # one after the other, so that all the order is known
-        heard = {who: await received_texts(client) for who, client in clients.items()}
+            await settle(gateway)  # one after the other, so that the order is known
+        received_by = {who: await received_texts(client) for who, client in clients.items()}
         figures = await metrics(gateway.port)
 
-    for who, found in heard.items():
+    for who, found in received_by.items():
         assert numbers(found) == lines(HEARD[who]), who
     assert figures["events_received_total{stream}"] == 18
     assert figures["events_received_total{pubsub}"] == 21
     assert figures["events_duplicate_total"] == len(COPIES)
     assert figures["events_processed_total"] == 39 - len(COPIES)
     assert figures["events_invalid_total"] == 0
-    assert figures["deliveries_total"] == sum(map(len, heard.values()))
+    assert figures["deliveries_total"] == sum(map(len, received_by.values()))
 
 
 @pytest.mark.parametrize("transport", ["direct", "asgi"])
@@ -171,18 +171,18 @@ async def test_samples_played_all_at_once_reach_the_same_clients(
 ) -> None:
     async with (
         running(make_settings(redis_url), transport=transport) as gateway,
-        everybody(gateway) as clients,
+        all_clients(gateway) as clients,
     ):
         for sample in SAMPLES:
             play(backend, sample)
         await settle(gateway)
-        heard = {who: await received_texts(client) for who, client in clients.items()}
+        received_by = {who: await received_texts(client) for who, client in clients.items()}
 
-    for who, found in heard.items():
+    for who, found in received_by.items():
         got = numbers(found)
-        # Of an event that came both ways, either copy may have been the first.
+        # If an event came over both sources, either copy may have been the first.
         assert sorted(COPIES.get(n, n) for n in got) == lines(HEARD[who]), who
-        for way in (True, False):  # each way has its own order, and keeps it
+        for way in (True, False):  # each source keeps its order
             here = [n for n in got if (SAMPLES[n - 1].channel == STREAM) is way]
             assert here == sorted(here), who
 

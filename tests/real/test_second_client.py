@@ -1,4 +1,4 @@
-"""The minimal session again, with a client of another make: ``websockets``."""
+"""A minimal session with another client library: ``websockets``."""
 
 import json
 from collections.abc import AsyncIterator
@@ -25,7 +25,7 @@ async def connected(url: str, **options: Any) -> AsyncIterator[ClientConnection]
 
 
 async def ping(client: ClientConnection) -> None:
-    """Once this is answered, the client has been let in."""
+    """Wait for the answer to a ping: the client has been admitted."""
     await client.send('{"type": "ping"}')
     assert await client.recv() == '{"type":"pong"}'
 
@@ -42,7 +42,7 @@ async def ending(client: ClientConnection) -> tuple[int, str]:
 
 
 @TRANSPORTS
-async def test_session_with_another_clients_library(
+async def test_minimal_session_with_another_library(
     backend: "redis.Redis", redis_url: str, transport: Transport
 ) -> None:
     text = json.dumps(
@@ -63,7 +63,7 @@ async def test_session_with_another_clients_library(
             gateway.diner_url(),
         ):
             async with connected(url) as client:
-                if transport == "direct":  # Hypercorn's own protocol code takes whatever is offered
+                if transport == "direct":  # Hypercorn's protocol code accepts any offer
                     assert client.protocol.extensions == []
                 await ping(client)
                 backend.publish("branch:1:admin", text)
@@ -79,7 +79,7 @@ async def test_session_with_another_clients_library(
 @TRANSPORTS
 @pytest.mark.parametrize("way", ["query", "header", "subprotocol"])
 @pytest.mark.parametrize("who", ["waiter", "diner"])
-async def test_credential_may_stand_in_any_of_three_places(
+async def test_credential_may_be_sent_in_three_places(
     redis_url: str, transport: Transport, way: str, who: str
 ) -> None:
     token = make_jwt(JWT_SECRET) if who == "waiter" else make_table_token(TABLE_SECRET)
@@ -97,7 +97,7 @@ async def test_credential_may_stand_in_any_of_three_places(
 
 
 @TRANSPORTS
-async def test_refusals_and_violations_arrive_with_their_codes(
+async def test_rejections_and_violations_arrive_with_their_codes(
     redis_url: str, transport: Transport
 ) -> None:
     async with running(make_settings(redis_url), transport=transport) as gateway:

@@ -391,7 +391,7 @@ def _is_served(gateway: Running, sectors: set[int]) -> bool:
     )
 
 
-async def test_event_of_an_uncovered_sector_goes_to_the_branch_if_asked_to(
+async def test_uncovered_sector_falls_back_to_the_branch_if_configured(
     redis_url: str, backend: "redis.Redis", database: Database
 ) -> None:
     database.assign(5)

@@ -1,4 +1,4 @@
-"""What the system around the process lacks or refuses, and the process can do without."""
+"""Limits of the system that the process can do without."""
 
 import resource
 
@@ -10,10 +10,10 @@ from trio_gateway.gateway import _raise_fd_limit
 
 @pytest.mark.parametrize("error", [ValueError("not allowed to raise maximum limit"), OSError(1)])
 @pytest.mark.parametrize("most", [10_240, 0])
-def test_a_limit_of_open_files_that_can_t_be_raised_stays(
+def test_limit_of_open_files_that_cannot_be_raised_stays(
     monkeypatch: pytest.MonkeyPatch, error: Exception, most: int
 ) -> None:
-    """As on macOS, whose hard limit says infinity: some is granted, or none at all."""
+    """As on macOS, whose hard limit is infinity: the system grants less, or nothing."""
     limit = [(256, 2**63 - 1)]
 
     def setrlimit(_which: int, wanted: tuple[int, int]) -> None:

@@ -1,4 +1,4 @@
-"""What a browser's EventSource makes of a stream (WHATWG HTML, 9.2.6), and a connection to one."""
+"""An EventSource as in a browser (WHATWG HTML, 9.2.6): its parser and its connection."""
 
 import json
 import re
@@ -13,7 +13,7 @@ _LINE_END = re.compile("\r\n|\r|\n")
 
 
 class Message(NamedTuple):
-    """What a page is handed: the last event id is the one that the browser would come back with."""
+    """A message as a page gets it; a browser would reconnect with its last event id."""
 
     type: str
     data: str
@@ -25,7 +25,7 @@ class Message(NamedTuple):
 
 
 class Parser:
-    """The standard's own steps, line by line."""
+    """The steps of the standard, line by line."""
 
     def __init__(self) -> None:
         self.comments: list[str] = []
@@ -35,7 +35,7 @@ class Parser:
         self._type, self._data = "", ""
 
     def feed(self, data: bytes) -> list[Message]:
-        """The messages that these bytes complete; what is left without its end waits."""
+        """The messages that these bytes complete; the rest waits for more."""
         *lines, rest = _LINE_END.split((self._rest + data).decode())
         self._rest = rest.encode()
         return [message for line in lines if (message := self._line(line)) is not None]
@@ -67,15 +67,15 @@ class Parser:
 
 
 class Listener:
-    """One response on a connection; what follows the status is parsed as it comes."""
+    """A response on a connection; its body is parsed while it arrives."""
 
     def __init__(self, stream: trio.SocketStream) -> None:
         self.stream = stream
         self.parser = Parser()
         self.status = 0
         self.headers: dict[str, str] = {}
-        self.body = b""  # if it is no stream
-        self.complete = False  # it ended as HTTP says, and not only because nothing more came
+        self.body = b""  # if it is not a stream
+        self.complete = False  # it ended as HTTP requires, and not by the end of the connection
         self._http = h11.Connection(h11.CLIENT)
         self._messages: list[Message] = []
 
@@ -88,7 +88,7 @@ class Listener:
             method=method, target=path, headers=[("Host", "localhost"), *headers.items()]
         )
         data = self._http.send(request) or b""
-        if "Transfer-Encoding" not in headers:  # a body is left to who said that there is one
+        if "Transfer-Encoding" not in headers:  # a test that announces a body sends it
             data += self._http.send(h11.EndOfMessage()) or b""
         await self.stream.send_all(data)
         response = await self._event()
@@ -108,7 +108,7 @@ class Listener:
         return self._messages.pop(0)
 
     async def close_event(self, seconds: float = 3) -> tuple[int, str]:
-        """Code and reason of the last message; those before it are passed over."""
+        """Code and reason of the last message; those before it are skipped."""
         while (message := await self.next(seconds)).type != "close":
             pass
         with suppress(EOFError):

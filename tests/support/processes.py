@@ -20,7 +20,7 @@ class GatewayProcess:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = folder / f"{self.port}.log"
-        self.beside: list[GatewayProcess] = []  # others that serve the same clients
+        self.siblings: list[GatewayProcess] = []  # other processes that serve the same clients
         self._arguments = arguments
         own = {name: text.replace("{port}", str(self.port)) for name, text in settings.items()}
         self._env = environment(redis_url, **own)

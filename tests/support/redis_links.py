@@ -1,4 +1,4 @@
-"""Connections to a Redis that a test plays itself, in memory."""
+"""Connections to a Redis in memory that the test implements."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -8,7 +8,7 @@ from trio.testing import memory_stream_pair
 
 from trio_gateway.broker.connection import RedisConnection
 
-#: Plays Redis on the other end of a stream.
+#: Acts as Redis at the other end of a stream.
 Redis = Callable[[trio.abc.Stream], Awaitable[None]]
 
 

@@ -16,7 +16,7 @@ _POLL: Final = 0.01  # seconds
 
 
 class RedisServer(ValkeyServer):  # type: ignore[misc]  # the package has no types
-    """A Valkey process with its data in a folder of its own."""
+    """A Valkey process with its own data folder."""
 
     @property
     def pid(self) -> int:
@@ -30,7 +30,7 @@ class RedisServer(ValkeyServer):  # type: ignore[misc]  # the package has no typ
         self._process.wait()
 
     def start_again(self, *options: str) -> None:
-        """Start a killed one on the same port with the data on disk; does not wait for it."""
+        """Start a killed server on the same port with its data on disk; does not wait for it."""
         self._process = subprocess.Popen(
             [str(self._binary_path), str(self.data_dir / "valkey.conf"), *options],
             cwd=self.data_dir,
@@ -40,7 +40,7 @@ class RedisServer(ValkeyServer):  # type: ignore[misc]  # the package has no typ
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """It does not run, but the kernel still accepts connections for it."""
+        """Stop the process in the block; the kernel still accepts connections for it."""
         self.freeze()
         try:
             yield

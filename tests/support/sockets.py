@@ -1,4 +1,4 @@
-"""Bytes on the wire: request heads good and bad, frames, and a client that may break any rule."""
+"""Raw bytes: valid and invalid request heads, frames, and a client that may break any rule."""
 
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -32,7 +32,7 @@ _GOOD: Final = {
 
 
 def make_head(*more: str, request: str = "GET /ws/waiter HTTP/1.1", **changes: str | None) -> bytes:
-    """An upgrade's request head. ``changes`` are its headers, ``upgrade="h2c"``; None: without."""
+    """The request head of an upgrade. ``changes`` sets headers, or removes them (None)."""
     named = {name.replace("_", "-"): value for name, value in changes.items()}
     lines = [request]
     for name, good in _GOOD.items():
@@ -43,7 +43,7 @@ def make_head(*more: str, request: str = "GET /ws/waiter HTTP/1.1", **changes: s
 
 
 class HeadCase(NamedTuple):
-    """A request head, who answers it, and with which status."""
+    """A request head, which part answers it, and with which status."""
 
     data: bytes
     by: Literal["direct", "hypercorn"]
@@ -74,7 +74,7 @@ def _with_high_byte(name: str) -> HeadCase:
 
 
 HEADS: Final[dict[str, HeadCase]] = {
-    # Well-formed, if odd
+    # Valid but unusual
     "good": _ours(101),
     "names in another case": _raw(
         101, make_head().decode().replace("Sec-WebSocket", "sEC-wEBsOCKET").replace("Host", "HOST")
@@ -84,7 +84,7 @@ HEADS: Final[dict[str, HeadCase]] = {
     "tab before a value": _ours(101, host="\tgateway.example\t"),
     "an empty line before the request": _raw(101, "\r\n" + make_head().decode()),
     "content-length 0": _ours(101, "Content-Length: 0"),
-    "bytes above 0x7f where nobody looks": _ours(101, "X-Name: caf\xe9"),
+    "bytes above 0x7f in another header": _ours(101, "X-Name: caf\xe9"),
     "absolute target": _ours(101, request="GET http://gateway.example/ws/waiter HTTP/1.1"),
     "percent-encoded path": _ours(101, request="GET /ws/w%61iter HTTP/1.1"),
     "an extension is not agreed to": _ours(101, "Sec-WebSocket-Extensions: permessage-deflate"),
@@ -128,7 +128,7 @@ HEADS: Final[dict[str, HeadCase]] = {
     "content-length no number": _ours(400, "Content-Length: five"),
     "content-length negative": _ours(400, "Content-Length: -1"),
     "101 headers": _ours(431, *["X-More: y"] * 96),
-    # Doubled
+    # Repeated
     "two hosts": _ours(400, "Host: gateway.example"),
     "two keys": _ours(400, f"Sec-WebSocket-Key: {KEY}"),
     "two version headers": _ours(400, "Sec-WebSocket-Version: 13"),
@@ -136,7 +136,7 @@ HEADS: Final[dict[str, HeadCase]] = {
     "two origins": _ours(400, "Origin: http://a.example", "origin: http://b.example"),
     "two credentials": _ours(400, "Authorization: Bearer a", "Authorization: Bearer b"),
     "two content-lengths": _ours(400, "Content-Length: 0", "Content-Length: 0"),
-    # Folded, cut and spiced
+    # Folded, truncated, with odd bytes
     "folded host": _ours(400, host="gateway\r\n .example"),
     "folded upgrade": _ours(400, upgrade="\r\n websocket"),
     "folded with a tab": _ours(400, connection="keep-alive,\r\n\tUpgrade"),
@@ -156,7 +156,7 @@ HEADS: Final[dict[str, HeadCase]] = {
     "nothing but empty lines": _raw(400, "\r\n\r\n"),
     "TLS hello with empty lines": _raw(400, "\x16\x03\x01\x02\x00\x01\n\n"),
     "no request at all": _raw(400, "hello\r\n\r\n"),
-    # Not a WebSocket's
+    # Not an upgrade to WebSocket
     "health": _raw(200, "GET /ws/health HTTP/1.1\r\nHost: a\r\n\r\n", "hypercorn"),
     "plain GET of an endpoint": _raw(
         426, "GET /ws/waiter HTTP/1.1\r\nHost: a\r\n\r\n", "hypercorn"
@@ -181,7 +181,7 @@ HEADS: Final[dict[str, HeadCase]] = {
 def client_frame(
     opcode: int, payload: bytes | str = b"", *, fin: bool = True, rsv: int = 0, masked: bool = True
 ) -> bytes:
-    """A frame as a client sends it, or as it never should (RFC 6455, 5.2)."""
+    """A client's frame, valid or invalid (RFC 6455, 5.2)."""
     data = payload.encode() if isinstance(payload, str) else payload
     size = len(data)
     first, mask = fin << 7 | rsv << 4 | opcode, masked << 7
@@ -202,7 +202,7 @@ def close_payload(code: int, reason: str = "") -> bytes:
 
 
 def take_frames(data: bytearray) -> Iterator[tuple[int, bytes]]:
-    """Take the complete frames off the front of what a server has sent: opcode and payload."""
+    """Remove the complete frames from the front of a buffer; returns opcodes and payloads."""
     while len(data) >= 2:
         size, start = data[1], 2
         if size >= 126:
@@ -217,7 +217,7 @@ def take_frames(data: bytearray) -> Iterator[tuple[int, bytes]]:
 
 
 class Client:
-    """A client that sends what it is told to, well-formed or not."""
+    """A client that sends any bytes, valid or not."""
 
     def __init__(self, stream: trio.abc.HalfCloseableStream) -> None:
         self.stream = stream
@@ -232,7 +232,7 @@ class Client:
     async def upgrade(
         self, target: str = "/ws/waiter", *more: str, behind: bytes = b"", **changes: Any
     ) -> "Client":
-        """Ask for a WebSocket, with some bytes behind, and get it."""
+        """Upgrade to a WebSocket; ``behind`` is sent directly after the head."""
         request = f"GET {target} HTTP/1.1"
         await self.send(make_head(*more, request=request, **changes) + behind)
         status, _ = await self.response()
@@ -260,7 +260,7 @@ class Client:
         return found
 
     async def contains(self, wanted: bytes) -> bool:
-        """Read until this has come, among whatever else; False at the end."""
+        """Read until these bytes have arrived; False if the stream ends before."""
         while wanted not in self._data:
             try:
                 await self._more()
@@ -269,26 +269,26 @@ class Client:
         return True
 
     async def text(self) -> str:
-        """The next message; pings and pongs before it are passed over."""
+        """The next message; pings and pongs before it are skipped."""
         while (frame := await self.frame())[0] in {PING, PONG}:
             pass
         assert frame[0] == TEXT, frame
         return frame[1].decode()
 
     async def closed(self) -> tuple[int, str]:
-        """Code and reason of the close frame; what comes before it is passed over."""
+        """Code and reason of the close frame; frames before it are skipped."""
         while (frame := await self.frame())[0] != CLOSE:
             pass
         return int.from_bytes(frame[1][:2], "big"), frame[1][2:].decode()
 
     async def pings(self) -> None:
-        """It is served: a ping is answered with a pong, in both forms."""
+        """Check that the client is served: a ping is answered, in both forms."""
         await self.send(client_frame(PING, b"hm") + client_frame(TEXT, "ping"))
         assert await self.frame() == (PONG, b"hm")
         assert await self.frame() == (TEXT, PONG_TEXT.encode())
 
     async def rest(self) -> bytes:
-        """All that comes until the other side is done, or has reset the connection."""
+        """Everything until the peer has ended or reset the connection."""
         try:
             while True:
                 await self._more()
@@ -302,7 +302,7 @@ class Client:
         await trio.aclose_forcefully(self.stream)
 
     async def reset(self) -> None:
-        """Go with a TCP reset instead of a FIN."""
+        """Disconnect with a TCP reset instead of a FIN."""
         assert isinstance(self.stream, trio.SocketStream)
         self.stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         await self.leave()
@@ -323,7 +323,7 @@ class Client:
 
 @asynccontextmanager
 async def dialled(port: int, *, receive_buffer: int | None = None) -> AsyncIterator[Client]:
-    """A client on a real socket; gone at the end, politely or not."""
+    """A client on a real socket, disconnected at the end."""
     with trio.socket.socket() as sock:
         if receive_buffer is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
@@ -332,7 +332,7 @@ async def dialled(port: int, *, receive_buffer: int | None = None) -> AsyncItera
 
 
 class _SocketStandIn:
-    """What Hypercorn asks a stream's socket, for a stream in memory."""
+    """The socket methods that Hypercorn calls, for a stream in memory."""
 
     family = socket.AF_INET
 
@@ -363,7 +363,7 @@ Dial = Callable[[], Client]
 async def in_memory(
     app: Gateway, pair: Callable[[], tuple[Any, Any]] = memory_stream_pair
 ) -> AsyncIterator[Dial]:
-    """Serve over streams in memory: each call is a client that has just connected.
+    """Serve over streams in memory: each call connects a client.
 
     What a connection raises ends the nursery, as it would end Hypercorn's server.
     """

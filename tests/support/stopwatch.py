@@ -1,8 +1,8 @@
-"""Latencies net of the machine: a slow machine is told apart from a loop that stalls.
+"""Latencies without the delays of the machine: tells a slow machine from a stalled loop.
 
-What the machine takes is measured in two places. The kernel counts for how long this thread was
-ready to run and had no core; and a process of its own, which only sleeps, sees how late it wakes
-up. Neither grows while this process computes, waits for a lock or for a peer: that counts in full.
+The delays of the machine are measured in two places. The kernel counts how long this thread was
+ready to run and had no core. A separate process, which only sleeps, measures how late it wakes up.
+Neither grows while this process computes or waits for a lock or a peer: that counts in full.
 """
 
 import atexit
@@ -19,7 +19,7 @@ from typing import Final
 _EVERY: Final = 0.005  # seconds that the sleeper sleeps
 _FAIR: Final = 0.002  # seconds that it may wake up late on a machine that is idle
 _SCHEDSTAT: Final = Path("/proc/thread-self/schedstat")  # of Linux
-_RECORD: Final = struct.Struct("dd")  # when it last woke up, and how late it was in all
+_RECORD: Final = struct.Struct("dd")  # time of its last wake-up, and the sum of its delays
 _SLEEPER: Final = f"""
 import mmap, os, struct, sys, time
 shared, parent, late = mmap.mmap(int(sys.argv[1]), {_RECORD.size}), os.getppid(), 0.0
@@ -33,7 +33,7 @@ while os.getppid() == parent:
 
 
 class Stopwatch:
-    """Runs from its making on, in the thread that made it."""
+    """Runs from its creation, in the thread that created it."""
 
     def __init__(self) -> None:
         self._sleeper = _sleeper()
@@ -42,22 +42,22 @@ class Stopwatch:
 
     @property
     def elapsed(self) -> float:
-        """Seconds, all of them."""
+        """Seconds in all."""
         return time.monotonic() - self._started
 
     @property
     def net(self) -> float:
-        """Seconds without those that the machine took."""
+        """Seconds without the delays of the machine."""
         return self.elapsed - self.taken
 
     @property
     def taken(self) -> float:
-        """Seconds that the machine took so far."""
+        """Seconds of delay by the machine so far."""
         return max(_waited() - self._waited, self._sleeper.late - self._late)
 
 
 class _Sleeper:
-    """The other process; it ends with this one."""
+    """The separate process; it ends with this one."""
 
     def __init__(self) -> None:
         descriptor = os.memfd_create("sleeper")
@@ -74,13 +74,13 @@ class _Sleeper:
 
     @property
     def late(self) -> float:
-        """Seconds, since its start."""
+        """Seconds of delay since its start."""
         late: float = _RECORD.unpack(self._shared)[1]
         return late + self.overdue
 
     @property
     def overdue(self) -> float:
-        """Seconds for which it should have been awake by now."""
+        """Seconds since it should have woken up."""
         woke: float = _RECORD.unpack(self._shared)[0]
         return max(0.0, time.monotonic() - woke - _EVERY - _FAIR)
 
