@@ -42,8 +42,9 @@ MAY_IMPORT: Final[dict[str, set[str]]] = {
             "parts", "stats", "stats_feed", "reception", "__init__"},
     "gateway": {"core", "runtime", "settings", "access", "telemetry", "transports", "web",
                 "parts", "stats", "stats_feed", "reception"},
-    "workers": {"core", "telemetry", "transports"},
-    "serve": {"core", "telemetry", "transports", "gateway", "workers"},
+    "worker_listeners": {"transports"},
+    "workers": {"core", "telemetry", "worker_listeners"},
+    "serve": {"core", "telemetry", "transports", "gateway", "worker_listeners", "workers"},
     "app": {"settings", "telemetry", "transports", "gateway", "serve"},
     # For backends, clients and tests of applications.
     "publisher": {"core", "redis_errors", "redis_url"},

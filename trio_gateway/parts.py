@@ -108,8 +108,8 @@ class Parts:
         return self.heads.inside + self.counts.arriving + self.admissions.inside
 
     def load(self) -> Load | None:
-        """How many clients the process has and may have; None while it drains."""
-        if self.draining:
+        """How many clients the process has and may have; None while it is not ready."""
+        if not self.ready:
             return None
         return Load(self.hub.taken + self._arriving, self.settings.ws_max_total_connections)
 

@@ -25,6 +25,7 @@ from .gateway import Gateway
 from .telemetry import logs
 from .transports import tcp
 from .transports.accepting import AcceptBalancer, WorkerLoads
+from .worker_listeners import BadAddress
 
 log = structlog.get_logger()
 
@@ -90,14 +91,14 @@ def tune_gc() -> None:
 
 
 def run(
-    app: Gateway, config: Config, supervisor: int | None = None, board: str | None = None
+    app: Gateway, config: Config, supervisor: int | None = None, loads: str | None = None
 ) -> int:
     """Serve until SIGTERM, SIGINT or SIGHUP; return the exit status: 0, or 1 after a failure.
 
     Arguments:
         supervisor: the descriptor of a socket to the supervisor, if this process is one of its
             workers. The worker reports there that it is ready, and stops when the socket closes.
-        board: the descriptor of the workers' board and the slot of this worker, as ``5:0``; see
+        loads: the descriptor of the workers' loads and the slot of this worker, as ``5:0``; see
             :mod:`.transports.accepting`.
     """
     tcp.install()
@@ -105,7 +106,7 @@ def run(
     _configure(app, config)
     config.workers = 1  # for any other number, Hypercorn would warn
     try:
-        trio.run(_serve, app, config, supervisor, board)
+        trio.run(_serve, app, config, supervisor, loads)
     except BaseException as error:
         for failure in leaves(error):
             match failure:
@@ -155,16 +156,23 @@ def handle_signals_in_master(app: Gateway) -> None:
     vars(hypercorn.trio.run)["worker_serve"] = worker_serve
 
 
-def supervise(config: Config, arguments: Sequence[str], env: Mapping[str, str]) -> int:
-    """Serve with ``config.workers`` processes; return the exit status."""
+def supervise(
+    config: Config, arguments: Sequence[str], env: Mapping[str, str], *, own_ports: bool = False
+) -> int:
+    """Serve with ``config.workers`` processes; return the exit status.
+
+    Raises :exc:`BadConfig` if the workers can't have ports of their own.
+    """
     try:
-        return workers.supervise(config, arguments, config.workers, env)
+        return workers.supervise(config, arguments, config.workers, env, own_ports=own_ports)
+    except BadAddress as error:
+        raise BadConfig(str(error)) from None
     except OSError as error:
         return _cannot_serve(config, error)
 
 
 def _cannot_serve(config: Config, error: OSError) -> int:
-    where = ", ".join(config.bind)
+    where = error.filename or ", ".join(config.bind)
     click.echo(f"trio-gateway: can't serve on {where}: {error.strerror}", err=True)
     return 1
 
@@ -184,7 +192,7 @@ async def _serve(
     app: Gateway,
     config: Config,
     supervisor: int | None,
-    board: str | None = None,
+    loads: str | None = None,
     server: Callable[..., Awaitable[None]] | None = None,
 ) -> None:
     """Serve with Hypercorn's ``server`` until a signal arrives or the supervisor is gone."""
@@ -242,8 +250,8 @@ async def _serve(
             link = trio.SocketStream(ours)
             nursery.start_soon(stop_on_bug, tell_supervisor, link)
             nursery.start_soon(stop_on_bug, watch_supervisor, link)
-        if board is not None:
-            descriptor, slot = map(int, board.split(":"))
+        if loads is not None:
+            descriptor, slot = map(int, loads.split(":"))
             balancer = AcceptBalancer(WorkerLoads(descriptor), slot, app.parts.load)
             balancer.install()
             nursery.start_soon(stop_on_bug, balancer.keep_published)

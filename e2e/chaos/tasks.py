@@ -39,9 +39,9 @@ _SUPERVISED: Final = {
     "serve.py: stop_on_bug, balancer.keep_published": ["AcceptBalancer.keep_published"],
 }
 _SUPERVISOR: Final = {
-    "workers.py: self._handle_signals, places": ["Supervisor._handle_signals"],
-    "workers.py: self._keep, place": ["Supervisor._keep"],
-    "workers.py: self._listen, worker": ["Supervisor._listen"],
+    "workers.py: self._handle_signals, nursery": ["Supervisor._handle_signals"],
+    "workers.py: self._keep_alive, number": ["Supervisor._keep_alive"],
+    "workers.py: self._read_report, worker": ["Supervisor._read_report"],
     "workers.py: self._roll": ["Supervisor._roll"],
     "workers.py: self._kill_after_timeout": ["Supervisor._kill_after_timeout"],
 }

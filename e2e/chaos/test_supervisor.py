@@ -15,6 +15,7 @@ import trio
 from hypercorn.config import Config
 
 from tests.support.gateways import until
+from trio_gateway.worker_listeners import Listeners
 from trio_gateway.workers import Supervisor
 
 WORKER = """
@@ -39,7 +40,8 @@ class Supervised:
         config.bind = ["127.0.0.1:0"]
         config.graceful_timeout = 3
         self.folder = folder
-        self.supervisor = Supervisor(config, [], 2, dict(os.environ))
+        listeners = [Listeners.open_shared(config, 2)] * 2
+        self.supervisor = Supervisor(config, [], listeners, dict(os.environ))
         script = WORKER.format(folder=folder, delay=delay)
         self.supervisor.command = [sys.executable, "-I", "-S", "-c", script]
         self.status: int | None = None

@@ -5,6 +5,7 @@ import os
 import random
 import resource
 import signal
+import socket
 import stat
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -21,6 +22,7 @@ from trio_websocket import WebSocketConnection
 from tests.support.gateways import (
     JWT_SECRET,
     TABLE_SECRET,
+    accepts,
     closed,
     connect,
     environment,
@@ -31,6 +33,7 @@ from tests.support.gateways import (
     until,
     wait,
 )
+from tests.support.ports import free_ports
 from trio_gateway.testing import make_jwt, make_table_token
 
 EVENT = '{"type":"ROUND_READY","tenant_id":1,"branch_id":1}'
@@ -163,6 +166,70 @@ async def replaced(master: Master, before: set[int]) -> None:
     with trio.fail_after(30):
         while len(master.workers) != 2 or master.workers & before:
             await trio.sleep(0.05)
+
+
+async def answers(port: int) -> bool:
+    """Whether a gateway is ready there; False if the connection is refused."""
+    try:
+        return (await http(port, "/ws/health/ready")).status == 200
+    except OSError:
+        return False
+
+
+async def test_workers_with_ports_of_their_own_keep_them_over_a_death_and_a_sighup(
+    redis_url: str,
+) -> None:
+    port = free_ports(2)
+    command = ("trio_gateway", "serve", "-w", "2", "--own-ports", "-b", f"127.0.0.1:{port}")
+    async with process(*command, env=environment(redis_url)) as started:
+        master = Master(started.pid, port)
+        for each in (port, port + 1):
+            await until(lambda each=each: answers(each), 15)  # type: ignore[misc]
+        async with connect(master.url(1)) as client, connect(master.url(2)) as other:
+            assert await lives(client)
+            assert await lives(other)
+            assert (await http(port, "/ws/health")).json["connections"]["total"] == 2
+            assert (await http(port + 1, "/ws/health")).json["connections"]["total"] == 0
+
+        before = master.workers
+        os.kill(min(before), signal.SIGKILL)
+        refused: set[int] = set()
+        with trio.fail_after(15):
+            while not refused:
+                refused = {each for each in (port, port + 1) if not accepts(each)}
+        assert len(refused) == 1
+        await until(lambda: answers(*refused), 15)
+        assert len(master.workers & before) == 1
+
+        before = master.workers
+        os.kill(master.pid, signal.SIGHUP)
+        while len(master.workers) != 2 or master.workers & before:
+            assert accepts(port)
+            assert accepts(port + 1)
+            await trio.sleep(0.02)
+        async with connect(master.url()) as client:
+            assert await lives(client)
+        os.kill(started.pid, signal.SIGTERM)
+        status, _, errors = await wait(started, 20)
+        assert status == 0, errors.decode()
+
+
+@pytest.mark.parametrize(("bind", "problem", "status"), [
+    ("127.0.0.1:65535", "the last port is 65535", 2),
+    ("unix:/tmp/gateway.sock", "needs host:port", 2),
+    ("127.0.0.1:{busy}", "can't serve on 127.0.0.1:{taken}: Address already in use", 1),
+])  # fmt: skip
+async def test_ports_that_workers_can_t_have_end_the_start(
+    bind: str, problem: str, status: int
+) -> None:
+    port = free_ports(2)
+    ports = {"busy": port, "taken": port + 1}
+    with socket.create_server(("127.0.0.1", port + 1)):
+        command = ("trio_gateway", "serve", "-w", "2", "--own-ports", "-b", bind.format(**ports))
+        async with process(*command, env=environment("redis://127.0.0.1:1")) as started:
+            ended, _, errors = await wait(started)
+    assert ended == status
+    assert problem.format(**ports) in errors.decode()
 
 
 async def test_new_workers_read_the_env_file_as_it_is_then(redis_url: str, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import random
 import socket
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 
 def free_port() -> int:
@@ -11,9 +11,16 @@ def free_port() -> int:
     A client that connects to a port of that range on which nobody listens could be given that
     port itself, and be connected to itself.
     """
+    return free_ports(1)
+
+
+def free_ports(count: int) -> int:
+    """The first of so many free ports in a row."""
     while True:
-        port = random.randrange(20_000, 32_000)
-        with socket.socket() as probe, suppress(OSError):
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(("127.0.0.1", port))
-            return port
+        first = random.randrange(20_000, 32_000)
+        with ExitStack() as stack, suppress(OSError):
+            for port in range(first, first + count):
+                probe = stack.enter_context(socket.socket())
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(("127.0.0.1", port))
+            return first

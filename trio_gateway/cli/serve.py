@@ -22,20 +22,27 @@ from .errors import MISUSED, misused
 )
 @click.option("-b", "--bind", multiple=True, help="host:port, unix:path or fd://num; repeatable")
 @click.option("-w", "--workers", type=click.IntRange(min=1), help="Number of processes")
+@click.option(
+    "--own-ports",
+    is_flag=True,
+    help="The first worker has the port of --bind, the second the next one, and so on",
+)
 @click.option("--insecure-bind", multiple=True, hidden=True)
-@click.option("--board", hidden=True)
+@click.option("--loads", hidden=True)
 @click.option("--supervisor", type=int, hidden=True)
 def serve(
     config: Path | None,
     bind: tuple[str, ...],
     insecure_bind: tuple[str, ...],
     workers: int | None,
-    board: str | None,
+    own_ports: bool,
+    loads: str | None,
     supervisor: int | None,
 ) -> None:
     """Run the gateway until SIGTERM or Ctrl-C.
 
     With several workers, SIGHUP replaces them one by one, and a worker that fails is restarted.
+    A proxy can address each worker only with --own-ports.
     """
     import structlog
 
@@ -70,8 +77,11 @@ def serve(
             # and must be the same in all workers.
             env = {DEVELOPMENT_SECRET: secrets.token_urlsafe()} | os.environ
             arguments = [] if config is None else ["--config", str(config)]
-            sys.exit(serving.supervise(hypercorn, arguments, env))
-    sys.exit(serving.run(app, hypercorn, supervisor, board))
+            try:
+                sys.exit(serving.supervise(hypercorn, arguments, env, own_ports=own_ports))
+            except serving.BadConfig as bad:
+                misused([str(bad)])
+    sys.exit(serving.run(app, hypercorn, supervisor, loads))
 
 
 def _refuse(problems: Sequence[str], supervisor: int | None) -> NoReturn:

@@ -2,8 +2,8 @@
 
 The kernel wakes every worker for a new connection, and the first to accept gets it: mostly the same
 worker. Here each worker publishes its number of clients in shared memory. A worker with more
-clients than another one leaves the next connection to it for a moment. A worker that is full, or
-is being replaced, leaves it to the others for longer, as long as one of them has room.
+clients than another one leaves the next connection to it for a moment. A worker that is full or
+not ready leaves it to the others for longer, as long as one of them has room.
 """
 
 import mmap
