@@ -3,17 +3,12 @@
 import base64
 import json
 import re
-import shutil
 import signal
-import subprocess
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
-import redis
 import trio
 
 from tests.support.gateways import (
@@ -21,10 +16,8 @@ from tests.support.gateways import (
     admitted,
     closed,
     connect,
-    environment,
     free_port,
     http,
-    process,
     receive_event,
     until,
     wait,
@@ -33,108 +26,16 @@ from tests.support.sockets import make_head
 from tests.support.stopwatch import Stopwatch
 from trio_gateway.testing import make_jwt
 
+from .proxies import IDLE, PROXIES, behind, require
+
 pytestmark = pytest.mark.deploy
-DEPLOY = Path(__file__).parents[2] / "deploy"
-IDLE = 2  # seconds after which the proxies let go who is silent
-PING = "0.5"
-
-
-@dataclass
-class Behind:
-    """Two gateways behind a proxy."""
-
-    port: int
-    ports: list[int]
-    gateways: "list[subprocess.Popen[bytes]]"
-    backend: "redis.Redis"
-    log: Path
-
-    def url(self, **claims: Any) -> str:
-        token = make_jwt(JWT_SECRET, **claims)
-        return f"ws://127.0.0.1:{self.port}/ws/waiter?token={token}"
-
-    def publish(self, marker: int) -> None:
-        event = {"type": "ROUND_READY", "tenant_id": 1, "branch_id": 1, "marker": marker}
-        self.backend.xadd("events:critical", {"data": json.dumps(event)})
-
-
-def nginx(folder: Path, port: int, ports: list[int]) -> list[str]:
-    text = (DEPLOY / "nginx.conf").read_text()
-    text = text.replace("listen 8080;", f"listen 127.0.0.1:{port};")
-    for before, now in zip((8001, 8002), ports, strict=True):
-        text = text.replace(f"127.0.0.1:{before}", f"127.0.0.1:{now}")
-    text = text.replace("75s", f"{IDLE}s").replace("/var/log/nginx/gateway", f"{folder}/access")
-    places = "".join(
-        f"{kind}_temp_path {folder}/{kind};\n"
-        for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-    )
-    config = folder / "nginx.conf"
-    config.write_text(
-        f"daemon off; pid {folder}/pid; error_log {folder}/error.log;\n"
-        f"events {{}}\nhttp {{\n{places}{text}\n}}\n"
-    )
-    return ["nginx", "-p", str(folder), "-c", str(config)]
-
-
-def haproxy(folder: Path, port: int, ports: list[int]) -> list[str]:
-    text = (DEPLOY / "haproxy.cfg").read_text()
-    text = text.replace("bind :8080", f"bind 127.0.0.1:{port}")
-    for before, now in zip((8001, 8002), ports, strict=True):
-        text = text.replace(f"127.0.0.1:{before}", f"127.0.0.1:{now}")
-    text = text.replace("75s", f"{IDLE}s").replace("maxconn 50000", "maxconn 500")
-    text = text.replace("log /dev/log local0", "log stdout format raw local0")
-    config = folder / "haproxy.cfg"
-    config.write_text(text)
-    return ["haproxy", "-db", "-f", str(config)]
-
-
-PROXIES = {"nginx": nginx, "haproxy": haproxy}
 
 
 @pytest.fixture(params=sorted(PROXIES))
 def proxy(request: pytest.FixtureRequest) -> str:
-    if shutil.which(request.param, path="/usr/sbin:/usr/bin:/usr/local/sbin") is None:
-        pytest.fail(f"{request.param} is not installed")
     name: str = request.param
+    require(name)
     return name
-
-
-@asynccontextmanager
-async def behind(proxy: str, redis_url: str, folder: Path, **changes: str) -> AsyncIterator[Behind]:
-    async with AsyncExitStack() as stack:
-        ports, gateways = [free_port(), free_port()], []
-        settings = {"WS_PROXY_HOPS": "1", "WS_PING_INTERVAL": PING, "WS_CLEANUP_INTERVAL": "0.2"}
-        env = environment(redis_url, **settings | changes)
-        for port in ports:
-            command = ("trio_gateway", "serve", "--bind", f"127.0.0.1:{port}")
-            gateways.append(await stack.enter_async_context(process(*command, env=env, port=port)))
-        port = free_port()
-        log = folder / "access.log"
-        with log.open("ab") as out:
-            program = PROXIES[proxy](folder, port, ports)
-            paths = {"PATH": "/usr/sbin:/usr/bin:/bin:/usr/local/sbin"}
-            running = subprocess.Popen(program, stdout=out, stderr=out, env=paths)
-        stack.callback(end, running)
-
-        async def ready() -> bool:
-            try:
-                return (await http(port, "/ws/health/ready")).status == 200
-            except OSError:
-                return False
-
-        await until(ready, 10)
-        with redis.Redis.from_url(redis_url) as backend:
-            yield Behind(port, ports, gateways, backend, log)
-
-
-def end(running: "subprocess.Popen[bytes]") -> None:
-    """With its workers, which nginx's master ends and a kill would leave behind."""
-    running.terminate()
-    try:
-        running.wait(10)
-    except subprocess.TimeoutExpired:
-        running.kill()
-        running.wait()
 
 
 async def test_events_and_close_codes_come_through_and_pings_keep_the_silent(
@@ -258,11 +159,11 @@ async def test_refusals_of_one_client_take_no_gateway_from_the_others(
     unknown = {"alg": "RS256", "kid": "new"}
     head = base64.urlsafe_b64encode(json.dumps(unknown).encode()).decode().rstrip("=")
     strange = {"Authorization": "Bearer " + ".".join([head, *make_jwt(JWT_SECRET).split(".")[1:]])}
-    async with (
-        behind(proxy, redis_url, tmp_path, **no_keys, **limit) as at,
-        admitted(at.url(sub="1")),  # one at each gateway
-        admitted(at.url(sub="1")),
-    ):
+    async with AsyncExitStack() as stack:
+        at = await stack.enter_async_context(behind(proxy, redis_url, tmp_path, no_keys | limit))
+        for port in at.ports:
+            url = at.url(sub="1").replace(f":{at.port}/", f":{port}/")
+            await stack.enter_async_context(admitted(url))
         for n in range(6):
             for _ in range(2):
                 stream = await http(at.port, "/ws/waiter/events", headers=bearer("1"))

@@ -159,7 +159,7 @@ async def test_token_that_is_revoked_while_its_sectors_are_looked_up_is_refused(
         if way == "renewal":
             nursery.start_soon(place.renew, token())
         elif way == "ticket":
-            ticket = await place.tickets.issue(token())
+            ticket = await place.tickets.issue(token(), 7)
             nursery.start_soon(lambda: place.admit(ticket=ticket))
         else:
             nursery.start_soon(lambda: place.admit(token=token()))
@@ -236,7 +236,7 @@ async def test_cancelled_admission_is_no_longer_watched(autojump_clock: MockCloc
 
 async def test_ticket_is_valid_until_it_is_redeemed(autojump_clock: MockClock) -> None:
     async with opened() as place:
-        ticket = await place.tickets.issue(token())
+        ticket = await place.tickets.issue(token(), 7)
         await place.admit(ticket=ticket)
         first = place.outcome
         await place.admit(ticket=ticket)
@@ -246,6 +246,23 @@ async def test_ticket_is_valid_until_it_is_redeemed(autojump_clock: MockClock) -
         await place.admission.redeem(first.ticket)
         with pytest.raises(Rejected, match="ticket invalid"):
             await place.admission.redeem(ticket)
+
+
+async def test_tenant_in_a_ticket_is_a_hint_that_decides_nothing(
+    autojump_clock: MockClock,
+) -> None:
+    async with opened() as place:
+        ticket = await place.tickets.issue(token(), 7)
+        hint, secret = ticket.split(".")
+        assert hint == "7"
+        for changed in (secret, f".{secret}", f"8.{secret}", f"x.y.{secret}", ticket):
+            assert await place.tickets.peek(changed) == token()
+        for wrong in (hint, f"{hint}.", f"{secret}.{hint}", ""):
+            with pytest.raises(Rejected, match="ticket invalid"):
+                await place.tickets.peek(wrong)
+        assert await place.tickets.redeem(f"8.{secret}") == token()
+        with pytest.raises(Rejected, match="ticket invalid"):
+            await place.tickets.redeem(ticket)
 
 
 async def test_recheck_without_revocations_returns_at_once(

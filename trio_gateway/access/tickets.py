@@ -15,15 +15,17 @@ _TICKET_BYTES: Final = 16
 class Tickets:
     """Issues tickets and redeems each once, in any process of the gateway.
 
-    Redis keeps the token for :data:`TICKET_LIFE` under the ticket's hash.
+    Redis keeps the token for :data:`TICKET_LIFE` under the hash of the ticket's secret part. Before
+    that part, a ticket has the tenant and a dot, by which a proxy may choose the process. The
+    tenant in a ticket is not checked, and decides nothing else.
     """
 
     def __init__(self, commands: Commands) -> None:
         self._commands = commands
 
-    async def issue(self, token: str) -> str:
-        """Return a new ticket for this token, which the caller has found valid."""
-        ticket = secrets.token_urlsafe(_TICKET_BYTES)
+    async def issue(self, token: str, tenant: int) -> str:
+        """Return a new ticket for this token of that tenant, which the caller has found valid."""
+        ticket = f"{tenant}.{secrets.token_urlsafe(_TICKET_BYTES)}"
         await self._commands.set_for(_ticket_key(ticket), token, TICKET_LIFE)
         return ticket
 
@@ -51,5 +53,6 @@ class Tickets:
 
 
 def _ticket_key(ticket: str) -> str:
-    digest = hashlib.sha256(ticket.encode(errors="replace")).hexdigest()
+    secret = ticket.rpartition(".")[2]
+    digest = hashlib.sha256(secret.encode(errors="replace")).hexdigest()
     return f"gateway:ticket:{digest}"

@@ -107,8 +107,8 @@ async def _ticket(parts: Parts) -> Answer:
     if token is None:
         return problem(401, "the header Authorization: Bearer <token> is required")
     try:
-        await identify(parts, token)  # only valid tokens may cost a key in Redis
-        ticket = await parts.tickets.issue(token)
+        holder, *_ = await identify(parts, token)  # only valid tokens may cost a key in Redis
+        ticket = await parts.tickets.issue(token, holder.tenant)
     except Rejected as rejected:
         return refusal(rejected)
     except Unavailable:

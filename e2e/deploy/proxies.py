@@ -1,0 +1,153 @@
+"""Gateways behind nginx and HAProxy, with the configurations of ``deploy/``."""
+
+import json
+import shutil
+import subprocess
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+import trio
+
+from tests.support.gateways import (
+    JWT_SECRET,
+    environment,
+    free_port,
+    http,
+    process,
+    until,
+)
+from trio_gateway.testing import make_jwt
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+IDLE = 2  # seconds after which the proxies let go who is silent
+PING = "0.5"
+
+
+@dataclass
+class Behind:
+    """Gateways behind a proxy."""
+
+    port: int
+    ports: list[int]
+    gateways: "list[subprocess.Popen[bytes]]"
+    backend: "redis.Redis"
+    log: Path
+    _stack: AsyncExitStack
+    _env: dict[str, str]
+
+    async def start(self, number: int) -> None:
+        """Start this gateway, in place of one that has ended."""
+        port = self.ports[number]
+        command = ("trio_gateway", "serve", "--bind", f"127.0.0.1:{port}")
+        started = await self._stack.enter_async_context(process(*command, env=self._env, port=port))
+        self.gateways[number:] = [started, *self.gateways[number + 1 :]]
+
+    async def connections(self) -> list[int]:
+        """How many each gateway has; -1 for one that does not answer."""
+        return [await _connections(port) for port in self.ports]
+
+    def url(self, **claims: Any) -> str:
+        token = make_jwt(JWT_SECRET, **claims)
+        return f"ws://127.0.0.1:{self.port}/ws/waiter?token={token}"
+
+    def publish(self, marker: int) -> None:
+        event = {"type": "ROUND_READY", "tenant_id": 1, "branch_id": 1, "marker": marker}
+        self.backend.xadd("events:critical", {"data": json.dumps(event)})
+
+
+async def _connections(port: int) -> int:
+    try:
+        reply = await http(port, "/ws/health")
+    except (OSError, trio.BrokenResourceError):
+        return -1
+    return int(reply.json["connections"]["total"])
+
+
+def nginx(folder: Path, port: int, ports: list[int]) -> list[str]:
+    text = (DEPLOY / "nginx.conf").read_text()
+    text = text.replace("listen 8080;", f"listen 127.0.0.1:{port};")
+    for before, now in zip((8001, 8002), ports, strict=False):
+        text = text.replace(f"127.0.0.1:{before}", f"127.0.0.1:{now}")
+    text = text.replace("75s", f"{IDLE}s").replace("/var/log/nginx/gateway", f"{folder}/access")
+    places = "".join(
+        f"{kind}_temp_path {folder}/{kind};\n"
+        for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    config = folder / "nginx.conf"
+    config.write_text(
+        f"daemon off; pid {folder}/pid; error_log {folder}/error.log;\n"
+        f"events {{}}\nhttp {{\n{places}{text}\n}}\n"
+    )
+    return ["nginx", "-p", str(folder), "-c", str(config)]
+
+
+def haproxy(folder: Path, port: int, ports: list[int]) -> list[str]:
+    text = (DEPLOY / "haproxy.cfg").read_text()
+    for number, each in enumerate(ports[2:], 3):
+        text += f"    server gateway-{number} 127.0.0.1:{each}\n"
+    text = text.replace("bind :8080", f"bind 127.0.0.1:{port}")
+    for before, now in zip((8001, 8002), ports, strict=False):
+        text = text.replace(f"127.0.0.1:{before}", f"127.0.0.1:{now}")
+    text = text.replace("75s", f"{IDLE}s").replace("maxconn 50000", "maxconn 500")
+    text = text.replace("log /dev/log local0", "log stdout format raw local0")
+    config = folder / "haproxy.cfg"
+    config.write_text(text)
+    return ["haproxy", "-db", "-f", str(config)]
+
+
+PROXIES = {"nginx": nginx, "haproxy": haproxy}
+
+
+def require(proxy: str) -> None:
+    """Fail the test if the program is not there."""
+    if shutil.which(proxy, path="/usr/sbin:/usr/bin:/usr/local/sbin") is None:
+        pytest.fail(f"{proxy} is not installed")
+
+
+@asynccontextmanager
+async def behind(
+    proxy: str,
+    redis_url: str,
+    folder: Path,
+    changes: Mapping[str, str] | None = None,
+    count: int = 2,
+) -> AsyncIterator[Behind]:
+    """Start gateways, and the proxy in front of them."""
+    async with AsyncExitStack() as stack:
+        ports = [free_port() for _ in range(count)]
+        settings = {"WS_PROXY_HOPS": "1", "WS_PING_INTERVAL": PING, "WS_CLEANUP_INTERVAL": "0.2"}
+        env = environment(redis_url, **settings | dict(changes or {}))
+        backend = stack.enter_context(redis.Redis.from_url(redis_url))
+        log, port = folder / "access.log", free_port()
+        found = Behind(port, ports, [], backend, log, stack, env)
+        for number in range(count):
+            await found.start(number)
+        with log.open("ab") as out:
+            program = PROXIES[proxy](folder, port, ports)
+            paths = {"PATH": "/usr/sbin:/usr/bin:/bin:/usr/local/sbin"}
+            running = subprocess.Popen(program, stdout=out, stderr=out, env=paths)
+        stack.callback(end, running)
+
+        async def ready() -> bool:
+            try:
+                return (await http(port, "/ws/health/ready")).status == 200
+            except OSError:
+                return False
+
+        await until(ready, 10)
+        yield found
+
+
+def end(running: "subprocess.Popen[bytes]") -> None:
+    """With its workers, which nginx's master ends and a kill would leave behind."""
+    running.terminate()
+    try:
+        running.wait(10)
+    except subprocess.TimeoutExpired:
+        running.kill()
+        running.wait()
