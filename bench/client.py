@@ -331,6 +331,8 @@ class Load:
             elif opcode == 0x8:
                 client.code = int.from_bytes(data[body : body + 2], "big") if end > body else 1005
                 client.reason = data[body + 2 : end]
+            elif opcode == 0x9 and client.ready:
+                client.socket.send(b"\x8a\x80" + _MASK)
             elif opcode == 0x1:
                 text = data[body:end]
                 if text == _READY:

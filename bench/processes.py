@@ -70,6 +70,13 @@ class Server:
         """Resident bytes."""
         return sum(_rss(pid) for pid in self.pids())
 
+    def scheduled(self) -> tuple[float, int]:
+        """Seconds of CPU so far, exact also when they are few, and how often a thread has waited,
+        which is how often it was woken.
+        """
+        found = [_scheduled(pid) for pid in self.pids()]
+        return sum(cpu for cpu, _ in found), sum(waits for _, waits in found)
+
     def pids(self) -> list[int]:
         return descendants(self.process.pid)
 
@@ -124,6 +131,18 @@ def _cpu(pid: int) -> float:
     except OSError:
         return 0.0
     return (int(found[11]) + int(found[12])) / _TICKS
+
+
+def _scheduled(pid: int) -> tuple[float, int]:
+    cpu, waits = 0, 0
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        with suppress(OSError):
+            cpu += int((thread / "schedstat").read_text().split()[0])
+            found = re.search(
+                r"^voluntary\w+:\s*(\d+)", (thread / "status").read_text(), re.MULTILINE
+            )
+            waits += int(found[1]) if found else 0
+    return cpu / 1e9, waits
 
 
 def _rss(pid: int) -> int:

@@ -384,6 +384,28 @@ def idle(bench: Bench, who: str) -> Figures:
             load.shut()
 
 
+def quiet(bench: Bench, who: str) -> Figures:
+    """What a process costs while its clients say nothing but answer pings."""
+    crowd = crowds.one_branch(bench.options.clients)
+    with bench.serve(who) as server:
+        load = Load(server.port)
+        clients = [Client(i, target, None) for i, target in enumerate(crowd.targets)]
+        try:
+            connect(bench, load, clients)
+            load.settle(lambda: False, 1.5)
+            (cpu, waits), began = server.scheduled(), _clock()
+            until = began + int(bench.options.seconds * 1e9)
+            while _clock() < until:
+                load.pump(min(0.1, (until - _clock()) / 1e9))
+            after, seconds = server.scheduled(), (_clock() - began) / 1e9
+            return {
+                "idle CPU ms/s": (after[0] - cpu) / seconds * 1e3,
+                "wake-ups/s": (after[1] - waits) / seconds,
+            }
+        finally:
+            load.shut()
+
+
 def storm(bench: Bench, who: str) -> Figures:
     """Everybody is cut off and comes back at the same moment."""
     options = bench.options
@@ -607,6 +629,9 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     ),
     "idle": Scenario(
         idle, replace(_PLAIN, clients=10_000), plotted=("KB per connection", "CPU µs per ping")
+    ),
+    "quiet": Scenario(
+        quiet, replace(_PLAIN, clients=300, seconds=30.0), plotted=("idle CPU ms/s",)
     ),
     "slow": Scenario(
         slow, replace(_PLAIN, rate=100.0, seconds=10.0), plotted=("p99 to last, ratio",)

@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 import pytest
 import structlog
 import trio
+import trio.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from trio.testing import MockClock
@@ -20,8 +21,8 @@ from trio_gateway.stats import snapshot
 from trio_gateway.telemetry.private_folder import PrivateFolder
 from trio_gateway.telemetry.prometheus import render
 from trio_gateway.telemetry.snapshot import Snapshot, fold
-from trio_gateway.telemetry.worker_snapshots import WorkerSnapshots
-from trio_gateway.telemetry.worker_stats import WorkerStats
+from trio_gateway.telemetry.worker_snapshots import ABANDONED, WorkerSnapshots
+from trio_gateway.telemetry.worker_stats import PATIENCE, WorkerStats
 
 EMPTY = Snapshot({}, {})
 BUCKETS = len(SECONDS) + 1
@@ -212,3 +213,99 @@ async def test_snapshots_that_cannot_be_written_are_logged_once_and_do_not_end_t
             await stats.share(partial(snapshot, app.parts))
 
     assert [line["event"] for line in logs] == ["snapshots not shared"]
+
+
+class Sibling:
+    """Another worker in the folder, which shares its number of deliveries."""
+
+    def __init__(self, place: Path) -> None:
+        self.snapshots = WorkerSnapshots(place / "trio-gateway-stats-own")
+        self.deliveries = self.written = 0
+
+    def own(self) -> Snapshot:
+        self.written += 1
+        return of(self.deliveries)
+
+
+async def total(own: WorkerSnapshots) -> float:
+    """The deliveries that this worker reports; it has none of its own."""
+    found = await WorkerStats(own).all(lambda: of(0))
+    return Metrics(render(found).decode())["deliveries_total"]
+
+
+async def test_a_worker_has_the_present_numbers_of_its_siblings_which_write_only_when_asked(
+    own: WorkerSnapshots, tmp_path: Path
+) -> None:
+    siblings = [Sibling(tmp_path), Sibling(tmp_path)]
+    async with trio.open_nursery() as nursery:
+        for sibling in siblings:
+            nursery.start_soon(WorkerStats(sibling.snapshots).share, sibling.own)
+        await trio.testing.wait_all_tasks_blocked()
+        for n in (1, 2, 3):
+            for sibling in siblings:
+                sibling.deliveries += n
+            assert await total(own) == sum(each.deliveries for each in siblings)
+        assert [each.written for each in siblings] == [3, 3]
+        nursery.cancel_scope.cancel()
+
+
+async def test_what_was_reported_of_a_worker_that_is_killed_stays_in_the_sum(
+    own: WorkerSnapshots, tmp_path: Path
+) -> None:
+    sibling = Sibling(tmp_path)
+    pipe = sibling.snapshots.listen()
+    sibling.deliveries = 7
+    async with trio.open_nursery() as nursery:
+        answer = WorkerStats(sibling.snapshots)._answer
+        nursery.start_soon(answer, sibling.snapshots, pipe, sibling.own)
+        await trio.testing.wait_all_tasks_blocked()
+        assert await total(own) == 7
+        nursery.cancel_scope.cancel()  # and it does not leave
+    os.close(pipe)
+    sibling.deliveries = 9
+
+    assert await total(own) == 7
+    own.fold(os.getpid())  # both have this pid
+    assert await total(own) == 7
+    assert sorted(each.suffix for each in (tmp_path / "trio-gateway-stats-own").iterdir()) == [
+        ".json", ".json",
+    ]  # fmt: skip
+
+
+async def test_a_sibling_that_does_not_answer_delays_nobody_for_long(
+    own: WorkerSnapshots, tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    sibling = Sibling(tmp_path)
+    pipe = sibling.snapshots.listen()
+    sibling.snapshots.write(of(5))
+    for _ in range(3):
+        began = trio.current_time()
+        assert await total(own) == 5
+        assert trio.current_time() == pytest.approx(began + PATIENCE)
+    os.close(pipe)
+
+
+async def test_the_folder_of_workers_that_nobody_asks_is_not_removed(
+    own: WorkerSnapshots, tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    sibling, folder = Sibling(tmp_path), tmp_path / "trio-gateway-stats-own"
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(WorkerStats(sibling.snapshots).share, sibling.own)
+        await trio.testing.wait_all_tasks_blocked()
+        age(folder)
+        await trio.sleep(ABANDONED / 2)
+        own.clean_up()
+        assert folder.exists()
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_file_in_the_place_of_a_pipe_is_not_written_to(
+    own: WorkerSnapshots, tmp_path: Path
+) -> None:
+    own.write(EMPTY)
+    folder = tmp_path / "trio-gateway-stats-own"
+    (folder / "2-a.pipe").write_text("precious")
+    (folder / "3-a.pipe").symlink_to(folder / "2-a.pipe")
+
+    assert await total(own) == 0
+    assert (folder / "2-a.pipe").read_text() == "precious"

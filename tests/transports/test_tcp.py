@@ -57,9 +57,10 @@ from trio_gateway.core.frames import CLOSE, PING, PONG, TEXT
 from trio_gateway.gateway import Gateway, create_app
 from trio_gateway.reception import Reception
 from trio_gateway.runtime.connection import Connection
+from trio_gateway.runtime.socket import LINGER
 from trio_gateway.testing import NullAuth, make_event, make_principal
 from trio_gateway.transports import tcp
-from trio_gateway.transports.direct import LINGER, DirectSocket
+from trio_gateway.transports.direct import DirectSocket
 from trio_gateway.transports.handshake import MAX_HEAD_BYTES
 from trio_gateway.transports.progress import enable_keepalive
 

@@ -1,9 +1,11 @@
 """The socket: what a connection needs of a transport, and what a client can say on it."""
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from ..core.close_codes import Close
+
+LINGER: Final = 1.0  # seconds that the peer has to receive a close
 
 
 class Ping(NamedTuple):

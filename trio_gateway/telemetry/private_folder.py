@@ -34,6 +34,36 @@ class PrivateFolder:
                 file.write(data)
             os.replace(draft, name, src_dir_fd=folder, dst_dir_fd=folder)
 
+    def make_pipe(self, name: str) -> int:
+        """Make a named pipe, and the folder if it does not exist; return the descriptor to read
+        it, which does not block.
+        """
+        with suppress(FileExistsError):
+            self.path.mkdir(mode=0o700)
+        with self._opened() as folder:
+            with suppress(FileExistsError):
+                os.mkfifo(self.path / name, 0o600)
+            # For writing, too: so it never comes to its end.
+            return os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
+
+    def wake(self, name: str) -> None:
+        """Write a byte to a named pipe, unless it is full. Fails if nobody reads it."""
+        with self._opened() as folder:
+            pipe = os.open(name, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
+            try:
+                if not stat.S_ISFIFO(os.fstat(pipe).st_mode):
+                    raise OSError(errno.EINVAL, "not a named pipe")
+                with suppress(BlockingIOError):
+                    os.write(pipe, b".")
+            finally:
+                os.close(pipe)
+
+    def touch(self, name: str) -> None:
+        """Set the times of a file, and of the folder, to now."""
+        with self._opened() as folder:
+            os.utime(name, dir_fd=folder, follow_symlinks=False)
+            os.utime(folder)
+
     def read(self, name: str) -> tuple[bytes, int]:
         """Return the content of a file, and a number that changes with each :meth:`write` to it."""
         with self._opened() as folder:
@@ -58,11 +88,11 @@ class PrivateFolder:
                 with suppress(FileNotFoundError):
                     os.unlink(each, dir_fd=folder)
 
-    def remove_all(self, suffix: str) -> None:
-        """Remove the folder and its files with this suffix. A folder with other files stays."""
+    def remove_all(self, *suffixes: str) -> None:
+        """Remove the folder and its files with these suffixes. A folder with others stays."""
         with self._opened() as folder:
             for name in os.listdir(folder):
-                if name.endswith((suffix, _DRAFT)):
+                if name.endswith((*suffixes, _DRAFT)):
                     with suppress(FileNotFoundError):
                         os.unlink(name, dir_fd=folder)
         self.path.rmdir()

@@ -1,4 +1,7 @@
-"""Worker snapshots: files through which the workers of one supervisor share their metrics."""
+"""Worker snapshots: files through which the workers of one supervisor share their metrics.
+
+A worker that is asked for the sum wakes the others by their named pipes; each then writes its file.
+"""
 
 import hashlib
 import multiprocessing
@@ -6,7 +9,7 @@ import os
 import secrets
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -20,9 +23,10 @@ from .snapshot import Snapshot, fold
 GROUP: Final = "TRIO_GATEWAY_GROUP"
 _PREFIX: Final = "trio-gateway-stats-"
 _SUFFIX: Final = ".json"
+_PIPE: Final = ".pipe"
 _ENDED: Final = "gone.json"
 _TRIES: Final = 5
-_ABANDONED: Final = 3600.0  # seconds without a write by any of its workers
+ABANDONED: Final = 3600.0  # seconds without a sign of life of any of its workers
 
 
 class _Ended(msgspec.Struct):
@@ -35,15 +39,17 @@ class _Ended(msgspec.Struct):
 class WorkerSnapshots:
     """The snapshots of several workers, shared through files in a private folder.
 
-    Each worker writes its own four times a second, and before it reports a sum. The counters of a
-    worker that has ended are kept, so that sums never go down: the supervisor folds its file into
-    one file for all ended workers. ``supervised`` says that the supervisor removes the folder;
-    the last worker removes it if the supervisor was killed.
+    Each worker writes its own when another one asks, and before it reports a sum: a number that was
+    reported is in a file. The counters of a worker that has ended are kept, so that sums never go
+    down: the supervisor folds its file into one file for all ended workers. What a killed worker
+    counted after the last request is lost. ``supervised`` says that the supervisor removes the
+    folder; the last worker removes it if the supervisor was killed.
     """
 
     def __init__(self, folder: Path, *, supervised: bool = False) -> None:
         self._folder = PrivateFolder(folder)
-        self._own = f"{os.getpid()}-{secrets.token_hex(4)}{_SUFFIX}"  # process ids are reused
+        name = f"{os.getpid()}-{secrets.token_hex(4)}"  # process ids are reused
+        self._own, self._pipe = name + _SUFFIX, name + _PIPE
         self._supervisor = os.getppid() if supervised else None
 
     @classmethod
@@ -65,10 +71,37 @@ class WorkerSnapshots:
         """Remove the folders of supervisors that were killed with all their workers."""
         for path in self._folder.path.parent.glob(f"{_PREFIX}*"):
             try:
-                if path.lstat().st_mtime < time.time() - _ABANDONED:
-                    PrivateFolder(path).remove_all(_SUFFIX)
+                if path.lstat().st_mtime < time.time() - ABANDONED:
+                    PrivateFolder(path).remove_all(_SUFFIX, _PIPE)
             except OSError:
                 pass  # removed by another process, or not a folder of ours
+
+    def listen(self) -> int:
+        """Return the descriptor of a pipe that becomes readable when another worker asks for a
+        snapshot. Raises :exc:`OSError`.
+        """
+        return self._folder.make_pipe(self._pipe)
+
+    def touch(self) -> None:
+        """Show that this worker lives, so that :meth:`clean_up` keeps the folder. Raises
+        :exc:`OSError`.
+        """
+        self._folder.touch(self._pipe)
+
+    def ask(self) -> Callable[[], bool]:
+        """Ask the other workers for their snapshots. What it returns tells whether each of those
+        that can be asked has written one since.
+        """
+        asked: dict[str, int | None] = {}
+        with suppress(OSError):
+            for name in self._folder.names():
+                if name.endswith(_PIPE) and name != self._pipe:
+                    file = name.removesuffix(_PIPE) + _SUFFIX
+                    before = self._version(file)
+                    with suppress(OSError):  # it has ended
+                        self._folder.wake(name)
+                        asked[file] = before
+        return lambda: all(self._version(file) != before for file, before in asked.items())
 
     def write(self, snapshot: Snapshot) -> None:
         """Write the snapshot of this worker. Raises :exc:`OSError`."""
@@ -94,6 +127,7 @@ class WorkerSnapshots:
         """
         ended, _ = self._read_ended()
         names = self._folder.names()
+        pipes = [n for n in names if n.endswith(_PIPE) and n.partition("-")[0] == str(pid)]
         files = [n for n in names if n != _ENDED and _pid(n) == pid and n not in ended.folded]
         snapshots = [snapshot for name in files if (snapshot := self._read(name)) is not None]
         if snapshots:
@@ -101,7 +135,7 @@ class WorkerSnapshots:
             folded = [name for name in ended.folded if name in names] + files
             ended = _Ended(fold([ended.snapshot, *snapshots]), folded)
             self._folder.write(_ENDED, msgspec.json.encode(ended))
-        for name in files:
+        for name in files + pipes:
             self._folder.remove(name)
 
     def leave(self, snapshot: Snapshot) -> None:
@@ -109,6 +143,7 @@ class WorkerSnapshots:
         snapshot.ended = True
         try:
             self.write(snapshot)
+            self._folder.remove(self._pipe)
             kept = self._supervisor is not None and self._supervisor == os.getppid()
             if not kept and all(other.ended for other in self.read()):
                 self.remove()
@@ -117,7 +152,7 @@ class WorkerSnapshots:
 
     def remove(self) -> None:
         """Remove the folder with all snapshots. Raises :exc:`OSError`."""
-        self._folder.remove_all(_SUFFIX)
+        self._folder.remove_all(_SUFFIX, _PIPE)
 
     def _read_others(self, ended: _Ended) -> Iterator[Snapshot]:
         yield ended.snapshot
@@ -131,6 +166,12 @@ class WorkerSnapshots:
             if (snapshot := self._read(name)) is not None:
                 snapshot.ended = snapshot.ended or not _is_alive(pid)
                 yield snapshot
+
+    def _version(self, name: str) -> int | None:
+        try:
+            return self._folder.version(name)
+        except OSError:
+            return None
 
     def _read_ended(self) -> tuple[_Ended, int | None]:
         with suppress(OSError, msgspec.DecodeError):

@@ -12,11 +12,10 @@ from ..core.audiences import Endpoint
 from ..core.client_request import ClientRequest
 from ..core.close_codes import Close
 from ..core.frames import TEXT, boundary, split
-from ..runtime.socket import ProtocolViolation
+from ..runtime.socket import LINGER, ProtocolViolation
 from .handshake import join_headers, read_query
 
 DRAIN = 2.0  # seconds
-_LINGER: Final = 1.0  # seconds
 _CONTROL: Final = "tcp_control"  # in the state of a scope
 
 
@@ -127,7 +126,7 @@ class AsgiSocket:
             self._closed = True
             return
         # A client that opens no window, or does not read, does not receive a close either.
-        with trio.move_on_after(_LINGER), suppress(OSError):
+        with trio.move_on_after(LINGER), suppress(OSError):
             await self._websocket.close(code, reason)
             self._closed = True
 

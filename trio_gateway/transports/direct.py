@@ -20,11 +20,10 @@ from wsproto.extensions import Extension, PerMessageDeflate
 from ..core.client_frames import short_frame
 from ..core.close_codes import Close
 from ..core.frames import CLOSE, PING, PONG, close_frame, frame
-from ..runtime.socket import Disconnected, Ping, Pong, ProtocolViolation
+from ..runtime.socket import LINGER, Disconnected, Ping, Pong, ProtocolViolation
 from .hypercorn_bounds import MOST_FRAGMENTS
 from .progress import DIRECT, ProgressStream, traffic, wait_writable
 
-LINGER: Final = 1.0  # seconds
 _RESETS: Final = struct.pack("ii", 1, 0)  # with SO_LINGER, a close resets at once
 CHUNK: Final = 65_536
 # Bytes of frames that are read at a time: a frame may have seven, and other clients wait meanwhile.

@@ -36,12 +36,12 @@ from wsproto.events import Pong as PongFrame
 
 from ..core.close_codes import Close
 from ..core.limits import RateLimit
+from ..runtime.socket import LINGER
 from .asgi import control_of
 
 MOST_FRAGMENTS: Final = 256  # of one message: each costs as much as a whole message
 _MOST_CONTROL: Final = 100  # pings and pongs in a second; the gateway does not see them here
 _PIECE: Final = 1024  # bytes that are handled at a time: a frame may have seven
-_LINGER: Final = 1.0  # seconds
 _MAX_UNTIL_CLOSED: Final = 16_384  # bytes within which the answer to our close must come
 
 
@@ -89,7 +89,7 @@ class BoundedStream(WSStream):
         """Discard data for a second after our close, so that no reset loses our close frame."""
         self._bytes_left -= size
         assert self._over_at is not None
-        if trio.current_time() - self._over_at > _LINGER and self.app_put is not None:
+        if trio.current_time() - self._over_at > LINGER and self.app_put is not None:
             self._over_at = math.inf
             await self.app_put({"type": "websocket.disconnect", "code": int(Close.ABNORMAL)})
 

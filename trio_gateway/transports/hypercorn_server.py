@@ -9,8 +9,9 @@ from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import AppWrapper, LifespanState
 
+from ..runtime.socket import LINGER
 from .asgi import TcpControl, with_control
-from .direct import LINGER, STREAM_ERRORS, reset, socket_of
+from .direct import STREAM_ERRORS, reset, socket_of
 from .hypercorn_bounds import bound_protocols
 from .progress import ProgressStream, traffic
 

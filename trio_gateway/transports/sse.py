@@ -14,9 +14,8 @@ from ..core.client_request import ClientRequest
 from ..core.close_codes import RETRY_AFTER, Close, Rejected, parse_retry_hint
 from ..core.frames import boundary
 from ..core.sse import HELLO, MEDIA_TYPE, as_events, close_event
-from ..runtime.socket import Disconnected, ProtocolViolation
+from ..runtime.socket import LINGER, Disconnected, ProtocolViolation
 from .asgi import abort_of, measures_progress, traffic_of
-from .direct import LINGER
 
 PATHS: Final[Mapping[str, Endpoint]] = MappingProxyType({f"{e.path}/events": e for e in Endpoint})
 

@@ -24,9 +24,11 @@ from ..core.exception_groups import leaves
 from ..runtime.client_counts import ClientCounts
 from ..runtime.concurrency_limiter import ConcurrencyLimiter, Overloaded
 from ..runtime.silent_connections import SilentConnections
+from ..runtime.socket import LINGER
 from ..runtime.throttled_log import ThrottledLog
+from . import hypercorn_stop
 from .compression import negotiate
-from .direct import LINGER, STREAM_ERRORS, DirectSocket, is_closed, is_readable, linger, socket_of
+from .direct import STREAM_ERRORS, DirectSocket, is_closed, is_readable, linger, socket_of
 from .handshake import Refusal, acceptance, parse_head, refusal_response
 from .hypercorn_bounds import bound_protocols
 from .hypercorn_server import HypercornServer
@@ -251,10 +253,13 @@ class TcpConnection:
 
 
 def install() -> None:
-    """Let Hypercorn's Trio worker serve with :class:`TcpConnection`, and bound its protocols."""
+    """Let Hypercorn's Trio worker serve with :class:`TcpConnection`, bound its protocols, and let
+    an idle worker sleep.
+    """
     # It makes one for each connection by this name, and awaits it.
     hypercorn.trio.run.TCPServer = TcpConnection  # type: ignore[attr-defined,assignment]
     bound_protocols()
+    hypercorn_stop.install()
 
 
 def _peer(stream: trio.abc.Stream) -> str:

@@ -1,6 +1,7 @@
 """The routes of the Quart-Trio app: WebSocket endpoints and HTTP paths."""
 
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import Any, Final
 
 import trio
@@ -96,7 +97,7 @@ async def _upgrade_required() -> Answer:
 async def _metrics(parts: Parts) -> Answer:
     """Metrics in the Prometheus text format, summed over the workers of one supervisor."""
     return Response(
-        prometheus.render(parts.worker_stats.all(stats.snapshot(parts))),
+        prometheus.render(await parts.worker_stats.all(partial(stats.snapshot, parts))),
         content_type=prometheus.CONTENT_TYPE,
     )
 
