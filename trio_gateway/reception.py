@@ -129,9 +129,17 @@ class Reception:
         except Rejected:
             self._refuse_while_draining()
             raise
-        with place, trio.move_on_after(self._parts.settings.ws_accept_timeout):
+        with place:
+            self._refuse_while_draining()  # a drain may have begun during an await
+            if pending.ticket is None and (principal := admission.confirm(pending)) is not None:
+                return principal
+            return await self._confirm_slowly(pending)
+
+    async def _confirm_slowly(self, pending: PendingAdmission) -> Principal:
+        admission = self._parts.admission
+        with trio.move_on_after(self._parts.settings.ws_accept_timeout):
             while True:
-                self._refuse_while_draining()  # a drain may have begun during an await
+                self._refuse_while_draining()
                 if (principal := admission.confirm(pending)) is None:
                     await admission.recheck(pending)
                 elif pending.ticket is None:

@@ -10,6 +10,7 @@ from ..core.tokens import (
     Key,
     Rules,
     Staff,
+    Table,
     Unverified,
     check_claims,
     names_of,
@@ -18,6 +19,7 @@ from ..core.tokens import (
     read_table_token,
 )
 from .jwks import KeySet
+from .verified_tokens import VerifiedTokens
 
 Clock = Callable[[], float]
 
@@ -50,10 +52,18 @@ class JwtAuth:
         self._rules = rules
         self._clock = clock
         self._key_set = key_set
+        self._verified: VerifiedTokens[Staff] = VerifiedTokens()
 
     async def authenticate(self, credential: str, endpoint: Endpoint) -> Principal:
-        token = await self._read(_required(credential))
+        token = self._verified.get(_required(credential), self._clock(), self._public)
+        if token is None:
+            token = await self._read(credential)
+            self._verified.add(credential, token, self._public)
         return token.on(endpoint)
+
+    @property
+    def _public(self) -> object:
+        return None if self._key_set is None else self._key_set.keys
 
     async def _read(self, credential: str) -> Staff:
         if self._key_set is None:
@@ -79,9 +89,14 @@ class TableAuth:
         self._keys = keys
         self._rules = rules
         self._clock = clock
+        self._verified: VerifiedTokens[Table] = VerifiedTokens()
 
     async def authenticate(self, credential: str, endpoint: Endpoint) -> Principal:
-        token = read_table_token(_required(credential), self._keys, self._rules, self._clock())
+        now = self._clock()
+        token = self._verified.get(_required(credential), now)
+        if token is None:
+            token = read_table_token(credential, self._keys, self._rules, now)
+            self._verified.add(credential, token)
         return token.on(endpoint)
 
 

@@ -31,27 +31,31 @@ _FRAMES_CHUNK: Final = 4096
 STREAM_ERRORS: Final = (trio.BrokenResourceError, trio.ClosedResourceError, trio.BusyResourceError)
 
 
-async def receive(stream: trio.abc.Stream, size: int, *, at_once: bool = False) -> bytes:
+async def receive(stream: trio.abc.Stream, size: int) -> bytes:
     """Receive up to ``size`` bytes; none at the end of the stream.
 
     Raises :exc:`OSError` or one of :data:`STREAM_ERRORS`. A plain socket is read directly, which
-    is cheaper than through the stream. With ``at_once`` it is read before it is waited for: then
-    there is no checkpoint if bytes are there.
+    is cheaper than through the stream.
     """
     if not DIRECT or type(stream) is not trio.SocketStream:
         return bytes(await stream.receive_some(size))
-    socket = stream.socket
     while not is_closed(stream):
-        if not at_once:
-            await trio.lowlevel.wait_readable(socket)
-        at_once = False
-        try:
-            # Ask for the descriptor each time: it is -1 once closed, and a new client gets the old
-            # number.
-            return os.read(socket.fileno(), size)
-        except BlockingIOError:
-            pass
+        await trio.lowlevel.wait_readable(stream.socket)
+        if (data := receive_nowait(stream, size)) is not None:
+            return data
     raise trio.ClosedResourceError("socket is closed")
+
+
+def receive_nowait(stream: trio.abc.Stream, size: int) -> bytes | None:
+    """As :func:`receive`, but return None if it would have to wait, or if this is not known."""
+    if not DIRECT or type(stream) is not trio.SocketStream or is_closed(stream):
+        return None
+    try:
+        # Ask for the descriptor each time: it is -1 once closed, and a new client gets the old
+        # number.
+        return os.read(stream.socket.fileno(), size)
+    except BlockingIOError:
+        return None
 
 
 async def linger(stream: trio.abc.Stream) -> None:

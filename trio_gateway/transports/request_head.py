@@ -6,9 +6,10 @@ from typing import Final
 
 import trio
 
-from .direct import CHUNK, receive
+from .direct import CHUNK, receive, receive_nowait
 from .handshake import MAX_HEAD_BYTES, Refusal
 
+_FIRST: Final = 4096  # bytes; few heads are longer, and a buffer costs
 _END: Final = re.compile(rb"\n\r?\n")
 
 
@@ -32,11 +33,24 @@ class HeadReader:
     answered only if one has.
     """
 
-    __slots__ = ("_stream", "begun")
+    __slots__ = ("_data", "_stream")
 
     def __init__(self, stream: trio.abc.Stream) -> None:
         self._stream = stream
-        self.begun = False
+        self._data = bytearray()
+
+    @property
+    def begun(self) -> bool:
+        return bool(self._data)
+
+    def read_nowait(self) -> Head | Refusal | Nobody | None:
+        """Read what is there; return None if that is no complete head.
+
+        A client that was just accepted has mostly sent its request already. Raises as
+        :meth:`read`.
+        """
+        received = receive_nowait(self._stream, _FIRST)
+        return None if received is None else self._take(received)
 
     async def read(self) -> Head | Refusal | Nobody:
         """Read until the head is complete, and maybe beyond.
@@ -44,18 +58,21 @@ class HeadReader:
         Returns the refusal if it is too long or incomplete. Raises :exc:`OSError` or one of
         :data:`trio_gateway.transports.direct.STREAM_ERRORS`.
         """
-        data = bytearray()
-        while True:
-            # A client that was just accepted has mostly sent its request already.
-            received = await receive(self._stream, CHUNK, at_once=not data)
-            if not received:
-                return Refusal(400, "incomplete request") if data else Nobody()
-            self.begun = True
-            # The empty line may begin in what was received before.
-            start = max(0, len(data) - 3)
-            data += received
-            end = _END.search(data, start)
-            if (end.end() if end else len(data)) > MAX_HEAD_BYTES:
-                return Refusal(431, f"request head is over {MAX_HEAD_BYTES} bytes")
-            if end:
-                return Head(bytes(data[: end.end()]), bytes(data[end.end() :]))
+        found = self.read_nowait()
+        while found is None:
+            found = self._take(await receive(self._stream, CHUNK))
+        return found
+
+    def _take(self, received: bytes) -> Head | Refusal | Nobody | None:
+        data = self._data
+        if not received:
+            return Refusal(400, "incomplete request") if data else Nobody()
+        # The empty line may begin in what was received before.
+        start = max(0, len(data) - 3)
+        data += received
+        end = _END.search(data, start)
+        if (end.end() if end else len(data)) > MAX_HEAD_BYTES:
+            return Refusal(431, f"request head is over {MAX_HEAD_BYTES} bytes")
+        if end:
+            return Head(bytes(data[: end.end()]), bytes(data[end.end() :]))
+        return None

@@ -145,23 +145,8 @@ class TcpConnection:
 
     async def _open(self, service: TcpService) -> Awaitable[None] | None:
         """Read and answer the first request head; returns what then serves the client, if any."""
-        until = trio.current_time() + service.accept_timeout
         reader = HeadReader(self._stream)
-        try:
-            if not await self._wait_for_bytes(service):
-                return None
-            opening = await service.heads.run(
-                partial(self._read_opening, reader, service.accept_timeout),
-                max(0.0, until - trio.current_time()),
-                service.accept_timeout,
-                self._waits_for_client,
-            )
-        except Overloaded:
-            # No answer: there are too many to linger for each.
-            service.counts.refused[503] += 1
-            return None
-        if opening is None:  # it took too long, or the gateway drains
-            opening = _TIMED_OUT if reader.begun and not service.is_draining() else Nobody()
+        opening = reader.read_nowait() or await self._read_slowly(service, reader)
         match opening:
             case Head():
                 return await self._answer(service, opening)
@@ -172,6 +157,27 @@ class TcpConnection:
             case Nobody():
                 pass
         return None
+
+    async def _read_slowly(self, service: TcpService, reader: HeadReader) -> Opening:
+        """Read a head that has not come as a whole: one among a limited number of these."""
+        until = trio.current_time() + service.accept_timeout
+        opening: Opening | None
+        try:
+            if not reader.begun and not await self._wait_for_bytes(service):
+                return Nobody()
+            opening = await service.heads.run(
+                partial(self._read_opening, reader, service.accept_timeout),
+                max(0.0, until - trio.current_time()),
+                service.accept_timeout,
+                self._waits_for_client,
+            )
+        except Overloaded:
+            # No answer: there are too many to linger for each.
+            service.counts.refused[503] += 1
+            return Nobody()
+        if opening is None:  # it took too long, or the gateway drains
+            return _TIMED_OUT if reader.begun and not service.is_draining() else Nobody()
+        return opening
 
     async def _answer(self, service: TcpService, head: Head) -> Awaitable[None] | None:
         """Answer a request head; returns what then serves the client, if any."""
