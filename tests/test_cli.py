@@ -555,7 +555,7 @@ async def test_tail_connects_again_and_prints_what_came_meanwhile(
             store.xadd("events:critical", {"data": EVENT})
             await harness.settle(gateway)
             (connection,) = gateway.app.parts.hub.connections
-            connection.cut()
+            connection.abort()
             store.xadd("events:critical", {"data": EVENT.replace("READY", "SERVED")})
             status, out, err = await harness.wait(process)
     assert status == 0

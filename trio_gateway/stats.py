@@ -38,6 +38,8 @@ def snapshot(parts: Parts) -> Snapshot:
             "wsgateway_connections_closed_by_gateway_total": {
                 str(int(close)): hub.closed_by_gateway[close] for close in Close if close.sent
             },
+            "wsgateway_connections_lagging": len(hub.lagging),
+            "wsgateway_lags_total": parts.replays.lags,
             "wsgateway_upgrades_refused_total": {
                 str(status): number for status, number in parts.counts.refused.items()
             },

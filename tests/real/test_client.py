@@ -97,7 +97,7 @@ async def test_broken_connection_neither_loses_nor_doubles_an_event(
         publish(backend, 1, 2)
         assert await numbers(client, 2) == [1, 2]
         (connection,) = gateway.app.parts.hub.connections
-        connection.cut()
+        connection.abort()
         publish(backend, 3, 4)
         assert await numbers(client, 2) == [3, 4]
         assert gateway.app.parts.hub.joins == 2

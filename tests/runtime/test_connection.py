@@ -515,7 +515,7 @@ async def test_connection_that_is_cancelled_from_outside_can_be_written_to_at_ev
         "ping": lambda client, _: client.ping(trio.current_time()),
         "start": lambda client, step: client.start_task(task, step),
         "close": lambda client, _: client.close(Close.GOING_AWAY),
-        "cut": lambda client, _: client.cut(),
+        "cut": lambda client, _: client.abort(),
     }
     for step in [*range(10)] * 8:  # tasks of one step run in either order
         hub, socket, client = Hub(), FakeSocket(room=room), make()
@@ -604,7 +604,7 @@ async def test_who_is_cut_is_gone_at_once(autojump_clock: MockClock, nursery: tr
     client.send(b"hello")
     await wait_all_tasks_blocked()
 
-    client.cut()
+    client.abort()
     await hub.wait_empty()
 
     assert trio.current_time() == 0
@@ -614,7 +614,7 @@ async def test_who_is_cut_is_gone_at_once(autojump_clock: MockClock, nursery: tr
 
 async def test_who_is_cut_before_it_is_served_is_closed(autojump_clock: MockClock) -> None:
     client = make()
-    client.cut()
+    client.abort()
 
     await client.run(FakeSocket(), Hub())
 
@@ -735,10 +735,10 @@ async def test_outbox_over_its_bytes_is_closed_as_slow(
     await start(nursery, client, socket)
 
     for text in (b"event", b"waits", b"waits"):
-        client.send(text)
+        client.write(text_frame(text), 1, trio.current_time())
     await wait_all_tasks_blocked()
     assert not client.ending  # exactly at its bound
-    client.send(b"")
+    client.write(text_frame(b""), 1, trio.current_time())
     assert client.code == Close.SLOW_CONSUMER
     await trio.sleep(9)
     socket.read(INFINITE)

@@ -61,7 +61,7 @@ def test_the_number_of_messages_never_falls_while_a_connection_leaves() -> None:
     seen.append(hub.messages)
     hub.leave(leaver)
     seen.append(hub.messages)
-    hub.gone(leaver)
+    hub.finish(leaver)
     seen.append(hub.messages)
 
     assert seen == [0, 5, 5, 5]
@@ -172,7 +172,7 @@ def test_who_left_is_leaving_until_it_is_gone() -> None:
 
     hub.leave(connection)
     assert (len(hub), hub.leaving) == (0, {connection})
-    hub.gone(connection)
+    hub.finish(connection)
     assert not hub.leaving
     assert hub.closed == {Close.ABNORMAL: 1}
 
@@ -221,12 +221,12 @@ async def test_wait_empty_goes_on_if_somebody_joins_meanwhile(
     nursery.start_soon(wait)
     await wait_all_tasks_blocked()
     hub.leave(first)
-    hub.gone(first)
+    hub.finish(first)
     second = joined(hub, make_principal())
     await trio.sleep(1)
     assert waited == []
     hub.leave(second)
-    hub.gone(second)
+    hub.finish(second)
     await wait_all_tasks_blocked()
     assert waited == [1]
 
@@ -289,7 +289,7 @@ class HubAgainstPlainSets(RuleBasedStateMachine):
 
     @rule(connection=consumes(outside))
     def be_gone(self, connection: Connection) -> None:
-        self.hub.gone(connection)
+        self.hub.finish(connection)
         self.leaving.discard(connection)
 
     @invariant()
@@ -319,7 +319,7 @@ class HubAgainstPlainSets(RuleBasedStateMachine):
     def teardown(self) -> None:
         for connection in list(self.model):
             self.hub.leave(connection)
-            self.hub.gone(connection)
+            self.hub.finish(connection)
         assert not self.hub._members
         assert not self.hub._owned
         assert not any(self.hub.by_endpoint.values())

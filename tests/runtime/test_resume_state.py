@@ -1,4 +1,4 @@
-"""The resume state: its table, and that a cursor is there exactly in two of its phases."""
+"""The resume state: its table, and that a cursor is there exactly in three of its phases."""
 
 import pytest
 from hypothesis import given
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from trio_gateway.core.event_ids import START, Stream
 from trio_gateway.runtime.connection import Connection, ConnectionLimits
 from trio_gateway.runtime.hub import Hub
-from trio_gateway.runtime.resume_state import TRANSITIONS, Phase, ResumeState, Step
+from trio_gateway.runtime.resume_state import FROM_HISTORY, TRANSITIONS, Phase, ResumeState, Step
 from trio_gateway.testing import make_principal
 
 PLACE = {Stream("a"): START}
@@ -21,8 +21,9 @@ def test_connection_is_held_exactly_while_it_has_a_cursor(steps: list[Step]) -> 
         if step in TRANSITIONS[state.phase]:
             hub.step(connection, step, PLACE)
         has_cursor = state.cursor is not None
-        assert has_cursor == (state.phase in {Phase.HELD, Phase.REPLAYING})
+        assert has_cursor == (state.phase in FROM_HISTORY)
         assert has_cursor == (connection in hub.held)
+        assert (state.phase is Phase.LAGGING) == (connection in hub.lagging)
 
 
 def test_impossible_step_raises() -> None:
@@ -40,7 +41,7 @@ def test_no_step_reopens_a_closed_state(step: Step) -> None:
     assert (state.phase, state.cursor) == (Phase.CLOSED, None)
 
 
-@pytest.mark.parametrize("replays", [Step.ASK, Step.REPLAY])
+@pytest.mark.parametrize("replays", [Step.ASK, Step.REPLAY, Step.LAG])
 def test_client_may_resume_until_it_has_asked_or_was_replayed_to(replays: Step) -> None:
     state = ResumeState()
     state.step(Step.JOIN, PLACE)
@@ -65,3 +66,25 @@ def test_step_without_a_cursor_keeps_the_one_there_is() -> None:
     state.step(Step.REPLAY)
 
     assert state.cursor == PLACE
+
+
+@pytest.mark.parametrize("before", [Step.JOIN, Step.JOIN_RESUMING])
+def test_lag_keeps_the_cursor_there_is(before: Step) -> None:
+    state = ResumeState()
+    state.step(before, PLACE)
+    state.step(Step.LAG)
+
+    assert (state.phase, state.cursor) == (Phase.LAGGING, PLACE)
+
+
+def test_each_lag_has_a_number_after_those_of_all_that_began_before() -> None:
+    hub = Hub()
+    first, second = (Connection(make_principal(user=n), ConnectionLimits()) for n in (1, 2))
+    for each in (first, second):
+        hub.join(each)
+        hub.step(each, Step.JOIN, PLACE)
+    hub.step(first, Step.LAG)
+    lagged_at = first.resume_state.lagged_at
+    hub.step(first, Step.LAG)
+
+    assert first.number < second.number < first.resume_state.lagged_at == lagged_at

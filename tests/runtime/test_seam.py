@@ -30,9 +30,6 @@ from trio_gateway.testing import FakeSocket, make_event, make_principal
 
 A = Stream("aaaa")
 EPOCH = 1_000_000  # unix seconds at virtual time 0
-TERMS = ConnectionLimits(
-    stale_after=math.inf, receive_timeout=math.inf, write_timeout=math.inf, rate_limit=10**6
-)
 PRINCIPALS = (
     make_principal(Endpoint.WAITER, sectors=[5]),
     make_principal(Endpoint.KITCHEN),
@@ -123,8 +120,14 @@ class Client:
 class World:
     """A gateway's floor between Redis and the sockets, and everybody around it."""
 
-    def __init__(self, nursery: trio.Nursery, events: int, age: float) -> None:
+    def __init__(
+        self, nursery: trio.Nursery, events: int, age: float, outbox_messages: int
+    ) -> None:
         self.nursery = nursery
+        self.limits = ConnectionLimits(
+            stale_after=math.inf, receive_timeout=math.inf, write_timeout=math.inf,
+            rate_limit=10**6, outbox_messages=outbox_messages,
+        )  # fmt: skip
         self.events, self.age = events, age
         self.clients = [Client(principal) for principal in PRINCIPALS]
         self.number = 0
@@ -214,7 +217,7 @@ class World:
         client.socket = FakeSocket(room=room)
         client.connection = Connection(
             client.principal,
-            TERMS,
+            self.limits,
             replays=self.replays,
             resume_from=client.last_event_id if how == "resume" else None,
         )
@@ -293,6 +296,17 @@ class World:
 
     # What happens
 
+    async def leave_if_closed(self) -> None:
+        """The history has moved past a client that reads slowly; nothing else closes one."""
+        for client in self.clients:
+            if client.connection is not None and client.connection.ending:
+                assert client.connection.code == Close.SLOW_CONSUMER
+                client.socket.read(math.inf)
+                await wait_all_tasks_blocked()
+                assert client.socket.reason == "too slow: the history has moved past it"
+                self.look(client)
+                client.connection = None
+
     async def step(self, what: str, which: int, much: int) -> None:
         client = self.clients[which % 4]
         match what:
@@ -346,6 +360,7 @@ class World:
                 await trio.sleep(0.001)  # time has gone on
             # A gateway that has not seen it can't know that Redis lost anything.
             case "start anew" if self.recreated_at == START:
+                await self.leave_if_closed()
                 for connection in list(self.hub.connections):
                     connection.close(Close.GOING_AWAY)
                 await wait_all_tasks_blocked()
@@ -356,6 +371,8 @@ class World:
 
     async def settle(self) -> None:
         """In the end everybody resumes and reads all that there is."""
+        await trio.sleep(3)
+        await self.leave_if_closed()
         for client in self.clients:
             await self.leave(client)
             await self.come(client, "resume", 10**9)
@@ -374,12 +391,13 @@ class World:
         self.life.cancel()
 
 
-def play(script: list[Step], events: int, age: float) -> World:
+def play(script: list[Step], events: int, age: float, outbox_messages: int = 10**9) -> World:
     async def main() -> World:
         async with trio.open_nursery() as nursery:
-            world = World(nursery, events, age)
+            world = World(nursery, events, age, outbox_messages)
             for step in (*_BEGINNING, *script):
                 await world.step(*step)
+                await world.leave_if_closed()
             await world.settle()
         return world
 
@@ -391,11 +409,12 @@ def play(script: list[Step], events: int, age: float) -> World:
     _scripts,
     st.sampled_from([100_000, 100_000, 60, 3]),
     st.sampled_from([10**6, 30]),
+    st.sampled_from([10**9, 50, 3]),
 )
 def test_client_gets_each_durable_event_once_and_in_order_or_is_told(
-    script: list[Step], events: int, age: float
+    script: list[Step], events: int, age: float, outbox_messages: int
 ) -> None:
-    play(script, events, age)
+    play(script, events, age, outbox_messages)
 
 
 def test_client_that_catches_up_is_told_of_a_gap_behind_all_that_came_before_it() -> None:

@@ -56,7 +56,7 @@ async def connect(
         on_state: called with each new status, at once.
         origin: the ``Origin`` header.
         buffer: how many events wait here for a slow reader. Further ones wait in the gateway; if
-            they exceed its limit it closes with 4009, and the client resumes.
+            they exceed its limit it skips those that are not durable, which is a gap.
         ssl_context: for ``wss://``; by default the system's certificates.
         dial: opens the stream, for example through a proxy or to a Unix socket.
 

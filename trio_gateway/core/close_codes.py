@@ -78,8 +78,11 @@ class Close(IntEnum):
     )
     SLOW_CONSUMER = (
         4009,
-        "the client is too slow: its outbox is full, or it took no byte for `WS_WRITE_TIMEOUT`",
-        "reconnect",
+        (
+            "its kernel accepted no byte for `WS_WRITE_TIMEOUT`, the history in memory has moved "
+            "past it, or it leaves too many answers unread; see Slow clients"
+        ),
+        "reconnect and resume",
     )
     RATE_LIMITED = (
         4029,

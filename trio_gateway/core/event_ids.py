@@ -35,6 +35,12 @@ def entry_id(position: Position) -> str:
     return f"{position[0]}-{position[1]}"
 
 
+def before(position: Position) -> Position:
+    """The position right before this one, which is not :data:`START`."""
+    milliseconds, sequence = position
+    return Position((milliseconds, sequence - 1) if sequence else (milliseconds - 1, _MAX))
+
+
 def event_id(stream: Stream, position: Position) -> str:
     """The id that a client gets with an event, and sends to resume after it."""
     return f"{position[0]}-{position[1]}-{stream}"

@@ -20,7 +20,7 @@ class Command(Enum):
     WATCH = auto()  # an admin asks for statistics once a second
     UNWATCH = auto()
     INTERVALS = auto()  # a client asks for the timeouts and the ping interval
-    NOTHING = auto()  # any other text: it counts as a heartbeat only
+    UNKNOWN = auto()  # any other text: it counts as a heartbeat only
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +53,11 @@ _encode: Final = msgspec.json.encode
 
 
 def read_message(text: str) -> Message:
-    """Parse a message of a client. Never fails: an unknown one is :attr:`Command.NOTHING`."""
+    """Parse a message of a client. Never fails: an unknown one is :attr:`Command.UNKNOWN`."""
     if (word := _WORDS.get(text)) is not None:
         return word
     if not text.lstrip().startswith("{"):
-        return Command.NOTHING
+        return Command.UNKNOWN
     try:
         said = _decode(text)
     except (msgspec.DecodeError, UnicodeError, RecursionError):
@@ -65,7 +65,7 @@ def read_message(text: str) -> Message:
         try:
             said = msgspec.convert(json.loads(text), _Object)
         except (ValueError, RecursionError):
-            return Command.NOTHING
+            return Command.UNKNOWN
     match said.type:
         case "ping":
             return Command.PING
@@ -82,7 +82,7 @@ def read_message(text: str) -> Message:
         case "resume":
             last = said.last_event_id
             return Resume(last if isinstance(last, str) else None)
-    return Command.NOTHING
+    return Command.UNKNOWN
 
 
 PONG: Final = b'{"type":"pong"}'

@@ -1,7 +1,7 @@
 """A connection: one client's reader, its writer when it is slow, and its one ending."""
 
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -22,6 +22,8 @@ from .socket import Disconnected, Ping, Pong, ProtocolViolation, Socket
 log = structlog.get_logger()
 
 _PONG_TEXT = text_frame(PONG_TEXT)
+OUTBOX_FULL: Final = "too slow: outbox is full"
+_OVERHEAD: Final = 64  # bytes of memory for a message in the outbox, besides its own
 DRAIN_TIMEOUT: Final = 2.0  # seconds for what waits in the outbox when a connection ends
 
 
@@ -54,15 +56,15 @@ class Membership(Protocol):
     def leave(self, connection: "Connection") -> None:
         """Deliver nothing to it any more; its close has yet to go through."""
 
-    def gone(self, connection: "Connection") -> None:
+    def finish(self, connection: "Connection") -> None:
         """Its close has gone through."""
 
 
 class Resuming(Protocol):
-    """What a connection needs to begin where an earlier one left off."""
+    """What a connection needs of the history: to begin where an earlier one ended, and to lag."""
 
     def hold(self, connection: "Connection", now: float) -> None:
-        """It has just joined: hold back durable events until it has decided how to begin."""
+        """It has just joined: hold back durable events until it is decided how it begins."""
 
     def go_live(self, connection: "Connection") -> None:
         """It does not ask to resume: send it what came since it joined, then live events."""
@@ -70,8 +72,8 @@ class Resuming(Protocol):
     def ask(self, connection: "Connection", last_event_id: str | None) -> None:
         """It asks in a message to resume after an event."""
 
-    async def resume(self, connection: "Connection", last_event_id: str) -> None:
-        """Answer its question, send it what it missed, and let it go live."""
+    def lag(self, connection: "Connection") -> None:
+        """Its outbox is over its bound: send it durable events from the history from now on."""
 
 
 class Connection:
@@ -81,6 +83,8 @@ class Connection:
     ``expires_at`` is the end of the credential, on Trio's clock. ``replays`` lets it begin where
     an earlier connection left off, with the places that :class:`ResumeState` describes.
     ``supports_deflate`` says that the client can read compressed messages.
+
+    A client that reads slowly lags, see :mod:`.resume_state`; without ``replays`` it is closed.
     """
 
     __slots__ = (
@@ -100,7 +104,8 @@ class Connection:
         "_received_at",
         "_replays",
         "_socket",
-        "_task_scope",
+        "_tasks",
+        "_unread",
         "_writing",
         "_written",
         "audiences",
@@ -157,7 +162,8 @@ class Connection:
         self._ping_at = 0  # bytes that are acknowledged once the ping has arrived
         self._answering = False  # a message, and not reading meanwhile
         self._written: trio.Event | None = None
-        self._task_scope: trio.CancelScope | None = None
+        self._tasks: set[trio.CancelScope] | None = None
+        self._unread = 0  # bytes of answers that wait behind others in the outbox, about
 
     @property
     def code(self) -> int:
@@ -190,16 +196,13 @@ class Connection:
         now = trio.current_time()
         self.joined_at = self.sent_at = self._heard_at = self._received_at = now
         hub.join(self)
-        if self._replays is not None:
-            self._replays.hold(self, now)
         try:
             try:
                 async with trio.open_nursery() as nursery:
                     self._nursery = nursery
                     try:
-                        resume_from = self.resume_state.resume_from
-                        if self._replays is not None and resume_from is not None:
-                            self.start_task(self._replays.resume, self, resume_from)
+                        if self._replays is not None:  # in one step with its joining the hub
+                            self._replays.hold(self, now)
                         await self._read(socket)
                     except Exception:
                         self.close(Close.INTERNAL_ERROR, "internal error")
@@ -209,18 +212,21 @@ class Connection:
                         # before its block is left, and takes no task in that step.
                         self.close(Close.ABNORMAL)
                         hub.leave(self)
-                        if self._task_scope is not None:
-                            self._task_scope.cancel()
+                        for scope in self._tasks or ():
+                            scope.cancel()
                         self._end_writing(nursery)
             finally:
                 self._nursery = None
                 await self._finish(socket)
         finally:
             socket.abort()
-            hub.gone(self)
+            hub.finish(self)
 
     def write(self, data: bytes, frames: int, now: float) -> None:
-        """Send joined frames. Never waits: the outbox keeps what the kernel won't take."""
+        """Send joined frames. Never waits: what the kernel does not accept goes to the outbox.
+
+        If that is more than the bounds allow then, the connection lags.
+        """
         if self._code is not None or self._socket is None:
             return
         self.sent_at = now
@@ -239,27 +245,73 @@ class Connection:
             overflowed = outbox.put(data, frames, written)
         else:
             overflowed = outbox.put(data, frames)
+        self._start_writing()
         if overflowed:
-            self.close(Close.SLOW_CONSUMER, "too slow: outbox is full")
-        elif not self._writing and self._nursery is not None:
-            self._writing = True
-            self._nursery.start_soon(self._run_task, self._write_out)
+            if self._replays is None:
+                self.close(Close.SLOW_CONSUMER, OUTBOX_FULL)
+            else:
+                self._replays.lag(self)
+
+    def write_stored(self, frames: Sequence[bytes], now: float) -> None:
+        """Send frames of the history, outside the outbox' bounds: the caller waits before more.
+
+        What must wait is not copied: a frame is shared with the history and other outboxes.
+        """
+        if self._code is not None or self._socket is None:
+            return
+        self.sent_at = now
+        written = 0
+        if not self.waiting_bytes:
+            try:
+                written = self._socket.try_write(b"".join(frames))
+            except OSError:
+                self.close(Close.ABNORMAL)
+                return
+        if (outbox := self._outbox) is None:
+            limits = self._limits
+            outbox = self._outbox = Outbox(limits.outbox_bytes, limits.outbox_messages)
+        for each in frames:
+            if written >= len(each):
+                written -= len(each)
+            else:
+                outbox.put(each, 1, written)
+                written = 0
+        if outbox.bytes:
+            self._start_writing()
 
     def send(self, text: bytes) -> None:
-        """Send one text message."""
-        self.write(text_frame(text), 1, trio.current_time())
+        """Send one text message that is not an event."""
+        self._answer_with(text_frame(text), trio.current_time())
+
+    def _answer_with(self, data: bytes, now: float) -> None:
+        """Send one frame that is not an event. As many bytes of these may wait as of events."""
+        waits = self.waiting_bytes > 0
+        self.write(data, 1, now)
+        if waits and self._code is None:
+            self._unread += len(data) + _OVERHEAD
+            if self._unread > self._limits.outbox_bytes:
+                self.close(Close.SLOW_CONSUMER, OUTBOX_FULL)
 
     def start_task(self, task: Callable[..., Awaitable[None]], *arguments: Any) -> None:
         """Run a task next to the reader, until it is done or the connection ends."""
         if self._nursery is None or self._code is not None:
             return
-        self._task_scope = scope = trio.CancelScope()
+        if self._tasks is None:
+            self._tasks = set()
+        tasks, scope = self._tasks, trio.CancelScope()
+        tasks.add(scope)
 
         async def run() -> None:
             with scope:
                 await task(*arguments)
+            tasks.discard(scope)
 
         self._nursery.start_soon(self._run_task, run)
+
+    def _start_writing(self) -> None:
+        if not self._writing and self._nursery is not None:
+            self._writing = True
+            self._nursery.start_soon(self._run_task, self._write_out)
 
     async def wait_written(self) -> None:
         """Wait until the outbox is empty."""
@@ -270,7 +322,7 @@ class Connection:
         await trio.lowlevel.checkpoint()
 
     def ping(self, now: float) -> None:
-        self.write(PING_FRAME, 1, now)
+        self._answer_with(PING_FRAME, now)
 
     def ask(self, now: float) -> None:
         """Ping the client to see whether it is alive, see :attr:`is_there`."""
@@ -311,7 +363,7 @@ class Connection:
         if self._reading is not None:
             self._reading.cancel()
 
-    def cut(self) -> None:
+    def abort(self) -> None:
         """End the connection without a close that the client could see. Returns at once."""
         self.close(Close.ABNORMAL)
         if self._socket is not None:
@@ -353,7 +405,7 @@ class Connection:
         self._heard_at = now
         self._set_deadline()
         if isinstance(said, Ping):
-            self.write(frame(PONG, said.payload), 1, now)
+            self._answer_with(frame(PONG, said.payload), now)
             return
         self.messages += 1
         message = read_message(said)
@@ -362,8 +414,8 @@ class Connection:
             self._replays.go_live(self)
         match message:
             case Command.PING:
-                self.write(_PONG_TEXT, 1, now)
-            case Command.NOTHING:
+                self._answer_with(_PONG_TEXT, now)
+            case Command.UNKNOWN:
                 pass
             case Resume(last_event_id) if self._replays is not None:
                 self._replays.ask(self, last_event_id)
@@ -408,11 +460,12 @@ class Connection:
                     raise TimeoutError
         except TimeoutError:
             self.close(Close.SLOW_CONSUMER, "too slow: no byte accepted")
-            self.cut()
+            self.abort()
         except OSError:
-            self.cut()
+            self.abort()
         finally:
             self._writing = False
+            self._unread = 0
             if self._written is not None:
                 self._written.set()
                 self._written = None
@@ -424,13 +477,9 @@ class Connection:
             timeout = self._limits.write_timeout
             if self._outbox is not None:
                 self._outbox.discard()
-        if nursery.cancel_scope.cancel_called:  # it was cut
+        if nursery.cancel_scope.cancel_called:  # it was aborted
             return
         nursery.cancel_scope.deadline = trio.current_time() + timeout
-        # A writer that was never started, because the outbox was over its bound at once:
-        if self._outbox is not None and self._outbox.bytes and not self._writing:
-            self._writing = True
-            nursery.start_soon(self._run_task, self._write_out)
 
     async def _run_task(self, task: Callable[[], Awaitable[None]]) -> None:
         """Run a task next to the reader. An exception is a bug: close with 1011."""

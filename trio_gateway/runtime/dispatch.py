@@ -144,12 +144,12 @@ class Dispatch:
         """The events that were not duplicates, and which connections get which frames."""
         fresh: list[Event] = []
         planned: list[_Planned] = []
-        joins = self._hub.joins
+        last_number = self._hub.last_number
         read_up_to: dict[Stream, Position] = {}
         for event in batch:
             audiences = self.audiences(event)
             # Not on receipt: a copy that the queue then drops must not count as the first.
-            found = self._duplicates.find_or_add(event, joins)
+            found = self._duplicates.find_or_add(event, last_number)
             if found is None:
                 self._count(event, audiences)
                 fresh.append(event)
@@ -161,7 +161,7 @@ class Dispatch:
                 if event.durable and not found.was_stored:
                     self._store(event, audiences, delivered_up_to=found.mark)
                     # Connections that joined after its Pub/Sub copy was sent get the stream event.
-                    if found.mark < joins:
+                    if found.mark < last_number:
                         planned.append((event, audiences, found.mark))
             if event.stream is not None and event.position is not None:
                 if event.stream not in read_up_to:
@@ -182,7 +182,10 @@ class Dispatch:
         members = self._hub.members(audiences)
         if delivered_up_to:
             members = [connection for connection in members if connection.number > delivered_up_to]
-        if event.durable and (held := self._hub.held):
+        if not event.durable:
+            if self._hub.lagging:
+                members = self._without_lagging(members)
+        elif held := self._hub.held:
             members = [connection for connection in members if connection not in held]
         return [([event.frame], 1, members)] if members else []
 
@@ -203,7 +206,7 @@ class Dispatch:
             if delivered_up_to:
                 copies.append((1 << i, delivered_up_to))
         by_mask: Mapping[int, list[Connection]] = self._hub.masks(heard)
-        if copies or (durable and self._hub.held):
+        if copies or (self._hub.held and (durable or self._hub.lagging)):
             by_mask = self._without(by_mask, durable, copies)
         frames = [event.frame for event, _, _ in planned] if by_mask else []
         # Small groups first: they do not wait for the writes to a large one.
@@ -215,17 +218,30 @@ class Dispatch:
         durable: int,
         copies: Sequence[tuple[int, int]],
     ) -> Mapping[int, list[Connection]]:
-        """Without events that a connection has already, or gets from the history."""
+        """Without events that a connection has already, gets from the history, or skips."""
         found: defaultdict[int, list[Connection]] = defaultdict(list)
-        held = self._hub.held
+        held, lagging = self._hub.held, self._hub.lagging
         for mask, members in by_mask.items():
             for connection in members:
                 left = mask & ~durable if connection in held else mask
+                if connection in lagging:
+                    connection.resume_state.has_skipped |= left > 0
+                    left = 0
                 for bit, delivered_up_to in copies:
                     if connection.number <= delivered_up_to:
                         left &= ~bit
                 found[left].append(connection)
         found.pop(0, None)
+        return found
+
+    def _without_lagging(self, members: Sequence[Connection]) -> list[Connection]:
+        """The connections that do not lag; the others skip an event that is not durable."""
+        found = []
+        for connection in members:
+            if connection in self._hub.lagging:
+                connection.resume_state.has_skipped = True
+            else:
+                found.append(connection)
         return found
 
     def audiences(self, event: Event) -> list[Audience]:

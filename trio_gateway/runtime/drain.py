@@ -64,7 +64,7 @@ class Drain:
             )
         finally:
             for connection in [*hub.connections, *hub.leaving]:
-                connection.cut()
+                connection.abort()
             self._done.set()
 
     def hint(self, place: float | None = None) -> str:

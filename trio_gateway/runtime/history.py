@@ -156,6 +156,11 @@ class History:
         forgotten = self._forgotten
         return any(s in forgotten and forgotten[s] > position for s, position in cursor.items())
 
+    def past_forgotten(self, cursor: Cursor) -> Cursor:
+        """This cursor, moved past the events after it that have been dropped."""
+        forgotten = self._forgotten
+        return {s: max(position, forgotten.get(s, position)) for s, position in cursor.items()}
+
     def is_ahead(self, cursor: Cursor) -> bool:
         """Whether this cursor is beyond what has been read.
 

@@ -10,7 +10,7 @@ from ..core.audiences import Audience, Endpoint, Principal, audiences_of
 from ..core.close_codes import Close, Rejected
 from ..core.event_ids import Cursor
 from .connection import Connection
-from .resume_state import Step
+from .resume_state import Phase, Step
 
 
 class CapacityLimits:
@@ -57,8 +57,10 @@ class Hub:
         self._leaving: set[Connection] = set()
         self._emptied = trio.lowlevel.ParkingLot()
         self.joins = 0  # ever
+        self.last_number = 0  # of connections and lags, which are numbered as they begin
         self.deflate_count = 0  # connections that can read compressed messages
         self.held: set[Connection] = set()  # they get durable events from the history
+        self.lagging: set[Connection] = set()  # of these, what lags: it gets no other events
         self.by_endpoint: dict[Endpoint, int] = dict.fromkeys(Endpoint, 0)
         self.closed: Counter[int] = Counter()  # by code, whoever chose it
         self.closed_by_gateway: Counter[int] = Counter()
@@ -124,7 +126,8 @@ class Hub:
         """Add a connection to the audiences of its principal."""
         principal = connection.principal
         self.joins += 1
-        connection.number = self.joins
+        self.last_number += 1
+        connection.number = self.last_number
         self._connections[connection] = None
         self._owned.setdefault(principal.owner, []).append(connection)
         self.by_endpoint[principal.endpoint] += 1
@@ -134,7 +137,7 @@ class Hub:
             self._enter(audience, connection)
 
     def leave(self, connection: Connection) -> None:
-        """Take it out of all audiences. :meth:`gone` follows when its close has gone through."""
+        """Take it out of all audiences. :meth:`finish` follows when its close has gone through."""
         if connection not in self._connections:  # it was evicted
             return
         del self._connections[connection]
@@ -151,18 +154,25 @@ class Hub:
 
     def step(self, connection: Connection, step: Step, cursor: Cursor | None = None) -> None:
         """Take a step of its resume state. It is :attr:`held` exactly while it has a cursor."""
-        connection.resume_state.step(step, cursor)
-        if connection.resume_state.cursor is None:
+        state = connection.resume_state
+        state.step(step, cursor)
+        if state.cursor is None:
             self.held.discard(connection)
         else:
             self.held.add(connection)
+        if state.phase is not Phase.LAGGING:
+            self.lagging.discard(connection)
+        elif connection not in self.lagging:
+            self.lagging.add(connection)
+            self.last_number += 1
+            state.lagged_at = self.last_number
 
     def evict(self, connection: Connection, code: int, reason: str) -> None:
         """Close a connection, and free its place at once."""
         connection.close(code, reason)
         self.leave(connection)
 
-    def gone(self, connection: Connection) -> None:
+    def finish(self, connection: Connection) -> None:
         """Forget a connection whose close has gone through, and count it."""
         self._leaving.discard(connection)
         self._messages += connection.messages

@@ -60,6 +60,6 @@ def clean_up(hub: Hub, now: float) -> None:
         if connection.ended_at is not None and connection.ended_at + STUCK_AFTER < now
     ]
     for connection in stuck:
-        connection.cut()
+        connection.abort()
     if stuck:
         log.warning("stuck connections cut", connections=len(stuck))

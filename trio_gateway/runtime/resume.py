@@ -1,15 +1,20 @@
-"""Resume: send a connection the durable events that it missed, then let it go live.
+"""Resume and lag: send a connection durable events from the history, then let it go live.
 
 :mod:`.resume_state` has the theory: the phases of a connection, and why nothing is lost or
 doubled between the history and live events. Here is what moves a connection from one to the next.
+A connection costs a place in the history and one chunk in its outbox, whose frames are shared.
 """
 
+import math
 from collections import Counter, deque
+from collections.abc import Awaitable, Callable
+from itertools import accumulate
 from typing import Final
 
 import trio
 
-from ..core.event_ids import Cursor, Position, Stream, cursor_id, read_cursor
+from ..core.close_codes import Close
+from ..core.event_ids import Cursor, Position, Stream, before, cursor_id, read_cursor
 from ..core.messages import GAP, resumed
 from .connection import Connection
 from .history import History, StoredEvent
@@ -23,6 +28,8 @@ _PER_CHECKPOINT: Final = 50  # connections that go live at a time
 _CHUNK_EVENTS: Final = 200
 _BEFORE: Final = 1.0  # seconds that an entry's time may be behind: Redis looks it up now and then
 _CHUNK_BYTES: Final = 65_536
+_LOOKS_EVERY: Final = 1.0  # seconds between two looks whether what comes next is still far
+_PASSED_BY: Final = "too slow: the history has moved past it"
 
 
 class Replays:
@@ -35,6 +42,7 @@ class Replays:
         self._begun = trio.lowlevel.ParkingLot()
         self.resumes: Counter[str] = Counter()  # by outcome
         self.replayed = 0  # events
+        self.lags = 0
 
     def hold(self, connection: Connection, now: float) -> None:
         """Hold back durable events for a connection that has just joined, until it is decided."""
@@ -43,6 +51,7 @@ class Replays:
             state.accepted_at = self._history.end
         if state.resume_from is not None:
             self._hub.step(connection, Step.JOIN_RESUMING, state.accepted_at)
+            self._serve(connection, self.resume, state.resume_from)
         else:
             self._hub.step(connection, Step.JOIN, state.accepted_at)
             self._undecided.append((now + UNDECIDED, connection))
@@ -66,13 +75,35 @@ class Replays:
         """Send a connection that does not resume what came since it joined, and let it go live."""
         if connection.ending:
             return
-        missed = self._missed(connection)
-        if len(missed) <= _CHUNK_EVENTS and not connection.waiting_bytes:
-            self._write(connection, missed)
-            self._hub.step(connection, Step.CATCH_UP)
-        else:
+        if self._history.forgot(self._cursor(connection)):
+            connection.send(GAP)
+            self._hub.step(connection, Step.GAP, self._past_forgotten(connection))
+        chunk, upto = self._next_chunk(connection)
+        if upto is not self._history.end or connection.waiting_bytes:
             self._hub.step(connection, Step.REPLAY)
-            connection.start_task(self._catch_up, connection, [], {})
+            self._serve(connection, self._catch_up)
+            return
+        self._write(connection, chunk)
+        self._hub.step(connection, Step.CATCH_UP)
+
+    def lag(self, connection: Connection) -> None:
+        """Send a connection durable events from the history: too much waits in its outbox."""
+        state = connection.resume_state
+        if connection.ending or state.phase is Phase.LAGGING:
+            return
+        self.lags += 1
+        # All that dispatch has planned so far is in its outbox, or will be before its next batch.
+        self._hub.step(connection, Step.LAG, self._history.end if state.cursor is None else None)
+        self._serve(connection, self._catch_up)
+
+    def _serve(
+        self, connection: Connection, task: Callable[..., Awaitable[None]], *arguments: str
+    ) -> None:
+        """Start the task that serves a connection from the history, unless there is one."""
+        state = connection.resume_state
+        if not state.is_served:
+            state.is_served = True
+            connection.start_task(task, connection, *arguments)
 
     def begin(self, stream: Stream, ahead: float | None) -> None:
         """Tell that a stream has been read for the first time.
@@ -93,12 +124,12 @@ class Replays:
     def _hold_back(self, connection: Connection, stream: Stream, since: Position) -> None:
         """Send a connection this stream from ``since`` on, before it is live in it."""
         state = connection.resume_state
-        was_live = state.phase is Phase.LIVE
+        is_held = state.phase is Phase.HELD
         cursor = self._history.end if state.cursor is None else state.cursor
         state.accepted_at = {**(state.accepted_at or {}), stream: since}
         self._hub.step(connection, Step.OWE, {**cursor, stream: since})
-        if was_live:
-            connection.start_task(self._catch_up, connection, [], {})
+        if not is_held:
+            self._serve(connection, self._catch_up)
 
     def tell_of_gap(self) -> None:
         """Tell every client to refetch, because events were lost between Redis and this process."""
@@ -113,37 +144,39 @@ class Replays:
         if connection.messages == 1 and connection.resume_state.may_resume:
             self._hub.step(connection, Step.ASK)
             # What is not a string is an invalid id, too.
-            connection.start_task(
-                self.resume, connection, "?" if last_event_id is None else last_event_id
-            )
+            self._serve(connection, self.resume, "?" if last_event_id is None else last_event_id)
             return
         self._refuse(connection)
 
     async def resume(self, connection: Connection, last_event_id: str) -> None:
         """Answer a client that asks to resume, replay what it missed, and let it go live."""
-        history = self._history
+        state, history = connection.resume_state, self._history
+        was_live = state.phase is Phase.LIVE
         cursor = await self._find(connection, last_event_id)
         if connection.ending:
             return
-        if cursor is None or not self._in_order(connection):
+        if cursor is None or (was_live and not self._in_order(connection)):
+            if state.cursor is not None:  # it refetches its state: what is forgotten is no loss
+                self._hub.step(connection, Step.GAP, self._past_forgotten(connection))
             self._refuse(connection)
-            if connection.resume_state.cursor is not None:
-                await self._catch_up(connection, self._missed(connection), history.end)
-            return
-        self.resumes["recovered"] += 1
-        # Streams that the id does not name are followed from where it was accepted.
-        place = {**self._accepted_at(connection), **cursor}
-        self._hub.step(connection, Step.REPLAY, place)
-        missed = self._missed(connection)
-        if not missed:  # else the id that holds is the client's own, until theirs come
-            place = {**place, **{s: max(p, place.get(s, p)) for s, p in history.end.items()}}
-        connection.send(resumed(recovered=True, count=len(missed), last_event_id=cursor_id(place)))
-        await self._catch_up(connection, missed, history.end)
+        else:
+            self.resumes["recovered"] += 1
+            # Streams that the id does not name are followed from where it was accepted.
+            place = {**self._accepted_at(connection), **cursor}
+            self._hub.step(connection, Step.REPLAY, place)
+            count = len(self._undelivered(connection, history.missed(place, connection.audiences)))
+            if not count:  # else the id that holds is the client's own, until theirs come
+                place = {**place, **{s: max(p, place.get(s, p)) for s, p in history.end.items()}}
+            connection.send(resumed(recovered=True, count=count, last_event_id=cursor_id(place)))
+        if state.cursor is None:
+            state.is_served = False
+        else:
+            await self._catch_up(connection)
 
     def _refuse(self, connection: Connection) -> None:
         self.resumes["not_recovered"] += 1
-        began, cursor = self._history.began, connection.resume_state.cursor
-        place = self._history.end if cursor is None else {**began, **cursor}
+        has_cursor = connection.resume_state.cursor is not None
+        place = self._cursor(connection) if has_cursor else self._history.end
         connection.send(resumed(recovered=False, count=0, last_event_id=cursor_id(place)))
 
     async def _find(self, connection: Connection, last_event_id: str) -> Cursor | None:
@@ -169,62 +202,93 @@ class Replays:
         return {**self._history.began, **accepted_at}
 
     def _in_order(self, connection: Connection) -> bool:
-        """Whether a replay is still in order: no durable event was sent to it live."""
-        if connection.resume_state.cursor is not None:
-            return True
+        """Whether no durable event was sent live to it: then a replay is still in order."""
         return not self._history.missed(self._accepted_at(connection), connection.audiences)
 
-    def _missed(self, connection: Connection) -> list[StoredEvent]:
-        """The events that it missed, without those of which it was sent a Pub/Sub copy live."""
+    def _cursor(self, connection: Connection) -> Cursor:
+        """The place up to which it has everything; for a stream that was read later, its begin."""
         cursor = connection.resume_state.cursor
         assert cursor is not None
-        cursor = {**self._history.began, **cursor}
-        if self._history.forgot(cursor):  # while it was held: it read too slowly
-            connection.send(GAP)
+        return {**self._history.began, **cursor}
+
+    def _past_forgotten(self, connection: Connection) -> Cursor:
+        """Its cursor, or behind what the history has forgotten."""
+        return self._history.past_forgotten(self._cursor(connection))
+
+    def _undelivered(self, connection: Connection, found: list[StoredEvent]) -> list[StoredEvent]:
+        """Without those of which it was sent a Pub/Sub copy live."""
+        number, state = connection.number, connection.resume_state
+        skips_from = state.lagged_at if state.phase is Phase.LAGGING else math.inf
         return [
-            kept
-            for kept in self._history.missed(cursor, connection.audiences)
-            if connection.number > kept.delivered_up_to
+            stored
+            for stored in found
+            if not number <= stored.delivered_up_to < skips_from  # in a lag it skips the copy
         ]
 
-    async def _catch_up(
-        self, connection: Connection, missed: list[StoredEvent], upto: Cursor
-    ) -> None:
-        """Send what was missed, which reaches up to ``upto``, no faster than the client takes it;
-        then what came meanwhile, until nothing is left, and let it go live.
+    async def _catch_up(self, connection: Connection) -> None:
+        """Send it what the history holds for it, no faster than it accepts it, until nothing is
+        left; then it goes live.
         """
         state = connection.resume_state
         while not connection.ending:
-            cursor = state.cursor
-            await connection.wait_written()
+            await self._wait_written(connection)
             if state.cursor is None:  # it has left meanwhile
                 return
-            if state.cursor is not cursor:  # told of a gap: what was before it is over
-                missed, upto = self._missed(connection), self._history.end
-            if missed:
-                chunk, missed = _first(missed)
-                self._write(connection, chunk)
-                continue
-            state.advance(upto)
-            missed, upto = self._missed(connection), self._history.end
-            if not missed:
-                self._hub.step(connection, Step.CATCH_UP)
+            if self._history.forgot(self._cursor(connection)):
+                connection.close(Close.SLOW_CONSUMER, _PASSED_BY)
                 return
+            chunk, upto = self._next_chunk(connection)
+            if chunk:
+                self._write(connection, chunk)
+            elif upto is self._history.end:
+                self._hub.step(connection, Step.CATCH_UP)
+                state.is_served = False
+                if state.has_skipped:
+                    state.has_skipped = False
+                    connection.send(GAP)
+                return
+            state.advance(upto)
+
+    async def _wait_written(self, connection: Connection) -> None:
+        """Wait until its outbox is empty, and meanwhile keep its cursor where the next event is.
+
+        Else the events of others would be enough for the history to move past it.
+        """
+        while True:
+            with trio.move_on_after(_LOOKS_EVERY) as scope:
+                await connection.wait_written()
+            if not scope.cancelled_caught:
+                return
+            self._skip_ahead(connection)
+
+    def _skip_ahead(self, connection: Connection) -> None:
+        """Move its cursor to its next event, past those that are for others."""
+        state, history = connection.resume_state, self._history
+        if state.cursor is None or history.forgot(cursor := self._cursor(connection)):
+            return
+        if not (found := history.following(cursor, connection.audiences, 1)):
+            state.advance(history.end)
+            return
+        limit = before(found[0].position)
+        ends = {stream: min(limit, end) for stream, end in history.end.items()}
+        state.advance({s: p for s, p in ends.items() if p > cursor.get(s, p)})
+
+    def _next_chunk(self, connection: Connection) -> tuple[list[StoredEvent], Cursor]:
+        """What to send it next, at once, and its cursor when it has that.
+
+        The cursor is the history's end, the same object, if nothing follows.
+        """
+        history = self._history
+        found = history.following(self._cursor(connection), connection.audiences, _CHUNK_EVENTS)
+        sizes = accumulate(len(stored.frame) for stored in found)
+        most = next((n for n, size in enumerate(sizes, 1) if size >= _CHUNK_BYTES), _CHUNK_EVENTS)
+        if len(found) < most:
+            return self._undelivered(connection, found), history.end
+        found = found[:most]
+        upto = {stored.stream: stored.position for stored in found}
+        return self._undelivered(connection, found), upto
 
     def _write(self, connection: Connection, chunk: list[StoredEvent]) -> None:
-        connection.resume_state.advance({kept.stream: kept.position for kept in chunk})
-        # It may have got other audiences since this was found.
-        frames = [k.frame for k in chunk if not connection.audiences.isdisjoint(k.audiences)]
-        if frames:
-            connection.write(b"".join(frames), len(frames), trio.current_time())
-            self.replayed += len(frames)
-
-
-def _first(missed: list[StoredEvent]) -> tuple[list[StoredEvent], list[StoredEvent]]:
-    """The first chunk to write at once, and the rest."""
-    size = 0
-    for n, kept in enumerate(missed[:_CHUNK_EVENTS], 1):
-        size += len(kept.frame)
-        if size >= _CHUNK_BYTES:
-            return missed[:n], missed[n:]
-    return missed[:_CHUNK_EVENTS], missed[_CHUNK_EVENTS:]
+        if chunk:
+            connection.write_stored([stored.frame for stored in chunk], trio.current_time())
+            self.replayed += len(chunk)

@@ -9,26 +9,32 @@ is a question of its phase:
   the history. Any other first message decides, or half a second of silence.
 - REPLAYING: it is sent what it missed, no faster than it reads.
 - LIVE: it is sent durable events as they are dispatched.
+- LAGGING: more waited in its outbox than the bound allows. It is sent durable events from the
+  history, no faster than it reads, and events that are not durable are skipped.
 - CLOSED: it has left the hub, and is sent nothing. No step changes that.
 
-The cursor is the place in the history up to which it has everything. These three are one fact:
-the phase is HELD or REPLAYING; there is a cursor; the connection is in ``hub.held``, by which
-dispatch passes it over. :meth:`ResumeState.step` keeps the first two together, and ``Hub.step``,
-through which alone a phase changes, the third.
+The cursor is the place in the history up to which it has everything; what is in its outbox counts
+as sent. These three are one fact: the phase is HELD, REPLAYING or LAGGING; there is a cursor; the
+connection is in ``hub.held``, by which dispatch passes it over. :meth:`ResumeState.step` keeps the
+first two together, and ``Hub.step``, through which alone a phase changes, the third.
 
-Nothing is lost or doubled at the seam, because two things happen in one synchronous step each:
+Nothing is lost or doubled at the seams, because these happen in one synchronous step each:
 
 - Dispatch adds a batch to the history and takes its snapshot of the members.
 - A connection finds that nothing is left to replay and becomes LIVE.
+- A LIVE connection becomes LAGGING, with the end of the history as its cursor.
 
-So a batch comes either before the second, and is replayed, or after it, and is sent live.
+So a batch comes either before the second, and is replayed, or after it, and is sent live. A batch
+comes either before the third, and is put into the outbox as a whole, at the latest when dispatch
+comes to this connection, or after it, and waits in the history. Dispatch plans the next batch only
+when it has written this one to every connection, so the two cannot overtake each other.
 
 A client may ask to resume once, and only before anything was replayed to it: ``may_resume``. One
 that asks when it is LIVE already, after half a second of silence, is looked up while it stays
 LIVE; it is REPLAYING once its place is found, and only if no durable event was sent to it.
 
-LAGGING will be the phase of a client that reads too slowly to stay LIVE: its outbox is given up
-for a cursor, and it goes back to REPLAYING. Nothing uses it yet: such a client is closed.
+A lag ends when the outbox is empty and the history holds nothing more. If anything was skipped, a
+gap is sent then, once. One task at a time serves a connection from the history: ``is_served``.
 """
 
 from collections.abc import Mapping
@@ -45,6 +51,7 @@ class Phase(Enum):
     HELD = auto()
     REPLAYING = auto()
     LIVE = auto()
+    LAGGING = auto()
     CLOSED = auto()
 
 
@@ -57,6 +64,7 @@ class Step(Enum):
     REPLAY = auto()  # its place was found, or what it missed is too much for one write
     CATCH_UP = auto()  # nothing is left to replay
     OWE = auto()  # a stream was read for the first time, and it is owed events of that
+    LAG = auto()  # more waits in its outbox than the bound allows
     GAP = auto()  # events were lost, and what came before is over
     LEAVE = auto()  # the hub
 
@@ -72,6 +80,7 @@ TRANSITIONS: Final[Mapping[Phase, Mapping[Step, Phase]]] = {
         Step.REPLAY: Phase.REPLAYING,
         Step.CATCH_UP: Phase.LIVE,
         Step.OWE: Phase.HELD,
+        Step.LAG: Phase.LAGGING,
         Step.GAP: Phase.HELD,
         Step.LEAVE: Phase.CLOSED,
     },
@@ -79,6 +88,7 @@ TRANSITIONS: Final[Mapping[Phase, Mapping[Step, Phase]]] = {
         Step.REPLAY: Phase.REPLAYING,
         Step.CATCH_UP: Phase.LIVE,
         Step.OWE: Phase.REPLAYING,
+        Step.LAG: Phase.LAGGING,
         Step.GAP: Phase.REPLAYING,
         Step.LEAVE: Phase.CLOSED,
     },
@@ -86,10 +96,22 @@ TRANSITIONS: Final[Mapping[Phase, Mapping[Step, Phase]]] = {
         Step.ASK: Phase.LIVE,
         Step.REPLAY: Phase.REPLAYING,
         Step.OWE: Phase.REPLAYING,
+        Step.LAG: Phase.LAGGING,
+        Step.LEAVE: Phase.CLOSED,
+    },
+    Phase.LAGGING: {
+        Step.REPLAY: Phase.LAGGING,
+        Step.CATCH_UP: Phase.LIVE,
+        Step.OWE: Phase.LAGGING,
+        Step.LAG: Phase.LAGGING,
+        Step.GAP: Phase.LAGGING,
         Step.LEAVE: Phase.CLOSED,
     },
     Phase.CLOSED: dict.fromkeys(Step, Phase.CLOSED),
 }
+
+# In which a connection has a cursor, and durable events reach it from the history.
+FROM_HISTORY: Final = frozenset({Phase.HELD, Phase.REPLAYING, Phase.LAGGING})
 
 
 class ResumeState:
@@ -97,10 +119,20 @@ class ResumeState:
 
     ``resume_from`` is the last event id that its handshake named, if any. ``accepted_at`` is the
     place from which on it misses nothing: where the history stood when its upgrade was accepted,
-    or, if None, when it joins.
+    or, if None, when it joins. ``lagged_at`` is how many connections and lags there had been when
+    its lag began; ``has_skipped`` says that an event was skipped in this lag.
     """
 
-    __slots__ = ("accepted_at", "cursor", "may_resume", "phase", "resume_from")
+    __slots__ = (
+        "accepted_at",
+        "cursor",
+        "has_skipped",
+        "is_served",
+        "lagged_at",
+        "may_resume",
+        "phase",
+        "resume_from",
+    )  # fmt: skip
 
     def __init__(self, accepted_at: Cursor | None = None, resume_from: str | None = None) -> None:
         self.phase = Phase.CONNECTING
@@ -108,6 +140,9 @@ class ResumeState:
         self.accepted_at = accepted_at
         self.resume_from = resume_from
         self.may_resume = True
+        self.is_served = False
+        self.has_skipped = False
+        self.lagged_at = 0
 
     def step(self, step: Step, cursor: Cursor | None = None) -> None:
         """Change the phase as :data:`TRANSITIONS` says; a cursor replaces the one it has.
@@ -115,12 +150,12 @@ class ResumeState:
         Raises :exc:`KeyError` if the step is impossible in this phase, which is a bug.
         """
         self.phase = TRANSITIONS[self.phase][step]
-        if self.phase is Phase.HELD or self.phase is Phase.REPLAYING:
+        if self.phase in FROM_HISTORY:
             self.cursor = self.cursor if cursor is None else cursor
             assert self.cursor is not None
         else:
             self.cursor = None
-        if self.phase is Phase.REPLAYING or step is Step.ASK:
+        if self.phase is Phase.REPLAYING or self.phase is Phase.LAGGING or step is Step.ASK:
             self.may_resume = False
 
     def advance(self, places: Cursor) -> None:

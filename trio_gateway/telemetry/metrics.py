@@ -45,6 +45,8 @@ METRICS: Final[Mapping[str, Counter | Gauge | Distribution]] = {
     "wsgateway_connections_closed_by_gateway_total": Counter(
         "Connections closed by the gateway, by close code", "code"
     ),
+    "wsgateway_connections_lagging": Gauge("Connections that fell behind and are catching up"),
+    "wsgateway_lags_total": Counter("Times that a connection began to lag"),
     "wsgateway_upgrades_refused_total": Counter(
         "Refused upgrade requests by HTTP status", "status"
     ),

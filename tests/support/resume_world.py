@@ -1,0 +1,127 @@
+"""A hub with its history, dispatch and resume, and clients of it, in virtual time."""
+
+import json
+import math
+from typing import Any, Final
+
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from trio_gateway.core.audiences import Principal
+from trio_gateway.core.event_ids import START, Cursor, Position, Stream, event_id
+from trio_gateway.core.events import Event
+from trio_gateway.runtime.connection import Connection, ConnectionLimits
+from trio_gateway.runtime.dispatch import Dispatch
+from trio_gateway.runtime.history import History
+from trio_gateway.runtime.hub import Hub
+from trio_gateway.runtime.resume import Replays
+from trio_gateway.runtime.resume_state import Phase
+from trio_gateway.runtime.socket import Ping
+from trio_gateway.testing import FakeSocket, make_event, make_principal
+
+A, B = Stream("aaaa"), Stream("bbbb")
+GAP: Final = {"type": "gap"}
+
+
+def at(milliseconds: int) -> Position:
+    return Position((milliseconds, 0))
+
+
+def place(milliseconds: int, stream: Stream = A) -> str:
+    return event_id(stream, at(milliseconds))
+
+
+def still_to_come(n: int, stream: Stream) -> Event:
+    return make_event(data=n, stream=stream, position=at(n))
+
+
+def bounded(**changes: float) -> ConnectionLimits:
+    return ConnectionLimits(**{"stale_after": math.inf, "receive_timeout": math.inf} | changes)  # type: ignore[arg-type]
+
+
+class Client:
+    """A client and its connection; what it is sent is read as it is written."""
+
+    def __init__(self, connection: Connection, socket: FakeSocket) -> None:
+        self.connection = connection
+        self.socket = socket
+
+    @property
+    def said(self) -> list[Any]:
+        return [json.loads(text) for text in self.socket.texts]
+
+    @property
+    def heard(self) -> list[int]:
+        """The numbers of the events, in the order in which they came."""
+        return [message["data"] for message in self.said if "data" in message]
+
+    @property
+    def resumed(self) -> list[dict[str, Any]]:
+        return [message for message in self.said if message["type"] == "resumed"]
+
+    async def say(self, message: str | dict[str, Any] | Ping) -> None:
+        await self.socket.client.send(json.dumps(message) if isinstance(message, dict) else message)
+        await wait_all_tasks_blocked()
+
+    async def ask(self, last_event_id: Any) -> None:
+        await self.say({"type": "resume", "last_event_id": last_event_id})
+
+    async def leave(self) -> None:
+        await self.socket.client.leave()
+        await wait_all_tasks_blocked()
+
+
+class World:
+    """A hub, its history and its dispatch; events are numbers, which are their places too."""
+
+    def __init__(self, nursery: trio.Nursery, *streams: Stream, begun: bool = True, **bounds: Any):
+        self.hub = Hub()
+        self.history = History(**{"age": 10**12} | bounds)
+        self.replays = Replays(self.history, self.hub)
+        self.dispatch = Dispatch(self.hub, history=self.history, writes_per_checkpoint=1)
+        self.nursery = nursery
+        if begun:
+            for stream in streams or (A,):
+                self.history.begin(stream, START, whole=True)
+                self.history.advance(stream, START)
+
+    async def publish(self, *numbers: int, stream: Stream | None = A, **keys: Any) -> None:
+        """Deliver a batch; ``stream=None`` is Pub/Sub."""
+        channel = "channel:branch:1:waiters" if stream is None else f"stream {stream}"
+        batch = []
+        for n in numbers:
+            now = trio.current_time()
+            batch.append(
+                make_event(
+                    data=n, channel=channel, received_at=now, stream=stream, position=at(n), **keys
+                )
+            )
+        await self.dispatch.deliver(batch)
+
+    async def connect(
+        self,
+        resume_from: str | None = None,
+        *,
+        principal: Principal | None = None,
+        socket: FakeSocket | None = None,
+        terms: ConnectionLimits | None = None,
+        accepted_at: Cursor | None = None,
+    ) -> Client:
+        socket = FakeSocket() if socket is None else socket
+        connection = Connection(
+            principal or make_principal(),
+            bounded(write_timeout=math.inf) if terms is None else terms,
+            replays=self.replays,
+            resume_from=resume_from,
+            accepted_at=accepted_at,
+        )
+        self.nursery.start_soon(connection.run, socket, self.hub)
+        await wait_all_tasks_blocked()
+        return Client(connection, socket)
+
+    async def live(self, **options: Any) -> Client:
+        """A client that is past the moment in which it may ask to resume."""
+        client = await self.connect(**options)
+        await client.say("x")
+        assert client.connection.resume_state.phase is Phase.LIVE
+        return client
