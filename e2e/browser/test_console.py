@@ -36,26 +36,26 @@ def gateway(redis_url: str) -> Iterator[GatewayProcess]:
 
 @pytest.fixture
 def page(browser: Browser, gateway: GatewayProcess) -> Iterator[Page]:
-    """The console, open; at the end it has complained of nothing and asked nobody else."""
-    complaints: list[str] = []
-    asked: set[str] = set()
+    """The open console; at the end it must have logged no error and called no other server."""
+    errors: list[str] = []
+    requested: set[str] = set()
 
-    def complain(message: ConsoleMessage) -> None:
+    def record(message: ConsoleMessage) -> None:
         refused = "WebSocket connection" in message.text or "ERR_CONNECTION" in message.text
         if message.type in {"error", "warning"} and not refused:  # while the gateway is down
-            complaints.append(message.text)
+            errors.append(message.text)
 
     context = browser.new_context(color_scheme="light")
     found = context.new_page()
-    found.on("console", complain)
-    found.on("pageerror", lambda error: complaints.append(str(error)))
-    found.on("request", lambda request: asked.add(request.url.split("/ws/")[0]))
+    found.on("console", record)
+    found.on("pageerror", lambda error: errors.append(str(error)))
+    found.on("request", lambda request: requested.add(request.url.split("/ws/")[0]))
     found.goto(f"{gateway.url}/ws/console")
     expect(found.locator("#link")).to_have_text("live")
     yield found
     context.close()
-    assert complaints == []
-    assert asked <= {gateway.url, "data:,"}
+    assert errors == []
+    assert requested <= {gateway.url, "data:,"}
 
 
 def publish(backend: "redis.Redis", marker: object, **keys: Any) -> None:
@@ -73,7 +73,7 @@ def join(page: Page, endpoint: str) -> None:
     expect(page.locator("#playState")).to_have_text(f"connected to /ws/{endpoint}")
 
 
-def test_figures_move_as_events_come(page: Page, backend: "redis.Redis") -> None:
+def test_figures_change_with_events(page: Page, backend: "redis.Redis") -> None:
     expect(page.locator("#endpoints")).to_contain_text("admin1")
     expect(page.locator("#breakers")).to_contain_text("link: streamsconnected")
     events = page.locator("#stats .card").nth(1).locator(".figure span")
@@ -88,7 +88,7 @@ def test_figures_move_as_events_come(page: Page, backend: "redis.Redis") -> None
 
 
 @pytest.mark.parametrize("endpoint", ["waiter", "kitchen", "admin", "diner"])
-def test_every_role_hears_its_events_in_the_playground(
+def test_every_role_receives_its_events_in_the_playground(
     page: Page, backend: "redis.Redis", endpoint: str
 ) -> None:
     join(page, endpoint)
@@ -102,7 +102,7 @@ def test_every_role_hears_its_events_in_the_playground(
         expect(log).to_contain_text('"sector_ids":[5]')
 
 
-def test_a_sample_that_is_published_is_heard(page: Page) -> None:
+def test_published_sample_is_received(page: Page) -> None:
     join(page, "waiter")
     page.get_by_label("Sample").select_option("SERVICE_CALL_CREATED")
     page.get_by_role("button", name="Publish").click()
@@ -113,7 +113,7 @@ def test_a_sample_that_is_published_is_heard(page: Page) -> None:
     expect(page.locator("#published")).to_have_text("not valid JSON")
 
 
-def test_when_the_gateway_is_lost_the_page_says_so_comes_back_and_resumes(
+def test_page_reports_a_lost_gateway_reconnects_and_resumes(
     page: Page, backend: "redis.Redis", gateway: GatewayProcess
 ) -> None:
     join(page, "kitchen")
@@ -137,7 +137,7 @@ def test_when_the_gateway_is_lost_the_page_says_so_comes_back_and_resumes(
     assert [text.count(f'"{word}"') for word in ("before", "meanwhile", "after")] == [1, 1, 1]
 
 
-def test_who_hears_this_is_answered(page: Page) -> None:
+def test_recipients_of_an_event_are_shown(page: Page) -> None:
     page.get_by_role("tab", name="Who receives this?").click()
     waiter = make_jwt(JWT_SECRET, sector_ids=[7])
     page.get_by_label("Tokens to check").fill(waiter)
@@ -149,7 +149,7 @@ def test_who_hears_this_is_answered(page: Page) -> None:
     expect(verdict).to_contain_text("sector")
 
 
-def test_everything_is_reached_by_keyboard(page: Page) -> None:
+def test_every_control_is_reachable_by_keyboard(page: Page) -> None:
     page.keyboard.press("Tab")
     expect(page.get_by_role("link", name="Skip to the content")).to_be_focused()
     page.keyboard.press("Tab")
@@ -171,13 +171,13 @@ def test_everything_is_reached_by_keyboard(page: Page) -> None:
 
 @pytest.mark.parametrize("tab", ["Live", "Playground", "Who receives this?"])
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_nothing_stands_in_the_way_of_a_screen_reader(page: Page, tab: str, theme: str) -> None:
+def test_accessibility_check_finds_nothing_serious(page: Page, tab: str, theme: str) -> None:
     axe = os.environ.get("AXE")
-    assert axe, "nox -s browser says where axe-core is"
+    assert axe, "nox -s browser sets the path of axe-core"
     if theme == "dark":
         page.get_by_role("button", name="Dark").click()
     page.get_by_role("tab", name=tab).click()
-    time.sleep(0.3)  # colours fade
+    time.sleep(0.3)  # colours have a transition
     page.evaluate(Path(axe).read_text("utf-8"))  # not a script tag: the page allows none
     found = page.evaluate("axe.run().then(({ violations }) => violations)")
     serious = [
@@ -200,7 +200,7 @@ def test_it_fits_a_phone(page: Page, tab: str) -> None:
     assert small == 0
 
 
-def test_in_production_it_is_for_admins(browser: Browser, redis_url: str) -> None:
+def test_in_production_only_admins_open_it(browser: Browser, redis_url: str) -> None:
     production = serving(
         redis_url, ENVIRONMENT="production", ALLOWED_ORIGINS="http://127.0.0.1:{port}"
     )
