@@ -173,6 +173,7 @@ class Gateway(QuartTrio):
         if parts.sector_assignments is not None:
             nursery.start_soon(parts.sector_assignments.retry_pending)
             nursery.start_soon(parts.sector_assignments.follow_clock)
+        nursery.start_soon(parts.placement.run)
         nursery.start_soon(parts.revocations.answer_checks)
         nursery.start_soon(parts.revocations.sweep, settings.jwt_revalidation_interval)
         nursery.start_soon(self._reap)

@@ -10,6 +10,7 @@ import trio
 from .access.addresses import Addresses
 from .access.admission import Admission, PendingAdmission
 from .access.auth import Auth
+from .access.placement import Placement
 from .access.revocations import Revocations
 from .access.tickets import Tickets
 from .broker.commands import Commands
@@ -18,7 +19,7 @@ from .broker.pubsub import Listener, PubSub
 from .broker.readiness import Readiness
 from .broker.streams import Streams
 from .core.audiences import Endpoint
-from .core.control_messages import REVOKED, SECTORS_CHANGED
+from .core.control_messages import PLACEMENT, REVOKED, SECTORS_CHANGED
 from .core.limits import DropAlarm, TenantRate
 from .core.resilience import Breaker
 from .redis_url import RedisAddress
@@ -73,6 +74,7 @@ class Parts:
     readiness: Readiness
     tickets: Tickets
     revocations: Revocations
+    placement: Placement
     sector_assignments: "SectorAssignments | None"
     addresses: Addresses
     admission: Admission
@@ -168,7 +170,8 @@ def build_parts(
         max_connections=settings.redis_pool_max_connections,
     )
     revocations = Revocations(commands, hub)
-    listeners: dict[str, Listener] = {REVOKED: revocations}
+    placement = Placement(hub, commands)
+    listeners: dict[str, Listener] = {REVOKED: revocations, PLACEMENT: placement}
     sector_assignments = None
     if settings.database_url is not None:
         from .access.sectors import make_sector_assignments  # SQLAlchemy is a third of the start
@@ -245,6 +248,7 @@ def build_parts(
         readiness=Readiness(commands.check),
         tickets=tickets,
         revocations=revocations,
+        placement=placement,
         sector_assignments=sector_assignments,
         addresses=Addresses(
             connections=settings.ws_max_connections_per_address,

@@ -9,6 +9,7 @@ _GATEWAY: Final = {
     "gateway.py: parts.dead_letters.run": ["DeadLetters.run"],
     "gateway.py: parts.readiness.run": ["Readiness.run"],
     "gateway.py: parts.replays.decide": ["Replays.decide"],
+    "gateway.py: parts.placement.run": ["Placement.run"],
     "gateway.py: parts.revocations.answer_checks": ["Revocations.answer_checks"],
     "gateway.py: parts.revocations.sweep, settings.jwt_revalidation_interval": [
         "Revocations.sweep"

@@ -18,6 +18,7 @@ from tests.support.gateways import (
     environment,
     free_port,
     http,
+    metrics,
     process,
     until,
 )
@@ -38,14 +39,18 @@ class Behind:
     backend: "redis.Redis"
     log: Path
     _stack: AsyncExitStack
-    _env: dict[str, str]
+    env: dict[str, str]
 
     async def start(self, number: int) -> None:
         """Start this gateway, in place of one that has ended."""
         port = self.ports[number]
         command = ("trio_gateway", "serve", "--bind", f"127.0.0.1:{port}")
-        started = await self._stack.enter_async_context(process(*command, env=self._env, port=port))
+        started = await self._stack.enter_async_context(process(*command, env=self.env, port=port))
         self.gateways[number:] = [started, *self.gateways[number + 1 :]]
+
+    async def closed(self, number: int, code: int) -> float:
+        """How many connections this gateway has closed with the code."""
+        return (await metrics(self.ports[number]))[f"connections_closed_total{{{code}}}"]
 
     async def connections(self) -> list[int]:
         """How many each gateway has; -1 for one that does not answer."""

@@ -16,6 +16,7 @@ from .dlq import dlq
 from .errors import Failure, settings_or_exit
 from .explain import explain
 from .publish import publish
+from .rebalance import rebalance
 from .routes import routes
 from .serve import serve
 from .tail import tail
@@ -55,6 +56,6 @@ def main() -> None:
 
 
 for command in (
-    serve, demo, token, publish, tail, routes, asyncapi, explain, check, dlq, completion,
+    serve, demo, token, publish, tail, routes, asyncapi, explain, check, dlq, rebalance, completion,
 ):  # fmt: skip
     main.add_command(command)

@@ -161,6 +161,8 @@ async def _check_version(redis: "RedisConnection", report: _Report) -> None:
 
 
 async def _check_commands(settings: "Settings", redis: "RedisConnection", report: _Report) -> None:
+    from ..core.control_messages import PLACEMENT
+
     with report.trying("liveness (PING)", "allow this user: ACL SETUSER … +ping"):
         await _call(redis, "PING")
     for stream in dict.fromkeys(settings.redis_streams):
@@ -188,6 +190,11 @@ async def _check_commands(settings: "Settings", redis: "RedisConnection", report
         "allow this user the keys: ACL SETUSER … ~auth:* +mget",
     ):
         await _call(redis, "MGET", "auth:token:blacklist:-", "auth:user:revoked:-")
+    with report.trying(
+        "placement (PUBLISH)",
+        "allow this user: ACL SETUSER … allchannels +publish",
+    ):
+        await _call(redis, "PUBLISH", f"{PLACEMENT}:check", "")
     if (dlq := settings.redis_dlq_stream) is not None:
         with report.trying(
             f"dead letters in {dlq} (EVAL)",
@@ -206,16 +213,17 @@ async def _check_commands(settings: "Settings", redis: "RedisConnection", report
 async def _check_subscribing(
     settings: "Settings", redis: "RedisConnection", report: _Report
 ) -> None:
-    from ..core.control_messages import REVOKED
+    from ..core.control_messages import PLACEMENT, REVOKED
 
     patterns = dict.fromkeys(settings.redis_channel_patterns)
     with report.trying(
-        f"subscribing to {len(patterns)} patterns and {REVOKED}",
+        f"subscribing to {len(patterns)} patterns, {REVOKED} and {PLACEMENT}",
         "allow this user the channels: ACL SETUSER … allchannels +psubscribe +subscribe",
     ):
         for pattern in patterns:
             await _call(redis, "PSUBSCRIBE", pattern)
-        await _call(redis, "SUBSCRIBE", REVOKED)
+        for channel in (REVOKED, PLACEMENT):
+            await _call(redis, "SUBSCRIBE", channel)
 
 
 async def _check_database(settings: "Settings", url: str, report: _Report) -> None:

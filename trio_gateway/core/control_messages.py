@@ -1,4 +1,4 @@
-"""Control messages: what backends publish to the gateway itself, each kind on its own channel."""
+"""Control messages: what is published to the gateway itself, each kind on its own channel."""
 
 from typing import Annotated, Final
 
@@ -6,7 +6,9 @@ import msgspec
 
 REVOKED: Final = "channel:auth:revoked"
 SECTORS_CHANGED: Final = "channel:sectors:changed"
+PLACEMENT: Final = "channel:gateway:placement"
 
+_ReportChannel = Annotated[str, msgspec.Meta(pattern=f"^{PLACEMENT}:[0-9a-f]{{1,32}}\\Z")]
 _User = int | Annotated[str, msgspec.Meta(pattern="^[0-9]+$")]
 
 
@@ -23,3 +25,20 @@ class SectorsChanged(msgspec.Struct):
 
     tenant_id: int
     waiter_id: _User
+
+
+class PlacementRequest(msgspec.Struct):
+    """Of ``trio-gateway rebalance``: report your tenants, or send clients of tenants away.
+
+    The channel of a report is below :data:`PLACEMENT`, so that no request causes events.
+    """
+
+    report_to: _ReportChannel | None = None
+    places: dict[int, str] = {}  # the process of each tenant; all others send its clients away
+
+
+class PlacementReport(msgspec.Struct):
+    """What a process answers: its id, and its number of connections of each tenant."""
+
+    process: str
+    tenants: dict[int, int]

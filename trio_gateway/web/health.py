@@ -28,6 +28,11 @@ async def ready(parts: Parts) -> Answer:
     return jsonify(ready=is_ready, draining=parts.draining), 200 if is_ready else 503
 
 
+async def placement(parts: Parts) -> Answer:
+    """The process that a proxy has chosen, as `{"process":"…"}`; for `trio-gateway rebalance`."""
+    return jsonify(process=parts.placement.process), 200
+
+
 async def detailed(parts: Parts) -> Answer:
     """The state of every part; 503 unless everything that is needed works."""
     error = await _check(parts)

@@ -124,6 +124,7 @@ HTTP: Final[Mapping[tuple[str, str], Callable[[Parts], Awaitable[Answer]]]] = {
     ("GET", "/ws/health"): health.alive,
     ("GET", "/ws/health/detailed"): health.detailed,
     ("GET", "/ws/health/ready"): health.ready,
+    ("GET", "/ws/placement"): health.placement,
     ("GET", "/ws/metrics"): _metrics,
     ("GET", "/ws/catchup"): catchup.branch,
     ("GET", "/ws/catchup/session"): catchup.session,
