@@ -41,12 +41,12 @@ def test_url_is_read(url: str, address: RedisAddress) -> None:
 
 REFUSED = [
     ("http://h", "must begin with redis://"),
-    ("redis://h:x", "no usable port"),
-    ("redis://h/one", "database that is no number"),
-    ("redis://h/1/2", "database that is no number"),
-    ("redis://h?db=-1", "database that is no number"),
-    ("unix://", "names no path"),
-    ("redis://[h", "is no URL"),
+    ("redis://h:x", "an invalid port"),
+    ("redis://h/one", "database that is not a number"),
+    ("redis://h/1/2", "database that is not a number"),
+    ("redis://h?db=-1", "database that is not a number"),
+    ("unix://", "no path of a unix socket"),
+    ("redis://[h", "is not a URL"),
     ("rediss://h?ssl_ca_cert=x", "unknown option: ssl_ca_cert .did you mean ssl_ca_certs"),
     ("rediss://h?ssl_validate_ocsp=1", "unknown option: ssl_validate_ocsp"),
     ("redis://h?sentinel=1", "unknown option: sentinel"),

@@ -1,4 +1,4 @@
-"""Keys: read public keys, and check what a key or a secret is suitable for."""
+"""Keys: read public keys, find their algorithms, and recognise published secrets."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ MIN_SECRET_BYTES = 32
 
 
 def is_well_known(secret: str) -> bool:
-    """Whether a secret was copied from a published example."""
+    """Whether a secret contains the text of a published example."""
     return any(words in secret.lower() for words in _WELL_KNOWN)
 
 

@@ -1,4 +1,4 @@
-"""Publishing, for backends: send an event to every gateway, or raise an exception that says why.
+"""Publishing, for backends: send an event to every gateway, or raise an error with the reason.
 
 ::
 
@@ -44,10 +44,10 @@ _Event = Mapping[str, Any] | bytes | str
 
 
 class PublishFailed(Exception):  # noqa: N818 - an outcome
-    """Redis did not accept the event. The text says where and why; it never holds the password.
+    """Redis did not confirm the event. The text has the address and the reason, but no password.
 
-    ``in_doubt`` is True if the event may have been published nevertheless: it was sent, at the
-    first or the second attempt, and the reply was lost. Publishing it again is safe if it has an
+    ``in_doubt`` is True if the event may have been published nevertheless: it was sent, in the
+    first or the second attempt, but the reply was lost. Publishing it again is safe if it has an
     ``id``.
     """
 
@@ -57,20 +57,20 @@ class PublishFailed(Exception):  # noqa: N818 - an outcome
 
 
 class _WrongServer(PublishFailed):
-    """The server that refused the command can't execute it: a replica, or one that is loading."""
+    """This server can't execute the command: it is a replica, or it is loading its data."""
 
 
 class Publisher:
-    """Publishes events to Redis. It checks each event by the gateway's own rules first.
+    """Publishes events to Redis, after checking each event by the gateway's own rules.
 
     An event of a durable type is added to a stream; any other event is published on one channel.
     No connection is made before the first event. Threads may share a publisher.
 
     Arguments:
-        url: where Redis is: ``redis://``, ``rediss://`` or ``unix://``, with the options that the
-            gateway's ``REDIS_URL`` takes.
+        url: the URL of Redis (``redis://``, ``rediss://`` or ``unix://``), with the options of the
+            gateway's ``REDIS_URL``.
         stream: the stream for durable events; one of the gateways' ``REDIS_STREAMS``.
-        max_length: about how many entries the stream keeps; None for no limit.
+        max_length: the approximate number of entries in the stream; None for no limit.
         routes: the gateways' routing table. Pass ``read_routes(text)`` of their
             ``WS_ROUTES_FILE`` if they have one.
 
@@ -99,7 +99,9 @@ class Publisher:
                 protocol=2,
                 socket_connect_timeout=TIMEOUT,
                 socket_timeout=TIMEOUT,
-                retry=Retry(NoBackoff(), 0),  # _run decides: an event must not be sent twice
+                retry=Retry(
+                    NoBackoff(), 0
+                ),  # _run repeats commands: an event must not be sent twice
             )
         )
         self._address = address
@@ -130,20 +132,20 @@ class Publisher:
         stream: str | None = None,
         channel: str | None = None,
     ) -> str | int:
-        """Publish one event. It takes a few seconds at most.
+        """Publish one event. This takes a few seconds at most.
 
         Arguments:
             event: a mapping, or the JSON as bytes or str, which is sent byte for byte.
             id: the idempotency key, unless the mapping has one; not allowed with JSON. Gateways
                 treat events with the same ``id`` within 5 minutes as one event. An event with an
                 ``id`` is therefore sent again if the reply to adding it to the stream is lost.
-            stream, channel: publish there, whatever the event's type.
+            stream, channel: publish there, whatever type the event has.
 
         Returns the entry's id in the stream (a str), or the number of subscribers that received it
         on the channel (an int).
 
-        If a server refuses because it is not the primary, the event is sent once more, to the
-        server that the host name resolves to then.
+        If the server refuses because it is not the primary, the event is sent once more, to the
+        server that the host name then resolves to.
 
         Raises :exc:`InvalidEvent` if the gateway would drop the event, :exc:`PublishFailed` if
         Redis did not accept it, :exc:`TypeError` or :exc:`ValueError` for arguments that exclude
@@ -161,8 +163,8 @@ class Publisher:
         if stream is not None:
             return self._add(stream, payload, again=parsed.id is not None)
         assert channel is not None
-        heard: int = self._run(partial(self._redis.publish, channel, payload), int)
-        return heard
+        subscribers: int = self._run(partial(self._redis.publish, channel, payload), int)
+        return subscribers
 
     def _add(self, stream: str, payload: bytes, *, again: bool) -> str:
         add = partial(
@@ -172,8 +174,9 @@ class Publisher:
         return entry.decode()
 
     def _run(self, command: Callable[[], Any], kind: type, *, again: bool = False) -> Any:
-        """Run the command; run it once more if the wrong server refused it. With ``again``, run
-        it once more if the reply was lost.
+        """Run the command, and once more if the wrong server refused it.
+
+        With ``again``, also once more if the reply was lost.
         """
         in_doubt = refused = False
         while True:
@@ -209,7 +212,7 @@ class Publisher:
             raise PublishFailed(text, in_doubt=True) from None
         except redis.RedisError as error:
             if is_wrong_server(error):
-                # The next connection resolves the name anew, and authenticates again.
+                # The next connection resolves the name and authenticates again.
                 self._redis.connection_pool.disconnect()
                 raise _WrongServer(f"{where} refuses: {error}") from None
             if isinstance(error, redis.ResponseError):
@@ -220,13 +223,13 @@ class Publisher:
         except _INVALID_REPLY:
             reply = None
         if not isinstance(reply, kind):
-            self._redis.connection_pool.disconnect()  # what follows can't be trusted
+            self._redis.connection_pool.disconnect()  # later replies on it can't be trusted
             raise PublishFailed(f"{where} sent an invalid reply", in_doubt=True)
         return reply
 
 
 class _NotReached(Exception):  # noqa: N818 - an outcome
-    """There is no connection, so nothing was sent. A RedisError alone would not say that."""
+    """There is no connection, so nothing was sent. A RedisError alone does not tell this."""
 
     def __init__(self, error: redis.RedisError) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Error replies of Redis that say that another server should be asked."""
+"""Error replies by which Redis says that another server must execute the command."""
 
 import re
 from typing import Final

@@ -1,7 +1,7 @@
 """Redis URLs: address, credentials and TLS options.
 
-The gateway's sources, its commands, the publisher and the CLI all read the URL here, so that an
-option means the same for each of them.
+The sources, the commands, the publisher and the CLI all read their URL with this module, so that
+each option has the same meaning everywhere.
 """
 
 import difflib
@@ -123,20 +123,20 @@ class RedisAddress:
         try:
             parts = urlsplit(url)
         except ValueError:  # its text contains parts of the URL
-            raise ValueError("is no URL: write %5B and %5D in a password") from None
+            raise ValueError("is not a URL: write %5B and %5D for [ and ] in a password") from None
         if parts.scheme not in SCHEMES:
             raise ValueError("must begin with redis://, rediss:// or unix://")
         try:
             port = parts.port or 6379
         except ValueError:
-            raise ValueError("has no usable port") from None
+            raise ValueError("has an invalid port") from None
         if parts.fragment:
-            raise ValueError("holds a #: write %23 in a password")
+            raise ValueError("contains a #: write %23 in a password")
         options = _options(parts.query, tls=parts.scheme == "rediss")
         in_path = "" if parts.scheme == "unix" else unquote(parts.path).strip("/")
         db = options.pop("db", in_path) or "0"
         if not (db.isascii() and db.isdigit()):
-            raise ValueError("names a database that is no number")
+            raise ValueError("has a database that is not a number")
         user, password = options.pop("username", None), options.pop("password", None)
         found = cls(
             host=unquote(parts.hostname or "localhost"),
@@ -150,7 +150,7 @@ class RedisAddress:
             ignored=tuple(sorted(options.keys() & _IGNORED)),
         )
         if found.path == "":
-            raise ValueError("names no path of a unix socket")
+            raise ValueError("has no path of a unix socket")
         return found
 
     def check(self) -> None:
@@ -236,7 +236,7 @@ def _options(query: str, *, tls: bool) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, value in parse_qsl(query, keep_blank_values=True):
         if name not in _KNOWN:
-            # A password with a "?" in it ends up here: it must not be shown.
+            # The rest of a password that contains "?" is read as an option: do not show it.
             if "@" in query or f"{name}=" not in query or not _NAME.fullmatch(name):
                 raise ValueError("has an unknown option (write %3F and %40 in a password)")
             close = difflib.get_close_matches(name, _KNOWN, n=1)

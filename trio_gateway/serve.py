@@ -1,4 +1,4 @@
-"""Serving: Hypercorn's Trio server in this process, with signals and exit statuses."""
+"""Serving: run Hypercorn's Trio server in this process, with signals and exit statuses."""
 
 import gc
 import os
@@ -63,7 +63,7 @@ def read_config(
             raise BadConfig(f"{path}: {error}") from None
     if config.worker_class != "trio":
         raise BadConfig(f'trio-gateway runs on Trio only: worker_class = "trio" in {path}')
-    # 0 is for the hypercorn command: its master then serves in its own process, as we do.
+    # 0 makes the hypercorn command serve in its own process, which we always do.
     config.workers = max(1, config.workers)
     if binds:
         config.bind = list(binds)
@@ -72,7 +72,7 @@ def read_config(
     for bind in [*config.bind, *config.insecure_bind]:
         port = bind.rpartition(":")[2]
         if not bind.startswith(("unix:", "fd:")) and port.isdecimal() and int(port) > _LAST_PORT:
-            raise BadConfig(f"can't serve on {bind}: there is no such port")
+            raise BadConfig(f"can't serve on {bind}: a port is at most {_LAST_PORT}")
     return config
 
 
@@ -80,7 +80,7 @@ def tune_gc() -> None:
     """Exclude the objects that exist now from garbage collection, and collect the rest less often.
 
     Each accept creates hundreds of objects that stay. With the default thresholds, traversing them
-    is a third of its cost, and a full collection stops every client meanwhile.
+    is a third of the cost of an accept, and all clients wait during a full collection.
     """
     gc.collect()
     gc.freeze()
@@ -197,58 +197,60 @@ async def _serve(
 ) -> None:
     """Serve with Hypercorn's ``server`` until a signal arrives or the supervisor is gone."""
     server = server or partial(hypercorn_serve, app, config, mode="asgi")
-    asked = trio.Event()
+    stopping = trio.Event()
 
     async def shutdown_trigger() -> None:
-        # Hypercorn stops accepting when this returns: until then HTTP answers "draining".
-        await asked.wait()
+        # Hypercorn stops accepting when this returns. Until then HTTP requests are answered.
+        await stopping.wait()
         began = trio.current_time()
         await app.drain()
-        # Hypercorn's timeout for HTTP clients begins only now: give it the rest of ours.
+        # Hypercorn's timeout for HTTP clients begins only now: set it to the rest of ours.
         left = config.graceful_timeout - (trio.current_time() - began)
         config.graceful_timeout = max(_HTTP_GRACE, left)
 
     failed = False
 
     async def stop_on_bug(work: Callable[..., Awaitable[None]], *arguments: Any) -> None:
-        """Run a task next to the server; a bug in it stops the server, after the drain."""
+        """Run a task beside the server; a bug in it stops the server, after a drain."""
         nonlocal failed
         try:
             await work(*arguments)
         except Exception:
             log.critical("stopped by a bug", exc_info=True)
             failed = True
-            asked.set()
+            stopping.set()
 
     async with trio.open_nursery() as nursery:
 
         async def handle_signals() -> None:
             with trio.open_signal_receiver(*shutdown_signals()) as signals:
                 async for number in signals:
-                    if asked.is_set():
+                    if stopping.is_set():
                         log.warning("stopping at once", signal=signal.Signals(number).name)
                         nursery.cancel_scope.cancel()
                         return
                     log.info("stopping", signal=signal.Signals(number).name)
-                    asked.set()
+                    stopping.set()
 
-        async def tell_supervisor(link: trio.SocketStream) -> None:
-            while not app.ready:  # noqa: ASYNC110 - it depends on many things
+        async def report_ready(link: trio.SocketStream) -> None:
+            while not app.ready:  # noqa: ASYNC110 - readiness depends on several parts
                 await trio.sleep(0.05)
             with suppress(trio.BrokenResourceError):
                 await link.send_all(workers.READY)
 
         async def watch_supervisor(link: trio.SocketStream) -> None:
             with suppress(trio.BrokenResourceError):
-                await link.receive_some(1)  # it never sends anything
+                await link.receive_some(
+                    1
+                )  # the supervisor sends nothing; this returns when the socket closes
             log.warning("supervisor is gone")
-            asked.set()
+            stopping.set()
 
         nursery.start_soon(stop_on_bug, handle_signals)
         if supervisor is not None:
             ours = trio.socket.from_stdlib_socket(socket.socket(fileno=supervisor))
             link = trio.SocketStream(ours)
-            nursery.start_soon(stop_on_bug, tell_supervisor, link)
+            nursery.start_soon(stop_on_bug, report_ready, link)
             nursery.start_soon(stop_on_bug, watch_supervisor, link)
         if loads is not None:
             descriptor, slot = map(int, loads.split(":"))

@@ -1,4 +1,4 @@
-"""Tokens, events and fakes for tests: the gateway's own, and those of applications."""
+"""Tokens, events and fakes for tests, of the gateway and of applications."""
 
 import json
 import time
@@ -156,12 +156,12 @@ class FakeSocket:
 
     @property
     def texts(self) -> list[str]:
-        """The text messages that were written completely."""
+        """The complete text messages that were written."""
         return [str(payload, "utf-8") for payload in self._sent(TEXT)]
 
     @property
     def pings(self) -> int:
-        """How many pings were written."""
+        """The number of pings that were written."""
         return len(self._sent(PING))
 
     @property
@@ -177,12 +177,12 @@ class FakeSocket:
         return [bytes(payload) for opcode, payload in split(written[:end]) if opcode == wanted]
 
     def read(self, size: float) -> None:
-        """Let the client read: ``size`` more bytes are accepted."""
+        """Let the client read: the socket accepts ``size`` more bytes."""
         self.room += size
         self._more_room.set()
 
     def try_write(self, data: bytes | memoryview) -> int:
-        """Write what there is room for; return how many bytes that was."""
+        """Write as much as there is room for; return the number of bytes."""
         if self.aborted:
             raise BrokenPipeError
         taken = int(min(self.room, len(data)))
@@ -192,7 +192,7 @@ class FakeSocket:
         return taken
 
     async def send_some(self, head: Callable[[], memoryview]) -> int:
-        """Wait for room, then write from what ``head`` returns; returns how many bytes fit."""
+        """Wait for room, then write the bytes that ``head`` returns; return the number written."""
         while not self.room and not self.aborted:
             self._more_room = trio.Event()
             await self._more_room.wait()
@@ -203,7 +203,7 @@ class FakeSocket:
         return 0, 0
 
     async def receive(self) -> str | Ping | Pong:
-        """Return what the client sends next, or raise how it ended."""
+        """Return the client's next message, or raise how the connection ended."""
         message = await self.client.from_client.receive()
         if isinstance(message, Exception):
             raise message

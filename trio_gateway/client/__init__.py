@@ -4,7 +4,7 @@
         async for event in client:
             print(event.type, event.data)
 
-docs/api.md documents the names, docs/clients.md what the client does when a connection ends.
+docs/api.md documents the names, and docs/clients.md the behaviour when a connection ends.
 """
 
 from .connection import Client, connect

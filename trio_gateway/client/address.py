@@ -1,4 +1,4 @@
-"""The address of an endpoint, and how to connect to it."""
+"""The address of an endpoint, and the function that opens a stream to it."""
 
 import ssl
 from collections.abc import Awaitable, Callable

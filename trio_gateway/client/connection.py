@@ -18,12 +18,12 @@ from .credential import Credential, NoToken
 from .feed import Feed, Item, Missed, Resumed
 from .policy import Next, after_status
 from .session import Ending, Session, after, broken
-from .transport import Ended, NoUpgrade, Wire
+from .transport import Ended, NoUpgrade, WebSocket
 from .values import Event, Gap, Refused, Status, TokenProvider
 
 CONNECT_TIMEOUT: Final = 15.0  # seconds, from asking for a token to admission
-STABLE: Final = 10.0  # seconds; a connection that lasted longer restarts the back-off
-COOL_DOWN: Final = 30.0  # seconds at least, and twice that at most
+STABLE: Final = 10.0  # seconds; a longer connection restarts the back-off
+COOL_DOWN: Final = 30.0  # seconds at least, and at most twice that
 FIRST_BOUND: Final = 1.0  # seconds, of the back-off
 LONGEST_BOUND: Final = 30.0
 
@@ -46,22 +46,22 @@ async def connect(
     """Connect to an endpoint, and stay connected until the block is left.
 
     Arguments:
-        url: the endpoint, as ``wss://gateway.example/ws/waiter``; without a token.
+        url: the endpoint, for example ``wss://gateway.example/ws/waiter``, without a token.
         token: a token, or a function, sync or async, that returns one. It is called before every
-            connect and before the token expires, with True if the last token was refused, so that
-            it can skip a cached one.
+            connect and before the token expires. Its argument is True if the last token was
+            refused, so that it can skip a cached token.
         last_event_id: resume after this event; by default begin at the present.
         on_gap: called, sync or async, when events may be missing: fetch your state again. The
-            iteration calls it, in the order of the events.
+            iteration calls it at its place among the events.
         on_state: called with each new status, at once.
         origin: the ``Origin`` header.
-        buffer: how many events wait here for a slow reader. Further ones wait in the gateway; if
-            they exceed its limit it skips those that are not durable, which is a gap.
+        buffer: the number of events that wait here for a slow reader. Further events wait in the
+            gateway. If they exceed its limit, it skips those that are not durable, which is a gap.
         ssl_context: for ``wss://``; by default the system's certificates.
         dial: opens the stream, for example through a proxy or to a Unix socket.
 
-    Raises :exc:`ValueError` if the URL is invalid or contains a token. What the block raises leaves
-    it unchanged.
+    Raises :exc:`ValueError` if the URL is invalid or contains a token. An exception of the block is
+    raised unchanged, not in a group.
     """
     address = read_address(url, ssl_context)
     client = Client(
@@ -112,20 +112,20 @@ class Client:
         self._host, self._target, self._dial, self._headers = host, target, dial, headers
         self._on_gap, self._on_state = on_gap, on_state
         self._inbox_in, self._inbox = trio.open_memory_channel[Item](buffer)
-        self._last_event_id = feed.place
+        self._last_event_id = feed.last_event_id
         self._refusal: Refused | None = None
-        self._settled = trio.Event()  # admitted for the first time, or refused
+        self._settled = trio.Event()  # set when first admitted, or refused
         self._opened_at = math.inf
         self._session: Session | None = None  # while open
         self.status = Status("connecting")
 
     @property
     def last_event_id(self) -> str:
-        """Where to resume after the events that iteration has given out; store it for restarts."""
+        """The id to resume after, following the events returned so far; store it for restarts."""
         return self._last_event_id
 
     async def wait_open(self) -> None:
-        """Wait until the gateway has admitted us for the first time.
+        """Wait until the gateway has admitted this client for the first time.
 
         From then on no durable event is missed without a call of ``on_gap``. Raises :exc:`Refused`.
         """
@@ -134,7 +134,7 @@ class Client:
             raise self._refusal
 
     async def refresh_sectors(self) -> tuple[int, ...]:
-        """Ask the gateway to look up this waiter's sectors now; return the ids of those in force.
+        """Ask the gateway to look up this waiter's sectors now; return their ids.
 
         Another task must iterate meanwhile if events arrive. Raises :exc:`ConnectionError` without
         a connection, :exc:`TimeoutError` without a reply.
@@ -164,9 +164,9 @@ class Client:
                     return item
                 case Resumed(last_event_id):
                     self._last_event_id = last_event_id
-                case Missed(why):
-                    if self._on_gap is not None and isawaitable(told := self._on_gap(why)):
-                        await told
+                case Missed(reason):
+                    if self._on_gap is not None and isawaitable(called := self._on_gap(reason)):
+                        await called
 
     async def _run(self) -> None:
         """Connect again and again, until refused or cancelled."""
@@ -177,13 +177,13 @@ class Client:
             if trio.current_time() - self._opened_at >= STABLE:
                 failures = 0
             if ending.next is Next.STOP:
-                self._become(Status("refused", ending.code, ending.reason, None, ending.error))
+                self._set_status(Status("refused", ending.code, ending.reason, None, ending.error))
                 self._refusal = Refused(ending.code, ending.reason)
                 self._settled.set()
                 self._inbox_in.close()
                 return
-            if (asked := parse_retry_hint(ending.reason)) is not None:
-                wait = asked  # the gateway has already spread its clients over time
+            if (hint := parse_retry_hint(ending.reason)) is not None:
+                wait = hint  # the gateway has already spread its clients over time
             elif ending.retry_after is not None:
                 wait = ending.retry_after + backoff.after(failures)
                 failures += 1
@@ -193,26 +193,28 @@ class Client:
                 wait, failures = 0.0, 1
             else:
                 wait, failures = backoff.after(failures), failures + 1
-            self._become(Status("waiting", ending.code, ending.reason, wait, ending.error))
+            self._set_status(Status("waiting", ending.code, ending.reason, wait, ending.error))
             await trio.sleep(wait)
 
     async def _attempt(self) -> Ending:
         """Connect, and receive until the connection ends."""
-        self._become(Status("connecting"))
+        self._set_status(Status("connecting"))
         stream: trio.abc.Stream | None = None
         try:
             with trio.move_on_after(CONNECT_TIMEOUT) as connecting:
                 if (ending := await self._get_token()) is not None:
                     return ending
                 stream = await self._dial()
-                session = Session(Wire(stream), self._feed, self._credential, self._inbox_in.send)
+                session = Session(
+                    WebSocket(stream), self._feed, self._credential, self._inbox_in.send
+                )
                 token = (b"Authorization", b"Bearer " + self._credential.token.encode())
-                await session.get_in(self._host, self._target, [token, *self._headers])
+                await session.open(self._host, self._target, [token, *self._headers])
             if connecting.cancelled_caught:
                 return broken(f"not connected in {CONNECT_TIMEOUT:g} s", TimeoutError())
             self._opened_at = trio.current_time()
             self._settled.set()
-            self._become(Status("open"))
+            self._set_status(Status("open"))
             self._session = session
             return await session.run()
         except Ended as ended:
@@ -220,10 +222,10 @@ class Client:
         except NoUpgrade as refused:
             if refused.status is None:
                 return broken("the server there does not speak WebSocket", refused)
-            what, why = after_status(refused.status), f"HTTP {refused.status}"
-            if what is Next.RENEW:
-                self._credential.refused(refused.status, why)
-            return Ending(refused.status, why, what, refused, refused.retry_after)
+            following, reason = after_status(refused.status), f"HTTP {refused.status}"
+            if following is Next.RENEW:
+                self._credential.refused(refused.status, reason)
+            return Ending(refused.status, reason, following, refused, refused.retry_after)
         except (OSError, trio.BrokenResourceError) as error:
             return broken("can't connect", error)
         finally:
@@ -241,7 +243,7 @@ class Client:
             return broken("the token provider failed", error)
         return None
 
-    def _become(self, status: Status) -> None:
+    def _set_status(self, status: Status) -> None:
         self.status = status
         if self._on_state is not None:
             self._on_state(status)

@@ -1,4 +1,4 @@
-"""The feed: parses the messages of the gateway and yields each event once, on any socket."""
+"""The feed: parses the gateway's messages and removes duplicate events, across reconnects."""
 
 import json
 from collections.abc import Mapping
@@ -7,26 +7,26 @@ from typing import Any, Final
 
 from .values import Event, Gap
 
-REMEMBERED: Final = 1000  # event ids
+REMEMBERED: Final = 1000  # event ids, to find duplicates
 
 
 @dataclass(frozen=True, slots=True)
 class Missed:
     """Events may be missing here."""
 
-    why: Gap
+    reason: Gap
 
 
 @dataclass(frozen=True, slots=True)
 class Resumed:
-    """The gateway has admitted us; resume from here."""
+    """The gateway has admitted this client; resume after this id."""
 
     last_event_id: str
 
 
 @dataclass(frozen=True, slots=True)
 class Renewed:
-    """The gateway has accepted the offered credential; it expires then, unix time."""
+    """The gateway has accepted the offered credential, which expires at this unix time."""
 
     expires_at: float
 
@@ -54,26 +54,26 @@ Item = Event | Missed | Resumed | Renewed | Intervals | Sectors | Pong
 
 
 class Feed:
-    """Reads messages. ``place`` is where to resume: after the last event that was read."""
+    """Reads messages. ``last_event_id`` is the id to resume after: that of the last event read."""
 
     def __init__(self, last_event_id: str) -> None:
-        self.place = last_event_id
+        self.last_event_id = last_event_id
         self._seen: dict[str, None] = {}
 
     def read(self, text: str) -> list[Item]:
-        """Parse a message into items, in order; an unknown message has none."""
+        """Parse a message into items, in order; none for an unknown message."""
         try:
             message = json.loads(text)
         except (ValueError, RecursionError):
             return []
         match message:
-            # Events name their tenant, the gateway's own messages don't: whatever types there are.
+            # Events name their tenant; the gateway's own messages do not.
             case {"tenant_id": _, "type": str(name)}:
                 return self._read_event(name, message, text)
-            case {"type": "resumed", "recovered": recovered, "last_event_id": str(place)}:
-                self.place = place
+            case {"type": "resumed", "recovered": recovered, "last_event_id": str(last_event_id)}:
+                self.last_event_id = last_event_id
                 gap: list[Item] = [] if recovered else [Missed("not_recovered")]
-                return [*gap, Resumed(place)]
+                return [*gap, Resumed(last_event_id)]
             case {"type": "pong"}:
                 return [Pong()]
             case {"type": "gap"}:
@@ -99,5 +99,5 @@ class Feed:
         self._seen[event_id] = None
         if len(self._seen) > REMEMBERED:
             del self._seen[next(iter(self._seen))]
-        self.place = event_id
+        self.last_event_id = event_id
         return [Event(name, data, text, event_id)]

@@ -1,27 +1,27 @@
-"""How long a token remains valid. The clock of this device may be wrong: it alone never decides."""
+"""How long a token remains valid. The clock of this device may be wrong."""
 
 import base64
 import json
 from typing import Final
 
-RENEW_AT: Final = 0.8  # of what is left of a token's life
-SUPPOSED_LIFE: Final = 75.0  # seconds, of a token that seems expired and has no iat
-UNSURE: Final = 660.0  # seconds that the clock may be behind while nothing has shown its error
-_SHORT: Final = 60.0  # seconds; the margin is used only if more than UNSURE + _SHORT are left
+RENEW_AT: Final = 0.8  # of a token's remaining life
+SUPPOSED_LIFE: Final = 75.0  # seconds, for a token that seems expired and has no iat
+MARGIN: Final = 660.0  # seconds that the clock may be behind, while its error is unknown
+_SHORT: Final = 60.0  # seconds; the margin is used only if more than MARGIN + _SHORT are left
 
 
 class Lifetime:
-    """Computes the rest of a token's life, and learns from tokens how far the clock is behind."""
+    """Computes the remaining life of tokens, and how far this device's clock is behind."""
 
     def __init__(self) -> None:
-        self._behind: float | None = None  # seconds; None: nothing has shown it
+        self._behind: float | None = None  # seconds; None: unknown
 
     def left(self, token: str, expires_at: float, now: float) -> float:
-        """Seconds until a token expires that the gateway has just accepted; rather too few.
+        """Return the seconds until a token that was just accepted expires, rather too few.
 
-        ``expires_at`` and ``now`` are unix time, ``now`` by this device's clock. The clock is used
-        unless the token contradicts it: no token was issued in the future, and an accepted token
-        has not expired.
+        ``expires_at`` and ``now`` are unix times; ``now`` is read from this device's clock. The
+        clock is used unless the token contradicts it: no token was issued in the future, and an
+        accepted token has not expired.
         """
         issued_at = claimed(token, "iat")
         whole = SUPPOSED_LIFE
@@ -33,17 +33,17 @@ class Lifetime:
             return whole
         if issued_at is not None:
             return min(left, whole)
-        if self._behind is None and left > UNSURE + _SHORT:
-            return min(left, (left - UNSURE) / RENEW_AT)
+        if self._behind is None and left > MARGIN + _SHORT:
+            return min(left, (left - MARGIN) / RENEW_AT)
         return left
 
     def expired(self, expires_at: float, now: float) -> None:
-        """Learn from the gateway that a connection's token has expired just now."""
+        """Correct the clock: the gateway has said that a token has expired just now."""
         self._behind = expires_at - now
 
 
 def claimed(token: str, name: str) -> float | None:
-    """A numeric claim of a JWT, not verified; None if the token has no such claim."""
+    """Return a numeric claim of a JWT, unverified; None if the token has no such claim."""
     _, *parts = token.split(".")
     if len(parts) != 2:
         return None
@@ -56,5 +56,5 @@ def claimed(token: str, name: str) -> float | None:
 
 
 def expiry(token: str) -> float | None:
-    """The expiry of a JWT, unix time, not verified; None if it has none."""
+    """Return the expiry of a JWT as unix time, unverified; None if it has none."""
     return claimed(token, "exp")

@@ -1,4 +1,4 @@
-"""The policy: what to do after each way in which a connection can end. Decisions only."""
+"""The policy: what to do after a connection has ended, by close code or HTTP status."""
 
 from email.utils import parsedate_to_datetime
 from enum import Enum, auto
@@ -26,12 +26,12 @@ _AFTER_CLOSE: Final = {
     Close.AUTH_FAILED: Next.RENEW,
     Close.RATE_LIMITED: Next.COOL_DOWN,
 }
-_PASSING: Final = frozenset({408, 425, 429})  # temporary HTTP statuses below 500
-_LONGEST_HINT: Final = 3600.0  # seconds; a longer Retry-After counts as this
+_TEMPORARY: Final = frozenset({408, 425, 429})  # temporary HTTP statuses below 500
+_MAX_RETRY_AFTER: Final = 3600.0  # seconds; a longer Retry-After is reduced to this
 
 
 def after_close(code: int) -> Next:
-    """What to do after a close code; 1006 is a connection that broke or was never made."""
+    """What to do after a close code; 1006 means that the connection broke or failed."""
     return _AFTER_CLOSE.get(code, Next.BACK_OFF)  # type: ignore[call-overload, no-any-return]
 
 
@@ -42,14 +42,14 @@ def after_status(status: int) -> Next:
     """
     if status == 401:
         return Next.RENEW
-    return Next.BACK_OFF if status >= 500 or status in _PASSING else Next.STOP
+    return Next.BACK_OFF if status >= 500 or status in _TEMPORARY else Next.STOP
 
 
 def retry_after(value: str, date: str) -> float | None:
-    """The seconds of an HTTP ``Retry-After`` (RFC 9110, 10.2.3); None if it says nothing of use.
+    """Read an HTTP ``Retry-After`` (RFC 9110, 10.2.3), in seconds; None if it is invalid.
 
-    A time of day is compared with the ``Date`` of the same answer: this device's clock may be
-    wrong.
+    A date is compared with the ``Date`` header of the same response, because this device's clock
+    may be wrong.
     """
     if value.isascii() and value.isdigit():
         seconds = float(value[:9])
@@ -59,4 +59,4 @@ def retry_after(value: str, date: str) -> float | None:
             seconds = (then - now).total_seconds()
         except (TypeError, ValueError):
             return None
-    return min(max(0.0, seconds), _LONGEST_HINT)
+    return min(max(0.0, seconds), _MAX_RETRY_AFTER)

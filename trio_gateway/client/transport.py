@@ -1,4 +1,4 @@
-"""The transport: one WebSocket on a Trio stream, from the client's side (RFC 6455)."""
+"""The transport: the client side of one WebSocket on a Trio stream (RFC 6455)."""
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -12,7 +12,7 @@ from wsproto.utilities import LocalProtocolError, RemoteProtocolError
 from ..core.close_codes import Close
 from .policy import retry_after
 
-MAX_MESSAGE: Final = 1 << 20  # characters; events have at most 65,536 bytes and an id
+MAX_MESSAGE: Final = 1 << 20  # characters; an event has at most 65,536 bytes and an id
 
 
 class Ended(Exception):  # noqa: N818 - an outcome
@@ -36,18 +36,18 @@ class NoUpgrade(Exception):  # noqa: N818 - an outcome
         self.retry_after = retry_after
 
 
-class Wire:
+class WebSocket:
     """A WebSocket. One task may receive while others send.
 
-    A task that is cancelled while it sends or receives must drop the stream. ``on_data`` is called
-    whenever bytes have arrived, even those of half a message.
+    After a cancelled send or receive the stream must not be used again. ``on_data`` is called
+    whenever bytes have arrived, even if they are half a message.
     """
 
     def __init__(self, stream: trio.abc.Stream) -> None:
         self._stream = stream
         self.on_data: Callable[[], None] | None = None
         self._ws = WSConnection(ConnectionType.CLIENT)
-        self._turn = trio.Lock()  # to send: wsproto's output must be sent in its order
+        self._sending = trio.Lock()  # wsproto's output must be sent in its order
 
     async def upgrade(self, host: str, target: str, headers: Sequence[tuple[bytes, bytes]]) -> None:
         """Request the upgrade. Raises :exc:`NoUpgrade` or :exc:`Ended`."""
@@ -59,12 +59,14 @@ class Wire:
                         case ws.AcceptConnection():
                             return
                         case ws.RejectConnection(status_code=status, headers=answered):
-                            said = {
+                            found = {
                                 name.lower(): value.decode("latin-1") for name, value in answered
                             }
-                            wait = retry_after(said.get(b"retry-after", ""), said.get(b"date", ""))
+                            wait = retry_after(
+                                found.get(b"retry-after", ""), found.get(b"date", "")
+                            )
                             raise NoUpgrade(status, wait)
-                await self._more()
+                await self._receive_data()
         except RemoteProtocolError:
             raise NoUpgrade(None) from None
 
@@ -83,11 +85,11 @@ class Wire:
                     case ws.Ping():
                         await self._send(event.response())
                     case ws.CloseConnection(code=code, reason=reason):
-                        with suppress(Ended):  # its close frame counts
+                        with suppress(Ended):  # the code of the received close frame counts
                             await self._send(event.response())
                         raise Ended(code, reason or "")
             try:
-                await self._more()
+                await self._receive_data()
             except RemoteProtocolError:
                 raise Ended(reason="invalid frames") from None
 
@@ -95,21 +97,21 @@ class Wire:
         """Send a text message. Raises :exc:`Ended`."""
         await self._send(ws.TextMessage(data=text))
 
-    async def say_goodbye(self) -> None:
-        """Close with 1000, and read on until the other side has answered."""
+    async def close(self) -> None:
+        """Close with 1000, and read until the other side has answered."""
         with suppress(Ended):
             await self._send(ws.CloseConnection(code=Close.NORMAL))
             while True:
                 await self.receive()
 
     async def _send(self, event: ws.Event) -> None:
-        async with self._turn:
+        async with self._sending:
             try:
                 await self._stream.send_all(self._ws.send(event))
             except (trio.BrokenResourceError, trio.ClosedResourceError, LocalProtocolError):
                 raise Ended from None
 
-    async def _more(self) -> None:
+    async def _receive_data(self) -> None:
         try:
             data = await self._stream.receive_some()
         except (trio.BrokenResourceError, trio.ClosedResourceError):

@@ -1,4 +1,4 @@
-"""The values that users of the client see."""
+"""The public values of the client."""
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class Event:
     type: str
     data: Mapping[str, Any]  # decoded
     text: str  # byte for byte as published, with the event_id at its end
-    event_id: str | None  # of a durable one
+    event_id: str | None  # None if the event is not durable
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Status:
 
 
 class Refused(Exception):  # noqa: N818 - an outcome
-    """The gateway refuses this client, and trying again would not change that.
+    """The gateway refuses this client; another attempt would have the same result.
 
     ``code`` is its close code, or the HTTP status that refused the upgrade.
     """
