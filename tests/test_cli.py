@@ -343,6 +343,22 @@ def test_check_says_how_to_fix_each_problem(url: str, store: "redis.Redis") -> N
         assert text in done.stdout
 
 
+def test_check_looks_at_every_shard(url: str, store: "redis.Redis") -> None:
+    env = {"REDIS_URL": url, **SECRETS, "REDIS_STREAM_SHARDS": "8"}
+    assert "stream events:critical, 9 streams" in run("check", env=env).stdout
+    store.set("events:critical:{7}", "no stream")
+    done = run("check", env=env)
+    assert done.exit_code == 1
+    assert "one of the keys events:critical* is not a stream" in done.stdout
+
+
+def test_publish_adds_to_the_shard_of_the_tenant(url: str, store: "redis.Redis") -> None:
+    done = run("publish", "-", env={"REDIS_URL": url, "REDIS_STREAM_SHARDS": "64"}, stdin=EVENT)
+    assert done.exit_code == 0
+    assert store.dbsize() == 1
+    assert store.xlen("events:critical:{50}") == 1
+
+
 @pytest.mark.parametrize(
     ("replies", "remedy"),
     [

@@ -16,6 +16,7 @@ from tests.support import gateways as harness
 from tests.support.redis_server import RedisServer
 from trio_gateway.core.events import parse_event
 from trio_gateway.core.routing import Route, To, channel_for
+from trio_gateway.core.shards import shard_of
 from trio_gateway.publisher import (
     AsyncPublisher,
     InvalidEvent,
@@ -164,6 +165,32 @@ def test_stream_is_trimmed_to_about_its_length(url: str, store: "redis.Redis") -
         for _ in range(500):
             publisher.publish(DURABLE)
     assert 100 <= int(store.xlen("events:critical")) < 300
+
+
+def test_event_goes_to_the_shard_of_its_tenant(url: str, store: "redis.Redis") -> None:
+    with Publisher(url, shards=64) as publisher:
+        publisher.publish({**DURABLE, "tenant_id": 1})
+        publisher.publish({**DURABLE, "tenant_id": 2})
+        publisher.publish({**CART, "tenant_id": 2}, stream="events:critical")
+        publisher.publish({**DURABLE, "tenant_id": 2}, stream="audit")
+    keys: Any = store.keys("*")
+    lengths = {key.decode(): store.xlen(key) for key in keys}
+    assert lengths == {"events:critical:{50}": 1, "events:critical:{17}": 2, "audit": 1}
+
+
+@pytest.mark.parametrize("shards", [0, 257])
+def test_impossible_number_of_shards_is_refused(shards: int) -> None:
+    with pytest.raises(ValueError, match="shards must be from 1 to 256"):
+        Publisher("redis://localhost", shards=shards)
+
+
+def test_shard_is_by_the_checksum_that_redis_uses_for_its_slots() -> None:
+    with (
+        harness.valkey(**{"cluster-enabled": "yes"}) as server,
+        redis.Redis(port=server.port) as client,
+    ):
+        for tenant in (1, 2, 7, 10, 4242, 10**12, 2**63 - 1):
+            assert shard_of(tenant, 16384) == client.execute_command("CLUSTER KEYSLOT", str(tenant))
 
 
 def test_own_routes_decide_what_is_durable(url: str, store: "redis.Redis") -> None:

@@ -24,6 +24,7 @@ OURS = {  # in addition to those of the contract
     "WS_OPERATIONS_BIND": None,
     "ALLOW_REDIS_WITHOUT_PASSWORD": False,
     "REDIS_DLQ_STREAM": None,
+    "REDIS_STREAM_SHARDS_PREVIOUS": 1,
     "JWT_SECRET_PREVIOUS": None,
     "TABLE_TOKEN_SECRET_PREVIOUS": None,
     "WS_MAX_HANDSHAKES": 1000,
@@ -69,6 +70,7 @@ DEFAULTS: dict[str, Any] = {
     "REDIS_URL": "redis://localhost:6380",
     "REDIS_CHANNEL_PATTERNS": PATTERNS,
     "REDIS_STREAMS": ("events:critical",),
+    "REDIS_STREAM_SHARDS": 1,
     "REDIS_EVENT_QUEUE_SIZE": 5000,
     "REDIS_EVENT_BATCH_SIZE": 50,
     "REDIS_POOL_MAX_CONNECTIONS": 50,
@@ -525,6 +527,40 @@ def test_streams_with_colliding_event_ids_are_refused(
         f"REDIS_STREAMS: events of {one} and of {other} would have the same ids; rename one"
     ]
     assert load(monkeypatch, REDIS_STREAMS=f"{one},{one}").redis_streams == (one, one)
+
+
+@pytest.mark.parametrize(
+    ("environment", "problem"),
+    [
+        ({"REDIS_STREAM_SHARDS": "0"}, "REDIS_STREAM_SHARDS: Input should be greater than or"),
+        ({"REDIS_STREAM_SHARDS": "257"}, "REDIS_STREAM_SHARDS: Input should be less than or"),
+        ({"REDIS_STREAM_SHARDS": "2", "REDIS_STREAMS": "a,b"}, "only one stream can have shards"),
+        ({"REDIS_STREAM_SHARDS_PREVIOUS": "2", "REDIS_STREAMS": "a,b"}, "only one stream can have"),
+        ({"REDIS_STREAM_SHARDS": "2", "REDIS_STREAMS": ","}, "only one stream can have shards"),
+        ({"REDIS_STREAM_SHARDS": "2", "REDIS_STREAMS": "a{b}"}, "can't contain {"),
+        (
+            {"REDIS_STREAM_SHARDS": "12", "REDIS_STREAM_SHARDS_PREVIOUS": "8"},
+            "must be a multiple or a divisor of REDIS_STREAM_SHARDS_PREVIOUS (8)",
+        ),
+        (
+            {"REDIS_STREAM_SHARDS": "2", "REDIS_DLQ_STREAM": "events:critical:{1}"},
+            "REDIS_DLQ_STREAM is one of REDIS_STREAMS",
+        ),
+        (
+            {"REDIS_STREAM_SHARDS": "64", "REDIS_STREAMS": "orders:786"},
+            "events of orders:786:{7} and of orders:786:{40} would have the same ids; rename one",
+        ),
+    ],
+)
+def test_shards_that_cannot_work_are_refused(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], problem: str
+) -> None:
+    assert any(problem in found for found in problems(monkeypatch, **environment))
+
+
+def test_shards_are_of_the_one_stream_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = load(monkeypatch, REDIS_STREAM_SHARDS="2", REDIS_STREAMS="orders,orders")
+    assert settings.sharding.names == ("orders", "orders:{0}", "orders:{1}")
 
 
 def test_tracing_without_its_dependencies_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:

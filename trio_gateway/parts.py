@@ -217,7 +217,7 @@ def build_parts(
         wall_clock=clock,
     )
     streams = Streams(
-        address, settings.redis_streams, inlet, breakers["stream"], on_demoted=on_demoted
+        address, settings.sharding.names, inlet, breakers["stream"], on_demoted=on_demoted
     )
     sources = trio.CancelScope()
     silent = SilentConnections(settings.ws_max_handshakes)

@@ -20,6 +20,7 @@ from redis.retry import Retry
 from .core.event_ids import DEFAULT_STREAM
 from .core.events import InvalidEvent, parse_event
 from .core.routing import ROUTES, InvalidRoutes, Route, Routing, channel_for, read_routes
+from .core.shards import MAX_SHARDS, shard_of, stream_name
 from .redis_errors import is_wrong_server
 from .redis_url import RedisAddress
 
@@ -70,11 +71,14 @@ class Publisher:
         url: the URL of Redis (``redis://``, ``rediss://`` or ``unix://``), with the options of the
             gateway's ``REDIS_URL``.
         stream: the stream for durable events; one of the gateways' ``REDIS_STREAMS``.
-        max_length: the approximate number of entries in the stream; None for no limit.
+        shards: the gateways' ``REDIS_STREAM_SHARDS``. Above 1, each event is added to the shard of
+            its tenant, for example ``events:critical:{3}``.
+        max_length: the approximate number of entries in a stream; None for no limit.
         routes: the gateways' routing table. Pass ``read_routes(text)`` of their
             ``WS_ROUTES_FILE`` if they have one.
 
-    Raises :exc:`ValueError` if the URL can't be used.
+    Raises :exc:`ValueError` if the URL can't be used, or for a number of shards that is not from
+    1 to 256.
     """
 
     def __init__(
@@ -82,6 +86,7 @@ class Publisher:
         url: str,
         *,
         stream: str = DEFAULT_STREAM,
+        shards: int = 1,
         max_length: int | None = 100_000,
         routes: Mapping[str, Route] = ROUTES,
     ) -> None:
@@ -93,6 +98,8 @@ class Publisher:
                 "not a Redis URL (redis://[[user]:password@]host[:port][/db], rediss:// or"
                 f" unix://): it {error}"
             ) from None
+        if not 1 <= shards <= MAX_SHARDS:
+            raise ValueError(f"shards must be from 1 to {MAX_SHARDS}")
         self._redis = redis.Redis(
             connection_pool=_Pool(
                 **address.pool_options(redis),
@@ -106,6 +113,7 @@ class Publisher:
         )
         self._address = address
         self._stream = stream
+        self._shards = shards
         self._max_length = max_length
         self._routes = Routing(routes)
 
@@ -139,7 +147,8 @@ class Publisher:
             id: the idempotency key, unless the mapping has one; not allowed with JSON. Gateways
                 treat events with the same ``id`` within 5 minutes as one event. An event with an
                 ``id`` is therefore sent again if the reply to adding it to the stream is lost.
-            stream, channel: publish there, whatever type the event has.
+            stream, channel: publish there, whatever type the event has. The publisher's own
+                ``stream`` means the shard of the event's tenant in it.
 
         Returns the entry's id in the stream (a str), or the number of subscribers that received it
         on the channel (an int).
@@ -161,6 +170,9 @@ class Publisher:
             else:
                 channel = channel_for(parsed, self._routes)
         if stream is not None:
+            if stream == self._stream:
+                shard = shard_of(parsed.tenant, self._shards)
+                stream = stream_name(stream, self._shards, shard)
             return self._add(stream, payload, again=parsed.id is not None)
         assert channel is not None
         subscribers: int = self._run(partial(self._redis.publish, channel, payload), int)

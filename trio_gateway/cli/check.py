@@ -1,7 +1,7 @@
 """``check``: verify the settings, and the Redis and the database that they name."""
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
@@ -165,17 +165,12 @@ async def _check_commands(settings: "Settings", redis: "RedisConnection", report
 
     with report.trying("liveness (PING)", "allow this user: ACL SETUSER … +ping"):
         await _call(redis, "PING")
-    for stream in dict.fromkeys(settings.redis_streams):
-        with report.trying(
-            f"stream {stream}",
-            "allow this user to read it:"
-            f" ACL SETUSER … ~{stream} +xread +xrevrange +xinfo|stream +time",
-            f"the key {stream} is not a stream: name another one in REDIS_STREAMS",
-        ):
-            await _call(redis, "XREVRANGE", stream, "+", "-", "COUNT", 1)
-            await _call(redis, "XREAD", "COUNT", 1, "STREAMS", stream, "$")
-            await _call(redis, "XINFO", "STREAM", stream, unless="no such key")
-            await _call(redis, "TIME", unless="unknown command")
+    if settings.sharding.by_tenant:
+        name, number = settings.redis_streams[0], len(settings.sharding.names)
+        await _check_streams(redis, report, settings.sharding.names, f"{name}, {number} streams")
+    else:
+        for stream in settings.sharding.names:
+            await _check_streams(redis, report, [stream], stream)
     key = f"gateway:ticket:check-{secrets.token_hex(8)}"
     with report.trying(
         "tickets (SET, GET, GETDEL)",
@@ -208,6 +203,26 @@ async def _check_commands(settings: "Settings", redis: "RedisConnection", report
             await _call(redis, "SET", "gateway:dlq:check", "", "XX")
             # No entry can have this id: an error, and nothing is added.
             await _call(redis, "XADD", dlq, "0-0", "check", "", unless="greater than 0-0")
+
+
+async def _check_streams(
+    redis: "RedisConnection", report: _Report, streams: Sequence[str], title: str
+) -> None:
+    """Whether these streams can be read; ``title`` says which they are."""
+    pattern = streams[0] if len(streams) == 1 else f"{streams[0].partition(':{')[0]}*"
+    with report.trying(
+        f"stream {title}",
+        "allow this user to read it:"
+        f" ACL SETUSER … ~{pattern} +xread +xrevrange +xinfo|stream +time",
+        f"the key {streams[0]} is not a stream: name another one in REDIS_STREAMS"
+        if len(streams) == 1
+        else f"one of the keys {pattern} is not a stream: name another one in REDIS_STREAMS",
+    ):
+        await _call(redis, "XREAD", "COUNT", 1, "STREAMS", *streams, *("$" for _ in streams))
+        for stream in streams:
+            await _call(redis, "XREVRANGE", stream, "+", "-", "COUNT", 1)
+            await _call(redis, "XINFO", "STREAM", stream, unless="no such key")
+        await _call(redis, "TIME", unless="unknown command")
 
 
 async def _check_subscribing(

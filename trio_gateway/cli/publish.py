@@ -55,9 +55,9 @@ class _Tally:
 def publish(file: str, rate: float, repeat: int, now: bool) -> None:
     """Publish one event, or a file of them, to the Redis at REDIS_URL.
 
-    FILE contains one JSON object, or one on each event: an event, or {"channel": …, "event": …} to
+    FILE contains one JSON object, or one on each line: an event, or {"channel": …, "event": …} to
     choose the channel. An event alone goes where its type belongs: a durable event to the first of
-    REDIS_STREAMS, any other on a channel.
+    REDIS_STREAMS (with REDIS_STREAM_SHARDS to the shard of its tenant), any other on a channel.
     """
     from ..publisher import Publisher, PublishFailed
 
@@ -72,6 +72,7 @@ def publish(file: str, rate: float, repeat: int, now: bool) -> None:
             Publisher(
                 settings.redis_url,
                 stream=streams[0],
+                shards=settings.redis_stream_shards,
                 max_length=None,  # the backends decide how long their stream is
                 routes=settings.routes,
             )

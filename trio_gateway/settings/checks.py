@@ -1,11 +1,13 @@
 """Checks of several settings together: problems that prevent the start, and warnings."""
 
+from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import Final
 from urllib.parse import parse_qs, urlsplit
 
 from ..core.event_ids import tag
 from ..core.origins import is_loopback
+from ..core.shards import Sharding
 from ..keys import MIN_SECRET_BYTES, SIGNATURES, is_well_known
 from ..redis_url import RedisAddress
 from .values import HMAC, SettingValues
@@ -23,9 +25,7 @@ def problems_of(settings: SettingValues) -> list[str]:
         problems.append(
             "JWT_ALGORITHMS names a public-key algorithm: set JWT_PUBLIC_KEY or JWT_JWKS_URL"
         )
-    if settings.redis_dlq_stream in settings.redis_streams:
-        problems.append("REDIS_DLQ_STREAM is one of REDIS_STREAMS: each copy would be copied again")
-    problems += _streams_with_the_same_tag(settings)
+    problems += _stream_problems(settings)
     if settings.ws_tracing and not all(map(_is_installed, _OTEL)):
         problems.append("WS_TRACING needs other packages: pip install 'trio-gateway[otel]'")
     if settings.environment == "production":
@@ -83,12 +83,52 @@ def _interval_warnings(settings: SettingValues) -> list[str]:
     return found
 
 
-def _streams_with_the_same_tag(settings: SettingValues) -> list[str]:
+def sharding_of(settings: SettingValues) -> Sharding:
+    """In which streams the events of a tenant are."""
+    return Sharding(
+        tuple(dict.fromkeys(settings.redis_streams)),
+        shards=settings.redis_stream_shards,
+        previous=settings.redis_stream_shards_previous,
+    )
+
+
+def _stream_problems(settings: SettingValues) -> list[str]:
+    problems = _shard_problems(settings)
+    if problems:
+        return problems
+    names = sharding_of(settings).names
+    if settings.redis_dlq_stream in names:
+        problems.append("REDIS_DLQ_STREAM is one of REDIS_STREAMS: each copy would be copied again")
+    return problems + _streams_with_the_same_tag(names)
+
+
+def _shard_problems(settings: SettingValues) -> list[str]:
+    new, old = settings.redis_stream_shards, settings.redis_stream_shards_previous
+    if new == old == 1:
+        return []
+    problems = []
+    if len(set(settings.redis_streams)) != 1:
+        problems.append(
+            "REDIS_STREAM_SHARDS: only one stream can have shards; name one in REDIS_STREAMS"
+        )
+    elif "{" in settings.redis_streams[0]:
+        problems.append(
+            "REDIS_STREAMS: the name of a stream with shards can't contain {, which begins a shard"
+        )
+    if new % old and old % new:
+        problems.append(
+            f"REDIS_STREAM_SHARDS ({new}) must be a multiple or a divisor of"
+            f" REDIS_STREAM_SHARDS_PREVIOUS ({old})"
+        )
+    return problems
+
+
+def _streams_with_the_same_tag(names: Iterable[str]) -> list[str]:
     """Event ids name their stream by a tag of 16 bits: no two streams may have the same tag."""
     first: dict[str, str] = {}
     return [
         f"REDIS_STREAMS: events of {other} and of {name} would have the same ids; rename one"
-        for name in settings.redis_streams
+        for name in names
         if (other := first.setdefault(tag(name), name)) != name
     ]
 

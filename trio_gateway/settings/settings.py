@@ -11,9 +11,10 @@ from pydantic import model_validator
 
 from ..core.routing import ROUTES, InvalidRoutes, Routing, read_routes
 from ..core.service_day import ServiceDays, read_windows, read_zone, read_zones
+from ..core.shards import Sharding
 from ..core.tokens import Key, Rules
 from ..keys import MIN_SECRET_BYTES, algorithms_of, public_keys
-from .checks import problems_of, warnings_of
+from .checks import problems_of, sharding_of, warnings_of
 from .values import HMAC, SettingValues
 
 # An environment variable of the workers: the seed of their common random secrets.
@@ -53,6 +54,11 @@ class Settings(SettingValues):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    @cached_property
+    def sharding(self) -> Sharding:
+        """In which streams the events of a tenant are."""
+        return sharding_of(self)
 
     @cached_property
     def routes(self) -> Routing:

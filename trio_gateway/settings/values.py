@@ -11,6 +11,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from ..core.event_ids import DEFAULT_STREAM
 from ..core.origins import read_origin
+from ..core.shards import MAX_SHARDS
 from ..keys import SIGNATURES
 from ..redis_url import RedisAddress
 
@@ -37,6 +38,7 @@ HMAC = frozenset({"HS256", "HS384", "HS512"})
 
 _List = Annotated[tuple[str, ...], NoDecode]
 _Count = Annotated[int, Field(ge=1)]
+_Shards = Annotated[int, Field(ge=1, le=MAX_SHARDS)]
 _Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -92,6 +94,8 @@ class SettingValues(BaseSettings):
     allow_redis_without_password: bool = False
     redis_channel_patterns: _List = _PATTERNS
     redis_streams: _List = (DEFAULT_STREAM,)
+    redis_stream_shards: _Shards = 1
+    redis_stream_shards_previous: _Shards = 1  # before a change: those streams are read, too
     redis_dlq_stream: str | None = None  # invalid stream entries are copied to it
     redis_event_queue_size: _Count = 5000
     redis_event_batch_size: _Count = 50

@@ -39,7 +39,9 @@ _Object = dict[str, Any]
 def describe(settings: "Settings") -> _Object:
     """Make the document for a gateway with these settings: its routes, patterns and streams."""
     routes = settings.routes
-    sources = _sources(settings.redis_channel_patterns, settings.redis_streams)
+    sources = _sources(
+        settings.redis_channel_patterns, settings.redis_streams, settings.redis_stream_shards
+    )
     channels: _Object = {}
     operations: _Object = {}
     for endpoint in Endpoint:
@@ -178,11 +180,16 @@ def _add_endpoint(
     }
 
 
-def _sources(patterns: Iterable[str], streams: Iterable[str]) -> dict[str, tuple[str, str]]:
+def _sources(
+    patterns: Iterable[str], streams: Iterable[str], shards: int
+) -> dict[str, tuple[str, str]]:
     """The sources of events: address and description, by channel name in the document."""
     body = "The body of an event decides who receives it, not the channel."
     stream = "A Redis stream: XADD with one field `data`, the event. Publish durable types here."
     found = {f"pubsub_{n}": (p, f"PUBLISH. {body}") for n, p in enumerate(patterns, 1)}
+    if shards > 1:
+        streams = [f"{name}:{{k}}" for name in streams]
+        stream += f" k, in braces, is CRC-16/XMODEM of tenant_id in decimal, modulo {shards}."
     return found | {f"stream_{n}": (name, stream) for n, name in enumerate(streams, 1)}
 
 

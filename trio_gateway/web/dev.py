@@ -102,12 +102,13 @@ async def publish(parts: Parts) -> Answer:
         await redeem_ticket(parts)
     except Rejected as rejected:
         return refusal(rejected)
-    routes, streams = parts.settings.routes, parts.settings.redis_streams
+    routes = parts.settings.routes
     try:
-        if routes.is_durable(event.type) and streams:
+        if routes.is_durable(event.type) and parts.settings.redis_streams:
+            stream = parts.settings.sharding.name_for_new(event.tenant)
             # Not trimmed: the backends decide how long their stream is.
-            await parts.commands.add(streams[0], {"data": payload})
-            return jsonify(stream=streams[0])
+            await parts.commands.add(stream, {"data": payload})
+            return jsonify(stream=stream)
         channel = channel_for(event, routes)
         await parts.commands.publish(channel, payload)
     except Unavailable:
