@@ -182,13 +182,15 @@ class Gateway(QuartTrio):
         if multiprocessing.parent_process() is not None:
             nursery.start_soon(self._delay_sigterm)
         nursery.start_soon(self._run_sources)
+        nursery.start_soon(parts.following.run)
         nursery.start_soon(parts.worker_stats.share, partial(stats.snapshot, parts))
 
     async def _run_sources(self) -> None:
         parts = self.parts
         with parts.sources:
             async with trio.open_nursery() as nursery:
-                for name, run in (("pubsub", parts.pubsub.run), ("stream", parts.streams.run)):
+                read = partial(parts.streams.run, parts.inlet)
+                for name, run in (("pubsub", parts.pubsub.run), ("stream", read)):
                     nursery.start_soon(keep_running, name, run, parts.breakers[name])
 
     async def _reap(self) -> None:

@@ -27,10 +27,12 @@ from .runtime.client_counts import ClientCounts
 from .runtime.concurrency_limiter import ConcurrencyLimiter
 from .runtime.dispatch import Dispatch
 from .runtime.drain import Drain
+from .runtime.following import Following
 from .runtime.history import History
 from .runtime.hub import CapacityLimits, Hub
 from .runtime.ingest import Ingest
 from .runtime.keyed_limiter import KeyedLimiter
+from .runtime.places import Places
 from .runtime.queue import EventQueue
 from .runtime.resume import Replays
 from .runtime.room import Room
@@ -67,6 +69,9 @@ class Parts:
     dispatch: Dispatch
     pubsub: PubSub
     streams: Streams
+    inlet: StreamInlet
+    following: Following
+    places: Places
     sources: trio.CancelScope  # around the tasks of the two sources
     dead_letters: DeadLetters | None
     # Admission:
@@ -143,7 +148,10 @@ def build_parts(
         size=settings.ws_history_bytes,
         age=settings.ws_history_age,
     )
-    replays = Replays(history, hub)
+    sharding = settings.sharding
+    history.ranks = sharding.ranks
+    places = Places(history, sharding)
+    replays = Replays(history, hub, places)
     dispatch = Dispatch(
         hub,
         settings.routes,
@@ -161,7 +169,9 @@ def build_parts(
         ),
         TenantRate(settings.ws_tenant_event_rate) if settings.ws_tenant_event_rate else None,
     )
-    stream_queue = EventQueue(settings.redis_event_queue_size)
+    stream_queue = EventQueue(
+        settings.redis_event_queue_size, is_one_lane=settings.sharding.by_tenant
+    )
 
     commands = Commands(
         settings.redis_url,
@@ -217,8 +227,13 @@ def build_parts(
         wall_clock=clock,
     )
     streams = Streams(
-        address, settings.sharding.names, inlet, breakers["stream"], on_demoted=on_demoted
+        address,
+        breakers["stream"],
+        ranks=sharding.ranks,
+        old_streams=sharding.old_streams,
+        on_demoted=on_demoted,
     )
+    following = Following(streams, history, sharding)
     sources = trio.CancelScope()
     silent = SilentConnections(settings.ws_max_handshakes)
     heads: ConcurrencyLimiter[Opening] = ConcurrencyLimiter(settings.ws_max_handshakes)
@@ -242,6 +257,9 @@ def build_parts(
         dispatch=dispatch,
         pubsub=pubsub,
         streams=streams,
+        inlet=inlet,
+        following=following,
+        places=places,
         sources=sources,
         dead_letters=dead_letters,
         commands=commands,

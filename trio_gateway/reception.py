@@ -64,7 +64,7 @@ class Reception:
         """
         parts = self._parts
         endpoint = request.endpoint
-        accepted_at = parts.history.end
+        accepted_at, accepted_time = parts.history.end, trio.current_time()
         address, entered = "", False
         try:
             try:
@@ -82,6 +82,8 @@ class Reception:
                     replays=parts.replays,
                     resume_from=request.last_event_id,
                     accepted_at=accepted_at,
+                    # Of a shard that is not read yet there is no place, but a time.
+                    accepted_time=accepted_time if parts.settings.sharding.by_tenant else None,
                     supports_deflate=request.supports_deflate,
                 )
             except Rejected as rejected:
@@ -95,7 +97,8 @@ class Reception:
                 await self._reject(endpoint, socket, bug)
                 return
             del request, pending  # free a long head and its token while the client is connected
-            await self._run(connection, socket)
+            with parts.following.client_of(principal.tenant):
+                await self._run(connection, socket)
         finally:
             if entered:
                 parts.addresses.leave(address)

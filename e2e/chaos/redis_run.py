@@ -22,7 +22,7 @@ from tests.support.processes import GatewayProcess
 from trio_gateway.broker.commands import TIMEOUT
 from trio_gateway.broker.connection import CONNECT_TIMEOUT
 from trio_gateway.broker.pubsub import LIVENESS
-from trio_gateway.broker.streams import BLOCK, REPLY_TIMEOUT
+from trio_gateway.broker.stream_reader import BLOCK, REPLY_TIMEOUT
 from trio_gateway.core.resilience import Backoff
 from trio_gateway.testing import make_jwt, make_table_token
 

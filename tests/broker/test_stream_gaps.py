@@ -6,7 +6,7 @@ from trio_gateway.broker.stream_cursor import StreamCursor
 from trio_gateway.broker.stream_gaps import Check, Gap, check
 from trio_gateway.broker.stream_replies import Info
 from trio_gateway.core.event_ids import START, Position, tag
-from trio_gateway.runtime.stream_inlet import Entry
+from trio_gateway.runtime.source import Entry
 
 
 def at(milliseconds: int, sequence: int = 0) -> Position:

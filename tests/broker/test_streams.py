@@ -5,18 +5,17 @@ import trio
 
 from tests.support.redis_links import link_to
 from trio_gateway.broker.stream_cursor import StreamCursor
+from trio_gateway.broker.stream_reader import StreamReader, merge
 from trio_gateway.broker.stream_replies import Info
-from trio_gateway.broker.streams import Streams
-from trio_gateway.core.event_ids import tag
-from trio_gateway.core.resilience import Breaker
+from trio_gateway.core.event_ids import Position, tag
 from trio_gateway.core.routing import ROUTES
-from trio_gateway.redis_url import RedisAddress
 from trio_gateway.runtime.dispatch import Dispatch
 from trio_gateway.runtime.history import History
 from trio_gateway.runtime.hub import CapacityLimits, Hub
 from trio_gateway.runtime.ingest import Ingest
 from trio_gateway.runtime.queue import EventQueue
 from trio_gateway.runtime.resume import Replays
+from trio_gateway.runtime.source import Entry
 from trio_gateway.runtime.stream_inlet import StreamInlet
 from trio_gateway.runtime.supervision import ConnectionLost
 
@@ -35,13 +34,41 @@ async def test_reply_to_an_earlier_command_is_not_delivered_again() -> None:
         ingest=ingest, queue=EventQueue(10), history=history, dispatch=Dispatch(hub, ROUTES),
         replays=Replays(history, hub), routes=ROUTES,
     )  # fmt: skip
-    streams = Streams(RedisAddress(), ["s"], inlet, Breaker(5, 30))
     cursor = StreamCursor("s", tag("s"), Info())
     cursor.checked_at = trio.current_time()
-    streams._by_name["s"] = cursor
     async with link_to(redis) as link:
-        await streams._read(link)
-        assert streams.cursors == {"s": "1-1"}
+        reader = StreamReader(
+            link, inlet, {"s": cursor}, ranks={}, old_streams=(), on_gap=lambda: None
+        )
+        await reader.read()
+        assert cursor.entry_id == "1-1"
         with pytest.raises(ConnectionLost, match="earlier question"):
-            await streams._read(link)
+            await reader.read()
     assert ingest.received["stream"] == 1
+
+
+OLD, NEW = StreamCursor("s", tag("s"), Info()), StreamCursor("s:{1}", tag("s:{1}"), Info())
+RANKS = {OLD.stream: 0, NEW.stream: 1}
+
+
+def at(*places: tuple[int, int]) -> list[Entry]:
+    return [Entry(Position(place), b"") for place in places]
+
+
+def test_entries_of_an_old_and_a_new_stream_are_in_the_order_of_their_times() -> None:
+    news = [(OLD, at((1, 0), (4, 0))), (NEW, at((2, 0), (3, 0), (5, 0)))]
+    assert merge(news, RANKS) == [
+        (OLD, at((1, 0))), (NEW, at((2, 0), (3, 0))), (OLD, at((4, 0))), (NEW, at((5, 0))),
+    ]  # fmt: skip
+
+
+def test_entries_of_the_old_stream_are_first_within_a_millisecond() -> None:
+    news = [(NEW, at((7, 0), (7, 1))), (OLD, at((7, 0), (7, 5)))]
+    assert merge(news, RANKS) == [(OLD, at((7, 0), (7, 5))), (NEW, at((7, 0), (7, 1)))]
+
+
+def test_what_an_entry_that_did_not_fit_may_precede_waits_for_the_next_reply() -> None:
+    news = [(OLD, at((1, 0), (2, 0))), (NEW, at((1, 0), (2, 0)))]
+    assert merge(news, RANKS, count=2) == [
+        (OLD, at((1, 0))), (NEW, at((1, 0))), (OLD, at((2, 0))),
+    ]  # fmt: skip

@@ -253,7 +253,7 @@ async def test_gap_in_the_stream_ends_what_it_waits_for(
     await publish(world, *range(1, 21))
     await publish(world, *range(21, 41))
     world.history.restart(A, since=at(50), end=at(50))
-    world.replays.tell_of_gap()
+    world.replays.tell_of_gap(A)
     await publish(world, 51, 52)
     await read_all(client)
 
@@ -422,7 +422,7 @@ def test_any_slow_client_gets_durable_events_once_in_order_and_a_gap_for_what_it
                         n += 1
                         gaps += 1
                         world.history.restart(A, since=at(n), end=at(n))
-                        world.replays.tell_of_gap()
+                        world.replays.tell_of_gap(A)
                         sent.clear()
                     case "wait":
                         await trio.sleep(1.5)

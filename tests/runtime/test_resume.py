@@ -605,7 +605,7 @@ async def test_slow_client_hears_what_a_stream_made_anew_brings(
     await world.publish(*range(1, 501), entity="x" * 100)
     client = await world.connect(place(0), socket=FakeSocket(room=0))
     world.history.restart(A, since=at(501), end=at(100))  # of which nobody knows what was lost
-    world.replays.tell_of_gap()
+    world.replays.tell_of_gap(A)
     await world.publish(101, 102)  # places that the stream had before
     client.socket.read(math.inf)
     await wait_all_tasks_blocked()

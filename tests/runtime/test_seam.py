@@ -207,7 +207,7 @@ class World:
         """As the streams source and the gateway do it."""
         await self.read.wait_idle()
         self.history.restart(A, since=since, end=end)
-        self.replays.tell_of_gap()
+        self.replays.tell_of_gap(A)
 
     # Clients
 

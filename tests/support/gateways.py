@@ -222,7 +222,7 @@ async def settle(running: Running) -> None:
         client.publish(channel, marker)
         with trio.fail_after(5):
             await seen.wait()
-            for stream in app.settings.redis_streams:
+            for stream in app.parts.streams.cursors:
                 last: Any = client.xrevrange(stream, count=1)
                 while last and app.parts.streams.cursors[stream] != last[0][0].decode():
                     await trio.sleep(0.002)

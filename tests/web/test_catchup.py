@@ -139,7 +139,7 @@ async def test_request_beyond_the_history_is_marked_incomplete(
         assert (reply.status, reply.json["count"]) == (200, 0)
         assert reply.headers["gateway-complete"] == "false"
 
-    gateway.app.parts.history.end = {}  # as before the first entry was read
+    gateway.app.parts.history.forget(STREAM)  # as before the first entry was read
     for since in ("0", event_id(STREAM, newest)):
         for path in (MINE, f"{TABLE}&since="):
             reply = await http(gateway.port, f"{path}{since}")

@@ -1,7 +1,7 @@
 """A Redis connection on a Trio stream; hiredis reads the replies."""
 
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from math import inf
 from typing import Any, Final
@@ -21,6 +21,8 @@ _CHUNK: Final = 1 << 18
 _DEMOTED: Final = frozenset({"MASTERDOWN", "READONLY", "UNBLOCKED"})
 _NOTHING: Final = object()
 
+Command = Sequence[str | bytes | int]
+
 
 class RedisConnection:
     """Sends commands and receives replies.
@@ -35,9 +37,12 @@ class RedisConnection:
 
     async def send(self, *words: str | bytes | int) -> None:
         """Send one command."""
+        await self._send([words])
+
+    async def _send(self, commands: Sequence[Command]) -> None:
         try:
-            packed = hiredis.pack_command(words)  # type: ignore[arg-type]  # its stub is too narrow
-            await self._stream.send_all(packed)
+            packed = [hiredis.pack_command(words) for words in commands]  # type: ignore[arg-type]  # its stub is too narrow
+            await self._stream.send_all(b"".join(packed))
         except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise ConnectionLost(f"send failed: {type(error).__name__}") from None
 
@@ -59,30 +64,30 @@ class RedisConnection:
         An error reply is returned as :exc:`hiredis.ReplyError`. If neither a reply nor
         :data:`ENOUGH` bytes of one arrive in ``timeout`` seconds, the connection is lost.
         """
-        await self.send(*words)
+        (reply,) = await self.ask_all([words], timeout=timeout)
+        return reply
+
+    async def ask_all(self, commands: Sequence[Command], *, timeout: float = inf) -> list[Any]:
+        """Send commands at once and return their replies, as :meth:`ask` does."""
+        await self._send(commands)
         replies: list[Any] = []
-        while not replies:
+        while len(replies) < len(commands):
             before = self.received
             with trio.move_on_after(timeout) as scope:
-                while not (replies := await self.receive()):
-                    pass
+                while len(replies) < len(commands):
+                    replies += await self.receive()
             if scope.cancelled_caught and self.received - before < ENOUGH:
-                raise ConnectionLost(f"no answer to {words[0]!s}")
-        if len(replies) > 1:
+                raise ConnectionLost(f"no answer to {commands[len(replies)][0]!s}")
+        if len(replies) > len(commands):
             raise ConnectionLost("more replies than commands")
-        return replies[0]
+        return replies
 
     async def call(self, *words: str | bytes | int, timeout: float = inf) -> Any:
         """Like :meth:`ask`, but an error reply raises :exc:`ConnectionLost`.
 
         It raises :exc:`Demoted` if the reply says that the server is a replica.
         """
-        reply = await self.ask(*words, timeout=timeout)
-        if isinstance(reply, hiredis.ReplyError):
-            what = str(reply).split(" ", 1)[0]
-            kind = Demoted if what in _DEMOTED else ConnectionLost
-            raise kind(f"{words[0]!s} failed: {what}")
-        return reply
+        return no_error(await self.ask(*words, timeout=timeout), words[0])
 
     async def check_role(self, *, timeout: float = inf) -> None:
         """Raise :exc:`Demoted` if the server says that it is a replica. A proxy may not say it.
@@ -104,6 +109,15 @@ class RedisConnection:
         except (hiredis.ProtocolError, TypeError, ValueError, MemoryError):
             raise ConnectionLost("the reply is not RESP") from None
         return found
+
+
+def no_error(reply: Any, command: str | bytes | int) -> Any:
+    """The reply to a command, unless it is an error: see :meth:`RedisConnection.call`."""
+    if isinstance(reply, hiredis.ReplyError):
+        what = str(reply).split(" ", 1)[0]
+        kind = Demoted if what in _DEMOTED else ConnectionLost
+        raise kind(f"{command!s} failed: {what}")
+    return reply
 
 
 @asynccontextmanager

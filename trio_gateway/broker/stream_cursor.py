@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from ..core.event_ids import START, Position, Stream, entry_id
-from ..runtime.stream_inlet import Entry
+from ..runtime.source import Entry
 from .stream_replies import Info
 
 # How many ids are remembered, so that no entry is delivered twice after the cursor was set back.

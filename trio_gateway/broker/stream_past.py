@@ -3,7 +3,7 @@
 from typing import Final
 
 from ..core.event_ids import START, Position, entry_id
-from ..runtime.stream_inlet import Entry, Past, Room
+from ..runtime.source import Entry, Past, Room
 from .connection import RedisConnection
 from .stream_replies import Info, read_entries
 

@@ -11,7 +11,7 @@ import hiredis
 import msgspec
 
 from ..core.event_ids import START, Position, read_position
-from ..runtime.stream_inlet import Entry
+from ..runtime.source import Entry
 from ..runtime.supervision import ConnectionLost
 
 _FIELD: Final = b"data"

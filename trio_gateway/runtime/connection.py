@@ -133,6 +133,7 @@ class Connection:
         replays: Resuming | None = None,
         resume_from: str | None = None,
         accepted_at: Cursor | None = None,
+        accepted_time: float | None = None,
         supports_deflate: bool = False,
     ) -> None:
         self.principal = principal
@@ -146,7 +147,7 @@ class Connection:
         self.supports_deflate = supports_deflate
         self.number = 0  # the hub's, from 1 in the order of joining
         self.mask = 0  # the hub's, while it looks for who hears a batch
-        self.resume_state = ResumeState(accepted_at, resume_from)
+        self.resume_state = ResumeState(accepted_at, resume_from, accepted_time)
         self._replays = replays
         self._answer = answer
         self._limits = terms

@@ -134,9 +134,15 @@ class Dispatch:
                         raise
         return fresh
 
-    def remember(self, event: Event) -> None:
-        """Store a durable event of the past without sending it. Call it with the oldest first."""
+    def remember(self, event: Event, read_again: Duplicates | None = None) -> None:
+        """Store a durable event of the past without sending it. Call it with the oldest first.
+
+        ``read_again`` is for the events of a stream that was read before and forgotten meanwhile:
+        those that are new to it are stored, though they were received before.
+        """
         found = self._duplicates.find_or_add(event)
+        if read_again is not None:
+            found = read_again.find_or_add(event)
         if event.durable and not (found and found.was_stored):
             self._store(event, self.audiences(event), delivered_up_to=0)
 

@@ -4,7 +4,7 @@ import heapq
 import math
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 import trio
@@ -47,10 +47,24 @@ class History:
         self.bytes = 0
         self.began: dict[Stream, Position] = {}  # where each was first read live
         self.expected: set[Stream] = set()  # that are to be read
-        self.end: Cursor = {}  # the present place: replaced, never changed, so it can be shared
+        # Of entries of one millisecond in different streams, see Sharding.ranks.
+        self.ranks: Mapping[Stream, int] = {}
+        self._end: dict[Stream, Position] = {}
+        self._shared_end: Cursor | None = None  # a copy of it
 
     def __len__(self) -> int:
         return len(self._kept)
+
+    @property
+    def end(self) -> Cursor:
+        """The present place. It is never changed, so it can be shared: later ones replace it."""
+        if self._shared_end is None:
+            self._shared_end = self._end.copy()
+        return self._shared_end
+
+    def _set_end(self, stream: Stream, position: Position) -> None:
+        self._end[stream] = position
+        self._shared_end = None
 
     def begin(self, stream: Stream, since: Position, *, whole: bool = False) -> None:
         """Start tracking a stream at ``since``. ``whole``: it never had an earlier entry.
@@ -62,20 +76,36 @@ class History:
         if whole:
             self._whole.add(stream)
 
+    def was_begun(self, stream: Stream) -> bool:
+        """Whether :meth:`begin` was called for this stream."""
+        return stream in self._since
+
     def restart(self, stream: Stream, *, since: Position, end: Position) -> None:
         """Forget a stream of which entries were lost.
 
         A client whose position is before ``since`` cannot be told what followed. The stream is
         read on from ``end``, which is before ``since`` if it was created anew.
         """
+        since = max(since, self._since.get(stream, START))
+        self._drop(stream)
+        self._since[stream] = since
+        self._set_end(stream, end)
+
+    def forget(self, stream: Stream) -> None:
+        """Forget a stream that is not read any more, as if it had never been."""
+        self._drop(stream)
+        for places in (self._since, self._end, self.began):
+            places.pop(stream, None)
+        self._shared_end = None
+
+    def _drop(self, stream: Stream) -> None:
+        """Drop the events of a stream."""
         self._kept = deque(kept for kept in self._kept if kept.stream != stream)
         self.bytes = sum(len(kept.frame) for kept in self._kept)
         for key in [key for key in self._by_audience if key[0] == stream]:
             del self._by_audience[key]
         self._whole.discard(stream)
         self._forgotten.pop(stream, None)
-        self._since[stream] = max(since, self._since.get(stream, START))
-        self.end = {**self.end, stream: end}
 
     def add(
         self, event: Event, audiences: Collection[Audience], *, now: float, delivered_up_to: int = 0
@@ -104,7 +134,7 @@ class History:
         self.began.setdefault(stream, position)
         if self._since.get(stream) == START:  # an id before the first entry is not of this stream
             self._since[stream] = position
-        self.end = {**self.end, stream: position}
+        self._set_end(stream, position)
         self._grown.unpark_all()
 
     def position_at(self, stream: Stream, moment: float) -> Position | None:
@@ -118,6 +148,15 @@ class History:
                 return None
             place = START
         return None if self.forgot({stream: place}) else place
+
+    def reached(self, stream: Stream, position: Position) -> Position:
+        """This position, or the end of the stream if that is not as far.
+
+        It is the start of the stream if all that ever was in it is behind the position.
+        """
+        if position < self._since[stream] and stream in self._whole:
+            return START
+        return min(position, self._end[stream])
 
     def trim(self, now: float) -> None:
         """Drop the oldest events until the bounds hold."""
@@ -176,9 +215,9 @@ class History:
         """Whether each stream has been read up to its present end."""
         return self.expected <= self.end.keys()
 
-    async def wait_begun(self) -> None:
-        """Wait until a stream has been read up to its present end."""
-        while not self.end:
+    async def wait_begun(self, streams: Collection[Stream] | None = None) -> None:
+        """Wait until these streams have been read up to their present ends; one, if None."""
+        while not (self._end if streams is None else self._end.keys() >= set(streams)):
             await self._grown.park()
 
     async def wait_for(self, cursor: Cursor) -> None:
@@ -198,7 +237,7 @@ class History:
                     if kept.position <= seen:
                         break
                     found[id(kept)] = kept
-        return sorted(found.values(), key=_order)
+        return sorted(found.values(), key=self._order)
 
     def following(
         self, cursor: Cursor, audiences: Iterable[Audience], most: int
@@ -212,7 +251,7 @@ class History:
                     last = min(first + most, len(mine))
                     runs.append([mine[n] for n in range(first, last)])
         found: list[StoredEvent] = []
-        for kept in heapq.merge(*runs, key=_order):
+        for kept in heapq.merge(*runs, key=self._order):
             if found and found[-1] is kept:  # for several of the audiences
                 continue
             if len(found) == most:
@@ -220,22 +259,24 @@ class History:
             found.append(kept)
         return found
 
-    def place_before(self, moment: float) -> tuple[Cursor, bool]:
+    def place_before(
+        self, moment: float, streams: Collection[Stream] | None = None
+    ) -> tuple[Cursor, bool]:
         """The cursor before every entry that Redis added from this unix time on, and whether all
-        of those are known.
+        of those are known. It is in these streams, if they are given.
         """
         milliseconds = min(max(0, math.floor(moment * 1000)), LAST[0])
         place = Position((milliseconds - 1, LAST[1])) if milliseconds else START
-        cursor = dict.fromkeys(self.end, place)
+        cursor = dict.fromkeys(self._end if streams is None else streams, place)
         complete = not self.forgot(cursor) and all(
             stream in self._whole or self._since[stream] <= place for stream in cursor
         )
         return cursor, bool(cursor) and complete
 
+    def _order(self, kept: StoredEvent) -> tuple[int, int, int, Stream]:
+        (milliseconds, sequence), stream = kept.position, kept.stream
+        return milliseconds, self.ranks.get(stream, 0), sequence, stream
+
 
 def _position(kept: StoredEvent) -> Position:
     return kept.position
-
-
-def _order(kept: StoredEvent) -> tuple[Position, Stream]:
-    return kept.position, kept.stream

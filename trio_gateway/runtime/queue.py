@@ -15,6 +15,7 @@ from .throttled_log import ThrottledLog
 
 log = structlog.get_logger()
 
+_LANE: Final = Stream("")
 MAX_BATCH_BYTES: Final = 262_144  # of payloads, about
 
 
@@ -28,17 +29,24 @@ class EventQueue:
 
     Each tenant has a lane, a queue of its own, and the lanes are served round robin, so that no
     tenant waits behind a flood of another. A stream is one lane, for whichever tenants its events
-    are: clients resume by its order.
+    are: clients resume by its order. With ``is_one_lane`` all events are one lane: the order in
+    which shards were read is kept, too, since a tenant's events can be in two of them.
     """
 
     def __init__(
-        self, capacity: int, alarm: DropAlarm | None = None, rate: TenantRate | None = None
+        self,
+        capacity: int,
+        alarm: DropAlarm | None = None,
+        rate: TenantRate | None = None,
+        *,
+        is_one_lane: bool = False,
     ) -> None:
         self._lanes: dict[Stream | TenantId, deque[Event]] = {}
         self._turns: deque[Stream | TenantId] = deque()  # the lanes, next one first
         self._largest: deque[Event] = deque()  # the longest lane at the last look
         self._blocked: dict[trio.lowlevel.Task, Event] = {}  # waiting for room
         self._added = trio.lowlevel.ParkingLot()
+        self._is_one_lane = is_one_lane
         self._alarm = alarm
         self._rate = rate
         self._throttled_log = ThrottledLog(log)
@@ -132,7 +140,7 @@ class EventQueue:
             await self._idle.park()
 
     def _add(self, event: Event) -> None:
-        key = event.stream or event.tenant
+        key = _LANE if self._is_one_lane else event.stream or event.tenant
         if (lane := self._lanes.get(key)) is None:
             lane = self._lanes[key] = deque()
             self._turns.append(key)

@@ -19,6 +19,7 @@ from ..core.messages import GAP, resumed
 from .connection import Connection
 from .history import History, StoredEvent
 from .hub import Hub
+from .places import Places
 from .resume_state import Phase, Step
 
 UNDECIDED: Final = 0.5  # seconds that a silent client may still ask to resume
@@ -35,9 +36,10 @@ _PASSED_BY: Final = "too slow: the history has moved past it"
 class Replays:
     """Lets connections begin where they left off."""
 
-    def __init__(self, history: History, hub: Hub) -> None:
+    def __init__(self, history: History, hub: Hub, places: Places | None = None) -> None:
         self._history = history
         self._hub = hub
+        self._places = places or Places(history)
         self._undecided: deque[tuple[float, Connection]] = deque()
         self._begun = trio.lowlevel.ParkingLot()
         self.resumes: Counter[str] = Counter()  # by outcome
@@ -47,8 +49,7 @@ class Replays:
     def hold(self, connection: Connection, now: float) -> None:
         """Hold back durable events for a connection that has just joined, until it is decided."""
         state = connection.resume_state
-        if state.accepted_at is None:
-            state.accepted_at = self._history.end
+        state.accepted_at = self._places.of(connection.principal.tenant, state.accepted_at)
         if state.resume_from is not None:
             self._hub.step(connection, Step.JOIN_RESUMING, state.accepted_at)
             self._serve(connection, self.resume, state.resume_from)
@@ -78,8 +79,8 @@ class Replays:
         if self._history.forgot(self._cursor(connection)):
             connection.send(GAP)
             self._hub.step(connection, Step.GAP, self._past_forgotten(connection))
-        chunk, upto = self._next_chunk(connection)
-        if upto is not self._history.end or connection.waiting_bytes:
+        chunk, _, is_last = self._next_chunk(connection)
+        if not is_last or connection.waiting_bytes:
             self._hub.step(connection, Step.REPLAY)
             self._serve(connection, self._catch_up)
             return
@@ -93,7 +94,9 @@ class Replays:
             return
         self.lags += 1
         # All that dispatch has planned so far is in its outbox, or will be before its next batch.
-        self._hub.step(connection, Step.LAG, self._history.end if state.cursor is None else None)
+        self._hub.step(
+            connection, Step.LAG, self._end(connection) if state.cursor is None else None
+        )
         self._serve(connection, self._catch_up)
 
     def _serve(
@@ -113,9 +116,14 @@ class Replays:
         """
         history = self._history
         for connection in list(self._hub.connections):
+            if not self._places.concern(stream, connection.principal.tenant):
+                continue
             since = None
             if ahead is not None:
-                since = history.position_at(stream, connection.joined_at + ahead - _BEFORE)
+                moment = connection.joined_at - _BEFORE
+                if connection.resume_state.accepted_time is not None:
+                    moment = connection.resume_state.accepted_time
+                since = history.position_at(stream, moment + ahead)
             if since is None:
                 connection.send(GAP)
             elif since < history.end[stream]:
@@ -125,19 +133,20 @@ class Replays:
         """Send a connection this stream from ``since`` on, before it is live in it."""
         state = connection.resume_state
         is_held = state.phase is Phase.HELD
-        cursor = self._history.end if state.cursor is None else state.cursor
+        cursor = self._end(connection) if state.cursor is None else state.cursor
         state.accepted_at = {**(state.accepted_at or {}), stream: since}
         self._hub.step(connection, Step.OWE, {**cursor, stream: since})
         if not is_held:
             self._serve(connection, self._catch_up)
 
-    def tell_of_gap(self) -> None:
-        """Tell every client to refetch, because events were lost between Redis and this process."""
-        for connection in list(self._hub.held):
-            connection.resume_state.accepted_at = self._history.end
-            self._hub.step(connection, Step.GAP, self._history.end)
+    def tell_of_gap(self, stream: Stream) -> None:
+        """Tell the clients of a stream to refetch, because events of it were lost."""
         for connection in list(self._hub.connections):
-            connection.send(GAP)
+            if self._places.concern(stream, connection.principal.tenant):
+                if connection in self._hub.held:
+                    end = connection.resume_state.accepted_at = self._end(connection)
+                    self._hub.step(connection, Step.GAP, end)
+                connection.send(GAP)
 
     def ask(self, connection: Connection, last_event_id: str | None) -> None:
         """Answer a message that asks to resume: only a client's first may."""
@@ -166,7 +175,8 @@ class Replays:
             self._hub.step(connection, Step.REPLAY, place)
             count = len(self._undelivered(connection, history.missed(place, connection.audiences)))
             if not count:  # else the id that holds is the client's own, until theirs come
-                place = {**place, **{s: max(p, place.get(s, p)) for s, p in history.end.items()}}
+                end = self._end(connection)
+                place = {**place, **{s: max(p, place.get(s, p)) for s, p in end.items()}}
             connection.send(resumed(recovered=True, count=count, last_event_id=cursor_id(place)))
         if state.cursor is None:
             state.is_served = False
@@ -176,7 +186,7 @@ class Replays:
     def _refuse(self, connection: Connection) -> None:
         self.resumes["not_recovered"] += 1
         has_cursor = connection.resume_state.cursor is not None
-        place = self._cursor(connection) if has_cursor else self._history.end
+        place = self._cursor(connection) if has_cursor else self._end(connection)
         connection.send(resumed(recovered=False, count=0, last_event_id=cursor_id(place)))
 
     async def _find(self, connection: Connection, last_event_id: str) -> Cursor | None:
@@ -185,21 +195,30 @@ class Replays:
             cursor = read_cursor(last_event_id) if last_event_id else None
         except ValueError:
             return None
+        tenant = connection.principal.tenant
         with trio.move_on_after(PATIENCE) as scope:
-            await self._history.wait_begun()
-            if cursor is not None:
-                await self._history.wait_for(cursor)
-        if scope.cancelled_caught:
+            if cursor is None:
+                await self._places.wait_begun(tenant)
+                cursor = self._accepted_at(connection)
+            else:
+                cursor = await self._places.after(cursor, tenant)
+        if scope.cancelled_caught or cursor is None:
             return None
-        if cursor is None:
-            cursor = self._accepted_at(connection)
         return cursor if self._history.covers(cursor) else None
 
     def _accepted_at(self, connection: Connection) -> Cursor:
         """From where on it misses nothing; for a stream that was read later, its begin."""
         accepted_at = connection.resume_state.accepted_at
         assert accepted_at is not None
-        return {**self._history.began, **accepted_at}
+        return {**self._began(connection), **accepted_at}
+
+    def _began(self, connection: Connection) -> Cursor:
+        """Where each of its streams was first read live."""
+        return self._places.of(connection.principal.tenant, self._history.began)
+
+    def _end(self, connection: Connection) -> Cursor:
+        """The present place in its streams."""
+        return self._places.of(connection.principal.tenant)
 
     def _in_order(self, connection: Connection) -> bool:
         """Whether no durable event was sent live to it: then a replay is still in order."""
@@ -209,7 +228,7 @@ class Replays:
         """The place up to which it has everything; for a stream that was read later, its begin."""
         cursor = connection.resume_state.cursor
         assert cursor is not None
-        return {**self._history.began, **cursor}
+        return {**self._began(connection), **cursor}
 
     def _past_forgotten(self, connection: Connection) -> Cursor:
         """Its cursor, or behind what the history has forgotten."""
@@ -237,10 +256,10 @@ class Replays:
             if self._history.forgot(self._cursor(connection)):
                 connection.close(Close.SLOW_CONSUMER, _PASSED_BY)
                 return
-            chunk, upto = self._next_chunk(connection)
+            chunk, upto, is_last = self._next_chunk(connection)
             if chunk:
                 self._write(connection, chunk)
-            elif upto is self._history.end:
+            elif is_last:
                 self._hub.step(connection, Step.CATCH_UP)
                 state.is_served = False
                 if state.has_skipped:
@@ -267,26 +286,26 @@ class Replays:
         if state.cursor is None or history.forgot(cursor := self._cursor(connection)):
             return
         if not (found := history.following(cursor, connection.audiences, 1)):
-            state.advance(history.end)
+            state.advance(self._end(connection))
             return
-        limit = before(found[0].position)
-        ends = {stream: min(limit, end) for stream, end in history.end.items()}
-        state.advance({s: p for s, p in ends.items() if p > cursor.get(s, p)})
+        next_one, milliseconds = found[0], found[0].position[0]
+        others = before(Position((milliseconds, 0)))  # one of the same millisecond may follow
+        for stream, end in self._end(connection).items():
+            limit = before(next_one.position) if stream == next_one.stream else others
+            if (position := min(limit, end)) > cursor.get(stream, position):
+                state.advance({stream: position})
 
-    def _next_chunk(self, connection: Connection) -> tuple[list[StoredEvent], Cursor]:
-        """What to send it next, at once, and its cursor when it has that.
-
-        The cursor is the history's end, the same object, if nothing follows.
-        """
+    def _next_chunk(self, connection: Connection) -> tuple[list[StoredEvent], Cursor, bool]:
+        """What to send it next, its cursor when it has that, and whether nothing follows."""
         history = self._history
         found = history.following(self._cursor(connection), connection.audiences, _CHUNK_EVENTS)
         sizes = accumulate(len(stored.frame) for stored in found)
         most = next((n for n, size in enumerate(sizes, 1) if size >= _CHUNK_BYTES), _CHUNK_EVENTS)
         if len(found) < most:
-            return self._undelivered(connection, found), history.end
+            return self._undelivered(connection, found), self._end(connection), True
         found = found[:most]
         upto = {stored.stream: stored.position for stored in found}
-        return self._undelivered(connection, found), upto
+        return self._undelivered(connection, found), upto, False
 
     def _write(self, connection: Connection, chunk: list[StoredEvent]) -> None:
         if chunk:

@@ -119,12 +119,14 @@ class ResumeState:
 
     ``resume_from`` is the last event id that its handshake named, if any. ``accepted_at`` is the
     place from which on it misses nothing: where the history stood when its upgrade was accepted,
-    or, if None, when it joins. ``lagged_at`` is how many connections and lags there had been when
+    or, if None, when it joins. ``accepted_time`` is that moment on Trio's clock, if it is known.
+    ``lagged_at`` is how many connections and lags there had been when
     its lag began; ``has_skipped`` says that an event was skipped in this lag.
     """
 
     __slots__ = (
         "accepted_at",
+        "accepted_time",
         "cursor",
         "has_skipped",
         "is_served",
@@ -134,10 +136,16 @@ class ResumeState:
         "resume_from",
     )  # fmt: skip
 
-    def __init__(self, accepted_at: Cursor | None = None, resume_from: str | None = None) -> None:
+    def __init__(
+        self,
+        accepted_at: Cursor | None = None,
+        resume_from: str | None = None,
+        accepted_time: float | None = None,
+    ) -> None:
         self.phase = Phase.CONNECTING
         self.cursor: Cursor | None = None
         self.accepted_at = accepted_at
+        self.accepted_time = accepted_time
         self.resume_from = resume_from
         self.may_resume = True
         self.is_served = False

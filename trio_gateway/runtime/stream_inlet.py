@@ -13,14 +13,17 @@ which connections that are not held have been sent everything. So:
 - A gap is told once all events that were read before it are delivered. Then, in one step, the
   history forgets the stream and every client is told to refetch: no client can resume across the
   gap, and none gets the notice before an event that precedes the gap.
+- A stream is forgotten once all events that were read from it are delivered: none of them can enter
+  the history again behind its end.
 """
 
 import time
-from collections.abc import Callable, Sequence
-from typing import Final, NamedTuple
+from collections.abc import Callable
+from typing import Final
 
 import trio
 
+from ..core.duplicates import Duplicates
 from ..core.event_ids import Position, Stream
 from ..core.events import InvalidEvent, parse_event
 from ..core.routing import Routing
@@ -29,32 +32,9 @@ from .history import History
 from .ingest import Ingest
 from .queue import EventQueue
 from .resume import Replays
+from .source import Entry, Past, Room
 
 _PER_CHECKPOINT: Final = 100  # entries of the past that are parsed at a time
-
-
-class Entry(NamedTuple):
-    """An entry of a stream."""
-
-    position: Position
-    payload: bytes | None  # None if it has no field ``data``
-
-
-class Past(NamedTuple):
-    """What a stream held when it was read for the first time."""
-
-    entries: Sequence[Entry]  # the newest that the history has room for, the oldest first
-    since: Position  # all entries after this position are among them
-    is_whole: bool  # nothing has ever been in the stream that is not among them
-    end: Position  # where live reading begins
-
-
-class Room(NamedTuple):
-    """How much of a stream's past the history can hold."""
-
-    entries: int
-    payload_bytes: int
-    since: float  # milliseconds of unix time; older entries are out
 
 
 class StreamInlet:
@@ -81,16 +61,18 @@ class StreamInlet:
         self._replays = replays
         self._durable_types = routes.durable_types
         self._wall_clock = wall_clock
-
-    def expect(self, stream: Stream) -> None:
-        """Announce a stream that will be read: clients that resume in it wait for that."""
-        self._history.expected.add(stream)
+        self._forgotten: set[Stream] = set()  # ever
 
     def room(self) -> Room:
         """How much of a stream's past is worth reading."""
         history = self._history
         since = (self._wall_clock() - history.age) * 1000
-        return Room(history.most_events, history.most_bytes, since)
+        share = max(1, len(history.expected))
+        return Room(
+            max(history.most_events // share, history.most_events - len(history)),
+            max(history.most_bytes // share, history.most_bytes - history.bytes),
+            since,
+        )
 
     async def begin(self, stream: Stream, name: str, past: Past, ahead: float | None) -> None:
         """Begin a stream, with its past.
@@ -98,16 +80,22 @@ class StreamInlet:
         ``ahead`` is a lower bound of (Redis' unix time - Trio's time) in seconds, or None if it
         is unknown. If this is cancelled, call it again.
         """
+        if self._history.was_begun(stream):  # by a call that was cancelled
+            self._history.forget(stream)
+            self._forgotten.add(stream)
         self._history.begin(stream, past.since, whole=past.is_whole)
+        read_again = Duplicates() if stream in self._forgotten else None
         for n, entry in enumerate(past.entries):
-            self._remember(stream, name, entry)
+            self._remember(stream, name, entry, read_again)
             if n % _PER_CHECKPOINT == 0:
                 await trio.lowlevel.checkpoint()
         self._history.advance(stream, past.end)
         if past.entries or not past.is_whole:
             self._replays.begin(stream, ahead)
 
-    def _remember(self, stream: Stream, name: str, entry: Entry) -> None:
+    def _remember(
+        self, stream: Stream, name: str, entry: Entry, read_again: Duplicates | None
+    ) -> None:
         if entry.payload is None:
             return
         # Clocks differ: an entry may be from the future.
@@ -123,7 +111,7 @@ class StreamInlet:
             )
         except InvalidEvent:
             return  # the process that read it live has counted it
-        self._dispatch.remember(event)
+        self._dispatch.remember(event, read_again)
 
     async def entry(self, stream: Stream, name: str, entry: Entry) -> bool:
         """Take an entry that has just been read, waiting for room in the queue.
@@ -152,6 +140,19 @@ class StreamInlet:
         await self._queue.wait_idle()
         self._history.advance(stream, position)
 
+    async def settle(self) -> None:
+        """Wait until all entries that were taken are delivered."""
+        await self._queue.wait_idle()
+
+    def forget(self, stream: Stream) -> None:
+        """Give up a stream and its history, in the step in which :meth:`settle` has returned.
+
+        It is not expected any more: nobody waits for it to be read.
+        """
+        self._history.expected.discard(stream)
+        self._history.forget(stream)
+        self._forgotten.add(stream)
+
     async def gap(self, stream: Stream, *, since: Position, end: Position) -> None:
         """Say that entries were lost unread, and return in the same step.
 
@@ -160,4 +161,4 @@ class StreamInlet:
         """
         await self._queue.wait_idle()
         self._history.restart(stream, since=since, end=end)
-        self._replays.tell_of_gap()
+        self._replays.tell_of_gap(stream)

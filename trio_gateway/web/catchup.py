@@ -80,17 +80,21 @@ async def _missed(parts: Parts, principals: Sequence[Principal]) -> Answer:
         return problem(429, "too many simultaneous requests of this user or session", retry_after=1)
     held: ExitStack = request.scope["until_sent"]  # type: ignore[typeddict-item]  # HttpConnection's
     held.callback(give_back)
-    if not history.warm:
+    tenant = principals[0].tenant
+    held.enter_context(parts.following.client_of(tenant))
+    if not await parts.places.wait_known(tenant, PATIENCE):
         return problem(503, "the events have not been read from Redis yet", retry_after=1)
     history.trim(trio.current_time())
     if moment is not None:
-        cursor, complete = history.place_before(moment)
+        cursor, complete = history.place_before(moment, parts.places.streams_of(tenant))
     else:
         assert after is not None
+        place = None
         with trio.move_on_after(PATIENCE):  # another process may have read on further
-            await history.wait_for(after)
-        complete = history.covers(after) and not history.is_ahead(after)
-        cursor = {stream: seen for stream, seen in after.items() if stream in history.end}
+            place = await parts.places.after(after, tenant)
+        complete = place is not None and history.covers(place)
+        cursor = parts.places.of(tenant, place or after)
+        cursor = {stream: seen for stream, seen in cursor.items() if stream in history.end}
     response = Response(_page(history, cursor, audiences), content_type="application/json")
     response.headers["Cache-Control"] = "no-store"
     if not complete:  # the contract has no key for it in the body

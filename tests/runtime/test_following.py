@@ -1,0 +1,100 @@
+"""Following: a stream is read while its tenants have clients, and for a minute after."""
+
+from collections.abc import Collection, Mapping
+from typing import NoReturn
+
+import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from trio_gateway.core.audiences import TenantId
+from trio_gateway.core.event_ids import tag
+from trio_gateway.core.shards import Sharding
+from trio_gateway.runtime.following import LINGER, Following
+from trio_gateway.runtime.history import History
+from trio_gateway.runtime.source import Sink
+
+ONE, OTHER, NEIGHBOUR = TenantId(1), TenantId(2), TenantId(37)
+SHARDED = Sharding(("s",), shards=64, previous=64)
+
+
+class FakeSource:
+    """Notes what it is told to follow."""
+
+    connected = True
+    gaps = 0
+    cursors: Mapping[str, str] = {}
+
+    def __init__(self) -> None:
+        self.told: list[list[str]] = []
+
+    def follow(self, shards: Collection[str]) -> None:
+        self.told.append(list(shards))
+
+    async def run(self, sink: Sink) -> NoReturn:
+        await trio.sleep_forever()
+
+
+def test_neighbours_share_a_shard_and_others_do_not() -> None:
+    assert SHARDED.names_of(ONE) == SHARDED.names_of(NEIGHBOUR) == ("s:{50}",)
+    assert SHARDED.names_of(OTHER) == ("s:{17}",)
+
+
+async def test_without_shards_every_stream_is_read_from_the_start() -> None:
+    source, history = FakeSource(), History()
+    following = Following(source, history, Sharding(("a", "b")))
+    with following.client_of(ONE):
+        pass
+    assert source.told == [["a", "b"]]
+    assert history.expected == {tag("a"), tag("b")}
+
+
+async def test_first_client_of_a_shard_lets_it_be_read_and_the_next_changes_nothing() -> None:
+    source, history = FakeSource(), History()
+    following = Following(source, history, SHARDED)
+    assert source.told == []
+    with following.client_of(ONE), following.client_of(ONE), following.client_of(NEIGHBOUR):
+        assert source.told == [["s:{50}"]]
+        with following.client_of(OTHER):
+            assert source.told == [["s:{50}"], ["s:{17}", "s:{50}"]]
+        assert history.expected == {tag("s:{17}"), tag("s:{50}")}
+
+
+async def test_shard_is_given_up_a_minute_after_its_last_client_has_left(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    source = FakeSource()
+    following = Following(source, History(), SHARDED)
+    nursery.start_soon(following.run)
+    with following.client_of(OTHER):
+        with following.client_of(ONE):
+            with following.client_of(NEIGHBOUR):
+                pass
+            await trio.sleep(2 * LINGER)
+            assert source.told[-1] == ["s:{17}", "s:{50}"]
+        await trio.sleep(LINGER - 0.1)
+        assert source.told[-1] == ["s:{17}", "s:{50}"]
+        await trio.sleep(0.2)
+        assert source.told[-1] == ["s:{17}"]
+        assert following.names == {"s:{17}"}
+
+
+async def test_client_that_comes_back_within_the_minute_keeps_the_shard(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    source = FakeSource()
+    following = Following(source, History(), SHARDED)
+    nursery.start_soon(following.run)
+    for _ in range(3):
+        with following.client_of(ONE):
+            await wait_all_tasks_blocked()
+        await trio.sleep(LINGER - 1)
+    assert source.told == [["s:{50}"]]
+    await trio.sleep(2)
+    assert source.told == [["s:{50}"], []]
+
+
+async def test_while_the_number_changes_the_old_stream_is_read_for_as_long() -> None:
+    source = FakeSource()
+    following = Following(source, History(), Sharding(("s",), shards=64))
+    with following.client_of(ONE):
+        assert source.told == [["s", "s:{50}"]]

@@ -1,0 +1,238 @@
+"""Reading streams on one connection: entries in order, gaps told, nothing twice."""
+
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
+from typing import Final
+
+import structlog
+import trio
+
+from ..core.event_ids import Position, Stream, entry_id, tag
+from ..runtime.source import Entry, Sink
+from ..runtime.supervision import ConnectionLost
+from ..runtime.throttled_log import ThrottledLog
+from .connection import RedisConnection, no_error
+from .stream_cursor import StreamCursor
+from .stream_gaps import Gap, check
+from .stream_past import read_past
+from .stream_replies import read_entries, read_info, read_news, read_time
+
+log = structlog.get_logger()
+
+BLOCK: Final = 2.0  # seconds that Redis waits for new entries before it replies that there are none
+REPLY_TIMEOUT: Final = 2.0  # seconds beyond that until the connection counts as lost
+COUNT: Final = 500  # entries of each stream in one reply
+_CHECKED_TOGETHER: Final = 64  # streams
+
+_News = Sequence[tuple[StreamCursor, Sequence[Entry]]]
+
+
+class StreamReader:
+    """Reads the streams of ``cursors`` on one connection, and moves the cursors.
+
+    ``cursors`` are shared with the reader before it, which reads until :meth:`stop`, and with the
+    one that follows. ``ranks`` and ``old_streams`` are those of :class:`.core.shards.Sharding`.
+    """
+
+    def __init__(
+        self,
+        redis: RedisConnection,
+        sink: Sink,
+        cursors: dict[str, StreamCursor],
+        *,
+        ranks: Mapping[Stream, int],
+        old_streams: Collection[Stream],
+        on_gap: Callable[[], None],
+    ) -> None:
+        self._redis = redis
+        self._sink = sink
+        self._cursors = cursors
+        self._ranks = ranks
+        self._old_streams = old_streams
+        self._throttled_log = ThrottledLog(log)
+        self._waiting: trio.CancelScope | None = None  # for news
+        self._ended = trio.Event()
+        self.stopping = False
+        self._on_gap = on_gap
+        self.reading: Collection[str] = ()  # the names in its last XREAD
+
+    async def begin(self, name: str) -> None:
+        """Begin a stream at its end, with the history of what it still holds."""
+        redis = self._redis
+        now = read_time(await redis.ask("TIME", timeout=REPLY_TIMEOUT))
+        ahead = now - trio.current_time() if now is not None else None
+        info = read_info(await redis.ask("XINFO", "STREAM", name, timeout=REPLY_TIMEOUT))
+        past = await read_past(redis, name, info, self._sink.room(), timeout=REPLY_TIMEOUT)
+        stream = tag(name)
+        await self._sink.begin(stream, name, past, ahead)
+        cursor = self._cursors[name] = StreamCursor(name, stream, info, past.entries)
+        if not cursor.is_counted:
+            log.warning("Redis before 7 counts no entries: gaps are told on suspicion")
+        log.info("history warmed", stream=name, entries=len(past.entries))
+
+    async def run_until_stopped(self, read: Callable[[], Awaitable[None]]) -> None:
+        """Call ``read`` again and again, until :meth:`stop`."""
+        try:
+            while not self.stopping:
+                await read()
+        finally:
+            self._ended.set()
+
+    async def idle(self) -> None:
+        """Wait for as long as Redis would wait for news."""
+        with trio.move_on_after(0 if self.stopping else BLOCK) as self._waiting:
+            await trio.sleep_forever()
+        self._waiting = None
+
+    async def stop(self) -> None:
+        """End the reader, at once if it waits for news; return when it reads no more."""
+        self.stopping = True
+        if self._waiting is not None:
+            self._waiting.cancel()
+        await self._ended.wait()
+
+    async def read(self, *, block: bool = True) -> None:
+        """Read what is new in all streams, and look for gaps."""
+        if self.stopping:
+            return
+        cursors = dict(self._cursors)
+        self.reading = cursors.keys()
+        waiting = ("BLOCK", str(int(BLOCK * 1000))) if block else ()
+        with trio.CancelScope() as self._waiting:
+            reply = await self._redis.call(
+                "XREAD", "COUNT", COUNT, *waiting, "STREAMS",
+                *cursors, *(cursor.entry_id for cursor in cursors.values()),
+                timeout=BLOCK + REPLY_TIMEOUT,
+            )  # fmt: skip
+        interrupted, self._waiting = self._waiting.cancelled_caught, None
+        if interrupted:  # the connection is not used again
+            return
+        news: list[tuple[StreamCursor, Sequence[Entry]]] = []
+        for name, entries in read_news(reply):
+            if (cursor := cursors.get(name)) is None:
+                raise ConnectionLost("a stream that was not asked for")
+            news.append((cursor, entries))
+        for cursor, run in self._in_order(news):
+            await self._take(cursor, run)
+        # A full reply says that we lag: the stream may be trimmed faster than we read.
+        await self.check(
+            cursor for cursor, entries in news if len(entries) == COUNT or not cursor.is_counted
+        )
+        due = trio.current_time() - BLOCK
+        await self.check(
+            cursor
+            for cursor in cursors.values()
+            if not cursor.is_checked and (not news or cursor.checked_at < due)
+        )
+
+    def _in_order(self, news: _News) -> _News:
+        """One reply's entries as they are delivered.
+
+        While events of a tenant can be in an old stream and in a new one, entries of all streams
+        are taken in the order of their ids, in which clients resume. What could be preceded by an
+        entry that did not fit into the reply is left for the next one.
+        """
+        if len(news) < 2 or not any(cursor.stream in self._old_streams for cursor, _ in news):
+            return news
+        return merge(news, self._ranks)
+
+    async def _take(self, cursor: StreamCursor, entries: Sequence[Entry]) -> None:
+        """Hand on entries of one stream, the oldest first."""
+        is_event = True
+        repeated: Position | None = None
+        for entry in entries:
+            if entry.position <= cursor.position:  # else its entries would be delivered twice
+                raise ConnectionLost("an answer to an earlier question")
+            if cursor.has_read(entry.position):
+                # No id is delivered twice, and this may be another event with the same id.
+                repeated, is_event = entry.position, False
+            else:
+                is_event = await self._sink.entry(cursor.stream, cursor.name, entry)
+            cursor.passed(entry)
+        if not is_event:
+            await self._sink.advance(cursor.stream, cursor.position)
+        if repeated is not None:
+            here = cursor.position
+            await self._gap(cursor, Gap("ids came a second time", since=here, end=here))
+
+    async def check(
+        self, cursors: Iterable[StreamCursor], *, is_new_connection: bool = False
+    ) -> None:
+        """Compare cursors with their streams, and tell of gaps.
+
+        On a new connection this also checks that it leads to the same streams as before.
+        """
+        left = list(cursors)
+        while left:
+            some, left = left[:_CHECKED_TOGETHER], left[_CHECKED_TOGETHER:]
+            lost_tails = await self._lost_tails(some) if is_new_connection else ()
+            replies = await self._redis.ask_all(
+                [("XINFO", "STREAM", cursor.name) for cursor in some], timeout=REPLY_TIMEOUT
+            )
+            for cursor, reply in zip(some, replies, strict=True):
+                info = read_info(reply)
+                cursor.checked_at, cursor.is_checked = trio.current_time(), True
+                cursor.is_counted = info.added is not None
+                found = check(cursor, info, is_tail_there=cursor.name not in lost_tails)
+                if found.gap is not None:
+                    await self._gap(cursor, found.gap)
+                cursor.read_count = found.read_count
+                cursor.proven = cursor.position
+
+    async def _lost_tails(self, cursors: Sequence[StreamCursor]) -> set[str]:
+        """The streams in which the last entry that was read is known and not in its place."""
+        known = [(cursor, cursor.tail) for cursor in cursors if cursor.tail is not None]
+        if not known:
+            return set()
+        places = [(cursor.name, entry_id(tail.position)) for cursor, tail in known]
+        replies = await self._redis.ask_all(
+            [("XREVRANGE", name, place, place, "COUNT", 1) for name, place in places],
+            timeout=REPLY_TIMEOUT,
+        )
+        return {
+            cursor.name
+            for (cursor, tail), reply in zip(known, replies, strict=True)
+            if read_entries(no_error(reply, "XREVRANGE")) != [tail]
+        }
+
+    async def _gap(self, cursor: StreamCursor, gap: Gap) -> None:
+        self._on_gap()
+        self._throttled_log.error(
+            "gap",
+            kind=gap.reason,
+            stream=cursor.name,
+            cursor=cursor.entry_id,
+            reason=gap.reason,
+        )
+        await self._sink.gap(cursor.stream, since=gap.since, end=gap.end)
+        cursor.set_back(gap.end)  # in the same step: a cancelled notice leaves the cursor
+
+
+def merge(news: _News, ranks: Mapping[Stream, int], count: int = COUNT) -> _News:
+    """The entries of one reply in the order of time, as runs of entries of one stream.
+
+    Entries of one millisecond are in the order of the ranks. ``count`` is how many entries of a
+    stream fit into a reply: behind the last one of a full reply, entries of others wait.
+    """
+    end = min(
+        (_order(entries[-1], ranks[cursor.stream]) for cursor, entries in news
+         if len(entries) >= count),
+        default=None,
+    )  # fmt: skip
+    found = [
+        (order, cursor, entry)
+        for cursor, entries in news
+        for entry in entries
+        if (order := _order(entry, ranks[cursor.stream])) and (end is None or order <= end)
+    ]
+    found.sort(key=itemgetter(0))
+    return [
+        (run[0][1], [entry for _, _, entry in run])
+        for run in (list(group) for _, group in groupby(found, lambda each: each[1].stream))
+    ]
+
+
+def _order(entry: Entry, rank: int) -> tuple[int, int, int]:
+    milliseconds, sequence = entry.position
+    return milliseconds, rank, sequence

@@ -1,0 +1,87 @@
+"""Following: a process reads the streams of the tenants that have clients here, and no others."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Final, NoReturn
+
+import trio
+
+from ..core.audiences import TenantId
+from ..core.event_ids import Stream, tag
+from ..core.shards import Sharding
+from .history import History
+from .source import Source
+
+LINGER: Final = 60.0  # seconds that a stream is read after its last client has left
+
+
+class Following:
+    """Which streams the source reads.
+
+    With shards, a stream is read from the first client of its tenants on, and for ``linger``
+    seconds after the last one has left. Without shards, all streams are always read.
+    """
+
+    def __init__(
+        self, source: Source, history: History, sharding: Sharding, *, linger: float = LINGER
+    ) -> None:
+        self._source = source
+        self._history = history
+        self._sharding = sharding
+        self._linger = linger
+        self._clients: Counter[str] = Counter()  # by stream
+        self._left: dict[str, float] = {}  # when the last client left, the longest ago first
+        self._idle = trio.lowlevel.ParkingLot()
+        self.names: set[str] = set()
+        if not sharding.by_tenant:
+            self._follow(sharding.names)
+
+    def streams_of(self, tenant: TenantId) -> Sequence[Stream]:
+        """The streams that can hold events of this tenant."""
+        return self._sharding.streams_of(tenant)
+
+    @contextmanager
+    def client_of(self, tenant: TenantId) -> Iterator[None]:
+        """Read the streams of this tenant meanwhile."""
+        if not self._sharding.by_tenant:
+            yield
+            return
+        names = self._sharding.names_of(tenant)
+        for name in names:
+            self._clients[name] += 1
+            self._left.pop(name, None)
+        self._follow(names)
+        try:
+            yield
+        finally:
+            for name in names:
+                self._clients[name] -= 1
+                if not self._clients[name]:
+                    del self._clients[name]
+                    self._left[name] = trio.current_time()
+                    self._idle.unpark_all()
+
+    async def run(self) -> NoReturn:
+        """Give up streams without clients; return only when cancelled."""
+        while True:
+            while not self._left:
+                await self._idle.park()
+            await trio.sleep_until(next(iter(self._left.values())) + self._linger)
+            until = trio.current_time() - self._linger
+            given_up = [name for name, left_at in self._left.items() if left_at <= until]
+            for name in given_up:
+                del self._left[name]
+            self.names -= set(given_up)
+            if given_up:
+                self._source.follow(self._in_order())
+
+    def _follow(self, names: Sequence[str]) -> None:
+        if self.names.issuperset(names):
+            return
+        self.names.update(names)
+        self._history.expected.update(map(tag, names))
+        self._source.follow(self._in_order())
+
+    def _in_order(self) -> list[str]:
+        return [name for name in self._sharding.names if name in self.names]

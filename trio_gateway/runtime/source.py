@@ -1,0 +1,98 @@
+"""What reads durable events, and what takes them: the interfaces between an engine and the gateway.
+
+A *shard* is one ordered sequence of entries. Its name is the engine's; :func:`.event_ids.tag`
+makes of it the tag that goes into event ids. Positions are two integers that grow within a shard.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple, NoReturn, Protocol
+
+from ..core.event_ids import Position, Stream
+
+
+class Entry(NamedTuple):
+    """An entry of a shard."""
+
+    position: Position
+    payload: bytes | None  # None if it has no field ``data``
+
+
+class Past(NamedTuple):
+    """What a shard held when it was read for the first time."""
+
+    entries: Sequence[Entry]  # the newest that the history has room for, the oldest first
+    since: Position  # all entries after this position are among them
+    is_whole: bool  # nothing has ever been in the shard that is not among them
+    end: Position  # where live reading begins
+
+
+class Room(NamedTuple):
+    """How much of a shard's past the history can hold."""
+
+    entries: int
+    payload_bytes: int
+    since: float  # milliseconds of unix time; older entries are out
+
+
+class Sink(Protocol):
+    """Takes what a source reads.
+
+    For each shard: first :meth:`begin`, then :meth:`entry` for each entry behind the past, in
+    order and each once, until :meth:`forget`. Different shards may be begun while others are read.
+    """
+
+    def room(self) -> Room:
+        """How much of a shard's past is worth reading."""
+
+    async def begin(self, stream: Stream, name: str, past: Past, ahead: float | None) -> None:
+        """Begin a shard with its past. If this is cancelled, call it again.
+
+        ``ahead`` is a lower bound of (the engine's unix time - Trio's time) in seconds, or None if
+        it is unknown.
+        """
+
+    async def entry(self, stream: Stream, name: str, entry: Entry) -> bool:
+        """Take an entry that has just been read, waiting while too many are undelivered.
+
+        Returns whether it was an event. If not, call :meth:`advance` before the next wait for news.
+        """
+
+    async def advance(self, stream: Stream, position: Position) -> None:
+        """Note an entry that was read and is not delivered."""
+
+    async def gap(self, stream: Stream, *, since: Position, end: Position) -> None:
+        """Say that entries before ``since`` were lost unread; reading goes on from ``end``.
+
+        Returns in the step in which clients are told.
+        """
+
+    async def settle(self) -> None:
+        """Wait until all entries that were taken are delivered."""
+
+    def forget(self, stream: Stream) -> None:
+        """Give up a shard and its history, in the step in which :meth:`settle` has returned."""
+
+
+class Source(Protocol):
+    """Reads the shards that are followed, and is their only reader in this process.
+
+    It hands over each entry once and in the order of its shard, whatever happens to connections
+    and servers; where it cannot, it says so with :meth:`Sink.gap`.
+    """
+
+    connected: bool  # what is followed is being read
+    gaps: int  # so far
+
+    @property
+    def cursors(self) -> Mapping[str, str]:
+        """The place of each shard that is followed, as people write it."""
+
+    def follow(self, shards: Collection[str]) -> None:
+        """Read these shards from now on, and no other. Returns at once.
+
+        A new shard is begun with its past. One that is left out is forgotten soon, unless it is
+        followed again before that.
+        """
+
+    async def run(self, sink: Sink) -> NoReturn:
+        """Read until :exc:`.supervision.ConnectionLost`; run it again to read on."""
