@@ -510,7 +510,7 @@ async def test_client_pings_as_often_as_the_gateway_asks(
     assert gateway.received.count("ping") == 10
 
 
-async def test_part_of_a_message_counts_as_an_answer_to_a_ping(autojump_clock: MockClock) -> None:
+async def test_part_of_a_message_extends_the_wait_for_a_pong(autojump_clock: MockClock) -> None:
     """On a link of 4 KB/s an event may take longer than the timeout of a ping."""
 
     async def dial() -> trio.abc.Stream:

@@ -1,4 +1,4 @@
-"""The two ways to run it, as processes of their own: the hypercorn command, and ``serve``."""
+"""The gateway as a process, started by the hypercorn command and by ``serve``."""
 
 import json
 import re
@@ -41,7 +41,7 @@ COMMANDS = {
 }
 BOTH = pytest.mark.parametrize("how", COMMANDS)
 
-# The contract, section 5: these names are a promise.
+# The contract (section 5) names these.
 GAUGES = {
     "connections_total", "connections_by_endpoint", "circuit_breaker_state", "event_queue_depth",
 }  # fmt: skip
@@ -55,7 +55,7 @@ HISTOGRAMS = {"broadcast_duration_seconds", "event_latency_seconds"}
 
 @dataclass
 class Served(Reachable):
-    """A gateway in a process of its own."""
+    """A gateway process."""
 
     process: "subprocess.Popen[bytes]"
 
@@ -76,7 +76,7 @@ async def served(
     output: IO[bytes] | None = None,
     **settings: str,
 ) -> AsyncIterator[Served]:
-    """With a copy of the repository's hypercorn.toml on another port, and more lines for it."""
+    """Serve with a copy of the repository's hypercorn.toml, on another port and with more lines."""
     port = free_port()
     text = (ROOT / "hypercorn.toml").read_text()
     assert 'bind = ["0.0.0.0:8001"]' in text
@@ -93,7 +93,7 @@ async def served(
 
 @asynccontextmanager
 async def client(url: str, **options: Any) -> AsyncIterator[ClientConnection]:
-    """One of another make, that has been let in."""
+    """An admitted client of another library."""
     options = {"proxy": None, "compression": None, "ping_interval": None} | options
     async with connect_with_websockets(url, **options) as connection:
         await connection.send("ping")
@@ -153,7 +153,7 @@ async def test_command_serves_the_four_endpoints_health_and_metrics(
             }  # fmt: skip
             assert detailed.json["rate_limiter"]["tracked_connections"] == 4
             assert detailed.json["circuit_breaker"].keys() >= {"state", "failures"}
-            # Of Pub/Sub alone: events of streams are never dropped.
+            # Only of Pub/Sub: events of streams are never dropped.
             assert detailed.json["event_queue"] == {"depth": 0, "capacity": 5000, "dropped": 0}
             assert detailed.json["stream"].keys() >= {"cursor", "lag"}
             _check_names(await metrics(gateway.port))
@@ -180,7 +180,7 @@ def _check_names(figures: Metrics) -> None:
 
 @BOTH
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_signal_sends_every_client_away_with_a_hint_and_ends_the_process(
+async def test_signal_closes_every_client_with_a_retry_hint_and_ends_the_process(
     backend: "redis.Redis", redis_url: str, tmp_path: Path, how: str, number: signal.Signals
 ) -> None:
     async with (
@@ -190,7 +190,7 @@ async def test_signal_sends_every_client_away_with_a_hint_and_ends_the_process(
         client(gateway.diner_url()) as diner,
         client(gateway.staff_url("waiter"), stream=await _used(gateway.port)) as second,
     ):
-        # A client of the ASGI transport must not be waited for.
+        # The shutdown must not wait for a client of the ASGI transport.
         async with client(gateway.diner_url(), stream=await _used(gateway.port)):
             pass
         started = trio.current_time()
@@ -206,18 +206,18 @@ async def test_signal_sends_every_client_away_with_a_hint_and_ends_the_process(
 
 
 @BOTH
-async def test_client_that_does_not_read_delays_the_end_by_a_few_seconds_at_most(
+async def test_stuck_client_delays_the_shutdown_by_a_few_seconds_at_most(
     backend: "redis.Redis", redis_url: str, tmp_path: Path, how: str
 ) -> None:
     async with (
         served(how, redis_url, tmp_path, WS_OUTBOX_BYTES="100000000") as gateway,
         client(gateway.staff_url("waiter"), max_size=None) as reader,
-        _deaf(gateway.staff_url("waiter").removeprefix(gateway.url), gateway.port),
+        _stuck_client(gateway.staff_url("waiter").removeprefix(gateway.url), gateway.port),
     ):
         await until(lambda: _connections(gateway, 2))
         for n in range(150):
             backend.publish("branch:1:waiters", event(n, data="x" * 60_000))
-        for n in range(150):  # the other one is not held up
+        for n in range(150):  # the other client is not delayed
             with trio.fail_after(10):
                 assert json.loads(await reader.recv())["entity"]["marker"] == n
         started = trio.current_time()
@@ -233,7 +233,7 @@ async def _connections(gateway: Served, number: int) -> bool:
 
 
 async def _used(port: int) -> trio.SocketStream:
-    """A connection that has had a request: an upgrade that comes now takes the ASGI transport."""
+    """A connection after a request: an upgrade on it uses the ASGI transport."""
     stream = await trio.open_tcp_stream("127.0.0.1", port)
     await stream.send_all(b"GET /ws/health HTTP/1.1\r\nHost: localhost\r\n\r\n")
     answer = b""
@@ -251,7 +251,7 @@ def _upgrade(target: str, headers: Sequence[str] = ()) -> bytes:
 
 
 @asynccontextmanager
-async def _deaf(target: str, port: int) -> AsyncIterator[None]:
+async def _stuck_client(target: str, port: int) -> AsyncIterator[None]:
     """A client that never reads, not even the answer to its handshake."""
     with socket.socket() as deaf:
         deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -286,7 +286,7 @@ async def test_metrics_are_right_with_two_workers(
             while not await _connections(gateway, clients):
                 await trio.sleep(0.05)
 
-        async def spread() -> bool:  # each worker tells of its own
+        async def spread() -> bool:  # each worker reports its own clients
             health = await http(gateway.port, "/ws/health")
             totals.add(health.json["connections"]["total"])
             return (sum(totals) == clients and len(totals) == 2) or totals == {clients // 2}
@@ -302,7 +302,7 @@ async def test_metrics_are_right_with_two_workers(
             return (
                 figures["deliveries_total"] == clients
                 and figures["messages_received_total"] == clients
-                and figures["events_received_total{pubsub}"] == 2  # each of them heard it
+                and figures["events_received_total{pubsub}"] == 2  # each of them received it
                 and figures["connections_by_endpoint{waiter}"] == clients
             )
 
@@ -342,10 +342,10 @@ trio_gateway.gateway.reap = reap
 
 
 @BOTH
-async def test_bug_in_a_background_task_ends_the_process_loudly(
+async def test_bug_in_a_background_task_ends_the_process_with_an_error(
     redis_url: str, tmp_path: Path, how: str
 ) -> None:
-    """A deaf gateway that goes on answering 200 would be the worst of all."""
+    """Otherwise a gateway without its sources would go on answering 200."""
     (tmp_path / "sitecustomize.py").write_text(_BROKEN)
     async with served(how, redis_url, tmp_path, PYTHONPATH=str(tmp_path)) as gateway:
         status, _, errors = await wait(gateway.process)
@@ -357,10 +357,12 @@ async def test_bug_in_a_background_task_ends_the_process_loudly(
 
 
 @BOTH
-async def test_second_signal_ends_it_at_once(redis_url: str, tmp_path: Path, how: str) -> None:
+async def test_second_signal_ends_the_process_at_once(
+    redis_url: str, tmp_path: Path, how: str
+) -> None:
     async with (
         served(how, redis_url, tmp_path, WS_OUTBOX_BYTES="100000000") as gateway,
-        _deaf(gateway.staff_url("waiter").removeprefix(gateway.url), gateway.port),
+        _stuck_client(gateway.staff_url("waiter").removeprefix(gateway.url), gateway.port),
     ):
         await until(lambda: _connections(gateway, 1))
         with redis.Redis.from_url(redis_url) as backend:
@@ -379,9 +381,7 @@ async def _drains(gateway: Served) -> bool:
     return (await http(gateway.port, "/ws/health/ready")).status == 503
 
 
-async def test_the_hypercorn_command_tells_that_settings_are_bad(
-    redis_url: str, tmp_path: Path
-) -> None:
+async def test_hypercorn_command_reports_invalid_settings(redis_url: str, tmp_path: Path) -> None:
     config = str(ROOT / "hypercorn.toml")
     bind = f"127.0.0.1:{free_port()}"
     env = environment(redis_url, WS_PING_INTERVAL="often", WS_UNHEARD_OF="1")
@@ -394,11 +394,11 @@ async def test_the_hypercorn_command_tells_that_settings_are_bad(
     assert b"Traceback" not in errors
 
 
-# What no output may show
+# Secrets in the output
 
 
 def _tokens() -> dict[str, str]:
-    """Tokens of every kind, good and bad, by what they are."""
+    """Valid and invalid tokens of every kind, by name."""
     fields = "1:1:10:456:4102444800"
     return {
         "staff": make_jwt(JWT_SECRET, jti="7d1f5c0e"),
@@ -435,7 +435,7 @@ async def test_no_output_shows_a_token_or_a_part_of_one(
             LOG_LEVEL="debug",
             ALLOW_LEGACY_TABLE_TOKENS="true",
         ) as gateway:
-            for n in range(3):  # tickets to be used, and one to be kept
+            for n in range(3):  # tickets that are used, and one that is not
                 reply = await http(
                     gateway.port,
                     "/ws/ticket",
@@ -454,14 +454,14 @@ async def test_no_output_shows_a_token_or_a_part_of_one(
             await wait(gateway.process)
     shown = (tmp_path / "output").read_text()
     assert '"GET /ws/health?token=[redacted]' in shown.replace("'", '"')  # the access log was on
-    for event in ("rejected", "upgrade refused", "closed"):  # of a kind, one a second
+    for event in ("rejected", "upgrade refused", "closed"):  # one line a second of each kind
         assert f'"event":"{event}"' in shown
     anywhere = _parts(shown)
     assert not [what for what, token in tokens.items() if _parts(token) & anywhere]
 
 
 def _ways(token: str) -> list[tuple[str, list[str]]]:
-    """The places of a handshake that a token may stand in, the wrong ones among them."""
+    """The places of a handshake that may contain a token, wrong ones included."""
     return [
         (f"/ws/waiter?token={token}", []),
         (f"/ws/waiter?x=1&token={token}&last_event_id=1", []),
@@ -481,7 +481,7 @@ def _ways(token: str) -> list[tuple[str, list[str]]]:
 
 
 async def _ask(port: int, token: str) -> None:
-    """Plain requests with a token in them."""
+    """Plain requests that contain a token."""
     bearer = {"Authorization": f"Bearer {token}"}
     for path in ("/ws/waiter", "/ws/health", "/ws/nowhere", "/ws/catchup", "/"):
         for name in ("token", "ticket", "table_token"):
@@ -490,7 +490,7 @@ async def _ask(port: int, token: str) -> None:
 
 
 async def _visit(port: int, upgrade: bytes, over_asgi: bool) -> None:
-    """Ask for a WebSocket, and leave at once; over ASGI as a second request."""
+    """Request an upgrade and disconnect at once; over ASGI as a second request."""
     with trio.fail_after(5):
         stream = await (_used(port) if over_asgi else trio.open_tcp_stream("127.0.0.1", port))
         async with stream:
@@ -508,5 +508,5 @@ async def _visit(port: int, upgrade: bytes, over_asgi: bool) -> None:
 
 
 def _parts(text: str) -> set[str]:
-    """Every twelve characters of it in a row."""
+    """All substrings of twelve characters."""
     return {text[i : i + 12] for i in range(len(text) - 11)}

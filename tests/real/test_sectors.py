@@ -1,4 +1,4 @@
-"""Sectors from a real database: SQLite, and a PostgreSQL that also freezes, through sockets."""
+"""Sectors from a real database (SQLite, and a PostgreSQL that can freeze), over real sockets."""
 
 import sys
 import time
@@ -57,7 +57,7 @@ def today() -> date:
 
 @dataclass
 class Database:
-    """The backend's: it writes what the gateway reads."""
+    """The database of the backend, which the gateway reads."""
 
     url: str
     name: str = "waiter_sector_assignment"
@@ -106,7 +106,7 @@ class Database:
                 connection.execute(self.table.insert().values(made))
 
     def reassign(self, *sectors: int, **values: Any) -> None:
-        """These instead of all there is."""
+        """Replace all assignments with these."""
         with self.engine.begin() as connection:
             connection.execute(self.table.delete())
         self.assign(*sectors, **values)
@@ -162,7 +162,7 @@ def roster_of(database: Database) -> Iterator[tuple[SectorAssignments, SectorDat
         assignments.close()
 
 
-async def heard(
+async def received_sectors(
     gateway: Running,
     backend: "redis.Redis",
     client: WebSocketConnection,
@@ -170,7 +170,7 @@ async def heard(
     tenant: int = 1,
     branch: int = 1,
 ) -> set[int]:
-    """The sectors, of 1 to 9, whose events reach the client."""
+    """The sectors from 1 to 9 whose events reach the client."""
     for sector in range(1, 10):
         call = make_payload(
             "SERVICE_CALL_CREATED", tenant_id=tenant, branch_id=branch, sector_id=sector
@@ -182,14 +182,14 @@ async def heard(
     return set(found)
 
 
-# Whose rows count
+# Which rows are valid
 
 
 async def test_waiter_receives_only_the_sectors_assigned_for_today(
     redis_url: str, backend: "redis.Redis", database: Database
 ) -> None:
     database.assign(5)
-    database.assign(6, shift="NIGHT")  # no windows are set
+    database.assign(6, shift="NIGHT")  # no shift windows are set
     database.assign(1, is_active=False)
     database.assign(2, assignment_date=today() - timedelta(days=1))
     database.assign(3, assignment_date=today() + timedelta(days=1))
@@ -201,7 +201,7 @@ async def test_waiter_receives_only_the_sectors_assigned_for_today(
         running(settings) as gateway,
         admitted(gateway.staff_url("waiter", sector_ids=[9])) as client,
     ):
-        assert await heard(gateway, backend, client) == {5, 6}
+        assert await received_sectors(gateway, backend, client) == {5, 6}
         figures = await metrics(gateway.port)
         assert figures.by_label("sector_queries_total") == {"answered": 1, "failed": 0}
         health = (await http(gateway.port, "/ws/health/detailed")).json
@@ -218,8 +218,8 @@ async def test_every_branch_of_the_token_has_its_own_sectors(
         running(settings) as gateway,
         admitted(gateway.staff_url("waiter", branch_ids=[1, 2])) as client,
     ):
-        assert await heard(gateway, backend, client, branch=1) == {5}
-        assert await heard(gateway, backend, client, branch=2) == {6}
+        assert await received_sectors(gateway, backend, client, branch=1) == {5}
+        assert await received_sectors(gateway, backend, client, branch=2) == {6}
 
 
 async def test_waiter_without_a_row_has_no_sectors_whatever_the_token_claims(
@@ -230,7 +230,7 @@ async def test_waiter_without_a_row_has_no_sectors_whatever_the_token_claims(
         running(settings) as gateway,
         admitted(gateway.staff_url("waiter", sector_ids=[5, 6])) as client,
     ):
-        assert await heard(gateway, backend, client) == set()
+        assert await received_sectors(gateway, backend, client) == set()
         backend.publish("channel:branch:1:waiters", make_payload("ROUND_PENDING", sector_id=5))
         await settle(gateway)
         assert [event["type"] for event in await received(client)] == ["ROUND_PENDING"]
@@ -247,9 +247,9 @@ async def test_waiters_with_the_same_id_in_two_tenants_are_isolated(
         admitted(gateway.staff_url("waiter", tenant_id=1)) as one,
         admitted(gateway.staff_url("waiter", tenant_id=2)) as two,
     ):
-        assert await heard(gateway, backend, one, tenant=1) == {5}
+        assert await received_sectors(gateway, backend, one, tenant=1) == {5}
         assert await received(two) == []
-        assert await heard(gateway, backend, two, tenant=2) == {6}
+        assert await received_sectors(gateway, backend, two, tenant=2) == {6}
         assert await received(one) == []
 
 
@@ -287,7 +287,7 @@ async def test_table_and_columns_may_have_other_names(
         sector_columns="waiter_id=employee, assignment_date=on day, is_active=valid",
     )
     async with running(settings) as gateway, admitted(gateway.staff_url("waiter")) as client:
-        assert await heard(gateway, backend, client) == {5}
+        assert await received_sectors(gateway, backend, client) == {5}
 
 
 async def test_database_connection_is_read_only(database: Database) -> None:
@@ -317,16 +317,16 @@ async def test_refresh_is_answered_in_the_form_of_its_request(
     settings = make_settings(redis_url, database_url=database.url)
     async with running(settings) as gateway, admitted(gateway.staff_url("waiter")) as client:
         database.reassign(7, 6)
-        assert await heard(gateway, backend, client) == {5}
+        assert await received_sectors(gateway, backend, client) == {5}
 
         await client.send_message('{"type":"refresh_sectors"}')
         assert await received(client) == [{"type": "sectors_updated", "sector_ids": [6, 7]}]
-        assert await heard(gateway, backend, client) == {6, 7}
+        assert await received_sectors(gateway, backend, client) == {6, 7}
 
         database.reassign(8)
         await client.send_message("refresh_sectors")
         assert await received_texts(client) == ["sectors_updated:8"]
-        assert await heard(gateway, backend, client) == {8}
+        assert await received_sectors(gateway, backend, client) == {8}
 
         database.reassign()
         await client.send_message("refresh_sectors")
@@ -349,11 +349,11 @@ async def test_announced_change_reaches_the_client_at_once(
         database.reassign(6)
         backend.publish("channel:sectors:changed", '{"tenant_id":2,"waiter_id":21}')
         await settle(gateway)
-        assert await heard(gateway, backend, client) == {5}
+        assert await received_sectors(gateway, backend, client) == {5}
 
         backend.publish("channel:sectors:changed", '{"tenant_id":1,"waiter_id":21}')
         await until(partial(_is_served, gateway, {6}), seconds=1)
-        assert await heard(gateway, backend, client) == {6}
+        assert await received_sectors(gateway, backend, client) == {6}
         assert await received(stranger) == []
 
 
@@ -364,13 +364,13 @@ async def test_change_announced_while_the_link_was_down_reaches_the_client(
     settings = make_settings(redis_url, database_url=database.url)
     async with running(settings) as gateway, admitted(gateway.staff_url("waiter")) as client:
         backend.client_kill_filter(_type="pubsub")
-        database.reassign(6)  # and nobody hears the message
+        database.reassign(6)  # and the message is lost
         await until(partial(_is_served, gateway, {6}), seconds=3)
         await until(lambda: gateway.app.ready)
-        assert await heard(gateway, backend, client) == {6}
+        assert await received_sectors(gateway, backend, client) == {6}
 
 
-def _owes_nothing(gateway: Running) -> bool:
+def _nothing_is_pending(gateway: Running) -> bool:
     return (
         gateway.app.parts.sector_assignments is not None
         and not gateway.app.parts.sector_assignments.pending
@@ -400,11 +400,11 @@ async def test_uncovered_sector_falls_back_to_the_branch_if_configured(
             redis_url, database_url=database.url, ws_uncovered_sector=uncovered
         )
         async with running(settings) as gateway, admitted(gateway.staff_url("waiter")) as client:
-            assert await heard(gateway, backend, client) == expected
+            assert await received_sectors(gateway, backend, client) == expected
             assert (await metrics(gateway.port))["events_unheard_total"] == 8
 
 
-# Many at once
+# Many at the same time
 
 
 async def test_500_concurrent_waiters_cost_500_queries_and_then_none(database: Database) -> None:
@@ -467,23 +467,23 @@ async def test_frozen_database_delays_only_connects_by_two_seconds(
         watch = Stopwatch()
         async with admitted(gateway.staff_url("waiter", sub="22")) as client:
             assert watch.net < 0.5
-            assert await heard(gateway, backend, client) == {6}  # from the cache
+            assert await received_sectors(gateway, backend, client) == {6}  # from the cache
 
         watch = Stopwatch()
         both = gateway.staff_url("waiter", branch_ids=[1, 2], sector_ids=[9])
         async with admitted(both) as client:
             assert watch.elapsed > 1.9
             assert watch.net < 2.5
-            assert await heard(gateway, backend, client) == {9}  # what the token claims
+            assert await received_sectors(gateway, backend, client) == {9}  # what the token claims
             health = await http(gateway.port, "/ws/health/detailed")
             assert health.json["database"] == {"status": "disconnected", "known": 2, "owed": 2}
-            assert health.status == 200  # nobody who is here needs it
+            assert health.status == 200  # no connected client needs it
             failed = (await metrics(gateway.port)).by_label("sector_queries_total")["failed"]
             assert failed >= 2
 
             server.thaw()
-            await until(partial(_owes_nothing, gateway), 12)
-            assert await heard(gateway, backend, client) == {5}  # on the same connection
+            await until(partial(_nothing_is_pending, gateway), 12)
+            assert await received_sectors(gateway, backend, client) == {5}  # on the same connection
             health = await http(gateway.port, "/ws/health/detailed")
             assert health.json["database"] == {"status": "connected", "known": 4, "owed": 0}
         nursery.cancel_scope.cancel()
@@ -505,7 +505,7 @@ async def test_database_that_stays_frozen_delays_no_connect(
                 pass
 
         async with trio.open_nursery() as nursery:
-            for user in range(30, 50):  # more than there are threads for
+            for user in range(30, 50):  # more than there are threads
                 nursery.start_soon(enter, user)
         assert trio.current_time() - started < 3.5
         watch = Stopwatch()
@@ -528,12 +528,12 @@ async def test_sectors_are_queried_when_a_database_that_was_down_at_start_is_up(
         running(settings) as gateway,
         admitted(gateway.staff_url("waiter", sector_ids=[9])) as client,
     ):
-        assert await heard(gateway, backend, client) == {9}
-        assert not file.exists()  # to read is not to make
+        assert await received_sectors(gateway, backend, client) == {9}
+        assert not file.exists()  # reading does not create it
         database = Database(f"sqlite:///{file}").create()
         database.assign(5)
-        await until(partial(_owes_nothing, gateway), 12)
-        assert await heard(gateway, backend, client) == {5}
+        await until(partial(_nothing_is_pending, gateway), 12)
+        assert await received_sectors(gateway, backend, client) == {5}
 
 
 async def test_gateway_starts_with_an_unreachable_database(
@@ -545,7 +545,7 @@ async def test_gateway_starts_with_an_unreachable_database(
         running(settings) as gateway,
         admitted(gateway.staff_url("waiter", sector_ids=[9])) as client,
     ):
-        assert await heard(gateway, backend, client) == {9}
+        assert await received_sectors(gateway, backend, client) == {9}
         assert (await http(gateway.port, "/ws/health/ready")).status == 200
 
 

@@ -1,4 +1,4 @@
-"""The direct transport: any bytes are answered as they should be, and harm no other client."""
+"""The direct transport: any bytes get the right answer and affect no other client."""
 
 import gc
 import json
@@ -70,7 +70,7 @@ PATIENT = {"ws_message_rate_limit": 1_000_000}
 
 
 class BySession:
-    """Lets everybody in as a diner of the session that the token names."""
+    """Admits every client as a diner of the session that its token names."""
 
     async def authenticate(self, credential: str, endpoint: Endpoint) -> Principal:
         await trio.lowlevel.checkpoint()
@@ -78,7 +78,7 @@ class BySession:
 
 
 def make_app(**changes: Any) -> Gateway:
-    """A gateway whose background tasks do not run: connections need none of them."""
+    """A gateway without its background tasks, which connections do not need."""
     return create_app(make_settings(NO_REDIS, **PATIENT | changes), auth=EVERYBODY)
 
 
@@ -86,7 +86,7 @@ def make_app(**changes: Any) -> Gateway:
 async def serving(
     auth: Mapping[Endpoint, Auth] = EVERYBODY, config: Config | None = None, **changes: Any
 ) -> AsyncIterator[Running]:
-    """A gateway on a real socket, without Redis, that lets everybody in."""
+    """A gateway on a real socket, without Redis, that admits every client."""
     made = make_settings(NO_REDIS, **PATIENT | changes)
     async with running(made, auth=auth, wait_ready=False, config=config) as gateway:
         yield gateway
@@ -94,7 +94,7 @@ async def serving(
 
 @asynccontextmanager
 async def bystanding(port: int) -> AsyncIterator[None]:
-    """A client that is connected meanwhile, and still served afterwards."""
+    """A client that is connected during the block, and must be served at its end."""
     with trio.fail_after(20):
         async with dialled(port) as bystander:
             await bystander.upgrade("/ws/admin")
@@ -104,7 +104,7 @@ async def bystanding(port: int) -> AsyncIterator[None]:
 
 
 async def status_of(client: Client, *segments: bytes) -> int:
-    """The status that answers these bytes."""
+    """The status of the answer to these bytes."""
 
     async def send() -> None:
         for segment in segments:
@@ -118,20 +118,22 @@ async def status_of(client: Client, *segments: bytes) -> int:
     return status
 
 
-# Any head, cut anywhere
+# Any head, in any segments
 
 
 @pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.chaos)])
 @pytest.mark.parametrize("name", HEADS)
-async def test_head_is_answered_the_same_wherever_it_is_cut(
+async def test_head_has_the_same_answer_however_it_is_segmented(
     name: str, every: int, autojump_clock: MockClock
 ) -> None:
     head = HEADS[name]
     # In lockstep, a segment is received before the next one is sent.
     async with in_memory(make_app(), lockstep_stream_pair) as dial:
         bystander = await dial().upgrade()
-        step = every if head.by == "direct" else 7  # Hypercorn parses what is behind the cut
-        first = 1 + list(HEADS).index(name) % step  # so that all heads together are cut everywhere
+        step = every if head.by == "direct" else 7  # Hypercorn parses the rest
+        first = (
+            1 + list(HEADS).index(name) % step
+        )  # so that the heads together are cut at every place
         cuts = [(head.data[:i], head.data[i:]) for i in range(first, len(head.data), step)]
         byte_by_byte = [head.data[i : i + 1] for i in range(len(head.data))]
         for segments in [(head.data,), byte_by_byte, *cuts]:
@@ -139,10 +141,10 @@ async def test_head_is_answered_the_same_wherever_it_is_cut(
         async with trio.open_nursery() as nursery:
             nursery.start_soon(bystander.say, "ping")
             assert await bystander.text() == PONG_TEXT
-        assert trio.current_time() == 0  # nobody had to wait for anything
+        assert trio.current_time() == 0  # no client had to wait
 
 
-async def test_every_head_in_turn_leaves_a_bystander_served() -> None:
+async def test_no_head_affects_another_client() -> None:
     async with serving() as gateway, bystanding(gateway.port):
         for head in HEADS.values():
             async with bystanding(gateway.port), dialled(gateway.port) as client:
@@ -162,7 +164,7 @@ async def test_refused_upgrades_are_counted_by_status() -> None:
 
 @given(st.lists(st.binary(max_size=60), max_size=5))
 @settings(max_examples=60)
-def test_garbage_ends_in_400_or_408_or_silence(segments: list[bytes]) -> None:
+def test_garbage_is_answered_with_400_or_a_close(segments: list[bytes]) -> None:
     async def main() -> None:
         async with in_memory(make_app()) as dial:
             bystander = await dial().upgrade()
@@ -177,10 +179,10 @@ def test_garbage_ends_in_400_or_408_or_silence(segments: list[bytes]) -> None:
     trio.run(main)
 
 
-# What stands behind the head
+# Bytes after the head
 
 
-async def test_frames_behind_the_upgrade_are_answered() -> None:
+async def test_frames_sent_with_the_upgrade_are_answered() -> None:
     async with in_memory(make_app()) as dial:
         client = await dial().upgrade(behind=client_frame(TEXT, "ping") + client_frame(PING, b"x"))
 
@@ -188,7 +190,7 @@ async def test_frames_behind_the_upgrade_are_answered() -> None:
         assert await client.frame() == (PONG, b"x")
 
 
-async def test_upgrade_and_frames_may_be_cut_anywhere() -> None:
+async def test_upgrade_and_frames_may_be_segmented_anywhere() -> None:
     data = make_head() + client_frame(TEXT, "ping") + client_frame(TEXT, '{"type": "ping"}')
     async with in_memory(make_app(), lockstep_stream_pair) as dial:
         for cut in range(1, len(data)):
@@ -230,7 +232,7 @@ async def test_upgrade_as_second_request_is_served_by_the_asgi_transport() -> No
         assert (await client.closed())[0] == Close.UNSUPPORTED_DATA
 
 
-async def test_upgrade_with_a_frame_as_second_request_hurts_nobody_else() -> None:
+async def test_upgrade_with_a_frame_as_second_request_affects_no_other_client() -> None:
     async with serving() as gateway, bystanding(gateway.port), dialled(gateway.port) as client:
         await client.send(b"GET /ws/health HTTP/1.1\r\nHost: a\r\n\r\n")
         assert (await client.response())[0] == 200
@@ -240,7 +242,7 @@ async def test_upgrade_with_a_frame_as_second_request_hurts_nobody_else() -> Non
 
 
 @pytest.mark.parametrize("transport", ["direct", "second request", "events"])
-async def test_clients_may_come_and_go_while_they_are_written_to(transport: str) -> None:
+async def test_clients_may_connect_and_disconnect_during_delivery(transport: str) -> None:
     auth = dict.fromkeys(Endpoint, BySession())
 
     async def open_one(client: Client, session: int) -> None:
@@ -268,7 +270,7 @@ async def test_clients_may_come_and_go_while_they_are_written_to(transport: str)
         seen: set[Connection] = set()
 
         async def write_at_every_step() -> None:
-            """As a snapshot of the hub does that is older than a client's end."""
+            """As dispatch does with a snapshot of the hub that is older than a disconnect."""
             while True:
                 seen.update(hub.connections)
                 for connection in seen - {stays}:
@@ -289,7 +291,7 @@ async def test_clients_may_come_and_go_while_they_are_written_to(transport: str)
 
 
 @pytest.mark.parametrize("name", ["Connection", "Sec-WebSocket-Protocol", "Origin"])
-async def test_high_byte_in_a_second_request_hurts_nobody_else(name: str) -> None:
+async def test_high_byte_in_a_second_request_affects_no_other_client(name: str) -> None:
     async with serving() as gateway, bystanding(gateway.port), dialled(gateway.port) as client:
         await client.send(b"GET /ws/health HTTP/1.1\r\nHost: a\r\n\r\n")
         assert (await client.response())[0] == 200
@@ -299,7 +301,7 @@ async def test_high_byte_in_a_second_request_hurts_nobody_else(name: str) -> Non
             await client.rest()
 
 
-# Heads that are too long, too slow, or none
+# Heads that are too long, too slow, or missing
 
 
 @pytest.mark.parametrize(
@@ -341,7 +343,7 @@ async def test_refusal_arrives_although_more_data_is_unread() -> None:
                 assert (await client.response())[0] in {400, 431}
 
 
-async def test_dripping_head_is_given_the_accept_timeout(autojump_clock: MockClock) -> None:
+async def test_dripping_head_is_closed_after_the_accept_timeout(autojump_clock: MockClock) -> None:
     async with in_memory(make_app()) as dial:
         client = dial()
         async with trio.open_nursery() as nursery:
@@ -366,7 +368,7 @@ async def test_dripping_head_is_given_the_accept_timeout(autojump_clock: MockClo
     ],
     ids=["nothing", "half a head", "TLS hello"],
 )
-async def test_silence_is_given_the_accept_timeout(
+async def test_silent_client_is_closed_after_the_accept_timeout(
     autojump_clock: MockClock, data: bytes, answered: bytes
 ) -> None:
     async with in_memory(make_app(ws_accept_timeout=3)) as dial:
@@ -381,7 +383,7 @@ async def test_silence_is_given_the_accept_timeout(
 
 
 @pytest.mark.parametrize(("data", "answered"), [(b"", b""), (b"GET /ws", b"HTTP/1.1 400 ")])
-async def test_end_before_the_end_of_the_head(data: bytes, answered: bytes) -> None:
+async def test_disconnect_within_the_head_is_400_or_silent(data: bytes, answered: bytes) -> None:
     async with in_memory(make_app()) as dial:
         client = dial()
         await client.send(data or b"")
@@ -392,7 +394,7 @@ async def test_end_before_the_end_of_the_head(data: bytes, answered: bytes) -> N
         assert answer.startswith(answered) if answered else not answer
 
 
-async def test_reset_in_the_handshake_hurts_nobody_else() -> None:
+async def test_reset_in_the_handshake_affects_no_other_client() -> None:
     async with serving() as gateway, bystanding(gateway.port):
         for data in (b"", b"GET", make_head()[:-1], make_head(), HEADS["no key"].data):
             async with dialled(gateway.port) as client:
@@ -400,7 +402,7 @@ async def test_reset_in_the_handshake_hurts_nobody_else() -> None:
                 await client.reset()
 
 
-# Frames that break a rule, and those that only look so
+# Invalid frames, and unusual valid ones
 
 
 FRAMES: dict[str, tuple[bytes, Close]] = {
@@ -458,7 +460,7 @@ FRAMES: dict[str, tuple[bytes, Close]] = {
 
 
 @pytest.mark.parametrize(("data", "close"), FRAMES.values(), ids=FRAMES)
-async def test_broken_rule_has_its_code_wherever_it_is_cut(
+async def test_violation_has_its_code_however_it_is_segmented(
     data: bytes, close: Close, autojump_clock: MockClock
 ) -> None:
     app = make_app()
@@ -479,7 +481,7 @@ async def test_broken_rule_has_its_code_wherever_it_is_cut(
     assert app.parts.hub.closed == {close: len(cuts)}
 
 
-async def test_message_of_the_greatest_size_passes() -> None:
+async def test_message_of_the_maximum_size_is_accepted() -> None:
     async with in_memory(make_app()) as dial:
         client = await dial().upgrade()
         ping = '{"type":"ping","x":"' + "€" * 21_838
@@ -507,7 +509,7 @@ async def test_fragments_with_control_frames_between_are_one_message() -> None:
         assert await client.frame() == (TEXT, PONG_TEXT.encode())
 
 
-async def test_character_may_be_cut_between_fragments() -> None:
+async def test_character_may_be_split_between_fragments() -> None:
     async with in_memory(make_app()) as dial:
         client = await dial().upgrade()
         message = '{"type":"ping","x":"€"}'.encode()
@@ -518,10 +520,10 @@ async def test_character_may_be_cut_between_fragments() -> None:
         assert await client.text() == PONG_TEXT
 
 
-# Codes arrive, also when the client's own data is unread
+# Codes arrive although data of the client is unread
 
 
-async def test_code_of_a_flood_arrives_sixty_times_of_sixty() -> None:
+async def test_code_of_a_flood_arrives_every_time() -> None:
     codes: list[tuple[int, str]] = []
     flood = client_frame(TEXT, "ping") * 30 + client_frame(TEXT, "x" * 60_000) * 20
 
@@ -585,7 +587,7 @@ async def test_bug_in_authentication_is_1011() -> None:
     assert app.parts.counts.rejected == {"internal_error": 1}
 
 
-async def test_authentication_is_given_the_accept_timeout(autojump_clock: MockClock) -> None:
+async def test_authentication_must_end_within_the_accept_timeout(autojump_clock: MockClock) -> None:
     class Forever:
         async def authenticate(self, credential: str, endpoint: Endpoint) -> Principal:
             await trio.sleep_forever()
@@ -598,7 +600,7 @@ async def test_authentication_is_given_the_accept_timeout(autojump_clock: MockCl
         assert (code, trio.current_time()) == (Close.SERVER_OVERLOADED, 5)
 
 
-# How clients leave
+# Disconnects
 
 
 @pytest.mark.parametrize(
@@ -630,7 +632,7 @@ async def test_clients_own_code_is_answered_logged_and_counted(
 
 
 @pytest.mark.parametrize("code", [Close.INTERNAL_ERROR, Close.SLOW_CONSUMER, 1001])
-async def test_code_that_a_client_chose_is_not_counted_as_ours(code: int) -> None:
+async def test_close_code_of_a_client_is_not_counted_as_ours(code: int) -> None:
     name = "connections_closed_by_gateway_total"
     async with serving() as gateway, dialled(gateway.port) as client:
         await client.upgrade()
@@ -659,10 +661,10 @@ TRANSPORTS = {
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have other options")
 @pytest.mark.parametrize("write_timeout", [10, 60])
-async def test_kernel_finds_clients_that_vanished(
+async def test_kernel_detects_vanished_clients(
     monkeypatch: pytest.MonkeyPatch, write_timeout: float
 ) -> None:
-    """Whatever it is served by: data that is not acknowledged, or silence, ends it in a minute."""
+    """On every transport: unacknowledged data or silence ends the connection within a minute."""
     sockets: list[Any] = []
 
     def remembering(sock: Any, timeout: float) -> None:
@@ -689,12 +691,12 @@ async def test_kernel_finds_clients_that_vanished(
                 )
             )  # fmt: skip
             assert idle + interval * count <= 60
-            # Never before the write timeout has closed it, with its code.
+            # Not before the write timeout, which closes it with its code.
             assert write_timeout * 1000 < unacknowledged <= max(30, 2 * write_timeout) * 1000
             assert gateway.app.settings.ws_ping_interval + 30 <= 60
 
 
-async def test_half_closed_client_has_left() -> None:
+async def test_half_closed_client_counts_as_disconnected() -> None:
     app = make_app()
     async with in_memory(app) as dial:
         client = await dial().upgrade()
@@ -716,7 +718,7 @@ async def test_client_that_vanishes_is_counted_as_1006(goes: Callable[[Client], 
         assert len(gateway.app.parts.hub) == 1
 
 
-async def test_client_that_never_answers_a_close_is_let_go(autojump_clock: MockClock) -> None:
+async def test_client_that_never_answers_a_close_is_disconnected(autojump_clock: MockClock) -> None:
     app = make_app()
     async with in_memory(app) as dial:
         client = await dial().upgrade()
@@ -727,13 +729,13 @@ async def test_client_that_never_answers_a_close_is_let_go(autojump_clock: MockC
         assert trio.current_time() - started == LINGER
 
 
-# One client's bytes
+# Isolation of the bytes of clients
 
 
-async def test_nobody_gets_the_bytes_of_somebody_else() -> None:
-    """Two hundred clients come and go, and each one's descriptor goes to the next."""
+async def test_no_client_gets_the_bytes_of_another() -> None:
+    """Two hundred clients connect in turn, and each reuses the descriptor of the last one."""
     stable, churning = range(1, 4), range(100, 300)
-    strangers: list[str] = []
+    foreign: list[str] = []
     heard = dict.fromkeys(stable, 0)
     auth = dict.fromkeys(Endpoint, BySession())
 
@@ -747,14 +749,14 @@ async def test_nobody_gets_the_bytes_of_somebody_else() -> None:
                         make_event("CART_SYNC", session_id=session, data=f"marker {session};")
                     )
                 known.update(app.parts.hub.connections)
-                for connection in [*known]:  # also those that are gone
+                for connection in [*known]:  # also to disconnected ones
                     session = connection.principal.session or 0
                     connection.send(f"marker {session};".encode())
                 await trio.sleep(0)
 
         def check(session: int, text: str) -> None:
             if f"marker {session};" not in text:
-                strangers.append(f"{session} got {text}")
+                foreign.append(f"{session} got {text}")
 
         async def stay(session: int, *, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
             async with dialled(gateway.port) as client:
@@ -783,11 +785,11 @@ async def test_nobody_gets_the_bytes_of_somebody_else() -> None:
                     passing.start_soon(advance, churning[n::4])
         nursery.cancel_scope.cancel()
 
-    assert strangers == []
+    assert foreign == []
     assert min(heard.values()) > 50
 
 
-async def test_closed_socket_writes_to_nobody() -> None:
+async def test_closed_socket_writes_to_no_other_client() -> None:
     listener = (await trio.open_tcp_listeners(0, host="127.0.0.1"))[0]
     client = await trio.open_tcp_stream(*listener.socket.getsockname())
     served = DirectSocket(await listener.accept(), b"", 1)
@@ -813,14 +815,14 @@ async def test_closed_socket_writes_to_nobody() -> None:
 
 
 def fill(app: Gateway, session: int, size: int) -> None:
-    """Send so many bytes to the diners of a session."""
+    """Send this many bytes to the diners of a session."""
     for n in range(size // 50_000):
         app.parts.pubsub_queue.offer(
             make_event("CART_SYNC", session_id=session, n=n, data="x" * 50_000)
         )
 
 
-async def test_client_that_stops_reading_skips_what_is_not_durable_until_it_reads_again() -> None:
+async def test_client_that_stops_reading_lags_until_it_reads_again() -> None:
     auth = dict.fromkeys(Endpoint, BySession())
     async with (
         serving(auth, ws_outbox_bytes=200_000) as gateway,
@@ -838,7 +840,7 @@ async def test_client_that_stops_reading_skips_what_is_not_durable_until_it_read
         events = 0
         with trio.fail_after(5):
             while (message := json.loads(await client.text()))["type"] != "gap":
-                assert message["n"] == events  # none is missing before the first that is skipped
+                assert message["n"] == events  # no event is missing before the first skipped one
                 events += 1
 
         assert events < 160
@@ -853,15 +855,15 @@ async def bystanding_diner(gateway: Running, session: int) -> AsyncIterator[Clie
         yield await client.upgrade(f"/ws/diner?table_token={session}")
 
 
-def is_told(client: Client) -> bool:
-    """Whether a client that does not read has been reset: an end behind the data would not come."""
+def is_reset(client: Client) -> bool:
+    """Whether a client that does not read was reset: it would not see an end after unread data."""
     assert isinstance(client.stream, trio.SocketStream)
     poll = select.poll()
     poll.register(client.stream.socket.fileno(), 0)
     return bool(poll.poll(0))
 
 
-async def test_client_that_accepts_no_byte_is_cut_after_the_write_timeout() -> None:
+async def test_client_that_accepts_no_byte_is_aborted_after_the_write_timeout() -> None:
     auth = dict.fromkeys(Endpoint, BySession())
     async with (
         serving(auth, ws_write_timeout=0.3, ws_outbox_bytes=50_000_000) as gateway,
@@ -876,13 +878,13 @@ async def test_client_that_accepts_no_byte_is_cut_after_the_write_timeout() -> N
         assert watch.elapsed > 0.25
         assert watch.net < 1
         assert gateway.app.parts.hub.closed == {Close.SLOW_CONSUMER: 1}
-        await until(lambda: is_told(client))
+        await until(lambda: is_reset(client))
 
 
-# Where the socket can't be written to at once (TLS, Windows), the writer task sends everything.
+# Where direct writes are impossible (TLS, Windows), the writer task sends everything.
 
 
-async def test_full_outbox_of_a_stream_is_4009_behind_what_was_begun(
+async def test_full_outbox_of_a_stream_is_4009_after_the_frame_in_progress(
     autojump_clock: MockClock,
 ) -> None:
     app = make_app(ws_outbox_bytes=100)
@@ -900,7 +902,7 @@ async def test_full_outbox_of_a_stream_is_4009_behind_what_was_begun(
         assert await client.closed() == (Close.SLOW_CONSUMER, "too slow: outbox is full")
 
 
-async def test_stream_that_takes_no_byte_is_cut_after_the_write_timeout(
+async def test_stuck_stream_is_aborted_after_the_write_timeout(
     autojump_clock: MockClock,
 ) -> None:
     app = make_app()
@@ -915,10 +917,10 @@ async def test_stream_that_takes_no_byte_is_cut_after_the_write_timeout(
     assert app.parts.hub.closed == {Close.SLOW_CONSUMER: 1}
 
 
-async def test_slow_http_client_is_cut_after_the_write_timeout(
+async def test_stuck_http_client_is_aborted_after_the_write_timeout(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Hypercorn shields its sends for ever."""
+    """Hypercorn shields its sends without a limit."""
     async with serving(ws_write_timeout=0.2) as gateway:
         gateway.app.add_url_rule("/big", "big", lambda: "x" * 20_000_000)
         async with dialled(gateway.port, receive_buffer=4096) as client:
@@ -930,7 +932,7 @@ async def test_slow_http_client_is_cut_after_the_write_timeout(
 
 
 @pytest.mark.parametrize("keep_alive", [0.1, 60])
-async def test_idle_http_connection_is_closed_after_its_time_or_at_the_end(
+async def test_idle_http_connection_is_closed_after_its_timeout_or_at_shutdown(
     keep_alive: float,
 ) -> None:
     config = Config()
@@ -947,7 +949,7 @@ async def test_idle_http_connection_is_closed_after_its_time_or_at_the_end(
 
 
 async def keep(port: int, *, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
-    """A client that has had an answer, and keeps its connection for the next request."""
+    """A client that has an answer and keeps its connection for the next request."""
     async with dialled(port) as client:
         await client.send(b"GET /ws/health HTTP/1.1\r\nHost: a\r\n\r\n")
         assert (await client.response())[0] == 200
@@ -968,13 +970,13 @@ async def test_stuck_client_of_the_asgi_transport_is_reset_after_the_write_timeo
         fill(gateway.app, 1, 8_000_000)
         with trio.fail_after(3):
             await gateway.app.parts.hub.wait_empty()
-        await until(lambda: is_told(client))
+        await until(lambda: is_reset(client))
 
 
 # Shutdown
 
 
-async def test_everybody_is_sent_away_at_once_with_a_hint_when_to_come_back() -> None:
+async def test_drain_closes_all_clients_at_once_with_a_retry_hint() -> None:
     async with serving() as gateway:
         async with trio.open_nursery() as nursery:
             hints: list[float] = []
@@ -998,7 +1000,7 @@ async def test_everybody_is_sent_away_at_once_with_a_hint_when_to_come_back() ->
         assert 0 <= min(hints) < max(hints) <= 2
 
 
-async def test_stuck_client_delays_neither_the_others_nor_the_end() -> None:
+async def test_stuck_client_delays_neither_the_others_nor_the_shutdown() -> None:
     auth = dict.fromkeys(Endpoint, BySession())
     async with trio.open_nursery() as nursery:
         async with serving(auth, ws_outbox_bytes=50_000_000) as gateway:
@@ -1017,7 +1019,7 @@ async def test_stuck_client_delays_neither_the_others_nor_the_end() -> None:
 
 
 async def hold(port: int, *, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
-    """A client that reads nothing until it is told to go."""
+    """A client that reads nothing until the test ends it."""
     done = trio.Event()
     async with dialled(port, receive_buffer=4096) as client:
         await client.upgrade("/ws/diner?table_token=1")
@@ -1033,7 +1035,7 @@ async def test_while_draining_http_answers_and_upgrades_are_503() -> None:
 
         async with dialled(gateway.port) as client:
             assert await status_of(client, make_head()) == 503
-        await kept.send(make_head())  # the ASGI transport says so too
+        await kept.send(make_head())  # the ASGI transport answers the same
         assert (await kept.response())[0] == 503
         assert (await http(gateway.port, "/ws/health")).status == 200
         assert (await http(gateway.port, "/ws/health/ready")).status == 503
@@ -1041,7 +1043,7 @@ async def test_while_draining_http_answers_and_upgrades_are_503() -> None:
         assert found.by_label("upgrades_refused_total") == {"503": 2}
 
 
-async def test_client_whose_upgrade_the_drain_overtakes_is_sent_away() -> None:
+async def test_client_whose_upgrade_ends_during_the_drain_gets_a_retry_hint() -> None:
     class Slow:
         async def authenticate(self, credential: str, endpoint: Endpoint) -> Principal:
             await app.drain()
@@ -1091,7 +1093,7 @@ async def test_upgrade_events_and_codes_go_through_tls(tmp_path: Any) -> None:
             assert (await closed(client))[0] == Close.UNSUPPORTED_DATA
 
 
-async def test_plain_bytes_on_the_tls_port_hurt_nobody(tmp_path: Any) -> None:
+async def test_plain_bytes_on_the_tls_port_affect_no_client(tmp_path: Any) -> None:
     async with serving_tls(tmp_path) as (gateway, trusting):
         async with dialled(gateway.port) as client:
             await client.send(make_head())
@@ -1103,11 +1105,11 @@ async def test_plain_bytes_on_the_tls_port_hurt_nobody(tmp_path: Any) -> None:
             assert await client.get_message() == PONG_TEXT
 
 
-# Another make of client
+# Another client library
 
 
-async def test_client_of_another_make_is_served() -> None:
-    """``websockets``, which waits for the gateway to end the connection."""
+async def test_another_client_library_is_served() -> None:
+    """``websockets`` waits until the gateway ends the connection."""
     auth = dict.fromkeys(Endpoint, BySession())
     async with serving(auth) as gateway:
         url = f"{gateway.url}/ws/diner?table_token=1"
@@ -1158,7 +1160,7 @@ async def test_asgi_transport_serves_everything_when_the_direct_one_is_not_insta
         assert (await http(gateway.port, "/ws/health")).status == 200
 
 
-async def test_another_app_is_none_of_its_business() -> None:
+async def test_requests_of_another_app_go_to_hypercorn() -> None:
     async def other(scope: Any, receive: Any, send: Any) -> None:
         await receive()
         await send({"type": "http.response.start", "status": 204, "headers": []})
@@ -1171,7 +1173,7 @@ async def test_another_app_is_none_of_its_business() -> None:
 
 
 def strings_within(root: object) -> list[int]:
-    """The sizes of all strings and bytes reachable from here, but not through the app."""
+    """The sizes of all strings and bytes that are reachable from here, except through the app."""
     seen: set[int] = set()
     found: list[int] = []
     todo = [root]
@@ -1187,7 +1189,7 @@ def strings_within(root: object) -> list[int]:
 
 
 @pytest.mark.parametrize("compressed", [False, True])
-async def test_nothing_that_came_with_the_head_is_kept(compressed: bool) -> None:
+async def test_connection_keeps_no_reference_to_its_head(compressed: bool) -> None:
     def serving_task() -> object:
         root = trio.lowlevel.current_root_task()
         todo, found = [root], []
@@ -1212,7 +1214,7 @@ async def test_nothing_that_came_with_the_head_is_kept(compressed: bool) -> None
         assert max(strings_within(serving_task())) < len(long)
 
 
-async def test_silent_sockets_do_not_hold_up_the_end() -> None:
+async def test_silent_sockets_do_not_delay_the_shutdown() -> None:
     async with AsyncExitStack() as stack:
         async with serving(ws_accept_timeout=5) as gateway:
             for _ in range(3):
