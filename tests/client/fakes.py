@@ -42,7 +42,10 @@ class Peer:
                 )
 
     async def send(self, **message: Any) -> None:
-        await self._socket.send_message(json.dumps(message))
+        await self.send_text(json.dumps(message))
+
+    async def send_text(self, text: str) -> None:
+        await self._socket.send_message(text)
 
     async def admit(self, *, recovered: bool = True, last_event_id: str = "0") -> None:
         """Answer the resume."""
@@ -51,12 +54,16 @@ class Peer:
 
     async def publish(self, number: int, **keys: Any) -> None:
         """Send a durable event with this number as its content and its id."""
-        await self._socket.send_message(
-            make_payload(n=number, event_id=str(number), **keys).decode()
-        )
+        await self.send_text(make_payload(n=number, event_id=str(number), **keys).decode())
 
     async def close(self, code: int, reason: str = "") -> None:
         await self._socket.aclose(code, reason)
+
+    @property
+    def close_code(self) -> int | None:
+        """The code with which the client closed; None if it has not."""
+        closed = self._socket.closed
+        return None if closed is None else closed.code
 
     async def stay(self, *, answering: bool = True) -> None:
         """Answer pings until the client leaves."""

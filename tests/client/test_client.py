@@ -65,8 +65,8 @@ async def test_messages_of_the_gateway_are_not_events_whatever_type_events_have(
     async def script(peer: Peer) -> None:
         await peer.admit()
         await peer.send(type="sectors_updated", sector_ids=[1])
-        await peer._socket.send_message("sectors_updated:1")
-        await peer._socket.send_message("[" * 100_000)
+        await peer.send_text("sectors_updated:1")
+        await peer.send_text("[" * 100_000)
         await peer.publish(1, type="gap")
         await peer.stay()
 
@@ -881,14 +881,13 @@ async def test_slow_reader_gets_a_gap_notice(autojump_clock: MockClock) -> None:
 
 
 async def test_leaving_the_block_sends_a_close_frame(autojump_clock: MockClock) -> None:
-    codes: list[int] = []
+    codes: list[int | None] = []
 
     async def script(peer: Peer) -> None:
         try:
             await welcome(peer)
         finally:
-            assert peer._socket.closed is not None
-            codes.append(peer._socket.closed.code)
+            codes.append(peer.close_code)
 
     async with fake_gateway(script) as gateway:
         async with connecting(gateway) as client:
