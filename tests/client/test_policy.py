@@ -20,18 +20,19 @@ def test_only_codes_that_a_retry_cannot_fix_are_final() -> None:
 
 
 def test_reaction_to_each_code_is_that_of_the_contract() -> None:
-    asked = {
+    reactions = {
         "not retry": Next.STOP,
         "fix its code": Next.STOP,
         "not retry with the same token": Next.RENEW,
         "wait before it reconnects": Next.COOL_DOWN,
         "reconnect": Next.BACK_OFF,
+        "reconnect and resume": Next.BACK_OFF,
         "reconnect after that time": Next.BACK_OFF,
         "retry with back-off": Next.BACK_OFF,
     }
     for close in set(Close) - {Close.NORMAL}:
         if close.sent:
-            assert after_close(close) is asked[close.then]
+            assert after_close(close) is reactions[close.then]
 
 
 def test_both_clients_stop_at_the_same_codes() -> None:
