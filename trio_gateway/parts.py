@@ -224,6 +224,7 @@ def build_parts(
         dispatch=dispatch,
         replays=replays,
         routes=settings.routes,
+        places=places,
         wall_clock=clock,
     )
     streams = Streams(

@@ -62,6 +62,8 @@ def snapshot(parts: Parts) -> Snapshot:
             "wsgateway_resumes_total": {"recovered": 0, "not_recovered": 0} | parts.replays.resumes,
             "wsgateway_replayed_events_total": parts.replays.replayed,
             "wsgateway_stream_gaps_total": parts.streams.gaps,
+            "wsgateway_streams_followed": len(parts.following.names),
+            "wsgateway_events_misplaced_total": parts.inlet.misplaced,
             "wsgateway_dead_letters_total": (
                 parts.dead_letters.outcomes if parts.dead_letters else {}
             ),

@@ -46,6 +46,15 @@ def test_without_shards_a_tenant_is_in_every_stream_that_is_named() -> None:
     assert not sharding.ranks
 
 
+def test_what_is_remembered_of_tenants_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trio_gateway.core.shards._MOST_KNOWN", 10)
+    sharding = Sharding(("s",), shards=8)
+    for _ in range(2):
+        for tenant in range(1, 100):
+            assert sharding.streams_of(tenant) == tuple(map(tag, sharding.names_of(tenant)))
+            assert len(sharding._known) <= 10
+
+
 def test_tenant_is_in_its_shard_and_in_the_stream_before_the_shards() -> None:
     sharding = Sharding(("s",), shards=8)
     assert sharding.names_of(1) == ("s", f"s:{{{shard_of(1, 8)}}}")

@@ -18,10 +18,12 @@ from tests.support.gateways import (
     connect,
     http,
     make_settings,
+    metrics,
     receive_event,
     received,
     running,
     until,
+    valkey,
 )
 from trio_gateway.core.audiences import TenantId
 from trio_gateway.core.event_ids import tag
@@ -297,6 +299,44 @@ async def test_gap_in_a_shard_is_sent_to_its_tenants_alone(
         assert markers(messages) == [3]
         publish(redis_url, OTHER, 3)
         assert await heard(other, 1) == [3]
+
+
+async def test_event_in_the_shard_of_another_tenant_is_counted_logged_and_delivered(
+    backend: "redis.Redis", redis_url: str
+) -> None:
+    async with (
+        sharded(redis_url) as gateway,
+        admitted(gateway.staff_url("waiter", tenant_id=ONE)),
+        admitted(gateway.staff_url("waiter", tenant_id=OTHER)) as other,
+    ):
+        await warm(gateway, ONE)
+        await warm(gateway, OTHER)
+        event = (
+            f'{{"type":"ROUND_READY","tenant_id":{OTHER},"branch_id":1,"entity":{{"marker":1}}}}'
+        )
+        with capture_logs() as logs:
+            backend.xadd(stream(ONE), {"data": event})
+            assert await heard(other, 1) == [1]
+        assert "REDIS_STREAM_SHARDS" in next(
+            line["event"] for line in logs if line.get("tenant") == OTHER
+        )
+        numbers = await metrics(gateway.port)
+        assert numbers["events_misplaced_total"] == 1
+        assert numbers["streams_followed"] == 3  # with the one from before the shards
+
+
+async def test_process_that_reads_no_shard_knows_whether_it_can() -> None:
+    with valkey() as server:
+        async with sharded(server.connection_url, circuit_recovery_timeout=0.5) as gateway:
+            assert gateway.app.ready
+            server.kill()
+            await until(lambda: not gateway.app.parts.streams.connected)
+            assert (await http(gateway.port, "/ws/health/ready")).status == 503
+            server.start_again()
+            await until(lambda: gateway.app.ready, 10)
+            async with admitted(gateway.staff_url("waiter", tenant_id=ONE)) as client:
+                publish(server.connection_url, ONE, 1)
+                assert await heard(client, 1) == [1]
 
 
 # From one number of shards to another

@@ -11,6 +11,7 @@ from typing import Final
 from .event_ids import Stream, tag
 
 MAX_SHARDS: Final = 256
+_MOST_KNOWN: Final = 100_000  # tenants of which the streams are remembered
 
 
 def shard_of(tenant: int, shards: int) -> int:
@@ -41,6 +42,7 @@ class Sharding:
     def __init__(self, names: Sequence[str], *, shards: int = 1, previous: int = 1) -> None:
         self._shards, self._previous = shards, previous
         self.by_tenant = shards > 1 or previous > 1
+        self._known: dict[int, Sequence[Stream]] = {}  # by tenant
         if not self.by_tenant:
             self.names: tuple[str, ...] = tuple(dict.fromkeys(names))
             return
@@ -81,11 +83,11 @@ class Sharding:
 
     def streams_of(self, tenant: int) -> Sequence[Stream]:
         """The tags of :meth:`names_of`."""
-        return [self._tags[name] for name in self.names_of(tenant)]
-
-    @cached_property
-    def _tags(self) -> Mapping[str, Stream]:
-        return {name: tag(name) for name in self.names}
+        if (found := self._known.get(tenant)) is None:
+            if len(self._known) >= _MOST_KNOWN:
+                self._known.clear()
+            found = self._known[tenant] = tuple(map(tag, self.names_of(tenant)))
+        return found
 
 
 def _of_each_shard(name: str, shards: int) -> tuple[str, ...]:

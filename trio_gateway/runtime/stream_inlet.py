@@ -21,18 +21,23 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+import structlog
 import trio
 
 from ..core.duplicates import Duplicates
 from ..core.event_ids import Position, Stream
-from ..core.events import InvalidEvent, parse_event
+from ..core.events import Event, InvalidEvent, parse_event
 from ..core.routing import Routing
 from .dispatch import Dispatch
 from .history import History
 from .ingest import Ingest
+from .places import Places
 from .queue import EventQueue
 from .resume import Replays
 from .source import Entry, Past, Room
+from .throttled_log import ThrottledLog
+
+log = structlog.get_logger()
 
 _PER_CHECKPOINT: Final = 100  # entries of the past that are parsed at a time
 
@@ -52,6 +57,7 @@ class StreamInlet:
         dispatch: Dispatch,
         replays: Replays,
         routes: Routing,
+        places: Places | None = None,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._ingest = ingest
@@ -61,6 +67,9 @@ class StreamInlet:
         self._replays = replays
         self._durable_types = routes.durable_types
         self._wall_clock = wall_clock
+        self._places = places or Places(history)
+        self.misplaced = 0  # events in the shard of another tenant
+        self._throttled_log = ThrottledLog(log)
         self._forgotten: set[Stream] = set()  # ever
 
     def room(self) -> Room:
@@ -132,8 +141,21 @@ class StreamInlet:
         )
         if event is None:
             return False
+        if not self._places.concern(stream, event.tenant):
+            self._note_misplaced(name, event)
         await self._queue.put(event)
         return True
+
+    def _note_misplaced(self, name: str, event: Event) -> None:
+        """Such an event reaches only clients of processes that happen to read this shard."""
+        self.misplaced += 1
+        self._throttled_log.error(
+            "event in the shard of another tenant: do its publisher and this gateway have the same"
+            " REDIS_STREAM_SHARDS?",
+            kind="misplaced",
+            stream=name,
+            tenant=event.tenant,
+        )
 
     async def advance(self, stream: Stream, position: Position) -> None:
         """Move the history's end to an entry that was read and was not delivered."""

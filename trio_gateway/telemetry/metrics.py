@@ -72,6 +72,8 @@ METRICS: Final[Mapping[str, Counter | Gauge | Distribution]] = {
     "wsgateway_stream_gaps_total": Counter(
         "Times that stream entries were lost before they were read"
     ),
+    "wsgateway_streams_followed": Gauge("Streams that are read"),
+    "wsgateway_events_misplaced_total": Counter("Events in the shard of another tenant"),
     "wsgateway_log_lines_dropped_total": Counter(
         "Log lines dropped because they could not be written"
     ),
