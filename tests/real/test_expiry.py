@@ -59,7 +59,7 @@ async def test_silent_clients_are_closed_when_their_tokens_expire(
         running(make_settings(redis_url), transport=transport) as gateway,
         AsyncExitStack() as stack,
     ):
-        ends = time.time() + 0.8
+        ends = time.time() + 1.5
         urls = [gateway.staff_url(name, exp=ends) for name in ("waiter", "kitchen")]
         urls += [gateway.staff_url("admin", exp=ends), gateway.diner_url(exp=ends)]
         clients = [await stack.enter_async_context(admitted(url)) for url in urls]
@@ -88,7 +88,8 @@ async def test_expiry_is_exact_and_the_leeway_allows_an_issuers_clock_ahead(
         ):
             async with connect(url) as client:
                 assert (await closed(client))[0] == 4001
-        ends = time.time() + 0.5
+        ends = time.time() + 1.2
+        watch = Stopwatch()
         ahead = {"iat": now + 5, "nbf": now + 5, "exp": ends}
         async with (
             admitted(gateway.staff_url("waiter", **ahead)) as client,
@@ -96,7 +97,7 @@ async def test_expiry_is_exact_and_the_leeway_allows_an_issuers_clock_ahead(
         ):
             for each in (client, diner):
                 assert await closed(each) == (4001, "token expired")
-                assert 0 <= time.time() - ends < 0.3
+                assert 0 <= time.time() - ends < 0.3 + watch.taken
 
 
 @TRANSPORTS
@@ -106,14 +107,14 @@ async def test_renewal_moves_the_expiry_in_both_directions(
     async with running(make_settings(redis_url), transport=transport) as gateway:
         started = time.time()
         async with (
-            admitted(gateway.staff_url("waiter", exp=started + 0.5)) as longer,
+            admitted(gateway.staff_url("waiter", exp=started + 1.4)) as longer,
             admitted(gateway.diner_url(exp=started + 600)) as shorter,
         ):
             await renew(longer, staff(exp=started + 600))
-            await renew(shorter, table(exp=started + 0.8))
+            await renew(shorter, table(exp=started + 1.6))
             watch = Stopwatch()
             assert await closed(shorter) == (4001, "token expired")
-            assert 0 <= time.time() - started - 0.8 < 0.3 + watch.taken
+            assert 0 <= time.time() - started - 1.6 < 0.3 + watch.taken
             (answer,) = await received(longer)
             assert answer == {"type": "auth_ok", "expires_at": int(started + 600)}
 
@@ -269,7 +270,7 @@ async def _while_frozen(
             ):  # not even read, because there are too many
                 endings.append(0)
 
-    started = trio.current_time()
+    whole = Stopwatch()
     async with trio.open_nursery() as nursery:
         for n in range(60):
             nursery.start_soon(one, n)
@@ -281,7 +282,7 @@ async def _while_frozen(
             await trio.sleep(0.12)
     assert set(endings) <= {0, 1013}
     assert endings.count(1013) >= 30
-    assert trio.current_time() - started < 4
+    assert whole.net < 4
     assert slowest < 0.25
     assert len(gateway.app.parts.hub) == 2
     assert (

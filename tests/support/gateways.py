@@ -40,10 +40,12 @@ from trio_gateway.transports import tcp
 from .ports import free_port as free_port
 from .redis_server import RedisServer as RedisServer
 from .redis_server import valkey as valkey
+from .stopwatch import Stopwatch
 
 JWT_SECRET = "0123456789abcdef" * 4
 TABLE_SECRET = "fedcba9876543210" * 4
 Transport = Literal["direct", "asgi"]
+_STUCK = 30  # seconds; no claim: what takes longer will never end
 
 
 def make_settings(redis_url: str, **changes: Any) -> Settings:
@@ -183,7 +185,7 @@ async def received_texts(client: WebSocketConnection) -> list[str]:
     """The messages so far: everything before the answer to a ping."""
     found: list[str] = []
     await client.send_message('{"type":"ping"}')
-    with trio.fail_after(5):
+    with trio.fail_after(_STUCK):
         while (message := await client.get_message()) != '{"type":"pong"}':
             found.append(str(message))
     return found
@@ -195,13 +197,22 @@ async def received(client: WebSocketConnection) -> list[Any]:
 
 
 async def closed(client: WebSocketConnection, seconds: float = 5) -> tuple[int, str]:
-    """The code and reason with which the gateway closes; events before it are skipped."""
-    with trio.fail_after(seconds):
-        try:
-            while True:
-                await client.get_message()
-        except ConnectionClosed as error:
-            ending = error.reason
+    """The code and reason with which the gateway closes; events before it are skipped.
+
+    Fails after this many seconds, net of the machine's.
+    """
+    watch = Stopwatch()
+    ending = None
+    while ending is None:
+        with trio.move_on_after(max(0.1, seconds - watch.net)) as waiting:
+            try:
+                while True:
+                    await client.get_message()
+            except ConnectionClosed as error:
+                ending = error.reason
+                break
+        if waiting.cancelled_caught and watch.net >= seconds:
+            raise trio.TooSlowError
     assert ending is not None
     return ending.code, ending.reason or ""
 
@@ -321,12 +332,15 @@ async def metrics(port: int) -> Metrics:
 
 
 async def until(true: Callable[[], Any], seconds: float = 5) -> None:
-    """Wait until a condition is true; fail after this many seconds."""
-    with trio.fail_after(seconds):
+    """Wait until a condition is true; fail after this many seconds, net of the machine's."""
+    watch = Stopwatch()
+    with trio.fail_after(seconds + _STUCK):
         while True:
             found = true()
             if await found if inspect.isawaitable(found) else found:
                 return
+            if watch.net > seconds:
+                raise trio.TooSlowError
             await trio.sleep(0.01)
 
 
