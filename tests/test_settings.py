@@ -61,6 +61,7 @@ DEFAULTS: dict[str, Any] = {
     "WS_HISTORY_EVENTS": 50000,
     "WS_HISTORY_BYTES": 67108864,
     "WS_HISTORY_AGE": 3600,
+    "WS_RESUME_FROM_STREAM": 10_000,
     "WS_TENANT_EVENT_RATE": 0,
     "WS_UNCOVERED_SECTOR": "none",
     "WS_DROP_ALARM_WINDOW": 60,
@@ -238,7 +239,12 @@ SECONDS = [
     "WS_HISTORY_AGE", "WS_DROP_ALARM_WINDOW", "WS_DROP_ALARM_COOLDOWN",
     "CIRCUIT_RECOVERY_TIMEOUT", "JWT_REVALIDATION_INTERVAL", "SECTOR_CACHE_TTL",
 ]  # fmt: skip
-NUMBERS = ["WS_TENANT_EVENT_RATE", "WS_DROP_ALARM_THRESHOLD", "JWT_LEEWAY"]  # may be 0
+NUMBERS = [
+    "WS_RESUME_FROM_STREAM",
+    "WS_TENANT_EVENT_RATE",
+    "WS_DROP_ALARM_THRESHOLD",
+    "JWT_LEEWAY",
+]  # may be 0
 WHOLE = [n for n in COUNTS if n not in SECONDS and n not in NUMBERS]
 BAD = [
     *[(name, value) for name in WHOLE for value in ("0", "-1", "1.5", "many", "inf", "nan")],

@@ -205,6 +205,7 @@ class Gateway(QuartTrio):
         while True:  # events also become too old when no new event comes
             await trio.sleep(self.settings.ws_cleanup_interval)
             self.parts.history.trim(trio.current_time())
+            self.parts.older_events.trim(trio.current_time())
 
     def _watch(self, terminated: Callable[[], Awaitable[None]], patience: float) -> None:
         if self._server_stops.watch(terminated):

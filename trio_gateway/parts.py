@@ -17,9 +17,11 @@ from .broker.commands import Commands
 from .broker.dead_letters import DeadLetters
 from .broker.pubsub import Listener, PubSub
 from .broker.readiness import Readiness
+from .broker.stream_pages import StreamPages
 from .broker.streams import Streams
 from .core.audiences import Endpoint
 from .core.control_messages import PLACEMENT, REVOKED, SECTORS_CHANGED
+from .core.event_ids import tag
 from .core.limits import DropAlarm, TenantRate
 from .core.resilience import Breaker
 from .redis_url import RedisAddress
@@ -32,6 +34,7 @@ from .runtime.history import History
 from .runtime.hub import CapacityLimits, Hub
 from .runtime.ingest import Ingest
 from .runtime.keyed_limiter import KeyedLimiter
+from .runtime.older_events import OlderEvents, make_parse
 from .runtime.places import Places
 from .runtime.queue import EventQueue
 from .runtime.resume import Replays
@@ -65,6 +68,7 @@ class Parts:
     pubsub_queue: EventQueue
     stream_queue: EventQueue
     history: History
+    older_events: OlderEvents
     replays: Replays
     dispatch: Dispatch
     pubsub: PubSub
@@ -151,7 +155,6 @@ def build_parts(
     sharding = settings.sharding
     history.ranks = sharding.ranks
     places = Places(history, sharding)
-    replays = Replays(history, hub, places)
     dispatch = Dispatch(
         hub,
         settings.routes,
@@ -160,6 +163,21 @@ def build_parts(
         writes_per_checkpoint=settings.ws_broadcast_batch_size,
         timeout=settings.ws_callback_timeout,
     )
+    commands = Commands(
+        settings.redis_url,
+        breakers["commands"],
+        breakers["writes"],
+        max_connections=settings.redis_pool_max_connections,
+    )
+    names = {tag(name): name for name in sharding.names}
+    older_events = OlderEvents(
+        history,
+        StreamPages(commands, names),
+        make_parse(dispatch, settings.routes.durable_types),
+        most_entries=settings.ws_resume_from_stream,
+        most_bytes=settings.ws_history_bytes,
+    )
+    replays = Replays(history, hub, places, older_events)
     pubsub_queue = EventQueue(
         settings.redis_event_queue_size,
         DropAlarm(
@@ -173,12 +191,6 @@ def build_parts(
         settings.redis_event_queue_size, is_one_lane=settings.sharding.by_tenant
     )
 
-    commands = Commands(
-        settings.redis_url,
-        breakers["commands"],
-        breakers["writes"],
-        max_connections=settings.redis_pool_max_connections,
-    )
     revocations = Revocations(commands, hub)
     placement = Placement(hub, commands)
     listeners: dict[str, Listener] = {REVOKED: revocations, PLACEMENT: placement}
@@ -254,6 +266,7 @@ def build_parts(
         pubsub_queue=pubsub_queue,
         stream_queue=stream_queue,
         history=history,
+        older_events=older_events,
         replays=replays,
         dispatch=dispatch,
         pubsub=pubsub,

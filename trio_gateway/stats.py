@@ -60,6 +60,7 @@ def snapshot(parts: Parts) -> Snapshot:
             "wsgateway_events_unknown_type_total": dispatch.unknown_type,
             "wsgateway_deliveries_total": dispatch.deliveries,
             "wsgateway_resumes_total": {"recovered": 0, "not_recovered": 0} | parts.replays.resumes,
+            "wsgateway_stream_scans_total": parts.older_events.scans,
             "wsgateway_replayed_events_total": parts.replays.replayed,
             "wsgateway_stream_gaps_total": parts.streams.gaps,
             "wsgateway_streams_followed": len(parts.following.names),

@@ -10,10 +10,12 @@ from trio.testing import wait_all_tasks_blocked
 from trio_gateway.core.audiences import Principal
 from trio_gateway.core.event_ids import START, Cursor, Position, Stream, event_id
 from trio_gateway.core.events import Event
+from trio_gateway.core.routing import ROUTES
 from trio_gateway.runtime.connection import Connection, ConnectionLimits
 from trio_gateway.runtime.dispatch import Dispatch
 from trio_gateway.runtime.history import History
 from trio_gateway.runtime.hub import Hub
+from trio_gateway.runtime.older_events import OlderEvents, ReadEntry, ReadFailed, make_parse
 from trio_gateway.runtime.resume import Replays
 from trio_gateway.runtime.resume_state import Phase
 from trio_gateway.runtime.socket import Ping
@@ -71,14 +73,54 @@ class Client:
         await wait_all_tasks_blocked()
 
 
+class FakeStreams:
+    """What Redis holds of the streams, and whether it answers."""
+
+    def __init__(self) -> None:
+        self.entries: dict[Stream, list[ReadEntry]] = {}
+        self.fails = False
+        self.seconds = 0.0  # for a page
+        self.pages = 0
+
+    async def read_back(self, stream: Stream, end: Position, most: int) -> list[ReadEntry]:
+        await self._answer()
+        found = [entry for entry in self.entries.get(stream, ()) if entry[0] <= end]
+        return found[::-1][:most]
+
+    async def read_on(self, stream: Stream, after: Position, most: int) -> list[ReadEntry]:
+        await self._answer()
+        return [entry for entry in self.entries.get(stream, ()) if entry[0] > after][:most]
+
+    async def _answer(self) -> None:
+        self.pages += 1
+        await trio.sleep(self.seconds)
+        if self.fails:
+            raise ReadFailed
+
+
 class World:
     """A hub, its history and its dispatch; events are numbers, which are their places too."""
 
-    def __init__(self, nursery: trio.Nursery, *streams: Stream, begun: bool = True, **bounds: Any):
+    def __init__(
+        self,
+        nursery: trio.Nursery,
+        *streams: Stream,
+        begun: bool = True,
+        most_scanned: int = 0,
+        **bounds: Any,
+    ) -> None:
         self.hub = Hub()
         self.history = History(**{"age": 10**12} | bounds)
-        self.replays = Replays(self.history, self.hub)
         self.dispatch = Dispatch(self.hub, history=self.history, writes_per_checkpoint=1)
+        self.redis = FakeStreams()
+        self.older = OlderEvents(
+            self.history,
+            self.redis,
+            make_parse(self.dispatch, ROUTES.durable_types),
+            most_entries=most_scanned,
+            most_bytes=10**7,
+        )
+        self.replays = Replays(self.history, self.hub, older=self.older)
         self.nursery = nursery
         if begun:
             for stream in streams or (A,):
@@ -96,6 +138,9 @@ class World:
                     data=n, channel=channel, received_at=now, stream=stream, position=at(n), **keys
                 )
             )
+        if stream is not None:
+            entries = self.redis.entries.setdefault(stream, [])
+            entries += [(at(n), event.payload) for n, event in zip(numbers, batch, strict=True)]
         await self.dispatch.deliver(batch)
 
     async def connect(

@@ -151,7 +151,7 @@ async def test_next_page_is_marked_incomplete_if_the_history_moved_past_it(
 ) -> None:
     fill(gateway, 18, 50_000)
     history = gateway.app.parts.history
-    body = catchup._page(history, {STREAM: Position((1, 0))}, frozenset(AUDIENCES))
+    body = catchup._page(gateway.app.parts, {STREAM: Position((1, 0))}, {}, frozenset(AUDIENCES))
     first = await anext(body)
     history.most_events = 1
     history.trim(trio.current_time())

@@ -181,6 +181,21 @@ class Commands:
         )
         return bool(added)
 
+    async def xrange(
+        self, stream: str, first: str, last: str, count: int, *, newest_first: bool = False
+    ) -> list[tuple[bytes, dict[bytes, bytes] | None]]:
+        """Return entries of a stream, id and fields, from one end of this range of ids."""
+
+        def send(redis: Redis) -> Awaitable[Any]:
+            if newest_first:
+                return redis.xrevrange(stream, last, first, count)
+            return redis.xrange(stream, first, last, count)
+
+        found: list[tuple[bytes, dict[bytes, bytes] | None]] = await self._run(
+            self._reads, send, _is_entries
+        )
+        return found
+
     async def _run(
         self,
         breaker: Breaker,
@@ -286,6 +301,15 @@ def _is_value(reply: Any) -> bool:
 
 def _is_true_or_none(reply: Any) -> bool:
     return reply is None or reply is True
+
+
+def _is_entries(reply: Any) -> bool:
+    return isinstance(reply, list) and all(
+        isinstance(entry, tuple)
+        and isinstance(entry[0], bytes)
+        and isinstance(entry[1], dict | None)
+        for entry in reply
+    )
 
 
 def _pool(url: str, max_connections: int) -> BlockingConnectionPool:

@@ -43,6 +43,7 @@ class History:
         self._whole: set[Stream] = set()  # of which every entry there ever was is known
         self._since: dict[Stream, Position] = {}  # from where each is known
         self._forgotten: dict[Stream, Position] = {}  # the last one that was dropped
+        self._gaps: dict[Stream, Position] = {}  # where the last gap ended
         self._grown = trio.lowlevel.ParkingLot()
         self.bytes = 0
         self.began: dict[Stream, Position] = {}  # where each was first read live
@@ -88,7 +89,7 @@ class History:
         """
         since = max(since, self._since.get(stream, START))
         self._drop(stream)
-        self._since[stream] = since
+        self._since[stream] = self._gaps[stream] = since
         self._set_end(stream, end)
 
     def forget(self, stream: Stream) -> None:
@@ -194,6 +195,19 @@ class History:
         """Whether an event after this cursor has been dropped."""
         forgotten = self._forgotten
         return any(s in forgotten and forgotten[s] > position for s, position in cursor.items())
+
+    def known_since(self, stream: Stream) -> Position | None:
+        """The position after which every event of this stream is known; None before it is read."""
+        if stream not in self.end:
+            return None
+        return max(self._since[stream], self._forgotten.get(stream, START))
+
+    def may_read_back(self, stream: Stream, position: Position) -> bool:
+        """Whether the stream itself can tell what came after this position, if it holds it.
+
+        It cannot if entries after it were lost unread.
+        """
+        return stream in self.end and position >= self._gaps.get(stream, START)
 
     def past_forgotten(self, cursor: Cursor) -> Cursor:
         """This cursor, moved past the events after it that have been dropped."""

@@ -19,6 +19,7 @@ from ..core.messages import GAP, resumed
 from .connection import Connection
 from .history import History, StoredEvent
 from .hub import Hub
+from .older_events import OlderEvents
 from .places import Places
 from .resume_state import Phase, Step
 
@@ -36,8 +37,15 @@ _PASSED_BY: Final = "too slow: the history has moved past it"
 class Replays:
     """Lets connections begin where they left off."""
 
-    def __init__(self, history: History, hub: Hub, places: Places | None = None) -> None:
+    def __init__(
+        self,
+        history: History,
+        hub: Hub,
+        places: Places | None = None,
+        older: OlderEvents | None = None,
+    ) -> None:
         self._history = history
+        self._older = OlderEvents(history) if older is None else older
         self._hub = hub
         self._places = places or Places(history)
         self._undecided: deque[tuple[float, Connection]] = deque()
@@ -159,7 +167,7 @@ class Replays:
 
     async def resume(self, connection: Connection, last_event_id: str) -> None:
         """Answer a client that asks to resume, replay what it missed, and let it go live."""
-        state, history = connection.resume_state, self._history
+        state = connection.resume_state
         was_live = state.phase is Phase.LIVE
         cursor = await self._find(connection, last_event_id)
         if connection.ending:
@@ -173,7 +181,7 @@ class Replays:
             # Streams that the id does not name are followed from where it was accepted.
             place = {**self._accepted_at(connection), **cursor}
             self._hub.step(connection, Step.REPLAY, place)
-            count = len(self._undelivered(connection, history.missed(place, connection.audiences)))
+            count = self._begin_replay(connection, self._older.behind(cursor))
             if not count:  # else the id that holds is the client's own, until theirs come
                 end = self._end(connection)
                 place = {**place, **{s: max(p, place.get(s, p)) for s, p in end.items()}}
@@ -182,6 +190,16 @@ class Replays:
             state.is_served = False
         else:
             await self._catch_up(connection)
+
+    def _begin_replay(self, connection: Connection, behind: Cursor) -> int:
+        """Let it read on from its cursor, in these streams from before the history; return how many
+        events it missed.
+        """
+        connection.resume_state.older = frozenset(behind)
+        older = self._older.missed(behind, connection.audiences)
+        rest = {**self._cursor(connection), **self._older.ends(behind)}
+        found = self._history.missed(rest, connection.audiences)
+        return len(older) + len(self._undelivered(connection, found))
 
     def _refuse(self, connection: Connection) -> None:
         self.resumes["not_recovered"] += 1
@@ -204,7 +222,8 @@ class Replays:
                 cursor = await self._places.after(cursor, tenant)
         if scope.cancelled_caught or cursor is None:
             return None
-        return cursor if self._history.covers(cursor) else None
+        known = self._history.covers(cursor) or await self._older.find(cursor)
+        return cursor if known else None
 
     def _accepted_at(self, connection: Connection) -> Cursor:
         """From where on it misses nothing; for a stream that was read later, its begin."""
@@ -251,10 +270,10 @@ class Replays:
         state = connection.resume_state
         while not connection.ending:
             await self._wait_written(connection)
-            if state.cursor is None:  # it has left meanwhile
-                return
-            if self._history.forgot(self._cursor(connection)):
+            if not await self._is_known(connection):
                 connection.close(Close.SLOW_CONSUMER, _PASSED_BY)
+                return
+            if state.cursor is None:  # it has left meanwhile
                 return
             chunk, upto, is_last = self._next_chunk(connection)
             if chunk:
@@ -267,6 +286,23 @@ class Replays:
                     connection.send(GAP)
                 return
             state.advance(upto)
+
+    async def _is_known(self, connection: Connection) -> bool:
+        """Whether what comes after its cursor is known, also if it has left meanwhile."""
+        state = connection.resume_state
+        while state.older:
+            behind = self._behind(connection)
+            if self._older.covers(behind):
+                return True
+            # Before it came to the end of the older events, the history has moved past that.
+            if not await self._older.find(behind) and state.older:
+                return False
+        return state.cursor is None or not self._history.forgot(self._cursor(connection))
+
+    def _behind(self, connection: Connection) -> Cursor:
+        """The part of its cursor that is before the history."""
+        state = connection.resume_state
+        return {s: p for s, p in self._cursor(connection).items() if s in state.older}
 
     async def _wait_written(self, connection: Connection) -> None:
         """Wait until its outbox is empty, and meanwhile keep its cursor where the next event is.
@@ -283,7 +319,9 @@ class Replays:
     def _skip_ahead(self, connection: Connection) -> None:
         """Move its cursor to its next event, past those that are for others."""
         state, history = connection.resume_state, self._history
-        if state.cursor is None or history.forgot(cursor := self._cursor(connection)):
+        if state.cursor is None or state.older:
+            return
+        if history.forgot(cursor := self._cursor(connection)):
             return
         if not (found := history.following(cursor, connection.audiences, 1)):
             state.advance(self._end(connection))
@@ -297,11 +335,18 @@ class Replays:
 
     def _next_chunk(self, connection: Connection) -> tuple[list[StoredEvent], Cursor, bool]:
         """What to send it next, its cursor when it has that, and whether nothing follows."""
-        history = self._history
-        found = history.following(self._cursor(connection), connection.audiences, _CHUNK_EVENTS)
+        state, history, audiences = connection.resume_state, self._history, connection.audiences
+        if state.older:
+            behind = self._behind(connection)
+            found = self._older.following(behind, audiences, _CHUNK_EVENTS)
+            if not found:
+                state.older = frozenset()
+                return [], self._older.ends(behind), False
+        else:
+            found = history.following(self._cursor(connection), audiences, _CHUNK_EVENTS)
         sizes = accumulate(len(stored.frame) for stored in found)
         most = next((n for n, size in enumerate(sizes, 1) if size >= _CHUNK_BYTES), _CHUNK_EVENTS)
-        if len(found) < most:
+        if len(found) < most and not state.older:
             return self._undelivered(connection, found), self._end(connection), True
         found = found[:most]
         upto = {stored.stream: stored.position for stored in found}

@@ -41,7 +41,7 @@ from collections.abc import Mapping
 from enum import Enum, auto
 from typing import Final
 
-from ..core.event_ids import Cursor
+from ..core.event_ids import Cursor, Stream
 
 
 class Phase(Enum):
@@ -120,8 +120,9 @@ class ResumeState:
     ``resume_from`` is the last event id that its handshake named, if any. ``accepted_at`` is the
     place from which on it misses nothing: where the history stood when its upgrade was accepted,
     or, if None, when it joins. ``accepted_time`` is that moment on Trio's clock, if it is known.
-    ``lagged_at`` is how many connections and lags there had been when
-    its lag began; ``has_skipped`` says that an event was skipped in this lag.
+    ``lagged_at`` is how many connections and lags there had been when its lag began;
+    ``has_skipped`` says that an event was skipped in this lag. ``older`` are the streams in which
+    its cursor is before the history, in :mod:`.older_events`.
     """
 
     __slots__ = (
@@ -132,6 +133,7 @@ class ResumeState:
         "is_served",
         "lagged_at",
         "may_resume",
+        "older",
         "phase",
         "resume_from",
     )  # fmt: skip
@@ -151,6 +153,7 @@ class ResumeState:
         self.is_served = False
         self.has_skipped = False
         self.lagged_at = 0
+        self.older: frozenset[Stream] = frozenset()
 
     def step(self, step: Step, cursor: Cursor | None = None) -> None:
         """Change the phase as :data:`TRANSITIONS` says; a cursor replaces the one it has.
@@ -163,6 +166,8 @@ class ResumeState:
             assert self.cursor is not None
         else:
             self.cursor = None
+        if step is Step.GAP or self.cursor is None:
+            self.older = frozenset()
         if self.phase is Phase.REPLAYING or self.phase is Phase.LAGGING or step is Step.ASK:
             self.may_resume = False
 

@@ -76,6 +76,7 @@ class SettingValues(BaseSettings):
     ws_history_events: _Count = 50_000
     ws_history_bytes: _Count = 67_108_864
     ws_history_age: _Seconds = 3600
+    ws_resume_from_stream: Annotated[int, Field(ge=0)] = 10_000
     ws_tenant_event_rate: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0
     ws_uncovered_sector: Literal["none", "branch"] = "none"
     ws_drop_alarm_window: _Seconds = 60

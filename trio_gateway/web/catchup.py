@@ -23,6 +23,7 @@ from ..core.frames import split
 from ..parts import Parts
 from ..runtime.concurrency_limiter import Overloaded
 from ..runtime.history import History, StoredEvent
+from ..runtime.older_events import OlderEvents
 from ..runtime.resume import PATIENCE
 from .responses import Answer, identify, problem, refusal
 
@@ -85,6 +86,7 @@ async def _missed(parts: Parts, principals: Sequence[Principal]) -> Answer:
     if not await parts.places.wait_known(tenant, PATIENCE):
         return problem(503, "the events have not been read from Redis yet", retry_after=1)
     history.trim(trio.current_time())
+    older: Cursor = {}
     if moment is not None:
         cursor, complete = history.place_before(moment, parts.places.streams_of(tenant))
     else:
@@ -93,9 +95,12 @@ async def _missed(parts: Parts, principals: Sequence[Principal]) -> Answer:
         with trio.move_on_after(PATIENCE):  # another process may have read on further
             place = await parts.places.after(after, tenant)
         complete = place is not None and history.covers(place)
+        if place is not None and not complete:
+            complete = await parts.older_events.find(place)
+            older = parts.older_events.behind(place) if complete else {}
         cursor = parts.places.of(tenant, place or after)
         cursor = {stream: seen for stream, seen in cursor.items() if stream in history.end}
-    response = Response(_page(history, cursor, audiences), content_type="application/json")
+    response = Response(_page(parts, cursor, older, audiences), content_type="application/json")
     response.headers["Cache-Control"] = "no-store"
     if not complete:  # the contract has no key for it in the body
         response.headers["Gateway-Complete"] = "false"
@@ -103,17 +108,31 @@ async def _missed(parts: Parts, principals: Sequence[Principal]) -> Answer:
 
 
 async def _page(
-    history: History, cursor: Cursor, audiences: frozenset[Audience]
+    parts: Parts, cursor: Cursor, older: Cursor, audiences: frozenset[Audience]
 ) -> AsyncIterator[bytes]:
-    """Yield the body in pieces. If there are more events, ``next`` is the id to continue after."""
+    """Yield the body in pieces. If there are more events, ``next`` is the id to continue after.
+
+    ``older`` is the part of the cursor that is before the history.
+    """
+    history = parts.history
+    events: History | OlderEvents
     was_whole = not history.forgot(cursor)
     room, count, more = PAGE_BYTES - _TAIL_BYTES - _POSITION_BYTES * len(cursor), 0, False
     piece = bytearray(b'{"events":[')
     while not more:
-        if was_whole and history.forgot(cursor):  # since the last piece; the next page reports it
+        if older:
+            older = {stream: cursor[stream] for stream in older}
+            is_known, events = parts.older_events.covers(older), parts.older_events
+            if is_known and not events.following(older, audiences, 1):
+                cursor, older = {**cursor, **events.ends(older)}, {}
+                was_whole = True
+                continue
+        else:
+            is_known, events = not (was_whole and history.forgot(cursor)), history
+        if not is_known:  # since the last piece; the next page reports it
             more = True
             break
-        found = history.following(cursor, audiences, _PIECE_EVENTS)
+        found = events.following(older or cursor, audiences, _PIECE_EVENTS)
         for stored in found:
             text = _text(stored)
             if more := len(text) + 1 > room:
@@ -126,7 +145,7 @@ async def _page(
             if len(piece) >= _PIECE_BYTES:
                 break
         else:
-            if len(found) < _PIECE_EVENTS:
+            if len(found) < _PIECE_EVENTS and not older:
                 break
         yield bytes(piece)
         piece.clear()

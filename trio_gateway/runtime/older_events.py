@@ -1,0 +1,320 @@
+"""Older events: what the history no longer holds, read back from the stream for those who resume.
+
+A scan reads a stream backwards from where the history begins, and stops at the entry that a client
+names. What it finds is kept for a while as a second history, the *range* of that stream. So one
+scan serves all clients that come with ids in this range, and each of them reads it chunk by chunk.
+
+- The entry that a client names must be there: then the id is of this stream, and nothing after it
+  was trimmed, for a stream is trimmed from its oldest entry on. Nobody reads across a gap that
+  this process has noticed.
+- A range ends some entries behind the begin of the history, because the history moves on. A range
+  that the history has moved past is extended.
+- A range is dropped when it was not used for a while, or when the ranges hold too many bytes. A
+  client that still reads it is closed then, as one that the history has moved past.
+"""
+
+import sys
+from collections.abc import Callable, Collection, Container, Sequence
+from typing import Final, Protocol
+
+import trio
+
+from ..core.audiences import Audience
+from ..core.duplicates import Duplicates
+from ..core.event_ids import Cursor, Position, Stream, before
+from ..core.events import Event, InvalidEvent, parse_event
+from .dispatch import Dispatch
+from .history import History, StoredEvent
+
+DEADLINE: Final = 5.0  # seconds that a client waits for a scan
+_PAGE: Final = 1000  # entries in one reply
+_OVERLAP: Final = 1000  # entries of the history that a range holds, too
+_PER_CHECKPOINT: Final = 100  # entries that are parsed at a time
+_UNUSED: Final = 30.0  # seconds until a range is dropped
+_AT_A_TIME: Final = 2  # scans
+
+ReadEntry = tuple[Position, bytes | None]  # the payload is None if the entry has no field ``data``
+
+
+class ReadFailed(Exception):  # noqa: N818 - an outcome
+    """The stream could not be read now."""
+
+
+class StreamReader(Protocol):
+    """Reads parts of a stream. Its methods raise :exc:`ReadFailed` in bounded time."""
+
+    async def read_back(self, stream: Stream, end: Position, most: int) -> Sequence[ReadEntry]:
+        """The last entries up to this position, the newest first."""
+
+    async def read_on(self, stream: Stream, after: Position, most: int) -> Sequence[ReadEntry]:
+        """The first entries after this position, the oldest first."""
+
+
+class _Range:
+    """All that a stream holds after ``since`` and up to ``end``."""
+
+    def __init__(self, stream: Stream, since: Position, now: float) -> None:
+        self.stream = stream
+        self.since = self.end = since
+        self.positions = {since}  # of all entries, events or not
+        self.is_deepest = False  # no scan can go further back
+        self.used_at = now
+        self.events = History(events=sys.maxsize, size=sys.maxsize, age=sys.float_info.max)
+        self.events.begin(stream, since)
+        self._duplicates = Duplicates()
+
+    @property
+    def bytes(self) -> int:
+        return self.events.bytes
+
+    def add(self, position: Position, found: tuple[Event, Collection[Audience]] | None) -> None:
+        """Add the next entry, with its event if it is a durable one."""
+        self.positions.add(position)
+        self.end = position
+        if found is not None and not self._duplicates.is_duplicate(found[0]):
+            self.events.add(*found, now=0)
+
+
+# The durable event in an entry's payload, with its audiences; None if there is none.
+Parse = Callable[[Stream, Position, bytes], tuple[Event, Collection[Audience]] | None]
+
+
+def _nothing(_stream: Stream, _position: Position, _payload: bytes) -> None:
+    return None
+
+
+def make_parse(dispatch: Dispatch, durable_types: Container[str]) -> Parse:
+    """Parse and route the payloads of entries as live ones are."""
+
+    def parse(
+        stream: Stream, position: Position, payload: bytes
+    ) -> tuple[Event, Collection[Audience]] | None:
+        try:
+            event = parse_event(
+                payload,
+                channel=stream,
+                received_at=position[0] / 1000,  # when Redis added it
+                stream=stream,
+                position=position,
+                durable_types=durable_types,
+            )
+        except InvalidEvent:
+            return None  # the process that read it live has counted it
+        return (event, dispatch.audiences(event)) if event.durable else None
+
+    return parse
+
+
+class OlderEvents:
+    """The ranges of the streams.
+
+    ``most_entries`` is how far back a scan goes, counted from the begin of the history. With 0, or
+    without a reader, nothing is scanned. ``most_bytes`` bounds the payloads
+    of one scan, and twice that all ranges together.
+    """
+
+    def __init__(
+        self,
+        history: History,
+        reader: StreamReader | None = None,
+        parse: Parse = _nothing,
+        *,
+        most_entries: int = 0,
+        most_bytes: int = 0,
+    ) -> None:
+        self._history = history
+        self._stream_reader = reader
+        self._parse = parse
+        self._most_entries = most_entries
+        self._most_bytes = most_bytes
+        self._ranges: dict[Stream, _Range] = {}
+        self._wanted: dict[Stream, list[Position]] = {}  # of the clients that wait for a scan
+        self._locks: dict[Stream, trio.Lock] = {}  # one scan of a stream at a time
+        self._limit = trio.CapacityLimiter(_AT_A_TIME)
+        self.scans = 0
+        self.entries_scanned = 0
+
+    async def find(self, cursor: Cursor) -> bool:
+        """Make everything after this cursor known, here or in the history, if the streams hold it.
+
+        True only if :meth:`covers` is true when this returns. Raises nothing, and waits at most
+        :data:`DEADLINE` seconds.
+        """
+        try:
+            with trio.move_on_after(DEADLINE):
+                for stream in self._missing(cursor):
+                    if not await self._reach(stream, cursor[stream]):
+                        return False
+        except ReadFailed:
+            return False
+        return self.covers(cursor)
+
+    def covers(self, cursor: Cursor) -> bool:
+        """Whether everything after this cursor is known, here or in the history."""
+        return bool(cursor) and all(
+            self._history.covers({stream: position}) or self._holds(stream, position)
+            for stream, position in cursor.items()
+        )
+
+    def behind(self, cursor: Cursor) -> Cursor:
+        """The part of a cursor from which on the history alone is not enough."""
+        return {stream: cursor[stream] for stream in self._missing(cursor)}
+
+    def missed(self, cursor: Cursor, audiences: Collection[Audience]) -> list[StoredEvent]:
+        """The events after a cursor that :meth:`behind` has returned, up to :meth:`ends`."""
+        return [
+            stored
+            for stream, position in cursor.items()
+            for stored in self._use(stream).events.missed({stream: position}, audiences)
+        ]
+
+    def following(
+        self, cursor: Cursor, audiences: Collection[Audience], most: int
+    ) -> list[StoredEvent]:
+        """The first ``most`` events of one stream of those that :meth:`missed` returns."""
+        for stream, position in cursor.items():
+            found = self._use(stream).events.following({stream: position}, audiences, most)
+            if found:
+                return found
+        return []
+
+    def ends(self, cursor: Cursor) -> Cursor:
+        """Where the ranges of these streams end, and the history goes on."""
+        return {stream: self._ranges[stream].end for stream in cursor}
+
+    def trim(self, now: float) -> None:
+        """Drop the ranges that were not used for a while."""
+        for stream, each in list(self._ranges.items()):
+            if now - each.used_at > _UNUSED:
+                del self._ranges[stream]
+
+    def _missing(self, cursor: Cursor) -> list[Stream]:
+        return [s for s, position in cursor.items() if not self._history.covers({s: position})]
+
+    def _use(self, stream: Stream) -> _Range:
+        found = self._ranges[stream]
+        found.used_at = trio.current_time()
+        return found
+
+    def _holds(self, stream: Stream, position: Position) -> bool:
+        """Whether the range of this stream holds all from this entry on to the history."""
+        found = self._ranges.get(stream)
+        return (
+            found is not None
+            and found.since <= position <= found.end
+            and position in found.positions
+            and self._is_joined(found)
+        )
+
+    def _is_joined(self, found: _Range) -> bool:
+        """Whether nothing is missing between a range and the history."""
+        known_since = self._history.known_since(found.stream)
+        return known_since is not None and found.end >= known_since
+
+    async def _reach(self, stream: Stream, position: Position) -> bool:
+        """Whether a scan could reach back to this entry."""
+        if self._stream_reader is None or not self._most_entries:
+            return False
+        if not self._history.may_read_back(stream, position):
+            return False
+        wanted = self._wanted.setdefault(stream, [])
+        wanted.append(position)
+        try:
+            async with self._locks.setdefault(stream, trio.Lock()):
+                found = self._ranges.get(stream)
+                if found is not None and not self._is_joined(found):
+                    async with self._limit:
+                        await self._extend(found)
+                    found = self._ranges.get(stream)
+                if self._holds(stream, position):
+                    return True
+                if found is not None and (found.is_deepest or position >= found.since):
+                    return False
+                async with self._limit:
+                    await self._scan(stream, min(wanted), found)
+                return self._holds(stream, position)
+        finally:
+            wanted.remove(position)
+            if not wanted:
+                del self._wanted[stream]
+                self._locks.pop(stream, None)
+
+    @property
+    def _reader(self) -> StreamReader:
+        assert self._stream_reader is not None
+        return self._stream_reader
+
+    async def _scan(self, stream: Stream, oldest: Position, former: _Range | None) -> None:
+        """Read back from where the history begins to ``oldest``, or as far as is allowed.
+
+        If there is a former range, read at least twice as far: few scans then reach the bound.
+        """
+        self.scans += 1
+        least = 0 if former is None else min(2 * len(former.positions), self._most_entries)
+        begin = end = self._history.known_since(stream)
+        assert end is not None
+        assert begin is not None
+        found: list[ReadEntry] = []  # the newest first
+        size, is_deepest = 0, False
+        while not is_deepest and (not found or found[-1][0] > oldest or len(found) < least):
+            asked = min(_PAGE, self._most_entries + 1 - len(found))  # the client's own, too
+            page = await self._reader.read_back(stream, end, asked)
+            self.entries_scanned += len(page)
+            is_deepest = len(page) < asked or len(found) + asked > self._most_entries
+            for n, (position, payload) in enumerate(page):
+                size += len(payload or b"")
+                is_enough = position <= oldest and len(found) >= least
+                if size > self._most_bytes or is_enough:
+                    is_deepest = not is_enough
+                    page = page[: n + is_enough]
+                    break
+            found += page
+            if not page:
+                break
+            end = before(page[-1][0])
+            if page[-1][0] <= oldest and len(found) >= least:
+                break
+        if not found:
+            return
+        fresh = _Range(stream, found[-1][0], trio.current_time())
+        fresh.is_deepest = is_deepest
+        await self._fill(fresh, found[-2::-1])
+        fresh.end = max(fresh.end, begin)
+        await self._extend(fresh)
+
+    async def _extend(self, found: _Range) -> None:
+        """Read on from a range's end into the history, and put the range in its place."""
+        most = 2 * self._most_entries + _OVERLAP
+        while len(found.positions) < most and found.bytes <= 2 * self._most_bytes:
+            was_joined = self._is_joined(found)
+            end = self._history.end.get(found.stream, found.end)
+            page = await self._reader.read_on(found.stream, found.end, _OVERLAP)
+            self.entries_scanned += len(page)
+            await self._fill(found, [entry for entry in page if entry[0] <= end])
+            if was_joined or not page:
+                break
+        if self._is_joined(found):
+            self._put(found)
+        else:
+            self._ranges.pop(found.stream, None)
+
+    async def _fill(self, found: _Range, entries: Sequence[ReadEntry]) -> None:
+        """Add the entries that follow a range, as far as it may grow."""
+        for n, (position, payload) in enumerate(entries):
+            parsed = None if payload is None else self._parse(found.stream, position, payload)
+            if found.bytes > 2 * self._most_bytes:
+                return
+            found.add(position, parsed)
+            if n % _PER_CHECKPOINT == 0:
+                await trio.lowlevel.checkpoint()
+
+    def _put(self, found: _Range) -> None:
+        """Keep a range; those that were not used for longest give way to it."""
+        found.used_at = trio.current_time()
+        self._ranges[found.stream] = found
+        size = sum(each.bytes for each in self._ranges.values())
+        for each in sorted(self._ranges.values(), key=lambda each: each.used_at):
+            if size <= 2 * self._most_bytes or each is found:
+                continue
+            size -= each.bytes
+            del self._ranges[each.stream]
