@@ -1,4 +1,4 @@
-"""``python -m bench SCENARIO``: run it, show it, keep it."""
+"""``python -m bench SCENARIO``: run a scenario, show its figures, and store them."""
 
 import os
 import resource
@@ -21,26 +21,28 @@ _LIST = "\n".join(f"  {name:8} {scenario.about}" for name, scenario in SCENARIOS
 
 
 @click.command(
-    help="Run one scenario on a real gateway, and on what people use instead.\n\n\b\n"
+    help="Run one scenario on a real gateway, and on other servers (baselines).\n\n\b\n"
     f"{_LIST}\n  smoke    The regression guard: a short fanout against floor and naive."
 )
 @click.argument("scenario", type=click.Choice([*SCENARIOS, "smoke"]))
-@click.option("--against", default="", help=f"Baselines, by commas: {', '.join(BASELINES)}.")
-@click.option("--only", is_flag=True, help="Only what --against names, without the gateway.")
-@click.option("--repeat", default=1, show_default=True, help="Runs, of which the median is shown.")
+@click.option("--against", default="", help=f"Baselines, comma-separated: {', '.join(BASELINES)}.")
+@click.option("--only", is_flag=True, help="Only the baselines in --against, without the gateway.")
+@click.option("--repeat", default=1, show_default=True, help="Number of runs; the median is shown.")
 @click.option("--clients", type=click.IntRange(1), help="Connections.")
-@click.option("--seconds", type=click.FloatRange(0.2), help="How long is measured.")
+@click.option("--seconds", type=click.FloatRange(0.2), help="Duration of the measurement.")
 @click.option("--size", type=click.IntRange(200, 65_000), help="Bytes of an event.  [300]")
 @click.option("--rate", type=click.FloatRange(0.1), help="Events a second: steady, slow, soak.")
-@click.option("--window", type=click.IntRange(1, 4000), help="Events under way when saturated.")
+@click.option("--window", type=click.IntRange(1, 4000), help="Events in flight when saturated.")
 @click.option("--unbatched", is_flag=True, default=None, help="fanout: one event at a time.")
-@click.option("--branches", type=click.IntRange(1, 900), help="mixed: how many.")
-@click.option("--each", type=click.IntRange(1), help="mixed: branches of one of the staff.")
+@click.option("--branches", type=click.IntRange(1, 900), help="mixed: number of branches.")
+@click.option("--each", type=click.IntRange(1), help="mixed: branches of each staff member.")
 @click.option("--stuck", type=click.IntRange(1), help="slow: clients that never read.")
-@click.option("--resume", is_flag=True, default=None, help="storm: everybody resumes.")
-@click.option("--missed", type=click.IntRange(1), help="storm --resume: events they missed.")
-@click.option("--minutes", type=click.FloatRange(0.1), help="soak: how long.")
-@click.option("--churn", type=click.FloatRange(0.1), help="soak: clients a second that change.")
+@click.option("--resume", is_flag=True, default=None, help="storm: all clients resume.")
+@click.option("--missed", type=click.IntRange(1), help="storm --resume: missed events.")
+@click.option("--minutes", type=click.FloatRange(0.1), help="soak: duration.")
+@click.option(
+    "--churn", type=click.FloatRange(0.1), help="soak: clients per second that are replaced."
+)
 @click.option("--set", "settings", multiple=True, help="A setting of the gateway, NAME=VALUE.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Append the line here.")
 @click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Draw a PNG.")
@@ -65,7 +67,7 @@ def main(
         console = Console(stderr=True, width=140)
     cores = Cores()
     if cores.shared:
-        console.print("one core only: the load shares it with the server", style="yellow")
+        console.print("only one core: the load generator shares it with the server", style="yellow")
     os.sched_setaffinity(0, cores.load)
     with open_redis(cores) as redis:
         if scenario == "smoke":
@@ -97,7 +99,7 @@ def main(
     if plot_file is not None:
         plot(results, SCENARIOS[scenario].plotted, plot_file)
     if results.faulty:
-        raise click.ClickException(f"the gateway is at fault: {', '.join(results.faulty)}")
+        raise click.ClickException(f"delivery errors of the gateway: {', '.join(results.faulty)}")
 
 
 def _smoke(redis: Redis, cores: Cores, console: Console) -> bool:

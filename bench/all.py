@@ -1,7 +1,7 @@
-"""``python -m bench.all``: measure what the docs publish, and put it into ``bench/results.json``.
+"""``python -m bench.all``: measure the published figures, and write ``bench/results.json``.
 
-Each run is a process of its own with a time limit, and is written as soon as it is over: one that
-fails, hangs or is not reached any more leaves what was measured before.
+Each run is a separate process with a time limit, and its figures are written when it ends. If a run
+fails, hangs or does not start in time, the file keeps its older figures.
 """
 
 import json
@@ -20,26 +20,28 @@ import click
 from .processes import descendants
 from .published import FILE, RUNS, Run, entry, merge
 
-MINUTES: Final = 12.0  # for all of it
-_PATIENCE: Final = 15.0  # seconds for a run to end when it is told to
+MINUTES: Final = 12.0  # for all runs
+_STOP_TIMEOUT: Final = 15.0  # seconds for a run to end after SIGINT
 
 
 class Failed(RuntimeError):  # noqa: N818 - an outcome
-    """Why a run has no figures."""
+    """The reason why a run has no figures."""
 
 
 @click.command()
 @click.argument("names", nargs=-1)
-@click.option("--quick", is_flag=True, help="See that it works, in two minutes; writes no file.")
-@click.option("--minutes", default=MINUTES, show_default=True, help="No run goes on after that.")
-@click.option("--repeat", default=1, show_default=True, help="The median of so many is taken.")
+@click.option("--quick", is_flag=True, help="Test all runs in two minutes; writes no file.")
+@click.option("--minutes", default=MINUTES, show_default=True, help="No run continues after that.")
+@click.option(
+    "--repeat", default=1, show_default=True, help="Number of runs; the median is stored."
+)
 @click.option("--results", type=click.Path(path_type=Path), help=f"[default: bench/{FILE.name}]")
 def main(
     names: Sequence[str], quick: bool, minutes: float, repeat: int, results: Path | None
 ) -> None:
-    """Measure NAMES, or all, and keep the figures."""
+    """Measure the runs NAMES, or all, and store the figures."""
     if unknown := [name for name in names if name not in RUNS]:
-        raise click.BadParameter(f"{unknown[0]} is none of: {', '.join(RUNS)}")
+        raise click.BadParameter(f"unknown run: {unknown[0]} (known: {', '.join(RUNS)})")
     path = results or (None if quick else FILE)
     ends = time.monotonic() + minutes * 60
     problems = []
@@ -55,19 +57,19 @@ def main(
             merge({name: found}, path)
         click.echo(f"{name}: {time.monotonic() - began:.0f} s", err=True)
     if path is not None:
-        click.echo(f"{path.name} is written; python -m tools.tables renews the docs", err=True)
+        click.echo(f"wrote {path.name}; python -m tools.tables renews the docs", err=True)
     if problems:
         raise click.ClickException(f"not measured: {', '.join(problems)}")
 
 
 def measure(run: Run, left: float, *, quick: bool, repeat: int) -> dict[str, Any]:
-    """The JSON line that the run ends with; :exc:`Failed` if it fails or takes too long."""
+    """Return the JSON line that the run prints last. Raises :exc:`Failed`."""
     limit = min(run.limit * repeat, left)
     if limit <= 0:
         raise Failed("the time was up before it began")
     module, *rest = run.arguments
     scenario = module == "bench"
-    # Of an option that is given twice the last counts; the others have one argument at most.
+    # If an option is given twice, the last one counts. Other modules take at most one argument.
     rest = [*(rest if scenario or not quick else []), *(run.quick if quick else [])]
     if scenario and repeat > 1:
         rest += ["--repeat", str(repeat)]
@@ -88,18 +90,18 @@ def measure(run: Run, left: float, *, quick: bool, repeat: int) -> dict[str, Any
     try:
         line: dict[str, Any] = json.loads(out.splitlines()[-1])
     except (IndexError, ValueError):
-        raise Failed("said nothing that can be read") from None
+        raise Failed("printed no JSON line") from None
     return line
 
 
 def _stop(process: "subprocess.Popen[str]") -> None:
-    """Let it end its servers, which are in sessions of their own; else kill all of them."""
+    """Let the run end its servers, which have their own sessions; kill those that remain."""
     if process.poll() is not None:
         return
     started = set(descendants(process.pid))
     process.send_signal(signal.SIGINT)
     with suppress(subprocess.TimeoutExpired):
-        process.wait(_PATIENCE)
+        process.wait(_STOP_TIMEOUT)
     for pid in started | set(descendants(process.pid)):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)

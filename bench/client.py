@@ -1,8 +1,8 @@
-"""The load client: many WebSockets on one epoll, their frames checked in bulk.
+"""The load client: many WebSockets on one epoll, with frames checked in bulk.
 
-It must cost less than what it measures. Events are frames of one size, so a buffer full of them
-is checked by two strided slices and two comparisons (see :mod:`.crowd`); only when these fail is
-a client's buffer read frame by frame, to find out what is missing, doubled or out of order.
+It must cost less than the server that it measures. All event frames have one size, so two strided
+slices and two comparisons check a whole buffer (see :mod:`.crowd`). Only if they fail, the buffer
+is read frame by frame, to find what is missing, doubled or out of order.
 """
 
 import gc
@@ -22,7 +22,7 @@ from .crowd import RECEIVE, Heard, Template
 from .publish import Pace, Publisher
 
 _clock = time.monotonic_ns
-_MASK: Final = bytes(4)  # a mask of zeros is a mask
+_MASK: Final = bytes(4)  # a mask of zeros is valid
 _READY: Final = b'{"type":"pong"}'
 _PER_SOURCE: Final = 5000  # connections from one address: it has 28,000 ports to give
 _CLOSE: Final = b"\x88\x82" + _MASK + b"\x03\xe8"
@@ -38,7 +38,7 @@ _PING: Final = text_frame(b"ping")
 
 
 class Client:
-    """One WebSocket. ``place`` is how far it is in the stream of what it hears, in bytes."""
+    """One WebSocket. ``place`` is its offset in its stream of events, in bytes."""
 
     __slots__ = (
         "began_at", "code", "heard", "heard_from", "lost", "number", "place", "ready", "ready_at",
@@ -58,12 +58,12 @@ class Client:
         self.upgraded = self.ready = False
         self.began_at = self.ready_at = 0
         self.place = -1  # until its first event
-        self.heard_from = 0  # the number of the event from which on it must hear all
+        self.heard_from = 0  # the number of the first event that it must receive
         self.tail = b""
         self.lost: set[int] = set()
-        self.code: int | None = None  # how it ended
+        self.code: int | None = None  # the close code
         self.reason = b""
-        self.texts: list[bytes] = []  # what came that is no event, but for the first pong
+        self.texts: list[bytes] = []  # other messages than events, without the first pong
 
 
 @dataclass
@@ -71,7 +71,7 @@ class Faults:
     missing: int = 0
     duplicate: int = 0
     out_of_order: int = 0
-    strange: int = 0  # events that this client must never hear
+    strange: int = 0  # events that this client must never receive
 
 
 @dataclass
@@ -83,7 +83,7 @@ class Latencies:
 
 
 class Load:
-    """The clients, and whoever publishes to them, in one loop."""
+    """The clients and their publisher, in one loop."""
 
     def __init__(self, port: int, template: Template | None = None) -> None:
         self._port = port
@@ -100,17 +100,17 @@ class Load:
         self.clients: list[Client] = []
         self.faults = Faults()
         self.closed: Counter[int] = Counter()
-        self.failed: Counter[str] = Counter()  # that never got ready, by why
+        self.failed: Counter[str] = Counter()  # clients that never became ready, by reason
         self.ready = 0
         self.pongs = 0
-        self.received = 0  # bytes, of those that are ready
+        self.received = 0  # bytes, of the clients that are ready
         self.heard_from: Callable[[], int] = lambda: 0
         self.progress: Callable[[], None] = lambda: None
 
     # Opening
 
     def open(self, clients: Iterable[Client], *, at_once: int = 256, seconds: float = 60) -> float:
-        """Open all of them and wait until each is ready: its first pong came. Returns seconds."""
+        """Open all and wait until each has its first pong; return the seconds it took."""
         clients = list(clients)
         self._at_once = at_once
         began, before = _clock(), self.ready + self.failed.total()
@@ -124,7 +124,7 @@ class Load:
         return (_clock() - began) / 1e9
 
     def start(self, client: Client) -> None:
-        """Begin to open one, as soon as fewer than so many others are at it."""
+        """Open one, as soon as fewer than ``at_once`` others are opening."""
         self.clients.append(client)
         if self._opening < max(1, self._at_once):
             self._connect(client)
@@ -137,7 +137,7 @@ class Load:
         sock = client.socket
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # The port is chosen at the connect: the pair has to be free, and not the port alone.
+        # Choose the port at connect: then only the pair of addresses must be free, not the port.
         sock.setsockopt(socket.IPPROTO_IP, 24, 1)  # IP_BIND_ADDRESS_NO_PORT
         sock.bind((f"127.0.{1 + client.number // _PER_SOURCE % 200}.1", 0))
         with suppress(BlockingIOError):
@@ -146,7 +146,7 @@ class Load:
         self._epoll.register(sock.fileno(), select.EPOLLOUT)
 
     def _open(self, client: Client, data: bytes) -> None:
-        """What happens to a client that is not ready yet."""
+        """Handle data of a client that is not ready yet."""
         if client.request:
             if error := client.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
                 self._gone(client, f"errno {error}")
@@ -199,14 +199,14 @@ class Load:
             self._opened()
 
     def close(self, client: Client) -> None:
-        """Leave, politely."""
+        """Close with a close frame."""
         with suppress(OSError):
             client.socket.send(_CLOSE)
         client.code = 1000
         self._gone(client, "left")
 
     def drop(self, clients: Iterable[Client]) -> None:
-        """Vanish without a word."""
+        """Close the sockets without a close frame."""
         for client in clients:
             self._gone(client, "dropped")
 
@@ -224,7 +224,7 @@ class Load:
         self.heard_from = lambda: publisher.sent
 
     def drive(self, publisher: Publisher, pace: Pace, seconds: float) -> None:
-        """Publish at that pace and take what comes."""
+        """Publish at that pace, and receive."""
         end = _clock() + int(seconds * 1e9)
         gc.disable()
         try:
@@ -238,7 +238,7 @@ class Load:
             gc.enable()
 
     def settle(self, done: Callable[[], bool], quiet: float = 2.0) -> None:
-        """Take what is still under way: until done, or nothing has come for a while."""
+        """Receive until ``done``, or until nothing has arrived for ``quiet`` seconds."""
         last, since = -1, _clock()
         while not done():
             if self.received != last:
@@ -248,7 +248,7 @@ class Load:
             self.pump(0.05)
 
     def pump(self, timeout: float) -> None:
-        """Wait for anything, and take it."""
+        """Wait for data, and receive it."""
         by_fd, buffer, log = self._by_fd, self._buffer, self._log
         if self._template is not None:
             size, at = self._template.frame_size, self._template.code_at
@@ -283,7 +283,7 @@ class Load:
             if place < 0 or heard is None or not heard.size:
                 self._read(client, bytes(buffer[:n]), now)
                 continue
-            # The codes stand at k * size + at in its stream.
+            # The codes are at k * size + at in its stream.
             k = (place - at + size - 1) // size
             k1 = (place - at + size - 2) // size
             start = k * size + at - place
@@ -304,7 +304,7 @@ class Load:
             log.clear()
 
     def _read(self, client: Client, data: bytes, now: int = 0) -> None:
-        """Take what came frame by frame."""
+        """Read the received data frame by frame."""
         heard, template = client.heard, self._template
         place, before = client.place, len(client.tail)
         k = -1 if place < 0 or template is None else (place - before) // template.frame_size
@@ -347,12 +347,12 @@ class Load:
             client.place = k * template.frame_size + len(client.tail)
 
     def _hear(self, client: Client, heard: Heard, n: int, k: int) -> int:
-        """An event came to a client that expects its k-th; return which it expects now."""
+        """Check event ``n`` of a client that expects its k-th; return the next one it expects."""
         if not heard.includes(n):
             self.faults.strange += 1
             return k
         got = heard.before(n)
-        if k < 0:  # its first one; before it is ready it is owed nothing
+        if k < 0:  # its first one; a client that is not ready yet may miss events
             k = min(got, heard.before(client.heard_from)) if client.ready else got
         if got >= k:
             self.faults.missing += got - k
@@ -369,7 +369,7 @@ class Load:
     # Looking back
 
     def missed(self, client: Client, published: int) -> int:
-        """How many events at the end of what was published have not come to it."""
+        """How many of the last published events the client has not received."""
         if client.heard is None or self._template is None:
             return 0
         expected = client.heard.before(published)
@@ -383,7 +383,7 @@ class Load:
     def latencies(
         self, publisher: Publisher, first: int, last: int, clients: Iterable[Client]
     ) -> Latencies:
-        """Of the events ``first`` to ``last``, as far as they came to these clients."""
+        """The latencies of the events ``first`` to ``last`` at these clients."""
         assert self._template is not None
         size = self._template.frame_size
         counted = {client.number: client for client in clients}
@@ -416,7 +416,7 @@ class Load:
         )
 
     def forget(self) -> None:
-        """Forget when what came."""
+        """Forget the recorded times."""
         self._log.clear()
 
     def shut(self) -> None:
@@ -426,7 +426,7 @@ class Load:
 
 
 def _frame(data: bytes, start: int) -> tuple[int, int, int] | None:
-    """The frame at this offset: opcode, where its payload begins, and where it ends."""
+    """The frame at this offset: opcode, start of the payload, end; None if incomplete."""
     if len(data) < start + 2:
         return None
     size, body = data[start + 1] & 0x7F, start + 2

@@ -1,7 +1,7 @@
-"""What compressing big events costs and saves. ``python -m bench.compression [clients]``; Linux.
+"""Costs and savings of compressing big events. ``python -m bench.compression [clients]``; Linux.
 
-One gateway, one branch; the clients offer permessage-deflate or do not, and get events of some
-size one after the other. CPU is the gateway's, bytes are what the clients received.
+One gateway, one branch. The clients offer permessage-deflate or not, and receive events of one
+size, one at a time. CPU is that of the gateway, bytes are those that the clients received.
 """
 
 import sys
@@ -25,7 +25,7 @@ _OFFER = "Sec-WebSocket-Extensions: permessage-deflate"
 
 
 def _event(size: int) -> bytes:
-    """An order of so many bytes, about, as a kitchen gets it."""
+    """Make an order of about ``size`` bytes, as for a kitchen."""
     items, n = [], 0
     while len(event := make_payload(entity={"items": items})) < size:
         n += 1
@@ -36,7 +36,7 @@ def _event(size: int) -> bytes:
 
 
 async def main(number: int) -> Figures:
-    """Costs by the size of the event, in bytes on the wire and µs of CPU a delivery."""
+    """Costs by the size of the event: bytes on the wire, and µs of CPU per delivery."""
     found: Figures = {}
     port = free_port()
     quiet = {"stdout": -3, "stderr": -3}  # subprocess.DEVNULL
@@ -61,14 +61,14 @@ async def _measure(
 
     async def client(*, task_status: trio.TaskStatus[None]) -> None:
         nonlocal received
-        async with dialled(port) as line:
+        async with dialled(port) as one:
             target = f"/ws/waiter?token={make_jwt(JWT_SECRET)}"
             more = (_OFFER,) if offers else ()
-            await line.send(make_head(*more, request=f"GET {target} HTTP/1.1"))
-            while not bytes(await line.stream.receive_some(4096)).endswith(b"\r\n\r\n"):
+            await one.send(make_head(*more, request=f"GET {target} HTTP/1.1"))
+            while not bytes(await one.stream.receive_some(4096)).endswith(b"\r\n\r\n"):
                 pass
             task_status.started()
-            while data := await line.stream.receive_some(65_536):
+            while data := await one.stream.receive_some(65_536):
                 received += len(data)
 
     async with trio.open_nursery() as nursery:

@@ -1,10 +1,10 @@
-"""The crowd: who connects, what is published, and who is to hear which of it.
+"""The crowd: the clients of a run, the events, and which client must receive which event.
 
-Events come in periods: the i-th is of kind ``i % period``, and says so in two characters at a
-fixed place. So what a client must get is a fixed text of two characters an event, and whether it
-did is two comparisons for a whole buffer full of frames, whoever the client is.
+Events repeat with a period: the i-th is of kind ``i % period``, and names its kind in two
+characters at a fixed offset. So a client must receive a fixed text of two characters per event, and
+two comparisons check a whole buffer of frames.
 
-Who hears what is worked out here from the contract's table, not from the gateway's code.
+The receivers are computed here from the contract's table, not with the gateway's code.
 """
 
 import base64
@@ -23,15 +23,15 @@ from .baselines import CHANNEL
 JWT_SECRET: Final = "0123456789abcdef" * 4
 TABLE_SECRET: Final = "fedcba9876543210" * 4
 
-# What may stand in a JSON string as it is.
+# Characters that need no escape in a JSON string.
 _DIGITS: Final = bytes(c for c in range(0x23, 0x7F) if c != 0x5C)
 MAX_PERIOD: Final = len(_DIGITS) ** 2
-RECEIVE: Final = 1 << 18  # bytes that a client takes at a time
+RECEIVE: Final = 1 << 18  # bytes that a client reads at a time
 _LEAST_FRAME: Final = 200
 
 
 class Heard:
-    """What one client hears: the indices in a period, and the two characters of each."""
+    """The events that a client must receive: their indices in a period, and their characters."""
 
     __slots__ = ("first", "indices", "period", "second", "size")
 
@@ -45,7 +45,7 @@ class Heard:
         self.first, self.second = first * repeat, second * repeat
 
     def before(self, n: int) -> int:
-        """How many of the first ``n`` events it hears."""
+        """How many of the first ``n`` events the client must receive."""
         periods, rest = divmod(n, self.period)
         return periods * self.size + bisect_left(self.indices, rest)
 
@@ -56,7 +56,7 @@ class Heard:
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of event: where it is published, and the keys that decide who hears it."""
+    """One kind of event: its channel, and the keys that decide who receives it."""
 
     channel: str
     keys: dict[str, Any]
@@ -117,7 +117,7 @@ class Template:
 
 
 def token(secret: str, **claims: Any) -> str:
-    """A JWT, HS256; pyjwt would take longer over ten thousand of them than connecting does."""
+    """Make a JWT, HS256. Ten thousand of them with pyjwt would take longer than connecting."""
     now = int(time.time())
     body = json.dumps({"iat": now, "exp": now + 7200, **claims}, separators=(",", ":")).encode()
     text = _base64(b'{"alg":"HS256","typ":"JWT"}') + b"." + _base64(body)
@@ -132,7 +132,7 @@ def _base64(data: bytes) -> bytes:
 def staff(
     endpoint: str, user: int, tenant: int, branches: Sequence[int], role: str, **claims: Any
 ) -> str:
-    """Where a member of the staff connects."""
+    """The target of a staff member's connection."""
     claims |= {"sub": str(user), "tenant_id": tenant, "branch_ids": list(branches)}
     return f"/ws/{endpoint}?token={token(JWT_SECRET, roles=[role], **claims)}"
 
@@ -145,7 +145,7 @@ def diner(tenant: int, branch: int, session: int) -> str:
 
 
 def one_branch(clients: int, *, elsewhere: int = 0) -> Crowd:
-    """All waiters of one branch, and others in branches of which nothing is ever published."""
+    """All waiters of one branch, and others in branches without events."""
     period = 4000
     kinds = [Kind(CHANNEL, {"type": "ROUND_READY", "tenant_id": 1, "branch_id": 1})] * period
     everything, nothing = Heard(range(period), period), Heard((), period)
@@ -204,9 +204,10 @@ _ROLES: Final[list[tuple[str, str, frozenset[int], int | None]]] = [
 
 
 def mixed(clients: int, branches: int, each: int) -> Crowd:
-    """One tenant's staff of all roles, each in several branches, and its diners.
+    """The staff of one tenant in all roles, each in several branches, and its diners.
 
-    With many branches each hardly two clients hear the same: the engine's worst case but one.
+    With many branches each, almost no two clients receive the same events: a bad case for the
+    engine.
     """
     chance = random.Random(17)
     order = [(b, m) for b in range(1, branches + 1) for m in range(len(_MIX))]

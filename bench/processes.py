@@ -1,4 +1,4 @@
-"""The processes of a run: Redis, the gateway under the stock command, the baselines; pinned."""
+"""The processes of a run, pinned to cores: Redis, the gateway under ``hypercorn``, baselines."""
 
 import importlib.util
 import os
@@ -28,7 +28,7 @@ _ROOT: Final = Path(__file__).parent.parent
 _TICKS: Final = os.sysconf("SC_CLK_TCK")
 BASELINES: Final = ("floor", "naive", "fastapi", "websockets", "bun")
 
-# Limits that would end a run before its time; whatever is in the path of an event stays.
+# Limits that would end a run early. Everything in the path of an event stays.
 _LIFTED: Final = {
     "WS_MAX_TOTAL_CONNECTIONS": "1000000",
     "WS_MAX_CONNECTIONS_PER_USER": "1000000",
@@ -41,7 +41,7 @@ _LIFTED: Final = {
 
 
 class Cores:
-    """One core for what is measured, the others for the load: Redis, publisher, clients."""
+    """One core for the measured server; the others for Redis, the publisher and the clients."""
 
     def __init__(self) -> None:
         available = sorted(os.sched_getaffinity(0))
@@ -55,7 +55,7 @@ class NotHere(RuntimeError):  # noqa: N818 - an outcome
 
 
 class Server:
-    """A server process with whatever it started."""
+    """A server process and its children."""
 
     def __init__(self, process: "subprocess.Popen[bytes]", port: int, log: Path) -> None:
         self.process = process
@@ -63,7 +63,7 @@ class Server:
         self.log = log
 
     def cpu(self) -> float:
-        """Seconds of CPU so far, user and system."""
+        """Seconds of CPU since the start, user and system."""
         return sum(_cpu(pid) for pid in self.pids())
 
     def rss(self) -> int:
@@ -86,7 +86,7 @@ class Server:
         return max(self.pids(), key=_cpu)
 
     def get(self, path: str) -> tuple[int, str]:
-        """One HTTP request; status 0 if there is no answer."""
+        """Send a GET request; return status and text, or status 0 without a response."""
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=5) as found:
                 return found.status, found.read().decode()
@@ -96,18 +96,18 @@ class Server:
             return 0, ""
 
     def metrics(self) -> dict[str, float]:
-        """The gateway's metrics without labels; nothing from another server."""
+        """The gateway's metrics without labels; none of another server."""
         _, text = self.get("/ws/metrics")
         found = re.findall(r"^(wsgateway_\w+) ([0-9.e+-]+)$", text, re.MULTILINE)
         return {name: float(value) for name, value in found}
 
     def failed(self) -> str:
-        """Why it ended."""
-        return self.log.read_text(errors="replace")[-2000:] or "it said nothing"
+        """The end of the server's log."""
+        return self.log.read_text(errors="replace")[-2000:] or "(nothing)"
 
 
 def descendants(pid: int) -> list[int]:
-    """The process and all that come from it."""
+    """A process and all its descendants."""
     children: dict[int, list[int]] = {}
     for entry in os.listdir("/proc"):
         if entry.isdecimal():
@@ -121,7 +121,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def _stat(pid: int) -> list[str]:
-    # What follows the name, which may contain anything; [0] is the state.
+    # The fields after the name, which may contain any character; [0] is the state.
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
@@ -154,7 +154,7 @@ def _rss(pid: int) -> int:
 
 
 def free_port() -> int:
-    """Below those that the kernel gives to clients, of which there will be thousands."""
+    """Return a free port below the ephemeral ports, which thousands of clients will use."""
     while True:
         port = random.randrange(20_000, 32_000)
         with socket.socket() as probe, suppress(OSError):
@@ -164,7 +164,7 @@ def free_port() -> int:
 
 
 class Redis:
-    """A Valkey of this run's own."""
+    """The Valkey server of this run."""
 
     def __init__(self, server: ValkeyServer, port: int) -> None:
         self.port = port
@@ -175,7 +175,7 @@ class Redis:
         return _cpu(self.pid)
 
     def commands(self) -> dict[str, int]:
-        """How often each command was called so far."""
+        """How often each command was called since the start."""
         stats: dict[str, Any] = self.client.info("commandstats")
         return {name.removeprefix("cmdstat_"): int(of["calls"]) for name, of in stats.items()}
 
@@ -215,7 +215,7 @@ def serve(who: str, redis: Redis, cores: Cores, **settings: str) -> Iterator[Ser
         else:
             command = _baseline(who, port, redis.port)
         server = stack.enter_context(_running(command, environment, port, folder, cores))
-        _wait_until_it_hears(who, server, redis)
+        _wait_until_ready(who, server, redis)
         yield server
 
 
@@ -243,12 +243,12 @@ def _baseline(who: str, port: int, redis_port: int) -> list[str]:
 
 
 def bun() -> str:
-    """Bun's binary: BENCH_BUN, or the one in PATH, or what npm made of its package nearby."""
+    """The Bun binary: BENCH_BUN, or from PATH, or from node_modules in this repository."""
     nearby = _ROOT / "node_modules" / "bun" / "bin" / "bun.exe"
     for found in (os.environ.get("BENCH_BUN"), shutil.which("bun"), str(nearby)):
         if found and os.access(found, os.X_OK):
             return found
-    raise NotHere("no bun here: npm install bun, and say BENCH_BUN=…/bun/bin/bun.exe")
+    raise NotHere("Bun is missing: npm install bun, and set BENCH_BUN=…/bun/bin/bun.exe")
 
 
 @contextmanager
@@ -263,7 +263,7 @@ def _running(
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=out,
-            cwd=folder,  # no .env of the project's
+            cwd=folder,  # so that the project's .env is not read
             start_new_session=True,
             preexec_fn=partial(os.sched_setaffinity, 0, cores.server),
         )
@@ -278,7 +278,7 @@ def _running(
         process.wait()
 
 
-def _wait_until_it_hears(who: str, server: Server, redis: Redis, seconds: float = 20) -> None:
+def _wait_until_ready(who: str, server: Server, redis: Redis, seconds: float = 20) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if server.process.poll() is not None:

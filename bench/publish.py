@@ -1,4 +1,4 @@
-"""The publisher: stamped events, pipelined to Redis from the load client's own loop."""
+"""The publisher: events with a time stamp, pipelined to Redis from the load client's loop."""
 
 import socket
 import time
@@ -12,7 +12,7 @@ _clock = time.monotonic_ns
 
 
 class Publisher:
-    """Publishes the events of a template; ``sent_at[n]`` is when the n-th was stamped."""
+    """Publishes the events of a template; ``sent_at[n]`` is the time stamp of the n-th event."""
 
     def __init__(self, port: int, template: Template) -> None:
         self._template = template
@@ -22,7 +22,7 @@ class Publisher:
         self._out = bytearray()
         self.sent_at = array("q")
         self.answered = 0
-        self.late = 0  # ns, the most that an event came after its time
+        self.late = 0  # ns, the largest delay of a publish after its planned time
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -45,7 +45,7 @@ class Publisher:
                 del self._out[: self._socket.send(self._out)]
 
     def hear(self) -> None:
-        """Take what Redis answers."""
+        """Read the replies of Redis."""
         try:
             data = self._socket.recv(1 << 16)
         except BlockingIOError:
@@ -59,12 +59,12 @@ class Publisher:
         self._socket.close()
 
 
-# How many events to publish now, and how long to wait for anything at most (seconds).
+# Returns how many events to publish now, and how long to wait at most, in seconds.
 Pace = Callable[[int], tuple[int, float]]
 
 
 def paced(publisher: Publisher, rate: float) -> Pace:
-    """So many a second, one at a time, evenly."""
+    """Publish ``rate`` events per second, one at a time, evenly."""
     began, first = _clock(), publisher.sent
 
     def due(now: int) -> tuple[int, float]:
@@ -79,11 +79,11 @@ def paced(publisher: Publisher, rate: float) -> Pace:
 
 
 def saturating(publisher: Publisher, done: Callable[[], float], window: int) -> Pace:
-    """As many as go, but never more than ``window`` under way."""
+    """Publish as many as possible, with at most ``window`` in flight."""
 
     def due(now: int) -> tuple[int, float]:
         room = window - int(publisher.sent - done())
-        # Not event by event: a backend under load pipelines, too.
+        # Not one by one: a backend under load also pipelines.
         return (min(room, 256), 0.0) if room >= min(32, window) else (0, 0.05)
 
     return due

@@ -1,4 +1,4 @@
-"""The figures that the docs publish: which runs give them, and the file that holds them.
+"""The figures that the docs publish: the runs that measure them, and the file that stores them.
 
 ``python -m bench.all`` measures them and writes the file; ``python -m tools.tables`` makes the
 tables of the docs from it.
@@ -20,7 +20,7 @@ Results = dict[str, dict[str, Any]]  # by the names of RUNS
 
 
 class Figure(NamedTuple):
-    """``key`` is what the run's own JSON calls it."""
+    """``key`` is the name of the figure in the run's JSON."""
 
     key: str
     unit: str = ""
@@ -28,9 +28,9 @@ class Figure(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """What is run: arguments for ``python -m``, and others for a quick look at it all.
+    """Arguments for ``python -m``, with others for a quick test.
 
-    It may take ``limit`` seconds. Where ``figures`` is empty, all that the run has are published.
+    A run may take ``limit`` seconds. If ``figures`` is empty, all figures of the run are published.
     """
 
     arguments: Sequence[str]
@@ -55,7 +55,7 @@ RUNS: Final[Mapping[str, Run]] = {
     ),
     "saturated": Run(
         ("bench", "fanout", *_OTHERS), _SHORT, 90, (_RATE, _CPU),
-        "as much as goes through, 400 clients of one branch",
+        "as many events as possible, 400 clients of one branch",
     ),
     "mixed": Run(
         ("bench", "mixed"), _SHORT, 40, (_RATE, _EVENTS, _CPU),
@@ -79,7 +79,7 @@ RUNS: Final[Mapping[str, Run]] = {
     ),
     "accepts": Run(
         ("bench", "accepts", "--against", "naive,bun"), _FEW, 60,
-        (Figure("accepts/s", "/s"), Figure("CPU µs per accept", "µs")), "4,000 clients are let in",
+        (Figure("accepts/s", "/s"), Figure("CPU µs per accept", "µs")), "4,000 clients connect",
     ),
     "idle": Run(
         ("bench", "idle", "--clients", "5000", "--against", "bun,websockets"),
@@ -88,24 +88,24 @@ RUNS: Final[Mapping[str, Run]] = {
     ),
     "storm": Run(
         ("bench", "storm", "--resume"), _FEW, 40, (_BACK, Figure("CPU µs per return", "µs")),
-        "2,000 clients come back at once and resume, 50 events each",
+        "2,000 clients reconnect at once and resume, 50 events each",
     ),
     "big storm": Run(
         ("bench", "storm", "--resume", "--clients", "10000", "--missed", "100"), _FEW, 90,
         (_BACK, Figure("CPU µs per return", "µs")),
-        "10,000 clients come back at once and resume, 100 events each",
+        "10,000 clients reconnect at once and resume, 100 events each",
     ),
     "growth": Run(
         ("bench", "growth", "--seconds", "1"), _SHORT, 200,
-        (), "how cost grows",
+        (), "how costs grow",
     ),
-    "doors": Run(("bench.doors", "200"), ("20",), 90),
+    "transports": Run(("bench.transports", "200"), ("20",), 90),
     "compression": Run(("bench.compression", "200"), ("20",), 90),
 }  # fmt: skip
 
 
 def read(path: Path = FILE) -> Results:
-    """What was measured; nothing if there is no file yet."""
+    """Read the measured figures; none if there is no file yet."""
     try:
         found: Results = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
@@ -114,12 +114,12 @@ def read(path: Path = FILE) -> Results:
 
 
 def entry(run: Run, line: Mapping[str, Any]) -> dict[str, Any]:
-    """What the file holds of a run, from the JSON line that it ends with."""
+    """Make the entry of a run in the file, from the JSON line that the run prints last."""
     by_server = line["figures"]
     ours, ratios = by_server["gateway"], line.get("ratios", {})
     figures = []
     for figure in run.figures or [Figure(key) for key in ours]:
-        if ours[figure.key] is None:  # nothing was delivered, say
+        if ours[figure.key] is None:  # for example because nothing was delivered
             continue
         row: dict[str, Any] = {"figure": figure.key, "unit": figure.unit}
         row["gateway"] = ours[figure.key]
@@ -141,7 +141,7 @@ def entry(run: Run, line: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def machine(found: Mapping[str, Any], versions: Mapping[str, str]) -> str:
-    """One line: what the figures depend on."""
+    """Describe in one line what the figures depend on."""
     cpu = f"{found['cores']} cores of {found['cpu']}, Linux {found['kernel']}"
     python = ".".join(found["python"].split(".")[:2])
     parts = [f"{name} {versions[name]}" for name in ("trio", "hypercorn") if name in versions]
@@ -149,9 +149,9 @@ def machine(found: Mapping[str, Any], versions: Mapping[str, str]) -> str:
 
 
 def merge(changes: Results, path: Path = FILE) -> None:
-    """Put these runs into the file in place of what it had of them; the others stay.
+    """Replace these runs in the file; the others stay.
 
-    The file is replaced at once: a run that is stopped leaves the old one or the new one.
+    The file is replaced atomically: it is the old one or the new one, also if we are stopped.
     """
     found = read(path) | changes
     ordered = {name: found[name] for name in RUNS if name in found}

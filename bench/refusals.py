@@ -1,5 +1,6 @@
-"""What it costs to refuse: CPU of a gateway process per client with a bad token, and what a
-bystander notices. ``python bench/refusals.py [clients]``; Linux.
+"""The cost of refusing clients with a bad token. ``python bench/refusals.py [clients]``; Linux.
+
+It measures the CPU of the gateway process per refused client, and the ping time of another client.
 """
 
 import os
@@ -78,7 +79,7 @@ async def _measure(what: str, tokens: list[str], port: int, pid: int) -> None:
     each = spent / len(tokens) * 1e6
     print(
         f"{what:16} {len(tokens) / seconds:6.0f} a second, {each:4.0f} µs of CPU each,"
-        f" slowest ping of a bystander {slowest * 1000:.0f} ms"
+        f" slowest ping of another client {slowest * 1000:.0f} ms"
     )
 
 

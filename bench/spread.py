@@ -1,4 +1,4 @@
-"""How evenly clients are spread over workers. ``python bench/spread.py [clients] [workers…]``."""
+"""How evenly clients spread over workers. ``python bench/spread.py [clients] [workers…]``."""
 
 import sys
 from pathlib import Path

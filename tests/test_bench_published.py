@@ -100,7 +100,7 @@ def test_hung_run_is_killed_with_its_children() -> None:
     ("run", "why"),
     [
         (Run(("timeit", "-n1", "raise SystemExit(3)"), (), 9), "ended with status"),
-        (Run(("timeit", "-n1", "pass"), (), 9), "said nothing that can be read"),
+        (Run(("timeit", "-n1", "pass"), (), 9), "printed no JSON line"),
         (Run(("compileall", "-h"), (), 0), "the time was up"),
     ],
     ids=["status", "no JSON", "no time"],
@@ -124,7 +124,7 @@ def test_tables_can_be_made_without_results_and_with_all(name: str) -> None:
     assert performance.TABLES[name]({}) is not None
     every: dict[str, Any] = {}
     for run, spec in RUNS.items():
-        keys = [figure.key for figure in spec.figures] or ["line: KB", "audience 1: CPU µs"]
+        keys = [figure.key for figure in spec.figures] or ["direct: KB", "audience 1: CPU µs"]
         line = copy.deepcopy(LINE) | {"figures": {"gateway": dict.fromkeys(keys, 12.3)}}
         every[run] = entry(Run(spec.arguments, (), 1, spec.figures), line)
     assert "not measured" not in performance.TABLES[name](every) or name == "sizing"

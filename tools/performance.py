@@ -10,7 +10,7 @@ from bench.published import LOST, RUNS, Results, read
 from .markdown import table
 
 UNKNOWN: Final = "not measured yet"
-# What was asked of it, by run and figure.
+# The required values, by run and figure.
 _BARS: Final = {
     ("unbatched", "CPU µs per delivery"): "≤ 1.5 × `floor`",
     ("saturated", "deliveries/s"): "≥ 4 million, ≥ 100 × `naive`",
@@ -21,15 +21,15 @@ _BARS: Final = {
     ("accepts", "accepts/s"): "≥ 3,000",
     ("idle", "KB per connection"): "≤ 22",
 }
-_DOORS: Final = {
-    "line": "WebSocket",
-    "second door": "WebSocket, as a later request of its connection",
+_TRANSPORTS: Final = {
+    "direct": "direct: a WebSocket",
+    "asgi": "ASGI: a WebSocket after another request on its connection",
     "event stream": "Server-Sent Events",
 }
 
 
 def short(value: float) -> str:
-    """Three digits that count, and millions by name."""
+    """Format a value with three significant digits, and millions in words."""
     if value >= 1e6:
         return f"{value / 1e6:.3g} million"
     if value >= 1000:
@@ -46,7 +46,7 @@ def _value(results: Results, run: str, figure: str, of: str = "gateway") -> floa
 
 
 def measured_on(results: Results) -> str:
-    """Where and when: a line for each machine and date."""
+    """Where and when the runs took place: a line for each machine and date."""
     lines = []
     for (machine, date), runs in groupby(
         sorted(results.items(), key=lambda run: _where(run[1])), key=lambda run: _where(run[1])
@@ -71,7 +71,7 @@ def _where(run: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def figures(results: Results) -> str:
-    """A row for each figure, with what ran beside it."""
+    """A row for each figure, with those of other servers in the same run."""
     rows = []
     for name, run in RUNS.items():
         for figure in run.figures:
@@ -89,7 +89,7 @@ def figures(results: Results) -> str:
     lost = [_value(results, name, LOST) for name in results]
     total = sum(each for each in lost if each is not None)
     rows.append(("all of these", LOST, "0", short(total) if results else UNKNOWN, ""))
-    head = "run", "figure", "bar", "gateway", "in the same run (gateway / it)"
+    head = "run", "figure", "bar", "gateway", "other servers in the same run (gateway / it)"
     return table(head, *rows)
 
 
@@ -106,7 +106,7 @@ def _beside(row: Mapping[str, Any]) -> str:
 def _grid(
     results: Results, run: str, rows: Mapping[str, str], columns: Mapping[str, str], corner: str
 ) -> str:
-    """A table of the figures ``row: column`` of a run; both are given with their titles."""
+    """A table of a run's figures named ``row: column``; the mappings have the titles."""
     body: list[Iterable[str]] = []
     for row, title in rows.items():
         values = [_value(results, run, f"{row}: {column}") for column in columns]
@@ -115,21 +115,21 @@ def _grid(
 
 
 def _rows_of(results: Results, run: str) -> dict[str, str]:
-    """What stands before the colon in the names of a run's figures."""
+    """The rows of a run: the part before the colon in the names of its figures."""
     names = [row["figure"] for row in results.get(run, {}).get("figures", ())]
     return {name.rpartition(": ")[0]: name.rpartition(": ")[0] for name in names if ": " in name}
 
 
-def doors(results: Results) -> str:
+def transports(results: Results) -> str:
     columns = {
-        "accept µs": "µs of CPU to let one in",
+        "accept µs": "µs of CPU to accept one",
         "KB": "KB of memory",
         "ping µs": "µs of CPU for a ping",
         "delivery µs": "µs of CPU for a delivery",
     }
-    known = _rows_of(results, "doors")
-    rows = {name: title for name, title in _DOORS.items() if name in known}
-    return _grid(results, "doors", rows, columns, "clients come by")
+    known = _rows_of(results, "transports")
+    rows = {name: title for name, title in _TRANSPORTS.items() if name in known}
+    return _grid(results, "transports", rows, columns, "transport")
 
 
 def compression(results: Results) -> str:
@@ -143,7 +143,7 @@ def growth(results: Results) -> str:
 
 
 def sizing(results: Results) -> str:
-    """What to plan with."""
+    """The figures for planning a deployment."""
 
     def get(run: str, figure: str, text: str) -> str:
         value = _value(results, run, figure)
@@ -155,32 +155,32 @@ def sizing(results: Results) -> str:
     return table(
         ("what", "costs"),
         (
-            "a connection that is idle",
+            "an idle connection",
             get("idle", "KB per connection", "{} KB of memory"),
         ),
-        ("letting one in", accepts),
+        ("accepting a connection", accepts),
         ("a client's ping", get("idle", "CPU µs per ping", "{} µs of CPU")),
         (
             "an event for one client, alone",
             get("growth", "audience 1: CPU µs per delivery", "{} µs of CPU"),
         ),
         (
-            "an event for 400 clients, alone, for each of them",
+            "an event for 400 clients, alone, for each client",
             get("unbatched", "CPU µs per delivery", "{} µs of CPU"),
         ),
         (
-            "when many events wait for a crowd",
+            "many waiting events for 400 clients",
             get("saturated", "deliveries/s", "{} deliveries a second"),
         ),
     )
 
 
 TABLES: Final[Mapping[str, Callable[[Results], str]]] = {
-    made.__name__: made for made in (measured_on, figures, growth, doors, compression, sizing)
+    made.__name__: made for made in (measured_on, figures, growth, transports, compression, sizing)
 }
 
 
 def tables(results: Results | None = None) -> dict[str, Callable[[], str]]:
-    """By name, as :mod:`tools.tables` wants them."""
+    """The tables by name, for :mod:`tools.tables`."""
     found = read() if results is None else results
     return {name: lambda make=make: make(found) for name, make in TABLES.items()}  # type: ignore[misc]

@@ -1,7 +1,7 @@
 """The tables of the docs, generated from tables in the code and from measured figures.
 
-``python -m tools.tables`` renews them. A table stands between ``<!-- generated: NAME -->`` and
-``<!-- end -->``; a test finds drift.
+``python -m tools.tables`` renews them. A table is between ``<!-- generated: NAME -->`` and
+``<!-- end -->``. A test fails if it differs from the code.
 """
 
 import re
@@ -47,11 +47,11 @@ def endpoints() -> str:
 def requests() -> str:
     rows = [
         (
-            _code(said.example),
-            "none" if said.answer is None else _code(ANSWERS[said.answer].example),
-            said.note,
+            _code(each.example),
+            "none" if each.answer is None else _code(ANSWERS[each.answer].example),
+            each.note,
         )
-        for said in REQUESTS.values()
+        for each in REQUESTS.values()
     ]
     others = [
         ("any other text", "none", "it counts as a heartbeat"),
@@ -61,7 +61,7 @@ def requests() -> str:
 
 
 def answers() -> str:
-    rows = [(_code(said.example), said.note) for said in ANSWERS.values()]
+    rows = [(_code(each.example), each.note) for each in ANSWERS.values()]
     return table(("text frame", "what it means"), *rows)
 
 
@@ -97,7 +97,7 @@ TABLES: Final[Mapping[str, Callable[[], str]]] = {
 
 
 def renewed(page: str, made: Mapping[str, Callable[[], str]] = TABLES) -> str:
-    """The page with its tables made anew; KeyError for a name that is not in ``made``."""
+    """Return the page with new tables. Raises :exc:`KeyError` for an unknown name."""
     return _TABLE.sub(lambda found: f"{found[1]}\n{made[found[2]]()}\n{found[3]}", page)
 
 

@@ -1,7 +1,7 @@
-"""What people would use instead: one room, no tokens, no limits, one small file each.
+"""Baselines: common designs with one room, without tokens and limits, one small file each.
 
-Each hears the channel :data:`CHANNEL`, sends what comes to everybody connected, and answers
-``ping`` as the gateway does. They are started as ``python -m bench.baselines.NAME PORT REDIS``.
+Each subscribes to :data:`CHANNEL`, sends its messages to every client, and answers ``ping`` as the
+gateway does. Start one with ``python -m bench.baselines.NAME PORT REDIS_PORT``.
 """
 
 from typing import Final

@@ -18,7 +18,7 @@ clients: set[WebSocket] = set()
 async def send(client: WebSocket, text: str) -> None:
     try:
         await client.send_text(text)
-    except Exception:  # whatever it was, the others are next
+    except Exception:  # one client must not affect the others
         clients.discard(client)
 
 

@@ -1,4 +1,4 @@
-"""The floor: what the kernel asks for a frame a client, with the least Python around it."""
+"""The floor: one send to the kernel for each frame and client, with minimal Python around it."""
 
 import select
 import socket
@@ -32,7 +32,7 @@ def main(port: int, redis_port: int) -> None:
             try:
                 data = data[client.send(data) :]
             except BlockingIOError:
-                select.select([], [client], [], 1)  # a floor has no outbox
+                select.select([], [client], [], 1)  # the floor has no outbox
             except OSError:
                 return
 

@@ -1,4 +1,4 @@
-"""Naive: Quart-Trio under Hypercorn, a memory channel and a ``websocket.send`` for each client."""
+"""Naive: Quart-Trio under Hypercorn, with a memory channel and a task for each client."""
 
 import sys
 from functools import partial

@@ -1,4 +1,4 @@
-// uWebSockets, in Bun: one topic, to which everybody subscribes.
+// uWebSockets, in Bun: one topic, to which every client subscribes.
 import { RedisClient } from "bun";
 
 const [port, redisPort] = process.argv.slice(-2).map(Number);

@@ -1,7 +1,7 @@
-"""What the same client costs at each door. ``python -m bench.doors [clients]``; Linux.
+"""The costs of a client on each transport. ``python -m bench.transports [clients]``; Linux.
 
-The line; the second door (an upgrade on a connection that has asked for something before, which
-Hypercorn then serves); a stream of Server-Sent Events. CPU and memory are the gateway's.
+The direct transport; ASGI (an upgrade on a connection that had another request before, which
+Hypercorn serves); Server-Sent Events. CPU and memory are those of the gateway process.
 """
 
 import sys
@@ -24,47 +24,49 @@ from .scenarios import Figures
 
 EVENTS = 50
 PINGS = 10
-DOORS = ("line", "second door", "event stream")
+TRANSPORTS = ("direct", "asgi", "event stream")
 
 
-async def _open(client: Client, door: str) -> None:
+async def _open(client: Client, transport: str) -> None:
     target = f"/ws/waiter?token={make_jwt(JWT_SECRET)}"
-    if door == "event stream":
+    if transport == "event stream":
         path = target.replace("?", "/events?")
         await client.send(f"GET {path} HTTP/1.1\r\nHost: a\r\n\r\n".encode())
         await client.stream.receive_some(65_536)
         return
-    if door == "second door":
+    if transport == "asgi":
         await client.send(b"GET /ws/health HTTP/1.1\r\nHost: a\r\n\r\n")
         await client.response()
     await client.upgrade(target)
 
 
 async def main(number: int) -> Figures:
-    """Costs by door, in µs of CPU and KB."""
+    """Costs by transport, in µs of CPU and in KB."""
     found: Figures = {}
     port = free_port()
     quiet = {"stdout": -3, "stderr": -3}  # subprocess.DEVNULL
     settings = {"WS_MAX_CONNECTIONS_PER_USER": str(number), "WS_MAX_TOTAL_CONNECTIONS": "100000"}
     print(f"{number} clients: CPU of an accept, memory, CPU of a ping and of a delivery")
-    for door in DOORS:
+    for transport in TRANSPORTS:
         with valkey() as server, redis.Redis.from_url(server.connection_url) as backend:
             env = environment(server.connection_url, **settings)
             command = ("trio_gateway", "serve", "--bind", f"127.0.0.1:{port}")
             async with process(*command, env=env, port=port, **quiet) as gateway:
-                costs = await _measure(door, number, port, gateway.pid, backend)
-                found |= {f"{door}: {what}": cost for what, cost in costs.items()}
+                costs = await _measure(transport, number, port, gateway.pid, backend)
+                found |= {f"{transport}: {what}": cost for what, cost in costs.items()}
     return found
 
 
-async def _measure(door: str, number: int, port: int, pid: int, backend: "redis.Redis") -> Figures:
+async def _measure(
+    transport: str, number: int, port: int, pid: int, backend: "redis.Redis"
+) -> Figures:
     clients: list[Client] = []
     received = 0
 
     async def client(*, task_status: trio.TaskStatus[None]) -> None:
         nonlocal received
         async with dialled(port) as one:
-            await _open(one, door)
+            await _open(one, transport)
             clients.append(one)
             task_status.started()
             while data := await one.stream.receive_some(65_536):
@@ -77,7 +79,7 @@ async def _measure(door: str, number: int, port: int, pid: int, backend: "redis.
             await trio.sleep(0.05)
 
     async def cost(do: Callable[[], object], times: int) -> float:
-        """µs of CPU each."""
+        """Return the CPU of each, in µs."""
         before = cpu(pid)
         await do()  # type: ignore[misc]
         await quiet()
@@ -105,13 +107,17 @@ async def _measure(door: str, number: int, port: int, pid: int, backend: "redis.
         accepted = await cost(accept, number)
         await trio.sleep(1)
         held = (memory(pid) - before) / number / 1024
-        pinged = 0.0 if door == "event stream" else await cost(ping, number * PINGS)
+        pinged = 0.0 if transport == "event stream" else await cost(ping, number * PINGS)
         delivered = await cost(publish, number * EVENTS)
         nursery.cancel_scope.cancel()
     costs = {"accept µs": accepted, "KB": held, "ping µs": pinged, "delivery µs": delivered}
-    if door == "event stream":
+    if transport == "event stream":
         del costs["ping µs"]
-    print(f"{door:12}", ", ".join(f"{what} {cost:.1f}" for what, cost in costs.items()), flush=True)
+    print(
+        f"{transport:12}",
+        ", ".join(f"{what} {cost:.1f}" for what, cost in costs.items()),
+        flush=True,
+    )
     return costs
 
 
