@@ -105,7 +105,19 @@ def haproxy(folder: Path, port: int, ports: list[int]) -> list[str]:
     return ["haproxy", "-db", "-f", str(config)]
 
 
-PROXIES = {"nginx": nginx, "haproxy": haproxy}
+def haproxy_with_shards(folder: Path, port: int, ports: list[int]) -> list[str]:
+    """HAProxy with the two lines of the sample that place tenants by their shard, of 64."""
+    command = haproxy(folder, port, ports)
+    config = folder / "haproxy.cfg"
+    text = config.read_text()
+    for comment in ("# lua-load /etc/haproxy/shard.lua", "# http-request set-var(txn.tenant)"):
+        assert text.count(comment) == 1
+        text = text.replace(comment, comment.removeprefix("# "))
+    config.write_text(text.replace("/etc/haproxy/shard.lua", str(DEPLOY / "shard.lua")))
+    return command
+
+
+PROXIES = {"nginx": nginx, "haproxy": haproxy, "haproxy with shards": haproxy_with_shards}
 
 
 def require(proxy: str) -> None:

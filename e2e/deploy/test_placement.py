@@ -26,6 +26,7 @@ from tests.support.gateways import (
     until,
 )
 from trio_gateway.core.minting import mint_legacy_table_token
+from trio_gateway.core.shards import shard_of
 from trio_gateway.testing import make_jwt, make_table_token
 
 from .proxies import Behind, behind, require
@@ -213,3 +214,36 @@ async def test_garbage_is_rejected_with_4001_and_harms_nobody(three: Behind, key
     async with AsyncExitStack() as stack:
         await join(three, stack, 1)
     assert re.search(r"\bALERT\b|panic|fatal", three.log.read_text()) is None
+
+
+async def test_tenants_of_one_shard_are_on_one_gateway_and_shards_are_spread(
+    redis_url: str, tmp_path: Path
+) -> None:
+    require("haproxy")
+    settings = {
+        "ALLOW_LEGACY_TABLE_TOKENS": "true",
+        "REDIS_STREAM_SHARDS": "64",
+        "REDIS_STREAM_SHARDS_PREVIOUS": "64",
+    }
+    async with behind("haproxy with shards", redis_url, tmp_path, settings, 3) as at:
+        await until(lambda: all_up(at))
+        async with AsyncExitStack() as stack:
+            for tenant in range(1, 61):
+                await join(at, stack, tenant)
+            # Each gateway reads the shards of its clients, and hardly any that another reads.
+            read = [(await metrics(port))["streams_followed"] for port in at.ports]
+            assert min(read) >= 5
+            different = {shard_of(tenant, 64) for tenant in range(1, 61)}
+            assert sum(read) <= len(different) + 5  # clients that overflowed to the next gateway
+            tenant, place = await of_the_emptiest(at)
+            shard = shard_of(tenant, 64)
+            neighbours = [other for other in range(100, 2000) if shard_of(other, 64) == shard]
+            before = await closes(at)
+            for way in ("token", "legacy table token", "ticket"):
+                for neighbour in neighbours[:10]:
+                    target, options = await ask(at, neighbour, way)
+                    async with admitted(f"ws://127.0.0.1:{at.port}{target}", **options):
+                        pass
+            await until(lambda: closed_since(at, before, 30))
+            counts = [after - b for after, b in zip(await closes(at), before, strict=True)]
+            assert counts[place] == sum(counts) == 30
