@@ -1,7 +1,7 @@
 """What every source of durable events must do, tried with the streams of a real Valkey."""
 
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
@@ -42,12 +42,19 @@ class Recorder:
         self.pasts[name] = past
         self.live[name] = []
 
-    async def entry(self, stream: Stream, name: str, entry: Entry) -> bool:
+    async def take(
+        self,
+        stream: Stream,
+        name: str,
+        entries: Sequence[Entry],
+        passed: Callable[[Sequence[Entry]], None],
+    ) -> None:
         assert name in self.pasts
-        await self.accepts.wait()
-        self.live[name].append(entry.position)
-        self.taken += 1
-        return True
+        for entry in entries:
+            await self.accepts.wait()
+            self.live[name].append(entry.position)
+            self.taken += 1
+            passed([entry])
 
     async def advance(self, stream: Stream, position: Position) -> None:
         await trio.lowlevel.checkpoint()

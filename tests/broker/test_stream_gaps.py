@@ -20,7 +20,7 @@ def cursor_after(*milliseconds: int, added: int | None = 0) -> StreamCursor:
     """A cursor that began in an empty stream and has read these entries."""
     cursor = StreamCursor("s", tag("s"), Info(added=added))
     for n in milliseconds:
-        cursor.passed(Entry(at(n), b"{}"))
+        cursor.passed([Entry(at(n), b"{}")])
     return cursor
 
 

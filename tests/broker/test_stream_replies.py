@@ -7,7 +7,8 @@ import hiredis
 import pytest
 
 from trio_gateway.broker.stream_replies import Info, read_entries, read_info, read_news, read_time
-from trio_gateway.core.event_ids import START
+from trio_gateway.core.event_ids import START, Position
+from trio_gateway.runtime.source import Entry
 from trio_gateway.runtime.supervision import ConnectionLost
 
 SHAPES: list[Any] = [
@@ -34,7 +35,8 @@ def test_reply_of_another_shape_is_a_lost_connection(
 def test_replies_are_parsed() -> None:
     assert read_news(None) == []
     entries = [[b"1-2", [b"other", b"a", b"data", b"b"]], [b"1-3", None], [b"1-4", [b"x", b"y"]]]
-    payloads = [((1, 2), b"b"), ((1, 3), None), ((1, 4), None)]
+    found = {(1, 2): b"b", (1, 3): None, (1, 4): None}
+    payloads = [Entry(Position(position), payload) for position, payload in found.items()]
     assert read_news([[b"events", entries]]) == [("events", payloads)]
     assert read_entries(entries) == payloads
     info: list[Any] = [b"length", 3, b"last-generated-id", b"5-0", b"first-entry", entries[0]]

@@ -51,6 +51,30 @@ async def test_put_waits_for_room(autojump_clock: MockClock, nursery: trio.Nurse
     assert queue.dropped == 0
 
 
+async def test_part_of_what_was_read_is_added_as_soon_as_there_is_room(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    queue, rooms = EventQueue(3), []
+
+    async def fill() -> None:
+        left = [of_stream("a", n) for n in range(7)]
+        while left:
+            rooms.append(await queue.wait_for_room())
+            queue.extend(left[: rooms[-1]])
+            del left[: rooms[-1]]
+
+    nursery.start_soon(fill)
+    await wait_all_tasks_blocked()
+    found = []
+    for most in (1, 2, 9):
+        found.append(numbers(queue.take(most)))
+        await wait_all_tasks_blocked()
+
+    assert rooms == [3, 1, 2, 3]
+    assert found == [[0], [1, 2], [3, 4, 5]]
+    assert (numbers(queue.take(9)), queue.undelivered) == ([6], 7)
+
+
 async def test_take_returns_what_is_there_and_never_waits_for_more(
     autojump_clock: MockClock,
 ) -> None:

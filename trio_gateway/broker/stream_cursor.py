@@ -44,15 +44,20 @@ class StreamCursor:
         """The position as Redis writes it."""
         return entry_id(self.position)
 
-    def passed(self, entry: Entry) -> None:
-        """Move on to an entry that has been read."""
+    def passed(self, entries: Sequence[Entry]) -> None:
+        """Move on past these entries, which have been read."""
         if self.position == START:
-            self.first_read = entry.position
-        self.position, self.tail = entry.position, entry
-        self._recent.append(entry.position)
+            self.first_read = entries[0].position
+        self.tail = entries[-1]
+        self.position = self.tail.position
+        self._recent.extend([entry.position for entry in entries])
         if self.read_count is not None:
-            self.read_count += 1
+            self.read_count += len(entries)
         self.is_checked = False
+
+    def may_repeat(self, position: Position) -> bool:
+        """Whether entries from here on may have been delivered before."""
+        return position <= self._furthest
 
     def has_read(self, position: Position) -> bool:
         """Whether an entry with this id may have been delivered before the cursor was set back.

@@ -139,21 +139,25 @@ class StreamReader:
 
     async def _take(self, cursor: StreamCursor, entries: Sequence[Entry]) -> None:
         """Hand on entries of one stream, the oldest first."""
-        is_event = True
+        last = cursor.position
+        for entry in entries:
+            if entry.position <= last:  # else its entries would be delivered twice
+                raise ConnectionLost("an answer to an earlier question")
+            last = entry.position
+        if not entries or not cursor.may_repeat(entries[0].position):
+            await self._sink.take(cursor.stream, cursor.name, entries, cursor.passed)
+            return
         repeated: Position | None = None
         for entry in entries:
-            if entry.position <= cursor.position:  # else its entries would be delivered twice
-                raise ConnectionLost("an answer to an earlier question")
             if cursor.has_read(entry.position):
                 # No id is delivered twice, and this may be another event with the same id.
-                repeated, is_event = entry.position, False
+                repeated = entry.position
+                cursor.passed([entry])
             else:
-                is_event = await self._sink.entry(cursor.stream, cursor.name, entry)
-            cursor.passed(entry)
-        if not is_event:
-            await self._sink.advance(cursor.stream, cursor.position)
+                await self._sink.take(cursor.stream, cursor.name, [entry], cursor.passed)
         if repeated is not None:
             here = cursor.position
+            await self._sink.advance(cursor.stream, here)
             await self._gap(cursor, Gap("ids came a second time", since=here, end=here))
 
     async def check(

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import compress
 from typing import Final, NoReturn
 
@@ -12,12 +12,12 @@ import trio
 from ..core.audiences import Audience, floor, waiters
 from ..core.duplicates import Duplicates
 from ..core.event_ids import Position, Stream
-from ..core.events import Event
+from ..core.events import Event, parse_event
 from ..core.histogram import Histogram
 from ..core.messages import GAP
 from ..core.routing import ROUTES, Routing
 from .connection import Connection
-from .history import History
+from .history import History, StoredEvent
 from .hub import Hub
 from .queue import EventQueue
 from .throttled_log import ThrottledLog
@@ -51,6 +51,7 @@ class Dispatch:
         self._hub = hub
         self._routes = routes
         self._history = History() if history is None else history
+        self._history.route = self._route_stored
         self._uncovered_to_branch = uncovered_to_branch
         self._writes_per_checkpoint = writes_per_checkpoint
         self._timeout = timeout
@@ -144,7 +145,8 @@ class Dispatch:
         if read_again is not None:
             found = read_again.find_or_add(event)
         if event.durable and not (found and found.was_stored):
-            self._store(event, self.audiences(event), delivered_up_to=0)
+            audiences = self.audiences(event) if self._hub.concerns(event) else None
+            self._store(event, audiences, delivered_up_to=0)
 
     def _plan(self, batch: Sequence[Event]) -> tuple[list[Event], list[_Group]]:
         """The events that were not duplicates, and which connections get which frames."""
@@ -153,13 +155,15 @@ class Dispatch:
         last_number = self._hub.last_number
         read_up_to: dict[Stream, Position] = {}
         for event in batch:
-            audiences = self.audiences(event)
+            # In the step in which the members are looked up: one may have joined meanwhile.
+            audiences = self.audiences(event) if self._hub.concerns(event) else None
             # Not on receipt: a copy that the queue then drops must not count as the first.
             found = self._duplicates.find_or_add(event, last_number)
             if found is None:
                 self._count(event, audiences)
                 fresh.append(event)
-                planned.append((event, audiences, 0))
+                if audiences is not None:
+                    planned.append((event, audiences, 0))
                 if event.durable:
                     self._store(event, audiences, delivered_up_to=0)
             else:
@@ -167,7 +171,7 @@ class Dispatch:
                 if event.durable and not found.was_stored:
                     self._store(event, audiences, delivered_up_to=found.mark)
                     # Connections that joined after its Pub/Sub copy was sent get the stream event.
-                    if found.mark < last_number:
+                    if audiences is not None and found.mark < last_number:
                         planned.append((event, audiences, found.mark))
             if event.stream is not None and event.position is not None:
                 if event.stream not in read_up_to:
@@ -175,6 +179,8 @@ class Dispatch:
                 read_up_to[event.stream] = event.position
         for stream, position in read_up_to.items():
             self._history.advance(stream, position)
+        if not planned:
+            return fresh, []
         groups = self._plan_one(*planned[0]) if len(planned) == 1 else self._plan_many(planned)
         if groups and self._hub.deflate_count:
             deflated = [event.deflated for event, _, _ in planned]
@@ -263,15 +269,42 @@ class Dispatch:
         covering = waiters(event.tenant, event.branch, event.sector)
         return covering in audiences and not self._hub.hears([covering])
 
-    def _store(self, event: Event, audiences: list[Audience], *, delivered_up_to: int) -> None:
-        """Put a durable event into the history."""
-        self._history.add(
-            event, audiences, now=trio.current_time(), delivered_up_to=delivered_up_to
-        )
+    def _store(
+        self, event: Event, audiences: list[Audience] | None, *, delivered_up_to: int
+    ) -> None:
+        """Put a durable event into the history; raw, without audiences, if it concerns nobody."""
+        now = trio.current_time()
+        if audiences is None:
+            self._history.add_raw(event, now=now, delivered_up_to=delivered_up_to)
+        else:
+            self._history.add(event, audiences, now=now, delivered_up_to=delivered_up_to)
 
-    def _count(self, event: Event, audiences: list[Audience]) -> None:
+    def _route_stored(self, stored: StoredEvent) -> tuple[bytes, Collection[Audience]]:
+        """The frame and the audiences of a raw event, as they were when it was stored.
+
+        Then its branch had no connection here, hence its sector no waiter.
+        """
+        event = parse_event(
+            stored.frame,
+            channel="",
+            received_at=stored.received_at,
+            stream=stored.stream,
+            position=stored.position,
+            durable_types=self._routes.durable_types,
+        )
+        found = self._routes.audiences(event)
+        if self._uncovered_to_branch and event.sector is not None:
+            covering = waiters(event.tenant, event.branch, event.sector)
+            if covering in found:
+                found.append(floor(event.tenant, event.branch))
+        return event.frame, found
+
+    def _count(self, event: Event, audiences: list[Audience] | None) -> None:
         if event.type not in self._routes:
             self.unknown_type += 1
+        if audiences is None:
+            self.unheard += 1
+            return
         heard = self._hub.hears(audiences)
         self.broadcasts += heard
         if not heard or self._is_uncovered(event, audiences):

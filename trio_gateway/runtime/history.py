@@ -1,28 +1,28 @@
-"""History: recent durable events in memory, by audience, so that replay touches no Redis."""
+"""History: recent durable events in memory, by audience, so that replay touches no Redis.
+
+An event that can concern no connection of this process is stored raw: its payload, by branch. It
+is routed only when a client asks for what its branch missed (:meth:`History.prepare`).
+"""
 
 import heapq
 import math
 from bisect import bisect_right
-from collections import deque
-from collections.abc import Collection, Iterable, Mapping
-from typing import NamedTuple
+from collections import defaultdict, deque
+from collections.abc import Callable, Collection, Mapping
+from typing import Final
 
 import trio
 
 from ..core.audiences import Audience
 from ..core.event_ids import LAST, START, Cursor, Position, Stream
 from ..core.events import Event
+from .raw_events import RawBranch, RawEvents
+from .raw_events import StoredEvent as StoredEvent
 
+_PER_STEP: Final = 100  # raw events that are routed without a checkpoint: about a millisecond
 
-class StoredEvent(NamedTuple):
-    """A durable event as clients get it, and its position."""
-
-    stream: Stream
-    position: Position
-    received_at: float  # on the runtime's clock: positions are by Redis', and wall clocks are set
-    frame: bytes
-    audiences: tuple[Audience, ...]
-    delivered_up_to: int  # connections up to this number were sent a Pub/Sub copy of it live
+# What a raw payload is for clients: its frame and its audiences.
+Route = Callable[[StoredEvent], tuple[bytes, Collection[Audience]]]
 
 
 class History:
@@ -45,6 +45,8 @@ class History:
         self._forgotten: dict[Stream, Position] = {}  # the last one that was dropped
         self._gaps: dict[Stream, Position] = {}  # where the last gap ended
         self._grown = trio.lowlevel.ParkingLot()
+        self._raw = RawEvents()
+        self.route: Route | None = None  # set by dispatch
         self.bytes = 0
         self.began: dict[Stream, Position] = {}  # where each was first read live
         self.expected: set[Stream] = set()  # that are to be read
@@ -105,6 +107,7 @@ class History:
         self.bytes = sum(len(kept.frame) for kept in self._kept)
         for key in [key for key in self._by_audience if key[0] == stream]:
             del self._by_audience[key]
+        self._raw.drop(stream)
         self._whole.discard(stream)
         self._forgotten.pop(stream, None)
 
@@ -129,6 +132,71 @@ class History:
                 mine = self._by_audience[kept.stream, audience] = deque()
             mine.append(kept)
         self.trim(now)
+
+    def add_raw(self, event: Event, *, now: float, delivered_up_to: int = 0) -> None:
+        """As :meth:`add`, for an event that can concern no connection: it is not routed yet."""
+        kept = self._raw.add(event, delivered_up_to)
+        self._kept.append(kept)
+        self.bytes += len(kept.frame)
+        self.trim(now)
+
+    async def prepare(self, cursor: Cursor, audiences: Collection[Audience]) -> None:
+        """Route what is raw for these audiences after this cursor, in short steps.
+
+        :meth:`missed` and :meth:`following` do the same without a checkpoint: call this before
+        them where much may be raw.
+        """
+        while not self.try_prepare(cursor, audiences):
+            await trio.lowlevel.checkpoint()
+
+    def try_prepare(self, cursor: Cursor, audiences: Collection[Audience]) -> bool:
+        """Take one step of :meth:`prepare`; return whether nothing is left to do."""
+        return not self._raw or self._route_raw(cursor, audiences, _PER_STEP)
+
+    def _route_raw(
+        self, cursor: Cursor, audiences: Collection[Audience], most: float = math.inf
+    ) -> bool:
+        for stream, seen in cursor.items():
+            for audience in audiences:
+                for raw in self._raw.branches_of(stream, audience):
+                    most -= self._route_branch(raw, seen, most)
+                    if most <= 0:
+                        return False
+        return True
+
+    def _route_branch(self, raw: RawBranch, seen: Position, most: float) -> int:
+        """Route the newest raw events after a position; return how many.
+
+        The others stay raw, so at any time the raw events of a branch are in order, and a client
+        whose position is later needs none of them.
+        """
+        assert self.route is not None
+        found: list[StoredEvent] = []
+        while len(found) < most and (kept := self._raw.take_newest(raw, seen)) is not None:
+            self.bytes -= len(kept.frame)
+            kept.frame, audiences = self.route(kept)
+            self.bytes += len(kept.frame)
+            kept.audiences = tuple(audiences)
+            found.append(kept)
+        found.reverse()
+        by_audience: defaultdict[Audience, list[StoredEvent]] = defaultdict(list)
+        for kept in found:
+            for audience in kept.audiences:
+                by_audience[audience].append(kept)
+        for audience, events in by_audience.items():
+            self._insert((raw.stream, audience), events)
+        return len(found)
+
+    def _insert(self, key: tuple[Stream, Audience], events: list[StoredEvent]) -> None:
+        """Add events to those of an audience. Both are in order, and may overlap."""
+        if not (mine := self._by_audience.get(key)):
+            self._by_audience[key] = deque(events)
+        elif mine[-1].position < events[0].position:
+            mine.extend(events)
+        elif events[-1].position < mine[0].position:
+            mine.extendleft(reversed(events))
+        else:
+            self._by_audience[key] = deque(sorted([*mine, *events], key=_position))
 
     def advance(self, stream: Stream, position: Position) -> None:
         """Note that the stream has been read up to this position."""
@@ -171,6 +239,9 @@ class History:
             self.bytes -= len(kept.frame)
             self._whole.discard(kept.stream)
             self._forgotten[kept.stream] = kept.position
+            if kept.raw_of is not None:
+                self._raw.forget(kept)
+                continue
             for audience in kept.audiences:  # the oldest of all is also the oldest of its audiences
                 mine = self._by_audience[kept.stream, audience]
                 mine.popleft()
@@ -239,11 +310,13 @@ class History:
         while self.is_ahead(cursor):
             await self._grown.park()
 
-    def missed(self, cursor: Cursor, audiences: Iterable[Audience]) -> list[StoredEvent]:
+    def missed(self, cursor: Cursor, audiences: Collection[Audience]) -> list[StoredEvent]:
         """The events for these audiences after this cursor, each once, in order.
 
         Only of the streams that the cursor names: a tenant's events live in one of them.
         """
+        if self._raw:
+            self._route_raw(cursor, audiences)
         found: dict[int, StoredEvent] = {}
         for audience in audiences:
             for stream, seen in cursor.items():
@@ -254,9 +327,11 @@ class History:
         return sorted(found.values(), key=self._order)
 
     def following(
-        self, cursor: Cursor, audiences: Iterable[Audience], most: int
+        self, cursor: Cursor, audiences: Collection[Audience], most: int
     ) -> list[StoredEvent]:
         """The first ``most`` events of :meth:`missed`, at a cost that grows with ``most`` only."""
+        if self._raw:
+            self._route_raw(cursor, audiences)
         runs = []
         for audience in audiences:
             for stream, seen in cursor.items():

@@ -6,9 +6,10 @@ from typing import Self
 
 import trio
 
-from ..core.audiences import Audience, Endpoint, Principal, audiences_of
+from ..core.audiences import Audience, Endpoint, Principal, audiences_of, diners
 from ..core.close_codes import Close, Rejected
 from ..core.event_ids import Cursor
+from ..core.events import Event
 from .connection import Connection
 from .resume_state import Phase, Step
 
@@ -51,6 +52,7 @@ class Hub:
     def __init__(self, limits: CapacityLimits | None = None) -> None:
         self._limits = limits
         self._members: dict[Audience, set[Connection]] = {}
+        self._branches: Counter[tuple[int, int]] = Counter()  # audiences with members, by branch
         self._owned: dict[Owner, list[Connection]] = {}
         self._reserved: Counter[Owner] = Counter()
         self._connections: dict[Connection, None] = {}  # in the order they joined
@@ -234,9 +236,18 @@ class Hub:
         while self._connections or self._leaving:
             await self._emptied.park()
 
+    def concerns(self, event: Event) -> bool:
+        """Whether an event can be for a connection here, whatever its type and sector are."""
+        if (event.tenant, event.branch) in self._branches:
+            return True
+        session = event.session
+        return session is not None and diners(event.tenant, session) in self._members
+
     def _enter(self, audience: Audience, connection: Connection) -> None:
         if (members := self._members.get(audience)) is None:
             members = self._members[audience] = set()
+            if audience[0] != "diners":
+                self._branches[audience[1], audience[2]] += 1
         members.add(connection)
 
     def _exit(self, audience: Audience, connection: Connection) -> None:
@@ -244,3 +255,8 @@ class Hub:
         members.remove(connection)
         if not members:
             del self._members[audience]
+            if audience[0] != "diners":
+                branch = audience[1], audience[2]
+                self._branches[branch] -= 1
+                if not self._branches[branch]:
+                    del self._branches[branch]

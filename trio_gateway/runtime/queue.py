@@ -2,6 +2,7 @@
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from typing import Final
 
 import structlog
@@ -45,6 +46,7 @@ class EventQueue:
         self._turns: deque[Stream | TenantId] = deque()  # the lanes, next one first
         self._largest: deque[Event] = deque()  # the longest lane at the last look
         self._blocked: dict[trio.lowlevel.Task, Event] = {}  # waiting for room
+        self._freed = trio.lowlevel.ParkingLot()
         self._added = trio.lowlevel.ParkingLot()
         self._is_one_lane = is_one_lane
         self._alarm = alarm
@@ -96,6 +98,23 @@ class EventQueue:
 
         await trio.lowlevel.wait_task_rescheduled(give_up)
 
+    async def wait_for_room(self) -> int:
+        """Wait until there is room, and return for how many events, in the same step."""
+        while self.depth >= self.capacity:
+            await self._freed.park()
+        return self.capacity - self.depth
+
+    def extend(self, events: Sequence[Event]) -> None:
+        """Add events of one stream, for which there must be room."""
+        assert self.depth + len(events) <= self.capacity
+        if not events:
+            return
+        self.undelivered += len(events)
+        self._lane_of(events[0]).extend(events)
+        if not self.depth:
+            self._added.unpark_all()
+        self.depth += len(events)
+
     async def wait(self) -> None:
         """Wait until there is something to take."""
         while not self.depth:
@@ -126,6 +145,8 @@ class EventQueue:
             task = next(iter(self._blocked))
             self._add(self._blocked.pop(task))
             trio.lowlevel.reschedule(task)
+        if self.depth < self.capacity:
+            self._freed.unpark_all()
         return batch
 
     def done(self, events: int) -> None:
@@ -140,14 +161,17 @@ class EventQueue:
             await self._idle.park()
 
     def _add(self, event: Event) -> None:
+        self._lane_of(event).append(event)
+        if not self.depth:
+            self._added.unpark_all()
+        self.depth += 1
+
+    def _lane_of(self, event: Event) -> deque[Event]:
         key = _LANE if self._is_one_lane else event.stream or event.tenant
         if (lane := self._lanes.get(key)) is None:
             lane = self._lanes[key] = deque()
             self._turns.append(key)
-        lane.append(event)
-        if not self.depth:
-            self._added.unpark_all()
-        self.depth += 1
+        return lane
 
     def _make_room(self, newcomer: Event) -> Event:
         """Drop one event to make room for another, and return it.

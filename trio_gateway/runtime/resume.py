@@ -87,12 +87,15 @@ class Replays:
         if self._history.forgot(self._cursor(connection)):
             connection.send(GAP)
             self._hub.step(connection, Step.GAP, self._past_forgotten(connection))
-        chunk, _, is_last = self._next_chunk(connection)
-        if not is_last or connection.waiting_bytes:
+        if (
+            connection.waiting_bytes
+            or not self._history.try_prepare(self._cursor(connection), connection.audiences)
+            or not (found := self._next_chunk(connection))[2]
+        ):
             self._hub.step(connection, Step.REPLAY)
             self._serve(connection, self._catch_up)
             return
-        self._write(connection, chunk)
+        self._write(connection, found[0])
         self._hub.step(connection, Step.CATCH_UP)
 
     def lag(self, connection: Connection) -> None:
@@ -223,6 +226,10 @@ class Replays:
         if scope.cancelled_caught or cursor is None:
             return None
         known = self._history.covers(cursor) or await self._older.find(cursor)
+        if known:
+            await self._history.prepare(cursor, connection.audiences)
+            # The history may have moved past it meanwhile.
+            known = self._older.covers(cursor) or await self._older.find(cursor)
         return cursor if known else None
 
     def _accepted_at(self, connection: Connection) -> Cursor:
@@ -269,6 +276,8 @@ class Replays:
         """
         state = connection.resume_state
         while not connection.ending:
+            if state.cursor is not None:
+                await self._history.prepare(self._cursor(connection), connection.audiences)
             await self._wait_written(connection)
             if not await self._is_known(connection):
                 connection.close(Close.SLOW_CONSUMER, _PASSED_BY)

@@ -4,13 +4,15 @@ A *shard* is one ordered sequence of entries. Its name is the engine's; :func:`.
 makes of it the tag that goes into event ids. Positions are two integers that grow within a shard.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple, NoReturn, Protocol
+
+import msgspec
 
 from ..core.event_ids import Position, Stream
 
 
-class Entry(NamedTuple):
+class Entry(msgspec.Struct, frozen=True, gc=False):
     """An entry of a shard."""
 
     position: Position
@@ -37,7 +39,7 @@ class Room(NamedTuple):
 class Sink(Protocol):
     """Takes what a source reads.
 
-    For each shard: first :meth:`begin`, then :meth:`entry` for each entry behind the past, in
+    For each shard: first :meth:`begin`, then :meth:`take` for all entries behind the past, in
     order and each once, until :meth:`forget`. Different shards may be begun while others are read.
     """
 
@@ -51,10 +53,17 @@ class Sink(Protocol):
         it is unknown.
         """
 
-    async def entry(self, stream: Stream, name: str, entry: Entry) -> bool:
-        """Take an entry that has just been read, waiting while too many are undelivered.
+    async def take(
+        self,
+        stream: Stream,
+        name: str,
+        entries: Sequence[Entry],
+        passed: Callable[[Sequence[Entry]], None],
+    ) -> None:
+        """Take entries that have just been read, waiting while too many are undelivered.
 
-        Returns whether it was an event. If not, call :meth:`advance` before the next wait for news.
+        ``passed`` is called for each part of them in the step in which it is taken: one that was
+        not passed when this is cancelled is to be read again.
         """
 
     async def advance(self, stream: Stream, position: Position) -> None:

@@ -18,7 +18,7 @@ which connections that are not held have been sent everything. So:
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import structlog
@@ -122,16 +122,39 @@ class StreamInlet:
             return  # the process that read it live has counted it
         self._dispatch.remember(event, read_again)
 
-    async def entry(self, stream: Stream, name: str, entry: Entry) -> bool:
-        """Take an entry that has just been read, waiting for room in the queue.
+    async def take(
+        self,
+        stream: Stream,
+        name: str,
+        entries: Sequence[Entry],
+        passed: Callable[[Sequence[Entry]], None],
+    ) -> None:
+        """Take entries that have just been read, waiting for room in the queue.
 
-        Returns whether it was an event. If not, call :meth:`advance` before the next wait for
-        news: no delivery moves the history's end past this entry.
+        ``passed`` is called for each part of them in the step in which it is taken: one that was
+        not passed when this is cancelled is to be read again.
         """
+        event: Event | None = None
+        part: Sequence[Entry] = ()
+        while entries:
+            room = await self._queue.wait_for_room()
+            part, entries = entries[:room], entries[room:]
+            events = []
+            for entry in part:
+                if (event := self._event(stream, name, entry)) is not None:
+                    events.append(event)
+                    if not self._places.concern(stream, event.tenant):
+                        self._note_misplaced(name, event)
+            self._queue.extend(events)
+            passed(part)
+        if event is None and part:  # no delivery moves the history's end past it
+            await self.advance(stream, part[-1].position)
+
+    def _event(self, stream: Stream, name: str, entry: Entry) -> Event | None:
         if entry.payload is None:
             self._ingest.reject_empty(channel=name, position=entry.position)
-            return False
-        event = self._ingest.parse(
+            return None
+        return self._ingest.parse(
             entry.payload,
             source="stream",
             channel=name,
@@ -139,12 +162,6 @@ class StreamInlet:
             position=entry.position,
             durable_types=self._durable_types,
         )
-        if event is None:
-            return False
-        if not self._places.concern(stream, event.tenant):
-            self._note_misplaced(name, event)
-        await self._queue.put(event)
-        return True
 
     def _note_misplaced(self, name: str, event: Event) -> None:
         """Such an event reaches only clients of processes that happen to read this shard."""

@@ -120,6 +120,7 @@ async def _page(
     room, count, more = PAGE_BYTES - _TAIL_BYTES - _POSITION_BYTES * len(cursor), 0, False
     piece = bytearray(b'{"events":[')
     while not more:
+        await history.prepare(cursor, audiences)
         if older:
             older = {stream: cursor[stream] for stream in older}
             is_known, events = parts.older_events.covers(older), parts.older_events

@@ -1,0 +1,209 @@
+"""Raw events: what is stored without being routed changes nothing that a client gets.
+
+The oracle is the same gateway in which every event counts as one that concerns a connection, so
+that none is raw.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import pytest
+import trio
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from trio_gateway.core.audiences import Endpoint, Principal, audiences_of
+from trio_gateway.core.event_ids import START, Position, Stream, event_id
+from trio_gateway.runtime.connection import Connection, ConnectionLimits
+from trio_gateway.runtime.dispatch import Dispatch
+from trio_gateway.runtime.history import History
+from trio_gateway.runtime.hub import Hub
+from trio_gateway.runtime.queue import EventQueue
+from trio_gateway.runtime.resume import Replays
+from trio_gateway.testing import FakeSocket, make_event, make_principal
+
+A, B = Stream("aaaa"), Stream("bbbb")
+LIMITS = ConnectionLimits(
+    stale_after=math.inf, receive_timeout=math.inf, write_timeout=math.inf, rate_limit=10**6
+)
+PRINCIPALS = (
+    make_principal(Endpoint.WAITER, sectors=[5]),
+    make_principal(Endpoint.WAITER, branches=[1, 2]),
+    make_principal(Endpoint.KITCHEN, branches=[2]),
+    make_principal(Endpoint.ADMIN, branches=[1, 2]),
+    make_principal(Endpoint.DINER, session=456),
+    make_principal(Endpoint.ADMIN, tenant=2),
+)
+TYPES = ("ROUND_READY", "ROUND_PENDING", "ENTITY_UPDATED", "CART_SYNC", "NEW_TYPE")
+CHANNELS = {"stream": A, "other stream": B, "channel": None, "other channel": None}
+
+_keys = st.fixed_dictionaries(
+    {
+        "type": st.sampled_from(TYPES),
+        "tenant_id": st.sampled_from([1, 1, 1, 2]),
+        "branch_id": st.integers(0, 2),
+        "data": st.integers(0, 3),
+    },
+    optional={
+        "sector_id": st.sampled_from([5, 6]),
+        "session_id": st.sampled_from([456, 456, 457]),
+        "id": st.sampled_from(["x", "y"]),
+    },
+)
+_what = st.one_of(
+    st.tuples(st.just("publish"), st.sampled_from(list(CHANNELS)), st.lists(_keys, max_size=6)),
+    st.tuples(st.just("publish"), st.sampled_from(list(CHANNELS)), st.lists(_keys, max_size=6)),
+    st.tuples(st.sampled_from(["resume", "resume", "come", "leave"]), st.integers(0, 5)),
+    st.tuples(st.just("move"), st.integers(0, 3), st.sets(st.integers(1, 2), min_size=1)),
+    st.tuples(st.just("wait"), st.sampled_from([0.6, 3.0, 6.0])),
+)
+
+
+class Outcome(NamedTuple):
+    """What the clients were sent, and what was counted."""
+
+    sent: list[list[str]]
+    counts: dict[str, int]
+    stored: int
+
+
+async def play(
+    script: Sequence[Any], *, raw: bool, events: int = 1000, uncovered_to_branch: bool = False
+) -> Outcome:
+    hub, history = Hub(), History(events=events)
+    if not raw:
+        hub.concerns = lambda event: True  # type: ignore[method-assign]
+    replays = Replays(history, hub)
+    dispatch = Dispatch(hub, history=history, uncovered_to_branch=uncovered_to_branch)
+    queues = {True: EventQueue(100), False: EventQueue(100)}
+    sockets: list[FakeSocket] = []
+    here: dict[int, FakeSocket] = {}
+    connections: dict[int, Connection] = {}
+    last, number = {A: START, B: START}, 0
+    seen: dict[int, str] = {}
+    for each in (A, B):
+        history.begin(each, START, whole=True)
+        history.advance(each, START)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(replays.decide)
+        for queue in queues.values():
+            nursery.start_soon(dispatch.run, queue, 4)
+        for step in script:
+            match step:
+                case ("publish", channel, batch):
+                    stream = CHANNELS[channel]
+                    for keys in batch:
+                        position = None
+                        if stream is not None:
+                            number += 1
+                            position = last[stream] = Position((number, 0))
+                        event = make_event(
+                            channel=channel, received_at=trio.current_time(), ts=number,
+                            stream=stream, position=position, **keys,
+                        )  # fmt: skip
+                        await queues[stream is None].put(event)
+                case (("resume" | "come") as how, who) if who not in here:
+                    socket = here[who] = FakeSocket()
+                    sockets.append(socket)
+                    connections[who] = connection = Connection(
+                        PRINCIPALS[who], LIMITS, replays=replays,
+                        resume_from=seen.get(who, f"{event_id(A, START)}.{event_id(B, START)}")
+                        if how == "resume" else None,
+                    )  # fmt: skip
+                    nursery.start_soon(connection.run, socket, hub)
+                case ("leave", who) if who in here:
+                    await here.pop(who).client.leave()
+                    place = [event_id(stream, position) for stream, position in last.items()]
+                    seen[who] = ".".join(place)
+                case ("move", who, branches) if who in here:
+                    hub.move(connections[who], moved(PRINCIPALS[who], branches))
+                case ("wait", seconds):
+                    await trio.sleep(seconds)
+            await wait_all_tasks_blocked()
+        await trio.sleep(1)
+        sent = [socket.texts for socket in sockets]
+        nursery.cancel_scope.cancel()
+    names = ("processed", "duplicate", "unheard", "unknown_type", "broadcasts", "deliveries")
+    return Outcome(sent, {name: getattr(dispatch, name) for name in names}, len(history))
+
+
+def moved(principal: Principal, branches: set[int]) -> Principal:
+    found = make_principal(
+        principal.endpoint, tenant=principal.tenant, branches=sorted(branches), sectors=[5]
+    )
+    assert found.owner == principal.owner
+    return found
+
+
+def run(script: Sequence[Any], **how: Any) -> Outcome:
+    async def main() -> Outcome:
+        return await play(script, **how)
+
+    return trio.run(main, clock=MockClock(autojump_threshold=0))
+
+
+@settings(max_examples=150)
+@given(st.lists(_what, max_size=25), st.sampled_from([1000, 7]), st.booleans())
+def test_clients_get_the_same_whether_events_are_stored_raw_or_not(
+    script: list[Any], events: int, uncovered_to_branch: bool
+) -> None:
+    how = {"events": events, "uncovered_to_branch": uncovered_to_branch}
+    assert run(script, raw=True, **how) == run(script, raw=False, **how)
+
+
+def entries(number: int, **keys: Any) -> tuple[str, str, list[dict[str, Any]]]:
+    keys = {"type": "ROUND_READY", "tenant_id": 1, "branch_id": 1} | keys
+    return "publish", "stream", [keys | {"data": n} for n in range(number)]
+
+
+def test_a_client_resumes_over_what_was_raw_and_what_was_live() -> None:
+    script = [entries(5), ("come", 3), entries(5), ("leave", 3), entries(5), ("resume", 0)]
+
+    outcome = run(script, raw=True)
+
+    assert outcome == run(script, raw=False)
+    assert len(outcome.sent[1]) == 1 + 15
+
+
+def test_a_session_is_resumed_in_whichever_branch_its_events_are() -> None:
+    script = [entries(3, branch_id=2, session_id=456), entries(3, session_id=456), ("resume", 4)]
+
+    assert len(run(script, raw=True).sent[0]) == 1 + 6
+
+
+@pytest.mark.parametrize("events", [10, 1000])
+def test_raw_events_are_bounded_as_all_others_are(events: int) -> None:
+    script = [entries(30), entries(30, branch_id=2, session_id=7), entries(30, type="CART_SYNC")]
+
+    assert run(script, raw=True, events=events).stored == min(events, 60)
+
+
+async def test_routing_what_is_raw_delays_nobody_else(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    history = History()
+    dispatch = Dispatch(Hub(), history=history)
+    history.begin(A, START)
+    await dispatch.deliver(
+        [make_event(data=n, stream=A, position=Position((n, 1))) for n in range(1000)]
+    )
+    turns = 0
+
+    async def another() -> None:
+        nonlocal turns
+        while True:
+            await trio.lowlevel.checkpoint()
+            turns += 1
+
+    nursery.start_soon(another)
+    while not turns:
+        await trio.lowlevel.checkpoint()
+    turns, audiences = 0, audiences_of(make_principal(Endpoint.ADMIN))
+    await history.prepare({A: Position((99, 1))}, audiences)
+    assert turns >= 8  # 900 in steps of a hundred
+    assert [
+        stored.position[0] for stored in history.missed({A: Position((989, 1))}, audiences)
+    ] == [*range(990, 1000)]
+    assert len(history.missed({A: START}, audiences)) == 1000
