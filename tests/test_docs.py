@@ -15,7 +15,9 @@ from tools import tables
 from trio_gateway.gateway import create_app
 from trio_gateway.settings import NAMES
 from trio_gateway.telemetry.metrics import METRICS
+from trio_gateway.transports.sse import PATHS
 from trio_gateway.web.routes import HTTP
+from trio_gateway.web.static import ASYNCAPI, FILES
 
 PAGE = tables.PAGE.read_text("utf-8")
 DOCS = tables.PAGE.parent
@@ -25,6 +27,13 @@ PAGES = sorted(DOCS.rglob("*.md"))
 def test_tables_of_the_protocol_match_the_code() -> None:
     assert set(re.findall("<!-- generated: (.*) -->", PAGE)) == set(tables.TABLES)
     assert tables.renewed(PAGE) == PAGE, "run python -m tools.tables"
+
+
+@pytest.mark.parametrize("page", [*PAGES, DOCS.parent / "README.md"], ids=lambda page: page.stem)
+def test_http_paths_that_a_page_names_exist(page: Path) -> None:
+    named = re.findall(r"(GET|POST) (/ws/[a-z/.]+)", page.read_text("utf-8"))
+    files = {("GET", path) for path in (*PATHS, *FILES, ASYNCAPI)}
+    assert set(named) <= HTTP.keys() | files
 
 
 @pytest.mark.parametrize("name", tables.TABLES)

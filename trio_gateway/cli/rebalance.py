@@ -182,7 +182,7 @@ def _redis_failures() -> Iterator[None]:
     try:
         yield
     except redis.RedisError as error:
-        raise Failure(f"Redis: {type(error).__name__}; trio-gateway check says more") from None
+        raise Failure(f"Redis: {type(error).__name__}; run trio-gateway check") from None
 
 
 def _ask_processes(client: "redis.Redis") -> tuple[dict[str, dict[int, int]], int]:

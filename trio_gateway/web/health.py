@@ -75,7 +75,7 @@ def _database(parts: Parts) -> dict[str, Any]:
     return {
         "status": _status(not breaker.failures),
         "known": sector_assignments.known,
-        "owed": sector_assignments.pending,
+        "pending": sector_assignments.pending,
     }
 
 
