@@ -415,6 +415,10 @@ class Load:
             (arrived[heard] - sent[heard]) / 1e6,
         )
 
+    def arrivals(self) -> list[tuple[int, int]]:
+        """When (monotonic ns) which client received events; one entry for each read."""
+        return [(now, client) for now, client, _, _ in self._log]
+
     def forget(self) -> None:
         """Forget the recorded times."""
         self._log.clear()

@@ -155,12 +155,19 @@ def _rss(pid: int) -> int:
 
 def free_port() -> int:
     """Return a free port below the ephemeral ports, which thousands of clients will use."""
+    return _free_ports(1)
+
+
+def _free_ports(count: int) -> int:
+    """Return the first of ``count`` such ports in a row."""
     while True:
-        port = random.randrange(20_000, 32_000)
-        with socket.socket() as probe, suppress(OSError):
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(("127.0.0.1", port))
-            return port
+        first = random.randrange(20_000, 32_000)
+        with ExitStack() as stack, suppress(OSError):
+            for port in range(first, first + count):
+                probe = stack.enter_context(socket.socket())
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(("127.0.0.1", port))
+            return first
 
 
 class Redis:
@@ -199,32 +206,68 @@ def open_redis(cores: Cores) -> Iterator[Redis]:
 def serve(who: str, redis: Redis, cores: Cores, **settings: str) -> Iterator[Server]:
     """The gateway or a baseline, alone on its core."""
     port = free_port()
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("WS_")}
-    environment["PYTHONPATH"] = str(_ROOT)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
+        environment = _environment()
         if who == "gateway":
             command = _gateway(folder, port)
-            environment |= _LIFTED | {
-                "REDIS_URL": f"redis://127.0.0.1:{redis.port}",
-                "JWT_SECRET": JWT_SECRET,
-                "TABLE_TOKEN_SECRET": TABLE_SECRET,
-                "LOG_FORMAT": "json",
-                **settings,
-            }
+            environment |= _of_the_gateway(redis, settings)
         else:
             command = _baseline(who, port, redis.port)
-        server = stack.enter_context(_running(command, environment, port, folder, cores))
+        server = stack.enter_context(_running(command, environment, port, folder, cores.server))
         _wait_until_ready(who, server, redis)
         yield server
 
 
-def _gateway(folder: Path, port: int) -> list[str]:
+@contextmanager
+def serve_workers(redis: Redis, cores: Cores, count: int, **settings: str) -> Iterator[Server]:
+    """The gateway with so many workers, on consecutive ports from that of the server on.
+
+    They share all cores with the load.
+    """
+    port = _free_ports(count)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
+        config = _config(folder, port)
+        command = [
+            sys.executable, "-m", "trio_gateway", "serve", "-c", str(config),
+            "--workers", str(count), "--own-ports",
+        ]  # fmt: skip
+        environment = _environment() | _of_the_gateway(redis, settings)
+        all_cores = cores.server | cores.load
+        server = stack.enter_context(_running(command, environment, port, folder, all_cores))
+        for number in range(count):
+            worker = Server(server.process, port + number, server.log)
+            _wait_until_ready("gateway", worker, redis, 60)
+        yield server
+
+
+def _environment() -> dict[str, str]:
+    found = {k: v for k, v in os.environ.items() if not k.startswith("WS_")}
+    return found | {"PYTHONPATH": str(_ROOT)}
+
+
+def _of_the_gateway(redis: Redis, settings: Mapping[str, str]) -> dict[str, str]:
+    return _LIFTED | {
+        "REDIS_URL": f"redis://127.0.0.1:{redis.port}",
+        "JWT_SECRET": JWT_SECRET,
+        "TABLE_TOKEN_SECRET": TABLE_SECRET,
+        "LOG_FORMAT": "json",
+        **settings,
+    }
+
+
+def _config(folder: Path, port: int) -> Path:
     config = folder / "hypercorn.toml"
     config.write_text(
         f'bind = ["127.0.0.1:{port}"]\nworker_class = "trio"\nworkers = 1\nbacklog = 4096\n'
         'alpn_protocols = ["http/1.1"]\ngraceful_timeout = 2\n'
     )
+    return config
+
+
+def _gateway(folder: Path, port: int) -> list[str]:
+    config = _config(folder, port)
     return [
         sys.executable, "-m", "hypercorn", "-c", str(config), "trio_gateway.app:app",
     ]  # fmt: skip
@@ -253,7 +296,7 @@ def bun() -> str:
 
 @contextmanager
 def _running(
-    command: list[str], environment: Mapping[str, str], port: int, folder: Path, cores: Cores
+    command: list[str], environment: Mapping[str, str], port: int, folder: Path, cores: set[int]
 ) -> Iterator[Server]:
     log = folder / "log"
     with log.open("wb") as out:
@@ -265,7 +308,7 @@ def _running(
             stderr=out,
             cwd=folder,  # so that the project's .env is not read
             start_new_session=True,
-            preexec_fn=partial(os.sched_setaffinity, 0, cores.server),
+            preexec_fn=partial(os.sched_setaffinity, 0, cores),
         )
     try:
         yield Server(process, port, log)

@@ -95,6 +95,17 @@ RUNS: Final[Mapping[str, Run]] = {
         (_BACK, Figure("CPU µs per return", "µs")),
         "10,000 clients reconnect at once and resume, 100 events each",
     ),
+    "many": Run(
+        ("bench", "many", "--processes", "11"),
+        ("--clients", "330", "--branches", "33", "--processes", "3"), 420,
+        (
+            Figure("connections"), Figure("accepts/s", "/s"), Figure("CPU µs per accept", "µs"),
+            Figure("KB per connection", "KB"), Figure("kernel KB per connection", "KB"),
+            Figure("RSS MB of an empty process", "MB"), Figure("idle CPU", "cores"),
+            Figure("all delivered after s", "s"), Figure("CPU µs per delivery", "µs"),
+        ),
+        "200,000 connections in 2,000 branches over 11 processes, then an event for each branch",
+    ),
     "growth": Run(
         ("bench", "growth", "--seconds", "1"), _SHORT, 200,
         (), "how costs grow",

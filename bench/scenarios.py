@@ -14,6 +14,7 @@ import numpy as np
 from rich.progress import Progress
 
 from . import crowd as crowds
+from . import many as connections
 from .client import Client, Latencies, Load
 from .crowd import Crowd, Template
 from .processes import Cores, NotHere, Redis, Server, serve
@@ -45,6 +46,7 @@ class Options:
     missed: int = 50
     minutes: float = 2.0
     churn: float = 10.0
+    processes: int = 1
     settings: tuple[str, ...] = ()  # of the gateway, NAME=VALUE
 
 
@@ -60,8 +62,12 @@ class Bench:
 
     def serve(self, who: str) -> AbstractContextManager[Server]:
         """Start the gateway with the chosen settings, or a baseline."""
-        settings = dict(each.split("=", 1) for each in self.options.settings)
-        return serve(who, self.redis, self.cores, **settings)
+        return serve(who, self.redis, self.cores, **self.settings)
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """The chosen settings of the gateway."""
+        return dict(each.split("=", 1) for each in self.options.settings)
 
     def steps(self, what: str, total: float) -> Callable[[float], None]:
         """Make a progress bar up to ``total``; call the result with the progress."""
@@ -602,6 +608,13 @@ def _bounded(pace: Pace, run: Run, window: int) -> Pace:
     return due
 
 
+def many(bench: Bench, who: str) -> Figures:
+    """As many connections as the machine can hold, over several processes; one event a branch."""
+    options = bench.options
+    size = connections.Size(options.clients, options.branches, options.processes, options.size)
+    return connections.measure(bench.redis, bench.cores, size, bench.settings)
+
+
 @dataclass(frozen=True)
 class Scenario:
     """A scenario; ``rooms`` says whether the baselines, which have one room, can run it."""
@@ -640,6 +653,12 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         accepts, replace(_PLAIN, clients=4000), plotted=("accepts/s", "CPU µs per accept")
     ),
     "soak": Scenario(soak, replace(_PLAIN, rate=50.0)),
+    "many": Scenario(
+        many,
+        replace(_PLAIN, clients=200_000, branches=2000, processes=8),
+        rooms=False,
+        plotted=("accepts/s", "KB per connection"),
+    ),
     "growth": Scenario(growth, replace(_PLAIN, seconds=2.0)),
 }
 

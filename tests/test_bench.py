@@ -10,6 +10,8 @@ import pytest
 
 from bench.client import Client, Load
 from bench.crowd import Heard, Kind, Template
+from bench.many import Size
+from bench.processes import NotHere
 from trio_gateway.core.frames import text_frame
 
 
@@ -45,6 +47,44 @@ def test_concurrent_resumes_have_no_gap_and_no_redis_command_per_client() -> Non
     faults = ("missing", "duplicate", "out of order", "not recovered")
     assert [figures[name] for name in faults] == [0, 0, 0, 0]
     assert sum(n for name, n in figures.items() if name.startswith("Redis: ")) < 100
+
+
+@pytest.mark.slow
+def test_many_connections_over_several_processes_receive_one_event_each() -> None:
+    figures = bench("many", "--clients", "120", "--branches", "12", "--processes", "2")
+
+    assert figures["delivered"] == 120
+    faults = ("missing", "duplicate", "out of order", "to the wrong client", "lost connections")
+    assert [figures[name] for name in faults] == [0, 0, 0, 0, 0]
+    assert figures["KB per connection"] < 100
+
+
+def test_the_connections_of_a_tenant_are_on_one_process() -> None:
+    size = Size(clients=6000, branches=60, processes=4, size=300)
+    places: dict[int, set[int]] = {}
+    for place, clients in enumerate(size.by_process()):
+        assert 1000 < len(clients) < 2000
+        for client in clients:
+            places.setdefault(size.tenant(client % size.branches), set()).add(place)
+    assert {len(found) for found in places.values()} == {1}
+
+
+@pytest.mark.parametrize(
+    ("size", "problem"),
+    [
+        (Size(10_000_000, 2000, 2, 300), "open files in one of 2 processes, and"),
+        (Size(50_000_000, 2000, 2000, 300), r"clients need about \d+ MB, and \d+ are free"),
+        (Size(100, 200, 2, 300), "--branches is from 2 to 100"),
+        (Size(100, 1, 2, 300), "--branches is from 2 to 100"),
+    ],
+)
+def test_more_connections_than_the_machine_can_hold_are_refused_with_the_remedy(
+    size: Size, problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = 1_000_000 if size.processes > 2 else 20_000
+    monkeypatch.setattr("resource.getrlimit", lambda _what: (files, files))
+    with pytest.raises(NotHere, match=problem):
+        size.verify()
 
 
 @pytest.mark.parametrize(("texts", "missing"), [("eeP", 0), ("Pee", 0), ("P-e", 1), ("eP-e", 1)])

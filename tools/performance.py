@@ -175,8 +175,71 @@ def sizing(results: Results) -> str:
     )
 
 
+# What the model of a deployment assumes.
+_PER_PROCESS: Final = 20_000  # connections, so that a process that ends is no large loss
+_PER_BRANCH: Final = 10  # connections; half of them receive an event
+_EVENTS_PER_BRANCH: Final = 0.1  # a second
+_PING_EVERY: Final = 25  # seconds
+_SIZES: Final = (1_000, 10_000, 100_000, 1_000_000)  # connections
+
+
+def capacity(results: Results) -> str:
+    """A model: what numbers of connections need, from the measured costs of one."""
+    costs = {
+        name: _value(results, run, figure)
+        for name, (run, figure) in {
+            "KB": ("idle", "KB per connection"),
+            "kernel KB": ("many", "kernel KB per connection"),
+            "process MB": ("many", "RSS MB of an empty process"),
+            "accept": ("accepts", "CPU µs per accept"),
+            "ping": ("idle", "CPU µs per ping"),
+            "delivery": ("unbatched", "CPU µs per delivery"),
+            "event": ("small", "events/s"),
+        }.items()
+    }
+    known = {name: value for name, value in costs.items() if value is not None}
+    head = (
+        "connections", "branches", "events/s", "processes", "memory", "of the kernel",
+        "cores in use", "all reconnect in",
+    )  # fmt: skip
+    if len(known) < len(costs):
+        return table(head, [UNKNOWN, *[""] * (len(head) - 1)])
+    rows = []
+    for connections in _SIZES:
+        branches = connections // _PER_BRANCH
+        events = branches * _EVENTS_PER_BRANCH
+        processes = max(2, math.ceil(connections / _PER_PROCESS))
+        memory = processes * known["process MB"] / 1000 + connections * known["KB"] / 1e6
+        # An event reaches one process, as with placement and a shard for each process.
+        busy = connections / _PING_EVERY * known["ping"] / 1e6 + events / known["event"]
+        busy += events * _PER_BRANCH / 2 * known["delivery"] / 1e6
+        rows.append(
+            (
+                f"{connections:,}",
+                f"{branches:,}",
+                f"{events:,.0f}",
+                str(processes),
+                f"{short(memory)} GB",
+                # Measured with both ends of each connection on one machine.
+                f"{short(connections * known['kernel KB'] / 2 / 1e6)} GB",
+                short(busy),
+                f"{short(connections / processes * known['accept'] / 1e6)} s",
+            )
+        )
+    return table(head, *rows)
+
+
 TABLES: Final[Mapping[str, Callable[[Results], str]]] = {
-    made.__name__: made for made in (measured_on, figures, growth, transports, compression, sizing)
+    made.__name__: made
+    for made in (
+        measured_on,
+        figures,
+        growth,
+        transports,
+        compression,
+        sizing,
+        capacity,
+    )
 }
 
 

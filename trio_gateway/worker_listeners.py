@@ -78,12 +78,11 @@ class Listeners:
     def open_own(cls, config: Config, workers: int) -> list[Self]:
         """Open ports for each worker. Raises :exc:`OSError`, which names the address."""
         found: list[Self] = []
-        binds = own_addresses(config.bind, workers)
-        insecure_binds = own_addresses(config.insecure_bind, workers)
+        main = len(config.bind)
         try:
-            for bind, insecure_bind in zip(binds, insecure_binds, strict=True):
+            for addresses in own_addresses([*config.bind, *config.insecure_bind], workers):
                 own = copy.copy(config)
-                own.bind, own.insecure_bind = bind, insecure_bind
+                own.bind, own.insecure_bind = addresses[:main], addresses[main:]
                 own.workers = 1  # no SO_REUSEPORT: a port that is in use must be an error
                 found.append(cls._open(own, 2, shared=False))
         except OSError:
