@@ -22,6 +22,8 @@ log = structlog.get_logger()
 
 _BATCH: Final = 250  # principals in one MGET
 _PAUSE: Final = 0.005  # seconds between two MGETs for checks
+_CROWD: Final = 4  # checks in one MGET from which on the next waits for more of them
+_PAUSE_IN_A_CROWD: Final = 0.015  # seconds
 RECHECK_PERIOD: Final = (
     3.0  # seconds over which everybody is looked at after messages may have been lost
 )
@@ -139,7 +141,7 @@ class Revocations:
                     check.failed = True
             for check in checks:
                 check.answered.set()
-            await trio.sleep(_PAUSE)
+            await trio.sleep(_PAUSE if len(checks) < _CROWD else _PAUSE_IN_A_CROWD)
 
     async def sweep(self, interval: float) -> NoReturn:
         """Check every live connection once per interval (seconds); returns only when cancelled.

@@ -10,22 +10,34 @@ _ROUNDING: Final = 1e-9  # seconds
 class RateLimit:
     """At most ``limit`` messages in any ``window`` seconds."""
 
-    __slots__ = ("_times", "_window")
+    __slots__ = ("_limit", "_oldest", "_times", "_window")
 
     def __init__(self, limit: int, window: float) -> None:
-        self._times: deque[float] = deque(maxlen=limit)
+        self._limit = limit
         self._window = window
+        # A ring of the last messages once it is full. A deque has room for 64 from the start, and
+        # every client has one of these.
+        self._times: list[float] = []
+        self._oldest = 0  # in the ring
 
     def exceeded(self, now: float) -> bool:
         """Count a message; return whether it exceeds the limit."""
-        over = self.is_full(now)
-        self._times.append(now)
+        times = self._times
+        if times and now - times[self._oldest - 1] >= self._window:  # the last is too long ago
+            times.clear()
+            self._oldest = 0
+        if len(times) < self._limit:
+            times.append(now)
+            return False
+        over = now - times[self._oldest] < self._window
+        times[self._oldest] = now
+        self._oldest = (self._oldest + 1) % self._limit
         return over
 
     def is_full(self, now: float) -> bool:
         """Whether one more message would exceed the limit."""
         times = self._times
-        return len(times) == times.maxlen and now - times[0] < self._window
+        return len(times) == self._limit and now - times[self._oldest] < self._window
 
 
 class TenantRate:

