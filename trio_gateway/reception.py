@@ -97,8 +97,13 @@ class Reception:
                 await self._reject(endpoint, socket, bug)
                 return
             del request, pending  # free a long head and its token while the client is connected
-            with parts.following.client_of(principal.tenant):
-                await self._run(connection, socket)
+            try:  # not in a method of its own: each client would hold one frame more
+                with parts.following.client_of(principal.tenant):
+                    await connection.run(socket, parts.hub)
+            except Exception:
+                self._throttled_log.exception("connection ended by a bug", endpoint=endpoint.label)
+            finally:
+                _log_close(connection)
         finally:
             if entered:
                 parts.addresses.leave(address)
@@ -156,26 +161,6 @@ class Reception:
         if self.draining:
             raise Rejected(Close.GOING_AWAY, self._parts.drain.hint(), "draining")
 
-    async def _run(self, connection: Connection, socket: Socket) -> None:
-        principal = connection.principal
-        try:
-            await connection.run(socket, self._parts.hub)
-        except Exception:
-            self._throttled_log.exception(
-                "connection ended by a bug", endpoint=principal.endpoint.label
-            )
-        finally:
-            log.info(
-                "closed",
-                endpoint=principal.endpoint.label,
-                tenant=principal.tenant,
-                user=principal.user,
-                session=principal.session,
-                code=connection.code,
-                reason=connection.close_reason,
-                seconds=round(trio.current_time() - connection.joined_at, 1),
-            )
-
     async def _reject(self, endpoint: Endpoint, socket: Socket, rejected: Rejected) -> None:
         self._parts.counts.rejected[rejected.label] += 1
         self._parts.hub.count_close(rejected.close)
@@ -227,6 +212,20 @@ class Reception:
 
     def _on_trios_clock(self, unix_time: float) -> float:
         return trio.current_time() + unix_time - self._parts.clock()
+
+
+def _log_close(connection: Connection) -> None:
+    principal = connection.principal
+    log.info(
+        "closed",
+        endpoint=principal.endpoint.label,
+        tenant=principal.tenant,
+        user=principal.user,
+        session=principal.session,
+        code=connection.code,
+        reason=connection.close_reason,
+        seconds=round(trio.current_time() - connection.joined_at, 1),
+    )
 
 
 def _timed_out() -> Rejected:

@@ -141,6 +141,7 @@ class FakeClient:
 class FakeSocket:
     """A socket in memory. ``room`` is how many bytes it accepts until the client reads on."""
 
+    is_plain = True
     measures_progress = False
     answers_pings = True
 

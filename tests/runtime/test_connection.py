@@ -475,13 +475,147 @@ async def test_bug_while_answering_ends_with_1011_and_propagates(autojump_clock:
     client = Connection(make_principal(), PATIENT, answer)
     await socket.client.send("refresh_sectors")
 
-    with pytest.RaisesGroup(ZeroDivisionError, flatten_subgroups=True):
+    with pytest.raises(ZeroDivisionError):
         await client.run(socket, hub)
 
     assert socket.closed is Close.INTERNAL_ERROR
     assert socket.reason == "internal error"
     assert hub.closed == {Close.INTERNAL_ERROR: 1}
     assert (len(hub), len(hub.leaving)) == (0, 0)
+
+
+async def test_bug_beside_a_writer_ends_with_1011_and_propagates(
+    autojump_clock: MockClock,
+) -> None:
+    async def answer(connection: Connection, message: Message) -> None:
+        connection.send(b"x" * 100)
+        await trio.sleep(1)
+        if connection.messages > 1:
+            raise ZeroDivisionError
+
+    hub, socket = Hub(), FakeSocket(room=10)
+    client = Connection(make_principal(), PATIENT, answer)
+    for _ in range(2):
+        await socket.client.send("refresh_sectors")
+
+    with pytest.RaisesGroup(ZeroDivisionError, flatten_subgroups=True):
+        await client.run(socket, hub)
+
+    assert client.code == Close.INTERNAL_ERROR
+    assert (len(hub), len(hub.leaving)) == (0, 0)
+
+
+# One task is all that a client costs that keeps up
+
+
+async def test_client_that_keeps_up_has_one_task_until_it_is_slow(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    socket, client = FakeSocket(), make()
+    before = trio.lowlevel.current_statistics().tasks_living
+    await start(nursery, client, socket)
+    for _ in range(3):
+        await socket.client.send("ping")
+        client.send(b"a")
+        await wait_all_tasks_blocked()
+    assert trio.lowlevel.current_statistics().tasks_living == before + 1
+
+    socket.room = 0
+    client.send(b"b")
+    await wait_all_tasks_blocked()
+    assert trio.lowlevel.current_statistics().tasks_living == before + 2
+    socket.read(INFINITE)
+    await socket.client.send("ping")
+    await wait_all_tasks_blocked()
+    assert trio.lowlevel.current_statistics().tasks_living == before + 1
+    assert sorted(socket.texts) == sorted([*["a", PONG] * 3, "b", PONG])
+
+
+@pytest.mark.parametrize("room", [0, INFINITE], ids=["a writer starts", "nothing starts"])
+async def test_answer_is_not_cut_short_when_the_reader_changes_its_scope(
+    autojump_clock: MockClock, nursery: trio.Nursery, room: float
+) -> None:
+    """The message is received in the same step; the answer takes a while."""
+    answered: list[Message] = []
+
+    async def answer(connection: Connection, message: Message) -> None:
+        await trio.sleep(1)
+        answered.append(message)
+
+    socket, client = FakeSocket(room), Connection(make_principal(), PATIENT, answer)
+    await start(nursery, client, socket)
+    for token in ("0", "1"):
+        socket.client.to_gateway.send_nowait(f'{{"type":"auth","token":"{token}"}}')
+    client.send(b"to a client that does not read")
+    await trio.sleep(5)
+
+    assert answered == [Reauthenticate("0"), Reauthenticate("1")]
+    socket.read(INFINITE)
+    await wait_all_tasks_blocked()
+    assert socket.texts == ["to a client that does not read"]
+
+
+@pytest.mark.parametrize("first", ["the message", "the old deadline"])
+async def test_answer_is_not_cut_short_by_a_deadline_that_has_moved(
+    autojump_clock: MockClock, nursery: trio.Nursery, first: str
+) -> None:
+    answered: list[Message] = []
+
+    async def answer(connection: Connection, message: Message) -> None:
+        await trio.sleep(10)
+        answered.append(message)
+
+    async def ask_at(when: float) -> None:
+        await trio.sleep_until(when)
+        await socket.client.send("refresh_sectors")
+
+    socket, client = FakeSocket(), Connection(make_principal(), ConnectionLimits(), answer)
+    if first == "the message":
+        nursery.start_soon(ask_at, 60.0)
+        await wait_all_tasks_blocked()
+    await start(nursery, client, socket)
+    if first == "the old deadline":
+        nursery.start_soon(ask_at, 60.0)
+    await trio.sleep(50)
+    await socket.client.send("ping")  # the deadline is 110 now
+    await trio.sleep(25)
+
+    assert answered == [Command.REFRESH_SECTORS]
+    await trio.sleep_until(119.9)
+    assert socket.closed is None
+    await trio.sleep_until(120.1)
+    assert socket.closed is Close.HEARTBEAT_TIMEOUT
+
+
+async def test_token_that_now_expires_sooner_ends_it_sooner(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    socket, client = FakeSocket(), make(ConnectionLimits())
+    await start(nursery, client, socket)
+    await trio.sleep(50)
+    await socket.client.send("ping")
+    await wait_all_tasks_blocked()
+    client.renew(70.0)
+    await trio.sleep_until(69.9)
+    assert socket.closed is None
+    await trio.sleep_until(70.1)
+    assert socket.closed == Close.AUTH_FAILED
+    assert socket.reason == "token expired"
+
+
+async def test_last_words_reach_a_client_whose_writer_had_yet_to_start(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    socket, client = FakeSocket(room=0), make()
+    await start(nursery, client, socket)
+    client.send(b"last words")
+    client.close(Close.GOING_AWAY)
+    await trio.sleep(1)
+    socket.read(INFINITE)
+    await wait_all_tasks_blocked()
+
+    assert socket.texts == ["last words"]
+    assert socket.closed is Close.GOING_AWAY
 
 
 async def test_who_is_cancelled_from_outside_is_gone_without_a_word(

@@ -337,6 +337,7 @@ async def test_task_that_serves_a_lag_lives_no_longer_than_it(
     for client in clients:
         client.socket.room = 0
     await publish(world, *range(1, 100))
+    await wait_all_tasks_blocked()
     assert trio.lowlevel.current_statistics().tasks_living == before + 2 * len(clients)
     for client in clients[:10]:
         await read_all(client)

@@ -99,6 +99,7 @@ class Connection:
         "_nursery",
         "_outbox",
         "_ping_at",
+        "_postponed",
         "_rate",
         "_reading",
         "_received_at",
@@ -106,6 +107,7 @@ class Connection:
         "_socket",
         "_tasks",
         "_unread",
+        "_waiting_tasks",
         "_writing",
         "_written",
         "audiences",
@@ -164,6 +166,8 @@ class Connection:
         self._answering = False  # a message, and not reading meanwhile
         self._written: trio.Event | None = None
         self._tasks: set[trio.CancelScope] | None = None
+        self._postponed: Message | None = None  # to be answered when it is read on
+        self._waiting_tasks: tuple[Callable[[], Awaitable[None]], ...] = ()  # for a nursery
         self._unread = 0  # bytes of answers that wait behind others in the outbox, about
 
     @property
@@ -199,29 +203,57 @@ class Connection:
         hub.join(self)
         try:
             try:
-                async with trio.open_nursery() as nursery:
-                    self._nursery = nursery
-                    try:
-                        if self._replays is not None:  # in one step with its joining the hub
-                            self._replays.hold(self, now)
-                        await self._read(socket)
-                    except Exception:
-                        self.close(Close.INTERNAL_ERROR, "internal error")
-                        raise
-                    finally:
-                        # Cancelled from outside, it is ending, too: the nursery is closed one step
-                        # before its block is left, and takes no task in that step.
-                        self.close(Close.ABNORMAL)
-                        hub.leave(self)
-                        for scope in self._tasks or ():
-                            scope.cancel()
-                        self._end_writing(nursery)
+                # A client that keeps up needs no task but this one, and then no nursery.
+                needs_nursery = False
+                try:
+                    if self._replays is not None:  # in one step with its joining the hub
+                        self._replays.hold(self, now)
+                    needs_nursery = not socket.is_plain or await self._read(socket)
+                except Exception:
+                    self.close(Close.INTERNAL_ERROR, "internal error")
+                    raise
+                finally:
+                    if not needs_nursery:
+                        self._end_reading(hub)
+                if needs_nursery:
+                    await self._run_with_tasks(socket, hub)
+                elif self.waiting_bytes:  # a writer had yet to start
+                    with trio.move_on_after(self._last_write_timeout()):
+                        await self._run_task(self._write_out)
             finally:
-                self._nursery = None
                 await self._finish(socket)
         finally:
             socket.abort()
             hub.finish(self)
+
+    async def _run_with_tasks(self, socket: Socket, hub: Membership) -> None:
+        """Serve the client in a nursery, for the tasks next to its reader."""
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                try:
+                    for task in self._waiting_tasks:
+                        nursery.start_soon(self._run_task, task)
+                    self._waiting_tasks = ()
+                    await self._read(socket)
+                except Exception:
+                    self.close(Close.INTERNAL_ERROR, "internal error")
+                    raise
+                finally:
+                    self._end_reading(hub)
+                    timeout = self._last_write_timeout()
+                    if not nursery.cancel_scope.cancel_called:  # else it was aborted
+                        nursery.cancel_scope.deadline = trio.current_time() + timeout
+        finally:
+            self._nursery = None
+
+    def _end_reading(self, hub: Membership) -> None:
+        # Cancelled from outside, it is ending, too: a nursery is closed one step before its block
+        # is left, and takes no task in that step.
+        self.close(Close.ABNORMAL)
+        hub.leave(self)
+        for scope in self._tasks or ():
+            scope.cancel()
 
     def write(self, data: bytes, frames: int, now: float) -> None:
         """Send joined frames. Never waits: what the kernel does not accept goes to the outbox.
@@ -295,7 +327,7 @@ class Connection:
 
     def start_task(self, task: Callable[..., Awaitable[None]], *arguments: Any) -> None:
         """Run a task next to the reader, until it is done or the connection ends."""
-        if self._nursery is None or self._code is not None:
+        if self._socket is None or self._code is not None:
             return
         if self._tasks is None:
             self._tasks = set()
@@ -307,12 +339,20 @@ class Connection:
                 await task(*arguments)
             tasks.discard(scope)
 
-        self._nursery.start_soon(self._run_task, run)
+        self._start_soon(run)
 
     def _start_writing(self) -> None:
-        if not self._writing and self._nursery is not None:
+        if not self._writing:
             self._writing = True
-            self._nursery.start_soon(self._run_task, self._write_out)
+            self._start_soon(self._write_out)
+
+    def _start_soon(self, task: Callable[[], Awaitable[None]]) -> None:
+        if self._nursery is not None:
+            self._nursery.start_soon(self._run_task, task)
+            return
+        self._waiting_tasks += (task,)
+        if self._reading is not None and not self._answering:  # it is read on in a nursery
+            self._reading.cancel()
 
     async def wait_written(self) -> None:
         """Wait until the outbox is empty."""
@@ -377,11 +417,17 @@ class Connection:
         self.expires_at = expires_at
         self._set_deadline()
 
-    async def _read(self, socket: Socket) -> None:
-        while self._code is None:  # again if a message came together with the deadline
+    async def _read(self, socket: Socket) -> bool:
+        """Read until the connection ends; return True if a task needs a nursery before that."""
+        while self._code is None:  # again if a message came since the deadline was set
+            if self._waiting_tasks:
+                return True
             with trio.CancelScope(deadline=self.deadline) as self._reading:
                 try:
-                    while True:
+                    if (message := self._postponed) is not None:
+                        self._postponed = None
+                        await self._answer_slowly(message)
+                    while self._postponed is None:
                         await self._hear(await socket.receive())
                 except Disconnected as left:
                     self.chose_its_code = self._code is None
@@ -389,22 +435,20 @@ class Connection:
                 except ProtocolViolation as violation:
                     self.close(violation.close, violation.reason)
             self.close_on_time(trio.current_time())
+        return False
 
     async def _hear(self, said: str | Ping | Pong) -> None:
         now = self._received_at = trio.current_time()
         asked, self._asked = self._asked, False
         if asked and isinstance(said, Pong):  # which others caused, so it does not count
-            self._set_deadline()
             return
         if self._rate is None:
             self._rate = RateLimit(self._limits.rate_limit, self._limits.rate_window)
         if self._rate.exceeded(now):
             raise ProtocolViolation(Close.RATE_LIMITED, "too many messages")
         if isinstance(said, Pong):
-            self._set_deadline()
             return
         self._heard_at = now
-        self._set_deadline()
         if isinstance(said, Ping):
             self._answer_with(frame(PONG, said.payload), now)
             return
@@ -421,9 +465,19 @@ class Connection:
             case Resume(last_event_id) if self._replays is not None:
                 self._replays.ask(self, last_event_id)
             case _:
-                self._answering = True
-                await self._answer(self, message)
-                self._answering = False
+                self._set_deadline()  # the one that was set may be over before the answer is
+                assert self._reading is not None
+                if self._reading.cancel_called:  # it is read on in another scope
+                    self._postponed = message
+                else:
+                    await self._answer_slowly(message)
+
+    async def _answer_slowly(self, message: Message) -> None:
+        self._answering = True
+        await self._answer(self, message)
+        self._answering = False
+        if self._waiting_tasks and self._reading is not None:
+            self._reading.cancel()
 
     @property
     def deadline(self) -> float:
@@ -435,6 +489,8 @@ class Connection:
         )
 
     def _set_deadline(self) -> None:
+        # A deadline that moves back is not set each time a client says something: when the old one
+        # is over, the reader looks again. This one may be sooner.
         if self._reading is not None:
             self._reading.deadline = self.deadline
 
@@ -471,16 +527,13 @@ class Connection:
                 self._written.set()
                 self._written = None
 
-    def _end_writing(self, nursery: trio.Nursery) -> None:
-        """Give what the outbox holds a bounded time; nothing is added any more."""
-        timeout = DRAIN_TIMEOUT
-        if self.code == Close.SLOW_CONSUMER:
-            timeout = self._limits.write_timeout
-            if self._outbox is not None:
-                self._outbox.discard()
-        if nursery.cancel_scope.cancel_called:  # it was aborted
-            return
-        nursery.cancel_scope.deadline = trio.current_time() + timeout
+    def _last_write_timeout(self) -> float:
+        """Return the seconds for what the outbox holds at the end; nothing is added any more."""
+        if self.code != Close.SLOW_CONSUMER:
+            return DRAIN_TIMEOUT
+        if self._outbox is not None:
+            self._outbox.discard()
+        return self._limits.write_timeout
 
     async def _run_task(self, task: Callable[[], Awaitable[None]]) -> None:
         """Run a task next to the reader. An exception is a bug: close with 1011."""

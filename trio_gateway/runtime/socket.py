@@ -39,6 +39,12 @@ class ProtocolViolation(Exception):  # noqa: N818 - an outcome
 class Socket(Protocol):
     """One client on some transport. All bytes are whole WebSocket frames, unmasked."""
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether bytes go at once if the kernel accepts them, and :meth:`receive` can be cancelled
+        and called again.
+        """
+
     def try_write(self, data: bytes) -> int:
         """Hand over what can go without waiting, and return the number of bytes.
 

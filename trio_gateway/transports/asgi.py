@@ -91,6 +91,7 @@ class AsgiSocket:
         self._reset = abort_of(scope)
         self._closed = False
         self._aborted = False
+        self.is_plain = False
         self.measures_progress = measures_progress(scope)
         self.answers_pings = False  # ASGI has no message for a ping
         self.traffic = traffic_of(scope)

@@ -132,7 +132,7 @@ class DirectSocket:
         self.deflate: PerMessageDeflate | None = None  # reads compressed messages, if negotiated
         self._unread = rest
         self._websocket: WebSocket | None = None  # from the first frame that is not short
-        self._pieces: list[str] = []  # of an incomplete message
+        self._pieces: list[str] | None = None  # of an incomplete message
         self._size = 0  # their bytes
         self._fragments = 0  # its frames so far
         self._broken = False  # a write was cancelled: the peer may have half a frame
@@ -141,6 +141,10 @@ class DirectSocket:
     @property
     def answers_pings(self) -> bool:
         return True
+
+    @property
+    def is_plain(self) -> bool:
+        return self._socket is not None
 
     def traffic(self) -> tuple[int, int]:
         return traffic(socket_of(self._stream))
@@ -190,7 +194,13 @@ class DirectSocket:
             if received is not None:
                 return received
             try:
-                data = await receive(self._stream, _FRAMES_CHUNK)
+                if self._socket is None or self._socket.fileno() == -1:
+                    data = await receive(self._stream, _FRAMES_CHUNK)
+                else:  # as there, without a coroutine more for each client
+                    await trio.lowlevel.wait_readable(self._socket)
+                    if (read := receive_nowait(self._stream, _FRAMES_CHUNK)) is None:
+                        continue
+                    data = read
             except (OSError, *STREAM_ERRORS):
                 data = b""
             if not data:
@@ -259,10 +269,11 @@ class DirectSocket:
             raise ProtocolViolation(Close.MESSAGE_TOO_BIG, "too many fragments")
         if event.message_finished:
             text = "".join([*self._pieces, piece]) if self._pieces else piece
-            self._pieces.clear()
+            self._pieces = None
             self._size = self._fragments = 0
             return text
         if piece:
+            self._pieces = self._pieces or []
             self._pieces.append(piece)
         return None
 

@@ -63,6 +63,7 @@ class EventStream:
         self._send = send
         self._start = _start(200, _STREAM_HEADERS)
         self._reset = abort_of(scope)
+        self.is_plain = False  # the response begins with the first receive
         self.measures_progress = measures_progress(scope)
         self.answers_pings = False  # a ping is a comment, which no client answers
         self.traffic = traffic_of(scope)

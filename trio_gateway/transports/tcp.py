@@ -127,7 +127,10 @@ class TcpConnection:
         if self._serves_clients:
             service.watch(self._context.terminated.wait, self._config.graceful_timeout)
         try:
-            await self._serve(service)
+            # Two steps, so that no frame keeps the head while the client stays.
+            serving = await self._open(service)
+            if serving is not None:
+                await serving
         except* (OSError, *STREAM_ERRORS, trio.TooSlowError):
             pass
         except* Exception as faults:
@@ -136,12 +139,6 @@ class TcpConnection:
         finally:
             if not is_closed(stream):
                 await trio.aclose_forcefully(stream)
-
-    async def _serve(self, service: TcpService) -> None:
-        # Two steps, so that no frame keeps the head while the client stays.
-        serving = await self._open(service)
-        if serving is not None:
-            await serving
 
     async def _open(self, service: TcpService) -> Awaitable[None] | None:
         """Read and answer the first request head; returns what then serves the client, if any."""
