@@ -205,7 +205,7 @@ async def test_waiter_receives_only_the_sectors_assigned_for_today(
         figures = await metrics(gateway.port)
         assert figures.by_label("sector_queries_total") == {"answered": 1, "failed": 0}
         health = (await http(gateway.port, "/ws/health/detailed")).json
-        assert health["database"] == {"status": "connected", "known": 1, "owed": 0}
+        assert health["database"] == {"status": "connected", "known": 1, "pending": 0}
 
 
 async def test_every_branch_of_the_token_has_its_own_sectors(
@@ -476,7 +476,7 @@ async def test_frozen_database_delays_only_connects_by_two_seconds(
             assert watch.net < 2.5
             assert await received_sectors(gateway, backend, client) == {9}  # what the token claims
             health = await http(gateway.port, "/ws/health/detailed")
-            assert health.json["database"] == {"status": "disconnected", "known": 2, "owed": 2}
+            assert health.json["database"] == {"status": "disconnected", "known": 2, "pending": 2}
             assert health.status == 200  # no connected client needs it
             failed = (await metrics(gateway.port)).by_label("sector_queries_total")["failed"]
             assert failed >= 2
@@ -485,7 +485,7 @@ async def test_frozen_database_delays_only_connects_by_two_seconds(
             await until(partial(_nothing_is_pending, gateway), 12)
             assert await received_sectors(gateway, backend, client) == {5}  # on the same connection
             health = await http(gateway.port, "/ws/health/detailed")
-            assert health.json["database"] == {"status": "connected", "known": 4, "owed": 0}
+            assert health.json["database"] == {"status": "connected", "known": 4, "pending": 0}
         nursery.cancel_scope.cancel()
         await until(partial(_no_query_hangs, gateway))
     assert len(latencies) > 30
