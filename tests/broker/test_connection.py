@@ -51,3 +51,28 @@ async def test_array_too_large_for_memory_is_a_lost_connection() -> None:
     async with link_to(redis) as link:
         with pytest.raises(ConnectionLost, match="not RESP"):
             await link.ask("XREAD")
+
+
+async def test_several_commands_are_sent_at_once_and_answered_in_order() -> None:
+    received = b""
+
+    async def redis(stream: trio.abc.Stream) -> None:
+        nonlocal received
+        while received.count(b"PING") < 3:
+            received += await stream.receive_some()
+        for piece in (b":1", b"\r\n-ERR no\r\n", b":3\r\n"):
+            await stream.send_all(piece)
+
+    async with link_to(redis) as link:
+        first, second, third = await link.ask_all([("PING", n) for n in range(3)])
+    assert (first, str(second), third) == (1, "ERR no", 3)
+
+
+async def test_missing_reply_of_several_names_its_command(autojump_clock: MockClock) -> None:
+    async def redis(stream: trio.abc.Stream) -> None:
+        await stream.send_all(b":1\r\n")
+        await trio.sleep_forever()
+
+    async with link_to(redis) as link:
+        with pytest.raises(ConnectionLost, match="no answer to XINFO"):
+            await link.ask_all([("TIME",), ("XINFO", "STREAM", "s")], timeout=1)

@@ -254,6 +254,18 @@ async def test_shard_is_given_up_some_time_after_its_last_client_and_resumed_lat
             assert await recover(url, last) == (True, [11, 12])
 
 
+async def test_what_memory_does_not_hold_of_a_shard_is_read_from_it(redis_url: str) -> None:
+    ids = publish(redis_url, ONE, *range(50))
+    async with sharded(redis_url, ws_history_events=5) as gateway:
+        gateway.app.parts.following._linger = 0.2
+        url = gateway.staff_url("waiter", tenant_id=ONE)
+        for _ in range(2):
+            assert await recover(url, ids[9]) == (True, list(range(10, 50)))
+            assert await recover(url, ids[47]) == (True, [48, 49])
+            await until(lambda: not gateway.app.parts.history.end)
+            assert not gateway.app.parts.older_events._ranges
+
+
 async def test_client_that_comes_back_within_the_time_costs_no_new_reading(redis_url: str) -> None:
     async with sharded(redis_url) as gateway:
         url = gateway.staff_url("waiter", tenant_id=ONE)

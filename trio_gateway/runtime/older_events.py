@@ -182,6 +182,10 @@ class OlderEvents:
         """Where the ranges of these streams end, and the history goes on."""
         return {stream: self._ranges[stream].end for stream in cursor}
 
+    def forget(self, stream: Stream) -> None:
+        """Drop the range of a stream that is not read any more: it may be another one later."""
+        self._ranges.pop(stream, None)
+
     def trim(self, now: float) -> None:
         """Drop the ranges that were not used for a while."""
         for stream, each in list(self._ranges.items()):

@@ -159,6 +159,10 @@ class Replays:
                     self._hub.step(connection, Step.GAP, end)
                 connection.send(GAP)
 
+    def forget(self, stream: Stream) -> None:
+        """Note that a stream without clients is not read any more."""
+        self._older.forget(stream)
+
     def ask(self, connection: Connection, last_event_id: str | None) -> None:
         """Answer a message that asks to resume: only a client's first may."""
         if connection.messages == 1 and connection.resume_state.may_resume:

@@ -190,6 +190,7 @@ class StreamInlet:
         """
         self._history.expected.discard(stream)
         self._history.forget(stream)
+        self._replays.forget(stream)
         self._forgotten.add(stream)
 
     async def gap(self, stream: Stream, *, since: Position, end: Position) -> None:

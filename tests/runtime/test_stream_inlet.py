@@ -1,0 +1,88 @@
+"""The inlet of the streams: what it makes of a shard that comes, goes and comes back."""
+
+import math
+from typing import Any
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from tests.support.resume_world import A, B, World, at
+from trio_gateway.core.audiences import audiences_of
+from trio_gateway.core.event_ids import START, Position, Stream
+from trio_gateway.core.routing import ROUTES
+from trio_gateway.runtime.ingest import Ingest
+from trio_gateway.runtime.queue import EventQueue
+from trio_gateway.runtime.source import Entry, Past
+from trio_gateway.runtime.stream_inlet import StreamInlet
+from trio_gateway.testing import make_event, make_principal
+
+AUDIENCES = audiences_of(make_principal())
+
+
+@pytest.fixture
+def world(nursery: trio.Nursery) -> World:
+    return World(nursery, begun=False)
+
+
+@pytest.fixture
+def inlet(world: World) -> StreamInlet:
+    return StreamInlet(
+        ingest=Ingest(), queue=EventQueue(1000), history=world.history, dispatch=world.dispatch,
+        replays=world.replays, routes=ROUTES, wall_clock=lambda: 1000.0,
+    )  # fmt: skip
+
+
+def past(*numbers: int, **keys: Any) -> Past:
+    entries = [Entry(at(n), make_event(data=n, **keys).payload) for n in numbers]
+    return Past(entries, START, True, at(max(numbers)))
+
+
+def positions(world: World, stream: Stream = A) -> list[Position]:
+    return [stored.position for stored in world.history.missed({stream: START}, AUDIENCES)]
+
+
+async def test_first_reading_that_was_cancelled_is_begun_anew(
+    autojump_clock: MockClock, world: World, inlet: StreamInlet
+) -> None:
+    entries = past(*range(1, 501))
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await inlet.begin(A, "a", entries, None)
+    assert scope.cancelled_caught
+    assert not world.history.end
+    await inlet.begin(A, "a", entries, None)
+    assert positions(world) == [at(n) for n in range(1, 501)]
+
+
+async def test_shard_that_comes_back_is_stored_again_and_each_id_once(
+    autojump_clock: MockClock, world: World, inlet: StreamInlet
+) -> None:
+    for _ in range(2):
+        await inlet.begin(A, "a", past(1, 2, 3, id="same"), None)
+        assert positions(world) == [at(1)]
+        await inlet.settle()
+        inlet.forget(A)
+        assert positions(world) == []
+        assert not world.history.end
+
+
+async def test_copy_in_the_past_of_another_stream_is_a_duplicate(
+    autojump_clock: MockClock, world: World, inlet: StreamInlet
+) -> None:
+    await inlet.begin(A, "a", past(1, id="same"), None)
+    await inlet.begin(B, "b", past(2, id="same"), None)
+    assert positions(world) == [at(1)]
+    assert positions(world, B) == []
+
+
+async def test_shards_have_equal_shares_of_the_room_or_what_is_free(
+    autojump_clock: MockClock, world: World, inlet: StreamInlet
+) -> None:
+    world.history.most_events, world.history.age = 100, math.inf
+    world.history.expected = {A, B}
+    assert inlet.room().entries == 100
+    await inlet.begin(A, "a", past(*range(1, 91)), None)
+    assert inlet.room().entries == 50
+    inlet.forget(A)
+    assert inlet.room().entries == 100
