@@ -63,9 +63,9 @@ MEMBERS = {
 }
 
 
-@pytest.mark.parametrize("who", MEMBERS)
-def test_endpoint_and_roles_decide_the_audiences(who: str) -> None:
-    principal, expected = MEMBERS[who]
+@pytest.mark.parametrize("case", MEMBERS)
+def test_endpoint_and_roles_decide_the_audiences(case: str) -> None:
+    principal, expected = MEMBERS[case]
 
     assert audiences_of(principal) == expected
 
@@ -96,7 +96,7 @@ def test_only_diners_are_not_staff() -> None:
     assert [e.name for e in Endpoint if not e.staff] == ["DINER"]
 
 
-def test_a_limit_counts_by_tenant_and_user() -> None:
+def test_limit_counts_by_tenant_and_user() -> None:
     one, same = make_principal(user=21), make_principal(Endpoint.KITCHEN, user=21)
     others = [make_principal(user=22), make_principal(user=21, tenant=2)]
 
@@ -104,7 +104,7 @@ def test_a_limit_counts_by_tenant_and_user() -> None:
     assert one.owner not in {other.owner for other in others}
 
 
-def test_a_limit_counts_diners_by_tenant_and_session() -> None:
+def test_limit_counts_diners_by_tenant_and_session() -> None:
     one = make_principal(Endpoint.DINER, session=21)
     same = make_principal(Endpoint.DINER, session=21, branches=[2])
     others = [
@@ -141,14 +141,14 @@ events = st.builds(
 
 
 @given(events, principals)
-def test_nothing_crosses_a_tenant(event: Event, principal: Principal) -> None:
+def test_no_event_crosses_a_tenant(event: Event, principal: Principal) -> None:
     meeting = set(ROUTES.audiences(event)) & audiences_of(principal)
 
     assert not meeting or event.tenant == principal.tenant
 
 
 @given(events, principals)
-def test_nothing_crosses_a_branch(event: Event, principal: Principal) -> None:
+def test_no_event_crosses_a_branch(event: Event, principal: Principal) -> None:
     elsewhere = event.branch not in principal.branches | {0}
     meeting = set(ROUTES.audiences(event)) & audiences_of(principal)
 
@@ -158,7 +158,7 @@ def test_nothing_crosses_a_branch(event: Event, principal: Principal) -> None:
 
 
 @given(events, principals)
-def test_every_audience_has_its_tenant_in_it(event: Event, principal: Principal) -> None:
+def test_every_audience_contains_its_tenant(event: Event, principal: Principal) -> None:
     assert {audience[1] for audience in ROUTES.audiences(event)} <= {event.tenant}
     assert {audience[1] for audience in audiences_of(principal)} == {principal.tenant}
 

@@ -5,7 +5,7 @@ from trio_gateway.core.client_request import ClientRequest, bearer
 from trio_gateway.transports.handshake import read_query
 
 
-def ask(target: str = "/ws/waiter", **headers: str) -> ClientRequest:
+def request(target: str = "/ws/waiter", **headers: str) -> ClientRequest:
     """A request for this target; an underscore in the name of a header stands for a hyphen."""
     path, _, query = target.partition("?")
     found = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -21,14 +21,14 @@ def test_query_precedes_authorization_which_precedes_the_subprotocol() -> None:
         "sec_websocket_protocol": "gateway.v1, bearer.third",
     }
 
-    assert ask("/ws/waiter?token=first", **headers).credential == "first"
-    assert ask(**headers).credential == "second"
-    assert ask(sec_websocket_protocol=headers["sec_websocket_protocol"]).credential == "third"
-    assert ask().credential == ""
+    assert request("/ws/waiter?token=first", **headers).credential == "first"
+    assert request(**headers).credential == "second"
+    assert request(sec_websocket_protocol=headers["sec_websocket_protocol"]).credential == "third"
+    assert request().credential == ""
 
 
 def test_empty_token_in_the_query_is_ignored() -> None:
-    assert ask("/ws/waiter?token=", authorization="Bearer real").credential == "real"
+    assert request("/ws/waiter?token=", authorization="Bearer real").credential == "real"
 
 
 @pytest.mark.parametrize(
@@ -43,12 +43,12 @@ def test_empty_token_in_the_query_is_ignored() -> None:
     ],
 )
 def test_query_parameter_of_the_token_depends_on_the_endpoint(target: str, credential: str) -> None:
-    assert ask(target).credential == credential
+    assert request(target).credential == credential
 
 
 def test_ticket_is_in_the_query() -> None:
-    assert ask("/ws/diner?ticket=once").ticket == "once"
-    assert ask().ticket is None
+    assert request("/ws/diner?ticket=once").ticket == "once"
+    assert request().ticket is None
 
 
 @pytest.mark.parametrize(
@@ -88,9 +88,9 @@ def test_bearer_token(authorization: str | None, token: str | None) -> None:
 def test_last_event_id(target: str, header: str | None, last: str | None) -> None:
     headers = {} if header is None else {"last_event_id": header}
 
-    assert ask(target, **headers).last_event_id == last
+    assert request(target, **headers).last_event_id == last
 
 
 def test_origin() -> None:
-    assert ask(origin="https://a.example").origin == "https://a.example"
-    assert ask().origin is None
+    assert request(origin="https://a.example").origin == "https://a.example"
+    assert request().origin is None

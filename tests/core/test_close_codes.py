@@ -22,7 +22,7 @@ CODES = {
 NEVER_SENT = {"NO_STATUS": 1005, "ABNORMAL": 1006}  # RFC 6455, 7.4.1
 
 
-def test_the_codes_are_the_contracts() -> None:
+def test_codes_are_those_of_the_contract() -> None:
     assert {close.name: int(close) for close in Close} == CODES | NEVER_SENT
 
 
@@ -39,10 +39,10 @@ def test_a_refusal_has_a_code_for_the_client_and_a_label_for_the_metric(close: C
     [("retry in 3.2s", 3.2), ("retry in 0.0s", 0), ("busy, retry in 10s", 10), ("", None),
      ("retry in -1s", None)],
 )  # fmt: skip
-def test_a_hint_is_read_from_the_reason(reason: str, seconds: float | None) -> None:
+def test_hint_is_read_from_the_reason(reason: str, seconds: float | None) -> None:
     assert parse_retry_hint(reason) == seconds
 
 
 @pytest.mark.parametrize("seconds", [0.0, 3.2, 120.0])
-def test_a_hint_is_read_as_it_was_written(seconds: float) -> None:
+def test_hint_is_read_as_it_was_written(seconds: float) -> None:
     assert parse_retry_hint(format_retry_hint(seconds)) == seconds

@@ -36,14 +36,14 @@ def secret_for(_algorithm: str) -> bytes:
 
 @pytest.mark.parametrize("algorithm", ALL)
 @pytest.mark.parametrize("typ", ["JWT", None])
-def test_the_tokens_that_pyjwt_makes_are_proved(algorithm: str, typ: str | None) -> None:
+def test_token_made_by_pyjwt_is_proved(algorithm: str, typ: str | None) -> None:
     token = jwt.encode(STAFF, SECRET * 2, algorithm, headers={"typ": typ})
     found = proved_payload(as_bytes(token), ALL, lambda _: (SECRET * 2).encode())
     assert found is not None
     assert json.loads(found) == STAFF
 
 
-def test_nothing_else_is() -> None:
+def test_no_other_token_is_proved() -> None:
     header, payload = b'{"alg":"HS256","typ":"JWT"}', json.dumps(STAFF).encode()
     token = signed(header, payload)
     good, _, signature = token.rpartition(".")
@@ -80,7 +80,7 @@ payloads = st.binary(max_size=40) | st.dictionaries(
 
 
 @given(payloads, st.sampled_from(SECRETS))
-def test_a_header_that_is_known_makes_no_difference(payload: bytes, secret: str) -> None:
+def test_known_header_makes_no_difference(payload: bytes, secret: str) -> None:
     """A space in the header is all that makes PyJWT read a token."""
     known = signed(b'{"alg":"HS256","typ":"JWT"}', payload, secret)
     unknown = signed(b'{"alg":"HS256", "typ":"JWT"}', payload, secret)
@@ -90,7 +90,7 @@ def test_a_header_that_is_known_makes_no_difference(payload: bytes, secret: str)
     assert outcome(known, secret, ("RS256",)) == outcome(unknown, secret, ("RS256",))
 
 
-def test_a_token_that_is_proved_costs_pyjwt_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_proved_token_is_not_decoded_by_pyjwt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokens._JWS, "decode_complete", None)
     found = outcome(signed(b'{"typ":"JWT","alg":"HS256"}', json.dumps(STAFF).encode()))
     assert isinstance(found, Staff)

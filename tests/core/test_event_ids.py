@@ -51,7 +51,7 @@ def test_positions_sort_as_redis_sorts_entries(a: Position, b: Position) -> None
 
 
 def test_empty_cursor_has_an_id_of_its_own() -> None:
-    """An empty id asks for the present place: resuming from there would recover nothing."""
+    """An empty id asks for the present position: resuming from there would recover nothing."""
     assert read_cursor(cursor_id({})) == {Stream("none"): START}
 
 

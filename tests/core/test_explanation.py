@@ -34,72 +34,72 @@ tables = st.integers(0, (~To(0)).value).map(
 )
 
 
-def hears(event: Event, who: Principal, routes: Routing) -> bool:
-    return bool(set(routes.audiences(event)) & audiences_of(who))
+def receives(event: Event, principal: Principal, routes: Routing) -> bool:
+    return bool(set(routes.audiences(event)) & audiences_of(principal))
 
 
 @given(events, principals, tables)
-def test_a_reason_is_given_exactly_when_it_is_not_delivered(
-    event: Event, who: Principal, routes: Routing
+def test_event_that_is_not_delivered_has_a_reason_and_no_other_has(
+    event: Event, principal: Principal, routes: Routing
 ) -> None:
-    assert (why_not(event, who, routes) is None) is hears(event, who, routes)
+    assert (why_not(event, principal, routes) is None) is receives(event, principal, routes)
 
 
-def fixed(fact: Fact, event: Event, who: Principal) -> tuple[Event, Principal]:
+def fixed(fact: Fact, event: Event, principal: Principal) -> tuple[Event, Principal]:
     """The same, without the obstacle of that one fact."""
     match fact:
         case Fact.TENANT:
-            return event, replace(who, tenant=event.tenant)
+            return event, replace(principal, tenant=event.tenant)
         case Fact.BRANCH:
-            return event, replace(who, branches=who.branches | {event.branch})
+            return event, replace(principal, branches=principal.branches | {event.branch})
         case Fact.ROLE:
-            return event, replace(who, roles=who.roles | {"MANAGER"})
+            return event, replace(principal, roles=principal.roles | {"MANAGER"})
         case Fact.SECTOR:
             assert event.sector is not None
-            return event, replace(who, sectors={event.branch: frozenset({event.sector})})
+            return event, replace(principal, sectors={event.branch: frozenset({event.sector})})
         case Fact.SESSION if event.session is not None:
-            return event, replace(who, session=event.session)
+            return event, replace(principal, session=event.session)
         case Fact.SESSION:
-            event.session = who.session  # here the event must be fixed
-            return event, who
+            event.session = principal.session  # here the event must be fixed
+            return event, principal
     raise AssertionError(fact)
 
 
 @given(events, principals, tables)
-def test_a_reason_is_true_and_the_next_one_shows_when_it_is_fixed(
-    event: Event, who: Principal, routes: Routing
+def test_fixing_a_reason_shows_the_next_one_or_delivers_the_event(
+    event: Event, principal: Principal, routes: Routing
 ) -> None:
     ranks = [
         {Fact.TENANT}, {Fact.BRANCH}, {Fact.ROLE, Fact.TYPE}, {Fact.SECTOR}, {Fact.SESSION}
     ]  # fmt: skip
     rank = -1
-    while (reason := why_not(event, who, routes)) is not None:
+    while (reason := why_not(event, principal, routes)) is not None:
         before, rank = rank, next(i for i, facts in enumerate(ranks) if reason.fact in facts)
         assert rank > before
         if reason.fact is Fact.TYPE:
             return
-        event, who = fixed(reason.fact, event, who)
-    assert hears(event, who, routes)
+        event, principal = fixed(reason.fact, event, principal)
+    assert receives(event, principal, routes)
 
 
 @given(events, principals, tables)
-def test_a_type_is_the_reason_only_if_nobody_of_its_tenant_hears_it_there(
-    event: Event, who: Principal, routes: Routing
+def test_type_is_the_reason_only_if_no_principal_of_the_tenant_receives_it_on_that_endpoint(
+    event: Event, principal: Principal, routes: Routing
 ) -> None:
-    reason = why_not(event, who, routes)
+    reason = why_not(event, principal, routes)
     if reason is not None and reason.fact is Fact.TYPE:
         everything = make_principal(
-            who.endpoint,
+            principal.endpoint,
             tenant=event.tenant,
             branches=range(1, 4),
             sectors=range(1, 4),
             roles=["WAITER", "KITCHEN", "MANAGER", "ADMIN"],
             session=event.session or 1,
         )
-        assert not hears(event, everything, routes)
+        assert not receives(event, everything, routes)
 
 
-WORDS = {
+TEXTS = {
     "tenant": (make_event(tenant_id=2), make_principal(), "the token is of another tenant"),
     "branch": (
         make_event(branch_id=2),
@@ -155,19 +155,19 @@ WORDS = {
 }
 
 
-@pytest.mark.parametrize("case", WORDS)
-def test_reasons_are_words_for_people(case: str) -> None:
-    event, who, text = WORDS[case]
-    assert why_not(event, who) == Reason(Fact(case.split(",")[0]), text)
+@pytest.mark.parametrize("case", TEXTS)
+def test_reason_is_given_as_a_sentence(case: str) -> None:
+    event, principal, text = TEXTS[case]
+    assert why_not(event, principal) == Reason(Fact(case.split(",")[0]), text)
 
 
-def test_a_sector_that_nobody_covers_is_no_reason_for_those_it_falls_back_to() -> None:
-    event, who = make_event(sector_id=5), make_principal()
+def test_uncovered_sector_is_not_a_reason_for_waiters_that_receive_its_events_instead() -> None:
+    event, principal = make_event(sector_id=5), make_principal()
     fallen_back = [*ROUTES.audiences(event), *ROUTES.audiences(make_event())]
-    assert why_not(event, who, audiences=fallen_back) is None
+    assert why_not(event, principal, audiences=fallen_back) is None
 
 
-def test_a_verdict_is_by_endpoint() -> None:
+def test_verdict_names_each_endpoint() -> None:
     roles = ["WAITER", "ADMIN"]
     found = judge(
         make_event("ENTITY_CREATED"),
@@ -180,7 +180,7 @@ def test_a_verdict_is_by_endpoint() -> None:
     }
 
 
-def test_an_endpoint_that_does_not_let_the_role_in_says_so() -> None:
+def test_endpoint_that_does_not_admit_the_role_has_that_reason() -> None:
     found = judge(make_event(), [make_principal()])
     assert found.as_json() == {
         "hears": True,
@@ -193,18 +193,18 @@ def test_an_endpoint_that_does_not_let_the_role_in_says_so() -> None:
 
 
 @given(events, principals)
-def test_of_another_tenants_token_no_more_is_said(event: Event, who: Principal) -> None:
-    if event.tenant != who.tenant:
-        assert judge(event, [who]).as_json() == {
+def test_token_of_another_tenant_has_no_other_reason(event: Event, principal: Principal) -> None:
+    if event.tenant != principal.tenant:
+        assert judge(event, [principal]).as_json() == {
             "hears": False,
             "endpoints": [],
             "reasons": {"token": "tenant: the token is of another tenant"},
         }
 
 
-def test_audiences_are_described_by_what_they_are_of() -> None:
+def test_description_of_an_audience_has_its_ids() -> None:
     event = make_event("ROUND_READY", tenant_id=9, branch_id=2, sector_id=3, session_id=4)
-    everybody = Routing({"CUSTOM": Route(~(To.WAITERS | To.DINERS), True)})
+    every_audience = Routing({"CUSTOM": Route(~(To.WAITERS | To.DINERS), True)})
     assert [describe(each) for each in ROUTES.audiences(event)] == [
         {"audience": "admins", "tenant_id": 9, "branch_id": 2},
         {"audience": "waiters", "tenant_id": 9, "branch_id": 2, "sector_id": 3},
@@ -212,7 +212,7 @@ def test_audiences_are_described_by_what_they_are_of() -> None:
         {"audience": "diners", "tenant_id": 9, "session_id": 4},
     ]
     custom = make_event("CUSTOM", branch_id=2)
-    assert [describe(each)["audience"] for each in everybody.audiences(custom)] == [
+    assert [describe(each)["audience"] for each in every_audience.audiences(custom)] == [
         "admins", "floor", "kitchen", "branch_diners"
     ]  # fmt: skip
     (whole,) = ROUTES.audiences(make_event(branch_id=0))

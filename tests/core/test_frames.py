@@ -78,10 +78,10 @@ def test_close_frame_has_its_code_and_reason() -> None:
 @example("x" * 122 + "ñ")
 def test_reason_is_cut_between_characters(reason: str) -> None:
     [(opcode, payload)] = split(close_frame(1001, reason))
-    kept = bytes(payload[2:]).decode()
+    shown = bytes(payload[2:]).decode()
 
     assert opcode == CLOSE
-    assert reason.startswith(kept)
+    assert reason.startswith(shown)
     assert len(payload) <= 125  # RFC 6455, 5.5
-    if kept != reason:  # then not one character more would fit
-        assert len(payload) + len(reason[len(kept)].encode()) > 125
+    if shown != reason:  # then not one character more would fit
+        assert len(payload) + len(reason[len(shown)].encode()) > 125

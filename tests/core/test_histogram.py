@@ -6,7 +6,7 @@ from trio_gateway.core.histogram import SECONDS, Histogram
 @pytest.mark.parametrize(
     ("value", "bucket"), [(0.0, 0), (1.0, 0), (1.5, 1), (2.0, 1), (2.1, 2), (float("inf"), 2)]
 )
-def test_a_value_counts_under_the_first_bound_that_it_does_not_pass(
+def test_value_counts_under_the_first_bound_that_it_does_not_exceed(
     value: float, bucket: int
 ) -> None:
     histogram = Histogram([1.0, 2.0])
@@ -25,7 +25,7 @@ def test_values_are_counted_and_summed() -> None:
     assert histogram.sum == 0.5 + 3 * 1.5 + 2 * 9.0
 
 
-def test_many_are_observed_as_each_of_them() -> None:
+def test_values_observed_together_count_as_if_observed_one_by_one() -> None:
     one, many = Histogram([1.0, 2.0]), Histogram([1.0, 2.0])
     values = [0.5, 1.5, 9.0, 1.0, 0.5]
     for value in values:
@@ -35,6 +35,6 @@ def test_many_are_observed_as_each_of_them() -> None:
     assert (many.counts, many.sum) == (one.counts, one.sum)
 
 
-def test_bounds_of_seconds_rise() -> None:
+def test_default_bounds_are_in_ascending_order() -> None:
     assert sorted(set(SECONDS)) == list(SECONDS)
     assert len(Histogram().counts) == len(SECONDS) + 1

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from trio_gateway.core.limits import DropAlarm, RateLimit, TenantRate
 
 
-def test_20_messages_in_a_second_are_fine_and_the_21st_is_not() -> None:
+def test_21st_message_in_a_second_exceeds_the_limit() -> None:
     limit = RateLimit(20, 1.0)
 
     assert [limit.exceeded(100 + i / 32) for i in range(21)] == [False] * 20 + [True]
@@ -21,7 +21,7 @@ def test_the_window_slides() -> None:
     assert [limit.exceeded(t) for t in times] == [False, False, True, False, False]
 
 
-def test_a_steady_client_at_the_limit_is_never_over_it() -> None:
+def test_steady_client_at_the_limit_never_exceeds_it() -> None:
     limit = RateLimit(4, 1.0)
 
     assert not any(limit.exceeded(i / 4) for i in range(1000))
@@ -31,62 +31,62 @@ gaps = st.lists(st.sampled_from([0.0, 0.125, 0.25, 0.5, 1.0]), max_size=60)
 
 
 @given(gaps, st.integers(1, 5))
-def test_a_message_is_over_if_the_second_that_it_ends_holds_more(
+def test_message_exceeds_the_limit_if_the_second_before_it_holds_more_than_the_limit(
     gaps: list[float], most: int
 ) -> None:
-    limit, now, said = RateLimit(most, 1.0), 0.0, list[float]()
+    limit, now, sent = RateLimit(most, 1.0), 0.0, list[float]()
     for gap in gaps:
         now += gap
-        said.append(now)
-        assert limit.exceeded(now) == (sum(t > now - 1.0 for t in said) > most)
+        sent.append(now)
+        assert limit.exceeded(now) == (sum(t > now - 1.0 for t in sent) > most)
 
 
 def alarm() -> DropAlarm:
     return DropAlarm(window=60, threshold=0.05, cooldown=300)
 
 
-def note(alarm: DropAlarm, now: float, *, heard: int, dropped: int) -> int:
+def note(alarm: DropAlarm, now: float, *, received: int, dropped: int) -> int:
     """How often the alarm was raised by events of which the last ones were dropped."""
-    kept = heard - dropped
-    return sum(alarm.note(now, dropped=i >= kept) for i in range(heard))
+    delivered = received - dropped
+    return sum(alarm.note(now, dropped=i >= delivered) for i in range(received))
 
 
-def test_5_percent_is_no_alarm_and_more_is() -> None:
-    assert note(alarm(), 0, heard=20, dropped=1) == 0
-    assert note(alarm(), 0, heard=21, dropped=2) == 1
+def test_more_than_5_percent_of_drops_raise_an_alarm() -> None:
+    assert note(alarm(), 0, received=20, dropped=1) == 0
+    assert note(alarm(), 0, received=21, dropped=2) == 1
 
 
-def test_an_event_that_was_kept_raises_no_alarm() -> None:
+def test_event_that_was_not_dropped_raises_no_alarm() -> None:
     drops = alarm()
-    note(drops, 0, heard=1, dropped=1)
+    note(drops, 0, received=1, dropped=1)
 
     assert not drops.note(400, dropped=False)
 
 
 def test_drops_older_than_the_window_are_forgotten() -> None:
     drops = alarm()
-    assert note(drops, 0, heard=100, dropped=5) == 0
-    assert note(drops, 60, heard=1, dropped=1) == 1  # six of 101
-    assert note(drops, 500, heard=100, dropped=5) == 0
+    assert note(drops, 0, received=100, dropped=5) == 0
+    assert note(drops, 60, received=1, dropped=1) == 1  # six of 101
+    assert note(drops, 500, received=100, dropped=5) == 0
 
     assert (drops.heard, drops.dropped) == (100, 5)
 
 
-def test_within_the_window_what_was_heard_adds_up() -> None:
+def test_events_within_the_window_are_added_up() -> None:
     drops = alarm()
     for second in range(60):
-        assert note(drops, second, heard=10, dropped=0) == 0
+        assert note(drops, second, received=10, dropped=0) == 0
 
-    assert note(drops, 60, heard=30, dropped=30) == 0  # 30 of 630
-    assert note(drops, 60.5, heard=2, dropped=2) == 1  # 32 of 632
+    assert note(drops, 60, received=30, dropped=30) == 0  # 30 of 630
+    assert note(drops, 60.5, received=2, dropped=2) == 1  # 32 of 632
 
 
 @pytest.mark.parametrize(("later", "raised"), [(0, 0), (299, 0), (300, 1), (1000, 1)])
-def test_alarms_are_a_cooldown_apart(later: float, raised: int) -> None:
+def test_alarms_are_at_least_a_cooldown_apart(later: float, raised: int) -> None:
     drops = alarm()
 
-    assert note(drops, 0, heard=10, dropped=10) == 1
-    assert note(drops, later, heard=10, dropped=10) == raised
+    assert note(drops, 0, received=10, dropped=10) == 1
+    assert note(drops, later, received=10, dropped=10) == raised
 
 
 def test_memory_is_bounded_by_the_window() -> None:
@@ -101,7 +101,7 @@ def allowed(rate: TenantRate, times: Iterable[float], tenant: int = 1) -> list[f
     return [t for t in times if not rate.exceeded(tenant, t)]
 
 
-def test_tenant_may_say_a_seconds_worth_at_once_and_then_at_its_rate() -> None:
+def test_tenant_may_publish_a_burst_of_one_second_and_then_at_its_rate() -> None:
     rate = TenantRate(4)
 
     assert len(allowed(rate, [100.0] * 9)) == 4
@@ -109,17 +109,17 @@ def test_tenant_may_say_a_seconds_worth_at_once_and_then_at_its_rate() -> None:
     assert len(allowed(rate, [200.0] * 9)) == 4
 
 
-def test_rate_below_one_is_one_event_in_so_many_seconds() -> None:
+def test_rate_below_one_allows_one_event_in_several_seconds() -> None:
     assert allowed(TenantRate(0.25), map(float, range(10))) == [0, 4, 8]
 
 
-def test_tenant_at_its_rate_is_never_over_it() -> None:
+def test_tenant_at_its_rate_never_exceeds_it() -> None:
     rate = TenantRate(3)
 
     assert len(allowed(rate, (i / 3 for i in range(10_000)))) == 10_000
 
 
-def test_what_was_refused_does_not_count() -> None:
+def test_refused_events_do_not_count() -> None:
     rate = TenantRate(2)
 
     assert allowed(rate, (i / 100 for i in range(300))) == [0, 0.01, 0.5, 1.0, 1.5, 2.0, 2.5]
@@ -134,7 +134,7 @@ def test_tenant_is_bounded_by_a_burst_and_its_rate(gaps: list[float], most: floa
             assert n <= max(1, most) + (last - first) * most + 1e-6
 
 
-def test_one_tenants_rate_is_not_anothers() -> None:
+def test_each_tenant_has_a_rate_of_its_own() -> None:
     rate = TenantRate(1)
 
     assert not rate.exceeded(1, 5.0)
@@ -142,7 +142,7 @@ def test_one_tenants_rate_is_not_anothers() -> None:
     assert not rate.exceeded(2, 5.5)
 
 
-def test_only_who_has_said_something_lately_is_remembered() -> None:
+def test_only_tenants_with_recent_events_are_remembered() -> None:
     rate = TenantRate(10)
     for tenant in range(100_000):
         rate.exceeded(tenant, tenant / 1000)  # each once, a thousand a second
@@ -151,7 +151,7 @@ def test_only_who_has_said_something_lately_is_remembered() -> None:
     rate.exceeded(99_999, 99.999)
     for _ in range(20):
         rate.exceeded(99_999, 99.999)
-    assert rate.exceeded(99_999, 99.999)  # and who is over it is
+    assert rate.exceeded(99_999, 99.999)  # a tenant over its rate is
 
 
 def test_alarms_are_a_second_apart_even_without_a_cooldown() -> None:

@@ -14,7 +14,7 @@ def test_the_states_are_the_numbers_of_the_metric() -> None:
     assert {state.name: int(state) for state in State} == {"CLOSED": 0, "OPEN": 1, "HALF_OPEN": 2}
 
 
-def test_it_opens_at_the_fifth_failure_in_a_row() -> None:
+def test_breaker_opens_at_the_fifth_failure_in_a_row() -> None:
     breaker = Breaker(5, 30)
     states = []
     for _ in range(5):
@@ -25,7 +25,7 @@ def test_it_opens_at_the_fifth_failure_in_a_row() -> None:
     assert breaker.failures == 5
 
 
-def test_a_success_starts_the_count_anew() -> None:
+def test_success_resets_the_count() -> None:
     breaker = Breaker(5, 30)
     for _ in range(4):
         breaker.failed(100)
@@ -38,28 +38,28 @@ def test_a_success_starts_the_count_anew() -> None:
 
 
 @pytest.mark.parametrize(("now", "wait"), [(100, 30), (110, 20), (129, 1), (130, 0), (999, 0)])
-def test_open_it_allows_no_try_until_it_has_recovered(now: float, wait: float) -> None:
+def test_open_breaker_allows_no_try_before_the_recovery_time(now: float, wait: float) -> None:
     breaker = opened(at=100)
 
     assert breaker.wait(now) == wait
     assert breaker.try_now(now) is (wait == 0)
 
 
-def test_closed_it_does_not_wait() -> None:
+def test_closed_breaker_does_not_wait() -> None:
     breaker = Breaker(5, 30)
 
     assert breaker.wait(0) == 0
     assert [breaker.try_now(0) for _ in range(3)] == [True] * 3
 
 
-def test_half_open_it_lets_a_single_try_through() -> None:
+def test_half_open_breaker_allows_a_single_try() -> None:
     breaker = opened(at=100)
 
     assert [breaker.try_now(130) for _ in range(3)] == [True, False, False]
     assert breaker.state is State.HALF_OPEN
 
 
-def test_a_try_that_succeeds_closes_it() -> None:
+def test_successful_try_closes_the_breaker() -> None:
     breaker = opened(at=100)
     breaker.try_now(130)
     breaker.succeeded()
@@ -68,7 +68,7 @@ def test_a_try_that_succeeds_closes_it() -> None:
     assert breaker.try_now(130)
 
 
-def test_a_try_that_fails_opens_it_for_as_long_again() -> None:
+def test_failed_try_opens_the_breaker_for_the_recovery_time_again() -> None:
     breaker = opened(at=100)
     breaker.try_now(130)
     breaker.failed(131)
@@ -77,7 +77,7 @@ def test_a_try_that_fails_opens_it_for_as_long_again() -> None:
     assert breaker.wait(131) == 30
 
 
-def test_a_try_that_was_cancelled_leaves_the_next_to_somebody_else() -> None:
+def test_cancelled_try_allows_another_try_at_once() -> None:
     breaker = opened(at=100)
     breaker.try_now(140)
     breaker.abandoned(141)
@@ -86,7 +86,7 @@ def test_a_try_that_was_cancelled_leaves_the_next_to_somebody_else() -> None:
     assert breaker.try_now(141)
 
 
-def test_closed_a_cancelled_try_changes_nothing() -> None:
+def test_cancelled_try_does_not_change_a_closed_breaker() -> None:
     breaker = Breaker(5, 30)
     breaker.abandoned(0)
 
@@ -97,7 +97,7 @@ def test_closed_a_cancelled_try_changes_nothing() -> None:
     ("failures", "bound"),
     [(0, 0.5), (1, 1.0), (2, 2.0), (3, 4.0), (4, 5.0), (100, 5.0), (10**6, 5.0)],
 )
-def test_the_bound_doubles_with_each_failure_up_to_the_most(failures: int, bound: float) -> None:
+def test_bound_doubles_with_each_failure_up_to_the_maximum(failures: int, bound: float) -> None:
     backoff = Backoff(first=0.5, most=5.0)
     waits = [backoff.after(failures) for _ in range(300)]
 
@@ -105,13 +105,13 @@ def test_the_bound_doubles_with_each_failure_up_to_the_most(failures: int, bound
     assert bound * 3 / 4 < max(waits) <= bound
 
 
-def test_two_that_fail_together_do_not_come_back_together() -> None:
+def test_two_clients_that_fail_together_do_not_retry_together() -> None:
     one, other = Backoff(), Backoff()
 
     assert [one.after(9) for _ in range(5)] != [other.after(9) for _ in range(5)]
 
 
-def test_breaker_that_a_quick_refusal_opened_is_tried_soon() -> None:
+def test_breaker_opened_by_a_quick_refusal_allows_a_try_soon() -> None:
     breaker = Breaker(threshold=1, recovery=30)
     breaker.failed(100.0, soon=True)
     assert breaker.wait(100.0) == SOON

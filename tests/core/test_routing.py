@@ -43,11 +43,11 @@ ENTITY_UPDATED               A     durable
 ENTITY_DELETED               A     durable
 CASCADE_DELETE               A     durable
 """
-ROWS = [(name, letters, kept == "durable") for name, letters, kept in
+ROWS = [(name, letters, mark == "durable") for name, letters, mark in
         (line.split() for line in TABLE.strip().splitlines())]  # fmt: skip
 
-# Everybody in a tenant of two branches. The event is for branch 1, sector 5, session 456.
-PEOPLE: dict[str, Principal] = {
+# All clients of a tenant with two branches. The event is for branch 1, sector 5, session 456.
+CLIENTS: dict[str, Principal] = {
     "waiter of 5": make_principal(Endpoint.WAITER, user=1, sectors=[5]),
     "waiter of 6": make_principal(Endpoint.WAITER, user=2, sectors=[6]),
     "waiter of none": make_principal(Endpoint.WAITER, user=3),
@@ -57,7 +57,7 @@ PEOPLE: dict[str, Principal] = {
     "manager": make_principal(Endpoint.ADMIN, user=7, roles=["MANAGER"]),
     "admin": make_principal(Endpoint.ADMIN, user=8),
     "diner": make_principal(Endpoint.DINER, session=456),
-    "neighbour": make_principal(Endpoint.DINER, session=457),
+    "other diner": make_principal(Endpoint.DINER, session=457),
     "waiter elsewhere": make_principal(Endpoint.WAITER, branches=[2], sectors=[5, 6]),
     "cook elsewhere": make_principal(Endpoint.KITCHEN, branches=[2]),
     "admin elsewhere": make_principal(Endpoint.ADMIN, branches=[2]),
@@ -70,16 +70,16 @@ MEANING = {
     "K": {"cook", "head cook"},
     "A": {"manager", "admin", "head waiter"},
     "D": {"diner"},
-    "B": {"diner", "neighbour"},
+    "B": {"diner", "other diner"},
 }
 
 
-def hearers(event: Event) -> set[str]:
+def receivers(event: Event) -> set[str]:
     found = set(ROUTES.audiences(event))
-    return {who for who, principal in PEOPLE.items() if found & audiences_of(principal)}
+    return {name for name, principal in CLIENTS.items() if found & audiences_of(principal)}
 
 
-def meant(letters: str) -> set[str]:
+def expected_of(letters: str) -> set[str]:
     return set().union(*(MEANING[letter] for letter in letters))
 
 
@@ -88,70 +88,70 @@ def test_the_table_has_exactly_the_contracts_types() -> None:
 
 
 @pytest.mark.parametrize(("name", "letters", "durable"), ROWS)
-def test_exactly_those_named_in_the_table_hear_an_event(
+def test_event_reaches_exactly_the_audiences_in_the_table(
     name: str, letters: str, durable: bool
 ) -> None:
     event = make_event(name, sector_id=5, session_id=456, table_id=10)
 
-    assert hearers(event) == meant(letters)
+    assert receivers(event) == expected_of(letters)
     assert ROUTES[name].durable is durable
 
 
 @pytest.mark.parametrize(("name", "letters", "_durable"), ROWS)
-def test_without_a_sector_waiters_are_all_of_the_branch(
+def test_event_without_a_sector_reaches_all_waiters_of_the_branch(
     name: str, letters: str, _durable: bool
 ) -> None:
-    expected = meant(letters.replace("W", "F"))
+    expected = expected_of(letters.replace("W", "F"))
 
-    assert hearers(make_event(name, session_id=456)) == expected
-    assert hearers(make_event(name, session_id=456, sector_id=None)) == expected
+    assert receivers(make_event(name, session_id=456)) == expected
+    assert receivers(make_event(name, session_id=456, sector_id=None)) == expected
 
 
 @pytest.mark.parametrize("session", [None, ...])
 @pytest.mark.parametrize(("name", "letters", "_durable"), ROWS)
-def test_without_a_session_no_diners_are_meant(
+def test_event_without_a_session_reaches_no_diners(
     name: str, letters: str, _durable: bool, session: object
 ) -> None:
     event = make_event(name, sector_id=5, session_id=session)
 
-    assert hearers(event) == meant(letters.replace("D", ""))
+    assert receivers(event) == expected_of(letters.replace("D", ""))
 
 
 @pytest.mark.parametrize(("name", "letters", "_durable"), ROWS)
-def test_branch_0_reaches_the_admins_of_every_branch_and_nobody_else(
+def test_branch_0_reaches_only_the_admins_of_every_branch(
     name: str, letters: str, _durable: bool
 ) -> None:
     event = make_event(name, branch_id=0, sector_id=5, session_id=456)
     heads = {"manager", "admin", "head waiter", "admin elsewhere"}
 
-    assert hearers(event) == (heads if "A" in letters else set())
+    assert receivers(event) == (heads if "A" in letters else set())
 
 
-def test_a_sector_that_nobody_covers_reaches_no_waiter() -> None:
+def test_event_for_an_uncovered_sector_reaches_no_waiter() -> None:
     event = make_event("ROUND_SERVED", sector_id=99, session_id=456)
 
-    assert hearers(event) == meant("AD")
+    assert receivers(event) == expected_of("AD")
 
 
-def test_a_round_reaches_the_kitchen_only_once_an_admin_sends_it_there() -> None:
+def test_round_reaches_the_kitchen_only_after_an_admin_sends_it_there() -> None:
     cooks = MEANING["K"]
 
-    assert not hearers(make_event("ROUND_SUBMITTED", sector_id=5, session_id=456)) & cooks
-    assert hearers(make_event("ROUND_IN_KITCHEN", sector_id=5, session_id=456)) >= cooks
+    assert not receivers(make_event("ROUND_SUBMITTED", sector_id=5, session_id=456)) & cooks
+    assert receivers(make_event("ROUND_IN_KITCHEN", sector_id=5, session_id=456)) >= cooks
 
 
 @pytest.mark.parametrize("name", ["SOMETHING_NEW", "round_ready", " ROUND_READY", "ROUND_READY\0"])
-def test_an_unknown_type_goes_to_admins_only(name: str) -> None:
-    assert hearers(make_event(name, sector_id=5, session_id=456)) == MEANING["A"]
+def test_unknown_type_goes_to_admins_only(name: str) -> None:
+    assert receivers(make_event(name, sector_id=5, session_id=456)) == MEANING["A"]
     assert ROUTES.route_of(name) is UNKNOWN
     assert not ROUTES.is_durable(name)
     assert name not in ROUTES
 
 
-def test_a_session_is_keyed_by_its_tenant() -> None:
+def test_session_is_keyed_by_its_tenant() -> None:
     event = make_event("CART_SYNC", tenant_id=2, session_id=456)
 
-    assert hearers(event) == set()
+    assert receivers(event) == set()
 
 
 # --- the operator's file ---
@@ -186,7 +186,7 @@ GOOD = {
 
 
 @pytest.mark.parametrize("text", GOOD)
-def test_a_file_overrides_and_extends_the_table(text: str) -> None:
+def test_file_overrides_and_extends_the_table(text: str) -> None:
     assert read(text) == GOOD[text]
 
 
@@ -212,7 +212,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("text", "place", "hint"), BAD)
-def test_a_mistake_in_the_file_is_named_with_its_place(text: str, place: str, hint: str) -> None:
+def test_error_in_the_file_is_reported_with_its_place(text: str, place: str, hint: str) -> None:
     with pytest.raises(InvalidRoutes) as caught:
         read_routes(text)
 
@@ -220,7 +220,7 @@ def test_a_mistake_in_the_file_is_named_with_its_place(text: str, place: str, hi
     assert hint in str(caught.value)
 
 
-def test_the_table_in_force_is_what_routes() -> None:
+def test_events_are_routed_by_the_table_of_the_file() -> None:
     routes = read_routes('[routes.NEW]\nto = ["kitchen", "branch_diners"]')
 
     assert {a[0] for a in routes.audiences(make_event("NEW"))} == {"kitchen", "branch_diners"}

@@ -56,7 +56,7 @@ def on(days: ServiceDays, unix_time: float) -> set[str]:
         ("2028-03-01 04:00:00", "2028-02-29"),
     ],
 )
-def test_day_begins_at_five_unless_told_otherwise(local: str, expected: str) -> None:
+def test_day_begins_at_five_by_default(local: str, expected: str) -> None:
     assert day(ServiceDays(zone=BERLIN), at(local)) == date.fromisoformat(expected)
 
 

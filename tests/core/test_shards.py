@@ -17,7 +17,7 @@ def test_shard_of_known_tenants_never_changes() -> None:
 
 
 @given(tenants, st.integers(1, MAX_SHARDS))
-def test_shard_is_one_of_them(tenant: int, shards: int) -> None:
+def test_shard_is_within_the_number_of_shards(tenant: int, shards: int) -> None:
     assert 0 <= shard_of(tenant, shards) < shards
 
 
@@ -33,12 +33,12 @@ def test_one_shard_keeps_the_name_and_more_add_a_hash_tag() -> None:
     assert stream_name("events:critical", 8, 3) == "events:critical:{3}"
 
 
-def test_ids_tell_all_streams_of_all_numbers_of_shards_apart() -> None:
+def test_streams_of_all_shards_have_different_tags() -> None:
     names = [DEFAULT_STREAM, *(stream_name(DEFAULT_STREAM, MAX_SHARDS, k) for k in range(256))]
     assert len({tag(name) for name in names}) == len(names)
 
 
-def test_without_shards_a_tenant_is_in_every_stream_that_is_named() -> None:
+def test_without_shards_a_tenant_is_in_every_configured_stream() -> None:
     sharding = Sharding(("a", "b", "a"))
     assert sharding.names == sharding.names_of(7) == ("a", "b")
     assert sharding.name_for_new(7) == "a"
@@ -46,7 +46,7 @@ def test_without_shards_a_tenant_is_in_every_stream_that_is_named() -> None:
     assert not sharding.ranks
 
 
-def test_what_is_remembered_of_tenants_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_for_tenants_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trio_gateway.core.shards._MOST_KNOWN", 10)
     sharding = Sharding(("s",), shards=8)
     for _ in range(2):

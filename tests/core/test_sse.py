@@ -18,7 +18,7 @@ STREAM = tag("events:critical")
 ID = event_id(STREAM, Position((1790000000000, 7)))
 
 
-def heard(data: bytes) -> list[Message]:
+def parsed(data: bytes) -> list[Message]:
     return Parser().feed(data)
 
 
@@ -34,21 +34,21 @@ def test_event_is_one_message_byte_for_byte() -> None:
 
 def test_joined_frames_are_messages_in_their_order() -> None:
     frames = [make_event(n=n).frame for n in range(3)]
-    assert [m.json["n"] for m in heard(as_events(b"".join(frames)))] == [0, 1, 2]
+    assert [m.json["n"] for m in parsed(as_events(b"".join(frames)))] == [0, 1, 2]
 
 
-def test_durable_event_has_its_id_and_what_follows_keeps_it() -> None:
-    messages = heard(as_events(durable() + text_frame(GAP)))
+def test_durable_event_sets_the_last_event_id_and_later_messages_do_not_change_it() -> None:
+    messages = parsed(as_events(durable() + text_frame(GAP)))
     assert [m.last_event_id for m in messages] == [ID, ID]
     assert messages[0].json["event_id"] == ID
 
 
 @pytest.mark.parametrize("recovered", [True, False])
-@pytest.mark.parametrize("place", [ID, f"{ID}.5-0-00ff", "0-0-none"])
-def test_place_that_a_resume_answers_with_is_the_id(recovered: bool, place: str) -> None:
-    text = resumed(recovered=recovered, count=12, last_event_id=place)
-    (message,) = heard(as_events(text_frame(text)))
-    assert message == ("message", text.decode(), place)
+@pytest.mark.parametrize("last_event_id", [ID, f"{ID}.5-0-00ff", "0-0-none"])
+def test_answer_to_a_resume_sets_the_last_event_id(recovered: bool, last_event_id: str) -> None:
+    text = resumed(recovered=recovered, count=12, last_event_id=last_event_id)
+    (message,) = parsed(as_events(text_frame(text)))
+    assert message == ("message", text.decode(), last_event_id)
 
 
 @pytest.mark.parametrize(
@@ -62,33 +62,33 @@ def test_place_that_a_resume_answers_with_is_the_id(recovered: bool, place: str)
         b'{"type":"resumed","tenant_id":1,"branch_id":1,"last_event_id":"1-2-abcd"}',
     ],
 )
-def test_what_only_looks_like_an_id_is_none(payload: bytes) -> None:
-    assert heard(as_events(text_frame(payload))) == [("message", payload.decode(), "")]
+def test_text_that_only_looks_like_an_event_id_sets_no_id(payload: bytes) -> None:
+    assert parsed(as_events(text_frame(payload))) == [("message", payload.decode(), "")]
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 def test_event_on_several_lines_means_the_same_to_the_client(end: str) -> None:
     payload = '{\n  "type": "X",\n\n  "data: ": "id: 5"\n}\n'.replace("\n", end)
-    (message,) = heard(as_events(text_frame(payload.encode())))
+    (message,) = parsed(as_events(text_frame(payload.encode())))
     assert message.json == json.loads(payload)
     assert message.last_event_id == ""
 
 
-def test_ping_is_a_comment_that_no_page_sees() -> None:
+def test_ping_is_a_comment_that_pages_do_not_see() -> None:
     parser = Parser()
     assert parser.feed(as_events(PING_FRAME)) == []
     assert parser.comments == ["ping"]
     assert as_events(frame(PONG, b"hm")) == b""
 
 
-def test_close_names_code_and_reason_and_when_to_come_back() -> None:
+def test_close_has_its_code_and_reason_and_sets_the_retry_time() -> None:
     parser = Parser()
     (message,) = parser.feed(HELLO + close_event(Close.GOING_AWAY, "retry in 3.2s"))
     assert message == ("close", '{"code":1001,"reason":"retry in 3.2s"}', "")
     assert parser.retry == 3200
 
 
-def test_close_without_a_hint_leaves_the_time_as_it_was() -> None:
+def test_close_without_a_hint_does_not_change_the_retry_time() -> None:
     parser = Parser()
     (message,) = parser.feed(HELLO + close_event(Close.AUTH_FAILED, 'a "bad"\ntoken'))
     assert message.json == {"code": 4001, "reason": 'a "bad"\ntoken'}
@@ -105,7 +105,7 @@ _VALUES = st.recursive(
 
 @settings(max_examples=40)
 @given(st.lists(st.tuples(_WHITE, _VALUES, st.booleans()), min_size=1, max_size=4))
-def test_whatever_is_published_arrives_as_it_was_meant(
+def test_any_published_json_arrives_with_the_same_value(
     published: list[tuple[str, object, bool]],
 ) -> None:
     texts = []
@@ -113,4 +113,4 @@ def test_whatever_is_published_arrives_as_it_was_meant(
         text = json.dumps({"v": value}, indent=white, ensure_ascii=ascii_only)
         texts.append(text.encode(errors="replace").decode())
     data = b"".join(text_frame(text.encode()) for text in texts)
-    assert [m.json for m in heard(as_events(data))] == [json.loads(text) for text in texts]
+    assert [m.json for m in parsed(as_events(data))] == [json.loads(text) for text in texts]

@@ -71,8 +71,8 @@ def refused(caught: pytest.ExceptionInfo[Rejected], token: str = "") -> str:
     """The text of a refusal as AUTH_FAILED, once it is sure to hold no part of the token."""
     error = caught.value
     assert (error.close, error.label) == (Close.AUTH_FAILED, "auth")
-    told = error.text + "".join(traceback.format_exception_only(error)) + repr(error.__cause__)
-    assert not any(token[i : i + 8] in told for i in range(len(token) - 7))
+    shown = error.text + "".join(traceback.format_exception_only(error)) + repr(error.__cause__)
+    assert not any(token[i : i + 8] in shown for i in range(len(token) - 7))
     return error.text
 
 
@@ -320,7 +320,7 @@ def test_the_length_of_a_token_is_limited() -> None:
         read_legacy_table_token(endless, SECRET, NOW)
 
 
-# --- who may go where ---
+# --- roles and endpoints ---
 
 ADMITTED = {
     "WAITER": {"waiter"},
@@ -335,7 +335,7 @@ ADMITTED = {
 
 @pytest.mark.parametrize("endpoint", Endpoint)
 @pytest.mark.parametrize("role", ADMITTED)
-def test_a_role_is_admitted_where_the_contract_says(role: str, endpoint: Endpoint) -> None:
+def test_role_is_admitted_on_the_endpoints_of_the_contract(role: str, endpoint: Endpoint) -> None:
     one = staff(roles=["OTHER", role])
     if endpoint.label in ADMITTED[role]:
         principal = one.on(endpoint)
@@ -356,7 +356,7 @@ def test_two_roles_are_admitted_on_the_endpoints_of_both() -> None:
         both.on(Endpoint.ADMIN)
 
 
-def test_without_roles_nobody_is_admitted() -> None:
+def test_token_without_roles_is_admitted_nowhere() -> None:
     with pytest.raises(Rejected) as caught:
         staff(roles=[]).on(Endpoint.WAITER)
     assert caught.value.close is Close.FORBIDDEN
@@ -373,7 +373,7 @@ def test_claimed_sectors_hold_in_every_branch_of_the_token() -> None:
     assert staff().on(Endpoint.WAITER).sectors == {}
 
 
-def test_the_principal_has_what_revocations_are_checked_against() -> None:
+def test_principal_has_the_claims_that_revocations_name() -> None:
     principal = staff(jti="j").on(Endpoint.WAITER)
     diner = table(jti="j").on(Endpoint.DINER)
 
@@ -414,7 +414,7 @@ def test_an_invalid_table_claim_is_refused(claim: str, value: Any) -> None:
     refused(caught, token)
 
 
-def test_a_table_token_lives_3_hours_and_no_longer() -> None:
+def test_table_token_is_valid_for_3_hours_at_most() -> None:
     issued = NOW - 60
 
     assert table(iat=issued, exp=issued + 3 * 3600).expires_at == issued + 3 * 3600
@@ -423,7 +423,7 @@ def test_a_table_token_lives_3_hours_and_no_longer() -> None:
 
 
 @pytest.mark.parametrize("claim", ["nbf", "iat"])
-def test_a_table_token_is_given_the_same_leeway(claim: str) -> None:
+def test_table_token_has_the_same_leeway(claim: str) -> None:
     assert table(Rules(leeway=10), **{claim: NOW + 10}).session == 456
     with pytest.raises(Rejected, match=r"not valid yet|in the future"):
         table(Rules(leeway=10), **{claim: NOW + 11})
@@ -435,7 +435,7 @@ def test_a_table_tokens_exp_is_exact_whatever_the_leeway() -> None:
         table(Rules(leeway=10), exp=NOW)
 
 
-def test_iss_and_aud_are_for_staff_tokens() -> None:
+def test_iss_and_aud_are_checked_for_staff_tokens_only() -> None:
     assert table(Rules(issuer="us", audience="us"), iss="them").session == 456
 
 
@@ -446,7 +446,7 @@ def test_each_kind_of_token_has_its_own_secret() -> None:
         read_jwt(sign(STAFF, TABLE_SECRET), HS256, Rules(), NOW)
 
 
-def test_with_equal_secrets_a_staff_token_is_no_table_token_nor_the_reverse() -> None:
+def test_kinds_of_token_stay_apart_with_equal_secrets() -> None:
     with pytest.raises(Rejected) as caught:
         read_table_token(sign(STAFF), HS256, Rules(), NOW)
     refused(caught, sign(STAFF))
@@ -487,7 +487,7 @@ SIGNED = [
 
 
 @pytest.mark.parametrize("fields", SIGNED)
-def test_a_good_signature_makes_no_bad_fields_good(fields: str) -> None:
+def test_valid_signature_does_not_make_invalid_fields_valid(fields: str) -> None:
     token = legacy(fields)
     with pytest.raises(Rejected) as caught:
         read_legacy_table_token(token, TABLE_SECRET, NOW)
@@ -503,13 +503,13 @@ LEGACY = legacy("1:2:10:456:1000060")
      LEGACY[:-32] + "0" * 32, LEGACY[:-32] + "é" * 32, LEGACY[:-32] + "\ud800",
      LEGACY.replace("456", "457"), legacy("1:2:10:456:1000060", SECRET), "", ":", "x", "\ud800"],
 )  # fmt: skip
-def test_a_bad_signature_makes_a_bad_token(token: str) -> None:
+def test_invalid_signature_makes_the_token_invalid(token: str) -> None:
     with pytest.raises(Rejected) as caught:
         read_legacy_table_token(token, TABLE_SECRET, NOW)
     assert refused(caught, token) == "token invalid"
 
 
-def test_neither_form_of_table_token_is_the_other() -> None:
+def test_each_form_of_table_token_is_read_only_as_that_form() -> None:
     with pytest.raises(Rejected, match="token invalid"):
         read_table_token(LEGACY, TABLE_KEYS, Rules(), NOW)
     with pytest.raises(Rejected, match="token invalid"):
@@ -528,7 +528,7 @@ claims = st.dictionaries(claim_names, odd | st.lists(odd, max_size=3), max_size=
 @given(st.text(st.characters(), max_size=60) | st.text("eyJ.-_0:1", max_size=60))
 @example("eyJhbGciOiJIUzI1NiJ9.e30.")
 @example(":" * 5)
-def test_junk_is_refused_and_nothing_worse(token: str) -> None:
+def test_random_text_is_refused_without_another_exception(token: str) -> None:
     rules = Rules(issuer="us", audience="us")
     with pytest.raises(Rejected) as caught:
         read_jwt(token, [*HS256, PUBLIC], rules, NOW)
