@@ -73,6 +73,7 @@ DEFAULTS: dict[str, Any] = {
     "REDIS_STREAMS": ("events:critical",),
     "REDIS_STREAM_SHARDS": 1,
     "REDIS_EVENT_QUEUE_SIZE": 5000,
+    "REDIS_EVENT_MAX_WAIT": 2,
     "REDIS_EVENT_BATCH_SIZE": 50,
     "REDIS_POOL_MAX_CONNECTIONS": 50,
     "CIRCUIT_FAILURE_THRESHOLD": 5,
@@ -244,6 +245,7 @@ NUMBERS = [
     "WS_TENANT_EVENT_RATE",
     "WS_DROP_ALARM_THRESHOLD",
     "JWT_LEEWAY",
+    "REDIS_EVENT_MAX_WAIT",
 ]  # may be 0
 WHOLE = [n for n in COUNTS if n not in SECONDS and n not in NUMBERS]
 BAD = [

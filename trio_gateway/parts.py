@@ -223,6 +223,7 @@ def build_parts(
         pubsub_queue,
         breakers["pubsub"],
         listeners,
+        max_wait=settings.redis_event_max_wait,
     )
 
     def on_demoted() -> None:

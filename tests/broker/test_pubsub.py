@@ -1,8 +1,10 @@
 """Pub/Sub: a dead or lagging connection is detected by PING, a slow one is kept."""
 
+import json
+
 import pytest
 import trio
-from trio.testing import MockClock
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from tests.support.redis_links import Redis, link_to
 from trio_gateway.broker.connection import ENOUGH
@@ -13,6 +15,7 @@ from trio_gateway.redis_url import RedisAddress
 from trio_gateway.runtime.ingest import Ingest
 from trio_gateway.runtime.queue import EventQueue
 from trio_gateway.runtime.supervision import ConnectionLost
+from trio_gateway.testing import make_payload
 
 PONG = b"*2\r\n$4\r\npong\r\n$0\r\n\r\n"
 
@@ -97,3 +100,74 @@ async def test_redis_that_is_still_loading_is_a_lost_connection() -> None:
         with pytest.raises(ConnectionLost, match="Redis says LOADING"):
             await pubsub._listen(link)
     assert connected == [False]
+
+
+# A full queue
+
+
+def event_message(n: int) -> bytes:
+    payload = make_payload(n=n)
+    return b"*4\r\n$8\r\npmessage\r\n$1\r\n*\r\n$1\r\nc\r\n$%d\r\n%b\r\n" % (len(payload), payload)
+
+
+class Burst:
+    """Publishes 100 events at once, and then a message for a listener, to a queue for 10."""
+
+    def __init__(self, max_wait: float) -> None:
+        self.queue = EventQueue(10)
+        self.heard_at: float | None = None
+        self.pubsub = PubSub(
+            RedisAddress(), ["*"], Ingest(), self.queue, Breaker(5, 30), max_wait=max_wait
+        )
+        self.pubsub._listeners[b"x"] = self._hear
+
+    def _hear(self, payload: bytes) -> None:
+        self.heard_at = trio.current_time()
+
+    async def redis(self, stream: trio.abc.Stream) -> None:
+        await stream.send_all(PONG + b"".join(map(event_message, range(100))) + message(1))
+        while await stream.receive_some():
+            await stream.send_all(PONG)
+
+    async def run(self) -> None:
+        async with link_to(self.redis) as link:
+            await self.pubsub._listen(link)
+
+
+async def test_burst_waits_in_redis_and_loses_nothing(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    burst = Burst(max_wait=2)
+    nursery.start_soon(burst.run)
+    taken: list[int] = []
+    while burst.heard_at is None:
+        await trio.sleep(0.1)
+        taken += [json.loads(event.payload)["n"] for event in burst.queue.take(9)]
+    assert taken + [json.loads(e.payload)["n"] for e in burst.queue.take(99)] == list(range(100))
+    assert burst.queue.dropped == 0
+
+
+@pytest.mark.parametrize("max_wait", [0.0, 2.0, 5.0])
+async def test_events_are_dropped_once_the_oldest_has_waited_for_too_long(
+    autojump_clock: MockClock, nursery: trio.Nursery, max_wait: float
+) -> None:
+    burst = Burst(max_wait)
+    nursery.start_soon(burst.run)
+    await trio.sleep(max(0.0, max_wait - 0.1))
+    assert (burst.queue.dropped, burst.heard_at) == (0, None) or not max_wait
+    await trio.sleep(0.2)
+
+    assert burst.queue.dropped == 90
+    assert burst.heard_at == max_wait  # nothing delays a revocation for longer
+
+
+async def test_link_is_not_lost_by_a_pause(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    burst = Burst(max_wait=60)
+    nursery.start_soon(burst.run)
+    await trio.sleep(30)
+    while burst.queue.take(99):
+        await wait_all_tasks_blocked()
+
+    assert (burst.queue.dropped, burst.heard_at) == (0, 30)

@@ -35,7 +35,9 @@ def numbers(events: list[Any], *, durable: bool) -> list[int]:
 async def test_burst_drops_the_oldest_events_of_the_largest_tenant_and_nothing_durable(
     backend: "redis.Redis", redis_url: str
 ) -> None:
-    settings = make_settings(redis_url, redis_event_queue_size=100, ws_outbox_messages=10_000)
+    settings = make_settings(
+        redis_url, redis_event_queue_size=100, redis_event_max_wait=0, ws_outbox_messages=10_000
+    )
     with capture_logs() as logs:
         async with (
             running(settings) as gateway,
@@ -60,6 +62,25 @@ async def test_burst_drops_the_oldest_events_of_the_largest_tenant_and_nothing_d
         ("stream", "queue_full"): 0,
     }
     assert [log["tenant"] for log in logs if log["event"] == "dropping events"] == [1]
+
+
+async def test_burst_that_is_delivered_in_time_loses_nothing(
+    backend: "redis.Redis", redis_url: str
+) -> None:
+    settings = make_settings(
+        redis_url, redis_event_queue_size=100, redis_event_max_wait=30, ws_outbox_messages=10_000
+    )
+    async with (
+        running(settings) as gateway,
+        admitted(gateway.staff_url("waiter")) as flooded,
+    ):
+        await trio.to_thread.run_sync(publish, backend)
+        await settle(gateway)
+        events = await received(flooded)
+        figures = await metrics(gateway.port)
+
+    assert numbers(events, durable=False) == list(range(FLOOD))
+    assert figures["events_dropped_total"] == 0
 
 
 async def test_tenant_over_its_rate_is_limited_to_it_and_no_other_tenant_is(

@@ -1,5 +1,6 @@
 """The Pub/Sub source: messages that are published while we are subscribed, at most once."""
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -8,6 +9,7 @@ from typing import Any, Final, NoReturn, Protocol
 import structlog
 import trio
 
+from ..core.events import Event
 from ..core.resilience import Breaker
 from ..redis_url import RedisAddress
 from ..runtime.ingest import Ingest
@@ -20,6 +22,7 @@ log = structlog.get_logger()
 # Seconds of waiting until a PING is sent, and again until its answer is overdue: a half-open
 # connection is noticed after twice this time, whatever the state of TCP.
 LIVENESS: Final = 2.0
+_LOOKS_EVERY: Final = 0.02  # seconds between two looks at the oldest event while events are dropped
 
 
 class Listener(Protocol):
@@ -38,7 +41,8 @@ class Listener(Protocol):
 class PubSub:
     """Subscribes to patterns and puts each event into the queue.
 
-    ``listeners``, by channel, receive the messages that are not events.
+    ``listeners``, by channel, receive the messages that are not events. While the queue is full,
+    nothing is read until its oldest event has waited for ``max_wait`` seconds.
     """
 
     def __init__(
@@ -49,6 +53,8 @@ class PubSub:
         queue: EventQueue,
         breaker: Breaker,
         listeners: Mapping[str, Listener] | None = None,
+        *,
+        max_wait: float = 0.0,
     ) -> None:
         self._address = address
         self._patterns = [pattern.encode() for pattern in dict.fromkeys(patterns)]
@@ -59,6 +65,11 @@ class PubSub:
         self._listeners = {name.encode(): each.receive for name, each in listeners.items()}
         self._on_subscribed = [each.on_subscribed for each in listeners.values()]
         self._unconfirmed = 0
+        self._max_wait = max_wait
+        self._drops_until = -math.inf  # without another look at how long events have waited
+        self._pinged_at: float | None = None  # of a PING that is not answered yet
+        self._waited = 0.0  # for replies, since then
+        self._received_before = 0  # bytes, then
         self.connected = False
         self._connection_scope = trio.CancelScope()
         first_match = lru_cache(maxsize=10_000)(self._first_match)
@@ -93,37 +104,61 @@ class PubSub:
         """Receive replies, and detect dead and lagging connections by PING.
 
         Only the answer to a PING shows how far behind a connection is: one that brings a byte now
-        and then, but no answer, is lost. Time in which this process was busy does not count.
+        and then, but no answer, is lost. Time in which this process did not read does not count.
         """
-        pinged, waited, before = True, 0.0, redis.received
+        self._note_ping(redis)  # the one of the subscription
         while True:
             started = trio.current_time()
             replies: list[Any] = []
-            with trio.move_on_after(LIVENESS - waited):
+            with trio.move_on_after(LIVENESS - self._waited):
                 replies = await redis.receive()
-            waited += trio.current_time() - started
+            self._waited += trio.current_time() - started
             for reply in replies:
-                if pinged and isinstance(reply, list) and reply[:1] == [b"pong"]:
-                    pinged, waited = False, 0.0
+                if self._pinged_at is not None and isinstance(reply, list) and _is_pong(reply):
+                    self._pinged_at, self._waited = None, 0.0
                     self._answered()
-                else:
-                    self._take(reply)
-            if waited >= LIVENESS:
-                if not pinged:
+                elif (event := self._take(reply)) is not None:
+                    if self._queue.is_full:
+                        await self._wait_for_room(redis)
+                    self._queue.offer(event)
+            if self._waited >= LIVENESS:
+                if self._pinged_at is None:
                     await redis.send("PING")
-                elif redis.received - before < ENOUGH:
+                    self._note_ping(redis)
+                elif redis.received - self._received_before < ENOUGH:
                     raise ConnectionLost("no answer to PING")
-                pinged, waited, before = True, 0.0, redis.received
+                self._waited, self._received_before = 0.0, redis.received
 
-    def _take(self, reply: Any) -> None:
+    def _note_ping(self, redis: RedisConnection) -> None:
+        self._pinged_at = trio.current_time()
+        self._waited, self._received_before = 0.0, redis.received
+
+    async def _wait_for_room(self, redis: RedisConnection) -> None:
+        """Stop reading while the queue is full, but not for longer than an event may wait.
+
+        What has waited in Redis counts, too: all that is read before the answer to a PING was
+        published before the PING. So a pause delays the messages for listeners by ``max_wait`` at
+        most, and Redis does not end the connection because too much waits for it.
+        """
+        if trio.current_time() < self._drops_until:
+            return
+        if self._pinged_at is None:
+            await redis.send("PING")
+            self._note_ping(redis)
+        assert self._pinged_at is not None
+        with trio.move_on_at(min(self._queue.oldest, self._pinged_at) + self._max_wait):
+            await self._queue.wait_for_room()
+            return
+        self._drops_until = trio.current_time() + _LOOKS_EVERY
+
+    def _take(self, reply: Any) -> Event | None:
+        """Take a message; return its event if it is to be put into the queue."""
         match reply:
             case [b"pmessage", bytes() as pattern, bytes() as channel, bytes() as payload]:
                 # Redis sends a message once for each pattern that its channel matches.
                 first, name = self._first_match_of(channel)
                 if first == pattern:
-                    event = self._ingest.parse(payload, source="pubsub", channel=name)
-                    if event is not None:
-                        self._queue.offer(event)
+                    return self._ingest.parse(payload, source="pubsub", channel=name)
             case [b"message", bytes() as channel, bytes() as payload] if channel in self._listeners:
                 self._listeners[channel](payload)
             case [b"psubscribe" | b"subscribe", *_]:
@@ -132,6 +167,7 @@ class PubSub:
                 raise ConnectionLost(f"Redis says {str(reply).split(' ', 1)[0]}")
             case _:
                 raise ConnectionLost("unexpected reply")
+        return None
 
     def _answered(self) -> None:
         if not self.connected and not self._unconfirmed:
@@ -148,6 +184,10 @@ class PubSub:
             if glob(pattern).fullmatch(channel):
                 return pattern, name
         return None, name
+
+
+def _is_pong(reply: list[Any]) -> bool:
+    return reply[:1] == [b"pong"]
 
 
 @lru_cache(maxsize=1000)

@@ -24,6 +24,8 @@ BLOCK: Final = 2.0  # seconds that Redis waits for new entries before it replies
 REPLY_TIMEOUT: Final = 2.0  # seconds beyond that until the connection counts as lost
 COUNT: Final = 500  # entries of each stream in one reply
 _CHECKED_TOGETHER: Final = 64  # streams
+_PACE: Final = 0.003  # seconds from one read to the next while more than _FEW entries come in it
+_FEW: Final = 8
 
 _News = Sequence[tuple[StreamCursor, Sequence[Entry]]]
 
@@ -55,6 +57,7 @@ class StreamReader:
         self._ended = trio.Event()
         self.stopping = False
         self._on_gap = on_gap
+        self._counted_since, self._counted = -_PACE, 0  # entries read in the last while
         self.reading: Collection[str] = ()  # the names in its last XREAD
 
     async def begin(self, name: str) -> None:
@@ -115,6 +118,7 @@ class StreamReader:
             news.append((cursor, entries))
         for cursor, run in self._in_order(news):
             await self._take(cursor, run)
+        await self._pace(news)
         # A full reply says that we lag: the stream may be trimmed faster than we read.
         await self.check(
             cursor for cursor, entries in news if len(entries) == COUNT or not cursor.is_counted
@@ -125,6 +129,18 @@ class StreamReader:
             for cursor in cursors.values()
             if not cursor.is_checked and (not news or cursor.checked_at < due)
         )
+
+    async def _pace(self, news: _News) -> None:
+        """Wait before the next read while many entries come: reading them one by one costs more.
+
+        A full reply is followed by the next read at once. So is one that brings few.
+        """
+        now = trio.current_time()
+        if now >= self._counted_since + _PACE:
+            self._counted_since, self._counted = now, 0
+        self._counted += sum(len(entries) for _, entries in news)
+        if self._counted > _FEW and all(len(entries) < COUNT for _, entries in news):
+            await trio.sleep_until(self._counted_since + _PACE)
 
     def _in_order(self, news: _News) -> _News:
         """One reply's entries as they are delivered.

@@ -66,6 +66,11 @@ class EventQueue:
         waiting += [event.received_at for event in self._blocked.values()]
         return min(waiting, default=math.inf)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether :meth:`offer` would drop an event."""
+        return self.depth >= self.capacity
+
     def offer(self, event: Event) -> None:
         """Add an event; when full, drop an older one. Never waits."""
         if self._rate is not None and self._rate.exceeded(event.tenant, event.received_at):

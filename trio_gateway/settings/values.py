@@ -100,6 +100,7 @@ class SettingValues(BaseSettings):
     redis_dlq_stream: str | None = None  # invalid stream entries are copied to it
     redis_event_queue_size: _Count = 5000
     redis_event_batch_size: _Count = 50
+    redis_event_max_wait: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 2
     redis_pool_max_connections: _Count = 50
     circuit_failure_threshold: _Count = 5
     circuit_recovery_timeout: _Seconds = 30
