@@ -45,8 +45,8 @@ class Size:
                 f"--branches is from {self.processes} to {min(MAX_PERIOD, self.clients)} here"
             )
         _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
-        # Branches do not divide evenly among processes.
-        needed = self.clients // self.processes * 11 // 10 + _SPARE_FILES
+        each = -(-self.clients // self.branches)  # clients of a branch, at most
+        needed = each * max(Counter(map(self.place, range(self.branches))).values()) + _SPARE_FILES
         if files != resource.RLIM_INFINITY and needed > files:
             room = (files - _SPARE_FILES) * self.processes * 9 // 10
             raise NotHere(
@@ -64,14 +64,16 @@ class Size:
     def tenant(self, branch: int) -> int:
         return branch // _BRANCHES_OF_A_TENANT
 
+    def place(self, branch: int) -> int:
+        """The process of a branch: that of its tenant, if there are enough tenants."""
+        enough = self.branches // _BRANCHES_OF_A_TENANT >= self.processes
+        return (self.tenant(branch) if enough else branch) % self.processes
+
     def by_process(self) -> list[list[int]]:
         """The clients of each process, by number; the n-th is in branch ``n % branches``."""
         found: list[list[int]] = [[] for _ in range(self.processes)]
         for client in range(self.clients):
-            branch = client % self.branches
-            tenants = self.branches // _BRANCHES_OF_A_TENANT
-            place = self.tenant(branch) if tenants >= self.processes else branch
-            found[place % self.processes].append(client)
+            found[self.place(client % self.branches)].append(client)
         return found
 
 
