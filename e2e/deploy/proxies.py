@@ -22,6 +22,7 @@ from tests.support.gateways import (
     process,
     until,
 )
+from tests.support.ports import free_ports
 from trio_gateway.testing import make_jwt
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -48,6 +49,15 @@ class Behind:
         started = await self._stack.enter_async_context(process(*command, env=self.env, port=port))
         self.gateways[number:] = [started, *self.gateways[number + 1 :]]
 
+    async def start_workers(self) -> None:
+        """Start a supervisor with a worker for each port."""
+        bind, count = f"127.0.0.1:{self.ports[0]}", str(len(self.ports))
+        command = ("trio_gateway", "serve", "--bind", bind, "--workers", count, "--own-ports")
+        supervisor = await self._stack.enter_async_context(process(*command, env=self.env))
+        self.gateways = [supervisor]
+        for port in self.ports:
+            await until(lambda port=port: _is_ready(port), 30)  # type: ignore[misc]
+
     async def closed(self, number: int, code: int) -> float:
         """How many connections this gateway has closed with the code."""
         return (await metrics(self.ports[number]))[f"connections_closed_total{{{code}}}"]
@@ -63,6 +73,13 @@ class Behind:
     def publish(self, marker: int) -> None:
         event = {"type": "ROUND_READY", "tenant_id": 1, "branch_id": 1, "marker": marker}
         self.backend.xadd("events:critical", {"data": json.dumps(event)})
+
+
+async def _is_ready(port: int) -> bool:
+    try:
+        return (await http(port, "/ws/health/ready")).status == 200
+    except (OSError, trio.TooSlowError):
+        return False
 
 
 async def _connections(port: int) -> int:
@@ -133,30 +150,29 @@ async def behind(
     folder: Path,
     changes: Mapping[str, str] | None = None,
     count: int = 2,
+    *,
+    workers: bool = False,
 ) -> AsyncIterator[Behind]:
-    """Start gateways, and the proxy in front of them."""
+    """Start gateways, or workers of one supervisor, and the proxy in front of them."""
     async with AsyncExitStack() as stack:
-        ports = [free_port() for _ in range(count)]
+        first = free_ports(count)
+        ports = [first + number if workers else free_port() for number in range(count)]
         settings = {"WS_PROXY_HOPS": "1", "WS_PING_INTERVAL": PING, "WS_CLEANUP_INTERVAL": "0.2"}
         env = environment(redis_url, **settings | dict(changes or {}))
         backend = stack.enter_context(redis.Redis.from_url(redis_url))
         log, port = folder / "access.log", free_port()
         found = Behind(port, ports, [], backend, log, stack, env)
-        for number in range(count):
-            await found.start(number)
+        if workers:
+            await found.start_workers()
+        else:
+            for number in range(count):
+                await found.start(number)
         with log.open("ab") as out:
             program = PROXIES[proxy](folder, port, ports)
             paths = {"PATH": "/usr/sbin:/usr/bin:/bin:/usr/local/sbin"}
             running = subprocess.Popen(program, stdout=out, stderr=out, env=paths)
         stack.callback(end, running)
-
-        async def ready() -> bool:
-            try:
-                return (await http(port, "/ws/health/ready")).status == 200
-            except OSError:
-                return False
-
-        await until(ready, 10)
+        await until(lambda: _is_ready(port), 10)
         yield found
 
 

@@ -186,6 +186,33 @@ async def test_clients_of_a_gateway_that_ends_go_elsewhere_and_return_with_it(
         assert (await three.connections())[place] == 1
 
 
+async def test_workers_with_ports_of_their_own_are_replaced_and_no_client_is_refused(
+    redis_url: str, tmp_path: Path
+) -> None:
+    require("haproxy")
+    async with behind("haproxy", redis_url, tmp_path, count=3, workers=True) as at:
+        await until(lambda: all_up(at))
+        async with AsyncExitStack() as stack:
+            for tenant in range(1, 31):
+                await join(at, stack, tenant)
+            tenant, place = await of_the_emptiest(at)
+            assert sum(await at.connections()) == 30
+            at.gateways[0].send_signal(signal.SIGHUP)
+            log = at.gateways[0].stderr
+            assert log is not None
+            replaced = 0
+            while replaced < 3:
+                line = await trio.to_thread.run_sync(log.readline)
+                replaced += b"worker replaced" in line
+                async with AsyncExitStack() as one:  # the old worker is still draining
+                    for _ in range(3):
+                        await join(at, one, tenant)
+        await until(lambda: all_up(at))
+        async with AsyncExitStack() as stack:
+            await join(at, stack, tenant)
+            assert (await at.connections())[place] == 1
+
+
 GARBAGE = [
     "nonsense",
     "a.b.c",
