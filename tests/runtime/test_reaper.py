@@ -10,7 +10,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from trio_gateway.core.close_codes import Close
 from trio_gateway.core.messages import Message
-from trio_gateway.runtime.connection import Connection, ConnectionLimits
+from trio_gateway.runtime.connection import Answer, Connection, ConnectionLimits, ignore
 from trio_gateway.runtime.hub import Hub
 from trio_gateway.runtime.reaper import clean_up, reap
 from trio_gateway.runtime.socket import Ping, Pong
@@ -30,32 +30,47 @@ class Wall:
         return trio.current_time() + self.offset
 
 
-async def start(nursery: trio.Nursery, hub: Hub, wall: Wall) -> None:
+class World:
+    """A hub with a reaper, and a wall clock."""
+
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self.hub, self.wall = Hub(), Wall()
+        self._nursery = nursery
+
+    async def connect(
+        self,
+        terms: ConnectionLimits = PATIENT,
+        *,
+        expires_at: float = math.inf,
+        socket: FakeSocket | None = None,
+        answer: Answer = ignore,
+    ) -> tuple[Connection, FakeSocket]:
+        """``expires_at`` is on Trio's clock as it is before the wall clock is set."""
+        socket = socket or FakeSocket()
+        principal = make_principal(expires_at=expires_at + 1e6)
+        connection = Connection(principal, terms, answer, expires_at=expires_at)
+        self._nursery.start_soon(connection.run, socket, self.hub)
+        await wait_all_tasks_blocked()
+        return connection, socket
+
+
+@pytest.fixture
+async def world(nursery: trio.Nursery) -> World:
+    """Tests take ``autojump_clock`` themselves: pytest-trio finds it only there."""
+    found = World(nursery)
+
     async def run() -> NoReturn:
-        await reap(hub, ping_interval=25, cleanup_interval=30, wall_clock=wall)
+        await reap(found.hub, ping_interval=25, cleanup_interval=30, wall_clock=found.wall)
 
     nursery.start_soon(run)
     await wait_all_tasks_blocked()
-
-
-async def connect(
-    nursery: trio.Nursery, hub: Hub, terms: ConnectionLimits = PATIENT, expires_at: float = math.inf
-) -> tuple[Connection, FakeSocket]:
-    """``expires_at`` is on Trio's clock as it is before the wall clock is set."""
-    socket = FakeSocket()
-    principal = make_principal(expires_at=expires_at + 1e6)
-    connection = Connection(principal, terms, expires_at=expires_at)
-    nursery.start_soon(connection.run, socket, hub)
-    await wait_all_tasks_blocked()
-    return connection, socket
+    return found
 
 
 async def test_client_that_was_sent_nothing_is_pinged(
-    autojump_clock: MockClock, nursery: trio.Nursery
+    autojump_clock: MockClock, world: World
 ) -> None:
-    hub = Hub()
-    await start(nursery, hub, Wall())
-    _, socket = await connect(nursery, hub)
+    _, socket = await world.connect()
 
     await trio.sleep(24.9)
     assert socket.pings == 0
@@ -66,11 +81,9 @@ async def test_client_that_was_sent_nothing_is_pinged(
 
 
 async def test_client_that_was_sent_something_is_not_pinged(
-    autojump_clock: MockClock, nursery: trio.Nursery
+    autojump_clock: MockClock, world: World
 ) -> None:
-    hub = Hub()
-    await start(nursery, hub, Wall())
-    connection, socket = await connect(nursery, hub)
+    connection, socket = await world.connect()
 
     for _ in range(20):
         await trio.sleep(20)
@@ -80,11 +93,9 @@ async def test_client_that_was_sent_something_is_not_pinged(
 
 
 async def test_what_the_client_sends_does_not_spare_it_the_ping(
-    autojump_clock: MockClock, nursery: trio.Nursery
+    autojump_clock: MockClock, world: World
 ) -> None:
-    hub = Hub()
-    await start(nursery, hub, Wall())
-    _, socket = await connect(nursery, hub)
+    _, socket = await world.connect()
 
     for _ in range(10):
         await trio.sleep(5)
@@ -95,12 +106,10 @@ async def test_what_the_client_sends_does_not_spare_it_the_ping(
 
 
 async def test_pings_are_spread_over_a_tenth_of_the_interval(
-    autojump_clock: MockClock, nursery: trio.Nursery
+    autojump_clock: MockClock, world: World
 ) -> None:
-    hub = Hub()
-    await start(nursery, hub, Wall())
     await trio.sleep(1)
-    _, socket = await connect(nursery, hub)
+    _, socket = await world.connect()
 
     await trio.sleep(24.9)
     assert socket.pings == 0
@@ -109,11 +118,9 @@ async def test_pings_are_spread_over_a_tenth_of_the_interval(
 
 
 async def test_answering_the_ping_is_not_enough_to_stay(
-    autojump_clock: MockClock, nursery: trio.Nursery
+    autojump_clock: MockClock, world: World
 ) -> None:
-    hub = Hub()
-    await start(nursery, hub, Wall())
-    connection, socket = await connect(nursery, hub, ConnectionLimits())
+    connection, socket = await world.connect(ConnectionLimits())
 
     for n in range(1, 70):
         await trio.sleep(1)
@@ -125,16 +132,8 @@ async def test_answering_the_ping_is_not_enough_to_stay(
     assert connection.ended_at == 60
 
 
-async def test_others_run_while_many_are_pinged(
-    autojump_clock: MockClock, nursery: trio.Nursery
-) -> None:
-    hub = Hub()
-    sockets = []
-    for _ in range(250):
-        socket = FakeSocket()
-        sockets.append(socket)
-        nursery.start_soon(Connection(make_principal(), PATIENT).run, socket, hub)
-    await start(nursery, hub, Wall())
+async def test_others_run_while_many_are_pinged(autojump_clock: MockClock, world: World) -> None:
+    sockets = [(await world.connect())[1] for _ in range(250)]
     seen = set()
 
     await trio.sleep(25)
@@ -148,15 +147,13 @@ async def test_others_run_while_many_are_pinged(
 
 @pytest.mark.parametrize("step", [HOUR, -HOUR])
 async def test_clock_that_is_set_moves_the_expiry(
-    autojump_clock: MockClock, nursery: trio.Nursery, step: float
+    autojump_clock: MockClock, world: World, step: float
 ) -> None:
-    hub, wall = Hub(), Wall()
-    await start(nursery, hub, wall)
-    connection, _ = await connect(nursery, hub, expires_at=2 * HOUR)
-    forever, _ = await connect(nursery, hub)
+    connection, _ = await world.connect(expires_at=2 * HOUR)
+    forever, _ = await world.connect()
 
     await trio.sleep(10)
-    wall.offset += step
+    world.wall.offset += step
     await trio.sleep(4 * HOUR)
 
     assert connection.code == Close.AUTH_FAILED
@@ -165,14 +162,12 @@ async def test_clock_that_is_set_moves_the_expiry(
 
 
 async def test_clock_set_beyond_the_expiry_ends_it_with_the_next_clean_up(
-    autojump_clock: MockClock, nursery: trio.Nursery
+    autojump_clock: MockClock, world: World
 ) -> None:
-    hub, wall = Hub(), Wall()
-    await start(nursery, hub, wall)
-    connection, _ = await connect(nursery, hub, expires_at=600)
+    connection, _ = await world.connect(expires_at=600)
 
     await trio.sleep(10)
-    wall.offset += HOUR
+    world.wall.offset += HOUR
     await trio.sleep(30)
 
     assert connection.code == Close.AUTH_FAILED
@@ -181,14 +176,12 @@ async def test_clock_set_beyond_the_expiry_ends_it_with_the_next_clean_up(
 
 @pytest.mark.parametrize("step", [HOUR, -HOUR])
 async def test_clock_that_is_set_moves_no_interval(
-    autojump_clock: MockClock, nursery: trio.Nursery, step: float
+    autojump_clock: MockClock, world: World, step: float
 ) -> None:
-    hub, wall = Hub(), Wall()
-    await start(nursery, hub, wall)
-    connection, socket = await connect(nursery, hub, ConnectionLimits())
+    connection, socket = await world.connect(ConnectionLimits())
 
     await trio.sleep(10)
-    wall.offset += step
+    world.wall.offset += step
     await trio.sleep(90)
 
     assert socket.pings == 2
@@ -197,13 +190,11 @@ async def test_clock_that_is_set_moves_no_interval(
 
 
 async def test_clock_that_drifts_less_than_a_second_moves_nothing(
-    autojump_clock: MockClock, nursery: trio.Nursery
+    autojump_clock: MockClock, world: World
 ) -> None:
-    hub, wall = Hub(), Wall()
-    await start(nursery, hub, wall)
-    connection, _ = await connect(nursery, hub, expires_at=100)
+    connection, _ = await world.connect(expires_at=100)
 
-    wall.offset += 0.9
+    world.wall.offset += 0.9
     await trio.sleep(200)
 
     assert connection.ended_at == 100
@@ -239,38 +230,31 @@ class Stuck(FakeSocket):
         self.cut_off.set()
 
 
-async def test_stuck_close_is_cut_off(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
-    hub, socket = Hub(), Stuck()
-    await start(nursery, hub, Wall())
-    connection = Connection(make_principal(), PATIENT)
-    nursery.start_soon(connection.run, socket, hub)
-    await wait_all_tasks_blocked()
+async def test_stuck_close_is_cut_off(autojump_clock: MockClock, world: World) -> None:
+    connection, socket = await world.connect(socket=Stuck())
 
     with capture_logs() as logs:
         await trio.sleep(1)
         connection.close(Close.NORMAL)
         await trio.sleep(58)
         assert not socket.aborted
-        await hub.wait_empty()
+        await world.hub.wait_empty()
 
     assert trio.current_time() == 60  # the first clean-up after 30 seconds
     assert [log["event"] for log in logs] == ["stuck connections cut"]
-    assert hub.closed == {Close.NORMAL: 1}
+    assert world.hub.closed == {Close.NORMAL: 1}
 
 
 async def test_connection_that_does_not_notice_its_end_is_cut_off(
-    autojump_clock: MockClock, nursery: trio.Nursery
+    autojump_clock: MockClock, world: World
 ) -> None:
     """Its ``answer`` waits for something that cannot be cancelled, as a thread."""
-    hub, socket = Hub(), FakeSocket()
 
     async def answer(connection: Connection, message: Message) -> None:
         with trio.CancelScope(shield=True):
             await trio.sleep(300)
 
-    await start(nursery, hub, Wall())
-    connection = Connection(make_principal(), ConnectionLimits(), answer)
-    nursery.start_soon(connection.run, socket, hub)
+    connection, socket = await world.connect(ConnectionLimits(), answer=answer)
     await socket.client.send("refresh_sectors")
 
     await trio.sleep(60 + 29)
@@ -278,17 +262,15 @@ async def test_connection_that_does_not_notice_its_end_is_cut_off(
     await trio.sleep(62)
     assert connection.code == Close.HEARTBEAT_TIMEOUT
     assert socket.aborted
-    await hub.wait_empty()
+    await world.hub.wait_empty()
     assert trio.current_time() == 300
-    assert hub.closed == {Close.HEARTBEAT_TIMEOUT: 1}
+    assert world.hub.closed == {Close.HEARTBEAT_TIMEOUT: 1}
 
 
 async def test_client_that_was_answered_is_not_pinged(
-    autojump_clock: MockClock, nursery: trio.Nursery
+    autojump_clock: MockClock, world: World
 ) -> None:
-    hub = Hub()
-    await start(nursery, hub, Wall())
-    _, socket = await connect(nursery, hub)
+    _, socket = await world.connect()
 
     for _ in range(10):
         await trio.sleep(20)
