@@ -86,6 +86,11 @@ RUNS: Final[Mapping[str, Run]] = {
         (*_SHORT, *_FEW), 120,
         (Figure("KB per connection", "KB"), Figure("CPU µs per ping", "µs")), "5,000 idle clients",
     ),
+    "quiet": Run(
+        ("bench", "quiet", "--seconds", "20"), (*_SHORT, *_FEW), 60,
+        (Figure("idle CPU ms/s", "ms/s"), Figure("wake-ups/s", "/s")),
+        "a process whose 300 clients only answer pings",
+    ),
     "storm": Run(
         ("bench", "storm", "--resume"), _FEW, 40, (_BACK, Figure("CPU µs per return", "µs")),
         "2,000 clients reconnect at once and resume, 50 events each",

@@ -19,7 +19,9 @@ _BARS: Final = {
     ("steady", "to last p99 ms"): "≤ 10",
     ("slow", "p99 to last, ratio"): "≤ 1.2",
     ("accepts", "accepts/s"): "≥ 3,000",
-    ("idle", "KB per connection"): "≤ 22",
+    ("idle", "KB per connection"): "≤ 11",
+    ("quiet", "idle CPU ms/s"): "≤ 1.5",
+    ("quiet", "wake-ups/s"): "≤ 4",
 }
 _TRANSPORTS: Final = {
     "direct": "direct: a WebSocket",

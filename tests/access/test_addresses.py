@@ -143,6 +143,18 @@ async def test_sockets_over_the_handshake_limit_wait_or_are_closed_and_counted(
         assert figures["upgrades_refused_total{408}"] == 7
 
 
+async def test_request_that_comes_as_a_whole_waits_for_no_slot(redis_url: str) -> None:
+    async with (
+        serving(redis_url, "direct", ws_max_handshakes=1, ws_accept_timeout=5) as gateway,
+        dialled(gateway.port) as drip,
+    ):
+        await drip.send(make_head()[:10])
+        await until(lambda: gateway.app.parts.heads.inside == 1)
+        for _ in range(3):
+            async with admitted(gateway.staff_url("waiter")):
+                assert gateway.app.parts.heads.inside == 1  # it did not lose its slot either
+
+
 async def test_silent_tls_handshakes_are_counted_and_have_the_same_deadline(
     redis_url: str, tmp_path: Path
 ) -> None:

@@ -160,8 +160,11 @@ class TcpConnection:
         until = trio.current_time() + service.accept_timeout
         opening: Opening | None
         try:
-            if not reader.begun and not await self._wait_for_bytes(service):
-                return Nobody()
+            if not reader.begun:
+                if not await self._wait_for_bytes(service):
+                    return Nobody()
+                if (opening := reader.read_nowait()) is not None:
+                    return opening
             opening = await service.heads.run(
                 partial(self._read_opening, reader, service.accept_timeout),
                 max(0.0, until - trio.current_time()),
