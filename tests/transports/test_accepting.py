@@ -4,12 +4,14 @@ import os
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from itertools import pairwise
 from socket import socket as stdlib_socket
 
 import pytest
 import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from trio.testing import MockClock
 
 import trio_gateway.transports.accepting as accepting_module
 from tests.support.gateways import until
@@ -70,8 +72,31 @@ def test_load_of_a_stuck_or_dead_worker_is_ignored(
     loads.clear(2)  # by the supervisor
     assert loads.others(1) == [Load(1, 10)]
     now = time.monotonic()
-    monkeypatch.setattr(time, "monotonic", lambda: now + 1.1)
+    monkeypatch.setattr(time, "monotonic", lambda: now + 2.1)
     assert loads.others(1) == []
+
+
+async def test_load_is_published_often_only_while_it_changes(
+    loads: WorkerLoads, monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
+) -> None:
+    clients, published = 0.0, list[float]()
+
+    def load() -> Load:
+        published.append(trio.current_time())
+        return Load(clients, 10)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(AcceptBalancer(loads, 0, load).keep_published)
+        await trio.sleep(10)
+        assert len(published) < 17
+        at_most = max(after - before for before, after in pairwise(published))
+        assert at_most < accepting_module._STALE_AFTER / 2
+        published.clear()
+        for _ in range(100):
+            clients += 1
+            await trio.sleep(0.1)
+        assert len(published) > 80
+        nursery.cancel_scope.cancel()
 
 
 class Worker:

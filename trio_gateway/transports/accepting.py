@@ -20,8 +20,9 @@ import trio
 
 # A published load: when (monotonic seconds; 0 is never), clients, max_clients.
 _ENTRY: Final = struct.Struct("=ddd")
-_PUBLISH_INTERVAL: Final = 0.1  # seconds
-_STALE_AFTER: Final = 1.0  # seconds; then the worker that published it is stuck or dead
+_PUBLISH_INTERVAL: Final = 0.1  # seconds, while the load changes
+_IDLE_INTERVAL: Final = 0.8  # seconds at most, while it does not
+_STALE_AFTER: Final = 2.0  # seconds; then the worker that published it is stuck or dead
 _POLL_INTERVAL: Final = 0.002  # seconds between two looks at whether another worker has accepted
 _DELAY: Final = 0.05  # seconds that a worker with fewer clients has to accept
 _PAUSE: Final = 0.05  # seconds without such delays after one in which no other worker accepted
@@ -105,10 +106,13 @@ class AcceptBalancer:
 
     async def keep_published(self) -> NoReturn:
         """Publish the load at intervals; returns only when cancelled, and then clears the slot."""
+        before, pause = None, _PUBLISH_INTERVAL
         try:
             while True:
-                self._publish()
-                await trio.sleep(_PUBLISH_INTERVAL)
+                load = self._publish()
+                pause = min(2 * pause, _IDLE_INTERVAL) if load == before else _PUBLISH_INTERVAL
+                before = load
+                await trio.sleep(pause)
         finally:
             self._loads.clear(self._slot)
 
