@@ -1,4 +1,4 @@
-"""Dispatch: each event once to whoever may hear it."""
+"""Dispatch: each event once to every connection of its audiences."""
 
 import json
 import math
@@ -30,7 +30,7 @@ def numbers(events: Sequence[Event]) -> list[int]:
     return [json.loads(event.payload)["data"] for event in events]
 
 
-def heard(socket: FakeSocket) -> list[int]:
+def received(socket: FakeSocket) -> list[int]:
     return [json.loads(text)["data"] for text in socket.texts]
 
 
@@ -44,10 +44,10 @@ async def connect(
     return socket
 
 
-# Who hears what
+# Who receives what
 
 
-async def test_each_connection_hears_an_event_once(
+async def test_each_connection_receives_an_event_once(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     hub = Hub()
@@ -59,12 +59,12 @@ async def test_each_connection_hears_an_event_once(
     await dispatch.deliver(events[:1])
     await dispatch.deliver(events)
 
-    assert heard(socket) == [0, 0, 1, 2]
+    assert received(socket) == [0, 0, 1, 2]
     assert socket.writes == 2
     assert dispatch.deliveries == 4
 
 
-async def test_event_comes_through_byte_for_byte(
+async def test_event_is_passed_on_byte_for_byte(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     hub = Hub()
@@ -76,7 +76,7 @@ async def test_event_comes_through_byte_for_byte(
     assert socket.texts == [str(event.payload, "utf-8")]
 
 
-async def test_a_batch_keeps_its_order(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
+async def test_batch_keeps_its_order(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
     hub = Hub()
     waiter = await connect(nursery, hub, make_principal(sectors=(5,)))
     kitchen = await connect(nursery, hub, make_principal(Endpoint.KITCHEN))
@@ -87,12 +87,12 @@ async def test_a_batch_keeps_its_order(autojump_clock: MockClock, nursery: trio.
 
     await Dispatch(hub).deliver(batch)
 
-    assert heard(waiter) == list(range(100))
-    assert heard(kitchen) == [n for n in range(100) if n % 3]
+    assert received(waiter) == list(range(100))
+    assert received(kitchen) == [n for n in range(100) if n % 3]
 
 
 class Recording(FakeSocket):
-    """Keeps the very objects it was given to write."""
+    """Records the objects that it was given to write."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class Recording(FakeSocket):
         return super().try_write(data)
 
 
-async def test_the_few_are_written_to_before_the_many(
+async def test_small_groups_are_written_before_large_ones(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     hub = Hub()
@@ -125,7 +125,7 @@ async def test_the_few_are_written_to_before_the_many(
     assert order == [2, 3, 3, 1, 1, 1]
 
 
-async def test_who_hears_the_same_is_given_the_same_bytes(
+async def test_connections_with_the_same_events_share_the_same_bytes(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     hub = Hub()
@@ -147,7 +147,7 @@ async def test_who_hears_the_same_is_given_the_same_bytes(
         assert group[0].given[1] is batch[0].frame
 
 
-def test_join_of_a_mask() -> None:
+def test_join_takes_the_frames_of_a_mask() -> None:
     frames = [numbered(n).frame for n in range(4)]
 
     assert join(frames, 0b1010) == (frames[1] + frames[3], 2)
@@ -165,8 +165,8 @@ async def test_uncovered_sector_is_unheard(
 
     await dispatch.deliver([numbered(0, sector_id=6)] * copies)
 
-    assert heard(waiter) == []
-    assert heard(admin) == [0] * copies
+    assert received(waiter) == []
+    assert received(admin) == [0] * copies
     assert dispatch.unheard == copies
     assert dispatch.broadcasts == copies
 
@@ -184,13 +184,13 @@ async def test_uncovered_sector_can_go_to_the_branch(
     await dispatch.deliver([numbered(1, sector_id=5)] * copies)
     await dispatch.deliver([numbered(2, type="CART_SYNC", sector_id=6)] * copies)  # not for waiters
 
-    assert heard(waiter) == [0] * copies + [1] * copies
-    assert heard(elsewhere) == []
+    assert received(waiter) == [0] * copies + [1] * copies
+    assert received(elsewhere) == []
     assert dispatch.unheard == 2 * copies
     assert dispatch.broadcasts == 2 * copies
 
 
-async def test_event_that_nobody_hears_is_unheard(autojump_clock: MockClock) -> None:
+async def test_event_that_reaches_no_connection_is_unheard(autojump_clock: MockClock) -> None:
     dispatch = Dispatch(Hub(), uncovered_to_branch=True)
 
     await dispatch.deliver([])
@@ -215,25 +215,23 @@ async def test_unknown_type_goes_to_admins_and_is_counted(
     await dispatch.deliver([unknown])
     await dispatch.deliver([unknown, numbered(1, type="NEW_THING", branch_id=0)])
 
-    assert heard(admin) == [0, 0, 1]
-    assert [heard(each) for each in others] == [[], [], []]
+    assert received(admin) == [0, 0, 1]
+    assert [received(each) for each in others] == [[], [], []]
     assert dispatch.unknown_type == 3
 
 
-async def test_table_of_routes_can_be_another(
-    autojump_clock: MockClock, nursery: trio.Nursery
-) -> None:
+async def test_routes_can_be_replaced(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
     hub = Hub()
     kitchen = await connect(nursery, hub, make_principal(Endpoint.KITCHEN))
     dispatch = Dispatch(hub, Routing({"NEW_THING": Route(To.KITCHEN, durable=False)}))
 
     await dispatch.deliver([numbered(0, type="NEW_THING"), numbered(1)])
 
-    assert heard(kitchen) == [0]
+    assert received(kitchen) == [0]
     assert dispatch.unknown_type == 1
 
 
-async def test_dead_neighbour_is_not_noticed(
+async def test_dead_connection_does_not_affect_the_others(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     hub = Hub()
@@ -246,11 +244,11 @@ async def test_dead_neighbour_is_not_noticed(
 
     assert len(hub) == 8
     for socket in sockets[:4] + sockets[5:]:
-        assert heard(socket) == [0, 1, 2]
+        assert received(socket) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("copies", [1, 2])
-async def test_others_run_during_a_big_fan_out(
+async def test_other_tasks_run_during_a_big_fan_out(
     autojump_clock: MockClock, nursery: trio.Nursery, copies: int
 ) -> None:
     hub = Hub()
@@ -271,18 +269,18 @@ async def test_others_run_during_a_big_fan_out(
     assert set(seen) <= {3, 6, 9, 10}
 
 
-async def test_who_moves_during_a_big_fan_out_is_written_nothing_empty(
+async def test_connection_that_moves_during_a_big_fan_out_is_not_sent_an_empty_write(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     hub = Hub()
-    everybody = {}
+    sockets = {}
     for _ in range(4):
         socket = Recording()
         await connect(nursery, hub, make_principal(sectors=(5,)), socket)
-        everybody[list(hub.connections)[-1]] = socket
+        sockets[list(hub.connections)[-1]] = socket
 
     async def move_all() -> None:
-        for connection in everybody:
+        for connection in sockets:
             hub.move(connection, make_principal(sectors=(6,)))
         await trio.lowlevel.checkpoint()
 
@@ -291,7 +289,7 @@ async def test_who_moves_during_a_big_fan_out_is_written_nothing_empty(
         await Dispatch(hub, writes_per_checkpoint=1).deliver([numbered(0, sector_id=5)] * 2)
         await trio.lowlevel.checkpoint()
 
-    assert b"" not in [data for socket in everybody.values() for data in socket.given]
+    assert b"" not in [data for socket in sockets.values() for data in socket.given]
 
 
 # The run
@@ -323,14 +321,14 @@ async def test_duplicates_are_dropped_and_counted(
     queue.offer(numbered(0, channel="b", ts=0))
     await queue.wait_idle()
 
-    assert heard(socket) == [0, 0]  # the same content twice on "a" is two events
+    assert received(socket) == [0, 0]  # the same content twice on "a" is two events
     assert dispatch.duplicate == 2
     assert dispatch.processed == 2
     assert sum(dispatch.latency.counts) == 2
     assert sum(dispatch.duration.counts) == 1
 
 
-async def test_copy_that_waits_long_is_a_copy_all_the_same(
+async def test_copy_that_waits_long_is_a_duplicate(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     hub, queue = Hub(), EventQueue(99)
@@ -343,7 +341,7 @@ async def test_copy_that_waits_long_is_a_copy_all_the_same(
     nursery.start_soon(dispatch.run, queue, 50)
     await queue.wait_idle()
 
-    assert heard(socket) == [1]
+    assert received(socket) == [1]
     assert dispatch.duplicate == 1
 
 
@@ -367,7 +365,7 @@ async def test_slow_deliveries_are_logged_once_a_second(
 
 
 @pytest.mark.parametrize(("waiting", "writes"), [(10, 1), (11, 1), (40, 1), (45, 2), (85, 3)])
-async def test_one_write_carries_a_batch_and_four_of_a_backlog(
+async def test_one_write_carries_a_batch_or_four_batches_of_a_backlog(
     autojump_clock: MockClock, nursery: trio.Nursery, waiting: int, writes: int
 ) -> None:
     hub, queue = Hub(), EventQueue(99)
@@ -379,12 +377,14 @@ async def test_one_write_carries_a_batch_and_four_of_a_backlog(
     nursery.start_soon(dispatch.run, queue, 10)
     await queue.wait_idle()
 
-    assert heard(socket) == list(range(waiting))
+    assert received(socket) == list(range(waiting))
     assert socket.writes == writes
     assert dispatch.processed == waiting
 
 
-async def test_time_is_observed(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
+async def test_duration_and_latency_are_observed(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
     hub, queue = Hub(), EventQueue(9)
     await connect(nursery, hub, make_principal(), Jumping(autojump_clock))
     dispatch = Dispatch(hub)
@@ -400,7 +400,7 @@ async def test_time_is_observed(autojump_clock: MockClock, nursery: trio.Nursery
 
 
 @pytest.mark.parametrize("copies", [1, 2])
-async def test_batch_that_takes_too_long_is_ended_and_the_next_goes_on(
+async def test_batch_that_takes_too_long_is_ended_and_the_next_is_delivered(
     autojump_clock: MockClock, nursery: trio.Nursery, copies: int
 ) -> None:
     hub, queue = Hub(), EventQueue(9)
@@ -420,7 +420,7 @@ async def test_batch_that_takes_too_long_is_ended_and_the_next_goes_on(
     queue.offer(numbered(2, type="TICKET_READY", sector_id=1))  # for the kitchen alone
     await queue.wait_idle()
 
-    assert heard(kitchen) == [2]
+    assert received(kitchen) == [2]
     assert dispatch.failed == copies
     assert dispatch.processed == copies + 1
 
@@ -473,7 +473,7 @@ def delivered(
 
 @given(st.lists(PRINCIPALS, max_size=6), st.lists(EVENTS, max_size=6), st.booleans())
 @settings(deadline=None)
-def test_one_by_one_and_in_one_batch_agree(
+def test_events_reach_the_same_clients_one_by_one_or_in_a_batch(
     principals: list[Principal], events: list[Event], to_branch: bool
 ) -> None:
     one_by_one = delivered(principals, [[event] for event in events], to_branch=to_branch)
@@ -494,7 +494,7 @@ def test_no_event_crosses_a_tenant(
 
 @given(st.lists(PRINCIPALS, max_size=6), st.lists(EVENTS, max_size=9))
 @settings(deadline=None)
-def test_each_client_hears_what_the_table_says(
+def test_each_client_receives_what_the_table_says(
     principals: list[Principal], events: list[Event]
 ) -> None:
     texts, _ = delivered(principals, [events])

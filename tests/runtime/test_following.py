@@ -13,29 +13,29 @@ from trio_gateway.runtime.following import LINGER, Following
 from trio_gateway.runtime.history import History
 from trio_gateway.runtime.source import Sink
 
-ONE, OTHER, NEIGHBOUR = TenantId(1), TenantId(2), TenantId(37)
+ONE, OTHER, SAME_SHARD = TenantId(1), TenantId(2), TenantId(37)
 SHARDED = Sharding(("s",), shards=64, previous=64)
 
 
 class FakeSource:
-    """Notes what it is told to follow."""
+    """Records which shards it is to follow."""
 
     connected = True
     gaps = 0
     cursors: Mapping[str, str] = {}
 
     def __init__(self) -> None:
-        self.told: list[list[str]] = []
+        self.followed: list[list[str]] = []
 
     def follow(self, shards: Collection[str]) -> None:
-        self.told.append(list(shards))
+        self.followed.append(list(shards))
 
     async def run(self, sink: Sink) -> NoReturn:
         await trio.sleep_forever()
 
 
-def test_neighbours_share_a_shard_and_others_do_not() -> None:
-    assert SHARDED.names_of(ONE) == SHARDED.names_of(NEIGHBOUR) == ("s:{50}",)
+def test_tenants_of_this_test_are_in_the_shards_it_expects() -> None:
+    assert SHARDED.names_of(ONE) == SHARDED.names_of(SAME_SHARD) == ("s:{50}",)
     assert SHARDED.names_of(OTHER) == ("s:{17}",)
 
 
@@ -44,22 +44,22 @@ async def test_without_shards_every_stream_is_read_from_the_start() -> None:
     following = Following(source, history, Sharding(("a", "b")))
     with following.client_of(ONE):
         pass
-    assert source.told == [["a", "b"]]
+    assert source.followed == [["a", "b"]]
     assert history.expected == {tag("a"), tag("b")}
 
 
-async def test_first_client_of_a_shard_lets_it_be_read_and_the_next_changes_nothing() -> None:
+async def test_shard_is_read_from_its_first_client_on() -> None:
     source, history = FakeSource(), History()
     following = Following(source, history, SHARDED)
-    assert source.told == []
-    with following.client_of(ONE), following.client_of(ONE), following.client_of(NEIGHBOUR):
-        assert source.told == [["s:{50}"]]
+    assert source.followed == []
+    with following.client_of(ONE), following.client_of(ONE), following.client_of(SAME_SHARD):
+        assert source.followed == [["s:{50}"]]
         with following.client_of(OTHER):
-            assert source.told == [["s:{50}"], ["s:{17}", "s:{50}"]]
+            assert source.followed == [["s:{50}"], ["s:{17}", "s:{50}"]]
         assert history.expected == {tag("s:{17}"), tag("s:{50}")}
 
 
-async def test_shard_is_given_up_a_minute_after_its_last_client_has_left(
+async def test_shard_is_not_read_any_more_a_minute_after_its_last_client_has_left(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     source = FakeSource()
@@ -67,14 +67,14 @@ async def test_shard_is_given_up_a_minute_after_its_last_client_has_left(
     nursery.start_soon(following.run)
     with following.client_of(OTHER):
         with following.client_of(ONE):
-            with following.client_of(NEIGHBOUR):
+            with following.client_of(SAME_SHARD):
                 pass
             await trio.sleep(2 * LINGER)
-            assert source.told[-1] == ["s:{17}", "s:{50}"]
+            assert source.followed[-1] == ["s:{17}", "s:{50}"]
         await trio.sleep(LINGER - 0.1)
-        assert source.told[-1] == ["s:{17}", "s:{50}"]
+        assert source.followed[-1] == ["s:{17}", "s:{50}"]
         await trio.sleep(0.2)
-        assert source.told[-1] == ["s:{17}"]
+        assert source.followed[-1] == ["s:{17}"]
         assert following.names == {"s:{17}"}
 
 
@@ -88,13 +88,13 @@ async def test_client_that_comes_back_within_the_minute_keeps_the_shard(
         with following.client_of(ONE):
             await wait_all_tasks_blocked()
         await trio.sleep(LINGER - 1)
-    assert source.told == [["s:{50}"]]
+    assert source.followed == [["s:{50}"]]
     await trio.sleep(2)
-    assert source.told == [["s:{50}"], []]
+    assert source.followed == [["s:{50}"], []]
 
 
-async def test_while_the_number_changes_the_old_stream_is_read_for_as_long() -> None:
+async def test_stream_without_shards_is_read_too_while_the_number_changes() -> None:
     source = FakeSource()
     following = Following(source, History(), Sharding(("s",), shards=64))
     with following.client_of(ONE):
-        assert source.told == [["s", "s:{50}"]]
+        assert source.followed == [["s", "s:{50}"]]

@@ -1,4 +1,4 @@
-"""History: what it keeps and for how long, and what it can say of a place."""
+"""History: which events it holds and for how long, and which cursors it covers."""
 
 import time
 from collections.abc import Collection, Sequence
@@ -18,7 +18,7 @@ from trio_gateway.testing import make_event
 A, B = Stream("aaaa"), Stream("bbbb")
 TENANT, BRANCH = TenantId(1), BranchId(1)
 FLOOR, KITCHEN, ADMINS = floor(TENANT, BRANCH), kitchen(TENANT, BRANCH), admins(TENANT, BRANCH)
-EVERYBODY = (FLOOR, KITCHEN, ADMINS)
+ALL = (FLOOR, KITCHEN, ADMINS)
 
 
 def at(milliseconds: int, sequence: int = 0) -> Position:
@@ -36,7 +36,7 @@ def add(
     position: Position,
     *,
     stream: Stream = A,
-    audiences: Collection[Audience] = EVERYBODY,
+    audiences: Collection[Audience] = ALL,
     now: float = 0.0,
     data: object = None,
 ) -> None:
@@ -45,7 +45,7 @@ def add(
 
 
 def begun(*streams: Stream, **bounds: float) -> History:
-    """A history of streams in which nothing ever was."""
+    """A history of empty streams."""
     history = History(
         events=int(bounds.pop("events", 1000)),
         size=int(bounds.pop("size", 10**9)),
@@ -58,20 +58,20 @@ def begun(*streams: Stream, **bounds: float) -> History:
     return history
 
 
-def places(kept: Sequence[StoredEvent]) -> list[int]:
-    return [each.position[0] for each in kept]
+def milliseconds_of(stored: Sequence[StoredEvent]) -> list[int]:
+    return [each.position[0] for each in stored]
 
 
 def missed(
     history: History, position: Position, *audiences: Audience, stream: Stream = A
 ) -> list[int]:
-    return places(history.missed({stream: position}, audiences or EVERYBODY))
+    return milliseconds_of(history.missed({stream: position}, audiences or ALL))
 
 
-# What it keeps
+# Bounds
 
 
-def test_it_is_bounded_by_count_and_the_oldest_goes_first() -> None:
+def test_history_is_bounded_by_count_and_the_oldest_event_goes_first() -> None:
     history = begun(events=3)
     for n in range(1, 6):
         add(history, at(n))
@@ -82,7 +82,7 @@ def test_it_is_bounded_by_count_and_the_oldest_goes_first() -> None:
     assert not history.covers({A: at(1)})
 
 
-def test_it_is_bounded_by_the_bytes_of_its_frames() -> None:
+def test_history_is_bounded_by_the_bytes_of_its_frames() -> None:
     frame = len(event(A, at(1)).frame)
     history = begun(size=3 * frame)
     for n in range(1, 6):
@@ -92,7 +92,7 @@ def test_it_is_bounded_by_the_bytes_of_its_frames() -> None:
     assert missed(history, START) == [3, 4, 5]
 
 
-def test_event_that_is_bigger_than_all_its_room_is_forgotten_at_once() -> None:
+def test_event_bigger_than_the_bound_is_forgotten_at_once() -> None:
     history = begun(size=10)
     add(history, at(1))
 
@@ -101,7 +101,7 @@ def test_event_that_is_bigger_than_all_its_room_is_forgotten_at_once() -> None:
     assert history.covers({A: at(1)})
 
 
-def test_it_is_bounded_by_age_which_is_time_since_hearing_whatever_redis_calls_it() -> None:
+def test_age_is_counted_from_receipt_and_not_from_the_entry_id() -> None:
     history = begun(age=10)
     add(history, at(5), now=5)
     add(history, at(3_600_009), now=9)
@@ -116,7 +116,7 @@ def test_it_is_bounded_by_age_which_is_time_since_hearing_whatever_redis_calls_i
     assert not history.covers({A: at(3_600_009)})
 
 
-def test_it_empties_to_nothing() -> None:
+def test_emptied_history_holds_no_memory() -> None:
     history = begun(A, B, age=10)
     for n in range(1, 100):
         add(
@@ -133,7 +133,7 @@ def test_it_empties_to_nothing() -> None:
 # What was missed
 
 
-def test_audience_is_told_what_it_heard_and_nothing_else() -> None:
+def test_audience_missed_its_own_events_only() -> None:
     history = begun()
     add(history, at(1), audiences=[FLOOR])
     add(history, at(2), audiences=[KITCHEN])
@@ -153,39 +153,39 @@ def test_event_for_several_audiences_of_one_client_is_missed_once() -> None:
     assert missed(history, at(1), FLOOR, KITCHEN, ADMINS) == [2, 3, 4]
 
 
-def test_only_the_streams_that_a_place_names_are_replayed_in_the_order_of_their_entries() -> None:
+def test_only_streams_of_the_cursor_are_replayed_in_the_order_of_their_entries() -> None:
     history = begun(A, B)
     for n in range(1, 9):
         add(history, at(n), stream=A if n % 2 else B)
 
     assert missed(history, at(3)) == [5, 7]
     assert missed(history, at(4), stream=B) == [6, 8]
-    assert places(history.missed({A: at(3), B: at(4)}, EVERYBODY)) == [5, 6, 7, 8]
+    assert milliseconds_of(history.missed({A: at(3), B: at(4)}, ALL)) == [5, 6, 7, 8]
 
 
 @given(
-    st.lists(st.tuples(st.sampled_from([A, B]), st.sets(st.sampled_from(EVERYBODY))), max_size=30),
+    st.lists(st.tuples(st.sampled_from([A, B]), st.sets(st.sampled_from(ALL))), max_size=30),
     st.integers(1, 30),
     st.integers(0, 31),
-    st.sets(st.sampled_from(EVERYBODY)),
+    st.sets(st.sampled_from(ALL)),
 )
-def test_what_is_missed_is_what_a_plain_list_would_say(
+def test_missed_events_agree_with_a_plain_list(
     happened: list[tuple[Stream, set[Audience]]], most: int, seen: int, mine: set[Audience]
 ) -> None:
     history = begun(A, B, events=most)
     for n, (stream, audiences) in enumerate(happened, 1):
         add(history, at(n), stream=stream, audiences=audiences)
 
-    kept = list(enumerate(happened, 1))[-most:] if happened else []
+    stored = list(enumerate(happened, 1))[-most:] if happened else []
     for cursor in ({A: at(seen)}, {A: at(seen), B: at(seen // 2)}):
         expected = [
-            n for n, (stream, heard) in kept
-            if stream in cursor and cursor[stream] < at(n) and heard & mine
+            n for n, (stream, routed) in stored
+            if stream in cursor and cursor[stream] < at(n) and routed & mine
         ]  # fmt: skip
-        assert places(history.missed(cursor, mine)) == expected
+        assert milliseconds_of(history.missed(cursor, mine)) == expected
 
 
-def test_replay_costs_what_was_missed_and_not_what_happened() -> None:
+def test_cost_of_a_replay_depends_on_what_was_missed_only() -> None:
     def cost(happened: int, streams: Sequence[Stream]) -> float:
         history = begun(*streams, events=10**6)
         for n in range(1, happened):
@@ -194,7 +194,7 @@ def test_replay_costs_what_was_missed_and_not_what_happened() -> None:
         took = []
         for _ in range(20):
             started = time.perf_counter()
-            history.missed(cursor, EVERYBODY)
+            history.missed(cursor, ALL)
             took.append(time.perf_counter() - started)
         return min(took)
 
@@ -215,7 +215,7 @@ def test_restart_of_one_stream_among_many_events_of_another_is_quick() -> None:
     assert len(missed(history, START, stream=B)) == len(history) == 9_999
 
 
-# What it can say of a place
+# Which cursors it covers
 
 
 def test_stream_that_was_read_from_its_first_entry_is_covered_from_its_start() -> None:
@@ -226,7 +226,7 @@ def test_stream_that_was_read_from_its_first_entry_is_covered_from_its_start() -
 
     assert history.covers({A: START})
     assert history.covers({A: at(5)})
-    # Nothing stood there: it is an id of a stream that is no more.
+    # No entry had that id: it is of a stream that was deleted.
     assert not history.covers({A: at(4)})
 
 
@@ -241,7 +241,7 @@ def test_stream_that_was_trimmed_is_covered_from_its_first_entry_on() -> None:
     assert not history.covers({A: START})
 
 
-def test_no_place_and_a_place_in_an_unknown_stream_are_not_covered() -> None:
+def test_empty_cursor_and_a_cursor_in_an_unknown_stream_are_not_covered() -> None:
     history = begun()
     add(history, at(5))
     assert not history.covers({})
@@ -249,25 +249,25 @@ def test_no_place_and_a_place_in_an_unknown_stream_are_not_covered() -> None:
     assert not history.covers({A: at(5), B: at(5)})
 
 
-def test_place_is_ahead_when_another_process_was_quicker() -> None:
+def test_cursor_of_a_faster_process_is_ahead() -> None:
     history = begun()
     add(history, at(5))
     assert not history.is_ahead({A: at(5)})
     assert history.is_ahead({A: at(5, 1)})
-    assert not history.is_ahead({A: at(5), B: at(1)})  # nobody reads that stream
+    assert not history.is_ahead({A: at(5), B: at(1)})  # no task reads that stream
     history.advance(A, at(7))  # not all that is read is an event
     assert not history.is_ahead({A: at(7)})
     assert history.covers({A: at(7)})
 
 
-async def test_everybody_who_waits_for_a_place_is_told_when_it_is_read(
+async def test_all_that_wait_for_a_position_are_woken_when_it_is_read(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
-    history, told = begun(), list[tuple[int, float]]()
+    history, woken = begun(), list[tuple[int, float]]()
 
     async def wait(milliseconds: int) -> None:
         await history.wait_for({A: at(milliseconds)})
-        told.append((milliseconds, trio.current_time()))
+        woken.append((milliseconds, trio.current_time()))
 
     await wait(0)
     for milliseconds in (3, 2, 2, 3):
@@ -277,35 +277,37 @@ async def test_everybody_who_waits_for_a_place_is_told_when_it_is_read(
         history.advance(A, at(n))
     await wait_all_tasks_blocked()
 
-    assert sorted(told) == [(0, 0), (2, 2), (2, 2), (3, 3), (3, 3)]
+    assert sorted(woken) == [(0, 0), (2, 2), (2, 2), (3, 3), (3, 3)]
 
 
-async def test_begin_is_waited_for(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
-    history, told = History(age=10**9), list[float]()
+async def test_wait_begun_returns_after_the_first_reading(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    history, woken = History(age=10**9), list[float]()
 
     async def wait() -> None:
         await history.wait_begun()
-        told.append(trio.current_time())
+        woken.append(trio.current_time())
 
     nursery.start_soon(wait)
     nursery.start_soon(wait)
     await trio.sleep(1)
     history.begin(A, at(1))
-    history.add(event(A, at(1)), EVERYBODY, now=0)
+    history.add(event(A, at(1)), ALL, now=0)
     await trio.sleep(1)
-    assert not told
-    assert history.end == {}  # so that nobody who is accepted meanwhile is sent the past
+    assert not woken
+    assert history.end == {}  # so that a client that is accepted meanwhile is not sent the past
     history.advance(A, at(1))
     await wait_all_tasks_blocked()
 
-    assert told == [2, 2]
+    assert woken == [2, 2]
     assert history.began == {A: at(1)}
 
 
 # When entries were lost
 
 
-def test_trimmed_beyond_the_cursor_it_goes_on_before_the_first_entry_that_is_left() -> None:
+def test_stream_trimmed_beyond_the_cursor_continues_at_its_first_entry() -> None:
     history = begun()
     for n in (1, 2, 3):
         add(history, at(n))
@@ -319,8 +321,8 @@ def test_trimmed_beyond_the_cursor_it_goes_on_before_the_first_entry_that_is_lef
     assert missed(history, at(9)) == [10]
 
 
-def test_recreated_it_refuses_every_place_of_the_old_stream() -> None:
-    """Redis came back with 1 and 2 of 1, 2, 3: who saw 2 has missed 3, and nobody knows it."""
+def test_recreated_stream_does_not_cover_positions_of_the_old_one() -> None:
+    """Redis came back with 1 and 2 of 1, 2, 3: a client that saw 2 has missed 3, unnoticed."""
     history = begun()
     for n in (1, 2, 3):
         add(history, at(n))
@@ -334,7 +336,7 @@ def test_recreated_it_refuses_every_place_of_the_old_stream() -> None:
     assert missed(history, at(10)) == [11]
 
 
-def test_recreated_twice_it_still_refuses_the_places_of_the_first_stream() -> None:
+def test_stream_recreated_twice_does_not_cover_positions_of_the_first() -> None:
     history = begun()
     for n in (1, 2, 3):
         add(history, at(n))
@@ -345,7 +347,7 @@ def test_recreated_twice_it_still_refuses_the_places_of_the_first_stream() -> No
     assert history.covers({A: at(10)})
 
 
-def test_restart_leaves_other_streams_alone() -> None:
+def test_restart_does_not_change_other_streams() -> None:
     history = begun(A, B)
     for n in range(1, 9):
         add(history, at(n), stream=A if n % 2 else B)
@@ -370,24 +372,24 @@ def test_restart_leaves_other_streams_alone() -> None:
         (1.0009, [1000, 2000, 3000]), (1.0011, [2000, 3000]), (3, [3000]), (3.001, []), (1e300, []),
     ],
 )  # fmt: skip
-def test_since_a_time_means_the_milliseconds_in_which_events_entered_redis(
+def test_time_is_compared_with_the_milliseconds_of_the_entry_id(
     moment: float, expected: list[int]
 ) -> None:
     history = begun()
     for n in (1000, 2000, 3000):
         add(history, at(n))
     cursor, complete = history.place_before(moment)
-    assert (places(history.missed(cursor, EVERYBODY)), complete) == (expected, True)
+    assert (milliseconds_of(history.missed(cursor, ALL)), complete) == (expected, True)
 
 
 @given(
-    st.lists(st.tuples(st.sampled_from([A, B]), st.sets(st.sampled_from(EVERYBODY))), max_size=40),
+    st.lists(st.tuples(st.sampled_from([A, B]), st.sets(st.sampled_from(ALL))), max_size=40),
     st.integers(0, 41),
     st.integers(0, 41),
-    st.sets(st.sampled_from(EVERYBODY)),
+    st.sets(st.sampled_from(ALL)),
     st.integers(1, 7),
 )
-def test_pieces_put_together_are_all_that_was_missed(
+def test_chunks_together_are_all_that_was_missed(
     added: list[tuple[Stream, set[Audience]]], a: int, b: int, mine: set[Audience], most: int
 ) -> None:
     history = begun(A, B, events=30)
@@ -395,15 +397,15 @@ def test_pieces_put_together_are_all_that_was_missed(
         add(history, at(n), stream=stream, audiences=audiences)
     cursor = {A: at(a), B: at(b)}
     expected, found = history.missed(cursor, mine), []
-    while piece := history.following(cursor, mine, most):
-        assert len(piece) <= most
-        found += piece
-        for kept in piece:
-            cursor = {**cursor, kept.stream: kept.position}
+    while chunk := history.following(cursor, mine, most):
+        assert len(chunk) <= most
+        found += chunk
+        for stored in chunk:
+            cursor = {**cursor, stored.stream: stored.position}
     assert found == expected
 
 
-def test_since_a_time_before_what_is_known_is_not_all() -> None:
+def test_time_before_the_history_is_not_complete() -> None:
     history = begun(events=2)
     for n in (1000, 2000, 3000):
         add(history, at(n))

@@ -1,4 +1,4 @@
-"""The hub: who is in which audience, and how many may be."""
+"""The hub: which connections are in which audience, and how many there may be."""
 
 import trio
 from hypothesis import settings
@@ -52,7 +52,7 @@ def test_total_is_limited() -> None:
     assert refusal(hub, make_principal(user=3)) is None
 
 
-def test_the_number_of_messages_never_falls_while_a_connection_leaves() -> None:
+def test_number_of_messages_does_not_fall_while_a_connection_leaves() -> None:
     hub = Hub()
     seen = [hub.messages]
     stays, leaver = joined(hub, make_principal(user=1)), joined(hub, make_principal(user=2))
@@ -67,7 +67,7 @@ def test_the_number_of_messages_never_falls_while_a_connection_leaves() -> None:
     assert seen == [0, 5, 5, 5]
 
 
-def test_a_user_is_limited_across_endpoints() -> None:
+def test_user_limit_counts_all_endpoints() -> None:
     hub = Hub(CapacityLimits(total=99, per_user=3, per_session=9))
     for endpoint in (Endpoint.WAITER, Endpoint.KITCHEN, Endpoint.ADMIN):
         joined(hub, make_principal(endpoint, user=7))
@@ -79,7 +79,7 @@ def test_a_user_is_limited_across_endpoints() -> None:
     assert refusal(hub, make_principal(Endpoint.WAITER, user=8)) is None
 
 
-def test_the_same_user_number_in_another_tenant_is_another_user() -> None:
+def test_same_user_number_in_another_tenant_is_another_user() -> None:
     hub = Hub(CapacityLimits(total=99, per_user=1, per_session=9))
     joined(hub, make_principal(tenant=1, user=7))
 
@@ -87,7 +87,7 @@ def test_the_same_user_number_in_another_tenant_is_another_user() -> None:
     assert refusal(hub, make_principal(tenant=2, user=7)) is None
 
 
-def test_a_session_has_its_own_limit() -> None:
+def test_session_has_a_limit_of_its_own() -> None:
     hub = Hub(CapacityLimits(total=99, per_user=1, per_session=2))
     for _ in range(2):
         joined(hub, make_principal(Endpoint.DINER, session=5))
@@ -101,7 +101,7 @@ def test_a_session_has_its_own_limit() -> None:
     assert refusal(hub, make_principal(Endpoint.WAITER, user=5)) is None
 
 
-def test_asking_for_admission_leaves_no_trace() -> None:
+def test_check_for_admission_leaves_nothing_behind() -> None:
     hub = Hub(CapacityLimits(total=1, per_user=1, per_session=1))
     for user in range(100):
         hub.admit(make_principal(user=user))
@@ -109,7 +109,7 @@ def test_asking_for_admission_leaves_no_trace() -> None:
     assert not hub._owned
 
 
-def test_without_limits_everybody_is_admitted() -> None:
+def test_without_limits_all_are_admitted() -> None:
     hub = Hub()
     for _ in range(50):
         joined(hub, make_principal())
@@ -118,7 +118,7 @@ def test_without_limits_everybody_is_admitted() -> None:
     assert hub.by_endpoint[Endpoint.WAITER] == 50
 
 
-def test_a_member_of_many_audiences_is_found_once() -> None:
+def test_member_of_several_audiences_is_found_once() -> None:
     hub = Hub()
     connection = joined(hub, make_principal(branches=(1, 2), sectors=(5, 6), roles=["ADMIN"]))
 
@@ -126,7 +126,7 @@ def test_a_member_of_many_audiences_is_found_once() -> None:
     assert hub.members(connection.audiences) == [connection]
 
 
-def test_members_of_no_audience_are_nobody() -> None:
+def test_empty_audiences_have_no_members() -> None:
     hub = Hub()
     joined(hub, make_principal())
 
@@ -145,7 +145,7 @@ def test_members_are_a_snapshot() -> None:
     assert hub.members([floor(ONE, BRANCH)]) == []
 
 
-def test_who_moves_hears_the_new_audiences_only() -> None:
+def test_connection_that_moves_is_in_its_new_audiences_only() -> None:
     hub = Hub()
     connection = joined(hub, make_principal(sectors=(5,)))
 
@@ -156,7 +156,7 @@ def test_who_moves_hears_the_new_audiences_only() -> None:
     assert hub.members([floor(ONE, BRANCH)]) == [connection]
 
 
-def test_who_has_left_no_longer_moves() -> None:
+def test_connection_that_has_left_does_not_move() -> None:
     hub = Hub()
     connection = joined(hub, make_principal(sectors=(5,)))
     hub.leave(connection)
@@ -166,7 +166,7 @@ def test_who_has_left_no_longer_moves() -> None:
     assert not hub.hears([waiters(ONE, BRANCH, SectorId(6))])
 
 
-def test_who_left_is_leaving_until_it_is_gone() -> None:
+def test_connection_that_left_is_leaving_until_it_is_finished() -> None:
     hub = Hub()
     connection = joined(hub, make_principal())
 
@@ -196,7 +196,7 @@ async def test_wait_empty_waits_for_the_last_close(
         waited.append(trio.current_time())
 
     await wait_all_tasks_blocked()
-    for _ in range(3):  # each of those who wait
+    for _ in range(3):  # each task that waits
         nursery.start_soon(wait)
     await trio.sleep(1)
     await early.client.leave()
@@ -207,7 +207,7 @@ async def test_wait_empty_waits_for_the_last_close(
     assert waited == [2, 2, 2]
 
 
-async def test_wait_empty_goes_on_if_somebody_joins_meanwhile(
+async def test_wait_empty_waits_for_a_connection_that_joins_meanwhile(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     hub = Hub()
@@ -288,7 +288,7 @@ class HubAgainstPlainSets(RuleBasedStateMachine):
         return connection
 
     @rule(connection=consumes(outside))
-    def be_gone(self, connection: Connection) -> None:
+    def finish(self, connection: Connection) -> None:
         self.hub.finish(connection)
         self.leaving.discard(connection)
 
@@ -301,9 +301,9 @@ class HubAgainstPlainSets(RuleBasedStateMachine):
             assert len(found) == len(expected)
             assert set(found) == expected
             assert self.hub.hears([audience]) is bool(expected)
-        everybody = self.hub.members(self.known)
-        assert len(everybody) == len(self.model)
-        assert set(everybody) == set(self.model)
+        members = self.hub.members(self.known)
+        assert len(members) == len(self.model)
+        assert set(members) == set(self.model)
 
     @invariant()
     def counts_are_exact(self) -> None:

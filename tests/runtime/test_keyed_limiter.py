@@ -1,4 +1,4 @@
-"""The keyed limiter: few turns for each user or session."""
+"""The keyed limiter: a few requests at a time for each user or session."""
 
 import pytest
 import trio
@@ -9,7 +9,7 @@ from trio_gateway.runtime.concurrency_limiter import Overloaded
 from trio_gateway.runtime.keyed_limiter import KeyedLimiter
 
 
-async def test_each_key_has_few_turns_of_its_own(
+async def test_each_key_has_a_limit_of_its_own(
     autojump_clock: MockClock,
 ) -> None:
     turns = KeyedLimiter(2)

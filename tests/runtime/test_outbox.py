@@ -66,7 +66,7 @@ def test_frames_that_are_written_no_longer_count() -> None:
     assert outbox.bytes == 51
 
 
-def test_empty_chunk_does_no_harm() -> None:
+def test_empty_chunk_changes_nothing() -> None:
     outbox = Outbox()
     outbox.put(text_frame(b"hello"), 1, written=3)
     outbox.put(b"", 0)
@@ -143,7 +143,7 @@ def test_any_puts_and_takes_yield_the_frames_in_order(
 
 
 @pytest.mark.parametrize("bounds", [{"max_bytes": 20}, {"max_frames": 2}])
-def test_put_tells_when_more_waits_than_a_bound_allows(bounds: dict[str, float]) -> None:
+def test_put_returns_whether_more_waits_than_a_bound_allows(bounds: dict[str, float]) -> None:
     outbox, data = Outbox(**bounds), text_frame(b"12345678")
 
     assert [outbox.put(data, 1) for _ in range(4)] == [False, False, True, True]
@@ -158,7 +158,7 @@ def test_bytes_that_the_kernel_took_at_once_do_not_count_for_the_bound() -> None
     assert not Outbox(max_bytes=4).put(data, 1, written=len(data) - 4)
 
 
-def test_what_was_discarded_while_it_was_sent_is_not_counted_as_taken() -> None:
+def test_bytes_discarded_while_they_were_sent_do_not_count_as_taken() -> None:
     outbox = Outbox()
     outbox.put(text_frame(b"a"), 1)
     sent = len(outbox.head())

@@ -1,4 +1,4 @@
-"""The queue: its two ways to be full, and nobody behind another's flood."""
+"""The queue: drop or wait when it is full, and no tenant behind the flood of another."""
 
 import json
 import math
@@ -75,7 +75,7 @@ async def test_part_of_what_was_read_is_added_as_soon_as_there_is_room(
     assert (numbers(queue.take(9)), queue.undelivered) == ([6], 7)
 
 
-async def test_take_returns_what_is_there_and_never_waits_for_more(
+async def test_take_returns_what_waits_and_never_waits_for_more(
     autojump_clock: MockClock,
 ) -> None:
     queue = EventQueue(9)
@@ -87,7 +87,9 @@ async def test_take_returns_what_is_there_and_never_waits_for_more(
     assert trio.current_time() == 0
 
 
-async def test_wait_ends_with_the_first(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
+async def test_wait_ends_with_the_first_event(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
     queue = EventQueue(9)
     took: list[tuple[float, list[int]]] = []
 
@@ -116,7 +118,7 @@ async def test_queue_is_idle_when_all_is_delivered(
     await wait()  # nothing was added yet
     await queue.put(numbered(0))
     queue.offer(numbered(1))
-    for _ in range(3):  # each of those who wait
+    for _ in range(3):  # each task that waits
         nursery.start_soon(wait)
     await trio.sleep(1)
     queue.take(1)
@@ -157,7 +159,7 @@ async def test_queue_is_not_idle_while_an_event_is_on_its_way(
         await wait_all_tasks_blocked()
 
 
-async def test_queue_is_not_idle_while_somebody_waits_for_room(
+async def test_queue_is_not_idle_while_a_put_waits_for_room(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     queue = EventQueue(1)
@@ -175,7 +177,7 @@ async def test_queue_is_not_idle_while_somebody_waits_for_room(
     assert trio.current_time() == 3
 
 
-async def test_queue_is_idle_though_somebody_gave_up_waiting_for_room(
+async def test_queue_is_idle_after_a_put_gave_up_waiting_for_room(
     autojump_clock: MockClock,
 ) -> None:
     queue = EventQueue(1)
@@ -189,7 +191,7 @@ async def test_queue_is_idle_though_somebody_gave_up_waiting_for_room(
     assert trio.current_time() == 1
 
 
-async def test_queue_is_idle_once_the_last_gives_up_waiting_for_room(
+async def test_queue_is_idle_when_the_last_put_gives_up_waiting_for_room(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     queue = EventQueue(1)
@@ -229,7 +231,7 @@ def of_stream(stream: str, n: int, **keys: Any) -> Event:
     return numbered(n, stream=Stream(stream), position=Position((n, 0)), **keys)
 
 
-def test_nobody_waits_behind_the_flood_of_another() -> None:
+def test_flood_of_one_tenant_does_not_delay_another() -> None:
     queue = EventQueue(1000)
     for n in range(900):
         queue.offer(numbered(n))
@@ -241,7 +243,7 @@ def test_nobody_waits_behind_the_flood_of_another() -> None:
     assert tenants(queue.take(3)) == [2, 1, 1]  # in turn, across batches
 
 
-def test_one_tenant_alone_may_fill_the_queue() -> None:
+def test_single_tenant_may_fill_the_queue() -> None:
     queue = EventQueue(100)
     for n in range(100):
         queue.offer(numbered(n))
@@ -249,7 +251,7 @@ def test_one_tenant_alone_may_fill_the_queue() -> None:
     assert (queue.depth, queue.dropped) == (100, 0)
 
 
-def test_the_flood_of_one_drops_nothing_of_another() -> None:
+def test_flood_of_one_tenant_drops_no_event_of_another() -> None:
     queue = EventQueue(100)
     for n in range(1000):
         queue.offer(numbered(n))
@@ -267,7 +269,7 @@ _happenings = st.lists(st.one_of(_some_tenant, st.integers(-9, -1)), max_size=20
 
 
 @given(_happenings, st.integers(1, 12))
-def test_each_tenant_is_taken_from_in_turn_and_loses_nothing_of_its_share(
+def test_tenants_take_turns_and_lose_nothing_of_their_share(
     happenings: list[int], capacity: int
 ) -> None:
     queue = EventQueue(capacity)
@@ -289,12 +291,12 @@ def test_each_tenant_is_taken_from_in_turn_and_loses_nothing_of_its_share(
         for event in batch:
             assert numbers([event]) == [waiting[event.tenant].pop(0)]
         got = Counter(tenants(batch))
-        for tenant in waiting:  # who could have had more had as many as anybody
+        for tenant in waiting:  # one that still has events had as many as any other
             assert not waiting[tenant] or got[tenant] >= max(got.values()) - 1
     assert queue.depth == sum(map(len, waiting.values()))
 
 
-def test_who_has_most_now_pays_and_not_who_had_most_before() -> None:
+def test_tenant_over_its_share_now_loses_events_and_not_one_that_was_over_it_before() -> None:
     queue = EventQueue(20)
 
     def offer(tenant: int, events: int) -> None:
@@ -302,7 +304,7 @@ def test_who_has_most_now_pays_and_not_who_had_most_before() -> None:
             queue.offer(numbered(n, tenant_id=tenant))
 
     offer(1, 20)
-    offer(2, 1)  # the first one pays
+    offer(2, 1)  # an event of tenant 1 is dropped
     queue.take(19)
     offer(2, 30)
     offer(3, 3)
@@ -318,7 +320,7 @@ def test_who_has_most_now_pays_and_not_who_had_most_before() -> None:
     ),
     st.integers(1, 9),
 )
-def test_a_stream_keeps_its_order_whoever_its_events_are_for(
+def test_stream_keeps_its_order_whatever_the_tenants_of_its_events(
     happenings: list[tuple[str, int] | int], capacity: int
 ) -> None:
     async def scenario() -> None:
@@ -347,7 +349,7 @@ def test_a_stream_keeps_its_order_whoever_its_events_are_for(
     trio.run(scenario, clock=MockClock(autojump_threshold=0))
 
 
-async def test_streams_are_taken_from_in_turn(autojump_clock: MockClock) -> None:
+async def test_streams_take_turns(autojump_clock: MockClock) -> None:
     queue = EventQueue(100)
     for n in range(60):
         await queue.put(of_stream("a", n, tenant_id=1 + n // 20))
@@ -357,7 +359,7 @@ async def test_streams_are_taken_from_in_turn(autojump_clock: MockClock) -> None
     assert numbers(queue.take(6)) == [0, 100, 1, 101, 2, 102]
 
 
-async def test_oldest_is_when_the_first_that_waits_was_heard(
+async def test_oldest_is_the_time_at_which_the_first_waiting_event_was_received(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     queue = EventQueue(2)
@@ -373,7 +375,7 @@ async def test_oldest_is_when_the_first_that_waits_was_heard(
     assert numbers(queue.take(2)) == [1, 2]
 
 
-async def test_tenant_over_its_rate_loses_what_is_over_it_and_nobody_else_does(
+async def test_tenant_over_its_rate_loses_only_events_of_its_own(
     autojump_clock: MockClock,
 ) -> None:
     queue = EventQueue(1000, rate=TenantRate(10))

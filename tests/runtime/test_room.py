@@ -1,4 +1,4 @@
-"""Making room: who does not answer a ping within two seconds gives way to a newcomer."""
+"""Making room: a connection that does not answer a ping in two seconds gives way to a new one."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -16,7 +16,7 @@ from trio_gateway.runtime.room import Room
 from trio_gateway.runtime.socket import Ping, Pong
 from trio_gateway.testing import FakeSocket, make_principal
 
-TERMS = ConnectionLimits(stale_after=1e6, receive_timeout=1e6)
+LIMITS = ConnectionLimits(stale_after=1e6, receive_timeout=1e6)
 DINER = make_principal(Endpoint.DINER)
 
 
@@ -30,11 +30,11 @@ class Restaurant:
         self.room = Room(self.hub, lambda: self.closing)
 
     async def join(
-        self, principal: Principal | None = None, *, said: str | Ping | Pong | None = None
+        self, principal: Principal | None = None, *, answers_with: str | Ping | Pong | None = None
     ) -> FakeSocket:
-        """A client that answers a ping a quarter of a second later with ``said``, or never."""
+        """A client that sends ``answers_with`` 0.25 s after each ping, or never answers."""
         socket = FakeSocket()
-        client = Connection(principal or make_principal(), TERMS)
+        client = Connection(principal or make_principal(), LIMITS)
 
         async def answer() -> None:
             pings = 0
@@ -42,17 +42,17 @@ class Restaurant:
                 await trio.sleep(0.25)
                 if socket.pings > pings:
                     pings = socket.pings
-                    assert said is not None
-                    await socket.client.send(said)
+                    assert answers_with is not None
+                    await socket.client.send(answers_with)
 
         self.nursery.start_soon(client.run, socket, self.hub)
-        if said is not None:
+        if answers_with is not None:
             self.nursery.start_soon(answer)
         await trio.sleep(1)  # one is silent for longer than the next
         return socket
 
-    async def come(self, principal: Principal | None = None) -> str:
-        """What a newcomer is told, and after how many seconds."""
+    async def arrive(self, principal: Principal | None = None) -> str:
+        """The outcome for a new connection, and after how many seconds."""
         started = trio.current_time()
         found = principal or make_principal()
         try:
@@ -60,11 +60,11 @@ class Restaurant:
         except Rejected as rejected:
             return f"{int(rejected.close)} {rejected.label} {trio.current_time() - started:.1f}"
         with place:
-            client = Connection(found, TERMS)
+            client = Connection(found, LIMITS)
             self.nursery.start_soon(client.run, FakeSocket(), self.hub)
-            told = f"in {trio.current_time() - started:.1f}"
+            outcome = f"in {trio.current_time() - started:.1f}"
             await wait_all_tasks_blocked()  # it has joined, and others are closed
-        return told
+        return outcome
 
 
 @asynccontextmanager
@@ -78,90 +78,92 @@ async def opened(total: int = 100) -> AsyncIterator[Restaurant]:
         nursery.cancel_scope.cancel()
 
 
-async def test_below_the_limit_nobody_is_asked(autojump_clock: MockClock) -> None:
+async def test_below_the_limit_no_connection_is_pinged(autojump_clock: MockClock) -> None:
     async with opened() as restaurant:
         sockets = [await restaurant.join() for _ in range(2)]
-        assert await restaurant.come() == "in 0.0"
+        assert await restaurant.arrive() == "in 0.0"
         assert not any(socket.pings for socket in sockets)
 
 
-async def test_longest_silent_gives_way_after_two_seconds(autojump_clock: MockClock) -> None:
+async def test_longest_silent_connection_is_closed_after_two_seconds(
+    autojump_clock: MockClock,
+) -> None:
     async with opened() as restaurant:
         first, second, third = [await restaurant.join() for _ in range(3)]
         await first.client.send("hello")  # so that the second is silent for longest
-        assert await restaurant.come() == "in 2.0"
+        assert await restaurant.arrive() == "in 2.0"
         assert (first.closed, second.closed, third.closed) == (None, Close.HEARTBEAT_TIMEOUT, None)
         assert len(restaurant.hub) == 3
 
 
-@pytest.mark.parametrize("said", [Pong(), Ping(b""), "ping", "nonsense"], ids=str)
-async def test_when_all_answer_the_newcomer_is_refused(
-    autojump_clock: MockClock, said: str | Ping | Pong
+@pytest.mark.parametrize("answers_with", [Pong(), Ping(b""), "ping", "nonsense"], ids=str)
+async def test_new_connection_is_refused_if_all_others_answer(
+    autojump_clock: MockClock, answers_with: str | Ping | Pong
 ) -> None:
     async with opened() as restaurant:
-        sockets = [await restaurant.join(said=said) for _ in range(3)]
-        told = await restaurant.come()
-        assert told.startswith("1013 user_limit 0.")
+        sockets = [await restaurant.join(answers_with=answers_with) for _ in range(3)]
+        outcome = await restaurant.arrive()
+        assert outcome.startswith("1013 user_limit 0.")
         assert not any(socket.closed for socket in sockets)
 
 
-async def test_those_that_answer_stay(autojump_clock: MockClock) -> None:
+async def test_connections_that_answer_stay(autojump_clock: MockClock) -> None:
     async with opened() as restaurant:
-        alive = [await restaurant.join(said=Pong()) for _ in range(2)]
+        alive = [await restaurant.join(answers_with=Pong()) for _ in range(2)]
         dead = await restaurant.join()
-        assert await restaurant.come() == "in 2.0"
-        assert await restaurant.come() == "in 2.0"  # the one who has just come does not answer
+        assert await restaurant.arrive() == "in 2.0"
+        assert await restaurant.arrive() == "in 2.0"  # the newest one does not answer
         assert dead.closed is Close.HEARTBEAT_TIMEOUT
         assert not any(socket.closed for socket in alive)
 
 
-async def test_newcomers_share_a_probe_and_no_dead_one_is_counted_twice(
+async def test_new_connections_share_a_probe_and_no_dead_connection_is_counted_twice(
     autojump_clock: MockClock,
 ) -> None:
     async with opened() as restaurant, trio.open_nursery() as nursery:
-        alive = await restaurant.join(said=Pong())
+        alive = await restaurant.join(answers_with=Pong())
         dead = [await restaurant.join() for _ in range(2)]
-        told: list[str] = []
+        outcomes: list[str] = []
 
-        async def come(after: float) -> None:
+        async def arrive(after: float) -> None:
             await trio.sleep(after)
-            told.append(await restaurant.come())
+            outcomes.append(await restaurant.arrive())
 
         for n in range(3):
-            nursery.start_soon(come, n * 0.5)
-        nursery.start_soon(come, 1.2)  # more than there are connections
+            nursery.start_soon(arrive, n * 0.5)
+        nursery.start_soon(arrive, 1.2)  # more than there are connections
         await trio.sleep(3)
-        assert told[0] == "1013 user_limit 0.0"  # the fourth
-        assert [each.split()[0] for each in sorted(told)] == ["1013", "1013", "in", "in"]
+        assert outcomes[0] == "1013 user_limit 0.0"  # the fourth
+        assert [each.split()[0] for each in sorted(outcomes)] == ["1013", "1013", "in", "in"]
         assert [socket.closed for socket in dead] == [Close.HEARTBEAT_TIMEOUT] * 2
         assert alive.closed is None
         assert alive.pings == 1
         assert len(restaurant.hub) == 3
 
 
-async def test_place_that_becomes_free_meanwhile_is_taken_and_nobody_is_closed(
+async def test_place_that_becomes_free_during_the_probe_is_taken_without_a_close(
     autojump_clock: MockClock,
 ) -> None:
     async with opened() as restaurant, trio.open_nursery() as nursery:
         sockets = [await restaurant.join() for _ in range(3)]
-        told: list[str] = []
+        outcomes: list[str] = []
 
-        async def come() -> None:
-            told.append(await restaurant.come())
+        async def arrive() -> None:
+            outcomes.append(await restaurant.arrive())
 
-        nursery.start_soon(come)
+        nursery.start_soon(arrive)
         await trio.sleep(0.95)
         await sockets[0].client.leave()
         await trio.sleep(0.3)
-        assert told == ["in 1.0"]
+        assert outcomes == ["in 1.0"]
         assert not any(socket.closed for socket in sockets[1:])
 
 
-async def test_session_and_other_owners(autojump_clock: MockClock) -> None:
+async def test_session_makes_room_among_its_own_connections_only(autojump_clock: MockClock) -> None:
     async with opened() as restaurant:
         dead = [await restaurant.join(DINER) for _ in range(2)]
         other = await restaurant.join(make_principal(Endpoint.DINER, tenant=2))
-        assert await restaurant.come(DINER) == "in 2.0"
+        assert await restaurant.arrive(DINER) == "in 2.0"
         assert [socket.closed for socket in dead] == [Close.HEARTBEAT_TIMEOUT, None]
         assert not other.pings
 
@@ -172,35 +174,35 @@ async def test_room_in_the_whole_process_is_made_only_for_an_owner_at_its_limit(
     async with opened(total=3) as restaurant:
         for _ in range(3):
             await restaurant.join()
-        assert await restaurant.come(make_principal(user=22)) == "1013 total_limit 0.0"
-        assert await restaurant.come() == "in 2.0"
+        assert await restaurant.arrive(make_principal(user=22)) == "1013 total_limit 0.0"
+        assert await restaurant.arrive() == "in 2.0"
 
 
-async def test_newcomer_that_leaves_takes_no_place(autojump_clock: MockClock) -> None:
+async def test_new_connection_that_leaves_takes_no_place(autojump_clock: MockClock) -> None:
     async with opened() as restaurant:
         sockets = [await restaurant.join() for _ in range(3)]
         with trio.move_on_after(1):
-            await restaurant.come()
+            await restaurant.arrive()
         await trio.sleep(5)
         assert not any(socket.closed for socket in sockets)
 
 
-async def test_nobody_waits_for_room_once_clients_are_sent_away(autojump_clock: MockClock) -> None:
+async def test_no_connection_waits_for_room_during_shutdown(autojump_clock: MockClock) -> None:
     async with opened() as restaurant:
         for _ in range(3):
             await restaurant.join()
         restaurant.closing = True
-        assert await restaurant.come() == "1013 user_limit 0.0"
+        assert await restaurant.arrive() == "1013 user_limit 0.0"
 
 
-async def test_pongs_that_newcomers_cause_do_not_count_towards_the_rate_limit(
+async def test_pongs_caused_by_new_connections_do_not_count_towards_the_rate_limit(
     autojump_clock: MockClock,
 ) -> None:
     """Else a second device that comes again and again would end the first."""
     async with opened() as restaurant:
-        sockets = [await restaurant.join(said=Pong()) for _ in range(3)]
+        sockets = [await restaurant.join(answers_with=Pong()) for _ in range(3)]
         for _ in range(50):
-            assert (await restaurant.come()).startswith("1013")
+            assert (await restaurant.arrive()).startswith("1013")
         await trio.sleep(1)
         assert not any(socket.closed for socket in sockets)
 
@@ -222,7 +224,7 @@ class SlowSocket(FakeSocket):
     ("answers_pings", "outstanding", "moves", "stays"),
     [
         (True, 0, False, False),
-        (True, 0, True, False),  # a proxy has acknowledged the ping, and nobody answers it
+        (True, 0, True, False),  # a proxy has acknowledged the ping, and no client answers it
         (True, 9, False, False),
         (True, 9, True, True),  # the ping is behind what it takes slowly
         (False, 0, False, True),  # a stream of events, or a socket over ASGI
@@ -230,31 +232,31 @@ class SlowSocket(FakeSocket):
         (False, 9, False, False),
     ],
 )
-async def test_who_cannot_answer_is_judged_by_what_is_acknowledged(
+async def test_connection_that_cannot_answer_is_alive_if_bytes_are_acknowledged(
     autojump_clock: MockClock, answers_pings: bool, outstanding: int, moves: bool, stays: bool
 ) -> None:
     async with opened() as restaurant:
         for _ in range(2):
-            await restaurant.join(said=Pong())
+            await restaurant.join(answers_with=Pong())
         socket = SlowSocket(answers_pings=answers_pings, outstanding=outstanding, moves=moves)
-        client = Connection(make_principal(), TERMS)
+        client = Connection(make_principal(), LIMITS)
         restaurant.nursery.start_soon(client.run, socket, restaurant.hub)
         await trio.sleep(1)
-        told = await restaurant.come()
-        assert told.startswith("1013") is stays
+        outcome = await restaurant.arrive()
+        assert outcome.startswith("1013") is stays
         assert (socket.closed is None) is stays
 
 
-async def test_client_whose_message_is_being_answered_is_there(autojump_clock: MockClock) -> None:
+async def test_client_whose_message_is_being_answered_is_alive(autojump_clock: MockClock) -> None:
     async def slow(_connection: Connection, _message: Message) -> None:
         await trio.sleep(5)
 
     async with opened() as restaurant:
         for _ in range(2):
-            await restaurant.join(said=Pong())
-        socket, client = FakeSocket(), Connection(make_principal(), TERMS, slow)
+            await restaurant.join(answers_with=Pong())
+        socket, client = FakeSocket(), Connection(make_principal(), LIMITS, slow)
         restaurant.nursery.start_soon(client.run, socket, restaurant.hub)
         await socket.client.send("refresh_sectors")
         await trio.sleep(1)
-        assert (await restaurant.come()).startswith("1013")
+        assert (await restaurant.arrive()).startswith("1013")
         assert socket.closed is None

@@ -1,4 +1,4 @@
-"""Connections that have not sent a byte wait beside each other, and not for long."""
+"""Silent connections: those without a first byte wait beside each other, and not for long."""
 
 from functools import partial
 
@@ -12,13 +12,15 @@ from trio_gateway.runtime.silent_connections import SilentConnections
 
 async def outcome(silent: SilentConnections, found: list[str], name: str, *more: object) -> None:
     try:
-        spoke = await silent.wait(trio.sleep_forever, 5, *more)  # type: ignore[arg-type]
-        found.append(f"{name} {'spoke' if spoke else 'silent'}")
+        sent = await silent.wait(trio.sleep_forever, 5, *more)  # type: ignore[arg-type]
+        found.append(f"{name} {'sent' if sent else 'silent'}")
     except Overloaded:
         found.append(f"{name} ended")
 
 
-async def test_who_speaks_goes_on_and_who_does_not_has_its_time(autojump_clock: MockClock) -> None:
+async def test_connection_that_sends_goes_on_and_a_silent_one_has_its_time(
+    autojump_clock: MockClock,
+) -> None:
     silent = SilentConnections(10)
     assert await silent.wait(partial(trio.sleep, 4), 5)
     assert trio.current_time() == 4
@@ -27,7 +29,7 @@ async def test_who_speaks_goes_on_and_who_does_not_has_its_time(autojump_clock: 
     assert len(silent) == 0
 
 
-async def test_one_too_many_ends_the_one_that_was_silent_longest(
+async def test_connection_over_the_limit_ends_the_longest_silent_one(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     silent, found = SilentConnections(2), list[str]()
@@ -42,7 +44,7 @@ async def test_one_too_many_ends_the_one_that_was_silent_longest(
     assert found[2:] == ["third ended"]
 
 
-async def test_one_too_many_of_an_address_ends_one_of_that_address(
+async def test_connection_over_the_limit_of_its_address_ends_one_of_that_address(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     silent, found = SilentConnections(10), list[str]()
@@ -61,7 +63,7 @@ async def test_one_too_many_of_an_address_ends_one_of_that_address(
 
 
 @pytest.mark.parametrize("address", ["", "here"])
-async def test_nothing_is_kept_of_those_that_are_gone(
+async def test_ended_connections_leave_nothing_behind(
     autojump_clock: MockClock, address: str
 ) -> None:
     silent = SilentConnections(3)
