@@ -68,15 +68,15 @@ async def test_silent_client_is_closed_when_stale(autojump_clock: MockClock) -> 
     assert socket.reason == "no heartbeat"
 
 
-@pytest.mark.parametrize("word", ["ping", "anything", "", "{", Ping(b"")])
-async def test_any_word_keeps_it_for_another_minute(
-    autojump_clock: MockClock, nursery: trio.Nursery, word: str | Ping
+@pytest.mark.parametrize("message", ["ping", "anything", "", "{", Ping(b"")])
+async def test_any_message_resets_the_heartbeat_timeout(
+    autojump_clock: MockClock, nursery: trio.Nursery, message: str | Ping
 ) -> None:
     socket, client = FakeSocket(), make(ConnectionLimits())
     await start(nursery, client, socket)
 
     await trio.sleep(59)
-    await socket.client.send(word)
+    await socket.client.send(message)
     await trio.sleep(59)
     assert not client.ending
     await trio.sleep(2)
@@ -85,7 +85,7 @@ async def test_any_word_keeps_it_for_another_minute(
     assert client.ended_at == 59 + 60
 
 
-async def test_pong_is_no_heartbeat(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
+async def test_pong_is_not_a_heartbeat(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
     socket, client = FakeSocket(), make(ConnectionLimits())
     await start(nursery, client, socket)
 
@@ -98,7 +98,9 @@ async def test_pong_is_no_heartbeat(autojump_clock: MockClock, nursery: trio.Nur
     assert client.ended_at == 60
 
 
-async def test_nothing_at_all_is_received_in_time(autojump_clock: MockClock) -> None:
+async def test_connection_that_receives_nothing_is_closed_after_the_receive_timeout(
+    autojump_clock: MockClock,
+) -> None:
     socket, client = FakeSocket(), make(ConnectionLimits(stale_after=INFINITE, receive_timeout=90))
 
     await client.run(socket, Hub())
@@ -108,7 +110,9 @@ async def test_nothing_at_all_is_received_in_time(autojump_clock: MockClock) -> 
     assert socket.reason == "nothing received"
 
 
-async def test_pong_is_something_received(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
+async def test_pong_resets_the_receive_timeout(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
     socket, client = FakeSocket(), make(ConnectionLimits(stale_after=INFINITE, receive_timeout=90))
     await start(nursery, client, socket)
 
@@ -120,7 +124,7 @@ async def test_pong_is_something_received(autojump_clock: MockClock, nursery: tr
     assert client.ended_at == 80 + 90
 
 
-async def test_word_that_comes_with_the_deadline_is_in_time(
+async def test_message_that_arrives_with_the_deadline_is_in_time(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     socket, client = FakeSocket(), make(ConnectionLimits())
@@ -137,7 +141,7 @@ async def test_word_that_comes_with_the_deadline_is_in_time(
 
 
 @pytest.mark.parametrize("silent", [True, False])
-async def test_credential_ends_on_time(
+async def test_connection_is_closed_when_its_credential_expires(
     autojump_clock: MockClock, nursery: trio.Nursery, silent: bool
 ) -> None:
     socket = FakeSocket()
@@ -155,7 +159,7 @@ async def test_credential_ends_on_time(
 
 
 @pytest.mark.parametrize("renewed", [15, 25])
-async def test_renewed_credential_ends_at_its_own_time(
+async def test_renewed_credential_expires_at_its_own_time(
     autojump_clock: MockClock, nursery: trio.Nursery, renewed: float
 ) -> None:
     socket = FakeSocket()
@@ -170,7 +174,7 @@ async def test_renewed_credential_ends_at_its_own_time(
     assert client.ended_at == renewed
 
 
-async def test_credential_renewed_into_the_past_ends_at_once(
+async def test_credential_renewed_with_a_past_expiry_expires_at_once(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     client = make()
@@ -184,7 +188,9 @@ async def test_credential_renewed_into_the_past_ends_at_once(
     assert client.ended_at == 10
 
 
-async def test_credential_renewed_before_it_is_served(autojump_clock: MockClock) -> None:
+async def test_credential_can_be_renewed_before_the_connection_is_served(
+    autojump_clock: MockClock,
+) -> None:
     client = make()
     client.renew(7)
 
@@ -194,7 +200,9 @@ async def test_credential_renewed_before_it_is_served(autojump_clock: MockClock)
     assert trio.current_time() == 7
 
 
-async def test_credential_that_ends_while_it_is_renewed_is_over(autojump_clock: MockClock) -> None:
+async def test_credential_that_expires_while_it_is_renewed_ends_the_connection(
+    autojump_clock: MockClock,
+) -> None:
     async def answer(connection: Connection, message: Message) -> None:
         await trio.sleep(10)
         raise AssertionError
@@ -209,14 +217,14 @@ async def test_credential_that_ends_while_it_is_renewed_is_over(autojump_clock: 
     assert trio.current_time() == 5
 
 
-async def test_21st_message_within_a_second_is_one_too_many(
+async def test_21st_message_within_a_second_ends_the_connection(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     socket, client = FakeSocket(), make()
     await start(nursery, client, socket)
 
-    said: list[str | Ping | Pong] = ["ping"] * 17
-    for each in [*said, "x", Ping(b""), Pong()]:
+    texts: list[str | Ping | Pong] = ["ping"] * 17
+    for each in [*texts, "x", Ping(b""), Pong()]:
         await socket.client.send(each)
     await trio.sleep(0.999)
     assert not client.ending
@@ -228,7 +236,7 @@ async def test_21st_message_within_a_second_is_one_too_many(
     assert len(socket.texts) == 17
 
 
-async def test_20_messages_a_second_are_fine_for_ever(
+async def test_20_messages_a_second_are_always_allowed(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     socket, client = FakeSocket(), make()
@@ -245,7 +253,7 @@ async def test_20_messages_a_second_are_fine_for_ever(
     assert client.messages == 200
 
 
-# What it says, and what it is answered
+# Messages and answers
 
 
 @pytest.mark.parametrize(
@@ -300,13 +308,13 @@ async def test_ping_frame_is_answered_with_its_payload(
     assert client.messages == 0
 
 
-async def test_answer_is_asked_about_what_needs_more(
+async def test_messages_that_need_more_are_passed_to_the_answer_callback(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
-    asked: list[Message] = []
+    passed: list[Message] = []
 
     async def answer(connection: Connection, message: Message) -> None:
-        asked.append(message)
+        passed.append(message)
         connection.send(b"answer")
         await trio.lowlevel.checkpoint()
 
@@ -322,7 +330,7 @@ async def test_answer_is_asked_about_what_needs_more(
         await socket.client.send(text)
     await wait_all_tasks_blocked()
 
-    assert asked == [
+    assert passed == [
         Command.REFRESH_SECTORS,
         Command.REFRESH_SECTORS_JSON,
         Reauthenticate("t"),
@@ -331,7 +339,7 @@ async def test_answer_is_asked_about_what_needs_more(
     assert socket.texts == ["answer"] * 4
 
 
-async def test_unless_told_otherwise_it_ignores_what_needs_more(
+async def test_messages_that_need_more_are_ignored_without_an_answer_callback(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     socket, client = FakeSocket(), make()
@@ -356,7 +364,7 @@ async def test_unless_told_otherwise_it_ignores_what_needs_more(
         Close.MESSAGE_TOO_BIG,
     ],
 )
-async def test_who_breaks_a_rule_is_closed_with_its_code(
+async def test_protocol_violation_closes_with_its_code(
     autojump_clock: MockClock, close: Close
 ) -> None:
     hub, socket, client = Hub(), FakeSocket(), make()
@@ -369,7 +377,9 @@ async def test_who_breaks_a_rule_is_closed_with_its_code(
 
 
 @pytest.mark.parametrize("code", [1000, 1001, 1005, 3000, 4999])
-async def test_code_is_the_one_that_the_client_sent(autojump_clock: MockClock, code: int) -> None:
+async def test_close_code_is_the_one_that_the_client_sent(
+    autojump_clock: MockClock, code: int
+) -> None:
     hub, socket, client = Hub(), FakeSocket(), make()
     await socket.client.leave(code, "bye")
 
@@ -379,7 +389,7 @@ async def test_code_is_the_one_that_the_client_sent(autojump_clock: MockClock, c
     assert hub.closed == {code: 1}
 
 
-async def test_who_is_gone_while_read_from_has_1006(autojump_clock: MockClock) -> None:
+async def test_client_lost_during_a_read_has_1006(autojump_clock: MockClock) -> None:
     socket, client = FakeSocket(), make()
     await socket.client.leave(Close.ABNORMAL)
 
@@ -389,31 +399,31 @@ async def test_who_is_gone_while_read_from_has_1006(autojump_clock: MockClock) -
     assert socket.aborted
 
 
-async def test_who_is_gone_while_written_to_has_1006(
+async def test_client_lost_during_a_write_has_1006(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     hub, socket, other = Hub(), FakeSocket(), FakeSocket()
-    client, neighbour = make(), make()
+    client, other_client = make(), make()
     await start(nursery, client, socket, hub)
-    await start(nursery, neighbour, other, hub)
+    await start(nursery, other_client, other, hub)
 
     socket.aborted = True
-    for each in (client, neighbour):
+    for each in (client, other_client):
         each.send(b"hello")
     await wait_all_tasks_blocked()
 
     assert client.code == 1006
-    assert list(hub.connections) == [neighbour]
+    assert list(hub.connections) == [other_client]
     assert other.texts == ["hello"]
 
 
-async def test_who_is_gone_while_its_outbox_waits_has_1006(
+async def test_client_lost_while_its_outbox_waits_has_1006(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     hub, socket, other = Hub(), FakeSocket(room=1), FakeSocket()
-    client, neighbour = make(), make()
+    client, other_client = make(), make()
     await start(nursery, client, socket, hub)
-    await start(nursery, neighbour, other, hub)
+    await start(nursery, other_client, other, hub)
 
     client.send(b"hello")
     await wait_all_tasks_blocked()
@@ -422,9 +432,9 @@ async def test_who_is_gone_while_its_outbox_waits_has_1006(
     await wait_all_tasks_blocked()
 
     assert client.code == 1006
-    assert list(hub.connections) == [neighbour]
+    assert list(hub.connections) == [other_client]
     assert not hub.leaving
-    assert not neighbour.ending
+    assert not other_client.ending
 
 
 async def test_first_close_reason_wins(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
@@ -440,7 +450,7 @@ async def test_first_close_reason_wins(autojump_clock: MockClock, nursery: trio.
     assert client.code == Close.GOING_AWAY
 
 
-async def test_closed_before_it_is_served(autojump_clock: MockClock) -> None:
+async def test_connection_can_be_closed_before_it_is_served(autojump_clock: MockClock) -> None:
     hub, socket, client = Hub(), FakeSocket(), make()
     client.close(Close.GOING_AWAY, "shutdown")
 
@@ -451,7 +461,9 @@ async def test_closed_before_it_is_served(autojump_clock: MockClock) -> None:
     assert (len(hub), len(hub.leaving)) == (0, 0)
 
 
-async def test_nothing_is_written_before_and_after(autojump_clock: MockClock) -> None:
+async def test_nothing_is_written_before_the_connection_is_served_or_after_its_close(
+    autojump_clock: MockClock,
+) -> None:
     socket, client = FakeSocket(), make()
     client.send(b"before")
 
@@ -618,7 +630,7 @@ async def test_last_words_reach_a_client_whose_writer_had_yet_to_start(
     assert socket.closed is Close.GOING_AWAY
 
 
-async def test_who_is_cancelled_from_outside_is_gone_without_a_word(
+async def test_cancelled_connection_ends_with_1006_and_no_close_frame(
     autojump_clock: MockClock,
 ) -> None:
     hub, socket, client = Hub(), FakeSocket(), make()
@@ -634,8 +646,8 @@ async def test_who_is_cancelled_from_outside_is_gone_without_a_word(
 
 
 @pytest.mark.parametrize("room", [0, 3])
-@pytest.mark.parametrize("action", ["send", "ping", "start", "close", "cut"])
-async def test_connection_that_is_cancelled_from_outside_can_be_written_to_at_every_step(
+@pytest.mark.parametrize("action", ["send", "ping", "start", "close", "abort"])
+async def test_cancelled_connection_can_be_used_at_every_step(
     autojump_clock: MockClock, action: str, room: int
 ) -> None:
     started: list[int] = []
@@ -649,7 +661,7 @@ async def test_connection_that_is_cancelled_from_outside_can_be_written_to_at_ev
         "ping": lambda client, _: client.ping(trio.current_time()),
         "start": lambda client, step: client.start_task(task, step),
         "close": lambda client, _: client.close(Close.GOING_AWAY),
-        "cut": lambda client, _: client.abort(),
+        "abort": lambda client, _: client.abort(),
     }
     for step in [*range(10)] * 8:  # tasks of one step run in either order
         hub, socket, client = Hub(), FakeSocket(room=room), make()
@@ -672,7 +684,7 @@ async def test_connection_that_is_cancelled_from_outside_can_be_written_to_at_ev
     assert 9 not in started
 
 
-async def test_bug_beside_the_reader_is_1011(autojump_clock: MockClock) -> None:
+async def test_bug_in_a_background_task_ends_with_1011(autojump_clock: MockClock) -> None:
     async def task() -> None:
         await trio.sleep(1)
         raise ZeroDivisionError
@@ -687,7 +699,9 @@ async def test_bug_beside_the_reader_is_1011(autojump_clock: MockClock) -> None:
     assert hub.closed == {Close.INTERNAL_ERROR: 1}
 
 
-async def test_who_is_cancelled_within_a_frame_is_cut(autojump_clock: MockClock) -> None:
+async def test_connection_that_is_cancelled_within_a_frame_is_aborted(
+    autojump_clock: MockClock,
+) -> None:
     socket, client = FakeSocket(room=3), make()
 
     async with trio.open_nursery() as nursery:
@@ -701,7 +715,7 @@ async def test_who_is_cancelled_within_a_frame_is_cut(autojump_clock: MockClock)
     assert client.code == Close.ABNORMAL
 
 
-async def test_it_leaves_the_hub_before_a_slow_close(
+async def test_connection_leaves_the_hub_before_a_slow_close(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     hub, client, socket = Hub(), make(), SlowToClose()
@@ -717,7 +731,7 @@ async def test_it_leaves_the_hub_before_a_slow_close(
     assert socket.closed is Close.NORMAL
 
 
-async def test_closing_again_while_a_slow_close_goes_on_changes_nothing(
+async def test_second_close_during_a_slow_close_changes_nothing(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     client, socket = make(), SlowToClose()
@@ -732,7 +746,9 @@ async def test_closing_again_while_a_slow_close_goes_on_changes_nothing(
     assert socket.closed is Close.NORMAL
 
 
-async def test_who_is_cut_is_gone_at_once(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
+async def test_aborted_connection_ends_at_once(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
     hub, client, socket = Hub(), make(), FakeSocket(room=3)
     await start(nursery, client, socket, hub)
     client.send(b"hello")
@@ -746,7 +762,9 @@ async def test_who_is_cut_is_gone_at_once(autojump_clock: MockClock, nursery: tr
     assert socket.aborted
 
 
-async def test_who_is_cut_before_it_is_served_is_closed(autojump_clock: MockClock) -> None:
+async def test_connection_aborted_before_it_is_served_ends_with_1006(
+    autojump_clock: MockClock,
+) -> None:
     client = make()
     client.abort()
 
@@ -762,7 +780,7 @@ def tasks() -> int:
     return trio.lowlevel.current_statistics().tasks_living
 
 
-async def test_outbox_and_writer_are_there_only_while_needed(
+async def test_outbox_and_writer_exist_only_while_needed(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     socket, client = FakeSocket(), make()
@@ -789,7 +807,7 @@ async def test_outbox_and_writer_are_there_only_while_needed(
     assert (client.waiting_bytes, tasks()) == (6, before + 1)
 
 
-async def test_what_waits_goes_out_in_one_write(
+async def test_waiting_frames_are_sent_in_one_write(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     socket, client = FakeSocket(room=0), make()
@@ -829,7 +847,7 @@ async def test_partial_write_is_finished_before_any_other_frame(
     assert socket.closed is Close.GOING_AWAY
 
 
-async def test_what_waits_when_it_ends_has_two_seconds(
+async def test_waiting_frames_have_two_seconds_when_the_connection_ends(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     hub, socket, client = Hub(), FakeSocket(room=0), make()
@@ -843,7 +861,7 @@ async def test_what_waits_when_it_ends_has_two_seconds(
     assert socket.closed is Close.GOING_AWAY
 
 
-async def test_within_a_frame_there_is_no_way_to_close(
+async def test_connection_that_ends_within_a_frame_is_aborted(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     hub, socket, client = Hub(), FakeSocket(room=3), make()
@@ -951,7 +969,7 @@ async def test_frames_that_the_kernel_took_do_not_count(
 
 
 @pytest.mark.parametrize("taken", [0, 3, 7])
-async def test_no_byte_accepted_in_time_is_cut_off(
+async def test_connection_whose_bytes_are_not_accepted_in_time_is_aborted(
     autojump_clock: MockClock, nursery: trio.Nursery, taken: int
 ) -> None:
     hub, socket = Hub(), FakeSocket(room=taken)
@@ -973,7 +991,7 @@ async def test_no_byte_accepted_in_time_is_cut_off(
     assert len(socket.written) == taken
 
 
-async def test_nothing_is_written_to_a_socket_that_was_cut_off(
+async def test_nothing_is_written_to_an_aborted_socket(
     autojump_clock: MockClock,
 ) -> None:
     class Strict(FakeSocket):
@@ -991,7 +1009,7 @@ async def test_nothing_is_written_to_a_socket_that_was_cut_off(
     assert trio.current_time() == 10
 
 
-async def test_slow_but_steady_reader_is_not_cut_off(
+async def test_slow_but_steady_reader_is_not_aborted(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     socket, client = (
@@ -1028,7 +1046,7 @@ async def test_rest_of_a_frame_after_the_discard_has_the_write_timeout(
     assert client.code == Close.SLOW_CONSUMER
 
 
-async def test_client_that_reads_and_falls_behind_at_once(
+async def test_client_that_reads_after_the_outbox_was_discarded_gets_the_close(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     """The writer is woken, and before it runs, what it was to write is discarded."""
@@ -1062,7 +1080,7 @@ def test_any_writes_and_reads_yield_the_frames_in_order_up_to_the_discard(
         socket = FakeSocket(room)
         client = make(ConnectionLimits(outbox_bytes=bound, rate_limit=100))
         sent = b""
-        cut: int | None = None
+        discarded_from: int | None = None
         async with trio.open_nursery() as nursery:
             await start(nursery, client, socket)
             for step in steps:
@@ -1090,12 +1108,12 @@ def test_any_writes_and_reads_yield_the_frames_in_order_up_to_the_discard(
                     break
                 assert client.waiting_bytes == len(sent) - len(socket.written) <= bound
             if client.ending:
-                cut = boundary(sent, len(socket.written))
+                discarded_from = boundary(sent, len(socket.written))
             await wait_all_tasks_blocked()
             socket.read(INFINITE)
             await wait_all_tasks_blocked()
             client.close(Close.NORMAL)
-        assert bytes(socket.written) == sent[:cut]
-        assert socket.closed is (Close.NORMAL if cut is None else Close.SLOW_CONSUMER)
+        assert bytes(socket.written) == sent[:discarded_from]
+        assert socket.closed is (Close.NORMAL if discarded_from is None else Close.SLOW_CONSUMER)
 
     trio.run(scenario, clock=MockClock(autojump_threshold=0))

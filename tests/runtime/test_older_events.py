@@ -23,7 +23,7 @@ def make_world(nursery: trio.Nursery, *, events: int = 100, most_scanned: int = 
 
 
 def outcome(client: Client) -> tuple[bool, int, list[int]]:
-    """Recovered or not, the count that the client was told, and the events it got."""
+    """Recovered or not, the count in the answer, and the events it got."""
     (answer,) = client.resumed
     return answer["recovered"], answer["count"], client.heard
 
@@ -63,7 +63,7 @@ async def test_scan_reaches_back_as_far_as_the_bound_and_no_further(
     assert world.older.entries_scanned <= 2 * (500 + 1000) + 2
 
 
-async def test_nothing_is_scanned_if_it_is_switched_off(
+async def test_nothing_is_scanned_if_scans_are_switched_off(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     world = make_world(nursery, most_scanned=0)
@@ -102,7 +102,7 @@ async def test_clients_with_ids_that_are_too_old_share_a_scan_too(
     assert world.older.scans == 1
 
 
-async def test_client_that_leaves_during_the_scan_it_leads_holds_up_nobody(
+async def test_client_that_leaves_during_the_scan_it_leads_delays_no_other(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     world = make_world(nursery)
@@ -141,7 +141,7 @@ async def test_stream_that_is_trimmed_while_it_is_read_is_not_recovered(
     assert outcome(client)[:2] == (False, 0)
 
 
-async def test_id_of_a_stream_that_was_made_anew_is_not_recovered(
+async def test_id_of_a_recreated_stream_is_not_recovered(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     world = make_world(nursery)
@@ -198,7 +198,7 @@ async def test_restarted_process_reads_what_it_did_not_warm(
     )  # fmt: skip
 
 
-async def test_events_that_come_during_the_scan_are_live_or_replayed_once(
+async def test_events_during_the_scan_are_live_or_replayed_once(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     world = make_world(nursery)
@@ -277,7 +277,7 @@ async def test_range_that_is_not_used_is_dropped_and_its_memory_freed(
     assert world.older.scans == 2
 
 
-async def test_ranges_of_too_many_bytes_are_not_kept(
+async def test_ranges_of_too_many_bytes_are_not_stored(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     world = make_world(nursery)
@@ -312,7 +312,7 @@ PRINCIPALS = (
     st.integers(1, 20),
     st.data(),
 )
-def test_answer_is_the_one_that_a_big_memory_would_have_given(
+def test_answer_equals_that_of_a_big_history(
     runs: list[tuple[int, int]], events: int, data: st.DataObject
 ) -> None:
     async def main() -> None:

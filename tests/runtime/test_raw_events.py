@@ -104,21 +104,21 @@ async def play(
                             stream=stream, position=position, **keys,
                         )  # fmt: skip
                         await queues[stream is None].put(event)
-                case (("resume" | "come") as how, who) if who not in here:
-                    socket = here[who] = FakeSocket()
+                case (("resume" | "come") as how, client) if client not in here:
+                    socket = here[client] = FakeSocket()
                     sockets.append(socket)
-                    connections[who] = connection = Connection(
-                        PRINCIPALS[who], LIMITS, replays=replays,
-                        resume_from=seen.get(who, f"{event_id(A, START)}.{event_id(B, START)}")
+                    connections[client] = connection = Connection(
+                        PRINCIPALS[client], LIMITS, replays=replays,
+                        resume_from=seen.get(client, f"{event_id(A, START)}.{event_id(B, START)}")
                         if how == "resume" else None,
                     )  # fmt: skip
                     nursery.start_soon(connection.run, socket, hub)
-                case ("leave", who) if who in here:
-                    await here.pop(who).client.leave()
+                case ("leave", client) if client in here:
+                    await here.pop(client).client.leave()
                     place = [event_id(stream, position) for stream, position in last.items()]
-                    seen[who] = ".".join(place)
-                case ("move", who, branches) if who in here:
-                    hub.move(connections[who], moved(PRINCIPALS[who], branches))
+                    seen[client] = ".".join(place)
+                case ("move", client, branches) if client in here:
+                    hub.move(connections[client], moved(PRINCIPALS[client], branches))
                 case ("wait", seconds):
                     await trio.sleep(seconds)
             await wait_all_tasks_blocked()
@@ -158,7 +158,7 @@ def entries(number: int, **keys: Any) -> tuple[str, str, list[dict[str, Any]]]:
     return "publish", "stream", [keys | {"data": n} for n in range(number)]
 
 
-def test_a_client_resumes_over_what_was_raw_and_what_was_live() -> None:
+def test_client_resumes_over_raw_and_live_events() -> None:
     script = [entries(5), ("come", 3), entries(5), ("leave", 3), entries(5), ("resume", 0)]
 
     outcome = run(script, raw=True)
@@ -167,20 +167,20 @@ def test_a_client_resumes_over_what_was_raw_and_what_was_live() -> None:
     assert len(outcome.sent[1]) == 1 + 15
 
 
-def test_a_session_is_resumed_in_whichever_branch_its_events_are() -> None:
+def test_session_is_resumed_in_every_branch_that_has_events_of_it() -> None:
     script = [entries(3, branch_id=2, session_id=456), entries(3, session_id=456), ("resume", 4)]
 
     assert len(run(script, raw=True).sent[0]) == 1 + 6
 
 
 @pytest.mark.parametrize("events", [10, 1000])
-def test_raw_events_are_bounded_as_all_others_are(events: int) -> None:
+def test_raw_events_are_bounded_like_all_others(events: int) -> None:
     script = [entries(30), entries(30, branch_id=2, session_id=7), entries(30, type="CART_SYNC")]
 
     assert run(script, raw=True, events=events).stored == min(events, 60)
 
 
-async def test_routing_what_is_raw_delays_nobody_else(
+async def test_routing_of_raw_events_does_not_delay_other_tasks(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     history = History()

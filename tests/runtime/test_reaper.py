@@ -92,7 +92,7 @@ async def test_client_that_was_sent_something_is_not_pinged(
     assert socket.pings == 0
 
 
-async def test_what_the_client_sends_does_not_spare_it_the_ping(
+async def test_client_that_only_sends_is_pinged_too(
     autojump_clock: MockClock, world: World
 ) -> None:
     _, socket = await world.connect()
@@ -117,7 +117,7 @@ async def test_pings_are_spread_over_a_tenth_of_the_interval(
     assert socket.pings == 1
 
 
-async def test_answering_the_ping_is_not_enough_to_stay(
+async def test_client_that_only_answers_pings_is_closed(
     autojump_clock: MockClock, world: World
 ) -> None:
     connection, socket = await world.connect(ConnectionLimits())
@@ -132,7 +132,9 @@ async def test_answering_the_ping_is_not_enough_to_stay(
     assert connection.ended_at == 60
 
 
-async def test_others_run_while_many_are_pinged(autojump_clock: MockClock, world: World) -> None:
+async def test_other_tasks_run_while_many_connections_are_pinged(
+    autojump_clock: MockClock, world: World
+) -> None:
     sockets = [(await world.connect())[1] for _ in range(250)]
     seen = set()
 
@@ -146,7 +148,7 @@ async def test_others_run_while_many_are_pinged(autojump_clock: MockClock, world
 
 
 @pytest.mark.parametrize("step", [HOUR, -HOUR])
-async def test_clock_that_is_set_moves_the_expiry(
+async def test_clock_change_moves_the_expiry(
     autojump_clock: MockClock, world: World, step: float
 ) -> None:
     connection, _ = await world.connect(expires_at=2 * HOUR)
@@ -161,7 +163,7 @@ async def test_clock_that_is_set_moves_the_expiry(
     assert not forever.ending
 
 
-async def test_clock_set_beyond_the_expiry_ends_it_with_the_next_clean_up(
+async def test_clock_set_beyond_the_expiry_ends_the_connection_at_the_next_clean_up(
     autojump_clock: MockClock, world: World
 ) -> None:
     connection, _ = await world.connect(expires_at=600)
@@ -175,7 +177,7 @@ async def test_clock_set_beyond_the_expiry_ends_it_with_the_next_clean_up(
 
 
 @pytest.mark.parametrize("step", [HOUR, -HOUR])
-async def test_clock_that_is_set_moves_no_interval(
+async def test_clock_change_moves_no_interval(
     autojump_clock: MockClock, world: World, step: float
 ) -> None:
     connection, socket = await world.connect(ConnectionLimits())
@@ -189,7 +191,7 @@ async def test_clock_that_is_set_moves_no_interval(
     assert connection.ended_at == 60
 
 
-async def test_clock_that_drifts_less_than_a_second_moves_nothing(
+async def test_clock_drift_of_less_than_a_second_moves_nothing(
     autojump_clock: MockClock, world: World
 ) -> None:
     connection, _ = await world.connect(expires_at=100)
@@ -204,7 +206,7 @@ async def test_overdue_connection_is_closed(autojump_clock: MockClock) -> None:
     hub = Hub()
     overdue = Connection(make_principal(), ConnectionLimits(), expires_at=10)
     in_time = Connection(make_principal(), ConnectionLimits())
-    for connection in (overdue, in_time):  # and nobody reads from them
+    for connection in (overdue, in_time):  # without a task that reads from them
         hub.join(connection)
 
     clean_up(hub, 20)
@@ -216,21 +218,21 @@ async def test_overdue_connection_is_closed(autojump_clock: MockClock) -> None:
 
 
 class Stuck(FakeSocket):
-    """Its close does not end before it is cut off."""
+    """Its close does not end before an abort."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.cut_off = trio.Event()
+        self.aborting = trio.Event()
 
     async def close(self, code: int, reason: str) -> None:
-        await self.cut_off.wait()
+        await self.aborting.wait()
 
     def abort(self) -> None:
         super().abort()
-        self.cut_off.set()
+        self.aborting.set()
 
 
-async def test_stuck_close_is_cut_off(autojump_clock: MockClock, world: World) -> None:
+async def test_stuck_close_is_aborted(autojump_clock: MockClock, world: World) -> None:
     connection, socket = await world.connect(socket=Stuck())
 
     with capture_logs() as logs:
@@ -245,7 +247,7 @@ async def test_stuck_close_is_cut_off(autojump_clock: MockClock, world: World) -
     assert world.hub.closed == {Close.NORMAL: 1}
 
 
-async def test_connection_that_does_not_notice_its_end_is_cut_off(
+async def test_connection_that_does_not_notice_its_end_is_aborted(
     autojump_clock: MockClock, world: World
 ) -> None:
     """Its ``answer`` waits for something that cannot be cancelled, as a thread."""

@@ -53,21 +53,21 @@ async def test_client_gets_what_it_missed_then_what_is_live(
     assert trio.current_time() == 0
 
 
-async def test_client_that_missed_nothing_is_moved_to_the_present_place(
+async def test_client_that_missed_nothing_gets_the_present_position(
     autojump_clock: MockClock, world: World
 ) -> None:
-    """Else the id of a client that hears little would grow too old while it is connected."""
+    """Else the id of a client that gets few events would grow too old while it is connected."""
     await world.publish(1)
     await world.publish(2, branch_id=7)
     client = await world.connect(place(1))
     assert client.resumed == [resumed(0, place(2))]
 
 
-async def test_client_that_is_cut_off_in_its_replay_resumes_from_any_id_it_was_given(
+async def test_client_whose_replay_breaks_off_can_resume_from_any_id_it_was_sent(
     autojump_clock: MockClock,
     world: World,
 ) -> None:
-    """The answer comes before what was missed: its id may not stand behind that."""
+    """The answer comes before the missed events: its id must not be after theirs."""
     await world.publish(1, 2, 3)
     client = await world.connect(place(1), socket=FakeSocket(room=140))
     assert (client.heard, client.resumed[0]["count"]) == ([], 2)
@@ -154,7 +154,7 @@ async def test_big_events_are_replayed_in_writes_of_bounded_size(
     assert client.socket.writes >= 20 / 3
 
 
-async def test_client_that_does_not_ask_is_told_nothing_of_it(
+async def test_client_that_does_not_resume_gets_no_resumed_message(
     autojump_clock: MockClock, world: World
 ) -> None:
     await world.publish(1)
@@ -166,10 +166,10 @@ async def test_client_that_does_not_ask_is_told_nothing_of_it(
     assert not world.replays.resumes
 
 
-# The present place
+# The present position
 
 
-async def test_empty_id_asks_for_the_present_place_from_which_one_can_resume(
+async def test_empty_id_asks_for_the_present_position_from_which_a_client_can_resume(
     autojump_clock: MockClock, world: World
 ) -> None:
     await world.publish(1)
@@ -183,9 +183,7 @@ async def test_empty_id_asks_for_the_present_place_from_which_one_can_resume(
     assert again.heard == [2, 3]
 
 
-async def test_present_place_of_a_stream_that_holds_nothing_yet_is_one_too(
-    autojump_clock: MockClock, world: World
-) -> None:
+async def test_empty_stream_has_a_present_position(autojump_clock: MockClock, world: World) -> None:
     client = await world.connect()
     await client.ask("")
     assert client.resumed == [resumed(0, place(0))]
@@ -194,10 +192,10 @@ async def test_present_place_of_a_stream_that_holds_nothing_yet_is_one_too(
     assert (await world.connect(place(0))).heard == [1]
 
 
-async def test_present_place_is_where_the_upgrade_was_accepted(
+async def test_present_position_is_that_of_the_accepted_upgrade(
     autojump_clock: MockClock, world: World
 ) -> None:
-    """What comes while the credential is checked is missed by nobody."""
+    """Events that arrive while the credential is checked are not missed."""
     await world.publish(1)
     accepted_at = world.history.end
     await world.publish(2)
@@ -225,7 +223,7 @@ async def test_id_of_several_streams_resumes_in_each(
     assert again.resumed[0]["count"] == 2
 
 
-async def test_client_with_an_id_of_one_stream_hears_the_others_from_here_on(
+async def test_client_with_an_id_of_one_stream_receives_the_others_from_now_on(
     autojump_clock: MockClock, world: World, nursery: trio.Nursery
 ) -> None:
     world = World(nursery, A, B)
@@ -248,7 +246,7 @@ async def test_client_with_an_id_of_one_stream_hears_the_others_from_here_on(
     [place(2), "garbage", "1-1", "-", place(9, B), place(2) + "." + place(9, B), "\x00", "9" * 999],
 )
 @pytest.mark.parametrize("way", ["handshake", "message"])
-async def test_id_that_names_no_place_we_know_is_refused_with_one_that_does(
+async def test_id_without_a_known_position_is_refused_with_the_present_position(
     autojump_clock: MockClock, nursery: trio.Nursery, last_event_id: str, way: str
 ) -> None:
     world = World(nursery, events=3)
@@ -269,7 +267,7 @@ async def test_id_that_names_no_place_we_know_is_refused_with_one_that_does(
 
 
 @pytest.mark.parametrize("last_event_id", [None, 7, 1.5, True, [], {}, [place(1)]])
-async def test_id_that_is_no_string_is_refused(
+async def test_id_that_is_not_a_string_is_refused(
     autojump_clock: MockClock, world: World, last_event_id: Any
 ) -> None:
     await world.publish(1)
@@ -285,7 +283,7 @@ async def test_resume_without_an_id_is_refused(autojump_clock: MockClock, world:
 
 
 @pytest.mark.parametrize("first", ["x", "ping", '{"type":"auth"}', '{"type":"resume"}'])
-async def test_resume_later_than_first_is_refused_and_live_events_go_on(
+async def test_resume_that_is_not_the_first_message_is_refused_and_live_events_go_on(
     autojump_clock: MockClock, world: World, first: str
 ) -> None:
     await world.publish(1, 2)
@@ -299,7 +297,7 @@ async def test_resume_later_than_first_is_refused_and_live_events_go_on(
     assert client.heard == [3, 4]
 
 
-async def test_resume_in_a_message_after_one_in_the_handshake_is_later_than_first(
+async def test_second_resume_after_one_in_the_handshake_is_refused(
     autojump_clock: MockClock,
     world: World,
 ) -> None:
@@ -310,7 +308,7 @@ async def test_resume_in_a_message_after_one_in_the_handshake_is_later_than_firs
     assert client.heard == [2]
 
 
-async def test_resume_in_a_message_right_behind_the_handshake_is_later_than_first_too(
+async def test_second_resume_that_waits_behind_the_handshake_is_refused(
     autojump_clock: MockClock, world: World
 ) -> None:
     await world.publish(1, 2)
@@ -322,7 +320,9 @@ async def test_resume_in_a_message_right_behind_the_handshake_is_later_than_firs
     assert client.heard == [2, 3]
 
 
-async def test_protocol_ping_is_no_first_message(autojump_clock: MockClock, world: World) -> None:
+async def test_protocol_ping_is_not_a_first_message(
+    autojump_clock: MockClock, world: World
+) -> None:
     await world.publish(1, 2)
     client = await world.connect()
     await client.say(Ping(b""))
@@ -330,7 +330,7 @@ async def test_protocol_ping_is_no_first_message(autojump_clock: MockClock, worl
     assert client.heard == [2]
 
 
-async def test_first_message_may_come_late_if_no_durable_event_went_before_it(
+async def test_late_first_message_may_resume_if_no_durable_event_was_sent_before(
     autojump_clock: MockClock,
     world: World,
 ) -> None:
@@ -344,7 +344,7 @@ async def test_first_message_may_come_late_if_no_durable_event_went_before_it(
     assert client.heard == [2, 4]
 
 
-async def test_first_message_that_comes_after_a_durable_event_is_too_late(
+async def test_first_message_after_a_durable_event_cannot_resume(
     autojump_clock: MockClock, world: World
 ) -> None:
     await world.publish(1, 2)
@@ -357,7 +357,7 @@ async def test_first_message_that_comes_after_a_durable_event_is_too_late(
     assert client.heard == [3, 4]
 
 
-# Undecided
+# Held
 
 
 async def test_silent_client_gets_durable_events_after_half_a_second_and_others_at_once(
@@ -395,7 +395,7 @@ async def test_any_first_message_ends_the_wait(
     assert client.heard == [1, 2]
 
 
-async def test_each_client_is_decided_half_a_second_after_it_joined(
+async def test_each_client_is_held_for_half_a_second_after_it_joined(
     autojump_clock: MockClock, world: World
 ) -> None:
     clients = []
@@ -408,7 +408,7 @@ async def test_each_client_is_decided_half_a_second_after_it_joined(
         assert [bool(client.heard) for client in clients] == [i <= n for i in range(5)]
 
 
-async def test_more_than_one_write_of_events_for_a_silent_client_come_in_order(
+async def test_events_in_several_writes_for_a_silent_client_are_in_order(
     autojump_clock: MockClock,
     world: World,
 ) -> None:
@@ -420,7 +420,7 @@ async def test_more_than_one_write_of_events_for_a_silent_client_come_in_order(
     assert client.heard == list(range(1, 502))
 
 
-# Another process was quicker
+# Another process was faster
 
 
 async def test_id_that_is_newer_than_what_was_read_is_waited_for(
@@ -461,7 +461,7 @@ async def test_stream_that_is_being_read_for_the_first_time_is_waited_for(
         assert client.heard == [2, 3]
 
 
-async def test_stream_whose_first_reading_takes_too_long_is_not_called_recovered(
+async def test_stream_whose_first_reading_takes_too_long_is_not_recovered(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     world = World(nursery, A)
@@ -488,7 +488,7 @@ async def test_id_that_is_not_read_within_two_seconds_is_refused(
     assert client.heard == [2, 3]
 
 
-async def test_gateway_that_has_not_read_a_stream_yet_answers_when_it_has(
+async def test_gateway_answers_a_resume_when_it_has_read_the_stream(
     autojump_clock: MockClock,
     nursery: trio.Nursery,
 ) -> None:
@@ -510,7 +510,7 @@ async def test_gateway_that_has_not_read_a_stream_yet_answers_when_it_has(
     assert early[1].resumed == [resumed(0, place(2))]
 
 
-async def test_place_before_anything_was_read_is_never_taken_for_the_present_one(
+async def test_position_before_the_first_reading_is_not_taken_for_the_present_one(
     autojump_clock: MockClock,
     nursery: trio.Nursery,
 ) -> None:
@@ -533,7 +533,7 @@ async def test_place_before_anything_was_read_is_never_taken_for_the_present_one
 # Slow clients
 
 
-async def test_slow_client_is_replayed_to_no_faster_than_it_reads(
+async def test_replay_to_a_slow_client_is_as_fast_as_it_reads(
     autojump_clock: MockClock, world: World
 ) -> None:
     await world.publish(*range(1, 5001), entity="x" * 100)
@@ -558,7 +558,7 @@ async def test_slow_client_is_replayed_to_no_faster_than_it_reads(
     assert not client.connection.ending
 
 
-async def test_slow_client_that_takes_nothing_while_it_is_replayed_to_is_closed(
+async def test_client_that_reads_nothing_of_its_replay_is_closed(
     autojump_clock: MockClock,
     world: World,
 ) -> None:
@@ -569,7 +569,7 @@ async def test_slow_client_that_takes_nothing_while_it_is_replayed_to_is_closed(
     assert not world.hub.held
 
 
-async def test_events_that_are_not_durable_pass_a_slow_replay_by(
+async def test_events_that_are_not_durable_overtake_a_slow_replay(
     autojump_clock: MockClock, world: World
 ) -> None:
     diner = make_principal(Endpoint.DINER, session=456)
@@ -599,14 +599,14 @@ async def test_slow_client_whose_next_events_are_forgotten_is_closed_and_may_res
     assert GAP not in client.said
 
 
-async def test_slow_client_hears_what_a_stream_made_anew_brings(
+async def test_slow_client_receives_the_events_of_a_recreated_stream(
     autojump_clock: MockClock, world: World
 ) -> None:
     await world.publish(*range(1, 501), entity="x" * 100)
     client = await world.connect(place(0), socket=FakeSocket(room=0))
-    world.history.restart(A, since=at(501), end=at(100))  # of which nobody knows what was lost
+    world.history.restart(A, since=at(501), end=at(100))  # it is not known what was lost
     world.replays.tell_of_gap(A)
-    await world.publish(101, 102)  # places that the stream had before
+    await world.publish(101, 102)  # positions that the stream had before
     client.socket.read(math.inf)
     await wait_all_tasks_blocked()
 
@@ -615,7 +615,7 @@ async def test_slow_client_hears_what_a_stream_made_anew_brings(
     assert not world.hub.held
 
 
-async def test_replay_that_has_all_goes_on_when_its_past_is_forgotten(
+async def test_replay_that_needs_no_forgotten_event_goes_on(
     autojump_clock: MockClock,
     nursery: trio.Nursery,
 ) -> None:
@@ -625,7 +625,7 @@ async def test_replay_that_has_all_goes_on_when_its_past_is_forgotten(
     client = await world.connect(place(0), socket=FakeSocket(room=200))
     await world.publish(*range(301, 591), branch_id=9)  # 1 to 290 are forgotten
     await trio.sleep(1.5)
-    await world.publish(*range(591, 881), branch_id=9)  # and all that there was when it came
+    await world.publish(*range(591, 881), branch_id=9)  # and all events that existed when it came
     client.socket.read(math.inf)
     await wait_all_tasks_blocked()
     await world.publish(881)
@@ -634,7 +634,7 @@ async def test_replay_that_has_all_goes_on_when_its_past_is_forgotten(
     assert GAP not in client.said
 
 
-async def test_undecided_client_is_told_if_the_history_is_too_small_for_its_half_second(
+async def test_held_client_gets_a_gap_if_the_history_forgets_its_events(
     autojump_clock: MockClock,
     nursery: trio.Nursery,
 ) -> None:
@@ -716,7 +716,7 @@ async def test_client_that_goes_live_while_a_batch_is_delivered_gets_it_once(
         assert client.heard == list(range(1, 8))
 
 
-async def test_delivery_that_took_too_long_tells_those_it_did_not_reach(
+async def test_clients_not_reached_by_a_cancelled_delivery_get_a_gap(
     autojump_clock: MockClock,
     nursery: trio.Nursery,
 ) -> None:
@@ -742,14 +742,14 @@ async def test_delivery_that_took_too_long_tells_those_it_did_not_reach(
     await held.say("x")
     await world.publish(3)
 
-    said = [[message.get("data", message["type"]) for message in c.said] for c in clients]
-    assert said.count([1, 2, 3]) == 3
-    assert said.count(["gap", 3]) == 6
+    received = [[message.get("data", message["type"]) for message in c.said] for c in clients]
+    assert received.count([1, 2, 3]) == 3
+    assert received.count(["gap", 3]) == 6
     assert held.heard == [1, 2, 3]  # from the history, whatever became of the delivery
     assert GAP not in held.said
 
 
-async def test_broken_off_delivery_of_what_is_not_durable_is_no_gap(
+async def test_cancelled_delivery_of_events_that_are_not_durable_causes_no_gap(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     world = World(nursery)
@@ -763,7 +763,7 @@ async def test_broken_off_delivery_of_what_is_not_durable_is_no_gap(
     assert all(GAP not in client.said for client in clients)
 
 
-async def test_broken_off_delivery_of_a_pubsub_copy_is_one_since_the_streams_will_not_come(
+async def test_cancelled_delivery_of_a_pubsub_copy_causes_a_gap_because_the_stream_copy_is_dropped(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     world = World(nursery)
@@ -772,14 +772,14 @@ async def test_broken_off_delivery_of_a_pubsub_copy_is_one_since_the_streams_wil
         scope.cancel()
         await world.publish(1, stream=None)
     await world.publish(1)
-    said = [[message.get("data", message["type"]) for message in c.said] for c in clients]
-    assert sorted(said, key=str) == [["gap"], ["gap"], [1]]
+    received = [[message.get("data", message["type"]) for message in c.said] for c in clients]
+    assert sorted(received, key=str) == [["gap"], ["gap"], [1]]
 
 
 # Copies
 
 
-async def test_copy_on_pubsub_before_the_stream_is_heard_once_live_and_stands_in_the_history(
+async def test_pubsub_copy_before_the_stream_entry_is_delivered_once_and_is_in_the_history(
     autojump_clock: MockClock,
     world: World,
 ) -> None:
@@ -793,7 +793,7 @@ async def test_copy_on_pubsub_before_the_stream_is_heard_once_live_and_stands_in
     assert (await world.connect(place(0))).heard == [1, 2]
 
 
-async def test_copy_on_pubsub_after_the_stream_is_no_event(
+async def test_pubsub_copy_after_the_stream_entry_is_dropped(
     autojump_clock: MockClock, world: World
 ) -> None:
     live, held = await world.live(), await world.connect()
@@ -805,7 +805,7 @@ async def test_copy_on_pubsub_after_the_stream_is_no_event(
 
 
 @pytest.mark.parametrize("resume_from", [None, "", "0-0-aaaa"])
-async def test_undecided_client_that_heard_the_pubsub_copy_does_not_hear_the_streams(
+async def test_held_client_that_received_the_pubsub_copy_does_not_get_the_stream_entry(
     autojump_clock: MockClock, world: World, resume_from: str | None
 ) -> None:
     client = await world.connect(resume_from, socket=FakeSocket(room=0))
@@ -819,7 +819,7 @@ async def test_undecided_client_that_heard_the_pubsub_copy_does_not_hear_the_str
 
 @pytest.mark.parametrize("batch", [[1], [1, 2]])
 @pytest.mark.parametrize("state", ["resuming", "live"])
-async def test_client_that_joined_between_the_pubsub_copy_and_the_streams_hears_the_latter(
+async def test_client_that_joined_between_the_pubsub_copy_and_the_stream_entry_gets_the_entry(
     autojump_clock: MockClock, world: World, state: str, batch: list[int]
 ) -> None:
     """It was away when the first copy was delivered, and the second is a durable event."""
@@ -837,10 +837,10 @@ async def test_client_that_joined_between_the_pubsub_copy_and_the_streams_hears_
     assert before.heard == batch
 
 
-async def test_same_id_in_the_stream_again_is_one_event_also_for_who_resumes(
+async def test_repeated_id_in_the_stream_is_one_event_live_and_in_a_replay(
     autojump_clock: MockClock, world: World
 ) -> None:
-    """What a publisher does whose answer got lost."""
+    """A publisher whose answer was lost publishes again."""
     live = await world.live()
     await world.publish(1, id="a")
     await world.publish(2, id="a")
@@ -854,7 +854,7 @@ async def test_same_id_in_the_stream_again_is_one_event_also_for_who_resumes(
 # Other audiences, in the middle of a replay
 
 
-async def test_audience_that_is_lost_in_the_middle_of_a_replay_is_heard_no_more(
+async def test_events_of_an_audience_left_during_a_replay_are_not_sent_any_more(
     autojump_clock: MockClock,
     world: World,
 ) -> None:
@@ -875,11 +875,11 @@ async def test_audience_that_is_lost_in_the_middle_of_a_replay_is_heard_no_more(
 
     assert before < 20
     assert [n for n in client.heard if n % 2][200:] == list(range(401, 1000, 2))
-    # What was on its way when it was moved has gone: one write's worth, and no more.
+    # Of the other branch only the write that had begun was sent.
     assert [n for n in client.heard if not n % 2] == [*range(2, 201, 2), 1002, 1004]
 
 
-async def test_audience_that_is_won_in_the_middle_of_a_replay_is_heard_from_then_on(
+async def test_events_of_an_audience_joined_during_a_replay_are_sent_from_then_on(
     autojump_clock: MockClock,
     world: World,
 ) -> None:
@@ -893,7 +893,7 @@ async def test_audience_that_is_won_in_the_middle_of_a_replay_is_heard_from_then
     assert client.heard == list(range(1, 1003))
 
 
-async def test_authorisation_is_that_of_now_and_not_of_then(
+async def test_replay_uses_the_present_authorisation(
     autojump_clock: MockClock, world: World
 ) -> None:
     """It was a waiter of two branches when it left."""
@@ -906,17 +906,17 @@ async def test_authorisation_is_that_of_now_and_not_of_then(
 # Endings
 
 
-@pytest.mark.parametrize("ending", ["leaves", "is closed", "is cut"])
-@pytest.mark.parametrize("state", ["undecided", "waiting", "replaying", "catching up"])
+@pytest.mark.parametrize("ending", ["leaves", "is closed", "is aborted"])
+@pytest.mark.parametrize("state", ["held", "waiting", "replaying", "late"])
 async def test_connection_that_ends_before_it_is_live_leaves_nothing_behind(
     autojump_clock: MockClock, world: World, state: str, ending: str
 ) -> None:
     before = len(world.nursery.child_tasks)
     await world.publish(*range(1, 1000))
-    socket = FakeSocket(room=100 if state in ("replaying", "catching up") else math.inf)
+    socket = FakeSocket(room=100 if state in ("replaying", "late") else math.inf)
     resume_from = {"waiting": place(5000), "replaying": place(0)}.get(state)
     client = await world.connect(resume_from, socket=socket)
-    if state == "catching up":
+    if state == "late":
         await world.publish(*range(1000, 2000))
         await trio.sleep(UNDECIDED)
     assert client.connection in world.hub.held
@@ -937,7 +937,7 @@ async def test_connection_that_ends_before_it_is_live_leaves_nothing_behind(
     assert len(world.nursery.child_tasks) == before
 
 
-async def test_connection_that_leaves_just_when_its_place_is_read_leaves_nothing_behind(
+async def test_connection_that_leaves_when_its_position_is_read_leaves_nothing_behind(
     autojump_clock: MockClock,
     world: World,
 ) -> None:
@@ -949,7 +949,7 @@ async def test_connection_that_leaves_just_when_its_place_is_read_leaves_nothing
         assert not world.hub.held
 
 
-async def test_rate_limited_client_is_not_kept_by_its_replay(
+async def test_rate_limited_client_is_closed_during_its_replay(
     autojump_clock: MockClock, world: World
 ) -> None:
     await world.publish(*range(1, 1000))

@@ -10,7 +10,7 @@ from trio_gateway.runtime.hub import Hub
 from trio_gateway.runtime.resume_state import FROM_HISTORY, TRANSITIONS, Phase, ResumeState, Step
 from trio_gateway.testing import make_principal
 
-PLACE = {Stream("a"): START}
+CURSOR = {Stream("a"): START}
 
 
 @given(st.lists(st.sampled_from(Step)))
@@ -19,7 +19,7 @@ def test_connection_is_held_exactly_while_it_has_a_cursor(steps: list[Step]) -> 
     state = connection.resume_state
     for step in steps:
         if step in TRANSITIONS[state.phase]:
-            hub.step(connection, step, PLACE)
+            hub.step(connection, step, CURSOR)
         has_cursor = state.cursor is not None
         assert has_cursor == (state.phase in FROM_HISTORY)
         assert has_cursor == (connection in hub.held)
@@ -36,15 +36,15 @@ def test_no_step_reopens_a_closed_state(step: Step) -> None:
     state = ResumeState()
     state.step(Step.LEAVE)
 
-    state.step(step, PLACE)
+    state.step(step, CURSOR)
 
     assert (state.phase, state.cursor) == (Phase.CLOSED, None)
 
 
 @pytest.mark.parametrize("replays", [Step.ASK, Step.REPLAY, Step.LAG])
-def test_client_may_resume_until_it_has_asked_or_was_replayed_to(replays: Step) -> None:
+def test_client_may_resume_until_it_has_resumed_or_was_sent_a_replay(replays: Step) -> None:
     state = ResumeState()
-    state.step(Step.JOIN, PLACE)
+    state.step(Step.JOIN, CURSOR)
     assert state.may_resume
     state.step(replays)
     assert not state.may_resume
@@ -54,35 +54,35 @@ def test_client_may_resume_until_it_has_asked_or_was_replayed_to(replays: Step) 
 
 def test_silent_client_may_still_resume_when_it_is_live() -> None:
     state = ResumeState()
-    state.step(Step.JOIN, PLACE)
+    state.step(Step.JOIN, CURSOR)
     state.step(Step.CATCH_UP)
 
     assert state.may_resume
 
 
-def test_step_without_a_cursor_keeps_the_one_there_is() -> None:
+def test_step_without_a_cursor_does_not_change_the_cursor() -> None:
     state = ResumeState()
-    state.step(Step.JOIN, PLACE)
+    state.step(Step.JOIN, CURSOR)
     state.step(Step.REPLAY)
 
-    assert state.cursor == PLACE
+    assert state.cursor == CURSOR
 
 
 @pytest.mark.parametrize("before", [Step.JOIN, Step.JOIN_RESUMING])
-def test_lag_keeps_the_cursor_there_is(before: Step) -> None:
+def test_lag_does_not_change_the_cursor(before: Step) -> None:
     state = ResumeState()
-    state.step(before, PLACE)
+    state.step(before, CURSOR)
     state.step(Step.LAG)
 
-    assert (state.phase, state.cursor) == (Phase.LAGGING, PLACE)
+    assert (state.phase, state.cursor) == (Phase.LAGGING, CURSOR)
 
 
-def test_each_lag_has_a_number_after_those_of_all_that_began_before() -> None:
+def test_each_lag_has_a_higher_number_than_those_before() -> None:
     hub = Hub()
     first, second = (Connection(make_principal(user=n), ConnectionLimits()) for n in (1, 2))
     for each in (first, second):
         hub.join(each)
-        hub.step(each, Step.JOIN, PLACE)
+        hub.step(each, Step.JOIN, CURSOR)
     hub.step(first, Step.LAG)
     lagged_at = first.resume_state.lagged_at
     hub.step(first, Step.LAG)

@@ -1,9 +1,9 @@
-"""The seam: over all its lives a client gets each durable event once and in order, or is told.
+"""The seam: a client that reconnects gets each durable event once and in order, or a gap.
 
-Scripts that hypothesis makes run in virtual time against a small model: events (durable or not,
+Scripts made by hypothesis run in virtual time against a small model: events (durable or not,
 with Pub/Sub copies before and after them, published twice with one id), clients that come, go,
-resume, read slowly or not at all, histories that forget, streams with gaps, gateways that start
-anew.
+resume, read slowly or not at all, histories that forget, streams with gaps, gateways that are
+started again.
 """
 
 import json
@@ -40,12 +40,12 @@ KINDS: tuple[dict[str, Any], ...] = (
     {"type": "ROUND_READY", "session_id": 456},  # all four
     {"type": "ROUND_SUBMITTED", "sector_id": 5},  # waiter and admin
     {"type": "ENTITY_UPDATED"},  # admin
-    {"type": "ROUND_READY", "tenant_id": 2, "session_id": 456},  # another tenant's: nobody
+    {"type": "ROUND_READY", "tenant_id": 2, "session_id": 456},  # of another tenant: none
     {"type": "CART_SYNC", "session_id": 456},  # diner, not durable
 )
-Step = tuple[str, int, int]  # what, who or which kind, how much
+Step = tuple[str, int, int]  # what, which client or kind, how much
 
-_who, _kind = st.integers(0, 3), st.integers(0, 4)
+_client, _kind = st.integers(0, 3), st.integers(0, 4)
 _steps: st.SearchStrategy[Step] = st.one_of(
     st.tuples(st.just("publish"), _kind, st.integers(1, 60)),
     st.tuples(st.just("publish"), st.just(0), st.integers(1, 5)),
@@ -55,41 +55,41 @@ _steps: st.SearchStrategy[Step] = st.one_of(
     ),
     st.tuples(
         st.sampled_from(["resume", "resume", "come and ask", "come"]),
-        _who, st.sampled_from([10**9, 10**9, 0, 300, 5000]),
+        _client, st.sampled_from([10**9, 10**9, 0, 300, 5000]),
     ),
-    st.tuples(st.sampled_from(["ask", "say"]), _who, st.just(0)),
-    st.tuples(st.just("leave"), _who, st.sampled_from([0, 0, 1, 5])),
-    st.tuples(st.just("read"), _who, st.sampled_from([1, 100, 3000, 10**9])),
+    st.tuples(st.sampled_from(["ask", "say"]), _client, st.just(0)),
+    st.tuples(st.just("leave"), _client, st.sampled_from([0, 0, 1, 5])),
+    st.tuples(st.just("read"), _client, st.sampled_from([1, 100, 3000, 10**9])),
     st.tuples(st.just("wait"), st.just(0), st.sampled_from([0, 200, 500, 600, 2500, 40_000])),
     st.tuples(st.just("run"), st.just(0), st.integers(1, 9)),
     st.tuples(st.sampled_from(["trim", "lose", "recreate", "start anew"]), st.just(0), st.just(0)),
 )  # fmt: skip
 
 _room = st.sampled_from([10**9, 10**9, 0, 140, 2000])
-# What seldom comes together by chance: somebody is away just then.
+# Steps that seldom meet by chance: a client is away at that moment.
 _scenes: st.SearchStrategy[list[Step]] = st.one_of(
     _steps.map(lambda step: [step]),
     _steps.map(lambda step: [step]),
     st.builds(
-        lambda who, unseen, kind, much, room, after: [
-            ("leave", who, unseen), ("publish", kind, much), ("wait", 0, 0), ("resume", who, room),
-            ("wait", 0, 0), after,
+        lambda client, unseen, kind, much, room, after: [
+            ("leave", client, unseen), ("publish", kind, much), ("wait", 0, 0),
+            ("resume", client, room), ("wait", 0, 0), after,
         ],
-        _who, st.sampled_from([0, 1, 5]), _kind, st.integers(1, 60), _room, _steps,
+        _client, st.sampled_from([0, 1, 5]), _kind, st.integers(1, 60), _room, _steps,
     ),
     st.builds(
-        lambda who, kind, room: [
-            ("leave", who, 0), ("copy first", kind, 0), ("run", 0, 3), ("resume", who, room),
+        lambda client, kind, room: [
+            ("leave", client, 0), ("copy first", kind, 0), ("run", 0, 3), ("resume", client, room),
             ("run", 0, 3), ("its stream entry", 0, 0),
         ],
-        _who, st.integers(0, 2), _room,
+        _client, st.integers(0, 2), _room,
     ),
     st.builds(
-        lambda who, much, read: [
-            ("leave", who, 0), ("publish", 0, 30), ("resume", who, 140), ("publish", 0, much),
-            ("wait", 0, 0), ("read", who, read), ("leave", who, 0),
+        lambda client, much, read: [
+            ("leave", client, 0), ("publish", 0, 30), ("resume", client, 140), ("publish", 0, much),
+            ("wait", 0, 0), ("read", client, read), ("leave", client, 0),
         ],
-        _who, st.integers(1, 200), st.sampled_from([1, 100, 3000, 10**9]),
+        _client, st.integers(1, 200), st.sampled_from([1, 100, 3000, 10**9]),
     ),
 )  # fmt: skip
 _scripts = st.lists(_scenes, max_size=14).map(lambda scenes: [s for scene in scenes for s in scene])
@@ -98,19 +98,19 @@ _BEGINNING: tuple[Step, ...] = (*(("resume", n, 10**9) for n in range(4)), ("wai
 
 @dataclass
 class Client:
-    """What a client remembers over all its lives, and what it has been promised."""
+    """What a client has received over all its connections, and what it has been promised."""
 
     principal: Principal
     last_event_id: str = ""
     connection: Connection | None = None
     socket: FakeSocket = field(default_factory=FakeSocket)
-    messages: int = 0  # of this life that it has looked at
+    messages: int = 0  # of this connection that it has looked at
     in_this_life: set[int] = field(default_factory=set)
-    heard_as_copy: set[int] = field(default_factory=set)
-    # Since it was last told that something is missing, or refetched its state:
-    promised: Position | None = None  # everything after this place
+    copies: set[int] = field(default_factory=set)
+    # Since the last message about missing events, or since it refetched its state:
+    promised: Position | None = None  # everything after this position
     seen: list[Position] = field(default_factory=list)
-    words: int = 0
+    losses: int = 0
     events: int = 0
 
     def refetch(self) -> None:
@@ -118,7 +118,7 @@ class Client:
 
 
 class World:
-    """A gateway's floor between Redis and the sockets, and everybody around it."""
+    """The part of a gateway between Redis and the sockets, with backends and clients."""
 
     def __init__(
         self, nursery: trio.Nursery, events: int, age: float, outbox_messages: int
@@ -133,7 +133,7 @@ class World:
         self.number = 0
         self.last_entry = START
         self.stream: list[tuple[Position, int, dict[str, Any]]] = []  # what Redis holds
-        self.places: dict[int, Position] = {}  # of every durable event that ever was
+        self.positions: dict[int, Position] = {}  # of every durable event that ever was
         self.kinds: dict[int, dict[str, Any]] = {}
         self.undone: list[int] = []  # whose Pub/Sub copy went first
         self.recreated_at = START
@@ -149,7 +149,7 @@ class World:
             history=self.history,
             writes_per_checkpoint=1,
         )
-        self.heard, self.read = EventQueue(10_000), EventQueue(10_000)
+        self.pubsub_queue, self.stream_queue = EventQueue(10_000), EventQueue(10_000)
         since = self.stream[0][0] if self.stream else self.last_entry
         self.history.begin(A, since, whole=whole)
         for position, n, keys in self.stream:
@@ -166,8 +166,8 @@ class World:
             with life:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self.replays.decide)
-                    nursery.start_soon(self.dispatch.run, self.heard, 3)
-                    nursery.start_soon(self.dispatch.run, self.read, 3)
+                    nursery.start_soon(self.dispatch.run, self.pubsub_queue, 3)
+                    nursery.start_soon(self.dispatch.run, self.stream_queue, 3)
 
         self.nursery.start_soon(live, self.life)
 
@@ -189,9 +189,9 @@ class World:
             **keys,
         )
         if event.event_id is not None:
-            self.places.setdefault(n, position)
+            self.positions.setdefault(n, position)
         if read:
-            await self.read.put(event)
+            await self.stream_queue.put(event)
 
     def new(self, keys: dict[str, Any]) -> int:
         self.number += 1
@@ -201,11 +201,11 @@ class World:
     def copy(self, n: int) -> None:
         now = trio.current_time()
         event = make_event(data=n, channel="branch:1:admin", received_at=now, **self.kinds[n])
-        self.heard.offer(event)
+        self.pubsub_queue.offer(event)
 
     async def gap(self, since: Position, end: Position) -> None:
         """As the streams source and the gateway do it."""
-        await self.read.wait_idle()
+        await self.stream_queue.wait_idle()
         self.history.restart(A, since=since, end=end)
         self.replays.tell_of_gap(A)
 
@@ -233,7 +233,7 @@ class World:
         await client.socket.client.send(text)
 
     async def leave(self, client: Client, unseen: int = 0) -> None:
-        """It is gone, and with it the last messages that it had no time for."""
+        """The connection ends, and the last messages in it were not read."""
         if client.connection is None:
             return
         await client.socket.client.leave()
@@ -251,47 +251,47 @@ class World:
     def take(self, client: Client, message: dict[str, Any]) -> None:
         match message:
             case {"type": "gap"}:
-                client.words += 1
+                client.losses += 1
                 client.refetch()
             case {"type": "resumed", "recovered": recovered, "last_event_id": last}:
                 client.last_event_id = last
-                place = read_cursor(last)[A]
+                position = read_cursor(last)[A]
                 if not recovered:
-                    client.words += 1
+                    client.losses += 1
                     client.refetch()
-                    place = max(place, self.recreated_at)
+                    position = max(position, self.recreated_at)
                 if client.promised is None:
-                    client.promised = place
+                    client.promised = position
             case {"type": _, "data": n}:
-                self.hear(client, n, message.get("event_id"))
+                self.receive(client, n, message.get("event_id"))
 
-    def hear(self, client: Client, n: int, event_id: str | None) -> None:
+    def receive(self, client: Client, n: int, event_id: str | None) -> None:
         assert n not in client.in_this_life, "twice on one connection"
         client.in_this_life.add(n)
-        assert self.may_hear(client, n)
+        assert self.may_receive(client, n)
         client.events += 1
         if event_id is None:
-            client.heard_as_copy.add(n)
+            client.copies.add(n)
             return
         client.last_event_id = event_id
         position = read_cursor(event_id)[A]
         assert not client.seen or client.seen[-1] < position, "not in order, or twice"
         before = client.seen[-1] if client.seen else client.promised
         if before is not None:
-            assert not self.owed(client, before, position), "missed"
+            assert not self.missing(client, before, position), "missed"
         client.seen.append(position)
         client.promised = client.promised or position
 
-    def may_hear(self, client: Client, n: int) -> bool:
+    def may_receive(self, client: Client, n: int) -> bool:
         event = make_event(data=n, **self.kinds[n])
         return not audiences_of(client.principal).isdisjoint(ROUTES.audiences(event))
 
-    def owed(self, client: Client, after: Position, before: Position) -> list[int]:
+    def missing(self, client: Client, after: Position, before: Position) -> list[int]:
         return [
-            n for n, position in self.places.items()
+            n for n, position in self.positions.items()
             if after < position < before
-            and n not in client.heard_as_copy
-            and self.may_hear(client, n)
+            and n not in client.copies
+            and self.may_receive(client, n)
         ]  # fmt: skip
 
     # What happens
@@ -344,21 +344,21 @@ class World:
                     await trio.lowlevel.checkpoint()
             case "trim":
                 self.history.trim(trio.current_time())
-            case "lose":  # trimmed while the gateway was cut off from Redis
-                await self.read.wait_idle()
+            case "lose":  # trimmed while the gateway had no connection to Redis
+                await self.stream_queue.wait_idle()
                 for _ in range(3):
                     await self.add(self.new(KINDS[0]), KINDS[0], read=False)
                 self.stream.clear()
                 await self.gap(self.last_entry, self.last_entry)
             case "recreate":  # Redis came back with half of what it had
-                await self.read.wait_idle()
+                await self.stream_queue.wait_idle()
                 last, sequence = self.history.end[A]
                 self.recreated_at = max(self.recreated_at, self.history.end[A])
                 del self.stream[len(self.stream) // 2 :]
                 end = self.stream[-1][0] if self.stream else START
                 await self.gap(Position((last, sequence + 1)), end)
-                await trio.sleep(0.001)  # time has gone on
-            # A gateway that has not seen it can't know that Redis lost anything.
+                await trio.sleep(0.001)  # so that the next entry has a later time
+            # A gateway that was not running can't know that Redis lost anything.
             case "start anew" if self.recreated_at == START:
                 await self.leave_if_closed()
                 for connection in list(self.hub.connections):
@@ -370,7 +370,7 @@ class World:
                 self.begin(whole=False)
 
     async def settle(self) -> None:
-        """In the end everybody resumes and reads all that there is."""
+        """In the end every client resumes and reads all that there is."""
         await trio.sleep(3)
         await self.leave_if_closed()
         for client in self.clients:
@@ -381,7 +381,7 @@ class World:
         await trio.sleep(1)
         for client in self.clients:
             self.look(client)
-            assert client.seen[-1] == self.places[self.number]
+            assert client.seen[-1] == self.positions[self.number]
         for client in self.clients:
             await self.leave(client)
         assert not self.hub.held
@@ -411,13 +411,13 @@ def play(script: list[Step], events: int, age: float, outbox_messages: int = 10*
     st.sampled_from([10**6, 30]),
     st.sampled_from([10**9, 50, 3]),
 )
-def test_client_gets_each_durable_event_once_and_in_order_or_is_told(
+def test_client_gets_each_durable_event_once_and_in_order_or_a_gap(
     script: list[Step], events: int, age: float, outbox_messages: int
 ) -> None:
     play(script, events, age, outbox_messages)
 
 
-def test_client_that_catches_up_is_told_of_a_gap_behind_all_that_came_before_it() -> None:
+def test_gap_follows_all_replayed_events_that_came_before_it() -> None:
     for ticks in (0, 0, 0, 0, 1, 1, 1, 1, 1, 1):  # Trio runs the tasks that are ready in any order
         script: list[Step] = [
             ("wait", 0, 2000), *(("leave", n, 0) for n in range(4)),
@@ -427,10 +427,10 @@ def test_client_that_catches_up_is_told_of_a_gap_behind_all_that_came_before_it(
         play(script, events=100_000, age=10**6)
 
 
-def test_client_that_nothing_happens_to_but_reconnects_is_told_of_no_gap() -> None:
+def test_client_that_only_reconnects_gets_no_gap() -> None:
     script: list[Step] = []
     for n in range(30):
         script += [("publish", 0, 7), ("resume", n % 4, 10**9), ("run", 0, 5), ("leave", n % 3, 1)]
     world = play(script, 100_000, 10**6)
-    assert [client.words for client in world.clients] == [0] * 4
+    assert [client.losses for client in world.clients] == [0] * 4
     assert all(client.events == 7 * 30 + 1 for client in world.clients)

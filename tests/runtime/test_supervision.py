@@ -83,7 +83,7 @@ async def test_breaker_opens_and_lets_one_try_through_after_its_recovery(
     assert [log["event"] for log in logs if log["log_level"] == "error"] == ["breaker opened"]
 
 
-async def test_server_that_was_demoted_is_left_for_another_within_a_second(
+async def test_demoted_server_is_replaced_within_a_second(
     autojump_clock: MockClock,
 ) -> None:
     breaker = Breaker(5, 30)
@@ -94,7 +94,7 @@ async def test_server_that_was_demoted_is_left_for_another_within_a_second(
     assert source.tried == list(range(11))
 
 
-async def test_it_tries_for_ever(autojump_clock: MockClock) -> None:
+async def test_source_is_tried_for_ever(autojump_clock: MockClock) -> None:
     breaker = Breaker(5, 30)
     source = Source(breaker, lost=float("inf"))
 
@@ -103,7 +103,7 @@ async def test_it_tries_for_ever(autojump_clock: MockClock) -> None:
     assert 1000 <= len(source.tried) < 1010
 
 
-async def test_backing_off_starts_anew_once_it_was_connected(autojump_clock: MockClock) -> None:
+async def test_back_off_starts_again_after_a_connection(autojump_clock: MockClock) -> None:
     breaker, tried = Breaker(3, 30), []
 
     async def work() -> None:
@@ -117,7 +117,7 @@ async def test_backing_off_starts_anew_once_it_was_connected(autojump_clock: Moc
     assert tried == [0, 11, 22, 33, 44]
 
 
-async def test_work_that_just_returns_backs_off_too(autojump_clock: MockClock) -> None:
+async def test_work_that_returns_backs_off_too(autojump_clock: MockClock) -> None:
     breaker, tried = Breaker(99, 30), []
 
     async def work() -> None:
@@ -129,10 +129,12 @@ async def test_work_that_just_returns_backs_off_too(autojump_clock: MockClock) -
     assert tried == [0, 1, 3, 6]
 
 
-async def test_nothing_is_tried_while_another_has_the_one_try(autojump_clock: MockClock) -> None:
+async def test_no_try_is_made_while_another_task_has_the_single_try(
+    autojump_clock: MockClock,
+) -> None:
     breaker = Breaker(1, 30)
     breaker.failed(-30)
-    assert breaker.try_now(0)  # somebody else, on the same breaker
+    assert breaker.try_now(0)  # another task, on the same breaker
     source = Source(breaker, lost=0)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(supervise, source.work, breaker, 99)
@@ -143,7 +145,7 @@ async def test_nothing_is_tried_while_another_has_the_one_try(autojump_clock: Mo
         assert len(source.tried) == 1
 
 
-async def test_the_usual_backing_off_is_bounded(autojump_clock: MockClock) -> None:
+async def test_default_back_off_is_bounded(autojump_clock: MockClock) -> None:
     breaker = Breaker(10_000, 30)
     source = Source(breaker, lost=200)
 
@@ -153,7 +155,7 @@ async def test_the_usual_backing_off_is_bounded(autojump_clock: MockClock) -> No
     assert len(source.tried) == 201
 
 
-async def test_a_bug_propagates(autojump_clock: MockClock) -> None:
+async def test_bug_propagates(autojump_clock: MockClock) -> None:
     async def work() -> None:
         await trio.lowlevel.checkpoint()
         raise ZeroDivisionError
@@ -162,7 +164,7 @@ async def test_a_bug_propagates(autojump_clock: MockClock) -> None:
         await keep_running("a source", work, Breaker(5, 30))
 
 
-async def test_lost_by_several_tasks_of_a_source_is_lost(autojump_clock: MockClock) -> None:
+async def test_source_lost_by_several_of_its_tasks_is_lost(autojump_clock: MockClock) -> None:
     breaker, tried = Breaker(99, 30), []
 
     async def lose() -> None:
@@ -182,7 +184,7 @@ async def test_lost_by_several_tasks_of_a_source_is_lost(autojump_clock: MockClo
     assert {log["error"] for log in logs} == {"connection reset"}
 
 
-async def test_a_bug_beside_a_loss_propagates(autojump_clock: MockClock) -> None:
+async def test_bug_beside_a_loss_propagates(autojump_clock: MockClock) -> None:
     async def lose() -> None:
         raise ConnectionLost("connection reset")
 
