@@ -913,7 +913,7 @@ def test_move_while_batches_are_delivered_neither_loses_nor_doubles_an_event(
                 database.assign(1, 2, 3, 9, user=user)
                 await enter(make_principal(user=user))
             database.assign(1, 2, 3, 9, tenant=2)
-            _, stranger = await enter(make_principal(tenant=2))
+            _, other_tenant = await enter(make_principal(tenant=2))
             database.assign(9, *first)
             client, socket = await enter(make_principal())
 
@@ -939,7 +939,7 @@ def test_move_while_batches_are_delivered_neither_loses_nor_doubles_an_event(
             assert len(heard) == len(set(heard))
             assert set(throughout) <= set(heard)
             assert all((now_and_then[n] or 9) in served for n in heard)
-            assert stranger.texts == []
+            assert other_tenant.texts == []
             assert hub.members(client.audiences)
             nursery.cancel_scope.cancel()
 

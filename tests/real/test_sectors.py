@@ -344,7 +344,7 @@ async def test_announced_change_reaches_the_client_at_once(
     async with (
         running(settings) as gateway,
         admitted(gateway.staff_url("waiter")) as client,
-        admitted(gateway.staff_url("waiter", tenant_id=2)) as stranger,
+        admitted(gateway.staff_url("waiter", tenant_id=2)) as other_tenant,
     ):
         database.reassign(6)
         backend.publish("channel:sectors:changed", '{"tenant_id":2,"waiter_id":21}')
@@ -354,7 +354,7 @@ async def test_announced_change_reaches_the_client_at_once(
         backend.publish("channel:sectors:changed", '{"tenant_id":1,"waiter_id":21}')
         await until(partial(_is_served, gateway, {6}), seconds=1)
         assert await received_sectors(gateway, backend, client) == {6}
-        assert await received(stranger) == []
+        assert await received(other_tenant) == []
 
 
 async def test_change_announced_while_the_link_was_down_reaches_the_client(

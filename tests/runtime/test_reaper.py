@@ -243,7 +243,7 @@ async def test_stuck_close_is_aborted(autojump_clock: MockClock, world: World) -
         await world.hub.wait_empty()
 
     assert trio.current_time() == 60  # the first clean-up after 30 seconds
-    assert [log["event"] for log in logs] == ["stuck connections cut"]
+    assert [log["event"] for log in logs] == ["stuck connections aborted"]
     assert world.hub.closed == {Close.NORMAL: 1}
 
 

@@ -721,22 +721,21 @@ async def test_clients_not_reached_by_a_cancelled_delivery_get_a_gap(
     nursery: trio.Nursery,
 ) -> None:
     world = World(nursery)
-    clients = [await world.live() for _ in range(9)]
+    scope = trio.CancelScope()
+    reached = 0
+
+    class Counting(FakeSocket):
+        def try_write(self, data: bytes | memoryview) -> int:
+            nonlocal reached
+            reached += 1
+            if reached == 3:
+                scope.cancel()
+            return super().try_write(data)
+
+    clients = [await world.live(socket=Counting()) for _ in range(9)]
     held = await world.connect()
-
-    with trio.CancelScope() as scope:
-        reached = 0
-
-        class Third(FakeSocket):
-            def try_write(self, data: bytes | memoryview) -> int:
-                nonlocal reached
-                reached += 1
-                if reached == 3:
-                    scope.cancel()
-                return super().try_write(data)
-
-        for client in clients:
-            client.connection._socket = client.socket = Third()
+    assert reached == 0
+    with scope:
         await world.publish(1, 2)
     assert scope.cancelled_caught
     await held.say("x")

@@ -58,7 +58,7 @@ class Drain:
             log.info(
                 "drained",
                 clients=clients,
-                cut=len(hub.connections) + len(hub.leaving),
+                aborted=len(hub.connections) + len(hub.leaving),
                 undelivered=undelivered,
                 seconds=round(trio.current_time() - started, 3),
             )

@@ -50,7 +50,7 @@ async def reap(
 
 
 def clean_up(hub: Hub, now: float) -> None:
-    """Close connections that are overdue, and cut those whose close is stuck."""
+    """Close connections that are overdue, and abort those whose close is stuck."""
     for connection in list(hub.connections):
         if connection.deadline < now:
             connection.close_on_time(now)
@@ -62,4 +62,4 @@ def clean_up(hub: Hub, now: float) -> None:
     for connection in stuck:
         connection.abort()
     if stuck:
-        log.warning("stuck connections cut", connections=len(stuck))
+        log.warning("stuck connections aborted", connections=len(stuck))

@@ -1,4 +1,4 @@
-"""A log that strangers cannot flood: at most one line of a kind per interval."""
+"""A log that clients cannot flood: at most one line of a kind per interval."""
 
 from collections import Counter
 from collections.abc import Callable
