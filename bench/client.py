@@ -18,7 +18,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from .crowd import RECEIVE, Heard, Template
+from .crowd import RECEIVE, Expected, Template
 from .publish import Pace, Publisher
 
 _clock = time.monotonic_ns
@@ -41,13 +41,13 @@ class Client:
     """One WebSocket. ``place`` is its offset in its stream of events, in bytes."""
 
     __slots__ = (
-        "began_at", "code", "heard", "heard_from", "lost", "number", "place", "ready", "ready_at",
-        "reason", "receive", "request", "socket", "tail", "texts", "upgraded",
+        "began_at", "code", "expects", "expects_from", "lost", "number", "place", "ready",
+        "ready_at", "reason", "receive", "request", "socket", "tail", "texts", "upgraded",
     )  # fmt: skip
 
-    def __init__(self, number: int, target: str, heard: Heard | None) -> None:
+    def __init__(self, number: int, target: str, expects: Expected | None) -> None:
         self.number = number
-        self.heard = heard
+        self.expects = expects
         self.request = (
             f"GET {target} HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\n"
             "Connection: Upgrade\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
@@ -58,7 +58,7 @@ class Client:
         self.upgraded = self.ready = False
         self.began_at = self.ready_at = 0
         self.place = -1  # until its first event
-        self.heard_from = 0  # the number of the first event that it must receive
+        self.expects_from = 0  # the number of the first event that it must receive
         self.tail = b""
         self.lost: set[int] = set()
         self.code: int | None = None  # the close code
@@ -104,7 +104,7 @@ class Load:
         self.ready = 0
         self.pongs = 0
         self.received = 0  # bytes, of the clients that are ready
-        self.heard_from: Callable[[], int] = lambda: 0
+        self.expects_from: Callable[[], int] = lambda: 0
         self.progress: Callable[[], None] = lambda: None
 
     # Opening
@@ -173,7 +173,7 @@ class Load:
     def _is_ready(self, client: Client) -> None:
         client.ready = True
         client.ready_at = _clock()
-        client.heard_from = self.heard_from()
+        client.expects_from = self.expects_from()
         self.ready += 1
         self._opened()
 
@@ -219,9 +219,9 @@ class Load:
     # Running
 
     def attend(self, publisher: Publisher) -> None:
-        self._others[publisher.fileno()] = publisher.hear
+        self._others[publisher.fileno()] = publisher.read_replies
         self._epoll.register(publisher.fileno(), select.EPOLLIN)
-        self.heard_from = lambda: publisher.sent
+        self.expects_from = lambda: publisher.sent
 
     def drive(self, publisher: Publisher, pace: Pace, seconds: float) -> None:
         """Publish at that pace, and receive."""
@@ -279,8 +279,8 @@ class Load:
                 self._open(client, bytes(buffer[:n]))
                 continue
             received += n
-            now, place, heard = _clock(), client.place, client.heard
-            if place < 0 or heard is None or not heard.size:
+            now, place, expects = _clock(), client.place, client.expects
+            if place < 0 or expects is None or not expects.size:
                 self._read(client, bytes(buffer[:n]), now)
                 continue
             # The codes are at k * size + at in its stream.
@@ -288,9 +288,9 @@ class Load:
             k1 = (place - at + size - 2) // size
             start = k * size + at - place
             start1 = k1 * size + at + 1 - place
-            if not heard.first.startswith(
-                buffer[start:n:size], k % heard.size
-            ) or not heard.second.startswith(buffer[start1:n:size], k1 % heard.size):
+            if not expects.first.startswith(
+                buffer[start:n:size], k % expects.size
+            ) or not expects.second.startswith(buffer[start1:n:size], k1 % expects.size):
                 self._read(client, bytes(buffer[:n]), now)
                 continue
             log.append((now, client.number, place, n))
@@ -305,7 +305,7 @@ class Load:
 
     def _read(self, client: Client, data: bytes, now: int = 0) -> None:
         """Read the received data frame by frame."""
-        heard, template = client.heard, self._template
+        expects, template = client.expects, self._template
         place, before = client.place, len(client.tail)
         k = -1 if place < 0 or template is None else (place - before) // template.frame_size
         data = client.tail + data
@@ -316,7 +316,7 @@ class Load:
                 break
             opcode, body, end = frame
             if opcode == 0x1 and (
-                heard is not None
+                expects is not None
                 and template is not None
                 and end - start == template.frame_size
                 and data[body : body + 5] == b'{"t":'
@@ -324,7 +324,7 @@ class Load:
                 number = start + template.number_at
                 n = int(data[number : number + 10])
                 was = k
-                k = self._hear(client, heard, n, k)
+                k = self._check(client, expects, n, k)
                 if k > was >= 0 or was < 0 <= k:
                     place_of = (k - 1) * template.frame_size
                     self._log.append((now or _clock(), client.number, place_of, end - start))
@@ -346,14 +346,14 @@ class Load:
         if k >= 0 and template is not None:
             client.place = k * template.frame_size + len(client.tail)
 
-    def _hear(self, client: Client, heard: Heard, n: int, k: int) -> int:
+    def _check(self, client: Client, expects: Expected, n: int, k: int) -> int:
         """Check event ``n`` of a client that expects its k-th; return the next one it expects."""
-        if not heard.includes(n):
+        if not expects.includes(n):
             self.faults.strange += 1
             return k
-        got = heard.before(n)
+        got = expects.before(n)
         if k < 0:  # its first one; a client that is not ready yet may miss events
-            k = min(got, heard.before(client.heard_from)) if client.ready else got
+            k = min(got, expects.before(client.expects_from)) if client.ready else got
         if got >= k:
             self.faults.missing += got - k
             client.lost.update(range(k, got))
@@ -370,11 +370,11 @@ class Load:
 
     def missed(self, client: Client, published: int) -> int:
         """How many of the last published events the client has not received."""
-        if client.heard is None or self._template is None:
+        if client.expects is None or self._template is None:
             return 0
-        expected = client.heard.before(published)
+        expected = client.expects.before(published)
         if client.place < 0:
-            return expected - client.heard.before(client.heard_from)
+            return expected - client.expects.before(client.expects_from)
         return expected - client.place // self._template.frame_size
 
     def count_missing(self, clients: Iterable[Client], published: int) -> None:
@@ -395,7 +395,7 @@ class Load:
         each = []
         for number, rows in zip(numbers, np.split(log, starts[1:]), strict=True):
             client = counted.get(int(number))
-            if client is None or client.heard is None:
+            if client is None or client.expects is None:
                 continue
             begin, end = rows[:, 2] // size, (rows[:, 2] + rows[:, 3]) // size
             count = end - begin
@@ -403,16 +403,16 @@ class Load:
             # begin, begin + 1, …, end - 1 of each row
             k = np.arange(len(when)) - np.repeat(np.cumsum(count) - count, count)
             k += np.repeat(begin, count)
-            indices = np.array(client.heard.indices, dtype=np.int64)
-            n = k // client.heard.size * client.heard.period + indices[k % client.heard.size]
+            indices = np.array(client.expects.indices, dtype=np.int64)
+            n = k // client.expects.size * client.expects.period + indices[k % client.expects.size]
             wanted = (n >= first) & (n < last)
             n, when = n[wanted], when[wanted]
             np.maximum.at(arrived, n, when)
             each.append(((when - sent[n]) / 1e6).astype(np.float32))
-        heard = np.flatnonzero(arrived)
+        came = np.flatnonzero(arrived)
         return Latencies(
             np.concatenate(each) if each else np.zeros(0),
-            (arrived[heard] - sent[heard]) / 1e6,
+            (arrived[came] - sent[came]) / 1e6,
         )
 
     def arrivals(self) -> list[tuple[int, int]]:

@@ -30,7 +30,7 @@ RECEIVE: Final = 1 << 18  # bytes that a client reads at a time
 _LEAST_FRAME: Final = 200
 
 
-class Heard:
+class Expected:
     """The events that a client must receive: their indices in a period, and their characters."""
 
     __slots__ = ("first", "indices", "period", "second", "size")
@@ -64,15 +64,15 @@ class Kind:
 
 @dataclass
 class Crowd:
-    """``targets`` and ``heard`` are per client, ``kinds`` is one period of events."""
+    """``targets`` and ``expects`` are per client, ``kinds`` is one period of events."""
 
     targets: list[str]
-    heard: list[Heard]
+    expects: list[Expected]
     kinds: list[Kind]
     audience: float = field(init=False)  # of an event, on average
 
     def __post_init__(self) -> None:
-        self.audience = sum(heard.size for heard in self.heard) / len(self.kinds)
+        self.audience = sum(each.size for each in self.expects) / len(self.kinds)
 
 
 class Template:
@@ -148,7 +148,7 @@ def one_branch(clients: int, *, elsewhere: int = 0) -> Crowd:
     """All waiters of one branch, and others in branches without events."""
     period = 4000
     kinds = [Kind(CHANNEL, {"type": "ROUND_READY", "tenant_id": 1, "branch_id": 1})] * period
-    everything, nothing = Heard(range(period), period), Heard((), period)
+    everything, nothing = Expected(range(period), period), Expected((), period)
     return Crowd(
         [staff("waiter", i + 1, 1, [1], "WAITER") for i in range(clients)]
         + [staff("waiter", i + 1, 2, [100_000 + i], "WAITER") for i in range(elsewhere)],
@@ -159,7 +159,7 @@ def one_branch(clients: int, *, elsewhere: int = 0) -> Crowd:
 
 def small_branches(branches: int) -> Crowd:
     """A waiter and a kitchen in each of many branches, five branches to a tenant."""
-    targets, heard, kinds = [], [], []
+    targets, expects, kinds = [], [], []
     for i in range(branches):
         tenant, branch = 1 + i // 5, 1 + i
         kinds.append(
@@ -168,11 +168,11 @@ def small_branches(branches: int) -> Crowd:
                 {"type": "ROUND_READY", "tenant_id": tenant, "branch_id": branch},
             )
         )
-        mine = Heard([i], branches)
+        mine = Expected([i], branches)
         targets.append(staff("waiter", 2 * i + 1, tenant, [branch], "WAITER"))
         targets.append(staff("kitchen", 2 * i + 2, tenant, [branch], "KITCHEN"))
-        heard += [mine, mine]
-    return Crowd(targets, heard, kinds)
+        expects += [mine, mine]
+    return Crowd(targets, expects, kinds)
 
 
 _W, _F, _K, _A, _D, _B = "sector", "floor", "kitchen", "admins", "session", "branch diners"
@@ -222,8 +222,8 @@ def mixed(clients: int, branches: int, each: int) -> Crowd:
             keys["session_id"] = 10 * b + session
         only_admins = to == {_A}
         kinds.append(Kind(f"channel:branch:{b}:{'admin' if only_admins else 'waiters'}", keys))
-    targets, heard = [], []
-    known: dict[tuple[Any, ...], Heard] = {}
+    targets, expects = [], []
+    known: dict[tuple[Any, ...], Expected] = {}
     for i in range(clients):
         endpoint, role, sectors, session = _ROLES[i % len(_ROLES)]
         home = 1 + i // len(_ROLES) % branches
@@ -239,16 +239,16 @@ def mixed(clients: int, branches: int, each: int) -> Crowd:
             )
         key = (endpoint, role, sectors, session, frozenset(mine))
         if key not in known:
-            hears = [
+            received = [
                 n for n, (b, m) in enumerate(order)
-                if b in mine and _hears(endpoint, role, sectors, session, *_MIX[m][1:])
+                if b in mine and _receives(endpoint, role, sectors, session, *_MIX[m][1:])
             ]  # fmt: skip
-            known[key] = Heard(hears, len(order))
-        heard.append(known[key])
-    return Crowd(targets, heard, kinds)
+            known[key] = Expected(received, len(order))
+        expects.append(known[key])
+    return Crowd(targets, expects, kinds)
 
 
-def _hears(
+def _receives(
     endpoint: str, role: str, sectors: frozenset[int], mine: int | None,
     to: frozenset[str], sector: int | None, session: int | None,
 ) -> bool:  # fmt: skip

@@ -18,7 +18,7 @@ from typing import Any, Final
 import numpy as np
 
 from .client import Client, Load
-from .crowd import MAX_PERIOD, Heard, Kind, Template, staff
+from .crowd import MAX_PERIOD, Expected, Kind, Template, staff
 from .processes import Cores, NotHere, Redis, serve_workers
 from .publish import Publisher
 
@@ -148,7 +148,7 @@ def _broadcast(
     publisher.publish(size.branches)
     while publisher.answered < size.branches:
         publisher.flush()
-        publisher.hear()
+        publisher.read_replies()
         if time.monotonic() - began > 60:
             raise NotHere("Redis did not accept the events within 60 s")
         time.sleep(0.001)
@@ -212,9 +212,9 @@ def _hold(
 ) -> None:
     """Follow the orders, and read from the clients meanwhile, until the pipe is closed."""
     load = Load(port, template)
-    heard: dict[int, Heard] = {}
+    expects: dict[int, Expected] = {}
     for branch in {number % size.branches for number in numbers}:
-        heard[branch] = Heard([branch], size.branches)
+        expects[branch] = Expected([branch], size.branches)
     clients: list[Client] = []
     try:
         while True:
@@ -223,7 +223,7 @@ def _hold(
             order = pipe.recv()
             if len(order) == 3:
                 first, last, seconds = order
-                new = [_client(number, size, heard) for number in numbers[first:last]]
+                new = [_client(number, size, expects) for number in numbers[first:last]]
                 clients += new
                 load.open(new, at_once=_AT_ONCE, seconds=seconds)
                 waiting = sum(not client.ready for client in new) - load.failed.total()
@@ -235,10 +235,10 @@ def _hold(
         pass
 
 
-def _client(number: int, size: Size, heard: dict[int, Heard]) -> Client:
+def _client(number: int, size: Size, expects: dict[int, Expected]) -> Client:
     branch = number % size.branches
     target = staff("waiter", number + 1, size.tenant(branch) + 1, [branch + 1], "WAITER")
-    return Client(number, target, heard[branch])
+    return Client(number, target, expects[branch])
 
 
 def _look_back(
@@ -256,8 +256,8 @@ def _look_back(
         "to the wrong client": load.faults.strange,
         "lost connections": load.closed.total(),
     })  # fmt: skip
-    # Each client hears one event, so each line of the log is one delivery.
-    number_of = {client.number: client.heard.indices[0] for client in clients if client.heard}
+    # Each client receives one event, so each line of the log is one delivery.
+    number_of = {client.number: client.expects.indices[0] for client in clients if client.expects}
     log = load.arrivals()
     late = [(now - sent_at[number_of[client]]) / 1e6 for now, client in log]
     return faults, np.array(late), max((now for now, _ in log), default=0)

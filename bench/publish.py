@@ -44,7 +44,7 @@ class Publisher:
             while self._out:
                 del self._out[: self._socket.send(self._out)]
 
-    def hear(self) -> None:
+    def read_replies(self) -> None:
         """Read the replies of Redis."""
         try:
             data = self._socket.recv(1 << 16)

@@ -201,8 +201,8 @@ def gathered(bench: Bench, who: str, crowd: Crowd, *, stuck: int = 0) -> Iterato
     with bench.serve(who) as server:
         load = Load(server.port, template)
         clients = [
-            Client(i, target, heard)
-            for i, (target, heard) in enumerate(zip(crowd.targets, crowd.heard, strict=True))
+            Client(i, target, expects)
+            for i, (target, expects) in enumerate(zip(crowd.targets, crowd.expects, strict=True))
         ]
         for client in clients[len(clients) - stuck :] if stuck else ():
             client.socket.setsockopt(1, 8, 4096)  # SOL_SOCKET, SO_RCVBUF
@@ -271,7 +271,7 @@ def mixed(bench: Bench, who: str) -> Figures:
     with gathered(bench, who, crowd) as run:
         pace = saturating(run.publisher, run.done, options.window)
         found, _ = run.measure(pace, options.seconds, latencies=False)
-        masks = len(set(map(id, crowd.heard)))
+        masks = len(set(map(id, crowd.expects)))
         return found | {"audience": crowd.audience, "different ones": masks} | run.faults()
 
 
@@ -540,7 +540,7 @@ def soak(bench: Bench, who: str) -> Figures:
                     old = live[at]
                     load.close(old)
                     new = live[at] = Client(
-                        len(load.clients), crowds.one_branch(1).targets[0], old.heard
+                        len(load.clients), crowds.one_branch(1).targets[0], old.expects
                     )
                     run.clients.append(new)
                     load.start(new)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from bench.client import Client, Load
-from bench.crowd import Heard, Kind, Template
+from bench.crowd import Expected, Kind, Template
 from bench.many import Size
 from bench.processes import NotHere
 from trio_gateway.core.frames import text_frame
@@ -93,7 +93,7 @@ def test_client_that_receives_an_event_before_its_first_pong_has_missed_none(
 ) -> None:
     """``e`` is the next event, ``-`` a missing one, ``P`` the pong after admission."""
     template = Template([Kind("c", {"type": "A"})] * 10, 300)
-    load, client = Load(1, template), Client(1, "/ws/waiter", Heard(range(10), 10))
+    load, client = Load(1, template), Client(1, "/ws/waiter", Expected(range(10), 10))
     number, data = 5000, b""
     for text in texts:
         if text == "P":
@@ -102,7 +102,7 @@ def test_client_that_receives_an_event_before_its_first_pong_has_missed_none(
         if text == "e":
             data += text_frame(template.payload(number, 0))
         number += 1
-    load.heard_from = lambda: 5000 + texts[: texts.index("P")].count("e")
+    load.expects_from = lambda: 5000 + texts[: texts.index("P")].count("e")
     load._read(client, data)
     load.shut()
     client.socket.close()

@@ -22,7 +22,7 @@ async def send(client: WebSocket, text: str) -> None:
         clients.discard(client)
 
 
-async def hear() -> None:
+async def read_redis() -> None:
     pubsub = redis.asyncio.Redis(port=int(sys.argv[2])).pubsub()
     await pubsub.subscribe(CHANNEL)
     async for message in pubsub.listen():
@@ -34,7 +34,7 @@ async def hear() -> None:
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    task = asyncio.create_task(hear())
+    task = asyncio.create_task(read_redis())
     yield
     task.cancel()
 

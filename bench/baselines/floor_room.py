@@ -36,7 +36,7 @@ def main(port: int, redis_port: int) -> None:
             except OSError:
                 return
 
-    def hear() -> None:
+    def read_redis() -> None:
         reader.feed(redis.recv(1 << 18))
         while (reply := reader.gets()) is not False:
             if reply[0] == b"message":
@@ -78,7 +78,7 @@ def main(port: int, redis_port: int) -> None:
         epoll.register(client.fileno(), select.EPOLLIN)
 
     listener = socket.create_server(("127.0.0.1", port), backlog=4096)
-    heads[listener.fileno()], heads[redis.fileno()] = accept, hear
+    heads[listener.fileno()], heads[redis.fileno()] = accept, read_redis
     epoll.register(listener.fileno(), select.EPOLLIN)
     epoll.register(redis.fileno(), select.EPOLLIN)
     while True:

@@ -36,7 +36,7 @@ async def room(path: str) -> None:
         clients.discard(mine)
 
 
-async def hear(redis_port: int) -> None:
+async def read_redis(redis_port: int) -> None:
     reader: Any = hiredis.Reader()
     async with await trio.open_tcp_stream("127.0.0.1", redis_port) as stream:
         await stream.send_all(f"SUBSCRIBE {CHANNEL}\r\n".encode())
@@ -55,7 +55,7 @@ async def main(port: int, redis_port: int) -> None:
     config.backlog = 4096
     config.errorlog = None
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(hear, redis_port)
+        nursery.start_soon(read_redis, redis_port)
         await serve(app, config, mode="asgi")
 
 

@@ -19,7 +19,7 @@ from trio_gateway.testing import make_jwt
 
 from .relay import Relay, open_relay
 
-TENANT: Final = 2  # theirs; nobody else's
+TENANT: Final = 2  # of the bad clients alone
 PATIENCE: Final = 40.0  # seconds after which a client that was not ended counts as forgotten
 _SMALL: Final = 4096  # bytes that a socket of theirs takes unread
 _TEN_MB: Final = b"\x81\xff" + (10 << 20).to_bytes(8, "big") + bytes(4)
@@ -47,7 +47,7 @@ class Ends:
             try:
                 what = str((await client.closed())[0])
             except EOFError:
-                what = "cut off"
+                what = "ended"
             except trio.BrokenResourceError:
                 what = "reset"
         self.note(what, since)
@@ -107,7 +107,7 @@ async def read_a_byte_a_second(place: Place, n: int) -> None:
         since = time.monotonic()
         with trio.fail_after(PATIENCE):
             await client.rest()
-        place.ends.note("cut off", since)
+        place.ends.note("ended", since)
 
 
 async def vanish(place: Place, n: int) -> None:
@@ -174,19 +174,19 @@ async def come_with_a_dead_token(place: Place, n: int) -> None:
 
 class Kind(NamedTuple):
     """``pause`` is how soon each comes again, in seconds; without one it never does.
-    ``hears``: events are published to them, to each its own if they are ``apart``.
+    ``receives``: events are published to them, to each its own if they are ``apart``.
     """
 
     be_bad: Callable[[Place, int], Awaitable[None]]
     pause: float = math.inf
-    hears: bool = False
+    receives: bool = False
     apart: bool = False
 
 
 KINDS: Final = {
-    "stop reading": Kind(stop_reading, hears=True),
-    "stop reading, each apart": Kind(stop_reading, hears=True, apart=True),
-    "one byte a second": Kind(read_a_byte_a_second, hears=True),
+    "stop reading": Kind(stop_reading, receives=True),
+    "stop reading, each apart": Kind(stop_reading, receives=True, apart=True),
+    "one byte a second": Kind(read_a_byte_a_second, receives=True),
     "vanish": Kind(vanish),
     "half-close": Kind(half_close, 0.1),
     "reset in the handshake": Kind(reset_in_the_handshake, 0.05),
@@ -230,7 +230,7 @@ async def be_bad(
                     await trio.sleep(0.01)
             relay.vanish()
             place.began = time.monotonic()
-            if kind.hears:
+            if kind.receives:
                 nursery.start_soon(_publish, redis_port, {place.branch(n) for n in range(count)})
             nursery.start_soon(_look, place, until)
         nursery.cancel_scope.cancel()

@@ -50,11 +50,11 @@ class Client:
         self.last_event_id = ""
         self.seen: list[int] = []
         self.connects = 0
-        self.told = 0  # that something is missing
+        self.losses = 0  # messages that say that events are missing
         self.replayed = 0
         self.ready = trio.Event()
         self.outage = 0.0  # the longest time without an event
-        self._heard_at: float | None = None
+        self._received_at: float | None = None
 
     async def run(self) -> None:
         while True:
@@ -96,15 +96,15 @@ class Client:
             if opcode == CLOSE:
                 return False
             if opcode == TEXT:
-                self._hear(payload)
+                self._receive(payload)
         return True
 
-    def _hear(self, message: bytes) -> None:
+    def _receive(self, message: bytes) -> None:
         if (event := _EVENT.search(message)) is not None:
             now = time.monotonic()
-            if self._heard_at is not None:
-                self.outage = max(self.outage, now - self._heard_at)
-            self._heard_at = now
+            if self._received_at is not None:
+                self.outage = max(self.outage, now - self._received_at)
+            self._received_at = now
             self.seen.append(int(event[1]))
             self.last_event_id = event[2].decode()
             return
@@ -112,10 +112,10 @@ class Client:
         if said["type"] == "resumed":
             self.last_event_id = said["last_event_id"]
             self.replayed += said["count"]
-            self.told += not said["recovered"]
+            self.losses += not said["recovered"]
             self.ready.set()
         elif said["type"] == "gap":
-            self.told += 1
+            self.losses += 1
 
 
 async def _some(stream: trio.SocketStream) -> bytes:
@@ -176,7 +176,7 @@ class Figures:
     missing: int = 0
     doubled: int = 0
     out_of_order: int = 0
-    told: int = 0
+    losses: int = 0
     reconnects: int = 0
     replayed: int = 0
     published_again: int = 0
@@ -191,7 +191,7 @@ class Figures:
             self.doubled += len(client.seen) - len(distinct)
             following = zip(client.seen, client.seen[1:], strict=False)
             self.out_of_order += sum(a > b for a, b in following)
-            self.told += client.told
+            self.losses += client.losses
             self.reconnects += client.connects - 1
             self.replayed += client.replayed
             self.longest_outage = max(self.longest_outage, client.outage)
@@ -200,11 +200,11 @@ class Figures:
 
     def assert_nothing_lost(self) -> None:
         assert self.events
-        assert (self.missing, self.doubled, self.out_of_order, self.told) == (0, 0, 0, 0), self
+        assert (self.missing, self.doubled, self.out_of_order, self.losses) == (0, 0, 0, 0), self
 
 
 def paths(number: int) -> list[str]:
-    """Waiters, cooks and diners who all hear the same."""
+    """Waiters, cooks and diners that all receive the same events."""
     waiter = make_jwt(JWT_SECRET, roles=["WAITER"], life=36_000)
     cook = make_jwt(JWT_SECRET, sub="22", roles=["KITCHEN"], life=36_000)
     diner = make_table_token(TABLE_SECRET, session_id=456, life=10_000)

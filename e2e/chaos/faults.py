@@ -38,7 +38,7 @@ def install() -> None:
     if clock := os.environ.get("CHAOS_CLOCK"):
         set_wrong(Path(clock))
     if statuses := os.environ.get("CHAOS_STATUS"):
-        tell_statuses(Path(statuses))
+        write_statuses(Path(statuses))
 
 
 def inject(task: str, when: Path) -> Callable[[], None]:
@@ -57,7 +57,7 @@ def inject(task: str, when: Path) -> Callable[[], None]:
     ) -> None:
         if is_meant(async_fn):
             async_fn = partial(_run_until, when, async_fn)
-        else:  # what is kept running is an argument of who keeps it so
+        else:  # a task that is restarted is an argument of keep_running
             args = tuple(partial(_run_until, when, arg) if is_meant(arg) else arg for arg in args)
         _start_soon(self, async_fn, *args, name=name)
 
@@ -114,11 +114,11 @@ def set_wrong(clock: Path) -> None:
     vars_of(time, time=wrong)
 
 
-def tell_statuses(statuses: Path) -> None:
+def write_statuses(statuses: Path) -> None:
     popen: Any = multiprocessing.popen_fork.Popen
     poll = popen.poll
 
-    def telling_poll(self: Any, flag: int = os.WNOHANG) -> Any:
+    def writing_poll(self: Any, flag: int = os.WNOHANG) -> Any:
         known = self.returncode
         status = poll(self, flag)
         if known is None and status is not None:
@@ -126,4 +126,4 @@ def tell_statuses(statuses: Path) -> None:
                 file.write(f"{status}\n")
         return status
 
-    vars_of(popen, poll=telling_poll)
+    vars_of(popen, poll=writing_poll)

@@ -1,4 +1,4 @@
-"""A tenant that publishes more than can be delivered, and the clients that hear it.
+"""A tenant that publishes more than can be delivered, and the clients that receive it.
 
 A process of its own, so that its work is on nobody else's clock: ``python flood.py PORT
 REDIS_PORT CLIENTS``. A line ``RATE SECONDS`` on its input is a flood; when that is over it answers

@@ -32,7 +32,7 @@ def percentile(measured: Measured, percent: float, began: float, ended: float) -
 
 
 class Bystander:
-    """Another tenant: one client that hears an event of its own many times a second, one that
+    """Another tenant: one client that receives an event of its own many times a second, one that
     pings twice a second, and one that comes each second.
     """
 
@@ -47,11 +47,11 @@ class Bystander:
 
     async def run(self) -> None:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._hear)
+            nursery.start_soon(self._receive)
             nursery.start_soon(self._ping)
             nursery.start_soon(self._come)
 
-    async def _hear(self) -> None:
+    async def _receive(self) -> None:
         redis = await trio.open_tcp_stream("127.0.0.1", self._redis_port)
         async with redis, admitted(self._url) as client:
             heartbeat = 0.0

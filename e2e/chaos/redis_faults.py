@@ -75,8 +75,8 @@ class Fault:
     end: Step
     opens: Set[str] = field(default=ALL)
     hangs: bool = False  # whoever asks waits for nothing, so that recovery is noticed later
-    empties: bool = False  # what Redis had is lost: clients have to be told
-    admits: bool = False  # who brings a token is let in as ever
+    empties: bool = False  # the data of Redis is lost: clients must get a gap
+    admits: bool = False  # clients with a token are admitted as usual
     kills: bool = False
 
     def __str__(self) -> str:
@@ -187,7 +187,7 @@ FAULTS: Final = (
     Fault("deaf on one side", _relay(lambda relay: relay.vanish(Way.TO_CLIENT)), _heal, hangs=True),
     Fault("a byte a second", _relay(lambda relay: relay.slow(1)), _forward, hangs=True),
     Fault("garbage", _relay(Relay.garbage), _forward),
-    Fault("answers to nobody's question", _relay(lambda relay: relay.garbage(FOREIGN)), _forward),
+    Fault("replies without a request", _relay(lambda relay: relay.garbage(FOREIGN)), _forward),
     Fault(
         "out of memory",
         lambda stage: _config(stage, "maxmemory", "1"),

@@ -65,7 +65,7 @@ class Figures:
     missing: int = 0
     doubled: int = 0
     out_of_order: int = 0
-    gaps: int = 0  # that clients were told of
+    gaps: int = 0  # that clients received
     reconnects: int = 0
     walks: dict[str, list[int]] = field(default_factory=dict)
 
@@ -91,7 +91,7 @@ class Figures:
             f"{self.fault} {self.when}: 503 after {noticed} s, ready after {self.recovered:.2f} s"
             f" (may take {self.may_take:.1f}), {self.pings} pings: p99 {self.ping_p99 * 1e3:.1f} ms"
             f" worst {self.ping_worst * 1e3:.1f} ms, {self.events} events: {self.missing} missing"
-            f" {self.doubled} doubled {self.out_of_order} out of order, {self.gaps} gaps told,"
+            f" {self.doubled} doubled {self.out_of_order} out of order, {self.gaps} gaps,"
             f" {self.reconnects} reconnects; {walks}"
         )
 
@@ -155,7 +155,7 @@ class _Run:
             self.backend.stop()
 
     async def _start_into_it(self) -> None:
-        """A diner comes while it lasts: nobody has to ask Redis about a table token."""
+        """A diner connects during the fault: a table token needs no command of Redis."""
         if self.fault.kills:  # in the middle of the reading of what is there
             self.stage.relay.slow(20_000)
             with self.stage.admin() as admin:
@@ -197,7 +197,7 @@ class _Run:
             await client.ready.wait()
 
     async def _look_at_it(self) -> None:
-        """The operator knows; live clients live; who comes is told to come again."""
+        """The operator sees it; live clients stay; new ones are asked to retry."""
         self.figures.noticed = await self.operator.first(503, self.began, NOTICED)
         assert (await http(self.gateway.port, "/ws/health")).status == 200
         with trio.fail_after(60):
@@ -241,8 +241,8 @@ class _Run:
         ended = trio.current_time()
         figures, operator = self.figures, self.operator
         figures.recovered = await operator.first(200, ended, figures.may_take)
-        # Nobody asks for tickets while clients are sent elsewhere: the operator's question is the
-        # try that closes that breaker.
+        # No client asks for tickets while clients are sent elsewhere: the operator's request is
+        # the try that closes that breaker.
         await until(lambda: not any(walk[-1] for walk in operator.walks.values()), 10)
         figures.walks = {name: walk for name, walk in operator.walks.items() if len(walk) > 1}
         for name in self.fault.opens:
@@ -256,7 +256,7 @@ class _Run:
         await self._progress(10)
         with self.stage.admin() as admin:
             admin.publish("branch:1:waiters", event(seq=-1))
-        await until(lambda: all(client.heard == [-1] for client in self.clients))
+        await until(lambda: all(client.pubsub_events == [-1] for client in self.clients))
         self.backend.stop()
         await trio.sleep(0.5)
         last = self.backend.published

@@ -1,4 +1,4 @@
-"""A TCP relay that can be told to misbehave: the network between two parts, for the tests."""
+"""A TCP relay with faults: the network between two parts, for the tests."""
 
 import socket
 import struct
@@ -55,9 +55,8 @@ class Relay:
         self._set({})
 
     def vanish(self, way: Way = Way.BOTH) -> None:
-        """Hand on nothing that way, not even an end: what is sent there vanishes, and nobody is
-        told. New connections are accepted.
-        """
+        """Pass nothing that way, not even an end: bytes vanish without an error on either
+        side. New connections are accepted."""
         self._set({way: 0})
 
     def slow(self, bytes_per_second: float, way: Way = Way.BOTH) -> None:
@@ -133,7 +132,7 @@ class Relay:
 
     def _cut_all(self) -> None:
         for pair in self._pairs:
-            pair.cut()
+            pair.close_both()
 
     async def close(self) -> None:
         """Reset every connection and end."""
@@ -173,7 +172,7 @@ class _Pair:
                 if stream is not None:
                     _reset(stream)
 
-    def cut(self) -> None:
+    def close_both(self) -> None:
         self._scope.cancel()
 
     async def say(self, junk: bytes) -> None:

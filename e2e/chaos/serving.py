@@ -84,8 +84,8 @@ def crowded(server: Served, crowd: Crowd) -> Load:
     load.logging = False
     server.loads.append(load)
     clients = [
-        Client(n, target, heard)
-        for n, (target, heard) in enumerate(zip(crowd.targets, crowd.heard, strict=True))
+        Client(n, target, expects)
+        for n, (target, expects) in enumerate(zip(crowd.targets, crowd.expects, strict=True))
     ]
     load.open(clients)
     assert load.ready == len(clients), load.failed
@@ -93,7 +93,7 @@ def crowded(server: Served, crowd: Crowd) -> Load:
 
 
 def publishing(server: Served, redis: RedisServer, crowd: Crowd, load: Load) -> Publisher:
-    """Who publishes what the crowd is to hear."""
+    """The publisher of the events that the crowd must receive."""
     publisher = Publisher(redis.port, Template(crowd.kinds, 256))
     server.publishers.append(publisher)
     load.attend(publisher)
@@ -101,13 +101,13 @@ def publishing(server: Served, redis: RedisServer, crowd: Crowd, load: Load) -> 
 
 
 def faults(load: Load) -> tuple[int, int, int, int]:
-    """What must be nothing, of what was heard: missing, doubled, out of order, somebody else's."""
+    """What must be zero: events missing, doubled, out of order, or of others."""
     found = load.faults
     return found.missing, found.duplicate, found.out_of_order, found.strange
 
 
 def wait_for(true: Callable[[], object], seconds: float, load: Load | None = None) -> float:
-    """Wait until this holds, while the clients take what comes; returns the seconds it took."""
+    """Wait until this holds, while the clients read; return the seconds it took."""
     began = time.monotonic()
     while not true():
         assert time.monotonic() - began < seconds, "it does not come true"

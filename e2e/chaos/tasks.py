@@ -9,7 +9,10 @@ _GATEWAY: Final = {
     "gateway.py: parts.dead_letters.run": ["DeadLetters.run"],
     "gateway.py: parts.readiness.run": ["Readiness.run"],
     "gateway.py: parts.replays.decide": ["Replays.decide"],
+    "gateway.py: parts.following.run": ["Following.run"],
     "gateway.py: parts.placement.run": ["Placement.run"],
+    "access/placement.py: self._report": ["Placement._report"],
+    "access/placement.py: self._send_away": ["Placement._send_away"],
     "gateway.py: parts.revocations.answer_checks": ["Revocations.answer_checks"],
     "gateway.py: parts.revocations.sweep, settings.jwt_revalidation_interval": [
         "Revocations.sweep"
@@ -35,7 +38,7 @@ _WORKER: Final = {
 # Around the gateway under ``trio-gateway serve``; of a supervised process; and of its supervisor.
 _SERVE: Final = {"serve.py: stop_on_bug, handle_signals": ["_serve.<locals>.handle_signals"]}
 _SUPERVISED: Final = {
-    "serve.py: stop_on_bug, tell_supervisor, link": ["_serve.<locals>.tell_supervisor"],
+    "serve.py: stop_on_bug, report_ready, link": ["_serve.<locals>.report_ready"],
     "serve.py: stop_on_bug, watch_supervisor, link": ["_serve.<locals>.watch_supervisor"],
     "serve.py: stop_on_bug, balancer.keep_published": ["AcceptBalancer.keep_published"],
 }
@@ -48,8 +51,7 @@ _SUPERVISOR: Final = {
 }
 # One client or one command waits for each of these: they are not background tasks.
 _AWAITED: Final = {
-    "runtime/connection.py: self._run_task, run",
-    "runtime/connection.py: self._run_task, self._write_out",
+    "runtime/connection.py: self._run_task, task",
     "access/sectors.py: query_branch, key",
     "broker/commands.py: (await self._receive.receive()).run, loop",
 }

@@ -74,7 +74,7 @@ class Buggy:
         return status
 
     def worker_statuses(self) -> list[int]:
-        """What Hypercorn's master was told of its workers."""
+        """The exit statuses of the workers that Hypercorn's master received."""
         return [int(line) for line in (self.folder / "statuses").read_text().split()]
 
     def assert_loud(self) -> None:
@@ -118,7 +118,7 @@ async def is_served(client: WebSocketConnection) -> bool:
 
 
 @pytest.mark.parametrize("task", [*GATEWAY, *SERVE])
-async def test_serve_ends_with_status_1_after_telling_its_clients(
+async def test_serve_closes_its_clients_and_ends_with_status_1(
     redis_url: str, tmp_path: Path, task: str
 ) -> None:
     async with buggy(redis_url, tmp_path, task, *SERVES) as gateway:
@@ -146,20 +146,20 @@ async def test_hypercorn_without_workers_ends_with_status_1(
 
 
 @pytest.mark.parametrize("task", [*GATEWAY, *CHILD, *WORKER])
-async def test_hypercorn_ends_with_its_worker_whose_status_was_1(
+async def test_hypercorn_ends_when_its_worker_ends_with_status_1(
     redis_url: str, tmp_path: Path, task: str
 ) -> None:
     async with buggy(redis_url, tmp_path, task, *HYPERCORN) as gateway:
         async with admitted(gateway.url) as client:
             gateway.strike()
             assert (await closed(client, SOON))[0] == Close.GOING_AWAY
-        assert await gateway.status() == 0  # it drops what it was told
+        assert await gateway.status() == 0  # it does not use the status of its worker
         assert gateway.worker_statuses() == [1]
         gateway.assert_loud()
 
 
 @pytest.mark.parametrize("task", ["PubSub.run", *CHILD, *WORKER])
-async def test_hypercorn_takes_the_other_worker_along_and_both_tell_their_clients(
+async def test_hypercorn_ends_the_other_worker_too_and_both_close_their_clients(
     redis_url: str, tmp_path: Path, task: str
 ) -> None:
     arguments = (*HYPERCORN, "-w", "2")
@@ -177,7 +177,7 @@ async def test_hypercorn_takes_the_other_worker_along_and_both_tell_their_client
 
 
 @pytest.mark.parametrize("task", ["Dispatch.run#1", "PubSub.run", *WORKER, *SERVE])
-async def test_supervisor_restarts_a_worker_with_a_bug_and_the_other_one_never_notices(
+async def test_supervisor_restarts_a_worker_with_a_bug_and_the_other_goes_on(
     redis_url: str, tmp_path: Path, task: str
 ) -> None:
     arguments = (*SERVES, "-w", "2")
@@ -230,7 +230,7 @@ async def test_supervisor_with_a_bug_ends_with_status_1_and_its_workers_drain(
         match task:
             case "Supervisor._roll":
                 gateway.started.send_signal(signal.SIGHUP)
-            case "Supervisor._lose_patience":
+            case "Supervisor._kill_after_timeout":
                 gateway.started.send_signal(signal.SIGTERM)
         for client in clients:
             assert (await closed(client, SOON))[0] == Close.GOING_AWAY

@@ -1,4 +1,4 @@
-"""Bugs: one in a background task ends the process loudly; one in a connection ends that alone."""
+"""Bugs: in a background task they end the process, with a log line; in a connection, that alone."""
 
 import ast
 from pathlib import Path
@@ -38,7 +38,7 @@ from .tasks import CALLS, GATEWAY, SERVE
 SOON: Final = 5.0  # seconds
 
 
-def test_no_background_task_is_left_out() -> None:
+def test_table_of_tasks_is_complete() -> None:
     package = Path(trio_gateway.__file__).parent
     found = set()
     for path in package.rglob("*.py"):
@@ -61,7 +61,7 @@ def everything(tmp_path: Path) -> dict[str, str]:
     }
 
 
-# In this process: Hypercorn's server raises, and its clients are told.
+# In this process: Hypercorn's server raises, and its clients get 1001.
 
 
 @pytest.mark.parametrize("task", GATEWAY)
@@ -83,13 +83,13 @@ async def test_bug_in_a_background_task_ends_the_server_after_its_clients(
         undo()
     (failure,) = leaves(raised.value)
     assert isinstance(failure, LifespanFailureError)
-    (said,) = [line for line in logs if line["event"] == "stopped by a bug"]
-    assert said["log_level"] == "critical"
-    assert [type(leaf) for leaf in leaves(said["exc_info"])] == [faults.Injected]
+    (logged,) = [line for line in logs if line["event"] == "stopped by a bug"]
+    assert logged["log_level"] == "critical"
+    assert [type(leaf) for leaf in leaves(logged["exc_info"])] == [faults.Injected]
 
 
 @pytest.mark.parametrize("task", SERVE)
-async def test_nor_does_a_bug_beside_the_gateway_cut_its_clients_off(
+async def test_bug_in_a_task_beside_the_gateway_closes_its_clients_with_1001(
     redis_url: str, tmp_path: Path, task: str
 ) -> None:
     undo = faults.inject(task, tmp_path / "now")
@@ -106,15 +106,15 @@ async def test_nor_does_a_bug_beside_the_gateway_cut_its_clients_off(
                         assert (await closed(client, SOON))[0] == Close.GOING_AWAY
         finally:
             undo()
-    (said,) = [line for line in logs if line["event"] == "stopped by a bug"]
-    assert said["log_level"] == "critical"
+    (logged,) = [line for line in logs if line["event"] == "stopped by a bug"]
+    assert logged["log_level"] == "critical"
 
 
 # In a connection
 
 
 @pytest.mark.parametrize("where", ["admission", "opening", "message", "resume", "writer"])
-async def test_bug_in_one_connection_is_1011_for_that_client_and_nobody_else(
+async def test_bug_in_one_connection_is_1011_for_that_client_only(
     redis_url: str, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     async with running(make_settings(redis_url)) as gateway:

@@ -34,7 +34,7 @@ class Churn:
         self._live: list[Client] = []
         self._chance = random.Random(7)
         self._number = 1_000_000
-        self._everything = load.clients[0].heard
+        self._everything = load.clients[0].expects
         targets = [crowds.staff("waiter", 5000 + n, 1, [1], "WAITER") for n in range(50)]
         self._targets = targets
         self.ended: Counter[str] = Counter()
@@ -50,11 +50,11 @@ class Churn:
 
     def _come(self) -> None:
         # Of three hundred that come one has no token that is one.
-        stranger = not self._chance.randrange(300)
-        target = "/ws/waiter?token=x.y.z" if stranger else self._chance.choice(self._targets)
+        invalid = not self._chance.randrange(300)
+        target = "/ws/waiter?token=x.y.z" if invalid else self._chance.choice(self._targets)
         self._number += 1
         client = Client(self._number, target, self._everything)
-        if not stranger:
+        if not invalid:
             self._live.append(client)
         self._load.start(client)
 
@@ -75,7 +75,7 @@ class Churn:
             self._go(self._live.pop())
 
 
-def test_churn_takes_nothing_from_500_stable_clients(tmp_path: Path) -> None:
+def test_churn_costs_500_stable_clients_no_event(tmp_path: Path) -> None:
     crowd = crowds.one_branch(500)
     with serving(tmp_path, SERVE) as (server, valkey):
         load = crowded(server, crowd)
@@ -100,7 +100,7 @@ def test_churn_takes_nothing_from_500_stable_clients(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_soak_leaves_nothing_behind(tmp_path: Path, workers: int) -> None:
+def test_soak_leaves_nothing_behind(tmp_path: Path, workers: int) -> None:
     seconds = SOAK_MINUTES * 60 / 2
     crowd = crowds.one_branch(50)
     with serving(tmp_path, SERVE, workers, LOG_LEVEL="warning") as (server, valkey):
@@ -140,7 +140,7 @@ def test_a_soak_leaves_nothing_behind(tmp_path: Path, workers: int) -> None:
         )
         assert churn.ended.total() > 150 * seconds
         assert found["wsgateway_connections_total"] == 0
-        # What a window of this length can tell from the allocator's own steps.
+        # The growth that a window of this length can distinguish from steps of the allocator.
         assert slope * seconds / 60 < 4 * workers
         server.process.send_signal(signal.SIGTERM)
         wait_for(lambda: server.process.poll() is not None, 7)

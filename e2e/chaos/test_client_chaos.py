@@ -18,11 +18,11 @@ ROUNDS = 6
 EVERY = 0.01  # seconds between two events
 
 
-async def test_nothing_is_lost_or_doubled_whatever_ends_the_gateway(
+async def test_no_event_is_lost_or_doubled_however_the_gateway_ends(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connection, "STABLE", 0.5)  # each end is one of its own, not a row of them
-    port, told, gaps = harness.free_port(), list[Status](), list[str]()
+    port, statuses, gaps = harness.free_port(), list[Status](), list[str]()
     published, found = 0, list[int]()
     done = trio.Event()
 
@@ -32,7 +32,7 @@ async def test_nothing_is_lost_or_doubled_whatever_ends_the_gateway(
                 "trio_gateway", "serve", "-b", f"127.0.0.1:{port}",
                 env=harness.environment(redis_url), port=port,
             ) as process:  # fmt: skip
-                await until(lambda: bool(told) and told[-1].state == "open", 60)
+                await until(lambda: bool(statuses) and statuses[-1].state == "open", 60)
                 await trio.sleep(1)
                 if number == ROUNDS:
                     done.set()
@@ -56,7 +56,7 @@ async def test_nothing_is_lost_or_doubled_whatever_ends_the_gateway(
                 f"ws://127.0.0.1:{port}/ws/waiter",
                 make_jwt(JWT_SECRET),
                 on_gap=gaps.append,
-                on_state=told.append,
+                on_state=statuses.append,
             ) as client:
                 with trio.fail_after(60):
                     await client.wait_open()
@@ -65,7 +65,7 @@ async def test_nothing_is_lost_or_doubled_whatever_ends_the_gateway(
                     while not done.is_set() or len(found) < published:
                         found.append((await anext(client)).data["n"])
             nursery.cancel_scope.cancel()
-    codes = Counter(status.code for status in told if status.state == "waiting")
+    codes = Counter(status.code for status in statuses if status.state == "waiting")
     with capsys.disabled():
         print(
             f"\n{published} events over {ROUNDS} ends of the gateway; sockets ended: {dict(codes)}"
@@ -74,6 +74,6 @@ async def test_nothing_is_lost_or_doubled_whatever_ends_the_gateway(
     assert gaps == []
     assert codes[1001] == ROUNDS // 2
     assert codes[1006] >= ROUNDS // 2
-    for status in told:
+    for status in statuses:
         if status.code == 1001:
             assert status.reason == f"retry in {status.retry_in}s"

@@ -56,7 +56,7 @@ async def next_event(client: WebSocketConnection) -> dict[str, Any]:
     return found
 
 
-async def test_a_step_of_an_hour_ends_tokens_and_neither_heartbeats_nor_what_is_remembered(
+async def test_clock_step_of_an_hour_expires_tokens_and_changes_no_heartbeat_and_no_history(
     redis_url: str,
 ) -> None:
     wrong = 0.0
@@ -126,9 +126,7 @@ async def ending(client: Client, since: float) -> tuple[int, float]:
 
 @pytest.mark.chaos
 @pytest.mark.parametrize("step", [HOUR, -HOUR])
-async def test_no_interval_of_a_process_notices_that_the_clock_was_set(
-    tmp_path: Path, step: int
-) -> None:
+async def test_clock_change_moves_no_interval_of_a_process(tmp_path: Path, step: int) -> None:
     clock = tmp_path / "clock"
     clock.write_text("0")
     intervals = {

@@ -1,4 +1,4 @@
-"""Shutdown: what a drain says to whom, and that it has an end."""
+"""Shutdown: which hints a drain sends, and that it ends in time."""
 
 import signal
 
@@ -22,24 +22,26 @@ async def test_retry_hints_are_spread_evenly_over_a_window_that_grows_with_the_c
     autojump_clock: MockClock, clients: int, window: float
 ) -> None:
     app = create_app(make_settings(NO_REDIS))
-    crowd = {Connection(make_principal(), ConnectionLimits()): FakeSocket() for _ in range(clients)}
+    sockets_of = {
+        Connection(make_principal(), ConnectionLimits()): FakeSocket() for _ in range(clients)
+    }
     async with trio.open_nursery() as nursery:
-        for connection, socket in crowd.items():
+        for connection, socket in sockets_of.items():
             nursery.start_soon(connection.run, socket, app.parts.hub)
         await trio.testing.wait_all_tasks_blocked()
         await app.drain()
 
-    sockets = [crowd[each] for each in sorted(crowd, key=lambda each: each.number)]
+    sockets = [sockets_of[each] for each in sorted(sockets_of, key=lambda each: each.number)]
     assert {socket.closed for socket in sockets} == {Close.GOING_AWAY}
     hints = [float(s.reason.removeprefix("retry in ").removesuffix("s")) for s in sockets]
     for place, hint in enumerate(sorted(hints)):  # one of them in each slice of the window
         assert abs(hint - window * (place + 0.5) / clients) <= window / clients / 2 + 0.0501
-    # Whoever came first is not called back first.
+    # Clients that came first do not get the shortest hints.
     halves = sum(hints[: clients // 2]), sum(hints[clients // 2 :])
     assert abs(halves[0] - halves[1]) / sum(hints) < 4 / clients**0.5
 
 
-async def test_a_drain_that_is_cancelled_drops_everybody_at_once(
+async def test_cancelled_drain_aborts_all_connections_at_once(
     autojump_clock: MockClock,
 ) -> None:
     app = create_app(make_settings(NO_REDIS))
@@ -53,14 +55,14 @@ async def test_a_drain_that_is_cancelled_drops_everybody_at_once(
         with trio.move_on_after(0.1):
             await app.drain()
         with trio.fail_after(1):
-            await app.drain()  # whoever asks now does not wait for ever
+            await app.drain()  # a second drain does not wait for ever
 
     assert stuck.aborted
     assert trio.current_time() - started == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("patience", [1.0, 5.0, 20.0])
-async def test_a_drain_takes_no_longer_than_the_server_waits(
+async def test_drain_takes_no_longer_than_the_server_waits(
     autojump_clock: MockClock, patience: float
 ) -> None:
     class Endless(FakeSocket):
@@ -82,7 +84,7 @@ async def test_a_drain_takes_no_longer_than_the_server_waits(
     assert trio.current_time() - started == pytest.approx(patience, abs=0.02)
 
 
-async def test_http_clients_that_do_not_read_delay_the_end_no_longer_than_the_server_waits() -> (
+async def test_http_clients_that_do_not_read_delay_the_end_only_as_long_as_the_server_waits() -> (
     None
 ):
     config = Config()

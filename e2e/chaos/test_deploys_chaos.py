@@ -25,7 +25,7 @@ from .serving import GRACE, HYPERCORN, SERVE, crowded, faults, logged, publishin
 
 pytestmark = pytest.mark.chaos
 
-_ROOM = {"WS_OUTBOX_BYTES": "100000000"}  # so that who is stuck stays
+_ROOM = {"WS_OUTBOX_BYTES": "100000000"}  # so that a stuck client stays
 HOW = pytest.mark.parametrize(
     ("command", "workers"),
     [(SERVE, 1), (SERVE, 2), (HYPERCORN, 1)],
@@ -81,12 +81,12 @@ def test_sigterm_sends_5000_clients_away_with_spread_hints_and_ends_in_time(
         drains = logged(server, "drained")
         assert len(drains) == workers
         assert [drain["undelivered"] for drain in drains] == [0] * workers
-        if workers == 1:  # what was heard has reached everybody
+        if workers == 1:  # all received events have reached every client
             assert len({client.place for client in clients}) == 1
         away = assert_even(clients, [drain["clients"] for drain in drains])
         assert all(client.code is None for client in stuck)
         print(
-            f"{command[0]}, {workers}: not ready after {not_ready:.2f} s, all told after"
+            f"{command[0]}, {workers}: not ready after {not_ready:.2f} s, all closed after"
             f" {told:.2f} s, ended after {ended:.2f} s; hints over {away:.1f} s"
         )
 
@@ -106,7 +106,7 @@ def assert_even(clients: Sequence[Client], of_workers: Sequence[int]) -> float:
 
 
 @HOW
-def test_a_second_signal_drops_everything(
+def test_second_signal_ends_all_connections_at_once(
     tmp_path: Path, command: Sequence[str], workers: int
 ) -> None:
     with serving(tmp_path, command, workers, **_ROOM) as (server, valkey):
@@ -116,14 +116,14 @@ def test_a_second_signal_drops_everything(
         time.sleep(0.3)
         server.process.send_signal(signal.SIGTERM)
         began = time.monotonic()
-        # Hypercorn's master does not hear it, but ends in time.
+        # Hypercorn's master ignores it, but ends in time.
         patience = GRACE + 2 if command is HYPERCORN else 1.5
         wait_for(lambda: server.process.poll() is not None, patience)
         print(f"{command[0]}, {workers}: ended {time.monotonic() - began:.2f} s after the second")
         assert server.process.returncode == (0 if workers == 1 else 1)
 
 
-def test_a_frozen_worker_is_killed_in_time_and_the_status_says_so(tmp_path: Path) -> None:
+def test_frozen_worker_is_killed_in_time_and_the_exit_status_shows_it(tmp_path: Path) -> None:
     with serving(tmp_path, SERVE, 2) as (server, _):
         wait_for(lambda: len(logged(server, "subscribed")) == 2, 10)  # both are up
         victim = max(set(server.pids()) - {server.process.pid})

@@ -1,4 +1,4 @@
-"""More is published than can be delivered: bounded, counted, fair, and over when it is over."""
+"""Overload, more events than can be delivered: bounded, counted, fair, without after-effects."""
 
 import tempfile
 import time
@@ -33,7 +33,7 @@ FLOOD = 60.0  # seconds
 COOLDOWN = 20.0
 
 
-async def test_three_times_what_can_be_delivered_for_a_minute(
+async def test_three_times_the_deliverable_rate_for_a_minute(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     async def overload(
@@ -56,7 +56,7 @@ async def test_three_times_what_can_be_delivered_for_a_minute(
             poured = await flood.pour(5 * per_second, FLOOD)  # it may get faster
             ended = time.monotonic()
             over = await quiet(gateway, 10)
-            await progress()  # what came to the stream has come to everybody
+            await progress()  # every client has all events of the stream
             caught_up = time.monotonic() - ended
             await trio.sleep(10)
             found = await metrics(gateway.port)
@@ -91,7 +91,7 @@ async def test_three_times_what_can_be_delivered_for_a_minute(
         by_source = found.by_source_and_reason("events_dropped_by_source_total")
         assert by_source["pubsub", "queue_full"] == found["events_dropped_total"]
         assert by_source["stream", "queue_full"] == 0
-        # What was published and did not get through was dropped, and is counted.
+        # Every published event was processed, or dropped and counted.
         assert abs(poured["published"] - poured["processed"] - poured["dropped"]) < 10_000
         assert max(held) < before + 32
         assert 2 <= len(apart) + 1 <= 1 + (FLOOD + 15) / COOLDOWN
@@ -112,7 +112,7 @@ async def test_three_times_what_can_be_delivered_for_a_minute(
 
 
 @pytest.mark.parametrize("rate", [0, 100])
-async def test_flood_of_one_tenant_is_hardly_felt_by_another(
+async def test_flood_of_one_tenant_hardly_delays_another(
     rate: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with valkey() as server, tempfile.TemporaryDirectory() as folder:

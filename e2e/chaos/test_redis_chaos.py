@@ -12,7 +12,7 @@ pytestmark = pytest.mark.chaos
 
 @pytest.mark.parametrize("when", ["at start", "while running"])
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
-async def test_fault_of_redis_is_survived_noticed_and_recovered_from(
+async def test_gateway_survives_notices_and_recovers_from_a_fault_of_redis(
     fault: Fault, when: When, capsys: pytest.CaptureFixture[str]
 ) -> None:
     figures = await run(fault, when)
@@ -25,4 +25,4 @@ async def test_fault_of_redis_is_survived_noticed_and_recovered_from(
     if not fault.empties:
         assert (figures.missing, figures.gaps) == (0, 0)
     elif when == "while running":
-        assert figures.gaps == 2  # each of the clients is told
+        assert figures.gaps == 2  # one for each client

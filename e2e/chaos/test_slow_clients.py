@@ -7,7 +7,7 @@ from .throttled import run
 
 @pytest.mark.chaos
 def test_burst_to_healthy_clients_closes_none() -> None:
-    """They share a process that has no core for a moment: nobody reads for a second."""
+    """They share a process that has no core for a moment: none of them reads for a second."""
     figures = run(slow=400, rate=1.0, events=4000, size=800, slow_for=3.0)
     print(figures)
     assert figures.closed == {}
@@ -27,7 +27,7 @@ def test_thousand_clients_on_a_bad_network_are_not_closed_and_cost_no_memory() -
 
 
 @pytest.mark.chaos
-def test_frozen_clients_are_closed_and_delay_nobody() -> None:
+def test_frozen_clients_are_closed_and_delay_no_other() -> None:
     without = run(slow=0, rate=0, fast=20, events=10_000, published_at=1000)
     figures = run(
         slow=0, rate=0, fast=20, frozen=100, events=10_000, published_at=1000, slow_for=20.0

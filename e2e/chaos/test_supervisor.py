@@ -1,4 +1,4 @@
-"""The supervisor: who replaces whom, with workers that start quicker than a gateway does."""
+"""The supervisor: how it replaces workers, with workers that start faster than a gateway."""
 
 import errno
 import os
@@ -75,7 +75,7 @@ async def supervised(folder: Path, delay: str = "") -> AsyncIterator[Supervised]
     assert not found.alive
 
 
-async def test_a_second_sighup_replaces_the_workers_again_and_leaves_none_over(
+async def test_second_sighup_replaces_the_workers_again_and_leaves_no_old_one(
     tmp_path: Path,
 ) -> None:
     async with supervised(tmp_path) as found:
@@ -87,7 +87,7 @@ async def test_a_second_sighup_replaces_the_workers_again_and_leaves_none_over(
         await until(lambda: len(found.alive) == 2)
 
 
-async def test_sigterm_amid_a_roll_ends_those_that_come_and_those_that_go(tmp_path: Path) -> None:
+async def test_sigterm_during_a_roll_ends_old_and_new_workers(tmp_path: Path) -> None:
     async with supervised(tmp_path, delay="time.sleep(30)") as found:
         await until(lambda: found.started == 2)
         os.kill(os.getpid(), signal.SIGHUP)
@@ -95,7 +95,7 @@ async def test_sigterm_amid_a_roll_ends_those_that_come_and_those_that_go(tmp_pa
         assert len(found.alive) == 3
 
 
-async def test_sigterm_while_a_worker_is_being_started_reaches_it(
+async def test_sigterm_reaches_a_worker_that_is_being_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = trio.lowlevel.open_process
@@ -110,7 +110,7 @@ async def test_sigterm_while_a_worker_is_being_started_reaches_it(
         await until(lambda: found.started == 2)
 
 
-async def test_a_worker_that_died_is_not_replaced_twice_by_a_roll(tmp_path: Path) -> None:
+async def test_dead_worker_is_not_replaced_twice_by_a_roll(tmp_path: Path) -> None:
     async with supervised(tmp_path) as found:
         await until(lambda: found.started == 2)
         await trio.sleep(0.05)
@@ -133,7 +133,7 @@ async def killed(found: Supervised, monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 @pytest.mark.parametrize("error", ["ENOENT", "EACCES", "ENOEXEC"])
-async def test_a_worker_that_can_t_be_started_at_the_moment_takes_nobody_along(
+async def test_worker_that_cannot_be_started_now_does_not_end_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: str
 ) -> None:
     program = tmp_path / "python"
@@ -164,7 +164,7 @@ async def test_a_worker_that_can_t_be_started_at_the_moment_takes_nobody_along(
     [OSError(errno.EAGAIN, "again"), MemoryError(), RuntimeError("can't start new thread")],
     ids=lambda error: type(error).__name__,
 )
-async def test_nor_does_one_for_which_the_system_has_no_room(
+async def test_worker_for_which_the_system_has_no_memory_does_not_end_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     async def full(*_: object, **__: object) -> trio.Process:
@@ -180,7 +180,7 @@ async def test_nor_does_one_for_which_the_system_has_no_room(
         assert healthy in found.alive
 
 
-async def test_bad_settings_are_a_death_like_any_other_once_workers_have_been_ready(
+async def test_bad_settings_after_a_ready_worker_are_retried_like_any_other_exit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, bad = tmp_path / "workers", tmp_path / "workers.bad"
@@ -203,7 +203,7 @@ async def test_bad_settings_are_a_death_like_any_other_once_workers_have_been_re
     assert refused["problems"] == ["WS_SOMETHING: bad"]
 
 
-async def test_bad_settings_at_the_start_end_everything_with_status_2(tmp_path: Path) -> None:
+async def test_bad_settings_at_the_start_end_the_supervisor_with_status_2(tmp_path: Path) -> None:
     folder = tmp_path / "workers"
     folder.mkdir()
     (tmp_path / "workers.bad").touch()

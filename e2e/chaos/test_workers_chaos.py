@@ -19,7 +19,7 @@ pytestmark = pytest.mark.chaos
 _KILLED: Final = 1006
 
 
-def test_one_of_four_workers_killed_is_restarted_and_no_sum_is_wrong(tmp_path: Path) -> None:
+def test_killed_worker_is_restarted_and_sums_stay_right(tmp_path: Path) -> None:
     crowd = crowds.one_branch(400)
     with serving(tmp_path, SERVE, 4, LOG_LEVEL="warning") as (server, valkey):
         load = crowded(server, crowd)

@@ -1,4 +1,4 @@
-"""Who watches a gateway while something happens to it: a client that pings, and an operator."""
+"""Watchers of a gateway during a fault: a client that pings, and an operator."""
 
 import json
 import time
@@ -21,7 +21,7 @@ class Live(Client):
     def __init__(self, port: int, path: str) -> None:
         super().__init__(port, path)
         self.pings: list[float] = []
-        self.heard: list[Any] = []  # on Pub/Sub
+        self.pubsub_events: list[Any] = []  # on Pub/Sub
         self.gaps = 0
         self._pinged_at: float | None = None
 
@@ -34,7 +34,7 @@ class Live(Client):
             while self._pinged_at is not None:
                 await trio.sleep(0.002)
 
-    def _hear(self, message: bytes) -> None:
+    def _receive(self, message: bytes) -> None:
         if message == b'{"type":"pong"}':
             assert self._pinged_at is not None
             self.pings.append(time.perf_counter() - self._pinged_at)
@@ -42,13 +42,13 @@ class Live(Client):
         elif message == b'{"type":"gap"}':
             self.gaps += 1
         elif b'"event_id"' in message or b'"seq"' not in message:
-            super()._hear(message)
+            super()._receive(message)
         else:
-            self.heard.append(json.loads(message)["seq"])
+            self.pubsub_events.append(json.loads(message)["seq"])
 
 
 class Operator:
-    """Polls readiness and the breakers' metric, as somebody outside would."""
+    """Polls readiness and the breakers' metric, as a load balancer would."""
 
     def __init__(self, port: int) -> None:
         self._port = port

@@ -189,16 +189,16 @@ def key_sets(data: bytes) -> None:
 
 
 def revocations(data: bytes) -> None:
-    """Heard or passed over."""
+    """Received or ignored."""
 
-    async def hear() -> None:
+    async def receive() -> None:
         _REVOCATIONS.receive(data)
 
-    trio.run(hear)
+    trio.run(receive)
 
 
 def replies(data: bytes) -> None:
-    """What Redis says is heard, or the link is Lost."""
+    """Replies of Redis are read, or the link is lost."""
     redis = RedisConnection(_Pieces(data))
     ingest = Ingest()
     pubsub = PubSub(
