@@ -32,7 +32,7 @@ def message(size: int) -> bytes:
 async def lost_after(redis: Redis) -> float:
     """When the link to this Redis counts as lost."""
     pubsub = make_pubsub()
-    pubsub._listeners[b"x"] = lambda payload: None
+    pubsub.listeners[b"x"] = lambda payload: None
     async with link_to(redis) as link:
         with pytest.raises(ConnectionLost, match="no answer to PING"):
             await pubsub._listen(link)
@@ -115,14 +115,14 @@ class Burst:
 
     def __init__(self, max_wait: float) -> None:
         self.queue = EventQueue(10)
-        self.heard_at: float | None = None
+        self.received_at: float | None = None
         self.pubsub = PubSub(
             RedisAddress(), ["*"], Ingest(), self.queue, Breaker(5, 30), max_wait=max_wait
         )
-        self.pubsub._listeners[b"x"] = self._hear
+        self.pubsub.listeners[b"x"] = self._receive
 
-    def _hear(self, payload: bytes) -> None:
-        self.heard_at = trio.current_time()
+    def _receive(self, payload: bytes) -> None:
+        self.received_at = trio.current_time()
 
     async def redis(self, stream: trio.abc.Stream) -> None:
         await stream.send_all(PONG + b"".join(map(event_message, range(100))) + message(1))
@@ -140,7 +140,7 @@ async def test_burst_waits_in_redis_and_loses_nothing(
     burst = Burst(max_wait=2)
     nursery.start_soon(burst.run)
     taken: list[int] = []
-    while burst.heard_at is None:
+    while burst.received_at is None:
         await trio.sleep(0.1)
         taken += [json.loads(event.payload)["n"] for event in burst.queue.take(9)]
     assert taken + [json.loads(e.payload)["n"] for e in burst.queue.take(99)] == list(range(100))
@@ -154,11 +154,11 @@ async def test_events_are_dropped_once_the_oldest_has_waited_for_too_long(
     burst = Burst(max_wait)
     nursery.start_soon(burst.run)
     await trio.sleep(max(0.0, max_wait - 0.1))
-    assert (burst.queue.dropped, burst.heard_at) == (0, None) or not max_wait
+    assert (burst.queue.dropped, burst.received_at) == (0, None) or not max_wait
     await trio.sleep(0.2)
 
     assert burst.queue.dropped == 90
-    assert burst.heard_at == max_wait  # nothing delays a revocation for longer
+    assert burst.received_at == max_wait  # nothing delays a revocation for longer
 
 
 async def test_link_is_not_lost_by_a_pause(
@@ -170,4 +170,4 @@ async def test_link_is_not_lost_by_a_pause(
     while burst.queue.take(99):
         await wait_all_tasks_blocked()
 
-    assert (burst.queue.dropped, burst.heard_at) == (0, 30)
+    assert (burst.queue.dropped, burst.received_at) == (0, 30)

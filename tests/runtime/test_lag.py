@@ -60,7 +60,7 @@ async def test_client_over_the_bound_lags_and_gets_everything_in_order(
     assert GAP not in client.said
 
 
-async def test_events_that_are_not_durable_are_skipped_and_told_by_one_gap_behind_the_others(
+async def test_events_that_are_not_durable_are_skipped_and_one_gap_follows(
     autojump_clock: MockClock, world: World
 ) -> None:
     client, other = await diner(world), await diner(world, room=math.inf)
@@ -81,7 +81,7 @@ async def test_events_that_are_not_durable_are_skipped_and_told_by_one_gap_behin
     assert client.said.count(GAP) == 1
 
 
-async def test_each_lag_that_skips_has_a_gap_of_its_own_and_one_that_skips_nothing_has_none(
+async def test_each_lag_that_skips_an_event_ends_with_a_gap_and_no_other_does(
     autojump_clock: MockClock, world: World
 ) -> None:
     client = await diner(world)
@@ -97,7 +97,7 @@ async def test_each_lag_that_skips_has_a_gap_of_its_own_and_one_that_skips_nothi
     assert world.replays.lags == 3
 
 
-async def test_client_of_events_that_are_not_durable_has_just_the_gap(
+async def test_client_without_durable_events_gets_just_the_gap(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     world = World(nursery, begun=False)  # there is no stream
@@ -110,7 +110,7 @@ async def test_client_of_events_that_are_not_durable_has_just_the_gap(
     assert client.said[-1] == GAP
 
 
-async def test_lagging_client_costs_a_place_and_one_chunk(
+async def test_lagging_client_costs_a_cursor_and_one_chunk(
     autojump_clock: MockClock, world: World
 ) -> None:
     client = await diner(world)
@@ -148,7 +148,7 @@ async def test_frames_that_wait_in_a_lag_are_those_of_the_history(
     assert set(waiting(clients[0])[1:]) <= {id(stored.frame) for stored in history}
 
 
-async def test_client_that_lags_is_answered(autojump_clock: MockClock, world: World) -> None:
+async def test_lagging_client_is_answered(autojump_clock: MockClock, world: World) -> None:
     client = await diner(world)
     await publish(world, *range(1, 100))
     await client.say("ping")
@@ -197,7 +197,7 @@ async def test_pings_of_a_slow_client_that_reads_do_not_close_it(
     assert client.said.count({"type": "pong"}) == 500
 
 
-async def test_client_that_takes_nothing_is_closed_after_the_write_timeout(
+async def test_client_that_reads_nothing_is_closed_after_the_write_timeout(
     autojump_clock: MockClock, world: World
 ) -> None:
     client = await diner(world, bounded(outbox_messages=10, write_timeout=10))
@@ -226,7 +226,7 @@ async def test_client_that_the_history_moves_past_is_closed_and_resumes(
     assert not world.hub.lagging
 
 
-async def test_history_that_moves_on_by_the_events_of_others_closes_nobody(
+async def test_history_that_moves_on_by_events_of_others_closes_no_client(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     world = World(nursery, events=300)
@@ -246,7 +246,7 @@ async def test_history_that_moves_on_by_the_events_of_others_closes_nobody(
     assert not client.connection.ending
 
 
-async def test_gap_in_the_stream_ends_what_it_waits_for(
+async def test_lagging_client_continues_after_a_gap_in_the_stream(
     autojump_clock: MockClock, world: World
 ) -> None:
     client = await diner(world)
@@ -262,7 +262,7 @@ async def test_gap_in_the_stream_ends_what_it_waits_for(
     assert client.said.count(GAP) == 1
 
 
-async def test_client_that_lags_before_it_is_decided_gets_all_from_where_it_joined(
+async def test_client_that_lags_while_held_gets_all_since_it_joined(
     autojump_clock: MockClock, world: World
 ) -> None:
     client = await world.connect(principal=DINER, terms=SMALL, socket=FakeSocket(room=0))
@@ -329,9 +329,7 @@ async def test_answer_that_overflows_while_a_batch_is_written_loses_nothing(
             await each.leave()
 
 
-async def test_task_that_serves_a_lag_lives_no_longer_than_it(
-    autojump_clock: MockClock, world: World
-) -> None:
+async def test_task_that_serves_a_lag_ends_with_it(autojump_clock: MockClock, world: World) -> None:
     clients = [await diner(world, room=10**6) for _ in range(20)]
     before = trio.lowlevel.current_statistics().tasks_living
     for client in clients:
@@ -349,7 +347,7 @@ async def test_task_that_serves_a_lag_lives_no_longer_than_it(
     assert trio.lowlevel.current_statistics().tasks_living == before - len(clients[10:])
 
 
-async def test_resume_that_is_looked_up_while_its_client_begins_to_lag_doubles_nothing(
+async def test_late_resume_of_a_client_that_begins_to_lag_doubles_nothing(
     autojump_clock: MockClock, world: World
 ) -> None:
     client = await world.connect(principal=DINER, terms=SMALL, socket=FakeSocket(room=10**6))

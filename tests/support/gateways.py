@@ -225,7 +225,7 @@ async def settle(running: Running) -> None:
     assert app.parts.pubsub is not None
     assert app.parts.streams is not None
     # Redis sends in order: when the marker arrives, everything published before it has arrived.
-    listeners = app.parts.pubsub._listeners
+    listeners = app.parts.pubsub.listeners
     channel = next(iter(listeners))
     before = listeners[channel]
     listeners[channel] = lambda payload: seen.set() if payload == marker else before(payload)

@@ -62,7 +62,8 @@ class PubSub:
         self._queue = queue
         self._breaker = breaker
         listeners = listeners or {}
-        self._listeners = {name.encode(): each.receive for name, each in listeners.items()}
+        # Functions by channel. An entry may be replaced at any time.
+        self.listeners = {name.encode(): each.receive for name, each in listeners.items()}
         self._on_subscribed = [each.on_subscribed for each in listeners.values()]
         self._unconfirmed = 0
         self._max_wait = max_wait
@@ -93,11 +94,11 @@ class PubSub:
             self._connection_scope.cancel()
 
     async def _subscribe(self, redis: RedisConnection) -> None:
-        self._unconfirmed = len(self._patterns) + len(self._listeners)
+        self._unconfirmed = len(self._patterns) + len(self.listeners)
         if self._patterns:
             await redis.send("PSUBSCRIBE", *self._patterns)
-        if self._listeners:
-            await redis.send("SUBSCRIBE", *self._listeners)
+        if self.listeners:
+            await redis.send("SUBSCRIBE", *self.listeners)
         await redis.send("PING")  # a server that is still loading refuses this, but not a SUBSCRIBE
 
     async def _listen(self, redis: RedisConnection) -> NoReturn:
@@ -159,8 +160,8 @@ class PubSub:
                 first, name = self._first_match_of(channel)
                 if first == pattern:
                     return self._ingest.parse(payload, source="pubsub", channel=name)
-            case [b"message", bytes() as channel, bytes() as payload] if channel in self._listeners:
-                self._listeners[channel](payload)
+            case [b"message", bytes() as channel, bytes() as payload] if channel in self.listeners:
+                self.listeners[channel](payload)
             case [b"psubscribe" | b"subscribe", *_]:
                 self._unconfirmed -= 1
             case Exception():
