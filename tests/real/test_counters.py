@@ -17,7 +17,7 @@ from tests.support.gateways import (
     settle,
     until,
 )
-from trio_gateway.broker import streams
+from trio_gateway.broker import stream_reader
 from trio_gateway.broker.stream_replies import Info, read_info
 
 STREAM = "events:critical"
@@ -48,7 +48,7 @@ def uncounted(monkeypatch: pytest.MonkeyPatch) -> None:
             reply = [word for pair in pairs if pair[0] not in new for word in pair]
         return read_info(reply)
 
-    monkeypatch.setattr(streams, "read_info", read_old_info)
+    monkeypatch.setattr(stream_reader, "read_info", read_old_info)
 
 
 def trimmed(backend: "redis.Redis") -> None:
