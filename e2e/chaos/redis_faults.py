@@ -187,7 +187,7 @@ FAULTS: Final = (
     Fault("deaf on one side", _relay(lambda relay: relay.vanish(Way.TO_CLIENT)), _heal, hangs=True),
     Fault("a byte a second", _relay(lambda relay: relay.slow(1)), _forward, hangs=True),
     Fault("garbage", _relay(Relay.garbage), _forward),
-    Fault("replies without a request", _relay(lambda relay: relay.garbage(FOREIGN)), _forward),
+    Fault("unexpected replies", _relay(lambda relay: relay.garbage(FOREIGN)), _forward),
     Fault(
         "out of memory",
         lambda stage: _config(stage, "maxmemory", "1"),
