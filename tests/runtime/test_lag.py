@@ -452,3 +452,33 @@ def check(
         before = [m["data"] for m in said[:last_gap] if m.get("data", 0) >= since]
         assert all(n in before or n in skipped for n, _ in sent if n < max(skipped))
     assert client.connection.resume_state.phase is Phase.LIVE
+
+
+async def test_clients_at_the_same_place_share_what_is_read_for_them(
+    autojump_clock: MockClock, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clients = [await diner(world) for _ in range(20)]
+    kitchen = await world.live(
+        principal=make_principal(Endpoint.KITCHEN), terms=SMALL, socket=FakeSocket(room=0)
+    )
+    await publish(world, *range(1, 21))
+    for first in range(21, 4021, 200):
+        await publish(world, *range(first, first + 199))
+        await world.publish(first + 199, session_id=457)  # for the kitchen, not for these diners
+    reads, following = 0, world.history.following
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal reads
+        reads += 1
+        return following(*arguments)
+
+    monkeypatch.setattr(world.history, "following", counted)
+    for client in [*clients, kitchen]:
+        client.socket.read(math.inf)
+    await wait_all_tasks_blocked()
+
+    mine = [n for n in range(1, 4021) if n < 21 or (n - 20) % 200]
+    assert all(client.heard == mine for client in clients)
+    assert kitchen.heard == list(range(1, 4021))
+    assert reads < 100  # of 460 without
+    assert not world.replays._shared

@@ -285,8 +285,10 @@ class Connection:
             else:
                 self._replays.lag(self)
 
-    def write_stored(self, frames: Sequence[bytes], now: float) -> None:
+    def write_stored(self, data: bytes, frames: Sequence[bytes], now: float) -> None:
         """Send frames of the history, outside the outbox' bounds: the caller waits before more.
+
+        ``data`` are the frames joined.
 
         What must wait is not copied: a frame is shared with the history and other outboxes.
         """
@@ -296,7 +298,7 @@ class Connection:
         written = 0
         if not self.waiting_bytes:
             try:
-                written = self._socket.try_write(b"".join(frames))
+                written = self._socket.try_write(data)
             except OSError:
                 self.close(Close.ABNORMAL)
                 return

@@ -7,12 +7,13 @@ A connection costs a place in the history and one chunk in its outbox, whose fra
 
 import math
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from itertools import accumulate
-from typing import Final
+from typing import Final, NamedTuple
 
 import trio
 
+from ..core.audiences import Audience
 from ..core.close_codes import Close
 from ..core.event_ids import Cursor, Position, Stream, before, cursor_id, read_cursor
 from ..core.messages import GAP, resumed
@@ -31,7 +32,17 @@ _CHUNK_EVENTS: Final = 200
 _BEFORE: Final = 1.0  # seconds that an entry's time may be behind: Redis looks it up now and then
 _CHUNK_BYTES: Final = 65_536
 _LOOKS_EVERY: Final = 1.0  # seconds between two looks whether what comes next is still far
+_SHARED_CHUNKS: Final = 32  # that are kept for other connections at the same place
 _PASSED_BY: Final = "too slow: the history has moved past it"
+
+
+class _Chunk(NamedTuple):
+    """What a connection is sent at once."""
+
+    frames: Sequence[bytes]
+    data: bytes  # all of them, joined
+    upto: Cursor  # its cursor when it has that
+    is_last: bool = False  # nothing follows in the history
 
 
 class Replays:
@@ -53,6 +64,10 @@ class Replays:
         self.resumes: Counter[str] = Counter()  # by outcome
         self.replayed = 0  # events
         self.lags = 0
+        # Clients that began to lag in the same batch are at the same places one after the other.
+        self._shared: dict[
+            tuple[tuple[tuple[Stream, Position], ...], frozenset[Audience]], _Chunk
+        ] = {}
 
     def hold(self, connection: Connection, now: float) -> None:
         """Hold back durable events for a connection that has just joined, until it is decided."""
@@ -90,12 +105,12 @@ class Replays:
         if (
             connection.waiting_bytes
             or not self._history.try_prepare(self._cursor(connection), connection.audiences)
-            or not (found := self._next_chunk(connection))[2]
+            or not (chunk := self._next_chunk(connection)).is_last
         ):
             self._hub.step(connection, Step.REPLAY)
             self._serve(connection, self._catch_up)
             return
-        self._write(connection, found[0])
+        self._write(connection, chunk)
         self._hub.step(connection, Step.CATCH_UP)
 
     def lag(self, connection: Connection) -> None:
@@ -152,6 +167,7 @@ class Replays:
 
     def tell_of_gap(self, stream: Stream) -> None:
         """Tell the clients of a stream to refetch, because events of it were lost."""
+        self._shared.clear()
         for connection in list(self._hub.connections):
             if self._places.concern(stream, connection.principal.tenant):
                 if connection in self._hub.held:
@@ -288,17 +304,19 @@ class Replays:
                 return
             if state.cursor is None:  # it has left meanwhile
                 return
-            chunk, upto, is_last = self._next_chunk(connection)
-            if chunk:
+            chunk = self._next_chunk(connection)
+            if chunk.frames:
                 self._write(connection, chunk)
-            elif is_last:
+            elif chunk.is_last:
                 self._hub.step(connection, Step.CATCH_UP)
                 state.is_served = False
+                if not self._hub.held:
+                    self._shared.clear()
                 if state.has_skipped:
                     state.has_skipped = False
                     connection.send(GAP)
                 return
-            state.advance(upto)
+            state.advance(chunk.upto)
 
     async def _is_known(self, connection: Connection) -> bool:
         """Whether what comes after its cursor is known, also if it has left meanwhile."""
@@ -346,26 +364,50 @@ class Replays:
             if (position := min(limit, end)) > cursor.get(stream, position):
                 state.advance({stream: position})
 
-    def _next_chunk(self, connection: Connection) -> tuple[list[StoredEvent], Cursor, bool]:
-        """What to send it next, its cursor when it has that, and whether nothing follows."""
+    def _next_chunk(self, connection: Connection) -> _Chunk:
+        """What to send it next. Connections at the same place with the same audiences share it."""
         state, history, audiences = connection.resume_state, self._history, connection.audiences
         if state.older:
             behind = self._behind(connection)
             found = self._older.following(behind, audiences, _CHUNK_EVENTS)
             if not found:
                 state.older = frozenset()
-                return [], self._older.ends(behind), False
-        else:
-            found = history.following(self._cursor(connection), audiences, _CHUNK_EVENTS)
-        sizes = accumulate(len(stored.frame) for stored in found)
-        most = next((n for n, size in enumerate(sizes, 1) if size >= _CHUNK_BYTES), _CHUNK_EVENTS)
-        if len(found) < most and not state.older:
-            return self._undelivered(connection, found), self._end(connection), True
-        found = found[:most]
-        upto = {stored.stream: stored.position for stored in found}
-        return self._undelivered(connection, found), upto, False
+                return _Chunk((), b"", self._older.ends(behind))
+            return _chunk(found[: _fitting(found)])
+        cursor = self._cursor(connection)
+        key = tuple(cursor.items()), audiences
+        if (chunk := self._shared.get(key)) is not None:
+            return chunk
+        found = history.following(cursor, audiences, _CHUNK_EVENTS)
+        most = _fitting(found)
+        wanted = self._undelivered(connection, found[:most])
+        if len(found) < most:
+            return _chunk(wanted, self._end(connection), is_last=True)
+        upto = {stored.stream: stored.position for stored in found[:most]}
+        chunk = _chunk(wanted, upto)
+        # No event can come between those of a chunk that is full.
+        if not any(stored.delivered_up_to for stored in found[:most]):
+            if len(self._shared) >= _SHARED_CHUNKS:
+                del self._shared[next(iter(self._shared))]
+            self._shared[key] = chunk
+        return chunk
 
-    def _write(self, connection: Connection, chunk: list[StoredEvent]) -> None:
-        if chunk:
-            connection.write_stored([stored.frame for stored in chunk], trio.current_time())
-            self.replayed += len(chunk)
+    def _write(self, connection: Connection, chunk: _Chunk) -> None:
+        if chunk.frames:
+            connection.write_stored(chunk.data, chunk.frames, trio.current_time())
+            self.replayed += len(chunk.frames)
+
+
+def _fitting(found: Sequence[StoredEvent]) -> int:
+    """How many of these make a chunk; more than there are if they do not fill one."""
+    sizes = accumulate(len(stored.frame) for stored in found)
+    return next((n for n, size in enumerate(sizes, 1) if size >= _CHUNK_BYTES), _CHUNK_EVENTS)
+
+
+def _chunk(
+    found: Sequence[StoredEvent], upto: Cursor | None = None, *, is_last: bool = False
+) -> _Chunk:
+    frames = [stored.frame for stored in found]
+    if upto is None:
+        upto = {stored.stream: stored.position for stored in found}
+    return _Chunk(frames, b"".join(frames), upto, is_last)
