@@ -93,7 +93,8 @@ ANSWERS: Final[Mapping[str, Answer]] = {
     "gap": Answer(
         messages.GAP.decode(),
         _object("gap"),
-        "durable events were lost and cannot be replayed: fetch your state again",
+        "durable events were lost and cannot be replayed, or a slow client has skipped events that "
+        "are not durable: fetch your state again",
     ),
 }
 

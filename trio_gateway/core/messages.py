@@ -86,7 +86,7 @@ def read_message(text: str) -> Message:
 
 
 PONG: Final = b'{"type":"pong"}'
-GAP: Final = b'{"type":"gap"}'  # durable events were lost and cannot be replayed
+GAP: Final = b'{"type":"gap"}'  # events were lost, or skipped for a slow client
 
 
 def auth_ok(expires_at: float) -> bytes:

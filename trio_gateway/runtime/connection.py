@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 import structlog
@@ -15,6 +14,8 @@ from ..core.frames import PING_FRAME, PONG, frame, text_frame
 from ..core.limits import RateLimit
 from ..core.messages import PONG as PONG_TEXT
 from ..core.messages import Command, Message, Resume, read_message
+from .liveness import ConnectionLimits as ConnectionLimits
+from .liveness import Liveness
 from .outbox import Outbox
 from .resume_state import Phase, ResumeState
 from .socket import Disconnected, Ping, Pong, ProtocolViolation, Socket
@@ -25,19 +26,6 @@ _PONG_TEXT = text_frame(PONG_TEXT)
 OUTBOX_FULL: Final = "too slow: outbox is full"
 _OVERHEAD: Final = 64  # bytes of memory for a message in the outbox, besides its own
 DRAIN_TIMEOUT: Final = 2.0  # seconds for what waits in the outbox when a connection ends
-
-
-@dataclass(frozen=True, slots=True)
-class ConnectionLimits:
-    """The limits for one client, in seconds, bytes and numbers of messages."""
-
-    stale_after: float = 60
-    receive_timeout: float = 90
-    write_timeout: float = 10
-    rate_limit: int = 20
-    rate_window: float = 1.0
-    outbox_bytes: int = 1_048_576
-    outbox_messages: int = 1000
 
 
 Answer = Callable[["Connection", Message], Awaitable[None]]
@@ -89,20 +77,16 @@ class Connection:
 
     __slots__ = (
         "__weakref__",
-        "_acked",
         "_answer",
         "_answering",
-        "_asked",
         "_code",
-        "_heard_at",
         "_limits",
+        "_liveness",
         "_nursery",
         "_outbox",
-        "_ping_at",
         "_postponed",
         "_rate",
         "_reading",
-        "_received_at",
         "_replays",
         "_socket",
         "_tasks",
@@ -114,7 +98,6 @@ class Connection:
         "chose_its_code",
         "close_reason",
         "ended_at",
-        "expires_at",
         "joined_at",
         "mask",
         "messages",
@@ -140,9 +123,8 @@ class Connection:
     ) -> None:
         self.principal = principal
         self.audiences: frozenset[Audience] = frozenset()
-        self.expires_at = expires_at
         self.messages = 0
-        self.joined_at = self.sent_at = self._heard_at = self._received_at = 0.0
+        self.joined_at = self.sent_at = 0.0
         self.close_reason = ""
         self.chose_its_code = False  # the client did, and may have sent any
         self.ended_at: float | None = None
@@ -153,6 +135,7 @@ class Connection:
         self._replays = replays
         self._answer = answer
         self._limits = terms
+        self._liveness = Liveness(terms, expires_at)
         self._rate: RateLimit | None = None  # made with the first message
         self._code: int | None = None
         self._socket: Socket | None = None
@@ -160,9 +143,6 @@ class Connection:
         self._nursery: trio.Nursery | None = None
         self._reading: trio.CancelScope | None = None
         self._writing = False
-        self._asked = False  # pinged by ask(), and nothing received since
-        self._acked = 0  # bytes, when it was pinged
-        self._ping_at = 0  # bytes that are acknowledged once the ping has arrived
         self._answering = False  # a message, and not reading meanwhile
         self._written: trio.Event | None = None
         self._tasks: set[trio.CancelScope] | None = None
@@ -199,7 +179,8 @@ class Connection:
         """
         self._socket = socket
         now = trio.current_time()
-        self.joined_at = self.sent_at = self._heard_at = self._received_at = now
+        self.joined_at = self.sent_at = now
+        self._liveness.heard_at = self._liveness.received_at = now
         hub.join(self)
         try:
             try:
@@ -370,32 +351,20 @@ class Connection:
     def ask(self, now: float) -> None:
         """Ping the client to see whether it is alive, see :attr:`is_there`."""
         assert self._socket is not None
-        self._asked = True
         self.ping(now)
-        self._acked, outstanding = self._socket.traffic()
-        self._ping_at = self._acked + outstanding + self.waiting_bytes
+        self._liveness.ask(self._socket, self.waiting_bytes)
 
     @property
     def is_there(self) -> bool:
-        """Whether the client has shown since :meth:`ask` that it is there.
-
-        By anything that was received; or, where the ping could not reach it, by what its side of
-        the TCP connection acknowledges: where nobody can ask the client, it has acknowledged all
-        that it was sent.
-        """
+        """Whether the client has shown since :meth:`ask` that it is there."""
         if self.ending or self._socket is None:
             return False
-        if not self._asked or self._answering:
-            return True
-        acked, outstanding = self._socket.traffic()
-        if self._socket.answers_pings:  # the ping may be behind what it takes slowly
-            return self._acked < acked < self._ping_at
-        return acked > self._acked or not (outstanding or self.waiting_bytes)
+        return self._answering or self._liveness.is_there(self._socket, self.waiting_bytes)
 
     @property
     def received_at(self) -> float:
         """When anything was received last, a pong included."""
-        return self._received_at
+        return self._liveness.received_at
 
     def close(self, code: int, reason: str = "") -> None:
         """End the connection; the first reason wins. Returns at once."""
@@ -416,7 +385,7 @@ class Connection:
 
     def renew(self, expires_at: float) -> None:
         """Set another end of the credential, on Trio's clock."""
-        self.expires_at = expires_at
+        self._liveness.expires_at = expires_at
         self._set_deadline()
 
     async def _read(self, socket: Socket) -> bool:
@@ -440,9 +409,8 @@ class Connection:
         return False
 
     async def _hear(self, said: str | Ping | Pong) -> None:
-        now = self._received_at = trio.current_time()
-        asked, self._asked = self._asked, False
-        if asked and isinstance(said, Pong):  # which others caused, so it does not count
+        now = trio.current_time()
+        if self._liveness.receive(said, now):
             return
         if self._rate is None:
             self._rate = RateLimit(self._limits.rate_limit, self._limits.rate_window)
@@ -450,7 +418,7 @@ class Connection:
             raise ProtocolViolation(Close.RATE_LIMITED, "too many messages")
         if isinstance(said, Pong):
             return
-        self._heard_at = now
+        self._liveness.heard_at = now
         if isinstance(said, Ping):
             self._answer_with(frame(PONG, said.payload), now)
             return
@@ -484,11 +452,7 @@ class Connection:
     @property
     def deadline(self) -> float:
         """When it is closed if nothing more is received."""
-        return min(
-            self._heard_at + self._limits.stale_after,
-            self._received_at + self._limits.receive_timeout,
-            self.expires_at,
-        )
+        return self._liveness.deadline
 
     def _set_deadline(self) -> None:
         # A deadline that moves back is not set each time a client says something: when the old one
@@ -498,12 +462,8 @@ class Connection:
 
     def close_on_time(self, now: float) -> None:
         """Close it if a deadline has passed, with the code for that one."""
-        if now >= self.expires_at:
-            self.close(Close.AUTH_FAILED, "token expired")
-        elif now >= self._heard_at + self._limits.stale_after:
-            self.close(Close.HEARTBEAT_TIMEOUT, "no heartbeat")
-        elif now >= self._received_at + self._limits.receive_timeout:
-            self.close(Close.HEARTBEAT_TIMEOUT, "nothing received")
+        if (overdue := self._liveness.overdue(now)) is not None:
+            self.close(*overdue)
 
     async def _write_out(self) -> None:
         """The writer task: lives while the outbox holds something."""
