@@ -47,7 +47,7 @@ def check(url: str, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
 
 
 async def works(gateway: Running, backend: "redis.Redis") -> None:
-    """Both sources, tickets, revocations and dead letters."""
+    """Both sources, tickets, revocations, dead letters and scans."""
     event = {"type": "ROUND_READY", "tenant_id": 1, "branch_id": 1}
     token = make_jwt(JWT_SECRET, roles=["WAITER"])
     bearer = {"Authorization": f"Bearer {token}"}
@@ -68,6 +68,9 @@ async def works(gateway: Running, backend: "redis.Redis") -> None:
         await until(both)
         assert sorted(found) == [1, 2]
         await until(lambda: backend.xlen(DLQ) == 1)
+    commands = gateway.app.parts.commands  # for clients that resume from the stream
+    assert len(await commands.read_back(STREAM, "+", 9)) == 2
+    assert len(await commands.read_on(STREAM, "0-0", 9)) == 2
     assert all(breaker.failures == 0 for breaker in gateway.app.parts.breakers.values())
 
 

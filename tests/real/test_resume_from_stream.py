@@ -88,7 +88,7 @@ async def test_clients_that_reconnect_at_once_share_one_scan(
         after = backend.info("commandstats")["cmdstat_xrevrange"]["calls"]
         assert all(recovered for recovered, _ in found.values())
         assert len(found) == 30
-        assert after - before <= 8
+        assert after - before <= 12  # of 30 scans it would be 120
         everything = found[500][1]
         for _, texts in found.values():
             assert texts == everything[len(everything) - len(texts) :]

@@ -27,7 +27,10 @@ _INVALID_REPLY_ERRORS: Final = (
     AssertionError, AttributeError, LookupError, MemoryError, TypeError, ValueError,
 )  # fmt: skip
 
-_DEAD_LETTER_BREAKER: Final = 5, 30.0  # failures in a row, seconds until the next try
+# Of dead letters, and of scans: failures in a row, seconds until the next try.
+_OWN_BREAKER: Final = 5, 30.0
+# Entries of a stream, their ids and their fields; an entry that was deleted has none.
+Entries = list[tuple[bytes, dict[bytes, bytes] | None]]
 # An XADD that fails ends the script before the key is set.
 _ADD_ONCE: Final = """
 if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
@@ -71,9 +74,10 @@ class Commands:
         self._send, self._receive = trio.open_memory_channel[_Call](0)
         self._reads = reads
         self._writes = writes
-        # Dead letters have their own: a stream or a right that only they need must not cost
-        # anybody a ticket.
-        self._dead_letters = Breaker(*_DEAD_LETTER_BREAKER)
+        # Dead letters and scans have their own: a stream or a right that only they need must not
+        # cost anybody a ticket.
+        self._dead_letters = Breaker(*_OWN_BREAKER)
+        self._scans = Breaker(*_OWN_BREAKER)
         self._generation = 0  # how often all connections were discarded
         self._is_stale = False  # discard them before the next command
 
@@ -181,20 +185,30 @@ class Commands:
         )
         return bool(added)
 
-    async def xrange(
-        self, stream: str, first: str, last: str, count: int, *, newest_first: bool = False
-    ) -> list[tuple[bytes, dict[bytes, bytes] | None]]:
-        """Return entries of a stream, id and fields, from one end of this range of ids."""
-
-        def send(redis: Redis) -> Awaitable[Any]:
-            if newest_first:
-                return redis.xrevrange(stream, last, first, count)
-            return redis.xrange(stream, first, last, count)
-
-        found: list[tuple[bytes, dict[bytes, bytes] | None]] = await self._run(
-            self._reads, send, _is_entries
+    async def read_back(self, stream: str, end: str, count: int) -> Entries:
+        """Return the last entries of a stream up to this id, the newest first."""
+        found: Entries = await self._run(
+            self._scans, lambda redis: redis.xrevrange(stream, end, "-", count), _is_entries
         )
         return found
+
+    async def read_on(self, stream: str, after: str, count: int) -> Entries:
+        """Return the first entries of a stream after this id, the oldest first."""
+        ids: Any = {stream: after}
+        # XREAD and not XRANGE: the user has the right to it.
+        found = await self._run(
+            self._scans,
+            lambda redis: redis.xread(ids, count),
+            lambda reply: (
+                reply == []
+                or (
+                    (isinstance(reply, list) and len(reply) == 1 and len(reply[0]) == 2)
+                    and _is_entries(reply[0][1])
+                )
+            ),
+        )
+        entries: Entries = found[0][1] if found else []
+        return entries
 
     async def _run(
         self,
@@ -261,7 +275,7 @@ class Commands:
             soon = isinstance(error, RedisError) and is_wrong_server(error)
             breaker.failed(trio.current_time(), soon=soon)
             if was is not State.OPEN and breaker.state is State.OPEN:
-                names = {self._reads: "commands", self._writes: "writes"}
+                names = {self._reads: "commands", self._writes: "writes", self._scans: "scans"}
                 name = names.get(breaker, "dead letters")
                 log.error("breaker opened", source=name, error=type(error).__name__)
             raise Unavailable(type(error).__name__) from None

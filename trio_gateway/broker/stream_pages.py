@@ -1,11 +1,11 @@
 """Pages of a stream: a few entries of its past at a time, for clients that resume."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Final
 
 from ..core.event_ids import Position, Stream, entry_id, read_position
 from ..runtime.older_events import ReadEntry, ReadFailed
-from .commands import Commands, Unavailable
+from .commands import Commands, Entries, Unavailable
 
 _FIELD: Final = b"data"
 
@@ -19,19 +19,21 @@ class StreamPages:
 
     async def read_back(self, stream: Stream, end: Position, most: int) -> Sequence[ReadEntry]:
         """The last entries up to this position, the newest first."""
-        return await self._read(stream, "-", entry_id(end), most, newest_first=True)
+        return await self._read(self._commands.read_back, stream, end, most)
 
     async def read_on(self, stream: Stream, after: Position, most: int) -> Sequence[ReadEntry]:
         """The first entries after this position, the oldest first."""
-        return await self._read(stream, f"({entry_id(after)}", "+", most)
+        return await self._read(self._commands.read_on, stream, after, most)
 
     async def _read(
-        self, stream: Stream, first: str, last: str, most: int, *, newest_first: bool = False
+        self,
+        read: Callable[[str, str, int], Awaitable[Entries]],
+        stream: Stream,
+        position: Position,
+        most: int,
     ) -> list[ReadEntry]:
         try:
-            found = await self._commands.xrange(
-                self._names[stream], first, last, most, newest_first=newest_first
-            )
+            found = await read(self._names[stream], entry_id(position), most)
             return [(read_position(i.decode()), (fields or {}).get(_FIELD)) for i, fields in found]
         except (Unavailable, KeyError, ValueError) as error:
             raise ReadFailed from error

@@ -27,7 +27,7 @@ from .dispatch import Dispatch
 from .history import History, StoredEvent
 
 DEADLINE: Final = 5.0  # seconds that a client waits for a scan
-_PAGE: Final = 1000  # entries in one reply
+_PAGE: Final = 250  # entries in one reply: 16 MB at most
 _OVERLAP: Final = 1000  # entries of the history that a range holds, too
 _PER_CHECKPOINT: Final = 100  # entries that are parsed at a time
 _UNUSED: Final = 30.0  # seconds until a range is dropped
@@ -288,14 +288,18 @@ class OlderEvents:
 
     async def _extend(self, found: _Range) -> None:
         """Read on from a range's end into the history, and put the range in its place."""
-        most = 2 * self._most_entries + _OVERLAP
-        while len(found.positions) < most and found.bytes <= 2 * self._most_bytes:
+        most, ahead = 2 * self._most_entries + _OVERLAP, 0
+        while (
+            ahead < _OVERLAP and len(found.positions) < most and found.bytes <= 2 * self._most_bytes
+        ):
             was_joined = self._is_joined(found)
             end = self._history.end.get(found.stream, found.end)
-            page = await self._reader.read_on(found.stream, found.end, _OVERLAP)
+            page = await self._reader.read_on(found.stream, found.end, _PAGE)
             self.entries_scanned += len(page)
-            await self._fill(found, [entry for entry in page if entry[0] <= end])
-            if was_joined or not page:
+            read = [entry for entry in page if entry[0] <= end]
+            await self._fill(found, read)
+            ahead += len(read) if was_joined else 0
+            if not read:
                 break
         if self._is_joined(found):
             self._put(found)
