@@ -155,6 +155,27 @@ async def test_id_of_a_recreated_stream_is_not_recovered(
     assert outcome(await connect(world, place(1050)))[:2] == (True, 151)
 
 
+@pytest.mark.parametrize("after", [0.0, 0.15, 2.0])
+async def test_gap_that_comes_before_during_or_after_the_scan_is_not_read_across(
+    autojump_clock: MockClock, nursery: trio.Nursery, after: float
+) -> None:
+    world = make_world(nursery)
+    world.redis.seconds = 0.1
+    await world.publish(*range(1, 3001))
+    first = await world.connect(place(10))
+    await trio.sleep(after)
+    world.history.restart(A, since=at(3001), end=at(3000))  # 3001 was lost unread
+    world.replays.tell_of_gap(A)
+    await world.publish(*range(3002, 3102))
+    await trio.sleep(3)
+    late = await connect(world, place(3050))
+    again = await connect(world, place(20))
+
+    assert first.resumed[0]["recovered"] is (after == 2.0)
+    assert outcome(late)[:2] == (True, 51)
+    assert outcome(again)[:2] == (False, 0)
+
+
 async def test_process_that_has_not_seen_the_old_stream_does_not_take_its_ids(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:

@@ -109,8 +109,8 @@ class OlderEvents:
     """The ranges of the streams.
 
     ``most_entries`` is how far back a scan goes, counted from the begin of the history. With 0, or
-    without a reader, nothing is scanned. ``most_bytes`` bounds the payloads
-    of one scan, and twice that all ranges together.
+    without a reader, nothing is scanned. ``most_bytes`` bounds the payloads of one scan, and twice
+    that all ranges together.
     """
 
     def __init__(
@@ -208,6 +208,7 @@ class OlderEvents:
             and found.since <= position <= found.end
             and position in found.positions
             and self._is_joined(found)
+            and self._history.may_read_back(stream, position)  # a gap may have come meanwhile
         )
 
     def _is_joined(self, found: _Range) -> bool:
