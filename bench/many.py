@@ -97,7 +97,7 @@ def measure(redis: Redis, cores: Cores, size: Size, settings: dict[str, str]) ->
         ]
         _open(loads, 0, _WARM_UP, 60)
         time.sleep(1)
-        empty = server.rss() / 1e6 / size.processes
+        empty = server.rss_of_children() / 1e6 / size.processes  # without the supervisor
         before, slab, cpu = server.rss(), _meminfo()["Slab"], server.cpu()
         began = time.monotonic()
         opened = _open(loads, _WARM_UP, size.clients, 60 + size.clients / 250)

@@ -77,6 +77,10 @@ class Server:
         found = [_scheduled(pid) for pid in self.pids()]
         return sum(cpu for cpu, _ in found), sum(waits for _, waits in found)
 
+    def rss_of_children(self) -> int:
+        """Return the resident memory of the processes that it started, in bytes."""
+        return sum(_rss(pid) for pid in self.pids() if pid != self.process.pid)
+
     def pids(self) -> list[int]:
         return descendants(self.process.pid)
 
