@@ -58,6 +58,10 @@ class RedisConnection:
         self._reader.feed(bytes(data))
         return self._complete()
 
+    async def close(self) -> None:
+        """Close the connection. A task that waits for a reply gets :exc:`ConnectionLost`."""
+        await trio.aclose_forcefully(self._stream)
+
     async def ask(self, *words: str | bytes | int, timeout: float = inf) -> Any:
         """Send one command and return its reply; no other command may be waiting for one.
 

@@ -1,5 +1,6 @@
 """Reading streams on one connection: entries in order, gaps told, nothing twice."""
 
+import math
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from itertools import groupby
 from operator import itemgetter
@@ -53,9 +54,9 @@ class StreamReader:
         self._ranks = ranks
         self._old_streams = old_streams
         self._throttled_log = ThrottledLog(log)
-        self._waiting: trio.CancelScope | None = None  # for news
+        self._stopped = trio.Event()
+        self._is_waiting = False  # for news
         self._ended = trio.Event()
-        self.stopping = False
         self._on_gap = on_gap
         self._counted_since, self._counted = -_PACE, 0  # entries read in the last while
         self.reading: Collection[str] = ()  # the names in its last XREAD
@@ -79,56 +80,57 @@ class StreamReader:
         try:
             while not self.stopping:
                 await read()
+        except ConnectionLost:
+            if not self.stopping:  # else stop() has closed it
+                raise
         finally:
             self._ended.set()
 
     async def idle(self) -> None:
         """Wait for as long as Redis would wait for news."""
-        with trio.move_on_after(0 if self.stopping else BLOCK) as self._waiting:
-            await trio.sleep_forever()
-        self._waiting = None
+        with trio.move_on_after(BLOCK):
+            await self._stopped.wait()
 
     async def stop(self) -> None:
         """End the reader, at once if it waits for news; return when it reads no more."""
-        self.stopping = True
-        if self._waiting is not None:
-            self._waiting.cancel()
+        self._stopped.set()
+        if self._is_waiting:  # for news, and not in the middle of taking them
+            await self._redis.close()
         await self._ended.wait()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether :meth:`stop` was called. The connection is not to be used any more then."""
+        return self._stopped.is_set()
 
     async def read(self, *, block: bool = True) -> None:
         """Read what is new in all streams, and look for gaps."""
         if self.stopping:
             return
-        cursors = dict(self._cursors)
-        self.reading = cursors.keys()
+        names = self.reading = list(self._cursors)
+        cursors = [self._cursors[name] for name in names]
         waiting = ("BLOCK", str(int(BLOCK * 1000))) if block else ()
-        with trio.CancelScope() as self._waiting:
-            reply = await self._redis.call(
-                "XREAD", "COUNT", COUNT, *waiting, "STREAMS",
-                *cursors, *(cursor.entry_id for cursor in cursors.values()),
-                timeout=BLOCK + REPLY_TIMEOUT,
-            )  # fmt: skip
-        interrupted, self._waiting = self._waiting.cancelled_caught, None
-        if interrupted:  # the connection is not used again
-            return
+        self._is_waiting = True
+        reply = await self._redis.call(
+            "XREAD", "COUNT", COUNT, *waiting, "STREAMS",
+            *names, *[cursor.entry_id for cursor in cursors],
+            timeout=BLOCK + REPLY_TIMEOUT,
+        )  # fmt: skip
+        self._is_waiting = False
         news: list[tuple[StreamCursor, Sequence[Entry]]] = []
         for name, entries in read_news(reply):
-            if (cursor := cursors.get(name)) is None:
+            if (cursor := self._cursors.get(name)) is None:
                 raise ConnectionLost("a stream that was not asked for")
             news.append((cursor, entries))
         for cursor, run in self._in_order(news):
             await self._take(cursor, run)
         await self._pace(news)
         # A full reply says that we lag: the stream may be trimmed faster than we read.
-        await self.check(
-            cursor for cursor, entries in news if len(entries) == COUNT or not cursor.is_counted
-        )
-        due = trio.current_time() - BLOCK
-        await self.check(
-            cursor
-            for cursor in cursors.values()
-            if not cursor.is_checked and (not news or cursor.checked_at < due)
-        )
+        if lagging := [c for c, entries in news if len(entries) == COUNT or not c.is_counted]:
+            await self.check(lagging)
+        due = trio.current_time() - BLOCK if news else math.inf
+        if unchecked := [c for c in cursors if not c.is_checked and c.checked_at < due]:
+            await self.check(unchecked)
 
     async def _pace(self, news: _News) -> None:
         """Wait before the next read while many entries come: reading them one by one costs more.

@@ -20,6 +20,7 @@ class Places:
     def __init__(self, history: History, sharding: Sharding | None = None) -> None:
         self._history = history
         self._sharding = sharding if sharding is not None and sharding.by_tenant else None
+        self.by_tenant = self._sharding is not None
 
     def streams_of(self, tenant: TenantId) -> Collection[Stream] | None:
         """The streams that can hold events of this tenant; None for all."""

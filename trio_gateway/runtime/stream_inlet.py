@@ -68,6 +68,7 @@ class StreamInlet:
         self._durable_types = routes.durable_types
         self._wall_clock = wall_clock
         self._places = places or Places(history)
+        self._by_tenant = self._places.by_tenant
         self.misplaced = 0  # events in the shard of another tenant
         self._throttled_log = ThrottledLog(log)
         self._forgotten: set[Stream] = set()  # ever
@@ -143,7 +144,7 @@ class StreamInlet:
             for entry in part:
                 if (event := self._event(stream, name, entry)) is not None:
                     events.append(event)
-                    if not self._places.concern(stream, event.tenant):
+                    if self._by_tenant and not self._places.concern(stream, event.tenant):
                         self._note_misplaced(name, event)
             self._queue.extend(events)
             passed(part)
