@@ -6,11 +6,14 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from tests.support.resume_world import World, place
 from trio_gateway.core.audiences import BranchId, TenantId, admins
 from trio_gateway.core.event_ids import START, Cursor, Position, Stream, tag
 from trio_gateway.core.shards import Sharding
 from trio_gateway.runtime.history import History
 from trio_gateway.runtime.places import Places
+from trio_gateway.runtime.resume import UNDECIDED
+from trio_gateway.runtime.resume_state import Phase
 from trio_gateway.testing import make_event
 
 ONE, OTHER = TenantId(1), TenantId(2)
@@ -148,3 +151,49 @@ def test_end_is_the_same_object_until_it_moves(history: History) -> None:
     history.advance(NEW, at(1))
     assert history.end is not end
     assert end[NEW] == START
+
+
+async def test_client_is_held_until_all_streams_of_its_tenant_are_read(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    world = World(nursery, OLD)
+    world.history.ranks = SHARDING.ranks
+    world.replays._places = Places(world.history, SHARDING)
+    nursery.start_soon(world.replays.decide)
+    silent, other = await world.connect(), await world.connect()
+    await other.say("x")
+    await trio.sleep(2 * UNDECIDED)
+    await world.publish(1, 2, stream=OLD)
+    for client in (silent, other):
+        assert client.heard == []
+        assert client.connection.resume_state.phase is Phase.HELD
+    late = await world.connect()
+    world.history.begin(NEW, START, whole=True)
+    world.history.advance(NEW, START)
+    world.replays.begun(NEW)
+    await wait_all_tasks_blocked()
+    for client in (silent, other):
+        assert client.heard == [1, 2]
+        assert client.connection.resume_state.phase is Phase.LIVE
+    assert late.connection.resume_state.phase is Phase.HELD  # it may still ask to resume
+    await world.publish(3, stream=NEW)
+    assert silent.heard == other.heard == [1, 2, 3]
+
+
+async def test_client_may_still_resume_when_its_stream_was_slow_to_be_read(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    world = World(nursery, OLD)
+    world.history.ranks = SHARDING.ranks
+    world.replays._places = Places(world.history, SHARDING)
+    nursery.start_soon(world.replays.decide)
+    await world.publish(1, 2, stream=OLD)
+    client = await world.connect()
+    await trio.sleep(2 * UNDECIDED)
+    await client.ask(place(1, OLD))
+    world.history.begin(NEW, START, whole=True)
+    world.history.advance(NEW, START)
+    world.replays.begun(NEW)
+    await trio.sleep(0.1)
+    assert [answer["recovered"] for answer in client.resumed] == [True]
+    assert client.heard == [2]

@@ -8,7 +8,7 @@ import heapq
 import math
 from bisect import bisect_right
 from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Final
 
 import trio
@@ -300,9 +300,13 @@ class History:
         """Whether each stream has been read up to its present end."""
         return self.expected <= self.end.keys()
 
+    def are_begun(self, streams: Iterable[Stream]) -> bool:
+        """Whether these streams have been read up to their present ends."""
+        return all(stream in self._end for stream in streams)
+
     async def wait_begun(self, streams: Collection[Stream] | None = None) -> None:
         """Wait until these streams have been read up to their present ends; one, if None."""
-        while not (self._end if streams is None else self._end.keys() >= set(streams)):
+        while not (self._end if streams is None else self.are_begun(streams)):
             await self._grown.park()
 
     async def wait_for(self, cursor: Cursor) -> None:

@@ -45,6 +45,14 @@ class Places:
         """
         await self._history.wait_begun(self.streams_of(tenant))
 
+    def is_known(self, tenant: TenantId) -> bool:
+        """Whether all streams of the tenant have been read up to their present ends.
+
+        Without shards this is always true.
+        """
+        streams = self.streams_of(tenant)
+        return streams is None or self._history.are_begun(streams)
+
     async def wait_known(self, tenant: TenantId, patience: float) -> bool:
         """Whether all streams of the tenant have been read up to their present ends.
 
@@ -54,7 +62,7 @@ class Places:
             return self._history.warm
         with trio.move_on_after(patience):
             await self._history.wait_begun(streams)
-        return self._history.end.keys() >= set(streams)
+        return self._history.are_begun(streams)
 
     async def after(self, cursor: Cursor, tenant: TenantId) -> Cursor | None:
         """Wait until the cursor of an event id has been read, and return the place after it.

@@ -96,8 +96,15 @@ class Replays:
                     self.go_live(connection)
 
     def go_live(self, connection: Connection) -> None:
-        """Send a connection that does not resume what came since it joined, and let it go live."""
+        """Send a connection that does not resume what came since it joined, and let it go live.
+
+        While a stream of its tenant is being read for the first time, it stays held: what is sent
+        from another one would be out of order.
+        """
         if connection.ending:
+            return
+        connection.resume_state.is_decided = True
+        if not self._places.is_known(connection.principal.tenant):
             return
         if self._history.forgot(self._cursor(connection)):
             connection.send(GAP)
@@ -154,6 +161,14 @@ class Replays:
                 connection.send(GAP)
             elif since < history.end[stream]:
                 self._hold_back(connection, stream, since)
+
+    def begun(self, stream: Stream) -> None:
+        """Let connections go live that were held only because this stream was not read yet."""
+        for connection in list(self._hub.held):
+            state = connection.resume_state
+            is_concerned = self._places.concern(stream, connection.principal.tenant)
+            if is_concerned and state.phase is Phase.HELD and state.is_decided:
+                self.go_live(connection)
 
     def _hold_back(self, connection: Connection, stream: Stream, since: Position) -> None:
         """Send a connection this stream from ``since`` on, before it is live in it."""

@@ -121,7 +121,8 @@ class ResumeState:
     place from which on it misses nothing: where the history stood when its upgrade was accepted,
     or, if None, when it joins. ``accepted_time`` is that moment on Trio's clock, if it is known.
     ``lagged_at`` is how many connections and lags there had been when its lag began;
-    ``has_skipped`` says that an event was skipped in this lag. ``older`` are the streams in which
+    ``has_skipped`` says that an event was skipped in this lag. ``is_decided`` says that its
+    first message, or its silence, was no question to resume. ``older`` are the streams in which
     its cursor is before the history, in :mod:`.older_events`.
     """
 
@@ -130,6 +131,7 @@ class ResumeState:
         "accepted_time",
         "cursor",
         "has_skipped",
+        "is_decided",
         "is_served",
         "lagged_at",
         "may_resume",
@@ -152,6 +154,7 @@ class ResumeState:
         self.may_resume = True
         self.is_served = False
         self.has_skipped = False
+        self.is_decided = False
         self.lagged_at = 0
         self.older: frozenset[Stream] = frozenset()
 

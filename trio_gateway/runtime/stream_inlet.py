@@ -102,6 +102,7 @@ class StreamInlet:
         self._history.advance(stream, past.end)
         if past.entries or not past.is_whole:
             self._replays.begin(stream, ahead)
+        self._replays.begun(stream)
 
     def _remember(
         self, stream: Stream, name: str, entry: Entry, read_again: Duplicates | None
