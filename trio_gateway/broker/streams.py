@@ -96,17 +96,18 @@ class Streams:
                 redis, sink, self._by_name,
                 ranks=self._ranks, old_streams=self._old_streams, on_gap=self._count_gap,
             )  # fmt: skip
-            known = list(self._by_name.values())
             if before is None:
-                await reader.check(known, is_new_connection=True)
-            for name in list(self._followed):
-                if name not in self._by_name:
-                    await reader.begin(name)
+                await reader.check(list(self._by_name.values()), is_new_connection=True)
+            begun = [name for name in self._followed if name not in self._by_name]
+            for name in begun:
+                await reader.begin(name)
             if before is not None:
                 if self._by_name.keys() <= set(before.reading):  # it was not waiting for news
                     task_status.started(before)
                     return
                 await before.stop()
+                # It may have given some up since this one began.
+                known = [cursor for name, cursor in self._by_name.items() if name not in begun]
                 await reader.check(known, is_new_connection=True)
             if self._by_name:
                 # Only a successful read proves that the user has the right to read.
