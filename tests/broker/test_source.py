@@ -231,7 +231,7 @@ async def test_entries_that_are_trimmed_unread_are_a_gap_of_their_shard_alone(
         await until(lambda: engine.sink.gaps, 10)
         assert {stream for stream, _, _ in engine.sink.gaps} == {tag("a")}
         ((_, since, _),) = engine.sink.gaps
-        assert since >= read_position(ids[9])  # who has none behind the lost ones has missed them
+        assert since >= read_position(ids[9])  # a client before them has missed the lost entries
         engine.add("b", 10)
         await until(lambda: engine.has_all("b"))
 

@@ -78,7 +78,7 @@ def markers(found: list[Any]) -> list[int]:
     return [event["entity"]["marker"] for event in found if "entity" in event]
 
 
-async def heard(client: WebSocketConnection, count: int) -> list[int]:
+async def next_markers(client: WebSocketConnection, count: int) -> list[int]:
     return markers([await receive_event(client, 4) for _ in range(count)])
 
 
@@ -91,7 +91,7 @@ async def recover(url: str, last_event_id: str) -> tuple[bool, list[int]]:
     async with connect(f"{url}&last_event_id={quote(last_event_id)}") as client:
         answer = await receive_event(client, 4)
         assert answer["type"] == "resumed", answer
-        found = await heard(client, answer["count"])
+        found = await next_markers(client, answer["count"])
         assert await received(client) == []
         return answer["recovered"], found
 
@@ -104,8 +104,8 @@ async def test_clients_get_the_events_of_their_tenant_in_order_and_no_other(redi
     ):
         for n in range(20):
             publish(redis_url, (ONE, OTHER)[n % 2], n)
-        assert await heard(one, 10) == list(range(0, 20, 2))
-        assert await heard(other, 10) == list(range(1, 20, 2))
+        assert await next_markers(one, 10) == list(range(0, 20, 2))
+        assert await next_markers(other, 10) == list(range(1, 20, 2))
         assert await received(one) == await received(other) == []
 
 
@@ -129,8 +129,8 @@ async def test_shard_is_read_only_where_it_has_clients(redis_url: str) -> None:
         await warm(other, OTHER)
         publish(redis_url, ONE, *range(30))
         publish(redis_url, OTHER, *range(10))
-        assert await heard(here, 30) == list(range(30))
-        assert await heard(there, 10) == list(range(10))
+        assert await next_markers(here, 30) == list(range(30))
+        assert await next_markers(there, 10) == list(range(10))
         assert set(one.app.parts.streams.cursors) == {stream(ONE)}
         assert one.app.parts.ingest.received["stream"] == 30
         assert other.app.parts.ingest.received["stream"] == 10
@@ -149,7 +149,7 @@ async def test_first_client_of_a_shard_gets_live_events_at_once(redis_url: str) 
             started = trio.current_time()
             # It may still ask to resume for half a second, unless it says something.
             await client.send_message("x")
-            assert await heard(client, 1) == [1]
+            assert await next_markers(client, 1) == [1]
             assert trio.current_time() - started < 1
             assert await received(client) == []
 
@@ -163,7 +163,7 @@ async def test_first_client_is_not_sent_what_came_before_it(redis_url: str) -> N
     ):
         await warm(gateway, ONE)
         publish(redis_url, ONE, 4)
-        assert await heard(client, 1) == [4]
+        assert await next_markers(client, 1) == [4]
 
 
 async def test_events_during_the_first_reading_come_once_and_in_order(redis_url: str) -> None:
@@ -178,7 +178,7 @@ async def test_events_during_the_first_reading_come_once_and_in_order(redis_url:
                         await trio.to_thread.run_sync(
                             publisher.publish, {"type": "ROUND_READY", **event}
                         )
-                assert await heard(client, 50) == list(range(50))
+                assert await next_markers(client, 50) == list(range(50))
                 assert await received(client) == []
 
 
@@ -232,7 +232,7 @@ async def test_shard_is_given_up_some_time_after_its_last_client_and_resumed_lat
             async with admitted(url) as client:
                 for n in range(10):
                     add(n)
-                assert await heard(client, 10) == list(range(10))
+                assert await next_markers(client, 10) == list(range(10))
                 async with admitted(url):
                     pass
                 await trio.sleep(0.4)
@@ -303,14 +303,14 @@ async def test_gap_in_a_shard_is_sent_to_its_tenants_alone(
     ):
         for tenant, client in ((ONE, one), (OTHER, other)):
             publish(redis_url, tenant, 1, 2)
-            assert await heard(client, 2) == [1, 2]
+            assert await next_markers(client, 2) == [1, 2]
         backend.delete(stream(ONE))
         publish(redis_url, ONE, 3)
         messages = [await receive_event(one, 6) for _ in range(2)]
         assert {"type": "gap"} in messages
         assert markers(messages) == [3]
         publish(redis_url, OTHER, 3)
-        assert await heard(other, 1) == [3]
+        assert await next_markers(other, 1) == [3]
 
 
 async def test_event_in_the_shard_of_another_tenant_is_counted_logged_and_delivered(
@@ -328,7 +328,7 @@ async def test_event_in_the_shard_of_another_tenant_is_counted_logged_and_delive
         )
         with capture_logs() as logs:
             backend.xadd(stream(ONE), {"data": event})
-            assert await heard(other, 1) == [1]
+            assert await next_markers(other, 1) == [1]
         assert "REDIS_STREAM_SHARDS" in next(
             line["event"] for line in logs if line.get("tenant") == OTHER
         )
@@ -348,7 +348,7 @@ async def test_process_that_reads_no_shard_knows_whether_it_can() -> None:
             await until(lambda: gateway.app.ready, 10)
             async with admitted(gateway.staff_url("waiter", tenant_id=ONE)) as client:
                 publish(server.connection_url, ONE, 1)
-                assert await heard(client, 1) == [1]
+                assert await next_markers(client, 1) == [1]
 
 
 # From one number of shards to another

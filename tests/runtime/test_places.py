@@ -133,7 +133,7 @@ def test_forgotten_stream_leaves_nothing_behind_and_others_alone(history: Histor
     add(history, FOREIGN, at(15))
     end = history.end
     history.forget(NEW)
-    assert end[NEW] == at(20)  # who has it keeps it
+    assert end[NEW] == at(20)  # a copy that was given away does not change
     assert history.end == {OLD: START, FOREIGN: at(15)}
     assert len(history) == 1
     assert not history.missed({NEW: START}, AUDIENCES)

@@ -1,4 +1,4 @@
-"""Reading streams on one connection: entries in order, gaps told, nothing twice."""
+"""Reading streams on one connection: entries in order, none twice, and gaps reported."""
 
 import math
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
@@ -72,7 +72,7 @@ class StreamReader:
         await self._sink.begin(stream, name, past, ahead)
         cursor = self._cursors[name] = StreamCursor(name, stream, info, past.entries)
         if not cursor.is_counted:
-            log.warning("Redis before 7 counts no entries: gaps are told on suspicion")
+            log.warning("Redis before 7 counts no entries: gaps are reported on suspicion")
         log.info("history warmed", stream=name, entries=len(past.entries))
 
     async def run_until_stopped(self, read: Callable[[], Awaitable[None]]) -> None:
@@ -181,7 +181,7 @@ class StreamReader:
     async def check(
         self, cursors: Iterable[StreamCursor], *, is_new_connection: bool = False
     ) -> None:
-        """Compare cursors with their streams, and tell of gaps.
+        """Compare cursors with their streams, and report gaps.
 
         On a new connection this also checks that it leads to the same streams as before.
         """

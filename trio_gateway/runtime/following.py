@@ -8,7 +8,7 @@ from typing import Final, NoReturn
 import trio
 
 from ..core.audiences import TenantId
-from ..core.event_ids import Stream, tag
+from ..core.event_ids import tag
 from ..core.shards import Sharding
 from .history import History
 from .source import Source
@@ -37,14 +37,6 @@ class Following:
         self.names: set[str] = set()
         if not sharding.by_tenant:
             self._follow(sharding.names)
-
-    def streams_of(self, tenant: TenantId) -> Sequence[Stream]:
-        """The streams that can hold events of this tenant."""
-        return self._sharding.streams_of(tenant)
-
-    def client_of(self, tenant: TenantId) -> AbstractContextManager[None]:
-        """Read the streams of this tenant meanwhile."""
-        return self._client_of(tenant) if self._sharding.by_tenant else _NOTHING
 
     @contextmanager
     def _client_of(self, tenant: TenantId) -> Iterator[None]:

@@ -72,7 +72,7 @@ class Sink(Protocol):
     async def gap(self, stream: Stream, *, since: Position, end: Position) -> None:
         """Say that entries before ``since`` were lost unread; reading goes on from ``end``.
 
-        Returns in the step in which clients are told.
+        Returns in the step in which clients are sent the gap.
         """
 
     async def settle(self) -> None:
