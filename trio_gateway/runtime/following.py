@@ -38,6 +38,10 @@ class Following:
         if not sharding.by_tenant:
             self._follow(sharding.names)
 
+    def client_of(self, tenant: TenantId) -> AbstractContextManager[None]:
+        """Read the streams of this tenant meanwhile."""
+        return self._client_of(tenant) if self._sharding.by_tenant else _NOTHING
+
     @contextmanager
     def _client_of(self, tenant: TenantId) -> Iterator[None]:
         names = self._sharding.names_of(tenant)
