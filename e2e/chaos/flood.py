@@ -1,6 +1,6 @@
 """A tenant that publishes more than can be delivered, and the clients that receive it.
 
-A process of its own, so that its work is on nobody else's clock: ``python flood.py PORT
+A process of its own, so that its work delays no other process: ``python flood.py PORT
 REDIS_PORT CLIENTS``. A line ``RATE SECONDS`` on its input is a flood; when that is over it answers
 with a line of JSON. In between it takes what comes.
 """
@@ -60,14 +60,14 @@ class Flood:
 
     def run(self) -> None:
         """Do what the input says, until it ends."""
-        told = b""
+        commands = b""
         while True:
             if self._pump(0.2):
-                told += (data := os.read(sys.stdin.fileno(), 4096))
+                commands += (data := os.read(sys.stdin.fileno(), 4096))
                 if not data:
                     return
-            while b"\n" in told:
-                line, _, told = told.partition(b"\n")
+            while b"\n" in commands:
+                line, _, commands = commands.partition(b"\n")
                 self._flood(*map(float, line.split()))
 
     def _flood(self, rate: float, seconds: float) -> None:
@@ -93,8 +93,8 @@ class Flood:
                 del self._out[: self._redis.send(self._out[:65_536])]
 
     def _pump(self, timeout: float) -> bool:
-        """Take what comes; whether there is something on the input."""
-        told = False
+        """Read what has arrived; return whether there is a command on the input."""
+        commanded = False
         for fd, _ in self._epoll.poll(timeout, 1024):
             if (client := self._clients.get(fd)) is not None:
                 try:
@@ -109,12 +109,12 @@ class Flood:
             elif fd == self._redis.fileno():
                 self._redis.recv_into(self._buffer)
             else:
-                told = True
+                commanded = True
         if time.monotonic() - self._pinged_at > 20:
             self._pinged_at = time.monotonic()
             for client in self._clients.values():
                 client.send(_PING)
-        return told
+        return commanded
 
 
 if __name__ == "__main__":

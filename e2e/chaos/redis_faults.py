@@ -42,7 +42,7 @@ class Stage:
             yield client
 
     async def add_user(self) -> None:
-        """The gateway's own, whom a restart does not forget."""
+        """Add the gateway's user to the configuration, so that it survives a restart."""
         await set_password(self, PASSWORD, kick=False)
         with (self.server.data_dir / "valkey.conf").open("a") as config:
             config.write(f"user {USER} on >{PASSWORD} ~* &* +@all\n")
@@ -74,7 +74,7 @@ class Fault:
     begin: Step
     end: Step
     opens: Set[str] = field(default=ALL)
-    hangs: bool = False  # whoever asks waits for nothing, so that recovery is noticed later
+    hangs: bool = False  # requests wait in vain, so recovery is noticed later
     empties: bool = False  # the data of Redis is lost: clients must get a gap
     admits: bool = False  # clients with a token are admitted as usual
     kills: bool = False

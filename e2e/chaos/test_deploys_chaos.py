@@ -70,8 +70,8 @@ def test_sigterm_sends_5000_clients_away_with_spread_hints_and_ends_in_time(
             statuses.append(server.get("/ws/health/ready")[0])
         not_ready = time.monotonic() - began
         wait_for(lambda: not any(c.ready and c.code is None for c in clients), GRACE + 2, load)
-        told = time.monotonic() - began
-        wait_for(lambda: server.process.poll() is not None, GRACE + 2 - told, load)
+        closed_after = time.monotonic() - began
+        wait_for(lambda: server.process.poll() is not None, GRACE + 2 - closed_after, load)
         ended = time.monotonic() - began
 
         assert server.process.returncode == 0
@@ -87,7 +87,7 @@ def test_sigterm_sends_5000_clients_away_with_spread_hints_and_ends_in_time(
         assert all(client.code is None for client in stuck)
         print(
             f"{command[0]}, {workers}: not ready after {not_ready:.2f} s, all closed after"
-            f" {told:.2f} s, ended after {ended:.2f} s; hints over {away:.1f} s"
+            f" {closed_after:.2f} s, ended after {ended:.2f} s; hints over {away:.1f} s"
         )
 
 

@@ -1,4 +1,4 @@
-"""Five seconds of what ``nox -s fuzz`` does for minutes, and the cases that it found."""
+"""Five seconds of ``nox -s fuzz``, which runs for minutes, and the inputs that it found."""
 
 import random
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ def _quiet() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_promise_is_kept_for_mutations_of_what_is_right(name: str) -> None:
+def test_target_handles_mutations_of_valid_input(name: str) -> None:
     target, seeds = TARGETS[name]
     dice = random.Random(name)
     for seed in seeds:
@@ -33,7 +33,7 @@ def test_promise_is_kept_for_mutations_of_what_is_right(name: str) -> None:
 @pytest.mark.parametrize("name", TARGETS)
 @given(data=st.binary(max_size=300))
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_promise_is_kept_for_any_bytes(name: str, data: bytes) -> None:
+def test_target_handles_any_bytes(name: str, data: bytes) -> None:
     TARGETS[name][0](data)
 
 
@@ -52,6 +52,6 @@ FOUND = {  # by nox -s fuzz
 
 
 @pytest.mark.parametrize("name", FOUND)
-def test_case_that_was_found_is_none_any_more(name: str) -> None:
+def test_input_that_once_failed_is_handled(name: str) -> None:
     target, data = FOUND[name]
     TARGETS[target][0](data)

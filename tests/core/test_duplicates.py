@@ -18,7 +18,7 @@ from trio_gateway.testing import make_event
 STREAM, WAITERS, ADMIN = "events:critical", "channel:branch:1:waiters", "channel:branch:1:admin"
 
 
-def heard(*events: Event) -> list[bool]:
+def are_new(*events: Event) -> list[bool]:
     """Which of the events are new."""
     seen = Duplicates()
     return [not seen.is_duplicate(event) for event in events]
@@ -33,17 +33,17 @@ def raw(text: str, channel: str, received_at: float = 0.0) -> Event:
 def test_one_content_on_several_channels_is_one_event() -> None:
     copies = [make_event(channel=channel) for channel in (WAITERS, STREAM, ADMIN)]
 
-    assert heard(*copies) == [True, False, False]
+    assert are_new(*copies) == [True, False, False]
 
 
 def test_one_content_twice_on_one_channel_is_two_events() -> None:
-    assert heard(*[make_event(channel=WAITERS)] * 3) == [True, True, True]
+    assert are_new(*[make_event(channel=WAITERS)] * 3) == [True, True, True]
 
 
 def test_each_of_two_events_has_its_own_copies() -> None:
     copies = [make_event(channel=channel) for channel in (WAITERS, WAITERS, ADMIN, ADMIN, ADMIN)]
 
-    assert heard(*copies) == [True, True, False, False, True]
+    assert are_new(*copies) == [True, True, False, False, True]
 
 
 @pytest.mark.parametrize(("later", "new"), [(0, False), (4.9, False), (5.0, False), (5.01, True)])
@@ -51,13 +51,13 @@ def test_copies_are_recognised_within_5_seconds(later: float, new: bool) -> None
     first = make_event(channel=WAITERS, received_at=1000.0)
     copy = make_event(channel=ADMIN, received_at=1000.0 + later)
 
-    assert heard(first, copy) == [True, new]
+    assert are_new(first, copy) == [True, new]
 
 
 def test_copy_does_not_extend_the_5_seconds() -> None:
     times = {WAITERS: 0.0, ADMIN: 4.0, STREAM: 6.0}
 
-    assert heard(*(make_event(channel=c, received_at=t) for c, t in times.items())) == [
+    assert are_new(*(make_event(channel=c, received_at=t) for c, t in times.items())) == [
         True, False, True,
     ]  # fmt: skip
 
@@ -69,7 +69,7 @@ def test_copy_that_was_received_earlier_but_dispatched_later_is_a_copy() -> None
     )
 
     much_earlier = make_event(channel=STREAM, received_at=-2.5)
-    assert heard(late, early, much_earlier) == [True, False, True]
+    assert are_new(late, early, much_earlier) == [True, False, True]
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_another_content_is_another_event(change: dict[str, Any]) -> None:
     keys: dict[str, Any] = {"type": "A", "data": 1} | change
     other = make_event(**keys, channel=ADMIN)
 
-    assert heard(one, other) == [True, True]
+    assert are_new(one, other) == [True, True]
 
 
 SAME = {
@@ -122,19 +122,19 @@ OTHER = {
 def test_copies_differ_in_ts_alone(case: str) -> None:
     one, other = SAME[case]
 
-    assert heard(raw(one, WAITERS), raw(other, ADMIN)) == [True, False]
+    assert are_new(raw(one, WAITERS), raw(other, ADMIN)) == [True, False]
 
 
 @pytest.mark.parametrize("case", OTHER)
 def test_event_that_differs_in_more_than_ts_is_another_event(case: str) -> None:
     one, other = OTHER[case]
 
-    assert heard(raw(one, WAITERS), raw(other, ADMIN)) == [True, True]
+    assert are_new(raw(one, WAITERS), raw(other, ADMIN)) == [True, True]
 
 
 @pytest.mark.parametrize("text", ['"ts":1,"ts":2', r'"\u0074s":1', '"ts":1,"a":{"ts":1},"ts":1'])
 def test_equal_bytes_are_copies_however_ts_is_written(text: str) -> None:
-    assert heard(raw(text, WAITERS), raw(text, ADMIN)) == [True, False]
+    assert are_new(raw(text, WAITERS), raw(text, ADMIN)) == [True, False]
 
 
 # --- the backend's own key ---
@@ -147,7 +147,7 @@ def test_equal_bytes_are_copies_however_ts_is_written(text: str) -> None:
 def test_an_id_is_known_for_5_minutes(start: float, later: float, new: bool) -> None:
     first = make_event(id="x", received_at=start)
 
-    assert heard(first, make_event(id="x", received_at=start + later)) == [True, new]
+    assert are_new(first, make_event(id="x", received_at=start + later)) == [True, new]
 
 
 @pytest.mark.parametrize("channel", [WAITERS, ADMIN, STREAM])
@@ -155,23 +155,23 @@ def test_an_id_is_known_for_5_minutes(start: float, later: float, new: bool) -> 
 def test_id_is_known_whatever_its_source(channel: str, data: int) -> None:
     first = make_event(id="x", channel=WAITERS, data=1)
 
-    assert heard(first, make_event(id="x", channel=channel, data=data)) == [True, False]
+    assert are_new(first, make_event(id="x", channel=channel, data=data)) == [True, False]
 
 
 def test_an_id_is_known_per_tenant() -> None:
-    assert heard(make_event(id="x"), make_event(id="x", tenant_id=2)) == [True, True]
+    assert are_new(make_event(id="x"), make_event(id="x", tenant_id=2)) == [True, True]
 
 
 def test_one_content_with_two_ids_is_two_events() -> None:
     one, other = make_event(id="x", channel=WAITERS), make_event(id="y", channel=ADMIN)
 
-    assert heard(one, other) == [True, True]
+    assert are_new(one, other) == [True, True]
 
 
 def test_id_received_again_after_5_minutes_is_known_for_5_more() -> None:
     times = [0.0, 200.0, 400.0, 650.0, 700.5]
 
-    assert heard(*(make_event(id="x", received_at=t) for t in times)) == [
+    assert are_new(*(make_event(id="x", received_at=t) for t in times)) == [
         True, False, True, False, True,
     ]  # fmt: skip
 
@@ -180,13 +180,13 @@ def test_id_received_again_after_5_minutes_is_known_for_5_more() -> None:
 def test_tenants_with_equal_hashes_do_not_share_ids(one: int, other: int) -> None:
     events = [make_event(id="x", tenant_id=tenant) for tenant in (one, other, one, other)]
 
-    assert heard(*events) == [True, True, False, False]
+    assert are_new(*events) == [True, True, False, False]
 
 
 def test_different_long_ids_are_different() -> None:
     ids = ["x" * 5000 + end for end in "abab"]
 
-    assert heard(*(make_event(id=each) for each in ids)) == [True, True, False, False]
+    assert are_new(*(make_event(id=each) for each in ids)) == [True, True, False, False]
 
 
 # --- one content again and again ---
@@ -308,7 +308,7 @@ def test_content_that_is_always_repeated_does_not_collect_channels() -> None:
         assert len(seen) + seen._extra < 200
 
 
-# --- against a model that looks at everything it ever heard ---
+# --- against a model that remembers every event ---
 
 
 class Model:
@@ -394,4 +394,4 @@ def test_ts_is_ignored_wherever_it_is(keys: dict[str, object], ts: object, space
         payload = json.dumps(whole, separators=separators).encode()
         return parse_event(payload, channel=channel, received_at=0.0)
 
-    assert heard(event(WAITERS, 0), event(ADMIN, ts)) == [True, False]
+    assert are_new(event(WAITERS, 0), event(ADMIN, ts)) == [True, False]

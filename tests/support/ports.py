@@ -8,8 +8,8 @@ from contextlib import ExitStack, suppress
 def free_port() -> int:
     """A free port below the range that the kernel gives to clients.
 
-    A client that connects to a port of that range on which nobody listens could be given that
-    port itself, and be connected to itself.
+    A client that connects to an unused port of that range could get that port as its own, and be
+    connected to itself.
     """
     return free_ports(1)
 

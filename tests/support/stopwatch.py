@@ -1,4 +1,4 @@
-"""Latencies without the delays of the machine: tells a slow machine from a stalled loop.
+"""Latencies without the delays of the machine: distinguishes a slow machine from a stalled loop.
 
 The delays of the machine are measured in two places. The kernel counts how long this thread was
 ready to run and had no core. A separate process, which only sleeps, measures how late it wakes up.
