@@ -182,7 +182,8 @@ async def test_restarted_gateway_loads_the_stream_page_by_page(
 
 async def test_history_is_loaded_up_to_its_limit(backend: "redis.Redis", redis_url: str) -> None:
     ids = [add(backend, n) for n in range(20)]
-    async with running(make_settings(redis_url, ws_history_events=5)) as gateway:
+    settings = make_settings(redis_url, ws_history_events=5, ws_resume_from_stream=0)
+    async with running(settings) as gateway:
         url = gateway.staff_url("waiter")
         assert await recover(url, ids[15]) == [16, 17, 18, 19]
         assert await recover(url, ids[13]) is None
@@ -551,7 +552,8 @@ async def test_since_is_a_time_or_an_event_id(backend: "redis.Redis", redis_url:
 
 
 async def test_incomplete_catch_up_is_marked(backend: "redis.Redis", redis_url: str) -> None:
-    async with running(make_settings(redis_url, ws_history_events=2)) as gateway:
+    settings = make_settings(redis_url, ws_history_events=2, ws_resume_from_stream=0)
+    async with running(settings) as gateway:
         ids = [add(backend, n) for n in range(4)]
         await settle(gateway)
         for since, complete in (
