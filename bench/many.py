@@ -37,6 +37,7 @@ class Size:
     branches: int
     processes: int
     size: int  # bytes of an event
+    seconds: float = 5.0  # for which it is idle
 
     def verify(self) -> None:
         """Raise :exc:`NotHere` if a limit is in the way."""
@@ -112,14 +113,14 @@ def measure(redis: Redis, cores: Cores, size: Size, settings: dict[str, str]) ->
             "to first pong p50 ms": float(np.percentile(opened, 50)),
             "to first pong p99 ms": float(np.percentile(opened, 99)),
         }
-        time.sleep(2)
+        time.sleep(min(2, size.seconds))
         found["KB per connection"] = (server.rss() - before) / 1024 / rest
         # A connection has two ends here, and both are in this kernel.
         found["kernel KB per connection"] = (_meminfo()["Slab"] - slab) / 1024 / rest
         found["RSS MB"] = server.rss() / 1e6
         found["RSS MB of an empty process"] = empty
         cpu, began = server.cpu(), time.monotonic()
-        time.sleep(5)
+        time.sleep(size.seconds)
         found["idle CPU"] = (server.cpu() - cpu) / (time.monotonic() - began)
         return found | _broadcast(redis, server.cpu, template, size, loads)
 
@@ -189,8 +190,7 @@ class _LoadProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._pipe.close()  # which ends it
-        self._process.join(20)
+        self._pipe.close()
         self._process.kill()
         self._process.join()
 
@@ -210,8 +210,14 @@ class _LoadProcess:
 def _hold(
     pipe: Connection, port: int, numbers: Sequence[int], size: Size, template: Template
 ) -> None:
-    """Follow the orders, and read from the clients meanwhile, until the pipe is closed."""
-    load = Load(port, template)
+    """Follow the orders, and read from the clients meanwhile, until killed or without a parent."""
+    load, parent = Load(port, template), os.getppid()
+
+    def end_with_parent() -> None:
+        if os.getppid() != parent:  # it was killed; the pipe does not tell, this end is ours, too
+            raise EOFError
+
+    load.progress = end_with_parent
     expects: dict[int, Expected] = {}
     for branch in {number % size.branches for number in numbers}:
         expects[branch] = Expected([branch], size.branches)
@@ -219,6 +225,7 @@ def _hold(
     try:
         while True:
             while not pipe.poll():
+                end_with_parent()
                 load.pump(0.05)
             order = pipe.recv()
             if len(order) == 3:

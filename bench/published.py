@@ -54,7 +54,16 @@ _MANY: Final = (
     Figure("RSS MB of an empty process", "MB"), Figure("idle CPU", "cores"),
     Figure("all delivered after s", "s"), Figure("CPU µs per delivery", "µs"),
 )  # fmt: skip
-_FEW_OF_MANY: Final = ("--clients", "330", "--branches", "33", "--processes", "3")
+_FEW_OF_MANY: Final = (
+    "--clients",
+    "330",
+    "--branches",
+    "33",
+    "--processes",
+    "3",
+    "--seconds",
+    "0.5",
+)
 
 RUNS: Final[Mapping[str, Run]] = {
     "unbatched": Run(

@@ -611,7 +611,9 @@ def _bounded(pace: Pace, run: Run, window: int) -> Pace:
 def many(bench: Bench, who: str) -> Figures:
     """As many connections as the machine can hold, over several processes; one event a branch."""
     options = bench.options
-    size = connections.Size(options.clients, options.branches, options.processes, options.size)
+    size = connections.Size(
+        options.clients, options.branches, options.processes, options.size, options.seconds
+    )
     return connections.measure(bench.redis, bench.cores, size, bench.settings)
 
 
