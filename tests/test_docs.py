@@ -1,8 +1,10 @@
 """The pages say what the code does."""
 
+import ast
 import copy
 import re
 from collections.abc import Collection
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -111,6 +113,41 @@ def test_modules_that_a_page_names_exist(page: str) -> None:
 def test_tests_that_a_page_names_exist(page: Path) -> None:
     named = re.findall(r"\b(?:tests|e2e)/[\w/]+\.py", page.read_text("utf-8"))
     assert [name for name in named if not (DOCS.parent / name).exists()] == []
+
+
+@cache
+def selectable(path: Path) -> str:
+    """What the names of a file's tests are made of: functions, decorators and tables of cases."""
+    parts = [path.stem]
+    for node in ast.parse(path.read_text("utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            parts += [node.name, *map(ast.unparse, node.decorator_list)]
+        elif isinstance(node, ast.Assign | ast.AnnAssign | ast.ClassDef):
+            parts.append(ast.unparse(node))
+    return "\n".join(parts)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.stem))
+def test_tests_that_a_page_selects_by_name_exist(page: Path) -> None:
+    root = DOCS.parent
+    for command in re.findall("`([^`]* -k [^`]*)`", page.read_text("utf-8")):
+        (expression,) = re.findall(r'-k ("[^"]+"|\w+)', command)
+        named = re.findall(r"(?:tests|e2e)(?:/[\w./]+)?", command)
+        session = re.search(r"nox -s (\w+)", command)
+        folders = named or [f"e2e/{session[1]}" if session else "e2e/chaos"]
+        if session and session[1] == "clients":
+            continue  # of JavaScript
+        files = [
+            file
+            for folder in folders
+            for file in (
+                [root / folder] if folder.endswith(".py") else (root / folder).rglob("*.py")
+            )
+        ]
+        for choice in expression.strip('"').split(" or "):
+            words = choice.split(" and ")
+            found = [file for file in files if all(word in selectable(file) for word in words)]
+            assert found, f"{command}: no test is named {choice}"
 
 
 @pytest.mark.parametrize("names", [NAMES, METRICS], ids=["settings", "metrics"])
