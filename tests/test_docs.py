@@ -76,6 +76,13 @@ def test_no_measured_figure_is_written_by_hand(page: Path) -> None:
     assert re.findall(rf"\d[\d.,]*\s?{unit}\b.*", text) == []
 
 
+def test_default_channel_patterns_are_in_the_protocol() -> None:
+    patterns = make_settings("redis://127.0.0.1:1").redis_channel_patterns
+    named = {word for word in PAGE.split() if word.startswith("channel:") and "*" in word}
+    bare = {pattern.removeprefix("channel:") for pattern in named} | {"sector:*:waiters"}
+    assert set(patterns) == named | bare
+
+
 def test_every_http_path_is_in_the_protocol() -> None:
     app = create_app(make_settings("redis://127.0.0.1:1"))
     paths = {rule.rule for rule in app.url_map.iter_rules()}
