@@ -22,7 +22,7 @@ def bench(*arguments: str) -> dict[str, Any]:
         cwd=Path(__file__).parent.parent,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=180,
     )
     assert found.returncode == 0, found.stderr
     figures: dict[str, Any] = json.loads(found.stdout)["figures"]["gateway"]
