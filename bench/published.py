@@ -85,6 +85,15 @@ RUNS: Final[Mapping[str, Run]] = {
     "small": Run(
         ("bench", "small"), (*_SHORT, *_FEW), 60, (_EVENTS,), "5,000 branches of two clients each"
     ),
+    "elsewhere": Run(
+        ("bench", "elsewhere"), _SHORT, 60,
+        (Figure("CPU µs per event", "µs"), _EVENTS, Figure("CPU at 10000 events/s")),
+        "stream events of 100 tenants, none of which has a client here",
+    ),
+    "tenth": Run(
+        ("bench", "tenth"), _SHORT, 60, (_EVENTS, Figure("CPU µs per event", "µs")),
+        "stream events of 100 tenants, ten of which have a client here",
+    ),
     "steady": Run(
         ("bench", "steady", "--seconds", "15", "--against", "floor,bun"), _SHORT, 90,
         (Figure("to last p50 ms", "ms"), Figure("to last p99 ms", "ms")),

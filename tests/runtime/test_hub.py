@@ -1,7 +1,9 @@
 """The hub: which connections are in which audience, and how many there may be."""
 
+from itertools import product
+
 import trio
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 from trio.testing import MockClock, wait_all_tasks_blocked
@@ -19,12 +21,20 @@ from trio_gateway.core.audiences import (
     waiters,
 )
 from trio_gateway.core.close_codes import Close, Rejected
+from trio_gateway.core.routing import ROUTES
 from trio_gateway.runtime.connection import Connection, ConnectionLimits
 from trio_gateway.runtime.hub import CapacityLimits, Hub
-from trio_gateway.testing import FakeSocket, make_principal
+from trio_gateway.testing import FakeSocket, make_event, make_principal
 
 ONE = TenantId(1)
 BRANCH = BranchId(1)
+TYPES = ("ROUND_READY", "ROUND_PENDING", "PRODUCT_AVAILABILITY_CHANGED", "CART_SYNC", "NEW")
+EVENTS = [
+    make_event(type_, tenant_id=tenant, branch_id=branch, sector_id=sector, session_id=session)
+    for type_, tenant, branch, sector, session in product(
+        TYPES, (1, 2, 3), (0, 1, 2), (None, 5), (None, 7)
+    )
+]
 
 
 def joined(hub: Hub, principal: Principal) -> Connection:
@@ -65,6 +75,33 @@ def test_number_of_messages_does_not_fall_while_a_connection_leaves() -> None:
     seen.append(hub.messages)
 
     assert seen == [0, 5, 5, 5]
+
+
+@given(
+    st.lists(
+        st.builds(
+            make_principal,
+            st.sampled_from(list(Endpoint)),
+            tenant=st.integers(1, 2),
+            branches=st.sets(st.integers(1, 2)),
+            sectors=st.sets(st.integers(5, 6)),
+            session=st.integers(7, 8),
+        ),
+        max_size=3,
+    )
+)
+def test_event_that_concerns_no_connection_has_no_recipient(principals: list[Principal]) -> None:
+    hub = Hub()
+    connections = [joined(hub, principal) for principal in principals]
+    tenants = {principal.tenant for principal in principals}
+    for event in EVENTS:
+        assert hub.concerns(event) or not hub.hears(ROUTES.audiences(event))
+        assert event.tenant in tenants or not hub.concerns(event)
+    for connection in connections:
+        hub.leave(connection)
+        hub.finish(connection)
+    assert not hub.concerns(make_event(session_id=7))
+    assert not hub._branches
 
 
 def test_user_limit_counts_all_endpoints() -> None:

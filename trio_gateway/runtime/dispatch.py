@@ -145,8 +145,11 @@ class Dispatch:
         if read_again is not None:
             found = read_again.find_or_add(event)
         if event.durable and not (found and found.was_stored):
-            audiences = self.audiences(event) if self._hub.concerns(event) else None
-            self._store(event, audiences, delivered_up_to=0)
+            now = trio.current_time()
+            if self._hub.concerns(event):
+                self._history.add(event, self.audiences(event), now=now)
+            else:
+                self._history.add_raw([(event, 0)], now=now)
 
     def _plan(self, batch: Sequence[Event]) -> tuple[list[Event], list[_Group]]:
         """The events that were not duplicates, and which connections get which frames."""
@@ -154,29 +157,45 @@ class Dispatch:
         planned: list[_Planned] = []
         last_number = self._hub.last_number
         read_up_to: dict[Stream, Position] = {}
+        raw: list[tuple[Event, int]] = []  # to be stored, with their marks
+        routes, history, now = self._routes, self._history, trio.current_time()
+        concerns, find_or_add = self._hub.concerns, self._duplicates.find_or_add
         for event in batch:
             # In the step in which the members are looked up: one may have joined meanwhile.
-            audiences = self.audiences(event) if self._hub.concerns(event) else None
+            audiences = self.audiences(event) if concerns(event) else None
             # Not on receipt: a copy that the queue then drops must not count as the first.
-            found = self._duplicates.find_or_add(event, last_number)
+            found = find_or_add(event, last_number)
+            mark = 0
             if found is None:
-                self._count(event, audiences)
                 fresh.append(event)
-                if audiences is not None:
+                if event.type not in routes:
+                    self.unknown_type += 1
+                if audiences is None:
+                    self.unheard += 1
+                else:
+                    self._count(event, audiences)
                     planned.append((event, audiences, 0))
-                if event.durable:
-                    self._store(event, audiences, delivered_up_to=0)
             else:
                 self.duplicate += 1
-                if event.durable and not found.was_stored:
-                    self._store(event, audiences, delivered_up_to=found.mark)
-                    # Connections that joined after its Pub/Sub copy was sent get the stream event.
-                    if audiences is not None and found.mark < last_number:
-                        planned.append((event, audiences, found.mark))
+                mark = found.mark
+                # Connections that joined after its Pub/Sub copy was sent get the stream event.
+                is_new = event.durable and not found.was_stored
+                if is_new and audiences is not None and mark < last_number:
+                    planned.append((event, audiences, mark))
+            if event.durable and (found is None or not found.was_stored):
+                if audiences is None:
+                    raw.append((event, mark))
+                else:
+                    if raw:  # the history is in the order of the streams
+                        history.add_raw(raw, now=now)
+                        raw = []
+                    history.add(event, audiences, now=now, delivered_up_to=mark)
             if event.stream is not None and event.position is not None:
                 if event.stream not in read_up_to:
-                    self._history.advance(event.stream, event.position)  # it may be its first
+                    history.advance(event.stream, event.position)  # it may be its first
                 read_up_to[event.stream] = event.position
+        if raw:
+            history.add_raw(raw, now=now)
         for stream, position in read_up_to.items():
             self._history.advance(stream, position)
         if not planned:
@@ -269,16 +288,6 @@ class Dispatch:
         covering = waiters(event.tenant, event.branch, event.sector)
         return covering in audiences and not self._hub.hears([covering])
 
-    def _store(
-        self, event: Event, audiences: list[Audience] | None, *, delivered_up_to: int
-    ) -> None:
-        """Put a durable event into the history; raw, without audiences, if it concerns nobody."""
-        now = trio.current_time()
-        if audiences is None:
-            self._history.add_raw(event, now=now, delivered_up_to=delivered_up_to)
-        else:
-            self._history.add(event, audiences, now=now, delivered_up_to=delivered_up_to)
-
     def _route_stored(self, stored: StoredEvent) -> tuple[bytes, Collection[Audience]]:
         """The frame and the audiences of a raw event, as they were when it was stored.
 
@@ -299,12 +308,7 @@ class Dispatch:
                 found.append(floor(event.tenant, event.branch))
         return event.frame, found
 
-    def _count(self, event: Event, audiences: list[Audience] | None) -> None:
-        if event.type not in self._routes:
-            self.unknown_type += 1
-        if audiences is None:
-            self.unheard += 1
-            return
+    def _count(self, event: Event, audiences: list[Audience]) -> None:
         heard = self._hub.hears(audiences)
         self.broadcasts += heard
         if not heard or self._is_uncovered(event, audiences):

@@ -8,7 +8,7 @@ import heapq
 import math
 from bisect import bisect_right
 from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Final
 
 import trio
@@ -133,11 +133,14 @@ class History:
             mine.append(kept)
         self.trim(now)
 
-    def add_raw(self, event: Event, *, now: float, delivered_up_to: int = 0) -> None:
-        """As :meth:`add`, for an event that can concern no connection: it is not routed yet."""
-        kept = self._raw.add(event, delivered_up_to)
-        self._kept.append(kept)
-        self.bytes += len(kept.frame)
+    def add_raw(self, events: Sequence[tuple[Event, int]], *, now: float) -> None:
+        """As :meth:`add`, for events that can concern no connection: they are not routed yet.
+
+        Each comes with its ``delivered_up_to``.
+        """
+        for event, delivered_up_to in events:
+            self._kept.append(self._raw.add(event, delivered_up_to))
+            self.bytes += len(event.payload)
         self.trim(now)
 
     async def prepare(self, cursor: Cursor, audiences: Collection[Audience]) -> None:

@@ -6,7 +6,7 @@ from typing import Self
 
 import trio
 
-from ..core.audiences import Audience, Endpoint, Principal, audiences_of, diners
+from ..core.audiences import Audience, Endpoint, Principal, TenantId, audiences_of, diners
 from ..core.close_codes import Close, Rejected
 from ..core.event_ids import Cursor
 from ..core.events import Event
@@ -52,7 +52,8 @@ class Hub:
     def __init__(self, limits: CapacityLimits | None = None) -> None:
         self._limits = limits
         self._members: dict[Audience, set[Connection]] = {}
-        self._branches: Counter[tuple[int, int]] = Counter()  # audiences with members, by branch
+        # How many audiences with members each branch has, by tenant.
+        self._branches: defaultdict[TenantId, Counter[int]] = defaultdict(Counter)
         self._owned: dict[Owner, list[Connection]] = {}
         self._reserved: Counter[Owner] = Counter()
         self._connections: dict[Connection, None] = {}  # in the order they joined
@@ -237,17 +238,21 @@ class Hub:
             await self._emptied.park()
 
     def concerns(self, event: Event) -> bool:
-        """Whether an event can be for a connection here, whatever its type and sector are."""
-        if (event.tenant, event.branch) in self._branches:
-            return True
+        """Whether an event can be for a connection here, whatever its type and sector are.
+
+        An event of branch 0 is for admins of the tenant: they are in a branch 0, too.
+        """
+        if (branches := self._branches.get(event.tenant)) is None:
+            return False
         session = event.session
-        return session is not None and diners(event.tenant, session) in self._members
+        return event.branch in branches or (
+            session is not None and diners(event.tenant, session) in self._members
+        )
 
     def _enter(self, audience: Audience, connection: Connection) -> None:
         if (members := self._members.get(audience)) is None:
             members = self._members[audience] = set()
-            if audience[0] != "diners":
-                self._branches[audience[1], audience[2]] += 1
+            self._branches[audience[1]][_branch_of(audience)] += 1
         members.add(connection)
 
     def _exit(self, audience: Audience, connection: Connection) -> None:
@@ -255,8 +260,15 @@ class Hub:
         members.remove(connection)
         if not members:
             del self._members[audience]
-            if audience[0] != "diners":
-                branch = audience[1], audience[2]
-                self._branches[branch] -= 1
-                if not self._branches[branch]:
-                    del self._branches[branch]
+            tenant, branch = audience[1], _branch_of(audience)
+            branches = self._branches[tenant]
+            branches[branch] -= 1
+            if not branches[branch]:
+                del branches[branch]
+            if not branches:
+                del self._branches[tenant]
+
+
+def _branch_of(audience: Audience) -> int:
+    """The branch of an audience; one that does not exist for a session, which is of the tenant."""
+    return -1 if audience[0] == "diners" else audience[2]

@@ -34,15 +34,17 @@ class Ingest:
         stream: Stream | None = None,
         position: Position | None = None,
         durable_types: Container[str] = (),
+        received_at: float | None = None,
     ) -> Event | None:
         """Return the event in a payload that was just received.
 
         Returns None if the payload is invalid: then it is counted and logged, and put aside if it
         is a stream entry. ``source`` is ``pubsub`` or ``stream``; ``channel`` is the name of the
-        channel or stream. The other arguments are those of :func:`parse_event`.
+        channel or stream. The other arguments are those of :func:`parse_event`; ``received_at`` is
+        the present by default.
         """
         self.received[source] += 1
-        now = trio.current_time()
+        now = trio.current_time() if received_at is None else received_at
         try:
             return parse_event(
                 payload,

@@ -134,6 +134,15 @@ class EventQueue:
         batch: list[Event] = []
         lanes, turns = self._lanes, self._turns
         left, size = self.depth, 0
+        if len(turns) == 1:
+            lane = lanes[turns[0]]
+            while lane and len(batch) < most and size < MAX_BATCH_BYTES:
+                batch.append(event := lane.popleft())
+                size += len(event.payload)
+            left -= len(batch)
+            if not lane:
+                del lanes[turns.popleft()]
+            most = 0
         while left and len(batch) < most and size < MAX_BATCH_BYTES:
             lane = lanes[turns[0]]
             if lane:  # else its only event was dropped

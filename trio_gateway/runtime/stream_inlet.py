@@ -141,9 +141,9 @@ class StreamInlet:
         while entries:
             room = await self._queue.wait_for_room()
             part, entries = entries[:room], entries[room:]
-            events = []
+            events, now = [], trio.current_time()
             for entry in part:
-                if (event := self._event(stream, name, entry)) is not None:
+                if (event := self._event(stream, name, entry, now)) is not None:
                     events.append(event)
                     if self._by_tenant and not self._places.concern(stream, event.tenant):
                         self._note_misplaced(name, event)
@@ -152,7 +152,7 @@ class StreamInlet:
         if event is None and part:  # no delivery moves the history's end past it
             await self.advance(stream, part[-1].position)
 
-    def _event(self, stream: Stream, name: str, entry: Entry) -> Event | None:
+    def _event(self, stream: Stream, name: str, entry: Entry, now: float) -> Event | None:
         if entry.payload is None:
             self._ingest.reject_empty(channel=name, position=entry.position)
             return None
@@ -163,6 +163,7 @@ class StreamInlet:
             stream=stream,
             position=entry.position,
             durable_types=self._durable_types,
+            received_at=now,
         )
 
     def _note_misplaced(self, name: str, event: Event) -> None:
