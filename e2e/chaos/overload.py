@@ -20,7 +20,11 @@ from trio_gateway.testing import make_jwt, make_payload
 CLIENTS: Final = 200  # of the tenant that floods
 # So that little can be delivered: three times that is then no load for the rest of the machine,
 # and what waits at the end is delivered as soon as 5000 would be at the usual rate.
-SMALL: Final = {"REDIS_EVENT_BATCH_SIZE": "2", "REDIS_EVENT_QUEUE_SIZE": "2000"}
+SMALL: Final = {
+    "REDIS_EVENT_BATCH_SIZE": "2",
+    "REDIS_EVENT_QUEUE_SIZE": "2000",
+    "REDIS_EVENT_MAX_WAIT": "0",
+}
 _FLOOD: Final = Path(__file__).with_name("flood.py")
 
 Measured = list[tuple[float, float]]  # when, and how many milliseconds it took
