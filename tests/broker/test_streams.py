@@ -2,10 +2,11 @@
 
 import pytest
 import trio
+from trio.testing import MockClock
 
 from tests.support.redis_links import link_to
 from trio_gateway.broker.stream_cursor import StreamCursor
-from trio_gateway.broker.stream_reader import StreamReader, merge
+from trio_gateway.broker.stream_reader import COUNT, StreamReader, merge
 from trio_gateway.broker.stream_replies import Info
 from trio_gateway.core.event_ids import Position, tag
 from trio_gateway.core.routing import ROUTES
@@ -72,3 +73,33 @@ def test_what_an_entry_that_did_not_fit_may_precede_waits_for_the_next_reply() -
     assert merge(news, RANKS, count=2) == [
         (OLD, at((1, 0))), (NEW, at((1, 0))), (OLD, at((2, 0))),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("replies", "times"),
+    [
+        ([1, 1, 1], [0, 0, 0]),  # a single event is not delayed
+        ([9, 9, 9], [3, 6, 9]),
+        ([5, 5, 5, 1], [0, 3, 3, 3]),  # many in several replies
+        ([COUNT, COUNT, 9], [0, 0, 3]),  # it is behind
+    ],
+)
+async def test_reads_are_paced_while_many_entries_come(
+    autojump_clock: MockClock, replies: list[int], times: list[int]
+) -> None:
+    async def redis(stream: trio.abc.Stream) -> None:
+        await trio.sleep_forever()
+
+    found = []
+    async with link_to(redis) as link:
+        hub, history = Hub(), History()
+        inlet = StreamInlet(
+            ingest=Ingest(), queue=EventQueue(10), history=history, dispatch=Dispatch(hub, ROUTES),
+            replays=Replays(history, hub), routes=ROUTES,
+        )  # fmt: skip
+        reader = StreamReader(link, inlet, {}, ranks={}, old_streams=(), on_gap=lambda: None)
+        started = trio.current_time()
+        for count in replies:
+            await reader._pace([(OLD, at(*((1, n) for n in range(count))))])
+            found.append(round((trio.current_time() - started) * 1000))
+    assert found == times
