@@ -12,6 +12,7 @@ nox.options.default_venv_backend = "venv"
 nox.options.reuse_existing_virtualenvs = True
 
 LOCK = "constraints.txt"  # the versions that CI runs; `nox -s lock` renews it
+PARALLEL = ["-n", "3", "--dist", "loadfile"]  # on two cores: the tests mostly wait
 
 
 @nox.session
@@ -40,7 +41,7 @@ def hooks(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """The default suite: all tests except the sessions below. Extra arguments go to pytest."""
     session.install("-c", LOCK, "-e", ".[test]")
-    session.run("pytest", *(session.posargs or ["-n", "2", "--dist", "loadfile"]))
+    session.run("pytest", *(session.posargs or PARALLEL))
 
 
 @nox.session
@@ -48,7 +49,7 @@ def coverage(session: nox.Session) -> None:
     """The branches that the default suite does not take; slower, and without child processes."""
     session.install("-e", ".[test]")
     report = ["--cov", "--cov-report", "term:skip-covered"]
-    session.run("pytest", "-n", "2", "--dist", "loadfile", *report, *session.posargs)
+    session.run("pytest", *PARALLEL, *report, *session.posargs)
 
 
 @nox.session
