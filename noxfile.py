@@ -54,7 +54,7 @@ def coverage(session: nox.Session) -> None:
 
 @nox.session
 def chaos(session: nox.Session) -> None:
-    """Faults under load, such as kills and deploys; takes many minutes, so run it in parts.
+    """Faults under load, and variants of default tests; takes many minutes, so run it in parts.
 
     ``-- e2e/chaos/test_clock.py`` runs one file, ``-- -k sigterm`` the tests of that name.
     """

@@ -39,7 +39,13 @@ COMMANDS = {
     "hypercorn": ("hypercorn", "-c", "{config}", "trio_gateway.app:app"),
     "serve": ("trio_gateway", "serve", "-c", "{config}"),
 }
-BOTH = pytest.mark.parametrize("how", COMMANDS)
+# The other command runs with the chaos tests.
+HYPERCORN_FIRST = pytest.mark.parametrize(
+    "how", ["hypercorn", pytest.param("serve", marks=pytest.mark.chaos)]
+)
+SERVE_FIRST = pytest.mark.parametrize(
+    "how", ["serve", pytest.param("hypercorn", marks=pytest.mark.chaos)]
+)
 
 # The contract (section 5) names these.
 GAUGES = {
@@ -118,7 +124,7 @@ def event(marker: object, **keys: Any) -> str:
     return json.dumps(found | {"entity": {"marker": marker}} | keys)
 
 
-@BOTH
+@HYPERCORN_FIRST
 async def test_command_serves_the_four_endpoints_health_and_metrics(
     backend: "redis.Redis", redis_url: str, tmp_path: Path, how: str
 ) -> None:
@@ -178,8 +184,12 @@ def _check_names(figures: Metrics) -> None:
     assert figures["broadcast_duration_seconds_count"] == 1
 
 
-@BOTH
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("how", "number"), [
+    ("hypercorn", signal.SIGTERM),
+    ("serve", signal.SIGINT),
+    pytest.param("hypercorn", signal.SIGINT, marks=pytest.mark.chaos),
+    pytest.param("serve", signal.SIGTERM, marks=pytest.mark.chaos),
+])  # fmt: skip
 async def test_signal_closes_every_client_with_a_retry_hint_and_ends_the_process(
     backend: "redis.Redis", redis_url: str, tmp_path: Path, how: str, number: signal.Signals
 ) -> None:
@@ -205,7 +215,7 @@ async def test_signal_closes_every_client_with_a_retry_hint_and_ends_the_process
         assert b"Traceback" not in errors
 
 
-@BOTH
+@HYPERCORN_FIRST
 async def test_stuck_client_delays_the_shutdown_by_a_few_seconds_at_most(
     backend: "redis.Redis", redis_url: str, tmp_path: Path, how: str
 ) -> None:
@@ -341,7 +351,7 @@ trio_gateway.gateway.reap = reap
 """
 
 
-@BOTH
+@SERVE_FIRST
 async def test_bug_in_a_background_task_ends_the_process_with_an_error(
     redis_url: str, tmp_path: Path, how: str
 ) -> None:
@@ -356,7 +366,7 @@ async def test_bug_in_a_background_task_ends_the_process_with_an_error(
         assert "ZeroDivisionError: the reaper has a bug" in bug["exception"]
 
 
-@BOTH
+@SERVE_FIRST
 async def test_second_signal_ends_the_process_at_once(
     redis_url: str, tmp_path: Path, how: str
 ) -> None:
@@ -420,7 +430,7 @@ ACCESS_LOG = (
 )  # fmt: skip
 
 
-@BOTH
+@HYPERCORN_FIRST
 async def test_no_output_shows_a_token_or_a_part_of_one(
     backend: "redis.Redis", redis_url: str, tmp_path: Path, how: str
 ) -> None:

@@ -17,7 +17,7 @@ MOST = 10.0
 @pytest.mark.parametrize(
     ("command", "processes"),
     [
-        (("trio_gateway", "serve"), 1),
+        pytest.param(("trio_gateway", "serve"), 1, marks=pytest.mark.chaos),
         (("trio_gateway", "serve", "-w", "2"), 2),
         (("hypercorn", "-k", "trio", "-w", "1", "trio_gateway.app:app"), 1),
     ],

@@ -84,9 +84,9 @@ async def served(
 @pytest.mark.parametrize(
     ("command", "how"),
     [
-        ("serve", "reader gone"),
+        pytest.param("serve", "reader gone", marks=pytest.mark.chaos),
         ("two workers", "reader stalls"),
-        ("stock", "reader stalls"),
+        pytest.param("stock", "reader stalls", marks=pytest.mark.chaos),
         ("stock with a worker", "full disk"),
     ],
 )
@@ -137,7 +137,10 @@ trio_gateway.gateway.reap = reap
 
 @pytest.mark.parametrize(
     ("command", "how"),
-    [("serve", "reader gone"), ("stock", "reader stalls")],
+    [
+        ("serve", "reader gone"),
+        pytest.param("stock", "reader stalls", marks=pytest.mark.chaos),
+    ],
 )
 async def test_bug_ends_the_process_although_its_log_is_unread(
     redis_url: str, tmp_path: Path, command: str, how: str

@@ -168,7 +168,7 @@ async def test_stuck_clients_delay_the_shutdown_by_the_graceful_timeout_at_most(
         assert trio.current_time() - stopped < 2.5  # of a write timeout of 10 s
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.chaos), 2])
 async def test_sigterm_exits_with_0_although_clients_do_not_read(
     redis_url: str, tmp_path: Path, workers: int
 ) -> None:
