@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -65,8 +66,16 @@ def name_of(path: Path) -> str:
     return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
 
 
-def imported(path: Path) -> Iterator[str]:
+NAMES: Final = {name_of(path) for path in MODULES}
+
+
+@cache
+def imported(path: Path) -> tuple[str, ...]:
     """The full names of what a module imports, wherever in it."""
+    return tuple(_imports(path))
+
+
+def _imports(path: Path) -> Iterator[str]:
     here = ("trio_gateway", *path.relative_to(PACKAGE).parent.parts)
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
@@ -79,7 +88,6 @@ def imported(path: Path) -> Iterator[str]:
 
 def own_modules(path: Path) -> Iterator[str]:
     """The modules of this package that a module imports."""
-    names = {name_of(each) for each in MODULES}
     for name in imported(path):
         top, *rest = name.split(".")
         if top != "trio_gateway":
@@ -87,8 +95,8 @@ def own_modules(path: Path) -> Iterator[str]:
         for end in range(len(rest), -1, -1):
             found = ".".join(rest[:end])
             inside = f"{found}.__init__".removeprefix(".")
-            if found in names or inside in names:
-                yield found if found in names else inside
+            if found in NAMES or inside in NAMES:
+                yield found if found in NAMES else inside
                 break
 
 

@@ -493,7 +493,7 @@ async def test_flood_that_never_stops_is_aborted(
 async def test_message_may_arrive_in_some_fragments_and_any_number_of_segments(
     redis_url: str, transport: Transport
 ) -> None:
-    text = '{"type":"ping","x":"' + "a" * 4000 + '"}'
+    text = '{"type":"ping","x":"' + "a" * 1253 + '"}'
     piece = -(-len(text) // (MOST_FRAGMENTS - 1))
     async with serving(redis_url, transport) as gateway, dialled(gateway.port) as client:
         await client.upgrade(f"/ws/waiter?token={make_jwt(JWT_SECRET)}")
@@ -592,11 +592,11 @@ async def test_thirty_concurrent_connects_of_one_session_leave_exactly_the_limit
             nursery.cancel_scope.cancel()
 
 
-async def test_a_thousand_invalid_tokens_delay_no_other_client(
-    redis_url: str, transport: Transport
+@pytest.mark.parametrize("number", [200, pytest.param(1000, marks=pytest.mark.chaos)])
+async def test_many_invalid_tokens_delay_no_other_client(
+    redis_url: str, transport: Transport, number: int
 ) -> None:
     head, _, signature = make_jwt(JWT_SECRET).partition(".")
-    number = 1000 if transport == "direct" else 300
     async with serving(redis_url, transport) as gateway, unaffected(gateway):
         limit = trio.CapacityLimiter(50)
 

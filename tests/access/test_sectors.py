@@ -36,7 +36,8 @@ from trio_gateway.testing import FakeSocket, make_event, make_principal
 
 NOON = datetime(2026, 3, 10, 12, tzinfo=UTC).timestamp()
 TODAY, TOMORROW = date(2026, 3, 10), date(2026, 3, 11)
-TO_FLIP = 17 * 3600  # seconds from noon to 05:00
+NIGHT = NOON + 16 * 3600  # 04:00, still of the service day before
+TO_FLIP = 3600  # seconds from then to 05:00
 FOR_EVER = ConnectionLimits(stale_after=float("inf"), receive_timeout=float("inf"))
 
 
@@ -88,7 +89,9 @@ class Database:
 class Restaurant:
     """Sector assignments with everything they need, and connected waiters."""
 
-    def __init__(self, nursery: trio.Nursery, *, ttl: float = 300, **days: Any) -> None:
+    def __init__(
+        self, nursery: trio.Nursery, *, ttl: float = 300, start: float = NOON, **days: Any
+    ) -> None:
         self.nursery = nursery
         self.database = Database()
         self.hub = Hub()
@@ -100,7 +103,7 @@ class Restaurant:
             self.breaker,
             days=ServiceDays(**days),
             ttl=ttl,
-            wall_clock=lambda: NOON + trio.current_time() + self.stepped,
+            wall_clock=lambda: start + trio.current_time() + self.stepped,
         )
 
     async def enter(
@@ -299,11 +302,11 @@ async def test_failed_query_is_not_cached(autojump_clock: MockClock) -> None:
 async def test_expired_answer_takes_precedence_over_the_claim(
     autojump_clock: MockClock,
 ) -> None:
-    async with opened(ttl=300) as restaurant:
+    async with opened(ttl=300, start=NIGHT) as restaurant:
         restaurant.database.assign(5)
         await restaurant.sector_assignments.assign(make_principal())
         restaurant.database.down = True
-        await trio.sleep(30 * 3600)
+        await trio.sleep(2 * 3600)  # much longer than the TTL, and into the next day
         assert serves(await restaurant.sector_assignments.assign(make_principal(sectors=[9]))) == {
             5
         }
@@ -709,7 +712,7 @@ async def test_invalid_message_is_logged_and_changes_nothing(
 async def test_change_of_day_reaches_live_connections_within_a_minute_and_a_tick(
     autojump_clock: MockClock,
 ) -> None:
-    async with opened() as restaurant:
+    async with opened(start=NIGHT) as restaurant:
         restaurant.database.assign(5)
         restaurant.database.assign(6, day=TOMORROW)
         client = await restaurant.enter()
@@ -722,7 +725,7 @@ async def test_change_of_day_reaches_live_connections_within_a_minute_and_a_tick
 async def test_first_waiter_of_a_branch_just_before_the_change_of_day_gets_it(
     autojump_clock: MockClock,
 ) -> None:
-    async with opened() as restaurant:
+    async with opened(start=NIGHT) as restaurant:
         restaurant.database.assign(5)
         restaurant.database.assign(6, day=TOMORROW)
         await trio.sleep(TO_FLIP - 0.5)
@@ -735,7 +738,7 @@ async def test_first_waiter_of_a_branch_just_before_the_change_of_day_gets_it(
 async def test_waiter_who_connects_after_the_change_of_day_does_not_hide_it_from_others(
     autojump_clock: MockClock,
 ) -> None:
-    async with opened() as restaurant:
+    async with opened(start=NIGHT) as restaurant:
         restaurant.database.assign(5)
         restaurant.database.assign(6, day=TOMORROW)
         client = await restaurant.enter()
@@ -750,7 +753,7 @@ async def test_waiter_who_connects_after_the_change_of_day_does_not_hide_it_from
 async def test_change_of_day_during_a_query_is_not_missed(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
-    async with opened() as restaurant:
+    async with opened(start=NIGHT) as restaurant:
         restaurant.database.assign(5)
         restaurant.database.assign(6, day=TOMORROW)
         await trio.sleep(TO_FLIP - 0.5)
@@ -761,7 +764,7 @@ async def test_change_of_day_during_a_query_is_not_missed(
 async def test_change_of_day_between_the_queries_of_two_branches_is_not_missed(
     autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with opened() as restaurant:
+    async with opened(start=NIGHT) as restaurant:
         database = restaurant.database
         of = database.of
 
@@ -782,7 +785,7 @@ async def test_change_of_day_between_the_queries_of_two_branches_is_not_missed(
 async def test_change_of_day_is_spread_over_a_minute_with_one_query_per_waiter(
     autojump_clock: MockClock,
 ) -> None:
-    async with opened() as restaurant:
+    async with opened(start=NIGHT) as restaurant:
         clients = []
         for user in range(120):
             restaurant.database.assign(5, user=user)
@@ -803,7 +806,7 @@ async def test_change_of_day_is_spread_over_a_minute_with_one_query_per_waiter(
 async def test_yesterdays_sectors_hold_while_the_database_is_down(
     autojump_clock: MockClock,
 ) -> None:
-    async with opened() as restaurant:
+    async with opened(start=NIGHT) as restaurant:
         restaurant.database.assign(5)
         restaurant.database.assign(6, day=TOMORROW)
         client = await restaurant.enter()
@@ -834,14 +837,14 @@ async def test_shift_change_reaches_live_connections_without_a_query(
 
 async def test_each_branch_changes_day_at_its_own_hour(autojump_clock: MockClock) -> None:
     place = (TenantId(1), BranchId(2))
-    async with opened(zones={place: ZoneInfo("Asia/Tokyo")}) as restaurant:
+    async with opened(start=NOON + 7 * 3600, zones={place: ZoneInfo("Asia/Tokyo")}) as restaurant:
         database = restaurant.database
         database.assign(5)
         database.assign(6, day=TOMORROW)
         database.assign(5, branch=2)
         database.assign(6, branch=2, day=TOMORROW)
         client = await restaurant.enter(make_principal(branches=[1, 2]))
-        await trio.sleep(8 * 3600 + 66)  # 05:01 in Tokyo
+        await trio.sleep(3600 + 66)  # 05:01 in Tokyo
         assert (serves(client, 1), serves(client, 2)) == ({5}, {6})
 
 
@@ -862,7 +865,7 @@ async def test_step_of_the_wall_clock_is_followed(autojump_clock: MockClock, ste
 
 
 async def test_no_change_costs_no_query(autojump_clock: MockClock) -> None:
-    async with opened(cut_off=time(5)) as restaurant:
+    async with opened(start=NIGHT, cut_off=time(5)) as restaurant:
         await restaurant.enter()
         await trio.sleep(TO_FLIP - 1)
         assert restaurant.database.queries == 1

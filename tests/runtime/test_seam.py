@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -404,14 +405,26 @@ def play(script: list[Step], events: int, age: float, outbox_messages: int = 10*
     return trio.run(main, clock=MockClock(autojump_threshold=0))
 
 
-@settings(max_examples=400)
-@given(
+_any_world = given(
     _scripts,
     st.sampled_from([100_000, 100_000, 60, 3]),
     st.sampled_from([10**6, 30]),
     st.sampled_from([10**9, 50, 3]),
 )
+
+
+@settings(max_examples=100)
+@_any_world
 def test_client_gets_each_durable_event_once_and_in_order_or_a_gap(
+    script: list[Step], events: int, age: float, outbox_messages: int
+) -> None:
+    play(script, events, age, outbox_messages)
+
+
+@pytest.mark.chaos
+@settings(max_examples=2000)
+@_any_world
+def test_client_gets_each_durable_event_once_and_in_order_or_a_gap_in_2000_scripts(
     script: list[Step], events: int, age: float, outbox_messages: int
 ) -> None:
     play(script, events, age, outbox_messages)

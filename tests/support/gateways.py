@@ -9,10 +9,10 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Hashable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,7 +58,16 @@ def make_settings(redis_url: str, **changes: Any) -> Settings:
         "ws_max_connections_per_session": 1000,
         "log_format": "json",
     }
-    return Settings(**values | changes)
+    values |= changes
+    if not all(isinstance(value, Hashable) for value in values.values()):
+        return Settings(**values)
+    return _make_settings(frozenset(os.environ.items()), Path.cwd(), **values)
+
+
+@lru_cache(typed=True)
+def _make_settings(environ: frozenset[tuple[str, str]], folder: Path, **values: Any) -> Settings:
+    """Settings are immutable: hundreds of tests share them, and reading them takes 5 ms."""
+    return Settings(**values)
 
 
 @dataclass

@@ -47,10 +47,15 @@ class Client:
     def __init__(self, connection: Connection, socket: FakeSocket) -> None:
         self.connection = connection
         self.socket = socket
+        self._said: list[Any] = []
+        self._read = 0  # bytes of what was written
 
     @property
     def said(self) -> list[Any]:
-        return [json.loads(text) for text in self.socket.texts]
+        if self._read < (written := len(self.socket.written)):
+            self._said += map(json.loads, self.socket.texts[len(self._said) :])
+            self._read = written
+        return list(self._said)
 
     @property
     def heard(self) -> list[int]:

@@ -5,6 +5,7 @@ They are public: no credential is needed, and pages of any origin may load them.
 
 import json
 from collections.abc import Awaitable, Callable, Mapping
+from functools import cache, partial
 from importlib.resources import files
 from typing import Final
 
@@ -29,20 +30,25 @@ _HEADERS: Final = {
 
 
 def add_files(app: QuartTrio, settings: Settings) -> None:
-    """Add routes for the files and the AsyncAPI document. All are read now, and only once."""
+    """Add routes for the files, read now, and for the document, made at the first request."""
     for path, (name, content_type, headers) in FILES.items():
         body = files("trio_gateway").joinpath("static", name).read_bytes()
-        app.add_url_rule(path, path, _view_of(body, content_type, {**_HEADERS, **headers}))
-    document = json.dumps(describe(settings)).encode()
+        view = _view_of(partial(bytes, body), content_type, {**_HEADERS, **headers})
+        app.add_url_rule(path, path, view)
+
+    @cache
+    def document() -> bytes:
+        return json.dumps(describe(settings)).encode()
+
     app.add_url_rule(ASYNCAPI, ASYNCAPI, _view_of(document, "application/json", _HEADERS))
 
 
 def _view_of(
-    body: bytes, content_type: str, headers: Mapping[str, str]
+    body: Callable[[], bytes], content_type: str, headers: Mapping[str, str]
 ) -> Callable[[], Awaitable[Response]]:
     async def view() -> Response:
         response = Response(
-            body, headers=dict(headers), content_type=f"{content_type}; charset=utf-8"
+            body(), headers=dict(headers), content_type=f"{content_type}; charset=utf-8"
         )
         await response.add_etag()
         return await response.make_conditional(request)
