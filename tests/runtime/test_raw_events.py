@@ -5,6 +5,7 @@ that none is raw.
 """
 
 import math
+import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,13 +15,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from trio_gateway.core.audiences import Endpoint, Principal, audiences_of
+from trio_gateway.core.audiences import (
+    Endpoint,
+    Principal,
+    SessionId,
+    TenantId,
+    audiences_of,
+    diners,
+)
 from trio_gateway.core.event_ids import START, Position, Stream, event_id
 from trio_gateway.runtime.connection import Connection, ConnectionLimits
 from trio_gateway.runtime.dispatch import Dispatch
 from trio_gateway.runtime.history import History
 from trio_gateway.runtime.hub import Hub
 from trio_gateway.runtime.queue import EventQueue
+from trio_gateway.runtime.raw_events import RawEvents
 from trio_gateway.runtime.resume import Replays
 from trio_gateway.testing import FakeSocket, make_event, make_principal
 
@@ -178,6 +187,27 @@ def test_raw_events_are_bounded_like_all_others(events: int) -> None:
     script = [entries(30), entries(30, branch_id=2, session_id=7), entries(30, type="CART_SYNC")]
 
     assert run(script, raw=True, events=events).stored == min(events, 60)
+
+
+@pytest.mark.parametrize("taken", [4000, 2000])
+def test_cost_of_raw_events_does_not_grow_with_the_sessions_that_they_name(taken: int) -> None:
+    def seconds(sessions: int) -> float:
+        events = RawEvents()
+        stored = [
+            events.add(
+                make_event(session_id=1 + n % sessions, stream=A, position=Position((n, 1))), 0
+            )
+            for n in range(4000)
+        ]
+        (branch,) = events.branches_of(A, diners(TenantId(1), SessionId(1)))
+        started = time.process_time()
+        for _ in range(taken):  # for clients, and the others are forgotten
+            assert events.take_newest(branch, START) is not None
+        for each in stored[: 4000 - taken]:
+            events.forget(each)
+        return time.process_time() - started
+
+    assert min(seconds(4000) for _ in range(3)) < 15 * min(seconds(1) for _ in range(3))
 
 
 async def test_routing_of_raw_events_does_not_delay_other_tasks(

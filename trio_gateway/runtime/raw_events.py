@@ -31,7 +31,7 @@ class StoredEvent(msgspec.Struct, gc=False, eq=False):
 class RawBranch:
     """The raw events of one branch in one stream, the oldest first."""
 
-    __slots__ = ("branch", "entries", "sessions", "stream", "tenant")
+    __slots__ = ("branch", "entries", "removed", "sessions", "stream", "tenant")
 
     def __init__(self, stream: Stream, tenant: TenantId, branch: BranchId) -> None:
         self.stream = stream
@@ -39,6 +39,7 @@ class RawBranch:
         self.branch = branch
         self.entries: deque[StoredEvent] = deque()
         self.sessions: dict[SessionId, Position] = {}  # the last event that names each session
+        self.removed = 0  # entries, since the sessions were last tidied
 
 
 class RawEvents:
@@ -101,11 +102,13 @@ class RawEvents:
             del self._branches[key]
 
     def _tidy(self, raw: RawBranch) -> None:
+        raw.removed += 1
         if not raw.entries:
             branches = self._branches[raw.stream, raw.tenant]
             del branches[raw.branch]
             if not branches:
                 del self._branches[raw.stream, raw.tenant]
-        elif len(raw.sessions) > len(raw.entries) + _FEW:
+        elif raw.removed > len(raw.sessions) + _FEW:  # so each entry pays for one session
+            raw.removed = 0
             first = raw.entries[0].position
             raw.sessions = {s: last for s, last in raw.sessions.items() if last >= first}
