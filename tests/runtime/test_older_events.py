@@ -298,6 +298,30 @@ async def test_range_that_is_not_used_is_dropped_and_its_memory_freed(
     assert world.older.scans == 2
 
 
+@pytest.mark.parametrize("again", [False, True])
+async def test_range_that_is_dropped_while_memory_holds_the_rest_ends_no_client(
+    autojump_clock: MockClock, nursery: trio.Nursery, again: bool
+) -> None:
+    world = make_world(nursery, events=2000)
+    await world.publish(*range(1, 3001))
+    slow = await connect(world, place(999), socket=FakeSocket(room=500))  # memory begins at 1000
+    slow.socket.read(30_000)  # to an event that memory holds, too
+    await wait_all_tasks_blocked()
+    assert slow.connection.resume_state.older
+    await trio.sleep(40)
+    world.older.trim(trio.current_time())
+    assert not world.older._ranges
+    if again:  # there is another range, which ends before that event
+        world.redis.entries[A], rest = world.redis.entries[A][:1005], world.redis.entries[A][1005:]
+        await connect(world, place(990))
+        world.redis.entries[A] += rest
+    slow.socket.read(math.inf)
+    await wait_all_tasks_blocked()
+
+    assert slow.heard == list(range(1000, 3001))
+    assert not slow.connection.ending
+
+
 async def test_ranges_of_too_many_bytes_are_not_stored(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:

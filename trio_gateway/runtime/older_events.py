@@ -165,7 +165,8 @@ class OlderEvents:
         return [
             stored
             for stream, position in cursor.items()
-            for stored in self._use(stream).events.missed({stream: position}, audiences)
+            if (held := self._use(stream, position)) is not None
+            for stored in held.events.missed({stream: position}, audiences)
         ]
 
     def following(
@@ -173,14 +174,22 @@ class OlderEvents:
     ) -> list[StoredEvent]:
         """The first ``most`` events of one stream of those that :meth:`missed` returns."""
         for stream, position in cursor.items():
-            found = self._use(stream).events.following({stream: position}, audiences, most)
-            if found:
+            if (held := self._use(stream, position)) is None:
+                continue
+            if found := held.events.following({stream: position}, audiences, most):
                 return found
         return []
 
     def ends(self, cursor: Cursor) -> Cursor:
-        """Where the ranges of these streams end, and the history goes on."""
-        return {stream: self._ranges[stream].end for stream in cursor}
+        """Where the ranges of these streams end, and the history goes on.
+
+        A range that a slow client reads may be dropped when the history covers the rest: it goes
+        on from where that client is.
+        """
+        return {
+            stream: position if (held := self._use(stream, position)) is None else held.end
+            for stream, position in cursor.items()
+        }
 
     def forget(self, stream: Stream) -> None:
         """Drop the range of a stream that is not read any more: it may be another one later."""
@@ -195,7 +204,9 @@ class OlderEvents:
     def _missing(self, cursor: Cursor) -> list[Stream]:
         return [s for s, position in cursor.items() if not self._history.covers({s: position})]
 
-    def _use(self, stream: Stream) -> _Range:
+    def _use(self, stream: Stream, position: Position) -> _Range | None:
+        if not self._holds(stream, position):
+            return None
         found = self._ranges[stream]
         found.used_at = trio.current_time()
         return found
