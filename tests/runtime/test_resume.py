@@ -357,6 +357,22 @@ async def test_first_message_after_a_durable_event_cannot_resume(
     assert client.heard == [3, 4]
 
 
+async def test_first_message_after_a_durable_event_that_only_the_stream_still_holds_cannot_resume(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    world = World(nursery, events=3, most_scanned=100)
+    nursery.start_soon(world.replays.decide)
+    await world.publish(1, 2)
+    client = await world.connect()
+    await trio.sleep(100)
+    await world.publish(3)
+    await world.publish(4, 5, 6, branch_id=2)
+    await client.ask(place(1))
+    await trio.sleep(1)
+    assert client.resumed == [resumed(0, place(6), recovered=False)]
+    assert client.heard == [3]
+
+
 # Held
 
 

@@ -283,7 +283,10 @@ class Replays:
 
     def _in_order(self, connection: Connection) -> bool:
         """Whether no durable event was sent live to it: then a replay is still in order."""
-        return not self._history.missed(self._accepted_at(connection), connection.audiences)
+        accepted_at = self._accepted_at(connection)
+        if self._history.forgot(accepted_at):  # what was forgotten may have been sent to it
+            return False
+        return not self._history.missed(accepted_at, connection.audiences)
 
     def _cursor(self, connection: Connection) -> Cursor:
         """The place up to which it has everything; for a stream that was read later, its begin."""
