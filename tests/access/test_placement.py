@@ -116,6 +116,7 @@ async def test_a_client_that_comes_after_the_request_stays(autojump_clock: MockC
         b'{"report_to":"channel:gateway:placement:1\\n"}',
         b'{"places":{"one":"x"}}',
         b'{"places":[1]}',
+        b'{"x":' + b"[" * 100_000,
     ],
 )
 async def test_an_invalid_request_is_logged_and_changes_nothing(

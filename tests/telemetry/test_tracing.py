@@ -75,6 +75,11 @@ def test_invalid_traceparent_is_ignored(value: object) -> None:
     assert read_traceparent(payload) is None
 
 
+def test_payload_that_is_nested_too_deeply_has_no_traceparent() -> None:
+    payload = b'{"traceparent":"%s","data":%s}' % (SAMPLED.encode(), b"[" * 100_000)
+    assert read_traceparent(payload) is None
+
+
 async def test_span_lasts_from_receipt_to_the_last_write(autojump_clock: MockClock) -> None:
     exporter = InMemorySpanExporter()
     dispatch, queue = Dispatch(Hub()), EventQueue(10)

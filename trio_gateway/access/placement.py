@@ -16,7 +16,7 @@ import trio
 
 from ..broker.commands import Commands, Unavailable
 from ..core.close_codes import Close, format_retry_hint
-from ..core.control_messages import PlacementReport, PlacementRequest
+from ..core.control_messages import PlacementReport, PlacementRequest, read_control_message
 from ..runtime.connection import Connection
 from ..runtime.hub import Hub
 from ..runtime.throttled_log import ThrottledLog
@@ -48,8 +48,8 @@ class Placement:
     def receive(self, payload: bytes) -> None:
         """Accept a request; log one that is invalid."""
         try:
-            request = msgspec.json.decode(payload, type=PlacementRequest)
-        except (msgspec.DecodeError, UnicodeDecodeError):
+            request = read_control_message(payload, PlacementRequest)
+        except ValueError:
             self._throttled_log.warning("placement request is invalid")
             return
         if request.report_to is not None:

@@ -5,14 +5,13 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Final, NoReturn, Self
 
-import msgspec
 import structlog
 import trio
 
 from ..broker.commands import Commands, Unavailable
 from ..core.audiences import Principal
 from ..core.close_codes import Close, Rejected
-from ..core.control_messages import Revoked
+from ..core.control_messages import Revoked, read_control_message
 from ..core.resilience import Backoff
 from ..runtime.connection import Connection
 from ..runtime.hub import Hub
@@ -202,8 +201,8 @@ class Revocations:
     def receive(self, payload: bytes) -> None:
         """Handle a message on :data:`~.control_messages.REVOKED`: close the revoked connections."""
         try:
-            message = msgspec.json.decode(payload, type=Revoked)
-        except (msgspec.DecodeError, UnicodeError, RecursionError):
+            message = read_control_message(payload, Revoked)
+        except ValueError:
             self._throttled_log.warning("invalid revocation")
             return
         for connection in list(self._hub.connections):

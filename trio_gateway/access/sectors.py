@@ -10,12 +10,11 @@ from datetime import date
 from typing import Final, NoReturn
 from weakref import WeakKeyDictionary
 
-import msgspec
 import structlog
 import trio
 
 from ..core.audiences import BranchId, Endpoint, Principal, SectorId, Sectors, TenantId, UserId
-from ..core.control_messages import SECTORS_CHANGED, SectorsChanged
+from ..core.control_messages import SECTORS_CHANGED, SectorsChanged, read_control_message
 from ..core.limits import RateLimit
 from ..core.resilience import Backoff, Breaker
 from ..core.service_day import Period, ServiceDays, holds
@@ -147,8 +146,8 @@ class SectorAssignments:
     def receive(self, payload: bytes) -> None:
         """Query a waiter again, by a message on :data:`~.control_messages.SECTORS_CHANGED`."""
         try:
-            message = msgspec.json.decode(payload, type=SectorsChanged)
-        except (msgspec.DecodeError, UnicodeError, RecursionError):
+            message = read_control_message(payload, SectorsChanged)
+        except ValueError:
             self._throttled_log.warning("invalid sectors message")
             return
         tenant, user = TenantId(message.tenant_id), UserId(str(message.waiter_id))

@@ -1,8 +1,10 @@
 """Control messages: what is published to the gateway itself, each kind on its own channel."""
 
-from typing import Annotated, Final
+from typing import Annotated, Final, TypeVar
 
 import msgspec
+
+_Kind = TypeVar("_Kind")
 
 REVOKED: Final = "channel:auth:revoked"
 SECTORS_CHANGED: Final = "channel:sectors:changed"
@@ -42,3 +44,11 @@ class PlacementReport(msgspec.Struct):
 
     process: str
     tenants: dict[int, int]
+
+
+def read_control_message(payload: bytes, kind: type[_Kind]) -> _Kind:
+    """Read a message of this kind. Raises :exc:`ValueError` if it is anything else."""
+    try:
+        return msgspec.json.decode(payload, type=kind)
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+        raise ValueError(f"not a {kind.__name__}") from error

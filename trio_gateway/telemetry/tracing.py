@@ -107,7 +107,7 @@ def read_traceparent(payload: bytes) -> trace.SpanContext | None:
         return None
     try:
         value = _decode(payload).traceparent
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):  # the deeper the stack, the less may be nested
         return None
     if not isinstance(value, str):
         return None
