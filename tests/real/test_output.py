@@ -154,7 +154,10 @@ async def test_bug_ends_the_process_although_its_log_is_unread(
             assert status == 1
 
 
-@pytest.mark.parametrize(("command", "how"), [("serve", "full disk"), ("stock", "reader stalls")])
+@pytest.mark.parametrize(("command", "how"), [
+    pytest.param("serve", "full disk", marks=pytest.mark.chaos),
+    ("stock", "reader stalls"),
+])  # fmt: skip
 async def test_invalid_settings_are_status_2_although_the_message_is_unread(
     redis_url: str, tmp_path: Path, command: str, how: str
 ) -> None:

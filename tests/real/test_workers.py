@@ -49,6 +49,7 @@ class Master:
 
     pid: int
     port: int
+    operations: int  # the port of metrics
     secret: str = JWT_SECRET  # of staff tokens
 
     @property
@@ -69,13 +70,19 @@ def supervisor(
     """Two workers that several tests use, and their folder for temporary files.
 
     Its .env file has the secret of staff tokens, and another secret of table tokens than the
-    environment. At the end the workers stop with status 0 and leave no temporary file.
+    environment. At the end the workers stop with status 0 and leave neither a temporary file nor
+    a listener.
     """
     folder = tmp_path_factory.mktemp("workers")
     write_settings(folder, JWT_SECRET)
-    port = free_port()
+    port, operations = free_port(), free_port()
     arguments = ["trio_gateway", "serve", "-w", "2", "-b", f"127.0.0.1:{port}"]
-    env = environment(redis_server, TMPDIR=str(folder), WS_MAX_TOTAL_CONNECTIONS=str(MAX_TOTAL))
+    env = environment(
+        redis_server,
+        TMPDIR=str(folder),
+        WS_MAX_TOTAL_CONNECTIONS=str(MAX_TOTAL),
+        WS_OPERATIONS_BIND=f"127.0.0.1:{operations}",
+    )
     del env["JWT_SECRET"]  # the environment takes precedence
     log = folder / "log"
     with log.open("wb") as output:
@@ -87,7 +94,7 @@ def supervisor(
             stderr=output,
         )
     try:
-        yield Master(started.pid, port), folder
+        yield Master(started.pid, port, operations), folder
         started.send_signal(signal.SIGTERM)
         status = started.wait(20)
     finally:
@@ -97,6 +104,8 @@ def supervisor(
     assert status == 0, errors
     assert "Traceback" not in errors
     assert not list(folder.glob("trio-gateway-stats-*"))
+    assert not accepts(port)
+    assert not accepts(operations)
 
 
 def write_settings(folder: Path, secret: str, more: str = "") -> None:
@@ -115,11 +124,11 @@ async def master(supervisor: tuple[Master, Path]) -> Master:
 
 
 async def ready(master: Master, workers: int) -> bool:
-    return (await metrics(master.port))["ready"] == workers
+    return (await metrics(master.operations))["ready"] == workers
 
 
 async def empty(master: Master) -> bool:
-    return (await metrics(master.port))["connections_total"] == 0
+    return (await metrics(master.operations))["connections_total"] == 0
 
 
 async def until_ready(master: Master, workers: int) -> None:
@@ -127,7 +136,7 @@ async def until_ready(master: Master, workers: int) -> None:
     with trio.fail_after(START):
         while True:
             try:
-                found = await metrics(master.port)
+                found = await metrics(master.operations)
             except (OSError, trio.TooSlowError):
                 found = None
             if found is not None and len(master.workers) == workers:
@@ -248,7 +257,7 @@ async def test_workers_with_ports_of_their_own_keep_them_over_a_death_and_a_sigh
     port = free_ports(2)
     command = ("trio_gateway", "serve", "-w", "2", "--own-ports", "-b", f"127.0.0.1:{port}")
     async with process(*command, env=environment(redis_url)) as started:
-        master = Master(started.pid, port)
+        master = Master(started.pid, port, port)
         for each in (port, port + 1):
             await until(lambda each=each: answers(each), 30)  # type: ignore[misc]
         async with connect(master.url(1)) as client, connect(master.url(2)) as other:
@@ -309,6 +318,13 @@ async def test_no_client_is_refused_while_another_worker_has_room(master: Master
         nursery.cancel_scope.cancel()
 
 
+async def test_workers_share_the_operations_address(master: Master) -> None:
+    for _ in range(6):
+        for path in ("/ws/metrics", "/ws/health/detailed"):
+            assert (await http(master.operations, path)).status == 200
+            assert (await http(master.port, path)).status == 404
+
+
 async def test_invalid_settings_end_the_supervisor_with_status_2_and_no_restart(
     redis_url: str,
 ) -> None:
@@ -326,7 +342,7 @@ async def test_workers_do_not_outlive_a_supervisor_that_is_killed(
     port = free_port()
     arguments = ["trio_gateway", "serve", "-w", "2", "-b", f"127.0.0.1:{port}"]
     async with process(*arguments, env=environment(redis_url)) as started:
-        master = Master(started.pid, port)
+        master = Master(started.pid, port, port)
         await until_ready(master, 2)
         async with connect(master.url()) as client:
             assert await is_served(client)
@@ -340,7 +356,7 @@ async def test_workers_that_were_never_ready_do_not_outlive_their_supervisor() -
     port = free_port()
     arguments = ["trio_gateway", "serve", "-w", "2", "-b", f"127.0.0.1:{port}"]
     async with process(*arguments, env=environment("redis://127.0.0.1:1")) as started:
-        master = Master(started.pid, port)
+        master = Master(started.pid, port, port)
         await until_ready(master, 2)  # so wait until it answers
         workers = master.workers
         os.kill(started.pid, signal.SIGKILL)
@@ -375,7 +391,7 @@ async def test_no_counter_falls_when_a_worker_is_killed_and_its_file_is_removed(
 
     async def scrape() -> None:
         with suppress(*OF_A_KILLED_ONE):
-            found = await metrics(master.port)
+            found = await metrics(master.operations)
             seen.append([found[name] for name in COUNTED])
 
     async def watch() -> None:
@@ -424,7 +440,7 @@ async def test_without_a_temporary_folder_workers_serve_and_metrics_report_it(
 
     env = {k: v for k, v in environment(redis_url).items() if not k.startswith("COV")}
     async with process(*arguments, env=env, preexec_fn=write_no_file) as started:
-        master = Master(started.pid, port)
+        master = Master(started.pid, port, port)
         await until_ready(master, 2)
         assert (await metrics(port))["metrics_partial"] == 1
         async with connect(master.url()) as client:

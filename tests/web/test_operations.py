@@ -2,7 +2,6 @@
 
 from typing import Final
 
-import pytest
 import trio
 
 from tests.support.gateways import (
@@ -13,7 +12,6 @@ from tests.support.gateways import (
     process,
     running,
     serving,
-    until,
     wait,
 )
 from tests.support.sockets import dialled, make_head
@@ -71,28 +69,6 @@ async def test_invalid_requests_to_the_operations_address_end_no_process(redis_u
             await client.send(b"GET /ws/metrics HT")
         assert await statuses(port, "/ws/metrics") == {200}
         assert await statuses(gateway.port, "/ws/health") == {200}
-
-
-async def test_workers_share_the_operations_address_and_close_it_at_the_end(redis_url: str) -> None:
-    port, operations = free_port(), free_port()
-    env = environment(redis_url, WS_OPERATIONS_BIND=f"127.0.0.1:{operations}")
-    command = ("trio_gateway", "serve", "--workers", "2", "--bind", f"127.0.0.1:{port}")
-    async with process(*command, env=env, port=operations) as started:
-
-        async def ready() -> bool:
-            try:
-                return await statuses(operations, "/ws/health/ready") == {200}
-            except (OSError, trio.TooSlowError):
-                return False
-
-        await until(ready, 20)
-        for _ in range(6):
-            assert await statuses(operations, *OPERATORS) == {200}
-        started.terminate()
-        status, _, _ = await wait(started, 20)
-        assert status == 0
-        with pytest.raises(OSError):
-            await trio.open_tcp_stream("127.0.0.1", operations)
 
 
 async def test_address_in_use_stops_the_start_and_is_named(redis_url: str) -> None:
