@@ -11,7 +11,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from tests.support.resume_world import GAP, A, B, Client, World, at, bounded, place, still_to_come
 from trio_gateway.core.audiences import Endpoint, Principal, audiences_of
 from trio_gateway.core.close_codes import Close
-from trio_gateway.core.event_ids import START, event_id
+from trio_gateway.core.event_ids import START, Stream, event_id
 from trio_gateway.runtime.connection import Connection
 from trio_gateway.runtime.resume import PATIENCE, UNDECIDED
 from trio_gateway.runtime.socket import Ping
@@ -502,6 +502,21 @@ async def test_id_that_is_not_read_within_two_seconds_is_refused(
     assert client.heard == [2]
     await world.publish(3)
     assert client.heard == [2, 3]
+
+
+async def test_id_that_names_streams_that_are_not_read_is_refused_at_once(
+    autojump_clock: MockClock, world: World
+) -> None:
+    """While an id is waited for, each entry that is read would cost as much as it names streams."""
+    await world.publish(1)
+    unknown = ".".join(place(1, Stream(f"{n:04d}")) for n in range(3000))
+    clients = [
+        await world.connect(f"{unknown}.{place(3)}"),
+        await world.connect(f"{place(3)}.{place(1, B)}"),
+    ]
+    assert trio.current_time() == 0
+    for client in clients:
+        assert client.resumed == [resumed(0, place(1), recovered=False)]
 
 
 async def test_gateway_answers_a_resume_when_it_has_read_the_stream(

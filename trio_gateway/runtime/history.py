@@ -8,7 +8,7 @@ import heapq
 import math
 from bisect import bisect_right
 from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from typing import Final
 
 import trio
@@ -297,6 +297,10 @@ class History:
         return any(
             end[s] < position if s in end else s in self.expected for s, position in cursor.items()
         )
+
+    def known_streams(self) -> Set[Stream]:
+        """The streams that are read, or are to be read."""
+        return self._end.keys() | self.expected
 
     @property
     def warm(self) -> bool:

@@ -67,7 +67,7 @@ class Places:
     async def after(self, cursor: Cursor, tenant: TenantId) -> Cursor | None:
         """Wait until the cursor of an event id has been read, and return the place after it.
 
-        Returns None if it names a stream that is not one of the tenant's.
+        Returns None if it names a stream that is not one of the tenant's, or not read here.
 
         While the number of shards is being changed, an id names one of a tenant's two streams. The
         client that has it was sent the entries of both in the order of their times, which says
@@ -77,6 +77,9 @@ class Places:
         if streams is not None and not cursor.keys() <= set(streams):
             return None
         await self.wait_begun(tenant)
+        # An id may name thousands of streams, and is looked at again with each entry meanwhile.
+        if streams is None and not cursor.keys() <= self._history.known_streams():
+            return None
         await self._history.wait_for(cursor)
         if streams is None or cursor.keys() == set(streams):
             return cursor
