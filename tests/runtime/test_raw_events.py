@@ -5,6 +5,7 @@ that none is raw.
 """
 
 import math
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ import pytest
 import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from trio_gateway.core.audiences import (
@@ -24,14 +26,16 @@ from trio_gateway.core.audiences import (
     diners,
 )
 from trio_gateway.core.event_ids import START, Position, Stream, event_id
+from trio_gateway.core.events import InvalidEvent, parse_event
+from trio_gateway.core.routing import ROUTES
 from trio_gateway.runtime.connection import Connection, ConnectionLimits
 from trio_gateway.runtime.dispatch import Dispatch
 from trio_gateway.runtime.history import History
 from trio_gateway.runtime.hub import Hub
 from trio_gateway.runtime.queue import EventQueue
-from trio_gateway.runtime.raw_events import RawEvents
+from trio_gateway.runtime.raw_events import RawEvents, StoredEvent
 from trio_gateway.runtime.resume import Replays
-from trio_gateway.testing import FakeSocket, make_event, make_principal
+from trio_gateway.testing import FakeSocket, make_event, make_payload, make_principal
 
 A, B = Stream("aaaa"), Stream("bbbb")
 LIMITS = ConnectionLimits(
@@ -237,3 +241,35 @@ async def test_routing_of_raw_events_does_not_delay_other_tasks(
         stored.position[0] for stored in history.missed({A: Position((989, 1))}, audiences)
     ] == [*range(990, 1000)]
     assert len(history.missed({A: START}, audiences)) == 1000
+
+
+async def test_event_that_cannot_be_parsed_any_more_is_left_out(autojump_clock: MockClock) -> None:
+    history = History()
+    Dispatch(Hub(), history=history)  # routes what is raw
+
+    def store(number: int, levels: int) -> bool:
+        nested = make_payload(data="?").replace(b'"?"', b"[" * levels + b"]" * levels)
+        position = Position((number, 0))
+        try:
+            event = parse_event(
+                nested, channel="", received_at=0.0, stream=A, position=position,
+                durable_types=ROUTES.durable_types,
+            )  # fmt: skip
+        except InvalidEvent:
+            return False
+        history.add_raw([(event, 0)], now=0.0)
+        return True
+
+    def missed_below(frames: int) -> list[StoredEvent]:
+        if frames:
+            return missed_below(frames - 1)
+        return history.missed({A: START}, audiences_of(PRINCIPALS[3]))
+
+    history.begin(A, START, whole=True)
+    assert store(1, 1)
+    assert any(store(2, levels) for levels in range(sys.getrecursionlimit(), 0, -1))
+    assert store(3, 1)
+    with capture_logs() as logs:
+        found = missed_below(20)
+    assert [stored.position[0] for stored in found] == [1, 3]
+    assert [entry["event"] for entry in logs] == ["event not replayed: nested too deeply"]

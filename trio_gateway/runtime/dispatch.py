@@ -12,7 +12,7 @@ import trio
 from ..core.audiences import Audience, floor, waiters
 from ..core.duplicates import Duplicates
 from ..core.event_ids import Position, Stream
-from ..core.events import Event, parse_event
+from ..core.events import Event, InvalidEvent, parse_event
 from ..core.histogram import Histogram
 from ..core.messages import GAP
 from ..core.routing import ROUTES, Routing
@@ -293,14 +293,20 @@ class Dispatch:
 
         Then its branch had no connection here, hence its sector no waiter.
         """
-        event = parse_event(
-            stored.frame,
-            channel="",
-            received_at=stored.received_at,
-            stream=stored.stream,
-            position=stored.position,
-            durable_types=self._routes.durable_types,
-        )
+        try:
+            event = parse_event(
+                stored.frame,
+                channel="",
+                received_at=stored.received_at,
+                stream=stored.stream,
+                position=stored.position,
+                durable_types=self._routes.durable_types,
+            )
+        except InvalidEvent:
+            # It was valid when it came. How many levels of JSON can be parsed depends on the depth
+            # of the stack, and at the limit, of about 900, they can be too many here.
+            self._throttled_log.error("event not replayed: nested too deeply")
+            return stored.frame, ()
         found = self._routes.audiences(event)
         if self._uncovered_to_branch and event.sector is not None:
             covering = waiters(event.tenant, event.branch, event.sector)
