@@ -292,7 +292,7 @@ async def test_workers_with_ports_of_their_own_keep_them_over_a_death_and_a_sigh
 
 @pytest.mark.parametrize(("bind", "problem", "status"), [
     ("127.0.0.1:65535", "the last port is 65535", 2),
-    ("unix:/tmp/gateway.sock", "needs host:port", 2),
+    pytest.param("unix:/tmp/gateway.sock", "needs host:port", 2, marks=pytest.mark.chaos),
     ("127.0.0.1:{busy}", "can't serve on 127.0.0.1:{taken}: Address already in use", 1),
 ])  # fmt: skip
 async def test_ports_that_workers_can_t_have_end_the_start(
