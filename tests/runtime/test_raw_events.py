@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import trio
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 from trio.testing import MockClock, wait_all_tasks_blocked
@@ -157,7 +157,6 @@ def run(script: Sequence[Any], **how: Any) -> Outcome:
     return trio.run(main, clock=MockClock(autojump_threshold=0))
 
 
-@settings(max_examples=150)
 @given(st.lists(_what, max_size=25), st.sampled_from([1000, 7]), st.booleans())
 def test_clients_get_the_same_whether_events_are_stored_raw_or_not(
     script: list[Any], events: int, uncovered_to_branch: bool

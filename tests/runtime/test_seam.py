@@ -11,9 +11,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-import pytest
 import trio
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from trio.testing import MockClock, wait_all_tasks_blocked
 
@@ -405,26 +404,13 @@ def play(script: list[Step], events: int, age: float, outbox_messages: int = 10*
     return trio.run(main, clock=MockClock(autojump_threshold=0))
 
 
-_any_world = given(
+@given(
     _scripts,
     st.sampled_from([100_000, 100_000, 60, 3]),
     st.sampled_from([10**6, 30]),
     st.sampled_from([10**9, 50, 3]),
 )
-
-
-@settings(max_examples=100)
-@_any_world
 def test_client_gets_each_durable_event_once_and_in_order_or_a_gap(
-    script: list[Step], events: int, age: float, outbox_messages: int
-) -> None:
-    play(script, events, age, outbox_messages)
-
-
-@pytest.mark.chaos
-@settings(max_examples=2000)
-@_any_world
-def test_client_gets_each_durable_event_once_and_in_order_or_a_gap_in_2000_scripts(
     script: list[Step], events: int, age: float, outbox_messages: int
 ) -> None:
     play(script, events, age, outbox_messages)
