@@ -472,7 +472,19 @@ async def test_flood_is_closed_with_its_code_and_other_clients_are_not_affected(
         assert figures[f"connections_closed_total{{{int(seen)}}}"] == 6
 
 
-@pytest.mark.parametrize("name", ["pings", "messages", "tiny fragments", "big message"])
+@pytest.mark.parametrize(
+    ("transport", "name"),
+    [
+        ("direct", "pings"),
+        ("direct", "messages"),
+        ("direct", "tiny fragments"),
+        ("direct", "big message"),
+        ("asgi", "messages"),
+        ("asgi", "tiny fragments"),
+        pytest.param("asgi", "pings", marks=pytest.mark.chaos),
+        pytest.param("asgi", "big message", marks=pytest.mark.chaos),
+    ],
+)
 async def test_flood_that_never_stops_is_aborted(
     redis_url: str, transport: Transport, name: str
 ) -> None:

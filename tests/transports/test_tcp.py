@@ -10,6 +10,7 @@ import ssl
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import cache
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -20,7 +21,7 @@ import trio
 import websockets.sync.client
 from hypercorn.config import Config
 from hypercorn.trio.tcp_server import TCPServer
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from trio.testing import MockClock, lockstep_stream_pair, wait_all_tasks_blocked
 from websockets.exceptions import ConnectionClosed
@@ -162,11 +163,16 @@ async def test_refused_upgrades_are_counted_by_status() -> None:
         assert found == {"400": 2, "404": 1}
 
 
+@cache
+def _app_for_garbage() -> Gateway:
+    """One for all examples: making it takes longer than an example."""
+    return make_app()
+
+
 @given(st.lists(st.binary(max_size=60), max_size=5))
-@settings(max_examples=60)
 def test_garbage_is_answered_with_400_or_a_close(segments: list[bytes]) -> None:
     async def main() -> None:
-        async with in_memory(make_app()) as dial:
+        async with in_memory(_app_for_garbage()) as dial:
             bystander = await dial().upgrade()
             client = dial()
             for segment in segments:
