@@ -9,6 +9,7 @@ import math
 from bisect import bisect_right
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
+from itertools import takewhile
 from typing import Final
 
 import trio
@@ -326,16 +327,20 @@ class History:
 
         Only of the streams that the cursor names: a tenant's events live in one of them.
         """
+        return sorted(self.missed_in_any_order(cursor, audiences), key=self._order)
+
+    def missed_in_any_order(
+        self, cursor: Cursor, audiences: Collection[Audience]
+    ) -> set[StoredEvent]:
+        """As :meth:`missed`, for a fraction of its cost."""
         if self._raw:
             self._route_raw(cursor, audiences)
-        found: dict[int, StoredEvent] = {}
+        found: set[StoredEvent] = set()
         for audience in audiences:
             for stream, seen in cursor.items():
-                for kept in reversed(self._by_audience.get((stream, audience), ())):
-                    if kept.position <= seen:
-                        break
-                    found[id(kept)] = kept
-        return sorted(found.values(), key=self._order)
+                if mine := self._by_audience.get((stream, audience)):
+                    found.update(takewhile(_is_after(seen), reversed(mine)))
+        return found
 
     def following(
         self, cursor: Cursor, audiences: Collection[Audience], most: int
@@ -376,6 +381,10 @@ class History:
     def _order(self, kept: StoredEvent) -> tuple[int, int, int, Stream]:
         (milliseconds, sequence), stream = kept.position, kept.stream
         return milliseconds, self.ranks.get(stream, 0), sequence, stream
+
+
+def _is_after(seen: Position) -> Callable[[StoredEvent], bool]:
+    return lambda kept: kept.position > seen
 
 
 def _position(kept: StoredEvent) -> Position:

@@ -161,12 +161,14 @@ class OlderEvents:
         return {stream: cursor[stream] for stream in self._missing(cursor)}
 
     def missed(self, cursor: Cursor, audiences: Collection[Audience]) -> list[StoredEvent]:
-        """The events after a cursor that :meth:`behind` has returned, up to :meth:`ends`."""
+        """The events after a cursor that :meth:`behind` has returned, up to :meth:`ends`, in any
+        order.
+        """
         return [
             stored
             for stream, position in cursor.items()
             if (held := self._use(stream, position)) is not None
-            for stored in held.events.missed({stream: position}, audiences)
+            for stored in held.events.missed_in_any_order({stream: position}, audiences)
         ]
 
     def following(

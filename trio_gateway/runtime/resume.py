@@ -7,7 +7,7 @@ A connection costs a place in the history and one chunk in its outbox, whose fra
 
 import math
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from itertools import accumulate
 from typing import Final, NamedTuple
 
@@ -236,7 +236,7 @@ class Replays:
         connection.resume_state.older = frozenset(behind)
         older = self._older.missed(behind, connection.audiences)
         rest = {**self._cursor(connection), **self._older.ends(behind)}
-        found = self._history.missed(rest, connection.audiences)
+        found = self._history.missed_in_any_order(rest, connection.audiences)
         return len(older) + len(self._undelivered(connection, found))
 
     def _refuse(self, connection: Connection) -> None:
@@ -286,7 +286,7 @@ class Replays:
         accepted_at = self._accepted_at(connection)
         if self._history.forgot(accepted_at):  # what was forgotten may have been sent to it
             return False
-        return not self._history.missed(accepted_at, connection.audiences)
+        return not self._history.following(accepted_at, connection.audiences, 1)
 
     def _cursor(self, connection: Connection) -> Cursor:
         """The place up to which it has everything; for a stream that was read later, its begin."""
@@ -298,7 +298,9 @@ class Replays:
         """Its cursor, or behind what the history has forgotten."""
         return self._history.past_forgotten(self._cursor(connection))
 
-    def _undelivered(self, connection: Connection, found: list[StoredEvent]) -> list[StoredEvent]:
+    def _undelivered(
+        self, connection: Connection, found: Iterable[StoredEvent]
+    ) -> list[StoredEvent]:
         """Without those of which it was sent a Pub/Sub copy live."""
         number, state = connection.number, connection.resume_state
         skips_from = state.lagged_at if state.phase is Phase.LAGGING else math.inf
