@@ -481,3 +481,19 @@ async def test_clients_at_the_same_place_share_what_is_read_for_them(
     assert kitchen.heard == list(range(1, 4021))
     assert reads < 100  # of 460 without
     assert not world.replays._shared
+
+
+async def test_last_slow_client_that_leaves_frees_what_was_read_for_it(
+    autojump_clock: MockClock, world: World
+) -> None:
+    client = await diner(world)
+    for first in range(1, 3001, 200):
+        await publish(world, *range(first, first + 200))
+    client.socket.read(200_000)
+    await wait_all_tasks_blocked()
+    assert world.replays._shared
+    await client.leave()
+    client.socket.read(math.inf)
+    await trio.sleep(3)
+
+    assert not world.replays._shared

@@ -9,7 +9,7 @@ import math
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from itertools import accumulate
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import trio
 
@@ -139,7 +139,14 @@ class Replays:
         state = connection.resume_state
         if not state.is_served:
             state.is_served = True
-            connection.start_task(task, connection, *arguments)
+            connection.start_task(self._run, task, connection, *arguments)
+
+    async def _run(self, task: Callable[..., Awaitable[None]], *arguments: Any) -> None:
+        try:
+            await task(*arguments)
+        finally:
+            if not self._hub.held:  # also if the client has left
+                self._shared.clear()
 
     def begin(self, stream: Stream, ahead: float | None) -> None:
         """Tell that a stream has been read for the first time.
@@ -330,8 +337,6 @@ class Replays:
             elif chunk.is_last:
                 self._hub.step(connection, Step.CATCH_UP)
                 state.is_served = False
-                if not self._hub.held:
-                    self._shared.clear()
                 if state.has_skipped:
                     state.has_skipped = False
                     connection.send(GAP)
