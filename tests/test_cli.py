@@ -327,6 +327,7 @@ def test_check_looks_at_every_shard(url: str, store: "redis.Redis") -> None:
     store.set("events:critical:{7}", "no stream")
     done = run("check", env=env)
     assert done.exit_code == 1
+    assert "9 streams: events:critical:{7}: XREAD failed: WRONGTYPE" in done.stdout
     assert "one of the keys events:critical* is not a stream" in done.stdout
 
 

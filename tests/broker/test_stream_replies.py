@@ -1,6 +1,7 @@
 """Replies about streams: parsed into types, or a lost connection."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import hiredis
@@ -11,6 +12,7 @@ from trio_gateway.core.event_ids import START, Position
 from trio_gateway.runtime.source import Entry
 from trio_gateway.runtime.supervision import ConnectionLost
 
+INFO = partial(read_info, name="s")
 SHAPES: list[Any] = [
     b"OK", 1, [], [1], [[b"a"]], [[b"a", 1]], [[b"a", [[b"1-1"]]]], [[b"a", [[b"1-1", [b"b"]]]]],
     [[b"a", [[b"x", [b"data", b"b"]]]]], [[b"\xff", [[b"1-1", None]]]],
@@ -20,7 +22,7 @@ SHAPES: list[Any] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("read", [read_news, read_entries, read_info, read_time])
+@pytest.mark.parametrize("read", [read_news, read_entries, INFO, read_time])
 @pytest.mark.parametrize("reply", SHAPES, ids=repr)
 def test_reply_of_another_shape_is_a_lost_connection(
     reply: Any, read: Callable[[Any], Any]
@@ -40,10 +42,10 @@ def test_replies_are_parsed() -> None:
     assert read_news([[b"events", entries]]) == [("events", payloads)]
     assert read_entries(entries) == payloads
     info: list[Any] = [b"length", 3, b"last-generated-id", b"5-0", b"first-entry", entries[0]]
-    assert read_info(info) == ((5, 0), (1, 2), 3, None, START)
-    assert read_info([*info, b"entries-added", 9, b"new-in-redis-99", b"?"]).added == 9
-    assert read_info(hiredis.ReplyError("ERR no such key")) == Info()
+    assert read_info(info, "s") == ((5, 0), (1, 2), 3, None, START)
+    assert read_info([*info, b"entries-added", 9, b"new-in-redis-99", b"?"], "s").added == 9
+    assert read_info(hiredis.ReplyError("ERR no such key"), "s") == Info()
     assert read_time([b"1700000000", b"250000"]) == 1_700_000_000.25
     assert read_time(hiredis.ReplyError("NOPERM no")) is None
-    with pytest.raises(ConnectionLost, match="XINFO failed: NOPERM"):
-        read_info(hiredis.ReplyError("NOPERM no"))
+    with pytest.raises(ConnectionLost, match=r"XINFO events:\{3} failed: NOPERM"):
+        read_info(hiredis.ReplyError("NOPERM no"), "events:{3}")

@@ -46,7 +46,7 @@ def uncounted(monkeypatch: pytest.MonkeyPatch) -> None:
         if isinstance(reply, list):
             pairs = zip(reply[::2], reply[1::2], strict=True)
             reply = [word for pair in pairs if pair[0] not in new for word in pair]
-        return read_info(reply)
+        return read_info(reply, "s")
 
     monkeypatch.setattr(stream_reader, "read_info", read_old_info)
 

@@ -66,7 +66,7 @@ class StreamReader:
         redis = self._redis
         now = read_time(await redis.ask("TIME", timeout=REPLY_TIMEOUT))
         ahead = now - trio.current_time() if now is not None else None
-        info = read_info(await redis.ask("XINFO", "STREAM", name, timeout=REPLY_TIMEOUT))
+        info = read_info(await redis.ask("XINFO", "STREAM", name, timeout=REPLY_TIMEOUT), name)
         past = await read_past(redis, name, info, self._sink.room(), timeout=REPLY_TIMEOUT)
         stream = tag(name)
         await self._sink.begin(stream, name, past, ahead)
@@ -193,7 +193,7 @@ class StreamReader:
                 [("XINFO", "STREAM", cursor.name) for cursor in some], timeout=REPLY_TIMEOUT
             )
             for cursor, reply in zip(some, replies, strict=True):
-                info = read_info(reply)
+                info = read_info(reply, cursor.name)
                 cursor.checked_at, cursor.is_checked = trio.current_time(), True
                 cursor.is_counted = info.added is not None
                 found = check(cursor, info, is_tail_there=cursor.name not in lost_tails)

@@ -50,12 +50,12 @@ def read_entries(reply: Any) -> list[Entry]:
         return list(map(_read_entry, _convert(reply, list[_RawEntry])))
 
 
-def read_info(reply: Any) -> Info:
+def read_info(reply: Any, name: str) -> Info:
     """Parse the reply to XINFO STREAM. A stream that does not exist is an empty one."""
     if isinstance(reply, hiredis.ReplyError):
         if "no such key" in str(reply):
             return Info()
-        raise ConnectionLost(f"XINFO failed: {str(reply).split(' ', 1)[0]}")
+        raise ConnectionLost(f"XINFO {name} failed: {str(reply).split(' ', 1)[0]}")
     with _shaped():
         words = _convert(reply, list[Any])
         names = [name.decode() for name in _convert(words[::2], list[bytes])]

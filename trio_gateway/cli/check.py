@@ -209,6 +209,8 @@ async def _check_streams(
     redis: "RedisConnection", report: _Report, streams: Sequence[str], title: str
 ) -> None:
     """Whether these streams can be read; ``title`` says which they are."""
+    from ..runtime.supervision import ConnectionLost
+
     pattern = streams[0] if len(streams) == 1 else f"{streams[0].partition(':{')[0]}*"
     with report.trying(
         f"stream {title}",
@@ -218,10 +220,15 @@ async def _check_streams(
         if len(streams) == 1
         else f"one of the keys {pattern} is not a stream: name another one in REDIS_STREAMS",
     ):
-        await _call(redis, "XREAD", "COUNT", 1, "STREAMS", *streams, *("$" for _ in streams))
         for stream in streams:
-            await _call(redis, "XREVRANGE", stream, "+", "-", "COUNT", 1)
-            await _call(redis, "XINFO", "STREAM", stream, unless="no such key")
+            try:
+                await _call(redis, "XREAD", "COUNT", 1, "STREAMS", stream, "$")
+                await _call(redis, "XREVRANGE", stream, "+", "-", "COUNT", 1)
+                await _call(redis, "XINFO", "STREAM", stream, unless="no such key")
+            except ConnectionLost as lost:
+                if len(streams) == 1:
+                    raise
+                raise ConnectionLost(f"{stream}: {lost}") from None
         await _call(redis, "TIME", unless="unknown command")
 
 
