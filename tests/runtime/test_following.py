@@ -98,3 +98,16 @@ async def test_stream_without_shards_is_read_too_while_the_number_changes() -> N
     following = Following(source, History(), Sharding(("s",), shards=64))
     with following.client_of(ONE):
         assert source.followed == [["s", "s:{50}"]]
+
+
+async def test_shard_that_was_given_up_before_it_could_be_read_takes_no_room(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    history = History()
+    following = Following(FakeSource(), history, SHARDED)
+    nursery.start_soon(following.run)
+    with following.client_of(OTHER):
+        with following.client_of(ONE):
+            pass
+        await trio.sleep(LINGER + 1)
+        assert history.expected == {tag("s:{17}")}

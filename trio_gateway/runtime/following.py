@@ -70,6 +70,8 @@ class Following:
             for name in given_up:
                 del self._left[name]
             self.names -= set(given_up)
+            # Here, because the source forgets only what it has begun.
+            self._history.expected -= set(map(tag, given_up))
             if given_up:
                 self._source.follow(self._in_order())
 

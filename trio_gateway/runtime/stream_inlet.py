@@ -187,11 +187,7 @@ class StreamInlet:
         await self._queue.wait_idle()
 
     def forget(self, stream: Stream) -> None:
-        """Give up a stream and its history, in the step in which :meth:`settle` has returned.
-
-        It is not expected any more: nobody waits for it to be read.
-        """
-        self._history.expected.discard(stream)
+        """Give up a stream and its history, in the step in which :meth:`settle` has returned."""
         self._history.forget(stream)
         self._replays.forget(stream)
         self._forgotten.add(stream)
