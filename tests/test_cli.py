@@ -259,6 +259,14 @@ def test_publish_stops_when_redis_is_down() -> None:
 # check
 
 
+@pytest.mark.parametrize("option", [[], ["--now"]])
+def test_publish_says_that_an_event_is_nested_too_deeply(url: str, option: list[str]) -> None:
+    event = EVENT[:-1] + ',"entity":' + "[" * 5000 + "]" * 5000 + "}"
+    done = run("publish", *option, "-", env={"REDIS_URL": url}, stdin=event)
+    assert done.exit_code == 1
+    assert "event is not JSON" in done.stderr
+
+
 def test_publish_does_not_trim_the_stream(url: str, store: "redis.Redis") -> None:
     store.config_set("slowlog-log-slower-than", 0)
     try:

@@ -24,7 +24,7 @@ class FileEvent:
         """The same event with ``ts`` set to the present; the bytes of other values stay."""
         try:
             found = _decode(self.payload)
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, RecursionError):
             return self  # publishing it reports the problem
         ts = datetime.now(UTC).isoformat(timespec="microseconds")
         found["ts"] = msgspec.Raw(msgspec.json.encode(ts))
@@ -54,7 +54,7 @@ def _read(number: int, text: bytes) -> FileEvent:
         if "type" not in found and {"channel", "event"} <= found.keys():
             channel = msgspec.json.decode(found["channel"], type=str)
             return FileEvent(number, bytes(found["event"]), channel)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         pass  # publishing it reports the problem
     return FileEvent(number, text)
 
@@ -62,6 +62,6 @@ def _read(number: int, text: bytes) -> FileEvent:
 def _is_json(text: bytes) -> bool:
     try:
         msgspec.json.decode(text)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return False
     return True

@@ -53,7 +53,7 @@ def post(url: str, path: str, token: str, body: bytes) -> Mapping[str, Any]:
         connection.close()
     try:
         answer = msgspec.json.decode(text, type=dict[str, Any])
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         answer = {}
     if status == 200 and answer:
         return answer

@@ -137,7 +137,7 @@ class _Proxy:
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "strerror", None) or type(error).__name__
             raise Failure(f"can't ask {self._where}: {reason}") from None
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             process = None
         if not isinstance(process, str):
             raise Failure(

@@ -110,7 +110,7 @@ def published(message: str, channel: str) -> "Text":
 def _read(message: str) -> dict[str, Any]:
     try:
         return msgspec.json.decode(message, type=dict[str, Any])
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         return {}
 
 
