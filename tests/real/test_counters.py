@@ -42,11 +42,11 @@ def uncounted(monkeypatch: pytest.MonkeyPatch) -> None:
     """XINFO as before Redis 7."""
     new = {b"entries-added", b"max-deleted-entry-id", b"recorded-first-entry-id"}
 
-    def read_old_info(reply: Any) -> Info:
+    def read_old_info(reply: Any, name: str) -> Info:
         if isinstance(reply, list):
             pairs = zip(reply[::2], reply[1::2], strict=True)
             reply = [word for pair in pairs if pair[0] not in new for word in pair]
-        return read_info(reply, "s")
+        return read_info(reply, name)
 
     monkeypatch.setattr(stream_reader, "read_info", read_old_info)
 
