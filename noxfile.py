@@ -12,7 +12,7 @@ nox.options.default_venv_backend = "venv"
 nox.options.reuse_existing_virtualenvs = True
 
 LOCK = "constraints.txt"  # the versions that CI runs; `nox -s lock` renews it
-PARALLEL = ["-n", "3", "--dist", "loadfile"]  # on two cores: the tests mostly wait
+PARALLEL = ["-n", "4", "--dist", "loadfile"]  # on two cores: the tests mostly wait
 
 
 @nox.session

@@ -49,7 +49,7 @@ def test_concurrent_resumes_have_no_gap_and_no_redis_command_per_client() -> Non
     assert sum(n for name, n in figures.items() if name.startswith("Redis: ")) < 100
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_many_connections_over_several_processes_receive_one_event_each() -> None:
     figures = bench(
         "many", "--clients", "60", "--branches", "12", "--processes", "2", "--seconds", "0.2"

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -91,9 +92,18 @@ def test_hung_run_is_killed_with_its_children() -> None:
     code = "import subprocess, sys; subprocess.run(['sleep', '7654'], start_new_session=True)"
     with pytest.raises(Failed, match="longer than 1 s"):
         measure(Run(("timeit", "-n1", code), (), 1.0), 60, quick=False, repeat=1)
+    ends = time.monotonic() + 5
+    while is_running(b"sleep\x007654\x00"):  # a killed process ends a moment later
+        assert time.monotonic() < ends
+        time.sleep(0.01)
+
+
+def is_running(command: bytes) -> bool:
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):  # it has ended meanwhile
-            assert path.read_bytes() != b"sleep\x007654\x00"
+            if path.read_bytes() == command:
+                return True
+    return False
 
 
 @pytest.mark.parametrize(
