@@ -26,7 +26,8 @@ MAY_IMPORT: Final[dict[str, set[str]]] = {
     # For several: no state, and no part of the gateway.
     "keys": set(),
     "redis_errors": set(),
-    "redis_url": set(),
+    "redis_tls": set(),
+    "redis_url": {"redis_tls"},
     "settings": {"core", "keys", "redis_url"},
     # The five wings. They do not know each other, but access gives commands to Redis.
     "transports": {"core", "runtime"},

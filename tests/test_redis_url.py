@@ -1,6 +1,8 @@
 """Redis URLs: what they may contain, and that an error shows no secret."""
 
+import re
 import ssl
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,8 @@ import redis.asyncio
 import trustme
 
 from trio_gateway.publisher import Publisher
-from trio_gateway.redis_url import RedisAddress, Tls
+from trio_gateway.redis_tls import Tls
+from trio_gateway.redis_url import RedisAddress, RedisKind, RedisUrl
 from trio_gateway.settings import Settings
 
 
@@ -33,10 +36,59 @@ from trio_gateway.settings import Settings
 )  # fmt: skip
 def test_url_is_read(url: str, address: RedisAddress) -> None:
     assert RedisAddress.from_url(url) == address
+    assert RedisUrl.from_url(url) == RedisUrl(RedisKind.SINGLE, (address,), address)
     for library in (redis, redis.asyncio):
         options = address.pool_options(library)
         kind = options.pop("connection_class")
         kind(**options)  # it takes them all
+
+
+def test_sentinels_have_their_own_port_and_the_nodes_the_database() -> None:
+    url = RedisUrl.from_url("redis+sentinel://u:p%40w@a,b:1,[::1]:2,b:1/my-master/3?client_name=x")
+    data = RedisAddress("a", 26379, db=3, user="u", password="p@w", client_name="x")
+    assert url.kind is RedisKind.SENTINEL
+    assert url.master_name == "my-master"
+    assert [(each.host, each.port, each.db) for each in url.seeds] == [
+        ("a", 26379, 0), ("b", 1, 0), ("::1", 2, 0),
+    ]  # fmt: skip
+    assert str(url) == "a:26379,b:1,[::1]:2/my-master"
+    assert url.node("n", 5) == replace(data, host="n", port=5)
+    assert not url.node("n", 5).optional_auth
+
+
+@pytest.mark.parametrize(
+    ("options", "credentials"),
+    [
+        ("", ("u", "p", True)),  # tried; a Sentinel without a password refuses them
+        ("?sentinel_password=s", (None, "s", False)),
+        ("?sentinel_username=v&sentinel_password=s", ("v", "s", False)),
+        ("?sentinel_password=", (None, None, False)),
+    ],
+)
+def test_sentinels_may_have_credentials_of_their_own(
+    options: str, credentials: tuple[str | None, str | None, bool]
+) -> None:
+    url = RedisUrl.from_url(f"redis+sentinel://u:p@a/m{options}")
+    (seed,) = url.seeds
+    assert (seed.user, seed.password, seed.optional_auth) == credentials
+    assert (url.data.user, url.data.password) == ("u", "p")
+    assert "p" not in {*re.findall(r"\w+", f"{url!r} {url}")}
+
+
+@pytest.mark.parametrize("path", ["", "/", "/0", "?db=0"])
+def test_nodes_of_a_cluster_have_the_usual_port_and_no_database(path: str) -> None:
+    url = RedisUrl.from_url(f"redis+cluster://:p@a,[::1]{path}")
+    assert url.kind is RedisKind.CLUSTER
+    assert url.seeds == (RedisAddress("a", password="p"), RedisAddress("::1", password="p"))
+    assert str(url) == "a:6379,[::1]:6379"
+
+
+@pytest.mark.parametrize("scheme", ["sentinel", "cluster"])
+def test_tls_is_for_all_servers_of_a_url(scheme: str) -> None:
+    name = "/m" if scheme == "sentinel" else ""
+    url = RedisUrl.from_url(f"rediss+{scheme}://a,b{name}?ssl_cert_reqs=none")
+    for each in (*url.seeds, url.node("c", 1)):
+        assert each.tls == Tls(cert_reqs="none")
 
 
 REFUSED = [
@@ -63,6 +115,30 @@ REFUSED = [
     ("rediss://h?ssl_ca_certs=/nowhere/ca.pem", "ssl_ca_certs can't be read"),
     ("rediss://h?ssl_certfile=/nowhere/c.pem", "ssl_certfile can't be read"),
     ("rediss://h?ssl_ciphers=none-such", "ssl_ciphers can't be used"),
+    ("redis://a,b", "several hosts: write redis.sentinel://"),
+    ("redis://h?sentinel_password=x", "sentinel_password, which needs redis.sentinel://"),
+]
+REFUSED_BY_NAME = [
+    ("redis+sentinel://h", "must name the primary"),
+    ("redis+sentinel://h?db=1", "must name the primary"),
+    ("redis+sentinel://h/a%20b", "must name the primary"),
+    ("redis+sentinel://h/m/one", "database that is not a number"),
+    ("redis+sentinel://h/m/1/2", "database that is not a number"),
+    ("redis+sentinel://a,,b/m", "no host between two commas"),
+    ("redis+sentinel://u:p@/m", "none at all"),
+    ("redis+sentinel://a:x/m", "an invalid port"),
+    ("redis+sentinel://a,b:99999/m", "an invalid port"),
+    ("redis+sentinel://[::1/m", "is not a URL"),
+    ("redis+sentinel://a/m?sentinal_password=x", "did you mean sentinel_password"),
+    ("redis+sentinel://a/m?ssl_ca_certs=/ca", "ssl_ca_certs, which needs rediss://"),
+    ("rediss+sentinel://a/m?ssl_ca_certs=/nowhere/ca.pem", "ssl_ca_certs can't be read"),
+    ("redis+cluster://a/1", "a Cluster has only database 0"),
+    ("redis+cluster://a?db=2", "a Cluster has only database 0"),
+    ("redis+cluster://a/mymaster", "database that is not a number"),
+    ("redis+cluster://a?sentinel_password=x", "sentinel_password, which needs redis.sentinel://"),
+    ("rediss+cluster://a?ssl_certfile=/nowhere/c.pem", "ssl_certfile can't be read"),
+    ("unix+sentinel:///s", "must begin with redis://"),
+    ("sentinel://h/m", "must begin with redis://"),
 ]
 
 
@@ -74,6 +150,12 @@ def test_invalid_url_stops_the_start(url: str, why: str) -> None:
         Publisher(url)
 
 
+@pytest.mark.parametrize(("url", "why"), REFUSED_BY_NAME)
+def test_invalid_url_of_a_redis_that_fails_over_stops_the_start(url: str, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        Settings(redis_url=url)
+
+
 @pytest.mark.parametrize(
     "url",
     [
@@ -81,6 +163,12 @@ def test_invalid_url_stops_the_start(url: str, why: str) -> None:
         "redis://:1#hunter2@h", "redis://:[hunter2@h", "redis://:hunter2@h?Hunter2=1",
         "redis://:hunter2@h?nothing=hunter2", "redis://:hunter2@h:hunter2",
         "rediss://h?ssl_password=hunter2&ssl_certfile=/nowhere",
+        "redis+sentinel://:hun?ter2=x@h/m", "redis+sentinel://:h/unter2@h/m",
+        "redis+sentinel://:hunter2@h", "redis+sentinel://:hunter2@,h/m",
+        "redis+sentinel://h,:hunter2/m", "redis+sentinel://:[hunter2@h/m",
+        "redis+sentinel://h/m?sentinel_password=hunter2&sentinel_password=hunter2",
+        "redis+cluster://:1#hunter2@h", "redis+cluster://:hunter2@h/1",
+        "redis+cluster://h?sentinel_password=hunter2",
     ],
 )  # fmt: skip
 def test_no_part_of_a_password_is_shown(url: str) -> None:

@@ -101,6 +101,8 @@ def test_production_needs_no_previous_secret(monkeypatch: pytest.MonkeyPatch) ->
         "redis://10.0.0.5", "redis://redis:6379/0", "rediss://redis.example", "redis://:@redis",
         "redis://user@redis", "redis://redis?db=1", "redis://redis?password=", "redis://0.0.0.0",
         "redis://127.0.0.1.evil.example", "redis://localhost.evil.example", "redis://[2001:db8::1]",
+        "redis+sentinel://10.0.0.5/m", "redis+sentinel://localhost,10.0.0.5/m",
+        "redis+sentinel://10.0.0.5/m?sentinel_password=hunter2", "redis+cluster://127.0.0.1,redis",
     ],
 )  # fmt: skip
 def test_production_refuses_a_remote_redis_without_a_password(
@@ -118,6 +120,8 @@ def test_production_refuses_a_remote_redis_without_a_password(
         "redis://:hunter2@redis", "rediss://user:hunter2@redis:6380/1", "unix:///run/redis.sock",
         "redis://localhost", "redis://127.0.0.1:6379", "redis://127.3.2.1", "redis://[::1]:6379",
         "redis://redis?password=hunter2", "redis://",
+        "redis+sentinel://:hunter2@a,b/m", "redis+sentinel://localhost,[::1]/m",
+        "redis+cluster://user:hunter2@a,b", "redis+cluster://a?password=hunter2",
     ],
 )  # fmt: skip
 def test_production_accepts_a_redis_with_a_password_or_on_this_machine(

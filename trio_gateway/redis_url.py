@@ -1,4 +1,4 @@
-"""Redis URLs: address, credentials and TLS options.
+"""Redis URLs: where Redis is, with credentials and TLS options.
 
 The sources, the commands, the publisher and the CLI all read their URL with this module, so that
 each option has the same meaning everywhere.
@@ -6,21 +6,38 @@ each option has the same meaning everywhere.
 
 import difflib
 import re
-import ssl
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from enum import StrEnum
 from typing import Any, Final
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-SCHEMES: Final = frozenset({"redis", "rediss", "unix"})
-_TRUE: Final = frozenset({"1", "t", "true", "y", "yes"})
-_FALSE: Final = frozenset({"0", "f", "false", "n", "no"})
-_VERIFY: Final = {
-    "none": ssl.CERT_NONE,
-    "optional": ssl.CERT_OPTIONAL,
-    "required": ssl.CERT_REQUIRED,
+from .redis_tls import TLS_OPTIONS, Tls
+
+PORT: Final = 6379
+SENTINEL_PORT: Final = 26379
+
+
+class RedisKind(StrEnum):
+    """What a URL leads to."""
+
+    SINGLE = "single"  # one server; its name may lead to another one after a failover
+    SENTINEL = "sentinel"
+    CLUSTER = "cluster"
+
+
+_KINDS: Final[Mapping[str, RedisKind]] = {
+    "redis": RedisKind.SINGLE,
+    "rediss": RedisKind.SINGLE,
+    "unix": RedisKind.SINGLE,
+    "redis+sentinel": RedisKind.SENTINEL,
+    "rediss+sentinel": RedisKind.SENTINEL,
+    "redis+cluster": RedisKind.CLUSTER,
+    "rediss+cluster": RedisKind.CLUSTER,
 }
 _NAME: Final = re.compile(r"[a-z_]{1,40}")
+_MASTER_NAME: Final = re.compile(r"[A-Za-z0-9._-]+")  # the characters that Sentinel allows
+_REST: Final = re.compile(r"([^/?#]*)([^?#]*)(.*)", re.DOTALL)  # authority, path, the rest
 # Options of redis-py that have no effect here: the gateway decides these itself.
 _IGNORED: Final = frozenset({
     "socket_timeout", "socket_connect_timeout", "socket_read_size", "socket_keepalive",
@@ -28,83 +45,21 @@ _IGNORED: Final = frozenset({
     "protocol", "legacy_responses", "encoding", "encoding_errors", "decode_responses",
     "lib_name", "lib_version",
 })  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tls:
-    """Certificates and TLS parameters: the ``ssl_*`` options of redis-py."""
-
-    ca_certs: str | None = None
-    ca_path: str | None = None
-    ca_data: str | None = field(default=None, repr=False)
-    certfile: str | None = None
-    keyfile: str | None = None
-    password: str | None = field(default=None, repr=False)
-    cert_reqs: str = "required"
-    check_hostname: bool = True
-    min_version: ssl.TLSVersion | None = None
-    ciphers: str | None = None
-    include_verify_flags: tuple[ssl.VerifyFlags, ...] | None = None
-    exclude_verify_flags: tuple[ssl.VerifyFlags, ...] | None = None
-
-    def context(self) -> ssl.SSLContext:
-        """Build the context.
-
-        Raises :exc:`OSError` or :exc:`ValueError` if a file or a value is invalid.
-        """
-        context = ssl.create_default_context()
-        context.check_hostname = self.check_hostname and self.cert_reqs != "none"
-        context.verify_mode = _VERIFY[self.cert_reqs]
-        for flag in self.include_verify_flags or ():
-            context.verify_flags |= flag
-        for flag in self.exclude_verify_flags or ():
-            context.verify_flags &= ~flag
-        if self.certfile is not None:
-            # Without a password OpenSSL would ask for one at the terminal.
-            context.load_cert_chain(self.certfile, self.keyfile, self.password or "")
-        if self.ca_certs or self.ca_path or self.ca_data:
-            context.load_verify_locations(self.ca_certs, self.ca_path, self.ca_data)
-        if self.min_version is not None:
-            context.minimum_version = self.min_version
-        if self.ciphers is not None:
-            context.set_ciphers(self.ciphers)
-        return context
-
-    def check(self) -> None:
-        """Raise :exc:`ValueError` if a file or value is invalid; the text names the option."""
-        if self.keyfile is not None and self.certfile is None:
-            raise ValueError("ssl_keyfile needs ssl_certfile")
-        parts = (
-            ("ssl_ca_certs", Tls(ca_certs=self.ca_certs)),
-            ("ssl_ca_path", Tls(ca_path=self.ca_path)),
-            ("ssl_ca_data", Tls(ca_data=self.ca_data)),
-            (
-                "ssl_certfile" if self.keyfile is None else "ssl_certfile and ssl_keyfile",
-                Tls(certfile=self.certfile, keyfile=self.keyfile, password=self.password),
-            ),
-            ("ssl_ciphers", Tls(ciphers=self.ciphers)),
-            ("ssl_min_version", Tls(min_version=self.min_version)),
-        )
-        for name, part in parts:
-            if part == Tls():
-                continue
-            try:
-                part.context()
-            except ssl.SSLError as error:
-                reason = (getattr(error, "reason", None) or "").replace("_", " ").lower()
-                raise ValueError(f"{name} can't be used ({reason or 'TLS error'})") from None
-            except OSError as error:
-                raise ValueError(f"{name} can't be read ({error.strerror})") from None
-            except ValueError:
-                raise ValueError(f"{name} can't be used") from None
+_SENTINEL_OPTIONS: Final = frozenset({"sentinel_username", "sentinel_password"})
+_KNOWN: Final = (
+    frozenset({"db", "username", "password", "client_name"})
+    | _SENTINEL_OPTIONS
+    | TLS_OPTIONS
+    | _IGNORED
+)
 
 
 @dataclass(frozen=True, slots=True)
 class RedisAddress:
-    """Address and credentials of a Redis, from its URL. The ``repr`` has no password."""
+    """Address and credentials of one Redis server. The ``repr`` has no password."""
 
     host: str = "localhost"
-    port: int = 6379
+    port: int = PORT
     path: str | None = None  # of a unix socket
     tls: Tls | None = None
     db: int = 0
@@ -112,10 +67,14 @@ class RedisAddress:
     password: str | None = field(default=None, repr=False)
     client_name: str | None = None
     ignored: tuple[str, ...] = ()  # options that have no effect here
+    # A server that refuses the credentials is used without them: it may need none.
+    optional_auth: bool = False
 
     @classmethod
-    def from_url(cls, url: str) -> "RedisAddress":
-        """Read a ``redis://``, ``rediss://`` or ``unix://`` URL.
+    def from_url(
+        cls, url: str, *, kind: RedisKind = RedisKind.SINGLE, default_port: int = PORT
+    ) -> "RedisAddress":
+        """Read a ``redis://``, ``rediss://`` or ``unix://`` URL, with the options of ``kind``.
 
         Raises :exc:`ValueError` for any other URL, an unknown option or an invalid value. The
         text names the option and contains no value.
@@ -124,15 +83,17 @@ class RedisAddress:
             parts = urlsplit(url)
         except ValueError:  # its text contains parts of the URL
             raise ValueError("is not a URL: write %5B and %5D for [ and ] in a password") from None
-        if parts.scheme not in SCHEMES:
+        if _KINDS.get(parts.scheme) is not RedisKind.SINGLE:
             raise ValueError("must begin with redis://, rediss:// or unix://")
+        if "," in parts.netloc.rpartition("@")[2]:
+            raise ValueError("has several hosts: write redis+sentinel:// or redis+cluster://")
         try:
-            port = parts.port or 6379
+            port = parts.port or default_port
         except ValueError:
             raise ValueError("has an invalid port") from None
         if parts.fragment:
             raise ValueError("contains a #: write %23 in a password")
-        options = _options(parts.query, tls=parts.scheme == "rediss")
+        options = _options(parts.query, kind, tls=parts.scheme == "rediss")
         in_path = "" if parts.scheme == "unix" else unquote(parts.path).strip("/")
         db = options.pop("db", in_path) or "0"
         if not (db.isascii() and db.isdigit()):
@@ -142,7 +103,7 @@ class RedisAddress:
             host=unquote(parts.hostname or "localhost"),
             port=port,
             path=unquote(parts.path) if parts.scheme == "unix" else None,
-            tls=_tls(options) if parts.scheme == "rediss" else None,
+            tls=Tls.from_options(options) if parts.scheme == "rediss" else None,
             db=int(db),
             user=unquote(parts.username) if parts.username else user,
             password=unquote(parts.password) if parts.password else password,
@@ -181,58 +142,98 @@ class RedisAddress:
         return found | {"connection_class": library.SSLConnection}
 
     def __str__(self) -> str:
-        return self.path or f"{self.host}:{self.port}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return self.path or f"{host}:{self.port}"
 
 
-def _text(value: str) -> str:
-    return value
+@dataclass(frozen=True, slots=True)
+class RedisUrl:
+    """Where Redis is: one server, or those that know the primaries.
+
+    Neither ``repr`` nor ``str`` has a password.
+    """
+
+    kind: RedisKind
+    # The server; or Sentinels, with the credentials for Sentinels; or nodes of the Cluster.
+    seeds: tuple[RedisAddress, ...]
+    data: RedisAddress  # credentials, TLS and database of the servers that hold the data
+    master_name: str = ""  # of the primary, as the Sentinels call it
+
+    @classmethod
+    def from_url(cls, url: str) -> "RedisUrl":
+        """Read a URL of any kind.
+
+        Raises :exc:`ValueError` for an unknown scheme or option, or an invalid value. The text
+        names the option and contains no value.
+        """
+        scheme, _, rest = url.strip().partition("://")
+        scheme = scheme.lower()
+        kind = _KINDS.get(scheme)
+        if kind is None:
+            raise ValueError(
+                "must begin with redis://, redis+sentinel:// or redis+cluster:// (rediss… for TLS),"
+                " or unix://"
+            )
+        if kind is RedisKind.SINGLE:
+            server = RedisAddress.from_url(url)
+            return cls(kind, (server,), server)
+        parts = _REST.fullmatch(rest)
+        assert parts is not None
+        authority, path, options = parts.groups()
+        userinfo, at, hosts = authority.rpartition("@")
+        path, port, master_name = path.strip("/"), PORT, ""
+        if kind is RedisKind.SENTINEL:
+            master_name, _, path = path.partition("/")
+            port = SENTINEL_PORT
+        names = hosts.split(",")
+        if any(name.partition(":")[0] == "" for name in names):
+            raise ValueError("has no host between two commas, or none at all")
+        base = f"{scheme.partition('+')[0]}://{userinfo}{at}"
+        found = (
+            RedisAddress.from_url(f"{base}{name}/{path}{options}", kind=kind, default_port=port)
+            for name in names
+        )
+        seeds = tuple(dict.fromkeys(found))
+        if kind is RedisKind.CLUSTER:
+            if seeds[0].db:
+                raise ValueError("has a database: a Cluster has only database 0")
+            return cls(kind, seeds, seeds[0])
+        if not _MASTER_NAME.fullmatch(master_name):
+            raise ValueError(
+                "must name the primary behind the Sentinels: redis+sentinel://host:26379/mymaster"
+            )
+        sentinels = tuple(_sentinel(seed, options) for seed in seeds)
+        return cls(kind, sentinels, seeds[0], master_name)
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """The options that have no effect here."""
+        return self.data.ignored
+
+    def node(self, host: str, port: int) -> RedisAddress:
+        """The address of a server with data: a primary or a replica."""
+        return replace(self.data, host=host, port=port)
+
+    def check(self) -> None:
+        """Raise :exc:`ValueError` if a file that an option names can't be used."""
+        self.data.check()
+
+    def __str__(self) -> str:
+        name = f"/{self.master_name}" if self.master_name else ""
+        return ",".join(map(str, self.seeds)) + name
 
 
-def _bool(value: str) -> bool:
-    if value.lower() not in _TRUE | _FALSE:
-        raise ValueError("must be true or false")
-    return value.lower() in _TRUE
+def _sentinel(server: RedisAddress, query: str) -> RedisAddress:
+    """The address of a Sentinel, with the credentials for Sentinels."""
+    options = dict(parse_qsl(query.removeprefix("?"), keep_blank_values=True))
+    if _SENTINEL_OPTIONS & options.keys():
+        user, password = options.get("sentinel_username"), options.get("sentinel_password")
+        return replace(server, db=0, user=user or None, password=password or None)
+    # Those of the data, which often are the same.
+    return replace(server, db=0, optional_auth=True)
 
 
-def _cert_reqs(value: str) -> str:
-    if value not in _VERIFY:
-        raise ValueError(f"must be one of {', '.join(_VERIFY)}")
-    return value
-
-
-def _min_version(value: str) -> ssl.TLSVersion:
-    known = {"771": ssl.TLSVersion.TLSv1_2, "772": ssl.TLSVersion.TLSv1_3}
-    if value not in known:
-        raise ValueError("must be 771 (TLS 1.2) or 772 (TLS 1.3)")
-    return known[value]
-
-
-def _flags(value: str) -> tuple[ssl.VerifyFlags, ...]:
-    names = [name.strip() for name in value.strip("[]").split(",") if name.strip()]
-    try:
-        return tuple(ssl.VerifyFlags[name] for name in names)
-    except KeyError:
-        raise ValueError("must be names of ssl.VerifyFlags") from None
-
-
-_TLS: Final[Mapping[str, Callable[[str], Any]]] = {
-    "ssl_ca_certs": _text,
-    "ssl_ca_path": _text,
-    "ssl_ca_data": _text,
-    "ssl_certfile": _text,
-    "ssl_keyfile": _text,
-    "ssl_password": _text,
-    "ssl_cert_reqs": _cert_reqs,
-    "ssl_check_hostname": _bool,
-    "ssl_min_version": _min_version,
-    "ssl_ciphers": _text,
-    "ssl_include_verify_flags": _flags,
-    "ssl_exclude_verify_flags": _flags,
-}
-_KNOWN: Final = frozenset({"db", "username", "password", "client_name"}) | _IGNORED | set(_TLS)
-
-
-def _options(query: str, *, tls: bool) -> dict[str, str]:
+def _options(query: str, kind: RedisKind, *, tls: bool) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, value in parse_qsl(query, keep_blank_values=True):
         if name not in _KNOWN:
@@ -244,20 +245,9 @@ def _options(query: str, *, tls: bool) -> dict[str, str]:
             raise ValueError(f"has an unknown option: {name}{hint}")
         if name in found:
             raise ValueError(f"has {name} twice")
-        if name in _TLS and not tls:
+        if name in TLS_OPTIONS and not tls:
             raise ValueError(f"has {name}, which needs rediss://")
+        if name in _SENTINEL_OPTIONS and kind is not RedisKind.SENTINEL:
+            raise ValueError(f"has {name}, which needs redis+sentinel://")
         found[name] = value
     return found
-
-
-def _tls(options: Mapping[str, str]) -> Tls:
-    found: dict[str, Any] = {}
-    for name, read in _TLS.items():
-        if name in options:
-            if not options[name]:
-                raise ValueError(f"has an empty {name}")
-            try:
-                found[name.removeprefix("ssl_")] = read(options[name])
-            except ValueError as error:
-                raise ValueError(f"has {name}, which {error}") from None
-    return Tls(**found)

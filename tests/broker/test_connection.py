@@ -1,11 +1,16 @@
 """Redis connections: slow replies are awaited, invalid ones are a lost connection."""
 
+from dataclasses import replace
+
 import pytest
+import redis
 import trio
 from trio.testing import MockClock
 
 from tests.support.redis_links import link_to
-from trio_gateway.broker.connection import ENOUGH
+from tests.support.redis_server import valkey
+from trio_gateway.broker.connection import ENOUGH, open_redis
+from trio_gateway.redis_url import RedisAddress
 from trio_gateway.runtime.supervision import ConnectionLost
 
 
@@ -76,3 +81,28 @@ async def test_missing_reply_of_several_names_its_command(autojump_clock: MockCl
     async with link_to(redis) as link:
         with pytest.raises(ConnectionLost, match="no answer to XINFO"):
             await link.ask_all([("TIME",), ("XINFO", "STREAM", "s")], timeout=1)
+
+
+@pytest.mark.parametrize("user", [None, "nobody"])
+async def test_optional_credentials_are_not_needed_by_a_server_without_a_password(
+    user: str | None,
+) -> None:
+    with valkey() as server:
+        address = RedisAddress("127.0.0.1", server.port, user=user, password="p")
+        with pytest.raises(ConnectionLost, match="AUTH failed"):
+            async with open_redis(address):
+                pass
+        async with open_redis(replace(address, optional_auth=True)) as link:
+            assert await link.call("PING") == b"PONG"
+
+
+async def test_optional_credentials_are_used_where_a_password_is_needed() -> None:
+    with valkey() as server:
+        with redis.Redis(port=server.port) as admin:
+            admin.config_set("requirepass", "p")
+        address = RedisAddress("127.0.0.1", server.port, password="p", optional_auth=True)
+        async with open_redis(address) as link:
+            assert await link.call("PING") == b"PONG"
+        async with open_redis(replace(address, password="q")) as link:
+            with pytest.raises(ConnectionLost, match="PING failed: NOAUTH"):
+                await link.call("PING")

@@ -170,7 +170,9 @@ async def _connect(address: RedisAddress) -> trio.abc.Stream:
 async def _greet(connection: RedisConnection, address: RedisAddress) -> None:
     if address.user is not None or address.password is not None:
         user = [address.user] if address.user is not None else []
-        await connection.call("AUTH", *user, address.password or "")
+        reply = await connection.ask("AUTH", *user, address.password or "")
+        if not address.optional_auth:
+            no_error(reply, "AUTH")
     if address.db:
         await connection.call("SELECT", address.db)
     # Shown in CLIENT LIST. An error is ignored: an ACL may refuse it, a proxy may not know it.

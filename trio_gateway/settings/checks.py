@@ -3,13 +3,13 @@
 from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import Final
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import urlsplit
 
 from ..core.event_ids import tag
 from ..core.origins import is_loopback
 from ..core.shards import Sharding
 from ..keys import MIN_SECRET_BYTES, SIGNATURES, is_well_known
-from ..redis_url import RedisAddress
+from ..redis_url import RedisUrl
 from .values import HMAC, SettingValues
 
 _USUAL_IDLE_TIMEOUT: Final = 45  # seconds, of event-source-polyfill; the default of proxies is 60
@@ -42,7 +42,7 @@ def warnings_of(settings: SettingValues) -> list[str]:
         found.append("TABLE_TOKEN_SECRET is not set: it is random, so no table token is valid")
     if settings.jwt_secret is not None and settings.jwt_secret == settings.table_token_secret:
         found.append("JWT_SECRET and TABLE_TOKEN_SECRET are the same: use two different secrets")
-    for name in RedisAddress.from_url(settings.redis_url).ignored:
+    for name in RedisUrl.from_url(settings.redis_url).ignored:
         found.append(f"REDIS_URL: {name} has no effect: the gateway sets it itself")
     url = urlsplit(settings.jwt_jwks_url or "")
     if url.scheme == "http" and not is_loopback(url.hostname or ""):
@@ -164,10 +164,10 @@ def _secrets_in_use(settings: SettingValues) -> list[str]:
 
 def _is_open(redis_url: str) -> bool:
     """Whether anyone on the network may be able to publish to this Redis."""
-    parts = urlsplit(redis_url)
-    if parts.scheme == "unix" or parts.password or "password" in parse_qs(parts.query):
+    url = RedisUrl.from_url(redis_url)
+    if url.data.path is not None or url.data.password:
         return False
-    return not is_loopback(parts.hostname or "localhost")
+    return not all(is_loopback(seed.host) for seed in url.seeds)
 
 
 def _is_installed(module: str) -> bool:

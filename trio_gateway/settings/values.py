@@ -13,7 +13,7 @@ from ..core.event_ids import DEFAULT_STREAM
 from ..core.origins import read_origin
 from ..core.shards import MAX_SHARDS
 from ..keys import SIGNATURES
-from ..redis_url import RedisAddress
+from ..redis_url import RedisUrl
 
 _PATTERNS = (
     "channel:branch:*:waiters",
@@ -192,7 +192,7 @@ class SettingValues(BaseSettings):
     @field_validator("redis_url")
     @classmethod
     def _usable_redis_url(cls, value: str) -> str:
-        RedisAddress.from_url(value).check()
+        RedisUrl.from_url(value).check()
         return value
 
     @field_validator("jwt_jwks_url")
