@@ -1,26 +1,4 @@
 """Ports on this machine."""
 
-import random
-import socket
-from contextlib import ExitStack, suppress
-
-
-def free_port() -> int:
-    """A free port below the range that the kernel gives to clients.
-
-    A client that connects to an unused port of that range could get that port as its own, and be
-    connected to itself.
-    """
-    return free_ports(1)
-
-
-def free_ports(count: int) -> int:
-    """The first of so many free ports in a row."""
-    while True:
-        first = random.randrange(20_000, 32_000)
-        with ExitStack() as stack, suppress(OSError):
-            for port in range(first, first + count):
-                probe = stack.enter_context(socket.socket())
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind(("127.0.0.1", port))
-            return first
+from trio_gateway.redis_sets.ports import free_port as free_port
+from trio_gateway.redis_sets.ports import free_ports as free_ports
