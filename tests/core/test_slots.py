@@ -50,7 +50,22 @@ def test_slot_that_nobody_owns_has_no_primary() -> None:
     slots = SlotMap.from_reply(REPLY, "asked")
     assert slots.primary_of(101) is slots.primary_of(8191) is SlotMap().primary_of(0) is None
     assert not slots.covers_all
-    assert SlotMap([(0, 100, ("a", 1)), (101, 16383, ("b", 1))]).covers_all
+    assert SlotMap(((0, 100, ("a", 1)), (101, 16383, ("b", 1)))).covers_all
+
+
+def test_replicas_are_known() -> None:
+    assert SlotMap.from_reply(REPLY, "asked").replicas == {("10.0.0.4", 7004)}
+
+
+@pytest.mark.parametrize("slot", [0, 50, 100, 101, 8192, 16383])
+def test_slot_that_moved_has_the_new_primary_and_all_others_the_same(slot: int) -> None:
+    before, new = SlotMap.from_reply(REPLY, "asked"), ("10.0.0.4", 7004)
+    after = before.moved(slot, new)
+    assert after.primary_of(slot) == new
+    assert new not in after.replicas
+    for other in {0, 49, 50, 51, 99, 100, 101, 102, 8191, 8192, 8193, 16382, 16383} - {slot}:
+        assert after.primary_of(other) == before.primary_of(other)
+    assert after.moved(slot, new).ranges == after.ranges
 
 
 @pytest.mark.parametrize("unknown", [None, b"", "", b"?"])

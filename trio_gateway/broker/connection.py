@@ -125,10 +125,13 @@ def no_error(reply: Any, command: str | bytes | int) -> Any:
 
 
 @asynccontextmanager
-async def open_redis(address: RedisAddress) -> AsyncIterator[RedisConnection]:
+async def open_redis(
+    address: RedisAddress, *, any_role: bool = False
+) -> AsyncIterator[RedisConnection]:
     """Connect, authenticate and select the database. The host name is resolved each time.
 
-    Raises :exc:`ConnectionLost` if one of these fails, :exc:`Demoted` if the server is a replica.
+    Raises :exc:`ConnectionLost` if one of these fails, and, unless it may have ``any_role``,
+    :exc:`Demoted` if the server is a replica.
     """
     try:
         with trio.fail_after(CONNECT_TIMEOUT):
@@ -143,6 +146,8 @@ async def open_redis(address: RedisAddress) -> AsyncIterator[RedisConnection]:
         connection = RedisConnection(stream)
         with trio.move_on_after(CONNECT_TIMEOUT) as scope:
             await _greet(connection, address)
+            if not any_role:
+                await connection.check_role()
         if scope.cancelled_caught:
             raise ConnectionLost(f"no answer from {address} in {CONNECT_TIMEOUT:g} s")
         yield connection
@@ -177,7 +182,6 @@ async def _greet(connection: RedisConnection, address: RedisAddress) -> None:
         await connection.call("SELECT", address.db)
     # Shown in CLIENT LIST. An error is ignored: an ACL may refuse it, a proxy may not know it.
     await connection.ask("CLIENT", "SETNAME", address.client_name or "trio-gateway")
-    await connection.check_role()
 
 
 def _cause(error: BaseException) -> str:

@@ -2,7 +2,8 @@
 
 from binascii import crc_hqx
 from bisect import bisect_right
-from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final
 
 SLOTS: Final = 16384
@@ -19,16 +20,17 @@ def slot_of(key: str) -> int:
     return crc_hqx((tag if opened and closed and tag else key).encode(), 0) % SLOTS
 
 
+@dataclass(frozen=True)
 class SlotMap:
-    """Which node is the primary of each slot.
+    """Which node is the primary of each slot."""
 
-    Arguments:
-        ranges: first slot, last slot and node of each range.
-    """
+    ranges: tuple[tuple[int, int, Node], ...] = ()  # first slot, last slot, primary; in order
+    replicas: frozenset[Node] = frozenset()
 
-    def __init__(self, ranges: Iterable[tuple[int, int, Node]] = ()) -> None:
-        self._ranges = sorted(ranges)
-        self._firsts = [first for first, _, _ in self._ranges]
+    @classmethod
+    def of_one(cls, primary: Node) -> "SlotMap":
+        """One primary for all slots: that of a Redis that is no Cluster."""
+        return cls(((0, SLOTS - 1, primary),))
 
     @classmethod
     def from_reply(cls, reply: Any, asked: str) -> "SlotMap":
@@ -36,34 +38,51 @@ class SlotMap:
 
         Raises :exc:`ValueError` for anything else.
         """
+        ranges, replicas = [], set[Node]()
         try:
-            return cls(
-                (int(first), int(last), _node(node, asked)) for first, last, node, *_ in reply
-            )
+            for first, last, primary, *others in reply:
+                ranges.append((int(first), int(last), _node(primary, asked)))
+                replicas.update(_node(each, asked) for each in others)
         except (LookupError, TypeError, ValueError):
             raise ValueError("not a reply to CLUSTER SLOTS") from None
+        return cls(tuple(sorted(ranges)), frozenset(replicas))
+
+    @cached_property
+    def _firsts(self) -> list[int]:
+        return [first for first, _, _ in self.ranges]
 
     @property
     def covers_all(self) -> bool:
         """Whether each slot has a primary."""
-        following = 0
-        for first, last, _ in self._ranges:
-            if first > following:
-                return False
-            following = max(following, last + 1)
-        return following >= SLOTS
+        return self.covered == SLOTS
 
     @property
+    def covered(self) -> int:
+        """The number of slots that have a primary."""
+        return sum(last - first + 1 for first, last, _ in self.ranges)
+
+    @cached_property
     def primaries(self) -> frozenset[Node]:
         """The nodes that own slots."""
-        return frozenset(node for _, _, node in self._ranges)
+        return frozenset(node for _, _, node in self.ranges)
 
     def primary_of(self, slot: int) -> Node | None:
         """The node that owns the slot, or None if nobody does."""
         at = bisect_right(self._firsts, slot) - 1
-        if at < 0 or slot > self._ranges[at][1]:
+        if at < 0 or slot > self.ranges[at][1]:
             return None
-        return self._ranges[at][2]
+        return self.ranges[at][2]
+
+    def moved(self, slot: int, primary: Node) -> "SlotMap":
+        """The map after this slot got another primary."""
+        ranges = [(slot, slot, primary)]
+        for first, last, node in self.ranges:
+            ranges += [
+                (start, end, node)
+                for start, end in ((first, min(last, slot - 1)), (max(first, slot + 1), last))
+                if start <= end
+            ]
+        return SlotMap(tuple(sorted(ranges)), self.replicas - {primary})
 
 
 def read_node(address: str, asked: str) -> Node:

@@ -1,0 +1,82 @@
+"""Sentinel: the primary since the last failover is found, whichever Sentinels answer."""
+
+from typing import Any
+
+import pytest
+import trio
+
+from tests.support.stopwatch import Stopwatch
+from trio_gateway.broker.asking import ANSWER_TIMEOUT, GRACE
+from trio_gateway.broker.sentinel import Named, newest, read_answer, sentinel_topology
+from trio_gateway.redis_sets import SentinelSet, sentinel_set
+from trio_gateway.redis_url import RedisUrl
+from trio_gateway.runtime.supervision import ConnectionLost
+
+OLD, NEW = ("10.0.0.1", 6379), ("10.0.0.2", 6379)
+
+
+def test_newest_failover_counts_more_than_the_majority() -> None:
+    assert newest([Named(1, OLD), Named(1, OLD), Named(2, NEW)]) == NEW
+
+
+def test_majority_counts_if_the_epochs_are_equal_or_unknown() -> None:
+    assert newest([Named(0, OLD), Named(0, NEW), Named(0, NEW)]) == NEW
+
+
+@pytest.mark.parametrize("details", [[b"name", b"m", b"config-epoch", b"7"], PermissionError()])
+def test_answer_is_read_without_the_right_to_the_details(details: Any) -> None:
+    epoch = 7 if isinstance(details, list) else 0
+    assert read_answer([b"10.0.0.1", b"6379"], details, "m") == Named(epoch, OLD)
+
+
+@pytest.mark.parametrize("address", [b"OK", 5, [b"h"], [b"h", b"x"], [5, b"1"]])
+def test_other_servers_are_no_sentinels(address: Any) -> None:
+    with pytest.raises(ConnectionLost, match="no Sentinel"):
+        read_answer(address, [], "m")
+
+
+async def test_primary_is_found_after_a_failover(sentinels: SentinelSet) -> None:
+    url = RedisUrl.from_url(sentinels.url)
+    topology = sentinel_topology(url)
+    before = await topology.primary()
+    assert before == url.node("127.0.0.1", sentinels.primary().port)
+    sentinels.failover()
+    with trio.fail_after(20):
+        while (after := await topology.primary()) == before:
+            topology.suspect(before)
+    old = sentinels.node_at(before.port)
+    new = await trio.to_thread.run_sync(lambda: sentinels.wait_writable(other_than=old))
+    assert after == url.node("127.0.0.1", new.port)
+
+
+async def test_frozen_sentinel_delays_the_answer_little(sentinels: SentinelSet) -> None:
+    topology = sentinel_topology(RedisUrl.from_url(sentinels.url))
+    frozen, primary = sentinels.sentinels[0], sentinels.primary()
+    frozen.freeze()
+    try:
+        watch = Stopwatch()
+        assert (await topology.primary()).port == primary.port
+        assert watch.net < GRACE + 0.5
+    finally:
+        frozen.thaw()
+
+
+async def test_problem_of_the_sentinels_is_told(sentinels: SentinelSet) -> None:
+    wrong_name = sentinels.url.replace("/mymaster", "/other")
+    with pytest.raises(ConnectionLost, match="no primary with the name other"):
+        await sentinel_topology(RedisUrl.from_url(wrong_name)).primary()
+    no_sentinels = f"redis+sentinel://127.0.0.1:{sentinels.primary().port}/m"
+    with pytest.raises(ConnectionLost, match="SENTINEL failed: ERR"):
+        await sentinel_topology(RedisUrl.from_url(no_sentinels)).primary()
+    watch = Stopwatch()
+    nobody = RedisUrl.from_url("redis+sentinel://127.0.0.1:1,127.0.0.1:2/m")
+    with pytest.raises(ConnectionLost, match="Connection refused"):
+        await sentinel_topology(nobody).primary()
+    assert watch.net < ANSWER_TIMEOUT
+
+
+@pytest.mark.parametrize("own", [None, "s"])
+async def test_credentials_of_the_nodes_are_tried_with_the_sentinels(own: str | None) -> None:
+    with sentinel_set(replicas=0, sentinels=1, password="p", sentinel_password=own) as found:
+        topology = sentinel_topology(RedisUrl.from_url(found.url))
+        assert (await topology.primary()).password == "p"

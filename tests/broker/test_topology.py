@@ -1,0 +1,116 @@
+"""Topology: who is the primary is asked when it is needed, once for all who want to know it."""
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from trio_gateway.broker.topology import PAUSE, Topology, single
+from trio_gateway.core.slots import Node, SlotMap
+from trio_gateway.redis_url import RedisAddress
+from trio_gateway.runtime.supervision import ConnectionLost
+
+A, B = ("a", 1), ("b", 2)
+
+
+class Servers:
+    """What the servers say: a primary, or None for no answer. An answer takes a second."""
+
+    def __init__(self, primary: Node | None) -> None:
+        self.primary = primary
+        self.looks: list[float] = []
+        self.topology = Topology(self.look, lambda node: RedisAddress(*node))
+
+    async def look(self, before: SlotMap) -> SlotMap:
+        self.looks.append(trio.current_time())
+        await trio.sleep(1)
+        if self.primary is None:
+            raise ConnectionLost("nobody there")
+        return SlotMap.of_one(self.primary)
+
+    async def ask(self, outcomes: list[object]) -> None:
+        try:
+            outcomes.append(await self.topology.primary())
+        except ConnectionLost as lost:
+            outcomes.append(str(lost))
+
+
+async def test_known_primary_is_not_asked_for_again(autojump_clock: MockClock) -> None:
+    servers = Servers(A)
+    for _ in range(2):
+        assert await servers.topology.primary() == RedisAddress("a", 1)
+    assert servers.looks == [0]
+
+
+async def test_suspected_primary_is_asked_for_again(autojump_clock: MockClock) -> None:
+    servers = Servers(A)
+    old = await servers.topology.primary()
+    servers.primary = B
+    servers.topology.suspect(old)
+    new = await servers.topology.primary()
+    assert new == RedisAddress("b", 2)
+    servers.topology.suspect(old)  # by one that has not heard of the change
+    assert await servers.topology.primary() == new
+    assert len(servers.looks) == 2
+
+
+async def test_all_who_ask_at_the_same_time_share_one_answer(autojump_clock: MockClock) -> None:
+    for primary in (A, None):
+        servers, outcomes = Servers(primary), list[object]()
+        async with trio.open_nursery() as nursery:
+            for _ in range(10):
+                nursery.start_soon(servers.ask, outcomes)
+        assert outcomes == [RedisAddress("a", 1) if primary else "nobody there"] * 10
+        assert len(servers.looks) == 1
+
+
+async def test_one_that_gives_up_leaves_the_question_to_the_others(
+    autojump_clock: MockClock,
+) -> None:
+    servers = Servers(A)
+    async with trio.open_nursery() as nursery:
+        with trio.move_on_after(0.5):
+            nursery.start_soon(servers.topology.primary)
+            await servers.topology.primary()
+    assert await servers.topology.primary() == RedisAddress("a", 1)
+
+
+async def test_failed_looks_have_a_pause_between_them(autojump_clock: MockClock) -> None:
+    servers = Servers(None)
+    for _ in range(3):
+        with pytest.raises(ConnectionLost, match="nobody there"):
+            await servers.topology.primary()
+    assert servers.looks == pytest.approx([0, 1 + PAUSE, 2 + 2 * PAUSE])
+
+
+async def test_moved_slot_is_known_at_once_and_others_are_told(autojump_clock: MockClock) -> None:
+    servers = Servers(A)
+    topology = servers.topology
+    await topology.current()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(topology.wait_changed)
+        await trio.testing.wait_all_tasks_blocked()
+        topology.moved(5, B)
+        assert await topology.primary(5) == RedisAddress("b", 2)
+        assert await topology.primary(6) == RedisAddress("a", 1)
+        assert {each.host for each in await topology.primaries()} == {"a", "b"}
+    assert len(servers.looks) == 1
+
+
+async def test_slot_without_a_primary_is_asked_for_again(autojump_clock: MockClock) -> None:
+    maps = [SlotMap(((0, 5, A),)), SlotMap.of_one(B)]
+
+    async def look(before: SlotMap) -> SlotMap:
+        return maps.pop(0)
+
+    topology = Topology(look, lambda node: RedisAddress(*node))
+    with pytest.raises(ConnectionLost, match="slot 6 has no primary"):
+        await topology.primary(6)
+    assert await topology.primary(6) == RedisAddress("b", 2)
+
+
+async def test_single_server_is_always_the_primary() -> None:
+    server = RedisAddress(path="/run/redis.sock", password="p")
+    topology = single(server)
+    topology.suspect(server)
+    assert await topology.primary(99) is server
+    assert await topology.primaries() == [server]

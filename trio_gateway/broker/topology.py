@@ -1,0 +1,130 @@
+"""Topology: which Redis server is the primary of a key, now.
+
+A single server always is. The primary of a Sentinel set, or those of a Cluster, are asked for when
+they are not known. Whoever finds that a server does not answer, or is no primary, reports it with
+:meth:`Topology.suspect`; the next who needs one asks again.
+"""
+
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import structlog
+import trio
+
+from ..core.slots import Node, SlotMap
+from ..redis_url import RedisAddress
+from ..runtime.supervision import ConnectionLost
+
+log = structlog.get_logger()
+
+PAUSE: Final = 0.1  # seconds at least from one look to the next
+
+#: Asks the servers, of which those of the map are known; raises :exc:`ConnectionLost`.
+Look = Callable[[SlotMap], Awaitable[SlotMap]]
+
+
+class Topology:
+    """The present :class:`SlotMap`, kept up to date by those who use it.
+
+    ``address`` completes a node with credentials and TLS options.
+    """
+
+    def __init__(
+        self, look: Look, address: Callable[[Node], RedisAddress], known: SlotMap | None = None
+    ) -> None:
+        self._look = look
+        self._address = address
+        self._map = known or SlotMap()
+        self._is_suspect = known is None
+        self._lock = trio.Lock()
+        self._looks = 0
+        self._looked_at = -PAUSE
+        self._problem: str | None = None  # of the last look
+        self._changed = trio.lowlevel.ParkingLot()
+
+    async def primary(self, slot: int = 0) -> RedisAddress:
+        """The server that executes commands for the keys of a slot.
+
+        Raises :exc:`ConnectionLost` if no server says which one.
+        """
+        found = (await self.current()).primary_of(slot)
+        if found is None:
+            self._is_suspect = True
+            raise ConnectionLost(f"slot {slot} has no primary")
+        return self._address(found)
+
+    async def primaries(self) -> list[RedisAddress]:
+        """All servers that execute commands; only a Cluster has several.
+
+        Raises :exc:`ConnectionLost` as :meth:`primary` does.
+        """
+        return [self._address(node) for node in (await self.current()).primaries]
+
+    async def current(self) -> SlotMap:
+        """The present map. Raises :exc:`ConnectionLost` if it is not known."""
+        return await self.look_again() if self._is_suspect else self._map
+
+    async def look_again(self) -> SlotMap:
+        """Ask the servers; those who want it at the same time share one answer."""
+        before = self._looks
+        async with self._lock:
+            if self._looks == before:
+                await trio.sleep(max(0.0, self._looked_at + PAUSE - trio.current_time()))
+                await self._look_once()
+            if self._problem is not None:
+                raise ConnectionLost(self._problem)
+            return self._map
+
+    async def _look_once(self) -> None:
+        self._is_suspect = False  # what is suspected from now on is asked for again
+        found = None
+        try:
+            found = await self._look(self._map)
+        except ConnectionLost as lost:
+            self._problem = str(lost)
+        else:
+            self._problem = None
+            self._set(found)
+        finally:
+            self._is_suspect |= found is None
+            self._looked_at = trio.current_time()
+        self._looks += 1
+
+    def suspect(self, server: RedisAddress) -> None:
+        """This server does not answer, or is no primary: ask before the next command."""
+        self._is_suspect |= any(self._address(node) == server for node in self._map.primaries)
+
+    def moved(self, slot: int, primary: Node) -> None:
+        """A node of the Cluster says that this slot has another primary."""
+        if self._map.primary_of(slot) != primary:
+            self._set(self._map.moved(slot, primary))
+
+    async def wait_changed(self) -> None:
+        """Wait until a slot gets another primary."""
+        await self._changed.park()
+
+    def _set(self, found: SlotMap) -> None:
+        before, self._map = self._map, found
+        if before.ranges in ((), found.ranges):
+            return
+        if before.primaries != found.primaries:
+            log.warning(
+                "primary changed",
+                was=_names(before.primaries - found.primaries),
+                now=_names(found.primaries - before.primaries),
+            )
+        self._changed.unpark_all()
+
+
+def _names(nodes: frozenset[Node]) -> str:
+    return ", ".join(sorted(f"{host}:{port}" for host, port in nodes)) or "none"
+
+
+def single(server: RedisAddress) -> Topology:
+    """The topology of one server, or of a name that leads to the primary."""
+    known = SlotMap.of_one((server.host, server.port))
+
+    async def look(before: SlotMap) -> SlotMap:
+        return known
+
+    return Topology(look, lambda node: server, known)
