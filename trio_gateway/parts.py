@@ -106,7 +106,12 @@ class Parts:
     @property
     def ready(self) -> bool:
         """Whether a load balancer should send clients here."""
-        return not self.draining and self.pubsub.connected and self.streams.connected
+        return (
+            not self.draining
+            and self.pubsub.connected
+            and self.streams.connected
+            and len(self.streams.unreadable) < len(self.settings.sharding.names)
+        )
 
     @property
     def handshakes(self) -> int:

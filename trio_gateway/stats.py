@@ -64,6 +64,7 @@ def snapshot(parts: Parts) -> Snapshot:
             "wsgateway_replayed_events_total": parts.replays.replayed,
             "wsgateway_stream_gaps_total": parts.streams.gaps,
             "wsgateway_streams_followed": len(parts.following.names),
+            "wsgateway_streams_unreadable": len(parts.streams.unreadable),
             "wsgateway_events_misplaced_total": parts.inlet.misplaced,
             "wsgateway_dead_letters_total": (
                 parts.dead_letters.outcomes if parts.dead_letters else {}

@@ -11,6 +11,7 @@ import trio
 
 from tests.support.gateways import until
 from tests.support.redis_server import RedisServer, valkey
+from trio_gateway.broker import stream_reader, streams
 from trio_gateway.broker.streams import Streams
 from trio_gateway.core.event_ids import Position, Stream, entry_id, read_position, tag
 from trio_gateway.core.resilience import Backoff, Breaker
@@ -306,3 +307,113 @@ async def test_place_survives_an_interruption_while_another_shard_is_begun(engin
             engine.add("a")  # it looks at what it follows between two replies
             await until(lambda: "b" not in engine.sink.pasts)
     assert not engine.sink.gaps
+
+
+# A shard that can't be read
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look around five times as often."""
+    for module in (streams, stream_reader):
+        monkeypatch.setattr(module, "BLOCK", 0.4)
+
+
+def spoil(engine: Engine, name: str) -> None:
+    engine.backend.delete(name)
+    engine.added[name].clear()
+    engine.backend.set(name, "not a stream")
+
+
+@pytest.mark.usefixtures("quick")
+async def test_shard_that_cannot_be_read_does_not_stop_the_others(engine: Engine) -> None:
+    spoil(engine, "b")
+    async with engine.reading("a", "b"):
+        assert list(engine.source.unreadable) == ["b"]
+        engine.source.follow(["a", "b", "c"])
+        engine.add("a", 5)
+        engine.add("c", 5)
+        await until(lambda: engine.has_all("a", "c"))
+        engine.backend.delete("b")
+        engine.add("b", 5)
+        await until(lambda: engine.has_all("b") and not engine.source.unreadable)
+        engine.add("b", 5)
+        await until(lambda: engine.has_all("a", "b", "c"))
+    assert not engine.sink.gaps
+
+
+@pytest.mark.usefixtures("quick")
+async def test_shard_that_becomes_unreadable_is_a_gap_when_it_is_back(engine: Engine) -> None:
+    async with engine.reading("a", "b"):
+        engine.add("b", 5)
+        await until(lambda: engine.has_all("b"))
+        spoil(engine, "b")
+        engine.add("a", 5)
+        await until(lambda: engine.has_all("a") and list(engine.source.unreadable) == ["b"])
+        engine.kill_connections()
+        engine.add("a", 5)
+        await until(lambda: engine.has_all("a") and list(engine.source.unreadable) == ["b"])
+        assert not engine.sink.gaps
+        engine.backend.delete("b")
+        engine.add("b", 5)
+        await until(lambda: engine.sink.known("b")[5:] == engine.added["b"])
+    assert [stream for stream, _, _ in engine.sink.gaps] == [tag("b")]
+
+
+@pytest.mark.usefixtures("quick")
+async def test_shard_is_begun_while_all_others_are_unreadable(engine: Engine) -> None:
+    spoil(engine, "a")
+    async with engine.reading("a"):
+        engine.source.follow(["a", "b"])
+        engine.add("b")
+        await until(lambda: engine.has_all("b"))
+        engine.source.follow(["b"])
+        engine.add("b")
+        await until(lambda: engine.has_all("b") and not engine.source.unreadable)
+
+
+@pytest.mark.usefixtures("quick")
+async def test_shard_without_the_right_to_it_does_not_stop_the_others(engine: Engine) -> None:
+    def grant(*keys: str) -> None:
+        engine.backend.acl_setuser(
+            "few", enabled=True, reset=True, nopass=True, keys=keys, categories=["+@all"]
+        )
+
+    grant("a")
+    url = f"redis://few:x@127.0.0.1:{engine.server.port}"
+    engine.source = Streams(RedisAddress.from_url(url), Breaker(1000, 30))
+    async with engine.reading("a", "b"):
+        engine.add("a", 5)
+        await until(lambda: engine.has_all("a") and list(engine.source.unreadable) == ["b"])
+        grant("a", "b")
+        engine.add("b", 5)
+        await until(lambda: engine.has_all("a", "b"))
+    assert not engine.sink.gaps
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("kills", [False, True], ids=["same connection", "new connection"])
+async def test_unreadable_stream_of_a_change_of_shards_is_a_gap_when_it_is_back(
+    engine: Engine, kills: bool
+) -> None:
+    engine.source = Streams(
+        RedisAddress.from_url(engine.server.connection_url), Breaker(1000, 30),
+        ranks={tag("a"): 0, tag("b"): 1}, old_streams={tag("a")},
+    )  # fmt: skip
+    async with engine.reading("a", "b"):
+        engine.add("b")
+        await until(lambda: engine.has_all("b"))
+        engine.backend.rename("b", "c")
+        engine.backend.set("b", "not a stream")
+        await until(lambda: list(engine.source.unreadable) == ["b"])
+        engine.add("a")
+        await until(lambda: engine.has_all("a"))
+        engine.backend.rename("c", "b")
+        engine.add("b")
+        if kills:
+            engine.kill_connections()
+        await until(lambda: engine.has_all("b"))
+    ((stream, since, end),) = engine.sink.gaps
+    assert stream == tag("b")
+    assert end == read_position(engine.added["b"][0])
+    assert since > read_position(engine.added["a"][0])

@@ -8,6 +8,7 @@ from tests.support.redis_links import link_to
 from trio_gateway.broker.stream_cursor import StreamCursor
 from trio_gateway.broker.stream_reader import COUNT, StreamReader, merge
 from trio_gateway.broker.stream_replies import Info
+from trio_gateway.broker.unreadable import Unreadable
 from trio_gateway.core.event_ids import Position, tag
 from trio_gateway.core.routing import ROUTES
 from trio_gateway.runtime.dispatch import Dispatch
@@ -39,7 +40,7 @@ async def test_reply_to_an_earlier_command_is_not_delivered_again() -> None:
     cursor.checked_at = trio.current_time()
     async with link_to(redis) as link:
         reader = StreamReader(
-            link, inlet, {"s": cursor}, ranks={}, old_streams=(), on_gap=lambda: None
+            link, inlet, {"s": cursor}, Unreadable(), ranks={}, old_streams=(), on_gap=lambda: None
         )
         await reader.read()
         assert cursor.entry_id == "1-1"
@@ -97,7 +98,9 @@ async def test_reads_are_paced_while_many_entries_come(
             ingest=Ingest(), queue=EventQueue(10), history=history, dispatch=Dispatch(hub, ROUTES),
             replays=Replays(history, hub), routes=ROUTES,
         )  # fmt: skip
-        reader = StreamReader(link, inlet, {}, ranks={}, old_streams=(), on_gap=lambda: None)
+        reader = StreamReader(
+            link, inlet, {}, Unreadable(), ranks={}, old_streams=(), on_gap=lambda: None
+        )
         started = trio.current_time()
         for count in replies:
             await reader._pace([(OLD, at(*((1, n) for n in range(count))))])

@@ -118,6 +118,37 @@ async def test_process_without_clients_reads_no_shard_and_is_ready(redis_url: st
         assert gateway.app.parts.ingest.received["stream"] == 0
 
 
+async def test_one_unreadable_shard_costs_the_others_nothing(
+    redis_url: str, backend: "redis.Redis"
+) -> None:
+    backend.set(stream(OTHER), "not a stream")
+    async with (
+        sharded(redis_url) as gateway,
+        admitted(gateway.staff_url("waiter", tenant_id=OTHER)),
+        admitted(gateway.staff_url("waiter", tenant_id=ONE)) as one,
+    ):
+        publish(redis_url, ONE, 1)
+        assert await next_markers(one, 1) == [1]
+        await until(lambda: gateway.app.parts.streams.unreadable)
+        assert (await http(gateway.port, "/ws/health/ready")).status == 200
+        detailed = await http(gateway.port, "/ws/health/detailed")
+        assert detailed.status == 503
+        assert detailed.json["stream"]["unreadable"] == [stream(OTHER)]
+        assert (await http(gateway.port, "/ws/health")).json["status"] == "degraded"
+        assert (await metrics(gateway.port))["streams_unreadable"] == 1
+
+
+async def test_process_is_not_ready_while_its_only_stream_cannot_be_read(
+    redis_url: str, backend: "redis.Redis"
+) -> None:
+    backend.set("events:critical", "not a stream")
+    async with running(make_settings(redis_url), wait_ready=False) as gateway:
+        await until(lambda: gateway.app.parts.streams.unreadable)
+        assert (await http(gateway.port, "/ws/health/ready")).status == 503
+        backend.delete("events:critical")
+        await until(lambda: gateway.app.ready)
+
+
 async def test_shard_is_read_only_where_it_has_clients(redis_url: str) -> None:
     async with (
         sharded(redis_url, redis_stream_shards_previous=SHARDS) as one,

@@ -23,6 +23,7 @@ class FakeSource:
     connected = True
     gaps = 0
     cursors: Mapping[str, str] = {}
+    unreadable: Collection[str] = ()
 
     def __init__(self) -> None:
         self.followed: list[list[str]] = []

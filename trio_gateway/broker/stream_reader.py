@@ -1,6 +1,7 @@
 """Reading streams on one connection: entries in order, none twice, and gaps reported."""
 
 import math
+import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from itertools import groupby
 from operator import itemgetter
@@ -17,7 +18,8 @@ from .connection import RedisConnection, no_error
 from .stream_cursor import StreamCursor
 from .stream_gaps import Gap, check
 from .stream_past import read_past
-from .stream_replies import read_entries, read_info, read_news, read_time
+from .stream_replies import error_of_key, read_entries, read_info, read_news, read_time
+from .unreadable import Unreadable
 
 log = structlog.get_logger()
 
@@ -34,8 +36,9 @@ _News = Sequence[tuple[StreamCursor, Sequence[Entry]]]
 class StreamReader:
     """Reads the streams of ``cursors`` on one connection, and moves the cursors.
 
-    ``cursors`` are shared with the reader before it, which reads until :meth:`stop`, and with the
-    one that follows. ``ranks`` and ``old_streams`` are those of :class:`.core.shards.Sharding`.
+    ``cursors`` and ``unreadable`` are shared with the reader before it, which reads until
+    :meth:`stop`, and with the one that follows. ``ranks`` and ``old_streams`` are those of
+    :class:`.core.shards.Sharding`.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class StreamReader:
         redis: RedisConnection,
         sink: Sink,
         cursors: dict[str, StreamCursor],
+        unreadable: Unreadable,
         *,
         ranks: Mapping[Stream, int],
         old_streams: Collection[Stream],
@@ -51,6 +55,7 @@ class StreamReader:
         self._redis = redis
         self._sink = sink
         self._cursors = cursors
+        self._unreadable = unreadable
         self._ranks = ranks
         self._old_streams = old_streams
         self._throttled_log = ThrottledLog(log)
@@ -62,11 +67,17 @@ class StreamReader:
         self.reading: Collection[str] = ()  # the names in its last XREAD
 
     async def begin(self, name: str) -> None:
-        """Begin a stream at its end, with the history of what it still holds."""
+        """Begin a stream at its end, with the history of what it still holds.
+
+        One that can't be read is noted as such and not begun.
+        """
         redis = self._redis
         now = read_time(await redis.ask("TIME", timeout=REPLY_TIMEOUT))
         ahead = now - trio.current_time() if now is not None else None
-        info = read_info(await redis.ask("XINFO", "STREAM", name, timeout=REPLY_TIMEOUT), name)
+        reply = await redis.ask("XINFO", "STREAM", name, timeout=REPLY_TIMEOUT)
+        if self._unreadable.note(name, "XINFO", reply):
+            return
+        info = read_info(reply, name)
         past = await read_past(redis, name, info, self._sink.room(), timeout=REPLY_TIMEOUT)
         stream = tag(name)
         await self._sink.begin(stream, name, past, ahead)
@@ -107,16 +118,23 @@ class StreamReader:
         """Read what is new in all streams, and look for gaps."""
         if self.stopping:
             return
-        names = self.reading = list(self._cursors)
+        names = self.reading = [name for name in self._cursors if name not in self._unreadable]
         cursors = [self._cursors[name] for name in names]
+        if not names:
+            if block:
+                await self.idle()
+            return
         waiting = ("BLOCK", str(int(BLOCK * 1000))) if block else ()
         self._is_waiting = True
-        reply = await self._redis.call(
+        reply = await self._redis.ask(
             "XREAD", "COUNT", COUNT, *waiting, "STREAMS",
             *names, *[cursor.entry_id for cursor in cursors],
             timeout=BLOCK + REPLY_TIMEOUT,
         )  # fmt: skip
         self._is_waiting = False
+        if error_of_key(reply) is not None and await self._look_for_unreadable(names):
+            return
+        no_error(reply, "XREAD")
         news: list[tuple[StreamCursor, Sequence[Entry]]] = []
         for name, entries in read_news(reply):
             if (cursor := self._cursors.get(name)) is None:
@@ -131,6 +149,43 @@ class StreamReader:
         due = trio.current_time() - BLOCK if news else math.inf
         if unchecked := [c for c in cursors if not c.is_checked and c.checked_at < due]:
             await self.check(unchecked)
+
+    async def _look_for_unreadable(self, names: Sequence[str]) -> bool:
+        """Find out which of these streams can't be read; return whether there are any.
+
+        An error of one stream is Redis' reply for all that it was asked for at once.
+        """
+        replies = await self._redis.ask_all(
+            [("XREAD", "COUNT", 1, "STREAMS", name, "$") for name in names],
+            timeout=REPLY_TIMEOUT,
+        )
+        found = [
+            self._unreadable.note(name, "XREAD", reply)
+            for name, reply in zip(names, replies, strict=True)
+        ]
+        return any(found)
+
+    async def retry_unreadable(self) -> None:
+        """Look again at the streams that can't be read. One that was begun is read on if it can."""
+        for name in list(self._unreadable):
+            commands = (("XINFO", "STREAM", name), ("XREAD", "COUNT", 1, "STREAMS", name, "$"))
+            replies = await self._redis.ask_all(commands, timeout=REPLY_TIMEOUT)
+            if any(error_of_key(reply) is not None for reply in replies):
+                continue
+            no_error(replies[1], "XREAD")
+            self._unreadable.is_back(name)
+            if (cursor := self._cursors.get(name)) is not None:
+                await self.check([cursor], is_new_connection=True)
+                if self._ranks:
+                    # Later entries of the tenants' other streams were delivered, so an id of those
+                    # does not say any more where a client was in this one.
+                    now = Position((await self._now(), 0))
+                    await self._gap(cursor, Gap("out of order", now, cursor.position))
+
+    async def _now(self) -> int:
+        """Redis' unix time in milliseconds; ours, if the user has no right to ask."""
+        now = read_time(await self._redis.ask("TIME", timeout=REPLY_TIMEOUT))
+        return int((time.time() if now is None else now) * 1000)
 
     async def _pace(self, news: _News) -> None:
         """Wait before the next read while many entries come: reading them one by one costs more.
@@ -185,7 +240,7 @@ class StreamReader:
 
         On a new connection this also checks that it leads to the same streams as before.
         """
-        left = list(cursors)
+        left = [cursor for cursor in cursors if cursor.name not in self._unreadable]
         while left:
             some, left = left[:_CHECKED_TOGETHER], left[_CHECKED_TOGETHER:]
             lost_tails = await self._lost_tails(some) if is_new_connection else ()
@@ -193,6 +248,8 @@ class StreamReader:
                 [("XINFO", "STREAM", cursor.name) for cursor in some], timeout=REPLY_TIMEOUT
             )
             for cursor, reply in zip(some, replies, strict=True):
+                if self._unreadable.note(cursor.name, "XINFO", reply):
+                    continue
                 info = read_info(reply, cursor.name)
                 cursor.checked_at, cursor.is_checked = trio.current_time(), True
                 cursor.is_counted = info.added is not None
@@ -215,7 +272,8 @@ class StreamReader:
         return {
             cursor.name
             for (cursor, tail), reply in zip(known, replies, strict=True)
-            if read_entries(no_error(reply, "XREVRANGE")) != [tail]
+            if not self._unreadable.note(cursor.name, "XREVRANGE", reply)
+            and read_entries(no_error(reply, "XREVRANGE")) != [tail]
         }
 
     async def _gap(self, cursor: StreamCursor, gap: Gap) -> None:

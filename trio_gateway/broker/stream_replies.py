@@ -15,6 +15,8 @@ from ..runtime.source import Entry
 from ..runtime.supervision import ConnectionLost
 
 _FIELD: Final = b"data"
+# Errors that may concern one key alone: it is of another type, or the user has no right to it.
+_OF_A_KEY: Final = frozenset({"WRONGTYPE", "NOPERM", "ERR"})
 _SHORT: Final = 20  # characters of an id; then its numbers have less than 64 bits
 _RawEntry = tuple[bytes, list[bytes] | None]
 
@@ -67,6 +69,14 @@ def read_info(reply: Any, name: str) -> Info:
             raw.entries_added,
             _read_id(raw.max_deleted_entry_id) if raw.max_deleted_entry_id else START,
         )
+
+
+def error_of_key(reply: Any) -> str | None:
+    """The first word of an error reply that may concern its key alone; None for other replies."""
+    if not isinstance(reply, hiredis.ReplyError) or "no such key" in str(reply):
+        return None
+    word = str(reply).split(" ", 1)[0]
+    return word if word in _OF_A_KEY else None
 
 
 def read_time(reply: Any) -> float | None:

@@ -20,6 +20,7 @@ from ..runtime.supervision import Demoted
 from .connection import RedisConnection, open_redis
 from .stream_cursor import StreamCursor
 from .stream_reader import BLOCK, REPLY_TIMEOUT, StreamReader
+from .unreadable import Unreadable
 
 log = structlog.get_logger()
 
@@ -49,6 +50,7 @@ class Streams:
         self._followed: dict[str, None] = {}  # in order
         self._changed = trio.lowlevel.ParkingLot()
         self._by_name: dict[str, StreamCursor] = {}  # of the streams that have been begun
+        self._unreadable = Unreadable()
         self._role_checked_at = 0.0
         self.connected = False
         self.gaps = 0
@@ -60,6 +62,11 @@ class Streams:
             name: self._by_name[name].entry_id if name in self._by_name else entry_id(START)
             for name in self._followed
         }
+
+    @property
+    def unreadable(self) -> Collection[str]:
+        """The streams that are followed and can't be read, though Redis answers."""
+        return tuple(name for name in self._unreadable if name in self._followed)
 
     def follow(self, shards: Collection[str]) -> None:
         """Read these streams from now on, and no other. Returns at once."""
@@ -73,7 +80,7 @@ class Streams:
                 reader: StreamReader | None = None
                 while True:
                     reader = await nursery.start(self._read_on, sink, reader)
-                    while self._followed.keys() <= self._by_name.keys():
+                    while not self._to_begin():
                         await self._changed.park()
         except* Demoted:
             # The other connections were made when the server was the primary, too.
@@ -93,16 +100,18 @@ class Streams:
         """Begin what is new, take over from the reader before this one, and read on."""
         async with open_redis(self._address) as redis:
             reader = StreamReader(
-                redis, sink, self._by_name,
+                redis, sink, self._by_name, self._unreadable,
                 ranks=self._ranks, old_streams=self._old_streams, on_gap=self._count_gap,
             )  # fmt: skip
             if before is None:
                 await reader.check(list(self._by_name.values()), is_new_connection=True)
-            begun = [name for name in self._followed if name not in self._by_name]
+                await reader.retry_unreadable()
+            begun = self._to_begin()
             for name in begun:
                 await reader.begin(name)
             if before is not None:
-                if self._by_name.keys() <= set(before.reading):  # it was not waiting for news
+                readable = {name for name in self._by_name if name not in self._unreadable}
+                if readable <= set(before.reading):  # it was not waiting for news
                     task_status.started(before)
                     return
                 await before.stop()
@@ -121,6 +130,8 @@ class Streams:
             await reader.run_until_stopped(lambda: self._read(reader, redis, sink))
 
     async def _read(self, reader: StreamReader, redis: RedisConnection, sink: Sink) -> None:
+        for name in [name for name in self._unreadable if name not in self._followed]:
+            self._unreadable.forget(name)
         if self._by_name.keys() - self._followed.keys():
             await sink.settle()
             for name in self._by_name.keys() - self._followed.keys():
@@ -130,14 +141,22 @@ class Streams:
         else:
             await reader.idle()
         if not reader.stopping:  # else a reply may be under way
-            await self._check_role(redis)
+            await self._look_around(reader, redis)
 
-    async def _check_role(self, redis: RedisConnection) -> None:
-        """A connection can outlive its server's time as the primary."""
+    def _to_begin(self) -> list[str]:
+        known = self._by_name.keys()
+        return [n for n in self._followed if n not in known and n not in self._unreadable]
+
+    async def _look_around(self, reader: StreamReader, redis: RedisConnection) -> None:
+        """A connection can outlive its server's time as the primary; errors can be over."""
         now = trio.current_time()
         if now - self._role_checked_at >= BLOCK:
             self._role_checked_at = now
             await redis.check_role(timeout=REPLY_TIMEOUT)
+            if self._unreadable:
+                await reader.retry_unreadable()
+                if self._to_begin():
+                    self._changed.unpark_all()
 
     def _count_gap(self) -> None:
         self.gaps += 1

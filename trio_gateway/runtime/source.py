@@ -89,12 +89,16 @@ class Source(Protocol):
     and servers; where it cannot, it says so with :meth:`Sink.gap`.
     """
 
-    connected: bool  # what is followed is being read
+    connected: bool  # what is followed is being read, except for what can't be
     gaps: int  # so far
 
     @property
     def cursors(self) -> Mapping[str, str]:
         """The place of each shard that is followed, as people write it."""
+
+    @property
+    def unreadable(self) -> Collection[str]:
+        """The shards that are followed and can't be read at present, though it is connected."""
 
     def follow(self, shards: Collection[str]) -> None:
         """Read these shards from now on, and no other. Returns at once.

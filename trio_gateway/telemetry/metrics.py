@@ -74,6 +74,7 @@ METRICS: Final[Mapping[str, Counter | Gauge | Distribution]] = {
         "Times that stream entries were lost before they were read"
     ),
     "wsgateway_streams_followed": Gauge("Streams that are read"),
+    "wsgateway_streams_unreadable": Gauge("Streams that can't be read, though Redis answers"),
     "wsgateway_events_misplaced_total": Counter("Events in the shard of another tenant"),
     "wsgateway_log_lines_dropped_total": Counter(
         "Log lines dropped because they could not be written"

@@ -17,7 +17,8 @@ def _connections(parts: Parts) -> dict[str, Any]:
 async def alive(parts: Parts) -> Answer:
     """200 while the process runs; `status` is `healthy` or `degraded`."""
     breakers = [parts.breakers[name] for name in ("commands", "writes", "database")]
-    healthy = parts.ready and all(each.state is State.CLOSED for each in breakers)
+    works = parts.ready and not parts.streams.unreadable
+    healthy = works and all(each.state is State.CLOSED for each in breakers)
     status = "healthy" if healthy else "degraded"
     return jsonify(status=status, connections=_connections(parts)), 200
 
@@ -37,7 +38,7 @@ async def detailed(parts: Parts) -> Answer:
     """The state of every part; 503 unless everything that is needed works."""
     error = await _check(parts)
     worst = max(parts.breakers.values(), key=lambda breaker: breaker.state is not State.CLOSED)
-    is_ready = parts.ready and error is None
+    is_ready = parts.ready and error is None and not parts.streams.unreadable
     body = {
         "status": "healthy" if is_ready else "degraded",
         "draining": parts.draining,
@@ -62,6 +63,7 @@ async def detailed(parts: Parts) -> Answer:
             "status": _status(parts.streams.connected),
             "cursor": parts.streams.cursors,
             "lag": parts.stream_queue.depth,
+            **({"unreadable": [*unreadable]} if (unreadable := parts.streams.unreadable) else {}),
         },
     }
     return jsonify(body), 200 if is_ready else 503
