@@ -34,8 +34,9 @@ def exists(pid: int) -> bool:
 
 
 def test_sentinels_with_a_password_make_a_replica_the_primary() -> None:
-    with sentinel_set(password=PASSWORD) as found:
+    with sentinel_set(password=PASSWORD, sentinel_password="another one") as found:
         assert found.url.startswith("redis+sentinel://:a%20%2Fpassword%401@127.0.0.1:")
+        assert found.url.endswith("/mymaster?sentinel_password=another+one")
         before = found.primary()
         before.ask("SET", "key", "value")
         assert before.ask("WAIT", 2, 5000, timeout=6) == 2

@@ -145,7 +145,7 @@ def _sentinels(
         ]
         if password is not None:
             lines.append(f'sentinel auth-pass {NAME} "{password}"')
-        if password is not None:
-            lines.append(f'sentinel sentinel-pass "{password}"')
+        if own_password is not None:
+            lines.append(f'sentinel sentinel-pass "{own_password}"')
         found.append(Node(group, port, own_password, {}, lines=lines, arguments=["--sentinel"]))
     return found
