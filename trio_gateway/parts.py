@@ -34,7 +34,7 @@ from .runtime.history import History
 from .runtime.hub import CapacityLimits, Hub
 from .runtime.ingest import Ingest
 from .runtime.keyed_limiter import KeyedLimiter
-from .runtime.older_events import OlderEvents, make_parse
+from .runtime.older_events import LEAST_BYTES, OlderEvents, make_parse
 from .runtime.places import Places
 from .runtime.queue import EventQueue
 from .runtime.resume import Replays
@@ -180,7 +180,7 @@ def build_parts(
         StreamPages(commands, names),
         make_parse(dispatch, settings.routes.durable_types),
         most_entries=settings.ws_resume_from_stream,
-        most_bytes=settings.ws_history_bytes,
+        most_bytes=max(settings.ws_history_bytes, LEAST_BYTES),
     )
     replays = Replays(history, hub, places, older_events)
     pubsub_queue = EventQueue(

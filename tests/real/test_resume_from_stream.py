@@ -69,6 +69,18 @@ async def test_small_memory_answers_as_a_big_one_would(
         assert len(texts) == len([n for n in range(1235, 3000) if n % 2 == 0 and n % 5 in {0, 2}])
 
 
+async def test_few_bytes_of_memory_answer_as_many_would(
+    backend: "redis.Redis", redis_url: str
+) -> None:
+    few = SMALL | {"ws_history_bytes": 1000}
+    async with running(make_settings(redis_url, **few)) as gateway:
+        ids = publish(backend, 0, 300)
+        await settle(gateway)
+        recovered, texts = await replay(gateway, ids[0])
+        assert recovered
+        assert len(texts) == 59
+
+
 async def test_clients_that_reconnect_at_once_share_one_scan(
     backend: "redis.Redis", redis_url: str
 ) -> None:

@@ -27,6 +27,8 @@ from .dispatch import Dispatch
 from .history import History, StoredEvent
 
 DEADLINE: Final = 5.0  # seconds that a client waits for a scan
+# A small history must not keep a scan from reading as many entries as it may.
+LEAST_BYTES: Final = 67_108_864
 _PAGE: Final = 250  # entries in one reply: 16 MB at most
 _OVERLAP: Final = 1000  # entries of the history that a range holds, too
 _PER_CHECKPOINT: Final = 100  # entries that are parsed at a time
