@@ -256,6 +256,24 @@ def test_publish_stops_when_redis_is_down() -> None:
     assert "hunter2" not in done.output
 
 
+@pytest.mark.parametrize("confirm", ["1", "all"])
+def test_publish_stops_at_an_event_that_no_replica_confirms(
+    url: str, store: "redis.Redis", confirm: str
+) -> None:
+    done = run(
+        "publish", "--confirm", confirm, "-", env={"REDIS_URL": url}, stdin=f"{EVENT}\n{EVENT}\n"
+    )
+    assert done.exit_code == 1
+    assert "0 of 1 replicas" in done.stderr or "has no replica" in done.stderr
+    assert len(published(store)) == 1
+
+
+def test_publish_does_not_take_other_values_of_confirm(url: str) -> None:
+    done = run("publish", "--confirm", "most", "-", env={"REDIS_URL": url}, stdin=EVENT)
+    assert done.exit_code == 2
+    assert 'must be a number of replicas or "all"' in done.stderr
+
+
 # check
 
 

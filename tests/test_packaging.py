@@ -55,7 +55,7 @@ def light_modules() -> set[str]:
     """The modules that the publisher and the client import, directly or not."""
     paths = {name_of(path): path for path in MODULES}
     found: set[str] = set()
-    todo = {"publisher", *(name for name in paths if name.startswith("client."))}
+    todo = {name for name in paths if name.startswith(("client.", "publisher."))}
     while todo:
         name = todo.pop()
         found.add(name)

@@ -21,8 +21,8 @@ PUBLIC: Final[dict[str, set[str]]] = {
     },
     "gateway": {"Gateway", "create_app"},
     "publisher": {
-        "AsyncPublisher", "InvalidEvent", "InvalidRoutes", "PublishFailed", "Publisher", "TIMEOUT",
-        "read_routes",
+        "AsyncPublisher", "InDoubt", "InvalidEvent", "InvalidRoutes", "PublishFailed", "Publisher",
+        "TIMEOUT", "read_routes",
     },
     "settings": {"InvalidSettings", "Settings", "load_settings"},
     "testing": {

@@ -1,10 +1,8 @@
 """Redis as a source: duplicates, connections and failures."""
 
 import json
-import ssl
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -33,6 +31,7 @@ from tests.support.gateways import (
     valkey,
 )
 from tests.support.redis_server import RedisServer
+from tests.support.redis_tls import tls_in_front_of
 from tests.support.stopwatch import Stopwatch
 from trio_gateway.cli import main
 from trio_gateway.publisher import AsyncPublisher, PublishFailed
@@ -282,42 +281,6 @@ async def test_rejected_redis_credentials_are_logged_without_the_password(
     assert "wrong-password" not in shown
     assert "pass/w@rd" not in shown
     assert quote("pass/w@rd:%", safe="") not in shown
-
-
-@asynccontextmanager
-async def tls_in_front_of(
-    port: int, certificate: trustme.LeafCert, clients: trustme.CA | None = None
-) -> AsyncIterator[int]:
-    """Terminate TLS for the wheel's Valkey, which has none. With ``clients`` it requires a
-    client certificate.
-    """
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    certificate.configure_cert(context)
-    if clients is not None:
-        clients.configure_trust(context)
-        context.verify_mode = ssl.CERT_REQUIRED
-
-    async def relay(client: trio.SSLStream[trio.SocketStream]) -> None:
-        async def copy(source: trio.abc.Stream, sink: trio.abc.Stream) -> None:
-            async for data in source:
-                await sink.send_all(data)
-            nursery.cancel_scope.cancel()
-
-        try:
-            server = await trio.open_tcp_stream("127.0.0.1", port)
-            async with server, client, trio.open_nursery() as nursery:
-                nursery.start_soon(copy, client, server)
-                nursery.start_soon(copy, server, client)
-        except* (trio.BrokenResourceError, trio.ClosedResourceError):
-            pass
-
-    listening = free_port()
-    async with trio.open_nursery() as serving:
-        await serving.start(
-            partial(trio.serve_ssl_over_tcp, relay, listening, context, host="127.0.0.1")
-        )
-        yield listening
-        serving.cancel_scope.cancel()
 
 
 async def test_redis_is_reached_over_tls(

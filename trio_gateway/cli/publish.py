@@ -12,6 +12,7 @@ from .errors import FAILED, Failure, settings_or_exit
 
 if TYPE_CHECKING:
     from ..publisher import Publisher
+    from ..publisher.adding import Confirm
     from .event_files import FileEvent
 
 
@@ -37,6 +38,14 @@ class _Tally:
         return text
 
 
+def _replicas(context: Any, option: Any, value: str) -> "Confirm":
+    if value == "all":
+        return "all"
+    if not (value.isascii() and value.isdecimal()):
+        raise click.BadParameter('must be a number of replicas or "all"')
+    return int(value)
+
+
 @click.command()
 @click.argument(
     "file", type=click.Path(exists=True, dir_okay=False, allow_dash=True), metavar="FILE|-"
@@ -52,7 +61,14 @@ class _Tally:
     "--repeat", type=click.IntRange(min=1), default=1, help="Publish the file N times.", metavar="N"
 )
 @click.option("--now", is_flag=True, help="Set each event's ts to the present time.")
-def publish(file: str, rate: float, repeat: int, now: bool) -> None:
+@click.option(
+    "--confirm",
+    callback=_replicas,
+    default="0",
+    metavar="N|all",
+    help="Wait until so many replicas have each event of a stream; stop at one in doubt.",
+)
+def publish(file: str, rate: float, repeat: int, now: bool, confirm: "Confirm") -> None:
     """Publish one event, or a file of them, to the Redis at REDIS_URL.
 
     FILE contains one JSON object, or one on each line: an event, or {"channel": …, "event": …} to
@@ -75,6 +91,7 @@ def publish(file: str, rate: float, repeat: int, now: bool) -> None:
                 shards=settings.redis_stream_shards,
                 max_length=None,  # the backends decide how long their stream is
                 routes=settings.routes,
+                confirm=confirm,
             )
         ) as to,
     ):

@@ -186,7 +186,7 @@ def test_impossible_number_of_shards_is_refused(shards: int) -> None:
 
 def test_shard_is_by_the_checksum_that_redis_uses_for_its_slots() -> None:
     with (
-        harness.valkey(**{"cluster-enabled": "yes"}) as server,
+        harness.valkey(**{"cluster-enabled": "yes", "cluster-port": harness.free_port()}) as server,
         redis.Redis(port=server.port) as client,
     ):
         for tenant in (1, 2, 7, 10, 4242, 10**12, 2**63 - 1):

@@ -1,0 +1,66 @@
+"""Adding an entry to a stream, and waiting until replicas have it."""
+
+import re
+from typing import Final, Literal
+
+from .errors import InDoubt
+from .links import Command, Link, NoReply, Refused
+
+_WAIT: Final = 1.0  # seconds for the replicas
+_CONNECTED: Final = re.compile(rb"^connected_slaves:(\d+)\r?$", re.MULTILINE)
+
+Confirm = int | Literal["all"]
+
+
+def check_confirm(confirm: object) -> None:
+    """Raise :exc:`ValueError` for anything but a number of replicas or ``"all"``."""
+    if confirm == "all":
+        return
+    if isinstance(confirm, bool) or not isinstance(confirm, int) or confirm < 0:
+        raise ValueError('confirm must be a number of replicas or "all"')
+
+
+def add(command: Command, confirm: Confirm, link: Link) -> str:
+    """Run the XADD, and return the entry's id as soon as ``confirm`` replicas have the entry.
+
+    WAIT is about what its own connection has written to its own server, so an entry is confirmed
+    only where it was written: if another server becomes the primary in between, the connection
+    breaks, or WAIT is refused.
+
+    Raises :exc:`Refused` if the entry was not added, :exc:`NoReply` if that is unknown or if the
+    server stopped being the primary, and :exc:`InDoubt` if replicas do not have the entry in time.
+    """
+    if confirm == 0:
+        link.send(command)
+        return link.receive(bytes).decode()
+    waiting: Command = ("WAIT", confirm, int(1000 * _WAIT))
+    link.send(command, ("INFO", "replication") if confirm == "all" else waiting)
+    entry = link.receive(bytes).decode()
+    try:
+        if confirm == "all":
+            confirm = _connected(link)
+            if confirm == 0:
+                raise InDoubt(f"{link} has no replica", entry=entry)
+            link.send(("WAIT", confirm, int(1000 * _WAIT)))
+        confirmed = link.receive(int)
+    except NoReply as failed:
+        raise NoReply(str(failed), entry=entry) from None
+    except Refused as refused:
+        # The entry was added: for the caller this is never a refusal.
+        if refused.is_wrong_server:
+            raise NoReply(str(refused), entry=entry) from None
+        raise InDoubt(f"{refused} (to confirm an entry)", entry=entry) from None
+    if confirmed < confirm:
+        raise InDoubt(
+            f"{confirmed} of {confirm} replicas of {link} have the event after {_WAIT:g} s",
+            entry=entry,
+        )
+    return entry
+
+
+def _connected(link: Link) -> int:
+    """The number of replicas of this server, from its reply to INFO."""
+    found = _CONNECTED.search(link.receive(bytes))
+    if found is None:
+        raise NoReply(f"{link} sent an invalid reply")
+    return int(found[1])
