@@ -37,7 +37,7 @@ _LIST = "\n".join(f"  {name:8} {scenario.about}" for name, scenario in SCENARIOS
 @click.option("--branches", type=click.IntRange(1, 8000), help="mixed, many: number of branches.")
 @click.option("--processes", type=click.IntRange(1, 64), help="many: gateway processes.")
 @click.option("--each", type=click.IntRange(1), help="mixed: branches of each staff member.")
-@click.option("--stuck", type=click.IntRange(1), help="slow: clients that never read.")
+@click.option("--stuck", type=click.IntRange(1), help="slow, burst: clients that never read.")
 @click.option("--resume", is_flag=True, default=None, help="storm: all clients resume.")
 @click.option("--missed", type=click.IntRange(1), help="storm --resume: missed events.")
 @click.option("--minutes", type=click.FloatRange(0.1), help="soak: duration.")

@@ -13,6 +13,8 @@ import msgspec
 import numpy as np
 from rich.progress import Progress
 
+from trio_gateway.core.messages import GAP
+
 from . import crowd as crowds
 from . import many as connections
 from .backlog import Backlog, target
@@ -668,6 +670,39 @@ def tenth(bench: Bench, who: str) -> Figures:
             load.shut()
 
 
+_BURST: Final = 50_000  # events
+_BURST_OVER: Final = 4.0  # seconds without a byte
+
+
+def burst(bench: Bench, who: str) -> Figures:
+    """Many events at once, while all clients read as fast as they can: how many are missing?"""
+    options = bench.options
+    with gathered(bench, who, crowds.one_branch(options.clients), stuck=options.stuck) as run:
+        load, publisher = run.load, run.publisher
+        load.logging = False
+        cpu, began = run.server.cpu(), time.monotonic()
+        while publisher.sent < _BURST:
+            publisher.publish(min(256, _BURST - publisher.sent))
+            load.pump(0)
+        published = time.monotonic() - began
+        load.settle(
+            lambda: not any(load.missed(c, _BURST) for c in run.clients if c.ready), _BURST_OVER
+        )
+        took = time.monotonic() - began
+        cpu = run.server.cpu() - cpu
+        metrics = run.server.metrics()
+        found = {
+            "published in s": published,
+            "delivered in s": took,
+            "CPU µs per delivery": cpu / _BURST / len(run.clients) * 1e6,
+            "dropped": metrics.get("wsgateway_events_dropped_total", 0.0),
+            "lags": metrics.get("wsgateway_lags_total", 0.0),
+            "gaps told": float(sum(client.texts.count(GAP) for client in run.clients)),
+            "lost connections": float(options.clients - load.ready),
+        }
+        return found | run.faults()
+
+
 @dataclass(frozen=True)
 class Scenario:
     """A scenario; ``rooms`` says whether the baselines, which have one room, can run it."""
@@ -714,6 +749,9 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     ),
     "elsewhere": Scenario(elsewhere, replace(_PLAIN, rate=10_000.0), rooms=False),
     "tenth": Scenario(tenth, _PLAIN, rooms=False),
+    "burst": Scenario(
+        burst, replace(_PLAIN, clients=50, stuck=0), plotted=("delivered in s", "missing")
+    ),
     "growth": Scenario(growth, replace(_PLAIN, seconds=2.0)),
 }
 
