@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trio_gateway.core.limits import DropAlarm, RateLimit, TenantRate
+from trio_gateway.core.limits import Allowance, DropAlarm, RateLimit, TenantRate
 
 
 def test_21st_message_in_a_second_exceeds_the_limit() -> None:
@@ -95,6 +95,26 @@ def test_memory_is_bounded_by_the_window() -> None:
         drops.note(i / 4, dropped=False)
 
     assert drops.heard <= 4 * 62
+
+
+def test_allowance_is_used_and_grows_back() -> None:
+    allowance = Allowance(most=2, rate=0.1)
+    allowance.use("a", 1.5, now=100)
+    assert allowance.left("a", 100) == pytest.approx(0.5)
+    assert allowance.left("a", 105) == pytest.approx(1)
+    assert allowance.left("a", 1000) == allowance.left("b", 100) == 2
+    allowance.use("a", 3, now=105)  # more than is left
+    assert allowance.left("a", 105) == pytest.approx(-2)
+    assert allowance.left("a", 135) == pytest.approx(1)
+
+
+def test_allowance_remembers_whom_it_must() -> None:
+    allowance = Allowance(most=1, rate=1)
+    for who in range(10_000):
+        allowance.use(who, 1, now=who / 100)
+
+    assert len(allowance._whole_at) <= 1001
+    assert allowance.left(9999, now=99.99) == 0
 
 
 def allowed(rate: TenantRate, times: Iterable[float], tenant: int = 1) -> list[float]:

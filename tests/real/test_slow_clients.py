@@ -128,6 +128,38 @@ async def test_burst_closes_no_client_and_loses_nothing(
         assert not gateway.app.parts.hub.closed
 
 
+async def test_burst_on_pubsub_reaches_whole_the_clients_that_read(
+    backend: "redis.Redis", redis_url: str
+) -> None:
+    """More than all buffers hold, beside a client that is stuck."""
+
+    def publish_all() -> None:
+        with backend.pipeline(transaction=False) as pipe:
+            for n in range(4000):
+                pipe.publish(
+                    "channel:branch:1:waiters", make_payload(entity={"n": n}, x="x" * 2000)
+                )
+            pipe.execute()
+
+    async with running(make_settings(redis_url)) as gateway, AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(opened(gateway, "direct", n)) for n in range(3)]
+        await stack.enter_async_context(opened(gateway, "direct", 9))
+        await live(gateway)
+        found = dict[Client, list[int]]()
+
+        async def read(client: Client) -> None:
+            found[client] = [n async for n in events(client, 4000)]
+
+        with trio.fail_after(30):
+            async with trio.open_nursery() as nursery:
+                for client in clients:
+                    nursery.start_soon(read, client)
+                nursery.start_soon(trio.to_thread.run_sync, publish_all)
+        assert all(found[client] == list(range(4000)) for client in clients)
+        assert gateway.app.parts.replays.lags == 1
+        assert gateway.app.parts.pubsub_queue.dropped == 0
+
+
 async def events(client: Client, count: int) -> AsyncIterator[int]:
     for _ in range(count):
         opcode, payload = await client.frame()

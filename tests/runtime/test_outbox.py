@@ -167,3 +167,28 @@ def test_bytes_discarded_while_they_were_sent_do_not_count_as_taken() -> None:
     outbox.took(sent)
 
     assert (outbox.bytes, outbox.frames, outbox.partial) == (0, 0, False)
+
+
+@pytest.mark.parametrize(("chunks", "seconds", "fast"), [
+    (51, 0, True),
+    (50, 0, False),  # half full
+    (51, 1, True),
+    (51, 3, False),  # at an ordinary rate
+])  # fmt: skip
+def test_outbox_that_a_burst_has_half_filled(chunks: int, seconds: float, fast: bool) -> None:
+    outbox = Outbox(max_bytes=1_000_000)
+    outbox.began_at = 100.0
+    for _ in range(chunks):
+        outbox.put(bytes(10_000), 1)
+
+    assert outbox.fills_fast(100 + seconds) is fast
+
+
+def test_what_went_before_it_was_empty_is_no_burst() -> None:
+    outbox = Outbox(max_frames=10)
+    outbox.put(bytes(1_000_000), 1)
+    outbox.took(1_000_000)
+    for _ in range(6):
+        outbox.put(bytes(10), 1)
+
+    assert not outbox.fills_fast(1)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from trio_gateway.core.audiences import TenantId
 from trio_gateway.core.event_ids import Position, Stream
 from trio_gateway.core.events import Event
 from trio_gateway.core.limits import DropAlarm, TenantRate
@@ -347,6 +348,33 @@ def test_stream_keeps_its_order_whatever_the_tenants_of_its_events(
         assert taken == put
 
     trio.run(scenario, clock=MockClock(autojump_threshold=0))
+
+
+async def test_events_of_a_paused_tenant_wait_and_count(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    queue = EventQueue(5)
+    queue.pause(TenantId(2))
+    for n in range(4):
+        queue.offer(numbered(n, tenant_id=1 + n % 2))
+    assert (numbers(queue.take(9)), queue.depth) == ([0, 2], 2)
+    with trio.move_on_after(1) as scope:
+        await queue.wait()
+    assert scope.cancelled_caught
+    for n in range(4, 8):
+        queue.offer(numbered(n, tenant_id=2))
+    assert (queue.depth, queue.dropped) == (5, 1)
+
+    nursery.start_soon(queue.wait)
+    await wait_all_tasks_blocked()
+    queue.unpause(TenantId(2))
+    await queue.wait()
+    assert numbers(queue.take(9)) == [3, 4, 5, 6, 7]
+    queue.pause(TenantId(2))
+    queue.offer(numbered(8, tenant_id=2))
+    queue.unpause(TenantId(2))
+    assert numbers(queue.take(9)) == [8]
+    assert (queue.depth, queue.undelivered) == (0, 8)
 
 
 async def test_streams_take_turns(autojump_clock: MockClock) -> None:

@@ -1,6 +1,7 @@
 """Limits: how much a client or a tenant may send, and when dropped events are an alarm."""
 
 from collections import deque
+from collections.abc import Hashable
 from typing import Final
 
 _FEW: Final = 1000  # tenants below which no sweep is needed
@@ -66,6 +67,27 @@ class TenantRate:
             self._ahead = {who: until for who, until in self._ahead.items() if until > now}
             self._sweep_at = max(_FEW, 2 * len(self._ahead))
         return False
+
+
+class Allowance:
+    """For each user or tenant, up to ``most`` of something, which grows back at a rate a second."""
+
+    def __init__(self, most: float, rate: float) -> None:
+        self._most = most
+        self._rate = rate
+        self._whole_at: dict[Hashable, float] = {}
+        self._sweep_at = _FEW
+
+    def left(self, who: Hashable, now: float) -> float:
+        """What can still be used; at most 0 if it is used up."""
+        return self._most - self._rate * max(0.0, self._whole_at.get(who, now) - now)
+
+    def use(self, who: Hashable, amount: float, now: float) -> None:
+        """Use some of it, also if less is left."""
+        self._whole_at[who] = max(now, self._whole_at.get(who, now)) + amount / self._rate
+        if len(self._whole_at) > self._sweep_at:
+            self._whole_at = {who: at for who, at in self._whole_at.items() if at > now}
+            self._sweep_at = max(_FEW, 2 * len(self._whole_at))
 
 
 class DropAlarm:

@@ -236,13 +236,14 @@ class Connection:
         for scope in self._tasks or ():
             scope.cancel()
 
-    def write(self, data: bytes, frames: int, now: float) -> None:
+    def write(self, data: bytes, frames: int, now: float) -> bool:
         """Send joined frames. Never waits: what the kernel does not accept goes to the outbox.
 
-        If that is more than the bounds allow then, the connection lags.
+        If that is more than the bounds allow then, the connection lags. Returns whether anything
+        waits in the outbox now.
         """
         if self._code is not None or self._socket is None:
-            return
+            return False
         self.sent_at = now
         outbox = self._outbox
         if outbox is None or not outbox.bytes:
@@ -250,12 +251,13 @@ class Connection:
                 written = self._socket.try_write(data)
             except OSError:
                 self.close(Close.ABNORMAL)
-                return
+                return False
             if written == len(data):
-                return
+                return False
             if outbox is None:
                 limits = self._limits
                 outbox = self._outbox = Outbox(limits.outbox_bytes, limits.outbox_messages)
+            outbox.began_at = now
             overflowed = outbox.put(data, frames, written)
         else:
             overflowed = outbox.put(data, frames)
@@ -265,6 +267,25 @@ class Connection:
                 self.close(Close.SLOW_CONSUMER, OUTBOX_FULL)
             else:
                 self._replays.lag(self)
+        return True
+
+    def fills_fast(self, now: float) -> bool:
+        """Whether its outbox is half full or more, because of a burst."""
+        return self._outbox is not None and self._outbox.fills_fast(now)
+
+    @property
+    def taken(self) -> int:
+        """How many bytes its client has taken, from whenever; less exact if the kernel does not
+        tell.
+        """
+        acknowledged = 0 if self._socket is None else self._socket.traffic()[0]
+        return acknowledged or -self.waiting_bytes
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether it is open, and anything waits for it in the outbox, or in a lag."""
+        lags = self.resume_state.phase is Phase.LAGGING
+        return self._code is None and (lags or self.waiting_bytes > 0)
 
     def write_stored(self, data: bytes, frames: Sequence[bytes], now: float) -> None:
         """Send frames of the history, outside the outbox' bounds: the caller waits before more.

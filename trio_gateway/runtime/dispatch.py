@@ -19,6 +19,7 @@ from ..core.routing import ROUTES, Routing
 from .connection import Connection
 from .history import History, StoredEvent
 from .hub import Hub
+from .pauses import Pauses
 from .queue import EventQueue
 from .throttled_log import ThrottledLog
 
@@ -75,17 +76,21 @@ class Dispatch:
         the cost of a write then, which is how a backlog is worked off.
         """
         self._queues.append(queue)
+        pauses = Pauses(queue)
         while True:
-            await queue.wait()
+            await pauses.wait()
             fresh: list[Event] = []
+            behind: list[Connection] = []
             async with self._turn:
                 started = trio.current_time()
                 self._look_back(started)
                 batches = _BATCHES_OF_A_BACKLOG if queue.depth > batch_size else 1
                 batch = queue.take(batch_size * batches)
                 with trio.move_on_after(self._timeout) as scope:
-                    fresh = await self.deliver(batch)
+                    fresh = await self.deliver(batch, behind)
                 ended = trio.current_time()
+            if behind and batch[0].stream is None:  # what comes from a stream waits in the history
+                pauses.note(behind, ended)
             if scope.cancelled_caught:
                 self.failed += len(batch)
                 self._log_failure(len(batch))
@@ -109,10 +114,13 @@ class Dispatch:
     def _log_failure(self, events: int) -> None:
         self._throttled_log.error("delivery took too long", events=events, seconds=self._timeout)
 
-    async def deliver(self, batch: Sequence[Event]) -> list[Event]:
+    async def deliver(
+        self, batch: Sequence[Event], behind: list[Connection] | None = None
+    ) -> list[Event]:
         """Send each event to its audiences, with one write per connection.
 
-        Returns the events that were not duplicates. History and members are looked up in one
+        Returns the events that were not duplicates, and adds to ``behind`` the connections that
+        have not taken all of it. History and members are looked up in one
         step, before anything is awaited: a connection that is held at that moment gets a durable
         event from the history, any other gets it live.
         """
@@ -124,7 +132,8 @@ class Dispatch:
             # Joined just before they are written: then the kernel finds the bytes in the cache.
             data, number = join(frames, mask)
             for n, connection in enumerate(members):
-                connection.write(data, number, now)
+                if connection.write(data, number, now) and behind is not None:
+                    behind.append(connection)
                 self.deliveries += number
                 written += 1
                 if written % self._writes_per_checkpoint == 0:

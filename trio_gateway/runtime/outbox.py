@@ -8,6 +8,7 @@ from typing import Final
 from ..core.frames import boundary
 
 _JOINED: Final = 1 << 16  # bytes handed to the kernel in one write, about
+_BURST: Final = 262_144  # bytes a second: what fills it so fast is a burst
 
 
 class Outbox:
@@ -16,13 +17,17 @@ class Outbox:
     ``max_bytes`` and ``max_frames`` bound what waits; :meth:`put` tells when it is more.
     """
 
-    __slots__ = ("_chunks", "_max_bytes", "_max_frames", "_written", "bytes", "frames")
+    __slots__ = (
+        "_added", "_chunks", "_max_bytes", "_max_frames", "_written", "began_at", "bytes", "frames",
+    )  # fmt: skip
 
     def __init__(self, max_bytes: float = math.inf, max_frames: float = math.inf) -> None:
         self._max_bytes = max_bytes
         self._max_frames = max_frames
         self._chunks: deque[tuple[bytes, int]] = deque()  # joined frames, and how many
         self._written = 0  # of the first chunk
+        self._added = 0  # bytes, since it was empty
+        self.began_at = 0.0  # when it was empty last
         self.bytes = 0
         self.frames = 0
 
@@ -32,11 +37,20 @@ class Outbox:
         They are added in any case. Returns whether more waits now than the bounds allow.
         """
         assert written == 0 or not self._chunks
+        if not self._chunks:
+            self._added = 0
+        self._added += len(data)
         self._chunks.append((data, frames))
         self._written += written
         self.bytes += len(data) - written
         self.frames += frames
         return self.bytes > self._max_bytes or self.frames > self._max_frames
+
+    def fills_fast(self, now: float) -> bool:
+        """Whether more than half of the bounds are in use, because of a burst."""
+        if 2 * self.bytes <= self._max_bytes and 2 * self.frames <= self._max_frames:
+            return False
+        return self._added >= _BURST * (now - self.began_at)
 
     def head(self) -> memoryview:
         """The bytes to write next, if any: many small chunks are joined into one write."""

@@ -32,6 +32,8 @@ class EventQueue:
     tenant waits behind a flood of another. A stream is one lane, for whichever tenants its events
     are: clients resume by its order. With ``is_one_lane`` all events are one lane: the order in
     which shards were read is kept, too, since a tenant's events can be in two of them.
+
+    A tenant that is paused has no turn: its events wait, and count as others do.
     """
 
     def __init__(
@@ -43,7 +45,9 @@ class EventQueue:
         is_one_lane: bool = False,
     ) -> None:
         self._lanes: dict[Stream | TenantId, deque[Event]] = {}
-        self._turns: deque[Stream | TenantId] = deque()  # the lanes, next one first
+        # The lanes that are not paused, next one first; not all of them are empty.
+        self._turns: deque[Stream | TenantId] = deque()
+        self._paused: set[Stream | TenantId] = set()
         self._largest: deque[Event] = deque()  # the longest lane at the last look
         self._blocked: dict[trio.lowlevel.Task, Event] = {}  # waiting for room
         self._freed = trio.lowlevel.ParkingLot()
@@ -116,14 +120,25 @@ class EventQueue:
             return
         self.undelivered += len(events)
         self._lane_of(events[0]).extend(events)
-        if not self.depth:
-            self._added.unpark_all()
         self.depth += len(events)
 
     async def wait(self) -> None:
         """Wait until there is something to take."""
-        while not self.depth:
+        while not self._turns:
             await self._added.park()
+
+    def pause(self, tenant: TenantId) -> None:
+        """Let a tenant's events wait until :meth:`unpause`."""
+        self._paused.add(tenant)
+        if tenant in self._lanes:
+            self._turns.remove(tenant)
+
+    def unpause(self, tenant: TenantId) -> None:
+        """Let a tenant's events be taken again, before those of others."""
+        self._paused.remove(tenant)
+        if tenant in self._lanes:
+            self._turns.appendleft(tenant)
+            self._added.unpark_all()
 
     def take(self, most: int) -> list[Event]:
         """Take up to ``most`` events, round robin across the lanes. Never waits.
@@ -133,28 +148,26 @@ class EventQueue:
         """
         batch: list[Event] = []
         lanes, turns = self._lanes, self._turns
-        left, size = self.depth, 0
+        size = 0
         if len(turns) == 1:
             lane = lanes[turns[0]]
             while lane and len(batch) < most and size < MAX_BATCH_BYTES:
                 batch.append(event := lane.popleft())
                 size += len(event.payload)
-            left -= len(batch)
             if not lane:
                 del lanes[turns.popleft()]
             most = 0
-        while left and len(batch) < most and size < MAX_BATCH_BYTES:
+        while turns and len(batch) < most and size < MAX_BATCH_BYTES:
             lane = lanes[turns[0]]
             if lane:  # else its only event was dropped
                 event = lane.popleft()
                 batch.append(event)
                 size += len(event.payload)
-                left -= 1
             if lane:
                 turns.rotate(-1)
             else:
                 del lanes[turns.popleft()]
-        self.depth = left
+        self.depth -= len(batch)
         while self._blocked and self.depth < self.capacity:
             task = next(iter(self._blocked))
             self._add(self._blocked.pop(task))
@@ -176,15 +189,15 @@ class EventQueue:
 
     def _add(self, event: Event) -> None:
         self._lane_of(event).append(event)
-        if not self.depth:
-            self._added.unpark_all()
         self.depth += 1
 
     def _lane_of(self, event: Event) -> deque[Event]:
         key = _LANE if self._is_one_lane else event.stream or event.tenant
         if (lane := self._lanes.get(key)) is None:
             lane = self._lanes[key] = deque()
-            self._turns.append(key)
+            if key not in self._paused:
+                self._turns.append(key)
+                self._added.unpark_all()
         return lane
 
     def _make_room(self, newcomer: Event) -> Event:
