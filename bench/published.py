@@ -103,6 +103,16 @@ RUNS: Final[Mapping[str, Run]] = {
         ("bench", "slow"), _SHORT, 60, (Figure("p99 to last, ratio", "×"),),
         "p99 of the others when 20 of 400 clients do not read",
     ),
+    "burst": Run(
+        ("bench", "burst"), ("--clients", "10"), 40,
+        (Figure("delivered in s", "s"), Figure("dropped"), Figure("gaps told")),
+        "50,000 Pub/Sub events at once, 50 clients",
+    ),
+    "burst, one stuck": Run(
+        ("bench", "burst", "--stuck", "1"), ("--clients", "10"), 40,
+        (Figure("delivered in s", "s"), Figure("dropped"), Figure("gaps told")),
+        "the same beside one client that does not read",
+    ),
     "accepts": Run(
         ("bench", "accepts", "--against", "naive,bun"), _FEW, 60,
         (Figure("accepts/s", "/s"), Figure("CPU µs per accept", "µs")), "4,000 clients connect",
