@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -91,6 +92,17 @@ def test_nothing_is_left_of_a_set_whose_process_is_killed() -> None:
 def test_a_server_that_does_not_start_says_why() -> None:
     with pytest.raises(NotRunning, match="Bad directive"), single_redis(no_such_option="1"):
         pass
+
+
+def test_the_port_of_a_killed_node_stays_reserved() -> None:
+    with single_redis() as found:
+        node = found.primary()
+        node.kill()
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", node.port))
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", node.port))
+        node.restart()
 
 
 def test_without_a_majority_nobody_is_the_primary() -> None:

@@ -5,8 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from .fronts import Front, no_front, source_of
 from .node import Node, start_all, wait_until
-from .ports import free_ports
+from .ports import reserved_ports
 from .processes import ServerGroup, server_group
 from .redis_set import RedisSet, majority, make_url
 
@@ -67,7 +68,7 @@ class Cluster(RedisSet):
         def begins() -> bool:
             for node in self.nodes:
                 found = node.info("replication")
-                if found.get("role") == "slave" and found.get("master_port") == primary.port:
+                if found.get("role") == "slave" and found.get("master_port") == primary.known_port:
                     return node.try_ask("CLUSTER", "FAILOVER") is not None
             return False
 
@@ -82,7 +83,16 @@ class Cluster(RedisSet):
         auth = [] if self._password is None else ["AUTH", self._password]
         while keys := source.ask("CLUSTER", "GETKEYSINSLOT", slot, _MOVED_AT_ONCE):
             source.ask(
-                "MIGRATE", "127.0.0.1", target.port, "", 0, 5000, *auth, "KEYS", *keys, timeout=6
+                "MIGRATE",
+                "127.0.0.1",
+                target.known_port,
+                "",
+                0,
+                5000,
+                *auth,
+                "KEYS",
+                *keys,
+                timeout=6,
             )
         for node in (target, source, *self.primaries()):
             node.ask("CLUSTER", "SETSLOT", slot, "NODE", there, timeout=6)
@@ -102,11 +112,12 @@ def cluster_set(
     primaries: int = 3,
     replicas: int = 1,
     password: str | None = None,
+    front: Front = no_front,
     **config: str,
 ) -> Iterator[Cluster]:
     """Start a Cluster and wait until it is healthy; at the end nothing of it is left.
 
-    ``replicas`` is their number for each primary, ``config`` as of
+    ``replicas`` is their number for each primary, ``config`` and ``front`` as of
     :func:`~trio_gateway.redis_sets.sentinel_set`. It takes 2.3 s, of which a primary refuses
     writes for 2 s (CLUSTER_WRITABLE_DELAY). After a kill of a primary its replica accepts writes
     within 2.5 to 4.5 s.
@@ -122,8 +133,11 @@ def cluster_set(
     }
     if password is not None:
         options["primaryauth"] = f'"{password}"'
-    with server_group() as group:
-        nodes, ids = _nodes(group, password, options, primaries, replicas)
+    count = primaries * (1 + replicas)
+    # The second half is for the connections between the servers.
+    with server_group() as group, reserved_ports(2 * count) as first:
+        ports = range(first, first + count)
+        nodes, ids = _nodes(group, ports, primaries, password, options, front)
         start_all(nodes)
         found = Cluster(make_url("redis+cluster", password, nodes), nodes, ids, password)
         found.wait_healthy()
@@ -132,27 +146,36 @@ def cluster_set(
 
 def _nodes(
     group: ServerGroup,
+    ports: range,
+    primaries: int,
     password: str | None,
     options: Mapping[str, str],
-    primaries: int,
-    replicas: int,
+    front: Front,
 ) -> tuple[list[Node], dict[Node, str]]:
     """Nodes that know each other from the start, by the file in which they remember it.
 
     That is a second faster than CLUSTER MEET and ADDSLOTS.
     """
-    count = primaries * (1 + replicas)
-    first = free_ports(2 * count)  # the second half for the cluster's own connections
-    ports = range(first, first + count)
+    first, count = ports.start, len(ports)
     ids = {port: secrets.token_hex(20) for port in ports}
+    known = {port: front(port) for port in range(first, first + 2 * count)}
     nodes = []
     for port in ports:
-        own = {**options, "cluster-port": str(port + count)}
-        node = Node(group, port, password, own)
+        own = {
+            **options,
+            "cluster-port": str(port + count),
+            "cluster-announce-ip": "127.0.0.1",
+            "cluster-announce-port": str(known[port]),
+            "cluster-announce-bus-port": str(known[port + count]),
+        }
+        node = Node(
+            group, port, password, own, known_port=known[port], bus_port=port + count,
+            source=source_of(front, port - first),
+        )  # fmt: skip
         lines = []
         for n, each in enumerate(ports):
             flags = "myself," if each == port else ""
-            place = f"{ids[each]} 127.0.0.1:{each}@{each + count}"
+            place = f"{ids[each]} 127.0.0.1:{known[each]}@{known[each + count]}"
             if n < primaries:
                 start, end = SLOTS * n // primaries, SLOTS * (n + 1) // primaries - 1
                 lines.append(f"{place} {flags}master - 0 0 {n + 1} connected {start}-{end}")

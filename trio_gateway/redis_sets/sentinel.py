@@ -1,13 +1,14 @@
 """A Sentinel set: a primary, its replicas, and the Sentinels that choose another primary."""
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import redis
 
+from .fronts import Front, no_front, source_of
 from .node import Node, start_all, wait_until
-from .ports import free_ports
+from .ports import reserved_ports
 from .processes import ServerGroup, server_group
 from .redis_set import RedisSet, majority, make_url
 
@@ -49,11 +50,25 @@ class SentinelSet(RedisSet):
     def _knows_all(self, sentinel: Node) -> bool:
         reply = sentinel.info("sentinel").get("master0")
         return (
-            isinstance(reply, dict)
+            sentinel.try_ask("SENTINEL", "CKQUORUM", NAME) is not None
+            and isinstance(reply, dict)
             and reply["status"] == "ok"
             and int(reply["slaves"]) == len(self.nodes) - 1
             and int(reply["sentinels"]) == len(self.sentinels)
         )
+
+    def rejoin(self, node: Node) -> None:
+        """Start a killed node as a replica, as the usual start scripts do.
+
+        One that is only started again believes to be the primary, until the Sentinels tell it
+        otherwise 10 s later.
+        """
+        node.restart("--replicaof", "127.0.0.1", str(self.primary().known_port))
+
+    @property
+    def all_nodes(self) -> Sequence[Node]:
+        """The nodes with data, then the Sentinels."""
+        return (*self.nodes, *self.sentinels)
 
     def failover(self, key: str = "") -> None:
         """Begin a planned failover; it has begun when this returns."""
@@ -77,7 +92,9 @@ def _is_primary_of(node: Node, replicas: int) -> bool:
 
 def _follows(node: Node, primary: Node) -> bool:
     found = node.info("replication")
-    return found.get("master_link_status") == "up" and found.get("master_port") == primary.port
+    return (
+        found.get("master_link_status") == "up" and found.get("master_port") == primary.known_port
+    )
 
 
 @contextmanager
@@ -87,6 +104,7 @@ def sentinel_set(
     sentinels: int = 3,
     password: str | None = None,
     sentinel_password: str | None = None,
+    front: Front = no_front,
     **config: str,
 ) -> Iterator[SentinelSet]:
     """Start a Sentinel set and wait until it is healthy; at the end nothing of it is left.
@@ -96,20 +114,38 @@ def sentinel_set(
     second replica to synchronise. After a kill of the primary another node accepts writes within
     1.5 to 3 s; a killed primary becomes a replica about 10 s after its restart.
 
+    ``front`` puts a relay in front of each server; see ``fronts.py``.
+
     Raises :exc:`NotRunning`.
     """
     options = _DATA | {name.replace("_", "-"): value for name, value in config.items()}
     if password is not None:
         options["primaryauth"] = f'"{password}"'
-    with server_group() as group:
-        first = free_ports(1 + replicas + sentinels)
-        data = range(first, first + 1 + replicas)
-        watching = range(data.stop, data.stop + sentinels)
-        primary = Node(group, first, password, options)
-        replica = {**options, "replicaof": f"127.0.0.1 {first}"}
-        nodes = [primary, *(Node(group, port, password, replica) for port in data[1:])]
-        guards = _sentinels(group, watching, data, password, sentinel_password)
-        start_all([primary])  # first: a replica that finds none tries again only after a second
+    with server_group() as group, reserved_ports(1 + replicas + sentinels) as first:
+        data = {port: front(port) for port in range(first, first + 1 + replicas)}
+        watching = {
+            port: front(port) for port in range(first + len(data), first + len(data) + sentinels)
+        }
+        nodes = []
+        for port, known in data.items():
+            own = {
+                **options,
+                "replica-announce-ip": "127.0.0.1",
+                "replica-announce-port": str(known),
+            }
+            if port != first:
+                own["replicaof"] = f"127.0.0.1 {data[first]}"
+            source = source_of(front, port - first)
+            nodes.append(Node(group, port, password, own, known_port=known, source=source))
+        guards = _sentinels(
+            group,
+            watching,
+            list(data.values()),
+            password,
+            sentinel_password,
+            source_of(front, len(data)),
+        )
+        start_all(nodes[:1])  # first: a replica that finds none tries again only after a second
         start_all([*nodes[1:], *guards])
         extra = {} if sentinel_password is None else {"sentinel_password": sentinel_password}
         url = make_url("redis+sentinel", password, guards, f"/{NAME}", **extra)
@@ -120,26 +156,29 @@ def sentinel_set(
 
 def _sentinels(
     group: ServerGroup,
-    ports: range,
-    data: range,
+    ports: Mapping[int, int],
+    data: Sequence[int],
     password: str | None,
     own_password: str | None,
+    source: str | None,
 ) -> list[Node]:
     """Sentinels that know all others from the start, rather than from hellos of 2 s."""
     ids = {port: secrets.token_hex(20) for port in ports}
     quorum = len(ports) // 2 + 1
     found = []
-    for port in ports:
+    for port, known in ports.items():
         lines = [
             f"sentinel myid {ids[port]}",
+            "sentinel announce-ip 127.0.0.1",
+            f"sentinel announce-port {known}",
             f"sentinel monitor {NAME} 127.0.0.1 {data[0]} {quorum}",
             f"sentinel down-after-milliseconds {NAME} {_DOWN_AFTER}",
             f"sentinel failover-timeout {NAME} {_FAILOVER_TIMEOUT}",
             f"sentinel parallel-syncs {NAME} {len(data)}",
             *(f"sentinel known-replica {NAME} 127.0.0.1 {each}" for each in data[1:]),
             *(
-                f"sentinel known-sentinel {NAME} 127.0.0.1 {each} {ids[each]}"
-                for each in ports
+                f"sentinel known-sentinel {NAME} 127.0.0.1 {other} {ids[each]}"
+                for each, other in ports.items()
                 if each != port
             ),
         ]
@@ -147,5 +186,10 @@ def _sentinels(
             lines.append(f'sentinel auth-pass {NAME} "{password}"')
         if own_password is not None:
             lines.append(f'sentinel sentinel-pass "{own_password}"')
-        found.append(Node(group, port, own_password, {}, lines=lines, arguments=["--sentinel"]))
+        found.append(
+            Node(
+                group, port, own_password, {}, lines=lines, arguments=["--sentinel"],
+                known_port=known, source=source,
+            )
+        )  # fmt: skip
     return found

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from .node import Node, start_all
-from .ports import free_port
+from .ports import reserved_ports
 from .processes import server_group
 from .redis_set import RedisSet, make_url
 
@@ -16,6 +16,10 @@ class Single(RedisSet):
         """The server."""
         return self.nodes[0]
 
+    def failover(self, key: str = "") -> None:
+        """Restart it, as there is no other one."""
+        self.nodes[0].restart()
+
     def is_healthy(self) -> bool:
         """Whether it accepts writes."""
         return self.nodes[0].takes_writes("key")
@@ -24,8 +28,8 @@ class Single(RedisSet):
 @contextmanager
 def single_redis(*, password: str | None = None, **config: str) -> Iterator[Single]:
     """Start one server, which takes 0.05 s; ``config`` as of :func:`sentinel_set`."""
-    with server_group() as group:
+    with server_group() as group, reserved_ports(1) as port:
         options = {name.replace("_", "-"): value for name, value in config.items()}
-        node = Node(group, free_port(), password, options)
+        node = Node(group, port, password, options)
         start_all([node])
         yield Single(make_url("redis", password, [node]), [node])
