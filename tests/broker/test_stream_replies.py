@@ -6,6 +6,8 @@ from typing import Any
 
 import hiredis
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from trio_gateway.broker.stream_replies import Info, read_entries, read_info, read_news, read_time
 from trio_gateway.core.event_ids import START, Position
@@ -32,6 +34,19 @@ def test_reply_of_another_shape_is_a_lost_connection(
         return
     with pytest.raises(ConnectionLost, match="unexpected reply"):
         read(reply)
+
+
+@given(st.lists(st.tuples(*[st.integers(0, 3) | st.integers(0, 2**64 - 1)] * 2)))
+def test_ids_of_all_sizes_are_parsed(found: list[tuple[int, int]]) -> None:
+    entries = [[f"{ms}-{n}".encode(), [b"data", b"{}"]] for ms, n in found]
+    assert [entry.position for entry in read_entries(entries)] == found
+
+
+@pytest.mark.parametrize("wrong", ["x", "1", "", "-1-1", "1-2-3", "1,2", "1-2],[3-4", "1.0-1"])
+def test_reply_with_one_wrong_id_among_others_is_a_lost_connection(wrong: str) -> None:
+    entries = [[each.encode(), [b"data", b"{}"]] for each in ("1-1", wrong, "5-1")]
+    with pytest.raises(ConnectionLost, match="unexpected reply"):
+        read_entries(entries)
 
 
 def test_replies_are_parsed() -> None:

@@ -3,8 +3,8 @@
 A reply of another shape raises :exc:`ConnectionLost`: it may be the reply to another command.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, Final, NamedTuple
 
 import hiredis
@@ -18,6 +18,7 @@ _FIELD: Final = b"data"
 # Errors that may concern one key alone: it is of another type, or the user has no right to it.
 _OF_A_KEY: Final = frozenset({"WRONGTYPE", "NOPERM", "ERR"})
 _SHORT: Final = 20  # characters of an id; then its numbers have less than 64 bits
+_positions: Final[Callable[[bytes], list[Position]]] = msgspec.json.Decoder(list[Position]).decode
 _RawEntry = tuple[bytes, list[bytes] | None]
 
 
@@ -43,13 +44,13 @@ def read_news(reply: Any) -> list[tuple[str, list[Entry]]]:
     """Parse the reply to XREAD: the new entries of each stream that has any."""
     with _shaped():
         raw = _convert(reply, list[tuple[bytes, list[_RawEntry]]] | None)
-        return [(name.decode(), list(map(_read_entry, entries))) for name, entries in raw or ()]
+        return [(name.decode(), _read_entries(entries)) for name, entries in raw or ()]
 
 
 def read_entries(reply: Any) -> list[Entry]:
     """Parse the reply to XREVRANGE."""
     with _shaped():
-        return list(map(_read_entry, _convert(reply, list[_RawEntry])))
+        return _read_entries(_convert(reply, list[_RawEntry]))
 
 
 def read_info(reply: Any, name: str) -> Info:
@@ -64,7 +65,7 @@ def read_info(reply: Any, name: str) -> Info:
         raw = _convert(dict(zip(names, words[1::2], strict=True)), _RawInfo)
         return Info(
             _read_id(raw.last_generated_id),
-            _read_entry(raw.first_entry).position if raw.first_entry is not None else None,
+            _read_id(raw.first_entry[0]) if raw.first_entry is not None else None,
             raw.length,
             raw.entries_added,
             _read_id(raw.max_deleted_entry_id) if raw.max_deleted_entry_id else START,
@@ -88,19 +89,28 @@ def read_time(reply: Any) -> float | None:
         return int(seconds) + int(microseconds) / 1e6
 
 
-def _read_entry(raw: _RawEntry) -> Entry:
-    entry_id, fields = raw
+def _read_entries(raw: list[_RawEntry]) -> list[Entry]:
+    positions = _read_ids([entry_id for entry_id, _ in raw])
+    return list(map(Entry, positions, [_read_payload(fields) for _, fields in raw]))
+
+
+def _read_payload(fields: list[bytes] | None) -> bytes | None:
     if fields and fields[0] == _FIELD and len(fields) == 2:  # nearly always
-        return Entry(_read_id(entry_id), fields[1])
+        return fields[1]
     fields = fields or []
-    payload = dict(zip(fields[::2], fields[1::2], strict=True)).get(_FIELD)
-    return Entry(_read_id(entry_id), payload)
+    return dict(zip(fields[::2], fields[1::2], strict=True)).get(_FIELD)
+
+
+def _read_ids(raw: list[bytes]) -> list[Position]:
+    """Parse entry ids, if possible all of them at once: for a quarter of the cost."""
+    joined = b",".join(raw)
+    if raw and max(map(len, raw)) < _SHORT and joined.count(b",") == len(raw) - 1:
+        with suppress(msgspec.DecodeError):
+            return _positions(b"[[%b]]" % joined.replace(b",", b"],[").replace(b"-", b","))
+    return list(map(_read_id, raw))
 
 
 def _read_id(raw: bytes) -> Position:
-    milliseconds, _, sequence = raw.partition(b"-")
-    if milliseconds.isdigit() and sequence.isdigit() and len(raw) < _SHORT:  # nearly always
-        return Position((int(milliseconds), int(sequence)))
     return read_position(raw.decode())
 
 
