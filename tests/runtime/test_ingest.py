@@ -4,8 +4,9 @@ import trio
 from structlog.testing import capture_logs
 from trio.testing import MockClock
 
-from trio_gateway.core.event_ids import Position
+from trio_gateway.core.event_ids import Position, Stream
 from trio_gateway.runtime.ingest import Ingest
+from trio_gateway.runtime.source import Entry
 from trio_gateway.testing import make_payload
 
 
@@ -13,7 +14,7 @@ async def test_event_is_counted_by_its_source(autojump_clock: MockClock) -> None
     ingest = Ingest()
     await trio.sleep(7)
 
-    event = ingest.parse(make_payload(), source="pubsub", channel="sector:5:waiters")
+    event = ingest.parse(make_payload(), channel="sector:5:waiters")
 
     assert event is not None
     assert (event.type, event.channel, event.received_at) == ("ROUND_READY", "sector:5:waiters", 7)
@@ -28,9 +29,9 @@ async def test_invalid_payload_is_counted_by_reason_and_logged_without_its_conte
 
     with capture_logs() as logs:
         for payload in (make_payload(tenant_id=..., data="secret"), b"secret"):
-            assert (
-                ingest.parse(payload, source="stream", channel="s", position=Position((1, 0)))
-                is None
+            entries = [Entry(Position((1, 0)), payload)]
+            assert not ingest.parse_entries(
+                entries, channel="s", stream=Stream("aaaa"), durable_types=()
             )
 
     assert ingest.received == {"stream": 2}
@@ -48,7 +49,7 @@ async def test_flood_of_invalid_payloads_is_logged_once_a_second(
     with capture_logs() as logs:
         for _ in range(3):
             for _ in range(1000):
-                ingest.parse(b"nonsense", source="pubsub", channel="c")
+                ingest.parse(b"nonsense", channel="c")
             await trio.sleep(1)
 
     assert ingest.invalid == {"not_json": 3000}

@@ -159,7 +159,7 @@ class PubSub:
                 # Redis sends a message once for each pattern that its channel matches.
                 first, name = self._first_match_of(channel)
                 if first == pattern:
-                    return self._ingest.parse(payload, source="pubsub", channel=name)
+                    return self._ingest.parse(payload, channel=name)
             case [b"message", bytes() as channel, bytes() as payload] if channel in self.listeners:
                 self.listeners[channel](payload)
             case [b"psubscribe" | b"subscribe", *_]:

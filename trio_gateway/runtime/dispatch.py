@@ -96,10 +96,32 @@ class Dispatch:
                 self._log_failure(len(batch))
             if fresh or scope.cancelled_caught:
                 self.duration.observe(ended - started)
-            self.latency.observe_all([ended - event.received_at for event in fresh])
-            if self.observe is not None:
-                self.observe(fresh, ended)
+            self._note(fresh, ended)
             queue.done(len(batch))
+
+    def try_pass(self, events: Sequence[Event]) -> bool:
+        """Deliver events for which there is nothing to write, in this step.
+
+        Returns False, having done nothing, if any of them concerns a connection here. Events of
+        their streams that were read before them must have been delivered.
+        """
+        concerns = self._hub.concerns
+        if any(concerns(event) for event in events):
+            return False
+        now = trio.current_time()
+        self._look_back(now)
+        fresh, _ = self._plan(events)
+        self.processed += len(fresh)
+        if fresh:
+            self.duration.observe(trio.current_time() - now)
+        self._note(fresh, now)
+        return True
+
+    def _note(self, fresh: Sequence[Event], ended: float) -> None:
+        """Note that these events, which were not duplicates, have been delivered."""
+        self.latency.observe_all([ended - event.received_at for event in fresh])
+        if self.observe is not None:
+            self.observe(fresh, ended)
 
     def _look_back(self, now: float) -> None:
         """Once a second, note the receive time of the oldest waiting event.
@@ -108,7 +130,7 @@ class Dispatch:
         """
         if now - self._looked_back_at >= LOOK_BACK:
             self._looked_back_at = now
-            oldest = min(now, *(queue.oldest for queue in self._queues))
+            oldest = min([now, *(queue.oldest for queue in self._queues)])
             self._duplicates.oldest_pending = oldest
 
     def _log_failure(self, events: int) -> None:

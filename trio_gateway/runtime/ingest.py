@@ -1,13 +1,14 @@
 """Ingest: received payloads are checked, counted, and made events."""
 
 from collections import Counter
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 
 import structlog
 import trio
 
-from ..core.event_ids import Position, Stream, entry_id
+from ..core.event_ids import Stream, entry_id
 from ..core.events import Event, InvalidEvent, parse_event
+from .source import Entry
 from .throttled_log import ThrottledLog
 
 log = structlog.get_logger()
@@ -25,69 +26,63 @@ class Ingest:
         self._put_aside = put_aside
         self._throttled_log = ThrottledLog(log)
 
-    def parse(
-        self,
-        payload: bytes,
-        *,
-        source: str,
-        channel: str,
-        stream: Stream | None = None,
-        position: Position | None = None,
-        durable_types: Container[str] = (),
-        received_at: float | None = None,
-    ) -> Event | None:
-        """Return the event in a payload that was just received.
+    def parse(self, payload: bytes, *, channel: str) -> Event | None:
+        """Return the event in a Pub/Sub message that was just received.
 
-        Returns None if the payload is invalid: then it is counted and logged, and put aside if it
-        is a stream entry. ``source`` is ``pubsub`` or ``stream``; ``channel`` is the name of the
-        channel or stream. The other arguments are those of :func:`parse_event`; ``received_at`` is
-        the present by default.
+        Returns None if the payload is invalid: then it is counted and logged.
         """
-        self.received[source] += 1
-        now = trio.current_time() if received_at is None else received_at
+        self.received["pubsub"] += 1
         try:
-            return parse_event(
-                payload,
-                channel=channel,
-                received_at=now,
-                stream=stream,
-                position=position,
-                durable_types=durable_types,
-            )
+            return parse_event(payload, channel=channel, received_at=trio.current_time())
         except InvalidEvent as invalid:
-            reason, text = invalid.reason, str(invalid)
-        self._count_invalid(
-            reason, text, source=source, channel=channel, position=position, payload=payload
-        )
+            self._count_invalid(invalid, "pubsub", channel)
         return None
 
-    def reject_empty(self, *, channel: str, position: Position) -> None:
-        """Count, log and put aside a stream entry without the field ``data``."""
-        self.received["stream"] += 1
-        text = "entry has no field data"
-        self._count_invalid("no_data", text, source="stream", channel=channel, position=position)
+    def parse_entries(
+        self,
+        entries: Sequence[Entry],
+        *,
+        channel: str,
+        stream: Stream,
+        durable_types: Container[str],
+    ) -> list[Event]:
+        """Return the events in stream entries that were just received.
+
+        Invalid ones are left out: they are counted, logged and put aside. ``channel`` is the name
+        of the stream.
+        """
+        self.received["stream"] += len(entries)
+        found: list[Event] = []
+        now = trio.current_time()
+        for entry in entries:
+            payload, position = entry.payload, entry.position
+            try:
+                if payload is None:
+                    raise InvalidEvent("no_data", "entry has no field data")
+                event = parse_event(
+                    payload, channel=channel, received_at=now,
+                    stream=stream, position=position, durable_types=durable_types,
+                )  # fmt: skip
+                found.append(event)
+            except InvalidEvent as invalid:
+                if self._put_aside is not None:
+                    self._put_aside(
+                        channel, entry_id(position), invalid.reason, str(invalid), payload or b""
+                    )
+                self._count_invalid(invalid, "stream", channel, entry_id=entry_id(position))
+        return found
 
     def _count_invalid(
-        self,
-        reason: str,
-        text: str,
-        *,
-        source: str,
-        channel: str,
-        position: Position | None,
-        payload: bytes = b"",
+        self, invalid: InvalidEvent, source: str, channel: str, **where: str
     ) -> None:
         """Each reason is logged once a second at most."""
-        self.invalid[reason] += 1
-        where = {} if position is None else {"entry_id": entry_id(position)}
-        if where and self._put_aside is not None:
-            self._put_aside(channel, where["entry_id"], reason, text, payload)
+        self.invalid[invalid.reason] += 1
         self._throttled_log.warning(
             "invalid event",
-            kind=reason,
+            kind=invalid.reason,
             source=source,
             channel=channel,
-            reason=reason,
-            error=text,
+            reason=invalid.reason,
+            error=str(invalid),
             **where,
         )

@@ -136,35 +136,26 @@ class StreamInlet:
         ``passed`` is called for each part of them in the step in which it is taken: one that was
         not passed when this is cancelled is to be read again.
         """
-        event: Event | None = None
         part: Sequence[Entry] = ()
+        last: Position | None = None  # of the last event
         while entries:
             room = await self._queue.wait_for_room()
             part, entries = entries[:room], entries[room:]
-            events, now = [], trio.current_time()
-            for entry in part:
-                if (event := self._event(stream, name, entry, now)) is not None:
-                    events.append(event)
-                    if self._by_tenant and not self._places.concern(stream, event.tenant):
+            events = self._ingest.parse_entries(
+                part, channel=name, stream=stream, durable_types=self._durable_types
+            )
+            if self._by_tenant:
+                for event in events:
+                    if not self._places.concern(stream, event.tenant):
                         self._note_misplaced(name, event)
-            self._queue.extend(events)
+            # What was taken before is delivered, so these are next: if they are for nobody here,
+            # they need not wake dispatch.
+            if self._queue.undelivered or not self._dispatch.try_pass(events):
+                self._queue.extend(events)
             passed(part)
-        if event is None and part:  # no delivery moves the history's end past it
+            last = events[-1].position if events else None
+        if part and last != part[-1].position:  # no delivery moves the history's end past it
             await self.advance(stream, part[-1].position)
-
-    def _event(self, stream: Stream, name: str, entry: Entry, now: float) -> Event | None:
-        if entry.payload is None:
-            self._ingest.reject_empty(channel=name, position=entry.position)
-            return None
-        return self._ingest.parse(
-            entry.payload,
-            source="stream",
-            channel=name,
-            stream=stream,
-            position=entry.position,
-            durable_types=self._durable_types,
-            received_at=now,
-        )
 
     def _note_misplaced(self, name: str, event: Event) -> None:
         """Such an event reaches only clients of processes that happen to read this shard."""
