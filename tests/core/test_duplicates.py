@@ -288,6 +288,20 @@ def test_memory_is_bounded_and_the_oldest_go_first(monkeypatch: pytest.MonkeyPat
     assert not seen.is_duplicate(make_event(id="0"))
 
 
+def test_payloads_that_are_not_compared_yet_are_bounded_and_the_oldest_go_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    events = [make_event(data=i) for i in range(50)]
+    monkeypatch.setattr(duplicates, "MOST_WAITING_BYTES", 10 * len(events[-1].payload))
+    seen = Duplicates()
+    for event in events:
+        assert not seen.is_duplicate(event)
+        assert len(seen) <= 11
+
+    assert seen.is_duplicate(make_event(data=49, channel=ADMIN))
+    assert not seen.is_duplicate(make_event(data=0, channel=ADMIN))
+
+
 def test_memory_for_the_channels_of_one_content_is_bounded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -372,6 +386,45 @@ def test_source_that_lags_behind_another_does_not_change_the_result(
         seen.oldest_pending = now - 20
         event = make_event(data=data, channel=channel, received_at=now - lags.get(channel, 0.0))
         assert seen.is_duplicate(event) == model.is_duplicate(event)
+
+
+class Comparing(Duplicates):
+    """Compares each event with all others at once."""
+
+    def _open_lane(self, branch: tuple[int, int], channel: str) -> Any:
+        lane = super()._open_lane(branch, channel)
+        lane.several = lane.compares = True
+        return lane
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([0.0, 0.0, 0.5, 2.5, 5.0, 6.0]),
+            st.sampled_from([STREAM] * 5 + [WAITERS] * 2 + [ADMIN]),
+            st.integers(1, 2),
+            st.integers(1, 3),
+        ),
+        max_size=60,
+    ),
+    st.sampled_from([0.0, 2.0, 6.0]),
+)
+@example([(0.0, STREAM, 1, 1), (2.5, STREAM, 1, 1), (2.5, WAITERS, 1, 1), (0.0, WAITERS, 1, 1)], 0)
+@example([(n, c, 1, 1) for n, c in [(0.0, STREAM), (6.0, STREAM), (5.0, STREAM), (2.5, ADMIN)]], 0)
+def test_what_is_known_of_an_event_does_not_depend_on_when_it_is_compared(
+    steps: list[tuple[float, str, int, int]], lag: float
+) -> None:
+    seen, comparing, now = Duplicates(), Comparing(), 0.0
+    for number, (gap, channel, branch, data) in enumerate(steps):
+        now += gap
+        seen.oldest_pending = comparing.oldest_pending = now - lag
+        event = make_event(
+            data=data, branch_id=branch, channel=channel,
+            received_at=now - lag * (channel == STREAM),
+            stream=Stream("aaaa") if channel == STREAM else None,
+            position=Position((number, 0)) if channel == STREAM else None,
+        )  # fmt: skip
+        assert seen.find_or_add(event, number) == comparing.find_or_add(event, number)
 
 
 values = st.recursive(

@@ -1,8 +1,11 @@
 """Duplicates: the same content on several channels is one event."""
 
 from collections import deque
+from collections.abc import Sequence
 from math import inf
 from typing import Final, NamedTuple
+
+from msgspec import Raw
 
 from .events import Event
 
@@ -12,6 +15,7 @@ _NEVER: Final = (-inf, 0)
 _TS: Final = b'"ts"'
 _FORGETS_EVERY: Final = 0.1  # seconds
 MOST_REMEMBERED: Final = 500_000  # ids, and as many contents; beyond that the oldest are forgotten
+MOST_WAITING_BYTES: Final = 67_108_864  # of payloads that wait; nearly all are in the history, too
 _LONG: Final = 100  # characters of an id; of a longer one only a hash is kept
 # How many occurrences that were received long after an event are searched for it. There are such
 # only while one source lags behind another by more than the window.
@@ -21,6 +25,8 @@ _FEW: Final = 16
 _STORED: Final = 1  # the lowest bit of an occurrence's state; the others are its mark
 _Occurrence = tuple[float, int]  # when it was first received, its state
 _Once = tuple[float, str, int]  # time, channel and state of a content that was received once
+_Waiting = tuple[float, bytes, Raw, int]  # time, payload, ts and state of one not yet compared
+_Branch = tuple[int, int]  # tenant and branch
 
 
 class Found(NamedTuple):
@@ -113,6 +119,22 @@ class _Content:
             self._prune_at = max(_FEW, 2 * len(self._channels))
 
 
+class _Lane:
+    """The events of one branch in one generation. They are not compared if they cannot be copies.
+
+    While all events of a branch come on one channel, none of them is a copy of another: then
+    ``waiting`` holds them, and their contents need not be hashed.
+    """
+
+    __slots__ = ("channel", "compares", "several", "waiting")
+
+    def __init__(self, channel: str, compares: bool) -> None:
+        self.channel = channel  # the first
+        self.several = False  # channels, in this generation
+        self.compares = compares  # what comes is compared, and does not wait
+        self.waiting: list[_Waiting] = []
+
+
 class Duplicates:
     """Remembers recent events; times are seconds on the runtime's clock.
 
@@ -122,7 +144,10 @@ class Duplicates:
     - An event with an ``id`` is identified by that alone, for 5 minutes, per tenant.
 
     Contents are remembered by a 64-bit hash: the odds that two of 300,000 share one are 1 in
-    400 million.
+    400 million. Hashing is most of the cost, so it waits until a branch has events on a second
+    channel: equal contents are of one branch. What waits is dropped in two generations. When one
+    is dropped, the next event is received more than 5 seconds after all of it, so what a lane must
+    be compared with is in its own generation and in the one before.
     """
 
     def __init__(self) -> None:
@@ -137,9 +162,14 @@ class Duplicates:
         self._contents_in_order: deque[tuple[float, int]] = deque()
         self._extra = 0  # what the contents hold besides one occurrence and one channel each
         self._forgets_at = -inf
+        self._lanes: dict[_Branch, _Lane] = {}
+        self._older_lanes: dict[_Branch, _Lane] = {}
+        self._newest = self._newest_older = -inf  # receipt in each generation
+        self._waiting = self._waiting_older = 0  # events
+        self._waiting_bytes = 0  # in the younger one
 
     def __len__(self) -> int:
-        return len(self._ids) + len(self._contents)
+        return len(self._ids) + len(self._contents) + self._waiting + self._waiting_older
 
     def is_duplicate(self, event: Event) -> bool:
         """Whether this event was received before; if not, it is remembered from now on."""
@@ -150,23 +180,77 @@ class Duplicates:
 
         Returns None if it was not received before: then it is remembered with this ``mark``.
         """
-        now = event.received_at
-        most = len(self._contents) + self._extra if event.id is None else len(self._ids)
-        if now >= self._forgets_at or most > MOST_REMEMBERED:
+        return self.find_or_add_all([event], mark)[0]
+
+    def find_or_add_all(self, events: Sequence[Event], mark: int = 0) -> list[Found | None]:
+        """As :meth:`find_or_add`, for one event after the other."""
+        found: list[Found | None] = []
+        if events and (now := events[0].received_at) >= self._forgets_at:
             self._forgets_at = now + _FORGETS_EVERY
             self._forget(min(now, self.oldest_pending))
-        state = mark << 1 | event.durable
-        if event.id is not None:
-            before = self._first_of_id(event.tenant, event.id, now, state)
+        states, waiting, size = (mark << 1, mark << 1 | _STORED), 0, 0
+        for event in events:
+            now, state = event.received_at, states[event.durable]
+            if event.id is not None:
+                found.append(_found(self._first_of_id(event.tenant, event.id, now, state)))
+                continue
+            branch, channel, payload = (event.tenant, event.branch), event.channel, event.payload
+            lane = self._lanes.get(branch)
+            if lane is None or (lane.channel != channel and not lane.several):
+                lane = self._open_lane(branch, channel)
+            if now > self._newest:
+                self._newest = now
+            if lane.compares:
+                found.append(_found(self._compare(payload, event.ts, now, channel, state)))
+                continue
+            lane.waiting.append((now, payload, event.ts, state))  # nearly always
+            found.append(None)
+            waiting += 1
+            size += len(payload)
+        self._waiting += waiting
+        self._waiting_bytes += size
+        if self._waiting > MOST_REMEMBERED // 2 or self._waiting_bytes > MOST_WAITING_BYTES // 2:
+            self._turn_lanes()
+        return found
+
+    def _open_lane(self, branch: _Branch, channel: str) -> _Lane:
+        """The lane of a branch that has none yet, or that had events on one other channel only."""
+        older = self._older_lanes.get(branch)
+        if (lane := self._lanes.get(branch)) is None:
+            compares = older is not None and (older.several or older.channel != channel)
+            lane = self._lanes[branch] = _Lane(channel, compares)
         else:
-            key = _content(event)
-            # Nearly always the first; this must stay cheap.
-            if key not in self._contents:
-                self._contents[key] = now, event.channel, state
-                self._contents_in_order.append((now, key))
-                return None
-            before = self._first_of_content(key, now, event.channel, state)
-        return None if before is None else Found(before >> 1, bool(before & _STORED))
+            lane.several = lane.compares = True
+        if lane.compares:
+            if older is not None:
+                self._waiting_older -= len(older.waiting)
+                self._compare_waiting(older)
+            self._waiting -= len(lane.waiting)
+            self._waiting_bytes -= sum(len(payload) for _, payload, _, _ in lane.waiting)
+            self._compare_waiting(lane)
+        return lane
+
+    def _compare_waiting(self, lane: _Lane) -> None:
+        for received_at, payload, ts, state in lane.waiting:
+            self._compare(payload, ts, received_at, lane.channel, state)
+        lane.waiting = []
+
+    def _turn_lanes(self) -> None:
+        """Drop the older generation of lanes, and begin another one."""
+        self._older_lanes, self._lanes = self._lanes, {}
+        self._newest_older, self._newest = self._newest, -inf
+        self._waiting_older, self._waiting = self._waiting, 0
+        self._waiting_bytes = 0
+
+    def _compare(self, payload: bytes, ts: Raw, now: float, channel: str, state: int) -> int | None:
+        if len(self._contents) + self._extra > MOST_REMEMBERED:
+            self._forget(-inf)
+        key = _content(payload, bytes(ts))
+        if key not in self._contents:
+            self._contents[key] = now, channel, state
+            self._contents_in_order.append((now, key))
+            return None
+        return self._first_of_content(key, now, channel, state)
 
     def _first_of_id(self, tenant: int, name: str, now: float, state: int) -> int | None:
         # As a tuple, since an int's hash is the int modulo 2^61-1, and tenants go beyond.
@@ -178,6 +262,8 @@ class Duplicates:
             return before
         self._ids[key] = now, state
         self._ids_in_order.append((now, key))
+        if len(self._ids_in_order) > MOST_REMEMBERED:
+            self._forget(-inf)
         return None
 
     def _first_of_content(self, key: int, now: float, channel: str, state: int) -> int | None:
@@ -193,6 +279,8 @@ class Duplicates:
         return before
 
     def _forget(self, now: float) -> None:
+        while now > self._newest_older + CONTENT_WINDOW and (self._older_lanes or self._lanes):
+            self._turn_lanes()
         order = self._contents_in_order
         while order and (
             order[0][0] + CONTENT_WINDOW < now
@@ -218,10 +306,13 @@ class Duplicates:
                 del ids[known]
 
 
-def _content(event: Event) -> int:
-    """A hash of the payload without the value of its own, outermost ``ts``."""
-    payload = event.payload
-    if not (ts := bytes(event.ts)):
+def _found(state: int | None) -> Found | None:
+    return None if state is None else Found(state >> 1, bool(state & _STORED))
+
+
+def _content(payload: bytes, ts: bytes) -> int:
+    """A hash of a payload without ``ts``, the value of its own, outermost key of that name."""
+    if not ts:
         return hash(payload)
     # Few payloads contain "ts" with its quotes more than once. If it is there once, the value
     # after it is the one that msgspec found; otherwise find the one at depth one.

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import compress
 from typing import Final, NoReturn
 
@@ -51,6 +51,7 @@ class Dispatch:
     ) -> None:
         self._hub = hub
         self._routes = routes
+        self._types = frozenset(routes)
         self._history = History() if history is None else history
         self._history.route = self._route_stored
         self._uncovered_to_branch = uncovered_to_branch
@@ -187,19 +188,19 @@ class Dispatch:
         fresh: list[Event] = []
         planned: list[_Planned] = []
         last_number = self._hub.last_number
-        read_up_to: dict[Stream, Position] = {}
         raw: list[tuple[Event, int]] = []  # to be stored, with their marks
-        routes, history, now = self._routes, self._history, trio.current_time()
-        concerns, find_or_add = self._hub.concerns, self._duplicates.find_or_add
-        for event in batch:
+        history, now, concerns = self._history, trio.current_time(), self._hub.concerns
+        for stream, position in _positions(reversed(batch)).items():
+            history.advance(stream, position)  # it may be its first
+        # Not on receipt: a copy that the queue then drops must not count as the first.
+        found_before = self._duplicates.find_or_add_all(batch, last_number)
+        for event, found in zip(batch, found_before, strict=True):
             # In the step in which the members are looked up: one may have joined meanwhile.
             audiences = self.audiences(event) if concerns(event) else None
-            # Not on receipt: a copy that the queue then drops must not count as the first.
-            found = find_or_add(event, last_number)
             mark = 0
             if found is None:
                 fresh.append(event)
-                if event.type not in routes:
+                if event.type not in self._types:
                     self.unknown_type += 1
                 if audiences is None:
                     self.unheard += 1
@@ -221,14 +222,10 @@ class Dispatch:
                         history.add_raw(raw, now=now)
                         raw = []
                     history.add(event, audiences, now=now, delivered_up_to=mark)
-            if event.stream is not None and event.position is not None:
-                if event.stream not in read_up_to:
-                    history.advance(event.stream, event.position)  # it may be its first
-                read_up_to[event.stream] = event.position
         if raw:
             history.add_raw(raw, now=now)
-        for stream, position in read_up_to.items():
-            self._history.advance(stream, position)
+        for stream, position in _positions(batch).items():
+            history.advance(stream, position)
         if not planned:
             return fresh, []
         groups = self._plan_one(*planned[0]) if len(planned) == 1 else self._plan_many(planned)
@@ -364,6 +361,15 @@ class Dispatch:
             left += others
         for connection in left:
             connection.send(GAP)
+
+
+def _positions(batch: Iterable[Event]) -> dict[Stream, Position]:
+    """The last position in each stream."""
+    return {
+        event.stream: event.position
+        for event in batch
+        if event.stream is not None and event.position is not None
+    }
 
 
 def _crowd(group: _Group) -> int:
