@@ -32,9 +32,12 @@ from trio_gateway.runtime.connection import Connection, ConnectionLimits
 from trio_gateway.runtime.dispatch import Dispatch
 from trio_gateway.runtime.history import History
 from trio_gateway.runtime.hub import Hub
+from trio_gateway.runtime.ingest import Ingest
 from trio_gateway.runtime.queue import EventQueue
 from trio_gateway.runtime.raw_events import RawEvents, StoredEvent
 from trio_gateway.runtime.resume import Replays
+from trio_gateway.runtime.source import Entry
+from trio_gateway.runtime.stream_inlet import StreamInlet
 from trio_gateway.testing import FakeSocket, make_event, make_payload, make_principal
 
 A, B = Stream("aaaa"), Stream("bbbb")
@@ -90,7 +93,11 @@ async def play(
         hub.concerns = lambda event: True  # type: ignore[method-assign]
     replays = Replays(history, hub)
     dispatch = Dispatch(hub, history=history, uncovered_to_branch=uncovered_to_branch)
-    queues = {True: EventQueue(100), False: EventQueue(100)}
+    pubsub, queue = EventQueue(100), EventQueue(100)
+    inlet = StreamInlet(
+        ingest=Ingest(), queue=queue, history=history, dispatch=dispatch, replays=replays,
+        routes=ROUTES,
+    )  # fmt: skip
     sockets: list[FakeSocket] = []
     here: dict[int, FakeSocket] = {}
     connections: dict[int, Connection] = {}
@@ -101,22 +108,23 @@ async def play(
         history.advance(each, START)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(replays.decide)
-        for queue in queues.values():
-            nursery.start_soon(dispatch.run, queue, 4)
+        for waiting in (pubsub, queue):
+            nursery.start_soon(dispatch.run, waiting, 4)
         for step in script:
             match step:
                 case ("publish", channel, batch):
-                    stream = CHANNELS[channel]
+                    entries = []
                     for keys in batch:
-                        position = None
-                        if stream is not None:
-                            number += 1
-                            position = last[stream] = Position((number, 0))
+                        number += 1
                         event = make_event(
-                            channel=channel, received_at=trio.current_time(), ts=number,
-                            stream=stream, position=position, **keys,
-                        )  # fmt: skip
-                        await queues[stream is None].put(event)
+                            channel=channel, received_at=trio.current_time(), ts=number, **keys
+                        )
+                        entries.append(Entry(Position((number, 0)), event.payload))
+                        if CHANNELS[channel] is None:
+                            await pubsub.put(event)
+                    if (stream := CHANNELS[channel]) is not None and entries:
+                        last[stream] = entries[-1].position
+                        await inlet.take(stream, channel, entries, lambda taken: None)
                 case (("resume" | "come") as how, client) if client not in here:
                     socket = here[client] = FakeSocket()
                     sockets.append(socket)
@@ -179,6 +187,32 @@ def test_client_resumes_over_raw_and_live_events() -> None:
     assert len(outcome.sent[1]) == 1 + 15
 
 
+def test_copies_that_came_while_nobody_was_here_are_replayed_once() -> None:
+    copies = [("publish", channel, entries(3)[2]) for channel in CHANNELS]
+    script = [*copies, ("resume", 3)]
+
+    outcome = run(script, raw=True)
+
+    assert outcome == run(script, raw=False)
+    assert len(outcome.sent[0]) == 1 + 3
+    assert (outcome.counts["processed"], outcome.counts["duplicate"]) == (3, 9)
+
+
+@pytest.mark.parametrize("keys", [{}, {"id": "x"}])
+@pytest.mark.parametrize("second", ["channel", "other stream"])
+@pytest.mark.parametrize("how", ["come", "resume"])
+def test_copy_that_comes_after_the_first_client_is_no_second_event(
+    how: str, second: str, keys: dict[str, Any]
+) -> None:
+    first = entries(1, **keys)
+    script = [first, (how, 3), ("wait", 0.6), ("publish", second, first[2])]
+
+    outcome = run(script, raw=True)
+
+    assert outcome == run(script, raw=False)
+    assert len(outcome.sent[0]) == (2 if how == "resume" else 0)
+
+
 def test_session_is_resumed_in_every_branch_that_has_events_of_it() -> None:
     script = [entries(3, branch_id=2, session_id=456), entries(3, session_id=456), ("resume", 4)]
 
@@ -196,18 +230,17 @@ def test_raw_events_are_bounded_like_all_others(events: int) -> None:
 def test_cost_of_raw_events_does_not_grow_with_the_sessions_that_they_name(taken: int) -> None:
     def seconds(sessions: int) -> float:
         events = RawEvents()
-        stored = [
-            events.add(
-                make_event(session_id=1 + n % sessions, stream=A, position=Position((n, 1))), 0
-            )
+        made = [
+            make_event(session_id=1 + n % sessions, stream=A, position=Position((n, 1)))
             for n in range(4000)
         ]
+        events.add([(event, 0) for event in made])
         (branch,) = events.branches_of(A, diners(TenantId(1), SessionId(1)))
         started = time.process_time()
         for _ in range(taken):  # for clients, and the others are forgotten
             assert events.take_newest(branch, START) is not None
-        for each in stored[: 4000 - taken]:
-            events.forget(each)
+        for _ in range(4000 - taken):
+            events.forget_oldest(branch)
         return time.process_time() - started
 
     assert min(seconds(4000) for _ in range(3)) < 15 * min(seconds(1) for _ in range(3))

@@ -139,9 +139,8 @@ class History:
 
         Each comes with its ``delivered_up_to``.
         """
-        for event, delivered_up_to in events:
-            self._kept.append(self._raw.add(event, delivered_up_to))
-            self.bytes += len(event.payload)
+        self._kept += self._raw.add(events)
+        self.bytes += sum([len(event.payload) for event, _ in events])
         self.trim(now)
 
     async def prepare(self, cursor: Cursor, audiences: Collection[Audience]) -> None:
@@ -233,18 +232,18 @@ class History:
 
     def trim(self, now: float) -> None:
         """Drop the oldest events until the bounds hold."""
-        oldest = now - self.age
-        while self._kept and (
-            len(self._kept) > self.most_events
+        oldest, events, raw = now - self.age, self._kept, self._raw
+        while events and (
+            len(events) > self.most_events
             or self.bytes > self.most_bytes
-            or self._kept[0].received_at < oldest
+            or events[0].received_at < oldest
         ):
-            kept = self._kept.popleft()
+            kept = events.popleft()
             self.bytes -= len(kept.frame)
             self._whole.discard(kept.stream)
             self._forgotten[kept.stream] = kept.position
             if kept.raw_of is not None:
-                self._raw.forget(kept)
+                raw.forget_oldest(kept.raw_of)
                 continue
             for audience in kept.audiences:  # the oldest of all is also the oldest of its audiences
                 mine = self._by_audience[kept.stream, audience]

@@ -1,6 +1,7 @@
 """Raw events: durable events that could concern no connection, by branch, not routed yet."""
 
 from collections import deque
+from collections.abc import Iterable
 from typing import Final
 
 import msgspec
@@ -15,8 +16,7 @@ _FEW: Final = 64
 class StoredEvent(msgspec.Struct, gc=False, eq=False):
     """A durable event as clients get it, and its position.
 
-    While it is raw, ``raw_of`` is its tenant and branch, ``frame`` is its payload, and it has no
-    audiences.
+    While it is raw, ``raw_of`` is its branch, ``frame`` is its payload, and it has no audiences.
     """
 
     stream: Stream
@@ -25,7 +25,7 @@ class StoredEvent(msgspec.Struct, gc=False, eq=False):
     frame: bytes
     audiences: tuple[Audience, ...]
     delivered_up_to: int  # connections up to this number were sent a Pub/Sub copy of it live
-    raw_of: tuple[TenantId, BranchId] | None = None
+    raw_of: "RawBranch | None" = None
 
 
 class RawBranch:
@@ -46,33 +46,40 @@ class RawEvents:
     """The raw events of all branches. False if there are none."""
 
     def __init__(self) -> None:
-        self._branches: dict[tuple[Stream, TenantId], dict[BranchId, RawBranch]] = {}
+        self._branches: dict[Stream, dict[TenantId, dict[BranchId, RawBranch]]] = {}
 
     def __bool__(self) -> bool:
         return bool(self._branches)
 
-    def add(self, event: Event, delivered_up_to: int) -> StoredEvent:
-        """Add the newest event of its stream."""
-        stream, position, tenant, branch = event.stream, event.position, event.tenant, event.branch
-        assert stream is not None
-        assert position is not None
-        if (branches := self._branches.get((stream, tenant))) is None:
-            branches = self._branches[stream, tenant] = {}
-        if (raw := branches.get(branch)) is None:
-            raw = branches[branch] = RawBranch(stream, tenant, branch)
-        stored = StoredEvent(
-            stream, position, event.received_at, event.payload, (), delivered_up_to,
-            (tenant, branch),
-        )  # fmt: skip
-        raw.entries.append(stored)
-        if event.session is not None:
-            raw.sessions[event.session] = position
-        return stored
+    def add(self, events: Iterable[tuple[Event, int]]) -> list[StoredEvent]:
+        """Add the newest events of their streams, each with its ``delivered_up_to``."""
+        found: list[StoredEvent] = []
+        for event, delivered_up_to in events:
+            stream, position = event.stream, event.position
+            assert stream is not None
+            assert position is not None
+            try:
+                raw = self._branches[stream][event.tenant][event.branch]
+            except KeyError:
+                raw = self._add_branch(stream, event.tenant, event.branch)
+            stored = StoredEvent(
+                stream, position, event.received_at, event.payload, (), delivered_up_to, raw
+            )
+            raw.entries.append(stored)
+            found.append(stored)
+            if (session := event.session) is not None:
+                raw.sessions[session] = position
+        return found
+
+    def _add_branch(self, stream: Stream, tenant: TenantId, branch: BranchId) -> RawBranch:
+        raw = RawBranch(stream, tenant, branch)
+        self._branches.setdefault(stream, {}).setdefault(tenant, {})[branch] = raw
+        return raw
 
     def branches_of(self, stream: Stream, audience: Audience) -> list[RawBranch]:
         """The branches in which there may be raw events for this audience."""
         kind, tenant, place, _ = audience
-        if (branches := self._branches.get((stream, tenant))) is None:
+        if (branches := self._branches.get(stream, {}).get(tenant)) is None:
             return []
         if kind == "diners":  # a session is of the tenant: any branch may name it
             return [raw for raw in branches.values() if SessionId(place) in raw.sessions]
@@ -88,26 +95,27 @@ class RawEvents:
         self._tidy(raw)
         return stored
 
-    def forget(self, stored: StoredEvent) -> None:
-        """Remove the oldest event of all, which is also the oldest of its branch."""
-        assert stored.raw_of is not None
-        tenant, branch = stored.raw_of
-        raw = self._branches[stored.stream, tenant][branch]
+    def forget_oldest(self, raw: RawBranch) -> None:
+        """Remove the oldest event of a branch."""
         raw.entries.popleft()
         self._tidy(raw)
 
     def drop(self, stream: Stream) -> None:
         """Remove all events of a stream."""
-        for key in [key for key in self._branches if key[0] == stream]:
-            del self._branches[key]
+        for branches in self._branches.pop(stream, {}).values():
+            for raw in branches.values():
+                raw.entries.clear()  # its events name it, and the garbage collector ignores them
 
     def _tidy(self, raw: RawBranch) -> None:
         raw.removed += 1
         if not raw.entries:
-            branches = self._branches[raw.stream, raw.tenant]
+            tenants = self._branches[raw.stream]
+            branches = tenants[raw.tenant]
             del branches[raw.branch]
             if not branches:
-                del self._branches[raw.stream, raw.tenant]
+                del tenants[raw.tenant]
+            if not tenants:
+                del self._branches[raw.stream]
         elif raw.removed > len(raw.sessions) + _FEW:  # so each entry pays for one session
             raw.removed = 0
             first = raw.entries[0].position
