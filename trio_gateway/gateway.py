@@ -181,6 +181,7 @@ class Gateway(QuartTrio):
         nursery.start_soon(self._server_stops.run)
         if multiprocessing.parent_process() is not None:
             nursery.start_soon(self._delay_sigterm)
+        nursery.start_soon(parts.watch_topology)
         nursery.start_soon(self._run_sources)
         nursery.start_soon(parts.following.run)
         nursery.start_soon(parts.worker_stats.share, partial(stats.snapshot, parts))
@@ -190,8 +191,9 @@ class Gateway(QuartTrio):
         with parts.sources:
             async with trio.open_nursery() as nursery:
                 read = partial(parts.streams.run, parts.inlet)
+                changed = None if parts.topology.is_fixed else parts.topology.wait_changed
                 for name, run in (("pubsub", parts.pubsub.run), ("stream", read)):
-                    nursery.start_soon(keep_running, name, run, parts.breakers[name])
+                    nursery.start_soon(keep_running, name, run, parts.breakers[name], None, changed)
 
     async def _reap(self) -> None:
         await reap(

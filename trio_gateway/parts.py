@@ -1,8 +1,9 @@
 """Parts: every object of a gateway, built in one place and without I/O."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import trio
@@ -13,18 +14,23 @@ from .access.auth import Auth
 from .access.placement import Placement
 from .access.revocations import Revocations
 from .access.tickets import Tickets
+from .broker.cluster_streams import ClusterStreams
 from .broker.commands import Commands
 from .broker.dead_letters import DeadLetters
+from .broker.probe import Probe
 from .broker.pubsub import Listener, PubSub
 from .broker.readiness import Readiness
 from .broker.stream_pages import StreamPages
 from .broker.streams import Streams
+from .broker.topologies import make_topology
+from .broker.topology import Topology
+from .broker.topology_watch import watch
 from .core.audiences import Endpoint
 from .core.control_messages import PLACEMENT, REVOKED, SECTORS_CHANGED
 from .core.event_ids import tag
 from .core.limits import DropAlarm, TenantRate
 from .core.resilience import Breaker
-from .redis_url import RedisAddress
+from .redis_url import RedisKind, RedisUrl
 from .runtime.client_counts import ClientCounts
 from .runtime.concurrency_limiter import ConcurrencyLimiter
 from .runtime.dispatch import Dispatch
@@ -63,6 +69,8 @@ class Parts:
     clock: Callable[[], float]  # unix time
     breakers: Mapping[str, Breaker]
     # From Redis to the clients:
+    topology: Topology
+    watch_topology: Callable[[], Awaitable[None]]
     hub: Hub
     ingest: Ingest
     pubsub_queue: EventQueue
@@ -72,7 +80,7 @@ class Parts:
     replays: Replays
     dispatch: Dispatch
     pubsub: PubSub
-    streams: Streams
+    streams: Streams | ClusterStreams
     inlet: StreamInlet
     following: Following
     places: Places
@@ -152,6 +160,8 @@ def build_parts(
             per_session=settings.ws_max_connections_per_session,
         )
     )
+    redis_url = RedisUrl.from_url(settings.redis_url)
+    topology = make_topology(redis_url)
     history = History(
         events=settings.ws_history_events,
         size=settings.ws_history_bytes,
@@ -220,15 +230,19 @@ def build_parts(
     if settings.redis_dlq_stream is not None:
         dead_letters = DeadLetters(commands, settings.redis_dlq_stream)
         ingest = Ingest(dead_letters.offer)
-    address = RedisAddress.from_url(settings.redis_url)
+    probe = Probe()
+    is_cluster = redis_url.kind is RedisKind.CLUSTER
     pubsub = PubSub(
-        address,
+        topology,
         settings.redis_channel_patterns,
         ingest,
         pubsub_queue,
         breakers["pubsub"],
         listeners,
         max_wait=settings.redis_event_max_wait,
+        probe=probe,
+        anywhere=is_cluster,
+        on_wrong_server=lambda: streams.reconnect(),
     )
 
     def on_demoted() -> None:
@@ -245,13 +259,18 @@ def build_parts(
         places=places,
         wall_clock=clock,
     )
-    streams = Streams(
-        address,
-        breakers["stream"],
-        ranks=sharding.ranks,
-        old_streams=sharding.old_streams,
-        on_demoted=on_demoted,
-    )
+    streams: Streams | ClusterStreams
+    if is_cluster:
+        streams = ClusterStreams(topology, breakers["stream"])
+    else:
+        streams = Streams(
+            topology,
+            on_reading=breakers["stream"].succeeded,
+            probe=probe,
+            ranks=sharding.ranks,
+            old_streams=sharding.old_streams,
+            on_demoted=on_demoted,
+        )
     following = Following(streams, history, sharding)
     sources = trio.CancelScope()
     silent = SilentConnections(settings.ws_max_handshakes)
@@ -267,6 +286,10 @@ def build_parts(
         settings=settings,
         clock=clock,
         breakers=breakers,
+        topology=topology,
+        watch_topology=partial(
+            watch, topology, redis_url.seeds if redis_url.kind is RedisKind.SENTINEL else ()
+        ),
         hub=hub,
         ingest=ingest,
         pubsub_queue=pubsub_queue,

@@ -10,6 +10,7 @@ _GATEWAY: Final = {
     "gateway.py: parts.readiness.run": ["Readiness.run"],
     "gateway.py: parts.replays.decide": ["Replays.decide"],
     "gateway.py: parts.following.run": ["Following.run"],
+    "gateway.py: parts.watch_topology": ["watch"],
     "gateway.py: parts.placement.run": ["Placement.run"],
     "access/placement.py: self._report": ["Placement._report"],
     "access/placement.py: self._send_away": ["Placement._send_away"],
@@ -28,7 +29,10 @@ _GATEWAY: Final = {
         "Dispatch.run#1",
         "Dispatch.run#2",
     ],
-    "gateway.py: keep_running, name, run, parts.breakers[name]": ["PubSub.run", "Streams.run"],
+    "gateway.py: keep_running, name, run, parts.breakers[name], None, changed": [
+        "PubSub.run",
+        "Streams.run",
+    ],
 }
 # Of a process that Hypercorn's master or the supervisor has started.
 _CHILD: Final = {"gateway.py: self._delay_sigterm": ["Gateway._delay_sigterm"]}
@@ -54,6 +58,16 @@ _AWAITED: Final = {
     "runtime/connection.py: self._run_task, task",
     "access/sectors.py: query_branch, key",
     "broker/commands.py: (await self._receive.receive()).run, loop",
+    "broker/asking.py: ask, server",
+}
+# Parts of the tasks that watch and read Redis: a bug in them is a bug in those.
+_OF_A_SOURCE: Final = {
+    "broker/cluster_streams.py: self._run, sink",
+    "broker/pubsub.py: self._leave, server",
+    "broker/pubsub.py: self._publish_probes, server",
+    "broker/streams.py: self._leave, server",
+    "broker/topology_watch.py: _listen, sentinel, topology",
+    "broker/topology_watch.py: _look, topology",
 }
 
 
@@ -69,4 +83,5 @@ SUPERVISED: Final = _names(_SUPERVISED)
 SUPERVISOR: Final = _names(_SUPERVISOR)
 CALLS: Final = {
     *_GATEWAY, *_CHILD, *_WORKER, *_SERVE, *_SUPERVISED, *_SUPERVISOR, *_AWAITED,
+    *_OF_A_SOURCE,
 }  # fmt: skip

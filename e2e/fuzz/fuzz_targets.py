@@ -15,6 +15,7 @@ from trio_gateway.access.jwks import KeySet
 from trio_gateway.access.revocations import Revocations
 from trio_gateway.broker.connection import RedisConnection
 from trio_gateway.broker.pubsub import PubSub
+from trio_gateway.broker.topology import single
 from trio_gateway.core.audiences import Endpoint, audiences_of
 from trio_gateway.core.client_request import ClientRequest
 from trio_gateway.core.close_codes import Close, Rejected
@@ -202,7 +203,7 @@ def replies(data: bytes) -> None:
     redis = RedisConnection(_Pieces(data))
     ingest = Ingest()
     pubsub = PubSub(
-        RedisAddress(),
+        single(RedisAddress()),
         ["*"],
         ingest,
         EventQueue(10),

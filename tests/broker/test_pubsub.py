@@ -9,6 +9,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from tests.support.redis_links import Redis, link_to
 from trio_gateway.broker.connection import ENOUGH
 from trio_gateway.broker.pubsub import LIVENESS, PubSub
+from trio_gateway.broker.topology import single
 from trio_gateway.core.limits import DropAlarm
 from trio_gateway.core.resilience import Breaker
 from trio_gateway.redis_url import RedisAddress
@@ -22,7 +23,7 @@ PONG = b"*2\r\n$4\r\npong\r\n$0\r\n\r\n"
 
 def make_pubsub() -> PubSub:
     queue = EventQueue(10, DropAlarm(60, 0.05, 300))
-    return PubSub(RedisAddress(), [], Ingest(), queue, Breaker(5, 30))
+    return PubSub(single(RedisAddress()), [], Ingest(), queue, Breaker(5, 30))
 
 
 def message(size: int) -> bytes:
@@ -117,7 +118,7 @@ class Burst:
         self.queue = EventQueue(10)
         self.received_at: float | None = None
         self.pubsub = PubSub(
-            RedisAddress(), ["*"], Ingest(), self.queue, Breaker(5, 30), max_wait=max_wait
+            single(RedisAddress()), ["*"], Ingest(), self.queue, Breaker(5, 30), max_wait=max_wait
         )
         self.pubsub.listeners[b"x"] = self._receive
 

@@ -1,128 +1,18 @@
 """What every source of durable events must do, tried with the streams of a real Valkey."""
 
-from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager
-from functools import partial
+from collections.abc import Iterator
 
 import pytest
-import redis
 import trio
 
 from tests.support.gateways import until
 from tests.support.redis_server import RedisServer, valkey
+from tests.support.source_engine import Engine
 from trio_gateway.broker import stream_reader, streams
 from trio_gateway.broker.streams import Streams
-from trio_gateway.core.event_ids import Position, Stream, entry_id, read_position, tag
-from trio_gateway.core.resilience import Backoff, Breaker
+from trio_gateway.broker.topology import single
+from trio_gateway.core.event_ids import entry_id, read_position, tag
 from trio_gateway.redis_url import RedisAddress
-from trio_gateway.runtime.source import Entry, Past, Room, Source
-from trio_gateway.runtime.supervision import keep_running
-
-
-class Recorder:
-    """A sink that notes what it gets, and checks the order of the calls."""
-
-    def __init__(self) -> None:
-        self.pasts: dict[str, Past] = {}
-        self.live: defaultdict[str, list[Position]] = defaultdict(list)
-        self.gaps: list[tuple[Stream, Position, Position]] = []
-        self.forgotten: list[Stream] = []
-        self.taken = 0
-        self.accepts = trio.Event()
-        self.accepts.set()
-        self.most_past = 100_000
-
-    def room(self) -> Room:
-        return Room(self.most_past, 10**9, 0)
-
-    async def begin(self, stream: Stream, name: str, past: Past, ahead: float | None) -> None:
-        assert name not in self.pasts
-        await trio.lowlevel.checkpoint()
-        self.pasts[name] = past
-        self.live[name] = []
-
-    async def take(
-        self,
-        stream: Stream,
-        name: str,
-        entries: Sequence[Entry],
-        passed: Callable[[Sequence[Entry]], None],
-    ) -> None:
-        assert name in self.pasts
-        for entry in entries:
-            await self.accepts.wait()
-            self.live[name].append(entry.position)
-            self.taken += 1
-            passed([entry])
-
-    async def advance(self, stream: Stream, position: Position) -> None:
-        await trio.lowlevel.checkpoint()
-
-    async def gap(self, stream: Stream, *, since: Position, end: Position) -> None:
-        assert stream in map(tag, self.pasts)
-        self.gaps.append((stream, since, end))
-        await trio.lowlevel.checkpoint()
-
-    async def settle(self) -> None:
-        await trio.lowlevel.checkpoint()
-
-    def forget(self, stream: Stream) -> None:
-        self.forgotten.append(stream)
-        del self.pasts[next(name for name in self.pasts if tag(name) == stream)]
-
-    def known(self, name: str) -> list[str]:
-        """The ids of all entries of a shard that it has, in the order in which they came."""
-        if name not in self.pasts:
-            return []
-        past = [entry.position for entry in self.pasts[name].entries]
-        return [entry_id(position) for position in past + self.live[name]]
-
-
-class Engine:
-    """A server, a source that reads it, and a sink."""
-
-    def __init__(self, server: RedisServer) -> None:
-        self.server = server
-        self.backend = redis.Redis(port=server.port)
-        self.sink = Recorder()
-        self.source: Source = Streams(
-            RedisAddress.from_url(server.connection_url), Breaker(1000, 30)
-        )
-        self.added: defaultdict[str, list[str]] = defaultdict(list)
-
-    def add(self, name: str, count: int = 1) -> None:
-        pipeline = self.backend.pipeline(transaction=False)
-        for _ in range(count):
-            pipeline.xadd(name, {"data": "{}"})
-        self.added[name] += [entry.decode() for entry in pipeline.execute()]
-
-    async def add_while(self, condition: Callable[[], bool], *names: str) -> None:
-        """Add entries to these shards, one after the other, for as long as this holds."""
-        while condition():
-            for name in names:
-                await trio.to_thread.run_sync(self.add, name)
-
-    def has_all(self, *names: str) -> bool:
-        return all(self.sink.known(name) == self.added[name] for name in names)
-
-    def kill_connections(self) -> None:
-        """Kill those of the source."""
-        for client in self.backend.client_list():
-            if client["name"] == "trio-gateway":
-                self.backend.client_kill_filter(_id=client["id"])
-
-    @asynccontextmanager
-    async def reading(self, *names: str) -> AsyncIterator[None]:
-        self.source.follow(names)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(
-                keep_running, "stream", partial(self.source.run, self.sink), Breaker(1000, 30),
-                Backoff(0.01, 0.05),
-            )  # fmt: skip
-            await until(lambda: self.source.connected)
-            yield
-            nursery.cancel_scope.cancel()
 
 
 @pytest.fixture(scope="module")
@@ -131,12 +21,39 @@ def server() -> Iterator[RedisServer]:
         yield server
 
 
+FORMS = {"single": "server", "sentinel": "sentinels", "cluster": "cluster"}  # fixtures
+
+
+# The other forms are tried with two of the tests in the default suite.
+@pytest.fixture(
+    params=[
+        "single",
+        pytest.param("sentinel", marks=pytest.mark.chaos),
+        pytest.param("cluster", marks=pytest.mark.chaos),
+    ]
+)
+def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
+    yield from _engine(request)
+
+
+@pytest.fixture(params=FORMS)
+def any_engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
+    yield from _engine(request)
+
+
 @pytest.fixture
-def engine(server: RedisServer) -> Iterator[Engine]:
+def single_engine(server: RedisServer) -> Iterator[Engine]:
     engine = Engine(server)
-    engine.backend.flushall()
+    engine.empty()
     yield engine
-    engine.backend.close()
+    engine.close()
+
+
+def _engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
+    engine = Engine(request.getfixturevalue(FORMS[request.param]))
+    engine.empty()
+    yield engine
+    engine.close()
 
 
 async def test_shard_is_begun_with_its_past_and_read_on(engine: Engine) -> None:
@@ -186,18 +103,18 @@ async def test_shard_that_is_followed_while_others_are_quiet_is_read_at_once(
 
 
 async def test_order_holds_and_nothing_is_lost_or_doubled_when_connections_are_killed(
-    engine: Engine,
+    any_engine: Engine,
 ) -> None:
     kills = 0
-    async with engine.reading("a", "b"), trio.open_nursery() as nursery:
-        nursery.start_soon(engine.add_while, lambda: kills < 8, "a", "b")
+    async with any_engine.reading("a", "b"), trio.open_nursery() as nursery:
+        nursery.start_soon(any_engine.add_while, lambda: kills < 8, "a", "b")
         while kills < 8:
-            taken = engine.sink.taken
-            await until(lambda taken=taken: engine.sink.taken > taken)  # type: ignore[misc]
-            await trio.to_thread.run_sync(engine.kill_connections)
+            taken = any_engine.sink.taken
+            await until(lambda taken=taken: any_engine.sink.taken > taken)  # type: ignore[misc]
+            await trio.to_thread.run_sync(any_engine.kill_connections)
             kills += 1
-        await until(lambda: engine.has_all("a", "b"))
-    assert not engine.sink.gaps
+        await until(lambda: any_engine.has_all("a", "b"))
+    assert not any_engine.sink.gaps
 
 
 async def test_nothing_is_lost_or_doubled_when_the_server_is_killed() -> None:
@@ -210,7 +127,7 @@ async def test_nothing_is_lost_or_doubled_when_the_server_is_killed() -> None:
                 server.kill()
                 server.start_again()
                 await trio.to_thread.run_sync(server.wait_until_ready)
-                engine.backend.connection_pool.disconnect()
+                engine.failed_over()
                 engine.add("a", 50)
                 await until(lambda: engine.has_all("a", "b"), 10)
         assert not engine.sink.gaps
@@ -223,7 +140,7 @@ async def test_entries_that_are_trimmed_unread_are_a_gap_of_their_shard_alone(
         engine.add("a", 10)
         engine.add("b", 10)
         await until(lambda: engine.has_all("a", "b"))
-        pipeline = engine.backend.pipeline(transaction=True)
+        pipeline = engine.at("a").pipeline(transaction=True)
         for _ in range(30):
             pipeline.xadd("a", {"data": "{}"})
         pipeline.xtrim("a", 20, approximate=False)
@@ -284,7 +201,7 @@ async def test_shard_that_is_given_up_while_another_is_begun_is_not_looked_at_ag
     async with engine.reading("a", "b"):
         engine.add("b", 5)
         await until(lambda: engine.has_all("a", "b"))
-        engine.backend.delete("b")  # which would be a gap
+        engine.at("b").delete("b")  # which would be a gap
         engine.source.follow(["a", "c"])
         while "c" not in engine.sink.pasts:
             await trio.to_thread.run_sync(engine.add, "a")
@@ -320,9 +237,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def spoil(engine: Engine, name: str) -> None:
-    engine.backend.delete(name)
+    engine.at(name).delete(name)
     engine.added[name].clear()
-    engine.backend.set(name, "not a stream")
+    engine.at(name).set(name, "not a stream")
 
 
 @pytest.mark.usefixtures("quick")
@@ -334,7 +251,7 @@ async def test_shard_that_cannot_be_read_does_not_stop_the_others(engine: Engine
         engine.add("a", 5)
         engine.add("c", 5)
         await until(lambda: engine.has_all("a", "c"))
-        engine.backend.delete("b")
+        engine.at("b").delete("b")
         engine.add("b", 5)
         await until(lambda: engine.has_all("b") and not engine.source.unreadable)
         engine.add("b", 5)
@@ -354,7 +271,7 @@ async def test_shard_that_becomes_unreadable_is_a_gap_when_it_is_back(engine: En
         engine.add("a", 5)
         await until(lambda: engine.has_all("a") and list(engine.source.unreadable) == ["b"])
         assert not engine.sink.gaps
-        engine.backend.delete("b")
+        engine.at("b").delete("b")
         engine.add("b", 5)
         await until(lambda: engine.sink.known("b")[5:] == engine.added["b"])
     assert [stream for stream, _, _ in engine.sink.gaps] == [tag("b")]
@@ -373,47 +290,51 @@ async def test_shard_is_begun_while_all_others_are_unreadable(engine: Engine) ->
 
 
 @pytest.mark.usefixtures("quick")
-async def test_shard_without_the_right_to_it_does_not_stop_the_others(engine: Engine) -> None:
+async def test_shard_without_the_right_to_it_does_not_stop_the_others(
+    single_engine: Engine,
+) -> None:
     def grant(*keys: str) -> None:
-        engine.backend.acl_setuser(
+        single_engine.at("a").acl_setuser(
             "few", enabled=True, reset=True, nopass=True, keys=keys, categories=["+@all"]
         )
 
     grant("a")
-    url = f"redis://few:x@127.0.0.1:{engine.server.port}"
-    engine.source = Streams(RedisAddress.from_url(url), Breaker(1000, 30))
-    async with engine.reading("a", "b"):
-        engine.add("a", 5)
-        await until(lambda: engine.has_all("a") and list(engine.source.unreadable) == ["b"])
+    url = f"redis://few:x@127.0.0.1:{single_engine.ports[0]}"
+    single_engine.source = Streams(single(RedisAddress.from_url(url)), on_reading=lambda: None)
+    async with single_engine.reading("a", "b"):
+        single_engine.add("a", 5)
+        await until(
+            lambda: single_engine.has_all("a") and list(single_engine.source.unreadable) == ["b"]
+        )
         grant("a", "b")
-        engine.add("b", 5)
-        await until(lambda: engine.has_all("a", "b"))
-    assert not engine.sink.gaps
+        single_engine.add("b", 5)
+        await until(lambda: single_engine.has_all("a", "b"))
+    assert not single_engine.sink.gaps
 
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("kills", [False, True], ids=["same connection", "new connection"])
 async def test_unreadable_stream_of_a_change_of_shards_is_a_gap_when_it_is_back(
-    engine: Engine, kills: bool
+    single_engine: Engine, kills: bool
 ) -> None:
-    engine.source = Streams(
-        RedisAddress.from_url(engine.server.connection_url), Breaker(1000, 30),
+    single_engine.source = Streams(
+        single(RedisAddress.from_url(single_engine.url)), on_reading=lambda: None,
         ranks={tag("a"): 0, tag("b"): 1}, old_streams={tag("a")},
     )  # fmt: skip
-    async with engine.reading("a", "b"):
-        engine.add("b")
-        await until(lambda: engine.has_all("b"))
-        engine.backend.rename("b", "c")
-        engine.backend.set("b", "not a stream")
-        await until(lambda: list(engine.source.unreadable) == ["b"])
-        engine.add("a")
-        await until(lambda: engine.has_all("a"))
-        engine.backend.rename("c", "b")
-        engine.add("b")
+    async with single_engine.reading("a", "b"):
+        single_engine.add("b")
+        await until(lambda: single_engine.has_all("b"))
+        single_engine.at("b").rename("b", "c")
+        single_engine.at("b").set("b", "not a stream")
+        await until(lambda: list(single_engine.source.unreadable) == ["b"])
+        single_engine.add("a")
+        await until(lambda: single_engine.has_all("a"))
+        single_engine.at("b").rename("c", "b")
+        single_engine.add("b")
         if kills:
-            engine.kill_connections()
-        await until(lambda: engine.has_all("b"))
-    ((stream, since, end),) = engine.sink.gaps
+            single_engine.kill_connections()
+        await until(lambda: single_engine.has_all("b"))
+    ((stream, since, end),) = single_engine.sink.gaps
     assert stream == tag("b")
-    assert end == read_position(engine.added["b"][0])
-    assert since > read_position(engine.added["a"][0])
+    assert end == read_position(single_engine.added["b"][0])
+    assert since > read_position(single_engine.added["a"][0])

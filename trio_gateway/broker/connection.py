@@ -18,20 +18,32 @@ CONNECT_TIMEOUT: Final = 3.0  # seconds to connect, and again to authenticate
 # fewer, and no complete reply, is lost, even if some bytes trickle in.
 ENOUGH: Final = 65_536
 _CHUNK: Final = 1 << 18
-_DEMOTED: Final = frozenset({"MASTERDOWN", "READONLY", "UNBLOCKED"})
+_DEMOTED: Final = frozenset({"MASTERDOWN", "READONLY", "UNBLOCKED", "CLUSTERDOWN", "TRYAGAIN"})
 _NOTHING: Final = object()
 
 Command = Sequence[str | bytes | int]
+
+
+class Redirected(Demoted):
+    """Another node of the Cluster has the slot, or has what the key is while the slot moves."""
+
+    def __init__(self, reply: str) -> None:
+        """Read ``MOVED 3999 127.0.0.1:6381``, or the same with ASK."""
+        self.kind, slot, self.place = reply.split(" ", 2)
+        super().__init__(f"the Cluster says {self.kind}")
+        self.slot = int(slot)
 
 
 class RedisConnection:
     """Sends commands and receives replies.
 
     Every failure raises :exc:`ConnectionLost`; the connection cannot be used after that.
+    ``asking``: the server is a node of a Cluster that is about to get the slot.
     """
 
-    def __init__(self, stream: trio.abc.Stream) -> None:
+    def __init__(self, stream: trio.abc.Stream, *, asking: bool = False) -> None:
         self._stream = stream
+        self._asking = asking
         self._reader = hiredis.Reader(notEnoughData=_NOTHING)
         self.received = 0  # bytes
 
@@ -73,6 +85,8 @@ class RedisConnection:
 
     async def ask_all(self, commands: Sequence[Command], *, timeout: float = inf) -> list[Any]:
         """Send commands at once and return their replies, as :meth:`ask` does."""
+        if self._asking:
+            commands = [each for command in commands for each in (("ASKING",), command)]
         await self._send(commands)
         replies: list[Any] = []
         while len(replies) < len(commands):
@@ -84,7 +98,7 @@ class RedisConnection:
                 raise ConnectionLost(f"no answer to {commands[len(replies)][0]!s}")
         if len(replies) > len(commands):
             raise ConnectionLost("more replies than commands")
-        return replies
+        return replies[1::2] if self._asking else replies
 
     async def call(self, *words: str | bytes | int, timeout: float = inf) -> Any:
         """Like :meth:`ask`, but an error reply raises :exc:`ConnectionLost`.
@@ -98,11 +112,7 @@ class RedisConnection:
 
         Every user may send HELLO, whatever the ACL. Without a version it changes nothing.
         """
-        reply = await self.ask("HELLO", timeout=timeout)
-        if isinstance(reply, list) and b"role" in reply[::2]:
-            role = reply[2 * reply[::2].index(b"role") + 1 :][:1]
-            if role in ([b"replica"], [b"slave"]):
-                raise Demoted("Redis is a replica")
+        raise_if_replica(await self.ask("HELLO", timeout=timeout))
 
     def _complete(self) -> list[Any]:
         found = []
@@ -115,18 +125,35 @@ class RedisConnection:
         return found
 
 
+def raise_if_replica(reply: Any) -> None:
+    """Raise :exc:`Demoted` if this reply to HELLO is that of a replica."""
+    if isinstance(reply, list) and b"role" in reply[::2]:
+        role = reply[2 * reply[::2].index(b"role") + 1 :][:1]
+        if role in ([b"replica"], [b"slave"]):
+            raise Demoted("Redis is a replica")
+
+
 def no_error(reply: Any, command: str | bytes | int) -> Any:
     """The reply to a command, unless it is an error: see :meth:`RedisConnection.call`."""
     if isinstance(reply, hiredis.ReplyError):
         what = str(reply).split(" ", 1)[0]
+        if what in ("MOVED", "ASK"):
+            raise _redirected(str(reply))
         kind = Demoted if what in _DEMOTED else ConnectionLost
         raise kind(f"{command!s} failed: {what}")
     return reply
 
 
+def _redirected(reply: str) -> ConnectionLost:
+    try:
+        return Redirected(reply)
+    except ValueError:
+        return ConnectionLost("unexpected reply")
+
+
 @asynccontextmanager
 async def open_redis(
-    address: RedisAddress, *, any_role: bool = False
+    address: RedisAddress, *, any_role: bool = False, asking: bool = False
 ) -> AsyncIterator[RedisConnection]:
     """Connect, authenticate and select the database. The host name is resolved each time.
 
@@ -143,7 +170,7 @@ async def open_redis(
             f"can't connect to {address}: no answer in {CONNECT_TIMEOUT:g} s"
         ) from None
     try:
-        connection = RedisConnection(stream)
+        connection = RedisConnection(stream, asking=asking)
         with trio.move_on_after(CONNECT_TIMEOUT) as scope:
             await _greet(connection, address)
             if not any_role:

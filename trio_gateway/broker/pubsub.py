@@ -1,6 +1,7 @@
 """The Pub/Sub source: messages that are published while we are subscribed, at most once."""
 
 import math
+import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -16,6 +17,8 @@ from ..runtime.ingest import Ingest
 from ..runtime.queue import EventQueue
 from ..runtime.supervision import ConnectionLost, Demoted
 from .connection import ENOUGH, RedisConnection, open_redis
+from .probe import EVERY, PREFIX, Probe, is_refused
+from .topology import Topology
 
 log = structlog.get_logger()
 
@@ -42,12 +45,15 @@ class PubSub:
     """Subscribes to patterns and puts each event into the queue.
 
     ``listeners``, by channel, receive the messages that are not events. While the queue is full,
-    nothing is read until its oldest event has waited for ``max_wait`` seconds.
+    nothing is read until its oldest event has waited for ``max_wait`` seconds. ``on_wrong_server``
+    is called when the ``probe`` that another part publishes does not come back. In a Cluster, each
+    node is sent what is published on any: with ``anywhere``, one of them is chosen, and another one
+    publishes the probe.
     """
 
     def __init__(
         self,
-        address: RedisAddress,
+        topology: Topology,
         patterns: Sequence[str],
         ingest: Ingest,
         queue: EventQueue,
@@ -55,8 +61,15 @@ class PubSub:
         listeners: Mapping[str, Listener] | None = None,
         *,
         max_wait: float = 0.0,
+        probe: Probe | None = None,
+        anywhere: bool = False,
+        on_wrong_server: Callable[[], None] = lambda: None,
     ) -> None:
-        self._address = address
+        self._topology = topology
+        self._probe = probe or Probe()
+        self._anywhere = anywhere
+        self._on_wrong_server = on_wrong_server
+        self._lost: RedisAddress | None = None  # the last server whose connection was lost
         self._patterns = [pattern.encode() for pattern in dict.fromkeys(patterns)]
         self._ingest = ingest
         self._queue = queue
@@ -78,15 +91,53 @@ class PubSub:
 
     async def run(self) -> NoReturn:
         """Receive until the connection is :exc:`ConnectionLost`."""
+        server = await self._choose()
         try:
-            async with open_redis(self._address) as redis:
+            async with open_redis(server, any_role=self._anywhere) as redis:
                 with self._connection_scope:
-                    await self._subscribe(redis)
-                    await self._listen(redis)
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(self._leave, server)
+                        if self._anywhere:
+                            nursery.start_soon(self._publish_probes, server)
+                        await self._subscribe(redis)
+                        await self._listen(redis)
                 raise Demoted("its Redis may be a replica by now")
+        except* ConnectionLost:
+            self._lost = server
+            self._topology.suspect(server)
+            raise
         finally:
             self.connected = False
+            self._probe.listens(False)
             self._connection_scope = trio.CancelScope()
+
+    async def _choose(self, other_than: RedisAddress | None = None) -> RedisAddress:
+        """The server to connect to: the primary, or one that was not lost last."""
+        if not self._anywhere:
+            return await self._topology.primary()
+        servers = await self._topology.primaries()
+        good = [server for server in servers if server not in (self._lost, other_than)]
+        if not (good or servers):
+            raise ConnectionLost("the Cluster has no primary")
+        return random.choice(good or servers)  # noqa: S311 - spreads load, keeps no secret
+
+    async def _leave(self, server: RedisAddress) -> None:
+        """Give up the connection when its server is no primary any more."""
+        await self._topology.wait_left(server, None)
+        self._connection_scope.cancel()
+
+    async def _publish_probes(self, server: RedisAddress) -> None:
+        """Publish the probe on another node than this one."""
+        while self._probe.is_wanted:
+            try:
+                other = await self._choose(other_than=server)
+                async with open_redis(other, any_role=True) as redis:
+                    while self._probe.is_wanted:
+                        reply = await redis.ask(*self._probe.command, timeout=LIVENESS)
+                        self._probe.published(reply, trio.current_time())
+                        await trio.sleep(EVERY)
+            except ConnectionLost:
+                await trio.sleep(EVERY)
 
     def reconnect(self) -> None:
         """Connect again: another connection has found that the server is not the primary."""
@@ -99,6 +150,9 @@ class PubSub:
             await redis.send("PSUBSCRIBE", *self._patterns)
         if self.listeners:
             await redis.send("SUBSCRIBE", *self.listeners)
+        if self._probe.is_wanted:
+            self._unconfirmed += 1
+            await redis.send("SUBSCRIBE", self._probe.channel)  # the last one: it may be refused
         await redis.send("PING")  # a server that is still loading refuses this, but not a SUBSCRIBE
 
     async def _listen(self, redis: RedisConnection) -> NoReturn:
@@ -111,24 +165,30 @@ class PubSub:
         while True:
             started = trio.current_time()
             replies: list[Any] = []
-            with trio.move_on_after(LIVENESS - self._waited):
+            overdue = max(0.0, self._probe.due - started) if self._pinged_at is None else math.inf
+            with trio.move_on_after(min(LIVENESS - self._waited, overdue)):
                 replies = await redis.receive()
             self._waited += trio.current_time() - started
             for reply in replies:
                 if self._pinged_at is not None and isinstance(reply, list) and _is_pong(reply):
-                    self._pinged_at, self._waited = None, 0.0
+                    pinged_at, self._pinged_at, self._waited = self._pinged_at, None, 0.0
                     self._answered()
+                    # What was published before the PING came before its answer.
+                    if self._probe.due <= pinged_at:
+                        self._on_wrong_server()
+                        raise Demoted("a probe did not come back: it is not the streams' Redis")
                 elif (event := self._take(reply)) is not None:
                     if self._queue.is_full:
                         await self._wait_for_room(redis)
                     self._queue.offer(event)
-            if self._waited >= LIVENESS:
+            if self._waited >= LIVENESS or self._probe.due <= trio.current_time():
                 if self._pinged_at is None:
                     await redis.send("PING")
                     self._note_ping(redis)
-                elif redis.received - self._received_before < ENOUGH:
-                    raise ConnectionLost("no answer to PING")
-                self._waited, self._received_before = 0.0, redis.received
+                elif self._waited >= LIVENESS:
+                    if redis.received - self._received_before < ENOUGH:
+                        raise ConnectionLost("no answer to PING")
+                    self._waited, self._received_before = 0.0, redis.received
 
     def _note_ping(self, redis: RedisConnection) -> None:
         self._pinged_at = trio.current_time()
@@ -158,12 +218,17 @@ class PubSub:
             case [b"pmessage", bytes() as pattern, bytes() as channel, bytes() as payload]:
                 # Redis sends a message once for each pattern that its channel matches.
                 first, name = self._first_match_of(channel)
-                if first == pattern:
+                if first == pattern and not name.startswith(PREFIX):
                     return self._ingest.parse(payload, channel=name)
             case [b"message", bytes() as channel, bytes() as payload] if channel in self.listeners:
                 self.listeners[channel](payload)
+            case [b"message", self._probe.channel, _]:
+                self._probe.came_back()
             case [b"psubscribe" | b"subscribe", *_]:
                 self._unconfirmed -= 1
+            case Exception() if self._unconfirmed == 1 and is_refused(reply):
+                self._unconfirmed -= 1
+                self._probe.give_up()
             case Exception():
                 raise ConnectionLost(f"Redis says {str(reply).split(' ', 1)[0]}")
             case _:
@@ -173,6 +238,7 @@ class PubSub:
     def _answered(self) -> None:
         if not self.connected and not self._unconfirmed:
             self.connected = True
+            self._probe.listens(True)
             self._breaker.succeeded()
             log.info("subscribed", source="pubsub", patterns=len(self._patterns))
             for on_subscribed in self._on_subscribed:

@@ -13,6 +13,7 @@ import msgspec
 from ..core.event_ids import START, Position, read_position
 from ..runtime.source import Entry
 from ..runtime.supervision import ConnectionLost
+from .connection import no_error
 
 _FIELD: Final = b"data"
 # Errors that may concern one key alone: it is of another type, or the user has no right to it.
@@ -58,7 +59,7 @@ def read_info(reply: Any, name: str) -> Info:
     if isinstance(reply, hiredis.ReplyError):
         if "no such key" in str(reply):
             return Info()
-        raise ConnectionLost(f"XINFO {name} failed: {str(reply).split(' ', 1)[0]}")
+        no_error(reply, f"XINFO {name}")
     with _shaped():
         words = _convert(reply, list[Any])
         names = [name.decode() for name in _convert(words[::2], list[bytes])]

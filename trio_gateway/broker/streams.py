@@ -7,19 +7,25 @@ takes over, and the first one is closed.
 """
 
 from collections.abc import Callable, Collection, Mapping
-from typing import NoReturn
+from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
+from functools import partial
+from typing import NoReturn, cast
 
 import structlog
 import trio
 
 from ..core.event_ids import START, Stream, entry_id
-from ..core.resilience import Breaker
+from ..core.exception_groups import first_leaf
+from ..core.slots import read_node
 from ..redis_url import RedisAddress
 from ..runtime.source import Sink
-from ..runtime.supervision import Demoted
-from .connection import RedisConnection, open_redis
+from ..runtime.supervision import ConnectionLost, Demoted
+from .connection import Redirected, RedisConnection, open_redis, raise_if_replica
+from .probe import Probe
 from .stream_cursor import StreamCursor
 from .stream_reader import BLOCK, REPLY_TIMEOUT, StreamReader
+from .topology import Topology
 from .unreadable import Unreadable
 
 log = structlog.get_logger()
@@ -28,22 +34,30 @@ log = structlog.get_logger()
 class Streams:
     """Reads streams from their end, and after a lost connection from where it was.
 
-    A stream that is followed for the first time is read from its past on. ``on_demoted`` is called
-    when the server at the other end of a connection that was in use has become a replica.
-    ``ranks`` and ``old_streams`` are those of :class:`.core.shards.Sharding`.
+    A stream that is followed for the first time is read from its past on. ``on_reading`` is called
+    when a new connection works, ``on_demoted`` when the server at the other end of one that was in
+    use is not the primary any more. ``ranks`` and ``old_streams`` are those of
+    :class:`.core.shards.Sharding`. ``probe`` is published every two seconds. In a Cluster all
+    streams are in this ``slot``.
     """
 
     def __init__(
         self,
-        address: RedisAddress,
-        breaker: Breaker,
+        topology: Topology,
         *,
+        on_reading: Callable[[], None],
+        slot: int | None = None,
+        probe: Probe | None = None,
         ranks: Mapping[Stream, int] | None = None,
         old_streams: Collection[Stream] = (),
         on_demoted: Callable[[], None] = lambda: None,
     ) -> None:
-        self._address = address
-        self._breaker = breaker
+        self._topology = topology
+        self._slot = slot or 0
+        self._is_in_cluster = slot is not None
+        self._asking: RedisAddress | None = None  # it is about to get the slot
+        self._probe = probe
+        self._on_reading = on_reading
         self._ranks = ranks or {}
         self._old_streams = old_streams
         self._on_demoted = on_demoted
@@ -51,7 +65,8 @@ class Streams:
         self._changed = trio.lowlevel.ParkingLot()
         self._by_name: dict[str, StreamCursor] = {}  # of the streams that have been begun
         self._unreadable = Unreadable()
-        self._role_checked_at = 0.0
+        self._looked_around_at = 0.0
+        self._connection_scope = trio.CancelScope()
         self.connected = False
         self.gaps = 0
 
@@ -75,30 +90,68 @@ class Streams:
 
     async def run(self, sink: Sink) -> NoReturn:
         """Read until the connection is :exc:`ConnectionLost`."""
+        asking, self._asking = self._asking, None
+        server = asking or await self._topology.primary(self._slot)
         try:
             async with trio.open_nursery() as nursery:
+                if asking is None:
+                    nursery.start_soon(self._leave, server)
+                open_here = partial(
+                    open_redis, server, any_role=self._is_in_cluster, asking=asking is not None
+                )
                 reader: StreamReader | None = None
                 while True:
-                    reader = await nursery.start(self._read_on, sink, reader)
+                    reader = await nursery.start(self._read_on, open_here, sink, reader)
                     while not self._to_begin():
                         await self._changed.park()
-        except* Demoted:
-            # The other connections were made when the server was the primary, too.
-            if self.connected:
-                self._on_demoted()
+        except* ConnectionLost as lost:
+            self._note(server, lost)
             raise
         finally:
             self.connected = False
+            self._connection_scope = trio.CancelScope()
+
+    def has_begun(self, name: str) -> bool:
+        """Whether the sink has been given this stream."""
+        return name in self._by_name
+
+    def reconnect(self) -> None:
+        """Connect again: another connection leads to another Redis."""
+        if self.connected:
+            self._connection_scope.cancel()
+
+    async def _leave(self, server: RedisAddress) -> None:
+        """Lose the connection when another server is the primary."""
+        with self._connection_scope:
+            await self._topology.wait_left(server, self._slot)
+        raise Demoted("another server is the primary")
+
+    def _note(self, server: RedisAddress, lost: BaseExceptionGroup[ConnectionLost]) -> None:
+        """Learn from a connection that was lost which server to connect to."""
+        redirected, _ = lost.split(Redirected)
+        if redirected is not None:
+            redirection = cast(Redirected, first_leaf(redirected))
+            host, port = read_node(redirection.place, server.host)
+            if redirection.kind == "ASK":
+                self._asking = replace(server, host=host, port=port)
+            else:
+                self._topology.moved(redirection.slot, (host, port))
+            return
+        self._topology.suspect(server)
+        # The other connections were made when the server was the primary, too.
+        if self.connected and lost.subgroup(Demoted) is not None:
+            self._on_demoted()
 
     async def _read_on(
         self,
+        open_here: Callable[[], AbstractAsyncContextManager[RedisConnection]],
         sink: Sink,
         before: StreamReader | None,
         *,
         task_status: trio.TaskStatus[StreamReader],
     ) -> None:
         """Begin what is new, take over from the reader before this one, and read on."""
-        async with open_redis(self._address) as redis:
+        async with open_here() as redis:
             reader = StreamReader(
                 redis, sink, self._by_name, self._unreadable,
                 ranks=self._ranks, old_streams=self._old_streams, on_gap=self._count_gap,
@@ -123,9 +176,10 @@ class Streams:
                 await reader.read(block=False)
             if before is None:
                 self.connected = True
-                self._breaker.succeeded()
-                log.info("reading", source="stream", cursors=self.cursors)
-                self._role_checked_at = trio.current_time()
+                self._on_reading()
+                if not self._is_in_cluster:
+                    log.info("reading", source="stream", cursors=self.cursors)
+                self._looked_around_at = trio.current_time()
             task_status.started(reader)
             await reader.run_until_stopped(lambda: self._read(reader, redis, sink))
 
@@ -150,9 +204,15 @@ class Streams:
     async def _look_around(self, reader: StreamReader, redis: RedisConnection) -> None:
         """A connection can outlive its server's time as the primary; errors can be over."""
         now = trio.current_time()
-        if now - self._role_checked_at >= BLOCK:
-            self._role_checked_at = now
-            await redis.check_role(timeout=REPLY_TIMEOUT)
+        if now - self._looked_around_at >= BLOCK:
+            self._looked_around_at = now
+            probe = self._probe if self._probe is not None and self._probe.is_wanted else None
+            commands = [("HELLO",), *((probe.command,) if probe is not None else ())]
+            role, *published = await redis.ask_all(commands, timeout=REPLY_TIMEOUT)
+            if not self._is_in_cluster:  # there, a replica answers XREAD with MOVED
+                raise_if_replica(role)
+            if probe is not None:
+                probe.published(published[0], now)
             if self._unreadable:
                 await reader.retry_unreadable()
                 if self._to_begin():

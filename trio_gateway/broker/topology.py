@@ -32,6 +32,7 @@ class Topology:
     def __init__(
         self, look: Look, address: Callable[[Node], RedisAddress], known: SlotMap | None = None
     ) -> None:
+        self.is_fixed = known is not None  # nothing ever changes
         self._look = look
         self._address = address
         self._map = known or SlotMap()
@@ -41,6 +42,12 @@ class Topology:
         self._looked_at = -PAUSE
         self._problem: str | None = None  # of the last look
         self._changed = trio.lowlevel.ParkingLot()
+        self._suspected = trio.lowlevel.ParkingLot()
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the last who was asked, if anybody was, has answered."""
+        return bool(self._map.ranges) and self._problem is None
 
     async def primary(self, slot: int = 0) -> RedisAddress:
         """The server that executes commands for the keys of a slot.
@@ -92,7 +99,13 @@ class Topology:
 
     def suspect(self, server: RedisAddress) -> None:
         """This server does not answer, or is no primary: ask before the next command."""
-        self._is_suspect |= any(self._address(node) == server for node in self._map.primaries)
+        if any(self._address(node) == server for node in self._map.primaries):
+            self.suspect_all()
+
+    def suspect_all(self) -> None:
+        """A failover may be under way: ask before the next command."""
+        self._is_suspect = True
+        self._suspected.unpark_all()
 
     def moved(self, slot: int, primary: Node) -> None:
         """A node of the Cluster says that this slot has another primary."""
@@ -102,6 +115,15 @@ class Topology:
     async def wait_changed(self) -> None:
         """Wait until a slot gets another primary."""
         await self._changed.park()
+
+    async def wait_suspected(self) -> None:
+        """Wait until somebody suspects that a slot has another primary."""
+        await self._suspected.park()
+
+    async def wait_left(self, server: RedisAddress, slot: int | None) -> None:
+        """Wait until the server is not the primary of the slot, or of any if None."""
+        while any(self._address(node) == server for node in self._map.primaries_of(slot)):
+            await self._changed.park()
 
     def _set(self, found: SlotMap) -> None:
         before, self._map = self._map, found

@@ -62,6 +62,11 @@ class Breaker:
             self.state = State.OPEN
             self._opened_at = now - max(0.0, self._recovery - SOON) if soon else now
 
+    def retry(self, now: float) -> None:
+        """There is reason to believe that it works again: the next attempt is allowed at once."""
+        if self.state is State.OPEN:
+            self._opened_at = now - self._recovery
+
     def abandoned(self, now: float) -> None:
         """The attempt was cancelled before it had an outcome: the next one is allowed at once."""
         if self.state is State.HALF_OPEN:

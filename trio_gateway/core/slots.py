@@ -73,6 +73,12 @@ class SlotMap:
             return None
         return self.ranges[at][2]
 
+    def primaries_of(self, slot: int | None) -> frozenset[Node]:
+        """The node that owns the slot; all that own any, if None."""
+        if slot is None:
+            return self.primaries
+        return frozenset({found}) if (found := self.primary_of(slot)) else frozenset()
+
     def moved(self, slot: int, primary: Node) -> "SlotMap":
         """The map after this slot got another primary."""
         ranges = [(slot, slot, primary)]

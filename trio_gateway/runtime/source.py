@@ -89,8 +89,13 @@ class Source(Protocol):
     and servers; where it cannot, it says so with :meth:`Sink.gap`.
     """
 
-    connected: bool  # what is followed is being read, except for what can't be
-    gaps: int  # so far
+    @property
+    def connected(self) -> bool:
+        """Whether what is followed is being read, except for what is :attr:`unreadable`."""
+
+    @property
+    def gaps(self) -> int:
+        """The number of gaps so far."""
 
     @property
     def cursors(self) -> Mapping[str, str]:

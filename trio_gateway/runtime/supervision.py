@@ -21,11 +21,17 @@ class Demoted(ConnectionLost):
 
 
 async def keep_running(
-    name: str, work: Callable[[], Awaitable[None]], breaker: Breaker, backoff: Backoff | None = None
+    name: str,
+    work: Callable[[], Awaitable[None]],
+    breaker: Breaker,
+    backoff: Backoff | None = None,
+    wait_changed: Callable[[], Awaitable[None]] | None = None,
 ) -> NoReturn:
     """Run ``work`` again whenever it raises :exc:`ConnectionLost`; return only when cancelled.
 
-    After :exc:`Demoted` it runs again within a second: a failover may be over by then.
+    After :exc:`Demoted` it runs again within a second: a failover may be over by then. With
+    ``wait_changed``, which returns when another server is to be tried, it runs again at once when
+    that returns, and within a second in any case.
 
     ``work`` calls ``breaker.succeeded()`` once it is connected. Any other exception is a bug and
     propagates.
@@ -36,7 +42,13 @@ async def keep_running(
         pause = backoff.after(breaker.failures) if breaker.failures else 0.0
         if soon:
             pause = min(pause, SOON)
-        await trio.sleep(max(breaker.wait(trio.current_time()), pause))
+        pause = max(breaker.wait(trio.current_time()), pause)
+        if pause and wait_changed is not None:
+            with trio.move_on_after(pause):
+                await wait_changed()
+                breaker.retry(trio.current_time())
+        else:
+            await trio.sleep(pause)
         if not breaker.try_now(trio.current_time()):
             continue
         closed = breaker.state is State.CLOSED
@@ -45,7 +57,7 @@ async def keep_running(
             await work()
         except* ConnectionLost as group:  # of one of its tasks, or of several
             error = first_leaf(group)
-        soon = isinstance(error, Demoted)
+        soon = isinstance(error, Demoted) or wait_changed is not None
         breaker.failed(trio.current_time(), soon=soon)
         log.warning(
             "source lost",
