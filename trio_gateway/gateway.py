@@ -169,6 +169,7 @@ class Gateway(QuartTrio):
             nursery.start_soon(parts.dead_letters.run)
         nursery.start_soon(parts.readiness.run)
         nursery.start_soon(parts.replays.decide)
+        nursery.start_soon(parts.replays.keep_ahead)
         nursery.start_soon(self._stats_feed.run)
         if parts.sector_assignments is not None:
             nursery.start_soon(parts.sector_assignments.retry_pending)

@@ -179,6 +179,7 @@ def _measure(
         if is_over and not publisher.is_alive() and all(e.done_at or e.ended for e in reading):
             break
     publisher.join()
+    most = max(most, server.rss())
     for client in clients:
         if not client.rate:
             _see_its_end(client)

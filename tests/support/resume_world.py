@@ -127,6 +127,7 @@ class World:
         )
         self.replays = Replays(self.history, self.hub, older=self.older)
         self.nursery = nursery
+        nursery.start_soon(self.replays.keep_ahead)
         if begun:
             for stream in streams or (A,):
                 self.history.begin(stream, START, whole=True)

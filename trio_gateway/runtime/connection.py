@@ -26,6 +26,7 @@ _PONG_TEXT = text_frame(PONG_TEXT)
 OUTBOX_FULL: Final = "too slow: outbox is full"
 _OVERHEAD: Final = 64  # bytes of memory for a message in the outbox, besides its own
 DRAIN_TIMEOUT: Final = 2.0  # seconds for what waits in the outbox when a connection ends
+_LOOKS: Final = 4  # checks of progress within one write timeout
 
 
 Answer = Callable[["Connection", Message], Awaitable[None]]
@@ -50,6 +51,9 @@ class Membership(Protocol):
 
 class Resuming(Protocol):
     """What a connection needs of the history: to begin where an earlier one ended, and to lag."""
+
+    async def feed(self, connection: "Connection") -> None:
+        """It has taken all that it was sent, and is fed from the history: send what comes next."""
 
     def hold(self, connection: "Connection", now: float) -> None:
         """It has just joined: hold back durable events until it is decided how it begins."""
@@ -79,6 +83,7 @@ class Connection:
         "__weakref__",
         "_answer",
         "_answering",
+        "_bug",
         "_code",
         "_limits",
         "_liveness",
@@ -88,12 +93,14 @@ class Connection:
         "_rate",
         "_reading",
         "_replays",
+        "_running",
         "_socket",
+        "_stopped",
         "_tasks",
+        "_tasks_ended",
         "_unread",
-        "_waiting_tasks",
         "_writing",
-        "_written",
+        "_writing_scope",
         "audiences",
         "chose_its_code",
         "close_reason",
@@ -139,16 +146,20 @@ class Connection:
         self._rate: RateLimit | None = None  # made with the first message
         self._code: int | None = None
         self._socket: Socket | None = None
-        self._outbox: Outbox | None = None  # made when the kernel first refuses
+        self._outbox: Outbox | None = None  # while the client is slow
         self._nursery: trio.Nursery | None = None
         self._reading: trio.CancelScope | None = None
-        self._writing = False
         self._answering = False  # a message, and not reading meanwhile
-        self._written: trio.Event | None = None
-        self._tasks: set[trio.CancelScope] | None = None
         self._postponed: Message | None = None  # to be answered when it is read on
-        self._waiting_tasks: tuple[Callable[[], Awaitable[None]], ...] = ()  # for a nursery
         self._unread = 0  # bytes of answers that wait behind others in the outbox, about
+        # The tasks next to the reader: their number, the scopes of those that are not the writer.
+        self._running = 0
+        self._tasks: set[trio.CancelScope] | None = None
+        self._writing = False
+        self._writing_scope: trio.CancelScope | None = None  # in which the writer waits
+        self._stopped = False  # no task next to the reader goes on
+        self._tasks_ended: trio.Event | None = None
+        self._bug: Exception | None = None  # that ended one of them
 
     @property
     def code(self) -> int:
@@ -178,63 +189,34 @@ class Connection:
         Its place in the hub is given up at once, before a slow close is waited for.
         """
         self._socket = socket
+        # The tasks next to this one are its siblings, and it ends after them. A nursery of its own
+        # would cost each client that is slow as much as a task does.
+        self._nursery = trio.lowlevel.current_task().parent_nursery
         now = trio.current_time()
         self.joined_at = self.sent_at = now
         self._liveness.heard_at = self._liveness.received_at = now
         hub.join(self)
         try:
             try:
-                # A client that keeps up needs no task but this one, and then no nursery.
-                needs_nursery = False
                 try:
                     if self._replays is not None:  # in one step with its joining the hub
                         self._replays.hold(self, now)
-                    needs_nursery = not socket.is_plain or await self._read(socket)
-                except Exception:
-                    self.close(Close.INTERNAL_ERROR, "internal error")
-                    raise
-                finally:
-                    if not needs_nursery:
-                        self._end_reading(hub)
-                if needs_nursery:
-                    await self._run_with_tasks(socket, hub)
-                elif self.waiting_bytes:  # a writer had yet to start
-                    with trio.move_on_after(self._last_write_timeout()):
-                        await self._run_task(self._write_out)
-            finally:
-                await self._finish(socket)
-        finally:
-            socket.abort()
-            hub.finish(self)
-
-    async def _run_with_tasks(self, socket: Socket, hub: Membership) -> None:
-        """Serve the client in a nursery, for the tasks next to its reader."""
-        try:
-            async with trio.open_nursery() as nursery:
-                self._nursery = nursery
-                try:
-                    for task in self._waiting_tasks:
-                        nursery.start_soon(self._run_task, task)
-                    self._waiting_tasks = ()
                     await self._read(socket)
                 except Exception:
                     self.close(Close.INTERNAL_ERROR, "internal error")
                     raise
                 finally:
-                    self._end_reading(hub)
-                    timeout = self._last_write_timeout()
-                    if not nursery.cancel_scope.cancel_called:  # else it was aborted
-                        nursery.cancel_scope.deadline = trio.current_time() + timeout
+                    self.close(Close.ABNORMAL)  # it was cancelled, unless it is ending already
+                    hub.leave(self)
+                    if self._running:
+                        await self._end_tasks()
+            finally:
+                await self._finish(socket)
         finally:
-            self._nursery = None
-
-    def _end_reading(self, hub: Membership) -> None:
-        # Cancelled from outside, it is ending, too: a nursery is closed one step before its block
-        # is left, and takes no task in that step.
-        self.close(Close.ABNORMAL)
-        hub.leave(self)
-        for scope in self._tasks or ():
-            scope.cancel()
+            socket.abort()
+            hub.finish(self)
+        if self._bug is not None:
+            raise self._bug
 
     def write(self, data: bytes, frames: int, now: float) -> bool:
         """Send joined frames. Never waits: what the kernel does not accept goes to the outbox.
@@ -261,7 +243,7 @@ class Connection:
             overflowed = outbox.put(data, frames, written)
         else:
             overflowed = outbox.put(data, frames)
-        self._start_writing()
+        self.start_writing()
         if overflowed:
             if self._replays is None:
                 self.close(Close.SLOW_CONSUMER, OUTBOX_FULL)
@@ -287,34 +269,33 @@ class Connection:
         lags = self.resume_state.phase is Phase.LAGGING
         return self._code is None and (lags or self.waiting_bytes > 0)
 
-    def write_stored(self, data: bytes, frames: Sequence[bytes], now: float) -> None:
-        """Send frames of the history, outside the outbox' bounds: the caller waits before more.
+    def write_stored(self, data: bytes, frames: Sequence[bytes], now: float) -> int:
+        """Send frames of the history; ``data`` are the frames joined. Call it when nothing waits.
 
-        ``data`` are the frames joined.
-
-        What must wait is not copied: a frame is shared with the history and other outboxes.
+        Returns how many of them are on their way. If the kernel does not accept all, the others
+        are not: the client is to be fed them when it has taken these.
         """
         if self._code is not None or self._socket is None:
-            return
+            return 0
         self.sent_at = now
-        written = 0
-        if not self.waiting_bytes:
-            try:
-                written = self._socket.try_write(data)
-            except OSError:
-                self.close(Close.ABNORMAL)
-                return
-        if (outbox := self._outbox) is None:
-            limits = self._limits
-            outbox = self._outbox = Outbox(limits.outbox_bytes, limits.outbox_messages)
-        for each in frames:
-            if written >= len(each):
-                written -= len(each)
-            else:
-                outbox.put(each, 1, written)
-                written = 0
-        if outbox.bytes:
-            self._start_writing()
+        try:
+            written = self._socket.try_write(data)
+        except OSError:
+            self.close(Close.ABNORMAL)
+            return 0
+        if written == len(data):
+            return len(frames)
+        outbox = self._outbox = Outbox(self._limits.outbox_bytes, self._limits.outbox_messages)
+        self.start_writing()
+        if not self._socket.is_plain:  # it sends them one by one, or has no room to speak of
+            outbox.put(data, len(frames), written)
+            return len(frames)
+        begun = 0
+        while written >= len(frames[begun]):
+            written -= len(frames[begun])
+            begun += 1
+        outbox.put(frames[begun], 1, written)  # not copied: the history and others share it
+        return begun + 1
 
     def send(self, text: bytes) -> None:
         """Send one text message that is not an event."""
@@ -331,7 +312,7 @@ class Connection:
 
     def start_task(self, task: Callable[..., Awaitable[None]], *arguments: Any) -> None:
         """Run a task next to the reader, until it is done or the connection ends."""
-        if self._socket is None or self._code is not None:
+        if self._nursery is None or self._code is not None:
             return
         if self._tasks is None:
             self._tasks = set()
@@ -343,28 +324,15 @@ class Connection:
                 await task(*arguments)
             tasks.discard(scope)
 
-        self._start_soon(run)
+        self._running += 1
+        self._nursery.start_soon(self._run_task, run)
 
-    def _start_writing(self) -> None:
-        if not self._writing:
+    def start_writing(self) -> None:
+        """Start the writer task, unless it runs."""
+        if not self._writing and self._nursery is not None:
             self._writing = True
-            self._start_soon(self._write_out)
-
-    def _start_soon(self, task: Callable[[], Awaitable[None]]) -> None:
-        if self._nursery is not None:
-            self._nursery.start_soon(self._run_task, task)
-            return
-        self._waiting_tasks += (task,)
-        if self._reading is not None and not self._answering:  # it is read on in a nursery
-            self._reading.cancel()
-
-    async def wait_written(self) -> None:
-        """Wait until the outbox is empty."""
-        while self.waiting_bytes:
-            if self._written is None:
-                self._written = trio.Event()
-            await self._written.wait()
-        await trio.lowlevel.checkpoint()
+            self._running += 1
+            self._nursery.start_soon(self._run_task, self._write_out)
 
     def ping(self, now: float) -> None:
         self._answer_with(PING_FRAME, now)
@@ -401,19 +369,16 @@ class Connection:
         self.close(Close.ABNORMAL)
         if self._socket is not None:
             self._socket.abort()
-        if self._nursery is not None:
-            self._nursery.cancel_scope.cancel()
+        self._stop_tasks()
 
     def renew(self, expires_at: float) -> None:
         """Set another end of the credential, on Trio's clock."""
         self._liveness.expires_at = expires_at
         self._set_deadline()
 
-    async def _read(self, socket: Socket) -> bool:
-        """Read until the connection ends; return True if a task needs a nursery before that."""
+    async def _read(self, socket: Socket) -> None:
+        """Read until the connection ends."""
         while self._code is None:  # again if a message came since the deadline was set
-            if self._waiting_tasks:
-                return True
             with trio.CancelScope(deadline=self.deadline) as self._reading:
                 try:
                     if (message := self._postponed) is not None:
@@ -427,7 +392,6 @@ class Connection:
                 except ProtocolViolation as violation:
                     self.close(violation.close, violation.reason)
             self.close_on_time(trio.current_time())
-        return False
 
     async def _hear(self, said: str | Ping | Pong) -> None:
         now = trio.current_time()
@@ -467,8 +431,6 @@ class Connection:
         self._answering = True
         await self._answer(self, message)
         self._answering = False
-        if self._waiting_tasks and self._reading is not None:
-            self._reading.cancel()
 
     @property
     def deadline(self) -> float:
@@ -487,17 +449,21 @@ class Connection:
             self.close(*overdue)
 
     async def _write_out(self) -> None:
-        """The writer task: lives while the outbox holds something."""
-        socket, outbox = self._socket, self._outbox
-        assert socket is not None
-        assert outbox is not None
-        timeout = math.inf if socket.measures_progress else self._limits.write_timeout
+        """The writer task: lives while something waits for the client to take it, in the outbox or
+        in the history.
+        """
         try:
-            while outbox.bytes:
-                with trio.move_on_after(timeout) as scope:
-                    outbox.took(await socket.send_some(outbox.head))
-                if scope.cancelled_caught:
-                    raise TimeoutError
+            while not self._stopped:
+                if self._outbox is not None and self._outbox.bytes:
+                    await self._write_some(self._outbox)
+                    continue
+                self._outbox = None
+                self._unread = 0
+                if self._code is not None or not self.resume_state.is_fed:
+                    break
+                assert self._replays is not None
+                with trio.CancelScope() as self._writing_scope:
+                    await self._replays.feed(self)
         except TimeoutError:
             self.close(Close.SLOW_CONSUMER, "too slow: no byte accepted")
             self.abort()
@@ -505,10 +471,54 @@ class Connection:
             self.abort()
         finally:
             self._writing = False
-            self._unread = 0
-            if self._written is not None:
-                self._written.set()
-                self._written = None
+
+    async def _write_some(self, outbox: Outbox) -> None:
+        """Wait until the client takes something. Raises :exc:`OSError` if it is gone, and of these
+        :exc:`TimeoutError` if it takes nothing for the write timeout.
+        """
+        socket, timeout = self._socket, self._limits.write_timeout
+        assert socket is not None
+        if socket.measures_progress:
+            look = math.inf
+        elif socket.is_plain:  # it may be long until there is room for more than was taken
+            look = timeout / _LOOKS
+        else:
+            look = timeout
+        acked, moved_at = _acknowledged(socket), trio.current_time()
+        while True:
+            with trio.CancelScope(deadline=trio.current_time() + look) as self._writing_scope:
+                outbox.took(await socket.send_some(outbox.head))
+                return
+            if self._stopped:
+                return
+            if (now_acked := _acknowledged(socket)) != acked:
+                acked, moved_at = now_acked, trio.current_time()
+            elif trio.current_time() - moved_at >= timeout:
+                raise TimeoutError
+
+    async def _end_tasks(self) -> None:
+        """End the tasks next to the reader; the writer may first write what waits."""
+        for scope in self._tasks or ():
+            scope.cancel()
+        try:
+            with trio.move_on_after(self._last_write_timeout()):
+                await self._wait_for_tasks()
+        finally:
+            self._stop_tasks()
+            with trio.CancelScope(shield=True):
+                await self._wait_for_tasks()
+
+    def _stop_tasks(self) -> None:
+        self._stopped = True
+        for scope in self._tasks or ():
+            scope.cancel()
+        if self._writing_scope is not None:
+            self._writing_scope.cancel()
+
+    async def _wait_for_tasks(self) -> None:
+        while self._running:
+            self._tasks_ended = trio.Event()
+            await self._tasks_ended.wait()
 
     def _last_write_timeout(self) -> float:
         """Return the seconds for what the outbox holds at the end; nothing is added any more."""
@@ -519,12 +529,18 @@ class Connection:
         return self._limits.write_timeout
 
     async def _run_task(self, task: Callable[[], Awaitable[None]]) -> None:
-        """Run a task next to the reader. An exception is a bug: close with 1011."""
+        """Run a task next to the reader. An exception is a bug: close with 1011, and the reader
+        raises it.
+        """
         try:
             await task()
-        except Exception:
+        except Exception as bug:  # must not reach the nursery, which is not ours
+            self._bug = bug
             self.close(Close.INTERNAL_ERROR, "internal error")
-            raise
+        finally:
+            self._running -= 1
+            if not self._running and self._tasks_ended is not None:
+                self._tasks_ended.set()
 
     async def _finish(self, socket: Socket) -> None:
         """Send the close frame, unless a frame is partly written: then nothing can follow it."""
@@ -533,3 +549,8 @@ class Connection:
             return
         with trio.CancelScope(shield=True):  # bounded by the socket
             await socket.close(self._code, self.close_reason)
+
+
+def _acknowledged(socket: Socket) -> int:
+    """How many bytes the client has acknowledged, where that counts as progress; else 0."""
+    return socket.traffic()[0] if socket.is_plain else 0

@@ -1,8 +1,6 @@
 """The outbox: whole frames that one client's kernel buffer would not take yet."""
 
 import math
-from collections import deque
-from itertools import islice
 from typing import Final
 
 from ..core.frames import boundary
@@ -24,7 +22,7 @@ class Outbox:
     def __init__(self, max_bytes: float = math.inf, max_frames: float = math.inf) -> None:
         self._max_bytes = max_bytes
         self._max_frames = max_frames
-        self._chunks: deque[tuple[bytes, int]] = deque()  # joined frames, and how many
+        self._chunks: list[tuple[bytes, int]] = []  # joined frames, and how many
         self._written = 0  # of the first chunk
         self._added = 0  # bytes, since it was empty
         self.began_at = 0.0  # when it was empty last
@@ -60,7 +58,7 @@ class Outbox:
         if len(self._chunks) == 1 or len(head) >= _JOINED:
             return head
         parts, size = [head], len(head)
-        for data, _ in islice(self._chunks, 1, None):
+        for data, _ in self._chunks[1:]:
             parts.append(memoryview(data))
             size += len(data)
             if size >= _JOINED:
@@ -74,10 +72,13 @@ class Outbox:
             return
         self.bytes -= size
         self._written += size
-        while chunks and self._written >= len(chunks[0][0]):
-            data, frames = chunks.popleft()
+        whole = 0
+        while whole < len(chunks) and self._written >= len(chunks[whole][0]):
+            data, frames = chunks[whole]
             self._written -= len(data)
             self.frames -= frames
+            whole += 1
+        del chunks[:whole]
 
     @property
     def partial(self) -> bool:

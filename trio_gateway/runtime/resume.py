@@ -2,14 +2,14 @@
 
 :mod:`.resume_state` has the theory: the phases of a connection, and why nothing is lost or
 doubled between the history and live events. Here is what moves a connection from one to the next.
-A connection costs a place in the history and one chunk in its outbox, whose frames are shared.
+A connection costs a place in the history, and a writer task that waits with one frame of it.
 """
 
 import math
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import trio
 
@@ -39,7 +39,8 @@ _PASSED_BY: Final = "too slow: the history has moved past it"
 class _Chunk(NamedTuple):
     """What a connection is sent at once."""
 
-    frames: Sequence[bytes]
+    events: Sequence[StoredEvent]
+    frames: Sequence[bytes]  # theirs
     data: bytes  # all of them, joined
     upto: Cursor  # its cursor when it has that
     is_last: bool = False  # nothing follows in the history
@@ -61,6 +62,7 @@ class Replays:
         self._places = places or Places(history)
         self._undecided: deque[tuple[float, Connection]] = deque()
         self._begun = trio.lowlevel.ParkingLot()
+        self._feeding = trio.lowlevel.ParkingLot()
         self.resumes: Counter[str] = Counter()  # by outcome
         self.replayed = 0  # events
         self.lags = 0
@@ -75,7 +77,7 @@ class Replays:
         state.accepted_at = self._places.of(connection.principal.tenant, state.accepted_at)
         if state.resume_from is not None:
             self._hub.step(connection, Step.JOIN_RESUMING, state.accepted_at)
-            self._serve(connection, self.resume, state.resume_from)
+            self._seek(connection, state.resume_from)
         else:
             self._hub.step(connection, Step.JOIN, state.accepted_at)
             self._undecided.append((now + UNDECIDED, connection))
@@ -109,16 +111,14 @@ class Replays:
         if self._history.forgot(self._cursor(connection)):
             connection.send(GAP)
             self._hub.step(connection, Step.GAP, self._past_forgotten(connection))
-        if (
-            connection.waiting_bytes
-            or not self._history.try_prepare(self._cursor(connection), connection.audiences)
-            or not (chunk := self._next_chunk(connection)).is_last
-        ):
-            self._hub.step(connection, Step.REPLAY)
-            self._serve(connection, self._catch_up)
-            return
-        self._write(connection, chunk)
-        self._hub.step(connection, Step.CATCH_UP)
+        cursor, audiences = self._cursor(connection), connection.audiences
+        if not connection.waiting_bytes and self._history.try_prepare(cursor, audiences):
+            chunk = self._next_chunk(connection)
+            if self._send(connection, chunk) and chunk.is_last:
+                self._hub.step(connection, Step.CATCH_UP)
+                return
+        self._hub.step(connection, Step.REPLAY)
+        self._start_feeding(connection)
 
     def lag(self, connection: Connection) -> None:
         """Send a connection durable events from the history: too much waits in its outbox."""
@@ -130,23 +130,19 @@ class Replays:
         self._hub.step(
             connection, Step.LAG, self._end(connection) if state.cursor is None else None
         )
-        self._serve(connection, self._catch_up)
+        self._start_feeding(connection)
 
-    def _serve(
-        self, connection: Connection, task: Callable[..., Awaitable[None]], *arguments: str
-    ) -> None:
-        """Start the task that serves a connection from the history, unless there is one."""
+    def _start_feeding(self, connection: Connection) -> None:
+        if connection.resume_state.is_fed:
+            connection.start_writing()
+            self._feeding.unpark_all()
+
+    def _seek(self, connection: Connection, last_event_id: str) -> None:
+        """Look for the place after this event, next to what the connection does meanwhile."""
         state = connection.resume_state
-        if not state.is_served:
-            state.is_served = True
-            connection.start_task(self._run, task, connection, *arguments)
-
-    async def _run(self, task: Callable[..., Awaitable[None]], *arguments: Any) -> None:
-        try:
-            await task(*arguments)
-        finally:
-            if not self._hub.held:  # also if the client has left
-                self._shared.clear()
+        if not state.is_sought:
+            state.is_sought = True
+            connection.start_task(self._resume, connection, last_event_id)
 
     def begin(self, stream: Stream, ahead: float | None) -> None:
         """Tell that a stream has been read for the first time.
@@ -185,7 +181,7 @@ class Replays:
         state.accepted_at = {**(state.accepted_at or {}), stream: since}
         self._hub.step(connection, Step.OWE, {**cursor, stream: since})
         if not is_held:
-            self._serve(connection, self._catch_up)
+            self._start_feeding(connection)
 
     def tell_of_gap(self, stream: Stream) -> None:
         """Tell the clients of a stream to refetch, because events of it were lost."""
@@ -206,12 +202,12 @@ class Replays:
         if connection.messages == 1 and connection.resume_state.may_resume:
             self._hub.step(connection, Step.ASK)
             # What is not a string is an invalid id, too.
-            self._serve(connection, self.resume, "?" if last_event_id is None else last_event_id)
+            self._seek(connection, "?" if last_event_id is None else last_event_id)
             return
         self._refuse(connection)
 
-    async def resume(self, connection: Connection, last_event_id: str) -> None:
-        """Answer a client that asks to resume, replay what it missed, and let it go live."""
+    async def _resume(self, connection: Connection, last_event_id: str) -> None:
+        """Answer a client that asks to resume, and let it be replayed what it missed."""
         state = connection.resume_state
         was_live = state.phase is Phase.LIVE
         cursor = await self._find(connection, last_event_id)
@@ -231,10 +227,8 @@ class Replays:
                 end = self._end(connection)
                 place = {**place, **{s: max(p, place.get(s, p)) for s, p in end.items()}}
             connection.send(resumed(recovered=True, count=count, last_event_id=cursor_id(place)))
-        if state.cursor is None:
-            state.is_served = False
-        else:
-            await self._catch_up(connection)
+        state.is_sought = False
+        self._start_feeding(connection)
 
     def _begin_replay(self, connection: Connection, behind: Cursor) -> int:
         """Let it read on from its cursor, in these streams from before the history; return how many
@@ -317,31 +311,27 @@ class Replays:
             if not number <= stored.delivered_up_to < skips_from  # in a lag it skips the copy
         ]
 
-    async def _catch_up(self, connection: Connection) -> None:
-        """Send it what the history holds for it, no faster than it accepts it, until nothing is
-        left; then it goes live.
+    async def feed(self, connection: Connection) -> None:
+        """Send a connection what the history holds next for it; let it go live if that is all.
+
+        Its writer calls this when the client has taken all that it was sent before.
         """
         state = connection.resume_state
-        while not connection.ending:
-            if state.cursor is not None:
-                await self._history.prepare(self._cursor(connection), connection.audiences)
-            await self._wait_written(connection)
-            if not await self._is_known(connection):
-                connection.close(Close.SLOW_CONSUMER, _PASSED_BY)
-                return
-            if state.cursor is None:  # it has left meanwhile
-                return
+        await self._history.prepare(self._cursor(connection), connection.audiences)
+        if not await self._is_known(connection):
+            connection.close(Close.SLOW_CONSUMER, _PASSED_BY)
+        elif state.is_fed and not connection.waiting_bytes:  # still
             chunk = self._next_chunk(connection)
-            if chunk.frames:
-                self._write(connection, chunk)
-            elif chunk.is_last:
-                self._hub.step(connection, Step.CATCH_UP)
-                state.is_served = False
-                if state.has_skipped:
-                    state.has_skipped = False
-                    connection.send(GAP)
-                return
-            state.advance(chunk.upto)
+            if self._send(connection, chunk) and chunk.is_last and not connection.waiting_bytes:
+                self._catch_up(connection)
+        await trio.lowlevel.checkpoint()
+
+    def _catch_up(self, connection: Connection) -> None:
+        state = connection.resume_state
+        self._hub.step(connection, Step.CATCH_UP)
+        if state.has_skipped:
+            state.has_skipped = False
+            connection.send(GAP)
 
     async def _is_known(self, connection: Connection) -> bool:
         """Whether what comes after its cursor is known, also if it has left meanwhile."""
@@ -360,17 +350,22 @@ class Replays:
         state = connection.resume_state
         return {s: p for s, p in self._cursor(connection).items() if s in state.older}
 
-    async def _wait_written(self, connection: Connection) -> None:
-        """Wait until its outbox is empty, and meanwhile keep its cursor where the next event is.
+    async def keep_ahead(self) -> None:
+        """Keep the cursors of connections that wait for their clients where their next events are;
+        returns only when cancelled.
 
-        Else the events of others would be enough for the history to move past it.
+        Else the events of others would be enough for the history to move past them.
         """
         while True:
-            with trio.move_on_after(_LOOKS_EVERY) as scope:
-                await connection.wait_written()
-            if not scope.cancelled_caught:
-                return
-            self._skip_ahead(connection)
+            await trio.sleep(_LOOKS_EVERY)
+            while not (fed := [each for each in self._hub.held if each.resume_state.is_fed]):
+                self._shared.clear()
+                await self._feeding.park()
+            for n, connection in enumerate(fed, 1):
+                if connection.waiting_bytes and connection.resume_state.is_fed:
+                    self._skip_ahead(connection)
+                if n % _PER_CHECKPOINT == 0:
+                    await trio.lowlevel.checkpoint()
 
     def _skip_ahead(self, connection: Connection) -> None:
         """Move its cursor to its next event, past those that are for others."""
@@ -397,7 +392,7 @@ class Replays:
             found = self._older.following(behind, audiences, _CHUNK_EVENTS)
             if not found:
                 state.older = frozenset()
-                return _Chunk((), b"", self._older.ends(behind))
+                return _chunk((), self._older.ends(behind))
             return _chunk(found[: _fitting(found)])
         cursor = self._cursor(connection)
         key = tuple(cursor.items()), audiences
@@ -417,10 +412,18 @@ class Replays:
             self._shared[key] = chunk
         return chunk
 
-    def _write(self, connection: Connection, chunk: _Chunk) -> None:
+    def _send(self, connection: Connection, chunk: _Chunk) -> bool:
+        """Send what the client takes of a chunk, and move its cursor behind that; return whether it
+        is all of it.
+        """
+        begun = 0
         if chunk.frames:
-            connection.write_stored(chunk.data, chunk.frames, trio.current_time())
-            self.replayed += len(chunk.frames)
+            begun = connection.write_stored(chunk.data, chunk.frames, trio.current_time())
+            self.replayed += begun
+        is_all = begun == len(chunk.frames)
+        places = chunk.upto if is_all else {e.stream: e.position for e in chunk.events[:begun]}
+        connection.resume_state.advance(places)
+        return is_all
 
 
 def _fitting(found: Sequence[StoredEvent]) -> int:
@@ -430,9 +433,9 @@ def _fitting(found: Sequence[StoredEvent]) -> int:
 
 
 def _chunk(
-    found: Sequence[StoredEvent], upto: Cursor | None = None, *, is_last: bool = False
+    events: Sequence[StoredEvent], upto: Cursor | None = None, *, is_last: bool = False
 ) -> _Chunk:
-    frames = [stored.frame for stored in found]
+    frames = [stored.frame for stored in events]
     if upto is None:
-        upto = {stored.stream: stored.position for stored in found}
-    return _Chunk(frames, b"".join(frames), upto, is_last)
+        upto = {stored.stream: stored.position for stored in events}
+    return _Chunk(events, frames, b"".join(frames), upto, is_last)

@@ -34,7 +34,8 @@ that asks when it is LIVE already, after half a second of silence, is looked up 
 LIVE; it is REPLAYING once its place is found, and only if no durable event was sent to it.
 
 A lag ends when the outbox is empty and the history holds nothing more. If anything was skipped, a
-gap is sent then, once. One task at a time serves a connection from the history: ``is_served``.
+gap is sent then, once. The connection's writer asks for what comes next from the history while
+``is_fed``.
 """
 
 from collections.abc import Mapping
@@ -112,6 +113,7 @@ TRANSITIONS: Final[Mapping[Phase, Mapping[Step, Phase]]] = {
 
 # In which a connection has a cursor, and durable events reach it from the history.
 FROM_HISTORY: Final = frozenset({Phase.HELD, Phase.REPLAYING, Phase.LAGGING})
+_FED: Final = frozenset({Phase.REPLAYING, Phase.LAGGING})
 
 
 class ResumeState:
@@ -122,8 +124,9 @@ class ResumeState:
     or, if None, when it joins. ``accepted_time`` is that moment on Trio's clock, if it is known.
     ``lagged_at`` is how many connections and lags there had been when its lag began;
     ``has_skipped`` says that an event was skipped in this lag. ``is_decided`` says that its
-    first message, or its silence, was no question to resume. ``older`` are the streams in which
-    its cursor is before the history, in :mod:`.older_events`.
+    first message, or its silence, was no question to resume. ``is_sought`` says that the place
+    after the event that it named is being looked for. ``older`` are the streams in which its
+    cursor is before the history, in :mod:`.older_events`.
     """
 
     __slots__ = (
@@ -132,7 +135,7 @@ class ResumeState:
         "cursor",
         "has_skipped",
         "is_decided",
-        "is_served",
+        "is_sought",
         "lagged_at",
         "may_resume",
         "older",
@@ -152,7 +155,7 @@ class ResumeState:
         self.accepted_time = accepted_time
         self.resume_from = resume_from
         self.may_resume = True
-        self.is_served = False
+        self.is_sought = False
         self.has_skipped = False
         self.is_decided = False
         self.lagged_at = 0
@@ -173,6 +176,11 @@ class ResumeState:
             self.older = frozenset()
         if self.phase is Phase.REPLAYING or self.phase is Phase.LAGGING or step is Step.ASK:
             self.may_resume = False
+
+    @property
+    def is_fed(self) -> bool:
+        """Whether it is to be sent what the history holds for it, as fast as it takes it."""
+        return self.phase in _FED and not self.is_sought
 
     def advance(self, places: Cursor) -> None:
         """It has everything up to these places, too."""

@@ -41,8 +41,8 @@ class Socket(Protocol):
 
     @property
     def is_plain(self) -> bool:
-        """Whether bytes go at once if the kernel accepts them, and :meth:`receive` can be cancelled
-        and called again.
+        """Whether bytes go at once if the kernel accepts them, and :meth:`receive` and
+        :meth:`send_some` can be cancelled and called again.
         """
 
     def try_write(self, data: bytes) -> int:

@@ -5,7 +5,6 @@ import select
 import struct
 from collections.abc import Callable
 from contextlib import suppress
-from math import inf
 from socket import SO_LINGER, SOL_SOCKET
 from typing import Any, Final
 
@@ -22,7 +21,7 @@ from ..core.close_codes import Close
 from ..core.frames import CLOSE, PING, PONG, close_frame, frame
 from ..runtime.socket import LINGER, Disconnected, Ping, Pong, ProtocolViolation
 from .hypercorn_bounds import MOST_FRAGMENTS
-from .progress import DIRECT, ProgressStream, traffic, wait_writable
+from .progress import DIRECT, ProgressStream, traffic
 
 _RESETS: Final = struct.pack("ii", 1, 0)  # with SO_LINGER, a close resets at once
 CHUNK: Final = 65_536
@@ -110,22 +109,18 @@ class DirectSocket:
     the others through wsproto.
 
     ``rest`` is what the client sent behind its request head: its first frames. A message of more
-    than ``max_size`` bytes is a violation. A write raises :exc:`TimeoutError` if the client takes
-    nothing for ``write_timeout`` seconds, where that can be measured.
+    than ``max_size`` bytes is a violation.
     """
 
     __slots__ = (
         "_aborted", "_broken", "_fragments", "_pieces", "_size", "_socket", "_stream", "_unread",
-        "_websocket", "_write_timeout", "deflate", "max_size", "measures_progress",
+        "_websocket", "deflate", "max_size", "measures_progress",
     )  # fmt: skip
 
-    def __init__(
-        self, stream: trio.abc.Stream, rest: bytes, max_size: int, *, write_timeout: float = inf
-    ) -> None:
+    def __init__(self, stream: trio.abc.Stream, rest: bytes, max_size: int) -> None:
         self._stream = stream
-        self._write_timeout = write_timeout
         self._socket = stream.socket if DIRECT and type(stream) is trio.SocketStream else None
-        self.measures_progress = self._socket is not None or isinstance(
+        self.measures_progress = isinstance(
             getattr(stream, "transport_stream", None), ProgressStream
         )
         self.max_size = max_size
@@ -168,7 +163,7 @@ class DirectSocket:
         if self._socket.fileno() == -1:
             raise BrokenPipeError
         try:
-            await wait_writable(self._socket, self._write_timeout)
+            await trio.lowlevel.wait_writable(self._socket)
         except trio.ClosedResourceError:
             raise BrokenPipeError from None
         data = head()  # only now: it may have changed meanwhile

@@ -192,9 +192,7 @@ class TcpConnection:
         if isinstance(request, Refusal):
             await self._refuse(service, request)
             return None
-        socket = DirectSocket(
-            self._stream, head.rest, service.max_message_size, write_timeout=service.write_timeout
-        )
+        socket = DirectSocket(self._stream, head.rest, service.max_message_size)
         extensions = None
         if service.compresses:
             agreed = negotiate(request.extensions, service.max_message_size)
