@@ -179,7 +179,7 @@ def build_parts(
         timeout=settings.ws_callback_timeout,
     )
     commands = Commands(
-        settings.redis_url,
+        topology,
         breakers["commands"],
         breakers["writes"],
         max_connections=settings.redis_pool_max_connections,

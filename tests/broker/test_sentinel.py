@@ -5,10 +5,11 @@ from typing import Any
 import pytest
 import trio
 
+from tests.support.failovers import fails_over
 from tests.support.stopwatch import Stopwatch
 from trio_gateway.broker.asking import ANSWER_TIMEOUT, GRACE
 from trio_gateway.broker.sentinel import Named, newest, read_answer, sentinel_topology
-from trio_gateway.redis_sets import SentinelSet, sentinel_set
+from trio_gateway.redis_sets import Node, SentinelSet, sentinel_set
 from trio_gateway.redis_url import RedisUrl
 from trio_gateway.runtime.supervision import ConnectionLost
 
@@ -35,6 +36,7 @@ def test_other_servers_are_no_sentinels(address: Any) -> None:
         read_answer(address, [], "m")
 
 
+@pytest.mark.chaos
 async def test_primary_is_found_after_a_failover(sentinels: SentinelSet) -> None:
     url = RedisUrl.from_url(sentinels.url)
     topology = sentinel_topology(url)
@@ -80,3 +82,15 @@ async def test_credentials_of_the_nodes_are_tried_with_the_sentinels(own: str | 
     with sentinel_set(replicas=0, sentinels=1, password="p", sentinel_password=own) as found:
         topology = sentinel_topology(RedisUrl.from_url(found.url))
         assert (await topology.primary()).password == "p"
+
+
+async def test_commands_work_again_soon_after_the_primary_was_killed(
+    sentinels: SentinelSet,
+) -> None:
+    await fails_over(sentinels, "k", Node.kill)
+
+
+@pytest.mark.chaos
+async def test_commands_work_again_soon_after_a_planned_failover() -> None:
+    with sentinel_set() as found:
+        await fails_over(found, "k", lambda old: found.failover())

@@ -30,9 +30,11 @@ from trio_websocket import ConnectionClosed, WebSocketConnection, open_websocket
 from trio_gateway.access.admission import default_auth
 from trio_gateway.access.auth import Auth
 from trio_gateway.broker.commands import Commands
+from trio_gateway.broker.topologies import make_topology
 from trio_gateway.core.audiences import Endpoint
 from trio_gateway.core.resilience import Breaker
 from trio_gateway.gateway import Gateway, create_app
+from trio_gateway.redis_url import RedisUrl
 from trio_gateway.settings import Settings
 from trio_gateway.testing import make_jwt, make_table_token
 from trio_gateway.transports import tcp
@@ -420,7 +422,8 @@ async def open_commands(
     url: str, reads: Breaker, writes: Breaker, *, max_connections: int
 ) -> AsyncIterator[Commands]:
     """Running commands without a gateway."""
-    commands = Commands(url, reads, writes, max_connections=max_connections)
+    topology = make_topology(RedisUrl.from_url(url))
+    commands = Commands(topology, reads, writes, max_connections=max_connections)
     async with commands_running(commands):
         yield commands
 

@@ -42,7 +42,7 @@ def cluster_topology(url: RedisUrl) -> Topology:
         some = random.sample(list(nodes), min(len(nodes), _MOST_ASKED))
         return max(await ask_servers(some, ask), key=lambda told: told.rank).slots
 
-    return Topology(look, lambda node: url.node(*node))
+    return Topology(look, lambda node: url.node(*node), is_cluster=True)
 
 
 def read_answer(info: Any, slots: Any, asked: str) -> Told:

@@ -3,30 +3,22 @@
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, NoReturn
 
-import outcome
-import redis.asyncio
 import structlog
 import trio
-import trio_asyncio
-from redis.asyncio import BlockingConnectionPool, Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import ConnectionError as NotConnected
-from redis.exceptions import InvalidResponse, RedisError
+from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as TooSlow
 
 from ..core.resilience import Breaker, State
 from ..redis_errors import is_wrong_server
-from ..redis_url import RedisAddress
+from ..runtime.supervision import ConnectionLost
+from .primaries import FAILURES, Primaries
+from .topology import Topology
 
 log = structlog.get_logger()
 
 TIMEOUT: Final = 2.0  # seconds for one command
-# What redis-py and its parser raise for an invalid reply, besides their own errors.
-_INVALID_REPLY_ERRORS: Final = (
-    AssertionError, AttributeError, LookupError, MemoryError, TypeError, ValueError,
-)  # fmt: skip
 
+_CHECK: Final = "gateway:ticket:check"
 # Of dead letters, and of scans: failures in a row, seconds until the next try.
 _OWN_BREAKER: Final = 5, 30.0
 # Entries of a stream, their ids and their fields; an entry that was deleted has none.
@@ -44,23 +36,6 @@ class Unavailable(Exception):  # noqa: N818 - an outcome
     """Redis does not answer, or its breaker is open. It is unknown what the answer would be."""
 
 
-class _Call:
-    """A command on its way to the asyncio loop, and its outcome."""
-
-    __slots__ = ("command", "done", "outcome", "scope")
-
-    def __init__(self, command: Callable[[], Awaitable[Any]]) -> None:
-        self.command = command
-        self.scope = trio.CancelScope()
-        self.done = trio.Event()
-        self.outcome: outcome.Outcome[Any] | None = None
-
-    async def run(self, loop: Any) -> None:
-        with self.scope:
-            self.outcome = await outcome.acapture(trio_asyncio.aio_as_trio(self.command, loop=loop))
-            self.done.set()
-
-
 class Commands:
     """The few commands that the gateway sends; each raises :exc:`Unavailable` in bounded time.
 
@@ -69,96 +44,107 @@ class Commands:
     tickets, which need a write, fail.
     """
 
-    def __init__(self, url: str, reads: Breaker, writes: Breaker, *, max_connections: int) -> None:
-        self._redis = Redis(connection_pool=_pool(url, max_connections))
-        self._send, self._receive = trio.open_memory_channel[_Call](0)
+    def __init__(
+        self, topology: Topology, reads: Breaker, writes: Breaker, *, max_connections: int
+    ) -> None:
+        self._primaries = Primaries(topology, max_connections=max_connections, timeout=TIMEOUT)
         self._reads = reads
         self._writes = writes
         # Dead letters and scans have their own: a stream or a right that only they need must not
         # cost anybody a ticket.
         self._dead_letters = Breaker(*_OWN_BREAKER)
         self._scans = Breaker(*_OWN_BREAKER)
-        self._generation = 0  # how often all connections were discarded
-        self._is_stale = False  # discard them before the next command
+        self._names = {
+            reads: "commands",
+            writes: "writes",
+            self._dead_letters: "dead letters",
+            self._scans: "scans",
+        }
 
     async def run(self) -> NoReturn:
         """Run the asyncio loop that redis-py needs; returns only when cancelled.
 
         A command waits, within its own deadline, until this runs.
         """
-        async with trio_asyncio.open_loop() as loop:
-            try:
-                async with trio.open_nursery() as nursery:
-                    while True:
-                        nursery.start_soon((await self._receive.receive()).run, loop)
-            finally:
-                with trio.CancelScope(shield=True, deadline=trio.current_time() + TIMEOUT):
-                    await trio_asyncio.aio_as_trio(self._redis.connection_pool.disconnect)()
+        await self._primaries.run(self._retry)
+
+    def _retry(self) -> None:
+        """Another server is the primary: try that at once."""
+        for breaker in self._names:
+            breaker.retry(trio.current_time())
 
     def reconnect(self) -> None:
         """Use new connections: another one has found that the server is not the primary."""
-        self._is_stale = True
+        self._primaries.reconnect()
 
     async def check(self, seconds: float) -> None:
         """Raise :exc:`Unavailable` unless Redis answers in ``seconds`` and accepts writes.
 
-        Anybody can cause a check, so a slow answer opens no breaker.
+        Of a Cluster one primary is enough: for clients whose keys are on the others, no other
+        process could do more. Anybody can cause a check, so a slow answer opens no breaker.
         """
         deadline = trio.current_time() + seconds
         await self._run(
-            self._reads, lambda redis: redis.ping(), bool, seconds=seconds, is_check=True
+            self._reads,
+            lambda: self._primaries.execute_on_one(
+                lambda redis, key: redis.mget([key]), lambda reply: reply == [None], _CHECK
+            ),
+            seconds=seconds,
+            is_check=True,
         )
         await self._run(
             self._writes,
-            lambda redis: redis.set(
-                "gateway:ticket:check", "", xx=True
-            ),  # the key never exists: no change
-            _is_true_or_none,
+            lambda: self._primaries.execute_on_one(
+                # The key never exists: no change.
+                lambda redis, key: redis.set(key, "", xx=True),
+                _is_true_or_none,
+                _CHECK,
+            ),
             seconds=max(0.0, deadline - trio.current_time()),
             is_check=True,
         )
 
     async def mget(self, keys: Sequence[str]) -> list[bytes | None]:
         """Return the value of each key, None for a key that does not exist."""
-
-        def fits(reply: Any) -> bool:
-            return (
-                isinstance(reply, list) and len(reply) == len(keys) and all(map(_is_value, reply))
-            )
-
         found: list[bytes | None] = await self._run(
-            self._reads, lambda redis: redis.mget(keys), fits
+            self._reads, lambda: self._primaries.mget(keys, _is_value)
         )
         return found
 
     async def set_for(self, key: str, value: str, seconds: int) -> None:
         """Set a key that expires after ``seconds``."""
-        await self._run(self._writes, lambda redis: redis.set(key, value, ex=seconds), bool)
+        await self._send(self._writes, key, lambda redis: redis.set(key, value, ex=seconds), bool)
 
     async def get(self, key: str) -> bytes | None:
         """Return a key's value, or None."""
-        found: bytes | None = await self._run(self._reads, lambda redis: redis.get(key), _is_value)
+        found: bytes | None = await self._send(
+            self._reads, key, lambda redis: redis.get(key), _is_value
+        )
         return found
 
     async def getdel(self, key: str) -> bytes | None:
         """Return a key's value, or None, and delete the key."""
         # Not repeated if its answer is lost: the key is deleted by then, and None would be wrong.
-        found: bytes | None = await self._run(
-            self._writes, lambda redis: redis.getdel(key), _is_value, again=False
+        found: bytes | None = await self._send(
+            self._writes, key, lambda redis: redis.getdel(key), _is_value, again=False
         )
         return found
 
     async def publish(self, channel: str, payload: bytes) -> None:
         """Publish a message on a channel."""
-        await self._run(
-            self._writes, lambda redis: redis.publish(channel, payload), _is_count, again=False
+        await self._send(
+            self._writes,
+            None,
+            lambda redis: redis.publish(channel, payload),
+            _is_count,
+            again=False,
         )
 
     async def add(self, stream: str, fields: dict[str, str | bytes]) -> None:
         """Add an entry to a stream, without trimming the stream."""
         entry: Any = fields
-        await self._run(
-            self._writes, lambda redis: redis.xadd(stream, entry), _is_value, again=False
+        await self._send(
+            self._writes, stream, lambda redis: redis.xadd(stream, entry), _is_value, again=False
         )
 
     async def add_once(
@@ -173,13 +159,14 @@ class Commands:
 
         Returns whether it was added. The stream is trimmed to about ``max_length`` entries. Key
         and entry are written in one step, so neither a failure nor a second try loses the entry
-        or adds it twice.
+        or adds it twice. In a Cluster the key must be in the slot of the stream.
         """
         if self._writes.state is not State.CLOSED:
             raise Unavailable("breaker is open")
         words = [word for pair in fields.items() for word in pair]
-        added = await self._run(
+        added = await self._send(
             self._dead_letters,
+            stream,
             lambda redis: redis.eval(_ADD_ONCE, 2, key, stream, seconds, max_length, *words),
             _is_count,
         )
@@ -187,8 +174,8 @@ class Commands:
 
     async def read_back(self, stream: str, end: str, count: int) -> Entries:
         """Return the last entries of a stream up to this id, the newest first."""
-        found: Entries = await self._run(
-            self._scans, lambda redis: redis.xrevrange(stream, end, "-", count), _is_entries
+        found: Entries = await self._send(
+            self._scans, stream, lambda redis: redis.xrevrange(stream, end, "-", count), _is_entries
         )
         return found
 
@@ -196,8 +183,9 @@ class Commands:
         """Return the first entries of a stream after this id, the oldest first."""
         ids: Any = {stream: after}
         # XREAD and not XRANGE: the user has the right to it.
-        found = await self._run(
+        found = await self._send(
             self._scans,
+            stream,
             lambda redis: redis.xread(ids, count),
             lambda reply: (
                 reply == []
@@ -210,99 +198,65 @@ class Commands:
         entries: Entries = found[0][1] if found else []
         return entries
 
-    async def _run(
+    async def _send(
         self,
         breaker: Breaker,
-        send: Callable[[Redis], Awaitable[Any]],
+        key: str | None,
+        send: Callable[[Any], Any],
         fits: Callable[[Any], bool],
         *,
-        seconds: float = TIMEOUT,
         again: bool = True,
-        is_check: bool = False,
     ) -> Any:
-        """Send a command within ``seconds``, at most twice, and return its reply.
+        """Send a command and return its reply.
 
         ``fits`` says whether a reply has the right shape. ``again`` says whether the command may
         be repeated when its answer was lost; one that was refused may be in any case.
         """
+        return await self._run(
+            breaker, lambda: self._primaries.execute(key, send, fits, again=again)
+        )
+
+    async def _run(
+        self,
+        breaker: Breaker,
+        work: Callable[[], Awaitable[Any]],
+        *,
+        seconds: float = TIMEOUT,
+        is_check: bool = False,
+    ) -> Any:
+        """Do work within ``seconds``, unless the breaker is open, and tell it the outcome."""
         if not breaker.try_now(trio.current_time()):
             raise Unavailable("breaker is open")
-
-        async def send_once() -> Any:
-            if self._is_stale:
-                self._is_stale = False
-                await self._discard_connections(self._generation)
-            generation = self._generation
-            try:
-                reply = await send(self._redis)
-                if fits(reply):
-                    return reply
-            except _INVALID_REPLY_ERRORS:
-                pass
-            except RedisError as error:
-                if is_wrong_server(error):
-                    await self._discard_connections(generation)
-                raise
-            if generation != self._generation:
-                raise NotConnected("closed meanwhile")
-            # Invalid, or the answer to another command: then the next replies may be, too.
-            await self._discard_connections(generation)
-            raise InvalidResponse
-
-        async def command() -> Any:
-            try:
-                return await send_once()
-            except RedisError as error:
-                # A pooled connection may lead to a Redis that has restarted, or was demoted.
-                lost = again and isinstance(error, NotConnected)
-                if not (lost or is_wrong_server(error)):
-                    raise
-            return await send_once()
-
         reply: Any = None
         try:
             # redis-py closes a connection whose command is cancelled, so its reply can't become
             # the next caller's.
             with trio.move_on_after(seconds) as scope:
-                reply = await self._in_loop(command)
+                reply = await work()
             if scope.cancelled_caught:
+                self._primaries.suspect()
                 raise TimeoutError(f"no answer in {seconds:g} s")
-        except (RedisError, OSError) as error:
+        except FAILURES as error:
             if is_check and isinstance(error, TimeoutError | TooSlow):
                 breaker.abandoned(trio.current_time())
                 raise Unavailable("no answer in time") from None
             was = breaker.state
-            soon = isinstance(error, RedisError) and is_wrong_server(error)
+            # While a failover runs, a try costs little, and may be the first one that succeeds.
+            soon = self._primaries.fails_over or (
+                isinstance(error, RedisError) and is_wrong_server(error)
+            )
             breaker.failed(trio.current_time(), soon=soon)
-            if was is not State.OPEN and breaker.state is State.OPEN:
-                names = {self._reads: "commands", self._writes: "writes", self._scans: "scans"}
-                name = names.get(breaker, "dead letters")
-                log.error("breaker opened", source=name, error=type(error).__name__)
-            raise Unavailable(type(error).__name__) from None
+            if was is State.CLOSED and breaker.state is State.OPEN:
+                log.error("breaker opened", source=self._names[breaker], error=type(error).__name__)
+            what = str(error) if isinstance(error, ConnectionLost) else type(error).__name__
+            raise Unavailable(what) from None
         except BaseException:
             breaker.abandoned(trio.current_time())
             raise
+        if breaker.state is not State.CLOSED:
+            log.info("breaker closed", source=self._names[breaker])
         breaker.succeeded()
         return reply
-
-    async def _in_loop(self, command: Callable[[], Awaitable[Any]]) -> Any:
-        call = _Call(command)
-        await self._send.send(call)
-        try:
-            await call.done.wait()
-        finally:
-            call.scope.cancel()
-        assert call.outcome is not None
-        return call.outcome.unwrap()
-
-    async def _discard_connections(self, generation: int) -> None:
-        """Close all connections, unless that was done since this generation.
-
-        The next ones resolve the host name and authenticate again.
-        """
-        if generation == self._generation:
-            self._generation += 1
-            await self._redis.connection_pool.disconnect()
 
 
 def _is_count(reply: Any) -> bool:
@@ -323,17 +277,4 @@ def _is_entries(reply: Any) -> bool:
         and isinstance(entry[0], bytes)
         and isinstance(entry[1], dict | None)
         for entry in reply
-    )
-
-
-def _pool(url: str, max_connections: int) -> BlockingConnectionPool:
-    """A pool of connections to Redis; each is opened when it is needed."""
-    return BlockingConnectionPool(
-        **RedisAddress.from_url(url).pool_options(redis.asyncio),
-        protocol=2,  # RESP3 begins with HELLO, which some proxies do not know
-        max_connections=max_connections,
-        timeout=TIMEOUT,
-        socket_connect_timeout=TIMEOUT,
-        socket_timeout=TIMEOUT,
-        retry=Retry(NoBackoff(), 0),  # it does not know which commands may be repeated
     )

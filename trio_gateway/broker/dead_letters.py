@@ -6,6 +6,7 @@ from typing import Final, NamedTuple, NoReturn
 import structlog
 import trio
 
+from ..core.slots import hash_tag
 from ..runtime.throttled_log import ThrottledLog
 from .commands import Commands, Unavailable
 
@@ -50,11 +51,12 @@ class DeadLetters:
     async def run(self) -> NoReturn:
         """Copy what is offered; returns only when cancelled."""
         throttled_log = ThrottledLog(log)
+        slot = f"{{{hash_tag(self._stream)}}}"  # one script writes the key and the stream
         while True:
             letter = await self._take.receive()
             try:
                 # Every process reads every entry: the first one copies it.
-                key = f"gateway:dlq:{letter.stream}:{letter.entry_id}"
+                key = f"gateway:dlq:{slot}:{letter.stream}:{letter.entry_id}"
                 self.outcomes["copied"] += await self._commands.add_once(
                     key, _REMEMBERED, self._stream, _fields(letter), MAX_LENGTH
                 )

@@ -30,11 +30,17 @@ class Topology:
     """
 
     def __init__(
-        self, look: Look, address: Callable[[Node], RedisAddress], known: SlotMap | None = None
+        self,
+        look: Look,
+        address: Callable[[Node], RedisAddress],
+        known: SlotMap | None = None,
+        *,
+        is_cluster: bool = False,
     ) -> None:
+        self.is_cluster = is_cluster
         self.is_fixed = known is not None  # nothing ever changes
         self._look = look
-        self._address = address
+        self.address = address
         self._map = known or SlotMap()
         self._is_suspect = known is None
         self._lock = trio.Lock()
@@ -58,14 +64,19 @@ class Topology:
         if found is None:
             self._is_suspect = True
             raise ConnectionLost(f"slot {slot} has no primary")
-        return self._address(found)
+        return self.address(found)
 
     async def primaries(self) -> list[RedisAddress]:
         """All servers that execute commands; only a Cluster has several.
 
         Raises :exc:`ConnectionLost` as :meth:`primary` does.
         """
-        return [self._address(node) for node in (await self.current()).primaries]
+        return [self.address(node) for node in (await self.current()).primaries]
+
+    @property
+    def known(self) -> SlotMap:
+        """The map that was told last, right or not; empty at first."""
+        return self._map
 
     async def current(self) -> SlotMap:
         """The present map. Raises :exc:`ConnectionLost` if it is not known."""
@@ -99,7 +110,7 @@ class Topology:
 
     def suspect(self, server: RedisAddress) -> None:
         """This server does not answer, or is no primary: ask before the next command."""
-        if any(self._address(node) == server for node in self._map.primaries):
+        if any(self.address(node) == server for node in self._map.primaries):
             self.suspect_all()
 
     def suspect_all(self) -> None:
@@ -122,7 +133,7 @@ class Topology:
 
     async def wait_left(self, server: RedisAddress, slot: int | None) -> None:
         """Wait until the server is not the primary of the slot, or of any if None."""
-        while any(self._address(node) == server for node in self._map.primaries_of(slot)):
+        while any(self.address(node) == server for node in self._map.primaries_of(slot)):
             await self._changed.park()
 
     def _set(self, found: SlotMap) -> None:

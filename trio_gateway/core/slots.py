@@ -11,13 +11,18 @@ Node = tuple[str, int]  # host and port
 
 
 def slot_of(key: str) -> int:
-    """The slot of a key or of a sharded channel: CRC-16 of its hash tag, or of all of it.
+    """The slot of a key or of a sharded channel: CRC-16 of its hash tag."""
+    return crc_hqx(hash_tag(key).encode(), 0) % SLOTS
 
-    The hash tag is what is between the first ``{`` and the next ``}``, unless that is empty.
+
+def hash_tag(key: str) -> str:
+    """What is between the first ``{`` of a key and the next ``}``; if that is nothing, the key.
+
+    ``{tag}`` in another key brings that into the same slot.
     """
     _, opened, rest = key.partition("{")
     tag, closed, _ = rest.partition("}")
-    return crc_hqx((tag if opened and closed and tag else key).encode(), 0) % SLOTS
+    return tag if opened and closed and tag else key
 
 
 @dataclass(frozen=True)
