@@ -91,6 +91,13 @@ async def test_commands_work_again_soon_after_the_primary_was_killed(
 
 
 @pytest.mark.chaos
+@pytest.mark.parametrize("lose", [Node.freeze, Node.kill])
+async def test_commands_work_again_soon_after_the_primary_was_lost(lose: Any) -> None:
+    with sentinel_set() as found:
+        await fails_over(found, "k", lose)
+
+
+@pytest.mark.chaos
 async def test_commands_work_again_soon_after_a_planned_failover() -> None:
     with sentinel_set() as found:
         await fails_over(found, "k", lambda old: found.failover())

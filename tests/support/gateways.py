@@ -31,10 +31,11 @@ from trio_gateway.access.admission import default_auth
 from trio_gateway.access.auth import Auth
 from trio_gateway.broker.commands import Commands
 from trio_gateway.broker.topologies import make_topology
+from trio_gateway.broker.topology_watch import watch
 from trio_gateway.core.audiences import Endpoint
 from trio_gateway.core.resilience import Breaker
 from trio_gateway.gateway import Gateway, create_app
-from trio_gateway.redis_url import RedisUrl
+from trio_gateway.redis_url import RedisKind, RedisUrl
 from trio_gateway.settings import Settings
 from trio_gateway.testing import make_jwt, make_table_token
 from trio_gateway.transports import tcp
@@ -422,10 +423,14 @@ async def open_commands(
     url: str, reads: Breaker, writes: Breaker, *, max_connections: int
 ) -> AsyncIterator[Commands]:
     """Running commands without a gateway."""
-    topology = make_topology(RedisUrl.from_url(url))
+    where = RedisUrl.from_url(url)
+    topology = make_topology(where)
     commands = Commands(topology, reads, writes, max_connections=max_connections)
-    async with commands_running(commands):
+    async with commands_running(commands), trio.open_nursery() as nursery:
+        sentinels = where.seeds if where.kind is RedisKind.SENTINEL else ()
+        nursery.start_soon(watch, topology, sentinels)
         yield commands
+        nursery.cancel_scope.cancel()
 
 
 @asynccontextmanager
