@@ -150,3 +150,21 @@ async def test_catch_up_by_event_id_reads_the_stream_too(
         gateway.app.parts.older_events._ranges.clear()
         reply = await http(gateway.port, path + ids[1000])
         assert reply.headers["gateway-complete"] == "false"
+
+
+async def test_catch_up_by_time_reads_the_stream_too(
+    backend: "redis.Redis", redis_url: str
+) -> None:
+    async with running(make_settings(redis_url, **SMALL)) as gateway:
+        ids = publish(backend, 0, 1000)
+        await settle(gateway)
+        token = make_jwt(JWT_SECRET, roles=["ADMIN"])
+        path = f"/ws/catchup?branch_id=1&token={token}&since="
+        everything = [n for n in range(1000) if n % 2 == 0 and n % 5 in {0, 1, 2}]
+        reply = await http(gateway.port, f"{path}{int(ids[0].split('-')[0]) / 1000}")
+        assert "gateway-complete" not in reply.headers
+        assert [event["n"] for event in reply.json["events"]] == everything
+        backend.xtrim(STREAM, maxlen=500, approximate=False)
+        gateway.app.parts.older_events._ranges.clear()
+        reply = await http(gateway.port, f"{path}0")
+        assert reply.headers["gateway-complete"] == "false"

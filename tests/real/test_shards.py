@@ -413,3 +413,9 @@ async def test_change_of_the_number_loses_and_repeats_nothing(
             reply = await http(gateway.port, page)
             assert markers(reply.json["events"]) == list(range(each + 1, n + 1))
         assert last == ids[1]
+    async with running(make_settings(redis_url, ws_history_events=3, **changes)) as gateway:
+        url = gateway.staff_url("waiter", tenant_id=tenant)
+        assert await recover(url, ids[0]) == (False, [])  # it would be from two streams
+        assert await recover(url, ids[n - 3]) == (True, [n - 2, n - 1, n])
+        page = f"/ws/catchup?branch_id=1&since=0&token={url.split('token=')[1]}"
+        assert (await http(gateway.port, page)).headers["gateway-complete"] == "false"

@@ -12,6 +12,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from tests.support.resume_world import A, B, Client, World, at, bounded, place
 from trio_gateway.core.audiences import Endpoint
 from trio_gateway.core.close_codes import Close
+from trio_gateway.core.event_ids import LAST, Position, event_id
 from trio_gateway.runtime.older_events import DEADLINE
 from trio_gateway.testing import FakeSocket, make_principal
 
@@ -125,6 +126,33 @@ async def test_id_that_was_trimmed_from_the_stream_is_not_recovered(
     del world.redis.entries[A][:500]
 
     assert outcome(await connect(world, place(last)))[0] is (last == 501)
+
+
+@pytest.mark.parametrize("is_trimmed", [False, True])
+async def test_place_in_an_empty_stream_is_recovered_if_nothing_was_trimmed(
+    autojump_clock: MockClock, nursery: trio.Nursery, is_trimmed: bool
+) -> None:
+    world = make_world(nursery)
+    (answer,) = (await world.connect("")).resumed
+    await world.publish(*range(1, 1001))
+    world.redis.is_trimmed = is_trimmed
+    client = await connect(world, answer["last_event_id"])
+
+    assert outcome(client)[:2] == ((False, 0) if is_trimmed else (True, 1000))
+    assert (await connect(world, place(1))).heard == list(range(2, 1001))
+
+
+@pytest.mark.parametrize("trimmed", [0, 499, 500])
+async def test_end_of_a_millisecond_is_recovered_if_an_entry_before_it_is_there(
+    autojump_clock: MockClock, nursery: trio.Nursery, trimmed: int
+) -> None:
+    world = make_world(nursery)
+    await world.publish(*range(1, 501), *range(601, 1001))
+    del world.redis.entries[A][:trimmed]
+    world.redis.is_trimmed = trimmed > 0
+    client = await connect(world, event_id(A, Position((550, LAST[1]))))
+
+    assert outcome(client)[:2] == ((True, 400) if trimmed < 500 else (False, 0))
 
 
 async def test_stream_that_is_trimmed_while_it_is_read_is_not_recovered(

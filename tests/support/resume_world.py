@@ -86,6 +86,7 @@ class FakeStreams:
         self.fails = False
         self.seconds = 0.0  # for a page
         self.pages = 0
+        self.is_trimmed = False
 
     async def read_back(self, stream: Stream, end: Position, most: int) -> list[ReadEntry]:
         await self._answer()
@@ -95,6 +96,10 @@ class FakeStreams:
     async def read_on(self, stream: Stream, after: Position, most: int) -> list[ReadEntry]:
         await self._answer()
         return [entry for entry in self.entries.get(stream, ()) if entry[0] > after][:most]
+
+    async def is_whole(self, stream: Stream) -> bool:
+        await self._answer()
+        return not self.is_trimmed
 
     async def _answer(self) -> None:
         self.pages += 1

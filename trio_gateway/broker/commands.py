@@ -198,6 +198,16 @@ class Commands:
         entries: Entries = found[0][1] if found else []
         return entries
 
+    async def is_whole(self, stream: str) -> bool:
+        """Whether a stream still holds every entry that was ever added; False before Redis 7."""
+        info = await self._send(
+            self._scans,
+            stream,
+            lambda redis: redis.xinfo_stream(stream),
+            lambda reply: isinstance(reply, dict) and isinstance(reply.get("length"), int),
+        )
+        return bool(info["length"] == info.get("entries-added"))
+
     async def _send(
         self,
         breaker: Breaker,

@@ -25,6 +25,13 @@ class StreamPages:
         """The first entries after this position, the oldest first."""
         return await self._read(self._commands.read_on, stream, after, most)
 
+    async def is_whole(self, stream: Stream) -> bool:
+        """Whether the stream still holds every entry that was ever added; False before Redis 7."""
+        try:
+            return await self._commands.is_whole(self._names[stream])
+        except (Unavailable, KeyError) as error:
+            raise ReadFailed from error
+
     async def _read(
         self,
         read: Callable[[str, str, int], Awaitable[Entries]],

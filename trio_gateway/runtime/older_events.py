@@ -5,8 +5,9 @@ names. What it finds is kept for a while as a second history, the *range* of tha
 scan serves all clients that come with ids in this range, and each of them reads it chunk by chunk.
 
 - The entry that a client names must be there: then the id is of this stream, and nothing after it
-  was trimmed, for a stream is trimmed from its oldest entry on. Nobody reads across a gap that
-  this process has noticed.
+  was trimmed, for a stream is trimmed from its oldest entry on. A place that names no entry, such
+  as the end of a millisecond, must be behind one that is there. The start of a stream is known if
+  nothing was ever trimmed. Nobody reads across a gap that this process has noticed.
 - A range ends some entries behind the begin of the history, because the history moves on. A range
   that the history has moved past is extended.
 - A range is dropped when it was not used for a while, or when the ranges hold too many bytes. A
@@ -21,7 +22,7 @@ import trio
 
 from ..core.audiences import Audience
 from ..core.duplicates import Duplicates
-from ..core.event_ids import Cursor, Position, Stream, before
+from ..core.event_ids import LAST, START, Cursor, Position, Stream, before
 from ..core.events import Event, InvalidEvent, parse_event
 from .dispatch import Dispatch
 from .history import History, StoredEvent
@@ -50,6 +51,9 @@ class StreamReader(Protocol):
 
     async def read_on(self, stream: Stream, after: Position, most: int) -> Sequence[ReadEntry]:
         """The first entries after this position, the oldest first."""
+
+    async def is_whole(self, stream: Stream) -> bool:
+        """Whether the stream still holds every entry that was ever added to it."""
 
 
 class _Range:
@@ -144,7 +148,10 @@ class OlderEvents:
         """
         try:
             with trio.move_on_after(DEADLINE):
-                for stream in self._missing(cursor):
+                missing = self._missing(cursor)
+                if self._history.ranks and len(missing) > 1:  # which would be read one by one
+                    return False
+                for stream in missing:
                     if not await self._reach(stream, cursor[stream]):
                         return False
         except ReadFailed:
@@ -221,7 +228,7 @@ class OlderEvents:
         return (
             found is not None
             and found.since <= position <= found.end
-            and position in found.positions
+            and (position in found.positions or position[1] == LAST[1])
             and self._is_joined(found)
             and self._history.may_read_back(stream, position)  # a gap may have come meanwhile
         )
@@ -275,7 +282,7 @@ class OlderEvents:
         assert end is not None
         assert begin is not None
         found: list[ReadEntry] = []  # the newest first
-        size, is_deepest = 0, False
+        size, is_deepest, is_begin = 0, False, False
         while not is_deepest and (not found or found[-1][0] > oldest or len(found) < least):
             asked = min(_PAGE, self._most_entries + 1 - len(found))  # the client's own, too
             page = await self._reader.read_back(stream, end, asked)
@@ -288,6 +295,8 @@ class OlderEvents:
                     is_deepest = not is_enough
                     page = page[: n + is_enough]
                     break
+            else:
+                is_begin = len(page) < asked
             found += page
             if not page:
                 break
@@ -296,6 +305,8 @@ class OlderEvents:
                 break
         if not found:
             return
+        if is_begin and await self._reader.is_whole(stream):
+            found.append((START, None))
         fresh = _Range(stream, found[-1][0], trio.current_time())
         fresh.is_deepest = is_deepest
         await self._fill(fresh, found[-2::-1])

@@ -89,6 +89,8 @@ async def _missed(parts: Parts, principals: Sequence[Principal]) -> Answer:
     older: Cursor = {}
     if moment is not None:
         cursor, complete = history.place_before(moment, parts.places.streams_of(tenant))
+        if cursor and not complete and (complete := await parts.older_events.find(cursor)):
+            older = parts.older_events.behind(cursor)
     else:
         assert after is not None
         place = None
