@@ -7,6 +7,7 @@ the same Redis, or to the same Cluster.
 
 import math
 import secrets
+from contextlib import suppress
 from typing import Any, Final
 
 import hiredis
@@ -29,28 +30,38 @@ class Probe:
         self.channel = f"{PREFIX}{secrets.token_hex(8)}".encode()
         self.is_wanted = True
         self._is_listening = False
-        self._due = math.inf  # the oldest probe that is on its way must be back by then
+        self._sent = 0  # the number of the last probe; each is published with its number
+        self._is_expected = False  # the last one was sent while the channel was subscribed
+        self._came_back = 0  # the highest number that did
+        self._due = math.inf  # the probes that are on their way must be back by then
 
-    @property
-    def command(self) -> tuple[str, bytes, str]:
-        """The command that publishes a probe."""
-        return ("PUBLISH", self.channel, "")
+    def next_command(self) -> tuple[str, bytes, int]:
+        """The command that publishes the next probe, to be sent now."""
+        self._sent += 1
+        self._is_expected = self._is_listening
+        return ("PUBLISH", self.channel, self._sent)
 
     def listens(self, listens: bool) -> None:
         """The channel is subscribed, or not any more."""
         self._is_listening = listens
+        self._is_expected = False
         self._due = math.inf
 
     def published(self, reply: Any, now: float) -> None:
-        """Note the reply to :attr:`command`."""
+        """Note the reply to the last :meth:`next_command`, which came at ``now``.
+
+        The probe itself may have come back before, on the other connection.
+        """
         if is_refused(reply):
             self.give_up()
-        elif self._is_listening and isinstance(reply, int):
+        elif self._is_expected and isinstance(reply, int) and self._came_back < self._sent:
             self._due = min(self._due, now + PATIENCE)
 
-    def came_back(self) -> None:
-        """Note that a probe came back."""
-        self._due = math.inf
+    def came_back(self, payload: bytes) -> None:
+        """Note that a probe came back, with its number; those before it did, or never will."""
+        with suppress(ValueError):  # somebody else's message
+            self._came_back = max(self._came_back, int(payload))
+            self._due = math.inf
 
     @property
     def due(self) -> float:

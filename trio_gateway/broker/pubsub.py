@@ -133,7 +133,7 @@ class PubSub:
                 other = await self._choose(other_than=server)
                 async with open_redis(other, any_role=True) as redis:
                     while self._probe.is_wanted:
-                        reply = await redis.ask(*self._probe.command, timeout=LIVENESS)
+                        reply = await redis.ask(*self._probe.next_command(), timeout=LIVENESS)
                         self._probe.published(reply, trio.current_time())
                         await trio.sleep(EVERY)
             except ConnectionLost:
@@ -222,8 +222,8 @@ class PubSub:
                     return self._ingest.parse(payload, channel=name)
             case [b"message", bytes() as channel, bytes() as payload] if channel in self.listeners:
                 self.listeners[channel](payload)
-            case [b"message", self._probe.channel, _]:
-                self._probe.came_back()
+            case [b"message", self._probe.channel, bytes() as payload]:
+                self._probe.came_back(payload)
             case [b"psubscribe" | b"subscribe", *_]:
                 self._unconfirmed -= 1
             case Exception() if self._unconfirmed == 1 and is_refused(reply):

@@ -207,12 +207,12 @@ class Streams:
         if now - self._looked_around_at >= BLOCK:
             self._looked_around_at = now
             probe = self._probe if self._probe is not None and self._probe.is_wanted else None
-            commands = [("HELLO",), *((probe.command,) if probe is not None else ())]
+            commands = [("HELLO",), *((probe.next_command(),) if probe is not None else ())]
             role, *published = await redis.ask_all(commands, timeout=REPLY_TIMEOUT)
             if not self._is_in_cluster:  # there, a replica answers XREAD with MOVED
                 raise_if_replica(role)
             if probe is not None:
-                probe.published(published[0], now)
+                probe.published(published[0], trio.current_time())
             if self._unreadable:
                 await reader.retry_unreadable()
                 if self._to_begin():
