@@ -6,6 +6,7 @@ import click
 
 from ..core.printable import printable
 from .errors import FAILED, Failure, settings_or_exit
+from .redis_servers import RedisServers, redis_failures
 
 if TYPE_CHECKING:
     import redis
@@ -22,8 +23,9 @@ def dlq() -> None:
 @click.option("--count", type=click.IntRange(min=1), default=20, help="How many.")
 def list_letters(count: int) -> None:
     """List the newest dead letters, one on each line."""
-    client, stream = _open()
-    found: Any = _call(lambda: client.xrevrange(stream, count=count))
+    servers, stream = _open()
+    with redis_failures():
+        found: Any = servers.primary(stream).xrevrange(stream, count=count)
     for letter_id, fields in found:
         entry = _text(fields)
         click.echo(
@@ -38,8 +40,8 @@ def list_letters(count: int) -> None:
 @click.argument("letter_id", metavar="ID")
 def show(letter_id: str) -> None:
     """Show one dead letter: its description on stderr, its payload on stdout."""
-    client, stream = _open()
-    fields = _fetch(client, stream, letter_id)
+    servers, stream = _open()
+    fields = _fetch(servers.primary(stream), stream, letter_id)
     entry = _text(fields)
     for name in ("stream", "entry_id", "reason", "error", "size"):
         click.echo(f"{name}: {entry[name]}", err=True)
@@ -59,9 +61,11 @@ def replay(letter_ids: tuple[str, ...], everything: bool) -> None:
 
     if bool(letter_ids) == everything:
         raise click.UsageError("pass ids, or --all")
-    client, stream = _open()
+    servers, stream = _open()
+    client = servers.primary(stream)
     if everything:
-        found: Any = _call(lambda: client.xrange(stream))
+        with redis_failures():
+            found: Any = client.xrange(stream)
         letters = [(letter_id.decode(), fields) for letter_id, fields in found]
     else:
         letters = [(letter_id, _fetch(client, stream, letter_id)) for letter_id in letter_ids]
@@ -74,44 +78,23 @@ def replay(letter_ids: tuple[str, ...], everything: bool) -> None:
             still_invalid += 1
             click.echo(printable(f"{letter_id}: {invalid}"), err=True)
             continue
-        _call(lambda name=name, data=data: client.xadd(name, {"data": data}))
-        _call(lambda letter_id=letter_id: client.xdel(stream, letter_id))
+        with redis_failures():
+            servers.primary(name).xadd(name, {"data": data})
+            client.xdel(stream, letter_id)
         click.echo(printable(f"{letter_id} -> {name}"))
     click.echo(f"{len(letters) - still_invalid} replayed, {still_invalid} still invalid", err=True)
     if still_invalid:
         raise SystemExit(FAILED)
 
 
-def _open() -> "tuple[redis.Redis, str]":
-    import redis
-    from redis.backoff import NoBackoff
-    from redis.retry import Retry
-
-    from ..redis_url import RedisAddress
-
+def _open() -> tuple[RedisServers, str]:
     settings = settings_or_exit()
-    pool = redis.ConnectionPool(
-        **RedisAddress.from_url(settings.redis_url).pool_options(redis),
-        protocol=2,
-        socket_timeout=5,
-        socket_connect_timeout=5,
-        retry=Retry(NoBackoff(), 0),  # an event must not be added twice
-    )
-    return redis.Redis(connection_pool=pool), settings.redis_dlq_stream or _DEFAULT
-
-
-def _call(command: Any) -> Any:
-    """Return the reply of Redis. Raises :exc:`Failure` if there is none."""
-    import redis
-
-    try:
-        return command()
-    except redis.RedisError as error:
-        raise Failure(f"Redis: {type(error).__name__}; run trio-gateway check") from None
+    return RedisServers(settings.redis_url), settings.redis_dlq_stream or _DEFAULT
 
 
 def _fetch(client: "redis.Redis", stream: str, letter_id: str) -> dict[bytes, bytes]:
-    found: Any = _call(lambda: client.xrange(stream, letter_id, letter_id))
+    with redis_failures():
+        found: Any = client.xrange(stream, letter_id, letter_id)
     if not found:
         raise Failure(f"no entry {letter_id} in {stream}")
     fields: dict[bytes, bytes] = found[0][1]

@@ -4,8 +4,7 @@ import http.client
 import json
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import SplitResult
@@ -14,6 +13,7 @@ import click
 
 from ..core.printable import printable
 from .errors import Failure, settings_or_exit
+from .redis_servers import RedisServers, redis_failures
 from .url import read_url
 
 if TYPE_CHECKING:
@@ -86,10 +86,13 @@ def rebalance(url: str, dry_run: bool, at_most: float, as_json: bool) -> None:
     it has, and the proxy where each of them belongs. Each process then closes the connections that
     are elsewhere, at most 100 a second, with 1001 and a retry hint.
     """
+    from ..core.control_messages import PLACEMENT
+
     proxy = _Proxy(read_url(url))
-    client = _open_redis()
-    with _redis_failures():
-        held, asked = _ask_processes(client)
+    servers = RedisServers(settings_or_exit().redis_url)
+    client = servers.primary(PLACEMENT)
+    with redis_failures():
+        held, asked = _ask_processes(servers, client)
     if not asked:
         raise Failure("no gateway listens on this Redis: check REDIS_URL")
     if len(held) < asked:
@@ -105,7 +108,7 @@ def rebalance(url: str, dry_run: bool, at_most: float, as_json: bool) -> None:
         )
     found = plan(held, places, at_most)
     if not dry_run:
-        with _redis_failures():
+        with redis_failures():
             _send(client, found.places)
     _show(held, found, dry_run=dry_run, as_json=as_json)
 
@@ -158,34 +161,9 @@ class _Proxy:
             )
 
 
-def _open_redis() -> "redis.Redis":
-    import redis
-    from redis.backoff import NoBackoff
-    from redis.retry import Retry
-
-    from ..redis_url import RedisAddress
-
-    pool = redis.ConnectionPool(
-        **RedisAddress.from_url(settings_or_exit().redis_url).pool_options(redis),
-        protocol=2,
-        socket_timeout=_TIMEOUT,
-        socket_connect_timeout=_TIMEOUT,
-        retry=Retry(NoBackoff(), 0),
-    )
-    return redis.Redis(connection_pool=pool)
-
-
-@contextmanager
-def _redis_failures() -> Iterator[None]:
-    import redis
-
-    try:
-        yield
-    except redis.RedisError as error:
-        raise Failure(f"Redis: {type(error).__name__}; run trio-gateway check") from None
-
-
-def _ask_processes(client: "redis.Redis") -> tuple[dict[str, dict[int, int]], int]:
+def _ask_processes(
+    servers: RedisServers, client: "redis.Redis"
+) -> tuple[dict[str, dict[int, int]], int]:
     """The tenants of each process that reports in time, and the number of processes asked."""
     import msgspec
 
@@ -198,6 +176,9 @@ def _ask_processes(client: "redis.Redis") -> tuple[dict[str, dict[int, int]], in
         reports.subscribe(channel)
         request = msgspec.json.encode(PlacementRequest(report_to=channel))
         asked: Any = client.publish(PLACEMENT, request)
+        if servers.is_cluster:  # a node counts only those that are subscribed there
+            counts: list[Any] = [each.pubsub_numsub(PLACEMENT) for each in servers.all()]
+            asked = sum(number for ((_, number),) in counts)
         deadline = time.monotonic() + _REPORTS_WITHIN
         while len(held) < asked and (left := deadline - time.monotonic()) > 0:
             message = reports.get_message(timeout=left)
