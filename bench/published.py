@@ -141,6 +141,12 @@ RUNS: Final[Mapping[str, Run]] = {
         _FEW_OF_MANY, 90, _MANY,
         "20,000 connections in 400 branches over 2 processes, then an event for each branch",
     ),
+    "shards": Run(
+        ("bench.shards",), ("4", "16", "64"), 240,
+        tuple(Figure(f"most, placed by {what}") for what in ("shard", "tenant", "HAProxy")),
+        "events that the busiest of 8 processes reads, 64 shards, 512 tenants; 1 is an eighth of"
+        " all",
+    ),
     "growth": Run(
         ("bench", "growth", "--seconds", "1"), _SHORT, 200,
         (), "how costs grow",

@@ -123,13 +123,19 @@ def haproxy(folder: Path, port: int, ports: list[int]) -> list[str]:
 
 
 def haproxy_with_shards(folder: Path, port: int, ports: list[int]) -> list[str]:
-    """HAProxy with the two lines of the sample that place tenants by their shard, of 64."""
+    """HAProxy with the lines of the sample that place tenants by their shard, of 64."""
     command = haproxy(folder, port, ports)
     config = folder / "haproxy.cfg"
     text = config.read_text()
-    for comment in ("# lua-load /etc/haproxy/shard.lua", "# http-request set-var(txn.tenant)"):
-        assert text.count(comment) == 1
-        text = text.replace(comment, comment.removeprefix("# "))
+    for line in ("lua-load", "http-request set-var", "use-server"):
+        assert f"# {line}" in text
+        text = text.replace(f"# {line}", line)
+    second = next(line for line in text.splitlines() if "use-server two" in line)
+    lines = [second]
+    for n in range(3, len(ports) + 1):
+        line = second.replace("use-server two", f"use-server gateway-{n}")
+        lines.append(line.replace("(two)", f"(gateway-{n})").replace("int 1 }", f"int {n - 1} }}"))
+    text = text.replace(second, "\n".join(lines)).replace("home(64,2)", f"home(64,{len(ports)})")
     config.write_text(text.replace("/etc/haproxy/shard.lua", str(DEPLOY / "shard.lua")))
     return command
 

@@ -5,6 +5,7 @@ import math
 import re
 import signal
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -243,16 +244,66 @@ async def test_garbage_is_rejected_with_4001_and_harms_nobody(three: Behind, key
     assert re.search(r"\bALERT\b|panic|fatal", three.log.read_text()) is None
 
 
+SHARDED = {
+    "ALLOW_LEGACY_TABLE_TOKENS": "true",
+    "REDIS_STREAM_SHARDS": "64",
+    "REDIS_STREAM_SHARDS_PREVIOUS": "64",
+}
+ONE_OF_EACH_SHARD = {shard_of(tenant, 64): tenant for tenant in range(2000)}
+
+
+async def homes(at: Behind) -> dict[int, str]:
+    """The process that HAProxy chooses for each shard."""
+    found = {}
+    for shard, tenant in ONE_OF_EACH_SHARD.items():
+        answer = await http(at.port, f"/ws/placement?ticket={tenant}.")
+        assert answer.status == 200
+        found[shard] = str(answer.json["process"])
+    return found
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+async def test_each_shard_has_a_home_and_a_gateway_that_ends_moves_its_own_shards_only(
+    redis_url: str, tmp_path: Path, how: signal.Signals
+) -> None:
+    require("haproxy")
+    assert len(ONE_OF_EACH_SHARD) == 64
+    async with behind("haproxy with shards", redis_url, tmp_path, SHARDED, 3) as at:
+        await until(lambda: all_up(at))
+        before = await homes(at)
+        assert sorted(Counter(before.values()).values()) == [21, 21, 22]
+        at.gateways[1].send_signal(how)
+        at.gateways[1].wait(10)
+        gone = ({*before.values()} - {*(now := await homes(at)).values()}).pop()
+        moved = {shard: now[shard] for shard in now if before[shard] == gone}
+        assert {**before, **moved} == now
+        assert len(set(moved.values())) == 2  # they are spread
+        await at.start(1)
+        await until(lambda: all_up(at))
+        after = await homes(at)
+        assert {s for s in after if after[s] != before[s]} == moved.keys()  # it has another name
+        assert len({after[s] for s in moved}) == 1
+
+
+async def test_large_tenant_leaves_its_home_when_that_has_far_more_than_the_others(
+    redis_url: str, tmp_path: Path
+) -> None:
+    require("haproxy")
+    async with behind("haproxy with shards", redis_url, tmp_path, SHARDED, 3) as at:
+        await until(lambda: all_up(at))
+        async with AsyncExitStack() as stack:
+            for _ in range(130):
+                await join(at, stack, 7)
+            found = sorted(await at.connections())
+        assert sum(found) == 130
+        assert 100 <= found[2] <= 1.5 * 130 / 3 + 52
+
+
 async def test_tenants_of_one_shard_are_on_one_gateway_and_shards_are_spread(
     redis_url: str, tmp_path: Path
 ) -> None:
     require("haproxy")
-    settings = {
-        "ALLOW_LEGACY_TABLE_TOKENS": "true",
-        "REDIS_STREAM_SHARDS": "64",
-        "REDIS_STREAM_SHARDS_PREVIOUS": "64",
-    }
-    async with behind("haproxy with shards", redis_url, tmp_path, settings, 3) as at:
+    async with behind("haproxy with shards", redis_url, tmp_path, SHARDED, 3) as at:
         await until(lambda: all_up(at))
         async with AsyncExitStack() as stack:
             for tenant in range(1, 61):
@@ -261,7 +312,7 @@ async def test_tenants_of_one_shard_are_on_one_gateway_and_shards_are_spread(
             read = [(await metrics(port))["streams_followed"] for port in at.ports]
             assert min(read) >= 5
             different = {shard_of(tenant, 64) for tenant in range(1, 61)}
-            assert sum(read) <= len(different) + 5  # clients that overflowed to the next gateway
+            assert sum(read) == len(different)
             tenant, place = await of_the_emptiest(at)
             shard = shard_of(tenant, 64)
             neighbours = [other for other in range(100, 2000) if shard_of(other, 64) == shard]
