@@ -5,6 +5,7 @@ import trio
 from trio.testing import MockClock
 
 from trio_gateway.broker.topology import PAUSE, Topology, single
+from trio_gateway.broker.topology_watch import EVERY, HURRIED, HURRY, watch
 from trio_gateway.core.slots import Node, SlotMap
 from trio_gateway.redis_url import RedisAddress
 from trio_gateway.runtime.supervision import ConnectionLost
@@ -114,3 +115,31 @@ async def test_single_server_is_always_the_primary() -> None:
     topology.suspect(server)
     assert await topology.primary(99) is server
     assert await topology.primaries() == [server]
+
+
+async def test_topology_is_looked_at_more_often_after_a_suspicion(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    servers = Servers(A)
+    nursery.start_soon(watch, servers.topology)
+    await trio.sleep(10)
+    assert len(servers.looks) == 4  # an answer takes a second, too
+    servers.topology.suspect(RedisAddress(*A))
+    await trio.sleep(HURRY)
+    assert len(servers.looks) - 4 == HURRY / (1 + HURRIED)
+    before = len(servers.looks)
+    await trio.sleep(12)
+    assert len(servers.looks) - before <= 5
+
+
+async def test_server_is_left_when_another_one_is_the_primary(autojump_clock: MockClock) -> None:
+    servers = Servers(A)
+    old = await servers.topology.primary()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch, servers.topology)
+        await trio.sleep(5)
+        servers.primary = B
+        with trio.fail_after(EVERY + 1.1):
+            await servers.topology.wait_left(old, 0)
+        nursery.cancel_scope.cancel()
+    assert trio.current_time() > 5

@@ -198,3 +198,36 @@ async def test_bug_beside_a_loss_propagates(autojump_clock: MockClock) -> None:
 
     with pytest.RaisesGroup(ZeroDivisionError, flatten_subgroups=True):
         await keep_running("a source", work, Breaker(5, 30))
+
+
+async def test_source_that_may_find_another_server_is_tried_within_a_second(
+    autojump_clock: MockClock,
+) -> None:
+    breaker = Breaker(2, 30)
+    source = Source(breaker, lost=10)
+
+    with trio.move_on_at(20), capture_logs() as logs:
+        await keep_running("a source", source.work, breaker, Steady(), trio.sleep_forever)
+
+    assert source.tried == list(range(11))
+    # A failover is told in a few lines, however many tries it takes.
+    lost = [log for log in logs if log["event"] == "source lost" and log["log_level"] == "warning"]
+    assert [log["failures"] for log in lost] == [1, 2]
+    assert [log["event"] for log in logs if log["log_level"] == "error"] == ["breaker opened"]
+
+
+async def test_source_is_tried_at_once_when_another_server_is_known(
+    autojump_clock: MockClock,
+) -> None:
+    breaker, changed = Breaker(1, 30), trio.Event()
+    source = Source(breaker, lost=1)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(keep_running, "a source", source.work, breaker, Steady(), changed.wait)
+        await trio.sleep(0.25)
+        changed.set()
+        await trio.sleep(10)
+        nursery.cancel_scope.cancel()
+
+    assert source.tried == [0, 0.25]
+    assert breaker.state is State.CLOSED

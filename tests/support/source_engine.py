@@ -121,9 +121,18 @@ class Engine:
         servers = self.servers
         if not isinstance(servers, RedisSet):
             return self.client(servers.port)
+        return self.client(self.port_of(name))
+
+    def port_of(self, name: str) -> int:
+        """The port of the primary that has this stream, as it was when it was last asked for."""
         if name not in self._primaries:
-            self._primaries[name] = servers.primary(name).port
-        return self.client(self._primaries[name])
+            assert isinstance(self.servers, RedisSet)
+            self._primaries[name] = self.servers.primary(name).port
+        return self._primaries[name]
+
+    def move_to(self, name: str, port: int) -> None:
+        """Add to this stream on another server from now on."""
+        self._primaries[name] = port
 
     def failed_over(self) -> None:
         """Look again who the primaries are; connections to the servers are opened again."""
@@ -175,7 +184,7 @@ class Engine:
             nursery.start_soon(watch, self.topology, self.sentinels)
             nursery.start_soon(
                 keep_running, "stream", partial(self.source.run, self.sink), Breaker(1000, 30),
-                Backoff(0.01, 0.05),
+                Backoff(0.01, 0.05), None if self.topology.is_fixed else self.topology.wait_changed,
             )  # fmt: skip
             await until(
                 lambda: (

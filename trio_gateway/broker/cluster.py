@@ -30,19 +30,31 @@ class Told(NamedTuple):
 
 
 def cluster_topology(url: RedisUrl) -> Topology:
-    """The topology of a Cluster. It asks nodes of the URL, and those that are known by then."""
+    """The topology of a Cluster. It asks nodes of the URL, and those that are known by then.
+
+    A node that has become silent is a sign of a failover.
+    """
+    silent = set[RedisAddress]()
 
     async def ask(redis: RedisConnection, node: RedisAddress) -> Told:
         info, slots = await redis.ask_all([("CLUSTER", "INFO"), ("CLUSTER", "SLOTS")])
+        silent.discard(node)
         return read_answer(info, no_error(slots, "CLUSTER"), node.host)
 
     async def look(before: SlotMap) -> SlotMap:
         known = before.primaries | before.replicas
         nodes = dict.fromkeys((*url.seeds, *(url.node(*node) for node in known)))
         some = random.sample(list(nodes), min(len(nodes), _MOST_ASKED))
-        return max(await ask_servers(some, ask), key=lambda told: told.rank).slots
+        known_silent = silent & nodes.keys()
+        silent.clear()
+        silent.update(known_silent.difference(some), some)
+        answers = await ask_servers(some, ask)
+        if silent - known_silent:
+            topology.suspect_all()
+        return max(answers, key=lambda told: told.rank).slots
 
-    return Topology(look, lambda node: url.node(*node), is_cluster=True)
+    topology = Topology(look, lambda node: url.node(*node), is_cluster=True)
+    return topology
 
 
 def read_answer(info: Any, slots: Any, asked: str) -> Told:

@@ -44,6 +44,13 @@ def check(cursor: StreamCursor, info: Info, *, is_tail_there: bool) -> Check:
         # Older entries than ours are there, and ours is not and was not deleted by its id. Others
         # may stand before the cursor, as many as there were, if Redis' clock was set back.
         return Check(Gap("another stream", since=after(here), end=here), None)
+    if not is_tail_there and last > here and info.deleted < here and added is not None:
+        # Ours was trimmed, or was never there. What a new primary lacks can be as many as were
+        # trimmed of what it has instead, so the counts prove nothing.
+        end = before(first)
+        return Check(
+            Gap("entries may have been lost unread", since=end, end=end), added - info.length
+        )
     if added is None:
         return Check(_gap_without_counts(cursor, first, last), count)
     if last == here:

@@ -10,7 +10,7 @@ from typing import Final
 import structlog
 import trio
 
-from ..core.event_ids import Position, Stream, entry_id, tag
+from ..core.event_ids import START, Position, Stream, entry_id, tag
 from ..runtime.source import Entry, Sink
 from ..runtime.supervision import ConnectionLost
 from ..runtime.throttled_log import ThrottledLog
@@ -82,6 +82,7 @@ class StreamReader:
         stream = tag(name)
         await self._sink.begin(stream, name, past, ahead)
         cursor = self._cursors[name] = StreamCursor(name, stream, info, past.entries)
+        await self._learn_tails([cursor])
         if not cursor.is_counted:
             log.warning("Redis before 7 counts no entries: gaps are reported on suspicion")
         log.info("history warmed", stream=name, entries=len(past.entries))
@@ -258,6 +259,7 @@ class StreamReader:
                     await self._gap(cursor, found.gap)
                 cursor.read_count = found.read_count
                 cursor.proven = cursor.position
+            await self._learn_tails(some)
 
     async def _lost_tails(self, cursors: Sequence[StreamCursor]) -> set[str]:
         """The streams in which the last entry that was read is known and not in its place."""
@@ -275,6 +277,20 @@ class StreamReader:
             if not self._unreadable.note(cursor.name, "XREVRANGE", reply)
             and read_entries(no_error(reply, "XREVRANGE")) != [tail]
         }
+
+    async def _learn_tails(self, cursors: Iterable[StreamCursor]) -> None:
+        """Look up the entries at cursors that did not read them: a new primary may lack them."""
+        unknown = [c for c in cursors if c.tail is None and c.position != START]
+        if not unknown:
+            return
+        places = [(cursor, cursor.entry_id) for cursor in unknown]
+        replies = await self._redis.ask_all(
+            [("XREVRANGE", cursor.name, place, place, "COUNT", 1) for cursor, place in places],
+            timeout=REPLY_TIMEOUT,
+        )
+        for cursor, reply in zip(unknown, replies, strict=True):
+            if not self._unreadable.note(cursor.name, "XREVRANGE", reply):
+                cursor.tail = next(iter(read_entries(no_error(reply, "XREVRANGE"))), None)
 
     async def _gap(self, cursor: StreamCursor, gap: Gap) -> None:
         self._on_gap()

@@ -49,6 +49,7 @@ class Topology:
         self._problem: str | None = None  # of the last look
         self._changed = trio.lowlevel.ParkingLot()
         self._suspected = trio.lowlevel.ParkingLot()
+        self.suspicions = 0  # so far
 
     @property
     def is_known(self) -> bool:
@@ -116,6 +117,7 @@ class Topology:
     def suspect_all(self) -> None:
         """A failover may be under way: ask before the next command."""
         self._is_suspect = True
+        self.suspicions += 1
         self._suspected.unpark_all()
 
     def moved(self, slot: int, primary: Node) -> None:
@@ -127,9 +129,10 @@ class Topology:
         """Wait until a slot gets another primary."""
         await self._changed.park()
 
-    async def wait_suspected(self) -> None:
-        """Wait until somebody suspects that a slot has another primary."""
-        await self._suspected.park()
+    async def wait_suspected(self, since: int) -> None:
+        """Wait until there are more :attr:`suspicions` than that."""
+        while self.suspicions == since:
+            await self._suspected.park()
 
     async def wait_left(self, server: RedisAddress, slot: int | None) -> None:
         """Wait until the server is not the primary of the slot, or of any if None."""

@@ -38,8 +38,9 @@ async def watch(topology: Topology, sentinels: Sequence[RedisAddress] = ()) -> N
 
 
 async def _look(topology: Topology) -> NoReturn:
-    hurried_until, was_known = 0.0, True
+    hurried_until, was_known = -HURRY, True
     while True:
+        suspicions = topology.suspicions
         try:
             await topology.look_again()
             was_known = True
@@ -47,12 +48,13 @@ async def _look(topology: Topology) -> NoReturn:
             if was_known:
                 log.warning("primary unknown", error=str(lost))
             was_known = False
-        hurries = trio.current_time() < hurried_until
-        with trio.move_on_after(HURRIED if hurries else EVERY):
-            await topology.wait_suspected()
+        if trio.current_time() < hurried_until:
+            await trio.sleep(HURRIED)
+        else:
+            with trio.move_on_after(EVERY):
+                await topology.wait_suspected(suspicions)
+        if topology.suspicions != suspicions:
             hurried_until = trio.current_time() + HURRY
-            if hurries:
-                await trio.sleep(HURRIED)
 
 
 async def _listen(sentinel: RedisAddress, topology: Topology) -> NoReturn:

@@ -31,7 +31,8 @@ async def keep_running(
 
     After :exc:`Demoted` it runs again within a second: a failover may be over by then. With
     ``wait_changed``, which returns when another server is to be tried, it runs again at once when
-    that returns, and within a second in any case.
+    that returns, and within a second in any case; of failures in a row the first is logged, and
+    the one that opens the breaker.
 
     ``work`` calls ``breaker.succeeded()`` once it is connected. Any other exception is a bug and
     propagates.
@@ -59,12 +60,14 @@ async def keep_running(
             error = first_leaf(group)
         soon = isinstance(error, Demoted) or wait_changed is not None
         breaker.failed(trio.current_time(), soon=soon)
-        log.warning(
+        opened = closed and breaker.state is State.OPEN
+        note = log.warning if wait_changed is None or breaker.failures == 1 or opened else log.debug
+        note(
             "source lost",
             source=name,
             error=str(error),
             failures=breaker.failures,
             breaker=breaker.state.name.lower(),
         )
-        if closed and breaker.state is State.OPEN:
+        if opened:
             log.error("breaker opened", source=name, failures=breaker.failures)
