@@ -57,11 +57,14 @@ _SUPERVISOR: Final = {
 _AWAITED: Final = {
     "runtime/connection.py: self._run_task, task",
     "access/sectors.py: query_branch, key",
-    "broker/commands.py: (await self._receive.receive()).run, loop",
+    "broker/asyncio_calls.py: (await self._receive.receive()).run, loop",
+    "broker/primaries.py: self._get_group, server, group, fits, values, problems",
+    "broker/primaries.py: send_to, key",
     "broker/asking.py: ask, server",
 }
-# Parts of the tasks that watch and read Redis: a bug in them is a bug in those.
-_OF_A_SOURCE: Final = {
+# Parts of the tasks that watch Redis, read it and send commands to it.
+_PARTS: Final = {
+    "broker/primaries.py: self._calls.run, self._close_all, self._timeout",
     "broker/cluster_streams.py: self._run, sink",
     "broker/pubsub.py: self._leave, server",
     "broker/pubsub.py: self._publish_probes, server",
@@ -83,5 +86,5 @@ SUPERVISED: Final = _names(_SUPERVISED)
 SUPERVISOR: Final = _names(_SUPERVISOR)
 CALLS: Final = {
     *_GATEWAY, *_CHILD, *_WORKER, *_SERVE, *_SUPERVISED, *_SUPERVISOR, *_AWAITED,
-    *_OF_A_SOURCE,
+    *_PARTS,
 }  # fmt: skip
