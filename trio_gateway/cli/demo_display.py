@@ -1,9 +1,11 @@
 """What the demo shows: the commands to try, the published events, and who receives them."""
 
-from collections import Counter
+import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
 
 from .demo_processes import ROLES, DemoGateway
 
@@ -11,30 +13,20 @@ if TYPE_CHECKING:
     import trio
 
     from ..publisher import AsyncPublisher
+    from .demo_tally import Tally
     from .event_files import FileEvent
     from .rendering import Screen
 
-
-@dataclass(slots=True)
-class Tally:
-    """The numbers of events; ``last_at`` is the time of the last one, on Trio's clock."""
-
-    published: int = 0
-    last_at: float = 0.0
-    received: Counter[str] = field(default_factory=Counter)
-
-    def __str__(self) -> str:
-        shares = ", ".join(f"{role} {self.received[role]}" for role in ROLES)
-        return f"{self.published} events published; received: {shares}. Nothing is left running."
+_RETRY: Final = 0.1  # seconds until an event that Redis did not accept is published again
 
 
-async def introduce(gateway: DemoGateway, screen: "Screen") -> None:
-    """Show the addresses and the commands to try."""
+async def introduce(gateway: DemoGateway, servers: str, screen: "Screen") -> None:
+    """Show the addresses and the commands to try; ``servers`` is the name of its Redis."""
     from rich.text import Text
 
     console = f"http://127.0.0.1:{gateway.port}/ws/console"
     await screen.show(Text.assemble("Open the console in a browser: ", (console, "bold")))
-    await screen.show(f"The gateway is at {gateway.url}; it uses its own Valkey server.")
+    await screen.show(f"The gateway is at {gateway.url}; it uses its own {servers}.")
     await screen.show("\nIn another terminal, see what a role receives (no token is needed):\n")
     width = max(map(len, ROLES))
     for role, (title, _) in ROLES.items():
@@ -56,53 +48,73 @@ async def listen(
     gateway: DemoGateway,
     role: str,
     screen: "Screen",
-    tally: Tally,
+    tally: "Tally",
     *,
     task_status: "trio.TaskStatus[None]",
 ) -> None:
     """Connect as a role and show its events."""
-    import trio
-
-    from ..client import connect
+    from ..client import Gap, connect
     from .rendering import summary
+
+    async def on_gap(reason: Gap) -> None:
+        tally.gaps += 1
+        await screen.show(f"          {role:<8} is told that events are missing ({reason})")
 
     url = f"{gateway.url}/ws/{role}"
     # If the gateway ends, the task that reads its log raises the error.
-    async with connect(url, lambda _: gateway.token(role)) as client:
+    async with connect(url, lambda _: gateway.token(role), on_gap=on_gap) as client:
         await client.wait_open()
         task_status.started()
         async for event in client:
-            tally.last_at = trio.current_time()
-            tally.received[role] += 1
+            tally.receive(role, event.data.get("id"))
             await screen.show(summary(event.text, role, places=False))
 
 
 async def publish_samples(
-    gateway: DemoGateway, rate: float, loops: int, screen: "Screen", tally: Tally
+    gateway: DemoGateway,
+    rate: float,
+    loops: int,
+    screen: "Screen",
+    tally: "Tally",
+    *,
+    confirm: int,
 ) -> None:
-    """Publish the sample events, as a backend does."""
+    """Publish the sample events, as a backend does; ``confirm`` as of a publisher."""
     import trio
 
     from ..publisher import AsyncPublisher
 
-    async with AsyncPublisher(gateway.redis_url) as publisher:
+    async with AsyncPublisher(gateway.redis_url, confirm=confirm) as publisher:
         started = trio.current_time()
         for event in _loop(loops):
             await trio.sleep_until(started + tally.published / rate)
-            await _publish(publisher, event.now(), screen)
-            tally.published += 1
-            tally.last_at = trio.current_time()
+            await _publish(publisher, event.now(), screen, tally)
 
 
-async def _publish(publisher: "AsyncPublisher", event: "FileEvent", screen: "Screen") -> None:
+async def _publish(
+    publisher: "AsyncPublisher", event: "FileEvent", screen: "Screen", tally: "Tally"
+) -> None:
+    """Publish an event, again and again until Redis has confirmed it."""
+    import trio
+
     from ..core.event_ids import DEFAULT_STREAM
+    from ..publisher import PublishFailed
     from .rendering import published
 
     assert event.channel is not None
     is_stream = event.channel == DEFAULT_STREAM
     where: dict[str, Any] = {"stream" if is_stream else "channel": event.channel}
     await screen.show(published(event.payload.decode(), event.channel))
-    await publisher.publish(event.payload, **where)
+    tally.publish(event.payload)
+    while True:
+        try:
+            await publisher.publish(event.payload, **where)
+        except PublishFailed:
+            await trio.sleep(_RETRY)
+        else:
+            break
+    if is_stream:
+        tally.confirm(event.payload)
 
 
 def _loop(loops: int) -> "Iterator[FileEvent]":
@@ -115,5 +127,17 @@ def _loop(loops: int) -> "Iterator[FileEvent]":
         events = list(read_events(file))
     done = 0
     while not loops or done < loops:
-        yield from events
+        for event in events:
+            yield _with_id(event, done)
         done += 1
+
+
+def _with_id(event: "FileEvent", loop: int) -> "FileEvent":
+    """The event with an ``id``: it is safe to publish it again.
+
+    The ids of the copies of one event on several channels are the same.
+    """
+    found = msgspec.json.decode(event.payload, type=dict[str, msgspec.Raw])
+    content = b"".join(bytes(value) for name, value in found.items() if name != "ts")
+    found["id"] = msgspec.Raw(b'"%d-%08x"' % (loop, zlib.crc32(content)))
+    return replace(event, payload=msgspec.json.encode(found))

