@@ -2,7 +2,7 @@
 
 import socket
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Container
 from contextlib import asynccontextmanager, suppress
 from enum import Flag, auto
 from math import inf
@@ -38,7 +38,7 @@ class Relay:
     ) -> None:
         self.port = free_port()
         self.accepted = 0
-        self._target = target
+        self.target = target
         self._nursery = nursery
         self._buffer = buffer
         self._delay = delay
@@ -47,6 +47,7 @@ class Relay:
         self._rates: dict[Way, float] = {}
         self._junk = b""
         self._resets = False
+        self._cut: Container[str] = ()
         self._changed = trio.Event()
         self.forward()
 
@@ -58,6 +59,10 @@ class Relay:
         """Pass nothing that way, not even an end: bytes vanish without an error on either
         side. New connections are accepted."""
         self._set({way: 0})
+
+    def split(self, hosts: Container[str]) -> None:
+        """Pass nothing from or to clients with these addresses; hand on everything of others."""
+        self._set({}, cut=hosts)
 
     def slow(self, bytes_per_second: float, way: Way = Way.BOTH) -> None:
         """Hand on so few bytes a second that way, evenly."""
@@ -95,9 +100,10 @@ class Relay:
         junk: bytes = b"",
         resets: bool = False,
         listens: bool = True,
+        cut: Container[str] = (),
     ) -> None:
         self._rates = {each: rate for way, rate in rates.items() for each in way}
-        self._junk, self._resets = junk, resets
+        self._junk, self._resets, self._cut = junk, resets, cut
         self._changed.set()
         self._changed = trio.Event()
         if listens and self._listener is None:
@@ -126,7 +132,7 @@ class Relay:
         pair = _Pair(self, client)
         self._pairs.add(pair)
         try:
-            await pair.run(self._target, self._buffer)
+            await pair.run(self.target, self._buffer)
         finally:
             self._pairs.remove(pair)
 
@@ -146,6 +152,7 @@ class _Pair:
     def __init__(self, relay: Relay, client: trio.SocketStream) -> None:
         self._relay = relay
         self._client = client
+        self._host: str = client.socket.getpeername()[0]
         self._server: trio.SocketStream | None = None
         self._saying = trio.Lock()
         self._scope = trio.CancelScope()
@@ -212,9 +219,10 @@ class _Pair:
 
     async def _may_pass(self, way: Way) -> float:
         """Wait until bytes may go that way; the bytes a second that may."""
-        while self.orphaned or not (rate := self._relay._rates.get(way, inf)):
-            await self._relay._changed.wait()
-        return rate
+        relay = self._relay
+        while self.orphaned or self._host in relay._cut or not relay._rates.get(way, inf):
+            await relay._changed.wait()
+        return relay._rates.get(way, inf)
 
 
 async def _connect(target: int, buffer: int | None) -> trio.SocketStream:

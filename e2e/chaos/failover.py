@@ -1,0 +1,160 @@
+"""Clients and a backend of gateways whose Redis fails over, and what each failover costs them."""
+
+import json
+import math
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Final
+
+import trio
+
+from trio_gateway.publisher import Publisher, PublishFailed
+
+from .durable import Client
+
+LIVE_AGAIN: Final = 2.0  # seconds after the new primary accepts writes
+_STUCK: Final = 30  # seconds; no claim
+EVENT: Final = {"type": "ROUND_READY", "tenant_id": 1, "branch_id": 1, "session_id": 456}
+
+
+class Watcher(Client):
+    """A client that notes when each probe came, and which event was the last before each gap."""
+
+    def __init__(self, port: int, path: str, patience: float, others: Sequence[int]) -> None:
+        super().__init__(port, path, patience, others)
+        self.probed: dict[int, float] = {}
+        self.gaps_after: list[int] = []
+
+    def _receive(self, message: bytes) -> None:
+        if b'"probe":' in message:
+            said = json.loads(message)
+            self.probed.setdefault(said["probe"], time.monotonic())
+            self.last_event_id = said["event_id"]
+            return
+        losses = self.losses
+        super()._receive(message)
+        if self.losses > losses:
+            self.gaps_after.append(self.seen[-1] if self.seen else 0)
+
+
+class Backend:
+    """Publishes numbers at a rate, each with its ``id`` until Redis has confirmed it."""
+
+    def __init__(self, url: str, rate: float, confirm: int) -> None:
+        self.url = url
+        self.rate = rate
+        self.published = 0
+        self.again = 0
+        self.confirmed_at = 0.0  # time of the last one
+        self.longest_pause = 0.0
+        self._options: dict[str, Any] = {"confirm": confirm} if confirm else {}
+        self._stop = threading.Event()
+
+    async def run(self) -> None:
+        await trio.to_thread.run_sync(self._run)
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def _run(self) -> None:
+        with Publisher(self.url, **self._options) as publisher:
+            due = time.monotonic()
+            while not self._stop.is_set():
+                self._publish(publisher, self.published + 1)
+                due = max(due + 1 / self.rate, time.monotonic() - 0.1)
+                time.sleep(max(0.0, due - time.monotonic()))
+
+    def _publish(self, publisher: Publisher, number: int) -> None:
+        event = {"seq": number, **EVENT}
+        while not self._stop.is_set():
+            try:
+                publisher.publish(event, id=f"event-{number}")
+            except PublishFailed:
+                self.again += 1
+                time.sleep(0.02)
+            else:
+                now = time.monotonic()
+                if self.published:
+                    self.longest_pause = max(self.longest_pause, now - self.confirmed_at)
+                self.published, self.confirmed_at = number, now
+                return
+
+
+@dataclass
+class Figures:
+    """What a run was, and what became of its events. Times are seconds, at their longest."""
+
+    what: str
+    confirm: int
+    clients: int
+    times: int = 0
+    events: int = 0
+    missing: int = 0
+    untold: int = 0  # missing without a gap
+    doubled: int = 0
+    out_of_order: int = 0
+    gaps: int = 0  # of the client that was told most often
+    published_again: int = 0
+    reconnects: int = 0  # that no client wanted
+    writable_after: list[float] = field(default_factory=list)
+    live_after: list[float] = field(default_factory=list)
+    ready_after: list[float] = field(default_factory=list)
+    tickets_after: list[float] = field(default_factory=list)
+    published_after: list[float] = field(default_factory=list)
+    log_lines: int = 0  # of one gateway
+
+    def count(self, clients: Sequence[Watcher], backend: Backend) -> None:
+        """Compare what each client has seen with what was published."""
+        self.events, self.published_again = backend.published, backend.again
+        for client in clients:
+            distinct = set(client.seen)
+            missing = set(range(client.seen[0], self.events + 1)) - distinct
+            self.missing += len(missing)
+            self.untold += _untold(client, missing)
+            self.doubled += len(client.seen) - len(distinct)
+            self.out_of_order += sum(a > b for a, b in pairwise(client.seen))
+            self.gaps = max(self.gaps, client.losses)
+            if client.patience == math.inf:
+                self.reconnects += client.connects - 1
+
+    def check(self) -> None:
+        """What must hold, whatever the failover was."""
+        assert self.events
+        assert (self.untold, self.doubled, self.out_of_order, self.reconnects) == (0, 0, 0, 0), self
+        assert self.gaps <= self.times, self
+        if self.confirm:
+            assert self.missing == 0, self
+        slowest = max(self.live_after + self.ready_after + self.tickets_after, default=0.0)
+        assert slowest <= LIVE_AGAIN, self
+
+    def row(self) -> str:
+        """A row of the table in docs/reliability.md."""
+
+        def most(times: list[float]) -> str:
+            return f"{max(times):.2f}" if times else ""
+
+        cells = [
+            self.what, "yes" if self.confirm else "no", self.times, self.events,
+            f"{self.missing}, {self.doubled}, {self.out_of_order}", self.gaps,
+            most(self.writable_after), most(self.live_after), most(self.ready_after),
+            most(self.tickets_after), most(self.published_after),
+        ]  # fmt: skip
+        return f"| {' | '.join(map(str, cells))} |"
+
+
+def _untold(client: Watcher, missing: set[int]) -> int:
+    """The missing events that no gap announced before the client could have seen two later ones.
+
+    A gap may come just behind the first event of the new primary.
+    """
+    told = 0
+    for number in missing:
+        later = sorted({n for n in client.seen if n > number})[:2]
+        earlier = [n for n in client.seen if n < number]
+        first = max(earlier, default=0)
+        last = later[-1] if later else math.inf
+        told += any(first <= at <= last for at in client.gaps_after)
+    return len(missing) - told

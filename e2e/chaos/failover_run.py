@@ -1,0 +1,264 @@
+"""A run: gateways, clients and a backend on Redis servers that a test disturbs again and again."""
+
+import json
+import math
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import trio
+
+from tests.support.gateways import http, until
+from tests.support.processes import GatewayProcess
+from trio_gateway.redis_sets import Node, NotRunning, RedisSet
+
+from .durable import FOR_CROWDS, STREAM, paths
+from .failover import EVENT, LIVE_AGAIN, Backend, Figures, Watcher
+from .relay import Relay
+from .services import Services
+
+_STUCK: Final = 30  # seconds; no claim
+
+
+class Network:
+    """The relays in front of the servers, if there are any."""
+
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self._nursery = nursery
+        self._relays: dict[int, Relay] = {}  # by their own port
+
+    def front(self, port: int) -> int:
+        """Put a relay in front of a port; called in a thread."""
+        relay = trio.from_thread.run_sync(Relay, port, self._nursery)
+        self._relays[relay.port] = relay
+        return relay.port
+
+    def cut_off(self, node: Node, servers: RedisSet) -> None:
+        """Cut the connections between a node and the other servers, both ways."""
+        everybody = {each.source for each in servers.all_nodes if each.source is not None}
+        assert node.source is not None
+        for relay in self._relays.values():
+            mine = relay.target in {node.port, node.bus_port}
+            relay.split(everybody - {node.source} if mine else {node.source})
+
+    def heal(self) -> None:
+        """Hand on everything again."""
+        for relay in self._relays.values():
+            relay.forward()
+
+
+class Stage:
+    """A run: the servers, the gateways, the clients and the backend."""
+
+    def __init__(
+        self,
+        servers: RedisSet,
+        gateways: Sequence[GatewayProcess],
+        clients: Sequence[Watcher],
+        backend: Backend,
+        network: Network,
+        figures: Figures,
+        watched: float,
+    ) -> None:
+        self.servers = servers
+        self.watched = watched
+        self.network = network
+        self.gateways = gateways
+        self.clients = clients
+        self.backend = backend
+        self.figures = figures
+        self.probes = 0
+
+    async def progress(self, seconds: float = _STUCK) -> None:
+        """Wait until every client has seen something that is published from now on."""
+        number = self.backend.published + 1
+        await until(lambda: all(c.seen and c.seen[-1] >= number for c in self.clients), seconds)
+
+    async def primary(self) -> Node:
+        """The primary of the events."""
+        return await trio.to_thread.run_sync(self.servers.primary, STREAM)
+
+    async def healthy(self) -> None:
+        """Wait until the servers are."""
+        await trio.to_thread.run_sync(self.servers.wait_healthy, _STUCK)
+
+    async def failed_over(
+        self,
+        other_than: Node | None,
+        began: float,
+        mend: Callable[[], Awaitable[None]] | None = None,
+    ) -> Node:
+        """Wait for the new primary, and measure when all works again.
+
+        ``mend`` is called once the clients are live again: in a Cluster, the new primary has no
+        replica that could confirm events before the old one is back.
+        """
+        new = await trio.to_thread.run_sync(
+            lambda: self.servers.wait_writable(STREAM, other_than=other_than, timeout=_STUCK)
+        )
+        accepts = time.monotonic()
+        self.figures.times += 1
+        self.figures.writable_after.append(accepts - began)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._measure_publisher, accepts)
+            async with trio.open_nursery() as live:
+                live.start_soon(self._measure_live, new, accepts)
+                for gateway in self.gateways:
+                    live.start_soon(self._measure_http, gateway, accepts)
+            await until(lambda: self._is_primary(new), _STUCK)
+            if mend is not None:
+                await mend()
+        return new
+
+    async def _is_primary(self, node: Node) -> bool:
+        """Whether the servers agree on it, by now."""
+        try:
+            return await self.primary() is node
+        except NotRunning:
+            return False
+
+    async def _measure_live(self, new: Node, accepts: float) -> None:
+        """Every client receives what is added to the new primary itself."""
+        self.probes += 1
+        number = self.probes
+        probe = json.dumps({"probe": number, **EVENT})
+        await trio.to_thread.run_sync(lambda: new.ask("XADD", STREAM, "*", "data", probe))
+        await until(lambda: all(number in client.probed for client in self.clients), _STUCK)
+        last = max(client.probed[number] for client in self.clients)
+        self.figures.live_after.append(last - accepts)
+
+    async def _measure_publisher(self, accepts: float) -> None:
+        await until(lambda: self.backend.confirmed_at > accepts, _STUCK)
+        self.figures.published_after.append(self.backend.confirmed_at - accepts)
+
+    async def _measure_http(self, gateway: GatewayProcess, accepts: float) -> None:
+        """When the process said that it is ready, and made a ticket, and went on to do so."""
+        services = Services(gateway.port)
+        ready = ticket = accepts
+        while time.monotonic() < accepts + self.watched:
+            if not await _is_ready(gateway):
+                ready = time.monotonic()
+            if await services.try_ticket() is None:
+                ticket = time.monotonic()
+            await trio.sleep(0.05)
+        self.figures.ready_after.append(ready - accepts)
+        self.figures.tickets_after.append(ticket - accepts)
+
+
+Disturb = Callable[[Stage], Awaitable[None]]
+OpenServers = Callable[..., AbstractContextManager[RedisSet]]
+
+
+async def run(
+    what: str,
+    open_servers: OpenServers,
+    disturb: Disturb,
+    *,
+    times: int,
+    clients: int,
+    confirm: int = 0,
+    gateways: int = 2,
+    rate: float = 200,
+    relayed: bool = False,
+    watched: float = LIVE_AGAIN,
+) -> Figures:
+    """Disturb the servers so many times under load, and check everything after each.
+
+    With ``relayed``, each server has a relay in front of it, so that the network can split. HTTP is
+    asked for so many seconds after each failover.
+    """
+    figures = Figures(what, confirm, clients)
+    async with (
+        _servers(open_servers, relayed) as (servers, network),
+        _gateways(servers, gateways) as fleet,
+        trio.open_nursery() as nursery,
+    ):
+        crowd = _crowd([gateway.port for gateway in fleet], clients)
+        for client in crowd:
+            nursery.start_soon(client.run)
+        with trio.fail_after(_STUCK):
+            for client in crowd:
+                await client.ready.wait()
+        backend = Backend(servers.url, rate, confirm)
+        nursery.start_soon(backend.run)
+        stage = Stage(servers, fleet, crowd, backend, network, figures, watched)
+        try:
+            await stage.progress()
+            for n in range(times):
+                if n:
+                    await stage.healthy()
+                await disturb(stage)
+                await stage.progress()
+                for gateway in fleet:
+                    await Services(gateway.port).check(await stage.primary())
+        finally:
+            backend.stop()
+        await trio.sleep(0.5)
+        await until(lambda: all(c.seen[-1] == backend.published for c in crowd), _STUCK)
+        figures.count(crowd, backend)
+        for gateway in fleet:
+            _check_process(gateway, figures)
+        nursery.cancel_scope.cancel()
+    return figures
+
+
+@asynccontextmanager
+async def _servers(
+    open_servers: OpenServers, relayed: bool
+) -> AsyncIterator[tuple[RedisSet, Network]]:
+    async with trio.open_nursery() as nursery:
+        network = Network(nursery)
+        front: dict[str, Any] = {"front": network.front} if relayed else {}
+        opened = open_servers(appendonly="yes", **front)
+        servers = await trio.to_thread.run_sync(opened.__enter__)
+        try:
+            yield servers, network
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(opened.__exit__, None, None, None)
+            nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def _gateways(servers: RedisSet, number: int) -> AsyncIterator[Sequence[GatewayProcess]]:
+    with tempfile.TemporaryDirectory() as folder:
+        fleet = [GatewayProcess(servers.url, Path(folder), **FOR_CROWDS) for _ in range(number)]
+        try:
+            async with trio.open_nursery() as nursery:
+                for gateway in fleet:
+                    nursery.start_soon(gateway.start)
+            for gateway in fleet:
+                await until(partial(_is_ready, gateway), _STUCK)
+            yield fleet
+        finally:
+            for gateway in fleet:
+                gateway.kill()
+
+
+async def _is_ready(gateway: GatewayProcess) -> bool:
+    return (await http(gateway.port, "/ws/health/ready")).status == 200
+
+
+def _crowd(ports: list[int], number: int) -> list[Watcher]:
+    """Three of four stay; the others come and go, at any gateway, and resume."""
+    crowd = []
+    for n, path in enumerate(paths(number)):
+        first, *others = [*ports[n % len(ports) :], *ports[: n % len(ports)]]
+        stays = n % 4 > 0
+        patience = math.inf if stays else 1 + n / number
+        crowd.append(Watcher(first, path, patience, [] if stays else others))
+    return crowd
+
+
+def _check_process(gateway: GatewayProcess, figures: Figures) -> None:
+    """It still runs, without a traceback, and its log is short."""
+    assert gateway.process is not None
+    log = gateway.log.read_text()
+    assert gateway.process.poll() is None, log
+    assert "Traceback" not in log, log
+    assert '"critical"' not in log, log
+    figures.log_lines = max(figures.log_lines, len(log.splitlines()))

@@ -1,0 +1,80 @@
+"""A Redis that fails over costs clients no confirmed event, and two seconds at most."""
+
+from functools import partial
+from typing import Any, Final
+
+import pytest
+
+from trio_gateway.redis_sets import cluster_set, sentinel_set
+
+from .failover_faults import freeze, kill, move, plan, restart_all, split
+from .failover_run import Disturb, run
+
+SETS: Final[dict[str, Any]] = {"Sentinel": sentinel_set, "Cluster": cluster_set}
+QUICK: Final[dict[str, Any]] = {
+    "Sentinel": sentinel_set,
+    "Cluster": partial(cluster_set, cluster_node_timeout="1000"),
+}
+FAULTS: Final[dict[str, tuple[Disturb, int]]] = {
+    "primary killed": (kill, 20),
+    "primary frozen": (freeze, 5),
+    "planned failover": (plan, 5),
+    "all restarted": (restart_all, 1),
+}
+
+
+@pytest.mark.parametrize("kind", SETS)
+async def test_a_failover_loses_no_confirmed_event(kind: str) -> None:
+    figures = await run(
+        f"{kind}: primary killed", QUICK[kind], kill,
+        times=1, clients=20, confirm=1, gateways=1, watched=0.5,
+    )  # fmt: skip
+    print(figures)
+    figures.check()
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("confirm", [0, 1], ids=["unconfirmed", "confirmed"])
+@pytest.mark.parametrize("kind", SETS)
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_failovers_under_load(
+    fault: str, kind: str, confirm: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    disturb, times = FAULTS[fault]
+    figures = await run(
+        f"{kind}: {fault}", SETS[kind], disturb, times=times, clients=200, confirm=confirm
+    )
+    with capsys.disabled():
+        print(f"\n{figures}\n{figures.row()}")
+    figures.check()
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("confirm", [0, 1], ids=["unconfirmed", "confirmed"])
+async def test_slots_that_move_under_load(confirm: int, capsys: pytest.CaptureFixture[str]) -> None:
+    figures = await run(
+        "Cluster: slot moved", cluster_set, move, times=10, clients=200, confirm=confirm
+    )
+    with capsys.disabled():
+        print(f"\n{figures}\n{figures.row()}")
+    figures.check()
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("confirm", [0, 1], ids=["unconfirmed", "confirmed"])
+@pytest.mark.parametrize("kind", SETS)
+async def test_a_network_that_splits(
+    kind: str, confirm: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = await run(
+        f"{kind}: network split",
+        SETS[kind],
+        split,
+        times=2,
+        clients=200,
+        confirm=confirm,
+        relayed=True,
+    )
+    with capsys.disabled():
+        print(f"\n{figures}\n{figures.row()}")
+    figures.check()
