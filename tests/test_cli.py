@@ -357,6 +357,30 @@ def test_check_looks_at_every_shard(url: str, store: "redis.Redis") -> None:
     assert "one of the keys events:critical* is not a stream" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("settings", "published_to", "named"),
+    [
+        ({}, ["events:critical:{7}"], "events:critical:{7} (last"),
+        ({"REDIS_STREAM_SHARDS": "8"}, ["events:critical:{7}", "events:critical"], ""),
+        (
+            {"REDIS_STREAM_SHARDS": "8", "REDIS_STREAM_SHARDS_PREVIOUS": "8"},
+            ["events:critical", *(f"events:critical:{{{k}}}" for k in range(7, 12))],
+            "events:critical, events:critical:{8}, events:critical:{9} and 2 more (last",
+        ),
+    ],
+)
+def test_check_finds_publishers_with_another_number_of_shards(
+    url: str, store: "redis.Redis", settings: dict[str, str], published_to: list[str], named: str
+) -> None:
+    for stream in published_to:
+        store.xadd(stream, {"data": EVENT})
+    store.xadd("events:critical:{200}", {"data": EVENT}, id="1700000000000-0")  # long ago
+    done = run("check", env={"REDIS_URL": url, **SECRETS, **settings})
+    assert done.exit_code == 0
+    assert ("not read, but published to" in done.stdout) is bool(named)
+    assert named in done.stdout
+
+
 def test_publish_adds_to_the_shard_of_the_tenant(url: str, store: "redis.Redis") -> None:
     done = run("publish", "-", env={"REDIS_URL": url, "REDIS_STREAM_SHARDS": "64"}, stdin=EVENT)
     assert done.exit_code == 0

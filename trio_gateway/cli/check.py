@@ -9,6 +9,7 @@ import click
 
 from ..core.printable import printable
 from .errors import FAILED, settings_or_exit
+from .other_shards import find_other_shards
 
 if TYPE_CHECKING:
     from ..broker.connection import RedisConnection
@@ -171,6 +172,8 @@ async def _check_commands(settings: "Settings", redis: "RedisConnection", report
     else:
         for stream in settings.sharding.names:
             await _check_streams(redis, report, [stream], stream)
+    if (found := await find_other_shards(settings, redis, timeout=_REPLY_TIMEOUT)) is not None:
+        report.warn(found)
     key = f"gateway:ticket:check-{secrets.token_hex(8)}"
     with report.trying(
         "tickets (SET, GET, GETDEL)",
