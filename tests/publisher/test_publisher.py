@@ -3,9 +3,13 @@
 import asyncio
 import json
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import pytest
@@ -376,6 +380,38 @@ def test_restarted_redis_is_used_again() -> None:
             finally:
                 server.stop()
                 server._cleanup()
+
+
+def test_threads_can_share_a_publisher(url: str, store: "redis.Redis") -> None:
+    with Publisher(url) as publisher, ThreadPoolExecutor(8) as threads:
+        publish = partial(publisher.publish, DURABLE)
+        found = set(threads.map(lambda n: publish(id=f"event-{n}"), range(200)))
+    assert len(found) == 200
+    assert {json.loads(entry)["id"] for entry in entries(store)} == {
+        f"event-{n}" for n in range(200)
+    }
+
+
+FORK = """
+import os, sys
+from trio_gateway.publisher import Publisher
+event = {"type": "ROUND_READY", "tenant_id": 1, "branch_id": 1}
+with Publisher(sys.argv[1]) as publisher:
+    publisher.publish(event, id="before")
+    child = os.fork()
+    for n in range(50):
+        publisher.publish(event, id=f"{'parent' if child else 'child'}-{n}")
+    if child:
+        os.waitpid(child, 0)
+    publisher.publish(event, id="after")
+"""
+
+
+def test_process_after_a_fork_has_connections_of_its_own(url: str, store: "redis.Redis") -> None:
+    subprocess.run([sys.executable, "-c", FORK, url], check=True)
+    found = [json.loads(entry)["id"] for entry in entries(store)]
+    wanted = [f"{process}-{n}" for process in ("parent", "child") for n in range(50)]
+    assert sorted(found) == sorted(["before", *wanted, "after", "after"])
 
 
 async def publish_several(url: str) -> list[str | int]:

@@ -24,7 +24,8 @@ from tests.support.gateways import (
 from tests.support.redis_server import RedisServer
 from trio_gateway.broker.commands import Unavailable
 from trio_gateway.core.resilience import Breaker
-from trio_gateway.publisher import AsyncPublisher, Publisher
+from trio_gateway.publisher import AsyncPublisher, Publisher, PublishFailed
+from trio_gateway.publisher import links as publisher_links
 from trio_gateway.testing import make_jwt
 
 STREAM = "events:critical"
@@ -102,6 +103,28 @@ async def test_failover_that_keeps_old_connections_open_is_followed(name: Name) 
         await until(lambda: (links(name.one), links(name.other)) == (0, 2), 8)
         await publisher.publish(EVENT)
         assert (await receive_event(waiter))["type"] == "ROUND_READY"
+
+
+CART = {"type": "CART_CLEARED", "tenant_id": 1, "branch_id": 1, "session_id": 456}
+
+
+def test_publisher_does_not_publish_on_a_replica(
+    name: Name, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publisher_links, "_CHECK", 0.0)  # it asks before each event
+    with (
+        redis.Redis(port=name.other.port) as new,
+        new.pubsub() as pubsub,
+        Publisher(name.url) as publisher,
+    ):
+        pubsub.psubscribe("*")
+        assert publisher.publish(CART) == 0
+        name.fail_over(name_too=False)
+        with pytest.raises(PublishFailed, match="is a replica") as failed:
+            publisher.publish(CART)
+        assert not failed.value.in_doubt
+        name.target = name.other.port
+        assert publisher.publish(CART) == 1
 
 
 def links(server: RedisServer) -> int:

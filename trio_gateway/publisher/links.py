@@ -19,6 +19,7 @@ from ..redis_errors import is_wrong_server
 from ..redis_url import RedisAddress
 
 TIMEOUT: Final = 2.0  # seconds to connect, and again for each reply
+_CHECK: Final = 2.0  # seconds for which a server counts as a primary that has said so
 _POLL: Final = 0.25  # seconds of silence after which we ask whether it is worth waiting longer
 
 # What redis-py and its parser raise for an invalid reply, in addition to redis-py's own errors.
@@ -59,13 +60,13 @@ class NoReply(Exception):  # noqa: N818 - an outcome
 class Link:
     """A connection to a server that nobody else uses meanwhile."""
 
-    def __init__(
-        self, connection: Any, address: RedisAddress, timeout: float, is_current: Callable[[], bool]
-    ) -> None:
+    def __init__(self, connection: Any, address: RedisAddress, timeout: float) -> None:
         self.address = address
+        # While a reply is late: whether to go on waiting.
+        self.is_current: Callable[[], bool] = lambda: True
         self._connection = connection
         self._timeout = timeout
-        self._is_current = is_current
+        self._primary_until = 0.0
 
     def send(self, *commands: Command) -> None:
         """Send commands at once; raises :exc:`NoReply`."""
@@ -93,11 +94,46 @@ class Link:
             raise NoReply(f"{self} sent an invalid reply")
         return reply
 
+    def check_primary(self) -> None:
+        """Raise :exc:`Refused` if the server says that it is a replica; ask every few seconds.
+
+        A replica refuses writes, but not PUBLISH, which reaches only those who listen to it.
+
+        Raises :exc:`NotReached` if it does not answer.
+        """
+        now = time.monotonic()
+        if now < self._primary_until:
+            return
+        try:
+            self.send(("HELLO", 2))
+            reply = self.receive(object)
+        except Refused:  # an old server or a proxy does not know it
+            reply = None
+        except NoReply as lost:
+            raise NotReached(str(lost)) from None
+        if isinstance(reply, list) and b"role" in reply[::2]:
+            role = reply[1 + 2 * reply[::2].index(b"role")]
+            if role != b"master":
+                error = redis.exceptions.ReadOnlyError("it is a replica")
+                raise Refused(f"{self} is a replica", error)
+        self._primary_until = now + _CHECK
+
+    def is_usable(self) -> bool:
+        """Whether an idle connection is still open."""
+        # It has something to read only if it was closed.
+        with suppress(redis.RedisError, OSError, *_INVALID_REPLY):
+            return not self._connection.can_read()
+        return False
+
+    def close(self) -> None:
+        """Close the connection."""
+        _close(self._connection)
+
     def _wait(self) -> bool:
         """Whether a reply begins in time, from a server that still is the one to ask."""
         end = time.monotonic() + self._timeout
         while not self._connection.can_read(max(0.0, min(_POLL, end - time.monotonic()))):
-            if time.monotonic() >= end or not self._is_current():
+            if time.monotonic() >= end or not self.is_current():
                 return False
         return True
 
@@ -116,7 +152,7 @@ class Links:
     def __init__(self, *, connect: float = TIMEOUT, reply: float = TIMEOUT) -> None:
         self._connect_timeout = connect
         self._timeout = reply
-        self._idle: dict[RedisAddress, list[Any]] = {}
+        self._idle: dict[RedisAddress, list[Link]] = {}
         self._process = os.getpid()
 
     @contextmanager
@@ -129,37 +165,36 @@ class Links:
 
         Raises :exc:`NotReached`.
         """
-        connection = self._take(address) or self._connect(address)
+        link = self._take(address) or Link(self._connect(address), address, self._timeout)
+        link.is_current = is_current
         try:
-            yield Link(connection, address, self._timeout, is_current)
+            yield link
         except BaseException:
-            _close(connection)
+            link.close()
             raise
-        self._idle.setdefault(address, []).append(connection)
+        self._idle.setdefault(address, []).append(link)
 
     def discard(self, address: RedisAddress) -> None:
         """Close the idle connections to this server: its name may lead to another one now."""
-        for connection in self._idle.pop(address, ()):
-            _close(connection)
+        for link in self._idle.pop(address, ()):
+            link.close()
 
     def close(self) -> None:
         """Close all idle connections."""
         for address in list(self._idle):
             self.discard(address)
 
-    def _take(self, address: RedisAddress) -> Any:
+    def _take(self, address: RedisAddress) -> Link | None:
         if self._process != os.getpid():  # the connections are those of the process before a fork
             self._process, self._idle = os.getpid(), {}
         while True:
             try:
-                connection = self._idle.get(address, []).pop()
+                link = self._idle.get(address, []).pop()
             except IndexError:
                 return None
-            # An idle connection has something to read only if it was closed.
-            with suppress(redis.RedisError, OSError, *_INVALID_REPLY):
-                if not connection.can_read():
-                    return connection
-            _close(connection)
+            if link.is_usable():
+                return link
+            link.close()
 
     def _connect(self, address: RedisAddress) -> Any:
         options = address.pool_options(redis) | {

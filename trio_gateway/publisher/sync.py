@@ -134,6 +134,7 @@ class Publisher:
         assert channel is not None
 
         def publish(link: Link) -> int:
+            link.check_primary()
             link.send(("PUBLISH", channel, payload))
             return link.receive(int)
 
