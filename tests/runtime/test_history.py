@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from trio_gateway.core.audiences import Audience, BranchId, TenantId, admins, floor, kitchen
-from trio_gateway.core.event_ids import START, Position, Stream
+from trio_gateway.core.event_ids import LAST, START, Position, Stream
 from trio_gateway.core.events import Event
 from trio_gateway.runtime.history import History, StoredEvent
 from trio_gateway.testing import make_event
@@ -403,6 +403,13 @@ def test_chunks_together_are_all_that_was_missed(
         for stored in chunk:
             cursor = {**cursor, stored.stream: stored.position}
     assert found == expected
+
+
+def test_place_before_a_time_is_not_beyond_what_was_read() -> None:
+    history = begun(A, B)
+    add(history, at(1000))
+    add(history, at(3000))
+    assert history.place_before(2.0) == ({A: (1999, LAST[1]), B: START}, True)
 
 
 def test_time_before_the_history_is_not_complete() -> None:

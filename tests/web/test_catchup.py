@@ -12,8 +12,10 @@ import trio
 
 from tests.support.gateways import JWT_SECRET, TABLE_SECRET, Running, http, serving, until
 from tests.support.sockets import dialled
+from tests.support.stopwatch import Stopwatch
 from trio_gateway.core.audiences import BranchId, TenantId, admins, diners
 from trio_gateway.core.event_ids import Position, event_id, tag
+from trio_gateway.runtime.resume import PATIENCE
 from trio_gateway.testing import make_event, make_jwt, make_table_token
 from trio_gateway.web import catchup
 from trio_gateway.web.catchup import PAGE_BYTES
@@ -66,12 +68,26 @@ async def test_pages_contain_every_event_once_and_in_order(
     positions = fill(gateway, events, size)
     found = await pages(gateway, path, 0)
     assert list(chain(*found)) == list(range(events))
+    if events:
+        by_time = await pages(gateway, path, positions[0][0] / 1000)
+        assert list(chain(*by_time)) == list(range(events))
     full = events * (size + 150) // PAGE_BYTES
     assert full <= len(found) <= full + 2
     if events > 3:
         middle = events // 2
         rest = await pages(gateway, path, event_id(STREAM, positions[middle]))
         assert list(chain(*rest)) == list(range(middle + 1, events))
+
+
+async def test_pages_since_a_time_do_not_wait_for_a_stream_without_events(redis_url: str) -> None:
+    two = ("events:critical", "events:other")
+    async with serving(redis_url, "direct", redis_streams=two) as gateway:
+        fill(gateway, 40, 60_000)
+        watch = Stopwatch()
+        found = await pages(gateway, MINE, time.time() - 60)
+        assert list(chain(*found)) == list(range(40))
+        assert len(found) > 1
+        assert watch.net < PATIENCE
 
 
 class LongestStep(trio.abc.Instrument):

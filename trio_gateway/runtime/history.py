@@ -367,7 +367,7 @@ class History:
         self, moment: float, streams: Collection[Stream] | None = None
     ) -> tuple[Cursor, bool]:
         """The cursor before every entry that Redis added from this unix time on, and whether all
-        of those are known. It is in these streams, if they are given.
+        of those are known. It is in these streams, if they are given, and not beyond their ends.
         """
         milliseconds = min(max(0, math.floor(moment * 1000)), LAST[0])
         place = Position((milliseconds - 1, LAST[1])) if milliseconds else START
@@ -375,7 +375,8 @@ class History:
         complete = not self.forgot(cursor) and all(
             stream in self._whole or self._since[stream] <= place for stream in cursor
         )
-        return cursor, bool(cursor) and complete
+        ends = self._end
+        return {s: min(place, ends.get(s, place)) for s in cursor}, bool(cursor) and complete
 
     def _order(self, kept: StoredEvent) -> tuple[int, int, int, Stream]:
         (milliseconds, sequence), stream = kept.position, kept.stream
