@@ -551,6 +551,14 @@ def test_streams_with_colliding_event_ids_are_refused(
             "must be a multiple or a divisor of REDIS_STREAM_SHARDS_PREVIOUS (8)",
         ),
         (
+            {
+                "REDIS_URL": "redis+cluster://a",
+                "REDIS_STREAM_SHARDS": "8",
+                "REDIS_STREAM_SHARDS_PREVIOUS": "1",
+            },
+            "REDIS_STREAM_SHARDS_PREVIOUS must be 8 or be left out",
+        ),
+        (
             {"REDIS_STREAM_SHARDS": "2", "REDIS_DLQ_STREAM": "events:critical:{1}"},
             "REDIS_DLQ_STREAM is one of REDIS_STREAMS",
         ),
@@ -578,3 +586,11 @@ def test_tracing_without_its_dependencies_stops_the_start(monkeypatch: pytest.Mo
         load_settings()
     monkeypatch.setenv("WS_TRACING", "false")
     assert load_settings().ws_tracing is False
+
+
+def test_streams_of_a_cluster_are_those_of_its_shards_alone() -> None:
+    url = "redis+cluster://a"
+    assert Settings(redis_url=url, redis_stream_shards=2).sharding.names == (
+        "events:critical:{0}", "events:critical:{1}",
+    )  # fmt: skip
+    assert Settings(redis_url=url).sharding.names == ("events:critical",)

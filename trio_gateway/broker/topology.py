@@ -117,13 +117,18 @@ class Topology:
     def suspect_all(self) -> None:
         """A failover may be under way: ask before the next command."""
         self._is_suspect = True
+        self._hint()
+
+    def _hint(self) -> None:
         self.suspicions += 1
         self._suspected.unpark_all()
 
     def moved(self, slot: int, primary: Node) -> None:
         """A node of the Cluster says that this slot has another primary."""
         if self._map.primary_of(slot) != primary:
-            self._set(self._map.moved(slot, primary))
+            self._map = self._map.moved(slot, primary)
+            self._changed.unpark_all()
+            self._hint()  # maybe not this slot alone
 
     async def wait_changed(self) -> None:
         """Wait until a slot gets another primary."""

@@ -31,8 +31,7 @@ async def keep_running(
 
     After :exc:`Demoted` it runs again within a second: a failover may be over by then. With
     ``wait_changed``, which returns when another server is to be tried, it runs again at once when
-    that returns, and within a second in any case; of failures in a row the first is logged, and
-    the one that opens the breaker.
+    that returns, and within a second in any case; of failures in a row only the first is logged.
 
     ``work`` calls ``breaker.succeeded()`` once it is connected. Any other exception is a bug and
     propagates.
@@ -61,7 +60,7 @@ async def keep_running(
         soon = isinstance(error, Demoted) or wait_changed is not None
         breaker.failed(trio.current_time(), soon=soon)
         opened = closed and breaker.state is State.OPEN
-        note = log.warning if wait_changed is None or breaker.failures == 1 or opened else log.debug
+        note = log.warning if wait_changed is None or breaker.failures == 1 else log.debug
         note(
             "source lost",
             source=name,
@@ -70,4 +69,4 @@ async def keep_running(
             breaker=breaker.state.name.lower(),
         )
         if opened:
-            log.error("breaker opened", source=name, failures=breaker.failures)
+            log.error("breaker opened", source=name, error=str(error), failures=breaker.failures)

@@ -9,7 +9,7 @@ from ..core.event_ids import tag
 from ..core.origins import is_loopback
 from ..core.shards import Sharding
 from ..keys import MIN_SECRET_BYTES, SIGNATURES, is_well_known
-from ..redis_url import RedisUrl
+from ..redis_url import RedisKind, RedisUrl
 from .values import HMAC, SettingValues
 
 _USUAL_IDLE_TIMEOUT: Final = 45  # seconds, of event-source-polyfill; the default of proxies is 60
@@ -88,8 +88,23 @@ def sharding_of(settings: SettingValues) -> Sharding:
     return Sharding(
         tuple(dict.fromkeys(settings.redis_streams)),
         shards=settings.redis_stream_shards,
-        previous=settings.redis_stream_shards_previous,
+        previous=_previous_shards(settings),
     )
+
+
+def _previous_shards(settings: SettingValues) -> int:
+    """The number of shards before a change; in a Cluster, where there is none, the present one.
+
+    The times of entries in different nodes are those of different clocks, so the entries of an old
+    and of a new stream have no order that clients could resume in.
+    """
+    if "redis_stream_shards_previous" in settings.model_fields_set or not _is_cluster(settings):
+        return settings.redis_stream_shards_previous
+    return settings.redis_stream_shards
+
+
+def _is_cluster(settings: SettingValues) -> bool:
+    return RedisUrl.from_url(settings.redis_url).kind is RedisKind.CLUSTER
 
 
 def _stream_problems(settings: SettingValues) -> list[str]:
@@ -103,7 +118,7 @@ def _stream_problems(settings: SettingValues) -> list[str]:
 
 
 def _shard_problems(settings: SettingValues) -> list[str]:
-    new, old = settings.redis_stream_shards, settings.redis_stream_shards_previous
+    new, old = settings.redis_stream_shards, _previous_shards(settings)
     if new == old == 1:
         return []
     problems = []
@@ -115,7 +130,12 @@ def _shard_problems(settings: SettingValues) -> list[str]:
         problems.append(
             "REDIS_STREAMS: the name of a stream with shards can't contain {, which begins a shard"
         )
-    if new % old and old % new:
+    if new != old and _is_cluster(settings):
+        problems.append(
+            f"REDIS_STREAM_SHARDS_PREVIOUS must be {new} or be left out: in a Cluster the number of"
+            " shards can't be changed while events are published"
+        )
+    elif new % old and old % new:
         problems.append(
             f"REDIS_STREAM_SHARDS ({new}) must be a multiple or a divisor of"
             f" REDIS_STREAM_SHARDS_PREVIOUS ({old})"
