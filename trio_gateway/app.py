@@ -31,7 +31,7 @@ def _from_environment() -> Gateway:
     log = structlog.get_logger()
     for warning in settings.warnings:
         log.warning(warning)
-    tcp.install()
+    tcp.install(settings.ws_write_timeout)
     tune_gc()
     handle_signals_in_master(gateway)
     return gateway

@@ -101,7 +101,7 @@ def run(
         loads: the descriptor of the workers' loads and the slot of this worker, as ``5:0``; see
             :mod:`.transports.accepting`.
     """
-    tcp.install()
+    tcp.install(app.settings.ws_write_timeout)
     tune_gc()
     _configure(app, config)
     config.workers = 1  # for any other number, Hypercorn would warn

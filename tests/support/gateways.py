@@ -111,7 +111,7 @@ async def running(
     clock: Callable[[], float] = time.time,
 ) -> AsyncIterator[Running]:
     """Serve a gateway in this process, with the direct transport or with ASGI alone."""
-    tcp.install()
+    tcp.install(settings.ws_write_timeout)
     if transport == "asgi":
         vars(hypercorn.trio.run)["TCPServer"] = TCPServer
     app = create_app(settings, auth=auth, clock=clock)
@@ -143,7 +143,7 @@ async def running(
             yield Running(int(binds[0].rsplit(":", 1)[1]), app, stop)
             stop.set()
     finally:
-        tcp.install()
+        tcp.install(settings.ws_write_timeout)
 
 
 def with_certificate(config: Config, folder: Path) -> ssl.SSLContext:

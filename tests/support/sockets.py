@@ -351,6 +351,9 @@ class _SocketStandIn:
     def setsockopt(self, *option: object) -> None:
         pass
 
+    def getsockopt(self, *option: object) -> int:
+        return 0
+
     def close(self) -> None:
         self._stream.send_stream.close()
         self._stream.receive_stream.close()

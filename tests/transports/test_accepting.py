@@ -108,7 +108,7 @@ class Worker:
         self.clients: list[trio.SocketStream] = []
         self.most: int | None = most  # None: it is being replaced
         self.balancer = AcceptBalancer(loads, slot, self.load)
-        self.listener = _Listener(self.balancer, socket)
+        self.listener = _Listener(self.balancer, trio.SocketListener, socket)
 
     def load(self) -> Load | None:
         return None if self.most is None else Load(len(self.clients), self.most)

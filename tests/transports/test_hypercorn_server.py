@@ -67,7 +67,7 @@ OVERRIDDEN = {
 def test_replaced_class_is_looked_up_by_its_name(
     module: ModuleType, name: str, ours: type, where: Callable[..., Any], use: str
 ) -> None:
-    install()
+    install(10.0)
 
     assert getattr(module, name) is ours
     assert where.__globals__ is vars(module)

@@ -63,6 +63,6 @@ def test_a_worker_that_is_killed_while_it_waits_does_not_hang_the_master() -> No
 def test_hypercorn_has_the_function_that_is_replaced() -> None:
     original = hypercorn.utils.check_multiprocess_shutdown_event
     assert "check_multiprocess_shutdown_event" in hypercorn.trio.run.trio_worker.__code__.co_names
-    tcp.install()
+    tcp.install(10.0)
     assert vars(hypercorn.trio.run)["check_multiprocess_shutdown_event"] is wait_until_set
     assert original.__code__.co_varnames[:2] == ("shutdown_event", "sleep")

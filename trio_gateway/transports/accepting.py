@@ -15,8 +15,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Final, NamedTuple, NoReturn, cast
 
-import hypercorn.trio.run
 import trio
+
+from . import listener
 
 # A published load: when (monotonic seconds; 0 is never), clients, max_clients.
 _ENTRY: Final = struct.Struct("=ddd")
@@ -126,26 +127,20 @@ class AcceptBalancer:
 
     def install(self) -> None:
         """Let Hypercorn's Trio worker accept through this balancer."""
-        # It makes its listeners by this name.
-        hypercorn.trio.run.trio = _Trio(partial(_Listener, self))  # type: ignore[assignment,attr-defined]
+        listener.install(partial(_Listener, self, listener.installed()))
 
 
-class _Trio:
-    """The ``trio`` module as Hypercorn sees it, with another ``SocketListener``."""
+class _Listener(listener.Listening):
+    """A listener that leaves connections to other workers as the balancer says."""
 
-    def __init__(self, listener: Callable[[Any], "_Listener"]) -> None:
-        self.SocketListener = listener
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(trio, name)
-
-
-class _Listener(trio.abc.Listener[trio.SocketStream]):
-    """A ``trio.SocketListener`` that leaves connections to other workers as the balancer says."""
-
-    def __init__(self, balancer: AcceptBalancer, socket: trio.socket.SocketType) -> None:
+    def __init__(
+        self,
+        balancer: AcceptBalancer,
+        listen: Callable[[Any], listener.Listening],
+        socket: trio.socket.SocketType,
+    ) -> None:
         self._balancer = balancer
-        self._listener = trio.SocketListener(socket)
+        self._listener = listen(socket)
         self._paused_until = 0.0
         self.socket = socket
 

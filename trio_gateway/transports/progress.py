@@ -90,6 +90,9 @@ def enable_keepalive(sock: Any, write_timeout: float) -> None:
     """
     if sock.family not in {socket.AF_INET, socket.AF_INET6}:
         return
+    with suppress(OSError):
+        if sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE):  # from its listener
+            return
     unacknowledged = int(max(_UNACKNOWLEDGED_AFTER, 1.5 * write_timeout) * 1000)
     with suppress(OSError):  # the peer is gone already
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

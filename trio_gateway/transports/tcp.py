@@ -26,7 +26,7 @@ from ..runtime.concurrency_limiter import ConcurrencyLimiter, Overloaded
 from ..runtime.silent_connections import SilentConnections
 from ..runtime.socket import LINGER
 from ..runtime.throttled_log import ThrottledLog
-from . import hypercorn_stop
+from . import hypercorn_stop, listener
 from .compression import negotiate
 from .direct import STREAM_ERRORS, DirectSocket, is_closed, is_readable, linger, socket_of
 from .handshake import Refusal, acceptance, parse_head, refusal_response
@@ -256,12 +256,13 @@ class TcpConnection:
         )  # fmt: skip
 
 
-def install() -> None:
+def install(write_timeout: float) -> None:
     """Let Hypercorn's Trio worker serve with :class:`TcpConnection`, bound its protocols, and let
-    an idle worker sleep.
+    an idle worker sleep. ``write_timeout`` is that of the gateway that it serves.
     """
     # It makes one for each connection by this name, and awaits it.
     hypercorn.trio.run.TCPServer = TcpConnection  # type: ignore[attr-defined,assignment]
+    listener.install(partial(listener.Listener, write_timeout=write_timeout))
     bound_protocols()
     hypercorn_stop.install()
 
