@@ -1,8 +1,9 @@
 """Duplicates: which events are copies of one another, and what remembering them costs."""
 
 import json
+import sys
 import time
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import pytest
@@ -286,6 +287,25 @@ def test_memory_is_bounded_and_the_oldest_go_first(monkeypatch: pytest.MonkeyPat
     assert seen.is_duplicate(make_event(id="49"))
     assert not seen.is_duplicate(make_event(data=0, channel=ADMIN))
     assert not seen.is_duplicate(make_event(id="0"))
+
+
+def test_what_is_dropped_is_freed_soon_and_little_by_little() -> None:
+    seen = Duplicates()
+    events = [make_event(data=n, branch_id=1 + n % 100) for n in range(2000)]
+    payloads = [event.payload for event in events]
+    seen.find_or_add_all(events)
+    del events
+
+    def references() -> int:
+        return sum(sys.getrefcount(payload) for payload in payloads)
+
+    all_held = references()
+    left = [2000]
+    for n in range(12):
+        assert not seen.is_duplicate(make_event(received_at=12.0 + n))
+        left.append(2000 - (all_held - references()))
+    assert left[-1] == 0
+    assert max(before - after for before, after in pairwise(left)) < 400
 
 
 def test_payloads_that_are_not_compared_yet_are_bounded_and_the_oldest_go_first(

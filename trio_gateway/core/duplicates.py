@@ -1,13 +1,12 @@
 """Duplicates: the same content on several channels is one event."""
 
+from array import array
 from collections import deque
 from collections.abc import Sequence
 from math import inf
 from typing import Final, NamedTuple
 
-from msgspec import Raw
-
-from .events import Event
+from .events import Event, ts_of
 
 CONTENT_WINDOW: Final = 5.0  # seconds
 ID_WINDOW: Final = 300.0
@@ -16,6 +15,7 @@ _TS: Final = b'"ts"'
 _FORGETS_EVERY: Final = 0.1  # seconds
 MOST_REMEMBERED: Final = 500_000  # ids, and as many contents; beyond that the oldest are forgotten
 MOST_WAITING_BYTES: Final = 67_108_864  # of payloads that wait; nearly all are in the history, too
+_FREED_AT_ONCE: Final = 300  # payloads and lanes
 _LONG: Final = 100  # characters of an id; of a longer one only a hash is kept
 # How many occurrences that were received long after an event are searched for it. There are such
 # only while one source lags behind another by more than the window.
@@ -25,7 +25,6 @@ _FEW: Final = 16
 _STORED: Final = 1  # the lowest bit of an occurrence's state; the others are its mark
 _Occurrence = tuple[float, int]  # when it was first received, its state
 _Once = tuple[float, str, int]  # time, channel and state of a content that was received once
-_Waiting = tuple[float, bytes, Raw, int]  # time, payload, ts and state of one not yet compared
 _Branch = tuple[int, int]  # tenant and branch
 
 
@@ -123,7 +122,7 @@ class _Lane:
     """The events of one branch in one generation. They are not compared if they cannot be copies.
 
     While all events of a branch come on one channel, none of them is a copy of another: then
-    ``waiting`` holds them, and their contents need not be hashed.
+    they wait, and their contents need not be hashed.
     """
 
     __slots__ = ("channel", "compares", "several", "waiting")
@@ -132,7 +131,28 @@ class _Lane:
         self.channel = channel  # the first
         self.several = False  # channels, in this generation
         self.compares = compares  # what comes is compared, and does not wait
-        self.waiting: list[_Waiting] = []
+        self.waiting = array("L")  # where in the generation
+
+
+class _Generation:
+    """The lanes of some seconds, and the events that wait in them: no object for each of these."""
+
+    def __init__(self) -> None:
+        self.lanes: dict[_Branch, _Lane] = {}
+        self.newest = -inf  # receipt
+        self.payloads: list[bytes] = []
+        self.times = array("d")  # of receipt
+        self.states = array("q")
+        self.bytes = 0  # of payloads
+
+    def take_waiting(self, lane: _Lane) -> list[tuple[bytes, float, int]]:
+        """Payload, time of receipt and state of what waits in a lane, and does so no longer."""
+        found = [(self.payloads[n], self.times[n], self.states[n]) for n in lane.waiting]
+        for n in lane.waiting:
+            self.payloads[n] = b""
+        self.bytes -= sum(len(payload) for payload, _, _ in found)
+        del lane.waiting[:]
+        return found
 
 
 class Duplicates:
@@ -162,14 +182,16 @@ class Duplicates:
         self._contents_in_order: deque[tuple[float, int]] = deque()
         self._extra = 0  # what the contents hold besides one occurrence and one channel each
         self._forgets_at = -inf
-        self._lanes: dict[_Branch, _Lane] = {}
-        self._older_lanes: dict[_Branch, _Lane] = {}
-        self._newest = self._newest_older = -inf  # receipt in each generation
-        self._waiting = self._waiting_older = 0  # events
-        self._waiting_bytes = 0  # in the younger one
+        self._young, self._old = _Generation(), _Generation()
+        self._dropped: list[object] = []  # freed little by little
 
     def __len__(self) -> int:
-        return len(self._ids) + len(self._contents) + self._waiting + self._waiting_older
+        waiting = sum(len(lane.waiting) for g in self._generations for lane in g.lanes.values())
+        return len(self._ids) + len(self._contents) + waiting
+
+    @property
+    def _generations(self) -> tuple[_Generation, _Generation]:
+        return self._old, self._young
 
     def is_duplicate(self, event: Event) -> bool:
         """Whether this event was received before; if not, it is remembered from now on."""
@@ -188,64 +210,61 @@ class Duplicates:
         if events and (now := events[0].received_at) >= self._forgets_at:
             self._forgets_at = now + _FORGETS_EVERY
             self._forget(min(now, self.oldest_pending))
-        states, waiting, size = (mark << 1, mark << 1 | _STORED), 0, 0
+        if self._dropped:
+            del self._dropped[-_FREED_AT_ONCE - 2 * len(events) :]
+        states, young = (mark << 1, mark << 1 | _STORED), self._young
         for event in events:
             now, state = event.received_at, states[event.durable]
             if event.id is not None:
                 found.append(_found(self._first_of_id(event.tenant, event.id, now, state)))
                 continue
             branch, channel, payload = (event.tenant, event.branch), event.channel, event.payload
-            lane = self._lanes.get(branch)
+            lane = young.lanes.get(branch)
             if lane is None or (lane.channel != channel and not lane.several):
                 lane = self._open_lane(branch, channel)
-            if now > self._newest:
-                self._newest = now
+            if now > young.newest:
+                young.newest = now
             if lane.compares:
-                found.append(_found(self._compare(payload, event.ts, now, channel, state)))
+                key = _content(payload, bytes(event.ts))
+                found.append(_found(self._compare(key, now, channel, state)))
                 continue
-            lane.waiting.append((now, payload, event.ts, state))  # nearly always
+            lane.waiting.append(len(young.payloads))  # nearly always
+            young.payloads.append(payload)
+            young.times.append(now)
+            young.states.append(state)
+            young.bytes += len(payload)
             found.append(None)
-            waiting += 1
-            size += len(payload)
-        self._waiting += waiting
-        self._waiting_bytes += size
-        if self._waiting > MOST_REMEMBERED // 2 or self._waiting_bytes > MOST_WAITING_BYTES // 2:
-            self._turn_lanes()
+        if len(young.payloads) > MOST_REMEMBERED // 2 or young.bytes > MOST_WAITING_BYTES // 2:
+            self._begin_generation()
         return found
 
     def _open_lane(self, branch: _Branch, channel: str) -> _Lane:
         """The lane of a branch that has none yet, or that had events on one other channel only."""
-        older = self._older_lanes.get(branch)
-        if (lane := self._lanes.get(branch)) is None:
+        young, old = self._young, self._old
+        older = old.lanes.get(branch)
+        if (lane := young.lanes.get(branch)) is None:
             compares = older is not None and (older.several or older.channel != channel)
-            lane = self._lanes[branch] = _Lane(channel, compares)
+            lane = young.lanes[branch] = _Lane(channel, compares)
         else:
             lane.several = lane.compares = True
         if lane.compares:
-            if older is not None:
-                self._waiting_older -= len(older.waiting)
-                self._compare_waiting(older)
-            self._waiting -= len(lane.waiting)
-            self._waiting_bytes -= sum(len(payload) for _, payload, _, _ in lane.waiting)
-            self._compare_waiting(lane)
+            for generation, each in (old, older), (young, lane):
+                if each is not None:
+                    for payload, received_at, state in generation.take_waiting(each):
+                        key = _content(payload, ts_of(payload))
+                        self._compare(key, received_at, each.channel, state)
         return lane
 
-    def _compare_waiting(self, lane: _Lane) -> None:
-        for received_at, payload, ts, state in lane.waiting:
-            self._compare(payload, ts, received_at, lane.channel, state)
-        lane.waiting = []
+    def _begin_generation(self) -> None:
+        """Drop the old generation, and begin another one."""
+        # To free them at once would take a tenth of a second under load.
+        self._dropped += self._old.payloads
+        self._dropped += self._old.lanes.items()
+        self._old, self._young = self._young, _Generation()
 
-    def _turn_lanes(self) -> None:
-        """Drop the older generation of lanes, and begin another one."""
-        self._older_lanes, self._lanes = self._lanes, {}
-        self._newest_older, self._newest = self._newest, -inf
-        self._waiting_older, self._waiting = self._waiting, 0
-        self._waiting_bytes = 0
-
-    def _compare(self, payload: bytes, ts: Raw, now: float, channel: str, state: int) -> int | None:
+    def _compare(self, key: int, now: float, channel: str, state: int) -> int | None:
         if len(self._contents) + self._extra > MOST_REMEMBERED:
             self._forget(-inf)
-        key = _content(payload, bytes(ts))
         if key not in self._contents:
             self._contents[key] = now, channel, state
             self._contents_in_order.append((now, key))
@@ -279,8 +298,8 @@ class Duplicates:
         return before
 
     def _forget(self, now: float) -> None:
-        while now > self._newest_older + CONTENT_WINDOW and (self._older_lanes or self._lanes):
-            self._turn_lanes()
+        while now > self._old.newest + CONTENT_WINDOW and (self._old.lanes or self._young.lanes):
+            self._begin_generation()
         order = self._contents_in_order
         while order and (
             order[0][0] + CONTENT_WINDOW < now

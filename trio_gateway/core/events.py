@@ -156,6 +156,14 @@ def parse_event(
     )  # fmt: skip
 
 
+def ts_of(payload: bytes) -> bytes:
+    """The JSON value of ``ts`` in the payload of a valid event; empty if there is none."""
+    try:
+        return bytes(_decode_envelope(payload).ts)
+    except (msgspec.DecodeError, RecursionError):  # nested too deeply at this depth of the stack
+        return b""
+
+
 def _decode_envelope(payload: bytes) -> _Envelope:
     try:
         return _decode(payload)
