@@ -40,7 +40,8 @@ from .runtime.history import History
 from .runtime.hub import CapacityLimits, Hub
 from .runtime.ingest import Ingest
 from .runtime.keyed_limiter import KeyedLimiter
-from .runtime.older_events import LEAST_BYTES, OlderEvents, make_parse
+from .runtime.older_events import LEAST_BYTES, OlderEvents
+from .runtime.past_routing import PastRouting
 from .runtime.places import Places
 from .runtime.queue import EventQueue
 from .runtime.resume import Replays
@@ -162,10 +163,13 @@ def build_parts(
     )
     redis_url = RedisUrl.from_url(settings.redis_url)
     topology = make_topology(redis_url)
+    uncovered_to_branch = settings.ws_uncovered_sector == "branch"
+    past_routing = PastRouting(settings.routes, uncovered_to_branch=uncovered_to_branch)
     history = History(
         events=settings.ws_history_events,
         size=settings.ws_history_bytes,
         age=settings.ws_history_age,
+        routing=past_routing,
     )
     sharding = settings.sharding
     history.ranks = sharding.ranks
@@ -174,7 +178,7 @@ def build_parts(
         hub,
         settings.routes,
         history=history,
-        uncovered_to_branch=settings.ws_uncovered_sector == "branch",
+        uncovered_to_branch=uncovered_to_branch,
         writes_per_checkpoint=settings.ws_broadcast_batch_size,
         timeout=settings.ws_callback_timeout,
     )
@@ -188,7 +192,7 @@ def build_parts(
     older_events = OlderEvents(
         history,
         StreamPages(commands, names),
-        make_parse(dispatch, settings.routes.durable_types),
+        routing=past_routing,
         most_entries=settings.ws_resume_from_stream,
         most_bytes=max(settings.ws_history_bytes, LEAST_BYTES),
     )

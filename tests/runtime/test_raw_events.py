@@ -33,6 +33,7 @@ from trio_gateway.runtime.dispatch import Dispatch
 from trio_gateway.runtime.history import History
 from trio_gateway.runtime.hub import Hub
 from trio_gateway.runtime.ingest import Ingest
+from trio_gateway.runtime.past_routing import PastRouting
 from trio_gateway.runtime.queue import EventQueue
 from trio_gateway.runtime.raw_events import RawEvents, StoredEvent
 from trio_gateway.runtime.resume import Replays
@@ -88,7 +89,8 @@ class Outcome(NamedTuple):
 async def play(
     script: Sequence[Any], *, raw: bool, events: int = 1000, uncovered_to_branch: bool = False
 ) -> Outcome:
-    hub, history = Hub(), History(events=events)
+    routing = PastRouting(uncovered_to_branch=uncovered_to_branch)
+    hub, history = Hub(), History(events=events, routing=routing)
     if not raw:
         hub.concerns = lambda event: True  # type: ignore[method-assign]
     replays = Replays(history, hub)

@@ -10,12 +10,12 @@ from trio.testing import wait_all_tasks_blocked
 from trio_gateway.core.audiences import Principal
 from trio_gateway.core.event_ids import START, Cursor, Position, Stream, event_id
 from trio_gateway.core.events import Event
-from trio_gateway.core.routing import ROUTES
 from trio_gateway.runtime.connection import Connection, ConnectionLimits
 from trio_gateway.runtime.dispatch import Dispatch
 from trio_gateway.runtime.history import History
 from trio_gateway.runtime.hub import Hub
-from trio_gateway.runtime.older_events import OlderEvents, ReadEntry, ReadFailed, make_parse
+from trio_gateway.runtime.older_events import OlderEvents, ReadEntry, ReadFailed
+from trio_gateway.runtime.past_routing import PastRouting
 from trio_gateway.runtime.resume import Replays
 from trio_gateway.runtime.resume_state import Phase
 from trio_gateway.runtime.socket import Ping
@@ -117,16 +117,23 @@ class World:
         *streams: Stream,
         begun: bool = True,
         most_scanned: int = 0,
+        uncovered_to_branch: bool = False,
         **bounds: Any,
     ) -> None:
         self.hub = Hub()
-        self.history = History(**{"age": 10**12} | bounds)
-        self.dispatch = Dispatch(self.hub, history=self.history, writes_per_checkpoint=1)
+        routing = PastRouting(uncovered_to_branch=uncovered_to_branch)
+        self.history = History(**{"age": 10**12} | bounds, routing=routing)
+        self.dispatch = Dispatch(
+            self.hub,
+            history=self.history,
+            uncovered_to_branch=uncovered_to_branch,
+            writes_per_checkpoint=1,
+        )
         self.redis = FakeStreams()
         self.older = OlderEvents(
             self.history,
             self.redis,
-            make_parse(self.dispatch, ROUTES.durable_types),
+            routing=routing,
             most_entries=most_scanned,
             most_bytes=10**7,
         )

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import compress
 from typing import Final, NoReturn
 
@@ -12,13 +12,14 @@ import trio
 from ..core.audiences import Audience, floor, waiters
 from ..core.duplicates import Duplicates
 from ..core.event_ids import Position, Stream
-from ..core.events import Event, InvalidEvent, parse_event
+from ..core.events import Event
 from ..core.histogram import Histogram
 from ..core.messages import GAP
 from ..core.routing import ROUTES, Routing
 from .connection import Connection
-from .history import History, StoredEvent
+from .history import History
 from .hub import Hub
+from .past_routing import PastRouting
 from .pauses import Pauses
 from .queue import EventQueue
 from .throttled_log import ThrottledLog
@@ -52,8 +53,11 @@ class Dispatch:
         self._hub = hub
         self._routes = routes
         self._types = frozenset(routes)
-        self._history = History() if history is None else history
-        self._history.route = self._route_stored
+        self._history = (
+            history
+            if history is not None
+            else History(routing=PastRouting(routes, uncovered_to_branch=uncovered_to_branch))
+        )
         self._uncovered_to_branch = uncovered_to_branch
         self._writes_per_checkpoint = writes_per_checkpoint
         self._timeout = timeout
@@ -179,7 +183,7 @@ class Dispatch:
         if event.durable and not (found and found.was_stored):
             now = trio.current_time()
             if self._hub.concerns(event):
-                self._history.add(event, self.audiences(event), now=now)
+                self._history.add(event, self._history.routing.audiences(event), now=now)
             else:
                 self._history.add_raw([(event, 0)], now=now)
 
@@ -315,32 +319,6 @@ class Dispatch:
             return False
         covering = waiters(event.tenant, event.branch, event.sector)
         return covering in audiences and not self._hub.hears([covering])
-
-    def _route_stored(self, stored: StoredEvent) -> tuple[bytes, Collection[Audience]]:
-        """The frame and the audiences of a raw event, as they were when it was stored.
-
-        Then its branch had no connection here, hence its sector no waiter.
-        """
-        try:
-            event = parse_event(
-                stored.frame,
-                channel="",
-                received_at=stored.received_at,
-                stream=stored.stream,
-                position=stored.position,
-                durable_types=self._routes.durable_types,
-            )
-        except InvalidEvent:
-            # It was valid when it came. How many levels of JSON can be parsed depends on the depth
-            # of the stack, and at the limit, of about 900, they can be too many here.
-            self._throttled_log.error("event not replayed: nested too deeply")
-            return stored.frame, ()
-        found = self._routes.audiences(event)
-        if self._uncovered_to_branch and event.sector is not None:
-            covering = waiters(event.tenant, event.branch, event.sector)
-            if covering in found:
-                found.append(floor(event.tenant, event.branch))
-        return event.frame, found
 
     def _count(self, event: Event, audiences: list[Audience]) -> None:
         heard = self._hub.hears(audiences)

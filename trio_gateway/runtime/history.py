@@ -12,18 +12,20 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, S
 from itertools import takewhile
 from typing import Final
 
+import structlog
 import trio
 
 from ..core.audiences import Audience
 from ..core.event_ids import LAST, START, Cursor, Position, Stream
 from ..core.events import Event
+from .past_routing import BY_DEFAULT, PastRouting
 from .raw_events import RawBranch, RawEvents
 from .raw_events import StoredEvent as StoredEvent
+from .throttled_log import ThrottledLog
+
+log = structlog.get_logger()
 
 _PER_STEP: Final = 100  # raw events that are routed without a checkpoint: about a millisecond
-
-# What a raw payload is for clients: its frame and its audiences.
-Route = Callable[[StoredEvent], tuple[bytes, Collection[Audience]]]
 
 
 class History:
@@ -35,7 +37,14 @@ class History:
     what it missed.
     """
 
-    def __init__(self, *, events: int = 50_000, size: int = 67_108_864, age: float = 3600) -> None:
+    def __init__(
+        self,
+        *,
+        events: int = 50_000,
+        size: int = 67_108_864,
+        age: float = 3600,
+        routing: PastRouting = BY_DEFAULT,
+    ) -> None:
         self.most_events = events
         self.most_bytes = size
         self.age = age
@@ -47,7 +56,8 @@ class History:
         self._gaps: dict[Stream, Position] = {}  # where the last gap ended
         self._grown = trio.lowlevel.ParkingLot()
         self._raw = RawEvents()
-        self.route: Route | None = None  # set by dispatch
+        self.routing = routing  # of past events
+        self._throttled_log = ThrottledLog(log)
         self.bytes = 0
         self.began: dict[Stream, Position] = {}  # where each was first read live
         self.expected: set[Stream] = set()  # that are to be read
@@ -173,13 +183,11 @@ class History:
         The others stay raw, so at any time the raw events of a branch are in order, and a client
         whose position is later needs none of them.
         """
-        assert self.route is not None
         found: list[StoredEvent] = []
         while len(found) < most and (kept := self._raw.take_newest(raw, seen)) is not None:
             self.bytes -= len(kept.frame)
-            kept.frame, audiences = self.route(kept)
+            self._route_one(kept)
             self.bytes += len(kept.frame)
-            kept.audiences = tuple(audiences)
             found.append(kept)
         found.reverse()
         by_audience: defaultdict[Audience, list[StoredEvent]] = defaultdict(list)
@@ -189,6 +197,15 @@ class History:
         for audience, events in by_audience.items():
             self._insert((raw.stream, audience), events)
         return len(found)
+
+    def _route_one(self, kept: StoredEvent) -> None:
+        found = self.routing.route(kept.stream, kept.position, kept.frame, kept.received_at)
+        if found is None:  # it was valid when it came
+            self._throttled_log.error("event not replayed: nested too deeply")
+            kept.audiences = ()
+        else:
+            event, audiences = found
+            kept.frame, kept.audiences = event.frame, tuple(audiences)
 
     def _insert(self, key: tuple[Stream, Audience], events: list[StoredEvent]) -> None:
         """Add events to those of an audience. Both are in order, and may overlap."""

@@ -15,7 +15,7 @@ scan serves all clients that come with ids in this range, and each of them reads
 """
 
 import sys
-from collections.abc import Callable, Collection, Container, Sequence
+from collections.abc import Collection, Sequence
 from typing import Final, Protocol
 
 import trio
@@ -23,9 +23,9 @@ import trio
 from ..core.audiences import Audience
 from ..core.duplicates import Duplicates
 from ..core.event_ids import LAST, START, Cursor, Position, Stream, before
-from ..core.events import Event, InvalidEvent, parse_event
-from .dispatch import Dispatch
+from ..core.events import Event
 from .history import History, StoredEvent
+from .past_routing import BY_DEFAULT, PastRouting
 
 DEADLINE: Final = 5.0  # seconds that a client waits for a scan
 # A small history must not keep a scan from reading as many entries as it may.
@@ -81,36 +81,6 @@ class _Range:
             self.events.add(*found, now=0)
 
 
-# The durable event in an entry's payload, with its audiences; None if there is none.
-Parse = Callable[[Stream, Position, bytes], tuple[Event, Collection[Audience]] | None]
-
-
-def _nothing(_stream: Stream, _position: Position, _payload: bytes) -> None:
-    return None
-
-
-def make_parse(dispatch: Dispatch, durable_types: Container[str]) -> Parse:
-    """Parse and route the payloads of entries as live ones are."""
-
-    def parse(
-        stream: Stream, position: Position, payload: bytes
-    ) -> tuple[Event, Collection[Audience]] | None:
-        try:
-            event = parse_event(
-                payload,
-                channel=stream,
-                received_at=position[0] / 1000,  # when Redis added it
-                stream=stream,
-                position=position,
-                durable_types=durable_types,
-            )
-        except InvalidEvent:
-            return None  # the process that read it live has counted it
-        return (event, dispatch.audiences(event)) if event.durable else None
-
-    return parse
-
-
 class OlderEvents:
     """The ranges of the streams.
 
@@ -123,14 +93,14 @@ class OlderEvents:
         self,
         history: History,
         reader: StreamReader | None = None,
-        parse: Parse = _nothing,
         *,
+        routing: PastRouting = BY_DEFAULT,
         most_entries: int = 0,
         most_bytes: int = 0,
     ) -> None:
         self._history = history
         self._stream_reader = reader
-        self._parse = parse
+        self._routing = routing
         self._most_entries = most_entries
         self._most_bytes = most_bytes
         self._ranges: dict[Stream, _Range] = {}
@@ -336,10 +306,13 @@ class OlderEvents:
     async def _fill(self, found: _Range, entries: Sequence[ReadEntry]) -> None:
         """Add the entries that follow a range, as far as it may grow."""
         for n, (position, payload) in enumerate(entries):
-            parsed = None if payload is None else self._parse(found.stream, position, payload)
+            routed = None
+            if payload is not None:  # invalid ones were counted by the process that read them live
+                heard_at = position[0] / 1000  # when Redis added it
+                routed = self._routing.route(found.stream, position, payload, heard_at)
             if found.bytes > 2 * self._most_bytes:
                 return
-            found.add(position, parsed)
+            found.add(position, routed)
             if n % _PER_CHECKPOINT == 0:
                 await trio.lowlevel.checkpoint()
 

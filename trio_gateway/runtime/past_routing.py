@@ -1,0 +1,57 @@
+"""Routing of past events: those of which nobody here was told when they came.
+
+They were stored raw, or are read from a stream later. Whether a sector had a waiter at that time is
+not known, for nobody looked. They are routed as if it had none: with ``WS_UNCOVERED_SECTOR=branch``
+all waiters of the branch may hear of them when they resume, rather than nobody.
+"""
+
+from typing import Final
+
+from ..core.audiences import Audience, floor, waiters
+from ..core.event_ids import Position, Stream
+from ..core.events import Event, InvalidEvent, parse_event
+from ..core.routing import ROUTES, Routing
+
+
+class PastRouting:
+    """The routing table, and where events of an uncovered sector go."""
+
+    def __init__(self, routes: Routing = ROUTES, *, uncovered_to_branch: bool = False) -> None:
+        self._routes = routes
+        self._uncovered_to_branch = uncovered_to_branch
+
+    def audiences(self, event: Event) -> list[Audience]:
+        """The audiences of an event of which nobody here was told when it came."""
+        found = self._routes.audiences(event)
+        if (
+            self._uncovered_to_branch
+            and event.sector is not None
+            and waiters(event.tenant, event.branch, event.sector) in found
+        ):
+            found.append(floor(event.tenant, event.branch))
+        return found
+
+    def route(
+        self, stream: Stream, position: Position, payload: bytes, received_at: float
+    ) -> tuple[Event, list[Audience]] | None:
+        """The durable event in a payload, and its audiences; None if there is none.
+
+        The payload may be invalid even if it was valid when it came: how many levels of JSON can
+        be parsed depends on the depth of the stack, and at the limit, of about 900, they can be too
+        many here.
+        """
+        try:
+            event = parse_event(
+                payload,
+                channel=stream,
+                received_at=received_at,
+                stream=stream,
+                position=position,
+                durable_types=self._routes.durable_types,
+            )
+        except InvalidEvent:
+            return None
+        return (event, self.audiences(event)) if event.durable else None
+
+
+BY_DEFAULT: Final = PastRouting()
