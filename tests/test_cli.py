@@ -19,6 +19,7 @@ import trio
 
 from tests.support import gateways as harness
 from tests.support.commands import EVENT, SAMPLES, SECRETS, clear_settings, run, run_process
+from trio_gateway.cli import check_server
 from trio_gateway.core.routing import ROUTES
 from trio_gateway.core.tokens import read_jwt, read_legacy_table_token, read_table_token
 from trio_gateway.settings import Settings
@@ -306,7 +307,7 @@ def test_check_finds_no_problem_in_a_valid_setup(url: str) -> None:
 def test_check_names_the_redis_version_that_counts_entries(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules["trio_gateway.cli.check"], "MIN_REDIS", 99)
+    monkeypatch.setattr(check_server, "MIN_REDIS", 99)
     done = run("check", env={"REDIS_URL": url, **SECRETS})
     assert done.exit_code == 0
     assert "does not count the entries" in done.stdout

@@ -2,12 +2,13 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
+import trio
 from click.testing import CliRunner
 
 from tests.support.gateways import (
@@ -24,6 +25,7 @@ from tests.support.gateways import (
 from tests.support.redis_server import RedisServer
 from trio_gateway.cli import main
 from trio_gateway.publisher import Publisher
+from trio_gateway.redis_sets import Cluster, Node, RedisSet, SentinelSet
 from trio_gateway.testing import make_jwt
 
 STREAM, DLQ = "events:critical", "events:dlq"
@@ -100,6 +102,58 @@ async def test_rights_that_check_proposes_are_sufficient(server: RedisServer, gr
             await works(gateway, admin)
         refused: Any = admin.acl_log()
         assert {entry["object"] for entry in refused} <= {"client|setname", "client|setinfo"}
+
+
+async def grant_and_work(
+    servers: RedisSet,
+    url: str,
+    others: Sequence[Node],
+    backend: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Give a user on all servers what check proposes, and run a gateway with it."""
+    everywhere = (*servers.nodes, *others)
+    granted: set[str] = set()
+    for node in everywhere:
+        node.ask("ACL", "SETUSER", "few", "reset", "on", ">pw")
+    while True:
+        status, printed = await trio.to_thread.run_sync(check, url, monkeypatch)
+        lines = {line for line in printed.splitlines() if "ACL SETUSER" in line}
+        if lines <= granted:
+            break
+        granted |= lines
+        for line in lines:
+            words = re.findall(r"(?<= )(?:[+~]\S+|allchannels)", line)
+            for node in others if "of the Sentinels" in line else servers.nodes:
+                node.ask("ACL", "SETUSER", "few", *words)
+    assert status == 0, printed
+    for node in everywhere:
+        node.ask("ACL", "LOG", "RESET")
+    async with running(make_settings(url, redis_dlq_stream=DLQ)) as gateway:
+        await works(gateway, backend)
+    refused = {
+        dict(zip(entry[::2], entry[1::2], strict=True))["object"]
+        for node in everywhere
+        for entry in node.ask("ACL", "LOG")
+    }
+    assert refused <= {"client|setname", "client|setinfo"}
+
+
+async def test_rights_that_check_proposes_are_sufficient_in_a_cluster(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = cluster.url.replace("://", "://few:pw@")
+    with redis.RedisCluster(host="127.0.0.1", port=cluster.nodes[0].port) as backend:
+        await grant_and_work(cluster, url, (), backend, monkeypatch)
+
+
+async def test_rights_that_check_proposes_are_sufficient_with_sentinels(
+    sentinels: SentinelSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = "?sentinel_username=few&sentinel_password=pw"
+    url = sentinels.url.replace("://", "://few:pw@") + own
+    with redis.Redis(port=sentinels.primary().port) as backend:
+        await grant_and_work(sentinels, url, sentinels.sentinels, backend, monkeypatch)
 
 
 async def test_proxy_without_client_and_hello_is_sufficient(tmp_path: Path) -> None:

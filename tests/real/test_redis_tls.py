@@ -4,12 +4,17 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
+import trio
 
+from tests.support.commands import SECRETS, run
+from tests.support.gateways import JWT_SECRET, http, make_settings, running
 from tests.support.tls_fronts import tls_fronts
 from trio_gateway.publisher import Publisher, PublishFailed
 from trio_gateway.redis_sets import cluster_set, sentinel_set
+from trio_gateway.testing import make_jwt
 
 SETS: Final[dict[str, Any]] = {"sentinel": sentinel_set, "cluster": cluster_set}
+BEARER: Final = {"Authorization": f"Bearer {make_jwt(JWT_SECRET, roles=['WAITER'])}"}
 EVENT: Final = {"type": "ROUND_READY", "tenant_id": 1, "branch_id": 1}
 
 
@@ -25,3 +30,17 @@ def test_every_connection_to_a_set_has_tls(kind: str, tmp_path: Path) -> None:
         untrusting = Publisher(fronts.url(found.url).partition("?")[0])
         with untrusting, pytest.raises(PublishFailed, match="certificate"):
             untrusting.publish(EVENT)
+        env = {"REDIS_URL": fronts.url(found.url), **SECRETS}
+        checked = run("check", env=env)
+        assert (checked.exit_code, checked.output.splitlines()[-1]) == (0, "The gateway can start.")
+        env |= {"REDIS_URL": fronts.url(found.url).partition("?")[0]}
+        assert "name the CA in REDIS_URL" in run("check", env=env).output
+        before = fronts.encrypted
+        trio.run(issue_a_ticket, fronts.url(found.url))
+        assert fronts.encrypted > before + 2
+
+
+async def issue_a_ticket(url: str) -> None:
+    async with running(make_settings(url)) as gateway:
+        ticket = await http(gateway.port, "/ws/ticket", method="POST", headers=BEARER)
+        assert ticket.status == 200

@@ -1,0 +1,193 @@
+"""``check`` of one Redis server: its version, its data on the disk, and the rights of the user."""
+
+import secrets
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from .check_report import REPLY_TIMEOUT, Report, call
+from .other_shards import find_other_shards
+
+if TYPE_CHECKING:
+    from ..broker.connection import RedisConnection
+    from ..redis_url import RedisAddress
+    from ..settings import Settings
+
+MIN_REDIS: Final = 7  # the first version that counts the entries added to a stream
+_SCHEMES: Final = {
+    "cluster": ("a node of a Cluster", "redis+cluster://"),
+    "sentinel": ("a Sentinel", "redis+sentinel://HOST:PORT/NAME, with the name of the primary"),
+}
+# By these a server says that another one executes the command; that the user may send it, it has
+# checked before.
+_ELSEWHERE: Final = (
+    "MOVED", "ASK", "CROSSSLOT", "READONLY", "MASTERDOWN", "CLUSTERDOWN", "NOREPLICAS",
+)  # fmt: skip
+
+
+class _Asking:
+    """Sends commands to a server; ``accepted`` are error replies that are as good as a reply."""
+
+    def __init__(self, redis: "RedisConnection", accepted: Sequence[str]) -> None:
+        self._redis = redis
+        self._accepted = tuple(accepted)
+
+    async def call(self, *words: str | int, unless: str | None = None) -> Any:
+        """Raises :exc:`ConnectionLost` for an error reply that is not accepted."""
+        more = () if unless is None else (unless,)
+        return await call(self._redis, *words, unless=self._accepted + more)
+
+
+async def check_server(
+    settings: "Settings",
+    address: "RedisAddress",
+    report: Report,
+    *,
+    of_many: bool,
+    is_primary: bool = True,
+) -> None:
+    """Report whether a server has what the gateway needs.
+
+    ``of_many``: it is one of a Sentinel set or a Cluster, which may be a replica, or have none of
+    the keys.
+    """
+    from ..broker.connection import open_redis
+    from ..runtime.supervision import ConnectionLost
+
+    try:
+        async with open_redis(address, any_role=of_many) as redis:
+            report.ok(f"Redis at {address}: connected")
+            asking = _Asking(redis, _ELSEWHERE if of_many else ())
+            if not await _check_kind(redis, report, of_many=of_many):
+                return
+            if of_many:
+                await _check_disk(asking, report)
+            if is_primary:
+                await _check_publishers(settings, redis, report)
+            await _check_commands(settings, asking, report)
+        async with open_redis(address, any_role=of_many) as redis:
+            await _check_subscribing(settings, _Asking(redis, ()), report)
+    except ConnectionLost as lost:
+        report.fail_to_connect(str(lost) if of_many else f"Redis: {lost}")
+
+
+async def _check_kind(redis: "RedisConnection", report: Report, *, of_many: bool) -> bool:
+    """Report on the version, and return whether it is a server for this kind of URL."""
+    reply = await redis.ask("HELLO")
+    words = reply if isinstance(reply, list) else []
+    told = {
+        name: value.decode(errors="replace")
+        for name, value in zip(words[::2], words[1::2], strict=False)
+        if isinstance(value, bytes)
+    }
+    mode, version = told.get(b"mode"), told.get(b"version", "")
+    if mode in _SCHEMES and not of_many:
+        what, scheme = _SCHEMES[mode]
+        report.fail(f"the server is {what}", f"write {scheme} in REDIS_URL")
+        return False
+    major = version.partition(".")[0]
+    if major.isdigit() and int(major) < MIN_REDIS:
+        report.warn(
+            f"Redis {version} does not count the entries of a stream: clients get a gap message"
+            f" whenever a gap is possible. Use Redis {MIN_REDIS} or newer, or Valkey"
+        )
+    return True
+
+
+async def _check_disk(asking: _Asking, report: Report) -> None:
+    info = await asking.call("INFO", "persistence", unless="NOPERM")
+    if isinstance(info, bytes) and b"aof_enabled:0" in info:
+        report.warn(
+            "appendonly is no: a primary that restarts before a failover comes back without events,"
+            " and its replicas delete theirs. Set appendonly yes"
+        )
+
+
+async def _check_publishers(settings: "Settings", redis: "RedisConnection", report: Report) -> None:
+    if (found := await find_other_shards(settings, redis, timeout=REPLY_TIMEOUT)) is not None:
+        report.warn(found)
+
+
+async def _check_commands(settings: "Settings", asking: _Asking, report: Report) -> None:
+    from ..core.control_messages import PLACEMENT
+
+    with report.trying("liveness (PING)", "allow this user: ACL SETUSER … +ping"):
+        await asking.call("PING")
+    if settings.sharding.by_tenant:
+        name, number = settings.redis_streams[0], len(settings.sharding.names)
+        await _check_streams(asking, report, settings.sharding.names, f"{name}, {number} streams")
+    else:
+        for stream in settings.sharding.names:
+            await _check_streams(asking, report, [stream], stream)
+    key = f"gateway:ticket:check-{secrets.token_hex(8)}"
+    with report.trying(
+        "tickets (SET, GET, GETDEL)",
+        "allow this user the keys: ACL SETUSER … ~gateway:ticket:* +set +get +getdel",
+        "GETDEL needs Redis 6.2, and SET a primary: name a primary in REDIS_URL",
+    ):
+        await asking.call("SET", key, "", "EX", 5)
+        await asking.call("GET", key)
+        await asking.call("GETDEL", key)
+    with report.trying(
+        "revocations (MGET)",
+        "allow this user the keys: ACL SETUSER … ~auth:* +mget",
+    ):
+        await asking.call("MGET", "auth:token:blacklist:-", "auth:user:revoked:-")
+    with report.trying(
+        "placement (PUBLISH)",
+        "allow this user: ACL SETUSER … allchannels +publish",
+    ):
+        await asking.call("PUBLISH", f"{PLACEMENT}:check", "")
+    if (dlq := settings.redis_dlq_stream) is not None:
+        with report.trying(
+            f"dead letters in {dlq} (EVAL)",
+            "allow this user the keys:"
+            f" ACL SETUSER … ~gateway:dlq:* ~{dlq} +eval +exists +xadd +set",
+            f"the key {dlq} is not a stream: name another one in REDIS_DLQ_STREAM",
+        ):
+            await asking.call("EVAL", "return 0", 0)
+            await asking.call("EXISTS", "gateway:dlq:check")
+            # XX: the key does not exist, so nothing changes.
+            await asking.call("SET", "gateway:dlq:check", "", "XX")
+            # No entry can have this id: an error, and nothing is added.
+            await asking.call("XADD", dlq, "0-0", "check", "", unless="greater than 0-0")
+
+
+async def _check_streams(
+    asking: _Asking, report: Report, streams: Sequence[str], title: str
+) -> None:
+    """Whether these streams can be read; ``title`` says which they are."""
+    from ..runtime.supervision import ConnectionLost
+
+    pattern = streams[0] if len(streams) == 1 else f"{streams[0].partition(':{')[0]}*"
+    with report.trying(
+        f"stream {title}",
+        "allow this user to read it:"
+        f" ACL SETUSER … ~{pattern} +xread +xrevrange +xinfo|stream +time",
+        f"the key {streams[0]} is not a stream: name another one in REDIS_STREAMS"
+        if len(streams) == 1
+        else f"one of the keys {pattern} is not a stream: name another one in REDIS_STREAMS",
+    ):
+        for stream in streams:
+            try:
+                await asking.call("XREAD", "COUNT", 1, "STREAMS", stream, "$")
+                await asking.call("XREVRANGE", stream, "+", "-", "COUNT", 1)
+                await asking.call("XINFO", "STREAM", stream, unless="no such key")
+            except ConnectionLost as lost:
+                if len(streams) == 1:
+                    raise
+                raise ConnectionLost(f"{stream}: {lost}") from None
+        await asking.call("TIME", unless="unknown command")
+
+
+async def _check_subscribing(settings: "Settings", asking: _Asking, report: Report) -> None:
+    from ..core.control_messages import PLACEMENT, REVOKED
+
+    patterns = dict.fromkeys(settings.redis_channel_patterns)
+    with report.trying(
+        f"subscribing to {len(patterns)} patterns, {REVOKED} and {PLACEMENT}",
+        "allow this user the channels: ACL SETUSER … allchannels +psubscribe +subscribe",
+    ):
+        for pattern in patterns:
+            await asking.call("PSUBSCRIBE", pattern)
+        for channel in (REVOKED, PLACEMENT):
+            await asking.call("SUBSCRIBE", channel)
