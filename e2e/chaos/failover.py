@@ -25,13 +25,22 @@ class Watcher(Client):
 
     def __init__(self, port: int, path: str, patience: float, others: Sequence[int]) -> None:
         super().__init__(port, path, patience, others)
-        self.probed: dict[int, float] = {}
+        self.probed: list[tuple[int, float]] = []
         self.gaps_after: list[int] = []
+
+    @property
+    def last_probe(self) -> int:
+        """The number of the last probe that came."""
+        return self.probed[-1][0] if self.probed else 0
+
+    def first_since(self, number: int) -> float:
+        """When the first one came that is not before this one."""
+        return next(at for probe, at in self.probed if probe >= number)
 
     def _receive(self, message: bytes) -> None:
         if b'"probe":' in message:
             said = json.loads(message)
-            self.probed.setdefault(said["probe"], time.monotonic())
+            self.probed.append((said["probe"], time.monotonic()))
             self.last_event_id = said["event_id"]
             return
         losses = self.losses

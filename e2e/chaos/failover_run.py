@@ -22,6 +22,7 @@ from .relay import Relay
 from .services import Services
 
 _STUCK: Final = 30  # seconds; no claim
+_PROBE_EVERY: Final = 0.05  # seconds
 
 
 class Network:
@@ -122,14 +123,24 @@ class Stage:
             return False
 
     async def _measure_live(self, new: Node, accepts: float) -> None:
-        """Every client receives what is added to the new primary itself."""
-        self.probes += 1
-        number = self.probes
-        probe = json.dumps({"probe": number, **EVENT})
-        await trio.to_thread.run_sync(lambda: new.ask("XADD", STREAM, "*", "data", probe))
-        await until(lambda: all(number in client.probed for client in self.clients), _STUCK)
-        last = max(client.probed[number] for client in self.clients)
+        """Every client receives something that is added to the new primary itself.
+
+        Several probes are added: a gap may stand for the first ones.
+        """
+        first = self.probes + 1
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._add_probes, new)
+            await until(lambda: all(c.last_probe >= first for c in self.clients), _STUCK)
+            nursery.cancel_scope.cancel()
+        last = max(client.first_since(first) for client in self.clients)
         self.figures.live_after.append(last - accepts)
+
+    async def _add_probes(self, new: Node) -> None:
+        while True:
+            self.probes += 1
+            probe = json.dumps({"probe": self.probes, **EVENT})
+            await trio.to_thread.run_sync(new.ask, "XADD", STREAM, "*", "data", probe)
+            await trio.sleep(_PROBE_EVERY)
 
     async def _measure_publisher(self, accepts: float) -> None:
         await until(lambda: self.backend.confirmed_at > accepts, _STUCK)
