@@ -22,6 +22,21 @@ async def kill(stage: Stage) -> None:
     await stage.failed_over(old, began, mend)
 
 
+async def kill_and_forget(stage: Stage) -> None:
+    """The primary is killed with -9, and started again as it was: it takes itself for the primary.
+
+    Sentinels make it a replica only 10 s later.
+    """
+    old = await stage.primary()
+
+    async def mend() -> None:
+        await trio.to_thread.run_sync(old.restart)
+
+    began = time.monotonic()
+    old.kill()
+    await stage.failed_over(old, began, mend)
+
+
 async def freeze(stage: Stage) -> None:
     """The primary is frozen until after there is another one; then it answers again, as before."""
     old = await stage.primary()

@@ -149,12 +149,13 @@ class Stage:
     async def _measure_http(self, gateway: GatewayProcess, accepts: float) -> None:
         """When the process said that it is ready, and made a ticket, and went on to do so."""
         services = Services(gateway.port)
-        ready = ticket = accepts
-        while time.monotonic() < accepts + self.watched:
-            if not await _is_ready(gateway):
-                ready = time.monotonic()
-            if await services.try_ticket() is None:
-                ticket = time.monotonic()
+        ready = ticket = math.inf
+        while time.monotonic() < accepts + self.watched or math.inf in {ready, ticket}:
+            is_ready = await _is_ready(gateway)
+            ready = min(ready, time.monotonic()) if is_ready else math.inf
+            has_ticket = await services.try_ticket() is not None
+            ticket = min(ticket, time.monotonic()) if has_ticket else math.inf
+            assert time.monotonic() < accepts + _STUCK, "not ready, or no ticket"
             await trio.sleep(0.05)
         self.figures.ready_after.append(ready - accepts)
         self.figures.tickets_after.append(ticket - accepts)
