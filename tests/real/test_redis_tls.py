@@ -7,9 +7,9 @@ import pytest
 import trio
 
 from tests.support.commands import SECRETS, run
-from tests.support.gateways import JWT_SECRET, http, make_settings, running
+from tests.support.gateways import JWT_SECRET, admitted, http, make_settings, receive_event, running
 from tests.support.tls_fronts import tls_fronts
-from trio_gateway.publisher import Publisher, PublishFailed
+from trio_gateway.publisher import AsyncPublisher, Publisher, PublishFailed
 from trio_gateway.redis_sets import cluster_set, sentinel_set
 from trio_gateway.testing import make_jwt
 
@@ -36,11 +36,20 @@ def test_every_connection_to_a_set_has_tls(kind: str, tmp_path: Path) -> None:
         env |= {"REDIS_URL": fronts.url(found.url).partition("?")[0]}
         assert "name the CA in REDIS_URL" in run("check", env=env).output
         before = fronts.encrypted
-        trio.run(issue_a_ticket, fronts.url(found.url))
+        trio.run(use, fronts.url(found.url))
         assert fronts.encrypted > before + 2
 
 
-async def issue_a_ticket(url: str) -> None:
+async def use(url: str) -> None:
+    """A ticket, a durable event, and one on Pub/Sub."""
     async with running(make_settings(url)) as gateway:
-        ticket = await http(gateway.port, "/ws/ticket", method="POST", headers=BEARER)
-        assert ticket.status == 200
+        reply = await http(gateway.port, "/ws/ticket", method="POST", headers=BEARER)
+        assert reply.status == 200
+        async with (
+            admitted(f"{gateway.url}/ws/waiter?ticket={reply.json['ticket']}") as client,
+            AsyncPublisher(url, confirm=1) as publisher,
+        ):
+            await publisher.publish(EVENT)
+            assert "event_id" in await receive_event(client)
+            await publisher.publish({**EVENT, "v": 2}, channel="branch:1:waiters")
+            assert "event_id" not in await receive_event(client)
