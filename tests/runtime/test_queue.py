@@ -37,21 +37,6 @@ async def test_offer_drops_the_oldest(autojump_clock: MockClock) -> None:
     assert numbers(queue.take(9)) == [2, 3, 4]
 
 
-async def test_put_waits_for_room(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
-    queue = EventQueue(2)
-    await queue.put(numbered(0))
-    await queue.put(numbered(1))
-    with trio.move_on_after(5) as scope:
-        await queue.put(numbered(2))
-    assert scope.cancelled_caught
-
-    nursery.start_soon(queue.put, numbered(3))
-    await wait_all_tasks_blocked()
-    assert numbers(queue.take(1)) == [0]
-    assert numbers(queue.take(9)) == [1, 3]
-    assert queue.dropped == 0
-
-
 async def test_part_of_what_was_read_is_added_as_soon_as_there_is_room(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
@@ -117,7 +102,7 @@ async def test_queue_is_idle_when_all_is_delivered(
         idle.append(trio.current_time())
 
     await wait()  # nothing was added yet
-    await queue.put(numbered(0))
+    queue.extend([numbered(0)])
     queue.offer(numbered(1))
     for _ in range(3):  # each task that waits
         nursery.start_soon(wait)
@@ -154,57 +139,49 @@ async def test_queue_is_not_idle_while_an_event_is_on_its_way(
         await queue.wait_idle()
         assert delivered[-1] == n
         await wait_all_tasks_blocked()
-        await queue.put(numbered(-n))  # handed to the task that waits
+        queue.extend([numbered(-n)])  # handed to the task that waits
         await queue.wait_idle()
         assert delivered[-1] == -n
         await wait_all_tasks_blocked()
 
 
-async def test_queue_is_not_idle_while_a_put_waits_for_room(
+async def test_queue_is_not_idle_until_all_that_a_reader_adds_in_parts_is_delivered(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
-    queue = EventQueue(1)
+    queue, added = EventQueue(1), []
+
+    async def read() -> None:
+        for n in range(3):
+            await queue.wait_for_room()
+            queue.extend([of_stream("a", n)])
+            added.append(n)
+        await queue.wait_idle()  # as a source does after its entries
+        added.append(3)
+
+    nursery.start_soon(read)
     for n in range(3):
-        nursery.start_soon(queue.put, numbered(n))
-    await wait_all_tasks_blocked()
-
-    for _ in range(3):
-        with trio.move_on_after(1) as scope:
-            await queue.wait_idle()
-        assert scope.cancelled_caught
+        await trio.sleep(1)
+        assert added == list(range(n + 1))
         queue.take(1)
+        await wait_all_tasks_blocked()
         queue.done(1)
-    await queue.wait_idle()
-    assert trio.current_time() == 3
+    await wait_all_tasks_blocked()
+    assert added == [0, 1, 2, 3]
 
 
-async def test_queue_is_idle_after_a_put_gave_up_waiting_for_room(
+async def test_reader_that_gives_up_waiting_for_room_leaves_the_queue_as_it_was(
     autojump_clock: MockClock,
 ) -> None:
     queue = EventQueue(1)
-    await queue.put(numbered(0))
-    with trio.move_on_after(1):
-        await queue.put(numbered(1))
+    queue.extend([of_stream("a", 0)])
+    with trio.move_on_after(1) as scope:
+        await queue.wait_for_room()
+    assert scope.cancelled_caught
 
+    assert (queue.depth, queue.undelivered) == (1, 1)
     queue.done(len(queue.take(9)))
     await queue.wait_idle()
-
-    assert trio.current_time() == 1
-
-
-async def test_queue_is_idle_when_the_last_put_gives_up_waiting_for_room(
-    autojump_clock: MockClock, nursery: trio.Nursery
-) -> None:
-    queue = EventQueue(1)
-    await queue.put(numbered(0))
-    async with trio.open_nursery() as putters:
-        putters.start_soon(queue.put, numbered(1))
-        await wait_all_tasks_blocked()
-        queue.offer(numbered(2))
-        putters.cancel_scope.cancel()
-    queue.done(len(queue.take(9)))
-
-    await queue.wait_idle()
+    assert (await queue.wait_for_room(), trio.current_time()) == (1, 1)
 
 
 async def test_too_many_drops_raise_an_alarm(autojump_clock: MockClock) -> None:
@@ -334,17 +311,34 @@ def test_stream_keeps_its_order_whatever_the_tenants_of_its_events(
                 assert event.stream
                 taken[event.stream] += numbers([event])
 
+        async def read(stream: str) -> None:
+            waiting = put[stream]
+            added = 0
+            while True:
+                room = await queue.wait_for_room()
+                part = waiting[added : added + min(room, 2)]
+                queue.extend([of_stream(stream, n, tenant_id=of[n]) for n in part])
+                assert queue.depth <= capacity
+                added += len(part)
+                if added == len(waiting):
+                    await more.park()
+
+        more, of = trio.lowlevel.ParkingLot(), dict[int, int]()
         async with trio.open_nursery() as nursery:
+            for stream in put:
+                nursery.start_soon(read, stream)
             for n, what in enumerate(happenings):
                 if isinstance(what, int):
                     take(what)
-                    continue
-                stream, tenant = what
-                put[stream].append(n)
-                nursery.start_soon(queue.put, of_stream(stream, n, tenant_id=tenant))
-                await wait_all_tasks_blocked()  # in its place, or waiting for room
+                else:
+                    stream, of[n] = what
+                    put[stream].append(n)
+                    more.unpark_all()
+                await wait_all_tasks_blocked()  # added, or waiting for room
             while queue.depth:
                 take(5)
+                await wait_all_tasks_blocked()
+            nursery.cancel_scope.cancel()
         assert taken == put
 
     trio.run(scenario, clock=MockClock(autojump_threshold=0))
@@ -380,27 +374,22 @@ async def test_events_of_a_paused_tenant_wait_and_count(
 async def test_streams_take_turns(autojump_clock: MockClock) -> None:
     queue = EventQueue(100)
     for n in range(60):
-        await queue.put(of_stream("a", n, tenant_id=1 + n // 20))
-    for n in range(5):
-        await queue.put(of_stream("b", 100 + n))
+        queue.extend([of_stream("a", n, tenant_id=1 + n // 20)])
+    queue.extend([of_stream("b", 100 + n) for n in range(5)])
 
     assert numbers(queue.take(6)) == [0, 100, 1, 101, 2, 102]
 
 
-async def test_oldest_is_the_time_at_which_the_first_waiting_event_was_received(
-    autojump_clock: MockClock, nursery: trio.Nursery
-) -> None:
-    queue = EventQueue(2)
+def test_oldest_is_the_time_at_which_the_first_waiting_event_was_received() -> None:
+    queue = EventQueue(3)
     assert queue.oldest == math.inf
-    await queue.put(numbered(0, tenant_id=1, received_at=5.0))
-    await queue.put(numbered(1, tenant_id=2, received_at=4.0))
-    nursery.start_soon(queue.put, numbered(2, tenant_id=3, received_at=3.0))  # waits for room
-    await wait_all_tasks_blocked()
+    queue.offer(numbered(0, tenant_id=1, received_at=5.0))
+    queue.offer(numbered(1, tenant_id=2, received_at=4.0))
+    queue.offer(numbered(2, tenant_id=2, received_at=6.0))
 
-    assert queue.oldest == 3.0
-    queue.take(1)
-    assert queue.oldest == 3.0
-    assert numbers(queue.take(2)) == [1, 2]
+    assert queue.oldest == 4.0
+    assert numbers(queue.take(2)) == [0, 1]
+    assert queue.oldest == 6.0
 
 
 async def test_tenant_over_its_rate_loses_only_events_of_its_own(

@@ -123,7 +123,7 @@ async def play(
                         )
                         entries.append(Entry(Position((number, 0)), event.payload))
                         if CHANNELS[channel] is None:
-                            await pubsub.put(event)
+                            pubsub.offer(event)
                     if (stream := CHANNELS[channel]) is not None and entries:
                         last[stream] = entries[-1].position
                         await inlet.take(stream, channel, entries, lambda taken: None)

@@ -191,7 +191,8 @@ class World:
         if event.event_id is not None:
             self.positions.setdefault(n, position)
         if read:
-            await self.stream_queue.put(event)
+            await self.stream_queue.wait_for_room()
+            self.stream_queue.extend([event])
 
     def new(self, keys: dict[str, Any]) -> int:
         self.number += 1

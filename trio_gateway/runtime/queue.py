@@ -24,9 +24,9 @@ class EventQueue:
     """Received events that wait to be delivered, at most ``capacity`` of them.
 
     :meth:`offer` drops an event when the queue is full. It is for Pub/Sub, where an event that
-    nobody listens to is lost anyway. :meth:`put` waits for room. It is for streams, which Redis
-    keeps meanwhile. One queue is filled by one of them only, or a drop could take an event that
-    was to wait.
+    nobody listens to is lost anyway. :meth:`extend` follows :meth:`wait_for_room`. It is for
+    streams, which Redis keeps meanwhile. One queue is filled by one of them only, or a drop could
+    take an event that was to wait.
 
     Each tenant has a lane, a queue of its own, and the lanes are served round robin, so that no
     tenant waits behind a flood of another. A stream is one lane, for whichever tenants its events
@@ -49,7 +49,6 @@ class EventQueue:
         self._turns: deque[Stream | TenantId] = deque()
         self._paused: set[Stream | TenantId] = set()
         self._largest: deque[Event] = deque()  # the longest lane at the last look
-        self._blocked: dict[trio.lowlevel.Task, Event] = {}  # waiting for room
         self._freed = trio.lowlevel.ParkingLot()
         self._added = trio.lowlevel.ParkingLot()
         self._is_one_lane = is_one_lane
@@ -66,9 +65,7 @@ class EventQueue:
     @property
     def oldest(self) -> float:
         """Receive time of the oldest waiting event; infinity if none waits."""
-        waiting = [lane[0].received_at for lane in self._lanes.values() if lane]
-        waiting += [event.received_at for event in self._blocked.values()]
-        return min(waiting, default=math.inf)
+        return min([lane[0].received_at for lane in self._lanes.values() if lane], default=math.inf)
 
     @property
     def is_full(self) -> bool:
@@ -84,28 +81,13 @@ class EventQueue:
         if dropped:
             loser = self._make_room(event)
         self.undelivered += 1
-        self._add(event)
+        self._lane_of(event).append(event)
+        self.depth += 1
         if (alarm := self._alarm) is not None and alarm.note(event.received_at, dropped=dropped):
             log.error(
                 "dropping events", dropped=alarm.dropped, heard=alarm.heard,
                 capacity=self.capacity, tenant=loser.tenant,
             )  # fmt: skip
-
-    async def put(self, event: Event) -> None:
-        """Add an event, waiting for room."""
-        self.undelivered += 1
-        if self.depth < self.capacity:  # then nobody waits
-            self._add(event)
-            return
-        task = trio.lowlevel.current_task()
-        self._blocked[task] = event
-
-        def give_up(_: object) -> trio.lowlevel.Abort:
-            del self._blocked[task]
-            self.done(1)  # it was not added
-            return trio.lowlevel.Abort.SUCCEEDED
-
-        await trio.lowlevel.wait_task_rescheduled(give_up)
 
     async def wait_for_room(self) -> int:
         """Wait until there is room, and return for how many events, in the same step."""
@@ -168,10 +150,6 @@ class EventQueue:
             else:
                 del lanes[turns.popleft()]
         self.depth -= len(batch)
-        while self._blocked and self.depth < self.capacity:
-            task = next(iter(self._blocked))
-            self._add(self._blocked.pop(task))
-            trio.lowlevel.reschedule(task)
         if self.depth < self.capacity:
             self._freed.unpark_all()
         return batch
@@ -186,10 +164,6 @@ class EventQueue:
         """Wait until everything that was added is delivered."""
         while self.undelivered:
             await self._idle.park()
-
-    def _add(self, event: Event) -> None:
-        self._lane_of(event).append(event)
-        self.depth += 1
 
     def _lane_of(self, event: Event) -> deque[Event]:
         key = _LANE if self._is_one_lane else event.stream or event.tenant
