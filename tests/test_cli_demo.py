@@ -269,6 +269,23 @@ def test_tail_ignores_the_demo_if_another_gateway_is_given(
     assert run("tail", "--demo", "--url", "ws://127.0.0.1:9").exit_code == 2
 
 
+def test_demo_that_is_killed_leaves_no_process(tmp_path: Path) -> None:
+    temporary, port = tmp_path / "temporary", harness.free_port()
+    temporary.mkdir()
+    with demo("--port", str(port), temporary=temporary) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.split()[1:2] == ["waiter"]:  # an event
+                break
+        assert mentioning(f"127.0.0.1:{port}")
+        process.kill()
+        process.wait()
+        ends = time.monotonic() + 10
+        while mentioning(str(temporary)) or mentioning(f"127.0.0.1:{port}"):
+            assert time.monotonic() < ends
+            time.sleep(0.05)
+
+
 async def test_demo_ends_after_its_loops(tmp_path: Path) -> None:
     arguments = f"demo --loops 1 --rate 500 --port {harness.free_port()}".split()
     env = {**harness.environment("redis://nowhere"), "TMPDIR": str(tmp_path)}

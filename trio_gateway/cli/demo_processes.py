@@ -122,15 +122,28 @@ async def running_gateway(gateway: DemoGateway, folder: str) -> AsyncIterator[No
     """
     import trio
 
-    process = await trio.lowlevel.open_process(
-        [sys.executable, "-m", "trio_gateway", "serve", "-b", f"127.0.0.1:{gateway.port}"],
-        env=gateway.environment(),
-        cwd=folder,  # no .env, no hypercorn.toml
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        start_new_session=True,  # not signalled by Ctrl-C
-    )
+    from ..redis_sets.processes import server_group
+
+    with server_group() as group:  # it ends with us, also if we are killed, and not by Ctrl-C
+        process = await trio.lowlevel.open_process(
+            [sys.executable, "-m", "trio_gateway", "serve", "-b", f"127.0.0.1:{gateway.port}"],
+            env=gateway.environment(),
+            cwd=folder,  # no .env, no hypercorn.toml
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            process_group=group.id,
+        )
+        async with _watched(process):
+            await _wait_ready(gateway.port)
+            yield
+
+
+@asynccontextmanager
+async def _watched(process: "trio.Process") -> AsyncIterator[None]:
+    """End the process at the end; raise :exc:`Failure` if it ends before."""
+    import trio
+
     log: deque[str] = deque(maxlen=_LOG_LINES)
     ending = False
 
@@ -148,7 +161,6 @@ async def running_gateway(gateway: DemoGateway, folder: str) -> AsyncIterator[No
     async with trio.open_nursery() as nursery:
         nursery.start_soon(read_log)
         try:
-            await _wait_ready(gateway.port)
             yield
         finally:
             ending = True

@@ -29,6 +29,11 @@ class ServerGroup:
             process_group=0,  # so that Ctrl-C in a terminal does not reach them
         )
 
+    @property
+    def id(self) -> int:
+        """The process group, for what is started in another way: it ends at the latest with us."""
+        return self._watch.pid
+
     def start(self, command: list[str], folder: Path) -> "subprocess.Popen[bytes]":
         """Start a server in ``folder``; its output is added to the file ``log`` there."""
         with (folder / "log").open("ab") as log:
