@@ -366,6 +366,7 @@ async def test_live_clients_stay_and_new_ones_get_1013_while_redis_is_down() -> 
             code, reason = await refusal(gateway.staff_url("waiter"))
             assert code == 1013
             assert "token" not in reason or "can't check" in reason
+            assert (await refusal(gateway.diner_url(jti="d")))[0] == 1013
             # A table token without a jti cannot be revoked, so Redis is not needed.
             async with admitted(gateway.diner_url()):
                 pass
@@ -374,7 +375,7 @@ async def test_live_clients_stay_and_new_ones_get_1013_while_redis_is_down() -> 
             await waiter.send_message(json.dumps({"type": "auth", "token": renewal}))
             assert await received(waiter) == []
             figures = await metrics(gateway.port)
-            assert figures["connections_rejected_total{dependency}"] == 1
+            assert figures["connections_rejected_total{dependency}"] == 2
             assert figures["connections_rejected_total{auth}"] == 0
 
 
