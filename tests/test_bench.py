@@ -1,8 +1,11 @@
 """The bench: its figures are right, checked in a short run of each kind."""
 
 import json
+import os
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +62,44 @@ def test_many_connections_over_several_processes_receive_one_event_each() -> Non
     faults = ("missing", "duplicate", "out of order", "to the wrong client", "lost connections")
     assert [figures[name] for name in faults] == [0, 0, 0, 0, 0]
     assert figures["KB per connection"] < 100
+
+
+def marked(mark: str) -> list[str]:
+    """The command lines of the processes that have this in their environment."""
+    found = []
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):
+            if mark.encode() in environ.read_bytes():
+                found.append(environ.with_name("cmdline").read_text().replace("\0", " "))
+    return found
+
+
+@pytest.mark.chaos
+def test_bench_that_is_killed_leaves_no_process(tmp_path: Path) -> None:
+    mark = f"THIS_BENCH={tmp_path}"
+    options = ["--clients", "60", "--branches", "12", "--processes", "2", "--seconds", "60"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bench", "many", *options],
+        cwd=Path(__file__).parent.parent,
+        env={**os.environ, "THIS_BENCH": str(tmp_path)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        ends = time.monotonic() + 60
+        while True:  # until there are a supervisor with two workers, and two load processes
+            texts = " ".join(marked(mark))
+            if texts.count("trio_gateway serve") == texts.count("-m bench many") == 3:
+                break
+            assert time.monotonic() < ends, texts
+            time.sleep(0.1)
+    finally:
+        process.kill()
+        process.wait()
+    ends = time.monotonic() + 20
+    while found := marked(mark):
+        assert time.monotonic() < ends, found
+        time.sleep(0.1)
 
 
 def test_the_connections_of_a_tenant_are_on_one_process() -> None:
