@@ -1,6 +1,7 @@
 """Pub/Sub: a dead or lagging connection is detected by PING, a slow one is kept."""
 
 import json
+from collections.abc import Callable
 
 import pytest
 import trio
@@ -8,6 +9,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from tests.support.redis_links import Redis, link_to
 from trio_gateway.broker.connection import ENOUGH
+from trio_gateway.broker.probe import EVERY, Probe
 from trio_gateway.broker.pubsub import LIVENESS, PubSub
 from trio_gateway.broker.topology import single
 from trio_gateway.core.limits import DropAlarm
@@ -15,7 +17,7 @@ from trio_gateway.core.resilience import Breaker
 from trio_gateway.redis_url import RedisAddress
 from trio_gateway.runtime.ingest import Ingest
 from trio_gateway.runtime.queue import EventQueue
-from trio_gateway.runtime.supervision import ConnectionLost
+from trio_gateway.runtime.supervision import ConnectionLost, Demoted
 from trio_gateway.testing import make_payload
 
 PONG = b"*2\r\n$4\r\npong\r\n$0\r\n\r\n"
@@ -172,3 +174,75 @@ async def test_link_is_not_lost_by_a_pause(
         await wait_all_tasks_blocked()
 
     assert (burst.queue.dropped, burst.received_at) == (0, 30)
+
+
+# Probes
+
+
+class Probed:
+    """A link to a Redis that answers each PING, with what ``before`` returns in front."""
+
+    def __init__(self, before: Callable[[], bytes]) -> None:
+        self.before = before
+        self.probe = Probe()
+        self.wrong = 0
+        self.lost_at: float | None = None
+        self.pubsub = PubSub(
+            single(RedisAddress()), [], Ingest(), EventQueue(10), Breaker(5, 30),
+            probe=self.probe, on_wrong_server=self._note,
+        )  # fmt: skip
+
+    def _note(self) -> None:
+        self.wrong += 1
+
+    def came_back(self, number: int) -> bytes:
+        payload = b"%d" % number
+        channel = self.probe.channel
+        return b"*3\r\n$7\r\nmessage\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n" % (
+            len(channel), channel, len(payload), payload,
+        )  # fmt: skip
+
+    async def redis(self, stream: trio.abc.Stream) -> None:
+        await stream.send_all(PONG)
+        while await stream.receive_some():
+            await stream.send_all(self.before() + PONG)
+
+    async def publish(self) -> None:
+        """As the connection for streams does."""
+        while True:
+            await trio.sleep(EVERY)
+            self.probe.next_command()
+            self.probe.published(1, trio.current_time())
+
+    async def run(self) -> None:
+        async with link_to(self.redis) as link, trio.open_nursery() as nursery:
+            nursery.start_soon(self.publish)
+            with pytest.raises(Demoted, match="a probe did not come back"):
+                await self.pubsub._listen(link)
+            self.lost_at = trio.current_time()
+            nursery.cancel_scope.cancel()
+
+
+async def test_link_that_leads_to_another_redis_is_left_within_five_seconds(
+    autojump_clock: MockClock,
+) -> None:
+    probed = Probed(lambda: b"")
+    with trio.fail_after(5):
+        await probed.run()
+    assert probed.wrong == 1
+
+
+async def test_probe_that_waits_behind_other_messages_is_not_missed(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    probed = Probed(lambda: probed.came_back(probed.probe._sent))
+    nursery.start_soon(probed.run)
+    await trio.sleep(100)
+    assert probed.lost_at is None
+
+
+async def test_probes_of_other_processes_are_no_events() -> None:
+    pubsub = make_pubsub()
+    pubsub._patterns = [b"*"]
+    assert pubsub._take([b"pmessage", b"*", b"gateway:probe:0", b"1"]) is None
+    assert pubsub._ingest.received["pubsub"] == 0

@@ -10,6 +10,7 @@ import pytest
 import redis
 import trio
 from click.testing import CliRunner
+from structlog.testing import capture_logs
 
 from tests.support.gateways import (
     JWT_SECRET,
@@ -154,6 +155,24 @@ async def test_rights_that_check_proposes_are_sufficient_with_sentinels(
     url = sentinels.url.replace("://", "://few:pw@") + own
     with redis.Redis(port=sentinels.primary().port) as backend:
         await grant_and_work(sentinels, url, sentinels.sentinels, backend, monkeypatch)
+
+
+async def test_without_the_right_to_the_probe_all_works_and_one_warning_says_so(
+    server: RedisServer,
+) -> None:
+    settings = make_settings(f"redis://few:pw@127.0.0.1:{server.port}", redis_dlq_stream=DLQ)
+    channels = [*settings.redis_channel_patterns, "channel:auth:revoked", "channel:gateway:*"]
+    with redis.Redis(port=server.port) as admin:
+        admin.acl_setuser(
+            "few", enabled=True, reset=True, passwords=["+pw"], keys=["*"], categories=["+@all"],
+            channels=channels,
+        )  # fmt: skip
+        with capture_logs() as logs:
+            async with running(settings) as gateway:
+                await works(gateway, admin)
+    warnings = [line["event"] for line in logs if "probe" in line["event"]]
+    assert len(warnings) == 1
+    assert "&gateway:probe:*" in warnings[0]
 
 
 async def test_proxy_without_client_and_hello_is_sufficient(tmp_path: Path) -> None:
