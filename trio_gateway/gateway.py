@@ -193,6 +193,10 @@ class Gateway(QuartTrio):
             async with trio.open_nursery() as nursery:
                 read = partial(parts.streams.run, parts.inlet)
                 changed = None if parts.topology.is_fixed else parts.topology.wait_changed
+                for sharded in parts.sharded_pubsubs:
+                    nursery.start_soon(
+                        keep_running, sharded.name, sharded.run, sharded.breaker, None, changed
+                    )
                 for name, run in (("pubsub", parts.pubsub.run), ("stream", read)):
                     nursery.start_soon(keep_running, name, run, parts.breakers[name], None, changed)
 

@@ -1,7 +1,7 @@
 """Parts: every object of a gateway, built in one place and without I/O."""
 
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ from .broker.dead_letters import DeadLetters
 from .broker.probe import Probe
 from .broker.pubsub import Listener, PubSub
 from .broker.readiness import Readiness
+from .broker.sharded_pubsub import ShardedPubSub, is_channel
 from .broker.stream_pages import StreamPages
 from .broker.streams import Streams
 from .broker.topologies import make_topology
@@ -81,6 +82,7 @@ class Parts:
     replays: Replays
     dispatch: Dispatch
     pubsub: PubSub
+    sharded_pubsubs: Sequence[ShardedPubSub]  # in a Cluster only
     streams: Streams | ClusterStreams
     inlet: StreamInlet
     following: Following
@@ -249,6 +251,23 @@ def build_parts(
         on_wrong_server=lambda: streams.reconnect(),
     )
 
+    sharded_pubsubs: list[ShardedPubSub] = []
+    if is_cluster:
+        channels = [name for name in settings.redis_channel_patterns if is_channel(name)]
+        channels += [name for name in (REVOKED, SECTORS_CHANGED) if name in listeners]
+        for channel in dict.fromkeys(channels):
+            sharded_pubsubs.append(
+                ShardedPubSub(
+                    topology,
+                    channel,
+                    ingest,
+                    pubsub_queue,
+                    Breaker(settings.circuit_failure_threshold, settings.circuit_recovery_timeout),
+                    listeners.get(channel),
+                    max_wait=settings.redis_event_max_wait,
+                )
+            )
+
     def on_demoted() -> None:
         pubsub.reconnect()
         commands.reconnect()
@@ -303,6 +322,7 @@ def build_parts(
         replays=replays,
         dispatch=dispatch,
         pubsub=pubsub,
+        sharded_pubsubs=sharded_pubsubs,
         streams=streams,
         inlet=inlet,
         following=following,

@@ -64,6 +64,7 @@ _AWAITED: Final = {
 }
 # Parts of the tasks that watch Redis, read it and send commands to it.
 _PARTS: Final = {
+    "gateway.py: keep_running, sharded.name, sharded.run, sharded.breaker, None, changed",
     "broker/primaries.py: self._calls.run, self._close_all, self._timeout",
     "broker/cluster_streams.py: self._run, sink",
     "broker/pubsub.py: self._leave, server",

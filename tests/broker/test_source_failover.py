@@ -5,14 +5,23 @@ from contextlib import contextmanager
 
 import pytest
 import trio
+from structlog.testing import capture_logs
 
 from tests.support.gateways import until
 from tests.support.source_engine import Engine
 from tests.support.stopwatch import Stopwatch
+from trio_gateway.broker.sharded_pubsub import ShardedPubSub
+from trio_gateway.broker.topologies import make_topology
+from trio_gateway.broker.topology_watch import watch
 from trio_gateway.core.event_ids import entry_id, tag
+from trio_gateway.core.resilience import Breaker
 from trio_gateway.redis_sets import Cluster
 from trio_gateway.redis_sets.node import Node
 from trio_gateway.redis_sets.redis_set import RedisSet
+from trio_gateway.redis_url import RedisUrl
+from trio_gateway.runtime.ingest import Ingest
+from trio_gateway.runtime.queue import EventQueue
+from trio_gateway.runtime.supervision import keep_running
 
 SETS = {"sentinel": "sentinels", "cluster": "cluster"}  # fixtures
 LIVE_AGAIN = 2.0  # seconds after the new primary accepts writes
@@ -172,3 +181,53 @@ async def test_stream_that_has_moved_before_its_slot_is_read_where_it_is(cluster
             for node in (there, *cluster.primaries()):
                 node.ask("CLUSTER", "SETSLOT", slot, "NODE", there.ask("CLUSTER", "MYID"))
         assert not engine.sink.gaps
+
+
+# Sharded Pub/Sub
+
+
+class Heard:
+    """Notes what it hears."""
+
+    def __init__(self) -> None:
+        self.messages: list[bytes] = []
+        self.subscribed = 0
+
+    def receive(self, payload: bytes, /) -> None:
+        self.messages.append(payload)
+
+    def on_subscribed(self) -> None:
+        self.subscribed += 1
+
+
+async def test_sharded_channel_is_heard_where_its_slot_is(cluster: Cluster) -> None:
+    channel, heard = "a", Heard()
+    topology = make_topology(RedisUrl.from_url(cluster.url))
+    breaker = Breaker(1000, 30)
+    sharded = ShardedPubSub(topology, channel, Ingest(), EventQueue(10), breaker, heard)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch, topology)
+        nursery.start_soon(
+            keep_running, "sharded", sharded.run, breaker, None, topology.wait_changed
+        )
+        await until(lambda: sharded.connected)
+        old = cluster.primary(channel)
+        old.ask("SPUBLISH", channel, "1")
+        await until(lambda: heard.messages == [b"1"])
+        there = next(node for node in cluster.primaries() if node is not old)
+        await trio.to_thread.run_sync(cluster.move_slot, channel, there)
+        await until(lambda: heard.subscribed == 2)
+        there.ask("SPUBLISH", channel, "2")
+        await until(lambda: heard.messages == [b"1", b"2"])
+        nursery.cancel_scope.cancel()
+
+
+async def test_cluster_that_allows_no_sharded_channel_is_warned_of_once(cluster: Cluster) -> None:
+    for node in cluster.nodes:
+        node.ask("ACL", "SETUSER", "few", "reset", "on", "nopass", "+@all", "-ssubscribe", "~*")
+    topology = make_topology(RedisUrl.from_url(cluster.url.replace("//", "//few:x@")))
+    sharded = ShardedPubSub(topology, "a", Ingest(), EventQueue(10), Breaker(5, 30), Heard())
+    with capture_logs() as logs, trio.move_on_after(0.5):
+        await sharded.run()
+    (warning,) = (log for log in logs if log["log_level"] == "warning")
+    assert "+ssubscribe" in warning["event"]

@@ -11,12 +11,14 @@ import structlog
 import trio
 
 from ..core.events import Event
+from ..core.exception_groups import first_leaf
 from ..core.resilience import Breaker
+from ..core.slots import read_node
 from ..redis_url import RedisAddress
 from ..runtime.ingest import Ingest
 from ..runtime.queue import EventQueue
 from ..runtime.supervision import ConnectionLost, Demoted
-from .connection import ENOUGH, RedisConnection, open_redis
+from .connection import ENOUGH, Redirected, RedisConnection, open_redis
 from .probe import EVERY, PREFIX, Probe, is_refused
 from .topology import Topology
 
@@ -65,6 +67,7 @@ class PubSub:
         anywhere: bool = False,
         on_wrong_server: Callable[[], None] = lambda: None,
     ) -> None:
+        self.name = "pubsub"
         self._topology = topology
         self._probe = probe or Probe()
         self._anywhere = anywhere
@@ -102,9 +105,13 @@ class PubSub:
                         await self._subscribe(redis)
                         await self._listen(redis)
                 raise Demoted("its Redis may be a replica by now")
-        except* ConnectionLost:
+        except* ConnectionLost as lost:
             self._lost = server
-            self._topology.suspect(server)
+            if isinstance(redirection := first_leaf(lost), Redirected):
+                node = read_node(redirection.place, server.host)
+                self._topology.moved(redirection.slot, node)
+            else:
+                self._topology.suspect(server)
             raise
         finally:
             self.connected = False
@@ -240,7 +247,7 @@ class PubSub:
             self.connected = True
             self._probe.listens(True)
             self._breaker.succeeded()
-            log.info("subscribed", source="pubsub", patterns=len(self._patterns))
+            log.info("subscribed", source=self.name, patterns=len(self._patterns))
             for on_subscribed in self._on_subscribed:
                 on_subscribed()
 
