@@ -51,6 +51,7 @@ async def check_server(
     the keys.
     """
     from ..broker.connection import open_redis
+    from ..redis_url import RedisKind, RedisUrl
     from ..runtime.supervision import ConnectionLost
 
     try:
@@ -66,6 +67,9 @@ async def check_server(
             await _check_commands(settings, asking, report)
         async with open_redis(address, any_role=of_many) as redis:
             await _check_subscribing(settings, _Asking(redis, ()), report)
+        if RedisUrl.from_url(settings.redis_url).kind is RedisKind.CLUSTER:
+            async with open_redis(address, any_role=True) as redis:
+                await _check_sharded(_Asking(redis, ("MOVED", "CLUSTERDOWN")), report)
     except ConnectionLost as lost:
         report.fail_to_connect(str(lost) if of_many else f"Redis: {lost}")
 
@@ -191,3 +195,13 @@ async def _check_subscribing(settings: "Settings", asking: _Asking, report: Repo
             await asking.call("PSUBSCRIBE", pattern)
         for channel in (REVOKED, PLACEMENT):
             await asking.call("SUBSCRIBE", channel)
+
+
+async def _check_sharded(asking: _Asking, report: Report) -> None:
+    from ..core.control_messages import REVOKED
+
+    with report.trying(
+        f"subscribing to {REVOKED} as sharded Pub/Sub",
+        "allow this user: ACL SETUSER … +ssubscribe",
+    ):
+        await asking.call("SSUBSCRIBE", REVOKED, unless="unknown command")  # before Redis 7
