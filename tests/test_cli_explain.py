@@ -151,7 +151,7 @@ def test_token_may_come_from_a_file_or_stdin(tmp_path: Path) -> None:
     assert verdict["verified"]
     (tmp_path / "event.json").write_text(EVENT)
     done = run("explain", "event.json", "--json", "--token", "-", env=SECRETS, stdin=WAITER)
-    assert json.loads(done.stdout)["tokens"][0]["hears"]
+    assert json.loads(done.stdout)["tokens"][0]["receives"]
 
 
 def test_line_of_the_samples_is_accepted_as_an_event() -> None:

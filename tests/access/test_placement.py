@@ -43,7 +43,7 @@ class Process:
 
     async def join(self, tenant: int, count: int = 1) -> list[FakeSocket]:
         sockets = [FakeSocket() for _ in range(count)]
-        for user, socket in enumerate(sockets, 1 + self.hub.joins):
+        for user, socket in enumerate(sockets, 1 + self.hub.last_number):
             client = Connection(make_principal(tenant=tenant, user=user), FOR_EVER)
             self._nursery.start_soon(client.run, socket, self.hub)
         await wait_all_tasks_blocked()

@@ -135,5 +135,17 @@ def test_they_are_bounded_and_hold_no_token() -> None:
     assert not any(isinstance(each, str) for each in gc.get_referents(remembered._found))
 
 
+def test_one_that_was_verified_with_keys_of_before_is_not_remembered() -> None:
+    remembered: VerifiedTokens[Staff] = VerifiedTokens()
+    before, after, token = object(), object(), staff()
+    found = read_jwt(token, KEYS, Rules(), 1000.0)
+    for keys in (before, after):
+        assert remembered.get(token, 1000.0, keys) is None
+    remembered.add(token, found, before)  # it took a while
+    assert remembered.get(token, 1000.0, after) is None
+    remembered.add(token, found, after)
+    assert remembered.get(token, 1000.0, after) is found
+
+
 def test_two_processes_have_different_hashes() -> None:
     assert VerifiedTokens[Staff]()._digest("a") != VerifiedTokens[Staff]()._digest("a")

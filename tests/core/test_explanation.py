@@ -174,7 +174,7 @@ def test_verdict_names_each_endpoint() -> None:
         [make_principal(endpoint, roles=roles) for endpoint in Endpoint if endpoint.staff],
     )
     assert found.as_json() == {
-        "hears": True,
+        "receives": True,
         "endpoints": ["waiter", "admin"],
         "reasons": {"kitchen": "type: ENTITY_CREATED goes to admins, never to /ws/kitchen"},
     }
@@ -183,7 +183,7 @@ def test_verdict_names_each_endpoint() -> None:
 def test_endpoint_that_does_not_admit_the_role_has_that_reason() -> None:
     found = judge(make_event(), [make_principal()])
     assert found.as_json() == {
-        "hears": True,
+        "receives": True,
         "endpoints": ["waiter"],
         "reasons": {
             "kitchen": "role: /ws/kitchen admits ADMIN, KITCHEN, MANAGER; the token has WAITER",
@@ -196,7 +196,7 @@ def test_endpoint_that_does_not_admit_the_role_has_that_reason() -> None:
 def test_token_of_another_tenant_has_no_other_reason(event: Event, principal: Principal) -> None:
     if event.tenant != principal.tenant:
         assert judge(event, [principal]).as_json() == {
-            "hears": False,
+            "receives": False,
             "endpoints": [],
             "reasons": {"token": "tenant: the token is of another tenant"},
         }

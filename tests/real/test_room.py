@@ -54,7 +54,7 @@ async def test_dead_connections_are_closed_after_two_seconds_and_live_ones_stay(
         async with trio.open_nursery() as nursery:
             for _ in range(3):  # at the same time: two places for three
                 nursery.start_soon(come)
-            await until(lambda: gateway.app.parts.hub.joins == 5, 4)
+            await until(lambda: gateway.app.parts.hub.last_number == 5, 4)
             assert 2 <= trio.current_time() - started < 3.5
             await until(lambda: codes, 1)
             assert (
@@ -134,7 +134,7 @@ async def test_event_stream_that_acknowledges_nothing_is_closed(
                 await trio.sleep(0.2)
             started = trio.current_time()
             async with connect(gateway.staff_url("waiter")) as client:
-                await until(lambda: gateway.app.parts.hub.joins == 2, 5)
+                await until(lambda: gateway.app.parts.hub.last_number == 2, 5)
                 assert trio.current_time() - started > 1.9
                 assert await received(client) == []
 

@@ -33,4 +33,4 @@ async def test_each_key_has_a_limit_of_its_own(
             await limiter.take("one")
         assert trio.current_time() == 3
         nursery.cancel_scope.cancel()
-    assert limiter.busy_keys == 2
+    assert len(limiter._there) == 2

@@ -61,7 +61,7 @@ async def test_scan_reaches_back_as_far_as_the_bound_and_no_further(
     assert outcome(await connect(world, place(4400)))[:2] == (True, 600)
     assert outcome(await connect(world, place(4399)))[:2] == (False, 0)
     assert outcome(await connect(world, place(7)))[:2] == (False, 0)
-    assert world.older.entries_scanned <= 2 * (500 + 1000) + 2
+    assert world.redis.entries_read <= 2 * (500 + 1000) + 2
 
 
 async def test_nothing_is_scanned_if_scans_are_switched_off(

@@ -85,21 +85,27 @@ class FakeStreams:
         self.entries: dict[Stream, list[ReadEntry]] = {}
         self.fails = False
         self.seconds = 0.0  # for a page
-        self.pages = 0
+        self.pages = self.entries_read = 0
         self.is_trimmed = False
 
     async def read_back(self, stream: Stream, end: Position, most: int) -> list[ReadEntry]:
         await self._answer()
         found = [entry for entry in self.entries.get(stream, ()) if entry[0] <= end]
-        return found[::-1][:most]
+        return self._page(found[::-1], most)
 
     async def read_on(self, stream: Stream, after: Position, most: int) -> list[ReadEntry]:
         await self._answer()
-        return [entry for entry in self.entries.get(stream, ()) if entry[0] > after][:most]
+        found = [entry for entry in self.entries.get(stream, ()) if entry[0] > after]
+        return self._page(found, most)
 
     async def is_whole(self, stream: Stream) -> bool:
         await self._answer()
         return not self.is_trimmed
+
+    def _page(self, found: list[ReadEntry], most: int) -> list[ReadEntry]:
+        page = found[:most]
+        self.entries_read += len(page)
+        return page
 
     async def _answer(self) -> None:
         self.pages += 1

@@ -61,10 +61,10 @@ async def admitted(
     gateway: Running, path: str, headers: dict[str, str] | None = None
 ) -> AsyncIterator[Listener]:
     """An admitted client, which receives what is published from now on."""
-    before = gateway.app.parts.hub.joins
+    before = gateway.app.parts.hub.last_number
     async with listening(gateway.port, path, headers) as listener:
         assert listener.status == 200, listener.body
-        await until(lambda: gateway.app.parts.hub.joins > before)
+        await until(lambda: gateway.app.parts.hub.last_number > before)
         yield listener
 
 

@@ -117,7 +117,7 @@ async def test_many_concurrent_requests_delay_no_other_client(gateway: Running) 
     trio.lowlevel.remove_instrument(longest)
     assert statuses == [200] * 8
     assert longest.seconds < 0.05
-    await until(lambda: not gateway.app.parts.catch_ups.busy_keys)
+    await until(lambda: not gateway.app.parts.catch_ups._there)
 
 
 async def test_transfer_in_progress_has_no_time_limit_and_a_disconnect_frees_its_slot(
@@ -139,8 +139,8 @@ async def test_transfer_in_progress_has_no_time_limit_and_a_disconnect_frees_its
     fill(gateway, 200, 60_000)
     async with dialled(gateway.port, receive_buffer=4096) as client:
         await client.send(request)
-        await until(lambda: gateway.app.parts.catch_ups.busy_keys)
-    await until(lambda: not gateway.app.parts.catch_ups.busy_keys)
+        await until(lambda: gateway.app.parts.catch_ups._there)
+    await until(lambda: not gateway.app.parts.catch_ups._there)
 
 
 async def test_request_beyond_the_history_is_marked_incomplete(

@@ -78,7 +78,7 @@ async def test_admin_is_shown_the_recipients_and_why_others_receive_nothing() ->
         "diner of another table": [],
         "of another branch": [],
     }
-    assert verdicts["diner"] == {"hears": True, "endpoints": ["diner"], "reasons": {}}
+    assert verdicts["diner"] == {"receives": True, "endpoints": ["diner"], "reasons": {}}
     assert verdicts["waiter of 1 and 2"]["reasons"]["waiter"] == (
         "sector: the event is for sector 5 of branch 1, this waiter has 1, 2"
     )
@@ -108,7 +108,7 @@ async def test_invalid_token_is_explained_and_counts_as_no_failed_login() -> Non
         "without a role": {"token": "token: role not admitted here"},
         "without a branch": {"token": "token: no branch in the token"},
     }
-    assert not any(verdict["hears"] for verdict in verdicts.values())
+    assert not any(verdict["receives"] for verdict in verdicts.values())
     assert (await ask(body, admin(), app=app))[0] == 200
 
 
@@ -116,7 +116,7 @@ async def test_token_of_another_tenant_is_not_described() -> None:
     tokens = [admin(tenant_id=2), make_table_token(TABLE_SECRET, tenant_id=2)]
     _, found = await ask({"event": EVENT, "tokens": tokens}, admin())
     other = {
-        "hears": False,
+        "receives": False,
         "endpoints": [],
         "reasons": {"token": "tenant: the token is of another tenant"},
     }

@@ -49,10 +49,12 @@ class VerifiedTokens(Generic[Verified]):
         return found
 
     def add(self, token: str, verified: Verified, keys: object = None) -> None:
-        """Remember a token that was verified with these keys just now."""
+        """Remember a token that was verified with these keys just now.
+
+        Not if they have changed since the last :meth:`get`, which is soon followed by another.
+        """
         if keys is not self._keys:
-            self._found.clear()
-            self._keys = keys
+            return
         self._found[self._digest(token)] = verified
         if len(self._found) > self._most:
             del self._found[next(iter(self._found))]

@@ -43,14 +43,14 @@ class Reason:
 class Verdict:
     """The endpoints on which a token's holder receives an event, and why not on the others."""
 
-    hears: tuple[Endpoint, ...]
+    endpoints: tuple[Endpoint, ...]
     reasons: Mapping[str, Reason]  # by the endpoint's label, or EVERYWHERE
 
     def as_json(self) -> dict[str, Any]:
         """The verdict as ``POST /ws/explain`` returns it."""
         return {
-            "hears": bool(self.hears),
-            "endpoints": [endpoint.label for endpoint in self.hears],
+            "receives": bool(self.endpoints),
+            "endpoints": [endpoint.label for endpoint in self.endpoints],
             "reasons": {where: str(reason) for where, reason in self.reasons.items()},
         }
 
@@ -74,7 +74,7 @@ def judge(
     first = principals[0]
     if first.tenant != event.tenant:
         return Verdict((), {EVERYWHERE: _of_another_tenant()})
-    hears: list[Endpoint] = []
+    receiving: list[Endpoint] = []
     reasons: dict[str, Reason] = {}
     by_endpoint = {principal.endpoint: principal for principal in principals}
     for endpoint in Endpoint:
@@ -83,10 +83,10 @@ def judge(
         if (principal := by_endpoint.get(endpoint)) is None:
             reasons[endpoint.label] = _not_admitted(endpoint, first.roles)
         elif (reason := why_not(event, principal, routes, audiences)) is None:
-            hears.append(endpoint)
+            receiving.append(endpoint)
         else:
             reasons[endpoint.label] = reason
-    return Verdict(tuple(hears), reasons)
+    return Verdict(tuple(receiving), reasons)
 
 
 def why_not(
@@ -103,27 +103,27 @@ def why_not(
     """
     named = frozenset(routes.audiences(event) if audiences is None else audiences)
 
-    def hears(who: Principal) -> bool:
+    def receives(who: Principal) -> bool:
         return not named.isdisjoint(audiences_of(who))
 
-    if hears(principal):
+    if receives(principal):
         return None
     if principal.tenant != event.tenant:
         return _of_another_tenant()
     to = routes.route_of(event.type).to
     fixes = _fixes(event, principal)
     ideal = _fixed(principal, fixes.values())
-    if not hears(ideal):
+    if not receives(ideal):
         if principal.endpoint is Endpoint.DINER and event.branch and To.DINERS in to:
             return Reason(Fact.SESSION, f"{event.type} is for one session, but names no session")
         if Fact.BRANCH in fixes:
             return _other_branch(event, principal)
-        if hears(replace(ideal, roles=ideal.roles | {Role.MANAGER})):
+        if receives(replace(ideal, roles=ideal.roles | {Role.MANAGER})):
             return _no_admin(event, principal)
         return _never(event, principal.endpoint, to, known=event.type in routes)
     for fact, fix in fixes.items():
         others = [each for other, each in fixes.items() if other is not fact]
-        if hears(replace(principal, **fix)) or not hears(_fixed(principal, others)):
+        if receives(replace(principal, **fix)) or not receives(_fixed(principal, others)):
             return _REASONS[fact](event, principal)
     raise AssertionError("with all fixes the principal receives it, but no single fix is a reason")
 

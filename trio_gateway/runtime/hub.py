@@ -59,7 +59,6 @@ class Hub:
         self._connections: dict[Connection, None] = {}  # in the order they joined
         self._leaving: set[Connection] = set()
         self._emptied = trio.lowlevel.ParkingLot()
-        self.joins = 0  # ever
         self.last_number = 0  # of connections and lags, which are numbered as they begin
         self.deflate_count = 0  # connections that can read compressed messages
         self.held: set[Connection] = set()  # they get durable events from the history
@@ -128,7 +127,6 @@ class Hub:
     def join(self, connection: Connection) -> None:
         """Add a connection to the audiences of its principal."""
         principal = connection.principal
-        self.joins += 1
         self.last_number += 1
         connection.number = self.last_number
         self._connections[connection] = None

@@ -24,11 +24,6 @@ class KeyedLimiter:
         self._turns: dict[Hashable, trio.Semaphore] = {}
         self._there: Counter[Hashable] = Counter()  # running or waiting
 
-    @property
-    def busy_keys(self) -> int:
-        """How many keys have a request that runs or waits."""
-        return len(self._there)
-
     async def take(self, key: Hashable) -> Callable[[], None]:
         """Wait for a slot, and return the function that releases it.
 

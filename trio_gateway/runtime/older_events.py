@@ -108,7 +108,6 @@ class OlderEvents:
         self._locks: dict[Stream, trio.Lock] = {}  # one scan of a stream at a time
         self._limit = trio.CapacityLimiter(_AT_A_TIME)
         self.scans = 0
-        self.entries_scanned = 0
 
     async def find(self, cursor: Cursor) -> bool:
         """Make everything after this cursor known, here or in the history, if the streams hold it.
@@ -256,7 +255,6 @@ class OlderEvents:
         while not is_deepest and (not found or found[-1][0] > oldest or len(found) < least):
             asked = min(_PAGE, self._most_entries + 1 - len(found))  # the client's own, too
             page = await self._reader.read_back(stream, end, asked)
-            self.entries_scanned += len(page)
             is_deepest = len(page) < asked or len(found) + asked > self._most_entries
             for n, (position, payload) in enumerate(page):
                 size += len(payload or b"")
@@ -292,7 +290,6 @@ class OlderEvents:
             was_joined = self._is_joined(found)
             end = self._history.end.get(found.stream, found.end)
             page = await self._reader.read_on(found.stream, found.end, _PAGE)
-            self.entries_scanned += len(page)
             read = [entry for entry in page if entry[0] <= end]
             await self._fill(found, read)
             ahead += len(read) if was_joined else 0
