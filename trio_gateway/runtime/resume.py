@@ -108,6 +108,9 @@ class Replays:
         connection.resume_state.is_decided = True
         if not self._places.is_known(connection.principal.tenant):
             return
+        if connection.resume_state.cursor == self._end(connection):  # as mostly: nothing came
+            self._hub.step(connection, Step.CATCH_UP)
+            return
         if self._history.forgot(self._cursor(connection)):
             connection.send(GAP)
             self._hub.step(connection, Step.GAP, self._past_forgotten(connection))
