@@ -23,6 +23,8 @@ from .services import Services
 
 _STUCK: Final = 30  # seconds; no claim
 _PROBE_EVERY: Final = 0.05  # seconds
+# A failover must not take as long as the default of this.
+_SETTINGS: Final = {**FOR_CROWDS, "CIRCUIT_RECOVERY_TIMEOUT": "30"}
 
 
 class Network:
@@ -238,7 +240,7 @@ async def _servers(
 @asynccontextmanager
 async def _gateways(servers: RedisSet, number: int) -> AsyncIterator[Sequence[GatewayProcess]]:
     with tempfile.TemporaryDirectory() as folder:
-        fleet = [GatewayProcess(servers.url, Path(folder), **FOR_CROWDS) for _ in range(number)]
+        fleet = [GatewayProcess(servers.url, Path(folder), **_SETTINGS) for _ in range(number)]
         try:
             async with trio.open_nursery() as nursery:
                 for gateway in fleet:
