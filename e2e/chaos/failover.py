@@ -101,11 +101,12 @@ class Figures:
     clients: int
     times: int = 0
     events: int = 0
-    missing: int = 0
-    untold: int = 0  # missing without a gap
+    missing: int = 0  # events that a client which stayed did not receive
+    not_replayed: int = 0  # events that one which came back did not receive
+    untold: int = 0  # of both, without being told
     doubled: int = 0
     out_of_order: int = 0
-    gaps: int = 0  # of the client that was told most often
+    gaps: int = 0  # of a client that stayed and was told most often
     published_again: int = 0
     reconnects: int = 0  # that no client wanted
     writable_after: list[float] = field(default_factory=list)
@@ -121,12 +122,14 @@ class Figures:
         for client in clients:
             distinct = set(client.seen)
             missing = set(range(client.seen[0], self.events + 1)) - distinct
-            self.missing += len(missing)
+            stays = client.patience == math.inf
+            self.missing += len(missing) if stays else 0
+            self.not_replayed += 0 if stays else len(missing)
             self.untold += _untold(client, missing)
             self.doubled += len(client.seen) - len(distinct)
             self.out_of_order += sum(a > b for a, b in pairwise(client.seen))
-            self.gaps = max(self.gaps, client.losses)
-            if client.patience == math.inf:
+            if stays:
+                self.gaps = max(self.gaps, client.losses)
                 self.reconnects += client.connects - 1
 
     def check(self) -> None:
@@ -147,7 +150,7 @@ class Figures:
 
         cells = [
             self.what, "yes" if self.confirm else "no", self.times, self.events,
-            f"{self.missing}, {self.doubled}, {self.out_of_order}", self.gaps,
+            f"{self.missing}, {self.doubled}, {self.out_of_order}", self.gaps, self.not_replayed,
             most(self.writable_after), most(self.live_after), most(self.ready_after),
             most(self.tickets_after), most(self.published_after),
         ]  # fmt: skip
