@@ -208,7 +208,7 @@ async def run(
                 await disturb(stage)
                 await stage.progress()
                 for gateway in fleet:
-                    await Services(gateway.port).check(await stage.primary())
+                    await Services(gateway.port).check(servers)
         finally:
             backend.stop()
         await trio.sleep(0.5)

@@ -40,8 +40,8 @@ async def relayed(buffer: int | None = None) -> AsyncIterator[tuple[Relay, Echo]
         nursery.cancel_scope.cancel()
 
 
-async def client_of(relay: Relay) -> trio.SocketStream:
-    return await trio.open_tcp_stream("127.0.0.1", relay.port)
+async def client_of(relay: Relay, host: str | None = None) -> trio.SocketStream:
+    return await trio.open_tcp_stream("127.0.0.1", relay.port, local_address=host)
 
 
 async def received(stream: trio.SocketStream, size: int, seconds: float = 2) -> bytes:
@@ -68,6 +68,24 @@ async def test_forward_passes_bytes_and_ends_on_both_ways() -> None:
         await client.send_eof()
         assert await received(client, 1) == b""
         assert echo.ended == 1
+
+
+async def test_split_cuts_off_some_addresses_until_the_network_is_back() -> None:
+    async with (
+        relayed() as (relay, _),
+        await client_of(relay) as near,
+        await client_of(relay, "127.0.0.2") as far,
+    ):
+        relay.split({"127.0.0.2"})
+        async with await client_of(relay, "127.0.0.2") as later:
+            for each in (near, far, later):
+                await each.send_all(b"one")
+            assert await received(near, 3) == b"one"
+            assert await is_silent(far)
+            assert await is_silent(later)
+            relay.forward()
+            assert await received(far, 3) == b"one"
+            assert await received(later, 3) == b"one"
 
 
 async def test_vanish_passes_nothing_until_the_network_is_back() -> None:
