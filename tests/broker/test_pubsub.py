@@ -8,12 +8,14 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from tests.support.redis_links import Redis, link_to
-from trio_gateway.broker.connection import ENOUGH
+from tests.support.stopwatch import Stopwatch
+from trio_gateway.broker.connection import CONNECT_TIMEOUT, ENOUGH
 from trio_gateway.broker.probe import EVERY, Probe
 from trio_gateway.broker.pubsub import LIVENESS, PubSub
-from trio_gateway.broker.topology import single
+from trio_gateway.broker.topology import Topology, single
 from trio_gateway.core.limits import DropAlarm
 from trio_gateway.core.resilience import Breaker
+from trio_gateway.core.slots import SlotMap
 from trio_gateway.redis_url import RedisAddress
 from trio_gateway.runtime.ingest import Ingest
 from trio_gateway.runtime.queue import EventQueue
@@ -246,3 +248,29 @@ async def test_probes_of_other_processes_are_no_events() -> None:
     pubsub._patterns = [b"*"]
     assert pubsub._take([b"pmessage", b"*", b"gateway:probe:0", b"1"]) is None
     assert pubsub._ingest.received["pubsub"] == 0
+
+
+async def test_server_that_says_nothing_is_left_when_another_one_is_the_primary() -> None:
+    (frozen,) = await trio.open_tcp_listeners(0, host="127.0.0.1")  # accepts, by its kernel
+    primaries = [("127.0.0.1", frozen.socket.getsockname()[1]), ("127.0.0.1", 1)]
+
+    async def look(before: SlotMap) -> SlotMap:
+        return SlotMap.of_one(primaries.pop(0))
+
+    topology = Topology(look, lambda node: RedisAddress(*node))
+    queue = EventQueue(10, DropAlarm(60, 0.05, 300))
+    pubsub = PubSub(topology, [], Ingest(), queue, Breaker(5, 30))
+    watch = Stopwatch()
+    async with frozen, trio.open_nursery() as nursery:
+        nursery.start_soon(lose, pubsub)
+        await wait_all_tasks_blocked(0.05)
+        assert len(primaries) == 1
+        await topology.look_again()
+    assert watch.net < CONNECT_TIMEOUT - 0.5
+
+
+async def lose(pubsub: PubSub) -> None:
+    try:
+        await pubsub.run()
+    except* Demoted:
+        pass

@@ -96,15 +96,16 @@ class PubSub:
         """Receive until the connection is :exc:`ConnectionLost`."""
         server = await self._choose()
         try:
-            async with open_redis(server, any_role=self._anywhere) as redis:
-                with self._connection_scope:
-                    async with trio.open_nursery() as nursery:
-                        nursery.start_soon(self._leave, server)
+            with self._connection_scope:
+                async with trio.open_nursery() as nursery:
+                    # While it connects, too: a frozen server accepts, and then says nothing.
+                    nursery.start_soon(self._leave, server)
+                    async with open_redis(server, any_role=self._anywhere) as redis:
                         if self._anywhere:
                             nursery.start_soon(self._publish_probes, server)
                         await self._subscribe(redis)
                         await self._listen(redis)
-                raise Demoted("its Redis may be a replica by now")
+            raise Demoted("its Redis may be a replica by now")
         except* ConnectionLost as lost:
             self._lost = server
             if isinstance(redirection := first_leaf(lost), Redirected):
