@@ -2,6 +2,7 @@
 
 import pytest
 import trio
+from structlog.testing import capture_logs
 from trio.testing import MockClock
 
 from trio_gateway.broker.topology import PAUSE, Topology, single
@@ -81,6 +82,41 @@ async def test_failed_looks_have_a_pause_between_them(autojump_clock: MockClock)
         with pytest.raises(ConnectionLost, match="nobody there"):
             await servers.topology.primary()
     assert servers.looks == pytest.approx([0, 1 + PAUSE, 2 + 2 * PAUSE])
+
+
+async def test_last_known_primary_is_used_while_nobody_answers_who_the_primary_is(
+    autojump_clock: MockClock,
+) -> None:
+    servers = Servers(A)
+    topology = servers.topology
+    first = await topology.primary()
+    servers.primary = None
+    with pytest.raises(ConnectionLost):
+        await topology.look_again()
+    assert not topology.is_known
+    asked = len(servers.looks)
+    assert await topology.primary() == first  # without another question
+    assert len(servers.looks) == asked
+    topology.suspect(first)
+    assert await topology.primary() == first
+    assert len(servers.looks) == asked + 1
+    servers.primary = B
+    topology.suspect(first)
+    assert await topology.primary() == RedisAddress("b", 2)
+
+
+async def test_log_names_a_primary_that_a_redirection_has_named_before() -> None:
+    maps = [SlotMap.of_one(A), SlotMap.of_one(B)]
+
+    async def look(before: SlotMap) -> SlotMap:
+        return maps.pop(0)
+
+    topology = Topology(look, lambda node: RedisAddress(*node), is_cluster=True)
+    await topology.current()
+    topology.moved(5, B)
+    with capture_logs() as logs:
+        await topology.look_again()
+    assert [(each["was"], each["now"]) for each in logs] == [("a:1", "b:2")]
 
 
 async def test_moved_slot_is_known_at_once_and_others_are_told(autojump_clock: MockClock) -> None:

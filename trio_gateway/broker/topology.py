@@ -6,6 +6,7 @@ they are not known. Whoever finds that a server does not answer, or is no primar
 """
 
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Final
 
 import structlog
@@ -42,6 +43,7 @@ class Topology:
         self._look = look
         self.address = address
         self._map = known or SlotMap()
+        self._told = self._map.primaries  # the primaries that the log has last told of
         self._is_suspect = known is None
         self._lock = trio.Lock()
         self._looks = 0
@@ -80,8 +82,16 @@ class Topology:
         return self._map
 
     async def current(self) -> SlotMap:
-        """The present map. Raises :exc:`ConnectionLost` if it is not known."""
-        return await self.look_again() if self._is_suspect else self._map
+        """The present map, or the last one if nobody answers who knows it: it may be right.
+
+        Raises :exc:`ConnectionLost` if none was ever known.
+        """
+        if self._is_suspect:
+            with suppress(ConnectionLost):
+                return await self.look_again()
+            if not self._map.ranges:
+                raise ConnectionLost(self._problem or "no primary is known")
+        return self._map
 
     async def look_again(self) -> SlotMap:
         """Ask the servers; those who want it at the same time share one answer."""
@@ -96,16 +106,18 @@ class Topology:
 
     async def _look_once(self) -> None:
         self._is_suspect = False  # what is suspected from now on is asked for again
-        found = None
+        is_over = False
         try:
             found = await self._look(self._map)
         except ConnectionLost as lost:
             self._problem = str(lost)
+            is_over = bool(self._map.ranges)  # the last primaries are used, until one is suspected
         else:
             self._problem = None
             self._set(found)
+            is_over = True
         finally:
-            self._is_suspect |= found is None
+            self._is_suspect |= not is_over
             self._looked_at = trio.current_time()
         self._looks += 1
 
@@ -146,15 +158,14 @@ class Topology:
 
     def _set(self, found: SlotMap) -> None:
         before, self._map = self._map, found
-        if before.ranges in ((), found.ranges):
-            return
-        if before.primaries != found.primaries:
+        # A primary that a node has named in a redirection is in the map before.
+        told, self._told = self._told, found.primaries
+        if told and told != self._told:
             log.warning(
-                "primary changed",
-                was=_names(before.primaries - found.primaries),
-                now=_names(found.primaries - before.primaries),
+                "primary changed", was=_names(told - self._told), now=_names(self._told - told)
             )
-        self._changed.unpark_all()
+        if before.ranges not in ((), found.ranges):
+            self._changed.unpark_all()
 
 
 def _names(nodes: frozenset[Node]) -> str:
