@@ -1,7 +1,7 @@
 """A connection: one client's reader, its writer when it is slow, and its one ending."""
 
-import math
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any, Final, Protocol
 
 import structlog
@@ -18,7 +18,9 @@ from .liveness import ConnectionLimits as ConnectionLimits
 from .liveness import Liveness
 from .outbox import Outbox
 from .resume_state import Phase, ResumeState
+from .side_tasks import SideTasks
 from .socket import Disconnected, Ping, Pong, ProtocolViolation, Socket
+from .writer import Writer
 
 log = structlog.get_logger()
 
@@ -26,7 +28,6 @@ _PONG_TEXT = text_frame(PONG_TEXT)
 OUTBOX_FULL: Final = "too slow: outbox is full"
 _OVERHEAD: Final = 64  # bytes of memory for a message in the outbox, besides its own
 DRAIN_TIMEOUT: Final = 2.0  # seconds for what waits in the outbox when a connection ends
-_LOOKS: Final = 4  # checks of progress within one write timeout
 
 
 Answer = Callable[["Connection", Message], Awaitable[None]]
@@ -83,7 +84,6 @@ class Connection:
         "__weakref__",
         "_answer",
         "_answering",
-        "_bug",
         "_code",
         "_limits",
         "_liveness",
@@ -93,14 +93,10 @@ class Connection:
         "_rate",
         "_reading",
         "_replays",
-        "_running",
+        "_side_tasks",
         "_socket",
-        "_stopped",
-        "_tasks",
-        "_tasks_ended",
         "_unread",
-        "_writing",
-        "_writing_scope",
+        "_writer",
         "audiences",
         "chose_its_code",
         "close_reason",
@@ -152,14 +148,8 @@ class Connection:
         self._answering = False  # a message, and not reading meanwhile
         self._postponed: Message | None = None  # to be answered when it is read on
         self._unread = 0  # bytes of answers that wait behind others in the outbox, about
-        # The tasks next to the reader: their number, the scopes of those that are not the writer.
-        self._running = 0
-        self._tasks: set[trio.CancelScope] | None = None
-        self._writing = False
-        self._writing_scope: trio.CancelScope | None = None  # in which the writer waits
-        self._stopped = False  # no task next to the reader goes on
-        self._tasks_ended: trio.Event | None = None
-        self._bug: Exception | None = None  # that ended one of them
+        self._side_tasks: SideTasks | None = None
+        self._writer: Writer | None = None  # while anything waits for the client to take it
 
     @property
     def code(self) -> int:
@@ -189,9 +179,7 @@ class Connection:
         Its place in the hub is given up at once, before a slow close is waited for.
         """
         self._socket = socket
-        # The tasks next to this one are its siblings, and it ends after them. A nursery of its own
-        # would cost each client that is slow as much as a task does.
-        self._nursery = trio.lowlevel.current_task().parent_nursery
+        self._nursery = trio.lowlevel.current_task().parent_nursery  # for side tasks
         now = trio.current_time()
         self.joined_at = self.sent_at = now
         self._liveness.heard_at = self._liveness.received_at = now
@@ -208,15 +196,16 @@ class Connection:
                 finally:
                     self.close(Close.ABNORMAL)  # it was cancelled, unless it is ending already
                     hub.leave(self)
-                    if self._running:
-                        await self._end_tasks()
+                    if self._side_tasks is not None:
+                        await self._end(self._side_tasks)
             finally:
                 await self._finish(socket)
         finally:
             socket.abort()
             hub.finish(self)
-        if self._bug is not None:
-            raise self._bug
+        side_tasks, self._side_tasks = self._side_tasks, None  # it refers to this connection, too
+        if side_tasks is not None and side_tasks.bug is not None:
+            raise side_tasks.bug
 
     def write(self, data: bytes, frames: int, now: float) -> bool:
         """Send joined frames. Never waits: what the kernel does not accept goes to the outbox.
@@ -312,27 +301,21 @@ class Connection:
 
     def start_task(self, task: Callable[..., Awaitable[None]], *arguments: Any) -> None:
         """Run a task next to the reader, until it is done or the connection ends."""
-        if self._nursery is None or self._code is not None:
-            return
-        if self._tasks is None:
-            self._tasks = set()
-        tasks, scope = self._tasks, trio.CancelScope()
-        tasks.add(scope)
-
-        async def run() -> None:
-            with scope:
-                await task(*arguments)
-            tasks.discard(scope)
-
-        self._running += 1
-        self._nursery.start_soon(self._run_task, run)
+        if self._nursery is not None and self._code is None:
+            self._beside(self._nursery).start(partial(task, *arguments))
 
     def start_writing(self) -> None:
         """Start the writer task, unless it runs."""
-        if not self._writing and self._nursery is not None:
-            self._writing = True
-            self._running += 1
-            self._nursery.start_soon(self._run_task, self._write_out)
+        if self._writer is None and self._nursery is not None:
+            assert self._socket is not None
+            self._writer = Writer(self._socket, self._limits.write_timeout)
+            self._beside(self._nursery).start_unscoped(self._write_out)
+
+    def _beside(self, nursery: trio.Nursery) -> SideTasks:
+        if self._side_tasks is None:
+            on_bug = partial(self.close, Close.INTERNAL_ERROR, "internal error")
+            self._side_tasks = SideTasks(nursery, on_bug)
+        return self._side_tasks
 
     def ping(self, now: float) -> None:
         self._answer_with(PING_FRAME, now)
@@ -369,7 +352,7 @@ class Connection:
         self.close(Close.ABNORMAL)
         if self._socket is not None:
             self._socket.abort()
-        self._stop_tasks()
+        self._stop_side_tasks()
 
     def renew(self, expires_at: float) -> None:
         """Set another end of the credential, on Trio's clock."""
@@ -452,73 +435,43 @@ class Connection:
         """The writer task: lives while something waits for the client to take it, in the outbox or
         in the history.
         """
+        writer = self._writer
+        assert writer is not None
         try:
-            while not self._stopped:
+            while not writer.is_stopped:
                 if self._outbox is not None and self._outbox.bytes:
-                    await self._write_some(self._outbox)
+                    try:
+                        await writer.write_some(self._outbox)
+                    except OSError as error:
+                        if isinstance(error, TimeoutError):
+                            self.close(Close.SLOW_CONSUMER, "too slow: no byte accepted")
+                        self.abort()
                     continue
                 self._outbox = None
                 self._unread = 0
                 if self._code is not None or not self.resume_state.is_fed:
                     break
                 assert self._replays is not None
-                with trio.CancelScope() as self._writing_scope:
-                    await self._replays.feed(self)
-        except TimeoutError:
-            self.close(Close.SLOW_CONSUMER, "too slow: no byte accepted")
-            self.abort()
-        except OSError:
-            self.abort()
+                await writer.run(partial(self._replays.feed, self))
         finally:
-            self._writing = False
+            self._writer = None
 
-    async def _write_some(self, outbox: Outbox) -> None:
-        """Wait until the client takes something. Raises :exc:`OSError` if it is gone, and of these
-        :exc:`TimeoutError` if it takes nothing for the write timeout.
-        """
-        socket, timeout = self._socket, self._limits.write_timeout
-        assert socket is not None
-        if socket.measures_progress:
-            look = math.inf
-        elif socket.is_plain:  # it may be long until there is room for more than was taken
-            look = timeout / _LOOKS
-        else:
-            look = timeout
-        acked, moved_at = _acknowledged(socket), trio.current_time()
-        while True:
-            with trio.CancelScope(deadline=trio.current_time() + look) as self._writing_scope:
-                outbox.took(await socket.send_some(outbox.head))
-                return
-            if self._stopped:
-                return
-            if (now_acked := _acknowledged(socket)) != acked:
-                acked, moved_at = now_acked, trio.current_time()
-            elif trio.current_time() - moved_at >= timeout:
-                raise TimeoutError
-
-    async def _end_tasks(self) -> None:
-        """End the tasks next to the reader; the writer may first write what waits."""
-        for scope in self._tasks or ():
-            scope.cancel()
+    async def _end(self, side_tasks: SideTasks) -> None:
+        """End the side tasks; the writer may first write what waits."""
+        side_tasks.cancel()
         try:
             with trio.move_on_after(self._last_write_timeout()):
-                await self._wait_for_tasks()
+                await side_tasks.wait()
         finally:
-            self._stop_tasks()
+            self._stop_side_tasks()
             with trio.CancelScope(shield=True):
-                await self._wait_for_tasks()
+                await side_tasks.wait()
 
-    def _stop_tasks(self) -> None:
-        self._stopped = True
-        for scope in self._tasks or ():
-            scope.cancel()
-        if self._writing_scope is not None:
-            self._writing_scope.cancel()
-
-    async def _wait_for_tasks(self) -> None:
-        while self._running:
-            self._tasks_ended = trio.Event()
-            await self._tasks_ended.wait()
+    def _stop_side_tasks(self) -> None:
+        if self._side_tasks is not None:
+            self._side_tasks.cancel()
+        if self._writer is not None:
+            self._writer.stop()
 
     def _last_write_timeout(self) -> float:
         """Return the seconds for what the outbox holds at the end; nothing is added any more."""
@@ -528,20 +481,6 @@ class Connection:
             self._outbox.discard()
         return self._limits.write_timeout
 
-    async def _run_task(self, task: Callable[[], Awaitable[None]]) -> None:
-        """Run a task next to the reader. An exception is a bug: close with 1011, and the reader
-        raises it.
-        """
-        try:
-            await task()
-        except Exception as bug:  # must not reach the nursery, which is not ours
-            self._bug = bug
-            self.close(Close.INTERNAL_ERROR, "internal error")
-        finally:
-            self._running -= 1
-            if not self._running and self._tasks_ended is not None:
-                self._tasks_ended.set()
-
     async def _finish(self, socket: Socket) -> None:
         """Send the close frame, unless a frame is partly written: then nothing can follow it."""
         assert self._code is not None
@@ -549,8 +488,3 @@ class Connection:
             return
         with trio.CancelScope(shield=True):  # bounded by the socket
             await socket.close(self._code, self.close_reason)
-
-
-def _acknowledged(socket: Socket) -> int:
-    """How many bytes the client has acknowledged, where that counts as progress; else 0."""
-    return socket.traffic()[0] if socket.is_plain else 0
