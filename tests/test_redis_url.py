@@ -2,6 +2,7 @@
 
 import re
 import ssl
+import traceback
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 import redis
 import redis.asyncio
 import trustme
+from hypothesis import given
+from hypothesis import strategies as st
 
 from trio_gateway.publisher import Publisher
 from trio_gateway.redis_tls import Tls
@@ -178,6 +181,33 @@ def test_no_part_of_a_password_is_shown(url: str) -> None:
         # pydantic's own text contains the input; we show only the message of each error.
         errors = getattr(refused.value, "errors", lambda: [{"msg": str(refused.value)}])()
         assert not [each for each in errors if "hunter" in each["msg"].lower()]
+
+
+_PARTS = st.text(st.sampled_from("ab1:@/?#[],%&=. "), max_size=6)
+
+
+@given(
+    scheme=st.sampled_from(["redis", "rediss+sentinel", "redis+sentinel", "redis+cluster"]),
+    parts=st.tuples(_PARTS, _PARTS),
+    option=st.sampled_from(["", "?db=", "?sentinel_password=", "&ssl_password=", "?x"]),
+)
+def test_any_text_is_a_url_or_is_refused_without_showing_it(
+    scheme: str, parts: tuple[str, str], option: str
+) -> None:
+    before, after = parts
+    try:
+        url = RedisUrl.from_url(f"{scheme}://{before}:hunter2{after}{option}hunter2")
+    except ValueError as refused:
+        shown = "".join(traceback.format_exception_only(refused))
+        is_all = refused.__suppress_context__ or refused.__context__ is None
+    else:
+        public = [url.master_name, url.data.user, url.data.client_name]
+        public += [each for seed in url.seeds for each in (seed.host, seed.user, seed.path)]
+        if any("hunter" in (each or "") for each in public):
+            return
+        shown, is_all = f"{url!r} {url}", True
+    assert "hunter" not in shown
+    assert is_all  # no other exception is shown with it
 
 
 def test_options_without_effect_are_named() -> None:

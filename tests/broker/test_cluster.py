@@ -136,6 +136,17 @@ def test_map_of_nothing_has_no_primary() -> None:
     assert read_answer(info("fail", 0), [], "h").slots == SlotMap()
 
 
+async def test_one_primary_that_works_is_enough_to_be_ready(cluster: Cluster) -> None:
+    async with commands_of(cluster) as commands:
+        await commands.check(2)
+        frozen = cluster.primary("gateway:ticket:check:0")
+        frozen.freeze()
+        try:
+            await commands.check(1)
+        finally:
+            frozen.thaw()
+
+
 async def test_commands_work_again_soon_after_a_primary_was_killed(cluster: Cluster) -> None:
     await fails_over(cluster, "k", Node.kill)
 
