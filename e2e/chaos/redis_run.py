@@ -109,9 +109,11 @@ async def run(fault: Fault, when: When) -> Figures:
             gateway = GatewayProcess(
                 f"redis://{USER}:{PASSWORD}@127.0.0.1:{relay.port}",
                 Path(folder),
-                **FOR_CROWDS,
-                CIRCUIT_FAILURE_THRESHOLD=str(THRESHOLD),
-                CIRCUIT_RECOVERY_TIMEOUT=str(RECOVERY),
+                **FOR_CROWDS
+                | {
+                    "CIRCUIT_FAILURE_THRESHOLD": str(THRESHOLD),
+                    "CIRCUIT_RECOVERY_TIMEOUT": str(RECOVERY),
+                },
             )
             try:
                 await _Run(fault, when, figures, stage, gateway, nursery).go()
