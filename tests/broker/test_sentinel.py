@@ -6,9 +6,12 @@ import pytest
 import trio
 
 from tests.support.failovers import fails_over
+from tests.support.gateways import open_commands
 from tests.support.stopwatch import Stopwatch
 from trio_gateway.broker.asking import ANSWER_TIMEOUT, GRACE
+from trio_gateway.broker.commands import TIMEOUT, Unavailable
 from trio_gateway.broker.sentinel import Named, newest, read_answer, sentinel_topology
+from trio_gateway.core.resilience import Breaker
 from trio_gateway.redis_sets import Node, SentinelSet, sentinel_set
 from trio_gateway.redis_url import RedisUrl
 from trio_gateway.runtime.supervision import ConnectionLost
@@ -82,6 +85,18 @@ async def test_credentials_of_the_nodes_are_tried_with_the_sentinels(own: str | 
     with sentinel_set(replicas=0, sentinels=1, password="p", sentinel_password=own) as found:
         topology = sentinel_topology(RedisUrl.from_url(found.url))
         assert (await topology.primary()).password == "p"
+
+
+@pytest.mark.parametrize(
+    "url", ["redis+sentinel://127.0.0.1:1,127.0.0.1:2/m", "redis+cluster://127.0.0.1:1"]
+)
+async def test_commands_without_a_primary_say_so_without_an_address(url: str) -> None:
+    async with open_commands(url, Breaker(5, 30), Breaker(5, 30), max_connections=5) as commands:
+        watch = Stopwatch()
+        for run in (commands.check(2), commands.mget(["k"]), commands.publish("c", b"")):
+            with pytest.raises(Unavailable, match=r"^primary unknown$"):
+                await run
+        assert watch.net < 3 * TIMEOUT
 
 
 async def test_commands_work_again_soon_after_the_primary_was_killed(

@@ -258,8 +258,9 @@ class Commands:
             breaker.failed(trio.current_time(), soon=soon)
             if was is State.CLOSED and breaker.state is State.OPEN:
                 log.error("breaker opened", source=self._names[breaker], error=type(error).__name__)
-            what = str(error) if isinstance(error, ConnectionLost) else type(error).__name__
-            raise Unavailable(what) from None
+            # Health checks show it, maybe to anybody: no address.
+            is_lost = isinstance(error, ConnectionLost)
+            raise Unavailable("primary unknown" if is_lost else type(error).__name__) from None
         except BaseException:
             breaker.abandoned(trio.current_time())
             raise
