@@ -62,12 +62,15 @@ class Sender:
                 assert address is not None
                 failed = PublishFailed(str(refused))
                 redirection = self._redirection(refused.error, address)
-                outcome = "refused" if redirection is None else "redirected"
-                if redirection is None and not refused.is_wrong_server:
-                    left[outcome] = 0
-                else:
-                    self._links.discard(address)
+                if redirection is not None:
+                    outcome = "redirected"
                     self._nodes.suspect(address)
+                elif refused.is_wrong_server:
+                    outcome = "refused"
+                    self._nodes.suspect(address)
+                    self._links.discard(address)  # they would lead there for ever
+                else:
+                    raise _with_doubt(failed, doubt) from None
             except InDoubt:
                 assert address is not None
                 self._nodes.suspect(address)  # a primary without its replicas may be a former one
@@ -75,13 +78,10 @@ class Sender:
             except NoReply as error:
                 assert address is not None
                 self._nodes.suspect(address)
-                outcome, failed = "lost", InDoubt(str(error), entry=error.entry)
-                doubt = InDoubt(str(failed), entry=error.entry)
+                outcome = "lost"
+                failed = doubt = InDoubt(str(error), entry=error.entry)
             if not left[outcome]:
-                if doubt is not None and not failed.in_doubt:
-                    # An earlier attempt may have succeeded, whatever happened to this one.
-                    failed = InDoubt(str(failed), entry=doubt.entry)
-                raise failed
+                raise _with_doubt(failed, doubt)
             left[outcome] -= 1
 
     def _is_primary(self, address: RedisAddress, key: str) -> bool:
@@ -107,3 +107,10 @@ class Sender:
         except ValueError:
             return None
         return self._url.node(*node), not isinstance(error, redis.exceptions.MovedError)
+
+
+def _with_doubt(failed: PublishFailed, doubt: InDoubt | None) -> PublishFailed:
+    """This failure, in doubt if an earlier attempt may have succeeded."""
+    if doubt is None or failed.in_doubt:
+        return failed
+    return InDoubt(str(failed), entry=doubt.entry)
