@@ -34,7 +34,7 @@ pytestmark = pytest.mark.deploy
 @pytest.fixture(params=sorted(PROXIES))
 def proxy(request: pytest.FixtureRequest) -> str:
     name: str = request.param
-    require(name)
+    require(name.partition(" ")[0])
     return name
 
 
