@@ -64,6 +64,37 @@ async def test_scan_reaches_back_as_far_as_the_bound_and_no_further(
     assert world.redis.entries_read <= 2 * (500 + 1000) + 2
 
 
+async def test_id_between_known_entries_that_names_none_is_not_recovered(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    """As one of an entry that a new primary lacks: it lacks others, too, maybe."""
+    world = make_world(nursery)
+    await world.publish(*range(1, 10), 11)
+    assert outcome(await connect(world, place(10))) == (False, 0, [])
+    assert outcome(await connect(world, place(9))) == (True, 1, [11])
+    world.redis.fails = True
+    assert outcome(await connect(world, event_id(A, Position((9, 1))))) == (False, 0, [])
+    assert outcome(await connect(world, place(11))) == (True, 0, [])
+
+
+async def test_entry_that_is_no_event_is_looked_up_once_for_all_who_name_it(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    world = make_world(nursery)
+    await world.publish(1)
+    world.redis.entries[A].append((at(2), None))
+    world.redis.seconds = 1
+    await world.publish(3)
+    async with trio.open_nursery() as together:
+
+        async def resume() -> None:
+            assert outcome(await connect(world, place(2))) == (True, 1, [3])
+
+        for _ in range(20):
+            together.start_soon(resume)
+    assert world.redis.pages == 1
+
+
 async def test_nothing_is_scanned_if_scans_are_switched_off(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:

@@ -153,6 +153,9 @@ async def test_request_beyond_the_history_is_marked_incomplete(
         reply = await http(gateway.port, f"{MINE}{since}")
         assert (reply.status, reply.json["count"]) == (200, 0)
         assert reply.headers["gateway-complete"] == "false"
+    nobodys = Position((newest[0] - 1, 7))  # an entry that a new primary lacks, or of nowhere
+    reply = await http(gateway.port, f"{MINE}{event_id(STREAM, nobodys)}")
+    assert (reply.json["count"], reply.headers["gateway-complete"]) == (1, "false")
 
     gateway.app.parts.history.forget(STREAM)  # as before the first entry was read
     for since in ("0", event_id(STREAM, newest)):

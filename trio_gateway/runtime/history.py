@@ -18,6 +18,7 @@ import trio
 from ..core.audiences import Audience
 from ..core.event_ids import LAST, START, Cursor, Position, Stream
 from ..core.events import Event
+from .entry_index import EntryIndex
 from .past_routing import BY_DEFAULT, PastRouting
 from .raw_events import RawBranch, RawEvents
 from .raw_events import StoredEvent as StoredEvent
@@ -56,6 +57,7 @@ class History:
         self._gaps: dict[Stream, Position] = {}  # where the last gap ended
         self._grown = trio.lowlevel.ParkingLot()
         self._raw = RawEvents()
+        self._index = EntryIndex()
         self.routing = routing  # of past events
         self._throttled_log = ThrottledLog(log)
         self.bytes = 0
@@ -114,6 +116,7 @@ class History:
 
     def _drop(self, stream: Stream) -> None:
         """Drop the events of a stream."""
+        self._index.clear()
         self._kept = deque(kept for kept in self._kept if kept.stream != stream)
         self.bytes = sum(len(kept.frame) for kept in self._kept)
         for key in [key for key in self._by_audience if key[0] == stream]:
@@ -280,6 +283,19 @@ class History:
                 )
                 for stream, position in cursor.items()
             )
+        )
+
+    def knows_entry(self, stream: Stream, position: Position) -> bool:
+        """Whether this place, which :meth:`covers`, is surely one that an id can name.
+
+        That is an event that is kept, where this process has begun or ended to read or to forget,
+        or the end of a millisecond. Entries that are no durable events are not known.
+        """
+        return (
+            position in (START, self._since[stream], self._end[stream])
+            or position in (self.began.get(stream), self._forgotten.get(stream))
+            or position[1] == LAST[1]
+            or self._index.has(self._kept, stream, position)
         )
 
     def forgot(self, cursor: Cursor) -> bool:

@@ -35,6 +35,7 @@ _OVERLAP: Final = 1000  # entries of the history that a range holds, too
 _PER_CHECKPOINT: Final = 100  # entries that are parsed at a time
 _UNUSED: Final = 30.0  # seconds until a range is dropped
 _AT_A_TIME: Final = 2  # scans
+_LOOKED_UP: Final = 1000  # places of which it is remembered whether they name an entry
 
 ReadEntry = tuple[Position, bytes | None]  # the payload is None if the entry has no field ``data``
 
@@ -107,6 +108,8 @@ class OlderEvents:
         self._wanted: dict[Stream, list[Position]] = {}  # of the clients that wait for a scan
         self._locks: dict[Stream, trio.Lock] = {}  # one scan of a stream at a time
         self._limit = trio.CapacityLimiter(_AT_A_TIME)
+        self._looking_up = trio.Lock()  # so that all who ask for the same place share one answer
+        self._is_entry: dict[tuple[Stream, Position], bool] = {}  # of places that were looked up
         self.scans = 0
 
     async def find(self, cursor: Cursor) -> bool:
@@ -126,6 +129,41 @@ class OlderEvents:
         except ReadFailed:
             return False
         return self.covers(cursor)
+
+    async def name_entries(self, cursor: Cursor) -> bool:
+        """Whether the places of a cursor that is covered name entries that there are, or were.
+
+        A new primary may lack entries that another process, or this one before a restart, has
+        delivered. Nobody can tell what else it lacks, so who names one of those is not told that
+        nothing is missing. Redis is asked about places that the history does not know. False, too,
+        if it does not answer; raises nothing, and waits at most :data:`DEADLINE` seconds.
+        """
+        asked = [
+            (stream, position)
+            for stream, position in cursor.items()
+            if self._history.covers({stream: position})
+            and not self._history.knows_entry(stream, position)
+        ]
+        try:
+            with trio.move_on_after(DEADLINE):
+                for place in asked:
+                    if not await self._look_up(place):
+                        return False
+                return True
+        except ReadFailed:
+            pass
+        return False
+
+    async def _look_up(self, place: tuple[Stream, Position]) -> bool:
+        if self._stream_reader is None:
+            return True
+        async with self._looking_up:
+            if place not in self._is_entry:
+                page = await self._stream_reader.read_back(*place, 1)
+                if len(self._is_entry) >= _LOOKED_UP:
+                    self._is_entry.clear()
+                self._is_entry[place] = [position for position, _ in page] == [place[1]]
+            return self._is_entry[place]
 
     def covers(self, cursor: Cursor) -> bool:
         """Whether everything after this cursor is known, here or in the history."""
@@ -174,6 +212,7 @@ class OlderEvents:
     def forget(self, stream: Stream) -> None:
         """Drop the range of a stream that is not read any more: it may be another one later."""
         self._ranges.pop(stream, None)
+        self._is_entry.clear()
 
     def trim(self, now: float) -> None:
         """Drop the ranges that were not used for a while."""

@@ -265,11 +265,12 @@ class Replays:
         if scope.cancelled_caught or cursor is None:
             return None
         known = self._history.covers(cursor) or await self._older.find(cursor)
-        if known:
+        if known and (not last_event_id or await self._older.name_entries(cursor)):
             await self._history.prepare(cursor, connection.audiences)
             # The history may have moved past it meanwhile.
-            known = self._older.covers(cursor) or await self._older.find(cursor)
-        return cursor if known else None
+            if self._older.covers(cursor) or await self._older.find(cursor):
+                return cursor
+        return None
 
     def _accepted_at(self, connection: Connection) -> Cursor:
         """From where on it misses nothing; for a stream that was read later, its begin."""

@@ -100,6 +100,8 @@ async def _missed(parts: Parts, principals: Sequence[Principal]) -> Answer:
         if place is not None and not complete:
             complete = await parts.older_events.find(place)
             older = parts.older_events.behind(place) if complete else {}
+        if place is not None:
+            complete = complete and await parts.older_events.name_entries(place)
         cursor = parts.places.of(tenant, place or after)
         cursor = {stream: seen for stream, seen in cursor.items() if stream in history.end}
     response = Response(_page(parts, cursor, older, audiences), content_type="application/json")
