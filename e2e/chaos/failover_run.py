@@ -17,7 +17,7 @@ from tests.support.processes import GatewayProcess
 from trio_gateway.redis_sets import Node, NotRunning, RedisSet
 
 from .durable import FOR_CROWDS, STREAM, paths
-from .failover import EVENT, LIVE_AGAIN, Backend, Figures, Watcher
+from .failover import EVENT, LIVE_AGAIN, Backend, Confirm, Figures, Watcher
 from .relay import Relay
 from .services import Services
 
@@ -174,7 +174,7 @@ async def run(
     *,
     times: int,
     clients: int,
-    confirm: int = 0,
+    confirm: Confirm = 0,
     gateways: int = 2,
     rate: float = 200,
     relayed: bool = False,

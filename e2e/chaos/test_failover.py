@@ -7,7 +7,8 @@ import pytest
 
 from trio_gateway.redis_sets import cluster_set, sentinel_set
 
-from .failover_faults import freeze, kill, move, plan, restart_all, split
+from .failover import Confirm
+from .failover_faults import freeze, kill, kill_and_forget, move, plan, restart_all, split
 from .failover_run import Disturb, run
 
 SETS: Final[dict[str, Any]] = {"Sentinel": sentinel_set, "Cluster": cluster_set}
@@ -17,6 +18,7 @@ QUICK: Final[dict[str, Any]] = {
 }
 FAULTS: Final[dict[str, tuple[Disturb, int]]] = {
     "primary killed": (kill, 20),
+    "primary killed, back as it was": (kill_and_forget, 3),
     "primary frozen": (freeze, 5),
     "planned failover": (plan, 5),
     "all restarted": (restart_all, 1),
@@ -27,18 +29,18 @@ FAULTS: Final[dict[str, tuple[Disturb, int]]] = {
 async def test_a_failover_loses_no_confirmed_event(kind: str) -> None:
     figures = await run(
         f"{kind}: primary killed", QUICK[kind], kill,
-        times=1, clients=20, confirm=1, gateways=1, watched=0.5,
+        times=1, clients=20, confirm="all", gateways=1, watched=0.5,
     )  # fmt: skip
     print(figures)
     figures.check()
 
 
 @pytest.mark.chaos
-@pytest.mark.parametrize("confirm", [0, 1], ids=["unconfirmed", "confirmed"])
+@pytest.mark.parametrize("confirm", [0, "all"], ids=["unconfirmed", "confirmed"])
 @pytest.mark.parametrize("kind", SETS)
 @pytest.mark.parametrize("fault", FAULTS)
 async def test_failovers_under_load(
-    fault: str, kind: str, confirm: int, capsys: pytest.CaptureFixture[str]
+    fault: str, kind: str, confirm: Confirm, capsys: pytest.CaptureFixture[str]
 ) -> None:
     disturb, times = FAULTS[fault]
     figures = await run(
@@ -50,8 +52,10 @@ async def test_failovers_under_load(
 
 
 @pytest.mark.chaos
-@pytest.mark.parametrize("confirm", [0, 1], ids=["unconfirmed", "confirmed"])
-async def test_slots_that_move_under_load(confirm: int, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("confirm", [0, "all"], ids=["unconfirmed", "confirmed"])
+async def test_slots_that_move_under_load(
+    confirm: Confirm, capsys: pytest.CaptureFixture[str]
+) -> None:
     figures = await run(
         "Cluster: slot moved", cluster_set, move, times=10, clients=200, confirm=confirm
     )
@@ -61,10 +65,10 @@ async def test_slots_that_move_under_load(confirm: int, capsys: pytest.CaptureFi
 
 
 @pytest.mark.chaos
-@pytest.mark.parametrize("confirm", [0, 1], ids=["unconfirmed", "confirmed"])
+@pytest.mark.parametrize("confirm", [0, "all"], ids=["unconfirmed", "confirmed"])
 @pytest.mark.parametrize("kind", SETS)
 async def test_a_network_that_splits(
-    kind: str, confirm: int, capsys: pytest.CaptureFixture[str]
+    kind: str, confirm: Confirm, capsys: pytest.CaptureFixture[str]
 ) -> None:
     figures = await run(
         f"{kind}: network split",
