@@ -16,7 +16,7 @@ from tests.support.ports import free_port
 from tests.support.redis_server import valkey
 from tests.support.redis_tls import tls_in_front_of
 from trio_gateway.core.shards import shard_of, stream_name
-from trio_gateway.publisher import AsyncPublisher, InDoubt, Publisher, PublishFailed, nodes
+from trio_gateway.publisher import AsyncPublisher, InDoubt, Publisher, PublishFailed, asking
 from trio_gateway.redis_sets import Cluster, Node, SentinelSet, cluster_set, sentinel_set
 
 EVENT = {"type": "ROUND_READY", "tenant_id": 1, "branch_id": 1}
@@ -129,7 +129,7 @@ def test_confirmed_events_survive_a_primary_that_fails_while_its_replicas_are_be
 def test_known_primary_is_used_while_no_sentinel_answers(
     sentinels: SentinelSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nodes, "_FRESH", 0.0)  # they are asked each time
+    monkeypatch.setattr(asking, "_FRESH", 0.0)  # they are asked each time
     with Publisher(sentinels.url) as publisher, Publisher(sentinels.url) as other:
         publisher.publish(EVENT, id="before")
         for sentinel in sentinels.sentinels:

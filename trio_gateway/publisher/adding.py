@@ -1,8 +1,10 @@
 """Adding an entry to a stream, and waiting until replicas have it."""
 
 import re
+from collections.abc import Callable
 from typing import Final, Literal
 
+from ..redis_url import RedisAddress
 from .errors import InDoubt
 from .links import Command, Link, NoReply, Refused
 
@@ -20,8 +22,12 @@ def check_confirm(confirm: object) -> None:
         raise ValueError('confirm must be a number of replicas or "all"')
 
 
-def add(command: Command, confirm: Confirm, link: Link) -> str:
+def add(
+    command: Command, confirm: Confirm, replicas: Callable[[RedisAddress], int | None], link: Link
+) -> str:
     """Run the XADD, and return the entry's id as soon as ``confirm`` replicas have the entry.
+
+    ``"all"`` are those that are connected, but not fewer than ``replicas(address)``.
 
     WAIT is about what its own connection has written to its own server, so an entry is confirmed
     only where it was written: if another server becomes the primary in between, the connection
@@ -33,15 +39,18 @@ def add(command: Command, confirm: Confirm, link: Link) -> str:
     if confirm == 0:
         link.send(command)
         return link.receive(bytes).decode()
-    waiting: Command = ("WAIT", confirm, int(1000 * _WAIT))
-    link.send(command, ("INFO", "replication") if confirm == "all" else waiting)
+    is_all = confirm == "all"
+    wanted = 0 if confirm == "all" else confirm
+    link.send(command, ("INFO", "replication") if is_all else _waiting(wanted))
     entry = link.receive(bytes).decode()
     try:
-        if confirm == "all":
-            confirm = _connected(link)
-            if confirm == 0:
+        if is_all:
+            if not (connected := _connected(link)):
                 raise InDoubt(f"{link} has no replica", entry=entry)
-            link.send(("WAIT", confirm, int(1000 * _WAIT)))
+            if (known := replicas(link.address)) is None:
+                raise NoReply(f"{link} is not the primary any more")
+            wanted = max(connected, known)
+            link.send(_waiting(wanted))
         confirmed = link.receive(int)
     except NoReply as failed:
         raise NoReply(str(failed), entry=entry) from None
@@ -50,12 +59,16 @@ def add(command: Command, confirm: Confirm, link: Link) -> str:
         if refused.is_wrong_server:
             raise NoReply(str(refused), entry=entry) from None
         raise InDoubt(f"{refused} (to confirm an entry)", entry=entry) from None
-    if confirmed < confirm:
+    if confirmed < wanted:
         raise InDoubt(
-            f"{confirmed} of {confirm} replicas of {link} have the event after {_WAIT:g} s",
+            f"{confirmed} of {wanted} replicas of {link} have the event after {_WAIT:g} s",
             entry=entry,
         )
     return entry
+
+
+def _waiting(replicas: int) -> Command:
+    return "WAIT", replicas, int(1000 * _WAIT)
 
 
 def _connected(link: Link) -> int:

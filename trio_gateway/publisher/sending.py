@@ -21,16 +21,20 @@ _REDIRECTIONS: Final = 3
 class Sender:
     """Sends commands to the server that has a key. Threads may share it."""
 
-    def __init__(self, url: RedisUrl) -> None:
+    def __init__(self, url: RedisUrl, *, counts_replicas: bool = False) -> None:
         self._follows = url.kind is not RedisKind.SINGLE
         self._url = url
         self._links = Links(connect=_CONNECT if self._follows else TIMEOUT)
-        self._nodes = open_nodes(url)
+        self._nodes = open_nodes(url, counts_replicas=counts_replicas)
 
     def close(self) -> None:
         """Close all connections; a later command connects again."""
         self._links.close()
         self._nodes.close()
+
+    def replicas_of(self, primary: RedisAddress) -> int | None:
+        """What :meth:`Nodes.replicas_of` says, if ``counts_replicas``."""
+        return self._nodes.replicas_of(primary)
 
     def send(self, key: str, attempt: Callable[[Link], T], *, again: bool) -> T:
         """Make the attempt on a connection to the primary of the key; return what it returns.

@@ -63,7 +63,7 @@ class Publisher:
         if not 1 <= shards <= MAX_SHARDS:
             raise ValueError(f"shards must be from 1 to {MAX_SHARDS}")
         check_confirm(confirm)
-        self._sender = Sender(target)
+        self._sender = Sender(target, counts_replicas=confirm == "all")
         self._stream = stream
         self._shards = shards
         self._max_length = max_length
@@ -129,7 +129,7 @@ class Publisher:
                 stream = stream_name(stream, self._shards, shard)
             limit = () if self._max_length is None else ("MAXLEN", "~", self._max_length)
             command = ("XADD", stream, *limit, "*", _FIELD, payload)
-            adding = partial(add, command, self._confirm)
+            adding = partial(add, command, self._confirm, self._sender.replicas_of)
             return self._sender.send(stream, adding, again=parsed.id is not None)
         assert channel is not None
 

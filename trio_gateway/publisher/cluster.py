@@ -1,0 +1,66 @@
+"""A Cluster: its nodes say which of them owns a slot."""
+
+import random
+import threading
+import time
+
+from ..core.slots import SlotMap, slot_of
+from ..redis_url import RedisAddress, RedisUrl
+from .asking import Round, asking_links
+from .links import NotReached
+
+
+class Cluster:
+    """The slot map that one of the nodes had a moment ago."""
+
+    def __init__(self, url: RedisUrl) -> None:
+        self._url = url
+        self._links = asking_links()
+        self._one_at_a_time = threading.Lock()
+        self._slots = SlotMap()
+        self._suspect: RedisAddress | None = None
+        self._fresh_until = 0.0
+
+    def primary_of(self, key: str) -> RedisAddress:
+        with self._one_at_a_time:
+            if time.monotonic() >= self._fresh_until:
+                self._look()
+            node = self._slots.primary_of(slot_of(key))
+        if node is None:
+            self._fresh_until = 0.0
+            raise NotReached(f"no node of the Cluster at {self._url} owns the slot of {key}")
+        return self._url.node(*node)
+
+    def replicas_of(self, primary: RedisAddress) -> int | None:
+        return 0  # while a slot gets another primary, the one of before takes no events
+
+    def suspect(self, address: RedisAddress) -> None:
+        self._suspect = address
+        self._fresh_until = 0.0
+
+    def close(self) -> None:
+        self._links.close()
+
+    def _look(self) -> None:
+        """Ask any node for the slot map; one that has failed is asked last."""
+        nodes = [self._url.node(*node) for node in self._slots.primaries]
+        random.shuffle(nodes)  # one may have been cut off from the others
+        replicas = (self._url.node(*node) for node in self._slots.replicas)
+        nodes = list(dict.fromkeys([*nodes, *self._url.seeds, *replicas]))
+        nodes.sort(key=lambda node: node == self._suspect)
+        self._suspect = None
+        asking = Round(self._links, ("CLUSTER", "SLOTS"))
+        for node, (reply,) in asking.ask(nodes):
+            try:
+                slots = SlotMap.from_reply(reply, node.host)
+            except ValueError as error:
+                asking.failed[node] = f"the node at {node} sent {error}"
+                continue
+            if slots.primaries:  # else it belongs to no Cluster any more
+                self._slots = slots
+                break
+            asking.failed[node] = f"the node at {node} knows of no slots"
+        else:
+            if not self._slots.primaries:
+                raise NotReached(f"no node of the Cluster tells who owns its slots: {asking}")
+        self._fresh_until = asking.fresh_until()
