@@ -28,6 +28,7 @@ class Watcher(Client):
         super().__init__(port, path, patience, others)
         self.probed: list[tuple[int, float]] = []
         self.gaps_after: list[int] = []
+        self.seen_on: list[tuple[int, int]] = []  # with the number of the connection
 
     @property
     def last_probe(self) -> int:
@@ -44,8 +45,9 @@ class Watcher(Client):
             self.probed.append((said["probe"], time.monotonic()))
             self.last_event_id = said["event_id"]
             return
-        losses = self.losses
+        losses, events = self.losses, len(self.seen)
         super()._receive(message)
+        self.seen_on.extend((self.connects, number) for number in self.seen[events:])
         if self.losses > losses:
             self.gaps_after.append(self.seen[-1] if self.seen else 0)
 
@@ -105,7 +107,7 @@ class Figures:
     missing: int = 0  # events that a client which stayed did not receive
     not_replayed: int = 0  # events that one which came back did not receive
     untold: int = 0  # of both, without being told
-    doubled: int = 0
+    doubled: int = 0  # on one connection
     out_of_order: int = 0
     gaps: int = 0  # of a client that stayed and was told most often
     published_again: int = 0
@@ -127,7 +129,7 @@ class Figures:
             self.missing += len(missing) if stays else 0
             self.not_replayed += 0 if stays else len(missing)
             self.untold += _untold(client, missing)
-            self.doubled += len(client.seen) - len(distinct)
+            self.doubled += len(client.seen_on) - len(set(client.seen_on))
             self.out_of_order += sum(a > b for a, b in pairwise(client.seen))
             if stays:
                 self.gaps = max(self.gaps, client.losses)
