@@ -154,6 +154,25 @@ async def test_entries_that_are_trimmed_unread_are_a_gap_of_their_shard_alone(
         await until(lambda: engine.has_all("b"))
 
 
+async def test_what_several_shards_lose_at_once_is_told_in_one_step(single_engine: Engine) -> None:
+    engine = single_engine
+    async with engine.reading("a", "b", "c"):
+        for name in ("a", "b", "c"):
+            engine.add(name, 10)
+        await until(lambda: engine.has_all("a", "b", "c"))
+        together = engine.at("a").pipeline(transaction=True)
+        together.execute_command("CLIENT KILL TYPE normal SKIPME yes")  # type: ignore[no-untyped-call]
+        together.delete("a", "c")  # as a new primary that lacks them
+        together.execute()
+        await until(lambda: engine.sink.gaps)
+        engine.add("a", 10)
+        engine.add("c", 10)
+        engine.add("b", 10)
+        await until(lambda: engine.has_all("a", "b", "c"))
+    assert [each.stream for each in engine.sink.gaps] == [tag("a"), tag("c")]
+    assert engine.sink.gaps_told == 1
+
+
 async def test_source_waits_for_a_sink_that_takes_nothing(engine: Engine) -> None:
     async with engine.reading("a", "b"):
         engine.sink.accepts = trio.Event()
@@ -275,6 +294,24 @@ async def test_shard_that_becomes_unreadable_is_a_gap_when_it_is_back(engine: En
         engine.add("b", 5)
         await until(lambda: engine.sink.known("b")[5:] == engine.added["b"])
     assert [stream for stream, _, _ in engine.sink.gaps] == [tag("b")]
+
+
+@pytest.mark.usefixtures("quick")
+async def test_shards_that_are_readable_again_at_once_are_told_of_in_one_step(
+    single_engine: Engine,
+) -> None:
+    engine = single_engine
+    async with engine.reading("a", "b", "c"):
+        for name in ("a", "b"):
+            engine.add(name, 5)
+        await until(lambda: engine.has_all("a", "b"))
+        spoil(engine, "a")
+        spoil(engine, "b")
+        await until(lambda: sorted(engine.source.unreadable) == ["a", "b"])
+        engine.at("a").delete("a", "b")
+        await until(lambda: not engine.source.unreadable and engine.sink.gaps)
+    assert {each.stream for each in engine.sink.gaps} == {tag("a"), tag("b")}
+    assert engine.sink.gaps_told == 1
 
 
 @pytest.mark.usefixtures("quick")

@@ -16,7 +16,7 @@ from trio_gateway.core.event_ids import Position, Stream, entry_id, tag
 from trio_gateway.core.resilience import Backoff, Breaker
 from trio_gateway.redis_sets.redis_set import RedisSet
 from trio_gateway.redis_url import RedisKind, RedisUrl
-from trio_gateway.runtime.source import Entry, Past, Room, Source
+from trio_gateway.runtime.source import Entry, Lost, Past, Room, Source
 from trio_gateway.runtime.supervision import keep_running
 
 from .gateways import until
@@ -29,7 +29,8 @@ class Recorder:
     def __init__(self) -> None:
         self.pasts: dict[str, Past] = {}
         self.live: defaultdict[str, list[Position]] = defaultdict(list)
-        self.gaps: list[tuple[Stream, Position, Position]] = []
+        self.gaps: list[Lost] = []
+        self.gaps_told = 0
         self.forgotten: list[Stream] = []
         self.taken = 0
         self.accepts = trio.Event()
@@ -62,9 +63,10 @@ class Recorder:
     async def advance(self, stream: Stream, position: Position) -> None:
         await trio.lowlevel.checkpoint()
 
-    async def gap(self, stream: Stream, *, since: Position, end: Position) -> None:
-        assert stream in map(tag, self.pasts)
-        self.gaps.append((stream, since, end))
+    async def gap(self, lost: Sequence[Lost]) -> None:
+        assert {each.stream for each in lost} <= set(map(tag, self.pasts))
+        self.gaps += lost
+        self.gaps_told += 1
         await trio.lowlevel.checkpoint()
 
     async def settle(self) -> None:

@@ -11,12 +11,12 @@ import structlog
 import trio
 
 from ..core.event_ids import START, Position, Stream, entry_id, tag
-from ..runtime.source import Entry, Sink
+from ..runtime.source import Entry, Lost, Sink
 from ..runtime.supervision import ConnectionLost
 from ..runtime.throttled_log import ThrottledLog
 from .connection import RedisConnection, no_error
 from .stream_cursor import StreamCursor
-from .stream_gaps import Gap, check
+from .stream_gaps import Check, Gap, check
 from .stream_past import read_past
 from .stream_replies import error_of_key, read_entries, read_info, read_news, read_time
 from .unreadable import Unreadable
@@ -145,11 +145,12 @@ class StreamReader:
             await self._take(cursor, run)
         await self._pace(news)
         # A full reply says that we lag: the stream may be trimmed faster than we read.
-        if lagging := [c for c, entries in news if len(entries) == COUNT or not c.is_counted]:
-            await self.check(lagging)
+        lagging = {c.name for c, entries in news if len(entries) == COUNT or not c.is_counted}
         due = trio.current_time() - BLOCK if news else math.inf
-        if unchecked := [c for c in cursors if not c.is_checked and c.checked_at < due]:
-            await self.check(unchecked)
+        await self.check(
+            c for c in cursors
+            if c.name in lagging or (not c.is_checked and c.checked_at < due)
+        )  # fmt: skip
 
     async def _look_for_unreadable(self, names: Sequence[str]) -> bool:
         """Find out which of these streams can't be read; return whether there are any.
@@ -168,20 +169,23 @@ class StreamReader:
 
     async def retry_unreadable(self) -> None:
         """Look again at the streams that can't be read. One that was begun is read on if it can."""
+        back: list[str] = []
         for name in list(self._unreadable):
             commands = (("XINFO", "STREAM", name), ("XREAD", "COUNT", 1, "STREAMS", name, "$"))
             replies = await self._redis.ask_all(commands, timeout=REPLY_TIMEOUT)
             if any(error_of_key(reply) is not None for reply in replies):
                 continue
             no_error(replies[1], "XREAD")
+            back.append(name)
+        for name in back:
             self._unreadable.is_back(name)
-            if (cursor := self._cursors.get(name)) is not None:
-                await self.check([cursor], is_new_connection=True)
-                if self._ranks:
-                    # Later entries of the tenants' other streams were delivered, so an id of those
-                    # does not say any more where a client was in this one.
-                    now = Position((await self._now(), 0))
-                    await self._gap(cursor, Gap("out of order", now, cursor.position))
+        cursors = [self._cursors[name] for name in back if name in self._cursors]
+        await self.check(cursors, is_new_connection=True)
+        if self._ranks and cursors:
+            # Later entries of the tenants' other streams were delivered, so an id of those does
+            # not say any more where a client was in these.
+            now = Position((await self._now(), 0))
+            await self._gap([(each, Gap("out of order", now, each.position)) for each in cursors])
 
     async def _now(self) -> int:
         """Redis' unix time in milliseconds; ours, if the user has no right to ask."""
@@ -232,18 +236,17 @@ class StreamReader:
         if repeated is not None:
             here = cursor.position
             await self._sink.advance(cursor.stream, here)
-            await self._gap(cursor, Gap("ids came a second time", since=here, end=here))
+            await self._gap([(cursor, Gap("ids came a second time", since=here, end=here))])
 
     async def check(
         self, cursors: Iterable[StreamCursor], *, is_new_connection: bool = False
     ) -> None:
-        """Compare cursors with their streams, and report gaps.
+        """Compare cursors with their streams, and report all gaps at once.
 
         On a new connection this also checks that it leads to the same streams as before.
         """
-        left = [cursor for cursor in cursors if cursor.name not in self._unreadable]
-        while left:
-            some, left = left[:_CHECKED_TOGETHER], left[_CHECKED_TOGETHER:]
+        checked: list[tuple[StreamCursor, Check]] = []
+        for some in _parts([c for c in cursors if c.name not in self._unreadable]):
             lost_tails = await self._lost_tails(some) if is_new_connection else ()
             replies = await self._redis.ask_all(
                 [("XINFO", "STREAM", cursor.name) for cursor in some], timeout=REPLY_TIMEOUT
@@ -254,11 +257,13 @@ class StreamReader:
                 info = read_info(reply, cursor.name)
                 cursor.checked_at, cursor.is_checked = trio.current_time(), True
                 cursor.is_counted = info.added is not None
-                found = check(cursor, info, is_tail_there=cursor.name not in lost_tails)
-                if found.gap is not None:
-                    await self._gap(cursor, found.gap)
-                cursor.read_count = found.read_count
-                cursor.proven = cursor.position
+                is_tail_there = cursor.name not in lost_tails
+                checked.append((cursor, check(cursor, info, is_tail_there=is_tail_there)))
+        await self._gap([(cursor, each.gap) for cursor, each in checked if each.gap is not None])
+        for cursor, each in checked:
+            cursor.read_count = each.read_count
+            cursor.proven = cursor.position
+        for some in _parts([cursor for cursor, _ in checked]):
             await self._learn_tails(some)
 
     async def _lost_tails(self, cursors: Sequence[StreamCursor]) -> set[str]:
@@ -292,17 +297,25 @@ class StreamReader:
             if not self._unreadable.note(cursor.name, "XREVRANGE", reply):
                 cursor.tail = next(iter(read_entries(no_error(reply, "XREVRANGE"))), None)
 
-    async def _gap(self, cursor: StreamCursor, gap: Gap) -> None:
-        self._on_gap()
-        self._throttled_log.error(
-            "gap",
-            kind=gap.reason,
-            stream=cursor.name,
-            cursor=cursor.entry_id,
-            reason=gap.reason,
-        )
-        await self._sink.gap(cursor.stream, since=gap.since, end=gap.end)
-        cursor.set_back(gap.end)  # in the same step: a cancelled notice leaves the cursor
+    async def _gap(self, gaps: Sequence[tuple[StreamCursor, Gap]]) -> None:
+        """Report gaps: each client is told once of all of them."""
+        for cursor, gap in gaps:
+            self._on_gap()
+            self._throttled_log.error(
+                "gap",
+                kind=gap.reason,
+                stream=cursor.name,
+                cursor=cursor.entry_id,
+                reason=gap.reason,
+            )
+        if gaps:
+            await self._sink.gap([Lost(cursor.stream, gap.since, gap.end) for cursor, gap in gaps])
+        for cursor, gap in gaps:  # in the same step: a cancelled notice leaves the cursors
+            cursor.set_back(gap.end)
+
+
+def _parts(cursors: Sequence[StreamCursor]) -> list[Sequence[StreamCursor]]:
+    return [cursors[n : n + _CHECKED_TOGETHER] for n in range(0, len(cursors), _CHECKED_TOGETHER)]
 
 
 def merge(news: _News, ranks: Mapping[Stream, int], count: int = COUNT) -> _News:

@@ -186,11 +186,12 @@ class Replays:
         if not is_held:
             self._start_feeding(connection)
 
-    def tell_of_gap(self, stream: Stream) -> None:
-        """Tell the clients of a stream to refetch, because events of it were lost."""
+    def tell_of_gap(self, *streams: Stream) -> None:
+        """Tell the clients of these streams once to refetch, because events of them were lost."""
         self._shared.clear()
         for connection in list(self._hub.connections):
-            if self._places.concern(stream, connection.principal.tenant):
+            tenant = connection.principal.tenant
+            if any(self._places.concern(stream, tenant) for stream in streams):
                 if connection in self._hub.held:
                     end = connection.resume_state.accepted_at = self._end(connection)
                     self._hub.step(connection, Step.GAP, end)

@@ -36,6 +36,17 @@ class Room(NamedTuple):
     since: float  # milliseconds of unix time; older entries are out
 
 
+class Lost(NamedTuple):
+    """Entries of a shard before ``since`` were lost unread; reading goes on from ``end``.
+
+    ``end`` is before ``since`` if the shard was created anew.
+    """
+
+    stream: Stream
+    since: Position
+    end: Position
+
+
 class Sink(Protocol):
     """Takes what a source reads.
 
@@ -69,8 +80,8 @@ class Sink(Protocol):
     async def advance(self, stream: Stream, position: Position) -> None:
         """Note an entry that was read and is not delivered."""
 
-    async def gap(self, stream: Stream, *, since: Position, end: Position) -> None:
-        """Say that entries before ``since`` were lost unread; reading goes on from ``end``.
+    async def gap(self, lost: Sequence[Lost]) -> None:
+        """Say what was lost: one gap for each client, whatever the number of shards.
 
         Returns in the step in which clients are sent the gap.
         """

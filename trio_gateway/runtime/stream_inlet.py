@@ -11,8 +11,8 @@ which connections that are not held have been sent everything. So:
   the connections that get it live. An entry that is not an event has no delivery, so the end moves
   past it here, once all events before it are delivered.
 - A gap is told once all events that were read before it are delivered. Then, in one step, the
-  history forgets the stream and every client is told to refetch: no client can resume across the
-  gap, and none gets the notice before an event that precedes the gap.
+  history forgets the streams and every client is told once to refetch: no client can resume across
+  the gap, and none gets the notice before an event that precedes the gap.
 - A stream is forgotten once all events that were read from it are delivered: none of them can enter
   the history again behind its end.
 """
@@ -34,7 +34,7 @@ from .ingest import Ingest
 from .places import Places
 from .queue import EventQueue
 from .resume import Replays
-from .source import Entry, Past, Room
+from .source import Entry, Lost, Past, Room
 from .throttled_log import ThrottledLog
 
 log = structlog.get_logger()
@@ -183,12 +183,12 @@ class StreamInlet:
         self._replays.forget(stream)
         self._forgotten.add(stream)
 
-    async def gap(self, stream: Stream, *, since: Position, end: Position) -> None:
-        """Say that entries were lost unread, and return in the same step.
+    async def gap(self, lost: Sequence[Lost]) -> None:
+        """Say what was lost unread, and return in the same step.
 
-        A client that has seen less than ``since`` cannot resume. Reading goes on from ``end``,
-        which is before ``since`` if the stream was created anew.
+        A client that has seen less of a stream than ``since`` cannot resume.
         """
         await self._queue.wait_idle()
-        self._history.restart(stream, since=since, end=end)
-        self._replays.tell_of_gap(stream)
+        for stream, since, end in lost:
+            self._history.restart(stream, since=since, end=end)
+        self._replays.tell_of_gap(*(each.stream for each in lost))
