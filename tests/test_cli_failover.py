@@ -7,6 +7,7 @@ import pytest
 from tests.support.commands import SECRETS, run
 from tests.support.gateways import admitted, make_settings, running
 from tests.test_cli_rebalance import proxy, rebalance
+from trio_gateway.broker import connection
 from trio_gateway.redis_sets import Cluster, RedisSet, SentinelSet, sentinel_set
 from trio_gateway.redis_sets.node import wait_until
 
@@ -90,6 +91,18 @@ def test_check_names_the_scheme_that_fits(sentinels: SentinelSet, cluster: Clust
         assert status == 1
         assert problem in text
         assert remedy in text
+
+
+def test_check_asks_about_tls_if_there_is_no_answer(
+    sentinels: SentinelSet, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A port without TLS waits for the rest of a TLS handshake, which it takes for a command."""
+    monkeypatch.setattr(connection, "CONNECT_TIMEOUT", 0.1)
+    for servers in (sentinels, cluster):
+        status, text = check(servers.url.replace("redis+", "rediss+"))
+        assert status == 1
+        assert "no answer in 0.1 s" in text
+        assert "if, and only if, the port speaks TLS" in text
 
 
 def test_check_knows_the_problems_of_sentinels() -> None:

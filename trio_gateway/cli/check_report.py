@@ -13,6 +13,10 @@ if TYPE_CHECKING:
 
 REPLY_TIMEOUT: Final = 3.0  # seconds for one reply
 
+_NO_ANSWER: Final = (
+    "check that this is Redis, and firewalls; write rediss… in REDIS_URL if, and only if, the port"
+    " speaks TLS"
+)
 _CERTIFICATES: Final = (
     "name the CA in REDIS_URL (ssl_ca_certs), and let certificates be valid for the hosts or IP"
     " addresses by which the servers are reached"
@@ -23,8 +27,9 @@ _REMEDIES: Final = (
     ("WRONG_VERSION_NUMBER", "the server speaks no TLS on this port: write redis… for rediss…"),
     ("Connection refused", "start Redis there, or set REDIS_URL to its address"),
     ("Name or service not known", "set REDIS_URL to a host that can be resolved"),
+    # A port without TLS says nothing to a handshake, for which it waits for the end of a line.
+    ("no answer", _NO_ANSWER),
     ("can't connect", "set REDIS_URL to the address of Redis, and check firewalls"),
-    ("no answer", "check that this is Redis, and whether it requires TLS (rediss://)"),
     ("not RESP", "the server there is not Redis: set REDIS_URL"),
     ("NOAUTH", "Redis requires a password: REDIS_URL=redis://:PASSWORD@host:port"),
     ("WRONGPASS", "the user or the password in REDIS_URL is wrong"),
