@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import trio
-from trio.testing import MockClock
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from tests.support.resume_world import A, B, World, at
 from trio_gateway.core.audiences import audiences_of
@@ -74,6 +74,21 @@ async def test_copy_in_the_past_of_another_stream_is_a_duplicate(
     await inlet.begin(B, "b", past(2, id="same"), None)
     assert positions(world) == [at(1)]
     assert positions(world, B) == []
+
+
+async def test_place_of_a_client_that_came_before_the_first_reading_can_be_resumed(
+    autojump_clock: MockClock, world: World, inlet: StreamInlet
+) -> None:
+    client = await world.connect("")
+    found = past(8999, 9000, 9500)._replace(since=at(8999))
+    await inlet.begin(A, "a", found, ahead=10.0)  # the client may have come at 9.0
+    await wait_all_tasks_blocked()
+    assert client.heard == [9000, 9500]
+    (answer,) = client.resumed
+    assert answer["count"] == 2
+    again = await world.connect(answer["last_event_id"])  # the first was cut off before they came
+    assert [each["recovered"] for each in again.resumed] == [True]
+    assert again.heard == [9000, 9500]
 
 
 async def test_shards_have_equal_shares_of_the_room_or_what_is_free(

@@ -234,7 +234,7 @@ class History:
 
         None if not all of those are known.
         """
-        place = Position((max(0, math.floor(moment * 1000)), 0))
+        place = _end_before(moment)
         if place < self._since[stream]:
             if stream not in self._whole:
                 return None
@@ -402,8 +402,7 @@ class History:
         """The cursor before every entry that Redis added from this unix time on, and whether all
         of those are known. It is in these streams, if they are given, and not beyond their ends.
         """
-        milliseconds = min(max(0, math.floor(moment * 1000)), LAST[0])
-        place = Position((milliseconds - 1, LAST[1])) if milliseconds else START
+        place = _end_before(moment)
         cursor = dict.fromkeys(self._end if streams is None else streams, place)
         complete = not self.forgot(cursor) and all(
             stream in self._whole or self._since[stream] <= place for stream in cursor
@@ -418,6 +417,12 @@ class History:
 
 def _is_after(seen: Position) -> Callable[[StoredEvent], bool]:
     return lambda kept: kept.position > seen
+
+
+def _end_before(moment: float) -> Position:
+    """The end of the millisecond before this unix time: a place that an id can name."""
+    milliseconds = min(max(0, math.floor(moment * 1000)), LAST[0])
+    return Position((milliseconds - 1, LAST[1])) if milliseconds else START
 
 
 def _position(kept: StoredEvent) -> Position:
