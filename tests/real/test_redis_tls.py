@@ -1,10 +1,16 @@
 """Sentinels and Clusters are reached with TLS, and a password, on each connection."""
 
+import socket
+import ssl
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 import trio
+import trustme
 
 from tests.support.commands import SECRETS, run
 from tests.support.gateways import JWT_SECRET, admitted, http, make_settings, receive_event, running
@@ -38,6 +44,50 @@ def test_every_connection_to_a_set_has_tls(kind: str, tmp_path: Path) -> None:
         before = fronts.encrypted
         trio.run(use, fronts.url(found.url))
         assert fronts.encrypted > before + 2
+
+
+@contextmanager
+def server_that_requires_a_client_certificate(folder: Path) -> Iterator[str]:
+    """Its URL. It waits for the end of what it refuses, or a reset could overtake its alert."""
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(folder / "ca.pem"))
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    authority.configure_trust(context)
+    context.verify_mode = ssl.CERT_REQUIRED
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            with suppress(OSError):
+                while True:
+                    accepted = listener.accept()[0]
+                    with accepted.dup() as plain:
+                        with (
+                            context.wrap_socket(
+                                accepted, server_side=True, do_handshake_on_connect=False
+                            ) as secure,
+                            suppress(ssl.SSLError),
+                        ):
+                            secure.do_handshake()
+                        plain.shutdown(socket.SHUT_WR)
+                        while plain.recv(4096):
+                            pass
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        place = f"127.0.0.1:{listener.getsockname()[1]}"
+        yield f"rediss://{place}?ssl_ca_certs={folder / 'ca.pem'}"
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
+
+
+def test_refusal_of_a_client_without_a_certificate_is_told_with_its_remedy(tmp_path: Path) -> None:
+    with server_that_requires_a_client_certificate(tmp_path) as url:
+        for scheme, path in (("", ""), ("+sentinel", "/mymaster")):
+            asked = url.replace("rediss", f"rediss{scheme}").replace("?", f"{path}?")
+            text = run("check", env={"REDIS_URL": asked, **SECRETS}).output
+            assert "CERTIFICATE_REQUIRED" in text
+            assert "name a client certificate that Redis accepts in REDIS_URL" in text
 
 
 async def use(url: str) -> None:

@@ -56,14 +56,14 @@ class RedisConnection:
             packed = [hiredis.pack_command(words) for words in commands]  # type: ignore[arg-type]  # its stub is too narrow
             await self._stream.send_all(b"".join(packed))
         except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            raise ConnectionLost(f"send failed: {type(error).__name__}") from None
+            raise ConnectionLost(f"send failed: {_cause(error)}") from None
 
     async def receive(self) -> list[Any]:
         """Wait for data, and return the replies that it completes; the list may be empty."""
         try:
             data = await self._stream.receive_some(_CHUNK)
         except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            raise ConnectionLost(f"receive failed: {type(error).__name__}") from None
+            raise ConnectionLost(f"receive failed: {_cause(error)}") from None
         if not data:
             raise ConnectionLost("closed by Redis")
         self.received += len(data)

@@ -21,9 +21,18 @@ _CERTIFICATES: Final = (
     "name the CA in REDIS_URL (ssl_ca_certs), and let certificates be valid for the hosts or IP"
     " addresses by which the servers are reached"
 )
+_CLIENT_CERTIFICATE: Final = (
+    "name a client certificate that Redis accepts in REDIS_URL: ssl_certfile and ssl_keyfile"
+)
+_CLOSED: Final = (
+    "check that this is Redis, and whether it requires TLS (rediss://) or a client certificate"
+    " (ssl_certfile, ssl_keyfile)"
+)
 # A part of an error's text, and its remedy; the first match counts.
 _REMEDIES: Final = (
     ("CERTIFICATE_VERIFY_FAILED", _CERTIFICATES),
+    ("CERTIFICATE_REQUIRED", _CLIENT_CERTIFICATE),  # with TLS 1.3, after the handshake
+    ("UNKNOWN_CA", _CLIENT_CERTIFICATE),  # in an alert of the server
     ("WRONG_VERSION_NUMBER", "the server speaks no TLS on this port: write redis… for rediss…"),
     ("Connection refused", "start Redis there, or set REDIS_URL to its address"),
     ("Name or service not known", "set REDIS_URL to a host that can be resolved"),
@@ -37,7 +46,8 @@ _REMEDIES: Final = (
     ("SELECT failed: NOPERM", "allow this user: ACL SETUSER … +select"),
     ("SELECT failed", "the database number in REDIS_URL is too high"),
     ("is a replica", "set REDIS_URL to a name that resolves to the primary"),
-    ("closed by Redis", "check that this is Redis, and whether it requires TLS (rediss://)"),
+    ("closed by Redis", _CLOSED),
+    ("receive failed", _CLOSED),
 )  # fmt: skip
 
 
