@@ -9,6 +9,7 @@ _GATEWAY: Final = {
     "gateway.py: parts.dead_letters.run": ["DeadLetters.run"],
     "gateway.py: parts.readiness.run": ["Readiness.run"],
     "gateway.py: parts.replays.decide": ["Replays.decide"],
+    "gateway.py: parts.replays.keep_ahead": ["Replays.keep_ahead"],
     "gateway.py: parts.following.run": ["Following.run"],
     "gateway.py: parts.watch_topology": ["watch"],
     "gateway.py: parts.placement.run": ["Placement.run"],
@@ -55,7 +56,7 @@ _SUPERVISOR: Final = {
 }
 # One client or one command waits for each of these: they are not background tasks.
 _AWAITED: Final = {
-    "runtime/connection.py: self._run_task, task",
+    "runtime/side_tasks.py: self._run, task",
     "access/sectors.py: query_branch, key",
     "broker/asyncio_calls.py: (await self._receive.receive()).run, loop",
     "broker/primaries.py: self._get_group, server, group, fits, values, problems",
