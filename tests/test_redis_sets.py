@@ -48,6 +48,7 @@ def test_sentinels_with_a_password_make_a_replica_the_primary() -> None:
             redis.Redis(port=after.port).ping()
 
 
+@pytest.mark.chaos
 def test_a_cluster_with_a_password_moves_slots_and_fails_over() -> None:
     with cluster_set(password=PASSWORD, appendonly="yes") as found:
         owner = found.primary("{tag}")

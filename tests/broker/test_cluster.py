@@ -147,10 +147,6 @@ async def test_one_primary_that_works_is_enough_to_be_ready(cluster: Cluster) ->
             frozen.thaw()
 
 
-async def test_commands_work_again_soon_after_a_primary_was_killed(cluster: Cluster) -> None:
-    await fails_over(cluster, "k", Node.kill)
-
-
 @pytest.mark.chaos
 @pytest.mark.parametrize("lose", [Node.freeze, Node.kill])
 async def test_commands_work_again_soon_after_a_primary_was_lost(lose: Any) -> None:

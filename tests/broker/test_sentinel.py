@@ -99,12 +99,6 @@ async def test_commands_without_a_primary_say_so_without_an_address(url: str) ->
         assert watch.net < 3 * TIMEOUT
 
 
-async def test_commands_work_again_soon_after_the_primary_was_killed(
-    sentinels: SentinelSet,
-) -> None:
-    await fails_over(sentinels, "k", Node.kill)
-
-
 @pytest.mark.chaos
 @pytest.mark.parametrize("lose", [Node.freeze, Node.kill])
 async def test_commands_work_again_soon_after_the_primary_was_lost(lose: Any) -> None:

@@ -24,7 +24,7 @@ BEARER: Final = {"Authorization": f"Bearer {make_jwt(JWT_SECRET, roles=['WAITER'
 EVENT: Final = {"type": "ROUND_READY", "tenant_id": 1, "branch_id": 1}
 
 
-@pytest.mark.parametrize("kind", SETS)
+@pytest.mark.parametrize("kind", ["sentinel", pytest.param("cluster", marks=pytest.mark.chaos)])
 def test_every_connection_to_a_set_has_tls(kind: str, tmp_path: Path) -> None:
     with (
         tls_fronts(tmp_path) as fronts,
