@@ -27,21 +27,23 @@ class Burst:
         self._nursery = nursery
         nursery.start_soon(self.world.dispatch.run, self.queue, 50)
 
-    async def client(self, pace: float, user: int = 1, tenant: int = 1) -> Client:
-        """A client that takes so many bytes a second."""
+    async def client(
+        self, pace: float, user: int = 1, tenant: int = 1, step: float = STEP
+    ) -> Client:
+        """A client that takes so many bytes a second, all of a step at once."""
         socket = FakeSocket(room=0)
         client = await self.world.live(
             principal=make_principal(Endpoint.ADMIN, tenant=tenant, user=user),
             socket=socket,
             terms=bounded(write_timeout=math.inf),
         )
-        self._nursery.start_soon(self._read, socket, pace)
+        self._nursery.start_soon(self._read, socket, pace, step)
         return client
 
-    async def _read(self, socket: FakeSocket, pace: float) -> None:
+    async def _read(self, socket: FakeSocket, pace: float, step: float) -> None:
         while pace:
-            await trio.sleep(STEP)
-            socket.read(pace * STEP)
+            await trio.sleep(step)
+            socket.read(pace * step)
 
     def publish(self, count: int, **keys: Any) -> None:
         for n in range(self.published, self.published + count):
@@ -70,6 +72,32 @@ async def test_burst_reaches_whole_the_clients_that_read(
 
     assert burst.world.replays.lags == 0
     assert clients[0].heard == list(range(7000))
+
+
+async def test_client_whose_process_has_no_core_for_a_moment_gets_the_burst_whole(
+    autojump_clock: MockClock, burst: Burst
+) -> None:
+    client = await burst.client(1e6, step=0.2)
+    burst.publish(7000)
+    await burst.delivered(client)
+
+    assert burst.world.replays.lags == 0
+    assert client.heard == list(range(7000))
+
+
+async def test_time_in_which_the_gateway_had_no_core_counts_against_no_client(
+    autojump_clock: MockClock, burst: Burst
+) -> None:
+    client = await burst.client(1e6)
+    burst.publish(7000)
+    for _ in range(5):
+        await trio.sleep(5 * STEP)
+        assert burst.queue.depth > 0
+        autojump_clock.jump(0.5)
+    await burst.delivered(client)
+
+    assert burst.world.replays.lags == 0
+    assert client.heard == list(range(7000))
 
 
 async def test_client_that_does_not_read_delays_its_tenant_for_a_moment_and_no_other(
