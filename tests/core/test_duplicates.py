@@ -293,7 +293,7 @@ def test_what_is_dropped_is_freed_soon_and_little_by_little() -> None:
     seen = Duplicates()
     events = [make_event(data=n, branch_id=1 + n % 100) for n in range(2000)]
     payloads = [event.payload for event in events]
-    seen.find_or_add_all(events)
+    seen.find_or_add_all(events, 0, [event.payload for event in events])
     del events
 
     def references() -> int:
@@ -320,6 +320,33 @@ def test_payloads_that_are_not_compared_yet_are_bounded_and_the_oldest_go_first(
 
     assert seen.is_duplicate(make_event(data=49, channel=ADMIN))
     assert not seen.is_duplicate(make_event(data=0, channel=ADMIN))
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        "",
+        '"ts":1}',
+        '"event_id":"a"} \n',
+        '"x":"\\",\\"event_id\\":\\"b"}\n',
+        f'"x":"{"x" * 300}"}}',
+    ],
+)
+@pytest.mark.parametrize("size", [0, 200, 65_000])
+def test_event_of_which_the_frame_is_held_has_its_copies(end: str, size: int) -> None:
+    text = f' {{"type":"ROUND_READY","tenant_id":1,"branch_id":1,"y":"{"y" * size}"'
+    payload = f"{text},{end}" if end else f"{text} }}"
+    durable, copy = (
+        parse_event(
+            payload.encode(), channel=channel, received_at=0.0, stream=Stream(STREAM),
+            position=Position((1, 1)), durable_types=["ROUND_READY"],
+        )
+        for channel in (STREAM, WAITERS)
+    )  # fmt: skip
+    seen = Duplicates()
+
+    assert seen.find_or_add(durable, held=durable.frame) is None
+    assert seen.find_or_add(copy) is not None
 
 
 def test_memory_for_the_channels_of_one_content_is_bounded(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import tracemalloc
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from structlog.testing import capture_logs
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from trio_gateway.core.audiences import Endpoint, Principal, audiences_of
+from trio_gateway.core.event_ids import Position, Stream
 from trio_gateway.core.events import Event
 from trio_gateway.core.routing import ROUTES, Route, Routing, To
 from trio_gateway.runtime.connection import Connection, ConnectionLimits
@@ -62,6 +64,31 @@ async def test_each_connection_receives_an_event_once(
     assert received(socket) == [0, 0, 1, 2]
     assert socket.writes == 2
     assert dispatch.deliveries == 4
+
+
+@pytest.mark.parametrize("how", ["delivered", "remembered", "raw"])
+async def test_durable_event_is_in_memory_once(
+    autojump_clock: MockClock, nursery: trio.Nursery, how: str
+) -> None:
+    """The history and what is remembered for copies share its bytes."""
+    hub, size, stream = Hub(), 20_000, Stream("events:critical")
+    await connect(nursery, hub, make_principal(sectors=(5,)))
+    dispatch = Dispatch(hub)
+    branch = 2 if how == "raw" else 1
+    tracemalloc.start()
+    try:
+        for n in range(1, 101):
+            event = make_event(
+                data="x" * size, branch_id=branch, sector_id=6, channel=stream, stream=stream,
+                position=Position((n, 1)),
+            )  # fmt: skip
+            if how == "remembered":
+                dispatch.remember(event)
+            else:
+                await dispatch.deliver([event])
+        assert 100 * size < tracemalloc.get_traced_memory()[0] < 1.5 * 100 * size
+    finally:
+        tracemalloc.stop()
 
 
 async def test_event_is_passed_on_byte_for_byte(

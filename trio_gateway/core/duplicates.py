@@ -2,11 +2,11 @@
 
 from array import array
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import inf
 from typing import Final, NamedTuple
 
-from .events import Event, ts_of
+from .events import WHITE_SPACE, Event, payload_of, ts_of
 
 CONTENT_WINDOW: Final = 5.0  # seconds
 ID_WINDOW: Final = 300.0
@@ -14,7 +14,9 @@ _NEVER: Final = (-inf, 0)
 _TS: Final = b'"ts"'
 _FORGETS_EVERY: Final = 0.1  # seconds
 MOST_REMEMBERED: Final = 500_000  # ids, and as many contents; beyond that the oldest are forgotten
-MOST_WAITING_BYTES: Final = 67_108_864  # of payloads that wait; nearly all are in the history, too
+MOST_WAITING_BYTES: Final = (
+    67_108_864  # of payloads that wait; those of durable events are the history's
+)
 _FREED_AT_ONCE: Final = 300  # payloads and lanes
 _LONG: Final = 100  # characters of an id; of a longer one only a hash is kept
 # How many occurrences that were received long after an event are searched for it. There are such
@@ -140,19 +142,18 @@ class _Generation:
     def __init__(self) -> None:
         self.lanes: dict[_Branch, _Lane] = {}
         self.newest = -inf  # receipt
-        self.payloads: list[bytes] = []
+        self.payloads: list[bytes] = []  # or frames
         self.times = array("d")  # of receipt
         self.states = array("q")
         self.bytes = 0  # of payloads
 
-    def take_waiting(self, lane: _Lane) -> list[tuple[bytes, float, int]]:
+    def take_waiting(self, lane: _Lane) -> Iterator[tuple[bytes, float, int]]:
         """Payload, time of receipt and state of what waits in a lane, and does so no longer."""
-        found = [(self.payloads[n], self.times[n], self.states[n]) for n in lane.waiting]
         for n in lane.waiting:
-            self.payloads[n] = b""
-        self.bytes -= sum(len(payload) for payload, _, _ in found)
+            held, self.payloads[n] = self.payloads[n], b""
+            self.bytes -= len(held)
+            yield payload_of(held), self.times[n], self.states[n]
         del lane.waiting[:]
-        return found
 
 
 class Duplicates:
@@ -197,14 +198,17 @@ class Duplicates:
         """Whether this event was received before; if not, it is remembered from now on."""
         return self.find_or_add(event) is not None
 
-    def find_or_add(self, event: Event, mark: int = 0) -> Found | None:
+    def find_or_add(self, event: Event, mark: int = 0, held: bytes | None = None) -> Found | None:
         """Return what is known of this event if it was received before.
 
         Returns None if it was not received before: then it is remembered with this ``mark``.
+        ``held`` is its payload or its frame, whichever others hold anyway.
         """
-        return self.find_or_add_all([event], mark)[0]
+        return self.find_or_add_all([event], mark, [event.payload if held is None else held])[0]
 
-    def find_or_add_all(self, events: Sequence[Event], mark: int = 0) -> list[Found | None]:
+    def find_or_add_all(
+        self, events: Sequence[Event], mark: int, held: Sequence[bytes]
+    ) -> list[Found | None]:
         """As :meth:`find_or_add`, for one event after the other."""
         found: list[Found | None] = []
         if events and (now := events[0].received_at) >= self._forgets_at:
@@ -213,26 +217,26 @@ class Duplicates:
         if self._dropped:
             del self._dropped[-_FREED_AT_ONCE - 2 * len(events) :]
         states, young = (mark << 1, mark << 1 | _STORED), self._young
-        for event in events:
+        for event, bytes_held in zip(events, held, strict=True):
             now, state = event.received_at, states[event.durable]
             if event.id is not None:
                 found.append(_found(self._first_of_id(event.tenant, event.id, now, state)))
                 continue
-            branch, channel, payload = (event.tenant, event.branch), event.channel, event.payload
+            branch, channel = (event.tenant, event.branch), event.channel
             lane = young.lanes.get(branch)
             if lane is None or (lane.channel != channel and not lane.several):
                 lane = self._open_lane(branch, channel)
             if now > young.newest:
                 young.newest = now
             if lane.compares:
-                key = _content(payload, bytes(event.ts))
+                key = _content(event.payload, bytes(event.ts))
                 found.append(_found(self._compare(key, now, channel, state)))
                 continue
             lane.waiting.append(len(young.payloads))  # nearly always
-            young.payloads.append(payload)
+            young.payloads.append(bytes_held)
             young.times.append(now)
             young.states.append(state)
-            young.bytes += len(payload)
+            young.bytes += len(bytes_held)
             found.append(None)
         if len(young.payloads) > MOST_REMEMBERED // 2 or young.bytes > MOST_WAITING_BYTES // 2:
             self._begin_generation()
@@ -330,7 +334,10 @@ def _found(state: int | None) -> Found | None:
 
 
 def _content(payload: bytes, ts: bytes) -> int:
-    """A hash of a payload without ``ts``, the value of its own, outermost key of that name."""
+    """A hash of a payload without ``ts``, the value of its own, outermost key of that name, and
+    without white space at its end: a frame does not have that.
+    """
+    payload = payload.rstrip(WHITE_SPACE)
     if not ts:
         return hash(payload)
     # Few payloads contain "ts" with its quotes more than once. If it is there once, the value

@@ -8,12 +8,14 @@ import msgspec
 
 from .audiences import BranchId, SectorId, SessionId, TableId, TenantId
 from .event_ids import Position, Stream, event_id
-from .frames import deflated_frame, text_frame
+from .frames import deflated_frame, split, text_frame
 
 MAX_EVENT_BYTES: Final = 65_536
 MAX_ID: Final = 2**63 - 1
 WORTH_DEFLATING: Final = 1024  # bytes
-_WHITE_SPACE: Final = b" \t\r\n"  # JSON's (RFC 8259, 2)
+WHITE_SPACE: Final = b" \t\r\n"  # JSON's (RFC 8259, 2)
+
+_EVENT_ID: Final = b',"event_id":"'
 
 _POSITIVE: Final = msgspec.Meta(gt=0, le=MAX_ID)
 
@@ -93,8 +95,8 @@ class Event(msgspec.Struct, gc=False, eq=False):
         if (found := self.event_id) is None:
             return self.payload
         # The object is not empty, so a comma is needed; ids need no escapes.
-        open_end = self.payload.rstrip(_WHITE_SPACE)[:-1]
-        return b'%b,"event_id":"%b"}' % (open_end, found.encode())
+        open_end = self.payload.rstrip(WHITE_SPACE)[:-1]
+        return b'%b%b%b"}' % (open_end, _EVENT_ID, found.encode())
 
     @property
     def frame(self) -> bytes:
@@ -154,6 +156,17 @@ def parse_event(
         keys.ts, payload, channel, received_at, stream, position,
         stream is not None and position is not None and keys.type in durable_types,
     )  # fmt: skip
+
+
+def payload_of(held: bytes) -> bytes:
+    """The payload of a valid event, without white space at its end if that was in its frame.
+
+    ``held`` is the payload, or the frame of a durable event.
+    """
+    if held[0] < 0x80:  # JSON begins with an ASCII character, a frame with the bit FIN
+        return held
+    [(_, text)] = split(held)
+    return bytes(text).rpartition(_EVENT_ID)[0] + b"}"
 
 
 def ts_of(payload: bytes) -> bytes:

@@ -177,12 +177,14 @@ class Dispatch:
         ``read_again`` is for the events of a stream that was read before and forgotten meanwhile:
         those that are new to it are stored, though they were received before.
         """
-        found = self._duplicates.find_or_add(event)
+        is_concerned = self._hub.concerns(event)
+        held = _held(event, is_concerned)
+        found = self._duplicates.find_or_add(event, held=held)
         if read_again is not None:
-            found = read_again.find_or_add(event)
+            found = read_again.find_or_add(event, held=held)
         if event.durable and not (found and found.was_stored):
             now = trio.current_time()
-            if self._hub.concerns(event):
+            if is_concerned:
                 self._history.add(event, self._history.routing.audiences(event), now=now)
             else:
                 self._history.add_raw([(event, 0)], now=now)
@@ -193,14 +195,17 @@ class Dispatch:
         planned: list[_Planned] = []
         last_number = self._hub.last_number
         raw: list[tuple[Event, int]] = []  # to be stored, with their marks
-        history, now, concerns = self._history, trio.current_time(), self._hub.concerns
+        history, now = self._history, trio.current_time()
         for stream, position in _positions(reversed(batch)).items():
             history.advance(stream, position)  # it may be its first
         # Not on receipt: a copy that the queue then drops must not count as the first.
-        found_before = self._duplicates.find_or_add_all(batch, last_number)
-        for event, found in zip(batch, found_before, strict=True):
-            # In the step in which the members are looked up: one may have joined meanwhile.
-            audiences = self.audiences(event) if concerns(event) else None
+        # Whom it concerns is looked up in the step in which the members are: one may have joined.
+        concerned = list(map(self._hub.concerns, batch))
+        found_before = self._duplicates.find_or_add_all(
+            batch, last_number, list(map(_held, batch, concerned))
+        )
+        for event, found, is_concerned in zip(batch, found_before, concerned, strict=True):
+            audiences = self.audiences(event) if is_concerned else None
             mark = 0
             if found is None:
                 fresh.append(event)
@@ -339,6 +344,11 @@ class Dispatch:
             left += others
         for connection in left:
             connection.send(GAP)
+
+
+def _held(event: Event, is_concerned: bool) -> bytes:
+    """What the history holds of it if it is durable: its frame, or raw its payload."""
+    return event.frame if is_concerned and event.durable else event.payload
 
 
 def _positions(batch: Iterable[Event]) -> dict[Stream, Position]:
