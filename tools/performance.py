@@ -25,7 +25,7 @@ _BARS: Final = {
     ("burst", "gaps told"): "0",
     ("burst, one stuck", "gaps told"): "0",
     ("shards", "most, placed by HAProxy"): "≤ 1.3",
-    ("accepts", "accepts/s"): "≥ 3,000",
+    ("accepts", "accepts/s"): "≥ 6,000",
     ("idle", "KB per connection"): "≤ 11",
     ("quiet", "idle CPU ms/s"): "≤ 1.5",
     ("quiet", "wake-ups/s"): "≤ 4",
