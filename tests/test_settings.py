@@ -43,6 +43,7 @@ OURS = {  # in addition to those of the contract
 DEFAULTS: dict[str, Any] = {
     "WS_MAX_CONNECTIONS_PER_USER": 3,
     "WS_MAX_CONNECTIONS_PER_SESSION": 20,
+    "WS_MAX_CONNECTIONS_PER_TENANT": 0,
     "WS_MAX_TOTAL_CONNECTIONS": 1000,
     "WS_MESSAGE_RATE_LIMIT": 20,
     "WS_MESSAGE_RATE_WINDOW": 1.0,
@@ -68,6 +69,10 @@ DEFAULTS: dict[str, Any] = {
     "WS_DROP_ALARM_THRESHOLD": 0.05,
     "WS_DROP_ALARM_COOLDOWN": 300,
     "WS_ROUTES_FILE": None,
+    "WS_CLUSTER": False,
+    "WS_PRESENCE_GRACE": 15,
+    "WS_PRESENCE_STREAM": None,
+    "WS_API_KEYS_FILE": None,
     "REDIS_URL": "redis://localhost:6380",
     "REDIS_CHANNEL_PATTERNS": PATTERNS,
     "REDIS_STREAMS": ("events:critical",),
@@ -241,6 +246,8 @@ SECONDS = [
     "CIRCUIT_RECOVERY_TIMEOUT", "JWT_REVALIDATION_INTERVAL", "SECTOR_CACHE_TTL",
 ]  # fmt: skip
 NUMBERS = [
+    "WS_MAX_CONNECTIONS_PER_TENANT",
+    "WS_PRESENCE_GRACE",
     "WS_RESUME_FROM_STREAM",
     "WS_TENANT_EVENT_RATE",
     "WS_DROP_ALARM_THRESHOLD",
@@ -518,6 +525,24 @@ def test_a_key_is_bound_to_its_algorithms() -> None:
     [key] = Settings().table_keys
 
     assert dataclasses.asdict(key)["algorithms"] == ("HS256",)
+
+
+def test_a_presence_stream_without_presence_is_named_at_the_start() -> None:
+    values: dict[str, Any] = {"jwt_secret": SECRET, "table_token_secret": OTHER}
+    values["ws_presence_stream"] = "presence"
+    [line] = Settings(**values).warnings
+    assert line.startswith("WS_PRESENCE_STREAM has no effect")
+    assert Settings(**values, ws_cluster=True).warnings == []
+
+
+@pytest.mark.parametrize("stream", ["events:critical", "dead"])
+def test_presence_stream_is_no_stream_of_events(
+    monkeypatch: pytest.MonkeyPatch, stream: str
+) -> None:
+    [problem] = problems(
+        monkeypatch, WS_PRESENCE_STREAM=stream, WS_CLUSTER="true", REDIS_DLQ_STREAM="dead"
+    )
+    assert "WS_PRESENCE_STREAM is one of REDIS_STREAMS or REDIS_DLQ_STREAM" in problem
 
 
 def test_dead_letter_stream_is_not_a_source(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,6 +42,8 @@ def warnings_of(settings: SettingValues) -> list[str]:
         found.append("TABLE_TOKEN_SECRET is not set: it is random, so no table token is valid")
     if settings.jwt_secret is not None and settings.jwt_secret == settings.table_token_secret:
         found.append("JWT_SECRET and TABLE_TOKEN_SECRET are the same: use two different secrets")
+    if settings.ws_presence_stream is not None and not settings.ws_cluster:
+        found.append("WS_PRESENCE_STREAM has no effect: presence is known with WS_CLUSTER=true")
     for name in RedisUrl.from_url(settings.redis_url).ignored:
         found.append(f"REDIS_URL: {name} has no effect: the gateway sets it itself")
     url = urlsplit(settings.jwt_jwks_url or "")
@@ -114,6 +116,10 @@ def _stream_problems(settings: SettingValues) -> list[str]:
     names = sharding_of(settings).names
     if settings.redis_dlq_stream in names:
         problems.append("REDIS_DLQ_STREAM is one of REDIS_STREAMS: each copy would be copied again")
+    if settings.ws_presence_stream in {*names, settings.redis_dlq_stream} - {None}:
+        problems.append(
+            "WS_PRESENCE_STREAM is one of REDIS_STREAMS or REDIS_DLQ_STREAM: name another stream"
+        )
     return problems + _streams_with_the_same_tag(names)
 
 

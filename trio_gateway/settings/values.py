@@ -58,6 +58,7 @@ class SettingValues(BaseSettings):
 
     ws_max_connections_per_user: _Count = 3
     ws_max_connections_per_session: _Count = 20
+    ws_max_connections_per_tenant: Annotated[int, Field(ge=0)] = 0  # 0 = off
     ws_max_total_connections: _Count = 1000
     ws_message_rate_limit: _Count = 20
     ws_message_rate_window: _Seconds = 1.0
@@ -83,6 +84,10 @@ class SettingValues(BaseSettings):
     ws_drop_alarm_threshold: Annotated[float, Field(ge=0, le=1)] = 0.05
     ws_drop_alarm_cooldown: _Seconds = 300
     ws_routes_file: Path | None = None
+    ws_cluster: bool = False  # limits and presence apply over all processes on the same Redis
+    ws_presence_grace: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 15
+    ws_presence_stream: str | None = None  # joins and leaves are added to it
+    ws_api_keys_file: Path | None = None  # enables the API for backends
     ws_tracing: bool = False  # needs the extra "otel"
     ws_console_tokens: bool = False  # the console mints tokens; in development only
     ws_max_handshakes: _Count = 1000  # in progress at a time
