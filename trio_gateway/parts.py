@@ -27,6 +27,7 @@ from .broker.topologies import make_topology
 from .broker.topology import Topology
 from .broker.topology_watch import watch
 from .core.audiences import Endpoint
+from .core.capacity import CapacityLimits
 from .core.control_messages import PLACEMENT, REVOKED, SECTORS_CHANGED
 from .core.event_ids import tag
 from .core.limits import DropAlarm, TenantRate
@@ -38,7 +39,7 @@ from .runtime.dispatch import Dispatch
 from .runtime.drain import Drain
 from .runtime.following import Following
 from .runtime.history import History
-from .runtime.hub import CapacityLimits, Hub
+from .runtime.hub import Hub
 from .runtime.ingest import Ingest
 from .runtime.keyed_limiter import KeyedLimiter
 from .runtime.older_events import LEAST_BYTES, OlderEvents
@@ -161,6 +162,7 @@ def build_parts(
             total=settings.ws_max_total_connections,
             per_user=settings.ws_max_connections_per_user,
             per_session=settings.ws_max_connections_per_session,
+            per_tenant=settings.ws_max_connections_per_tenant,
         )
     )
     redis_url = RedisUrl.from_url(settings.redis_url)

@@ -9,11 +9,12 @@ from trio_gateway.broker.stream_cursor import StreamCursor
 from trio_gateway.broker.stream_reader import COUNT, StreamReader, merge
 from trio_gateway.broker.stream_replies import Info
 from trio_gateway.broker.unreadable import Unreadable
+from trio_gateway.core.capacity import CapacityLimits
 from trio_gateway.core.event_ids import Position, tag
 from trio_gateway.core.routing import ROUTES
 from trio_gateway.runtime.dispatch import Dispatch
 from trio_gateway.runtime.history import History
-from trio_gateway.runtime.hub import CapacityLimits, Hub
+from trio_gateway.runtime.hub import Hub
 from trio_gateway.runtime.ingest import Ingest
 from trio_gateway.runtime.queue import EventQueue
 from trio_gateway.runtime.resume import Replays

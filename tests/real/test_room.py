@@ -68,6 +68,27 @@ async def test_dead_connections_are_closed_after_two_seconds_and_live_ones_stay(
         relay.reset()
 
 
+async def test_tenant_limit_counts_staff_and_diners_and_makes_no_room(redis_url: str) -> None:
+    settings = make_settings(redis_url, ws_max_connections_per_tenant=2)
+    async with (
+        running(settings) as gateway,
+        admitted(gateway.staff_url("waiter")) as staff,
+        admitted(gateway.diner_url()),
+    ):
+        async with connect(gateway.staff_url("kitchen", sub="22")) as client:
+            assert await closed(client) == (1013, "too many connections of this tenant")
+        assert gateway.app.parts.counts.rejected["tenant_limit"] == 1
+        token = make_jwt(JWT_SECRET)
+        headers = {"Authorization": f"Bearer {token}"}
+        assert (await http(gateway.port, "/ws/waiter/events", headers=headers)).status == 429
+        async with admitted(gateway.staff_url("waiter", tenant_id=2)):
+            pass
+        await staff.aclose()
+        await until(lambda: len(gateway.app.parts.hub) == 1)
+        async with admitted(gateway.staff_url("kitchen", sub="22")):
+            pass
+
+
 @pytest.mark.parametrize("transport", ["direct", "asgi"])
 async def test_new_connection_is_refused_when_all_others_answer(
     redis_url: str, transport: Transport

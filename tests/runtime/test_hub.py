@@ -20,10 +20,11 @@ from trio_gateway.core.audiences import (
     floor,
     waiters,
 )
+from trio_gateway.core.capacity import CapacityLimits
 from trio_gateway.core.close_codes import Close, Rejected
 from trio_gateway.core.routing import ROUTES
 from trio_gateway.runtime.connection import Connection, ConnectionLimits
-from trio_gateway.runtime.hub import CapacityLimits, Hub
+from trio_gateway.runtime.hub import Hub
 from trio_gateway.testing import FakeSocket, make_event, make_principal
 
 ONE = TenantId(1)
@@ -136,6 +137,47 @@ def test_session_has_a_limit_of_its_own() -> None:
     assert refusal(hub, make_principal(Endpoint.DINER, session=6)) is None
     assert refusal(hub, make_principal(Endpoint.DINER, tenant=2, session=5)) is None
     assert refusal(hub, make_principal(Endpoint.WAITER, user=5)) is None
+
+
+def test_tenant_has_a_limit_of_its_own() -> None:
+    hub = Hub(CapacityLimits(total=99, per_user=9, per_session=9, per_tenant=3))
+    leaver = joined(hub, make_principal(user=1))
+    joined(hub, make_principal(Endpoint.DINER, session=2))
+
+    with hub.reserve(make_principal(user=3)):
+        assert refusal(hub, make_principal(user=4)) == (Close.SERVER_OVERLOADED, "tenant_limit")
+        assert refusal(hub, make_principal(tenant=2, user=4)) is None
+    assert refusal(hub, make_principal(user=4)) is None
+    joined(hub, make_principal(user=4))
+    assert refusal(hub, make_principal(Endpoint.DINER)) == (Close.SERVER_OVERLOADED, "tenant_limit")
+    hub.leave(leaver)
+    assert refusal(hub, make_principal(Endpoint.DINER)) is None
+
+
+def test_user_at_its_limit_in_a_full_tenant_is_told_of_its_own() -> None:
+    """Room can be made there, which makes room in the tenant."""
+    hub = Hub(CapacityLimits(total=1, per_user=1, per_session=1, per_tenant=1))
+    joined(hub, make_principal(user=1))
+
+    assert refusal(hub, make_principal(user=1)) == (Close.SERVER_OVERLOADED, "user_limit")
+    assert refusal(hub, make_principal(user=2)) == (Close.SERVER_OVERLOADED, "tenant_limit")
+
+
+def test_each_place_that_becomes_free_is_told_after_it_is() -> None:
+    hub, told = Hub(CapacityLimits(total=9, per_user=9, per_session=9, per_tenant=9)), []
+
+    def note(principal: Principal) -> None:
+        told.append((hub.places_of(principal.owner), hub.places_of_tenant(principal.tenant)))
+
+    hub.on_freed = note
+    principal = make_principal()
+    first, second = joined(hub, principal), joined(hub, principal)
+    with hub.reserve(principal):
+        assert told == []
+    hub.leave(first)
+    hub.leave(second)
+    hub.leave(second)
+    assert told == [(2, 2), (1, 1), (0, 0)]
 
 
 def test_check_for_admission_leaves_nothing_behind() -> None:

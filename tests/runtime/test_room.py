@@ -8,10 +8,11 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from trio_gateway.core.audiences import Endpoint, Principal
+from trio_gateway.core.capacity import CapacityLimits
 from trio_gateway.core.close_codes import Close, Rejected
 from trio_gateway.core.messages import Message
 from trio_gateway.runtime.connection import Connection, ConnectionLimits
-from trio_gateway.runtime.hub import CapacityLimits, Hub
+from trio_gateway.runtime.hub import Hub
 from trio_gateway.runtime.room import Room
 from trio_gateway.runtime.socket import Ping, Pong
 from trio_gateway.testing import FakeSocket, make_principal

@@ -51,8 +51,8 @@ class Close(IntEnum):
     SERVER_OVERLOADED = (
         1013,
         (
-            "a limit is reached (in total, per user, session or address, or of clients being "
-            "admitted), or a service that is needed to admit the client is down"
+            "a limit is reached (in total, per user, session, tenant or address, or of clients "
+            "being admitted), or a service that is needed to admit the client is down"
         ),
         "retry with back-off",
         503,

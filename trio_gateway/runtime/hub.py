@@ -1,46 +1,31 @@
 """The hub: the connections of this process, and the audiences that they are in."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, KeysView, Mapping, Sequence
-from typing import Self
+from collections.abc import Callable, Iterable, KeysView, Mapping, Sequence
+from typing import Any, Self
 
 import trio
 
 from ..core.audiences import Audience, Endpoint, Principal, TenantId, audiences_of, diners
-from ..core.close_codes import Close, Rejected
+from ..core.capacity import CapacityLimits, Owner
 from ..core.event_ids import Cursor
 from ..core.events import Event
 from .connection import Connection
 from .resume_state import Phase, Step
 
 
-class CapacityLimits:
-    """The most connections of one process: in total, per user, per diner session."""
-
-    def __init__(self, *, total: int, per_user: int, per_session: int) -> None:
-        self.total = total
-        self.per_user = per_user
-        self.per_session = per_session
-
-
-Owner = tuple[str, int, object]
-
-
 class Place:
     """A reserved place in the hub; a context manager that releases it at its end."""
 
-    def __init__(self, reserved: Counter[Owner], owner: Owner) -> None:
-        self._reserved = reserved
-        self._owner = owner
-        reserved[owner] += 1
+    def __init__(self, hub: "Hub", principal: Principal) -> None:
+        self._hub = hub
+        self.principal = principal
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._reserved[self._owner] -= 1
-        if not self._reserved[self._owner]:
-            del self._reserved[self._owner]
+        self._hub.release(self.principal)
 
 
 class Hub:
@@ -51,11 +36,15 @@ class Hub:
 
     def __init__(self, limits: CapacityLimits | None = None) -> None:
         self._limits = limits
+        self._limits_tenants = limits is not None and limits.per_tenant > 0
         self._members: dict[Audience, set[Connection]] = {}
         # How many audiences with members each branch has, by tenant.
         self._branches: defaultdict[TenantId, Counter[int]] = defaultdict(Counter)
         self._owned: dict[Owner, list[Connection]] = {}
         self._reserved: Counter[Owner] = Counter()
+        self._of_tenant: Counter[TenantId] = Counter()  # places, if their number is limited
+        # Called with the principal of each place that was given up, also to join.
+        self.on_freed: Callable[[Principal], None] | None = None
         self._connections: dict[Connection, None] = {}  # in the order they joined
         self._leaving: set[Connection] = set()
         self._emptied = trio.lowlevel.ParkingLot()
@@ -99,22 +88,24 @@ class Hub:
         """
         if (limits := self._limits) is None:
             return
-        # First the limits at which room can be made, which makes room in total, too.
-        owned = len(self.owned_by(principal)) + self._reserved[principal.owner]
-        if principal.session is not None and owned >= limits.per_session:
-            raise Rejected(
-                Close.SERVER_OVERLOADED, "too many connections of this session", "session_limit"
-            )
-        if principal.session is None and owned >= limits.per_user:
-            raise Rejected(
-                Close.SERVER_OVERLOADED, "too many connections of this user", "user_limit"
-            )
-        if self.taken >= limits.total:
-            raise Rejected(Close.SERVER_OVERLOADED, "too many connections", "total_limit")
+        limits.check(
+            principal,
+            owned=self.places_of(principal.owner),
+            of_tenant=self._of_tenant[principal.tenant],
+            taken=self.taken,
+        )
 
-    def owned_by(self, principal: Principal) -> Sequence[Connection]:
-        """The connections of the principal's user, or session, of its tenant."""
-        return self._owned.get(principal.owner, ())
+    def owned_by(self, owner: Owner) -> Sequence[Connection]:
+        """The connections of a user, or session, of a tenant."""
+        return self._owned.get(owner, ())
+
+    def places_of(self, owner: Owner) -> int:
+        """The number of places of a user or session, including reserved ones."""
+        return len(self._owned.get(owner, ())) + self._reserved[owner]
+
+    def places_of_tenant(self, tenant: TenantId) -> int:
+        """The number of places of a tenant, including reserved ones; 0 if it is not limited."""
+        return self._of_tenant[tenant]
 
     def reserve(self, principal: Principal) -> Place:
         """As :meth:`admit`, and the place stays taken until it is released.
@@ -122,7 +113,21 @@ class Hub:
         :meth:`join` must follow the release without an await between them.
         """
         self.admit(principal)
-        return Place(self._reserved, principal.owner)
+        self._reserved[principal.owner] += 1
+        if self._limits_tenants:
+            self._of_tenant[principal.tenant] += 1
+        return Place(self, principal)
+
+    def release(self, principal: Principal) -> None:
+        """Give up a reserved place."""
+        _subtract(self._reserved, principal.owner)
+        self._free(principal)
+
+    def _free(self, principal: Principal) -> None:
+        if self._limits_tenants:
+            _subtract(self._of_tenant, principal.tenant)
+        if self.on_freed is not None:
+            self.on_freed(principal)
 
     def join(self, connection: Connection) -> None:
         """Add a connection to the audiences of its principal."""
@@ -131,6 +136,8 @@ class Hub:
         connection.number = self.last_number
         self._connections[connection] = None
         self._owned.setdefault(principal.owner, []).append(connection)
+        if self._limits_tenants:
+            self._of_tenant[principal.tenant] += 1
         self.by_endpoint[principal.endpoint] += 1
         self.deflate_count += connection.supports_deflate
         connection.audiences = audiences_of(principal)
@@ -148,6 +155,7 @@ class Hub:
         self._owned[owner].remove(connection)
         if not self._owned[owner]:
             del self._owned[owner]
+        self._free(connection.principal)
         self.by_endpoint[connection.principal.endpoint] -= 1
         self.deflate_count -= connection.supports_deflate
         for audience in connection.audiences:
@@ -265,6 +273,14 @@ class Hub:
                 del branches[branch]
             if not branches:
                 del self._branches[tenant]
+
+
+def _subtract(counter: Counter[Any], key: Any) -> None:
+    """Count one less, and forget what is 0."""
+    if counter[key] == 1:
+        del counter[key]
+    else:
+        counter[key] -= 1
 
 
 def _branch_of(audience: Audience) -> int:

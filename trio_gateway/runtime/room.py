@@ -6,9 +6,10 @@ from typing import Final
 import trio
 
 from ..core.audiences import Principal
+from ..core.capacity import OWNER_LIMITS, Owner
 from ..core.close_codes import Close, Rejected
 from .connection import Connection
-from .hub import Hub, Owner, Place
+from .hub import Hub, Place
 
 ANSWER_TIME: Final = 2.0  # seconds that a connection has to show that it is there
 _LOOK: Final = 0.1  # seconds between two looks at the answers
@@ -53,11 +54,11 @@ class Room:
         try:
             return hub.reserve(principal), False
         except Rejected as full:
-            if full.label not in {"user_limit", "session_limit"}:
+            if full.label not in OWNER_LIMITS:
                 raise
             refusal = full
         if (probe := self._probes.get(owner)) is None:
-            if not (asked := list(hub.owned_by(principal))):  # the places are reserved by others
+            if not (asked := list(hub.owned_by(owner))):  # the places are reserved by others
                 raise refusal
             probe = self._probes[owner] = _Probe(asked, trio.current_time())
         if probe.waiting >= len(probe.asked):
