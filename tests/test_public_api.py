@@ -17,7 +17,8 @@ import trio_gateway
 PAGE: Final = Path(__file__).parents[1] / "docs/api.md"
 PUBLIC: Final[dict[str, set[str]]] = {
     "client": {
-        "Client", "Event", "Gap", "NoUpgrade", "Refused", "Status", "TokenProvider", "connect",
+        "Client", "Event", "Gap", "NoUpgrade", "Presence", "Refused", "Status", "TokenProvider",
+        "connect",
     },
     "gateway": {"Gateway", "create_app"},
     "publisher": {

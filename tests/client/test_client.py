@@ -10,7 +10,7 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 from trio_websocket import wrap_server_stream
 
-from trio_gateway.client import Client, Refused, Status, connect
+from trio_gateway.client import Client, Presence, Refused, Status, connect
 from trio_gateway.testing import make_jwt, make_payload
 
 from .fakes import FakeGateway, Peer, closing, fake_gateway, hang_up, welcome
@@ -489,6 +489,95 @@ async def test_refresh_sectors_without_an_answer_is_an_error(autojump_clock: Moc
         await client.wait_open()
         with pytest.raises(ConnectionError, match="ended"):
             await client.refresh_sectors()
+
+
+# Presence
+
+WAITER = {"user_id": "21", "endpoint": "waiter", "sector_ids": [5], "connections": 1, "since": 1.5}
+ADMIN = WAITER | {"endpoint": "admin", "sector_ids": []}
+TABLE = {"session_id": 456, "table_id": 10, "connections": 2}
+
+
+async def test_presence_is_the_whole_state_after_each_change(autojump_clock: MockClock) -> None:
+    async def script(peer: Peer) -> None:
+        await peer.admit()
+        assert await peer.receive() == {"type": "watch_presence", "branch_id": 1}
+        await peer.send(type="presence", branch_id=1, joined=[TABLE], left=[])  # of another watch
+        await peer.send(type="presence", branch_id=1, users=[WAITER, ADMIN], sessions=[TABLE])
+        await peer.send(type="presence", branch_id=2, users=[], sessions=[])
+        await trio.sleep(1)
+        await peer.send(type="presence", branch_id=1, joined=[], left=[ADMIN, TABLE])
+        await trio.sleep(1)
+        await peer.send(
+            type="presence", branch_id=1, joined=[WAITER | {"sector_ids": [6]}], left=[]
+        )
+        await peer.stay()
+
+    async with fake_gateway(script) as gateway, connecting(gateway) as client:
+        with client.watch_presence(1) as watch:
+            assert await anext(watch) == Presence(1, (WAITER, ADMIN), (TABLE,))
+            assert await anext(watch) == Presence(1, (WAITER,), ())
+            assert await anext(watch) == Presence(1, (WAITER | {"sector_ids": [6]},), ())
+
+
+async def test_presence_is_watched_again_after_a_reconnect(autojump_clock: MockClock) -> None:
+    def present(*users: Any) -> Any:
+        async def script(peer: Peer) -> None:
+            await peer.admit()
+            assert await peer.receive() == {"type": "watch_presence", "branch_id": 1}
+            await peer.send(type="presence", branch_id=1, users=users, sessions=[])
+            await trio.sleep(1)
+
+        return script
+
+    scripts = (present(WAITER), present(ADMIN), welcome)
+    async with fake_gateway(*scripts) as gateway, connecting(gateway) as client:
+        with client.watch_presence(1) as watch:
+            assert (await anext(watch)).users == (WAITER,)
+            assert (await anext(watch)).users == (ADMIN,)
+
+
+async def test_slow_reader_of_presence_gets_the_newest_state(autojump_clock: MockClock) -> None:
+    async def script(peer: Peer) -> None:
+        await peer.admit()
+        await peer.receive()
+        await peer.send(type="presence", branch_id=1, users=[], sessions=[])
+        for user in range(1000):
+            item = WAITER | {"user_id": str(user)}
+            await peer.send(type="presence", branch_id=1, joined=[item], left=[])
+        await peer.stay()
+
+    async with fake_gateway(script) as gateway, connecting(gateway) as client:
+        with client.watch_presence(1) as watch:
+            await trio.sleep(5)
+            assert len((await anext(watch)).users) == 1000
+            with trio.move_on_after(5) as nothing:
+                await anext(watch)
+    assert nothing.cancelled_caught
+
+
+async def test_branch_is_watched_until_the_block_is_left_and_may_be_watched_again(
+    autojump_clock: MockClock,
+) -> None:
+    async with fake_gateway(welcome) as gateway, connecting(gateway) as client:
+        await client.wait_open()
+        with client.watch_presence(1):
+            await trio.sleep(1)
+            with pytest.raises(ValueError, match="branch 1 is watched already"):
+                client.watch_presence(1).__enter__()
+        with client.watch_presence(1):
+            await trio.sleep(1)
+        await trio.sleep(1)
+    asked = [each["type"] for each in gateway.received if "branch_id" in each]
+    assert asked == ["watch_presence", "unwatch_presence", "watch_presence", "unwatch_presence"]
+
+
+async def test_watching_presence_ends_when_the_client_is_refused(autojump_clock: MockClock) -> None:
+    async with fake_gateway(closing(4003)) as gateway, connecting(gateway) as client:
+        with client.watch_presence(1) as watch, pytest.raises(Refused):
+            await anext(watch)
+        with client.watch_presence(1) as watch, pytest.raises(Refused):
+            await anext(watch)
 
 
 # Liveness

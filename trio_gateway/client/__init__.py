@@ -9,6 +9,16 @@ docs/api.md documents the names, and docs/clients.md the behaviour when a connec
 
 from .connection import Client, connect
 from .transport import NoUpgrade
-from .values import Event, Gap, Refused, Status, TokenProvider
+from .values import Event, Gap, Presence, Refused, Status, TokenProvider
 
-__all__ = ["Client", "Event", "Gap", "NoUpgrade", "Refused", "Status", "TokenProvider", "connect"]
+__all__ = [
+    "Client",
+    "Event",
+    "Gap",
+    "NoUpgrade",
+    "Presence",
+    "Refused",
+    "Status",
+    "TokenProvider",
+    "connect",
+]

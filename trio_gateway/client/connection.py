@@ -5,7 +5,7 @@ import math
 import random
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager
 from inspect import isawaitable
 from typing import Final, Self
 
@@ -17,9 +17,10 @@ from .address import Dial, read_address
 from .credential import Credential, NoToken
 from .feed import Feed, Item, Missed, Resumed
 from .policy import Next, after_status
+from .presence import PresenceWatches
 from .session import Ending, Session, after, broken
 from .transport import Ended, NoUpgrade, WebSocket
-from .values import Event, Gap, Refused, Status, TokenProvider
+from .values import Event, Gap, Presence, Refused, Status, TokenProvider
 
 CONNECT_TIMEOUT: Final = 15.0  # seconds, from asking for a token to admission
 STABLE: Final = 10.0  # seconds; a longer connection restarts the back-off
@@ -114,6 +115,7 @@ class Client:
         self._inbox_in, self._inbox = trio.open_memory_channel[Item](buffer)
         self._last_event_id = feed.last_event_id
         self._refusal: Refused | None = None
+        self._watches = PresenceWatches()
         self._settled = trio.Event()  # set when first admitted, or refused
         self._opened_at = math.inf
         self._session: Session | None = None  # while open
@@ -142,6 +144,15 @@ class Client:
         if self._session is None:
             raise ConnectionError(f"not connected: {self.status.state}")
         return await self._session.refresh_sectors()
+
+    def watch_presence(self, branch_id: int) -> AbstractContextManager[AsyncIterator[Presence]]:
+        """Watch who is present in a branch of this admin, until the block is left.
+
+        Iterate for everybody who is present, now and after each change and reconnect; a slow reader
+        gets the newest state. The gateways need ``WS_CLUSTER``. Another task must iterate over the
+        client meanwhile if events arrive. Raises :exc:`ValueError` if it is watched already.
+        """
+        return self._watches.watching(branch_id)
 
     def __aiter__(self) -> Self:
         return self
@@ -179,6 +190,7 @@ class Client:
             if ending.next is Next.STOP:
                 self._set_status(Status("refused", ending.code, ending.reason, None, ending.error))
                 self._refusal = Refused(ending.code, ending.reason)
+                self._watches.refuse(self._refusal)
                 self._settled.set()
                 self._inbox_in.close()
                 return
@@ -206,7 +218,11 @@ class Client:
                     return ending
                 stream = await self._dial()
                 session = Session(
-                    WebSocket(stream), self._feed, self._credential, self._inbox_in.send
+                    WebSocket(stream),
+                    self._feed,
+                    self._credential,
+                    self._watches,
+                    self._inbox_in.send,
                 )
                 token = (b"Authorization", b"Bearer " + self._credential.token.encode())
                 await session.open(self._host, self._target, [token, *self._headers])

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from .presence import Presences
 from .values import Event, Gap
 
 REMEMBERED: Final = 1000  # event ids, to find duplicates
@@ -50,7 +51,7 @@ class Pong:
     """The answer to a ping."""
 
 
-Item = Event | Missed | Resumed | Renewed | Intervals | Sectors | Pong
+Item = Event | Missed | Resumed | Renewed | Intervals | Sectors | Presences | Pong
 
 
 class Feed:
@@ -88,6 +89,8 @@ class Feed:
                 return [Intervals(min(heartbeat, receive))]
             case {"type": "sectors_updated", "sector_ids": list(ids)}:
                 return [Sectors(tuple(ids))]
+            case {"type": "presence", "branch_id": int(branch_id)}:
+                return [Presences.read(branch_id, message)]
         return []
 
     def _read_event(self, name: str, data: Mapping[str, Any], text: str) -> list[Item]:

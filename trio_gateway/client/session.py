@@ -13,6 +13,7 @@ from ..core.close_codes import Close
 from .credential import Credential
 from .feed import Feed, Intervals, Item, Pong, Renewed, Resumed, Sectors
 from .policy import Next, after_close
+from .presence import Presences, PresenceWatch, PresenceWatches
 from .transport import Ended, WebSocket
 
 PING_INTERVAL: Final = 25.0  # seconds between two pings; less if the gateway requires it
@@ -53,11 +54,13 @@ class Session:
         websocket: WebSocket,
         feed: Feed,
         credential: Credential,
+        watches: PresenceWatches,
         pass_on: Callable[[Item], Awaitable[None]],
     ) -> None:
         self._websocket = websocket
         self._feed = feed
         self._credential = credential
+        self._watches = watches
         self._pass_on = pass_on
         self._early: list[Item] = []
         self._reading: trio.CancelScope | None = None  # around a receive
@@ -88,6 +91,7 @@ class Session:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._send_pings)
             nursery.start_soon(self._renew)
+            nursery.start_soon(self._watch_presence)
             try:
                 ending = await self._receive()
             except trio.Cancelled:
@@ -150,6 +154,8 @@ class Session:
                             self._intervals_known.set()
                         case Sectors(ids):
                             self._answer(ids)
+                        case Presences():
+                            self._watches.receive(item)
                         case Pong():
                             self._unanswered = max(0, self._unanswered - 1)
                         case _:
@@ -207,6 +213,22 @@ class Session:
             with trio.move_on_after(REPLY_TIMEOUT):
                 await self._renewed.wait()
 
+    async def _watch_presence(self) -> None:
+        """Watch the branches that the application watches, and no others."""
+        asked: dict[int, PresenceWatch] = {}
+        while True:
+            wanted, changed = dict(self._watches.by_branch), self._watches.changed
+            # A branch whose watch is another one is asked for again, to receive its whole state.
+            ended = [branch for branch, watch in asked.items() if wanted.get(branch) is not watch]
+            begun = [branch for branch, watch in wanted.items() if asked.get(branch) is not watch]
+            names = [("unwatch_presence", each) for each in ended]
+            names += [("watch_presence", each) for each in begun]
+            for name, branch_id in names:
+                if not await self._send(_message(name, branch_id=branch_id)):
+                    return
+            asked = wanted
+            await changed.wait()
+
     async def _send(self, text: str) -> bool:
         """Send a message; return whether that succeeded. After a timeout the stream is unusable."""
         with trio.move_on_after(REPLY_TIMEOUT):
@@ -229,5 +251,5 @@ def after(ended: Ended, credential: Credential) -> Ending:
     return Ending(ended.code, ended.reason, following)
 
 
-def _message(name: str, **keys: str) -> str:
+def _message(name: str, **keys: str | int) -> str:
     return json.dumps({"type": name, **keys})

@@ -21,6 +21,19 @@ class Event:
 
 
 @dataclass(frozen=True, slots=True)
+class Presence:
+    """Who is present in a branch, on all processes of the gateway together.
+
+    The items are as the gateway sends them: a user has ``user_id``, ``endpoint``, ``sector_ids``,
+    ``connections`` and ``since``; a session has ``session_id``, ``table_id`` and ``connections``.
+    """
+
+    branch_id: int
+    users: tuple[Mapping[str, Any], ...]
+    sessions: tuple[Mapping[str, Any], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Status:
     """The state of the connection, and its reason.
 

@@ -47,6 +47,32 @@ export type TokenProvider = (asked: {
   refused: boolean;
 }) => string | null | undefined | Promise<string | null | undefined>;
 
+/** A user on an endpoint, with one connection or several. The same user on two endpoints is present twice. */
+export interface PresentUser {
+  user_id: string;
+  endpoint: "waiter" | "kitchen" | "admin";
+  /** A waiter's sectors in this branch. */
+  sector_ids: number[];
+  /** As of this item. A further connection of a user who is present changes nothing and is not told. */
+  connections: number;
+  /** Unix time. */
+  since: number;
+}
+
+/** The diners of a table. */
+export interface PresentSession {
+  session_id: number;
+  table_id: number;
+  connections: number;
+}
+
+/** Who is present in a branch, on all processes together. */
+export interface Presence {
+  branchId: number;
+  users: PresentUser[];
+  sessions: PresentSession[];
+}
+
 /** A source of events about the network and the tab: a `window`, or a worker's `self`. */
 export interface Page extends EventTarget {
   readonly navigator?: { readonly onLine?: boolean };
@@ -105,6 +131,7 @@ export interface GatewayEventMap {
   event: CustomEvent<{ event: GatewayEvent; text: string }>;
   gap: CustomEvent<GapReason>;
   message: CustomEvent<{ message: any; text: string }>;
+  presence: CustomEvent<Presence>;
   state: CustomEvent<State>;
   close: CustomEvent<Ending>;
   refused: CustomEvent<Ending>;
@@ -121,6 +148,12 @@ export interface Gateway extends EventTarget {
   readonly lastEventId: string;
   /** Ask the gateway to look up this waiter's sectors now. Rejects if no answer comes in time. */
   refreshSectors(): Promise<number[]>;
+  /**
+   * Watch who is present in a branch of this admin, where the gateways have `WS_CLUSTER`. `onPresence` is
+   * called with everybody who is present, first when the gateway has answered, then after each change and
+   * each reconnect. Returns a function that ends it. It may be called in any state.
+   */
+  watchPresence(branchId: number, onPresence: (presence: Presence) => void): () => void;
   /** Send a message of your own, an object as JSON. Throws unless the state is `open`. */
   send(message: object | string): void;
   /** Drop the socket and resume on another one: at once, or after the wait that the gateway asked for. */

@@ -2,7 +2,7 @@
 /**
  * A client of trio-gateway for browsers and Node. client.d.ts describes the exports.
  *
- * @import { Ending, GatewayEvent, Options, Page, State, Timings } from "./client.d.ts"
+ * @import { Ending, GatewayEvent, Options, Page, Presence, PresentSession, PresentUser, State, Timings } from "./client.d.ts"
  */
 
 /** @type {Timings} */
@@ -109,6 +109,45 @@ class Lifetime {
   }
 }
 
+/** Who is present in a branch: the last whole state that the gateway sent, with the changes since. */
+class PresenceWatch {
+  #branchId;
+  /** Null until the first state. @type {Map<string, PresentUser | PresentSession> | null} */
+  #present = null;
+  watchers = 0;
+
+  /** @param {number} branchId */
+  constructor(branchId) {
+    this.#branchId = branchId;
+  }
+
+  /** @param {any} message */
+  receive({ users, sessions, joined = [], left = [] }) {
+    if (Array.isArray(users) && Array.isArray(sessions)) {
+      this.#present = new Map();
+      joined = [...users, ...sessions];
+    }
+    for (const each of left) this.#present?.delete(presenceKey(each));
+    for (const each of joined) this.#present?.set(presenceKey(each), each);
+  }
+
+  /** A copy, so that listeners may keep it. @returns {Presence | null} */
+  get presence() {
+    if (!this.#present) return null;
+    const users = [];
+    const sessions = [];
+    for (const each of this.#present.values()) {
+      if ("session_id" in each) sessions.push(each);
+      else users.push(each);
+    }
+    return { branchId: this.#branchId, users, sessions };
+  }
+}
+
+/** @param {PresentUser | PresentSession} item */
+const presenceKey = (item) =>
+  "session_id" in item ? `session ${item.session_id}` : `${item.endpoint} ${item.user_id}`;
+
 const WAKER_AFTER = 5; // seconds that a page must be hidden
 /** Code of a worker that wakes a hidden page: browsers delay a page's timers, not a worker's. */
 const WAKER = "onmessage = ({ data }) => setTimeout(postMessage, data, 0)";
@@ -165,6 +204,8 @@ class Connection extends EventTarget {
   #seenIds = new Set();
   /** @type {{ resolve: (sectors: number[]) => void, reject: (error: Error) => void }[]} */
   #sectorRequests = [];
+  /** By branch. @type {Map<number, PresenceWatch>} */
+  #watches = new Map();
   /** @type {Map<string, { due: number, run: () => void, id: ReturnType<typeof setTimeout> }>} */
   #timers = new Map();
   /** Wakes the page while it is hidden. @type {Worker | null} */
@@ -217,6 +258,25 @@ class Connection extends EventTarget {
       this.#sendMessage({ type: "refresh_sectors" });
       this.#setTimer("sectors", () => this.#settleSectorRequests(null), this.#timings.patience);
     });
+  }
+
+  /** @param {number} branchId @param {(presence: Presence) => void} onPresence */
+  watchPresence(branchId, onPresence) {
+    const stop = new AbortController();
+    /** @param {any} event */
+    const listener = ({ detail }) => detail.branchId === branchId && onPresence(detail);
+    this.addEventListener("presence", listener, { signal: stop.signal });
+    const watch = this.#watches.get(branchId) ?? new PresenceWatch(branchId);
+    this.#watches.set(branchId, watch);
+    if (watch.watchers++) queueMicrotask(() => this.#emitPresence(watch));
+    else if (this.#state === "open") this.#sendMessage({ type: "watch_presence", branch_id: branchId });
+    return () => {
+      if (stop.signal.aborted) return;
+      stop.abort();
+      if (--watch.watchers) return;
+      this.#watches.delete(branchId);
+      if (this.#state === "open") this.#sendMessage({ type: "unwatch_presence", branch_id: branchId });
+    };
   }
 
   /** @param {object | string} message */
@@ -430,6 +490,9 @@ class Connection extends EventTarget {
     this.#schedulePing();
     this.#scheduleRenewal(false);
     this.#sendMessage({ type: "intervals" });
+    for (const branchId of this.#watches.keys()) {
+      this.#sendMessage({ type: "watch_presence", branch_id: branchId });
+    }
     this.#setState("open");
   }
 
@@ -471,6 +534,9 @@ class Connection extends EventTarget {
       case "intervals":
         this.#applyIntervals(message);
         break;
+      case "presence":
+        this.#receivePresence(message);
+        break;
     }
     this.#emit("message", { message, text });
   }
@@ -498,6 +564,19 @@ class Connection extends EventTarget {
       this.#lastEventId = id;
     }
     this.#emit("event", { event, text });
+  }
+
+  /** @param {{ branch_id: number }} message */
+  #receivePresence(message) {
+    const watch = this.#watches.get(message.branch_id);
+    if (!watch) return; // not watched any more, or watched with send()
+    watch.receive(message);
+    this.#emitPresence(watch);
+  }
+
+  /** @param {PresenceWatch} watch */
+  #emitPresence({ presence }) {
+    if (presence) this.#emit("presence", presence);
   }
 
   /** @param {number[] | null} sectors */

@@ -1116,6 +1116,76 @@ test("refreshSectors rejects without an answer in time, and when the socket is l
   await assert.rejects(client.refreshSectors(), /not connected: waiting/);
 });
 
+// Presence
+
+const WAITER = { user_id: "21", endpoint: "waiter", sector_ids: [5], connections: 1, since: 1790000000.5 };
+const ADMIN = { user_id: "21", endpoint: "admin", sector_ids: [], connections: 1, since: 1790000001 };
+const TABLE = { session_id: 456, table_id: 10, connections: 2 };
+/** @param {FakeWebSocket} socket */
+const watched = (socket) => socket.sent.filter((text) => text.includes("watch_presence")).map((text) => JSON.parse(text));
+const state = { type: "presence", branch_id: 1, users: [WAITER, ADMIN], sessions: [TABLE] };
+
+test("watchPresence passes on everybody who is present, with each change", async () => {
+  const { client, socket, calls } = await open();
+  /** @type {any[]} */
+  const seen = [];
+  client.watchPresence(1, (presence) => seen.push(presence));
+  assert.deepEqual(watched(socket), [{ type: "watch_presence", branch_id: 1 }]);
+  socket.receive(state);
+  socket.receive({ type: "presence", branch_id: 1, joined: [], left: [ADMIN] });
+  const moved = { ...WAITER, sector_ids: [6, 7] };
+  socket.receive({ type: "presence", branch_id: 1, joined: [moved, { ...TABLE, session_id: 457 }], left: [] });
+  socket.receive({ type: "presence", branch_id: 2, users: [], sessions: [] });
+  assert.deepEqual(seen, [
+    { branchId: 1, users: [WAITER, ADMIN], sessions: [TABLE] },
+    { branchId: 1, users: [WAITER], sessions: [TABLE] },
+    { branchId: 1, users: [moved], sessions: [TABLE, { ...TABLE, session_id: 457 }] },
+  ]);
+  assert.equal(calls.filter(([name]) => name === "event").length, 0);
+});
+
+test("after a reconnect presence is watched again, and the new state replaces the old one", async () => {
+  const client = await start();
+  /** @type {any[]} */
+  const seen = [];
+  client.client.watchPresence(1, (presence) => seen.push(presence.users.length));
+  assert.deepEqual(watched(client.socket), []); // not before it is admitted
+  client.socket.admit();
+  client.socket.receive(state);
+  client.client.reconnect();
+  await settle();
+  client.socket.admit();
+  assert.deepEqual(watched(client.socket), [{ type: "watch_presence", branch_id: 1 }]);
+  client.socket.receive({ ...state, users: [WAITER] });
+  assert.deepEqual(seen, [2, 1]);
+});
+
+test("changes before the first state are ignored", async () => {
+  const { client, socket } = await open();
+  client.watchPresence(1, () => assert.fail("there is no state yet"));
+  socket.receive({ type: "presence", branch_id: 1, joined: [WAITER], left: [] });
+});
+
+test("a branch is watched once for all who watch it, until the last one ends", async () => {
+  const { client, socket } = await open();
+  /** @type {string[]} */
+  const seen = [];
+  const endFirst = client.watchPresence(1, () => seen.push("first"));
+  socket.receive(state);
+  const endSecond = client.watchPresence(1, () => seen.push("second"));
+  await settle();
+  assert.deepEqual(seen, ["first", "first", "second"]); // the second one need not wait for a change
+  endFirst();
+  endFirst();
+  socket.receive(state);
+  assert.deepEqual(seen.slice(3), ["second"]);
+  assert.equal(watched(socket).length, 1);
+  endSecond();
+  assert.deepEqual(watched(socket)[1], { type: "unwatch_presence", branch_id: 1 });
+  socket.receive(state);
+  assert.equal(seen.length, 4);
+});
+
 // Messages of the application
 
 test("the application can send messages, and onMessage gets the answers but no events", async () => {
