@@ -521,6 +521,23 @@ def test_origins_are_stored_as_browsers_send_them(monkeypatch: pytest.MonkeyPatc
     assert settings.allowed_origins == ("https://app.example", "http://[::1]")
 
 
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        (b"[keys.orders]\nscopes = []", "keys.orders.sha256: must be 64 hex digits"),
+        (b"\xff", "not UTF-8"),
+        (None, "No such file or directory"),
+    ],
+)
+def test_a_mistake_in_the_file_of_api_keys_stops_the_start(
+    monkeypatch: pytest.MonkeyPatch, data: bytes | None, problem: str
+) -> None:
+    if data is not None:
+        Path("keys.toml").write_bytes(data)
+    [line] = problems(monkeypatch, WS_API_KEYS_FILE="keys.toml")
+    assert line.startswith(f"WS_API_KEYS_FILE keys.toml: {problem}")
+
+
 def test_a_key_is_bound_to_its_algorithms() -> None:
     [key] = Settings().table_keys
 

@@ -5,10 +5,12 @@ import os
 import secrets
 from collections.abc import Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Final, Self
 
 from pydantic import model_validator
 
+from ..core.api_keys import ApiKey, InvalidApiKeys, read_api_keys
 from ..core.routing import ROUTES, InvalidRoutes, Routing, read_routes
 from ..core.service_day import ServiceDays, read_windows, read_zone, read_zones
 from ..core.shards import Sharding
@@ -46,7 +48,7 @@ class Settings(SettingValues):
     def _check(self) -> Self:
         problems = problems_of(self)
         # Make them now, so that a mistake in one of them prevents the start.
-        for name in ("routes", "staff_keys", "service_days", "sector_column_names"):
+        for name in ("routes", "api_keys", "staff_keys", "service_days", "sector_column_names"):
             try:
                 getattr(self, name)
             except InvalidSettings as error:
@@ -66,12 +68,19 @@ class Settings(SettingValues):
         if self.ws_routes_file is None:
             return ROUTES
         try:
-            return read_routes(self.ws_routes_file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-            raise InvalidSettings([f"WS_ROUTES_FILE {self.ws_routes_file}: {reason}"]) from None
+            return read_routes(_text("WS_ROUTES_FILE", self.ws_routes_file))
         except InvalidRoutes as error:
             raise InvalidSettings([f"WS_ROUTES_FILE {self.ws_routes_file}: {error}"]) from None
+
+    @cached_property
+    def api_keys(self) -> tuple[ApiKey, ...]:
+        """The keys of backends in ``WS_API_KEYS_FILE`` at the start; empty without that file."""
+        if self.ws_api_keys_file is None:
+            return ()
+        try:
+            return read_api_keys(_text("WS_API_KEYS_FILE", self.ws_api_keys_file))
+        except InvalidApiKeys as error:
+            raise InvalidSettings([f"WS_API_KEYS_FILE {self.ws_api_keys_file}: {error}"]) from None
 
     @cached_property
     def staff_secret(self) -> str:
@@ -165,6 +174,15 @@ def _random_secret(kind: str) -> str:
     if seed is None:
         return secrets.token_urlsafe(MIN_SECRET_BYTES)
     return hmac.new(seed.encode(), kind.encode(), "sha256").hexdigest()
+
+
+def _text(name: str, path: Path) -> str:
+    """The text of the file that a setting names."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise InvalidSettings([f"{name} {path}: {reason}"]) from None
 
 
 def _read_public_keys(text: str) -> list[Any]:
