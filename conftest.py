@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import redis
 from hypothesis import HealthCheck, settings
 
 from tests.support.gateways import Transport, valkey
@@ -30,10 +31,23 @@ settings.load_profile("gateway")
 
 
 @pytest.fixture(scope="module")
-def redis_url() -> Iterator[str]:
+def redis_server() -> Iterator[str]:
     """The URL of a Valkey that only this module uses."""
     with valkey() as server:
         yield server.connection_url
+
+
+@pytest.fixture(scope="module")
+def redis_url(redis_server: str) -> str:
+    return redis_server
+
+
+@pytest.fixture
+def backend(redis_server: str) -> Iterator["redis.Redis"]:
+    """What a backend publishes with; Redis is empty at first."""
+    with redis.Redis.from_url(redis_server) as client:
+        client.flushall()
+        yield client
 
 
 @pytest.fixture(scope="module")

@@ -28,19 +28,6 @@ from trio_gateway.testing import make_jwt
 CART = '{"type":"CART_CLEARED","tenant_id":1,"branch_id":1,"session_id":456}'
 
 
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with harness.valkey() as server:
-        yield server.connection_url
-
-
-@pytest.fixture
-def store(url: str) -> Iterator["redis.Redis"]:
-    with redis.Redis.from_url(url) as client:
-        client.flushall()
-        yield client
-
-
 @pytest.fixture(autouse=True)
 def own_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     clear_settings(monkeypatch)
@@ -172,78 +159,82 @@ def test_asyncapi_prints_the_document_of_these_settings() -> None:
 # publish
 
 
-def published(store: "redis.Redis") -> list[bytes]:
-    found: Any = store.xrange("events:critical")
+def published(backend: "redis.Redis") -> list[bytes]:
+    found: Any = backend.xrange("events:critical")
     return [fields[b"data"] for _, fields in found]
 
 
-def test_one_event_is_published_byte_for_byte(url: str, store: "redis.Redis") -> None:
+def test_one_event_is_published_byte_for_byte(redis_url: str, backend: "redis.Redis") -> None:
     event = '{ "type":"ROUND_READY", "tenant_id":1,"branch_id":1, "x":1.50}'
-    done = run("publish", "-", env={"REDIS_URL": url}, stdin=event)
+    done = run("publish", "-", env={"REDIS_URL": redis_url}, stdin=event)
     assert done.exit_code == 0
     assert done.stdout.startswith("1 published (1 to streams, 0 on channels), 0 invalid")
-    assert published(store) == [event.encode()]
+    assert published(backend) == [event.encode()]
 
 
-def test_event_on_several_lines_is_one_event(url: str, store: "redis.Redis") -> None:
+def test_event_on_several_lines_is_one_event(redis_url: str, backend: "redis.Redis") -> None:
     event = json.dumps(json.loads(EVENT), indent=2)
-    assert run("publish", "-", env={"REDIS_URL": url}, stdin=event + "\n").exit_code == 0
-    assert published(store) == [event.encode()]
+    assert run("publish", "-", env={"REDIS_URL": redis_url}, stdin=event + "\n").exit_code == 0
+    assert published(backend) == [event.encode()]
 
 
-def test_sample_events_are_published_on_their_channels(url: str, store: "redis.Redis") -> None:
+def test_sample_events_are_published_on_their_channels(
+    redis_url: str, backend: "redis.Redis"
+) -> None:
     pubsub: Any
-    with store.pubsub() as pubsub:  # type: ignore[no-untyped-call]
+    with backend.pubsub() as pubsub:  # type: ignore[no-untyped-call]
         pubsub.psubscribe("*")
-        done = run("publish", str(SAMPLES), env={"REDIS_URL": url})
+        done = run("publish", str(SAMPLES), env={"REDIS_URL": redis_url})
         assert done.exit_code == 0
         channels = []
         while message := pubsub.get_message(timeout=0.2):
             channels += [message["channel"].decode()] * (message["type"] == "pmessage")
     wanted = [json.loads(line) for line in SAMPLES.read_text("utf-8").splitlines()]
     critical = [line["event"] for line in wanted if line["channel"] == "events:critical"]
-    assert [json.loads(entry) for entry in published(store)] == critical
+    assert [json.loads(entry) for entry in published(backend)] == critical
     assert channels == [w["channel"] for w in wanted if w["channel"] != "events:critical"]
 
 
 def test_invalid_lines_are_named_and_the_others_are_published(
-    url: str, store: "redis.Redis"
+    redis_url: str, backend: "redis.Redis"
 ) -> None:
     lines = [EVENT, "{", '{"type":"X","tenant_id":0,"branch_id":1}', "", EVENT]
-    done = run("publish", "-", env={"REDIS_URL": url}, stdin="\n".join(lines))
+    done = run("publish", "-", env={"REDIS_URL": redis_url}, stdin="\n".join(lines))
     assert done.exit_code == 1
     first, second = done.stderr.splitlines()
     assert first == "line 2: event is not JSON"
     assert second.startswith("line 3: ")
     assert "2 published (2 to streams, 0 on channels), 2 invalid" in done.stdout
-    assert len(published(store)) == 2
+    assert len(published(backend)) == 2
 
 
-def test_first_line_may_be_the_invalid_one(url: str, store: "redis.Redis") -> None:
-    done = run("publish", "-", env={"REDIS_URL": url}, stdin=f"nonsense\n{EVENT}\n")
+def test_first_line_may_be_the_invalid_one(redis_url: str, backend: "redis.Redis") -> None:
+    done = run("publish", "-", env={"REDIS_URL": redis_url}, stdin=f"nonsense\n{EVENT}\n")
     assert (done.exit_code, done.stderr) == (1, "line 1: event is not JSON\n")
-    assert len(published(store)) == 1
+    assert len(published(backend)) == 1
 
 
-def test_now_changes_only_ts(url: str, store: "redis.Redis", tmp_path: Path) -> None:
+def test_now_changes_only_ts(redis_url: str, backend: "redis.Redis", tmp_path: Path) -> None:
     (tmp_path / "one").write_text(EVENT[:-1] + ',"x":1.50,"ts":"2001-01-01T00:00:00Z","v":1}')
-    assert run("publish", "one", "--now", env={"REDIS_URL": url}).exit_code == 0
-    (entry,) = published(store)
+    assert run("publish", "one", "--now", env={"REDIS_URL": redis_url}).exit_code == 0
+    (entry,) = published(backend)
     assert entry.startswith(EVENT[:-1].encode() + b',"x":1.50,"ts":"2')
     assert b"2001" not in entry
 
 
-def test_rate_and_repeat_are_applied(url: str, store: "redis.Redis", tmp_path: Path) -> None:
+def test_rate_and_repeat_are_applied(
+    redis_url: str, backend: "redis.Redis", tmp_path: Path
+) -> None:
     (tmp_path / "one").write_text(EVENT)
     started = time.monotonic()
-    done = run("publish", "one", "--rate", "50", "--repeat", "11", env={"REDIS_URL": url})
+    done = run("publish", "one", "--rate", "50", "--repeat", "11", env={"REDIS_URL": redis_url})
     assert done.exit_code == 0
     assert 0.2 <= time.monotonic() - started < 2
-    assert len(published(store)) == 11
+    assert len(published(backend)) == 11
 
 
-def test_channel_without_a_listener_is_reported(url: str, store: "redis.Redis") -> None:
-    done = run("publish", "-", env={"REDIS_URL": url}, stdin=CART)
+def test_channel_without_a_listener_is_reported(redis_url: str, backend: "redis.Redis") -> None:
+    done = run("publish", "-", env={"REDIS_URL": redis_url}, stdin=CART)
     assert done.exit_code == 0
     assert "had no subscriber" in done.stderr
 
@@ -259,18 +250,23 @@ def test_publish_stops_when_redis_is_down() -> None:
 
 @pytest.mark.parametrize("confirm", ["1", "all"])
 def test_publish_stops_at_an_event_that_no_replica_confirms(
-    url: str, store: "redis.Redis", confirm: str
+    redis_url: str, backend: "redis.Redis", confirm: str
 ) -> None:
     done = run(
-        "publish", "--confirm", confirm, "-", env={"REDIS_URL": url}, stdin=f"{EVENT}\n{EVENT}\n"
+        "publish",
+        "--confirm",
+        confirm,
+        "-",
+        env={"REDIS_URL": redis_url},
+        stdin=f"{EVENT}\n{EVENT}\n",
     )
     assert done.exit_code == 1
     assert "0 of 1 replicas" in done.stderr or "has no replica" in done.stderr
-    assert len(published(store)) == 1
+    assert len(published(backend)) == 1
 
 
-def test_publish_does_not_take_other_values_of_confirm(url: str) -> None:
-    done = run("publish", "--confirm", "most", "-", env={"REDIS_URL": url}, stdin=EVENT)
+def test_publish_does_not_take_other_values_of_confirm(redis_url: str) -> None:
+    done = run("publish", "--confirm", "most", "-", env={"REDIS_URL": redis_url}, stdin=EVENT)
     assert done.exit_code == 2
     assert 'must be a number of replicas or "all"' in done.stderr
 
@@ -279,61 +275,61 @@ def test_publish_does_not_take_other_values_of_confirm(url: str) -> None:
 
 
 @pytest.mark.parametrize("option", [[], ["--now"]])
-def test_publish_says_that_an_event_is_nested_too_deeply(url: str, option: list[str]) -> None:
+def test_publish_says_that_an_event_is_nested_too_deeply(redis_url: str, option: list[str]) -> None:
     event = EVENT[:-1] + ',"entity":' + "[" * 5000 + "]" * 5000 + "}"
-    done = run("publish", *option, "-", env={"REDIS_URL": url}, stdin=event)
+    done = run("publish", *option, "-", env={"REDIS_URL": redis_url}, stdin=event)
     assert done.exit_code == 1
     assert "event is not JSON" in done.stderr
 
 
-def test_publish_does_not_trim_the_stream(url: str, store: "redis.Redis") -> None:
-    store.config_set("slowlog-log-slower-than", 0)
+def test_publish_does_not_trim_the_stream(redis_url: str, backend: "redis.Redis") -> None:
+    backend.config_set("slowlog-log-slower-than", 0)
     try:
-        assert run("publish", "-", env={"REDIS_URL": url}, stdin=EVENT).exit_code == 0
-        said: Any = store.slowlog_get(20)
+        assert run("publish", "-", env={"REDIS_URL": redis_url}, stdin=EVENT).exit_code == 0
+        said: Any = backend.slowlog_get(20)
     finally:
-        store.config_set("slowlog-log-slower-than", 10_000)
+        backend.config_set("slowlog-log-slower-than", 10_000)
     [added] = [entry["command"] for entry in said if entry["command"].startswith(b"XADD")]
     assert b"MAXLEN" not in added
 
 
-def test_check_finds_no_problem_in_a_valid_setup(url: str) -> None:
-    done = run("check", env={"REDIS_URL": url, **SECRETS})
+def test_check_finds_no_problem_in_a_valid_setup(redis_url: str) -> None:
+    done = run("check", env={"REDIS_URL": redis_url, **SECRETS})
     assert (done.exit_code, done.stderr) == (0, "")
     assert "error" not in done.stdout
     assert done.stdout.splitlines()[-1] == "The gateway can start."
 
 
 def test_check_names_the_redis_version_that_counts_entries(
-    url: str, monkeypatch: pytest.MonkeyPatch
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(check_server, "MIN_REDIS", 99)
-    done = run("check", env={"REDIS_URL": url, **SECRETS})
+    done = run("check", env={"REDIS_URL": redis_url, **SECRETS})
     assert done.exit_code == 0
     assert "does not count the entries" in done.stdout
     assert "Redis 99" in done.stdout
 
 
-def test_check_finds_that_redis_is_a_replica(url: str, store: "redis.Redis") -> None:
-    store.replicaof("127.0.0.1", "1")
+def test_check_finds_that_redis_is_a_replica(redis_url: str, backend: "redis.Redis") -> None:
+    backend.replicaof("127.0.0.1", "1")
     try:
-        done = run("check", env={"REDIS_URL": url, **SECRETS})
+        done = run("check", env={"REDIS_URL": redis_url, **SECRETS})
     finally:
-        store.replicaof("NO", "ONE")
+        backend.replicaof("NO", "ONE")
     assert done.exit_code == 1
     assert "Redis is a replica" in done.stdout
     assert "resolves to the primary" in done.stdout
 
 
-def test_check_does_not_change_redis(url: str, store: "redis.Redis") -> None:
-    run("check", env={"REDIS_URL": url, **SECRETS})
-    assert not store.keys()
+def test_check_does_not_change_redis(redis_url: str, backend: "redis.Redis") -> None:
+    run("check", env={"REDIS_URL": redis_url, **SECRETS})
+    assert not backend.keys()
 
 
-def test_check_gives_a_remedy_for_each_problem(url: str, store: "redis.Redis") -> None:
-    store.set("events:critical", "no stream")
+def test_check_gives_a_remedy_for_each_problem(redis_url: str, backend: "redis.Redis") -> None:
+    backend.set("events:critical", "no stream")
     env = {
-        "REDIS_URL": url,
+        "REDIS_URL": redis_url,
         "WS_MAX_TOTAL_CONNECTIONS": str(10**12),
     }
     done = run("check", env=env)
@@ -348,10 +344,10 @@ def test_check_gives_a_remedy_for_each_problem(url: str, store: "redis.Redis") -
         assert text in done.stdout
 
 
-def test_check_looks_at_every_shard(url: str, store: "redis.Redis") -> None:
-    env = {"REDIS_URL": url, **SECRETS, "REDIS_STREAM_SHARDS": "8"}
+def test_check_looks_at_every_shard(redis_url: str, backend: "redis.Redis") -> None:
+    env = {"REDIS_URL": redis_url, **SECRETS, "REDIS_STREAM_SHARDS": "8"}
     assert "stream events:critical, 9 streams" in run("check", env=env).stdout
-    store.set("events:critical:{7}", "no stream")
+    backend.set("events:critical:{7}", "no stream")
     done = run("check", env=env)
     assert done.exit_code == 1
     assert "9 streams: events:critical:{7}: XREAD failed: WRONGTYPE" in done.stdout
@@ -371,22 +367,28 @@ def test_check_looks_at_every_shard(url: str, store: "redis.Redis") -> None:
     ],
 )
 def test_check_finds_publishers_with_another_number_of_shards(
-    url: str, store: "redis.Redis", settings: dict[str, str], published_to: list[str], named: str
+    redis_url: str,
+    backend: "redis.Redis",
+    settings: dict[str, str],
+    published_to: list[str],
+    named: str,
 ) -> None:
     for stream in published_to:
-        store.xadd(stream, {"data": EVENT})
-    store.xadd("events:critical:{200}", {"data": EVENT}, id="1700000000000-0")  # long ago
-    done = run("check", env={"REDIS_URL": url, **SECRETS, **settings})
+        backend.xadd(stream, {"data": EVENT})
+    backend.xadd("events:critical:{200}", {"data": EVENT}, id="1700000000000-0")  # long ago
+    done = run("check", env={"REDIS_URL": redis_url, **SECRETS, **settings})
     assert done.exit_code == 0
     assert ("not read, but published to" in done.stdout) is bool(named)
     assert named in done.stdout
 
 
-def test_publish_adds_to_the_shard_of_the_tenant(url: str, store: "redis.Redis") -> None:
-    done = run("publish", "-", env={"REDIS_URL": url, "REDIS_STREAM_SHARDS": "64"}, stdin=EVENT)
+def test_publish_adds_to_the_shard_of_the_tenant(redis_url: str, backend: "redis.Redis") -> None:
+    done = run(
+        "publish", "-", env={"REDIS_URL": redis_url, "REDIS_STREAM_SHARDS": "64"}, stdin=EVENT
+    )
     assert done.exit_code == 0
-    assert store.dbsize() == 1
-    assert store.xlen("events:critical:{50}") == 1
+    assert backend.dbsize() == 1
+    assert backend.xlen("events:critical:{50}") == 1
 
 
 @pytest.mark.parametrize(
@@ -398,15 +400,15 @@ def test_publish_adds_to_the_shard_of_the_tenant(url: str, store: "redis.Redis")
     ],
 )
 def test_check_names_what_redis_refuses(
-    url: str, store: "redis.Redis", replies: str, remedy: str
+    redis_url: str, backend: "redis.Redis", replies: str, remedy: str
 ) -> None:
-    store.execute_command(
+    backend.execute_command(
         *["ACL", "SETUSER", "meek", "on", ">pw", "~events:*", "+client", "+xread", "+xrevrange"]  # type: ignore[no-untyped-call]
     )
     where = {
         "refused": f"redis://127.0.0.1:{harness.free_port()}",
-        "WRONGPASS": url.replace("//", "//meek:hunter2@"),
-        "NOPERM": url.replace("//", "//meek:pw@"),
+        "WRONGPASS": redis_url.replace("//", "//meek:hunter2@"),
+        "NOPERM": redis_url.replace("//", "//meek:pw@"),
     }[replies]
     done = run("check", env={"REDIS_URL": where, **SECRETS})
     assert done.exit_code == 1
@@ -427,14 +429,14 @@ def test_invalid_settings_are_named(command: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def gateway(url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+def gateway(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """The port of a gateway process, which must end with status 0 on SIGTERM."""
     port = harness.free_port()
     log = tmp_path_factory.mktemp("gateway") / "log"
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "trio_gateway", "serve", "-b", f"127.0.0.1:{port}"],
-            env=harness.environment(url),
+            env=harness.environment(redis_url),
             stderr=output,
         )
     try:
@@ -462,20 +464,20 @@ def gateway(url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]
     assert "Traceback" not in errors
 
 
-async def test_serve_reports_a_port_in_use(url: str, gateway: int) -> None:
+async def test_serve_reports_a_port_in_use(redis_url: str, gateway: int) -> None:
     bind = f"127.0.0.1:{gateway}"
-    status, _, err = await run_process("serve", "-b", bind, env=harness.environment(url))
+    status, _, err = await run_process("serve", "-b", bind, env=harness.environment(redis_url))
     assert status == 1
     assert f"trio-gateway: can't serve on {bind}: Address already in use\n" in err
     assert "Traceback" not in err
 
 
 @pytest.mark.parametrize("workers", ["0", pytest.param("1", marks=pytest.mark.chaos)])
-async def test_other_worker_class_is_refused_in_one_sentence(url: str, workers: str) -> None:
+async def test_other_worker_class_is_refused_in_one_sentence(redis_url: str, workers: str) -> None:
     bind = f"127.0.0.1:{harness.free_port()}"
     async with harness.process(
         "hypercorn", "-k", "asyncio", "-w", workers, "-b", bind, "trio_gateway.app:app",
-        env=harness.environment(url),
+        env=harness.environment(redis_url),
     ) as process:  # fmt: skip
         status, _, err = await harness.wait(process)
     assert err.decode().splitlines() == [
@@ -489,38 +491,42 @@ async def test_other_worker_class_is_refused_in_one_sentence(url: str, workers: 
 
 
 async def test_tail_prints_one_line_of_json_per_event(
-    url: str, store: "redis.Redis", gateway: int
+    redis_url: str, backend: "redis.Redis", gateway: int
 ) -> None:
     arguments = f"tail --as waiter --json --count 2 --url ws://127.0.0.1:{gateway}".split()
-    async with harness.process("trio_gateway", *arguments, env=harness.environment(url)) as process:
+    async with harness.process(
+        "trio_gateway", *arguments, env=harness.environment(redis_url)
+    ) as process:
         assert process.stderr is not None
         connected = await trio.to_thread.run_sync(process.stderr.readline)
         assert connected.startswith(b"connected to ws://127.0.0.1")
-        store.publish("branch:1:waiters", EVENT)
-        store.publish("branch:1:waiters", EVENT.replace(",", ",\n"))
+        backend.publish("branch:1:waiters", EVENT)
+        backend.publish("branch:1:waiters", EVENT.replace(",", ",\n"))
         status, out, _ = await harness.wait(process)
     assert (status, out.decode()) == (0, f"{EVENT}\n{EVENT.replace(',', ', ')}\n")
 
 
 async def test_tail_loses_no_event_if_its_reader_stalls_and_ends_with_ctrl_c(
-    url: str, store: "redis.Redis", gateway: int
+    redis_url: str, backend: "redis.Redis", gateway: int
 ) -> None:
     arguments = f"tail --as waiter --json --url ws://127.0.0.1:{gateway}".split()
     events = [EVENT.replace("}", f',"n":{n},"data":"{"x" * 1000}"}}') for n in range(200)]
-    async with harness.process("trio_gateway", *arguments, env=harness.environment(url)) as process:
+    async with harness.process(
+        "trio_gateway", *arguments, env=harness.environment(redis_url)
+    ) as process:
         assert process.stderr is not None
         assert process.stdout is not None
         await trio.to_thread.run_sync(process.stderr.readline)
         for _ in range(2):  # 200 KB, into a pipe that holds 64
             for text in events:
-                store.publish("branch:1:waiters", text)
+                backend.publish("branch:1:waiters", text)
             await trio.sleep(0.2)
             seen = [process.stdout.readline().decode().rstrip() for _ in range(100)]
             assert seen == events[:100]
             seen = [process.stdout.readline().decode().rstrip() for _ in range(100)]
             assert seen == events[100:]
         for text in events:
-            store.publish("branch:1:waiters", text)
+            backend.publish("branch:1:waiters", text)
         await trio.sleep(0.2)
         with trio.fail_after(3):
             while process.poll() is None:
@@ -535,12 +541,12 @@ async def test_tail_loses_no_event_if_its_reader_stalls_and_ends_with_ctrl_c(
     [("routes", "stdout", 1), ("check", "stdout", 1), ("nonsense", "stderr", 2)],
 )
 def test_command_that_cannot_write_ends_with_one_line_and_its_status(
-    url: str, command: str, full: str, status: int
+    redis_url: str, command: str, full: str, status: int
 ) -> None:
     with open("/dev/full", "wb") as disk:
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, full: disk}
         arguments = [sys.executable, "-m", "trio_gateway", command]
-        ended = subprocess.run(arguments, env=harness.environment(url), timeout=20, **pipes)
+        ended = subprocess.run(arguments, env=harness.environment(redis_url), timeout=20, **pipes)
     assert ended.returncode == status
     if full == "stdout":
         assert ended.stderr == b"trio-gateway: can't write: No space left on device\n"
@@ -553,15 +559,17 @@ def test_command_that_cannot_write_ends_with_one_line_and_its_status(
     pytest.param("admin", marks=pytest.mark.chaos),
 ])  # fmt: skip
 async def test_tail_is_admitted_on_every_endpoint_and_ends_with_ctrl_c(
-    url: str, store: "redis.Redis", gateway: int, endpoint: str
+    redis_url: str, backend: "redis.Redis", gateway: int, endpoint: str
 ) -> None:
     arguments = f"tail --as {endpoint} --url ws://127.0.0.1:{gateway}".split()
-    async with harness.process("trio_gateway", *arguments, env=harness.environment(url)) as process:
+    async with harness.process(
+        "trio_gateway", *arguments, env=harness.environment(redis_url)
+    ) as process:
         assert process.stderr is not None
         assert process.stdout is not None
         await trio.to_thread.run_sync(process.stderr.readline)
         product = '{"type":"PRODUCT_AVAILABILITY_CHANGED","tenant_id":1,"branch_id":1}'
-        store.publish("branch:1:waiters", product)
+        backend.publish("branch:1:waiters", product)
         summary = await trio.to_thread.run_sync(process.stdout.readline)
         assert endpoint in summary.decode().split()
         assert "PRODUCT_AVAILABILITY_CHANGED branch 1" in " ".join(summary.decode().split())
@@ -571,39 +579,41 @@ async def test_tail_is_admitted_on_every_endpoint_and_ends_with_ctrl_c(
     assert (status, out, err) == (0, b"", b"")
 
 
-def test_tail_reports_why_it_is_refused(url: str, gateway: int) -> None:
+def test_tail_reports_why_it_is_refused(redis_url: str, gateway: int) -> None:
     where = f"ws://127.0.0.1:{gateway}"
-    env = {**harness.environment(url), "TRIO_GATEWAY_TOKEN": "nonsense"}
+    env = {**harness.environment(redis_url), "TRIO_GATEWAY_TOKEN": "nonsense"}
     done = run("tail", "--url", where, env=env)
     assert (done.exit_code, done.stdout) == (1, "")
     assert done.stderr.startswith(
         "trio-gateway: closed by the gateway: 4001 AUTH_FAILED (token invalid)"
     )
-    env = {**harness.environment(url), "JWT_SECRET": "another" * 8}
+    env = {**harness.environment(redis_url), "JWT_SECRET": "another" * 8}
     done = run("tail", "--url", where, env=env)
     assert (done.exit_code, done.stdout) == (1, "")
     assert "4001 AUTH_FAILED" in done.stderr
     assert done.stderr.endswith("(it was signed with the JWT_SECRET that is set here)\n")
 
     arguments = f"tail --as kitchen --role WAITER --url {where}".split()
-    done = run(*arguments, env=harness.environment(url))
+    done = run(*arguments, env=harness.environment(redis_url))
     assert (done.exit_code, done.stdout) == (1, "")
     assert "4003 FORBIDDEN" in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
-async def test_tail_reconnects_and_prints_the_missed_events(url: str, store: "redis.Redis") -> None:
-    async with harness.running(harness.make_settings(url)) as gateway:
+async def test_tail_reconnects_and_prints_the_missed_events(
+    redis_url: str, backend: "redis.Redis"
+) -> None:
+    async with harness.running(harness.make_settings(redis_url)) as gateway:
         arguments = f"tail --as waiter --json --count 2 --url {gateway.url}".split()
-        env = harness.environment(url)
+        env = harness.environment(redis_url)
         async with harness.process("trio_gateway", *arguments, env=env) as process:
             assert process.stderr is not None
             assert b"connected to" in await trio.to_thread.run_sync(process.stderr.readline)
-            store.xadd("events:critical", {"data": EVENT})
+            backend.xadd("events:critical", {"data": EVENT})
             await harness.settle(gateway)
             (connection,) = gateway.app.parts.hub.connections
             connection.abort()
-            store.xadd("events:critical", {"data": EVENT.replace("READY", "SERVED")})
+            backend.xadd("events:critical", {"data": EVENT.replace("READY", "SERVED")})
             status, out, err = await harness.wait(process)
     assert status == 0
     types = [json.loads(line)["type"] for line in out.decode().splitlines()]
@@ -614,17 +624,17 @@ async def test_tail_reconnects_and_prints_the_missed_events(url: str, store: "re
     assert again.startswith("connected again to ws://127.0.0.1")
 
 
-def test_tail_without_a_gateway_shows_how_to_start_one(url: str) -> None:
+def test_tail_without_a_gateway_shows_how_to_start_one(redis_url: str) -> None:
     where = f"ws://127.0.0.1:{harness.free_port()}"
-    done = run("tail", "--url", where, env=harness.environment(url))
+    done = run("tail", "--url", where, env=harness.environment(redis_url))
     assert done.exit_code == 1
     assert done.stderr.startswith("trio-gateway: nothing listens on 127.0.0.1:")
     assert "trio-gateway serve" in done.stderr
 
 
-def test_tail_reports_a_server_that_is_not_a_gateway(url: str, gateway: int) -> None:
+def test_tail_reports_a_server_that_is_not_a_gateway(redis_url: str, gateway: int) -> None:
     where = f"ws://127.0.0.1:{gateway}/elsewhere"
-    done = run("tail", "--url", where, env=harness.environment(url))
+    done = run("tail", "--url", where, env=harness.environment(redis_url))
     assert done.exit_code == 1
     assert f"127.0.0.1:{gateway} answers with HTTP 404" in done.stderr
     assert len(done.stderr.splitlines()) == 1
@@ -640,7 +650,7 @@ def test_tail_refuses_an_invalid_address(url: str) -> None:
 # explain
 
 
-async def test_explain_asks_a_gateway_for_connected_clients(url: str, gateway: int) -> None:
+async def test_explain_asks_a_gateway_for_connected_clients(redis_url: str, gateway: int) -> None:
     where = f"ws://127.0.0.1:{gateway}"
     waiter = make_jwt(harness.JWT_SECRET)
     async with harness.admitted(f"{where}/ws/waiter?token={waiter}"):

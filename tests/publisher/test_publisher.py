@@ -32,31 +32,18 @@ DURABLE = {"type": "ROUND_READY", "tenant_id": 1, "branch_id": 1}
 CART = {"type": "CART_CLEARED", "tenant_id": 1, "branch_id": 1, "session_id": 456}
 
 
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with harness.valkey() as server:
-        yield server.connection_url
-
-
-@pytest.fixture
-def store(url: str) -> Iterator["redis.Redis"]:
-    with redis.Redis.from_url(url) as client:
-        client.flushall()
-        yield client
-
-
-def entries(store: "redis.Redis", stream: str = "events:critical") -> list[bytes]:
+def entries(backend: "redis.Redis", stream: str = "events:critical") -> list[bytes]:
     """What the stream holds, each entry's one field."""
-    found: Any = store.xrange(stream)
+    found: Any = backend.xrange(stream)
     assert all(list(fields) == [b"data"] for _, fields in found)
     return [fields[b"data"] for _, fields in found]
 
 
 @contextmanager
-def subscribed(store: "redis.Redis") -> Iterator[Callable[[], tuple[str, bytes]]]:
+def subscribed(backend: "redis.Redis") -> Iterator[Callable[[], tuple[str, bytes]]]:
     """The next message on any channel."""
     pubsub: Any
-    with store.pubsub() as pubsub:  # type: ignore[no-untyped-call]
+    with backend.pubsub() as pubsub:  # type: ignore[no-untyped-call]
         pubsub.psubscribe("*")
         assert pubsub.get_message(timeout=2)["type"] == "psubscribe"
 
@@ -68,26 +55,26 @@ def subscribed(store: "redis.Redis") -> Iterator[Callable[[], tuple[str, bytes]]
         yield following
 
 
-def test_durable_event_is_added_to_the_stream(url: str, store: "redis.Redis") -> None:
-    with Publisher(url) as publisher:
+def test_durable_event_is_added_to_the_stream(redis_url: str, backend: "redis.Redis") -> None:
+    with Publisher(redis_url) as publisher:
         entry = publisher.publish(DURABLE)
-    assert json.loads(entries(store)[0]) == DURABLE
-    last: Any = store.xrevrange("events:critical", count=1)
+    assert json.loads(entries(backend)[0]) == DURABLE
+    last: Any = backend.xrevrange("events:critical", count=1)
     assert last[0][0].decode() == entry
 
 
 def test_other_event_is_published_and_the_listeners_are_counted(
-    url: str, store: "redis.Redis"
+    redis_url: str, backend: "redis.Redis"
 ) -> None:
-    with Publisher(url) as publisher:
+    with Publisher(redis_url) as publisher:
         assert publisher.publish(CART) == 0
-        with subscribed(store) as following:
+        with subscribed(backend) as following:
             assert publisher.publish(CART) == 1
             assert following() == (
                 "channel:session:456",
                 json.dumps(CART).replace(" ", "").encode(),
             )
-    assert not store.exists("events:critical")
+    assert not backend.exists("events:critical")
 
 
 @pytest.mark.parametrize(
@@ -105,27 +92,29 @@ def test_channel_matches_the_audience(event: dict[str, Any], channel: str) -> No
 
 
 @pytest.mark.parametrize("as_text", [False, True])
-def test_json_is_published_byte_for_byte(url: str, store: "redis.Redis", as_text: bool) -> None:
+def test_json_is_published_byte_for_byte(
+    redis_url: str, backend: "redis.Redis", as_text: bool
+) -> None:
     payload = '{ "branch_id":1,"type" : "ROUND_READY","tenant_id":1, "x":1.50, "y":"Ñ\\u00d1" }'
-    with Publisher(url) as publisher:
+    with Publisher(redis_url) as publisher:
         publisher.publish(payload if as_text else payload.encode())
-    assert entries(store) == [payload.encode()]
+    assert entries(backend) == [payload.encode()]
 
 
-def test_dict_is_encoded_as_utf8(url: str, store: "redis.Redis") -> None:
-    with Publisher(url) as publisher:
+def test_dict_is_encoded_as_utf8(redis_url: str, backend: "redis.Redis") -> None:
+    with Publisher(redis_url) as publisher:
         publisher.publish({**DURABLE, "entity": {"name": "Ñoquis 🙏"}})
-    assert "Ñoquis 🙏".encode() in entries(store)[0]
+    assert "Ñoquis 🙏".encode() in entries(backend)[0]
 
 
-def test_id_is_added_unless_the_event_has_one(url: str, store: "redis.Redis") -> None:
+def test_id_is_added_unless_the_event_has_one(redis_url: str, backend: "redis.Redis") -> None:
     event = dict(DURABLE)
-    with Publisher(url) as publisher:
+    with Publisher(redis_url) as publisher:
         publisher.publish(event, id="a")
         publisher.publish({**DURABLE, "id": "b"}, id="a")
         with pytest.raises(TypeError, match="be added to JSON"):
             publisher.publish(b"{}", id="a")
-    assert [json.loads(entry)["id"] for entry in entries(store)] == ["a", "b"]
+    assert [json.loads(entry)["id"] for entry in entries(backend)] == ["a", "b"]
     assert "id" not in event
 
 
@@ -145,40 +134,40 @@ def test_id_is_added_unless_the_event_has_one(url: str, store: "redis.Redis") ->
     ],
 )
 def test_invalid_event_is_refused_before_it_is_sent(
-    url: str, store: "redis.Redis", event: Any, reason: str
+    redis_url: str, backend: "redis.Redis", event: Any, reason: str
 ) -> None:
-    with Publisher(url) as publisher, pytest.raises(InvalidEvent) as refused:
+    with Publisher(redis_url) as publisher, pytest.raises(InvalidEvent) as refused:
         publisher.publish(event)
     assert refused.value.reason == reason
-    assert not store.keys()
+    assert not backend.keys()
 
 
-def test_stream_or_channel_can_be_named(url: str, store: "redis.Redis") -> None:
-    with Publisher(url, stream="first") as publisher, subscribed(store) as following:
+def test_stream_or_channel_can_be_named(redis_url: str, backend: "redis.Redis") -> None:
+    with Publisher(redis_url, stream="first") as publisher, subscribed(backend) as following:
         publisher.publish(DURABLE)
         publisher.publish(CART, stream="second")
         publisher.publish(DURABLE, channel="branch:1:waiters")
         assert following()[0] == "branch:1:waiters"
         with pytest.raises(ValueError, match="not both"):
             publisher.publish(CART, stream="a", channel="b")
-    assert (len(entries(store, "first")), len(entries(store, "second"))) == (1, 1)
+    assert (len(entries(backend, "first")), len(entries(backend, "second"))) == (1, 1)
 
 
-def test_stream_is_trimmed_to_about_its_length(url: str, store: "redis.Redis") -> None:
-    with Publisher(url, max_length=100) as publisher:
+def test_stream_is_trimmed_to_about_its_length(redis_url: str, backend: "redis.Redis") -> None:
+    with Publisher(redis_url, max_length=100) as publisher:
         for _ in range(500):
             publisher.publish(DURABLE)
-    assert 100 <= int(store.xlen("events:critical")) < 300
+    assert 100 <= int(backend.xlen("events:critical")) < 300
 
 
-def test_event_goes_to_the_shard_of_its_tenant(url: str, store: "redis.Redis") -> None:
-    with Publisher(url, shards=64) as publisher:
+def test_event_goes_to_the_shard_of_its_tenant(redis_url: str, backend: "redis.Redis") -> None:
+    with Publisher(redis_url, shards=64) as publisher:
         publisher.publish({**DURABLE, "tenant_id": 1})
         publisher.publish({**DURABLE, "tenant_id": 2})
         publisher.publish({**CART, "tenant_id": 2}, stream="events:critical")
         publisher.publish({**DURABLE, "tenant_id": 2}, stream="audit")
-    keys: Any = store.keys("*")
-    lengths = {key.decode(): store.xlen(key) for key in keys}
+    keys: Any = backend.keys("*")
+    lengths = {key.decode(): backend.xlen(key) for key in keys}
     assert lengths == {"events:critical:{50}": 1, "events:critical:{17}": 2, "audit": 1}
 
 
@@ -197,8 +186,8 @@ def test_shard_is_by_the_checksum_that_redis_uses_for_its_slots() -> None:
             assert shard_of(tenant, 16384) == client.execute_command("CLUSTER KEYSLOT", str(tenant))
 
 
-def test_own_routes_decide_what_is_durable(url: str, store: "redis.Redis") -> None:
-    with Publisher(url, routes={"CART_CLEARED": Route(To.DINERS, True)}) as publisher:
+def test_own_routes_decide_what_is_durable(redis_url: str, backend: "redis.Redis") -> None:
+    with Publisher(redis_url, routes={"CART_CLEARED": Route(To.DINERS, True)}) as publisher:
         assert isinstance(publisher.publish(CART), str)
 
 
@@ -219,20 +208,25 @@ def test_invalid_url_is_refused_without_showing_it() -> None:
         assert "hunter2" not in str(refused.value)
 
 
-def test_wrong_password_is_a_failure_that_does_not_show_it(url: str, store: "redis.Redis") -> None:
-    store.config_set("requirepass", "secret")
+def test_wrong_password_is_a_failure_that_does_not_show_it(
+    redis_url: str, backend: "redis.Redis"
+) -> None:
+    backend.config_set("requirepass", "secret")
     try:
-        with Publisher(url.replace("//", "//:hunter2@")) as publisher:
+        with Publisher(redis_url.replace("//", "//:hunter2@")) as publisher:
             with pytest.raises(PublishFailed, match="refuses the credentials") as failed:
                 publisher.publish(DURABLE)
             assert "hunter2" not in str(failed.value)
     finally:
-        store.config_set("requirepass", "")
+        backend.config_set("requirepass", "")
 
 
-def test_refusal_is_a_failure(url: str, store: "redis.Redis") -> None:
-    store.set("events:critical", "no stream")
-    with Publisher(url) as publisher, pytest.raises(PublishFailed, match="WRONGTYPE") as failed:
+def test_refusal_is_a_failure(redis_url: str, backend: "redis.Redis") -> None:
+    backend.set("events:critical", "no stream")
+    with (
+        Publisher(redis_url) as publisher,
+        pytest.raises(PublishFailed, match="WRONGTYPE") as failed,
+    ):
         publisher.publish(DURABLE, id="a")
     assert not failed.value.in_doubt
 
@@ -313,18 +307,18 @@ AFTERWARDS = {
 @pytest.mark.parametrize("then", AFTERWARDS)
 @pytest.mark.parametrize("library", ["none", "asyncio", "trio"])
 def test_event_stays_in_doubt_if_the_first_try_may_have_added_it(library: str, then: str) -> None:
-    async def publish(url: str) -> None:
-        async with AsyncPublisher(url) as publisher:
+    async def publish(redis_url: str) -> None:
+        async with AsyncPublisher(redis_url) as publisher:
             await publisher.publish(DURABLE, id="a")
 
-    def publish_sync(url: str) -> None:
-        with Publisher(url) as publisher:
+    def publish_sync(redis_url: str) -> None:
+        with Publisher(redis_url) as publisher:
             publisher.publish(DURABLE, id="a")
 
     ways: dict[str, Callable[[str], None]] = {
         "none": publish_sync,
-        "asyncio": lambda url: asyncio.run(publish(url)),
-        "trio": lambda url: trio.run(publish, url),
+        "asyncio": lambda redis_url: asyncio.run(publish(redis_url)),
+        "trio": lambda redis_url: trio.run(publish, redis_url),
     }
     with Deaf(1, AFTERWARDS[then]) as server, pytest.raises(PublishFailed) as failed:
         ways[library](server.url)
@@ -382,12 +376,12 @@ def test_restarted_redis_is_used_again() -> None:
                 server._cleanup()
 
 
-def test_threads_can_share_a_publisher(url: str, store: "redis.Redis") -> None:
-    with Publisher(url) as publisher, ThreadPoolExecutor(8) as threads:
+def test_threads_can_share_a_publisher(redis_url: str, backend: "redis.Redis") -> None:
+    with Publisher(redis_url) as publisher, ThreadPoolExecutor(8) as threads:
         publish = partial(publisher.publish, DURABLE)
         found = set(threads.map(lambda n: publish(id=f"event-{n}"), range(200)))
     assert len(found) == 200
-    assert {json.loads(entry)["id"] for entry in entries(store)} == {
+    assert {json.loads(entry)["id"] for entry in entries(backend)} == {
         f"event-{n}" for n in range(200)
     }
 
@@ -407,43 +401,45 @@ with Publisher(sys.argv[1]) as publisher:
 """
 
 
-def test_process_after_a_fork_has_connections_of_its_own(url: str, store: "redis.Redis") -> None:
-    subprocess.run([sys.executable, "-c", FORK, url], check=True)
-    found = [json.loads(entry)["id"] for entry in entries(store)]
+def test_process_after_a_fork_has_connections_of_its_own(
+    redis_url: str, backend: "redis.Redis"
+) -> None:
+    subprocess.run([sys.executable, "-c", FORK, redis_url], check=True)
+    found = [json.loads(entry)["id"] for entry in entries(backend)]
     wanted = [f"{process}-{n}" for process in ("parent", "child") for n in range(50)]
     assert sorted(found) == sorted(["before", *wanted, "after", "after"])
 
 
-async def publish_several(url: str) -> list[str | int]:
-    async with AsyncPublisher(url) as publisher:
+async def publish_several(redis_url: str) -> list[str | int]:
+    async with AsyncPublisher(redis_url) as publisher:
         found = [await publisher.publish(DURABLE, id="a"), await publisher.publish(CART)]
         with pytest.raises(InvalidEvent):
             await publisher.publish({**DURABLE, "tenant_id": "1"})
     return found
 
 
-def test_asyncio_can_publish(url: str, store: "redis.Redis") -> None:
-    entry, number = asyncio.run(publish_several(url))
+def test_asyncio_can_publish(redis_url: str, backend: "redis.Redis") -> None:
+    entry, number = asyncio.run(publish_several(redis_url))
     assert isinstance(entry, str)
     assert number == 0
-    assert json.loads(entries(store)[0]) == {**DURABLE, "id": "a"}
+    assert json.loads(entries(backend)[0]) == {**DURABLE, "id": "a"}
 
 
-async def test_trio_can_publish(url: str, store: "redis.Redis") -> None:
-    entry, number = await publish_several(url)
+async def test_trio_can_publish(redis_url: str, backend: "redis.Redis") -> None:
+    entry, number = await publish_several(redis_url)
     assert isinstance(entry, str)
     assert number == 0
-    assert json.loads(entries(store)[0]) == {**DURABLE, "id": "a"}
+    assert json.loads(entries(backend)[0]) == {**DURABLE, "id": "a"}
 
 
 async def test_events_are_published_in_the_order_of_the_calls(
-    url: str, store: "redis.Redis"
+    redis_url: str, backend: "redis.Redis"
 ) -> None:
-    async with AsyncPublisher(url) as publisher, trio.open_nursery() as nursery:
+    async with AsyncPublisher(redis_url) as publisher, trio.open_nursery() as nursery:
         for i in range(20):
             nursery.start_soon(publisher.publish, {**DURABLE, "data": i})
             await trio.testing.wait_all_tasks_blocked()
-    assert [json.loads(entry)["data"] for entry in entries(store)] == list(range(20))
+    assert [json.loads(entry)["data"] for entry in entries(backend)] == list(range(20))
 
 
 async def test_publishing_does_not_block_the_loop() -> None:

@@ -15,13 +15,5 @@ def redis_server() -> Iterator[str]:
 
 
 @pytest.fixture
-def backend(redis_server: str) -> Iterator["redis.Redis"]:
-    """What a backend publishes with."""
-    with redis.Redis.from_url(redis_server) as client:
-        client.flushall()
-        yield client
-
-
-@pytest.fixture
 def redis_url(redis_server: str, backend: "redis.Redis") -> str:
     return redis_server
