@@ -240,6 +240,11 @@ def build_parts(
         ingest = Ingest(dead_letters.offer)
     probe = Probe()
     is_cluster = redis_url.kind is RedisKind.CLUSTER
+
+    def on_wrong_server() -> None:
+        if isinstance(streams, Streams):  # a node of a Cluster says if it has not its streams
+            streams.reconnect()
+
     pubsub = PubSub(
         topology,
         settings.redis_channel_patterns,
@@ -250,7 +255,7 @@ def build_parts(
         max_wait=settings.redis_event_max_wait,
         probe=probe,
         anywhere=is_cluster,
-        on_wrong_server=lambda: streams.reconnect(),
+        on_wrong_server=on_wrong_server,
     )
 
     sharded_pubsubs: list[ShardedPubSub] = []

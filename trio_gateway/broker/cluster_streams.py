@@ -74,9 +74,6 @@ class ClusterStreams:
         self._followed = dict.fromkeys(shards)
         self._changed.unpark_all()
 
-    def reconnect(self) -> None:
-        """Do nothing: each node is asked for its own streams, and says if it has them not."""
-
     async def run(self, sink: Sink) -> NoReturn:
         """Read; return only when cancelled. The loss of a connection costs its stream alone."""
         try:
