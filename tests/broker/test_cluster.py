@@ -9,35 +9,12 @@ from tests.support.failovers import commands_of, fails_over
 from tests.support.gateways import until
 from tests.support.stopwatch import Stopwatch
 from trio_gateway.broker.asking import GRACE
-from trio_gateway.broker.cluster import cluster_topology, read_answer
+from trio_gateway.broker.cluster import cluster_topology
 from trio_gateway.broker.dead_letters import DeadLetters
-from trio_gateway.core.slots import SLOTS, SlotMap, hash_tag, slot_of
+from trio_gateway.core.slots import hash_tag, slot_of
 from trio_gateway.redis_sets import Cluster, Node, cluster_set
 from trio_gateway.redis_url import RedisUrl
 from trio_gateway.runtime.supervision import ConnectionLost
-
-WHOLE: list[Any] = [[0, SLOTS - 1, [b"10.0.0.1", 6379, b"id"]]]
-
-
-def info(state: str, epoch: int) -> bytes:
-    return f"cluster_state:{state}\r\ncluster_current_epoch:{epoch}\r\n".encode()
-
-
-def test_intact_cluster_with_the_newest_epoch_is_believed() -> None:
-    best = read_answer(info("ok", 7), WHOLE, "h")
-    worse = [
-        read_answer(info("ok", 6), WHOLE, "h"),  # has not heard of the failover
-        read_answer(info("fail", 8), WHOLE, "h"),  # cut off
-        read_answer(info("ok", 7), [], "h"),
-        read_answer(PermissionError(), WHOLE, "h"),
-    ]
-    assert all(best.rank > each.rank for each in worse)
-
-
-@pytest.mark.parametrize("reply", [b"OK", [[1]], None])
-def test_other_servers_are_no_nodes(reply: Any) -> None:
-    with pytest.raises(ConnectionLost, match="no node of a Cluster"):
-        read_answer(info("ok", 1), reply, "h")
 
 
 async def test_each_slot_leads_to_its_primary(cluster: Cluster) -> None:
@@ -130,10 +107,6 @@ async def test_server_without_cluster_mode_is_told(redis_url: str) -> None:
     url = redis_url.replace("redis://", "redis+cluster://")
     with pytest.raises(ConnectionLost, match="CLUSTER failed: ERR"):
         await cluster_topology(RedisUrl.from_url(url)).primary()
-
-
-def test_map_of_nothing_has_no_primary() -> None:
-    assert read_answer(info("fail", 0), [], "h").slots == SlotMap()
 
 
 async def test_one_primary_that_works_is_enough_to_be_ready(cluster: Cluster) -> None:

@@ -10,33 +10,11 @@ from tests.support.gateways import open_commands
 from tests.support.stopwatch import Stopwatch
 from trio_gateway.broker.asking import ANSWER_TIMEOUT, GRACE
 from trio_gateway.broker.commands import TIMEOUT, Unavailable
-from trio_gateway.broker.sentinel import Named, newest, read_answer, sentinel_topology
+from trio_gateway.broker.sentinel import sentinel_topology
 from trio_gateway.core.resilience import Breaker
 from trio_gateway.redis_sets import Node, SentinelSet, sentinel_set
 from trio_gateway.redis_url import RedisUrl
 from trio_gateway.runtime.supervision import ConnectionLost
-
-OLD, NEW = ("10.0.0.1", 6379), ("10.0.0.2", 6379)
-
-
-def test_newest_failover_counts_more_than_the_majority() -> None:
-    assert newest([Named(1, OLD), Named(1, OLD), Named(2, NEW)]) == NEW
-
-
-def test_majority_counts_if_the_epochs_are_equal_or_unknown() -> None:
-    assert newest([Named(0, OLD), Named(0, NEW), Named(0, NEW)]) == NEW
-
-
-@pytest.mark.parametrize("details", [[b"name", b"m", b"config-epoch", b"7"], PermissionError()])
-def test_answer_is_read_without_the_right_to_the_details(details: Any) -> None:
-    epoch = 7 if isinstance(details, list) else 0
-    assert read_answer([b"10.0.0.1", b"6379"], details, "m") == Named(epoch, OLD)
-
-
-@pytest.mark.parametrize("address", [b"OK", 5, [b"h"], [b"h", b"x"], [5, b"1"]])
-def test_other_servers_are_no_sentinels(address: Any) -> None:
-    with pytest.raises(ConnectionLost, match="no Sentinel"):
-        read_answer(address, [], "m")
 
 
 @pytest.mark.chaos

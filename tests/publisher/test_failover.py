@@ -90,7 +90,7 @@ def test_asynchronous_publisher_takes_the_same_urls(
 def test_unknown_master_name_is_a_failure_that_says_so(sentinels: SentinelSet) -> None:
     with (
         Publisher(sentinels.url.replace("/mymaster", "/other")) as publisher,
-        pytest.raises(PublishFailed, match="knows no other") as failed,
+        pytest.raises(PublishFailed, match="knows no primary with the name other") as failed,
     ):
         publisher.publish(EVENT)
     assert not failed.value.in_doubt

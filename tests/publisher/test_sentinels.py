@@ -22,26 +22,34 @@ def described(port: int, **fields: Any) -> list[bytes]:
     return [str(word).encode() for pair in known.items() for word in pair]
 
 
+Told = tuple[int, list[list[bytes]]] | None  # the port of the primary, and its replicas
+
+
 class Asked(Sentinels):
-    """Three Sentinels that answer as told."""
+    """Three Sentinels that answer as told, with the epochs as told."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__(URL, counts_replicas=True)
-        self.answers: list[tuple[int, list[list[bytes]]] | None] = []
+        self.answers: dict[RedisAddress, tuple[Told, int]] = {}
 
         def ask(asking: Any, servers: Any) -> Any:
-            for server, answer in zip(URL.seeds, self.answers, strict=True):
+            for server in servers:
+                answer, epoch = self.answers[server]
                 if answer is None:
                     asking.failed[server] = f"{server} is away"
                 else:
                     port, replicas = answer
-                    yield server, [[b"10.0.0.1", b"%d" % port], replicas]
+                    details = [b"config-epoch", b"%d" % epoch]
+                    yield server, [[b"10.0.0.1", b"%d" % port], details, replicas]
 
         monkeypatch.setattr("trio_gateway.publisher.asking.Round.ask", ask)
 
-    def look(self, *answers: tuple[int, list[list[bytes]]] | None) -> tuple[RedisAddress, int]:
+    def look(
+        self, *answers: Told, epochs: tuple[int, int, int] = (0, 0, 0)
+    ) -> tuple[RedisAddress, int]:
         """The primary, and the number of its replicas."""
-        self.answers = list(answers)
+        told = zip(answers, epochs, strict=True)
+        self.answers = dict(zip(URL.seeds, told, strict=True))
         self.suspect(ONE)
         primary = self.primary_of("key")
         count = self.replicas_of(primary)
@@ -57,6 +65,16 @@ def sentinels(monkeypatch: pytest.MonkeyPatch) -> Asked:
 def test_primary_is_the_one_that_most_name(sentinels: Asked) -> None:
     assert sentinels.look((2, []), (1, []), (1, [])) == (ONE, 0)
     assert sentinels.look(None, (2, []), None) == (TWO, 0)
+
+
+def test_primary_of_the_last_failover_counts_more_than_the_majority(sentinels: Asked) -> None:
+    assert sentinels.look((1, []), (1, []), (2, []), epochs=(4, 4, 5)) == (TWO, 0)
+
+
+def test_sentinel_that_was_away_is_heard_again_if_most_do_not_answer(sentinels: Asked) -> None:
+    assert sentinels.look((1, []), (1, []), None) == (ONE, 0)
+    assert sentinels.look((1, []), (1, []), (2, []), epochs=(4, 4, 5)) == (ONE, 0)
+    assert sentinels.look((1, []), None, (2, []), epochs=(4, 4, 5)) == (TWO, 0)
 
 
 def test_last_known_primary_stays_while_none_answers(sentinels: Asked) -> None:

@@ -1,8 +1,9 @@
 """Cluster: which node is the primary of each slot."""
 
 import random
-from typing import Any, Final, NamedTuple
+from typing import Final
 
+from ..core.primaries import NodeAnswer, newest_slots
 from ..core.slots import SlotMap
 from ..redis_url import RedisAddress, RedisUrl
 from ..runtime.supervision import ConnectionLost
@@ -13,22 +14,6 @@ from .topology import Topology
 _MOST_ASKED: Final = 6  # nodes; a big Cluster is not asked as a whole
 
 
-class Told(NamedTuple):
-    """What one node says. The highest is to be believed.
-
-    A node that is cut off, or was forgotten, sees no intact Cluster, or has an old epoch.
-    """
-
-    is_ok: bool  # it sees most primaries, and each slot has one
-    epoch: int  # grows with each failover
-    covered: int  # slots
-    slots: SlotMap
-
-    @property
-    def rank(self) -> tuple[bool, int, int]:
-        return self[:3]
-
-
 def cluster_topology(url: RedisUrl) -> Topology:
     """The topology of a Cluster. It asks nodes of the URL, and those that are known by then.
 
@@ -36,10 +21,13 @@ def cluster_topology(url: RedisUrl) -> Topology:
     """
     silent = set[RedisAddress]()
 
-    async def ask(redis: RedisConnection, node: RedisAddress) -> Told:
+    async def ask(redis: RedisConnection, node: RedisAddress) -> NodeAnswer:
         info, slots = await redis.ask_all([("CLUSTER", "INFO"), ("CLUSTER", "SLOTS")])
         silent.discard(node)
-        return read_answer(info, no_error(slots, "CLUSTER"), node.host)
+        try:
+            return NodeAnswer.read(info, no_error(slots, "CLUSTER"), node.host)
+        except ValueError as error:
+            raise ConnectionLost(f"a node: {error}") from None
 
     async def look(before: SlotMap) -> SlotMap:
         known = before.primaries | before.replicas
@@ -51,23 +39,7 @@ def cluster_topology(url: RedisUrl) -> Topology:
         answers = await ask_servers(some, ask)
         if silent - known_silent:
             topology.suspect_all()
-        return max(answers, key=lambda told: told.rank).slots
+        return newest_slots(answers)
 
     topology = Topology(look, lambda node: url.node(*node), is_cluster=True)
     return topology
-
-
-def read_answer(info: Any, slots: Any, asked: str) -> Told:
-    """Read the replies of the node at the host ``asked`` to ``CLUSTER INFO`` and ``SLOTS``.
-
-    Without the right to the first command its answer counts least. Raises :exc:`ConnectionLost`
-    if a reply has another shape.
-    """
-    lines = info.split(b"\r\n") if isinstance(info, bytes) else []
-    facts = dict(line.split(b":", 1) for line in lines if b":" in line)
-    try:
-        found = SlotMap.from_reply(slots, asked)
-        epoch = int(facts.get(b"cluster_current_epoch", 0))
-    except ValueError:
-        raise ConnectionLost("the server is no node of a Cluster") from None
-    return Told(facts.get(b"cluster_state") == b"ok", epoch, found.covered, found)

@@ -3,15 +3,19 @@
 import random
 import threading
 import time
+from typing import Final
 
+from ..core.primaries import NodeAnswer, newest_slots
 from ..core.slots import SlotMap, slot_of
 from ..redis_url import RedisAddress, RedisUrl
-from .asking import Round, asking_links
+from .asking import Round, asking_links, no_error
 from .links import NotReached
+
+_ENOUGH: Final = 3  # answers; a big Cluster is not asked as a whole
 
 
 class Cluster:
-    """The slot map that one of the nodes had a moment ago."""
+    """The slot map that some of the nodes had a moment ago."""
 
     def __init__(self, url: RedisUrl) -> None:
         self._url = url
@@ -42,25 +46,29 @@ class Cluster:
         self._links.close()
 
     def _look(self) -> None:
-        """Ask any node for the slot map; one that has failed is asked last."""
+        """Ask some nodes for the slot map; one that has failed is asked last."""
         nodes = [self._url.node(*node) for node in self._slots.primaries]
         random.shuffle(nodes)  # one may have been cut off from the others
         replicas = (self._url.node(*node) for node in self._slots.replicas)
         nodes = list(dict.fromkeys([*nodes, *self._url.seeds, *replicas]))
         nodes.sort(key=lambda node: node == self._suspect)
         self._suspect = None
-        asking = Round(self._links, ("CLUSTER", "SLOTS"))
-        for node, (reply,) in asking.ask(nodes):
+        asking = Round(self._links, ("CLUSTER", "INFO"), ("CLUSTER", "SLOTS"))
+        answers: list[NodeAnswer] = []
+        for node, (info, slots) in asking.ask(nodes):
             try:
-                slots = SlotMap.from_reply(reply, node.host)
+                answer = NodeAnswer.read(info, no_error(slots), node.host)
             except ValueError as error:
-                asking.failed[node] = f"the node at {node} sent {error}"
+                asking.failed[node] = f"the node at {node}: {error}"
                 continue
-            if slots.primaries:  # else it belongs to no Cluster any more
-                self._slots = slots
+            if not answer.covered:  # it belongs to no Cluster any more
+                asking.failed[node] = f"the node at {node} knows of no slots"
+                continue
+            answers.append(answer)
+            if len(answers) == _ENOUGH:
                 break
-            asking.failed[node] = f"the node at {node} knows of no slots"
-        else:
-            if not self._slots.primaries:
-                raise NotReached(f"no node of the Cluster tells who owns its slots: {asking}")
+        if answers:
+            self._slots = newest_slots(answers)
+        elif not self._slots.primaries:
+            raise NotReached(f"no node of the Cluster tells who owns its slots: {asking}")
         self._fresh_until = asking.fresh_until()

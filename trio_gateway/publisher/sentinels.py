@@ -2,12 +2,12 @@
 
 import threading
 import time
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Final
 
+from ..core.primaries import SentinelAnswer, newest_primary, read_fields
 from ..redis_url import RedisAddress, RedisUrl
-from .asking import Round, asking_links
+from .asking import PATIENCE, Round, asking_links, no_error
 from .links import Command, NotReached
 
 _SETTLED: Final = 3000  # milliseconds after which most Sentinels know of a new primary
@@ -36,16 +36,20 @@ class Replica:
 
 
 class Sentinels:
-    """What most of the Sentinels said a moment ago.
+    """What the Sentinels said a moment ago: the one that knows of the last failover is believed.
 
-    One alone may have been cut off from the others, with the primary of before.
+    All are asked, as one may be cut off from the others, with the primary of before. One that did
+    not answer is not waited for again for a while if most of the others do.
     """
 
     def __init__(self, url: RedisUrl, counts_replicas: bool) -> None:
         self._url = url
         self._links = asking_links()
-        self._sentinels = list(url.seeds)  # those that answer first
-        self._questions: list[Command] = [("SENTINEL", "GET-MASTER-ADDR-BY-NAME", url.master_name)]
+        self._silent_until: dict[RedisAddress, float] = {}  # of those that did not answer
+        self._questions: list[Command] = [
+            ("SENTINEL", "GET-MASTER-ADDR-BY-NAME", url.master_name),
+            ("SENTINEL", "MASTER", url.master_name),
+        ]
         if counts_replicas:
             self._questions.append(("SENTINEL", "REPLICAS", url.master_name))
         self._one_at_a_time = threading.Lock()
@@ -71,50 +75,52 @@ class Sentinels:
         self._links.close()
 
     def _look(self) -> RedisAddress:
+        now = time.monotonic()
         asking = Round(self._links, *self._questions)
-        said: list[tuple[RedisAddress, list[Replica]]] = []
-        for sentinel, (address, *replicas) in asking.ask(self._sentinels):
-            if address is None:
-                name = self._url.master_name
-                asking.failed[sentinel] = f"the Sentinel at {sentinel} knows no {name}"
-                continue
-            try:
-                said.append((self._read_address(address), self._read_replicas(*replicas)))
-            except (AttributeError, LookupError, TypeError, ValueError):
-                asking.failed[sentinel] = f"the Sentinel at {sentinel} sent an invalid reply"
-                continue
-            if 2 * sum(primary == said[-1][0] for primary, _ in said) > len(self._sentinels):
+        seeds = self._url.seeds
+        silent = [each for each in seeds if self._silent_until.get(each, 0.0) > now]
+        said: list[tuple[SentinelAnswer, list[Replica]]] = []
+        for sentinels in ([each for each in seeds if each not in silent], silent):
+            if 2 * len(said) > len(seeds):
                 break
-        self._sentinels.sort(key=asking.failed.__contains__)
+            for sentinel, replies in asking.ask(sentinels):
+                try:
+                    said.append(self._read(*replies))
+                except ValueError as error:
+                    asking.failed[sentinel] = f"the Sentinel at {sentinel}: {error}"
+        self._silent_until.update(dict.fromkeys(asking.failed, now + PATIENCE))
         self._fresh_until = asking.fresh_until()
         if not said:
             if self._primary is not None:
                 return self._primary
             raise NotReached(f"no Sentinel tells where the primary is: {asking}")
-        ((found, _),) = Counter(primary for primary, _ in said).most_common(1)
+        node = newest_primary(answer for answer, _ in said)
+        found = self._url.node(*node)
         if found != self._primary:
             self._former, self._former_until = self._primary, time.monotonic() + _FORMER
         former = self._former if time.monotonic() < self._former_until else None
         self._replicas = max(
             sum(each.counts(former) for each in replicas)
-            for primary, replicas in said
-            if primary == found
+            for answer, replicas in said
+            if answer.primary == node
         )
         return found
 
-    def _read_address(self, reply: Any) -> RedisAddress:
-        host, port = reply
-        return self._url.node(host.decode(), int(port))
+    def _read(
+        self, address: Any, details: Any, replicas: Any = ()
+    ) -> tuple[SentinelAnswer, list[Replica]]:
+        """Read a Sentinel's replies to the questions; raises :exc:`ValueError`."""
+        answer = SentinelAnswer.read(no_error(address), details, self._url.master_name)
+        try:
+            found = [self._read_replica(read_fields(each)) for each in no_error(replicas)]
+        except (AttributeError, LookupError, TypeError):
+            raise ValueError("the server sent an invalid reply") from None
+        return answer, found
 
-    def _read_replicas(self, reply: Any = ()) -> list[Replica]:
-        found = []
-        for each in reply:
-            fields = dict(zip(each[::2], each[1::2], strict=True))
-            lost_for = None
-            if fields[b"role-reported"] == b"master":
-                lost_for = int(fields[b"role-reported-time"])
-            elif b"s-down-time" in fields:
-                lost_for = int(fields[b"s-down-time"])
-            address = self._read_address((fields[b"ip"], fields[b"port"]))
-            found.append(Replica(address, lost_for))
-        return found
+    def _read_replica(self, fields: dict[str, str]) -> Replica:
+        lost_for = None
+        if fields["role-reported"] == "master":
+            lost_for = int(fields["role-reported-time"])
+        elif "s-down-time" in fields:
+            lost_for = int(fields["s-down-time"])
+        return Replica(self._url.node(fields["ip"], int(fields["port"])), lost_for)

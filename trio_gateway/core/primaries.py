@@ -1,0 +1,86 @@
+"""Who is the primary: what Sentinels and nodes of a Cluster say, and which of them is believed.
+
+Publisher, gateway and command line read the answers and decide here, so that the same answers
+never lead them to different servers.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from .slots import Node, SlotMap
+
+
+class SentinelAnswer(NamedTuple):
+    """What one Sentinel says: the primary, and in which failover it became that."""
+
+    epoch: int
+    primary: Node
+
+    @classmethod
+    def read(cls, address: Any, details: Any, name: str) -> "SentinelAnswer":
+        """Read its replies to ``GET-MASTER-ADDR-BY-NAME`` and ``MASTER``.
+
+        If the second is an error, the user may not send that command; the epoch is 0 then. Raises
+        :exc:`ValueError` if it does not know the name, or a reply has another shape.
+        """
+        if address is None:
+            raise ValueError(f"it knows no primary with the name {name}")
+        try:
+            host, port = address
+            known = read_fields(details) if isinstance(details, list) else {}
+            return cls(int(known.get("config-epoch", 0)), (host.decode(), int(port)))
+        except (AttributeError, TypeError, ValueError):
+            raise ValueError("the server is no Sentinel") from None
+
+
+def newest_primary(answers: Iterable[SentinelAnswer]) -> Node:
+    """The primary since the last failover; if they differ, what most say.
+
+    Sentinels believe the highest epoch. All but the leader have an older one for a moment after a
+    failover, and one that is cut off for longer.
+    """
+    votes = Counter(answers)
+    return max(votes, key=lambda answer: (answer.epoch, votes[answer])).primary
+
+
+class NodeAnswer(NamedTuple):
+    """What one node of a Cluster says.
+
+    A node that is cut off, or was forgotten, sees no intact Cluster, or has an old epoch.
+    """
+
+    is_ok: bool  # it sees most primaries, and each slot has one
+    epoch: int  # grows with each failover
+    covered: int  # slots
+    slots: SlotMap
+
+    @classmethod
+    def read(cls, info: Any, slots: Any, asked: str) -> "NodeAnswer":
+        """Read its replies to ``CLUSTER INFO`` and ``SLOTS``; it was asked at the host ``asked``.
+
+        If the first is an error, the user may not send that command; the answer counts least then.
+        Raises :exc:`ValueError` if a reply has another shape.
+        """
+        lines = info.split(b"\r\n") if isinstance(info, bytes) else []
+        facts = dict(line.split(b":", 1) for line in lines if b":" in line)
+        try:
+            found = SlotMap.from_reply(slots, asked)
+            epoch = int(facts.get(b"cluster_current_epoch", 0))
+        except ValueError:
+            raise ValueError("the server is no node of a Cluster") from None
+        return cls(facts.get(b"cluster_state") == b"ok", epoch, found.covered, found)
+
+
+def newest_slots(answers: Iterable[NodeAnswer]) -> SlotMap:
+    """The slots as the node sees them that knows of the last failover."""
+    return max(answers, key=lambda answer: answer[:3]).slots
+
+
+def read_fields(reply: Any) -> dict[str, str]:
+    """Read names and values that follow each other, as a Sentinel describes a server.
+
+    Raises :exc:`ValueError` and the like if the reply has another shape.
+    """
+    words = [word.decode(errors="replace") for word in reply]
+    return dict(zip(words[::2], words[1::2], strict=True))
