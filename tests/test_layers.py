@@ -29,14 +29,15 @@ MAY_IMPORT: Final[dict[str, set[str]]] = {
     "redis_tls": set(),
     "redis_url": {"redis_tls"},
     "settings": {"core", "keys", "redis_url"},
-    # The five wings. They do not know each other, but access gives commands to Redis.
+    # The six wings. They do not know each other, but two give commands to Redis.
     "transports": {"core", "runtime"},
     "broker": {"core", "runtime", "redis_errors", "redis_url"},
     "access": {"core", "runtime", "settings", "keys", "broker"},
     "telemetry": {"core", "runtime", "settings", "__init__"},
+    "cluster": {"core", "runtime", "settings", "broker"},
     # What is put together from them.
     "parts": {"core", "runtime", "settings", "redis_url", "transports", "broker", "access",
-              "telemetry"},
+              "telemetry", "cluster", "__init__"},
     "stats": {"core", "runtime", "telemetry", "parts"},
     "stats_feed": {"core", "runtime", "parts", "stats"},
     "reception": {"core", "runtime", "access", "transports", "parts", "stats_feed"},

@@ -183,6 +183,8 @@ class Gateway(QuartTrio):
         if multiprocessing.parent_process() is not None:
             nursery.start_soon(self._delay_sigterm)
         nursery.start_soon(parts.watch_topology)
+        if parts.cluster is not None:
+            parts.cluster.start(nursery)
         nursery.start_soon(self._run_sources)
         nursery.start_soon(parts.following.run)
         nursery.start_soon(parts.worker_stats.share, partial(stats.snapshot, parts))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from . import __version__
 from .access.addresses import Addresses
 from .access.admission import Admission, PendingAdmission
 from .access.auth import Auth
@@ -26,9 +27,10 @@ from .broker.streams import Streams
 from .broker.topologies import make_topology
 from .broker.topology import Topology
 from .broker.topology_watch import watch
+from .cluster.building import ClusterParts, build_cluster
 from .core.audiences import Endpoint
 from .core.capacity import CapacityLimits
-from .core.control_messages import PLACEMENT, REVOKED, SECTORS_CHANGED
+from .core.control_messages import PLACEMENT, REVOKED, SECTORS_CHANGED, Node
 from .core.event_ids import tag
 from .core.limits import DropAlarm, TenantRate
 from .core.resilience import Breaker
@@ -104,6 +106,8 @@ class Parts:
     admissions: ConcurrencyLimiter[PendingAdmission]  # credentials being checked
     room: Room  # for clients at a limit
     catch_ups: KeyedLimiter  # simultaneous requests of each user or session
+    # What the processes of one service tell each other:
+    cluster: ClusterParts | None
     # The whole process:
     drain: Drain
     counts: ClientCounts
@@ -307,11 +311,45 @@ def build_parts(
     heads: ConcurrencyLimiter[Opening] = ConcurrencyLimiter(settings.ws_max_handshakes)
 
     def stop_sources() -> None:
+        if cluster is not None:
+            cluster.registry.beat_soon()
         sources.cancel()
         silent.give_up()
         heads.give_up()
 
-    drain = Drain(hub, (pubsub_queue, stream_queue), stop_sources)
+    cluster = None
+    if settings.ws_cluster or settings.ws_api_keys_file is not None:
+
+        def describe(name: str) -> Node:
+            return Node(
+                name,
+                __version__,
+                started_at,
+                drain.begun,
+                len(hub),
+                stream_queue.depth,
+                sharding.numbers_of(following.names),
+            )
+
+        started_at = round(clock(), 3)
+        cluster = build_cluster(
+            settings,
+            topology=topology,
+            commands=commands,
+            hub=hub,
+            ingest=ingest,
+            queue=pubsub_queue,
+            describe=describe,
+            sectors_changed=sector_assignments.changed if sector_assignments else None,
+        )
+        breakers |= cluster.breakers
+
+    drain = Drain(
+        hub,
+        (pubsub_queue, stream_queue),
+        stop_sources,
+        None if cluster is None else cluster.leave,
+    )
     return Parts(
         settings=settings,
         clock=clock,
@@ -351,6 +389,7 @@ def build_parts(
         silent=silent,
         heads=heads,
         room=Room(hub, lambda: drain.begun),
+        cluster=cluster,
         catch_ups=KeyedLimiter(),
         admissions=ConcurrencyLimiter(settings.ws_max_handshakes),
         drain=drain,

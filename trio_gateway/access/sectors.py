@@ -150,6 +150,10 @@ class SectorAssignments:
         except ValueError:
             self._throttled_log.warning("invalid sectors message")
             return
+        self.changed(message)
+
+    def changed(self, message: SectorsChanged) -> None:
+        """Query a waiter again: the assignments have changed."""
         tenant, user = TenantId(message.tenant_id), UserId(str(message.waiter_id))
         for key, query in self._running.items():
             if key.tenant == tenant and key.user == user:

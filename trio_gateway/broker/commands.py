@@ -21,6 +21,7 @@ TIMEOUT: Final = 2.0  # seconds for one command
 _CHECK: Final = "gateway:ticket:check"
 # Of dead letters, and of scans: failures in a row, seconds until the next try.
 _OWN_BREAKER: Final = 5, 30.0
+_CLUSTER_BREAKER: Final = 3, 1.0
 # Entries of a stream, their ids and their fields; an entry that was deleted has none.
 Entries = list[tuple[bytes, dict[bytes, bytes] | None]]
 # An XADD that fails ends the script before the key is set.
@@ -54,9 +55,12 @@ class Commands:
         # cost anybody a ticket.
         self._dead_letters = Breaker(*_OWN_BREAKER)
         self._scans = Breaker(*_OWN_BREAKER)
+        # What processes tell each other waits for nobody, so it is tried again soon.
+        self.cluster_breaker = Breaker(*_CLUSTER_BREAKER)
         self._names = {
             reads: "commands",
             writes: "writes",
+            self.cluster_breaker: "cluster",
             self._dead_letters: "dead letters",
             self._scans: "scans",
         }
@@ -207,6 +211,30 @@ class Commands:
             lambda reply: isinstance(reply, dict) and isinstance(reply.get("length"), int),
         )
         return bool(info["length"] == info.get("entries-added"))
+
+    async def evaluate(
+        self,
+        script: str,
+        keys: Sequence[str],
+        arguments: Sequence[str | bytes | int | float] = (),
+        *,
+        again: bool = True,
+        seconds: float = TIMEOUT,
+    ) -> Any:
+        """Run a Lua script, and return its reply. In a Cluster its keys must be in one slot.
+
+        ``again``: it may run twice, as it does if the first answer was lost.
+        """
+        return await self._run(
+            self.cluster_breaker,
+            lambda: self._primaries.execute(
+                keys[0],
+                lambda redis: redis.eval(script, len(keys), *keys, *arguments),
+                lambda reply: True,
+                again=again,
+            ),
+            seconds=seconds,
+        )
 
     async def _send(
         self,

@@ -1,4 +1,8 @@
-"""Control messages: what is published to the gateway itself, each kind on its own channel."""
+"""Control messages: what is published to the gateway itself, each kind on its own channel.
+
+On :data:`CONTROL` the processes of one service speak to each other. An :class:`Ask` is answered by
+all of them, an :class:`Answer` goes to the channel of the process that asked.
+"""
 
 from typing import Annotated, Final, TypeVar
 
@@ -9,8 +13,10 @@ _Kind = TypeVar("_Kind")
 REVOKED: Final = "channel:auth:revoked"
 SECTORS_CHANGED: Final = "channel:sectors:changed"
 PLACEMENT: Final = "channel:gateway:placement"
+CONTROL: Final = "channel:gateway:control"
 
 _ReportChannel = Annotated[str, msgspec.Meta(pattern=f"^{PLACEMENT}:[0-9a-f]{{1,32}}\\Z")]
+_Name = Annotated[str, msgspec.Meta(pattern="^[A-Za-z0-9._-]{1,100}\\Z")]
 _User = int | Annotated[str, msgspec.Meta(pattern="^[0-9]+$")]
 
 
@@ -44,6 +50,76 @@ class PlacementReport(msgspec.Struct):
 
     process: str
     tenants: dict[int, int]
+
+
+class Ask(msgspec.Struct, tag="ask"):
+    """A question to every process; ``id`` is chosen by the one that asks, for its answers."""
+
+    id: str
+    asker: _Name
+    kind: str
+    request: msgspec.Raw
+
+
+class Ordered(msgspec.Struct, tag="ordered"):
+    """An order was added to the stream of orders under this entry id: read on there."""
+
+    order: str
+
+
+class Left(msgspec.Struct, tag="left"):
+    """A process has stopped, and is not to be waited for."""
+
+    node: str
+
+
+class Answer(msgspec.Struct, tag="answer", omit_defaults=True):
+    """What a process answers to an :class:`Ask`, or to an order; with ``error``, it could not."""
+
+    id: str
+    node: str
+    answer: msgspec.Raw = msgspec.Raw(b"null")
+    error: str | None = None
+
+
+Control = Ask | Ordered | Left | Answer
+
+
+class Node(msgspec.Struct):
+    """The state that a process publishes. ``started_at`` is unix time, ``lag`` is in events."""
+
+    name: str
+    version: str = ""
+    started_at: float = 0.0
+    draining: bool = False
+    connections: int = 0
+    lag: int = 0
+    shards: list[int] = []
+
+
+class Disconnect(msgspec.Struct, omit_defaults=True):
+    """Close the connections of a user, of a session, or with one token, of a tenant."""
+
+    tenant_id: int
+    user_id: _User | None = None
+    session_id: int | None = None
+    jti: str | None = None
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        if sum(each is not None for each in (self.user_id, self.session_id, self.jti)) != 1:
+            raise ValueError("needs one of user_id, session_id and jti")
+
+
+class Disconnected(msgspec.Struct):
+    """How many connections a process has closed."""
+
+    closed: int
+
+
+def reply_channel(name: str) -> str:
+    """The channel on which a process, or a command, receives answers."""
+    return f"{CONTROL}:{name}"
 
 
 def read_control_message(payload: bytes, kind: type[_Kind]) -> _Kind:

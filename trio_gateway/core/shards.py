@@ -81,6 +81,12 @@ class Sharding:
         """The name of the stream that new events of this tenant are added to."""
         return self.names_of(tenant)[-1 if self.by_tenant else 0]
 
+    def numbers_of(self, names: Collection[str]) -> list[int]:
+        """The numbers of the shards whose streams are among these; without shards, 0."""
+        if not self.by_tenant:
+            return [0]
+        return [number for number, name in enumerate(self._new) if name in names]
+
     def streams_of(self, tenant: int) -> Sequence[Stream]:
         """The tags of :meth:`names_of`."""
         if (found := self._known.get(tenant)) is None:

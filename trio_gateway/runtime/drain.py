@@ -1,7 +1,7 @@
 """The drain: stop receiving, deliver what was received, close every connection."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 import structlog
@@ -15,6 +15,7 @@ log = structlog.get_logger()
 
 PATIENCE: Final = 5.0  # seconds for all of it, where the server does not say
 _FOR_QUEUES: Final = 0.4  # of it, for the queues; the rest is for the closes
+_FOR_OTHERS: Final = 1.0  # seconds
 _RECONNECTS_PER_SECOND: Final = 500  # that the retry hints spread clients to
 _FIRST_WINDOW: Final = 2.0  # seconds; the window of a gateway with few clients
 
@@ -26,12 +27,21 @@ class Drain:
     2. Deliver the events in the queues.
     3. Close every connection, with a hint when to reconnect.
     4. Cut the connections that are left.
+
+    Then ``tell_others``, which other processes may wait for, has :data:`_FOR_OTHERS` seconds.
     """
 
-    def __init__(self, hub: Hub, queues: Sequence[EventQueue], stop: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        hub: Hub,
+        queues: Sequence[EventQueue],
+        stop: Callable[[], None],
+        tell_others: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
         self._hub = hub
         self._queues = queues
         self._stop = stop
+        self._tell_others = tell_others
         self._done = trio.Event()
         self._window = _FIRST_WINDOW  # seconds over which the retry hints are spread
         self.begun = False
@@ -65,7 +75,12 @@ class Drain:
         finally:
             for connection in [*hub.connections, *hub.leaving]:
                 connection.abort()
-            self._done.set()
+            try:
+                if self._tell_others is not None:
+                    with trio.move_on_after(_FOR_OTHERS):
+                        await self._tell_others()
+            finally:
+                self._done.set()
 
     def hint(self, place: float | None = None) -> str:
         """When to reconnect, for a client at this place (0 to 1) of the window; None for any."""

@@ -1,0 +1,124 @@
+"""Several processes on one Redis: who is alive, and what they tell each other."""
+
+import json
+from typing import Any
+
+import msgspec
+import redis
+import trio
+
+from tests.support.gateways import Running, admitted, closed, serving, until
+from trio_gateway.cluster.building import ClusterParts
+from trio_gateway.cluster.control import Control
+from trio_gateway.core.control_messages import Disconnect, Node, SectorsChanged
+
+
+def cluster_of(gateway: Running) -> ClusterParts:
+    found = gateway.app.parts.cluster
+    assert found is not None
+    return found
+
+
+def closed_by(answers: Any) -> dict[str, int]:
+    return {name: msgspec.json.decode(each)["closed"] for name, each in answers.by_node.items()}
+
+
+async def alive(*gateways: Running) -> list[str]:
+    """Wait until all know all; returns their names."""
+    names = {cluster_of(each).registry.name for each in gateways}
+    await until(lambda: all(cluster_of(each).registry.nodes.keys() == names for each in gateways))
+    return sorted(names)
+
+
+async def test_processes_know_each_other_until_they_stop(
+    redis_url: str, backend: "redis.Redis"
+) -> None:
+    async with serving(redis_url, "direct", ws_cluster=True) as one:
+        async with serving(redis_url, "direct", ws_cluster=True) as other:
+            names = await alive(one, other)
+            found = await cluster_of(one).registry.read()
+            assert sorted(found) == names
+            states: Any = backend.hgetall("{gateway}:nodes:states")
+            assert json.loads(states[names[0].encode()]).keys() == {
+                "name", "version", "started_at", "draining", "connections", "lag", "shards",
+            }  # fmt: skip
+        [name] = await cluster_of(one).registry.read()
+        await until(lambda: len(cluster_of(one).registry.nodes) == 1)
+        assert name == cluster_of(one).registry.name
+
+
+async def test_an_order_disconnects_on_all_processes(redis_url: str) -> None:
+    async with (
+        serving(redis_url, "direct", ws_cluster=True) as one,
+        serving(redis_url, "asgi", ws_cluster=True) as other,
+        admitted(one.staff_url("waiter", sub="21", jti="a")) as first,
+        admitted(other.staff_url("waiter", sub="21", jti="b")) as second,
+        admitted(other.staff_url("waiter", sub="21", tenant_id=2)) as stranger,
+        admitted(other.diner_url(session_id=456)) as diner,
+    ):
+        await alive(one, other)
+        control = cluster_of(one).control
+        answers = await control.order("disconnect", Disconnect(1, user_id=21, reason="shift\n"))
+        assert sorted(closed_by(answers).values()) == [1, 1]
+        assert answers.complete
+        assert await closed(first) == await closed(second) == (4001, "shift")
+        answers = await control.order("disconnect", Disconnect(1, session_id=456))
+        assert sum(closed_by(answers).values()) == 1
+        assert await closed(diner) == (4001, "disconnected by the backend")
+        assert (await control.order("refresh", SectorsChanged(1, 21))).complete
+        async with admitted(other.staff_url("waiter", sub="21", jti="c")) as again:
+            answers = await control.order("disconnect", Disconnect(1, jti="c"))
+            assert sum(closed_by(answers).values()) == 1
+            assert (await closed(again))[0] == 4001
+        await stranger.send_message("ping")
+        assert await stranger.get_message() == '{"type":"pong"}'
+
+
+class Question(msgspec.Struct):
+    wait: float = 0.0
+
+
+def answer_as(control: Control, answer: Any) -> None:
+    async def handler(question: Question) -> Any:
+        await trio.sleep(question.wait)
+        if answer is None:
+            raise ValueError
+        return answer
+
+    control.handle("test", Question, handler)
+
+
+async def test_who_does_not_answer_is_missing(redis_url: str) -> None:
+    async with (
+        serving(redis_url, "direct", ws_cluster=True) as one,
+        serving(redis_url, "direct", ws_cluster=True) as other,
+    ):
+        await alive(one, other)
+        here, there = cluster_of(one), cluster_of(other)
+        answer_as(here.control, "x" * 1_000_000)
+        unknown = await here.control.ask("test", Question())
+        assert unknown.missing == [there.registry.name]
+        answer_as(there.control, "y" * 1_000_000)
+        both = await here.control.ask("test", Question())
+        assert both.complete
+        assert [len(each) for each in both.by_node.values()] == [1_000_002] * 2
+        with trio.fail_after(1):
+            late = await here.control.ask("test", Question(5), timeout=0.2)
+        assert len(late.missing) == 2
+        answer_as(there.control, None)
+        failed = await here.control.ask("test", Question())
+        assert failed.missing == [there.registry.name]
+
+
+async def test_without_the_settings_there_is_nothing(
+    redis_url: str, backend: "redis.Redis"
+) -> None:
+    async with serving(redis_url, "direct") as gateway:
+        assert gateway.app.parts.cluster is None
+        channels: Any = backend.pubsub_channels("channel:gateway:control*")
+        assert channels == []
+        assert backend.keys("{gateway}*") == []
+
+
+def test_a_node_is_read_with_what_it_says() -> None:
+    assert msgspec.json.decode(b'{"name":"a","new":1}', type=Node) == Node("a")

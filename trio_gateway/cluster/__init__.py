@@ -1,0 +1,1 @@
+"""What the processes of one service tell each other, through Redis alone."""

@@ -1,0 +1,89 @@
+"""Builds what a process needs to be one of several, without I/O."""
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+
+import trio
+
+from ..broker.commands import Commands, Unavailable
+from ..broker.probe import Probe
+from ..broker.pubsub import PubSub
+from ..broker.topology import Topology
+from ..core.control_messages import CONTROL, Node, SectorsChanged, reply_channel
+from ..core.resilience import Breaker
+from ..runtime.hub import Hub
+from ..runtime.ingest import Ingest
+from ..runtime.queue import EventQueue
+from ..runtime.supervision import keep_running
+from ..settings import Settings
+from .carrying_out import carry_out_orders
+from .control import Control
+from .keys import Keys
+from .registry import Registry, make_name
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ClusterParts:
+    """The parts of a process that is one of several, with WS_CLUSTER or an API for backends."""
+
+    keys: Keys
+    registry: Registry
+    control: Control
+    link: PubSub  # of control, apart from the events: neither delays the other
+    topology: Topology
+    breakers: Mapping[str, Breaker]
+
+    def start(self, nursery: trio.Nursery) -> None:
+        """Start the tasks of all parts."""
+        changed = None if self.topology.is_fixed else self.topology.wait_changed
+        breaker = self.breakers["control"]
+        nursery.start_soon(keep_running, "control", self.link.run, breaker, None, changed)
+        nursery.start_soon(self.registry.run)
+        nursery.start_soon(self.control.run)
+
+    async def leave(self) -> None:
+        """Tell the other processes that this one has stopped, if Redis answers."""
+        with suppress(Unavailable):
+            await self.registry.leave()
+
+
+def build_cluster(
+    settings: Settings,
+    *,
+    topology: Topology,
+    commands: Commands,
+    hub: Hub,
+    ingest: Ingest,
+    queue: EventQueue,
+    describe: Callable[[str], Node],
+    sectors_changed: Callable[[SectorsChanged], None] | None,
+) -> ClusterParts:
+    """Build the parts. ``describe`` returns the state of the process of this name."""
+    name = make_name()
+    keys = Keys(settings.ws_presence_stream, is_cluster=topology.is_cluster)
+    registry = Registry(name, commands, keys, lambda: describe(name))
+    control = Control(commands, keys, registry, lambda: link.connected)
+    breaker = Breaker(settings.circuit_failure_threshold, settings.circuit_recovery_timeout)
+    probe = Probe()
+    probe.is_wanted = False
+    link = PubSub(
+        topology,
+        [],
+        ingest,
+        queue,
+        breaker,
+        {CONTROL: control, reply_channel(name): control},
+        probe=probe,
+        anywhere=topology.is_cluster,
+    )
+    link.name = "control"
+    carry_out_orders(control, hub, sectors_changed)
+    return ClusterParts(
+        keys=keys,
+        registry=registry,
+        control=control,
+        link=link,
+        topology=topology,
+        breakers={"cluster": commands.cluster_breaker, "control": breaker},
+    )

@@ -1,0 +1,294 @@
+"""Control: one process asks all, or gives all an order.
+
+A question and its answers are messages on Pub/Sub. An order is kept for an hour in a stream, too,
+so that a process that does not answer carries it out when it runs again.
+"""
+
+import secrets
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any, Final, NoReturn, cast
+
+import msgspec
+import structlog
+import trio
+
+from ..broker.commands import Commands, Unavailable
+from ..core.control_messages import (
+    CONTROL,
+    Answer,
+    Ask,
+    Left,
+    Ordered,
+    read_control_message,
+    reply_channel,
+)
+from ..core.control_messages import Control as Message
+from ..runtime.throttled_log import ThrottledLog
+from .keys import Keys
+from .orders import Order, Orders
+from .registry import LIVE, NOW, Registry
+
+log = structlog.get_logger()
+
+PATIENCE: Final = 2.0  # seconds
+_MOST_HANDLED: Final = 100  # questions at a time
+_MOST_BYTES: Final = 8 << 20  # of an answer: Redis ends a subscriber for which 32 MiB wait
+_HANDLER_TIMEOUT: Final = 10.0  # seconds
+_STILL_ASKED: Final = 10.0  # seconds after which nobody waits for the answer to an order
+
+_ASK: Final = (
+    NOW
+    + """
+redis.call('PUBLISH', ARGV[2], ARGV[3])
+return redis.call('ZRANGEBYSCORE', KEYS[1], '(' .. (now - ARGV[1]), '+inf')
+"""
+)
+_ANSWER: Final = "return redis.call('PUBLISH', ARGV[1], ARGV[2])"
+
+Handler = Callable[[Any], Awaitable[Any]]
+OrderHandler = Callable[[Any, float], Awaitable[Any]]
+
+
+@dataclass
+class Answers:
+    """What the live processes answered, as JSON by name, and which of them did not."""
+
+    by_node: dict[str, msgspec.Raw] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+
+    @property
+    def complete(self) -> bool:
+        return not self.missing
+
+
+class _Question:
+    """A question that waits for its answers."""
+
+    def __init__(self) -> None:
+        self.expected: set[str] | None = None  # not known yet
+        self.answers: dict[str, msgspec.Raw] = {}
+        self.failed: set[str] = set()
+        self.settled = trio.Event()
+
+    def settle(self) -> None:
+        if self.expected is not None and self.expected <= self.answers.keys() | self.failed:
+            self.settled.set()
+
+
+class Control:
+    """Asks the processes of this service, and answers them.
+
+    ``is_listening`` says whether answers can be received. Handlers are registered before it runs;
+    one that raises is logged, and its process counts as missing.
+    """
+
+    def __init__(
+        self,
+        commands: Commands,
+        keys: Keys,
+        registry: Registry,
+        is_listening: Callable[[], bool],
+    ) -> None:
+        self._commands = commands
+        self._keys = keys
+        self._registry = registry
+        self._is_listening = is_listening
+        self._handlers: dict[str, tuple[type, Handler]] = {}
+        self._order_handlers: dict[str, tuple[type, OrderHandler]] = {}
+        self._questions: dict[str, _Question] = {}
+        self._orders = Orders(commands, keys)
+        self._nursery: trio.Nursery | None = None
+        self._handled = 0  # questions, now
+        self._heard = trio.lowlevel.ParkingLot()
+        self._throttled_log = ThrottledLog(log)
+        self.refused = 0
+        registry.on_forgotten.append(self._orders.read_again)
+
+    def handle(self, kind: str, request: type[msgspec.Struct], handler: Handler) -> None:
+        """Answer the questions of this kind with what ``handler`` returns."""
+        self._handlers[kind] = request, handler
+
+    def handle_order(self, kind: str, request: type[msgspec.Struct], handler: OrderHandler) -> None:
+        """Carry out the orders of this kind.
+
+        ``handler`` is also told when the order was given, on Trio's clock: it concerns only
+        connections that had joined by then.
+        """
+        self._order_handlers[kind] = request, handler
+
+    async def ask(
+        self, kind: str, request: msgspec.Struct, *, timeout: float = PATIENCE
+    ) -> Answers:
+        """Ask all live processes, this one included, and wait for their answers, in seconds.
+
+        Raises :exc:`Unavailable` if Redis is.
+        """
+        ask = Ask(
+            secrets.token_hex(8),
+            self._registry.name,
+            kind,
+            msgspec.Raw(msgspec.json.encode(request)),
+        )
+        message = msgspec.json.encode(ask)
+
+        async def publish() -> list[bytes]:
+            names = await self._commands.evaluate(
+                _ASK, [self._keys.nodes], [int(LIVE * 1000), CONTROL, message], again=False
+            )
+            return cast(list[bytes], names)
+
+        return await self._collect(ask.id, publish, lambda: self._accept(ask), timeout)
+
+    async def order(
+        self, kind: str, request: msgspec.Struct, *, timeout: float = PATIENCE
+    ) -> Answers:
+        """As :meth:`ask`, and a process that is missing carries it out when it runs again.
+
+        Raises :exc:`Unavailable` if Redis is; then the order may have been given all the same.
+        """
+        order = Order(secrets.token_hex(8), self._registry.name, kind, msgspec.json.encode(request))
+
+        async def give() -> list[bytes]:
+            return await self._orders.give(order, int(LIVE * 1000))
+
+        return await self._collect(order.id, give, self._orders.wake, timeout)
+
+    async def _collect(
+        self,
+        number: str,
+        publish: Callable[[], Awaitable[list[bytes]]],
+        begin_here: Callable[[], None],
+        timeout: float,
+    ) -> Answers:
+        question = self._questions[number] = _Question()
+        try:
+            with trio.move_on_after(timeout):
+                while not self._is_listening():
+                    await self._heard.park()
+                names = {name.decode() for name in await publish()}
+                begin_here()
+                # A process whose beat is on its way to a Redis that has lost its data is alive.
+                question.expected = names | self._registry.nodes.keys()
+                question.settle()
+                await question.settled.wait()
+            if question.expected is None:
+                raise Unavailable("no answer in time")
+            missing = question.expected - question.answers.keys()
+            found = {n: a for n, a in question.answers.items() if n in question.expected}
+            return Answers(found, sorted(missing))
+        finally:
+            del self._questions[number]
+
+    def receive(self, payload: bytes) -> None:
+        """Handle a message on the channel of all, or on that of this process."""
+        try:
+            message: Message = read_control_message(payload, Message)  # type: ignore[arg-type]
+        except ValueError:
+            self._throttled_log.warning("invalid control message")
+            return
+        match message:
+            case Ask():
+                if message.asker != self._registry.name:
+                    self._accept(message)
+            case Answer():
+                self._take(message)
+            case Ordered():
+                self._orders.wake(message.order)
+            case Left():
+                self._registry.forget(message.node)
+                for question in self._questions.values():
+                    if question.expected is not None:
+                        question.expected.discard(message.node)
+                        question.settle()
+
+    def on_subscribed(self) -> None:
+        """Look for orders: messages about them may have been lost."""
+        self._heard.unpark_all()
+        self._orders.wake()
+
+    async def run(self) -> NoReturn:
+        """Answer questions and carry out orders; returns only when cancelled."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            try:
+                await self._orders.run(self._carry_out)
+            finally:
+                self._nursery = None
+        raise AssertionError("orders are carried out for ever")
+
+    def _accept(self, ask: Ask) -> None:
+        """Answer a question in a task of its own, unless too many are being answered."""
+        if self._nursery is None or self._handled >= _MOST_HANDLED:
+            self.refused += 1
+            self._throttled_log.warning("control message refused: too many", kind=ask.kind)
+            return
+        self._handled += 1
+        self._nursery.start_soon(self._answer, ask)
+
+    async def _answer(self, ask: Ask) -> None:
+        try:
+            await self._reply(ask.asker, await self._answer_to(ask.id, ask.kind, ask.request))
+        finally:
+            self._handled -= 1
+
+    async def _answer_to(self, number: str, kind: str, request: msgspec.Raw) -> Answer:
+        known = self._handlers.get(kind)
+        if known is None:  # a newer version asks
+            return Answer(number, self._registry.name, error="unknown")
+        return await self._call(number, kind, request, *known)
+
+    async def _carry_out(self, order: Order, given_at: float) -> None:
+        known = self._order_handlers.get(order.kind)
+        if known is None:
+            answer = Answer(order.id, self._registry.name, error="unknown")
+        else:
+            kind, handler = known
+
+            async def handle(request: Any) -> Any:
+                return await handler(request, given_at)
+
+            answer = await self._call(
+                order.id, order.kind, msgspec.Raw(order.request), kind, handle
+            )
+        if trio.current_time() < given_at + _STILL_ASKED:
+            await self._reply(order.giver, answer)
+
+    async def _call(
+        self, number: str, kind: str, request: msgspec.Raw, type_: type, handler: Handler
+    ) -> Answer:
+        name = self._registry.name
+        try:
+            with trio.fail_after(_HANDLER_TIMEOUT):
+                found = await handler(read_control_message(bytes(request), type_))
+            encoded = msgspec.json.encode(found)
+            if len(encoded) > _MOST_BYTES:
+                raise ValueError("the answer is too long")
+            return Answer(number, name, msgspec.Raw(encoded))
+        except Exception:
+            self._throttled_log.exception("control message failed", kind=kind)
+            return Answer(number, name, error="failed")
+
+    async def _reply(self, asker: str, answer: Answer) -> None:
+        if asker == self._registry.name:
+            self._take(answer)
+            return
+        try:
+            await self._commands.evaluate(
+                _ANSWER,
+                [self._keys.nodes],
+                [reply_channel(asker), msgspec.json.encode(answer)],
+                again=False,
+            )
+        except Unavailable as error:
+            self._throttled_log.warning("control message not answered", error=str(error))
+
+    def _take(self, answer: Answer) -> None:
+        question = self._questions.get(answer.id)
+        if question is None:  # it came too late
+            return
+        if answer.error is None:
+            question.answers[answer.node] = answer.answer
+        else:
+            question.failed.add(answer.node)
+        question.settle()

@@ -1,0 +1,22 @@
+"""The names of all keys that the processes of one service share. They are in one slot."""
+
+from ..core.slots import hash_tag
+
+_TAG = "gateway"
+
+
+class Keys:
+    """Names of keys.
+
+    A script may write keys of one slot only. In a Cluster, therefore, all are in the slot of the
+    stream that joins and leaves are added to, if there is one.
+    """
+
+    def __init__(self, presence_stream: str | None = None, *, is_cluster: bool = False) -> None:
+        self.prefix = f"{{{_TAG}}}:"
+        if is_cluster and presence_stream is not None:
+            self.prefix = f"{{{hash_tag(presence_stream)}}}:{_TAG}:"
+        self.nodes = f"{self.prefix}nodes"  # sorted set: process, when it beat last (Redis ms)
+        self.states = f"{self.prefix}nodes:states"  # hash: process, its state as JSON
+        self.since = f"{self.prefix}nodes:since"  # when the first process came (Redis ms)
+        self.orders = f"{self.prefix}orders"  # stream

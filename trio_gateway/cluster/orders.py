@@ -1,0 +1,142 @@
+"""Orders: what all processes are to do, kept in a stream for those that do not run now."""
+
+import math
+from collections.abc import Awaitable, Callable
+from typing import Final, NamedTuple, NoReturn, cast
+
+import structlog
+import trio
+
+from ..broker.commands import Commands, Unavailable
+from ..core.control_messages import CONTROL
+from ..core.event_ids import START, Position, before, entry_id, read_position
+from ..runtime.throttled_log import ThrottledLog
+from .keys import Keys
+from .registry import NOW
+
+log = structlog.get_logger()
+
+KEPT: Final = 3_600_000  # milliseconds
+_MOST: Final = 100_000  # orders that are kept, about
+_BATCH: Final = 100
+_RETRY: Final = 1.0  # seconds
+_SKEW: Final = 60_000  # milliseconds by which the clock of another primary may be behind
+_REMEMBERED: Final = 10_000  # orders that are not carried out twice when they are read again
+
+_GIVE: Final = (
+    NOW
+    + """
+local order = redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[3], '*',
+  'id', ARGV[4], 'giver', ARGV[5], 'kind', ARGV[6], 'request', ARGV[7])
+redis.call('XTRIM', KEYS[2], 'MINID', '~', now - ARGV[2])
+redis.call('PEXPIRE', KEYS[2], ARGV[2])
+redis.call('PUBLISH', ARGV[8], '{"type":"ordered","order":"' .. order .. '"}')
+return redis.call('ZRANGEBYSCORE', KEYS[1], '(' .. (now - ARGV[1]), '+inf')
+"""
+)
+# Without an id, the orders of the last milliseconds.
+_READ: Final = (
+    NOW
+    + """
+local after = ARGV[1]
+if after == '' then after = (now - ARGV[2]) .. '-0' end
+return {now, after, redis.call('XRANGE', KEYS[1], '(' .. after, '+', 'COUNT', ARGV[3])}
+"""
+)
+
+
+class Order(NamedTuple):
+    """An order: an id for its answers, who gave it, and what is to be done."""
+
+    id: str
+    giver: str
+    kind: str
+    request: bytes
+
+
+class Orders:
+    """Gives orders, and reads those of all processes, each once.
+
+    A process begins with the orders since it started: earlier ones concern connections that are
+    older than itself.
+    """
+
+    def __init__(self, commands: Commands, keys: Keys) -> None:
+        self._commands = commands
+        self._keys = keys
+        self._after: Position | None = None  # None: nothing was read yet
+        self._done: dict[str, None] = {}
+        self._wake = trio.Event()
+        self._throttled_log = ThrottledLog(log)
+
+    async def give(self, order: Order, live: int) -> list[bytes]:
+        """Add an order, tell all, and return the processes that beat in the last milliseconds."""
+        names = await self._commands.evaluate(
+            _GIVE,
+            [self._keys.nodes, self._keys.orders],
+            [live, KEPT, _MOST, *order, CONTROL],
+            again=False,
+        )
+        return cast(list[bytes], names)
+
+    def wake(self, order: str | None = None) -> None:
+        """There may be orders to read; ``order`` is the entry id of one."""
+        if order is not None and self._after is not None and order not in self._done:
+            try:
+                self._after = max(START, min(self._after, before(read_position(order))))
+            except ValueError:
+                self._throttled_log.warning("invalid control message")
+        self._wake.set()
+
+    def read_again(self) -> None:
+        """Redis may have lost orders: entry ids of new ones can be below those read before."""
+        if self._after is not None:
+            self._after = Position((max(0, self._after[0] - _SKEW), 0))
+        self._wake.set()
+
+    async def run(self, carry_out: Callable[[Order, float], Awaitable[None]]) -> NoReturn:
+        """Carry out orders as they come; returns only when cancelled."""
+        started_at = trio.current_time()
+        while True:
+            await self._wake.wait()
+            self._wake = trio.Event()
+            try:
+                while await self._read_some(started_at, carry_out):
+                    pass
+            except Unavailable as error:
+                self._throttled_log.warning("orders not read", error=str(error))
+                await trio.sleep(_RETRY)
+                self._wake.set()
+
+    async def _read_some(
+        self, started_at: float, carry_out: Callable[[Order, float], Awaitable[None]]
+    ) -> bool:
+        """Carry out a batch of orders; returns whether there may be more."""
+        asked_after = self._after
+        own_age = math.ceil((trio.current_time() - started_at) * 1000) + 1
+        now, after, entries = await self._commands.evaluate(
+            _READ,
+            [self._keys.orders],
+            ["" if asked_after is None else entry_id(asked_after), own_age, _BATCH],
+        )
+        answered_at = trio.current_time()
+        if self._after is asked_after:  # else an earlier one was announced meanwhile
+            last = entries[-1][0] if entries else after
+            self._after = read_position(last.decode())
+        for entry, words in entries:
+            name = entry.decode()
+            if name in self._done:
+                continue
+            self._done[name] = None
+            if len(self._done) > _REMEMBERED:
+                del self._done[next(iter(self._done))]
+            fields = dict(zip(words[::2], words[1::2], strict=True))
+            order = Order(
+                fields[b"id"].decode(),
+                fields[b"giver"].decode(),
+                fields[b"kind"].decode(),
+                fields[b"request"],
+            )
+            age = max(0, now - read_position(name)[0]) / 1000
+            await carry_out(order, answered_at - age)
+        return len(entries) == _BATCH
