@@ -218,7 +218,7 @@ def build_parts(
         settings.redis_event_queue_size, is_one_lane=settings.sharding.by_tenant
     )
 
-    revocations = Revocations(commands, hub)
+    revocations = Revocations(commands, hub, patience=settings.ws_accept_timeout)
     placement = Placement(hub, commands)
     listeners: dict[str, Listener] = {REVOKED: revocations, PLACEMENT: placement}
     sector_assignments = None

@@ -109,10 +109,17 @@ class Reception:
                 parts.addresses.leave(address)
 
     async def _admit(self, request: ClientRequest) -> PendingAdmission:
+        admission, admissions = self._parts.admission, self._parts.admissions
+        if admissions.try_enter():
+            try:
+                if (found := await admission.try_admit(request)) is not None:
+                    return found
+            finally:
+                admissions.leave()
         accept_timeout = self._parts.settings.ws_accept_timeout
         try:
-            admitted = await self._parts.admissions.run(
-                partial(self._parts.admission.admit, request),
+            admitted = await admissions.run(
+                partial(admission.admit, request),
                 accept_timeout,
                 patience=accept_timeout / 2,
             )

@@ -31,6 +31,7 @@ class Redis:
     """Keys that take a tenth of a second to read; reading fails while it is down."""
 
     def __init__(self) -> None:
+        self.seconds = 0.1
         self.keys: dict[str, bytes] = {}
         self.down = False
         self.reads = 0
@@ -38,7 +39,7 @@ class Redis:
     async def mget(self, keys: Sequence[str]) -> list[bytes | None]:
         self.reads += 1
         found = [self.keys.get(key) for key in keys]
-        await trio.sleep(0.1)
+        await trio.sleep(self.seconds)
         if self.down:
             raise Unavailable("down")
         return found
@@ -56,10 +57,14 @@ class Redis:
 
 
 class SlowSectorAssignments:
-    """Takes a second and a half to find the sectors."""
+    """Takes a second and a half to find the sectors, unless it knows them."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, knows: bool) -> None:
         self.sectors = {5}
+        self.knows = knows
+
+    def assign_nowait(self, principal: Principal) -> Principal | None:
+        return self.latest(principal) if self.knows else None
 
     async def assign(self, principal: Principal) -> Principal:
         found = self.latest(principal)
@@ -74,9 +79,9 @@ class SlowSectorAssignments:
 class Place:
     """An admission with everything it needs."""
 
-    def __init__(self, *, checks_revocations: bool = True) -> None:
+    def __init__(self, *, checks_revocations: bool = True, knows_sectors: bool = False) -> None:
         self.redis = Redis()
-        self.sector_assignments = SlowSectorAssignments()
+        self.sector_assignments = SlowSectorAssignments(knows=knows_sectors)
         self.hub = Hub()
         commands: Any = self.redis
         self.revocations = Revocations(commands, self.hub)
@@ -98,6 +103,12 @@ class Place:
         except Rejected as rejected:
             self.outcome = rejected
 
+    async def try_to_admit(self, **query: str) -> None:
+        try:
+            self.outcome = await self.admission.try_admit(ClientRequest(Endpoint.WAITER, query, {}))
+        except Rejected as rejected:
+            self.outcome = rejected
+
     async def renew(self, token: str) -> None:
         try:
             self.outcome = await self.admission.renew(make_principal(), token)
@@ -111,9 +122,11 @@ class Place:
 
 
 @asynccontextmanager
-async def opened(interval: float = 300, *, checks_revocations: bool = True) -> AsyncIterator[Place]:
+async def opened(
+    interval: float = 300, *, checks_revocations: bool = True, knows_sectors: bool = False
+) -> AsyncIterator[Place]:
     async with trio.open_nursery() as nursery:
-        place = Place(checks_revocations=checks_revocations)
+        place = Place(checks_revocations=checks_revocations, knows_sectors=knows_sectors)
         nursery.start_soon(place.revocations.answer_checks)
         nursery.start_soon(place.revocations.sweep, interval)
         yield place
@@ -232,6 +245,66 @@ async def test_cancelled_admission_is_no_longer_watched(autojump_clock: MockCloc
                 await place.admit(token=token())
             assert place.outcome is None
             assert not place.revocations.watches
+
+
+@pytest.mark.parametrize(
+    "revoke", [by_message, by_users_message, by_key_alone_since_the_message_was_lost]
+)
+async def test_client_that_waits_for_revocations_alone_is_refused_if_it_is_revoked(
+    autojump_clock: MockClock, revoke: Any
+) -> None:
+    async with opened(knows_sectors=True) as place, trio.open_nursery() as nursery:
+        nursery.start_soon(lambda: place.try_to_admit(token=token()))
+        await trio.sleep(0.05)  # Redis has read the keys, and is on the way to us
+        revoke(place)
+        await trio.sleep(1)
+        assert place.refusal == REVOKED
+        assert not place.revocations.watches
+
+
+async def test_client_with_known_sectors_waits_for_revocations_alone(
+    autojump_clock: MockClock,
+) -> None:
+    async with opened(knows_sectors=True) as place:
+        began = trio.current_time()
+        await place.try_to_admit(token=token())
+        assert isinstance(place.outcome, PendingAdmission)
+        assert trio.current_time() - began < 0.2
+        assert place.outcome.principal.sectors == {1: {5}}
+        assert place.outcome.watch in place.revocations.watches
+
+
+@pytest.mark.parametrize(("knows_sectors", "name"), [(False, "token"), (True, "ticket")])
+async def test_client_that_has_to_wait_for_more_than_revocations_is_left_to_a_slower_way(
+    autojump_clock: MockClock, name: str, *, knows_sectors: bool
+) -> None:
+    async with opened(knows_sectors=knows_sectors) as place:
+        await place.try_to_admit(**{name: token()})
+        assert place.outcome is None
+        assert not place.redis.reads
+
+
+async def test_check_of_a_crowd_ends_in_time_if_redis_does_not_answer(
+    autojump_clock: MockClock,
+) -> None:
+    failed: list[float] = []
+
+    async def check(place: Place) -> None:
+        with pytest.raises(Rejected) as refused:
+            await place.revocations.check(make_principal())
+        assert refused.value.close is Close.SERVER_OVERLOADED
+        failed.append(trio.current_time())
+
+    async with opened() as place:
+        place.redis.seconds = 60
+        began = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            for _ in range(1000):  # several commands
+                nursery.start_soon(check, place)
+        assert len(failed) == 1000
+        assert max(failed) - began < 5.1
+        place.redis.seconds = 0.1
+        await place.revocations.check(make_principal())
 
 
 async def test_ticket_is_valid_until_it_is_redeemed(autojump_clock: MockClock) -> None:

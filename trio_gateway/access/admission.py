@@ -9,7 +9,7 @@ from ..core.client_request import ClientRequest
 from ..core.close_codes import Close, Rejected
 from ..core.origins import check_origin, is_own_page
 from ..settings import Settings
-from .auth import Auth, FirstOf, JwtAuth, LegacyTableAuth, TableAuth
+from .auth import Auth, FirstOf, ImmediateAuth, JwtAuth, LegacyTableAuth, TableAuth
 from .jwks import KeySet
 from .revocations import CredentialWatch, Revocations
 from .tickets import Tickets
@@ -61,21 +61,45 @@ class Admission:
         self._origins = settings.allowed_origins
         self._needs_origin = settings.production
         self._auth = dict(auth) if auth is not None else default_auth(settings, clock)
+        self._immediate = {
+            endpoint: each
+            for endpoint, each in self._auth.items()
+            if isinstance(each, ImmediateAuth)
+        }
         self._sector_assignments = sector_assignments
         self._clock = clock
         self._revocations = revocations
         self._tickets = tickets
 
+    async def try_admit(self, request: ClientRequest) -> PendingAdmission | None:
+        """As :meth:`admit`, if only revocations have to be waited for, as mostly; else None.
+
+        Unlike :meth:`admit` it is bounded in time by itself.
+        """
+        auth = self._immediate.get(request.endpoint)
+        if auth is None or request.ticket is not None:
+            return None
+        self._check_origin(request)
+        principal = auth.authenticate_nowait(request.credential, request.endpoint)
+        if principal is not None and self._sector_assignments is not None:
+            principal = self._sector_assignments.assign_nowait(principal)
+        if principal is None:
+            return None
+        return PendingAdmission(await self._checked(principal, is_assigned=True), None)
+
     async def admit(self, request: ClientRequest) -> PendingAdmission:
         """Authenticate a client, or raise :exc:`Rejected`. Does not redeem its ticket."""
+        self._check_origin(request)
+        ticket = request.ticket
+        credential = request.credential if ticket is None else await self.token_of(ticket)
+        return PendingAdmission(await self._authenticate(credential, request.endpoint), ticket)
+
+    def _check_origin(self, request: ClientRequest) -> None:
         if request.endpoint.staff:
             required = self._needs_origin and not request.same_origin
             # The console in development. In production its origin must be listed like any other.
             if self._needs_origin or not is_own_page(request.origin, request.host):
                 check_origin(request.origin, self._origins, required=required)
-        ticket = request.ticket
-        credential = request.credential if ticket is None else await self.token_of(ticket)
-        return PendingAdmission(await self._authenticate(credential, request.endpoint), ticket)
 
     async def recheck(self, pending: PendingAdmission) -> None:
         """Raise :exc:`Rejected` if its token was revoked, or if that cannot be checked."""
@@ -147,25 +171,28 @@ class Admission:
             # FORBIDDEN tells more than AUTH_FAILED: the token is valid, but not for this endpoint.
             # If one endpoint could not check the token, the others' answers are not final.
             raise max(rejections, key=lambda r: (r.close is Close.SERVER_OVERLOADED, r.close))
-        with self._watch(found[0]) as watch:  # one token, however many endpoints
+        # One token, however many endpoints.
+        with CredentialWatch(self._revocations, found[0]) as watch:
             assigned = [await self._assign(principal) for principal in found]
             await watch.check()
         return assigned
 
     async def _authenticate(self, credential: str, endpoint: Endpoint) -> CredentialWatch:
+        principal = await self._auth[endpoint].authenticate(credential, endpoint)
+        return await self._checked(principal, is_assigned=False)
+
+    async def _checked(self, principal: Principal, *, is_assigned: bool) -> CredentialWatch:
         """Return the principal with its sectors, watched. Its revocation is checked last."""
-        watch = self._watch(await self._auth[endpoint].authenticate(credential, endpoint))
+        watch = CredentialWatch(self._revocations, principal)
         watch.start()
         try:
-            watch.principal = await self._assign(watch.principal)
+            if not is_assigned:
+                watch.principal = await self._assign(principal)
             await watch.check()
         except BaseException:
             watch.stop()
             raise
         return watch
-
-    def _watch(self, principal: Principal) -> CredentialWatch:
-        return CredentialWatch(self._revocations, principal)
 
     async def _assign(self, principal: Principal) -> Principal:
         return (

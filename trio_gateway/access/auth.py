@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from ..core.audiences import Endpoint, Principal
 from ..core.close_codes import Close, Rejected
@@ -38,6 +38,14 @@ class Auth(Protocol):
         """
 
 
+@runtime_checkable
+class ImmediateAuth(Auth, Protocol):
+    """A way to authenticate that mostly has nothing to wait for."""
+
+    def authenticate_nowait(self, credential: str, endpoint: Endpoint) -> Principal | None:
+        """As :meth:`Auth.authenticate`, but return None if it would have to wait."""
+
+
 class JwtAuth:
     """Authenticates by a staff JWT, signed with one of the keys or with one of the key set."""
 
@@ -55,22 +63,29 @@ class JwtAuth:
         self._verified: VerifiedTokens[Staff] = VerifiedTokens()
 
     async def authenticate(self, credential: str, endpoint: Endpoint) -> Principal:
-        token = self._verified.get(_required(credential), self._clock(), self._public)
-        if token is None:
-            token = await self._read(credential)
-            self._verified.add(credential, token, self._public)
+        if (found := self.authenticate_nowait(credential, endpoint)) is not None:
+            return found
+        assert self._key_set is not None
+        token = await self._look_up(credential, self._key_set)
+        self._verified.add(credential, token, self._key_set.keys)
         return token.on(endpoint)
 
-    @property
-    def _public(self) -> object:
-        return None if self._key_set is None else self._key_set.keys
+    def authenticate_nowait(self, credential: str, endpoint: Endpoint) -> Principal | None:
+        public = None if self._key_set is None else self._key_set.keys
+        now = self._clock()
+        token = self._verified.get(_required(credential), now, public)
+        if token is None:
+            if self._key_set is not None:
+                return None
+            token = read_jwt(credential, self._keys, self._rules, now)
+            self._verified.add(credential, token)
+        return token.on(endpoint)
 
-    async def _read(self, credential: str) -> Staff:
-        if self._key_set is None:
-            return read_jwt(credential, self._keys, self._rules, self._clock())
+    async def _look_up(self, credential: str, key_set: KeySet) -> Staff:
+        """Read a token with the keys of a key set, which may have to be fetched."""
         algorithm, key_id = names_of(credential)
-        presented = self._key_set.successes
-        public = await self._key_set.keys_for(algorithm)
+        presented = key_set.successes
+        public = await key_set.keys_for(algorithm)
         try:
             return read_jwt(credential, self._keys + public, self._rules, self._clock())
         except Unverified:
@@ -78,7 +93,7 @@ class JwtAuth:
                 raise
             check_claims(credential, self._rules, self._clock())
         # Only keys that were fetched after the token was presented can prove it invalid.
-        public = await self._key_set.look_up(credential, key_id, presented)
+        public = await key_set.look_up(credential, key_id, presented)
         return read_jwt(credential, self._keys + public, self._rules, self._clock())
 
 
@@ -92,6 +107,9 @@ class TableAuth:
         self._verified: VerifiedTokens[Table] = VerifiedTokens()
 
     async def authenticate(self, credential: str, endpoint: Endpoint) -> Principal:
+        return self.authenticate_nowait(credential, endpoint)
+
+    def authenticate_nowait(self, credential: str, endpoint: Endpoint) -> Principal:
         now = self._clock()
         token = self._verified.get(_required(credential), now)
         if token is None:

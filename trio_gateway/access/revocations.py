@@ -1,7 +1,9 @@
 """Revocations: which credentials are revoked, according to Redis."""
 
 import math
+from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Final, NoReturn, Self
 
@@ -28,16 +30,16 @@ RECHECK_PERIOD: Final = (
 )
 
 
-class _Check:
-    """A principal that waits for the MGET that checks it."""
+class _Batch:
+    """Principals that are checked by one MGET; ``until`` is when they stop waiting for it."""
 
-    __slots__ = ("answered", "failed", "principal", "revoked")
+    __slots__ = ("answered", "principals", "revoked", "until")
 
-    def __init__(self, principal: Principal) -> None:
-        self.principal = principal
+    def __init__(self, until: float) -> None:
+        self.principals: list[Principal] = []
+        self.until = until
         self.answered = trio.Event()
-        self.revoked = False
-        self.failed = False
+        self.revoked: Sequence[bool] | None = None  # of each; None if there was no answer
 
 
 class CredentialWatch:
@@ -93,13 +95,18 @@ class CredentialWatch:
 
 
 class Revocations:
-    """Checks for revoked credentials at connect, at intervals, and when a message arrives."""
+    """Checks for revoked credentials at connect, at intervals, and when a message arrives.
 
-    def __init__(self, commands: Commands, hub: Hub) -> None:
+    ``patience`` is how long a check may take, in seconds.
+    """
+
+    def __init__(self, commands: Commands, hub: Hub, *, patience: float = 5.0) -> None:
         self._commands = commands
         self._hub = hub
+        self._patience = patience
         self._throttled_log = ThrottledLog(log)
-        self._send_check, self._checks = trio.open_memory_channel[_Check](1000)
+        self._batches: deque[_Batch] = deque()  # each principal in them has a task that waits
+        self._idle = trio.lowlevel.ParkingLot()
         self._messages_lost = trio.Event()
         self.watches: set[CredentialWatch] = set()
 
@@ -107,15 +114,17 @@ class Revocations:
         """Raise :exc:`Rejected` if the credential is revoked, or if that cannot be checked."""
         if not _keys(principal):
             return
-        check = _Check(principal)
-        try:
-            self._send_check.send_nowait(check)
-        except trio.WouldBlock:
-            await self._send_check.send(check)
-        await check.answered.wait()
-        if check.failed:
+        batches = self._batches
+        if not batches or len(batches[-1].principals) == _BATCH:
+            batches.append(_Batch(trio.current_time() + self._patience))
+            self._idle.unpark()
+        batch = batches[-1]
+        number = len(batch.principals)
+        batch.principals.append(principal)
+        await batch.answered.wait()
+        if batch.revoked is None:
             raise Rejected(Close.SERVER_OVERLOADED, "can't check the token now", "dependency")
-        if check.revoked:
+        if batch.revoked[number]:
             raise _revoked()
 
     async def answer_checks(self) -> NoReturn:
@@ -125,22 +134,14 @@ class Revocations:
         many clients connect, an MGET each would cost as much as several handshakes.
         """
         while True:
-            checks = [await self._checks.receive()]
-            while len(checks) < _BATCH:
-                try:
-                    checks.append(self._checks.receive_nowait())
-                except trio.WouldBlock:
-                    break
-            try:
-                revoked = await self._revoked([check.principal for check in checks])
-                for check, is_revoked in zip(checks, revoked, strict=True):
-                    check.revoked = is_revoked
-            except Unavailable:
-                for check in checks:
-                    check.failed = True
-            for check in checks:
-                check.answered.set()
-            await trio.sleep(_PAUSE if len(checks) < _CROWD else _PAUSE_IN_A_CROWD)
+            if not self._batches:
+                await self._idle.park()
+            batch = self._batches.popleft()
+            # Batches are answered in order, so none waits longer than this for its turn.
+            with trio.move_on_at(batch.until), suppress(Unavailable):
+                batch.revoked = await self._revoked(batch.principals)
+            batch.answered.set()
+            await trio.sleep(_PAUSE if len(batch.principals) < _CROWD else _PAUSE_IN_A_CROWD)
 
     async def sweep(self, interval: float) -> NoReturn:
         """Check every live connection once per interval (seconds); returns only when cancelled.

@@ -124,12 +124,23 @@ class SectorAssignments:
             if not await self._query(key, fresh=fresh):
                 unknown.append(key)
 
+        if not fresh and (found := self.assign_nowait(principal)) is not None:
+            return found
         async with trio.open_nursery() as nursery:  # concurrently: one deadline for all branches
             for branch in principal.branches:
                 key = WaiterKey(principal.tenant, branch, principal.user)
                 if fresh or not self._is_fresh(key):
                     nursery.start_soon(query_branch, key)
         self._set_pending(unknown)  # only now: keys without a live connection are dropped
+        return self._with_sectors(principal)
+
+    def assign_nowait(self, principal: Principal) -> Principal | None:
+        """As :meth:`assign`, but return None if the database would have to be asked."""
+        if principal.endpoint is not Endpoint.WAITER or principal.user is None:
+            return principal
+        for branch in principal.branches:
+            if not self._is_fresh(WaiterKey(principal.tenant, branch, principal.user)):
+                return None
         return self._with_sectors(principal)
 
     async def refresh(self, connection: Connection) -> None:

@@ -35,6 +35,18 @@ class ConcurrencyLimiter(Generic[T]):
     def inside(self) -> int:
         return self._most - self._turns.value
 
+    def try_enter(self) -> bool:
+        """Take a free slot, if there is one; :meth:`leave` must follow in bounded time."""
+        try:
+            self._turns.acquire_nowait()
+        except trio.WouldBlock:
+            return False
+        return True
+
+    def leave(self) -> None:
+        """Return a slot that was taken by :meth:`try_enter`."""
+        self._turns.release()
+
     async def run(
         self,
         work: Callable[[], Awaitable[T]],
