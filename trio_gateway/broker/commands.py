@@ -219,18 +219,20 @@ class Commands:
         arguments: Sequence[str | bytes | int | float] = (),
         *,
         again: bool = True,
+        fits: Callable[[Any], bool] = lambda reply: True,
         seconds: float = TIMEOUT,
     ) -> Any:
         """Run a Lua script, and return its reply. In a Cluster its keys must be in one slot.
 
-        ``again``: it may run twice, as it does if the first answer was lost.
+        ``again``: it may run twice, as it does if the first answer was lost. ``fits`` says whether
+        a reply has the right shape.
         """
         return await self._run(
             self.cluster_breaker,
             lambda: self._primaries.execute(
                 keys[0],
                 lambda redis: redis.eval(script, len(keys), *keys, *arguments),
-                lambda reply: True,
+                fits,
                 again=again,
             ),
             seconds=seconds,

@@ -23,11 +23,12 @@ PATIENCE: Final = 1.0  # seconds until a probe should have come back
 class Probe:
     """The probes of one process, and whether they come back. Times are seconds of Trio's clock.
 
-    It is given up for good, with one warning, if Redis allows the user no such channel.
+    It is given up for good, with one warning, if Redis allows the user no such channel. Without a
+    ``channel`` it has one of its own.
     """
 
-    def __init__(self) -> None:
-        self.channel = f"{PREFIX}{secrets.token_hex(8)}".encode()
+    def __init__(self, channel: str | None = None) -> None:
+        self.channel = (channel or f"{PREFIX}{secrets.token_hex(8)}").encode()
         self.is_wanted = True
         self._is_listening = False
         self._sent = 0  # the number of the last probe; each is published with its number

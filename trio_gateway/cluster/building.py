@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Final
 
 import trio
 
@@ -21,6 +22,13 @@ from .carrying_out import carry_out_orders
 from .control import Control
 from .keys import Keys
 from .registry import Registry, make_name
+
+# Settings that should be the same in all processes, see ``trio-gateway check``.
+COMMON: Final = (
+    "WS_CLUSTER", "WS_MAX_CONNECTIONS_PER_USER", "WS_MAX_CONNECTIONS_PER_SESSION",
+    "WS_MAX_CONNECTIONS_PER_TENANT", "WS_PRESENCE_GRACE", "WS_PRESENCE_STREAM", "REDIS_STREAMS",
+    "REDIS_STREAM_SHARDS", "REDIS_STREAM_SHARDS_PREVIOUS",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -62,11 +70,18 @@ def build_cluster(
     """Build the parts. ``describe`` returns the state of the process of this name."""
     name = make_name()
     keys = Keys(settings.ws_presence_stream, is_cluster=topology.is_cluster)
-    registry = Registry(name, commands, keys, lambda: describe(name))
+    # In a Cluster the link itself publishes its probe, on another node.
+    probe = Probe(f"{reply_channel(name)}:probe")
+    registry = Registry(
+        name,
+        commands,
+        keys,
+        lambda: describe(name),
+        settings={each: getattr(settings, each.lower()) for each in COMMON},
+        probe=None if topology.is_cluster else probe,
+    )
     control = Control(commands, keys, registry, lambda: link.connected)
     breaker = Breaker(settings.circuit_failure_threshold, settings.circuit_recovery_timeout)
-    probe = Probe()
-    probe.is_wanted = False
     link = PubSub(
         topology,
         [],

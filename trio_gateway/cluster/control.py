@@ -26,8 +26,9 @@ from ..core.control_messages import (
 from ..core.control_messages import Control as Message
 from ..runtime.throttled_log import ThrottledLog
 from .keys import Keys
-from .orders import Order, Orders
-from .registry import LIVE, NOW, Registry
+from .liveness import NAMES
+from .orders import Order, Orders, is_list
+from .registry import Registry
 
 log = structlog.get_logger()
 
@@ -37,13 +38,7 @@ _MOST_BYTES: Final = 8 << 20  # of an answer: Redis ends a subscriber for which 
 _HANDLER_TIMEOUT: Final = 10.0  # seconds
 _STILL_ASKED: Final = 10.0  # seconds after which nobody waits for the answer to an order
 
-_ASK: Final = (
-    NOW
-    + """
-redis.call('PUBLISH', ARGV[2], ARGV[3])
-return redis.call('ZRANGEBYSCORE', KEYS[1], '(' .. (now - ARGV[1]), '+inf')
-"""
-)
+_ASK: Final = NAMES + "redis.call('PUBLISH', ARGV[1], ARGV[2])\nreturn names"
 _ANSWER: Final = "return redis.call('PUBLISH', ARGV[1], ARGV[2])"
 
 Handler = Callable[[Any], Awaitable[Any]]
@@ -134,7 +129,11 @@ class Control:
 
         async def publish() -> list[bytes]:
             names = await self._commands.evaluate(
-                _ASK, [self._keys.nodes], [int(LIVE * 1000), CONTROL, message], again=False
+                _ASK,
+                [self._keys.nodes, self._keys.gap],
+                [CONTROL, message],
+                again=False,
+                fits=is_list,
             )
             return cast(list[bytes], names)
 
@@ -150,7 +149,7 @@ class Control:
         order = Order(secrets.token_hex(8), self._registry.name, kind, msgspec.json.encode(request))
 
         async def give() -> list[bytes]:
-            return await self._orders.give(order, int(LIVE * 1000))
+            return await self._orders.give(order)
 
         return await self._collect(order.id, give, self._orders.wake, timeout)
 

@@ -18,5 +18,6 @@ class Keys:
             self.prefix = f"{{{hash_tag(presence_stream)}}}:{_TAG}:"
         self.nodes = f"{self.prefix}nodes"  # sorted set: process, when it beat last (Redis ms)
         self.states = f"{self.prefix}nodes:states"  # hash: process, its state as JSON
-        self.since = f"{self.prefix}nodes:since"  # when the first process came (Redis ms)
+        self.settings = f"{self.prefix}nodes:settings"  # hash: process, those that must agree
+        self.gap = f"{self.prefix}nodes:gap"  # for a while: the last beat before Redis was away
         self.orders = f"{self.prefix}orders"  # stream

@@ -12,7 +12,7 @@ from ..core.control_messages import CONTROL
 from ..core.event_ids import START, Position, before, entry_id, read_position
 from ..runtime.throttled_log import ThrottledLog
 from .keys import Keys
-from .registry import NOW
+from .liveness import NAMES, NOW
 
 log = structlog.get_logger()
 
@@ -24,14 +24,14 @@ _SKEW: Final = 60_000  # milliseconds by which the clock of another primary may 
 _REMEMBERED: Final = 10_000  # orders that are not carried out twice when they are read again
 
 _GIVE: Final = (
-    NOW
+    NAMES
     + """
-local order = redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[3], '*',
-  'id', ARGV[4], 'giver', ARGV[5], 'kind', ARGV[6], 'request', ARGV[7])
-redis.call('XTRIM', KEYS[2], 'MINID', '~', now - ARGV[2])
-redis.call('PEXPIRE', KEYS[2], ARGV[2])
-redis.call('PUBLISH', ARGV[8], '{"type":"ordered","order":"' .. order .. '"}')
-return redis.call('ZRANGEBYSCORE', KEYS[1], '(' .. (now - ARGV[1]), '+inf')
+local order = redis.call('XADD', KEYS[3], 'MAXLEN', '~', ARGV[2], '*',
+  'id', ARGV[3], 'giver', ARGV[4], 'kind', ARGV[5], 'request', ARGV[6])
+redis.call('XTRIM', KEYS[3], 'MINID', '~', now - ARGV[1])
+redis.call('PEXPIRE', KEYS[3], ARGV[1])
+redis.call('PUBLISH', ARGV[7], '{"type":"ordered","order":"' .. order .. '"}')
+return names
 """
 )
 # Without an id, the orders of the last milliseconds.
@@ -69,13 +69,14 @@ class Orders:
         self._wake = trio.Event()
         self._throttled_log = ThrottledLog(log)
 
-    async def give(self, order: Order, live: int) -> list[bytes]:
-        """Add an order, tell all, and return the processes that beat in the last milliseconds."""
+    async def give(self, order: Order) -> list[bytes]:
+        """Add an order, tell all, and return the names of the live processes."""
         names = await self._commands.evaluate(
             _GIVE,
-            [self._keys.nodes, self._keys.orders],
-            [live, KEPT, _MOST, *order, CONTROL],
+            [self._keys.nodes, self._keys.gap, self._keys.orders],
+            [KEPT, _MOST, *order, CONTROL],
             again=False,
+            fits=is_list,
         )
         return cast(list[bytes], names)
 
@@ -118,6 +119,7 @@ class Orders:
             _READ,
             [self._keys.orders],
             ["" if asked_after is None else entry_id(asked_after), own_age, _BATCH],
+            fits=is_list,
         )
         answered_at = trio.current_time()
         if self._after is asked_after:  # else an earlier one was announced meanwhile
@@ -140,3 +142,7 @@ class Orders:
             age = max(0, now - read_position(name)[0]) / 1000
             await carry_out(order, answered_at - age)
         return len(entries) == _BATCH
+
+
+def is_list(reply: object) -> bool:
+    return isinstance(reply, list)

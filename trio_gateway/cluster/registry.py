@@ -16,54 +16,54 @@ import structlog
 import trio
 
 from ..broker.commands import Commands, Unavailable
+from ..broker.probe import Probe
 from ..core.control_messages import CONTROL, Left, Node
 from ..runtime.throttled_log import ThrottledLog
 from .keys import Keys
+from .liveness import HORIZON, NOTE_GAP
 
 log = structlog.get_logger()
 
 EVERY: Final = 3.0  # seconds from one beat to the next
-LIVE: Final = 7.0  # seconds after its last beat in which a process counts as alive
 _RETRY: Final = 1.0  # seconds from a beat that failed to the next
 _FORGET: Final = 60_000  # milliseconds after which the state of a process is deleted
 
-# For scripts that need the time: milliseconds.
-NOW: Final = """
-local time = redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
-"""
-_LIVE_STATES: Final = """
-local names = redis.call('ZRANGEBYSCORE', KEYS[1], '(' .. (now - ARGV[1]), '+inf')
+_STATES: Final = """
+local names = redis.call('ZRANGEBYSCORE', KEYS[1], '(' .. horizon, '+inf')
 local states = {}
-if #names > 0 then states = redis.call('HMGET', KEYS[2], unpack(names)) end
+if #names > 0 then states = redis.call('HMGET', KEYS[3], unpack(names)) end
 """
+# A clock that was set back, or is that of another server, must not keep the dead alive.
 _BEAT: Final = (
-    NOW
+    NOTE_GAP
     + """
-if redis.call('EXISTS', KEYS[1]) == 0 then redis.call('SET', KEYS[3], now) end
 local beat = redis.call('ZSCORE', KEYS[1], ARGV[3])
-local known = beat and now - beat < tonumber(ARGV[1])
--- A clock that was set back, or is that of another server, must not keep the dead alive.
+local known = beat and tonumber(beat) > horizon
 for _, name in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '(' .. now, '+inf')) do
   redis.call('ZADD', KEYS[1], now, name)
 end
 for _, name in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now - ARGV[2])) do
   redis.call('ZREM', KEYS[1], name)
-  redis.call('HDEL', KEYS[2], name)
+  redis.call('HDEL', KEYS[3], name)
+  redis.call('HDEL', KEYS[4], name)
 end
 redis.call('ZADD', KEYS[1], now, ARGV[3])
-redis.call('HSET', KEYS[2], ARGV[3], ARGV[4])
+redis.call('HSET', KEYS[3], ARGV[3], ARGV[4])
+redis.call('HSET', KEYS[4], ARGV[3], ARGV[5])
+if ARGV[6] ~= '' then redis.call('PUBLISH', ARGV[6], ARGV[7]) end
 """
-    + _LIVE_STATES
+    + _STATES
     + """
-return {known and 1 or 0, now - (redis.call('GET', KEYS[3]) or 0), names, states}
+return {known and 1 or 0, redis.call('EXISTS', KEYS[2]), names, states}
 """
 )
-_READ: Final = NOW + _LIVE_STATES + "return {names, states}"
+_READ: Final = HORIZON + _STATES + "return {names, states}"
 _LEAVE: Final = """
 redis.call('ZREM', KEYS[1], ARGV[1])
 redis.call('HDEL', KEYS[2], ARGV[1])
+redis.call('HDEL', KEYS[3], ARGV[1])
 redis.call('PUBLISH', ARGV[2], ARGV[3])
+return redis.status_reply('OK')
 """
 
 
@@ -76,21 +76,34 @@ def make_name() -> str:
 class Registry:
     """Writes the beats of this process, and knows the live processes.
 
-    ``describe`` returns the state of this process. The functions in ``on_forgotten`` are called
-    when Redis did not know this process, or not any more: at the first beat, after Redis has lost
-    its data, and when this process was paused for longer than :data:`LIVE`. Then everything that
-    this process has in Redis must be written again.
+    ``describe`` returns the state of this process; ``settings`` are those that all processes should
+    have in common. The ``probe`` is published with each beat.
+
+    The functions in ``on_forgotten`` are called when Redis did not know this process, or not any
+    more: at the first beat, after Redis has lost its data, and when this process was paused for
+    longer than :data:`~.liveness.LIVE`. Then everything that this process has in Redis must be
+    written again.
     """
 
     def __init__(
-        self, name: str, commands: Commands, keys: Keys, describe: Callable[[], Node]
+        self,
+        name: str,
+        commands: Commands,
+        keys: Keys,
+        describe: Callable[[], Node],
+        *,
+        settings: Mapping[str, Any] | None = None,
+        probe: Probe | None = None,
     ) -> None:
         self.name = name
         self._commands = commands
         self._keys = keys
         self._describe = describe
+        self._settings = msgspec.json.encode(settings or {})
+        self._probe = probe
         self._others: dict[str, Node] = {}
         self._wake = trio.Event()
+        self._failed = False  # the last beat could not be written
         self._has_left = False
         self._throttled_log = ThrottledLog(log)
         self.on_forgotten: list[Callable[[], None]] = []
@@ -102,8 +115,8 @@ class Registry:
 
     async def read(self) -> dict[str, Node]:
         """Read the live processes. Raises :exc:`Unavailable`."""
-        keys = [self._keys.nodes, self._keys.states]
-        found = await self._commands.evaluate(_READ, keys, [int(LIVE * 1000)])
+        keys = [self._keys.nodes, self._keys.gap, self._keys.states]
+        found = await self._commands.evaluate(_READ, keys, fits=_has(2))
         return {**_nodes(*found), self.name: self._describe()}
 
     async def run(self) -> NoReturn:
@@ -113,9 +126,10 @@ class Registry:
             try:
                 if not self._has_left:
                     await self._beat()
+                self._failed = False
             except Unavailable as error:
                 self._throttled_log.warning("beat not written", error=str(error))
-                pause = _RETRY
+                pause, self._failed = _RETRY, True
             with trio.move_on_after(pause):
                 await self._wake.wait()
             self._wake = trio.Event()
@@ -132,23 +146,35 @@ class Registry:
         """Take this process out, for good. Raises :exc:`Unavailable`."""
         self._has_left = True
         left = msgspec.json.encode(Left(self.name))
-        keys = [self._keys.nodes, self._keys.states]
+        keys = [self._keys.nodes, self._keys.states, self._keys.settings]
         await self._commands.evaluate(_LEAVE, keys, [self.name, CONTROL, left])
 
     async def _beat(self) -> None:
+        channel, number = b"", 0
+        if self._probe is not None:
+            _, channel, number = self._probe.next_command()
         state = msgspec.json.encode(self._describe())
-        known, age, names, states = await self._commands.evaluate(
+        keys = self._keys
+        known, gap, names, states = await self._commands.evaluate(
             _BEAT,
-            [self._keys.nodes, self._keys.states, self._keys.since],
-            [int(LIVE * 1000), _FORGET, self.name, state],
+            [keys.nodes, keys.gap, keys.states, keys.settings],
+            [int(self._failed), _FORGET, self.name, state, self._settings, channel, number],
+            fits=_has(4),
         )
+        if self._probe is not None:
+            self._probe.published(1, trio.current_time())
         others = _nodes(names, states)
         others.pop(self.name, None)
-        # After Redis has lost its data, others need a moment until their next beat.
-        self._others = {**self._others, **others} if age < LIVE * 1000 else others
+        # While Redis may have lost its data, who has not beaten again is alive, too.
+        self._others = {**self._others, **others} if gap else others
         if not known:
             for forgotten in self.on_forgotten:
                 forgotten()
+
+
+def _has(length: int) -> Callable[[Any], bool]:
+    """Whether a reply is a list of this length."""
+    return lambda reply: isinstance(reply, list) and len(reply) == length
 
 
 def _nodes(names: list[bytes], states: list[bytes | None]) -> dict[str, Node]:
