@@ -24,8 +24,9 @@ def expressions() -> Iterator[str]:
     for found in re.finditer(r"expr: (>-\n(?:          .*\n)+|.*\n)", ALERTS):
         yield " ".join(found[1].removeprefix(">-").split())
     for panel in DASHBOARD["panels"]:
-        for target in panel["targets"]:
-            yield target["expr"]
+        for target in panel.get("targets", []):
+            if "expr" in target:
+                yield target["expr"]
 
 
 def named(expression: str) -> Iterator[tuple[str, set[str]]]:
@@ -37,7 +38,7 @@ def named(expression: str) -> Iterator[tuple[str, set[str]]]:
 
 async def test_every_metric_in_a_query_is_exposed_with_its_labels() -> None:
     with valkey() as server:
-        async with serving(server.connection_url, "direct") as gateway:
+        async with serving(server.connection_url, "direct", ws_cluster=True) as gateway:
             backend = redis.Redis.from_url(server.connection_url)
             backend.close()
             reply = await http(gateway.port, "/ws/metrics")
@@ -56,7 +57,7 @@ async def test_every_metric_in_a_query_is_exposed_with_its_labels() -> None:
             known = getattr(METRICS[metric], "label", None) or ""
             assert labels <= set(known.split(",")), expression
         for grouped in re.findall(r"by \(([^)]*)\)", expression):
-            allowed = {"instance", "le"}
+            allowed = {"job", "instance", "le"}
             for metric, _ in named(expression):
                 allowed |= set((getattr(METRICS[metric], "label", None) or "").split(","))
             assert set(re.split(r",\s*", grouped)) <= allowed, expression

@@ -62,6 +62,10 @@ def snapshot(parts: Parts) -> Snapshot:
             "wsgateway_resumes_total": {"recovered": 0, "not_recovered": 0} | parts.replays.resumes,
             "wsgateway_stream_scans_total": parts.older_events.scans,
             "wsgateway_replayed_events_total": parts.replays.replayed,
+            "wsgateway_nodes": {"": len(parts.cluster.registry.nodes)} if parts.cluster else {},
+            "wsgateway_nodes_lost_total": (
+                {"": parts.cluster.registry.lost} if parts.cluster else {}
+            ),
             "wsgateway_stream_gaps_total": parts.streams.gaps,
             "wsgateway_streams_followed": len(parts.following.names),
             "wsgateway_streams_unreadable": len(parts.streams.unreadable),
@@ -98,6 +102,7 @@ def describe(parts: Parts) -> dict[str, Any]:
         "breakers": {name: each.state.name.lower() for name, each in parts.breakers.items()},
         "streams": {"connected": parts.streams.connected, "cursors": parts.streams.cursors},
         "pubsub": {"connected": parts.pubsub.connected},
+        "nodes": [] if parts.cluster is None else list(parts.cluster.registry.nodes.values()),
         "numbers": own.numbers,
         "histograms": own.histograms,
     }

@@ -47,6 +47,22 @@ async def test_processes_know_each_other_until_they_stop(
         assert name == cluster_of(one).registry.name
 
 
+async def test_process_that_ends_without_a_word_is_counted_once(
+    redis_url: str, backend: "redis.Redis"
+) -> None:
+    seconds, _ = backend.time()
+    backend.zadd("{gateway}:nodes", {"killed-1-aaaa": (seconds - 68) * 1000})
+    async with (
+        serving(redis_url, "direct", ws_cluster=True) as one,
+        serving(redis_url, "direct", ws_cluster=True) as other,
+    ):
+        await alive(one, other)
+        assert sum(cluster_of(each).registry.lost for each in (one, other)) == 1
+    async with serving(redis_url, "direct", ws_cluster=True) as later:
+        await alive(later)
+        assert cluster_of(later).registry.lost == 0
+
+
 async def test_an_order_disconnects_on_all_processes(redis_url: str) -> None:
     async with (
         serving(redis_url, "direct", ws_cluster=True) as one,

@@ -262,7 +262,23 @@ async def test_only_an_admin_that_watches_receives_stats(redis_url: str) -> None
     assert first["numbers"]["wsgateway_connections_total"] == {"": 3}
     assert first["breakers"]["pubsub"] == "closed"
     assert first["streams"]["connected"]
+    assert first["nodes"] == []
     assert JWT_SECRET not in json.dumps(first)
+
+
+async def test_stats_name_the_processes_of_the_service(redis_url: str) -> None:
+    async with (
+        serving(redis_url, "direct", ws_cluster=True) as one,
+        serving(redis_url, "direct", ws_cluster=True) as other,
+        admitted(one.staff_url("admin")) as admin,
+    ):
+        await admin.send_message('{"type":"watch"}')
+        with trio.fail_after(10):
+            while len(nodes := (await receive_event(admin, 3))["nodes"]) < 2:
+                pass
+    names = {each.app.parts.cluster.registry.name for each in (one, other)}  # type: ignore[union-attr]
+    assert {each["name"] for each in nodes} == names
+    assert {each["connections"] for each in nodes} == {0, 1}
 
 
 async def test_feed_ends_with_the_role_and_skips_slow_readers(

@@ -26,7 +26,7 @@ log = structlog.get_logger()
 
 EVERY: Final = 3.0  # seconds from one beat to the next
 _RETRY: Final = 1.0  # seconds from a beat that failed to the next
-_FORGET: Final = 60_000  # milliseconds after which the state of a process is deleted
+_FORGET: Final = 60_000  # milliseconds for which the state of a dead process is kept
 
 _STATES: Final = """
 local names = redis.call('ZRANGEBYSCORE', KEYS[1], '(' .. horizon, '+inf')
@@ -42,7 +42,8 @@ local known = beat and tonumber(beat) > horizon
 for _, name in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '(' .. now, '+inf')) do
   redis.call('ZADD', KEYS[1], now, name)
 end
-for _, name in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now - ARGV[2])) do
+local lost = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', horizon - ARGV[2])
+for _, name in ipairs(lost) do
   redis.call('ZREM', KEYS[1], name)
   redis.call('HDEL', KEYS[3], name)
   redis.call('HDEL', KEYS[4], name)
@@ -54,7 +55,7 @@ if ARGV[6] ~= '' then redis.call('PUBLISH', ARGV[6], ARGV[7]) end
 """
     + _STATES
     + """
-return {known and 1 or 0, redis.call('EXISTS', KEYS[2]), names, states}
+return {known and 1 or 0, redis.call('EXISTS', KEYS[2]), #lost, names, states}
 """
 )
 _READ: Final = HORIZON + _STATES + "return {names, states}"
@@ -106,6 +107,7 @@ class Registry:
         self._failed = False  # the last beat could not be written
         self._has_left = False
         self._throttled_log = ThrottledLog(log)
+        self.lost = 0  # processes that ended without a word; each is counted by one of the others
         self.on_forgotten: list[Callable[[], None]] = []
 
     @property
@@ -155,12 +157,13 @@ class Registry:
             _, channel, number = self._probe.next_command()
         state = msgspec.json.encode(self._describe())
         keys = self._keys
-        known, gap, names, states = await self._commands.evaluate(
+        known, gap, lost, names, states = await self._commands.evaluate(
             _BEAT,
             [keys.nodes, keys.gap, keys.states, keys.settings],
             [int(self._failed), _FORGET, self.name, state, self._settings, channel, number],
-            fits=_has(4),
+            fits=_has(5),
         )
+        self.lost += lost
         if self._probe is not None:
             self._probe.published(1, trio.current_time())
         others = _nodes(names, states)

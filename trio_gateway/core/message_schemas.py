@@ -85,10 +85,19 @@ ANSWERS: Final[Mapping[str, Answer]] = {
         "of the first two; the gateway sends something at least once in the third",
     ),
     "statistics": Answer(
-        messages.statistics({"at": 1790000000.5, "pid": 42, "numbers": {}}, []).decode(),
-        _object("statistics", at={"type": "number"}, pid=_COUNT, numbers={"type": "object"}),
+        messages.statistics(
+            {"at": 1790000000.5, "pid": 42, "nodes": [], "numbers": {}}, []
+        ).decode(),
+        _object(
+            "statistics",
+            at={"type": "number"},
+            pid=_COUNT,
+            nodes={"type": "array", "items": {"type": "object"}},
+            numbers={"type": "object"},
+        ),
         "sent once a second to an ADMIN that watches: the metrics, circuit breakers and Redis "
-        "connections of this process, and the slow clients of the ADMIN's tenant",
+        "connections of this process, the live processes of the service, and the slow clients of "
+        "the ADMIN's tenant",
     ),
     "gap": Answer(
         messages.GAP.decode(),

@@ -73,6 +73,10 @@ METRICS: Final[Mapping[str, Counter | Gauge | Distribution]] = {
     "wsgateway_stream_gaps_total": Counter(
         "Times that stream entries were lost before they were read"
     ),
+    "wsgateway_nodes": Gauge("Live processes of this service, by Redis", None, "max"),
+    "wsgateway_nodes_lost_total": Counter(
+        "Processes that ended without a word, each counted by one of the others"
+    ),
     "wsgateway_streams_followed": Gauge("Streams that are read"),
     "wsgateway_streams_unreadable": Gauge("Streams that can't be read, though Redis answers"),
     "wsgateway_events_misplaced_total": Counter("Events in the shard of another tenant"),
