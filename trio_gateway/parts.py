@@ -28,6 +28,7 @@ from .broker.topologies import make_topology
 from .broker.topology import Topology
 from .broker.topology_watch import watch
 from .cluster.building import ClusterParts, build_cluster
+from .cluster.room import ClusterRoom
 from .core.audiences import Endpoint
 from .core.capacity import CapacityLimits
 from .core.control_messages import PLACEMENT, REVOKED, SECTORS_CHANGED, Node
@@ -104,7 +105,7 @@ class Parts:
     silent: SilentConnections  # have sent no byte yet
     heads: ConcurrencyLimiter[Opening]  # request heads being read
     admissions: ConcurrencyLimiter[PendingAdmission]  # credentials being checked
-    room: Room  # for clients at a limit
+    room: Room | ClusterRoom  # for clients at a limit
     catch_ups: KeyedLimiter  # simultaneous requests of each user or session
     # What the processes of one service tell each other:
     cluster: ClusterParts | None
@@ -161,14 +162,13 @@ def build_parts(
         name: Breaker(settings.circuit_failure_threshold, settings.circuit_recovery_timeout)
         for name in ("pubsub", "stream", "commands", "writes", "database")
     }
-    hub = Hub(
-        CapacityLimits(
-            total=settings.ws_max_total_connections,
-            per_user=settings.ws_max_connections_per_user,
-            per_session=settings.ws_max_connections_per_session,
-            per_tenant=settings.ws_max_connections_per_tenant,
-        )
+    capacity = CapacityLimits(
+        total=settings.ws_max_total_connections,
+        per_user=settings.ws_max_connections_per_user,
+        per_session=settings.ws_max_connections_per_session,
+        per_tenant=settings.ws_max_connections_per_tenant,
     )
+    hub = Hub(capacity)
     redis_url = RedisUrl.from_url(settings.redis_url)
     topology = make_topology(redis_url)
     uncovered_to_branch = settings.ws_uncovered_sector == "branch"
@@ -317,6 +317,7 @@ def build_parts(
         silent.give_up()
         heads.give_up()
 
+    room = Room(hub, lambda: drain.begun)
     cluster = None
     if settings.ws_cluster or settings.ws_api_keys_file is not None:
 
@@ -337,6 +338,8 @@ def build_parts(
             topology=topology,
             commands=commands,
             hub=hub,
+            capacity=capacity,
+            room=room,
             ingest=ingest,
             queue=pubsub_queue,
             describe=describe,
@@ -388,7 +391,7 @@ def build_parts(
         admission=admission,
         silent=silent,
         heads=heads,
-        room=Room(hub, lambda: drain.begun),
+        room=room if cluster is None or cluster.room is None else cluster.room,
         cluster=cluster,
         catch_ups=KeyedLimiter(),
         admissions=ConcurrencyLimiter(settings.ws_max_handshakes),

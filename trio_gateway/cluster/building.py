@@ -11,17 +11,21 @@ from ..broker.commands import Commands, Unavailable
 from ..broker.probe import Probe
 from ..broker.pubsub import PubSub
 from ..broker.topology import Topology
+from ..core.capacity import CapacityLimits
 from ..core.control_messages import CONTROL, Node, SectorsChanged, reply_channel
 from ..core.resilience import Breaker
 from ..runtime.hub import Hub
 from ..runtime.ingest import Ingest
 from ..runtime.queue import EventQueue
+from ..runtime.room import Room
 from ..runtime.supervision import keep_running
 from ..settings import Settings
 from .carrying_out import carry_out_orders
 from .control import Control
 from .keys import Keys
+from .limits import ClusterLimits
 from .registry import Registry, make_name
+from .room import ClusterRoom
 
 # Settings that should be the same in all processes, see ``trio-gateway check``.
 COMMON: Final = (
@@ -38,6 +42,8 @@ class ClusterParts:
     keys: Keys
     registry: Registry
     control: Control
+    limits: ClusterLimits | None  # with WS_CLUSTER
+    room: ClusterRoom | None  # with WS_CLUSTER
     link: PubSub  # of control, apart from the events: neither delays the other
     topology: Topology
     breakers: Mapping[str, Breaker]
@@ -49,9 +55,14 @@ class ClusterParts:
         nursery.start_soon(keep_running, "control", self.link.run, breaker, None, changed)
         nursery.start_soon(self.registry.run)
         nursery.start_soon(self.control.run)
+        if self.limits is not None and self.room is not None:
+            nursery.start_soon(self.limits.run)
+            nursery.start_soon(self.room.run)
 
     async def leave(self) -> None:
         """Tell the other processes that this one has stopped, if Redis answers."""
+        if self.limits is not None:
+            self.limits.stop()
         with suppress(Unavailable):
             await self.registry.leave()
 
@@ -62,6 +73,8 @@ def build_cluster(
     topology: Topology,
     commands: Commands,
     hub: Hub,
+    capacity: CapacityLimits,
+    room: Room,
     ingest: Ingest,
     queue: EventQueue,
     describe: Callable[[str], Node],
@@ -93,11 +106,18 @@ def build_cluster(
         anywhere=topology.is_cluster,
     )
     link.name = "control"
+    limits, cluster_room = None, None
+    if settings.ws_cluster:
+        limits = ClusterLimits(hub, capacity, keys, name, commands.evaluate, registry.beat)
+        registry.on_forgotten.append(limits.write_all)
+        cluster_room = ClusterRoom(hub, room, limits, control, name)
     carry_out_orders(control, hub, sectors_changed)
     return ClusterParts(
         keys=keys,
         registry=registry,
         control=control,
+        limits=limits,
+        room=cluster_room,
         link=link,
         topology=topology,
         breakers={"cluster": commands.cluster_breaker, "control": breaker},

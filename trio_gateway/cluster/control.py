@@ -7,7 +7,8 @@ so that a process that does not answer carries it out when it runs again.
 import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any, Final, NoReturn, cast
+from functools import partial
+from typing import Any, Final, NoReturn
 
 import msgspec
 import structlog
@@ -39,7 +40,7 @@ _HANDLER_TIMEOUT: Final = 10.0  # seconds
 _STILL_ASKED: Final = 10.0  # seconds after which nobody waits for the answer to an order
 
 _ASK: Final = NAMES + "redis.call('PUBLISH', ARGV[1], ARGV[2])\nreturn names"
-_ANSWER: Final = "return redis.call('PUBLISH', ARGV[1], ARGV[2])"
+_TELL: Final = "return redis.call('PUBLISH', ARGV[1], ARGV[2])"
 
 Handler = Callable[[Any], Awaitable[Any]]
 OrderHandler = Callable[[Any, float], Awaitable[Any]]
@@ -113,11 +114,16 @@ class Control:
         self._order_handlers[kind] = request, handler
 
     async def ask(
-        self, kind: str, request: msgspec.Struct, *, timeout: float = PATIENCE
+        self,
+        kind: str,
+        request: msgspec.Struct,
+        *,
+        timeout: float = PATIENCE,
+        only: str | None = None,
     ) -> Answers:
         """Ask all live processes, this one included, and wait for their answers, in seconds.
 
-        Raises :exc:`Unavailable` if Redis is.
+        ``only`` asks the other process of this name alone. Raises :exc:`Unavailable` if Redis is.
         """
         ask = Ask(
             secrets.token_hex(8),
@@ -127,7 +133,7 @@ class Control:
         )
         message = msgspec.json.encode(ask)
 
-        async def publish() -> list[bytes]:
+        async def publish() -> set[str]:
             names = await self._commands.evaluate(
                 _ASK,
                 [self._keys.nodes, self._keys.gap],
@@ -135,9 +141,15 @@ class Control:
                 again=False,
                 fits=is_list,
             )
-            return cast(list[bytes], names)
+            self._accept(ask)
+            return self._alive(names)
 
-        return await self._collect(ask.id, publish, lambda: self._accept(ask), timeout)
+        async def publish_to(name: str) -> set[str]:
+            await self._tell(reply_channel(name), message)
+            return {name}
+
+        how = publish if only is None else partial(publish_to, only)
+        return await self._collect(ask.id, how, timeout)
 
     async def order(
         self, kind: str, request: msgspec.Struct, *, timeout: float = PATIENCE
@@ -148,16 +160,17 @@ class Control:
         """
         order = Order(secrets.token_hex(8), self._registry.name, kind, msgspec.json.encode(request))
 
-        async def give() -> list[bytes]:
-            return await self._orders.give(order)
+        async def give() -> set[str]:
+            names = await self._orders.give(order)
+            self._orders.wake()
+            return self._alive(names)
 
-        return await self._collect(order.id, give, self._orders.wake, timeout)
+        return await self._collect(order.id, give, timeout)
 
     async def _collect(
         self,
         number: str,
-        publish: Callable[[], Awaitable[list[bytes]]],
-        begin_here: Callable[[], None],
+        publish: Callable[[], Awaitable[set[str]]],
         timeout: float,
     ) -> Answers:
         question = self._questions[number] = _Question()
@@ -165,10 +178,7 @@ class Control:
             with trio.move_on_after(timeout):
                 while not self._is_listening():
                     await self._heard.park()
-                names = {name.decode() for name in await publish()}
-                begin_here()
-                # A process whose beat is on its way to a Redis that has lost its data is alive.
-                question.expected = names | self._registry.nodes.keys()
+                question.expected = await publish()
                 question.settle()
                 await question.settled.wait()
             if question.expected is None:
@@ -178,6 +188,13 @@ class Control:
             return Answers(found, sorted(missing))
         finally:
             del self._questions[number]
+
+    def _alive(self, names: list[bytes]) -> set[str]:
+        # A process whose beat is on its way to a Redis that has lost its data is alive.
+        return {name.decode() for name in names} | self._registry.nodes.keys()
+
+    async def _tell(self, channel: str, message: bytes) -> None:
+        await self._commands.evaluate(_TELL, [self._keys.nodes], [channel, message], again=False)
 
     def receive(self, payload: bytes) -> None:
         """Handle a message on the channel of all, or on that of this process."""
@@ -273,12 +290,7 @@ class Control:
             self._take(answer)
             return
         try:
-            await self._commands.evaluate(
-                _ANSWER,
-                [self._keys.nodes],
-                [reply_channel(asker), msgspec.json.encode(answer)],
-                again=False,
-            )
+            await self._tell(reply_channel(asker), msgspec.json.encode(answer))
         except Unavailable as error:
             self._throttled_log.warning("control message not answered", error=str(error))
 

@@ -20,4 +20,9 @@ class Keys:
         self.states = f"{self.prefix}nodes:states"  # hash: process, its state as JSON
         self.settings = f"{self.prefix}nodes:settings"  # hash: process, those that must agree
         self.gap = f"{self.prefix}nodes:gap"  # for a while: the last beat before Redis was away
+        self._places = f"{self.prefix}places:"  # hash: user, session or tenant, its connections
         self.orders = f"{self.prefix}orders"  # stream
+
+    def places(self, process: str) -> str:
+        """The hash of the places that a process has given out."""
+        return self._places + process

@@ -126,8 +126,7 @@ class Registry:
         while True:
             pause = EVERY
             try:
-                if not self._has_left:
-                    await self._beat()
+                await self.beat()
                 self._failed = False
             except Unavailable as error:
                 self._throttled_log.warning("beat not written", error=str(error))
@@ -151,7 +150,10 @@ class Registry:
         keys = [self._keys.nodes, self._keys.states, self._keys.settings]
         await self._commands.evaluate(_LEAVE, keys, [self.name, CONTROL, left])
 
-    async def _beat(self) -> None:
+    async def beat(self) -> None:
+        """Write a beat, unless this process has left. Raises :exc:`Unavailable`."""
+        if self._has_left:
+            return
         channel, number = b"", 0
         if self._probe is not None:
             _, channel, number = self._probe.next_command()

@@ -6,7 +6,7 @@ from typing import Final
 from .audiences import Principal, SessionId, TenantId, UserId
 from .close_codes import Close, Rejected
 
-#: A user of a tenant, or a session of a tenant: :attr:`Principal.owner`.
+#: A user of a tenant, or a session of a tenant: :attr:`Principal.owner`. Or a whole tenant.
 Owner = tuple[str, TenantId, UserId | SessionId | None]
 #: Refusals for which dead connections may give way.
 OWNER_LIMITS: Final = frozenset({"user_limit", "session_limit"})
@@ -21,9 +21,14 @@ class CapacityLimits:
     per_session: int
     per_tenant: int = 0
 
-    def of_owner(self, owner: Owner) -> int:
-        """The limit of a user or session."""
-        return self.per_session if owner[0] == "session" else self.per_user
+    def of(self, owner: Owner) -> int:
+        """The limit of a user, of a session, or of a tenant as a whole."""
+        match owner[0]:
+            case "user":
+                return self.per_user
+            case "session":
+                return self.per_session
+        return self.per_tenant
 
     def check(self, principal: Principal, *, owned: int, of_tenant: int, taken: int) -> None:
         """Raise :exc:`Rejected` if one more connection of the principal is over a limit.
@@ -31,7 +36,7 @@ class CapacityLimits:
         ``owned`` are those of its user or session. That limit is first: room can be made there,
         which makes room in the others, too.
         """
-        if owned >= self.of_owner(principal.owner):
+        if owned >= self.of(principal.owner):
             raise owner_is_full(principal.owner)
         if self.per_tenant and of_tenant >= self.per_tenant:
             raise tenant_is_full()
@@ -44,6 +49,11 @@ def owner_is_full(owner: Owner) -> Rejected:
     kind = owner[0]
     text = f"too many connections of this {kind}"
     return Rejected(Close.SERVER_OVERLOADED, text, f"{kind}_limit")
+
+
+def of_tenant(tenant: TenantId) -> Owner:
+    """The key under which all connections of a tenant are counted."""
+    return ("tenant", tenant, None)
 
 
 def tenant_is_full() -> Rejected:

@@ -8,6 +8,8 @@ from typing import Annotated, Final, TypeVar
 
 import msgspec
 
+from .capacity import Owner
+
 _Kind = TypeVar("_Kind")
 
 REVOKED: Final = "channel:auth:revoked"
@@ -115,6 +117,26 @@ class Disconnected(msgspec.Struct):
     """How many connections a process has closed."""
 
     closed: int
+
+
+class Probe(msgspec.Struct):
+    """Ping the connections of a user or session; those that do not answer are the answer."""
+
+    owner: Owner
+
+
+class Silent(msgspec.Struct):
+    """A connection that does not answer, by its number in its process."""
+
+    connection: int
+    seconds: float  # for which it has been silent
+
+
+class Evict(msgspec.Struct):
+    """Close a connection of this process that does not answer, to make room for another."""
+
+    owner: Owner
+    connection: int
 
 
 def reply_channel(name: str) -> str:

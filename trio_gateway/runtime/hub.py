@@ -1,7 +1,7 @@
 """The hub: the connections of this process, and the audiences that they are in."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, KeysView, Mapping, Sequence
+from collections.abc import Callable, Iterable, KeysView, Mapping, Sequence, Set
 from typing import Any, Self
 
 import trio
@@ -19,13 +19,17 @@ class Place:
 
     def __init__(self, hub: "Hub", principal: Principal) -> None:
         self._hub = hub
-        self.principal = principal
+        self._principal = principal
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._hub.release(self.principal)
+        self.release()
+
+    def release(self) -> None:
+        """Give the place up."""
+        self._hub.release(self._principal)
 
 
 class Hub:
@@ -98,6 +102,16 @@ class Hub:
     def owned_by(self, owner: Owner) -> Sequence[Connection]:
         """The connections of a user, or session, of a tenant."""
         return self._owned.get(owner, ())
+
+    @property
+    def owners(self) -> Set[Owner]:
+        """The users and sessions that have a place, be it a reserved one."""
+        return self._owned.keys() | self._reserved.keys()
+
+    @property
+    def limited_tenants(self) -> Set[TenantId]:
+        """The tenants that have a place; none if their places are not limited."""
+        return self._of_tenant.keys()
 
     def places_of(self, owner: Owner) -> int:
         """The number of places of a user or session, including reserved ones."""

@@ -1,6 +1,7 @@
 """Room: dead connections lose their places to new ones of the same user or session."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Final
 
 import trio
@@ -12,7 +13,7 @@ from .connection import Connection
 from .hub import Hub, Place
 
 ANSWER_TIME: Final = 2.0  # seconds that a connection has to show that it is there
-_LOOK: Final = 0.1  # seconds between two looks at the answers
+LOOK: Final = 0.1  # seconds between two looks at the answers
 
 
 class _Probe:
@@ -21,7 +22,7 @@ class _Probe:
     def __init__(self, asked: list[Connection], now: float) -> None:
         self.asked = asked
         self.until = now + ANSWER_TIME
-        self.waiting = 0  # newcomers
+        self.waiting = 0  # newcomers here, and processes that have asked
         for connection in asked:
             connection.ask(now)
 
@@ -29,6 +30,11 @@ class _Probe:
         """Those that have not answered, the longest silent first."""
         found = [each for each in self.asked if each in hub.connections and not each.is_there]
         return sorted(found, key=lambda each: each.received_at)
+
+
+def evict(hub: Hub, connection: Connection) -> None:
+    """Close a connection that has not answered; its place is free at once."""
+    hub.evict(connection, Close.HEARTBEAT_TIMEOUT, "no answer to a ping")
 
 
 class Room:
@@ -39,7 +45,7 @@ class Room:
 
     def __init__(self, hub: Hub, given_up: Callable[[], bool] = lambda: False) -> None:
         self._hub = hub
-        self._given_up = given_up
+        self.given_up = given_up
         self._probes: dict[Owner, _Probe] = {}  # while newcomers wait for them
 
     async def find(self, principal: Principal) -> tuple[Place, bool]:
@@ -57,15 +63,35 @@ class Room:
             if full.label not in OWNER_LIMITS:
                 raise
             refusal = full
-        if (probe := self._probes.get(owner)) is None:
-            if not (asked := list(hub.owned_by(owner))):  # the places are reserved by others
-                raise refusal
-            probe = self._probes[owner] = _Probe(asked, trio.current_time())
-        if probe.waiting >= len(probe.asked):
+        if not hub.owned_by(owner):  # the places are reserved by others
             raise refusal
+        with self._probing(owner) as probe:
+            if probe.waiting > len(probe.asked):
+                raise refusal
+            return await self._wait(principal, probe), True
+
+    async def silent(self, owner: Owner) -> list[Connection]:
+        """Ping the connections of an owner; return those that do not answer.
+
+        The longest silent is first. Returns after :data:`ANSWER_TIME`, or when all have answered.
+        """
+        with self._probing(owner) as probe:
+            while True:
+                left = probe.until - trio.current_time()
+                silent = probe.silent(self._hub)
+                if left <= 0 or not silent:
+                    return silent
+                await trio.sleep(min(LOOK, left))
+
+    @contextmanager
+    def _probing(self, owner: Owner) -> Iterator[_Probe]:
+        """Ping the connections of an owner, unless those who wait have just done so."""
+        if (probe := self._probes.get(owner)) is None:
+            asked = list(self._hub.owned_by(owner))
+            probe = self._probes[owner] = _Probe(asked, trio.current_time())
         probe.waiting += 1
         try:
-            return await self._wait(principal, probe), True
+            yield probe
         finally:
             probe.waiting -= 1
             if not probe.waiting:
@@ -77,10 +103,10 @@ class Room:
             silent = probe.silent(self._hub)
             if left <= 0 and silent:
                 # Its place is free at once, so that no two newcomers count on it.
-                self._hub.evict(silent[0], Close.HEARTBEAT_TIMEOUT, "no answer to a ping")
+                evict(self._hub, silent[0])
             try:
                 return self._hub.reserve(principal)
             except Rejected:
-                if left <= 0 or not silent or self._given_up():
+                if left <= 0 or not silent or self.given_up():
                     raise
-            await trio.sleep(min(_LOOK, left))
+            await trio.sleep(min(LOOK, left))
