@@ -1,8 +1,9 @@
 """A client's request for a connection, in one form for every transport."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
+
+import msgspec
 
 from .audiences import Endpoint
 
@@ -13,8 +14,7 @@ _BEARER: Final = "bearer."
 _LAST_EVENT_ID: Final = frozenset({"lasteventid", "last-event-id", "evs_last_event_id"})
 
 
-@dataclass(frozen=True, slots=True)
-class ClientRequest:
+class ClientRequest(msgspec.Struct, frozen=True):
     """What a client sent to open a WebSocket or an event stream.
 
     ``query`` has the first value of each parameter. ``headers`` has names in lower case; the
@@ -68,10 +68,9 @@ class ClientRequest:
         both are set at each attempt by code that knows the last event, while the rest of a URL
         does not change.
         """
-        found = [self.headers.get("last-event-id")]
-        found += [value for name, value in self.query.items() if name.lower() in _LAST_EVENT_ID]
-        found.append(self.query.get("last_event_id"))
-        named = [value for value in found if value is not None]
+        by_polyfill = [text for name, text in self.query.items() if name.lower() in _LAST_EVENT_ID]
+        found = (self.headers.get("last-event-id"), *by_polyfill, self.query.get("last_event_id"))
+        named = [text for text in found if text is not None]
         return next(filter(None, named), "") if named else None
 
     @property
@@ -93,8 +92,9 @@ class ClientRequest:
         return self.one_way and self.headers.get("sec-fetch-site") == "same-origin"
 
     @property
-    def _subprotocols(self) -> list[str]:
-        return [each.strip() for each in self.headers.get("sec-websocket-protocol", "").split(",")]
+    def _subprotocols(self) -> Sequence[str]:
+        offered = self.headers.get("sec-websocket-protocol")
+        return [each.strip() for each in offered.split(",")] if offered else ()
 
 
 def bearer(authorization: str | None) -> str | None:

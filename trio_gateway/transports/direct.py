@@ -47,12 +47,13 @@ async def receive(stream: trio.abc.Stream, size: int) -> bytes:
 
 def receive_nowait(stream: trio.abc.Stream, size: int) -> bytes | None:
     """As :func:`receive`, but return None if it would have to wait, or if this is not known."""
-    if not DIRECT or type(stream) is not trio.SocketStream or is_closed(stream):
+    if not DIRECT or type(stream) is not trio.SocketStream:
+        return None
+    # Ask for the descriptor each time: it is -1 once closed, and a new client gets the old number.
+    if (descriptor := stream.socket.fileno()) == -1:
         return None
     try:
-        # Ask for the descriptor each time: it is -1 once closed, and a new client gets the old
-        # number.
-        return os.read(stream.socket.fileno(), size)
+        return os.read(descriptor, size)
     except BlockingIOError:
         return None
 

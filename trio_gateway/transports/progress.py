@@ -88,13 +88,13 @@ def enable_keepalive(sock: Any, write_timeout: float) -> None:
     silent connection are not answered. Both take longer than the write timeout, so that a client
     that is only slow is closed with the code for it.
     """
-    if sock.family not in {socket.AF_INET, socket.AF_INET6}:
-        return
-    with suppress(OSError):
+    with suppress(OSError):  # the peer is gone already
         if sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE):  # from its listener
             return
+    if sock.family not in {socket.AF_INET, socket.AF_INET6}:
+        return
     unacknowledged = int(max(_UNACKNOWLEDGED_AFTER, 1.5 * write_timeout) * 1000)
-    with suppress(OSError):  # the peer is gone already
+    with suppress(OSError):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in (*_KEEP_ALIVE, ("TCP_USER_TIMEOUT", unacknowledged)):
             if (option := getattr(socket, name, None)) is not None:

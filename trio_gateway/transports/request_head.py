@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import trio
 
@@ -13,8 +13,7 @@ _FIRST: Final = 4096  # bytes; few heads are longer, and a buffer costs
 _END: Final = re.compile(rb"\n\r?\n")
 
 
-@dataclass(frozen=True, slots=True)
-class Head:
+class Head(NamedTuple):
     """A request head up to and with its empty line, and the bytes that were received behind it."""
 
     data: bytes
@@ -65,14 +64,21 @@ class HeadReader:
 
     def _take(self, received: bytes) -> Head | Refusal | Nobody | None:
         data = self._data
+        if not data and (end := _END.search(received)):  # all at once, as mostly
+            return _head(received, end.end())
         if not received:
             return Refusal(400, "incomplete request") if data else Nobody()
         # The empty line may begin in what was received before.
         start = max(0, len(data) - 3)
         data += received
-        end = _END.search(data, start)
-        if (end.end() if end else len(data)) > MAX_HEAD_BYTES:
-            return Refusal(431, f"request head is over {MAX_HEAD_BYTES} bytes")
-        if end:
-            return Head(bytes(data[: end.end()]), bytes(data[end.end() :]))
-        return None
+        if end := _END.search(data, start):
+            return _head(bytes(data), end.end())
+        return _too_long() if len(data) > MAX_HEAD_BYTES else None
+
+
+def _head(data: bytes, end: int) -> Head | Refusal:
+    return _too_long() if end > MAX_HEAD_BYTES else Head(data[:end], data[end:])
+
+
+def _too_long() -> Refusal:
+    return Refusal(431, f"request head is over {MAX_HEAD_BYTES} bytes")

@@ -7,11 +7,12 @@ is handed to :class:`HypercornServer`, together with what was read of it.
 """
 
 from collections.abc import Awaitable, Callable, Generator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, Protocol
 
 import hypercorn.trio.run
+import msgspec
 import structlog
 import trio
 from hypercorn.app_wrappers import ASGIWrapper
@@ -198,7 +199,7 @@ class TcpConnection:
             agreed = negotiate(request.extensions, service.max_message_size)
             if agreed is not None:
                 socket.deflate, extensions = agreed
-                request = replace(request, supports_deflate=True)
+                request = msgspec.structs.replace(request, supports_deflate=True)
         # It has left the limiter of heads, and has not come to the one of admissions.
         service.counts.arriving += 1
         try:
