@@ -15,6 +15,8 @@ from .demo import demo
 from .dlq import dlq
 from .errors import Failure, settings_or_exit
 from .explain import explain
+from .kick import kick
+from .nodes import nodes
 from .publish import publish
 from .rebalance import rebalance
 from .routes import routes
@@ -56,6 +58,7 @@ def main() -> None:
 
 
 for command in (
-    serve, demo, token, publish, tail, routes, asyncapi, explain, check, dlq, rebalance, completion,
+    serve, demo, token, publish, tail, routes, asyncapi, explain, check, dlq, rebalance, nodes,
+    kick, completion,
 ):  # fmt: skip
     main.add_command(command)

@@ -11,9 +11,9 @@ from urllib.parse import SplitResult
 
 import click
 
-from ..core.printable import printable
 from .errors import Failure, settings_or_exit
 from .redis_servers import RedisServers, redis_failures
+from .rendering import print_table
 from .url import read_url
 
 if TYPE_CHECKING:
@@ -200,7 +200,7 @@ def _send(client: "redis.Redis", places: Mapping[int, str]) -> None:
 
 
 def _show(held: Held, found: Plan, *, dry_run: bool, as_json: bool) -> None:
-    rows = [
+    rows: list[dict[str, str | int]] = [
         {
             "process": process,
             "tenants": len(tenants),
@@ -221,10 +221,7 @@ def _show(held: Held, found: Plan, *, dry_run: bool, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(summary))
         return
-    click.echo(f"{'process':<10}{'tenants':>9}{'clients':>9}{'leaving':>9}{'coming':>9}")
-    for row in rows:
-        process, *numbers = row.values()
-        click.echo(printable(f"{process:<10}" + "".join(f"{number:>9}" for number in numbers)))
+    print_table(tuple(rows[0]), [tuple(row.values()) for row in rows])
     what = "would be" if dry_run else "are"
     click.echo(f"{moving} clients of {len(found.places)} tenants {what} sent to another process")
     if found.staying:

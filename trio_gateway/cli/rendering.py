@@ -2,9 +2,11 @@
 
 import os
 import sys
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
+import click
 import msgspec
 
 from ..core.printable import printable
@@ -60,6 +62,20 @@ def _write(data: bytes) -> None:
     fd = sys.stdout.fileno()
     while data:
         data = data[os.write(fd, data) :]
+
+
+def print_table(header: Sequence[str], rows: Iterable[Sequence[str | int]]) -> None:
+    """Print columns that are as wide as their widest value, with numbers on their right."""
+    found = list(rows)
+    table = [[printable(str(value)) for value in row] for row in (header, *found)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    are_numbers = [isinstance(value, int) for value in (*found, header)[0]]
+    for row in table:
+        cells = [
+            text.rjust(width) if is_number else text.ljust(width)
+            for text, width, is_number in zip(row, widths, are_numbers, strict=True)
+        ]
+        click.echo("  ".join(cells).rstrip())
 
 
 def json_text(message: str) -> "Text":

@@ -5,10 +5,10 @@ so that a process that does not answer carries it out when it runs again.
 """
 
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, Protocol
 
 import msgspec
 import structlog
@@ -20,6 +20,7 @@ from ..core.control_messages import (
     Answer,
     Ask,
     Left,
+    Node,
     Ordered,
     read_control_message,
     reply_channel,
@@ -29,7 +30,6 @@ from ..runtime.throttled_log import ThrottledLog
 from .keys import Keys
 from .liveness import NAMES
 from .orders import Order, Orders, is_list
-from .registry import Registry
 
 log = structlog.get_logger()
 
@@ -44,6 +44,25 @@ _TELL: Final = "return redis.call('PUBLISH', ARGV[1], ARGV[2])"
 
 Handler = Callable[[Any], Awaitable[Any]]
 OrderHandler = Callable[[Any, float], Awaitable[Any]]
+
+
+class Members(Protocol):
+    """The registry, as control needs it."""
+
+    @property
+    def name(self) -> str:
+        """That of this process, or of the program that asks."""
+
+    @property
+    def nodes(self) -> Mapping[str, Node]:
+        """The live processes that are known to be expected."""
+
+    @property
+    def on_forgotten(self) -> list[Callable[[], None]]:
+        """Functions that are called when Redis may have lost orders."""
+
+    def forget(self, name: str) -> None:
+        """A process has stopped."""
 
 
 @dataclass
@@ -83,7 +102,7 @@ class Control:
         self,
         commands: Commands,
         keys: Keys,
-        registry: Registry,
+        registry: Members,
         is_listening: Callable[[], bool],
     ) -> None:
         self._commands = commands
@@ -235,7 +254,9 @@ class Control:
 
     def _accept(self, ask: Ask) -> None:
         """Answer a question in a task of its own, unless too many are being answered."""
-        if self._nursery is None or self._handled >= _MOST_HANDLED:
+        if self._nursery is None:  # it does not run: it is missing
+            return
+        if self._handled >= _MOST_HANDLED:
             self.refused += 1
             self._throttled_log.warning("control message refused: too many", kind=ask.kind)
             return

@@ -117,9 +117,7 @@ class Registry:
 
     async def read(self) -> dict[str, Node]:
         """Read the live processes. Raises :exc:`Unavailable`."""
-        keys = [self._keys.nodes, self._keys.gap, self._keys.states]
-        found = await self._commands.evaluate(_READ, keys, fits=_has(2))
-        return {**_nodes(*found), self.name: self._describe()}
+        return {**await read_nodes(self._commands, self._keys), self.name: self._describe()}
 
     async def run(self) -> NoReturn:
         """Write the beats; returns only when cancelled."""
@@ -175,6 +173,12 @@ class Registry:
         if not known:
             for forgotten in self.on_forgotten:
                 forgotten()
+
+
+async def read_nodes(commands: Commands, keys: Keys) -> dict[str, Node]:
+    """Read the live processes. Raises :exc:`Unavailable`."""
+    found = await commands.evaluate(_READ, [keys.nodes, keys.gap, keys.states], fits=_has(2))
+    return _nodes(*found)
 
 
 def _has(length: int) -> Callable[[Any], bool]:
