@@ -83,12 +83,22 @@ class RedisConnection:
         (reply,) = await self.ask_all([words], timeout=timeout)
         return reply
 
-    async def ask_all(self, commands: Sequence[Command], *, timeout: float = inf) -> list[Any]:
-        """Send commands at once and return their replies, as :meth:`ask` does."""
+    async def ask_all(
+        self,
+        commands: Sequence[Command],
+        *,
+        timeout: float = inf,
+        replies: list[Any] | None = None,
+    ) -> list[Any]:
+        """Send commands at once and return their replies, as :meth:`ask` does.
+
+        They are added to ``replies``, an empty list, as they arrive: it has those that came before
+        the connection was lost.
+        """
+        replies = [] if replies is None else replies
         if self._asking:
             commands = [each for command in commands for each in (("ASKING",), command)]
         await self._send(commands)
-        replies: list[Any] = []
         while len(replies) < len(commands):
             before = self.received
             with trio.move_on_after(timeout) as scope:
@@ -155,6 +165,17 @@ def _redirected(reply: str) -> ConnectionLost:
 async def open_redis(
     address: RedisAddress, *, any_role: bool = False, asking: bool = False
 ) -> AsyncIterator[RedisConnection]:
+    """As :func:`connect_redis`; the connection is closed at the end of the block."""
+    connection = await connect_redis(address, any_role=any_role, asking=asking)
+    try:
+        yield connection
+    finally:
+        await connection.close()
+
+
+async def connect_redis(
+    address: RedisAddress, *, any_role: bool = False, asking: bool = False
+) -> RedisConnection:
     """Connect, authenticate and select the database. The host name is resolved each time.
 
     Raises :exc:`ConnectionLost` if one of these fails, and, unless it may have ``any_role``,
@@ -169,17 +190,18 @@ async def open_redis(
         raise ConnectionLost(
             f"can't connect to {address}: no answer in {CONNECT_TIMEOUT:g} s"
         ) from None
+    connection = RedisConnection(stream, asking=asking)
     try:
-        connection = RedisConnection(stream, asking=asking)
         with trio.move_on_after(CONNECT_TIMEOUT) as scope:
             await _greet(connection, address)
             if not any_role:
                 await connection.check_role()
         if scope.cancelled_caught:
             raise ConnectionLost(f"no answer from {address} in {CONNECT_TIMEOUT:g} s")
-        yield connection
-    finally:
-        await trio.aclose_forcefully(stream)
+    except BaseException:
+        await connection.close()
+        raise
+    return connection
 
 
 async def _connect(address: RedisAddress) -> trio.abc.Stream:

@@ -11,6 +11,7 @@ from typing import Final
 from .event_ids import Stream, tag
 
 MAX_SHARDS: Final = 256
+STREAM_LENGTH: Final = 100_000  # entries that are kept in a stream, about
 _MOST_KNOWN: Final = 100_000  # tenants of which the streams are remembered
 
 

@@ -8,7 +8,7 @@ from typing import Final, Self
 from ..core.event_ids import DEFAULT_STREAM
 from ..core.events import parse_event
 from ..core.routing import ROUTES, Route, Routing, channel_for
-from ..core.shards import MAX_SHARDS, shard_of, stream_name
+from ..core.shards import MAX_SHARDS, STREAM_LENGTH, shard_of, stream_name
 from ..redis_url import RedisUrl
 from .adding import Confirm, add, check_confirm
 from .links import Link
@@ -48,7 +48,7 @@ class Publisher:
         *,
         stream: str = DEFAULT_STREAM,
         shards: int = 1,
-        max_length: int | None = 100_000,
+        max_length: int | None = STREAM_LENGTH,
         routes: Mapping[str, Route] = ROUTES,
         confirm: Confirm = 0,
     ) -> None:
