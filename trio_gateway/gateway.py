@@ -185,6 +185,9 @@ class Gateway(QuartTrio):
         nursery.start_soon(parts.watch_topology)
         if parts.cluster is not None:
             parts.cluster.start(nursery)
+        if parts.api is not None:
+            nursery.start_soon(parts.api.keys.run)
+            nursery.start_soon(parts.api.publishing.run)
         nursery.start_soon(self._run_sources)
         nursery.start_soon(parts.following.run)
         nursery.start_soon(parts.worker_stats.share, partial(stats.snapshot, parts))

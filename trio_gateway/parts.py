@@ -1,16 +1,18 @@
 """Parts: every object of a gateway, built in one place and without I/O."""
 
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import trio
 
 from . import __version__
 from .access.addresses import Addresses
 from .access.admission import Admission, PendingAdmission
+from .access.api_keys import ApiKeys
 from .access.auth import Auth
 from .access.placement import Placement
 from .access.revocations import Revocations
@@ -19,6 +21,7 @@ from .broker.cluster_streams import ClusterStreams
 from .broker.commands import Commands
 from .broker.dead_letters import DeadLetters
 from .broker.probe import Probe
+from .broker.publishing import Publishing
 from .broker.pubsub import Listener, PubSub
 from .broker.readiness import Readiness
 from .broker.sharded_pubsub import ShardedPubSub, is_channel
@@ -59,8 +62,21 @@ from .telemetry.worker_stats import WorkerStats
 from .transports.accepting import Load
 from .transports.tcp import Opening
 
+_API_TURNS: Final = 16  # requests with big bodies, 8 MiB each
+
 if TYPE_CHECKING:
     from .access.sectors import SectorAssignments
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Api:
+    """The parts of the API for backends."""
+
+    keys: ApiKeys
+    publishing: Publishing
+    turns: KeyedLimiter  # requests with big bodies
+    requests: Counter[str] = field(default_factory=Counter)  # by call and status
+    events: Counter[str] = field(default_factory=Counter)  # to be published, by outcome
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -109,6 +125,7 @@ class Parts:
     catch_ups: KeyedLimiter  # simultaneous requests of each user or session
     # What the processes of one service tell each other:
     cluster: ClusterParts | None
+    api: Api | None  # for backends
     # The whole process:
     drain: Drain
     counts: ClientCounts
@@ -393,10 +410,21 @@ def build_parts(
         heads=heads,
         room=room if cluster is None or cluster.room is None else cluster.room,
         cluster=cluster,
+        api=_build_api(settings, topology),
         catch_ups=KeyedLimiter(),
         admissions=ConcurrencyLimiter(settings.ws_max_handshakes),
         drain=drain,
         counts=ClientCounts(),
         loop_lag=LoopLag(),
         worker_stats=WorkerStats.of_this_process(),
+    )
+
+
+def _build_api(settings: Settings, topology: Topology) -> Api | None:
+    if settings.ws_api_keys_file is None:
+        return None
+    return Api(
+        keys=ApiKeys(settings.ws_api_keys_file, settings.api_keys),
+        publishing=Publishing(topology),
+        turns=KeyedLimiter(_API_TURNS, patience=1.0),
     )

@@ -54,6 +54,8 @@ def snapshot(parts: Parts) -> Snapshot:
                 "pubsub,tenant_rate": parts.pubsub_queue.over_rate,
                 "stream,queue_full": parts.stream_queue.dropped,  # always 0: the source waits
             },
+            "wsgateway_api_requests_total": parts.api.requests if parts.api else {},
+            "wsgateway_api_events_total": parts.api.events if parts.api else {},
             "wsgateway_events_invalid_total": ingest.invalid,
             "wsgateway_events_duplicate_total": dispatch.duplicate,
             "wsgateway_events_unheard_total": dispatch.unheard,

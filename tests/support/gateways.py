@@ -277,8 +277,11 @@ async def http(
     headers: Mapping[str, str] | None = None,
     json_body: Any = None,
 ) -> Reply:
-    """Send one request on a new connection."""
-    sent = b"" if json_body is None else json.dumps(json_body).encode()
+    """Send one request on a new connection. A body of bytes is sent as it is."""
+    if isinstance(json_body, bytes):
+        sent = json_body
+    else:
+        sent = b"" if json_body is None else json.dumps(json_body).encode()
     length = {"Content-Length": str(len(sent))} if sent else {}
     request = h11.Request(
         method=method,

@@ -53,6 +53,22 @@ def branch_diners(tenant: TenantId, branch: BranchId) -> Audience:
     return Audience(("branch_diners", tenant, branch, 0))
 
 
+def record(tenant: TenantId, branch: BranchId) -> Audience:
+    """Of no client: by it a backend finds the durable events that go to no admin."""
+    return Audience(("record", tenant, branch, 0))
+
+
+def everything_at(tenant: TenantId, branch: BranchId) -> frozenset[Audience]:
+    """By which all durable events of a branch are found, and those of the whole tenant.
+
+    With branch 0 it is the latter alone.
+    """
+    found = {tenant_admins(tenant), record(tenant, BranchId(0))}
+    if branch:
+        found |= {admins(tenant, branch), record(tenant, branch)}
+    return frozenset(found)
+
+
 class Role(StrEnum):
     """The roles that the endpoints know. A staff token may name others, which have no effect."""
 

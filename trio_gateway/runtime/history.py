@@ -136,7 +136,7 @@ class History:
             event.position,
             event.received_at,
             event.frame,
-            tuple(audiences),
+            self.routing.stored_for(event, audiences),
             delivered_up_to,
         )
         self._kept.append(kept)
@@ -208,7 +208,8 @@ class History:
             kept.audiences = ()
         else:
             event, audiences = found
-            kept.frame, kept.audiences = event.frame, tuple(audiences)
+            kept.frame = event.frame
+            kept.audiences = self.routing.stored_for(event, audiences)
 
     def _insert(self, key: tuple[Stream, Audience], events: list[StoredEvent]) -> None:
         """Add events to those of an audience. Both are in order, and may overlap."""

@@ -60,13 +60,15 @@ class StreamReader(Protocol):
 class _Range:
     """All that a stream holds after ``since`` and up to ``end``."""
 
-    def __init__(self, stream: Stream, since: Position, now: float) -> None:
+    def __init__(self, stream: Stream, since: Position, now: float, routing: PastRouting) -> None:
         self.stream = stream
         self.since = self.end = since
         self.positions = {since}  # of all entries, events or not
         self.is_deepest = False  # no scan can go further back
         self.used_at = now
-        self.events = History(events=sys.maxsize, size=sys.maxsize, age=sys.float_info.max)
+        self.events = History(
+            events=sys.maxsize, size=sys.maxsize, age=sys.float_info.max, routing=routing
+        )
         self.events.begin(stream, since)
         self._duplicates = Duplicates()
 
@@ -314,7 +316,7 @@ class OlderEvents:
             return
         if is_begin and await self._reader.is_whole(stream):
             found.append((START, None))
-        fresh = _Range(stream, found[-1][0], trio.current_time())
+        fresh = _Range(stream, found[-1][0], trio.current_time(), self._routing)
         fresh.is_deepest = is_deepest
         await self._fill(fresh, found[-2::-1])
         fresh.end = max(fresh.end, begin)

@@ -5,12 +5,13 @@ not known, for nobody looked. They are routed as if it had none: with ``WS_UNCOV
 all waiters of the branch may hear of them when they resume, rather than nobody.
 """
 
+from collections.abc import Collection
 from typing import Final
 
-from ..core.audiences import Audience, floor, waiters
+from ..core.audiences import Audience, floor, record, waiters
 from ..core.event_ids import Position, Stream
 from ..core.events import Event, InvalidEvent, parse_event
-from ..core.routing import ROUTES, Routing
+from ..core.routing import ROUTES, Routing, To
 
 
 class PastRouting:
@@ -19,6 +20,9 @@ class PastRouting:
     def __init__(self, routes: Routing = ROUTES, *, uncovered_to_branch: bool = False) -> None:
         self._routes = routes
         self._uncovered_to_branch = uncovered_to_branch
+        self._not_for_admins = frozenset(
+            name for name in routes.durable_types if To.ADMINS not in routes[name].to
+        )
 
     def audiences(self, event: Event) -> list[Audience]:
         """The audiences of an event of which nobody here was told when it came."""
@@ -30,6 +34,12 @@ class PastRouting:
         ):
             found.append(floor(event.tenant, event.branch))
         return found
+
+    def stored_for(self, event: Event, audiences: Collection[Audience]) -> tuple[Audience, ...]:
+        """By which audiences a durable event is found later: these, and a backend's."""
+        if event.type in self._not_for_admins:  # not in the default table
+            return (*audiences, record(event.tenant, event.branch))
+        return tuple(audiences)
 
     def route(
         self, stream: Stream, position: Position, payload: bytes, received_at: float

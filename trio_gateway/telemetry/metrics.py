@@ -60,6 +60,12 @@ METRICS: Final[Mapping[str, Counter | Gauge | Distribution]] = {
     "wsgateway_events_dropped_by_source_total": Counter(
         "Events dropped before delivery, by source and reason", "source,reason"
     ),
+    "wsgateway_api_requests_total": Counter(
+        "Requests to the API for backends, by call and HTTP status", "call,status"
+    ),
+    "wsgateway_api_events_total": Counter(
+        "Events that the API was asked to publish, by outcome", "outcome"
+    ),
     "wsgateway_events_invalid_total": Counter("Invalid events by reason", "reason"),
     "wsgateway_events_duplicate_total": Counter("Duplicates of events received before"),
     "wsgateway_events_unheard_total": Counter(

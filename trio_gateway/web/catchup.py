@@ -5,7 +5,7 @@ page, and a slow reader costs the memory of one piece.
 """
 
 import math
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Hashable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Final
@@ -13,7 +13,7 @@ from typing import Final
 import trio
 from quart import Response, request
 
-from ..core.audiences import Audience, BranchId, Principal, audiences_of
+from ..core.audiences import Audience, BranchId, Principal, TenantId, audiences_of
 from ..core.client_request import bearer
 from ..core.close_codes import Rejected
 from ..core.decimals import is_decimal
@@ -68,6 +68,16 @@ async def session(parts: Parts) -> Answer:
 
 async def _missed(parts: Parts, principals: Sequence[Principal]) -> Answer:
     audiences = frozenset[Audience]().union(*map(audiences_of, principals))
+    return await missed(parts, principals[0].tenant, audiences, principals[0].owner)
+
+
+async def missed(
+    parts: Parts, tenant: TenantId, audiences: frozenset[Audience], owner: Hashable
+) -> Answer:
+    """One page of the durable events of a tenant for these audiences, after the query's `since`.
+
+    Each owner may ask for a few at a time.
+    """
     since, history = request.args.get("since", ""), parts.history
     try:
         moment, after = _read_since(since)
@@ -76,12 +86,13 @@ async def _missed(parts: Parts, principals: Sequence[Principal]) -> Answer:
     if moment is not None and moment > parts.clock() + _FAR:
         return problem(422, "since is far in the future: it is a unix time in seconds")
     try:
-        give_back = await parts.catch_ups.take(principals[0].owner)
+        give_back = await parts.catch_ups.take(owner)
     except Overloaded:
-        return problem(429, "too many simultaneous requests of this user or session", retry_after=1)
+        return problem(
+            429, "too many simultaneous requests of one user, session or key", retry_after=1
+        )
     held: ExitStack = request.scope["until_sent"]  # type: ignore[typeddict-item]  # HttpConnection's
     held.callback(give_back)
-    tenant = principals[0].tenant
     held.enter_context(parts.following.client_of(tenant))
     if not await parts.places.wait_known(tenant, PATIENCE):
         return problem(503, "the events have not been read from Redis yet", retry_after=1)

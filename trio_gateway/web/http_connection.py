@@ -3,6 +3,8 @@
 from contextlib import ExitStack
 from typing import Any
 
+import trio
+from quart.wrappers import Request
 from quart_trio import QuartTrio
 from quart_trio.asgi import TrioASGIHTTPConnection
 
@@ -11,6 +13,7 @@ from ..reception import Reception
 from ..transports import sse
 from ..transports.asgi import read_scope
 from . import cors, operations
+from .api.guard import MAY_READ, PREFIX
 
 
 class HttpConnection(TrioASGIHTTPConnection):
@@ -39,6 +42,8 @@ class HttpConnection(TrioASGIHTTPConnection):
                 return
             send = cors.adding(cors.response_headers(shared, headers, is_allowed), send)
         if (endpoint := sse.PATHS.get(path)) is None:
+            if path.startswith(PREFIX):
+                self.scope[MAY_READ] = trio.Event()  # type: ignore[typeddict-unknown-key]
             with ExitStack() as until_sent:  # releases what a view holds, after its response
                 self.scope["until_sent"] = until_sent  # type: ignore[typeddict-unknown-key]
                 try:
@@ -49,3 +54,12 @@ class HttpConnection(TrioASGIHTTPConnection):
         await sse.serve(
             self._reception, read_scope(endpoint, self.scope), self.scope, receive, send
         )
+
+    async def handle_messages(  # type: ignore[override]  # as quart-trio does
+        self, nursery: trio.Nursery, request: Request, receive: sse.Receive
+    ) -> None:
+        """Pass the body on; that of a call of the API waits until its key is known."""
+        may_read: trio.Event | None = self.scope.get(MAY_READ)  # type: ignore[assignment]
+        if may_read is not None:
+            await may_read.wait()
+        await super().handle_messages(nursery, request, receive)

@@ -25,8 +25,7 @@ async def identify(
     kind of token is expected (None: either). A ticket is not redeemed. An invalid token counts as
     a failed login of the client's address, as on connect. Raises :exc:`Rejected`.
     """
-    forwarded_for = ", ".join(request.headers.getlist("X-Forwarded-For"))
-    address = parts.addresses.of(lambda: request.remote_addr or "", forwarded_for)
+    address = _address(parts)
     parts.addresses.check(address, trio.current_time())
     try:
         if ticket is not None:
@@ -36,6 +35,18 @@ async def identify(
         if rejected.close is Close.AUTH_FAILED:
             parts.addresses.failed(address, trio.current_time())
         raise
+
+
+def count_failed_login(parts: Parts) -> None:
+    """Count a failed login of the request's address. Raises :exc:`Rejected` if it had too many."""
+    address = _address(parts)
+    parts.addresses.check(address, trio.current_time())
+    parts.addresses.failed(address, trio.current_time())
+
+
+def _address(parts: Parts) -> str:
+    forwarded_for = ", ".join(request.headers.getlist("X-Forwarded-For"))
+    return parts.addresses.of(lambda: request.remote_addr or "", forwarded_for)
 
 
 async def identify_admin(parts: Parts) -> Principal:

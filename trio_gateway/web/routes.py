@@ -7,6 +7,7 @@ from typing import Any, Final
 import trio
 from quart import Response, abort, jsonify, request, websocket
 from quart_trio import QuartTrio
+from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from .. import stats
 from ..access.tickets import TICKET_LIFE
@@ -19,6 +20,9 @@ from ..reception import Reception
 from ..telemetry import prometheus
 from ..transports.asgi import DRAIN, AsgiSocket, read_scope
 from . import catchup, console, dev, health, operations
+from .api.calls import CALLS
+from .api.guard import PREFIX as API
+from .api.guard import view_of
 from .explain import MAX_BYTES, explain
 from .responses import Answer, identify, problem, refusal
 from .static import add_files
@@ -38,7 +42,18 @@ def add_routes(app: QuartTrio, parts: Parts, reception: Reception) -> None:
         app.add_url_rule(endpoint.path, f"{endpoint.label}_plain", _upgrade_required)
     for (method, path), answer in HTTP.items():
         app.add_url_rule(path, path, _bound(path, answer, parts), methods=[method])
+    app.register_error_handler(HTTPException, _error)
     add_files(app, parts.settings)
+
+
+async def _error(error: HTTPException) -> HTTPException | Answer:
+    """The answer to a request that no view has answered; below the API it is JSON, too."""
+    if not request.path.startswith(API):
+        return error
+    answer = problem(error.code or 500, error.name)
+    if isinstance(error, MethodNotAllowed) and isinstance(answer, tuple):
+        answer[0].headers["Allow"] = ", ".join(error.valid_methods or ())
+    return answer
 
 
 def _bound(
@@ -133,4 +148,5 @@ HTTP: Final[Mapping[tuple[str, str], Callable[[Parts], Awaitable[Answer]]]] = {
     ("GET", "/ws/console"): console.page,
     ("POST", "/ws/console/token"): dev.token,
     ("POST", "/ws/console/publish"): dev.publish,
+    **{(call.method, call.path): view_of(call) for call in CALLS},
 }

@@ -1,0 +1,102 @@
+"""What all calls of the API have in common: key, rate, scope, the bound of a body, metrics."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Final
+
+import trio
+from quart import request
+from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
+
+from ...broker.commands import Unavailable
+from ...core.api_keys import ApiKey, Scope
+from ...core.client_request import bearer
+from ...core.close_codes import Rejected
+from ...parts import Api, Parts
+from ...runtime.concurrency_limiter import Overloaded
+from ..responses import Answer, count_failed_login, problem, refusal
+
+PREFIX: Final = "/ws/api/"
+SMALL_BODY: Final = 16_384  # bytes
+MAY_READ: Final = "api_may_read"  # in the ASGI scope: the event that the body waits for
+
+
+class Invalid(Exception):  # noqa: N818 - an answer
+    """The request is refused with this status; the text names the field that is wrong."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of the API. ``most_bytes`` bounds its body.
+
+    ``takes_turns``: its bodies are big, so only a few of these calls are served at once.
+    """
+
+    name: str
+    method: str
+    scope: Scope
+    answer: Callable[[Parts, ApiKey], Awaitable[Answer]]
+    most_bytes: int = SMALL_BODY
+    takes_turns: bool = False
+
+    @property
+    def path(self) -> str:
+        return f"{PREFIX}{self.name}"
+
+
+def view_of(call: Call) -> Callable[[Parts], Awaitable[Answer]]:
+    """The handler of a call, for the table of routes."""
+
+    async def view(parts: Parts) -> Answer:
+        if (api := parts.api) is None:
+            return problem(404, "there is no API here: WS_API_KEYS_FILE is not set")
+        answer = await _checked(parts, api, call)
+        status = answer[1] if isinstance(answer, tuple) else answer.status_code
+        api.requests[f"{call.name},{status}"] += 1
+        return answer
+
+    view.__doc__ = call.answer.__doc__
+    return view
+
+
+async def _checked(parts: Parts, api: Api, call: Call) -> Answer:
+    """Check a request and answer it. Its body is not read before its key is known."""
+    key = api.keys.find(bearer(request.headers.get("Authorization")))
+    if key is None:
+        try:
+            count_failed_login(parts)
+        except Rejected as rejected:
+            return refusal(rejected)
+        return problem(401, "the header Authorization: Bearer <secret of an API key> is required")
+    if not api.keys.try_use(key, trio.current_time()):
+        return problem(429, f"over the key's rate, {key.rate:g} a second", retry_after=1)
+    if call.scope not in key.scopes:
+        return problem(403, f"the key does not have the scope {call.scope}")
+    try:
+        if not call.takes_turns:
+            return await _answer(parts, key, call)
+        give_back = await api.turns.take(call.name)
+        try:
+            return await _answer(parts, key, call)
+        finally:
+            give_back()
+    except Invalid as invalid:
+        return problem(invalid.status, str(invalid))
+    except RequestEntityTooLarge:
+        return problem(413, f"the body must have at most {call.most_bytes} bytes")
+    except HTTPException as error:  # the rest of a body does not come
+        return problem(error.code or 500, error.name)
+    except Overloaded:
+        return problem(503, "too many of these requests at once", retry_after=1)
+    except Unavailable:
+        return problem(503, "Redis does not answer")
+
+
+async def _answer(parts: Parts, key: ApiKey, call: Call) -> Answer:
+    request.body = request.body_class(request.content_length, call.most_bytes)
+    request.scope[MAY_READ].set()  # type: ignore[typeddict-item]  # HttpConnection's
+    return await call.answer(parts, key)

@@ -1,0 +1,17 @@
+"""``GET /ws/api/history``: the durable events of a branch, in pages."""
+
+from ...core.api_keys import ApiKey
+from ...core.audiences import BranchId, TenantId, everything_at
+from ...parts import Parts
+from ..catchup import missed
+from ..responses import Answer
+from .reading import check_tenant, read_id
+
+
+async def history(parts: Parts, key: ApiKey) -> Answer:
+    """The durable events of a branch since a time or an event, in pages as `/ws/catchup`."""
+    tenant = TenantId(read_id("tenant_id"))
+    check_tenant(key, tenant)
+    branch = BranchId(read_id("branch_id", least=0))
+    owner = ("api", tenant, key.name)
+    return await missed(parts, tenant, everything_at(tenant, branch), owner)
