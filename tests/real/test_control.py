@@ -25,8 +25,15 @@ def closed_by(answers: Any) -> dict[str, int]:
 
 async def alive(*gateways: Running) -> list[str]:
     """Wait until all know all; returns their names."""
-    names = {cluster_of(each).registry.name for each in gateways}
-    await until(lambda: all(cluster_of(each).registry.nodes.keys() == names for each in gateways))
+    registries = [cluster_of(each).registry for each in gateways]
+    names = {each.name for each in registries}
+
+    def all_know_all() -> bool:
+        for each in registries:
+            each.beat_soon()
+        return all(each.nodes.keys() == names for each in registries)
+
+    await until(all_know_all)
     return sorted(names)
 
 
@@ -36,6 +43,7 @@ async def test_processes_know_each_other_until_they_stop(
     async with serving(redis_url, "direct", ws_cluster=True) as one:
         async with serving(redis_url, "direct", ws_cluster=True) as other:
             names = await alive(one, other)
+            assert len(names) == 2
             found = await cluster_of(one).registry.read()
             assert sorted(found) == names
             states: Any = backend.hgetall("{gateway}:nodes:states")

@@ -21,6 +21,7 @@ _MOST: Final = 100_000  # orders that are kept, about
 _BATCH: Final = 100
 _RETRY: Final = 1.0  # seconds
 _SKEW: Final = 60_000  # milliseconds by which the clock of another primary may be behind
+_MARGIN: Final = 10.0  # seconds before its start from which on a process reads: more than one try
 _REMEMBERED: Final = 10_000  # orders that are not carried out twice when they are read again
 
 _GIVE: Final = (
@@ -114,7 +115,7 @@ class Orders:
     ) -> bool:
         """Carry out a batch of orders; returns whether there may be more."""
         asked_after = self._after
-        own_age = math.ceil((trio.current_time() - started_at) * 1000) + 1
+        own_age = math.ceil((trio.current_time() - started_at + _MARGIN) * 1000)
         now, after, entries = await self._commands.evaluate(
             _READ,
             [self._keys.orders],
@@ -132,16 +133,22 @@ class Orders:
             self._done[name] = None
             if len(self._done) > _REMEMBERED:
                 del self._done[next(iter(self._done))]
-            fields = dict(zip(words[::2], words[1::2], strict=True))
-            order = Order(
-                fields[b"id"].decode(),
-                fields[b"giver"].decode(),
-                fields[b"kind"].decode(),
-                fields[b"request"],
-            )
+            if (order := _read_order(words)) is None:
+                self._throttled_log.warning("invalid order", entry_id=name)
+                continue
             age = max(0, now - read_position(name)[0]) / 1000
             await carry_out(order, answered_at - age)
         return len(entries) == _BATCH
+
+
+def _read_order(words: list[bytes]) -> Order | None:
+    """The order in an entry; None if somebody else has added it."""
+    fields = dict(zip(words[::2], words[1::2], strict=False))
+    try:
+        number, giver, kind = (fields[key].decode() for key in (b"id", b"giver", b"kind"))
+        return Order(number, giver, kind, fields[b"request"])
+    except (KeyError, UnicodeDecodeError):
+        return None
 
 
 def is_list(reply: object) -> bool:
