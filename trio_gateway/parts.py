@@ -336,7 +336,7 @@ def build_parts(
 
     room = Room(hub, lambda: drain.begun)
     cluster = None
-    if settings.ws_cluster or settings.ws_api_keys_file is not None:
+    if settings.has_cluster:
 
         def describe(name: str) -> Node:
             return Node(

@@ -79,6 +79,9 @@ def snapshot(parts: Parts) -> Snapshot:
             if parts.sector_assignments
             else {},
             "wsgateway_log_lines_dropped_total": output.dropped(),
+            "wsgateway_control_refused_total": (
+                {"": parts.cluster.control.refused} if parts.cluster else {}
+            ),
             "wsgateway_tasks": trio.lowlevel.current_statistics().tasks_living,
             "wsgateway_history_events": len(parts.history),
             "wsgateway_history_bytes": parts.history.bytes,

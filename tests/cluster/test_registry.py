@@ -174,8 +174,13 @@ async def test_the_state_of_the_dead_is_deleted_after_a_minute(
     async with open_registries(redis_url, "a", "b") as (one, other):
         await one._beat()
         await other._beat()
-        age(backend, 61, "b")
+        backend.delete(KEYS.gap)
+        age(backend, 66, "b")
         await one._beat()
+        assert backend.zcard(KEYS.nodes) == 2
+        age(backend, 2, "b")
+        await one._beat()
+        assert one.lost == 1
         fields: Any = backend.hgetall(KEYS.states)
         assert fields.keys() == {b"a"}
         assert backend.zcard(KEYS.nodes) == 1

@@ -25,11 +25,17 @@ from tests.support.gateways import (
 )
 from tests.support.redis_server import RedisServer
 from trio_gateway.cli import main
+from trio_gateway.core.control_messages import Disconnect
 from trio_gateway.publisher import Publisher
 from trio_gateway.redis_sets import Cluster, Node, RedisSet, SentinelSet
 from trio_gateway.testing import make_jwt
 
-STREAM, DLQ = "events:critical", "events:dlq"
+STREAM, DLQ, PRESENCE = "events:critical", "events:dlq", "presence"
+ALL: dict[str, Any] = {
+    "redis_dlq_stream": DLQ,
+    "ws_cluster": True,
+    "ws_presence_stream": PRESENCE,
+}
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +49,8 @@ def check(url: str, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
         "REDIS_URL": url,
         "JWT_SECRET": JWT_SECRET,
         "REDIS_DLQ_STREAM": DLQ,
+        "WS_CLUSTER": "true",
+        "WS_PRESENCE_STREAM": PRESENCE,
     }.items():
         monkeypatch.setenv(name, value)
     done = CliRunner().invoke(main, ["check"])
@@ -74,6 +82,9 @@ async def works(gateway: Running, backend: "redis.Redis") -> None:
     commands = gateway.app.parts.commands  # for clients that resume from the stream
     assert len(await commands.read_back(STREAM, "+", 9)) == 2
     assert len(await commands.read_on(STREAM, "0-0", 9)) == 2
+    if (cluster := gateway.app.parts.cluster) is not None:
+        answers = await cluster.control.order("disconnect", Disconnect(1, user_id=21))
+        assert answers.by_node.keys() == {cluster.registry.name}
     assert all(breaker.failures == 0 for breaker in gateway.app.parts.breakers.values())
 
 
@@ -99,7 +110,7 @@ def granted(server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> str:
 async def test_rights_that_check_proposes_are_sufficient(server: RedisServer, granted: str) -> None:
     with redis.Redis(port=server.port, db=1) as admin:
         admin.execute_command("ACL LOG RESET")
-        async with running(make_settings(granted, redis_dlq_stream=DLQ)) as gateway:
+        async with running(make_settings(granted, **ALL)) as gateway:
             await works(gateway, admin)
         refused: Any = admin.acl_log()
         assert {entry["object"] for entry in refused} <= {"client|setname", "client|setinfo"}
@@ -130,7 +141,7 @@ async def grant_and_work(
     assert status == 0, printed
     for node in everywhere:
         node.ask("ACL", "LOG", "RESET")
-    async with running(make_settings(url, redis_dlq_stream=DLQ)) as gateway:
+    async with running(make_settings(url, **ALL)) as gateway:
         await works(gateway, backend)
     refused = {
         dict(zip(entry[::2], entry[1::2], strict=True))["object"]

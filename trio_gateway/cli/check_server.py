@@ -154,6 +154,41 @@ async def _check_commands(settings: "Settings", asking: _Asking, report: Report)
             await asking.call("SET", "gateway:dlq:check", "", "XX")
             # No entry can have this id: an error, and nothing is added.
             await asking.call("XADD", dlq, "0-0", "check", "", unless="greater than 0-0")
+    if settings.has_cluster:
+        await _check_cluster_scripts(settings, asking, report)
+
+
+async def _check_cluster_scripts(settings: "Settings", asking: _Asking, report: Report) -> None:
+    from ..cluster.keys import Keys
+    from ..cluster.rights import harmless_calls
+    from ..core.control_messages import CONTROL
+    from ..redis_url import RedisKind, RedisUrl
+
+    is_cluster = RedisUrl.from_url(settings.redis_url).kind is RedisKind.CLUSTER
+    keys = Keys(settings.ws_presence_stream, is_cluster=is_cluster)
+    calls = list(harmless_calls(keys))
+    commands = " ".join(f"+{words[0]}" for words in calls)
+    stream = f" ~{settings.ws_presence_stream}" if settings.ws_presence_stream else ""
+    with report.trying(
+        f"the other processes ({len(calls)} commands on {keys.prefix}*)",
+        f"allow this user: ACL SETUSER … ~{keys.prefix}*{stream} allchannels +eval +publish"
+        f" {commands}",
+    ):
+        await asking.call("EVAL", "return 0", 0)
+        await asking.call("PUBLISH", f"{CONTROL}:check", "")
+        for words in calls:
+            await asking.call(*words)
+    if settings.ws_presence_stream is not None:
+        with report.trying(
+            f"presence in {settings.ws_presence_stream} (XADD)",
+            f"allow this user the key: ACL SETUSER …{stream} +xadd",
+            f"the key {settings.ws_presence_stream} is not a stream:"
+            " name another one in WS_PRESENCE_STREAM",
+        ):
+            # No entry can have this id: an error, and nothing is added.
+            await asking.call(
+                "XADD", settings.ws_presence_stream, "0-0", "check", "", unless="greater than 0-0"
+            )
 
 
 async def _check_streams(
@@ -184,7 +219,7 @@ async def _check_streams(
 
 
 async def _check_subscribing(settings: "Settings", asking: _Asking, report: Report) -> None:
-    from ..core.control_messages import PLACEMENT, REVOKED
+    from ..core.control_messages import CONTROL, PLACEMENT, REVOKED
 
     patterns = dict.fromkeys(settings.redis_channel_patterns)
     with report.trying(
@@ -193,7 +228,7 @@ async def _check_subscribing(settings: "Settings", asking: _Asking, report: Repo
     ):
         for pattern in patterns:
             await asking.call("PSUBSCRIBE", pattern)
-        for channel in (REVOKED, PLACEMENT):
+        for channel in (REVOKED, PLACEMENT, *((CONTROL,) if settings.has_cluster else ())):
             await asking.call("SUBSCRIBE", channel)
 
 

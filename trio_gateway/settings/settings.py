@@ -153,6 +153,11 @@ class Settings(SettingValues):
         return found
 
     @property
+    def has_cluster(self) -> bool:
+        """Whether the processes on the same Redis know each other."""
+        return self.ws_cluster or self.ws_api_keys_file is not None
+
+    @property
     def production(self) -> bool:
         """Whether ``ENVIRONMENT`` is ``production``."""
         return self.environment == "production"

@@ -89,6 +89,9 @@ METRICS: Final[Mapping[str, Counter | Gauge | Distribution]] = {
     "wsgateway_log_lines_dropped_total": Counter(
         "Log lines dropped because they could not be written"
     ),
+    "wsgateway_control_refused_total": Counter(
+        "Questions of other processes that were refused because too many are being answered"
+    ),
     "wsgateway_tasks": Gauge("Running Trio tasks"),
     "wsgateway_history_events": Gauge("Durable events in the history"),
     "wsgateway_history_bytes": Gauge("Bytes of the durable events in the history"),
