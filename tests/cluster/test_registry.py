@@ -64,8 +64,8 @@ async def test_a_process_is_alive_for_seven_seconds_after_its_beat(
     redis_url: str, backend: "redis.Redis"
 ) -> None:
     async with open_registries(redis_url, "a", "bb") as (one, other):
-        await one._beat()
-        await other._beat()
+        await one.beat()
+        await other.beat()
         backend.delete(KEYS.gap)
         age(backend, 6.5, "bb")
         assert await one.read() == {
@@ -74,23 +74,23 @@ async def test_a_process_is_alive_for_seven_seconds_after_its_beat(
         age(backend, 0.5, "bb")
         assert (await one.read()).keys() == {"a"}
         backend.delete(KEYS.gap)
-        await one._beat()
+        await one.beat()
         assert one.nodes.keys() == {"a"}
 
 
 async def test_who_was_forgotten_is_told(redis_url: str, backend: "redis.Redis") -> None:
     async with open_registries(redis_url, "a", "b") as (one, other):
-        await one._beat()
+        await one.beat()
         assert times_forgotten(one) == 1  # the first beat
-        await one._beat()
-        await other._beat()
+        await one.beat()
+        await other.beat()
         assert (times_forgotten(one), times_forgotten(other)) == (1, 1)
         age(backend, 8, "a")  # it was paused
-        await one._beat()
-        await other._beat()
+        await one.beat()
+        await other.beat()
         assert (times_forgotten(one), times_forgotten(other)) == (2, 1)
         backend.flushall()
-        await one._beat()
+        await one.beat()
         assert times_forgotten(one) == 3
 
 
@@ -98,28 +98,28 @@ async def test_when_redis_has_lost_its_data_the_others_stay_known_until_they_can
     redis_url: str, backend: "redis.Redis"
 ) -> None:
     async with open_registries(redis_url, "a", "b") as (one, other):
-        await other._beat()
-        await one._beat()
+        await other.beat()
+        await one.beat()
         backend.flushall()
-        await one._beat()
+        await one.beat()
         assert one.nodes.keys() == {"a", "b"}
         assert (await one.read()).keys() == {"a"}
         backend.delete(KEYS.gap)  # 7 s later
-        await one._beat()
+        await one.beat()
         assert one.nodes.keys() == {"a"}
 
 
 async def test_while_redis_was_away_nobody_died(redis_url: str, backend: "redis.Redis") -> None:
     async with open_registries(redis_url, "a", "b", "dead") as (one, other, dead):
         for each in (dead, one, other):
-            await each._beat()
+            await each.beat()
         backend.delete(KEYS.gap)
         age(backend, 8, "dead")
         assert await alive_by_script(one) == {"a", "b"}
         age(backend, 20, "a", "b", "dead")  # frozen for 20 s; "b" beats later than "a"
         assert await alive_by_script(one) == {"a", "b"}
         one._failed = True
-        await one._beat()
+        await one.beat()
         assert times_forgotten(one) == 1  # what it has in Redis is still there, and was kept
         assert await alive_by_script(one) == {"a", "b"}
         assert 6000 < backend.pttl(KEYS.gap) <= 7000
@@ -131,10 +131,10 @@ async def test_processes_that_died_together_do_not_live_again(
     redis_url: str, backend: "redis.Redis"
 ) -> None:
     async with open_registries(redis_url, "old", "new") as (old, new):
-        await old._beat()
+        await old.beat()
         backend.delete(KEYS.gap)
         age(backend, 8, "old")
-        await new._beat()  # Redis was there all the time
+        await new.beat()  # Redis was there all the time
         assert await alive_by_script(new) == {"new"}
 
 
@@ -142,11 +142,11 @@ async def test_a_clock_that_was_set_back_keeps_nobody_alive(
     redis_url: str, backend: "redis.Redis"
 ) -> None:
     async with open_registries(redis_url, "a", "b") as (one, other):
-        await other._beat()
-        await one._beat()
+        await other.beat()
+        await one.beat()
         backend.delete(KEYS.gap)
         age(backend, -3600, "b")
-        await one._beat()
+        await one.beat()
         age(backend, 7, "b")
         assert await alive_by_script(one) == {"a"}
 
@@ -155,8 +155,8 @@ async def test_who_leaves_is_gone_at_once_and_does_not_come_back(
     redis_url: str, backend: "redis.Redis"
 ) -> None:
     async with open_registries(redis_url, "a", "b") as (one, other):
-        await one._beat()
-        await other._beat()
+        await one.beat()
+        await other.beat()
         async with trio.open_nursery() as nursery:
             await other.leave()
             nursery.start_soon(other.run)
@@ -172,14 +172,14 @@ async def test_the_state_of_the_dead_is_deleted_after_a_minute(
     redis_url: str, backend: "redis.Redis"
 ) -> None:
     async with open_registries(redis_url, "a", "b") as (one, other):
-        await one._beat()
-        await other._beat()
+        await one.beat()
+        await other.beat()
         backend.delete(KEYS.gap)
         age(backend, 66, "b")
-        await one._beat()
+        await one.beat()
         assert backend.zcard(KEYS.nodes) == 2
         age(backend, 2, "b")
-        await one._beat()
+        await one.beat()
         assert one.lost == 1
         fields: Any = backend.hgetall(KEYS.states)
         assert fields.keys() == {b"a"}
@@ -190,9 +190,9 @@ async def test_a_state_of_another_version_is_a_live_process(
     redis_url: str, backend: "redis.Redis"
 ) -> None:
     async with open_registries(redis_url, "a", "b") as (one, other):
-        await other._beat()
+        await other.beat()
         backend.hset(KEYS.states, "b", '{"name":5}')
-        await one._beat()
+        await one.beat()
         assert one.nodes["b"] == Node("b")
 
 
@@ -200,7 +200,7 @@ async def test_without_redis_the_last_known_processes_stay() -> None:
     async with open_registries("redis://127.0.0.1:1", "a") as (one,):
         one._others = {"b": Node("b")}
         with pytest.raises(Unavailable):
-            await one._beat()
+            await one.beat()
         assert one.nodes.keys() == {"a", "b"}
 
 

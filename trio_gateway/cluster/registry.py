@@ -144,6 +144,9 @@ class Registry:
     async def leave(self) -> None:
         """Take this process out, for good. Raises :exc:`Unavailable`."""
         self._has_left = True
+        await self._leave()
+
+    async def _leave(self) -> None:
         left = msgspec.json.encode(Left(self.name))
         keys = [self._keys.nodes, self._keys.states, self._keys.settings]
         await self._commands.evaluate(_LEAVE, keys, [self.name, CONTROL, left])
@@ -163,6 +166,9 @@ class Registry:
             [int(self._failed), _FORGET, self.name, state, self._settings, channel, number],
             fits=_has(5),
         )
+        if self._has_left:  # meanwhile
+            await self._leave()
+            return
         self.lost += lost
         if self._probe is not None:
             self._probe.published(1, trio.current_time())

@@ -14,6 +14,7 @@ get {}
 set {} x xx
 pexpire {} 1
 hset {} x x
+hget {} x
 hmget {} x
 hdel {} x
 zadd {} xx 0 x
