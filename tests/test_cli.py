@@ -156,6 +156,15 @@ def test_asyncapi_prints_the_document_of_these_settings() -> None:
     assert document["channels"]["stream_1"]["address"] == "events:elsewhere"
 
 
+def test_openapi_prints_the_document_of_these_settings(tmp_path: Path) -> None:
+    (tmp_path / "routes.toml").write_text('[routes.BREAD]\nto = ["floor"]\n')
+    done = run("openapi", env={"WS_ROUTES_FILE": str(tmp_path / "routes.toml")})
+    assert done.exit_code == 0
+    document = json.loads(done.stdout)
+    assert document["openapi"] == "3.1.0"
+    assert document["x-event-types"]["BREAD"] == {"durable": False, "to": ["floor"]}
+
+
 # publish
 
 

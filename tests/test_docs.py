@@ -19,7 +19,7 @@ from trio_gateway.settings import NAMES
 from trio_gateway.telemetry.metrics import METRICS
 from trio_gateway.transports.sse import PATHS
 from trio_gateway.web.routes import HTTP
-from trio_gateway.web.static import ASYNCAPI, FILES
+from trio_gateway.web.static import ASYNCAPI, FILES, OPENAPI
 
 PAGE = tables.PAGE.read_text("utf-8")
 DOCS = tables.PAGE.parent
@@ -34,7 +34,7 @@ def test_tables_of_the_protocol_match_the_code() -> None:
 @pytest.mark.parametrize("page", [*PAGES, DOCS.parent / "README.md"], ids=lambda page: page.stem)
 def test_http_paths_that_a_page_names_exist(page: Path) -> None:
     named = re.findall(r"(GET|POST) (/ws/[a-z/.]+)", page.read_text("utf-8"))
-    files = {("GET", path) for path in (*PATHS, *FILES, ASYNCAPI)}
+    files = {("GET", path) for path in (*PATHS, *FILES, ASYNCAPI, OPENAPI)}
     assert set(named) <= HTTP.keys() | files
 
 

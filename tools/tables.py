@@ -16,7 +16,7 @@ from trio_gateway.core.message_schemas import ANSWERS, REQUESTS
 from trio_gateway.core.routing import ROUTES
 from trio_gateway.transports.sse import PATHS
 from trio_gateway.web.routes import HTTP
-from trio_gateway.web.static import ASYNCAPI, FILES
+from trio_gateway.web.static import ASYNCAPI, FILES, OPENAPI
 
 from . import performance
 from .markdown import table
@@ -86,6 +86,7 @@ def http() -> str:
     streams = ", ".join(_code(f"GET {path}") for path in PATHS)
     rows.append((streams, "see Server-Sent Events"))
     rows.append((_code(f"GET {ASYNCAPI}"), "this contract as an AsyncAPI document; public"))
+    rows.append((_code(f"GET {OPENAPI}"), "the API for backends as an OpenAPI document; public"))
     files = ", ".join(_code(f"GET {path}") for path in FILES)
     rows.append((files, "the JavaScript client and its types; public, for pages of any origin"))
     return table(("path", "answer"), *rows)

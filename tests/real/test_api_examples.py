@@ -11,10 +11,12 @@ from typing import Any, Final
 import pytest
 import redis
 import trio
+from jsonschema import Draft202012Validator
 
 from tests.support.api_keys import secret_of, write_keys
-from tests.support.gateways import serving
+from tests.support.gateways import http, serving
 from trio_gateway.core.api_keys import read_api_keys
+from trio_gateway.web.static import OPENAPI
 
 DOCUMENT: Final = (Path(__file__).parents[2] / "docs" / "backends.md").read_text("utf-8")
 EXAMPLES: Final = re.findall(r"```sh\n(.*?)```\n\n```json\n(.*?)```", DOCUMENT, re.DOTALL)
@@ -33,16 +35,22 @@ def shape(value: Any) -> Any:
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="the examples are for curl")
-async def test_examples_are_answered_as_the_page_says(
+async def test_examples_are_answered_as_the_page_and_the_document_say(
     redis_url: str, backend: "redis.Redis", tmp_path: Path
 ) -> None:
     assert len(EXAMPLES) == DOCUMENT.count("```sh")
     async with serving(redis_url, "direct", ws_api_keys_file=write_keys(tmp_path)) as gateway:
+        described = (await http(gateway.port, OPENAPI)).json
         url = f"http://127.0.0.1:{gateway.port}"
         env = os.environ | {"URL": url, "SECRET": secret_of("all")}
         for command, answer in EXAMPLES:
             done = await trio.run_process(["sh", "-c", command], env=env, capture_stdout=True)
             assert shape(json.loads(done.stdout)) == shape(json.loads(answer)), command
+            (path,) = re.findall(r"\$URL(/ws/api/\w+)", command)
+            (operation,) = described["paths"][path].values()
+            schema = operation["responses"]["200"]["content"]["application/json"]["schema"]
+            components = {"components": described["components"]}
+            Draft202012Validator(schema | components).validate(json.loads(done.stdout))
 
 
 def test_the_file_of_keys_on_the_page_is_valid() -> None:

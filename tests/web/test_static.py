@@ -7,7 +7,7 @@ from quart import Response
 
 from tests.support.gateways import make_settings
 from trio_gateway.gateway import create_app
-from trio_gateway.web.static import ASYNCAPI, FILES
+from trio_gateway.web.static import ASYNCAPI, FILES, OPENAPI
 
 
 async def get(path: str, **headers: str) -> Response:
@@ -30,7 +30,7 @@ async def test_file_of_the_package_is_served_unchanged_with_a_fixed_content_type
     assert response.headers["X-Content-Type-Options"] == "nosniff"
 
 
-@pytest.mark.parametrize("path", [*FILES, ASYNCAPI])
+@pytest.mark.parametrize("path", [*FILES, ASYNCAPI, OPENAPI])
 async def test_unchanged_file_is_304(path: str) -> None:
     first = await get(path)
     assert first.headers["Cache-Control"] == "no-cache"

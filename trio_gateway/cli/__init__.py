@@ -17,6 +17,7 @@ from .errors import Failure, settings_or_exit
 from .explain import explain
 from .kick import kick
 from .nodes import nodes
+from .openapi import openapi
 from .publish import publish
 from .rebalance import rebalance
 from .routes import routes
@@ -58,7 +59,7 @@ def main() -> None:
 
 
 for command in (
-    serve, demo, token, publish, tail, routes, asyncapi, explain, check, dlq, rebalance, nodes,
-    kick, completion,
+    serve, demo, token, publish, tail, routes, asyncapi, openapi, explain, check, dlq, rebalance,
+    nodes, kick, completion,
 ):  # fmt: skip
     main.add_command(command)

@@ -229,11 +229,10 @@ def _ref(*path: str) -> _Object:
     return {"$ref": "/".join(["#", *path])}
 
 
-def _schemas() -> _Object:
-    _, found = msgspec.json.schema_components(
-        [Keys, Revoked, SectorsChanged], ref_template="#/components/schemas/{name}"
-    )
-    event = found.pop("Keys")
+def event_schema() -> _Object:
+    """The JSON Schema of an event."""
+    _, found = msgspec.json.schema_components([Keys])
+    event: _Object = found["Keys"]
     event |= {
         "title": "Event",
         "description": f"At most {MAX_EVENT_BYTES} bytes. Other keys are passed through unchanged.",
@@ -242,7 +241,14 @@ def _schemas() -> _Object:
         "type": "string",
         "description": "Added by the gateway as the last key of durable events from a stream.",
     }
-    return {"Event": event, **found}
+    return event
+
+
+def _schemas() -> _Object:
+    _, found = msgspec.json.schema_components(
+        [Revoked, SectorsChanged], ref_template="#/components/schemas/{name}"
+    )
+    return {"Event": event_schema(), **found}
 
 
 def _messages(routes: Routing) -> _Object:
@@ -290,8 +296,8 @@ def _messages(routes: Routing) -> _Object:
             "x-to": [to.name.lower() for to in each.to if to.name],
             "x-durable": each.durable,
         }
-        if name in _samples():
-            described["examples"] = [{"payload": _samples()[name]}]
+        if name in sample_events():
+            described["examples"] = [{"payload": sample_events()[name]}]
     return found
 
 
@@ -302,7 +308,7 @@ def _event_name(event_type: str) -> str:
 
 
 @cache
-def _samples() -> Mapping[str, _Object]:
+def sample_events() -> Mapping[str, _Object]:
     """The first sample event of each type."""
     text = files("trio_gateway").joinpath("data", "events.jsonl").read_text("utf-8")
     events = [json.loads(line)["event"] for line in text.splitlines()]

@@ -1,4 +1,4 @@
-"""Static files: the JavaScript client and the AsyncAPI document.
+"""Static files: the JavaScript client, and the AsyncAPI and OpenAPI documents.
 
 They are public: no credential is needed, and pages of any origin may load them.
 """
@@ -13,7 +13,7 @@ from quart import Response, request
 from quart_trio import QuartTrio
 
 from ..settings import Settings
-from .asyncapi import describe
+from . import asyncapi, openapi
 
 # Path: the file, its type, and additional headers.
 FILES: Final[Mapping[str, tuple[str, str, Mapping[str, str]]]] = {
@@ -21,6 +21,7 @@ FILES: Final[Mapping[str, tuple[str, str, Mapping[str, str]]]] = {
     "/ws/client.d.ts": ("client.d.ts", "application/typescript", {}),
 }
 ASYNCAPI: Final = "/ws/asyncapi.json"
+OPENAPI: Final = "/ws/openapi.json"
 _HEADERS: Final = {
     "Access-Control-Allow-Origin": "*",
     "Cache-Control": "no-cache",  # stored, but revalidated each time (304)
@@ -30,17 +31,19 @@ _HEADERS: Final = {
 
 
 def add_files(app: QuartTrio, settings: Settings) -> None:
-    """Add routes for the files, read now, and for the document, made at the first request."""
+    """Add routes for the files, read now, and for the documents, made at the first request."""
     for path, (name, content_type, headers) in FILES.items():
         body = files("trio_gateway").joinpath("static", name).read_bytes()
         view = _view_of(partial(bytes, body), content_type, {**_HEADERS, **headers})
         app.add_url_rule(path, path, view)
 
-    @cache
-    def document() -> bytes:
-        return json.dumps(describe(settings)).encode()
+    for path, describe in {ASYNCAPI: asyncapi.describe, OPENAPI: openapi.describe}.items():
+        document = cache(partial(_encoded, describe, settings))
+        app.add_url_rule(path, path, _view_of(document, "application/json", _HEADERS))
 
-    app.add_url_rule(ASYNCAPI, ASYNCAPI, _view_of(document, "application/json", _HEADERS))
+
+def _encoded(describe: Callable[[Settings], object], settings: Settings) -> bytes:
+    return json.dumps(describe(settings)).encode()
 
 
 def _view_of(

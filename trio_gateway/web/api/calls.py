@@ -1,18 +1,71 @@
 """The calls of the API, in one table: routes, docs and the OpenAPI document follow it."""
 
-from typing import Final
+from typing import Any, Final
 
 from ...core.api_keys import Scope
-from .control import disconnect, refresh
-from .guard import Call
-from .history import history
-from .nodes import nodes
-from .publish import MAX_BYTES, publish
+from ...core.events import MAX_ID
+from .control import (
+    DisconnectReply,
+    DisconnectRequest,
+    RefreshReply,
+    RefreshRequest,
+    disconnect,
+    refresh,
+)
+from .guard import Call, Parameter
+from .history import HistoryReply, history
+from .nodes import NodesReply, nodes
+from .publish import MAX_BYTES, PublishReply, PublishRequest, publish
+
+
+def _number(least: int = 1) -> dict[str, Any]:
+    return {"type": "integer", "minimum": least, "maximum": MAX_ID}
+
+
+_TENANT: Final = Parameter("tenant_id", _number(), "one of the key's tenants")
 
 CALLS: Final = (
-    Call("publish", "POST", Scope.PUBLISH, publish, MAX_BYTES, takes_turns=True),
-    Call("disconnect", "POST", Scope.CONTROL, disconnect),
-    Call("refresh", "POST", Scope.CONTROL, refresh),
-    Call("nodes", "GET", Scope.READ, nodes),
-    Call("history", "GET", Scope.READ, history),
+    Call(
+        name="publish",
+        scope=Scope.PUBLISH,
+        answer=publish,
+        body=PublishRequest,
+        reply=PublishReply,
+        query=(
+            Parameter(
+                "confirm",
+                {"anyOf": [{"type": "integer", "minimum": 0, "maximum": 999}, {"const": "all"}]},
+                "how many replicas must have the durable events within a second; or all of them",
+                required=False,
+            ),
+        ),
+        most_bytes=MAX_BYTES,
+        takes_turns=True,
+    ),
+    Call(
+        name="disconnect",
+        scope=Scope.CONTROL,
+        answer=disconnect,
+        body=DisconnectRequest,
+        reply=DisconnectReply,
+    ),
+    Call(
+        name="refresh",
+        scope=Scope.CONTROL,
+        answer=refresh,
+        body=RefreshRequest,
+        reply=RefreshReply,
+    ),
+    Call(name="nodes", scope=Scope.READ, answer=nodes, reply=NodesReply),
+    Call(
+        name="history",
+        scope=Scope.READ,
+        answer=history,
+        reply=HistoryReply,
+        query=(
+            _TENANT,
+            Parameter("branch_id", _number(0), "the branch; 0: events of the whole tenant alone"),
+            Parameter("since", {"type": "string"}, "a unix time in seconds, or an event id"),
+        ),
+    ),
 )

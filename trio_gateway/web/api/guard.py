@@ -2,8 +2,9 @@
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final, NamedTuple
 
+import msgspec
 import trio
 from quart import request
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
@@ -29,19 +30,35 @@ class Invalid(Exception):  # noqa: N818 - an answer
         self.status = status
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One call of the API. ``most_bytes`` bounds its body.
+class Parameter(NamedTuple):
+    """A parameter of the query, as the OpenAPI document describes it."""
 
-    ``takes_turns``: its bodies are big, so only a few of these calls are served at once.
+    name: str
+    schema: dict[str, Any]
+    words: str
+    required: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One call of the API: what decides on it, and what describes it.
+
+    ``most_bytes`` bounds its body. ``takes_turns``: its bodies are big, so only a few of these
+    calls are served at once.
     """
 
     name: str
-    method: str
     scope: Scope
     answer: Callable[[Parts, ApiKey], Awaitable[Answer]]
+    reply: type[msgspec.Struct]
+    body: type[msgspec.Struct] | None = None  # of a POST; without one it is a GET
+    query: tuple[Parameter, ...] = ()
     most_bytes: int = SMALL_BODY
     takes_turns: bool = False
+
+    @property
+    def method(self) -> str:
+        return "GET" if self.body is None else "POST"
 
     @property
     def path(self) -> str:

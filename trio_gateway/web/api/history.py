@@ -1,11 +1,23 @@
 """``GET /ws/api/history``: the durable events of a branch, in pages."""
 
+from typing import Annotated
+
+import msgspec
+
 from ...core.api_keys import ApiKey
 from ...core.audiences import BranchId, TenantId, everything_at
 from ...parts import Parts
 from ..catchup import missed
 from ..responses import Answer
 from .reading import check_tenant, read_id
+
+
+class HistoryReply(msgspec.Struct):
+    """A page of events; ``next`` is there if there are more: the ``since`` of the next page."""
+
+    events: list[msgspec.Raw]
+    count: Annotated[int, msgspec.Meta(ge=0)]
+    next: str | msgspec.UnsetType = msgspec.UNSET
 
 
 async def history(parts: Parts, key: ApiKey) -> Answer:

@@ -24,8 +24,8 @@ MAX_BYTES: Final = 8_388_608
 _PER_CHECKPOINT: Final = 50  # events that are parsed at a time
 
 
-class Request(msgspec.Struct, forbid_unknown_fields=True):
-    """The body."""
+class PublishRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """Events, of any tenants that the key is for."""
 
     events: Annotated[list[msgspec.Raw], msgspec.Meta(max_length=MAX_EVENTS)]
 
@@ -41,7 +41,7 @@ class Published(msgspec.Struct, omit_defaults=True):
     error: str | msgspec.UnsetType = msgspec.UNSET
 
 
-class Reply(msgspec.Struct):
+class PublishReply(msgspec.Struct):
     """One entry for each event, in order."""
 
     published: list[Published]
@@ -50,7 +50,7 @@ class Reply(msgspec.Struct):
 async def publish(parts: Parts, key: ApiKey) -> Answer:
     """Publish up to 1,000 events, durable ones on the stream; each has an outcome of its own."""
     confirm = _read_confirm(request.args.get("confirm", "0"))
-    body = await read_body(Request)
+    body = await read_body(PublishRequest)
     found: list[Publication | str] = []  # or what is wrong with the event
     for n, raw in enumerate(body.events):
         try:
@@ -69,7 +69,7 @@ async def publish(parts: Parts, key: ApiKey) -> Answer:
         _count(parts.api, found)
         return problem(503, f"nothing was published: {refusal}")
     _count(parts.api, found)
-    reply = Reply([_published(each) for each in found])
+    reply = PublishReply([_published(each) for each in found])
     return Response(msgspec.json.encode(reply), content_type="application/json")
 
 
