@@ -13,7 +13,7 @@ from ..broker.pubsub import PubSub
 from ..broker.topology import Topology
 from ..core.capacity import CapacityLimits
 from ..core.control_messages import CONTROL, Node, SectorsChanged, reply_channel
-from ..core.resilience import Breaker
+from ..core.resilience import Backoff, Breaker
 from ..runtime.hub import Hub
 from ..runtime.ingest import Ingest
 from ..runtime.queue import EventQueue
@@ -34,6 +34,8 @@ COMMON: Final = (
     "REDIS_STREAM_SHARDS", "REDIS_STREAM_SHARDS_PREVIOUS",
 )  # fmt: skip
 
+_RECOVERY: Final = 1.0  # seconds: without the link, API calls fail that would work by now
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ClusterParts:
@@ -52,7 +54,8 @@ class ClusterParts:
         """Start the tasks of all parts."""
         changed = None if self.topology.is_fixed else self.topology.wait_changed
         breaker = self.breakers["control"]
-        nursery.start_soon(keep_running, "control", self.link.run, breaker, None, changed)
+        backoff = Backoff(most=_RECOVERY)
+        nursery.start_soon(keep_running, "control", self.link.run, breaker, backoff, changed)
         nursery.start_soon(self.registry.run)
         nursery.start_soon(self.control.run)
         if self.limits is not None and self.room is not None:
@@ -94,7 +97,7 @@ def build_cluster(
         probe=None if topology.is_cluster else probe,
     )
     control = Control(commands, keys, registry, lambda: link.connected)
-    breaker = Breaker(settings.circuit_failure_threshold, settings.circuit_recovery_timeout)
+    breaker = Breaker(settings.circuit_failure_threshold, _RECOVERY)
     link = PubSub(
         topology,
         [],
