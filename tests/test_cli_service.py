@@ -1,17 +1,27 @@
-"""``nodes`` and ``kick``: all processes on one Redis, as a user of the command line sees them."""
+"""``nodes``, ``kick`` and ``check``, with all processes that run on one Redis."""
 
 import json
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import pytest
 import trio
+from structlog.testing import capture_logs
 
 from tests.support.commands import SECRETS, run
 from tests.support.gateways import Running, admitted, closed, received, serving, until
+from trio_gateway.cli.check_processes import differences
 from trio_gateway.cli.nodes import duration, ranges
 from trio_gateway.cluster.building import ClusterParts
 from trio_gateway.redis_sets import RedisSet
+
+
+@pytest.fixture(autouse=True)
+def _no_logs() -> Iterator[None]:
+    """The gateways are in this process: their log would be in the output of the commands."""
+    with capture_logs():
+        yield
 
 
 async def command(redis_url: str, *arguments: str, **env: str) -> tuple[int, str, str]:
@@ -28,11 +38,12 @@ def cluster_of(gateway: Running) -> ClusterParts:
 
 
 async def alive(*gateways: Running) -> list[str]:
-    """Wait until Redis knows all; return their names."""
+    """Wait until Redis knows all, and all listen; return their names."""
     names = {cluster_of(each).registry.name for each in gateways}
 
     async def are_known() -> bool:
-        return (await cluster_of(gateways[0]).registry.read()).keys() == names
+        known = (await cluster_of(gateways[0]).registry.read()).keys() == names
+        return known and all(cluster_of(each).link.connected for each in gateways)
 
     await until(are_known)
     return sorted(names)
@@ -158,6 +169,66 @@ async def test_processes_are_asked_on_redis_sets(request: pytest.FixtureRequest,
         status, out, err = await command(found.url, "kick", "--tenant", "1", "--user", "21")
         assert (status, out, err) == (0, "1 connections closed\n", "")
         assert (await closed(client))[0] == 4001
+
+
+async def check(redis_url: str, **env: str) -> tuple[int, str]:
+    """Its exit status, and what it says of processes."""
+    status, out, _ = await command(redis_url, "check", WS_CLUSTER="true", **env)
+    return status, "".join(
+        line
+        for line in out.splitlines(keepends=True)
+        if "processes: " in line or "differs" in line or "fix" in line
+    )
+
+
+async def test_check_finds_processes_that_agree_and_answer(redis_url: str, backend: Any) -> None:
+    none = "ok       processes: none is alive on this Redis yet\n"
+    assert await check(redis_url) == (0, none)
+    assert backend.keys() == []
+    settings: dict[str, Any] = {
+        "ws_cluster": True,
+        "ws_max_connections_per_user": 3,
+        "ws_max_connections_per_session": 20,
+    }
+    async with (
+        serving(redis_url, "direct", **settings) as one,
+        serving(redis_url, "direct", **settings) as other,
+    ):
+        await alive(one, other)
+        both = "ok       processes: 2 answer, with the same settings\n"
+        found = await check(redis_url)
+        assert found == (0, both), found[1]
+
+
+async def test_check_names_settings_that_differ_and_who_does_not_answer(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"ws_cluster": True, "ws_presence_grace": 30}
+    async with (
+        serving(redis_url, "direct", **settings) as one,
+        serving(redis_url, "direct", **settings, redis_stream_shards=4) as other,
+    ):
+        await alive(one, other)
+        first, second = (cluster_of(each).registry.name for each in (one, other))
+        cluster_of(other).control._handlers.clear()
+        limits = {
+            "WS_MAX_CONNECTIONS_PER_USER": "1000", "WS_MAX_CONNECTIONS_PER_SESSION": "1000",
+        }  # fmt: skip
+        status, said = await check(redis_url, **limits)
+    assert status == 1
+    assert f"processes: 1 of 2 do not answer: {second}\n" in said
+    assert "WS_PRESENCE_GRACE differs: 15 (this check), 30 (" in said
+    assert f"REDIS_STREAM_SHARDS differs: 1 (this check, {first}), 4 ({second})\n" in said
+    assert said.count("differs") == 2
+    assert said.count("fix: ") == 3
+
+
+def test_settings_are_compared_where_both_have_them() -> None:
+    a = {"A": True, "B": ["x", "y"], "C": None, "D": 0.5}
+    assert differences({"a": a, "b": {**a, "new": 1}, "old": {}}) == []
+    assert differences({"a": a, "b": {**a, "B": ["x"], "A": False, "C": "s"}}) == [
+        "A differs: true (a), false (b)", "B differs: x y (a), x (b)", "C differs: none (a), s (b)",
+    ]  # fmt: skip
 
 
 def test_durations_and_ranges_are_short() -> None:

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
+from .check_processes import check_processes
 from .check_report import Report
 from .errors import FAILED, settings_or_exit
 
@@ -29,7 +30,10 @@ def check() -> None:
     report = Report()
     _check_settings(settings, report)
     _check_files(settings, report)
+    before = report.problems
     trio.run(_check_redis, settings, RedisUrl.from_url(settings.redis_url), report)
+    if settings.has_cluster and report.problems == before:
+        check_processes(settings, report)
     if settings.database_url is not None:
         trio.run(_check_database, settings, settings.database_url, report)
     if report.problems:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import trio
 
@@ -70,6 +70,11 @@ class ClusterParts:
             await self.registry.leave()
 
 
+def common_settings(settings: Settings) -> dict[str, Any]:
+    """The settings that should be the same in all processes."""
+    return {each: getattr(settings, each.lower()) for each in COMMON}
+
+
 def build_cluster(
     settings: Settings,
     *,
@@ -93,7 +98,7 @@ def build_cluster(
         commands,
         keys,
         lambda: describe(name),
-        settings={each: getattr(settings, each.lower()) for each in COMMON},
+        settings=common_settings(settings),
         probe=None if topology.is_cluster else probe,
     )
     control = Control(commands, keys, registry, lambda: link.connected)

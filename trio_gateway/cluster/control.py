@@ -19,6 +19,7 @@ from ..core.control_messages import (
     CONTROL,
     Answer,
     Ask,
+    Hello,
     Left,
     Node,
     Ordered,
@@ -109,7 +110,7 @@ class Control:
         self._keys = keys
         self._registry = registry
         self._is_listening = is_listening
-        self._handlers: dict[str, tuple[type, Handler]] = {}
+        self._handlers: dict[str, tuple[type, Handler]] = {"hello": (Hello, _say_nothing)}
         self._order_handlers: dict[str, tuple[type, OrderHandler]] = {}
         self._questions: dict[str, _Question] = {}
         self._orders = Orders(commands, keys)
@@ -324,3 +325,7 @@ class Control:
         else:
             question.failed.add(answer.node)
         question.settle()
+
+
+async def _say_nothing(_hello: Hello) -> None:
+    pass

@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 import trio
 
@@ -19,7 +19,7 @@ from ..runtime.queue import EventQueue
 from ..runtime.supervision import ConnectionLost
 from .control import Control
 from .keys import Keys
-from .registry import make_name, read_nodes
+from .registry import make_name, read_nodes, read_settings
 
 _CONNECT: Final = 5.0  # seconds
 _BREAKER: Final = 5, 30.0
@@ -38,6 +38,10 @@ class Observer:
     async def read(self) -> dict[str, Node]:
         """Read the live processes. Raises :exc:`Unavailable`."""
         return await read_nodes(self.commands, self.keys)
+
+    async def read_settings(self) -> dict[str, dict[str, Any]]:
+        """Read the settings that they should have in common. Raises :exc:`Unavailable`."""
+        return await read_settings(self.commands, self.keys)
 
     def forget(self, name: str) -> None:
         """A process has stopped. There is nothing to forget."""

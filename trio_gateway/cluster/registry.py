@@ -187,6 +187,16 @@ async def read_nodes(commands: Commands, keys: Keys) -> dict[str, Node]:
     return _nodes(*found)
 
 
+async def read_settings(commands: Commands, keys: Keys) -> dict[str, dict[str, Any]]:
+    """Read the settings that live processes should have in common. Raises :exc:`Unavailable`."""
+    found = await commands.evaluate(_READ, [keys.nodes, keys.gap, keys.settings], fits=_has(2))
+    return {
+        name.decode(): msgspec.json.decode(each, type=dict[str, Any])
+        for name, each in zip(*found, strict=True)
+        if each is not None
+    }
+
+
 def _has(length: int) -> Callable[[Any], bool]:
     """Whether a reply is a list of this length."""
     return lambda reply: isinstance(reply, list) and len(reply) == length

@@ -99,6 +99,10 @@ class Node(msgspec.Struct):
     shards: list[int] = []
 
 
+class Hello(msgspec.Struct):
+    """A question that every process answers, with nothing."""
+
+
 class Disconnect(msgspec.Struct, omit_defaults=True):
     """Close the connections of a user, of a session, or with one token, of a tenant."""
 
