@@ -9,6 +9,7 @@ import msgspec
 
 from .. import __version__
 from .api.calls import CALLS
+from .api.control import WHOSE
 from .api.guard import Call
 from .asyncapi import event_schema, sample_events
 
@@ -128,6 +129,10 @@ def _schemas() -> _Object:
     event = {"$ref": _REF.format(name="Event")}
     for name in ("PublishRequest", "HistoryReply"):
         found[name]["properties"]["events"]["items"] = event
+    # msgspec does not know what is checked after decoding.
+    found["DisconnectRequest"]["oneOf"] = [
+        {"required": [name], "properties": {name: {"not": {"type": "null"}}}} for name in WHOSE
+    ]
     return {
         **found,
         "Event": {**event_schema(), "examples": list(sample_events().values())[:3]},

@@ -22,6 +22,13 @@ def _number(least: int = 1) -> dict[str, Any]:
     return {"type": "integer", "minimum": least, "maximum": MAX_ID}
 
 
+_EVENT_ID: Final = r"[0-9]{1,20}-[0-9]{1,20}-[^.]{4}"
+_SINCE: Final = {
+    "anyOf": [
+        {"type": "number", "minimum": 0},
+        {"type": "string", "pattern": rf"^{_EVENT_ID}(\.{_EVENT_ID})*$"},
+    ]
+}
 _TENANT: Final = Parameter("tenant_id", _number(), "one of the key's tenants")
 
 CALLS: Final = (
@@ -65,7 +72,7 @@ CALLS: Final = (
         query=(
             _TENANT,
             Parameter("branch_id", _number(0), "the branch; 0: events of the whole tenant alone"),
-            Parameter("since", {"type": "string"}, "a unix time in seconds, or an event id"),
+            Parameter("since", _SINCE, "a unix time in seconds, or an event id"),
         ),
     ),
 )

@@ -1,6 +1,6 @@
 """``disconnect`` and ``refresh``: orders to all processes, also to one that is missing now."""
 
-from typing import Annotated
+from typing import Annotated, Final
 
 import msgspec
 from quart import Response
@@ -18,6 +18,9 @@ _User = (
 )
 
 
+WHOSE: Final = ("user_id", "session_id", "jti")
+
+
 class DisconnectRequest(msgspec.Struct, forbid_unknown_fields=True):
     """Whose connections to close: one of ``user_id``, ``session_id`` and ``jti``."""
 
@@ -28,7 +31,7 @@ class DisconnectRequest(msgspec.Struct, forbid_unknown_fields=True):
     reason: Annotated[str, msgspec.Meta(max_length=100)] = ""
 
     def __post_init__(self) -> None:
-        if sum(each is not None for each in (self.user_id, self.session_id, self.jti)) != 1:
+        if sum(getattr(self, name) is not None for name in WHOSE) != 1:
             raise ValueError("exactly one of user_id, session_id and jti is required")
 
 
