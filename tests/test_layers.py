@@ -42,7 +42,7 @@ MAY_IMPORT: Final[dict[str, set[str]]] = {
     "stats_feed": {"core", "runtime", "parts", "stats"},
     "reception": {"core", "runtime", "access", "transports", "parts", "stats_feed"},
     "web": {"core", "runtime", "settings", "access", "broker", "telemetry", "transports",
-            "parts", "stats", "stats_feed", "reception", "__init__"},
+            "cluster", "parts", "stats", "stats_feed", "reception", "__init__"},
     "gateway": {"core", "runtime", "settings", "access", "telemetry", "transports", "web",
                 "parts", "stats", "stats_feed", "reception"},
     "worker_listeners": {"transports"},

@@ -360,6 +360,7 @@ def build_parts(
             ingest=ingest,
             queue=pubsub_queue,
             describe=describe,
+            clock=clock,
             sectors_changed=sector_assignments.changed if sector_assignments else None,
         )
         breakers |= cluster.breakers

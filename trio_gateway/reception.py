@@ -8,10 +8,18 @@ import structlog
 import trio
 
 from .access.admission import PendingAdmission
-from .core.audiences import Endpoint, Principal, SectorId
+from .core.audiences import BranchId, Endpoint, Principal, SectorId
 from .core.client_request import ClientRequest
 from .core.close_codes import Close, Rejected
-from .core.messages import Command, Message, Reauthenticate, auth_ok, intervals, sectors_updated
+from .core.messages import (
+    Command,
+    Message,
+    Reauthenticate,
+    WatchPresence,
+    auth_ok,
+    intervals,
+    sectors_updated,
+)
 from .parts import Parts
 from .runtime.concurrency_limiter import Overloaded
 from .runtime.connection import Connection, ConnectionLimits
@@ -195,6 +203,17 @@ class Reception:
                 connection.send(self._intervals)
             case Command.WATCH | Command.UNWATCH as command:
                 self._stats_feed.command(connection, command)
+            case WatchPresence(branch, on):
+                self._watch_presence(connection, branch, on=on)
+
+    def _watch_presence(self, connection: Connection, branch: BranchId | None, *, on: bool) -> None:
+        if (cluster := self._parts.cluster) is None or cluster.presence is None:
+            return
+        feed = cluster.presence.feed
+        if on and branch is not None:
+            feed.watch(connection, branch)
+        else:
+            feed.unwatch(connection, branch)
 
     async def _reauthenticate(self, connection: Connection, token: str | None) -> None:
         parts = self._parts

@@ -78,6 +78,7 @@ def snapshot(parts: Parts) -> Snapshot:
             "wsgateway_sector_queries_total": parts.sector_assignments.queries
             if parts.sector_assignments
             else {},
+            "wsgateway_present": _present(parts),
             "wsgateway_log_lines_dropped_total": output.dropped(),
             "wsgateway_control_refused_total": (
                 {"": parts.cluster.control.refused} if parts.cluster else {}
@@ -131,6 +132,12 @@ def slow(hub: Hub, admin: Principal) -> list[dict[str, Any]]:
         }
         for each in waiting[:MAX_SLOW]
     ]
+
+
+def _present(parts: Parts) -> dict[str, float]:
+    if parts.cluster is None or parts.cluster.presence is None:
+        return {}
+    return dict(parts.cluster.presence.present)
 
 
 def _by_code(closed: Counter[int]) -> dict[str, float]:

@@ -7,7 +7,16 @@ from typing import Any
 
 import trio
 
-from .core.audiences import BranchId, Endpoint, Principal, SectorId, SessionId, TenantId, UserId
+from .core.audiences import (
+    BranchId,
+    Endpoint,
+    Principal,
+    SectorId,
+    SessionId,
+    TableId,
+    TenantId,
+    UserId,
+)
 from .core.close_codes import Close
 from .core.event_ids import Position, Stream
 from .core.events import Event, parse_event
@@ -39,12 +48,13 @@ def make_principal(
     sectors: Iterable[int] = (),
     roles: Iterable[str] | None = None,
     session: int = 456,
+    table: int = 10,
     expires_at: float = float("inf"),
 ) -> Principal:
     """Make a principal for an endpoint; it has the ``sectors`` in each of its ``branches``.
 
-    ``user`` counts for staff endpoints, ``session`` for diners. ``roles`` defaults to the
-    endpoint's own role. ``expires_at`` is unix time.
+    ``user`` counts for staff endpoints, ``session`` and ``table`` for diners. ``roles`` defaults
+    to the endpoint's own role. ``expires_at`` is unix time.
     """
     diner = endpoint is Endpoint.DINER
     return Principal(
@@ -54,6 +64,7 @@ def make_principal(
         expires_at=expires_at,
         user=None if diner else UserId(str(user)),
         session=SessionId(session) if diner else None,
+        table=TableId(table) if diner else None,
         roles=frozenset([endpoint.name] if roles is None else roles),
         sectors={BranchId(b): frozenset(map(SectorId, sectors)) for b in branches},
     )

@@ -17,7 +17,7 @@ from trio_gateway.web.asyncapi import describe
 async def test_messages_of_a_running_gateway_match_the_schemas_that_it_serves(
     backend: "redis.Redis", redis_url: str
 ) -> None:
-    settings = make_settings(redis_url)
+    settings = make_settings(redis_url, ws_cluster=True)
     async with running(settings) as gateway:
         reply = await http(gateway.port, "/ws/asyncapi.json")
         document = reply.json

@@ -39,7 +39,7 @@ def cors_headers(reply: Any) -> dict[str, str]:
 
 def test_paths_with_cors_are_those_of_the_contract() -> None:
     streams = {f"/ws/{each}/events" for each in ("waiter", "kitchen", "admin")}
-    assert {*STAFF_PATHS} == {"/ws/ticket", "/ws/catchup", "/ws/explain", *streams}
+    assert {*STAFF_PATHS} == {"/ws/ticket", "/ws/catchup", "/ws/explain", "/ws/presence", *streams}
     assert {*DINER_PATHS} == {"/ws/catchup/session", "/ws/diner/events"}
 
 

@@ -1,15 +1,16 @@
 """Builds what a process needs to be one of several, without I/O."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import trio
 
 from ..broker.commands import Commands, Unavailable
 from ..broker.probe import Probe
-from ..broker.pubsub import PubSub
+from ..broker.pubsub import Listener, PubSub
 from ..broker.topology import Topology
 from ..core.capacity import CapacityLimits
 from ..core.control_messages import CONTROL, Node, SectorsChanged, reply_channel
@@ -24,6 +25,9 @@ from .carrying_out import carry_out_orders
 from .control import Control
 from .keys import Keys
 from .limits import ClusterLimits
+from .presence import Presence
+from .presence_query import answer_presence
+from .presence_scripts import CHANNEL, presence_keys
 from .registry import Registry, make_name
 from .room import ClusterRoom
 
@@ -49,6 +53,7 @@ class ClusterParts:
     link: PubSub  # of control, apart from the events: neither delays the other
     topology: Topology
     breakers: Mapping[str, Breaker]
+    presence: Presence | None  # with WS_CLUSTER
 
     def start(self, nursery: trio.Nursery) -> None:
         """Start the tasks of all parts."""
@@ -61,11 +66,15 @@ class ClusterParts:
         if self.limits is not None and self.room is not None:
             nursery.start_soon(self.limits.run)
             nursery.start_soon(self.room.run)
+        if self.presence is not None:
+            nursery.start_soon(self.presence.run)
 
     async def leave(self) -> None:
         """Tell the other processes that this one has stopped, if Redis answers."""
         if self.limits is not None:
             self.limits.stop()
+        if self.presence is not None:
+            await self.presence.flush()
         with suppress(Unavailable):
             await self.registry.leave()
 
@@ -86,6 +95,7 @@ def build_cluster(
     ingest: Ingest,
     queue: EventQueue,
     describe: Callable[[str], Node],
+    clock: Callable[[], float],
     sectors_changed: Callable[[SectorsChanged], None] | None,
 ) -> ClusterParts:
     """Build the parts. ``describe`` returns the state of the process of this name."""
@@ -102,6 +112,19 @@ def build_cluster(
         probe=None if topology.is_cluster else probe,
     )
     control = Control(commands, keys, registry, lambda: link.connected)
+    listeners: dict[str, Listener] = {CONTROL: control, reply_channel(name): control}
+    presence = None
+    if settings.ws_cluster:
+        run_script = partial(
+            _run_script,
+            commands,
+            presence_keys(keys, settings.ws_presence_stream),
+            [keys.prefix, f"{settings.ws_presence_grace * 1000:.0f}"],
+        )
+        presence = hub.observer = Presence(name, run_script, clock)
+        listeners[CHANNEL] = presence.feed
+        registry.on_forgotten.append(presence.rewrite)
+        answer_presence(control, presence)
     breaker = Breaker(settings.circuit_failure_threshold, _RECOVERY)
     link = PubSub(
         topology,
@@ -109,7 +132,7 @@ def build_cluster(
         ingest,
         queue,
         breaker,
-        {CONTROL: control, reply_channel(name): control},
+        listeners,
         probe=probe,
         anywhere=topology.is_cluster,
     )
@@ -129,4 +152,15 @@ def build_cluster(
         link=link,
         topology=topology,
         breakers={"cluster": commands.cluster_breaker, "control": breaker},
+        presence=presence,
     )
+
+
+async def _run_script(
+    commands: Commands,
+    keys: Sequence[str],
+    common: Sequence[str],
+    script: str,
+    arguments: Sequence[str],
+) -> Any:
+    return await commands.evaluate(script, keys, [*common, *arguments])

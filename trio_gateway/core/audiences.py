@@ -114,6 +114,7 @@ class Principal:
     roles: frozenset[str] = field(default_factory=frozenset)
     sectors: Sectors = field(default_factory=lambda: NO_SECTORS)
     session: SessionId | None = None
+    table: TableId | None = None  # of the session
     issued_at: float | None = None
     token_id: str | None = None
 

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from . import messages
-from .audiences import Endpoint, SectorId
+from .audiences import BranchId, Endpoint, SectorId
 from .messages import Command
+from .presence import Items, SessionItem, UserItem
 
 Schema = Mapping[str, Any]
 _STRING: Final[Schema] = {"type": "string"}
 _COUNT: Final[Schema] = {"type": "integer", "minimum": 0}
+_ID: Final[Schema] = {"type": "integer", "minimum": 1}
 _SECONDS: Final[Schema] = {"type": "number", "minimum": 0}
 _ALL: Final = frozenset(Endpoint)
 
@@ -29,11 +31,15 @@ def _object(name: str, **keys: Schema) -> Schema:
 
 @dataclass(frozen=True)
 class Answer:
-    """A message that the gateway sends and that is not an event; ``example`` is a frame's text."""
+    """A message that the gateway sends and that is not an event; ``example`` is a frame's text.
+
+    ``unasked`` are the endpoints on which it is more than the answer to a request.
+    """
 
     example: str
     schema: Schema
     note: str
+    unasked: frozenset[Endpoint] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -47,13 +53,42 @@ class Request:
     endpoints: frozenset[Endpoint] = _ALL
 
 
+_IDS: Final[Schema] = {"type": "array", "items": {"type": "integer"}}
+_USER: Final[Schema] = {
+    "type": "object",
+    "properties": {
+        "user_id": _STRING,
+        "endpoint": {"enum": [endpoint.label for endpoint in Endpoint if endpoint.staff]},
+        "sector_ids": _IDS,
+        "connections": _COUNT,
+        "since": {"type": "number", "description": "unix seconds"},
+    },
+    "required": ["user_id", "endpoint", "sector_ids", "connections", "since"],
+}
+_SESSION: Final[Schema] = {
+    "type": "object",
+    "properties": {
+        "session_id": {"type": "integer"},
+        "table_id": {"type": ["integer", "null"]},
+        "connections": _COUNT,
+    },
+    "required": ["session_id", "table_id", "connections"],
+}
+
+
+def _list(*items: Schema) -> Schema:
+    return {"type": "array", "items": items[0] if len(items) == 1 else {"anyOf": list(items)}}
+
+
+_ANA: Final = UserItem("21", "waiter", [5], 1, 1790000000.5)
+_TABLE: Final = SessionItem(456, 10, 2)
 _SECTORS: Final = [SectorId(5), SectorId(6)]
 
 ANSWERS: Final[Mapping[str, Answer]] = {
     "pong": Answer(messages.PONG.decode(), _object("pong"), "the answer to a `ping`"),
     "sectors_updated": Answer(
         messages.sectors_updated(_SECTORS, Command.REFRESH_SECTORS_JSON).decode(),
-        _object("sectors_updated", sector_ids={"type": "array", "items": {"type": "integer"}}),
+        _object("sectors_updated", sector_ids=_IDS),
         "the sectors that the client receives events of from now on, in all its branches",
     ),
     "sectors_updated_text": Answer(
@@ -99,11 +134,30 @@ ANSWERS: Final[Mapping[str, Answer]] = {
         "connections of this process, the live processes of the service, and the slow clients of "
         "the ADMIN's tenant",
     ),
+    "presence": Answer(
+        messages.presence_state(BranchId(1), Items([_ANA], [_TABLE])).decode(),
+        _object("presence", branch_id=_ID, users=_list(_USER), sessions=_list(_SESSION)),
+        "who is present in the branch, see [Presence](#presence): sent first, and again whenever "
+        "changes may have been missed. It replaces what was sent before",
+    ),
+    "presence_change": Answer(
+        messages.presence_change(BranchId(1), [_ANA], []).decode(),
+        _object(
+            "presence",
+            branch_id=_ID,
+            joined=_list(_USER, _SESSION),
+            left=_list(_USER, _SESSION),
+        ),
+        "each change of that. One that is known already and joins again has other sectors, or "
+        "another table: the new item replaces the old one",
+        frozenset({Endpoint.ADMIN}),
+    ),
     "gap": Answer(
         messages.GAP.decode(),
         _object("gap"),
         "durable events were lost and cannot be replayed, or a slow client has skipped events that "
         "are not durable: fetch your state again",
+        _ALL,
     ),
 }
 
@@ -151,6 +205,22 @@ REQUESTS: Final[Mapping[str, Request]] = {
         _object("unwatch"),
         None,
         "stops the statistics",
+        frozenset({Endpoint.ADMIN}),
+    ),
+    "watch_presence": Request(
+        '{"type":"watch_presence","branch_id":1}',
+        _object("watch_presence", branch_id=_ID),
+        "presence",
+        "on `/ws/admin`, for a branch of the token, with `WS_CLUSTER`; otherwise there is no "
+        "answer. Until it sends `unwatch_presence`, or the branch is not in a renewed token. Sent "
+        "again it is answered with the state again",
+        frozenset({Endpoint.ADMIN}),
+    ),
+    "unwatch_presence": Request(
+        '{"type":"unwatch_presence","branch_id":1}',
+        _object("unwatch_presence", branch_id=_ID),
+        None,
+        "stops it; without `branch_id`, for all branches",
         frozenset({Endpoint.ADMIN}),
     ),
     "resume": Request(

@@ -8,7 +8,8 @@ from typing import Any, Final
 
 import msgspec
 
-from .audiences import SectorId
+from .audiences import BranchId, SectorId
+from .presence import Item, Items
 
 
 class Command(Enum):
@@ -37,7 +38,15 @@ class Resume:
     last_event_id: str | None
 
 
-Message = Command | Reauthenticate | Resume
+@dataclass(frozen=True, slots=True)
+class WatchPresence:
+    """Tell this admin who is present in a branch, or no more; None: no more of any."""
+
+    branch: BranchId | None
+    on: bool = True
+
+
+Message = Command | Reauthenticate | Resume | WatchPresence
 
 _WORDS: Final = {"ping": Command.PING, "refresh_sectors": Command.REFRESH_SECTORS}
 
@@ -46,6 +55,7 @@ class _Object(msgspec.Struct, gc=False):
     type: str
     token: Any = None
     last_event_id: Any = None
+    branch_id: Any = None
 
 
 _decode: Final = msgspec.json.Decoder(_Object).decode
@@ -82,7 +92,15 @@ def read_message(text: str) -> Message:
         case "resume":
             last = said.last_event_id
             return Resume(last if isinstance(last, str) else None)
+        case "watch_presence" if _is_id(said.branch_id):
+            return WatchPresence(BranchId(said.branch_id))
+        case "unwatch_presence" if said.branch_id is None or _is_id(said.branch_id):
+            return WatchPresence(said.branch_id, on=False)
     return Command.UNKNOWN
+
+
+def _is_id(said: Any) -> bool:
+    return type(said) is int and said > 0  # True is no number here
 
 
 PONG: Final = b'{"type":"pong"}'
@@ -121,3 +139,15 @@ def resumed(*, recovered: bool, count: int, last_event_id: str) -> bytes:
     return _encode(
         {"type": "resumed", "recovered": recovered, "count": count, "last_event_id": last_event_id}
     )
+
+
+def presence_state(branch: BranchId, state: Items) -> bytes:
+    """Who is present in a branch now."""
+    return _encode(
+        {"type": "presence", "branch_id": branch, "users": state.users, "sessions": state.sessions}
+    )
+
+
+def presence_change(branch: BranchId, joined: Sequence[Item], left: Sequence[Item]) -> bytes:
+    """Who has come to a branch, or is known differently, and who has left it."""
+    return _encode({"type": "presence", "branch_id": branch, "joined": joined, "left": left})

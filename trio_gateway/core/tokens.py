@@ -160,6 +160,7 @@ class Table(msgspec.Struct, frozen=True, kw_only=True, gc=False):
             endpoint=endpoint,
             tenant=self.tenant,
             session=self.session,
+            table=self.table,
             branches=frozenset({self.branch}),
             expires_at=self.expires_at,
             issued_at=self.issued_at,

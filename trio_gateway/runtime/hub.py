@@ -2,7 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, KeysView, Mapping, Sequence, Set
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import trio
 
@@ -32,6 +32,19 @@ class Place:
         self._hub.release(self._principal)
 
 
+class Observer(Protocol):
+    """Is told of every connection in the hub. Its methods never wait."""
+
+    def joined(self, connection: Connection) -> None:
+        """It has joined."""
+
+    def left(self, connection: Connection) -> None:
+        """It has left; its principal is the last one."""
+
+    def moved(self, connection: Connection) -> None:
+        """It has another principal, of the same owner and endpoint."""
+
+
 class Hub:
     """The connections, by audience and by owner.
 
@@ -49,6 +62,7 @@ class Hub:
         self._of_tenant: Counter[TenantId] = Counter()  # places, if their number is limited
         # Called with the principal of each place that was given up, also to join.
         self.on_freed: Callable[[Principal], None] | None = None
+        self.observer: Observer | None = None
         self._connections: dict[Connection, None] = {}  # in the order they joined
         self._leaving: set[Connection] = set()
         self._emptied = trio.lowlevel.ParkingLot()
@@ -157,6 +171,8 @@ class Hub:
         connection.audiences = audiences_of(principal)
         for audience in connection.audiences:
             self._enter(audience, connection)
+        if self.observer is not None:
+            self.observer.joined(connection)
 
     def leave(self, connection: Connection) -> None:
         """Take it out of all audiences. :meth:`finish` follows when its close has gone through."""
@@ -174,6 +190,8 @@ class Hub:
         self.deflate_count -= connection.supports_deflate
         for audience in connection.audiences:
             self._exit(audience, connection)
+        if self.observer is not None:
+            self.observer.left(connection)
 
     def step(self, connection: Connection, step: Step, cursor: Cursor | None = None) -> None:
         """Take a step of its resume state. It is :attr:`held` exactly while it has a cursor."""
@@ -221,6 +239,8 @@ class Hub:
             self._enter(audience, connection)
         for audience in before - after:
             self._exit(audience, connection)
+        if self.observer is not None:
+            self.observer.moved(connection)
 
     def members(self, audiences: Iterable[Audience]) -> list[Connection]:
         """A snapshot of the connections in any of these audiences, each of them once."""

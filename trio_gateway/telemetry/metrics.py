@@ -36,6 +36,9 @@ METRICS: Final[Mapping[str, Counter | Gauge | Distribution]] = {
     "wsgateway_connections_total": Gauge("Open connections"),
     "wsgateway_connections_limit": Gauge("Maximum number of open connections"),
     "wsgateway_connections_by_endpoint": Gauge("Open connections by endpoint", "endpoint"),
+    "wsgateway_present": Gauge(
+        "Present users and sessions by endpoint, of all processes together", "endpoint", "max"
+    ),
     "wsgateway_circuit_breaker_state": Gauge(
         "State of the circuit breaker: 0 closed, 1 open, 2 half-open", "name", "max"
     ),

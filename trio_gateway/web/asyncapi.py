@@ -140,8 +140,9 @@ def _add_endpoint(
     endpoint: Endpoint, types: Sequence[str], channels: _Object, operations: _Object
 ) -> None:
     requests = {name: each for name, each in REQUESTS.items() if endpoint in each.endpoints}
-    answered = {"gap", *(each.answer for each in requests.values())}
-    answers = [name for name in ANSWERS if name in answered]
+    answered = {each.answer for each in requests.values()}
+    unasked = [name for name, each in ANSWERS.items() if endpoint in each.unasked]
+    answers = [name for name in ANSWERS if name in answered or name in unasked]
     token = "token" if endpoint.staff else "table_token"
     words = f"For {', '.join(sorted(endpoint.roles))}." if endpoint.staff else "For diners."
     query: Schema = {
@@ -166,7 +167,7 @@ def _add_endpoint(
             }
         operations[f"{here}_{name}"] = operation
     operations[f"send_{here}"] = _operation(
-        "send", here, ["gap", *types], [*schemes, "subprotocol"]
+        "send", here, [*unasked, *types], [*schemes, "subprotocol"]
     )
     path = next(path for path, other in PATHS.items() if other is endpoint)
     events = f"{here}_events"

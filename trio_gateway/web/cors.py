@@ -27,6 +27,7 @@ PATHS: Final[Mapping[str, SharedPath]] = {
     "/ws/catchup": SharedPath("GET"),
     "/ws/catchup/session": SharedPath("GET", any_origin=True),
     "/ws/explain": SharedPath("POST"),
+    "/ws/presence": SharedPath("GET"),
     **{f"{each.path}/events": SharedPath("GET", any_origin=not each.staff) for each in Endpoint},
 }
 # Without cookies, `*` means every header except Authorization. Older browsers need the names.

@@ -24,6 +24,7 @@ from .api.calls import CALLS
 from .api.guard import PREFIX as API
 from .api.guard import view_of
 from .explain import MAX_BYTES, explain
+from .presence import presence
 from .responses import Answer, identify, problem, refusal
 from .static import add_files
 
@@ -143,6 +144,7 @@ HTTP: Final[Mapping[tuple[str, str], Callable[[Parts], Awaitable[Answer]]]] = {
     ("GET", "/ws/metrics"): _metrics,
     ("GET", "/ws/catchup"): catchup.branch,
     ("GET", "/ws/catchup/session"): catchup.session,
+    ("GET", "/ws/presence"): presence,
     ("POST", "/ws/ticket"): _ticket,
     ("POST", "/ws/explain"): explain,
     ("GET", "/ws/console"): console.page,

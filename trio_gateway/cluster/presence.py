@@ -1,0 +1,271 @@
+"""Presence: tells Redis who is connected here, ends graces, and answers who is present here."""
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Final, NoReturn
+
+import structlog
+import trio
+
+from ..broker.commands import Unavailable
+from ..core.audiences import BranchId, Endpoint, TenantId
+from ..core.presence import GONE, Items, Present, items_of, present, who_is, write_record
+from ..runtime.connection import Connection
+from ..runtime.throttled_log import ThrottledLog
+from . import presence_scripts as scripts
+from .presence_feed import PresenceFeed
+
+log = structlog.get_logger()
+
+SWEEP_EVERY: Final = 1.0  # seconds, about
+_RETRY: Final = 0.5  # seconds
+_FLUSH: Final = 0.7  # seconds; at the end of a process, telling the others may take one in all
+_MOST_GONE: Final = 10_000  # who left and are remembered until Redis is told
+_PIECE: Final = 200  # connections that are described without a checkpoint, in about 2 ms
+
+
+class _Here:
+    """A user or session that is connected here, or that Redis may still believe to be."""
+
+    __slots__ = ("connections", "is_new", "last", "since", "written")
+
+    def __init__(self, since: float) -> None:
+        self.connections: dict[Connection, None] = {}  # in the order in which they joined
+        self.since = since  # Redis' own, when it has been told
+        self.last: Present | None = None  # what it was when its last connection left
+        self.is_new = False  # it has connected since the last write
+        self.written: str | None = None  # what Redis has; None if that is unknown
+
+    def now(self) -> Present:
+        """What it is now."""
+        if self.connections:
+            return present([each.principal for each in self.connections], self.since)
+        assert self.last is not None
+        return self.last
+
+
+class Presence:
+    """Who is connected to this process, and the truth of all processes in Redis.
+
+    The hub tells it of each connection that joins, leaves or moves; that never waits. One task
+    writes what has changed, as absolute state: a write may be repeated, and while one is on its
+    way the next collects. ``name`` is that of this process in the registry, whose beats say that
+    it lives. It writes after the first call of :meth:`rewrite`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        run_script: scripts.Run,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._name = name
+        self._run = run_script
+        self.feed = PresenceFeed(self._run_when_written)
+        self._clock = clock
+        self._here: dict[str, _Here] = {}  # by key in Redis
+        self._tenants: dict[TenantId, dict[str, _Here]] = {}
+        self._dirty: dict[str, None] = {}  # to be written, in the order of their changes
+        self._gone = 0  # how many of those here have no connection any more
+        self._registered = trio.Event()
+        self._compares = False  # with what Redis holds: it may be more than we do
+        self._number = 0  # of the last write that was tried
+        self._acknowledged = -1  # of the last write that Redis has answered
+        self._changed = trio.Event()
+        self._is_writing = False
+        self._idle = trio.lowlevel.ParkingLot()
+        self._throttled_log = ThrottledLog(log)
+        #: How many are present in the whole service, by the last sweep.
+        self.present = {endpoint.label: 0 for endpoint in Endpoint}
+
+    def joined(self, connection: Connection) -> None:
+        """A connection has joined the hub."""
+        who = who_is(connection.principal)
+        key = who.key
+        if (here := self._here.get(key)) is None:
+            here = self._here[key] = _Here(self._clock())
+            self._tenants.setdefault(who.tenant, {})[key] = here
+        elif not here.connections:
+            here.since = self._clock()
+            self._gone -= 1
+        here.connections[connection] = None
+        here.is_new = True
+        self._mark(key)
+
+    def left(self, connection: Connection) -> None:
+        """A connection has left the hub."""
+        self.feed.unwatch(connection)
+        who = who_is(connection.principal)
+        key = who.key
+        here = self._here[key]
+        if len(here.connections) == 1:
+            here.last = replace(here.now(), connections=GONE)
+        del here.connections[connection]
+        self._gone += not here.connections
+        if self._gone <= _MOST_GONE:
+            self._mark(key)
+        else:  # Redis is away; if it has this one, that is found when they are compared
+            self._dirty.pop(key, None)
+            self._forget(key, who.tenant)
+            self._compares = True
+
+    def moved(self, connection: Connection) -> None:
+        """A connection has another principal, of the same user or session."""
+        self.feed.moved(connection)
+        self._mark(who_is(connection.principal).key)
+
+    def rewrite(self) -> None:
+        """Redis may have lost what it was told, or may know this process for the first time:
+        write all again.
+        """
+        self._registered.set()
+        self._compares = True
+        self._acknowledged = -1
+        for here in self._here.values():
+            here.written = None
+        self._dirty |= dict.fromkeys(self._here)
+        self._changed.set()
+
+    async def here(self, tenant: TenantId, branch: BranchId | None) -> Items:
+        """Who of a branch, or of a whole tenant, is connected to this process, from memory."""
+        found: list[Present] = []
+        for number, here in enumerate(list(self._tenants.get(tenant, {}).values()), 1):
+            if here.connections:
+                found.append(here.now())
+            if not number % _PIECE:
+                await trio.lowlevel.checkpoint()
+        return items_of(found, branch)
+
+    async def run(self) -> NoReturn:
+        """Write, sweep and feed; returns only when cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._keep_writing)
+            nursery.start_soon(self._keep_sweeping)
+            nursery.start_soon(self.feed.run)
+        raise AssertionError("they run for ever")
+
+    async def flush(self) -> None:
+        """Wait until all is written, for at most :data:`_FLUSH` seconds."""
+        with trio.move_on_after(_FLUSH):
+            while self._registered.is_set() and (self._dirty or self._compares or self._is_writing):
+                await self._idle.park()
+
+    async def _run_when_written(self, script: str, arguments: Sequence[str]) -> Any:
+        await self.flush()  # who watches sees at least the clients of this process
+        return await self._run(script, arguments)
+
+    def _mark(self, key: str) -> None:
+        self._dirty[key] = None
+        self._changed.set()
+
+    def _forget(self, key: str, tenant: TenantId) -> None:
+        self._gone -= 1
+        del self._here[key]
+        del self._tenants[tenant][key]
+        if not self._tenants[tenant]:
+            del self._tenants[tenant]
+
+    async def _keep_writing(self) -> None:
+        await self._registered.wait()
+        while True:
+            try:
+                if not (self._dirty or self._compares):
+                    self._idle.unpark_all()
+                    self._changed = trio.Event()
+                    await self._changed.wait()
+                elif self._compares:
+                    self._compares = False
+                    await self._compare()
+                else:
+                    await self._write()
+            except Unavailable:
+                await trio.sleep(_RETRY)
+
+    async def _compare(self) -> None:
+        """Also write that those are gone that only Redis holds."""
+        try:
+            held = await self._run(scripts.HELD, [self._name])
+        except BaseException:
+            self._compares = True
+            raise
+        self._dirty |= {key.decode(): None for key in held}
+
+    async def _write(self) -> None:
+        keys = list(self._dirty)[: scripts.CHUNK]
+        batch: list[tuple[str, _Here | None, bool]] = []
+        self._number += 1
+        arguments = [self._name, str(self._number)]
+        for key in keys:
+            del self._dirty[key]
+            here, was_new, connections, record = self._here.get(key), False, GONE, ""
+            if here is not None:
+                now = here.now()
+                connections, record = now.connections, write_record(now)
+                was_new, value = here.is_new, f"{connections}\n{record}"
+                if connections and value == here.written and not was_new:
+                    continue
+                here.written, here.is_new = value, False
+            came = "1" if was_new or connections else "0"
+            arguments += [key, str(connections), came, record]
+            batch.append((key, here, was_new))
+        if not batch:
+            return
+        self._is_writing = True
+        try:
+            last, error, since = await self._run(scripts.WRITE, arguments)
+            if last == b"late":
+                raise Unavailable("a later write was faster")
+        except BaseException:
+            self._restore(batch)
+            raise
+        finally:
+            self._is_writing = False
+        self._report(error)
+        for (key, here, _), moment in zip(batch, since, strict=True):
+            if here is not None:
+                self._acknowledge(key, here, moment)
+        lost = int(last) < self._acknowledged
+        self._acknowledged = self._number
+        if lost:
+            self.rewrite()
+
+    def _restore(self, batch: Sequence[tuple[str, _Here | None, bool]]) -> None:
+        """It is unknown whether Redis has got this."""
+        for key, here, was_new in batch:
+            self._dirty[key] = None
+            if here is not None:
+                here.written = None
+                here.is_new |= was_new
+
+    def _acknowledge(self, key: str, here: _Here, since: bytes) -> None:
+        if here.connections:
+            here.since = float(since or here.since)
+        elif key not in self._dirty:
+            assert here.last is not None
+            self._forget(key, here.last.who.tenant)
+
+    async def _keep_sweeping(self) -> None:
+        await self._registered.wait()
+        more = False
+        while True:
+            acknowledged = self._acknowledged
+            try:
+                reply = await self._run(scripts.SWEEP, [self._name, "1" if more else "0"])
+            except Unavailable:
+                more = False
+            else:
+                number, error, more, numbers = reply
+                self._report(error)
+                state = dict(zip(numbers[::2], numbers[1::2], strict=True))
+                self.present = {label: int(state.get(label.encode(), 0)) for label in self.present}
+                if int(number) < acknowledged == self._acknowledged:
+                    self.rewrite()
+            if not more:
+                await trio.sleep(SWEEP_EVERY * random.uniform(0.8, 1.2))  # noqa: S311 - spreads load
+
+    def _report(self, error: bytes) -> None:
+        if error:
+            text = error.decode(errors="replace").split(" ", 1)[0]
+            self._throttled_log.error("joins and leaves not added to the stream", error=text)

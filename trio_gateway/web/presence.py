@@ -1,0 +1,58 @@
+"""``GET /ws/presence``: who is present in a branch, on all processes."""
+
+import msgspec
+from quart import Response, request
+
+from ..broker.commands import Unavailable
+from ..cluster.presence_query import PresenceReport, who_is_present
+from ..core.audiences import BranchId, Endpoint, TenantId
+from ..core.client_request import bearer
+from ..core.close_codes import Rejected
+from ..parts import Parts
+from ..runtime.concurrency_limiter import Overloaded
+from .catchup import is_id
+from .responses import Answer, identify, problem, refusal
+
+
+async def presence(parts: Parts) -> Answer:
+    """Who is present in a branch, see Presence; for its MANAGER or ADMIN, with WS_CLUSTER."""
+    if parts.cluster is None or parts.cluster.presence is None:
+        return problem(404, "presence is not known: WS_CLUSTER is not set")
+    token = request.args.get("token") or bearer(request.headers.get("Authorization"))
+    try:
+        principals = await identify(parts, token, staff=True)
+    except Rejected as rejected:
+        return refusal(rejected)
+    wanted = request.args.get("branch_id", "")
+    if not is_id(wanted):
+        return problem(422, "branch_id must be a positive integer")
+    branch = BranchId(int(wanted))
+    admin = next((each for each in principals if each.endpoint is Endpoint.ADMIN), None)
+    if admin is None:
+        return problem(403, "for the roles MANAGER and ADMIN only")
+    if branch not in admin.branches:
+        return problem(403, "branch_id is not a branch of this token")
+    try:
+        give_back = await parts.catch_ups.take(admin.owner)
+    except Overloaded:
+        return problem(429, "too many simultaneous requests of this user", retry_after=1)
+    try:
+        return await report(parts, admin.tenant, branch)
+    finally:
+        give_back()
+
+
+async def report(parts: Parts, tenant: TenantId, branch: BranchId) -> Answer:
+    """The response that says who is present in a branch. Presence must be known, see WS_CLUSTER."""
+    assert parts.cluster is not None
+    try:
+        found = await who_is_present(parts.cluster.control, tenant, branch)
+    except Unavailable:
+        return problem(503, "Redis is not available", retry_after=1)
+    return _respond(found)
+
+
+def _respond(found: PresenceReport) -> Answer:
+    response = Response(msgspec.json.encode(found), content_type="application/json")
+    response.headers["Cache-Control"] = "no-store"
+    return response
