@@ -18,6 +18,7 @@ from tests.support.gateways import (
     admitted,
     http,
     make_settings,
+    receive_event,
     received,
     running,
     until,
@@ -85,6 +86,13 @@ async def works(gateway: Running, backend: "redis.Redis") -> None:
     if (cluster := gateway.app.parts.cluster) is not None:
         answers = await cluster.control.order("disconnect", Disconnect(1, user_id=21))
         assert answers.by_node.keys() == {cluster.registry.name}
+        presence = cluster.presence
+        assert presence is not None
+        await until(lambda: presence.present["waiter"] == 1)  # it is in its grace
+        assert backend.xlen(PRESENCE) == 1
+        async with admitted(gateway.staff_url("admin", sub="9")) as admin:
+            await admin.send_message('{"type":"watch_presence","branch_id":1}')
+            assert len((await receive_event(admin))["users"]) == 2
     assert all(breaker.failures == 0 for breaker in gateway.app.parts.breakers.values())
 
 

@@ -13,9 +13,13 @@ exists {}
 get {}
 set {} x xx
 pexpire {} 1
-hset {} x x
+hset {} x 1
+hincrby {} x 1
 hget {} x
 hmget {} x
+hkeys {}
+hgetall {}
+hrandfield {} 1
 hdel {} x
 zadd {} xx 0 x
 zscore {} x
