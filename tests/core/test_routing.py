@@ -1,6 +1,13 @@
 import pytest
 
-from trio_gateway.core.audiences import Endpoint, Principal, audiences_of
+from trio_gateway.core.audiences import (
+    BranchId,
+    Endpoint,
+    Principal,
+    TenantId,
+    audiences_of,
+    floor,
+)
 from trio_gateway.core.events import Event
 from trio_gateway.core.routing import ROUTES, UNKNOWN, InvalidRoutes, Route, To, read_routes
 from trio_gateway.testing import make_event, make_principal
@@ -231,3 +238,9 @@ def test_the_table_can_not_be_changed_by_accident() -> None:
     for table in (ROUTES, read_routes("")):
         with pytest.raises(TypeError):
             table["ROUND_READY"] = UNKNOWN  # type: ignore[index]
+
+
+def test_event_without_a_sector_names_the_floor_once() -> None:
+    routes = read_routes('[routes.NEW]\nto = ["waiters", "floor"]')
+
+    assert routes.audiences(make_event("NEW")) == [floor(TenantId(1), BranchId(1))]

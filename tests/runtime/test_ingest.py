@@ -14,9 +14,8 @@ async def test_event_is_counted_by_its_source(autojump_clock: MockClock) -> None
     ingest = Ingest()
     await trio.sleep(7)
 
-    event = ingest.parse(make_payload(), channel="sector:5:waiters")
+    [event] = ingest.parse_messages([("sector:5:waiters", make_payload())])
 
-    assert event is not None
     assert (event.type, event.channel, event.received_at) == ("ROUND_READY", "sector:5:waiters", 7)
     assert ingest.received == {"pubsub": 1}
     assert not ingest.invalid
@@ -49,7 +48,7 @@ async def test_flood_of_invalid_payloads_is_logged_once_a_second(
     with capture_logs() as logs:
         for _ in range(3):
             for _ in range(1000):
-                ingest.parse(b"nonsense", channel="c")
+                ingest.parse_messages([("c", b"nonsense")])
             await trio.sleep(1)
 
     assert ingest.invalid == {"not_json": 3000}

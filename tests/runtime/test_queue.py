@@ -274,6 +274,28 @@ def test_tenants_take_turns_and_lose_nothing_of_their_share(
     assert queue.depth == sum(map(len, waiting.values()))
 
 
+@given(st.lists(st.lists(_some_tenant, max_size=9), max_size=9), st.booleans())
+def test_events_offered_together_are_queued_as_one_by_one(
+    chunks: list[list[int]], takes: bool
+) -> None:
+    one_by_one, together = (EventQueue(20, DropAlarm(60, 0.05, 300)) for _ in range(2))
+    for second, chunk in enumerate(chunks):
+        events = [
+            numbered(n, tenant_id=tenant, received_at=second) for n, tenant in enumerate(chunk)
+        ]
+        together.offer_all(events)
+        for event in events:
+            one_by_one.offer(event)
+        if takes:
+            assert together.take(4) == one_by_one.take(4)
+    for name in ("depth", "undelivered", "dropped"):
+        assert getattr(together, name) == getattr(one_by_one, name)
+    assert together._alarm is not None
+    assert one_by_one._alarm is not None
+    assert together._alarm.heard == one_by_one._alarm.heard
+    assert together.take(99) == one_by_one.take(99)
+
+
 def test_tenant_over_its_share_now_loses_events_and_not_one_that_was_over_it_before() -> None:
     queue = EventQueue(20)
 

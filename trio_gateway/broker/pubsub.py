@@ -10,12 +10,11 @@ from typing import Any, Final, NoReturn, Protocol
 import structlog
 import trio
 
-from ..core.events import Event
 from ..core.exception_groups import first_leaf
 from ..core.resilience import Breaker
 from ..core.slots import read_node
 from ..redis_url import RedisAddress
-from ..runtime.ingest import Ingest
+from ..runtime.ingest import Ingest, Message
 from ..runtime.queue import EventQueue
 from ..runtime.supervision import ConnectionLost, Demoted
 from .connection import ENOUGH, Redirected, RedisConnection, open_redis
@@ -177,7 +176,13 @@ class PubSub:
             with trio.move_on_after(min(LIVENESS - self._waited, overdue)):
                 replies = await redis.receive()
             self._waited += trio.current_time() - started
+            messages: list[Message] = []
             for reply in replies:
+                if (message := self._event_in(reply)) is not None:
+                    messages.append(message)
+                    continue
+                await self._put(redis, messages)  # they came before
+                messages = []
                 if self._pinged_at is not None and isinstance(reply, list) and _is_pong(reply):
                     pinged_at, self._pinged_at, self._waited = self._pinged_at, None, 0.0
                     self._answered()
@@ -185,10 +190,9 @@ class PubSub:
                     if self._probe.due <= pinged_at:
                         self._on_wrong_server()
                         raise Demoted("a probe did not come back: it is not the streams' Redis")
-                elif (event := self._take(reply)) is not None:
-                    if self._queue.is_full:
-                        await self._wait_for_room(redis)
-                    self._queue.offer(event)
+                else:
+                    self._take(reply)
+            await self._put(redis, messages)
             if self._waited >= LIVENESS or self._probe.due <= trio.current_time():
                 if self._pinged_at is None:
                     await redis.send("PING")
@@ -197,6 +201,15 @@ class PubSub:
                     if redis.received - self._received_before < ENOUGH:
                         raise ConnectionLost("no answer to PING")
                     self._waited, self._received_before = 0.0, redis.received
+
+    async def _put(self, redis: RedisConnection, messages: Sequence[Message]) -> None:
+        """Put the events in these messages into the queue."""
+        while messages:
+            if self._queue.is_full:
+                await self._wait_for_room(redis)
+            room = max(1, self._queue.room)
+            self._queue.offer_all(self._ingest.parse_messages(messages[:room]))
+            messages = messages[room:]
 
     def _note_ping(self, redis: RedisConnection) -> None:
         self._pinged_at = trio.current_time()
@@ -220,14 +233,21 @@ class PubSub:
             return
         self._drops_until = trio.current_time() + _LOOKS_EVERY
 
-    def _take(self, reply: Any) -> Event | None:
-        """Take a message; return its event if it is to be put into the queue."""
+    def _event_in(self, reply: Any) -> Message | None:
+        """The message in this reply if it contains an event."""
         match reply:
             case [b"pmessage", bytes() as pattern, bytes() as channel, bytes() as payload]:
                 # Redis sends a message once for each pattern that its channel matches.
                 first, name = self._first_match_of(channel)
-                if first == pattern and not name.startswith(PREFIX):
-                    return self._ingest.parse(payload, channel=name)
+                if first == pattern:
+                    return name, payload
+        return None
+
+    def _take(self, reply: Any) -> None:
+        """Take a reply without an event."""
+        match reply:
+            case [b"pmessage", bytes(), bytes(), bytes()]:
+                pass
             case [b"message", bytes() as channel, bytes() as payload] if channel in self.listeners:
                 self.listeners[channel](payload)
             case [b"message", self._probe.channel, bytes() as payload]:
@@ -241,7 +261,6 @@ class PubSub:
                 raise ConnectionLost(f"Redis says {str(reply).split(' ', 1)[0]}")
             case _:
                 raise ConnectionLost("unexpected reply")
-        return None
 
     def _answered(self) -> None:
         if not self.connected and not self._unconfirmed:
@@ -253,8 +272,10 @@ class PubSub:
                 on_subscribed()
 
     def _first_match(self, channel: bytes) -> tuple[bytes | None, str]:
-        """The first pattern that matches a channel, and the channel's name."""
+        """The first pattern that matches a channel, and the channel's name. A probe has none."""
         name = channel.decode(errors="replace")
+        if name.startswith(PREFIX):
+            return None, name
         for pattern in self._patterns:
             if glob(pattern).fullmatch(channel):
                 return pattern, name

@@ -9,12 +9,11 @@ from typing import Any, Final, NoReturn
 import structlog
 import trio
 
-from ..core.events import Event
 from ..core.exception_groups import first_leaf
 from ..core.resilience import Breaker
 from ..core.slots import slot_of
 from ..redis_url import RedisAddress
-from ..runtime.ingest import Ingest
+from ..runtime.ingest import Ingest, Message
 from ..runtime.queue import EventQueue
 from ..runtime.supervision import ConnectionLost, Demoted
 from .connection import RedisConnection, no_error
@@ -91,12 +90,17 @@ class ShardedPubSub(PubSub):
         await redis.send("SSUBSCRIBE", self.channel)
         await redis.send("PING")
 
-    def _take(self, reply: Any) -> Event | None:
+    def _event_in(self, reply: Any) -> Message | None:
         match reply:
             case [b"smessage", bytes() as channel, bytes() as payload]:
-                if (receive := self.listeners.get(channel)) is None:
-                    return self._ingest.parse(payload, channel=self.channel)
-                receive(payload)
+                if channel not in self.listeners:
+                    return self.channel, payload
+        return None
+
+    def _take(self, reply: Any) -> None:
+        match reply:
+            case [b"smessage", bytes() as channel, bytes() as payload]:
+                self.listeners[channel](payload)
             case [b"ssubscribe", *_]:
                 self._unconfirmed -= 1
             case [b"sunsubscribe", *_]:
@@ -107,4 +111,3 @@ class ShardedPubSub(PubSub):
                 no_error(reply, "SSUBSCRIBE")
             case _:
                 raise ConnectionLost("unexpected reply")
-        return None

@@ -1,10 +1,10 @@
 """Audiences: the keys by which an event finds the clients that may receive it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from types import MappingProxyType
-from typing import NewType
+from typing import Any, NewType
 
 TenantId = NewType("TenantId", int)
 BranchId = NewType("BranchId", int)
@@ -16,6 +16,13 @@ UserId = NewType("UserId", str)
 # (kind, tenant, branch or session, sector). Every audience contains its tenant, so there is no
 # key under which two tenants could meet. A plain tuple, since routing makes a handful per event.
 Audience = NewType("Audience", tuple[str, TenantId, int, int])
+
+
+def of_branch(kinds: Iterable[str], tenant: TenantId, branch: BranchId) -> list[Audience]:
+    """The audiences of these kinds, each of which is of the branch as a whole."""
+    # Without a call of NewType for each: routing does this for every event.
+    found: list[Any] = [(kind, tenant, branch, 0) for kind in kinds]
+    return found
 
 
 def waiters(tenant: TenantId, branch: BranchId, sector: SectorId) -> Audience:

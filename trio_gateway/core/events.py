@@ -101,9 +101,9 @@ class Event(msgspec.Struct, gc=False, eq=False):
     @property
     def frame(self) -> bytes:
         """The WebSocket frame for all recipients, encoded once (RFC 6455, 5.2)."""
-        if self._frame is None:
-            self._frame = text_frame(self.text)
-        return self._frame
+        if (found := self._frame) is None:
+            found = self._frame = text_frame(self.text if self.durable else self.payload)
+        return found
 
     @property
     def deflated(self) -> bytes:

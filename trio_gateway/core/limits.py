@@ -104,8 +104,8 @@ class DropAlarm:
         self.heard = 0  # within the window
         self.dropped = 0
 
-    def note(self, now: float, *, dropped: bool) -> bool:
-        """Count an event; return whether to raise the alarm now."""
+    def note(self, now: float, *, dropped: bool, events: int = 1) -> bool:
+        """Count events; return whether to raise the alarm now."""
         seconds = self._seconds
         if not seconds or now - seconds[-1][0] >= 1.0:
             seconds.append([now, 0, 0])
@@ -113,12 +113,12 @@ class DropAlarm:
                 _, old_heard, old_dropped = seconds.popleft()
                 self.heard -= int(old_heard)
                 self.dropped -= int(old_dropped)
-        seconds[-1][1] += 1
-        self.heard += 1
+        seconds[-1][1] += events
+        self.heard += events
         if not dropped:
             return False
-        seconds[-1][2] += 1
-        self.dropped += 1
+        seconds[-1][2] += events
+        self.dropped += events
         if self.dropped <= self.heard * self._threshold:
             return False
         if now - self._raised_at < self._cooldown:

@@ -1,7 +1,7 @@
 """Routing: a table from event type to audiences. It alone decides who receives an event."""
 
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Flag, auto
 from functools import cached_property
@@ -31,27 +31,31 @@ class Route:
     durable: bool
 
     @cached_property
-    def audiences(self) -> "tuple[Callable[[Event], Audience | None], ...]":
-        return tuple(make for to, make in _MAKERS.items() if to in self.to)
+    def of_branch(self) -> tuple[str, ...]:
+        """The kinds of its audiences that are of the branch as a whole."""
+        return tuple(kind for to, kind in _OF_BRANCH.items() if to in self.to)
+
+    @cached_property
+    def of_branch_without_sector(self) -> tuple[str, ...]:
+        """The same for events that name no sector."""
+        if self.has_waiters:
+            return Route(self.to & ~To.WAITERS | To.FLOOR, self.durable).of_branch
+        return self.of_branch
+
+    @cached_property
+    def has_waiters(self) -> bool:
+        return To.WAITERS in self.to
+
+    @cached_property
+    def has_diners(self) -> bool:
+        return To.DINERS in self.to
 
 
-def _waiters(event: Event) -> Audience:
-    if event.sector is None:
-        return audiences.floor(event.tenant, event.branch)
-    return audiences.waiters(event.tenant, event.branch, event.sector)
-
-
-def _diners(event: Event) -> Audience | None:
-    return None if event.session is None else audiences.diners(event.tenant, event.session)
-
-
-_MAKERS: Mapping[To, Callable[[Event], Audience | None]] = {
-    To.ADMINS: lambda event: audiences.admins(event.tenant, event.branch),
-    To.WAITERS: _waiters,
-    To.FLOOR: lambda event: audiences.floor(event.tenant, event.branch),
-    To.KITCHEN: lambda event: audiences.kitchen(event.tenant, event.branch),
-    To.DINERS: _diners,
-    To.BRANCH_DINERS: lambda event: audiences.branch_diners(event.tenant, event.branch),
+_OF_BRANCH: Mapping[To, str] = {
+    To.ADMINS: "admins",
+    To.FLOOR: "floor",
+    To.KITCHEN: "kitchen",
+    To.BRANCH_DINERS: "branch_diners",
 }
 
 _WAD = To.WAITERS | To.ADMINS | To.DINERS
@@ -96,10 +100,19 @@ class Routing(Mapping[str, Route]):
 
     def audiences(self, event: Event) -> list[Audience]:
         """Who may receive this event. Used alike for live delivery, replay and catch-up."""
-        found = self._table.get(event.type, UNKNOWN)
-        if event.branch == 0:  # the whole tenant: its admins, if the type goes to admins at all
-            return [audiences.tenant_admins(event.tenant)] if To.ADMINS in found.to else []
-        return [audience for make in found.audiences if (audience := make(event)) is not None]
+        route = self._table.get(event.type, UNKNOWN)
+        tenant, branch = event.tenant, event.branch
+        if branch == 0:  # the whole tenant: its admins, if the type goes to admins at all
+            return [audiences.tenant_admins(tenant)] if To.ADMINS in route.to else []
+        if (sector := event.sector) is None:
+            found = audiences.of_branch(route.of_branch_without_sector, tenant, branch)
+        else:
+            found = audiences.of_branch(route.of_branch, tenant, branch)
+            if route.has_waiters:
+                found.insert(1, audiences.waiters(tenant, branch, sector))  # behind the admins
+        if route.has_diners and (session := event.session) is not None:
+            found.append(audiences.diners(tenant, session))
+        return found
 
 
 ROUTES: Final = Routing(

@@ -19,6 +19,7 @@ from ..core.routing import ROUTES, Routing
 from .connection import Connection
 from .history import History
 from .hub import Hub
+from .members import Members, by_mask, union
 from .past_routing import PastRouting
 from .pauses import Pauses
 from .queue import EventQueue
@@ -28,10 +29,10 @@ log = structlog.get_logger()
 
 LOOK_BACK: Final = 1.0  # seconds
 
-# An event to be delivered, its audiences, and the last connection that has heard a copy of it.
-_Planned = tuple[Event, list[Audience], int]
+# An event to be delivered, who is in its audiences, and the last connection that has heard a copy.
+_Planned = tuple[Event, list[Members], int]
 # Frames, which of them (bit i: the i-th), and who gets those.
-_Group = tuple[list[bytes], int, list[Connection]]
+_Write = tuple[list[bytes], int, list[Connection]]
 
 
 _BATCHES_OF_A_BACKLOG: Final = 4
@@ -151,24 +152,26 @@ class Dispatch:
         step, before anything is awaited: a connection that is held at that moment gets a durable
         event from the history, any other gets it live.
         """
-        fresh, groups = self._plan(batch)
+        fresh, writes = self._plan(batch)
         self.processed += len(fresh)
         now = trio.current_time()
-        written = 0
-        for frames, mask, members in groups:
+        left = self._writes_per_checkpoint
+        for frames, mask, members in writes:
             # Joined just before they are written: then the kernel finds the bytes in the cache.
             data, number = join(frames, mask)
-            for n, connection in enumerate(members):
+            for n, connection in enumerate(members, 1):
                 if connection.write(data, number, now) and behind is not None:
                     behind.append(connection)
-                self.deliveries += number
-                written += 1
-                if written % self._writes_per_checkpoint == 0:
+                left -= 1
+                if not left:
+                    left = self._writes_per_checkpoint
                     try:
                         await trio.lowlevel.checkpoint()
                     except trio.Cancelled:
-                        self._break_off(batch, groups, members, n + 1)
+                        self.deliveries += number * n
+                        self._break_off(batch, writes, members, n)
                         raise
+            self.deliveries += number * len(members)
         return fresh
 
     def remember(self, event: Event, read_again: Duplicates | None = None) -> None:
@@ -189,42 +192,43 @@ class Dispatch:
             else:
                 self._history.add_raw([(event, 0)], now=now)
 
-    def _plan(self, batch: Sequence[Event]) -> tuple[list[Event], list[_Group]]:
+    def _plan(self, batch: Sequence[Event]) -> tuple[list[Event], list[_Write]]:
         """The events that were not duplicates, and which connections get which frames."""
         fresh: list[Event] = []
         planned: list[_Planned] = []
         last_number = self._hub.last_number
         raw: list[tuple[Event, int]] = []  # to be stored, with their marks
         history, now = self._history, trio.current_time()
-        for stream, position in _positions(reversed(batch)).items():
+        streamed = [event for event in batch if event.stream is not None]
+        for stream, position in _positions(reversed(streamed)).items():
             history.advance(stream, position)  # it may be its first
         # Not on receipt: a copy that the queue then drops must not count as the first.
         # Whom it concerns is looked up in the step in which the members are: one may have joined.
-        concerned = list(map(self._hub.concerns, batch))
+        concerned = self._hub.concern(batch)
         found_before = self._duplicates.find_or_add_all(
             batch, last_number, list(map(_held, batch, concerned))
         )
         for event, found, is_concerned in zip(batch, found_before, concerned, strict=True):
-            audiences = self.audiences(event) if is_concerned else None
+            audiences = self.audiences(event) if is_concerned else []
+            groups = self._hub.groups(audiences)
             mark = 0
             if found is None:
                 fresh.append(event)
                 if event.type not in self._types:
                     self.unknown_type += 1
-                if audiences is None:
+                if groups:
+                    self.broadcasts += 1
+                    planned.append((event, groups, 0))
+                if not groups or self._is_uncovered(event, audiences):
                     self.unheard += 1
-                else:
-                    self._count(event, audiences)
-                    planned.append((event, audiences, 0))
             else:
                 self.duplicate += 1
                 mark = found.mark
                 # Connections that joined after its Pub/Sub copy was sent get the stream event.
-                is_new = event.durable and not found.was_stored
-                if is_new and audiences is not None and mark < last_number:
-                    planned.append((event, audiences, mark))
+                if groups and event.durable and not found.was_stored and mark < last_number:
+                    planned.append((event, groups, mark))
             if event.durable and (found is None or not found.was_stored):
-                if audiences is None:
+                if not is_concerned:
                     raw.append((event, mark))
                 else:
                     if raw:  # the history is in the order of the streams
@@ -233,21 +237,19 @@ class Dispatch:
                     history.add(event, audiences, now=now, delivered_up_to=mark)
         if raw:
             history.add_raw(raw, now=now)
-        for stream, position in _positions(batch).items():
+        for stream, position in _positions(streamed).items():
             history.advance(stream, position)
         if not planned:
             return fresh, []
-        groups = self._plan_one(*planned[0]) if len(planned) == 1 else self._plan_many(planned)
-        if groups and self._hub.deflate_count:
+        writes = self._plan_one(*planned[0]) if len(planned) == 1 else self._plan_many(planned)
+        if writes and self._hub.deflate_count:
             deflated = [event.deflated for event, _, _ in planned]
             if any(event.frame is not event.deflated for event, _, _ in planned):
-                groups = _with_deflated(groups, deflated)
-        return fresh, groups
+                writes = _with_deflated(writes, deflated)
+        return fresh, writes
 
-    def _plan_one(
-        self, event: Event, audiences: list[Audience], delivered_up_to: int
-    ) -> list[_Group]:
-        members = self._hub.members(audiences)
+    def _plan_one(self, event: Event, groups: list[Members], delivered_up_to: int) -> list[_Write]:
+        members = union(groups)
         if delivered_up_to:
             members = [connection for connection in members if connection.number > delivered_up_to]
         if not event.durable:
@@ -257,39 +259,43 @@ class Dispatch:
             members = [connection for connection in members if connection not in held]
         return [([event.frame], 1, members)] if members else []
 
-    def _plan_many(self, planned: list[_Planned]) -> list[_Group]:
+    def _plan_many(self, planned: list[_Planned]) -> list[_Write]:
         """Plan with one bit mask per audience (bit i: the i-th event).
 
         The work per connection is to or the masks of its audiences, and equal masks share one
         joined byte string.
         """
-        heard: defaultdict[Audience, int] = defaultdict(int)
+        heard: list[Members] = []
         durable = 0
         copies: list[tuple[int, int]] = []  # a bit, and the last connection that has the event
-        for i, (event, audiences, delivered_up_to) in enumerate(planned):
-            for audience in audiences:
-                heard[audience] |= 1 << i
+        bit = 1
+        for event, groups, delivered_up_to in planned:
+            for members in groups:
+                if not members.mask:
+                    heard.append(members)
+                members.mask |= bit
             if event.durable:
-                durable |= 1 << i
+                durable |= bit
             if delivered_up_to:
-                copies.append((1 << i, delivered_up_to))
-        by_mask: Mapping[int, list[Connection]] = self._hub.masks(heard)
+                copies.append((bit, delivered_up_to))
+            bit <<= 1
+        found: Mapping[int, list[Connection]] = by_mask(heard)
         if copies or (self._hub.held and (durable or self._hub.lagging)):
-            by_mask = self._without(by_mask, durable, copies)
-        frames = [event.frame for event, _, _ in planned] if by_mask else []
+            found = self._without(found, durable, copies)
+        frames = [event.frame for event, _, _ in planned] if found else []
         # Small groups first: they do not wait for the writes to a large one.
-        return sorted(((frames, mask, them) for mask, them in by_mask.items()), key=_crowd)
+        return sorted(((frames, mask, them) for mask, them in found.items()), key=_crowd)
 
     def _without(
         self,
-        by_mask: Mapping[int, list[Connection]],
+        sorted_out: Mapping[int, list[Connection]],
         durable: int,
         copies: Sequence[tuple[int, int]],
     ) -> Mapping[int, list[Connection]]:
         """Without events that a connection has already, gets from the history, or skips."""
         found: defaultdict[int, list[Connection]] = defaultdict(list)
         held, lagging = self._hub.held, self._hub.lagging
-        for mask, members in by_mask.items():
+        for mask, members in sorted_out.items():
             for connection in members:
                 left = mask & ~durable if connection in held else mask
                 if connection in lagging:
@@ -325,20 +331,14 @@ class Dispatch:
         covering = waiters(event.tenant, event.branch, event.sector)
         return covering in audiences and not self._hub.hears([covering])
 
-    def _count(self, event: Event, audiences: list[Audience]) -> None:
-        heard = self._hub.hears(audiences)
-        self.broadcasts += heard
-        if not heard or self._is_uncovered(event, audiences):
-            self.unheard += 1
-
     def _break_off(
-        self, batch: Sequence[Event], groups: list[_Group], members: list[Connection], done: int
+        self, batch: Sequence[Event], writes: list[_Write], members: list[Connection], done: int
     ) -> None:
         """Send a gap to connections not written to: they may have lost durable events."""
         if not any(self._routes.is_durable(event.type) for event in batch):
             return
         left = members[done:]
-        for _, _, others in reversed(groups):
+        for _, _, others in reversed(writes):
             if others is members:
                 break
             left += others
@@ -360,14 +360,14 @@ def _positions(batch: Iterable[Event]) -> dict[Stream, Position]:
     }
 
 
-def _crowd(group: _Group) -> int:
-    return len(group[2])
+def _crowd(write: _Write) -> int:
+    return len(write[2])
 
 
-def _with_deflated(groups: list[_Group], deflated: list[bytes]) -> list[_Group]:
-    """Split each group: connections that can read compressed frames get those."""
-    found: list[_Group] = []
-    for frames, mask, members in groups:
+def _with_deflated(writes: list[_Write], deflated: list[bytes]) -> list[_Write]:
+    """Split each write: connections that can read compressed frames get those."""
+    found: list[_Write] = []
+    for frames, mask, members in writes:
         if plain := [connection for connection in members if not connection.supports_deflate]:
             found.append((frames, mask, plain))
         if can := [connection for connection in members if connection.supports_deflate]:

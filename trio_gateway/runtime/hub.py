@@ -1,7 +1,7 @@
 """The hub: the connections of this process, and the audiences that they are in."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, KeysView, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, KeysView, Sequence, Set
 from typing import Any, Protocol, Self
 
 import trio
@@ -11,6 +11,7 @@ from ..core.capacity import CapacityLimits, Owner
 from ..core.event_ids import Cursor
 from ..core.events import Event
 from .connection import Connection
+from .members import Members, union
 from .resume_state import Phase, Step
 
 
@@ -54,7 +55,7 @@ class Hub:
     def __init__(self, limits: CapacityLimits | None = None) -> None:
         self._limits = limits
         self._limits_tenants = limits is not None and limits.per_tenant > 0
-        self._members: dict[Audience, set[Connection]] = {}
+        self._members: dict[Audience, Members] = {}
         # How many audiences with members each branch has, by tenant.
         self._branches: defaultdict[TenantId, Counter[int]] = defaultdict(Counter)
         self._owned: dict[Owner, list[Connection]] = {}
@@ -242,31 +243,14 @@ class Hub:
         if self.observer is not None:
             self.observer.moved(connection)
 
+    def groups(self, audiences: Iterable[Audience]) -> list[Members]:
+        """The members of each of these audiences that has any."""
+        members = self._members
+        return [found for audience in audiences if (found := members.get(audience)) is not None]
+
     def members(self, audiences: Iterable[Audience]) -> list[Connection]:
         """A snapshot of the connections in any of these audiences, each of them once."""
-        found = [m for audience in audiences if (m := self._members.get(audience)) is not None]
-        if len(found) == 1:
-            return list(found[0])
-        return list(set().union(*found))
-
-    def masks(self, heard: Mapping[Audience, int]) -> dict[int, list[Connection]]:
-        """Connections by what they are sent: the bits of all their audiences, or-ed.
-
-        It starts from the audiences: a batch names few, and a connection may be in many. The mask
-        is collected on the connection itself, at half the cost of a dictionary.
-        """
-        found: set[Connection] = set()
-        for audience, bits in heard.items():
-            if (members := self._members.get(audience)) is None:
-                continue
-            for connection in members:
-                connection.mask |= bits
-            found |= members
-        by_mask: defaultdict[int, list[Connection]] = defaultdict(list)  # few masks
-        for connection in found:
-            by_mask[connection.mask].append(connection)
-            connection.mask = 0
-        return by_mask
+        return union(self.groups(audiences))
 
     def hears(self, audiences: Iterable[Audience]) -> bool:
         """Whether any connection is in one of these audiences."""
@@ -278,20 +262,28 @@ class Hub:
             await self._emptied.park()
 
     def concerns(self, event: Event) -> bool:
-        """Whether an event can be for a connection here, whatever its type and sector are.
+        """Whether an event can be for a connection here, whatever its type and sector are."""
+        return self.concern([event])[0]
+
+    def concern(self, events: Iterable[Event]) -> list[bool]:
+        """As :meth:`concerns`, for each of these events.
 
         An event of branch 0 is for admins of the tenant: they are in a branch 0, too.
         """
-        if (branches := self._branches.get(event.tenant)) is None:
-            return False
-        session = event.session
-        return event.branch in branches or (
-            session is not None and diners(event.tenant, session) in self._members
-        )
+        found = []
+        for event in events:
+            if (branches := self._branches.get(event.tenant)) is None:
+                found.append(False)
+            elif event.branch in branches:
+                found.append(True)
+            else:
+                session = event.session
+                found.append(session is not None and diners(event.tenant, session) in self._members)
+        return found
 
     def _enter(self, audience: Audience, connection: Connection) -> None:
         if (members := self._members.get(audience)) is None:
-            members = self._members[audience] = set()
+            members = self._members[audience] = Members()
             self._branches[audience[1]][_branch_of(audience)] += 1
         members.add(connection)
 

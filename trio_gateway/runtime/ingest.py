@@ -13,6 +13,7 @@ from .throttled_log import ThrottledLog
 
 log = structlog.get_logger()
 
+Message = tuple[str, bytes]  # channel and payload
 # Keeps an invalid stream entry: stream name, entry id, reason, error, payload. Never waits.
 PutAside = Callable[[str, str, str, str, bytes], None]
 
@@ -26,17 +27,20 @@ class Ingest:
         self._put_aside = put_aside
         self._throttled_log = ThrottledLog(log)
 
-    def parse(self, payload: bytes, *, channel: str) -> Event | None:
-        """Return the event in a Pub/Sub message that was just received.
+    def parse_messages(self, messages: Sequence[Message]) -> list[Event]:
+        """Return the events in Pub/Sub messages that were just received.
 
-        Returns None if the payload is invalid: then it is counted and logged.
+        Invalid ones are left out: they are counted and logged.
         """
-        self.received["pubsub"] += 1
-        try:
-            return parse_event(payload, channel=channel, received_at=trio.current_time())
-        except InvalidEvent as invalid:
-            self._count_invalid(invalid, "pubsub", channel)
-        return None
+        self.received["pubsub"] += len(messages)
+        found: list[Event] = []
+        now = trio.current_time()
+        for channel, payload in messages:
+            try:
+                found.append(parse_event(payload, channel=channel, received_at=now))
+            except InvalidEvent as invalid:
+                self._count_invalid(invalid, "pubsub", channel)
+        return found
 
     def parse_entries(
         self,

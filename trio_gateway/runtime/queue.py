@@ -72,6 +72,11 @@ class EventQueue:
         """Whether :meth:`offer` would drop an event."""
         return self.depth >= self.capacity
 
+    @property
+    def room(self) -> int:
+        """How many events can be added before it is full."""
+        return self.capacity - self.depth
+
     def offer(self, event: Event) -> None:
         """Add an event; when full, drop an older one. Never waits."""
         if self._rate is not None and self._rate.exceeded(event.tenant, event.received_at):
@@ -88,6 +93,20 @@ class EventQueue:
                 "dropping events", dropped=alarm.dropped, heard=alarm.heard,
                 capacity=self.capacity, tenant=loser.tenant,
             )  # fmt: skip
+
+    def offer_all(self, events: Sequence[Event]) -> None:
+        """As :meth:`offer`, for one event after the other."""
+        if self._rate is not None or self.depth + len(events) > self.capacity:
+            for event in events:
+                self.offer(event)
+            return
+        lane_of = self._lane_of
+        for event in events:
+            lane_of(event).append(event)
+        self.undelivered += len(events)
+        self.depth += len(events)
+        if self._alarm is not None and events:
+            self._alarm.note(events[-1].received_at, dropped=False, events=len(events))
 
     async def wait_for_room(self) -> int:
         """Wait until there is room, and return for how many events, in the same step."""
@@ -170,8 +189,9 @@ class EventQueue:
         if (lane := self._lanes.get(key)) is None:
             lane = self._lanes[key] = deque()
             if key not in self._paused:
+                if not self._turns:
+                    self._added.unpark_all()
                 self._turns.append(key)
-                self._added.unpark_all()
         return lane
 
     def _make_room(self, newcomer: Event) -> Event:

@@ -146,13 +146,13 @@ class DirectSocket:
         return traffic(socket_of(self._stream))
 
     def try_write(self, data: bytes | memoryview) -> int:
-        if self._aborted:
-            raise BrokenPipeError
-        if self._socket is None:
+        if (socket := self._socket) is None:
+            if self._aborted:
+                raise BrokenPipeError
             return 0
         try:
-            # As in receive(): never a number that was kept.
-            return os.write(self._socket.fileno(), data)
+            # As in receive(): never a number that was kept. It is -1 once this is aborted.
+            return os.write(socket.fileno(), data)
         except BlockingIOError:
             return 0
 
