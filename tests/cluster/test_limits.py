@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import redis
 import trio
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from trio.testing import wait_all_tasks_blocked
 
 from tests.support.gateways import until, valkey
@@ -341,58 +339,47 @@ async def test_many_counts_are_written_in_several_scripts(
         process.leave(connection)
     await wait_all_tasks_blocked()
     assert process.in_redis() == {}
-    assert not process.limits._written
 
 
-@settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(st.randoms(use_true_random=False))
-def test_limits_are_never_exceeded_and_all_counts_agree_at_the_end(
-    backend: "redis.Redis", choose: random.Random
+@pytest.mark.parametrize("seed", range(25))
+async def test_limits_are_never_exceeded_and_all_counts_agree_at_the_end(
+    service: Service, seed: int
 ) -> None:
     """Clients of three processes come and go, and some give up while they wait."""
-    limits = CapacityLimits(total=10_000, per_user=3, per_session=4, per_tenant=8)
-    backend.flushall()
+    choose = random.Random(seed)
     principals = [make_principal(user=user) for user in (1, 2, 3)] + [DINER]
 
-    async def main() -> None:
-        async with trio.open_nursery() as running:
-            service = Service(running, backend)
-            processes = [service.start(name, limits) for name in "abc"]
+    processes = [service.start(name) for name in "abc"]
 
-            def check() -> None:
-                everybody = [c for each in processes for c in each.hub.connections]
-                owners = Counter(c.principal.owner for c in everybody)
-                for owner, places in owners.items():
-                    assert places <= limits.of(owner)
-                assert len(everybody) <= limits.per_tenant
+    def check() -> None:
+        everybody = [c for each in processes for c in each.hub.connections]
+        owners = Counter(c.principal.owner for c in everybody)
+        for owner, places in owners.items():
+            assert places <= LIMITS.of(owner)
+        assert len(everybody) <= LIMITS.per_tenant
 
-            async def client(process: Process) -> None:
-                for _ in range(choose.randrange(1, 4)):
-                    with trio.move_on_after(choose.choice([0.001, 1])):
-                        principal = choose.choice(principals)
-                        try:
-                            connection = await process.join(principal)
-                        except Rejected:
-                            continue
-                        check()
-                        for _ in range(choose.randrange(5)):
-                            await trio.lowlevel.checkpoint()
-                            check()
-                        process.leave(connection)
+    async def client(process: Process) -> None:
+        for _ in range(choose.randrange(1, 4)):
+            with trio.move_on_after(choose.choice([0.001, 1])):
+                try:
+                    connection = await process.join(choose.choice(principals))
+                except Rejected:
+                    continue
+                check()
+                for _ in range(choose.randrange(5)):
+                    with trio.CancelScope(shield=True):
+                        await trio.lowlevel.checkpoint()
+                    check()
+                process.leave(connection)
 
-            async with trio.open_nursery() as clients:
-                for _ in range(15):
-                    clients.start_soon(client, choose.choice(processes))
-            for each in processes:
-                await each.limits.settle()
-                await each.limits.settle()
-                assert each.agrees()
-                assert not each.limits._asked
-            running.cancel_scope.cancel()
-
-    trio.run(main)
+    async with trio.open_nursery() as clients:
+        for _ in range(15):
+            clients.start_soon(client, choose.choice(processes))
+    for each in processes:
+        await each.limits.settle()
+        await each.limits.settle()
+        assert each.agrees()
+        assert not each.limits._asked
 
 
 async def test_process_that_ends_leaves_nobody_waiting(

@@ -11,6 +11,7 @@ import trio
 from ..broker.commands import Commands, Unavailable
 from ..broker.probe import Probe
 from ..broker.pubsub import Listener, PubSub
+from ..broker.script_link import ScriptLink
 from ..broker.topology import Topology
 from ..core.capacity import CapacityLimits
 from ..core.control_messages import CONTROL, Node, SectorsChanged, reply_channel
@@ -24,7 +25,7 @@ from ..settings import Settings
 from .carrying_out import carry_out_orders
 from .control import Control
 from .keys import Keys
-from .limits import ClusterLimits
+from .limits import ClusterLimits, Evaluate
 from .presence import Presence
 from .presence_query import answer_presence
 from .presence_scripts import CHANNEL, presence_keys
@@ -48,6 +49,7 @@ class ClusterParts:
     keys: Keys
     registry: Registry
     control: Control
+    scripts: ScriptLink | None  # of limits, which every client waits for; not in a Cluster
     limits: ClusterLimits | None  # with WS_CLUSTER
     room: ClusterRoom | None  # with WS_CLUSTER
     link: PubSub  # of control, apart from the events: neither delays the other
@@ -63,6 +65,8 @@ class ClusterParts:
         nursery.start_soon(keep_running, "control", self.link.run, breaker, backoff, changed)
         nursery.start_soon(self.registry.run)
         nursery.start_soon(self.control.run)
+        if self.scripts is not None:
+            nursery.start_soon(self.scripts.run)
         if self.limits is not None and self.room is not None:
             nursery.start_soon(self.limits.run)
             nursery.start_soon(self.room.run)
@@ -137,9 +141,13 @@ def build_cluster(
         anywhere=topology.is_cluster,
     )
     link.name = "control"
-    limits, cluster_room = None, None
+    scripts, limits, cluster_room = None, None, None
     if settings.ws_cluster:
-        limits = ClusterLimits(hub, capacity, keys, name, commands.evaluate, registry.beat)
+        evaluate: Evaluate = commands.evaluate
+        if not topology.is_cluster:
+            scripts = ScriptLink(topology)
+            evaluate = scripts.evaluate
+        limits = ClusterLimits(hub, capacity, keys, name, evaluate, registry.beat)
         registry.on_forgotten.append(limits.write_all)
         cluster_room = ClusterRoom(hub, room, limits, control, name)
     carry_out_orders(control, hub, sectors_changed)
@@ -147,6 +155,7 @@ def build_cluster(
         keys=keys,
         registry=registry,
         control=control,
+        scripts=scripts,
         limits=limits,
         room=cluster_room,
         link=link,

@@ -5,8 +5,8 @@ new ones; those who come meanwhile share the next script. What Redis counts for 
 therefore never less than it has.
 """
 
-from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
 from itertools import islice
 from typing import Any, Final, NoReturn, Protocol
 
@@ -20,10 +20,11 @@ from ..runtime.hub import Hub, Place
 from ..runtime.throttled_log import ThrottledLog
 from .keys import Keys
 from .places import (
+    GRANTED,
     MOST_ASKS,
     MOST_COUNTS,
+    OWNER_IS_FULL,
     TAKE,
-    Answer,
     Outcome,
     Written,
     arguments,
@@ -46,25 +47,20 @@ class Evaluate(Protocol):
     ) -> Any: ...
 
 
-class _Ask:
-    """A client that waits for its place in Redis; its place in the hub is reserved."""
-
-    __slots__ = ("answer", "given_up", "keys")
-
-    def __init__(self, keys: tuple[Owner, Owner | None]) -> None:
-        self.keys = keys
-        self.answer: Answer | None = None
-        self.given_up = False
-
-
 class _Batch:
-    """What waits for the same script."""
+    """Clients that share a script; each has a reserved place in the hub."""
 
-    __slots__ = ("asks", "done")
+    __slots__ = ("answers", "done", "given_up", "owners")
 
     def __init__(self) -> None:
-        self.asks: list[_Ask] = []
+        self.owners: list[Owner] = []
+        self.given_up: set[int] = set()  # those who do not wait any more, by index
+        self.answers: bytes | None = None  # one for each
         self.done = trio.Event()
+
+    def answer(self, answers: bytes) -> None:
+        self.answers = answers
+        self.done.set()
 
 
 class ClusterLimits:
@@ -92,17 +88,16 @@ class ClusterLimits:
         self._beat = beat
         self._number = 0  # of the script that was sent last
         self._acknowledged = 0  # of the last one that was answered
-        self._batches: deque[_Batch] = deque()
-        self._sent = _Batch()
-        self._asked: Counter[Owner] = Counter()  # reserved places that Redis has not granted
-        self._written: dict[Owner, int] = {}  # what Redis has
-        self._dirty: dict[Owner, None] = {}  # may have other counts than that
+        self._batches: deque[_Batch] = deque()  # the first may be under way
+        self._is_sent = False
+        self._asked: dict[Owner, int] = {}  # reserved places that Redis has not granted
+        self._dirty: dict[Owner, None] = {}  # have another count than Redis knows
         self._written_at = 0.0
         self._work = trio.Event()
         self._scope = trio.CancelScope()
         self._throttled_log = ThrottledLog(log)
         self.alone = False  # Redis is unavailable: only the places of this process are known
-        hub.on_freed = self._freed
+        hub.on_freed = self._mark
 
     async def reserve(self, principal: Principal) -> Place:
         """Reserve a place in the hub, and over all processes.
@@ -110,12 +105,33 @@ class ClusterLimits:
         Raises :exc:`Rejected`. What must follow is described at :meth:`Hub.reserve`.
         """
         place = self._hub.reserve(principal)
+        owner = principal.owner
+        if self.alone:
+            self._mark(owner)
+            return place
+        batch = self._newest_batch()
+        index = len(batch.owners)
+        batch.owners.append(owner)
+        self._count_asked(owner, 1)
+        self._work.set()
         try:
-            await self._take(principal)
+            await batch.done.wait()
         except BaseException:
             place.release()
+            if batch.answers is None:
+                batch.given_up.add(index)
+                self._count_asked(owner, -1)
+            elif batch.answers[index] == GRANTED:  # between its cancellation and now
+                self._mark(owner)
+            else:
+                self._count_asked(owner, -1)
             raise
-        return place
+        assert batch.answers is not None
+        if (answer := batch.answers[index]) == GRANTED:
+            return place
+        self._count_asked(owner, -1)
+        place.release()
+        raise owner_is_full(owner) if answer == OWNER_IS_FULL else tenant_is_full()
 
     def most(self, owner: Owner) -> int:
         """The limit of a user or session."""
@@ -130,7 +146,6 @@ class ClusterLimits:
 
     def write_all(self) -> None:
         """Write all counts again: Redis does not have them."""
-        self._written.clear()
         self._dirty = dict.fromkeys(self._hub.owners)
         self._dirty |= dict.fromkeys(map(of_tenant, self._hub.limited_tenants))
         self._work.set()
@@ -154,139 +169,104 @@ class ClusterLimits:
                 await self._work.wait()
             self._work = trio.Event()
             try:
-                await self._write_out()
+                while self._batches or self._dirty or self._is_due():
+                    await self._write()
             except Unavailable as error:
                 self._go_on_alone(str(error))
                 await trio.sleep(_RETRY)
                 self._work.set()
 
-    async def _take(self, principal: Principal) -> None:
-        tenant = of_tenant(principal.tenant) if self._limits.per_tenant else None
-        ask = _Ask((principal.owner, tenant))
-        if self.alone:
-            self._mark(ask.keys)
-            await trio.lowlevel.checkpoint()
-            return
-        self._count(ask, 1)
-        batch = self._newest_batch()
-        batch.asks.append(ask)
-        self._work.set()
-        try:
-            await batch.done.wait()
-        finally:
-            ask.given_up = ask.answer is None
-            if ask.answer is not Answer.GRANTED:
-                self._count(ask, -1)
-        if ask.answer is Answer.OWNER_IS_FULL:
-            raise owner_is_full(principal.owner)
-        if ask.answer is Answer.TENANT_IS_FULL:
-            raise tenant_is_full()
+    def _is_due(self) -> bool:
+        """Whether it is time to look whether Redis still has what was written."""
+        return self.alone or trio.current_time() - self._written_at >= _REFRESH
 
     def _newest_batch(self) -> _Batch:
-        if not self._batches or len(self._batches[-1].asks) >= MOST_ASKS:
+        """The batch that is sent next, or a later one if that is full."""
+        if len(self._batches) <= self._is_sent or len(self._batches[-1].owners) >= MOST_ASKS:
             self._batches.append(_Batch())
         return self._batches[-1]
 
-    def _count(self, ask: _Ask, change: int) -> None:
-        for key in ask.keys:
-            if key is not None:
-                self._asked[key] += change
-                if not self._asked[key]:
-                    del self._asked[key]
+    def _count_asked(self, owner: Owner, change: int) -> None:
+        _add(self._asked, owner, change)
+        if self._limits.per_tenant:
+            _add(self._asked, of_tenant(owner[1]), change)
 
-    def _freed(self, principal: Principal) -> None:
-        self._mark((principal.owner, of_tenant(principal.tenant)))
-
-    def _mark(self, keys: Iterable[Owner | None]) -> None:
-        for key in keys:
-            if key is not None:
-                self._dirty[key] = None
+    def _mark(self, owner: Owner) -> None:
+        """Write this count, and that of its tenant."""
+        self._dirty[owner] = None
+        if self._limits.per_tenant:
+            self._dirty[of_tenant(owner[1])] = None
         self._work.set()
 
     def _places(self, key: Owner) -> int:
-        kind, tenant, _ = key
-        places = (
-            self._hub.places_of_tenant(tenant) if kind == "tenant" else self._hub.places_of(key)
-        )
-        return places - self._asked[key]
+        """The places of this process, without those that Redis has not granted."""
+        hub = self._hub
+        places = hub.places_of_tenant(key[1]) if key[0] == "tenant" else hub.places_of(key)
+        return places - self._asked.get(key, 0)
 
-    async def _write_out(self) -> None:
-        """Write until nothing is left to be written. Raises :exc:`Unavailable`."""
-        while True:
-            self._sent = self._batches.popleft() if self._batches else _Batch()
-            await self._write(self._sent.asks)
-            self._sent.done.set()
-            if not self._batches and not self._dirty:
-                return
-
-    async def _write(self, asks: Sequence[_Ask]) -> None:
-        for _ in range(_TRIES):
-            waiting = [ask for ask in asks if not ask.given_up]
-            limits = {key: self._limits.of(key) for ask in waiting for key in ask.keys if key}
-            counts = {key: self._places(key) for key in limits}
-            changed = list(islice(self._dirty, MOST_COUNTS))
-            for key in changed:
-                del self._dirty[key]
-                if (places := self._places(key)) != self._written.get(key, 0):
-                    counts[key] = places
-            if not counts and not self._is_due():
-                return
-            self._number += 1
-            sent_at = trio.current_time()
-            try:
-                reply = await self._send(limits, counts, waiting)
-            except Unavailable:
-                self._dirty |= dict.fromkeys(counts)
-                if trio.current_time() - sent_at < 2 * _TIMEOUT:
-                    raise
-                continue  # this process was stopped meanwhile, and Redis may well answer
-            if reply.outcome is Outcome.WRITTEN and trio.current_time() - sent_at < 2 * _TIMEOUT:
-                self._learn(counts, waiting, reply)
-                return
-            self._dirty |= dict.fromkeys(counts)
-            if reply.outcome is Outcome.NOT_LIVE:
-                self.write_all()
-                await self._beat()
-            elif reply.outcome is Outcome.LATE:
-                self._number = reply.before
-        raise Unavailable("not live")
-
-    def _is_due(self) -> bool:
-        """Whether it is time to look whether Redis still has what was written."""
-        since = trio.current_time() - self._written_at
-        return self.alone or (bool(self._written) and since >= _REFRESH)
-
-    async def _send(
-        self, limits: Mapping[Owner, int], counts: Mapping[Owner, int], asks: Sequence[_Ask]
-    ) -> Written:
-        keys = [ask.keys for ask in asks]
-        sent = arguments(self._name, self._number, limits, counts, keys)
-        reply = await self._evaluate(TAKE, self._keys, sent, seconds=_TIMEOUT)
+    async def _write(self) -> None:
+        """Send one script, again if need be. Raises :exc:`Unavailable`."""
+        batch = self._batches[0] if self._batches else _Batch()
+        self._is_sent = bool(self._batches)
         try:
-            return read_reply(reply)
-        except (TypeError, ValueError, AttributeError):
-            raise Unavailable("invalid reply") from None
+            for _ in range(_TRIES):
+                if await self._try_to_write(batch):
+                    if self._is_sent:
+                        self._batches.popleft()
+                    return
+        finally:
+            self._is_sent = False
+        raise Unavailable("this process is not known to be live")
 
-    def _learn(self, counts: dict[Owner, int], asks: Sequence[_Ask], reply: Written) -> None:
-        """Give out what was granted, and remember what Redis has now."""
+    async def _try_to_write(self, batch: _Batch) -> bool:
+        """Send one script, and answer the batch; return whether that is done."""
+        asks = [(owner, self._places(owner)) for owner in batch.owners]
+        keys = dict.fromkeys(islice(self._dirty, MOST_COUNTS))
+        for key in keys:
+            del self._dirty[key]
+        if self._limits.per_tenant:
+            keys |= dict.fromkeys(of_tenant(owner[1]) for owner in batch.owners)
+        counts = [(key, self._places(key)) for key in keys]
+        self._number += 1
+        sent_at = trio.current_time()
+        is_written = False
+        try:
+            sent = arguments(self._name, self._number, self._limits, asks, counts)
+            reply = read_reply(await self._evaluate(TAKE, self._keys, sent, seconds=_TIMEOUT))
+            # If this process was stopped meanwhile, others may have taken its places.
+            in_time = trio.current_time() - sent_at < 2 * _TIMEOUT
+            is_written = reply.outcome is Outcome.WRITTEN and in_time
+        except Unavailable:
+            if trio.current_time() - sent_at < 2 * _TIMEOUT:
+                raise
+            return False  # and Redis may well answer
+        except ValueError:
+            raise Unavailable("invalid reply") from None
+        finally:
+            if not is_written:
+                self._dirty |= keys | dict.fromkeys(batch.owners)
+        if is_written:
+            self._learn(batch, reply)
+        elif reply.outcome is Outcome.NOT_LIVE:
+            self.write_all()
+            await self._beat()
+        elif reply.outcome is Outcome.LATE:
+            self._number = reply.before
+        return is_written
+
+    def _learn(self, batch: _Batch, reply: Written) -> None:
+        """Give out what was granted."""
         if reply.before < self._acknowledged:
             self.write_all()  # Redis has lost what was written, as a replica may
         self._acknowledged = self._number
         self._written_at = trio.current_time()
-        for ask, answer in zip(asks, reply.answers, strict=True):
-            if answer is Answer.GRANTED:
-                for key in filter(None, ask.keys):
-                    counts[key] += 1
-                if ask.given_up:
-                    self._mark(ask.keys)
+        for index, (owner, answer) in enumerate(zip(batch.owners, reply.answers, strict=True)):
+            if answer == GRANTED:
+                if index in batch.given_up:
+                    self._mark(owner)
                 else:
-                    self._count(ask, -1)
-            ask.answer = answer
-        for key, places in counts.items():
-            if places:
-                self._written[key] = places
-            else:
-                self._written.pop(key, None)
+                    self._count_asked(owner, -1)
+        batch.answer(reply.answers)
         if self.alone:
             self.alone = False
             log.info("limits apply over all processes again")
@@ -299,11 +279,17 @@ class ClusterLimits:
 
     def _answer_alone(self) -> None:
         """Grant what the limits of this process have granted."""
-        for batch in (self._sent, *self._batches):
-            for ask in batch.asks:
-                if ask.answer is None and not ask.given_up:
-                    ask.answer = Answer.GRANTED
-                    self._count(ask, -1)
-                    self._mark(ask.keys)
-            batch.done.set()
+        for batch in self._batches:
+            for index, owner in enumerate(batch.owners):
+                if index not in batch.given_up:
+                    self._count_asked(owner, -1)
+                    self._mark(owner)
+            batch.answer(bytes([GRANTED]) * len(batch.owners))
         self._batches.clear()
+
+
+def _add(counts: dict[Owner, int], key: Owner, change: int) -> None:
+    if number := counts.get(key, 0) + change:
+        counts[key] = number
+    else:
+        del counts[key]

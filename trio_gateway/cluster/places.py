@@ -4,18 +4,23 @@ Each process has a hash of its own: absolute counts, so a script may run twice, 
 wrote is worth nothing when it is no longer live.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable
 from enum import Enum
 from typing import Any, Final
 
 import msgspec
 
-from ..core.capacity import Owner
+from ..core.capacity import CapacityLimits, Owner
 from .liveness import NAMES
 
-MOST_ASKS: Final = 100  # in one script
+MOST_ASKS: Final = 250  # in one script
 MOST_COUNTS: Final = 500  # in one script, besides those that are asked about
 _KEPT: Final = 60_000  # ms that the hash of a process that has ended is kept
+
+#: What is answered to somebody who asks for a place.
+GRANTED: Final = ord("1")
+TENANT_IS_FULL: Final = ord("t")
+OWNER_IS_FULL: Final = ord("o")
 
 # Needs the keys of NAMES and the hash of this process. Its field "#" is the number of the script
 # that wrote last: Redis may run an old one late, whose caller gave up when Redis was frozen. It
@@ -28,44 +33,63 @@ if not beat or tonumber(beat) <= horizon then return {0, 0, ''} end
 local before = tonumber(redis.call('HGET', KEYS[3], '#') or 0)
 if tonumber(ARGV[2]) < before then return {2, before, ''} end
 
-local asked, counted = tonumber(ARGV[4]), tonumber(ARGV[5])
-local fields, mine, left, at = {}, {}, {}, 5
-for i = 1, counted do
-  fields[i], mine[i] = ARGV[at + 1], tonumber(ARGV[at + 2])
-  at = at + 2
+local most = {u = tonumber(ARGV[4]), s = tonumber(ARGV[5]), t = tonumber(ARGV[6])}
+local asks = tonumber(ARGV[7])
+local fields, mine, left = {}, {}, {}
+for at = 8, #ARGV, 2 do
+  local field = ARGV[at]
+  if not mine[field] then
+    fields[#fields + 1] = field
+    mine[field] = tonumber(ARGV[at + 1])
+  end
 end
-for i = 1, asked do left[i] = ARGV[at + i] - mine[i] end
-at = at + asked
-if asked > 0 then
+
+local function tenant_of(field)
+  return most.t > 0 and 't' .. string.match(field, ':%d+') or nil
+end
+local asked = {}
+local function ask(field)
+  if field and not left[field] then
+    asked[#asked + 1] = field
+    left[field] = most[string.sub(field, 1, 1)] - mine[field]
+  end
+end
+for at = 8, 6 + 2 * asks, 2 do
+  ask(ARGV[at])
+  ask(tenant_of(ARGV[at]))
+end
+if asks > 0 then
   local places = string.sub(KEYS[3], 1, -1 - #ARGV[1])
   for _, name in ipairs(names) do
     if name ~= ARGV[1] then
-      local theirs = redis.call('HMGET', places .. name, unpack(fields, 1, asked))
-      for i = 1, asked do left[i] = left[i] - (theirs[i] or 0) end
+      local theirs = redis.call('HMGET', places .. name, unpack(asked))
+      for i, field in ipairs(asked) do left[field] = left[field] - (theirs[i] or 0) end
     end
   end
 end
+
 local answers = {}
-for i = at + 1, #ARGV, 2 do
-  local owner, tenant = tonumber(ARGV[i]), tonumber(ARGV[i + 1])
-  local answer = '1'
-  if tenant > 0 and left[tenant] <= 0 then answer = 't' end
-  if left[owner] <= 0 then answer = 'o' end
-  if answer == '1' then
-    for _, n in ipairs({owner, tenant}) do
-      if n > 0 then left[n], mine[n] = left[n] - 1, mine[n] + 1 end
+for at = 8, 6 + 2 * asks, 2 do
+  local owner, tenant = ARGV[at], tenant_of(ARGV[at])
+  if left[owner] <= 0 then
+    answers[#answers + 1] = 'o'
+  elseif tenant and left[tenant] <= 0 then
+    answers[#answers + 1] = 't'
+  else
+    answers[#answers + 1] = '1'
+    for _, field in ipairs({owner, tenant}) do
+      left[field], mine[field] = left[field] - 1, mine[field] + 1
     end
   end
-  answers[#answers + 1] = answer
 end
 
 local set, gone = {'#', ARGV[2]}, {}
-for i = 1, counted do
-  if mine[i] > 0 then
-    set[#set + 1] = fields[i]
-    set[#set + 1] = mine[i]
+for _, field in ipairs(fields) do
+  if mine[field] > 0 then
+    set[#set + 1] = field
+    set[#set + 1] = mine[field]
   else
-    gone[#gone + 1] = fields[i]
+    gone[#gone + 1] = field
   end
 end
 redis.call('HSET', KEYS[3], unpack(set))
@@ -74,14 +98,6 @@ redis.call('PEXPIRE', KEYS[3], ARGV[3])
 return {1, before, table.concat(answers)}
 """
 )
-
-
-class Answer(Enum):
-    """What is answered to somebody who asks for a place."""
-
-    GRANTED = "1"
-    OWNER_IS_FULL = "o"
-    TENANT_IS_FULL = "t"
 
 
 class Outcome(Enum):
@@ -97,40 +113,38 @@ class Written(msgspec.Struct, frozen=True):
 
     outcome: Outcome
     before: int  # the number of the script that wrote before this one; 0: none that Redis knows
-    answers: Sequence[Answer]
+    answers: bytes  # one for each who asked
 
 
 def arguments(
     name: str,
     number: int,
-    limits: Mapping[Owner, int],
-    counts: Mapping[Owner, int],
-    asks: Sequence[tuple[Owner, Owner | None]],
+    limits: CapacityLimits,
+    asks: Iterable[tuple[Owner, int]],
+    counts: Iterable[tuple[Owner, int]],
 ) -> list[str | int]:
     """The arguments of :data:`TAKE`.
 
-    ``limits`` has those that ``asks`` (for a place of the first and of the second) are about.
-    ``counts`` are the places of this process, without those that are asked for; it has all that
-    ``limits`` has.
+    ``asks`` are those who ask for a place, ``counts`` are to be written, each with the places of
+    this process, without those that are asked for. With a limit of tenants, ``counts`` has the
+    tenants of all who ask.
     """
-    keys = [*limits, *(key for key in counts if key not in limits)]
-    index = {key: n for n, key in enumerate(limits, 1)}
-    found: list[str | int] = [name, number, _KEPT, len(limits), len(keys)]
-    for key in keys:
-        found += (_field(key), counts[key])
-    found += limits.values()
-    for owner, tenant in asks:
-        found += (index[owner], 0 if tenant is None else index[tenant])
-    return found
+    found: list[str | int] = []
+    for key, places in asks:
+        found += (_field(key), places)
+    limit = (limits.per_user, limits.per_session, limits.per_tenant)
+    head = (name, number, _KEPT, *limit, len(found) // 2)
+    for key, places in counts:
+        found += (_field(key), places)
+    return [*head, *found]
 
 
 def read_reply(reply: Any) -> Written:
-    """Read the reply of :data:`TAKE`.
-
-    Raises :exc:`ValueError`, :exc:`TypeError` or :exc:`AttributeError` if it is something else.
-    """
-    outcome, before, answers = reply
-    return Written(Outcome(outcome), before, [Answer(each) for each in answers.decode()])
+    """Read the reply of :data:`TAKE`. Raises :exc:`ValueError` if it is something else."""
+    match reply:
+        case [int(outcome), int(before), bytes(answers)]:
+            return Written(Outcome(outcome), before, answers)
+    raise ValueError("not a reply of this script")
 
 
 def _field(key: Owner) -> str:

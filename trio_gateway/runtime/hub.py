@@ -16,7 +16,11 @@ from .resume_state import Phase, Step
 
 
 class Place:
-    """A reserved place in the hub; a context manager that releases it at its end."""
+    """A reserved place in the hub.
+
+    A context manager that releases it at its end: without an exception, to the connection that
+    joins next.
+    """
 
     def __init__(self, hub: "Hub", principal: Principal) -> None:
         self._hub = hub
@@ -25,11 +29,13 @@ class Place:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         self.release()
+        if error is not None:
+            self._hub.tell_freed(self._principal.owner)
 
     def release(self) -> None:
-        """Give the place up."""
+        """Give the place up, without telling anybody."""
         self._hub.release(self._principal)
 
 
@@ -61,8 +67,8 @@ class Hub:
         self._owned: dict[Owner, list[Connection]] = {}
         self._reserved: Counter[Owner] = Counter()
         self._of_tenant: Counter[TenantId] = Counter()  # places, if their number is limited
-        # Called with the principal of each place that was given up, also to join.
-        self.on_freed: Callable[[Principal], None] | None = None
+        # Called with the owner of each place that has become free.
+        self.on_freed: Callable[[Owner], None] | None = None
         self.observer: Observer | None = None
         self._connections: dict[Connection, None] = {}  # in the order they joined
         self._leaving: set[Connection] = set()
@@ -150,13 +156,13 @@ class Hub:
     def release(self, principal: Principal) -> None:
         """Give up a reserved place."""
         _subtract(self._reserved, principal.owner)
-        self._free(principal)
-
-    def _free(self, principal: Principal) -> None:
         if self._limits_tenants:
             _subtract(self._of_tenant, principal.tenant)
+
+    def tell_freed(self, owner: Owner) -> None:
+        """A place that others may know of has become free."""
         if self.on_freed is not None:
-            self.on_freed(principal)
+            self.on_freed(owner)
 
     def join(self, connection: Connection) -> None:
         """Add a connection to the audiences of its principal."""
@@ -186,7 +192,9 @@ class Hub:
         self._owned[owner].remove(connection)
         if not self._owned[owner]:
             del self._owned[owner]
-        self._free(connection.principal)
+        if self._limits_tenants:
+            _subtract(self._of_tenant, connection.principal.tenant)
+        self.tell_freed(owner)
         self.by_endpoint[connection.principal.endpoint] -= 1
         self.deflate_count -= connection.supports_deflate
         for audience in connection.audiences:
