@@ -77,7 +77,7 @@ class Reception:
         try:
             try:
                 address = parts.addresses.of(request.peer, request.headers.get("x-forwarded-for"))
-                parts.addresses.enter(address, trio.current_time())
+                parts.addresses.enter(address, accepted_time)
                 entered = True
                 with await self._admit(request) as pending:
                     principal = await self._confirm(pending)

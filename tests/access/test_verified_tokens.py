@@ -126,10 +126,10 @@ def test_they_are_bounded_and_hold_no_token() -> None:
     remembered: VerifiedTokens[Staff] = VerifiedTokens(most=3)
     tokens = [staff(jti=str(n)) for n in range(5)]
     for token in tokens:
-        remembered.add(token, read_jwt(token, KEYS, Rules(), 1000.0))
+        remembered.add(remembered.key_of(token), read_jwt(token, KEYS, Rules(), 1000.0))
 
     assert len(remembered) == 3
-    assert [remembered.get(each, 1000.0) is not None for each in tokens] == [
+    assert [remembered.get(remembered.key_of(each), 1000.0) is not None for each in tokens] == [
         False, False, True, True, True,
     ]  # fmt: skip
     assert not any(isinstance(each, str) for each in gc.get_referents(remembered._found))
@@ -138,14 +138,15 @@ def test_they_are_bounded_and_hold_no_token() -> None:
 def test_one_that_was_verified_with_keys_of_before_is_not_remembered() -> None:
     remembered: VerifiedTokens[Staff] = VerifiedTokens()
     before, after, token = object(), object(), staff()
+    key = remembered.key_of(token)
     found = read_jwt(token, KEYS, Rules(), 1000.0)
     for keys in (before, after):
-        assert remembered.get(token, 1000.0, keys) is None
-    remembered.add(token, found, before)  # it took a while
-    assert remembered.get(token, 1000.0, after) is None
-    remembered.add(token, found, after)
-    assert remembered.get(token, 1000.0, after) is found
+        assert remembered.get(key, 1000.0, keys) is None
+    remembered.add(key, found, before)  # it took a while
+    assert remembered.get(key, 1000.0, after) is None
+    remembered.add(key, found, after)
+    assert remembered.get(key, 1000.0, after) is found
 
 
 def test_two_processes_have_different_hashes() -> None:
-    assert VerifiedTokens[Staff]()._digest("a") != VerifiedTokens[Staff]()._digest("a")
+    assert VerifiedTokens[Staff]().key_of("a") != VerifiedTokens[Staff]().key_of("a")

@@ -114,6 +114,20 @@ async def test_short_message_over_the_limit_is_too_big() -> None:
     assert violation.value.close is Close.MESSAGE_TOO_BIG
 
 
+async def test_first_message_that_has_come_is_read_without_waiting() -> None:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        async with trio.SocketStream(trio.socket.from_stdlib_socket(ours)) as stream:
+            sock = DirectSocket(stream, b"", MOST)
+            theirs.send(client_frame(0x81, b"first"))
+            with pytest.raises(StopIteration) as ended:
+                sock.receive().__await__().send(None)
+            assert ended.value.value == "first"
+
+            theirs.send(client_frame(0x81, b"second"))  # others have their turn before it
+            assert await sock.receive() == "second"
+
+
 async def test_socket_closed_elsewhere_counts_as_disconnected() -> None:
     listener = (await trio.open_tcp_listeners(0, host="127.0.0.1"))[0]
     client = await trio.open_tcp_stream(*listener.socket.getsockname())

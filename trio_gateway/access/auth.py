@@ -67,18 +67,18 @@ class JwtAuth:
             return found
         assert self._key_set is not None
         token = await self._look_up(credential, self._key_set)
-        self._verified.add(credential, token, self._key_set.keys)
+        self._verified.add(self._verified.key_of(credential), token, self._key_set.keys)
         return token.on(endpoint)
 
     def authenticate_nowait(self, credential: str, endpoint: Endpoint) -> Principal | None:
         public = None if self._key_set is None else self._key_set.keys
-        now = self._clock()
-        token = self._verified.get(_required(credential), now, public)
+        now, key = self._clock(), self._verified.key_of(_required(credential))
+        token = self._verified.get(key, now, public)
         if token is None:
             if self._key_set is not None:
                 return None
             token = read_jwt(credential, self._keys, self._rules, now)
-            self._verified.add(credential, token)
+            self._verified.add(key, token)
         return token.on(endpoint)
 
     async def _look_up(self, credential: str, key_set: KeySet) -> Staff:
@@ -110,11 +110,11 @@ class TableAuth:
         return self.authenticate_nowait(credential, endpoint)
 
     def authenticate_nowait(self, credential: str, endpoint: Endpoint) -> Principal:
-        now = self._clock()
-        token = self._verified.get(_required(credential), now)
+        now, key = self._clock(), self._verified.key_of(_required(credential))
+        token = self._verified.get(key, now)
         if token is None:
             token = read_table_token(credential, self._keys, self._rules, now)
-            self._verified.add(credential, token)
+            self._verified.add(key, token)
         return token.on(endpoint)
 
 

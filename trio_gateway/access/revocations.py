@@ -22,9 +22,10 @@ from ..runtime.throttled_log import ThrottledLog
 log = structlog.get_logger()
 
 _BATCH: Final = 250  # principals in one MGET
-_PAUSE: Final = 0.005  # seconds between two MGETs for checks
-_CROWD: Final = 4  # checks in one MGET from which on the next waits for more of them
-_PAUSE_IN_A_CROWD: Final = 0.015  # seconds
+# Seconds between two MGETs for checks: the more checks one had, the longer the next is waited for.
+_PAUSE: Final = 0.005
+_PAUSE_PER_CHECK: Final = 0.0005
+_LONGEST_PAUSE: Final = 0.03
 RECHECK_PERIOD: Final = (
     3.0  # seconds over which everybody is looked at after messages may have been lost
 )
@@ -141,7 +142,8 @@ class Revocations:
             with trio.move_on_at(batch.until), suppress(Unavailable):
                 batch.revoked = await self._revoked(batch.principals)
             batch.answered.set()
-            await trio.sleep(_PAUSE if len(batch.principals) < _CROWD else _PAUSE_IN_A_CROWD)
+            if (checks := len(batch.principals)) < _BATCH:
+                await trio.sleep(min(_PAUSE + _PAUSE_PER_CHECK * checks, _LONGEST_PAUSE))
 
     async def sweep(self, interval: float) -> NoReturn:
         """Check every live connection once per interval (seconds); returns only when cancelled.

@@ -8,7 +8,7 @@ import hashlib
 import secrets
 from typing import Final, Generic, TypeVar
 
-from ..core.tokens import MAX_TOKEN_CHARACTERS, Staff, Table
+from ..core.tokens import Staff, Table
 
 Verified = TypeVar("Verified", Staff, Table)
 
@@ -29,7 +29,12 @@ class VerifiedTokens(Generic[Verified]):
     def __len__(self) -> int:
         return len(self._found)
 
-    def get(self, token: str, now: float, keys: object = None) -> Verified | None:
+    def key_of(self, token: str) -> bytes:
+        """Return the hash under which a token is remembered."""
+        data = token.encode(errors="surrogatepass")
+        return hashlib.blake2b(data, digest_size=_DIGEST, key=self._key).digest()
+
+    def get(self, key: bytes, now: float, keys: object = None) -> Verified | None:
         """Return what a token says, if it was found valid before and still is.
 
         ``keys`` are those that count now: with others everything is forgotten. So it is when the
@@ -39,26 +44,19 @@ class VerifiedTokens(Generic[Verified]):
             self._found.clear()
             self._keys = keys
         self._now = now
-        if not self._found or len(token) > MAX_TOKEN_CHARACTERS:
-            return None
-        digest = self._digest(token)
-        found = self._found.get(digest)
+        found = self._found.get(key)
         if found is not None and found.expires_at <= now:
-            del self._found[digest]
+            del self._found[key]
             return None
         return found
 
-    def add(self, token: str, verified: Verified, keys: object = None) -> None:
+    def add(self, key: bytes, verified: Verified, keys: object = None) -> None:
         """Remember a token that was verified with these keys just now.
 
         Not if they have changed since the last :meth:`get`, which is soon followed by another.
         """
         if keys is not self._keys:
             return
-        self._found[self._digest(token)] = verified
+        self._found[key] = verified
         if len(self._found) > self._most:
             del self._found[next(iter(self._found))]
-
-    def _digest(self, token: str) -> bytes:
-        data = token.encode(errors="surrogatepass")
-        return hashlib.blake2b(data, digest_size=_DIGEST, key=self._key).digest()

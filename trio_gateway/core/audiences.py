@@ -91,6 +91,8 @@ _HEADS = frozenset({Role.MANAGER, Role.ADMIN})
 class Endpoint(Enum):
     """A WebSocket path and the roles that it admits. Those of staff check a browser's Origin."""
 
+    __hash__ = object.__hash__  # Enum's own is in Python
+
     WAITER = ("waiter", _HEADS | {Role.WAITER})
     KITCHEN = ("kitchen", _HEADS | {Role.KITCHEN})
     ADMIN = ("admin", _HEADS)

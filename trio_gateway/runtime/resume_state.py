@@ -48,6 +48,8 @@ from ..core.event_ids import Cursor, Stream
 class Phase(Enum):
     """Where a connection stands between joining and live events."""
 
+    __hash__ = object.__hash__  # Enum's own is in Python
+
     CONNECTING = auto()
     HELD = auto()
     REPLAYING = auto()
@@ -58,6 +60,8 @@ class Phase(Enum):
 
 class Step(Enum):
     """What changes the phase of a connection, or its cursor."""
+
+    __hash__ = object.__hash__
 
     JOIN = auto()  # the hub, and it has not said yet how it begins
     JOIN_RESUMING = auto()  # its handshake named the last event that it has

@@ -114,16 +114,17 @@ class DirectSocket:
     """
 
     __slots__ = (
-        "_aborted", "_broken", "_fragments", "_pieces", "_size", "_socket", "_stream", "_unread",
-        "_websocket", "deflate", "max_size", "measures_progress",
+        "_aborted", "_broken", "_fragments", "_has_read", "_pieces", "_size", "_socket", "_stream",
+        "_unread", "_websocket", "deflate", "max_size", "measures_progress",
     )  # fmt: skip
 
     def __init__(self, stream: trio.abc.Stream, rest: bytes, max_size: int) -> None:
         self._stream = stream
         self._socket = stream.socket if DIRECT and type(stream) is trio.SocketStream else None
-        self.measures_progress = isinstance(
+        self.measures_progress = self._socket is None and isinstance(
             getattr(stream, "transport_stream", None), ProgressStream
         )
+        self._has_read = False
         self.max_size = max_size
         self.deflate: PerMessageDeflate | None = None  # reads compressed messages, if negotiated
         self._unread = rest
@@ -193,7 +194,9 @@ class DirectSocket:
                 if self._socket is None or self._socket.fileno() == -1:
                     data = await receive(self._stream, _FRAMES_CHUNK)
                 else:  # as there, without a coroutine more for each client
-                    await trio.lowlevel.wait_readable(self._socket)
+                    if self._has_read:
+                        await trio.lowlevel.wait_readable(self._socket)
+                    self._has_read = True  # in a crowd, the first message has come meanwhile
                     if (read := receive_nowait(self._stream, _FRAMES_CHUNK)) is None:
                         continue
                     data = read
