@@ -113,7 +113,7 @@ class Revocations:
 
     async def check(self, principal: Principal) -> None:
         """Raise :exc:`Rejected` if the credential is revoked, or if that cannot be checked."""
-        if not _keys(principal):
+        if principal.token_id is None and principal.user is None:
             return
         batches = self._batches
         if not batches or len(batches[-1].principals) == _BATCH:

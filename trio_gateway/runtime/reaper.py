@@ -32,12 +32,13 @@ async def reap(
     offset = wall_clock() - trio.current_time()
     while True:
         await trio.sleep(tick)
+        now = trio.current_time()
         for n, connection in enumerate(list(hub.connections), 1):
-            now = trio.current_time()
             if now - connection.sent_at >= ping_interval:
                 connection.ping(now)
             if n % _PER_CHECKPOINT == 0:
                 await trio.lowlevel.checkpoint()
+                now = trio.current_time()
         if trio.current_time() < clean_up_at:
             continue
         clean_up_at = trio.current_time() + cleanup_interval

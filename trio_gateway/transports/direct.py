@@ -191,15 +191,15 @@ class DirectSocket:
             if received is not None:
                 return received
             try:
-                if self._socket is None or self._socket.fileno() == -1:
+                if self._socket is None:
                     data = await receive(self._stream, _FRAMES_CHUNK)
                 else:  # as there, without a coroutine more for each client
                     if self._has_read:
                         await trio.lowlevel.wait_readable(self._socket)
                     self._has_read = True  # in a crowd, the first message has come meanwhile
-                    if (read := receive_nowait(self._stream, _FRAMES_CHUNK)) is None:
-                        continue
-                    data = read
+                    data = os.read(self._socket.fileno(), _FRAMES_CHUNK)
+            except BlockingIOError:
+                continue
             except (OSError, *STREAM_ERRORS):
                 data = b""
             if not data:

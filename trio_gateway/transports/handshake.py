@@ -50,11 +50,10 @@ def read_query(query: str) -> dict[str, str]:
 
 def join_headers(headers: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
     """Return headers by name in lower case; the values of a repeated one are joined by commas."""
-    found: dict[str, str] = {}
-    for raw_name, raw_value in headers:
-        name, value = raw_name.decode("latin-1").lower(), raw_value.decode("latin-1").strip()
-        found[name] = f"{found[name]}, {value}" if name in found else value
-    return found
+    head = _Head()
+    for name, value in headers:
+        head.on_header(name, value)
+    return head.headers
 
 
 class _Head:
@@ -62,14 +61,21 @@ class _Head:
 
     def __init__(self) -> None:
         self.target = b""
-        self.headers: list[tuple[bytes, bytes]] = []
+        self.headers: dict[str, str] = {}
+        self.count = 0  # of headers
+        self.repeated: set[str] = set()
         self.complete = False
 
     def on_url(self, target: bytes) -> None:
         self.target += target
 
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self.headers.append((name, value))
+    def on_header(self, raw_name: bytes, raw_value: bytes) -> None:
+        name, value = raw_name.decode("latin-1").lower(), raw_value.decode("latin-1").strip()
+        self.count += 1
+        if name in self.headers:
+            self.repeated.add(name)
+            value = f"{self.headers[name]}, {value}"
+        self.headers[name] = value
 
     def on_headers_complete(self) -> None:
         self.complete = True
@@ -95,24 +101,21 @@ def parse_head(head: bytes, peer: Callable[[], str] = str) -> ClientRequest | Re
         return Refusal(400, "malformed request")
     if not found.complete:
         return Refusal(400, "malformed request")
-    if len(found.headers) > MAX_HEADERS:
+    if found.count > MAX_HEADERS:
         return Refusal(431, "too many headers")
-    headers = join_headers(found.headers)
+    headers = found.headers
     if "sec-websocket-key" not in headers and not _has(headers, "upgrade", "websocket"):
         return None
-    if refusal := _refuse(parser, found, headers, is_ascii=head.isascii()):
+    if refusal := _refuse(parser, found, is_ascii=head.isascii()):
         return refusal
     return _handshake(found.target, headers, peer)
 
 
-def _refuse(
-    parser: Any, found: _Head, headers: Mapping[str, str], *, is_ascii: bool
-) -> Refusal | None:
-    if len(headers) != len(found.headers):  # some were repeated
-        names = [name.lower().decode("latin-1") for name, _ in found.headers]
-        for name in _ONCE & headers.keys():
-            if names.count(name) > 1:
-                return Refusal(400, f"{name} more than once")
+def _refuse(parser: Any, found: _Head, *, is_ascii: bool) -> Refusal | None:
+    headers = found.headers
+    for name in found.repeated:
+        if name in _ONCE:
+            return Refusal(400, f"{name} more than once")
     if not is_ascii:
         for name in _READ & headers.keys():
             if not headers[name].isascii():

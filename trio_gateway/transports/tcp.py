@@ -120,7 +120,8 @@ class TcpConnection:
         stream = self._stream
         if (sock := socket_of(stream)) is not None:
             enable_keepalive(sock, write_timeout)
-        if isinstance(stream, trio.SSLStream):  # TLS must not be bypassed
+        if type(stream) is not trio.SocketStream and isinstance(stream, trio.SSLStream):
+            # TLS must not be bypassed.
             stream.transport_stream = ProgressStream(stream.transport_stream, write_timeout)
         if service is None:
             await self._hand_over(b"", write_timeout)
