@@ -94,6 +94,33 @@ async def test_presence_is_that_of_all_processes(redis_url: str, backend: "redis
     await until(lambda: len(events(backend)) == 5)
 
 
+async def test_presence_of_one_process_is_that_of_its_connections(redis_url: str) -> None:
+    async with (
+        two(redis_url) as one,
+        two(redis_url) as other,
+        admitted(one.staff_url("waiter", sub="21")),
+        admitted(other.staff_url("waiter", sub="21")),
+        admitted(other.staff_url("kitchen", sub="7")),
+        admitted(other.diner_url(session_id=456)),
+    ):
+        clusters = [each.app.parts.cluster for each in (one, other)]
+        names = [each.registry.name for each in clusters if each is not None]
+
+        async def present(node: str) -> tuple[list[tuple[str, int]], int]:
+            found = (await ask(one, f"1&node={node}")).json
+            assert found["complete"]
+            users = [(user["user_id"], user["connections"]) for user in found["users"]]
+            return users, len(found["sessions"])
+
+        assert await present(names[0]) == ([("21", 1)], 0)
+        assert await present(names[1]) == ([("7", 1), ("21", 1)], 1)
+        assert await present("*") == ([("7", 1), ("21", 2)], 1)
+        reply = await ask(one, "1&node=nobody-1-aaaa")
+        assert (reply.status, "no live process" in reply.text) == (404, True)
+        reply = await ask(one, f"1&node={names[1]}", tenant_id=2)
+        assert (reply.json["users"], reply.json["sessions"]) == ([], [])
+
+
 async def test_refusals_of_presence(redis_url: str) -> None:
     async with two(redis_url) as gateway:
         no_token = await http(gateway.port, "/ws/presence?branch_id=x")

@@ -143,7 +143,7 @@ class Control:
     ) -> Answers:
         """Ask all live processes, this one included, and wait for their answers, in seconds.
 
-        ``only`` asks the other process of this name alone. Raises :exc:`Unavailable` if Redis is.
+        ``only`` asks the process of this name alone. Raises :exc:`Unavailable` if Redis is.
         """
         ask = Ask(
             secrets.token_hex(8),
@@ -165,7 +165,10 @@ class Control:
             return self._alive(names)
 
         async def publish_to(name: str) -> set[str]:
-            await self._tell(reply_channel(name), message)
+            if name == self._registry.name:
+                self._accept(ask)
+            else:
+                await self._tell(reply_channel(name), message)
             return {name}
 
         how = publish if only is None else partial(publish_to, only)

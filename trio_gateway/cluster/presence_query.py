@@ -43,13 +43,20 @@ def answer_presence(control: Control, presence: Presence) -> None:
 
 
 async def who_is_present(
-    control: Control, tenant: TenantId, branch: BranchId | None = None
+    control: Control,
+    tenant: TenantId,
+    branch: BranchId | None = None,
+    *,
+    node: str | None = None,
 ) -> PresenceReport:
     """Return who has a connection to any process, in one branch or in the whole tenant.
 
+    ``node`` names the only process that counts, which must be alive.
+
     Answers within :data:`PATIENCE`. Raises :exc:`~..broker.commands.Unavailable` if Redis is.
     """
-    answers = await control.ask(_KIND, PresenceRequest(tenant, branch), timeout=PATIENCE)
+    request = PresenceRequest(tenant, branch)
+    answers = await control.ask(_KIND, request, timeout=PATIENCE, only=node)
     missing, found = list(answers.missing), []
     for name, answer in answers.by_node.items():
         try:

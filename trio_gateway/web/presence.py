@@ -1,5 +1,7 @@
 """``GET /ws/presence``: who is present in a branch, on all processes."""
 
+from typing import Final
+
 import msgspec
 from quart import Response, request
 
@@ -12,6 +14,8 @@ from ..parts import Parts
 from ..runtime.concurrency_limiter import Overloaded
 from .catchup import is_id
 from .responses import Answer, identify, problem, refusal
+
+_ALL: Final = "*"  # all processes; what dashboards can put into a query
 
 
 async def presence(parts: Parts) -> Answer:
@@ -43,10 +47,18 @@ async def presence(parts: Parts) -> Answer:
 
 
 async def report(parts: Parts, tenant: TenantId, branch: BranchId) -> Answer:
-    """The response that says who is present in a branch. Presence must be known, see WS_CLUSTER."""
+    """The response that says who is present in a branch. Presence must be known, see WS_CLUSTER.
+
+    The request's ``node`` names a process, to which it is limited; ``*`` means all.
+    """
     assert parts.cluster is not None
+    node = request.args.get("node", _ALL)
     try:
-        found = await who_is_present(parts.cluster.control, tenant, branch)
+        if node != _ALL and node not in await parts.cluster.registry.read():
+            return problem(404, "no live process has this name (node)")
+        found = await who_is_present(
+            parts.cluster.control, tenant, branch, node=None if node == _ALL else node
+        )
     except Unavailable:
         return problem(503, "Redis is not available", retry_after=1)
     return _respond(found)
