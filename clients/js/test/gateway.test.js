@@ -285,3 +285,39 @@ test("refreshSectors returns the sectors that the gateway has looked up", async 
   await calls.admitted();
   assert.deepEqual(await client.refreshSectors(), [5]);
 });
+
+test("presence is that of all gateways, and is told again after a reconnect", async () => {
+  const settings = { WS_CLUSTER: "true", WS_PRESENCE_GRACE: "0.5" };
+  const [first, second] = [new Gateway(settings), new Gateway(settings)];
+  await Promise.all([first.start(), second.start()]);
+  try {
+    const admin = start({
+      url: first.url("admin"),
+      token: () => staffToken({ sub: "3", roles: ["ADMIN"] }),
+      timings: QUICK,
+    });
+    /** @type {string[]} */
+    let present = [];
+    admin.client.watchPresence(1, ({ users, sessions }) => {
+      present = [...users.map((each) => `${each.endpoint} ${each.user_id}`), ...sessions.map((each) => `${each.session_id}`)].sort();
+    });
+    /** @param {string[]} expected */
+    const until = async (...expected) => {
+      const end = Date.now() + 20_000;
+      while (present.join() !== expected.join()) {
+        assert.ok(Date.now() < end, `${present}`);
+        await sleep(20);
+      }
+    };
+    await until("admin 3");
+    const waiter = start({ url: second.url("waiter") });
+    start({ url: second.url("diner"), token: tableToken() });
+    await until("456", "admin 3", "waiter 21");
+    await first.stop("SIGKILL");
+    waiter.client.close();
+    await first.start();
+    await until("456", "admin 3");
+  } finally {
+    await Promise.all([first.stop("SIGKILL"), second.stop("SIGKILL")]);
+  }
+});
