@@ -49,8 +49,15 @@ async def page(parts: Parts) -> Answer:
             await redeem_ticket(parts)
         except Rejected as rejected:
             return _html(_GATE, rejected.close.status)
-    text = _PAGE.replace("{environment}", parts.settings.environment)
-    return _html(text.replace("{tokens}", str(parts.settings.ws_console_tokens).lower()), 200)
+    settings, text = parts.settings, _PAGE
+    values = {
+        "environment": settings.environment,
+        "tokens": str(settings.ws_console_tokens).lower(),
+        "cluster": str(settings.ws_cluster).lower(),
+    }
+    for name, value in values.items():
+        text = text.replace(f"{{{name}}}", value)
+    return _html(text, 200)
 
 
 def _html(text: str, status: int) -> Answer:

@@ -1,0 +1,34 @@
+"""The console in the browser."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from playwright.sync_api import Browser, ConsoleMessage, Page, expect
+
+from tests.support.processes import GatewayProcess
+
+expect.set_options(timeout=10_000)
+
+
+@contextmanager
+def console(browser: Browser, gateway: GatewayProcess) -> Iterator[Page]:
+    """The open console; at the end it must have logged no error and called no other server."""
+    errors: list[str] = []
+    requested: set[str] = set()
+
+    def record(message: ConsoleMessage) -> None:
+        refused = "WebSocket connection" in message.text or "ERR_CONNECTION" in message.text
+        if message.type in {"error", "warning"} and not refused:  # while the gateway is down
+            errors.append(message.text)
+
+    context = browser.new_context(color_scheme="light")
+    found = context.new_page()
+    found.on("console", record)
+    found.on("pageerror", lambda error: errors.append(str(error)))
+    found.on("request", lambda request: requested.add(request.url.split("/ws/")[0]))
+    found.goto(f"{gateway.url}/ws/console")
+    expect(found.locator("#link")).to_have_text("live")
+    yield found
+    context.close()
+    assert errors == []
+    assert requested <= {gateway.url, "data:,"}
