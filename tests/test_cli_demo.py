@@ -167,16 +167,17 @@ def test_demo_kills_its_primary_and_no_event_is_missing(kind: str, tmp_path: Pat
 def test_demo_names_the_console_first_and_a_command_that_needs_no_token_for_each_role(
     temporary: Path,
 ) -> None:
-    """SIGTERM ends it like Ctrl-C."""
+    """With two processes; SIGTERM ends it like Ctrl-C."""
     port = harness.free_port()
-    with demo("--rate", "40", "--port", str(port), temporary=temporary) as process:
+    options = ("--rate", "40", "--port", str(port), "--workers", "2")
+    with demo(*options, temporary=temporary) as process:
         assert process.stdout is not None
         lines = [process.stdout.readline().rstrip()]
         while lines[-1] != "Ctrl-C ends everything.":
             lines.append(process.stdout.readline().rstrip())
         assert re.fullmatch(r"Open the console in a browser: http://\S+/ws/console", lines[0])
         with urllib.request.urlopen(lines[0].split()[-1], timeout=5) as response:
-            assert response.status == 200
+            assert b'data-cluster="true"' in response.read()
         assert max(map(len, lines)) < 200
         (file,) = temporary.glob("*/demo.json")
         assert (file.stat().st_mode & 0o777, file.parent.stat().st_mode & 0o777) == (0o600, 0o700)
@@ -202,6 +203,9 @@ def test_demo_names_the_console_first_and_a_command_that_needs_no_token_for_each
         for tail in tails:
             out, err = tail.communicate(timeout=60)
             assert (tail.returncode, out.count(b"\n")) == (0, 1), err
+        metrics = lines[0].split()[-1].replace("/ws/console", "/ws/metrics")
+        with urllib.request.urlopen(metrics, timeout=5) as response:
+            assert b"wsgateway_nodes 2.0\n" in response.read()
         process.terminate()
         status = process.wait(10)
         reader.join()

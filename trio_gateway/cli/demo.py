@@ -41,8 +41,17 @@ _QUIET: Final = 0.5  # seconds without an event after the last loop
     "--kill-primary-every", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS",
     help="Kill the primary of the events again and again, and start it again.",
 )  # fmt: skip
+@click.option(
+    "--workers", type=click.IntRange(1, 16), default=1, show_default=True, metavar="N",
+    help="Gateway processes. The console shows who is connected to each.",
+)  # fmt: skip
 def demo(
-    port: int | None, rate: float, loops: int, redis: str, kill_primary_every: float | None
+    port: int | None,
+    rate: float,
+    loops: int,
+    redis: str,
+    kill_primary_every: float | None,
+    workers: int,
 ) -> None:
     """Start a Redis-compatible server and a gateway, publish events, show who receives them.
 
@@ -68,7 +77,7 @@ def demo(
 
     async def work() -> None:
         chosen = port or (PORT if is_free(PORT) else free_port())
-        await _demo(chosen, rate, loops, redis, kill_primary_every)
+        await _demo(chosen, rate, loops, redis, kill_primary_every, workers)
 
     try:
         run(work)
@@ -79,7 +88,12 @@ def demo(
 
 
 async def _demo(
-    port: int, rate: float, loops: int, redis: str, kill_primary_every: float | None
+    port: int,
+    rate: float,
+    loops: int,
+    redis: str,
+    kill_primary_every: float | None,
+    workers: int,
 ) -> None:
     import trio
 
@@ -89,7 +103,7 @@ async def _demo(
     screen = Screen()
     tally = Tally(trio.current_time)
     try:
-        await _run(port, rate, loops, redis, kill_primary_every, screen, tally)
+        await _run(port, rate, loops, redis, kill_primary_every, workers, screen, tally)
     finally:
         if tally.published:
             with trio.move_on_after(_SUMMARY_TIMEOUT, shield=True):
@@ -104,6 +118,7 @@ async def _run(
     loops: int,
     redis: str,
     kill_primary_every: float | None,
+    workers: int,
     screen: "Screen",
     tally: "Tally",
 ) -> None:
@@ -121,6 +136,7 @@ async def _run(
                 port,
                 secrets.token_urlsafe(48),
                 secrets.token_urlsafe(48),
+                workers,
             )
             async with running_gateway(gateway, folder), trio.open_nursery() as nursery:
                 demo_file.write(folder, gateway.running)

@@ -42,13 +42,14 @@ ROLES: Final = {
 
 @dataclass(frozen=True, slots=True)
 class DemoGateway:
-    """The addresses and secrets of the demo's gateway."""
+    """The addresses and secrets of the demo's gateway, and its number of processes."""
 
     redis_url: str
     database_url: str
     port: int
     staff_secret: str
     table_secret: str
+    workers: int = 1
 
     @property
     def url(self) -> str:
@@ -88,6 +89,7 @@ class DemoGateway:
             "TABLE_TOKEN_SECRET": self.table_secret,
             "LOG_LEVEL": "warning",
             "LOG_FORMAT": "console",
+            "WS_CLUSTER": "true",  # for the console
             "WS_CONSOLE_TOKENS": "true",
             "WS_MAX_CONNECTIONS_PER_USER": "100",  # a person may open many terminals as one user
         }
@@ -124,9 +126,12 @@ async def running_gateway(gateway: DemoGateway, folder: str) -> AsyncIterator[No
 
     from ..redis_sets.processes import server_group
 
+    command = [sys.executable, "-m", "trio_gateway", "serve", "-b", f"127.0.0.1:{gateway.port}"]
+    if gateway.workers > 1:
+        command += ["--workers", str(gateway.workers)]
     with server_group() as group:  # it ends with us, also if we are killed, and not by Ctrl-C
         process = await trio.lowlevel.open_process(
-            [sys.executable, "-m", "trio_gateway", "serve", "-b", f"127.0.0.1:{gateway.port}"],
+            command,
             env=gateway.environment(),
             cwd=folder,  # no .env, no hypercorn.toml
             stdin=subprocess.DEVNULL,
