@@ -299,6 +299,8 @@ def build_parts(
     def on_demoted() -> None:
         pubsub.reconnect()
         commands.reconnect()
+        if cluster is not None:
+            cluster.link.reconnect()
 
     inlet = StreamInlet(
         ingest=ingest,

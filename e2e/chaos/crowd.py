@@ -196,10 +196,14 @@ class Watcher:
     async def _watch(self, url: str) -> None:
         async with trio.open_nursery() as nursery:
             socket = await connect_websocket_url(nursery, url)
-            with suppress(ConnectionClosed):
-                await socket.send_message('{"type":"watch_presence","branch_id":1}')
-                while True:
-                    self._take(json.loads(await socket.get_message()))
+            try:
+                with suppress(ConnectionClosed):
+                    await socket.send_message('{"type":"watch_presence","branch_id":1}')
+                    while True:
+                        self._take(json.loads(await socket.get_message()))
+            finally:
+                with trio.CancelScope(shield=True):
+                    await trio.aclose_forcefully(socket._stream)
             nursery.cancel_scope.cancel()
 
     def _take(self, message: Any) -> None:

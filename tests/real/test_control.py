@@ -7,9 +7,9 @@ import msgspec
 import redis
 import trio
 
-from tests.support.gateways import Running, admitted, closed, serving, until
+from tests.support.gateways import Running, admitted, closed, metrics, serving, until
 from trio_gateway.cluster.building import ClusterParts
-from trio_gateway.cluster.control import Control
+from trio_gateway.cluster.control import MOST_HANDLED, Answers, Control
 from trio_gateway.core.control_messages import Disconnect, Node, SectorsChanged
 
 
@@ -102,9 +102,9 @@ class Question(msgspec.Struct):
     wait: float = 0.0
 
 
-def answer_as(control: Control, answer: Any) -> None:
+def answer_as(control: Control, answer: Any, seconds: float = 0) -> None:
     async def handler(question: Question) -> Any:
-        await trio.sleep(question.wait)
+        await trio.sleep(seconds or question.wait)
         if answer is None:
             raise ValueError
         return answer
@@ -132,6 +132,65 @@ async def test_who_does_not_answer_is_missing(redis_url: str) -> None:
         answer_as(there.control, None)
         failed = await here.control.ask("test", Question())
         assert failed.missing == [there.registry.name]
+
+
+async def test_a_process_that_stops_is_not_waited_for(redis_url: str) -> None:
+    async with serving(redis_url, "direct", ws_cluster=True) as one:
+        answer_as(cluster_of(one).control, 1)
+        found: list[Answers] = []
+
+        async def ask() -> None:
+            found.append(await cluster_of(one).control.ask("test", Question(), timeout=10))
+
+        async with trio.open_nursery() as nursery:
+            async with serving(redis_url, "direct", ws_cluster=True) as other:
+                await alive(one, other)
+                answer_as(cluster_of(other).control, 1, seconds=10)
+                nursery.start_soon(ask)
+                await until(lambda: cluster_of(other).control._handled)
+                other.stop.set()
+            with trio.fail_after(5):
+                await until(lambda: found)
+        assert found[0].complete
+        assert found[0].by_node.keys() == {cluster_of(one).registry.name}
+
+
+async def test_a_crowd_of_questions_is_refused_and_counted(redis_url: str) -> None:
+    async with serving(redis_url, "direct", ws_cluster=True) as gateway:
+        await alive(gateway)
+        control = cluster_of(gateway).control
+        answer_as(control, 1, seconds=1)
+        complete: list[bool] = []
+
+        async def ask() -> None:
+            complete.append((await control.ask("test", Question(), timeout=5)).complete)
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(MOST_HANDLED):
+                nursery.start_soon(ask)
+            await until(lambda: control._handled == MOST_HANDLED)
+            refused = await control.ask("test", Question(), timeout=0.1)
+            assert not refused.complete
+        assert complete == [True] * MOST_HANDLED
+        assert (await metrics(gateway.port))["control_refused_total"] == 1
+
+
+async def test_messages_that_are_none_are_ignored(redis_url: str, backend: "redis.Redis") -> None:
+    async with serving(redis_url, "direct", ws_cluster=True) as gateway:
+        await alive(gateway)
+        name = cluster_of(gateway).registry.name
+        for channel in ("channel:gateway:control", f"channel:gateway:control:{name}"):
+            for message in (
+                b"\xff", b"{}", b"[" * 100_000,
+                b'{"type":"ask"}', b'{"type":"ordered","order":"x"}',
+                b'{"type":"answer","id":"x","node":"x"}', b'{"type":"left","node":"x"}',
+                b'{"type":"ask","id":"x","asker":"a b","kind":"x","request":{}}',
+                b'{"type":"ask","id":"x","asker":"a","kind":"disconnect","request":{}}',
+            ):  # fmt: skip
+                backend.publish(channel, message)
+        invalid = await cluster_of(gateway).control.order("disconnect", Question())
+        assert invalid.missing == [name]
+        assert (await cluster_of(gateway).control.order("refresh", SectorsChanged(1, 21))).complete
 
 
 async def test_without_the_settings_there_is_nothing(

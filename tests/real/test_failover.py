@@ -23,6 +23,7 @@ from tests.support.gateways import (
 )
 from tests.support.redis_server import RedisServer
 from trio_gateway.broker.commands import Unavailable
+from trio_gateway.core.control_messages import SectorsChanged
 from trio_gateway.core.resilience import Breaker
 from trio_gateway.publisher import AsyncPublisher, Publisher, PublishFailed
 from trio_gateway.publisher import links as publisher_links
@@ -103,6 +104,19 @@ async def test_failover_that_keeps_old_connections_open_is_followed(name: Name) 
         await until(lambda: (links(name.one), links(name.other)) == (0, 2), 8)
         await publisher.publish(EVENT)
         assert (await receive_event(waiter))["type"] == "ROUND_READY"
+
+
+async def test_the_control_link_follows_a_failover_that_keeps_old_connections_open(
+    name: Name,
+) -> None:
+    async with running(make_settings(name.url, ws_cluster=True)) as gateway:
+        cluster = gateway.app.parts.cluster
+        assert cluster is not None
+        await until(lambda: cluster.link.connected)
+        name.fail_over()
+        await until(lambda: (links(name.one), links(name.other)) == (0, 3), 12)
+        await until(lambda: cluster.link.connected)
+        assert (await cluster.control.order("refresh", SectorsChanged(1, 21))).complete
 
 
 CART = {"type": "CART_CLEARED", "tenant_id": 1, "branch_id": 1, "session_id": 456}

@@ -35,7 +35,7 @@ from .orders import Order, Orders, is_list
 log = structlog.get_logger()
 
 PATIENCE: Final = 2.0  # seconds
-_MOST_HANDLED: Final = 100  # questions at a time
+MOST_HANDLED: Final = 100  # questions at a time
 _MOST_BYTES: Final = 8 << 20  # of an answer: Redis ends a subscriber for which 32 MiB wait
 _HANDLER_TIMEOUT: Final = 10.0  # seconds
 _STILL_ASKED: Final = 10.0  # seconds after which nobody waits for the answer to an order
@@ -260,7 +260,7 @@ class Control:
         """Answer a question in a task of its own, unless too many are being answered."""
         if self._nursery is None:  # it does not run: it is missing
             return
-        if self._handled >= _MOST_HANDLED:
+        if self._handled >= MOST_HANDLED:
             self.refused += 1
             self._throttled_log.warning("control message refused: too many", kind=ask.kind)
             return

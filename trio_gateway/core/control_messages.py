@@ -153,4 +153,5 @@ def read_control_message(payload: bytes, kind: type[_Kind]) -> _Kind:
     try:
         return msgspec.json.decode(payload, type=kind)
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
-        raise ValueError(f"not a {kind.__name__}") from error
+        name = getattr(kind, "__name__", "control message")  # a union has none
+        raise ValueError(f"not a {name}") from error
