@@ -217,7 +217,7 @@ def package(session: nox.Session) -> None:
 @nox.session
 def lock(session: nox.Session) -> None:
     """Renew the versions that CI runs."""
-    session.install("--upgrade", "-e", ".[bench,demo,docs,lint,otel,postgres,test]", "nox")
+    session.install("--upgrade", "-e", ".[bench,demo,docs,http,lint,otel,postgres,test]", "nox")
     found = session.run("pip", "freeze", "--exclude-editable", silent=True) or ""
     head = "# What CI runs; made by `nox -s lock`.\n"
     Path(LOCK).write_text(

@@ -51,6 +51,7 @@ MAY_IMPORT: Final[dict[str, set[str]]] = {
     "app": {"settings", "telemetry", "transports", "gateway", "serve"},
     # For backends, clients and tests of applications.
     "publisher": {"core", "redis_errors", "redis_url"},
+    "api_client": {"core", "publisher"},
     "client": {"core"},
     "testing": {"core", "runtime"},
     "redis_sets": set(),

@@ -16,7 +16,7 @@ from tests.test_layers import MODULES, PACKAGE, imported, name_of, own_modules
 
 ROOT: Final = PACKAGE.parent
 LIGHT: Final = ROOT / "clients/python"
-EXTRAS: Final = ("demo", "otel", "postgres")  # what the package imports only if it is used
+EXTRAS: Final = ("demo", "http", "otel", "postgres")  # what the package imports only if it is used
 
 
 def project(folder: Path) -> dict[str, Any]:
@@ -52,10 +52,11 @@ def _distributions() -> Mapping[str, list[str]]:
 
 @cache
 def light_modules() -> set[str]:
-    """The modules that the publisher and the client import, directly or not."""
+    """The modules that the three libraries import, directly or not."""
     paths = {name_of(path): path for path in MODULES}
     found: set[str] = set()
-    todo = {name for name in paths if name.startswith(("client.", "publisher."))}
+    libraries = ("api_client.", "client.", "publisher.")
+    todo = {name for name in paths if name.startswith(libraries)}
     while todo:
         name = todo.pop()
         found.add(name)
@@ -76,7 +77,9 @@ def test_every_import_is_of_a_declared_dependency() -> None:
 @pytest.mark.parametrize("folder", [ROOT, LIGHT], ids=["gateway", "client"])
 def test_constraints_pin_every_dependency(folder: Path) -> None:
     pinned = names((ROOT / "constraints.txt").read_text("utf-8").splitlines())
-    assert names(project(folder)["project"]["dependencies"]) - pinned == set()
+    about = project(folder)["project"]
+    http = about["optional-dependencies"]["http"]
+    assert names(about["dependencies"] + http) - pinned == set()
 
 
 def test_light_wheel_contains_the_modules_that_its_own_import() -> None:
@@ -92,18 +95,25 @@ def test_light_wheel_contains_the_modules_that_its_own_import() -> None:
 
 def test_light_wheel_declares_what_its_modules_import() -> None:
     paths = [path for path in MODULES if name_of(path) in light_modules()]
-    declared = project(LIGHT)["project"]["dependencies"]
+    about = project(LIGHT)["project"]
+    declared = about["dependencies"] + about["optional-dependencies"]["http"]
     assert {next(iter(providers(each))) for each in third_party(paths)} == names(declared)
 
 
 def test_both_distributions_require_the_same_versions() -> None:
-    main = [re.sub(r"\s", "", each) for each in project(ROOT)["project"]["dependencies"]]
-    assert set(project(LIGHT)["project"]["dependencies"]) <= set(main)
+    light, main = project(LIGHT)["project"], project(ROOT)["project"]
+    assert light["optional-dependencies"]["http"] == main["optional-dependencies"]["http"]
+    required = [re.sub(r"\s", "", each) for each in main["dependencies"]]
+    assert set(light["dependencies"]) <= set(required)
 
 
 @pytest.mark.parametrize(
     ("module", "allowed"),
-    [("publisher", {"msgspec", "redis", "sniffio"}), ("client", {"trio", "wsproto"})],
+    [
+        ("api_client", {"anyio", "httpx", "msgspec", "redis", "sniffio"}),
+        ("client", {"trio", "wsproto"}),
+        ("publisher", {"msgspec", "redis", "sniffio"}),
+    ],
 )
 def test_import_needs_only_the_dependencies_of_its_wheel(module: str, allowed: set[str]) -> None:
     code = f"import sys, trio_gateway.{module}; print(*sys.modules)"

@@ -1,0 +1,84 @@
+"""What calls return. Keys that a newer gateway adds are ignored."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from ..core.events import InvalidEvent
+from ..publisher import PublishFailed
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """What became of one event of several.
+
+    ``event_id`` is the id that clients get with it; None if the event is not durable. ``error`` is
+    what :meth:`ApiClient.publish` would have raised, or None.
+    """
+
+    event_id: str | None = None
+    error: InvalidEvent | PublishFailed | None = None
+
+
+class _FromAll(msgspec.Struct, frozen=True, kw_only=True):
+    complete: bool = True
+    missing: tuple[str, ...] = ()
+
+
+class Disconnected(_FromAll, frozen=True):
+    """``closed`` connections were closed. Processes in ``missing`` do it when they run again."""
+
+    closed: int
+
+
+class Refreshed(_FromAll, frozen=True):
+    """Sectors are loaded again. Processes in ``missing`` do it when they run again."""
+
+
+class PresentUser(msgspec.Struct, frozen=True):
+    """A user on an endpoint, since a unix time."""
+
+    user_id: str
+    endpoint: str
+    connections: int
+    since: float
+    sector_ids: tuple[int, ...] = ()
+
+
+class PresentSession(msgspec.Struct, frozen=True):
+    """The diners of a table."""
+
+    session_id: int
+    connections: int
+    table_id: int | None = None
+
+
+class Presence(_FromAll, frozen=True):
+    """Who is present in a branch, without those that only processes in ``missing`` know."""
+
+    users: tuple[PresentUser, ...]
+    sessions: tuple[PresentSession, ...]
+
+
+class Node(msgspec.Struct, frozen=True):
+    """A process of the gateway. ``started_at`` is unix time, ``lag`` is in events."""
+
+    name: str
+    version: str = ""
+    started_at: float = 0.0
+    draining: bool = False
+    connections: int = 0
+    lag: int = 0
+    shards: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryPage:
+    """Durable events of a branch, in order, each with its ``event_id``.
+
+    ``complete`` is false if events before these may be missing.
+    """
+
+    events: list[dict[str, Any]]
+    complete: bool
