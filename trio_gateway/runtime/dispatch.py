@@ -84,10 +84,16 @@ class Dispatch:
         self._queues.append(queue)
         pauses = Pauses(queue)
         while True:
+            is_idle = not queue.depth
             await pauses.wait()
+            # A task that has just waited needs no checkpoint, which :meth:`trio.Lock.acquire` is.
+            if is_idle and not self._turn.locked():
+                self._turn.acquire_nowait()
+            else:
+                await self._turn.acquire()
             fresh: list[Event] = []
             behind: list[Connection] = []
-            async with self._turn:
+            try:
                 started = trio.current_time()
                 self._look_back(started)
                 batches = _BATCHES_OF_A_BACKLOG if queue.depth > batch_size else 1
@@ -95,6 +101,8 @@ class Dispatch:
                 with trio.move_on_after(self._timeout) as scope:
                     fresh = await self.deliver(batch, behind)
                 ended = trio.current_time()
+            finally:
+                self._turn.release()
             if behind and batch[0].stream is None:  # what comes from a stream waits in the history
                 pauses.note(behind, ended)
             if scope.cancelled_caught:

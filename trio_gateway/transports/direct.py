@@ -120,7 +120,11 @@ class DirectSocket:
 
     def __init__(self, stream: trio.abc.Stream, rest: bytes, max_size: int) -> None:
         self._stream = stream
-        self._socket = stream.socket if DIRECT and type(stream) is trio.SocketStream else None
+        self._socket: Any = None
+        if DIRECT and type(stream) is trio.SocketStream:
+            # The socket within Trio's: asking that one for its descriptor is a call of a Python
+            # function more for each write.
+            self._socket = getattr(stream.socket, "_sock", stream.socket)
         self.measures_progress = self._socket is None and isinstance(
             getattr(stream, "transport_stream", None), ProgressStream
         )
@@ -147,12 +151,12 @@ class DirectSocket:
         return traffic(socket_of(self._stream))
 
     def try_write(self, data: bytes | memoryview) -> int:
+        if self._aborted:
+            raise BrokenPipeError
         if (socket := self._socket) is None:
-            if self._aborted:
-                raise BrokenPipeError
             return 0
         try:
-            # As in receive(): never a number that was kept. It is -1 once this is aborted.
+            # As in receive(): never a number that was kept.
             return os.write(socket.fileno(), data)
         except BlockingIOError:
             return 0
