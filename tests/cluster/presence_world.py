@@ -12,7 +12,7 @@ import trio
 from trio_gateway.broker.commands import Commands, Unavailable
 from trio_gateway.cluster.keys import Keys
 from trio_gateway.cluster.presence import Presence
-from trio_gateway.cluster.presence_scripts import presence_keys
+from trio_gateway.cluster.presence_scripts import CHANNEL, presence_keys
 from trio_gateway.cluster.registry import Registry
 from trio_gateway.core.audiences import Endpoint, Principal
 from trio_gateway.core.control_messages import Node
@@ -20,6 +20,7 @@ from trio_gateway.runtime.connection import Connection
 from trio_gateway.testing import make_principal
 
 KEYS: Final = Keys()
+_PUBLISHED: Final = "{gateway}:test:published"
 _GAP_UNTIL: Final = "{gateway}:test:gap"
 STREAM: Final = "{gateway}:presence"
 START: Final = 1_790_000_000.0  # unix time at which each world begins
@@ -30,6 +31,29 @@ class FakeConnection:
 
     def __init__(self, principal: Principal) -> None:
         self.principal = principal
+        self.waiting_bytes = 0
+        self.messages: list[Any] = []
+
+    def send(self, text: bytes) -> None:
+        self.messages.append(json.loads(text))
+
+    def known(self, branch: int) -> dict[tuple[str, str], Any]:
+        """What an admin knows of a branch that it watches: the items by user or session."""
+        found: dict[tuple[str, str], Any] = {}
+        for message in self.messages:
+            if message["branch_id"] != branch:
+                continue
+            if "users" in message:
+                found.clear()
+            for each in message.get("left", []):
+                del found[_name(each)]
+            for key in ("users", "sessions", "joined"):
+                found |= {_name(each): each for each in message.get(key, [])}
+        return found
+
+
+def _name(item: Any) -> tuple[str, str]:
+    return item.get("endpoint", "diner"), str(item.get("user_id", item.get("session_id")))
 
 
 @dataclass
@@ -40,6 +64,7 @@ class World:
     grace: float = 15.0
     is_away: bool = False
     answers_get_lost: bool = False
+    loses_messages: bool = False
     calls: int = 0
     told_at: list[float] = field(default_factory=list)  # in virtual time, of each event
     processes: dict[str, "Process"] = field(default_factory=dict)
@@ -57,7 +82,13 @@ class World:
         until = cast(Any, self.client.get(_GAP_UNTIL))
         if until is not None and now * 1000 >= float(until):
             self.client.delete(KEYS.gap, _GAP_UNTIL)
+        text = text.replace(f"'PUBLISH', '{CHANNEL}'", f"'RPUSH', '{_PUBLISHED}'")
         reply = self.client.eval(text, len(keys), *keys, *arguments)
+        published = cast(Any, self.client.lrange(_PUBLISHED, 0, -1))
+        self.client.delete(_PUBLISHED)
+        for process in self.processes.values() if not self.loses_messages else ():
+            for each in published:
+                process.presence.feed.receive(each)
         told = self.client.xlen(STREAM) - len(self.told_at)
         self.told_at += [now - START] * told
         return reply
