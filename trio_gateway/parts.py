@@ -24,6 +24,7 @@ from .broker.probe import Probe
 from .broker.publishing import Publishing
 from .broker.pubsub import Listener, PubSub
 from .broker.readiness import Readiness
+from .broker.sentinel_replicas import SentinelReplicas
 from .broker.sharded_pubsub import ShardedPubSub, is_channel
 from .broker.stream_pages import StreamPages
 from .broker.streams import Streams
@@ -413,7 +414,7 @@ def build_parts(
         heads=heads,
         room=room if cluster is None or cluster.room is None else cluster.room,
         cluster=cluster,
-        api=_build_api(settings, topology),
+        api=_build_api(settings, topology, redis_url),
         catch_ups=KeyedLimiter(),
         admissions=ConcurrencyLimiter(settings.ws_max_handshakes),
         drain=drain,
@@ -423,11 +424,14 @@ def build_parts(
     )
 
 
-def _build_api(settings: Settings, topology: Topology) -> Api | None:
+def _build_api(settings: Settings, topology: Topology, redis_url: RedisUrl) -> Api | None:
     if settings.ws_api_keys_file is None:
         return None
     return Api(
         keys=ApiKeys(settings.ws_api_keys_file, settings.api_keys),
-        publishing=Publishing(topology),
+        publishing=Publishing(
+            topology,
+            SentinelReplicas(redis_url) if redis_url.kind is RedisKind.SENTINEL else None,
+        ),
         turns=KeyedLimiter(_API_TURNS, patience=1.0),
     )

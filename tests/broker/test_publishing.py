@@ -14,9 +14,10 @@ from tests.support.ports import free_port
 from tests.support.redis_server import RedisServer
 from trio_gateway.broker import publishing
 from trio_gateway.broker.publishing import Confirm, Outcome, Problem, Publication, Publishing
+from trio_gateway.broker.sentinel_replicas import SentinelReplicas
 from trio_gateway.broker.topologies import make_topology
 from trio_gateway.redis_sets import Cluster, Node, SentinelSet
-from trio_gateway.redis_url import RedisUrl
+from trio_gateway.redis_url import RedisKind, RedisUrl
 
 STREAM = "events:critical"
 PAYLOAD = b'{"type":"ROUND_READY","tenant_id":1,"branch_id":1}'
@@ -24,7 +25,9 @@ PAYLOAD = b'{"type":"ROUND_READY","tenant_id":1,"branch_id":1}'
 
 @asynccontextmanager
 async def opened(url: str) -> AsyncIterator[Publishing]:
-    found = Publishing(make_topology(RedisUrl.from_url(url)))
+    parsed = RedisUrl.from_url(url)
+    replicas = SentinelReplicas(parsed) if parsed.kind is RedisKind.SENTINEL else None
+    found = Publishing(make_topology(parsed), replicas)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(found.run)
         yield found
@@ -338,6 +341,23 @@ async def test_replicas_confirm(sentinels: SentinelSet, confirm: Confirm) -> Non
         assert late is not None
         assert late.problem is Problem.IN_DOUBT
         assert late.entry is not None
+    sentinels.wait_healthy()
+
+
+async def test_all_replicas_include_one_that_was_just_lost(sentinels: SentinelSet) -> None:
+    """It may have become the primary, of which the one of before does not know yet."""
+    sentinels.wait_healthy()
+    primary = sentinels.primary()
+    lost = next(node for node in sentinels.nodes if node is not primary)
+    async with opened(sentinels.url) as publishing:
+        lost.kill()
+        with trio.fail_after(5):
+            while primary.info("replication")["connected_slaves"] != 1:
+                await trio.sleep(0.01)
+        (one,) = await publish(publishing, entry(), confirm=1)
+        (both,) = await publish(publishing, entry(), confirm="all")
+    sentinels.rejoin(lost)
+    assert (one and one.problem, both and both.problem) == (None, Problem.IN_DOUBT)
     sentinels.wait_healthy()
 
 

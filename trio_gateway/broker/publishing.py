@@ -23,6 +23,7 @@ from ..redis_url import RedisAddress
 from ..runtime.supervision import ConnectionLost, Demoted
 from ..runtime.throttled_log import ThrottledLog
 from .connection import Command, RedisConnection, connect_redis
+from .sentinel_replicas import SentinelReplicas
 from .topology import Topology
 
 log = structlog.get_logger()
@@ -107,8 +108,10 @@ class _Server:
 class Publishing:
     """Publishes events on the primaries of a topology. Callers limit how many do at once."""
 
-    def __init__(self, topology: Topology) -> None:
+    def __init__(self, topology: Topology, replicas: SentinelReplicas | None = None) -> None:
+        """With Sentinels, ``replicas`` tells how many a primary must have."""
         self._topology = topology
+        self._replicas = replicas
         self._servers: dict[RedisAddress, _Server] = {}
         self._throttled_log = ThrottledLog(log)
 
@@ -135,7 +138,8 @@ class Publishing:
         An event goes once more to another server if the first one is no primary any more, and to
         any if its reply was lost and it has an id. Entries are in doubt if fewer than ``confirm``
         replicas have them after :data:`CONFIRM_WITHIN` seconds; "all" are those that are connected,
-        at least one. Takes a few seconds at most, and raises nothing.
+        at least one, and not fewer than the Sentinels know. Takes a few seconds at most, and raises
+        nothing.
         """
         left: list[Publication] = list(publications)
         for _ in range(_TRIES):
@@ -191,7 +195,7 @@ class Publishing:
             is_usable = await self._send_on(connection, address, group, asking=asking)
             entries = [each for each in group if each.outcome and each.outcome.entry is not None]
             if confirm != 0 and entries:
-                is_confirmed = is_usable and await self._is_confirmed(connection, confirm)
+                is_confirmed = is_usable and await self._is_confirmed(connection, address, confirm)
                 is_usable &= is_confirmed
                 for each in entries if not is_confirmed else ():
                     assert each.outcome is not None
@@ -202,6 +206,8 @@ class Publishing:
             if not is_usable:
                 # No answer, no primary, or one without its replicas, which may be a former one.
                 self._topology.suspect(address)
+                if self._replicas is not None:
+                    self._replicas.forget()
                 with trio.CancelScope(shield=True):  # closing forcefully does not wait
                     while server.idle:
                         await server.idle.pop()[1].close()
@@ -294,7 +300,9 @@ class Publishing:
         self._throttled_log.warning("Redis refuses to publish", error=word)
         return True
 
-    async def _is_confirmed(self, connection: RedisConnection, confirm: Confirm) -> bool:
+    async def _is_confirmed(
+        self, connection: RedisConnection, address: RedisAddress, confirm: Confirm
+    ) -> bool:
         """Whether so many replicas have all that was written on this connection."""
         try:
             with trio.move_on_after(CONFIRM_WITHIN + _REPLY):
@@ -304,6 +312,10 @@ class Publishing:
                     connected = _CONNECTED.search(info) if isinstance(info, bytes) else None
                     if connected is None or not (wanted := int(connected[1])):
                         return False
+                    if self._replicas is not None:
+                        if (known := await self._replicas.count(address)) is None:
+                            return False
+                        wanted = max(wanted, known)
                 reply = await connection.call("WAIT", wanted, int(1000 * CONFIRM_WITHIN))
                 return isinstance(reply, int) and reply >= wanted
         except ConnectionLost as lost:

@@ -6,9 +6,12 @@ never lead them to different servers.
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from .slots import Node, SlotMap
+
+FORMER: Final = 10.0  # seconds in which a former primary becomes a replica
+_SETTLED: Final = 3000  # milliseconds after which most Sentinels know of a new primary
 
 
 class SentinelAnswer(NamedTuple):
@@ -42,6 +45,52 @@ def newest_primary(answers: Iterable[SentinelAnswer]) -> Node:
     """
     votes = Counter(answers)
     return max(votes, key=lambda answer: (answer.epoch, votes[answer])).primary
+
+
+class Replica(NamedTuple):
+    """A replica, as a Sentinel describes it."""
+
+    node: Node
+    lost_for: int | None = None  # milliseconds for which it was down, or said it is a primary
+
+    @classmethod
+    def read(cls, reply: Any) -> "Replica":
+        """Read one of the replies to ``SENTINEL REPLICAS``. Raises :exc:`ValueError`."""
+        try:
+            fields = read_fields(reply)
+            lost_for = None
+            if fields["role-reported"] == "master":
+                lost_for = int(fields["role-reported-time"])
+            elif "s-down-time" in fields:
+                lost_for = int(fields["s-down-time"])
+            return cls((fields["ip"], int(fields["port"])), lost_for)
+        except (AttributeError, LookupError, TypeError):
+            raise ValueError("the server sent an invalid reply") from None
+
+    def counts(self, former: Node | None) -> bool:
+        """Whether it must have an event that all replicas have.
+
+        One that has just got lost may have become the primary: the Sentinel that does that closes
+        the connections to it. Until most Sentinels know, the primary of before goes on taking
+        events, and its other replicas confirm them, but all of that will be lost.
+
+        After that, the ``former`` primary is such a replica for a while, and does not count.
+        """
+        if self.lost_for is None:
+            return True
+        return self.lost_for < _SETTLED and self.node != former
+
+
+def count_replicas(
+    told: Iterable[tuple[SentinelAnswer, Iterable[Replica]]], primary: Node, former: Node | None
+) -> int:
+    """How many replicas the primary must have, by those Sentinels that know it as the primary."""
+    counts = [
+        sum(each.counts(former) for each in replicas)
+        for answer, replicas in told
+        if answer.primary == primary
+    ]
+    return max(counts, default=0)
 
 
 class NodeAnswer(NamedTuple):

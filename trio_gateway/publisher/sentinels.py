@@ -2,37 +2,13 @@
 
 import threading
 import time
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
-from ..core.primaries import SentinelAnswer, newest_primary, read_fields
+from ..core.primaries import FORMER, Replica, SentinelAnswer, count_replicas, newest_primary
+from ..core.slots import Node
 from ..redis_url import RedisAddress, RedisUrl
 from .asking import PATIENCE, Round, asking_links, no_error
 from .links import Command, NotReached
-
-_SETTLED: Final = 3000  # milliseconds after which most Sentinels know of a new primary
-_FORMER: Final = 10.0  # seconds in which a former primary becomes a replica
-
-
-@dataclass(frozen=True, slots=True)
-class Replica:
-    """A replica, as a Sentinel describes it."""
-
-    address: RedisAddress
-    lost_for: int | None = None  # milliseconds for which it was down, or said it is a primary
-
-    def counts(self, former: RedisAddress | None) -> bool:
-        """Whether it must have an event that all replicas have.
-
-        One that has just got lost may have become the primary: the Sentinel that does that closes
-        the connections to it. Until most Sentinels know, the primary of before goes on taking
-        events, and its other replicas confirm them, but all of that will be lost.
-
-        After that, the ``former`` primary is such a replica for a while, and does not count.
-        """
-        if self.lost_for is None:
-            return True
-        return self.lost_for < _SETTLED and self.address != former
 
 
 class Sentinels:
@@ -54,8 +30,9 @@ class Sentinels:
             self._questions.append(("SENTINEL", "REPLICAS", url.master_name))
         self._one_at_a_time = threading.Lock()
         self._primary: RedisAddress | None = None
+        self._node: Node | None = None  # the same, as the Sentinels name it
         self._replicas = 0
-        self._former: RedisAddress | None = None  # the primary of before
+        self._former: Node | None = None  # the primary of before
         self._former_until = 0.0
         self._fresh_until = 0.0
 
@@ -95,16 +72,12 @@ class Sentinels:
                 return self._primary
             raise NotReached(f"no Sentinel tells where the primary is: {asking}")
         node = newest_primary(answer for answer, _ in said)
-        found = self._url.node(*node)
-        if found != self._primary:
-            self._former, self._former_until = self._primary, time.monotonic() + _FORMER
+        if node != self._node:
+            self._former, self._former_until = self._node, time.monotonic() + FORMER
+            self._node = node
         former = self._former if time.monotonic() < self._former_until else None
-        self._replicas = max(
-            sum(each.counts(former) for each in replicas)
-            for answer, replicas in said
-            if answer.primary == node
-        )
-        return found
+        self._replicas = count_replicas(said, node, former)
+        return self._url.node(*node)
 
     def _read(
         self, address: Any, details: Any, replicas: Any = ()
@@ -112,15 +85,6 @@ class Sentinels:
         """Read a Sentinel's replies to the questions; raises :exc:`ValueError`."""
         answer = SentinelAnswer.read(no_error(address), details, self._url.master_name)
         try:
-            found = [self._read_replica(read_fields(each)) for each in no_error(replicas)]
-        except (AttributeError, LookupError, TypeError):
+            return answer, [Replica.read(each) for each in no_error(replicas)]
+        except TypeError:
             raise ValueError("the server sent an invalid reply") from None
-        return answer, found
-
-    def _read_replica(self, fields: dict[str, str]) -> Replica:
-        lost_for = None
-        if fields["role-reported"] == "master":
-            lost_for = int(fields["role-reported-time"])
-        elif "s-down-time" in fields:
-            lost_for = int(fields["s-down-time"])
-        return Replica(self._url.node(fields["ip"], int(fields["port"])), lost_for)
