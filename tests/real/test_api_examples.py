@@ -14,7 +14,7 @@ import trio
 from jsonschema import Draft202012Validator
 
 from tests.support.api_keys import secret_of, write_keys
-from tests.support.gateways import http, serving
+from tests.support.gateways import admitted, http, serving
 from trio_gateway.core.api_keys import read_api_keys
 from trio_gateway.web.static import OPENAPI
 
@@ -27,7 +27,7 @@ def shape(value: Any) -> Any:
     if isinstance(value, dict):
         return {
             key: type(each).__name__
-            if key in {"event_id", "name", "version", "started_at"}
+            if key in {"event_id", "name", "version", "started_at", "since"}
             else shape(each)
             for key, each in value.items()
         }
@@ -39,7 +39,12 @@ async def test_examples_are_answered_as_the_page_and_the_document_say(
     redis_url: str, backend: "redis.Redis", tmp_path: Path
 ) -> None:
     assert len(EXAMPLES) == DOCUMENT.count("```sh")
-    async with serving(redis_url, "direct", ws_api_keys_file=write_keys(tmp_path)) as gateway:
+    changes = {"ws_api_keys_file": write_keys(tmp_path), "ws_cluster": True}
+    async with (
+        serving(redis_url, "direct", **changes) as gateway,
+        admitted(gateway.staff_url("waiter", sector_ids=[5])),
+        admitted(gateway.diner_url(session_id=456)),
+    ):
         described = (await http(gateway.port, OPENAPI)).json
         url = f"http://127.0.0.1:{gateway.port}"
         env = os.environ | {"URL": url, "SECRET": secret_of("all")}

@@ -109,11 +109,14 @@ async def act(world: World, chooser: random.Random, name: str, key: str, tenant:
             named = set()
             reply = await call(port, name, key=key)
         case _:
-            chosen = chooser.choice([0, 1])
+            chosen = chooser.choice([0, 1]) if name == "history" else 1
             query = f"{name}?tenant_id={tenant}&branch_id={chosen}&since=0"
             reply = await call(port, query, key=key)
             if reply.status == 200 and name == "history":
                 assert {event["tenant_id"] for event in reply.json["events"]} <= {tenant}
+            if reply.status == 200 and name == "presence":  # ids are the same in all tenants
+                items = reply.json["users"] + reply.json["sessions"]
+                assert [each["connections"] for each in items] == [1] * len(items)
     allowed = named <= set(KEYS[key]["tenants"])
     assert reply.status == (200 if allowed else 403), reply.text
     world.replies.append(reply.text)

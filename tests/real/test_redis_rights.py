@@ -12,6 +12,7 @@ import trio
 from click.testing import CliRunner
 from structlog.testing import capture_logs
 
+from tests.support.api_keys import publish, write_keys
 from tests.support.gateways import (
     JWT_SECRET,
     Running,
@@ -39,6 +40,11 @@ ALL: dict[str, Any] = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _with_api(tmp_path_factory: pytest.TempPathFactory) -> None:
+    ALL["ws_api_keys_file"] = write_keys(tmp_path_factory.mktemp("api"))
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[RedisServer]:
     with valkey() as found:
@@ -52,6 +58,7 @@ def check(url: str, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
         "REDIS_DLQ_STREAM": DLQ,
         "WS_CLUSTER": "true",
         "WS_PRESENCE_STREAM": PRESENCE,
+        "WS_API_KEYS_FILE": str(ALL["ws_api_keys_file"]),
     }.items():
         monkeypatch.setenv(name, value)
     done = CliRunner().invoke(main, ["check"])
@@ -93,6 +100,11 @@ async def works(gateway: Running, backend: "redis.Redis") -> None:
         async with admitted(gateway.staff_url("admin", sub="9")) as admin:
             await admin.send_message('{"type":"watch_presence","branch_id":1}')
             assert len((await receive_event(admin))["users"]) == 2
+    if gateway.app.parts.api is not None:
+        cart = event | {"type": "CART_SYNC", "session_id": 456}
+        added, sent = await publish(gateway.port, [event | {"id": "a"}, cart], "?confirm=all")
+        assert added["event_id"] is not None
+        assert sent == {"event_id": None}
     assert all(breaker.failures == 0 for breaker in gateway.app.parts.breakers.values())
 
 

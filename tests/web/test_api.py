@@ -310,13 +310,16 @@ async def test_own_routes_decide_what_is_durable(
 async def test_while_redis_is_away_nothing_is_published_and_the_answer_says_so(
     tmp_path: Path,
 ) -> None:
-    settings = make_settings("redis://127.0.0.1:1", ws_api_keys_file=write_keys(tmp_path, KEYS))
+    settings = make_settings(
+        "redis://127.0.0.1:1", ws_api_keys_file=write_keys(tmp_path, KEYS), ws_cluster=True
+    )
     async with running(settings, wait_ready=False) as gateway:
         for path, body in (
             ("publish", {"events": [READY, {}]}),
             ("disconnect", {"tenant_id": 1, "user_id": "21"}),
             ("refresh", {"tenant_id": 1, "waiter_id": "21"}),
             ("nodes", None),
+            ("presence?tenant_id=1&branch_id=1", None),
             ("history?tenant_id=1&branch_id=1&since=0", None),
         ):
             reply = await call(gateway.port, path, body)

@@ -156,6 +156,8 @@ async def _check_commands(settings: "Settings", asking: _Asking, report: Report)
             await asking.call("XADD", dlq, "0-0", "check", "", unless="greater than 0-0")
     if settings.has_cluster:
         await _check_cluster_scripts(settings, asking, report)
+    if settings.api_keys:
+        await _check_publishing(settings.sharding.names, asking, report)
 
 
 async def _check_cluster_scripts(settings: "Settings", asking: _Asking, report: Report) -> None:
@@ -189,6 +191,20 @@ async def _check_cluster_scripts(settings: "Settings", asking: _Asking, report: 
             await asking.call(
                 "XADD", settings.ws_presence_stream, "0-0", "check", "", unless="greater than 0-0"
             )
+
+
+async def _check_publishing(streams: Sequence[str], asking: _Asking, report: Report) -> None:
+    """Whether the API for backends can add events, and wait until replicas have them."""
+    pattern = streams[0] if len(streams) == 1 else f"{streams[0].partition(':{')[0]}*"
+    with report.trying(
+        "events of the API for backends (XADD, WAIT)",
+        f"allow this user: ACL SETUSER … ~{pattern} allchannels +xadd +publish +wait +info",
+    ):
+        for stream in streams:
+            # No entry can have this id: an error, and nothing is added.
+            await asking.call("XADD", stream, "0-0", "check", "", unless="greater than 0-0")
+        await asking.call("WAIT", 0, 0, unless="replica instances")
+        await asking.call("INFO", "replication")
 
 
 async def _check_streams(

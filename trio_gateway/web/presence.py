@@ -1,5 +1,6 @@
 """``GET /ws/presence``: who is present in a branch, on all processes."""
 
+from collections.abc import Hashable
 from typing import Final
 
 import msgspec
@@ -36,23 +37,21 @@ async def presence(parts: Parts) -> Answer:
         return problem(403, "for the roles MANAGER and ADMIN only")
     if branch not in admin.branches:
         return problem(403, "branch_id is not a branch of this token")
-    try:
-        give_back = await parts.catch_ups.take(admin.owner)
-    except Overloaded:
-        return problem(429, "too many simultaneous requests of this user", retry_after=1)
-    try:
-        return await report(parts, admin.tenant, branch)
-    finally:
-        give_back()
+    return await report(parts, admin.tenant, branch, admin.owner)
 
 
-async def report(parts: Parts, tenant: TenantId, branch: BranchId) -> Answer:
+async def report(parts: Parts, tenant: TenantId, branch: BranchId, owner: Hashable) -> Answer:
     """The response that says who is present in a branch. Presence must be known, see WS_CLUSTER.
 
-    The request's ``node`` names a process, to which it is limited; ``*`` means all.
+    The request's ``node`` names a process, to which it is limited; ``*`` means all. Each owner may
+    ask for a few at a time.
     """
     assert parts.cluster is not None
     node = request.args.get("node", _ALL)
+    try:
+        give_back = await parts.catch_ups.take(owner)
+    except Overloaded:
+        return problem(429, "too many simultaneous requests of one user or key", retry_after=1)
     try:
         if node != _ALL and node not in await parts.cluster.registry.read():
             return problem(404, "no live process has this name (node)")
@@ -61,6 +60,8 @@ async def report(parts: Parts, tenant: TenantId, branch: BranchId) -> Answer:
         )
     except Unavailable:
         return problem(503, "Redis is not available", retry_after=1)
+    finally:
+        give_back()
     return _respond(found)
 
 

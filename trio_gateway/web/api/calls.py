@@ -15,6 +15,7 @@ from .control import (
 from .guard import Call, Parameter
 from .history import HistoryReply, history
 from .nodes import NodesReply, nodes
+from .presence import PresenceReport, presence
 from .publish import MAX_BYTES, PublishReply, PublishRequest, publish
 
 
@@ -62,6 +63,19 @@ CALLS: Final = (
         answer=refresh,
         body=RefreshRequest,
         reply=RefreshReply,
+    ),
+    Call(
+        name="presence",
+        scope=Scope.READ,
+        answer=presence,
+        reply=PresenceReport,
+        query=(
+            _TENANT,
+            Parameter("branch_id", _number(), "the branch"),
+            Parameter(
+                "node", {"type": "string"}, "one process, by its name; * for all", required=False
+            ),
+        ),
     ),
     Call(name="nodes", scope=Scope.READ, answer=nodes, reply=NodesReply),
     Call(

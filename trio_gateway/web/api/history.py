@@ -25,5 +25,4 @@ async def history(parts: Parts, key: ApiKey) -> Answer:
     tenant = TenantId(read_id("tenant_id"))
     check_tenant(key, tenant)
     branch = BranchId(read_id("branch_id", least=0))
-    owner = ("api", tenant, key.name)
-    return await missed(parts, tenant, everything_at(tenant, branch), owner)
+    return await missed(parts, tenant, everything_at(tenant, branch), ("api", key.name))
