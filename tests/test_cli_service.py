@@ -1,14 +1,16 @@
-"""``nodes``, ``kick`` and ``check``, with all processes that run on one Redis."""
+"""``nodes``, ``who``, ``kick`` and ``check``, with all processes that run on one Redis."""
 
 import json
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 from structlog.testing import capture_logs
 
+from tests.support.api_keys import write_keys
 from tests.support.commands import SECRETS, run
 from tests.support.gateways import Running, admitted, closed, received, serving, until
 from trio_gateway.cli.check_processes import differences
@@ -95,6 +97,52 @@ async def test_kick_closes_the_connections_on_all_processes(redis_url: str) -> N
         assert await kick("--jti", "a") == (1, "0 connections closed\n", "")
 
 
+async def test_who_lists_the_connected_of_a_tenant_on_all_processes(redis_url: str) -> None:
+    async with (
+        serving(redis_url, "direct", ws_cluster=True) as one,
+        serving(redis_url, "direct", ws_cluster=True) as other,
+        admitted(one.staff_url("waiter", sub="21", branch_ids=[1, 2], sector_ids=[5, 6])),
+        admitted(other.staff_url("waiter", sub="21", branch_ids=[1], sector_ids=[5])),
+        admitted(other.staff_url("admin", sub="30", branch_ids=[2])),
+        admitted(other.staff_url("waiter", sub="40", tenant_id=2)),
+        admitted(one.diner_url(session_id=456, table_id=10, branch_id=1)),
+    ):
+        await alive(one, other)
+        who = partial(command, redis_url, "who", "--tenant", "1")
+        status, out, err = await who("--branch", "1", "--json")
+        found = json.loads(out)
+        assert (status, err) == (0, "")
+        assert (found["complete"], found["missing"]) == (True, [])
+        (user,) = found["users"]
+        assert (user["user_id"], user["endpoint"], user["connections"]) == ("21", "waiter", 2)
+        assert user["sector_ids"] == [5, 6]
+        assert found["sessions"] == [{"session_id": 456, "table_id": 10, "connections": 1}]
+        status, out, err = await who()
+        assert (status, err) == (0, "")
+        assert [line.split()[:6] for line in out.splitlines()] == [
+            ["endpoint", "user", "session", "table", "sectors", "connections"],
+            ["admin", "30", "-", "-", "-", "1"],
+            ["waiter", "21", "-", "-", "5,6", "2"],
+            ["diner", "-", "456", "10", "-", "1"],
+        ]
+        nobody = await command(redis_url, "who", "--tenant", "9")
+        assert nobody == (0, "", "nobody is connected\n")
+
+
+async def test_who_says_what_processes_need_to_know_it(redis_url: str, tmp_path: Path) -> None:
+    async with serving(redis_url, "direct", ws_api_keys_file=write_keys(tmp_path)) as gateway:
+        (name,) = await alive(gateway)
+        status, out, err = await command(redis_url, "who", "--tenant", "1")
+        assert (status, out) == (1, "")
+        assert err.splitlines() == [
+            f"1 of 1 processes did not answer: {name}",
+            "who is present is known to processes with WS_CLUSTER=true",
+        ]
+        status, out, _ = await command(redis_url, "who", "--tenant", "1", "--json")
+        found = {"users": [], "sessions": [], "complete": False, "missing": [name]}
+        assert (status, json.loads(out)) == (1, found)
+
+
 async def test_kick_names_the_process_that_does_not_answer(
     redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,7 +164,9 @@ async def test_kick_names_the_process_that_does_not_answer(
         assert (await closed(client))[0] == 4001
 
 
-@pytest.mark.parametrize("arguments", [["nodes"], ["kick", "--tenant", "1", "--user", "21"]])
+@pytest.mark.parametrize(
+    "arguments", [["nodes"], ["who", "--tenant", "1"], ["kick", "--tenant", "1", "--user", "21"]]
+)
 async def test_without_a_gateway_the_text_says_what_to_look_at(
     redis_url: str, backend: Any, arguments: list[str]
 ) -> None:
@@ -166,6 +216,8 @@ async def test_processes_are_asked_on_redis_sets(request: pytest.FixtureRequest,
         names = await alive(one, other)
         _, out, _ = await command(found.url, "nodes", "--json")
         assert [each["name"] for each in json.loads(out)["nodes"]] == names
+        _, out, _ = await command(found.url, "who", "--tenant", "1", "--json")
+        assert [each["user_id"] for each in json.loads(out)["users"]] == ["21"]
         status, out, err = await command(found.url, "kick", "--tenant", "1", "--user", "21")
         assert (status, out, err) == (0, "1 connections closed\n", "")
         assert (await closed(client))[0] == 4001

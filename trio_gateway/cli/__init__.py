@@ -24,6 +24,7 @@ from .routes import routes
 from .serve import serve
 from .tail import tail
 from .token import token
+from .who import who
 
 __all__ = ["main", "settings_or_exit"]
 
@@ -60,6 +61,6 @@ def main() -> None:
 
 for command in (
     serve, demo, token, publish, tail, routes, asyncapi, openapi, explain, check, dlq, rebalance,
-    nodes, kick, completion,
+    nodes, who, kick, completion,
 ):  # fmt: skip
     main.add_command(command)
