@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from trio_gateway.core import tokens
 from trio_gateway.core.audiences import Endpoint
 from trio_gateway.core.close_codes import Close, Rejected
 from trio_gateway.core.tokens import (
@@ -123,6 +124,40 @@ def test_an_invalid_claim_is_refused(claim: str, value: Any) -> None:
         read_jwt(token, HS256, Rules(), NOW)
 
     assert refused(caught, token)
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**64), 2**64) | st.floats() | st.text(max_size=3)
+    | st.sampled_from(["refresh", "gateway", "21", NOW - 60, NOW + 60]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner),
+    max_leaves=4,
+)  # fmt: skip
+
+
+@given(
+    st.dictionaries(st.sampled_from([*STAFF, *WRONG, "iss", "aud", "email"]), _JSON, max_size=4),
+    st.sampled_from([Rules(), Rules(leeway=10), Rules(issuer="gateway", audience="gateway")]),
+)
+@example({}, Rules())
+@example({"sector_ids": None, "jti": "a", "nbf": int(NOW)}, Rules())
+@example({"iss": "gateway", "aud": ["gateway"]}, Rules(issuer="gateway", audience="gateway"))
+def test_claims_of_the_usual_kind_are_read_as_all_others(
+    changes: dict[str, Any], rules: Rules
+) -> None:
+    payload = json.dumps(STAFF | changes).encode()
+    usual = tokens._usual_staff(payload, rules, NOW)
+    try:
+        expected = tokens._staff(tokens._claims(payload), rules, NOW)
+    except Rejected:
+        assert usual is None
+    else:
+        assert usual in (expected, None)
+
+
+def test_most_tokens_are_of_the_usual_kind() -> None:
+    claims = STAFF | {"sector_ids": [5], "jti": "a", "email": "a@b.c", "iss": "gateway"}
+
+    assert tokens._usual_staff(json.dumps(claims).encode(), Rules(), NOW) is not None
 
 
 def test_the_largest_ids_are_valid() -> None:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import jwt
 import msgspec
@@ -173,7 +173,8 @@ def read_jwt(token: str, keys: Sequence[Key], rules: Rules, now: float) -> Staff
 
     ``now`` is unix time in seconds. No error contains any part of the token.
     """
-    return _staff(_verified(token, keys), rules, now)
+    payload = _verified(token, keys)
+    return _usual_staff(payload, rules, now) or _staff(_claims(payload), rules, now)
 
 
 def check_claims(token: str, rules: Rules, now: float) -> None:
@@ -184,6 +185,64 @@ def check_claims(token: str, rules: Rules, now: float) -> None:
     if (claims := claims_of(token)) is None:
         raise _failed("token invalid")
     _staff(claims, rules, now)
+
+
+_Id = Annotated[int, msgspec.Meta(gt=0, le=MAX_ID)]
+_Time = Annotated[int, msgspec.Meta(ge=-MAX_ID, le=MAX_ID)] | float
+
+
+class _UsualClaims(msgspec.Struct, gc=False):
+    """The claims of a staff token, with their usual types."""
+
+    sub: str
+    tenant_id: _Id
+    branch_ids: list[_Id]
+    roles: list[str]
+    exp: _Time
+    sector_ids: list[_Id] | None = None
+    iat: _Time | None = None
+    nbf: _Time | None = None
+    jti: str | None = None
+    iss: Any = None
+    aud: Any = None
+    type: Any = None
+
+
+_USUAL: Final = msgspec.json.Decoder(_UsualClaims)
+
+
+def _usual_staff(payload: bytes, rules: Rules, now: float) -> Staff | None:
+    """Read the usual kind of claims in a quarter of the time that :func:`_staff` needs.
+
+    Returns None for all others: :func:`_staff` finds out what is wrong with them, if anything is.
+    """
+    if not payload.isascii():  # msgspec does not check the encoding of what it skips
+        return None
+    try:
+        claims = _USUAL.decode(payload)
+    except (msgspec.MsgspecError, RecursionError):
+        return None
+    if (
+        claims.exp <= now
+        or (claims.nbf is not None and claims.nbf - rules.leeway > now)
+        or (claims.iat is not None and claims.iat - rules.leeway > now)
+        or claims.type == "refresh"
+        or claims.jti == ""
+        or not is_decimal(claims.sub, _MOST_DIGITS)
+        or rules.issuer not in (None, claims.iss)
+        or not _is_for_us(claims.aud, rules)
+    ):
+        return None
+    return Staff(
+        user=UserId(claims.sub),
+        tenant=TenantId(claims.tenant_id),
+        branches=_set_of(claims.branch_ids),
+        roles=_set_of(claims.roles),
+        sectors=_set_of(claims.sector_ids or []),
+        expires_at=float(claims.exp),
+        issued_at=None if claims.iat is None else float(claims.iat),
+        token_id=claims.jti,
+    )
 
 
 def _staff(claims: Mapping[str, Any], rules: Rules, now: float) -> Staff:
@@ -213,7 +272,7 @@ def _shared_set(*values: Any) -> frozenset[Any]:
 
 def read_table_token(token: str, keys: Sequence[Key], rules: Rules, now: float) -> Table:
     """Read a table token, or raise :exc:`Rejected` as AUTH_FAILED."""
-    claims = _verified(token, keys)
+    claims = _claims(_verified(token, keys))
     _refuse_refresh_token(claims)
     expires_at, issued_at = _times(claims, Rules(leeway=rules.leeway), now)
     if issued_at is None:
@@ -278,8 +337,8 @@ def _failed(text: str) -> Rejected:
     return Rejected(Close.AUTH_FAILED, text, "auth")
 
 
-def _verified(token: str, keys: Sequence[Key]) -> Mapping[str, Any]:
-    """Return the claims of a token that one of the keys signed, or raise :exc:`Unverified`.
+def _verified(token: str, keys: Sequence[Key]) -> bytes:
+    """Return the payload of a token that one of the keys signed, or raise :exc:`Unverified`.
 
     PyJWT does not check the claims: it is lenient with types, and has been with ``iss``.
     """
@@ -291,7 +350,7 @@ def _verified(token: str, keys: Sequence[Key]) -> Mapping[str, Any]:
         try:
             payload = proved_payload(data, key.algorithms, partial(_secret, key))
             if payload is not None:
-                return _claims(payload)
+                return payload
             found = _JWS.decode_complete(token, key.value, algorithms=list(key.algorithms))
         except jwt.InvalidAlgorithmError:
             continue
@@ -300,7 +359,8 @@ def _verified(token: str, keys: Sequence[Key]) -> Mapping[str, Any]:
             continue
         named = found["header"].get("kid")
         if key.id is None or named is None or key.id == named:
-            return _claims(found["payload"])
+            signed: bytes = found["payload"]
+            return signed
         signed_by_another = any(each.id == named for each in keys)
     if signed_by_another:
         raise _failed("token names a key that did not sign it")
@@ -341,14 +401,17 @@ def _times(claims: Mapping[str, Any], rules: Rules, now: float) -> tuple[float, 
     issued_at = None if claims.get("iat") is None else _time(claims, "iat")
     if issued_at is not None and issued_at - rules.leeway > now:
         raise _failed("iat is in the future")
-    if rules.issuer is not None and claims.get("iss") != rules.issuer:
+    if rules.issuer not in (None, claims.get("iss")):
         raise _failed("iss is not ours")
-    if rules.audience is not None:
-        audience = claims.get("aud")
-        named = audience if isinstance(audience, list) else [audience]
-        if rules.audience not in named:
-            raise _failed("aud is not ours")
+    if not _is_for_us(claims.get("aud"), rules):
+        raise _failed("aud is not ours")
     return expires_at, issued_at
+
+
+def _is_for_us(audience: Any, rules: Rules) -> bool:
+    """Whether ``aud`` names our audience, or need not (RFC 7519, 4.1.3)."""
+    named = audience if isinstance(audience, list) else [audience]
+    return rules.audience is None or rules.audience in named
 
 
 def _time(claims: Mapping[str, Any], name: str) -> float:
