@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any, Final
 
 import trio
-from quart import Response, abort, jsonify, request, websocket
+from quart import Response, abort, has_request_context, jsonify, request, websocket
 from quart_trio import QuartTrio
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
@@ -49,7 +49,7 @@ def add_routes(app: QuartTrio, parts: Parts, reception: Reception) -> None:
 
 async def _error(error: HTTPException) -> HTTPException | Answer:
     """The answer to a request that no view has answered; below the API it is JSON, too."""
-    if not request.path.startswith(API):
+    if not has_request_context() or not request.path.startswith(API):  # else it is a WebSocket
         return error
     answer = problem(error.code or 500, error.name)
     if isinstance(error, MethodNotAllowed) and isinstance(answer, tuple):
