@@ -4,12 +4,15 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from string import Template
+from typing import Any
 
 import pytest
 import redis
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.support.gateways import http, serving, valkey
+from tests.support.api_keys import bearer_of, write_keys
+from tests.support.gateways import admitted, http, serving, valkey
 from trio_gateway.settings import NAMES
 from trio_gateway.telemetry.metrics import METRICS
 
@@ -61,6 +64,44 @@ async def test_every_metric_in_a_query_is_exposed_with_its_labels() -> None:
             for metric, _ in named(expression):
                 allowed |= set((getattr(METRICS[metric], "label", None) or "").split(","))
             assert set(re.split(r",\s*", grouped)) <= allowed, expression
+
+
+def tables() -> Iterator[dict[str, Any]]:
+    """What the dashboard asks of the HTTP API, for its tables and its variables."""
+    for variable in DASHBOARD["templating"]["list"]:
+        if variable["type"] == "query" and "infinityQuery" in variable["query"]:
+            yield variable["query"]["infinityQuery"]
+    for panel in DASHBOARD["panels"]:
+        yield from (each for each in panel.get("targets", []) if each.get("source") == "url")
+
+
+async def test_every_column_of_a_table_is_in_the_answer_of_the_http_api(tmp_path: Path) -> None:
+    keys = write_keys(tmp_path, {"grafana": {"scopes": ["read"], "tenants": [1]}})
+    with valkey() as server:
+        async with (
+            serving(
+                server.connection_url, "direct", ws_cluster=True, ws_api_keys_file=keys
+            ) as gateway,
+            admitted(gateway.staff_url("waiter")),
+            admitted(gateway.diner_url()),
+        ):
+            assert gateway.app.parts.cluster is not None
+            [process] = gateway.app.parts.cluster.registry.nodes
+            paths = set()
+            for table in tables():
+                for chosen in ("*", process):  # "*" is what the variable has for all
+                    values = {"tenant": "1", "branch": "1", "process": chosen}
+                    path = Template(table["url"]).substitute(values)
+                    paths.add(path)
+                    reply = await http(gateway.port, path, headers=bearer_of("grafana"))
+                    assert reply.status == 200, reply.text
+                    root = table["root_selector"]
+                    rows = reply.json[root] if root else [reply.json]
+                    assert rows
+                    for row in rows:
+                        assert {column["selector"] for column in table["columns"]} <= row.keys()
+
+    assert len(paths) == 3
 
 
 def test_every_alert_has_its_page() -> None:
