@@ -1,12 +1,13 @@
 """Presence as values: what several connections and processes make of one user or session."""
 
+from dataclasses import replace
 from functools import reduce
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trio_gateway.core.audiences import BranchId, Endpoint, SectorId, TableId, TenantId
+from trio_gateway.core.audiences import BranchId, Endpoint, SectorId, TableId, TenantId, UserId
 from trio_gateway.core.presence import (
     Items,
     Present,
@@ -16,6 +17,7 @@ from trio_gateway.core.presence import (
     combine,
     item,
     items_of,
+    key_of,
     merge,
     present,
     read_record,
@@ -63,6 +65,10 @@ def test_record_begins_with_the_event_of_the_contract() -> None:
     assert write_record(waiter) == (
         '{"tenant_id":1,"branch_ids":[1,2],"user_id":"21","endpoint":"waiter"}\n'
         '{"1":[5,6],"2":[5,6]}'
+    )
+    strange = replace(make_principal(), user=UserId('"\n'))
+    assert write_record(present([strange], 0.0)) == (
+        '{"tenant_id":1,"branch_ids":[1],"user_id":"\\"\\n","endpoint":"waiter"}\n{}'
     )
     diner = present([make_principal(Endpoint.DINER, table=10)], 0.0)
     assert write_record(diner) == (
@@ -124,6 +130,6 @@ def test_what_watchers_of_a_branch_are_told() -> None:
 
 
 def test_tenants_of_one_user_have_different_keys() -> None:
-    keys = {who_is(make_principal(tenant=tenant)).key for tenant in (1, 2)}
+    keys = {key_of(make_principal(tenant=tenant)) for tenant in (1, 2)}
     assert keys == {"1:waiter:21", "2:waiter:21"}
     assert who_is(make_principal()).tenant == TenantId(1)

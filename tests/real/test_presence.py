@@ -1,6 +1,10 @@
 """Who is present on several processes: over HTTP, to admins that watch, and in the stream."""
 
 import json
+import signal
+from contextlib import AsyncExitStack
+from pathlib import Path
+from random import Random
 from typing import Any
 
 import redis
@@ -18,6 +22,8 @@ from tests.support.gateways import (
     serving,
     until,
 )
+from tests.support.processes import GatewayProcess
+from tests.support.stopwatch import Stopwatch
 from trio_gateway.testing import make_jwt, make_table_token
 
 STREAM = "presence"
@@ -277,3 +283,82 @@ async def test_a_stream_that_cannot_be_written_costs_only_the_stream(
     async with two(redis_url) as gateway, admitted(gateway.staff_url("admin", sub="9")) as admin:
         assert [each["user_id"] for each in (await watching(admin))["users"]] == ["9"]
         assert (await ask(gateway)).json["complete"]
+
+
+async def test_process_that_does_not_answer_is_named_within_two_seconds(
+    redis_url: str, backend: "redis.Redis", tmp_path: Path
+) -> None:
+    settings = {"WS_CLUSTER": "true", "WS_PRESENCE_STREAM": STREAM, "WS_PRESENCE_GRACE": "0.5"}
+    process = GatewayProcess(redis_url, tmp_path, **settings)
+    try:
+        async with two(redis_url, ws_presence_grace=0.5) as gateway:
+            await process.start()
+            assert process.process is not None
+            async with (
+                admitted(gateway.staff_url("waiter", sub="21")),
+                admitted(Reachable(process.port).staff_url("waiter", sub="22")) as far,
+            ):
+                await until(lambda: len(events(backend)) == 2)
+                assert [u["user_id"] for u in (await ask(gateway)).json["users"]] == ["21", "22"]
+                process.process.send_signal(signal.SIGSTOP)
+                watch = Stopwatch()
+                found = (await ask(gateway)).json
+                assert watch.net < 2
+                assert [user["user_id"] for user in found["users"]] == ["21"]
+                assert not found["complete"]
+                [name] = found["missing"]
+                assert f"-{process.process.pid}-" in name
+                process.process.send_signal(signal.SIGCONT)
+
+                async def is_complete() -> bool:
+                    return bool((await ask(gateway)).json["complete"])
+
+                await until(is_complete)
+                await far.send_message("ping")
+                assert await far.get_message() == '{"type":"pong"}'
+            await until(lambda: len(events(backend)) == 4)
+        assert sorted(told(backend)) == [
+            (f"USER_{kind}", user) for kind in ("OFFLINE", "ONLINE") for user in ("21", "22")
+        ]
+    finally:
+        process.kill()
+
+
+async def test_admins_of_two_tenants_never_see_each_other(
+    redis_url: str, backend: "redis.Redis"
+) -> None:
+    """Users of tenant n have numbers from n * 100 on."""
+    random = Random(7)
+    async with two(redis_url) as one, two(redis_url) as other, AsyncExitStack() as stack:
+        watchers = {}
+        for tenant in (1, 2):
+            url = one.staff_url("admin", sub=str(tenant * 100), tenant_id=tenant, branch_ids=[1, 2])
+            watchers[tenant] = await stack.enter_async_context(admitted(url))
+            for branch in (1, 2):
+                assert (await watching(watchers[tenant], branch))["branch_id"] == branch
+        for _ in range(30):
+            tenant, gateway = random.choice((1, 2)), random.choice((one, other))
+            claims = {"tenant_id": tenant, "branch_ids": random.choice(([1], [2], [1, 2]))}
+            number = tenant * 100 + random.randrange(1, 9)
+            endpoint = random.choice(("waiter", "kitchen", "diner"))
+            url = gateway.diner_url(tenant_id=tenant, session_id=number)
+            if endpoint != "diner":
+                url = gateway.staff_url(endpoint, sub=str(number), **claims)
+            await stack.enter_async_context(admitted(url))
+            caller = random.choice((1, 2))
+            reply = await ask(gateway, random.choice((1, 2)), tenant_id=caller, branch_ids=[1, 2])
+            assert reply.json["complete"]
+            assert numbers(reply.json) <= set(range(caller * 100, caller * 100 + 100))
+        await trio.sleep(0.3)
+        for tenant, watcher in watchers.items():
+            seen = set().union(*map(numbers, await received(watcher)))
+            assert seen
+            assert seen <= set(range(tenant * 100, tenant * 100 + 100))
+
+
+def numbers(message: Any) -> set[int]:
+    """The users and sessions in an answer, or in a message."""
+    items = [
+        each for key in ("users", "sessions", "joined", "left") for each in message.get(key, ())
+    ]
+    return {int(each.get("user_id", each.get("session_id"))) for each in items}

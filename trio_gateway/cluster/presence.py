@@ -3,15 +3,14 @@
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, Final, NoReturn
 
 import structlog
 import trio
 
 from ..broker.commands import Unavailable
-from ..core.audiences import BranchId, Endpoint, TenantId
-from ..core.presence import GONE, Items, Present, items_of, present, who_is, write_record
+from ..core.audiences import BranchId, Endpoint, Principal, TenantId
+from ..core.presence import GONE, Items, Present, items_of, key_of, present, write_record
 from ..runtime.connection import Connection
 from ..runtime.throttled_log import ThrottledLog
 from . import presence_scripts as scripts
@@ -34,7 +33,7 @@ class _Here:
     def __init__(self, since: float) -> None:
         self.connections: dict[Connection, None] = {}  # in the order in which they joined
         self.since = since  # Redis' own, when it has been told
-        self.last: Present | None = None  # what it was when its last connection left
+        self.last: Principal | None = None  # of the last connection that has left
         self.is_new = False  # it has connected since the last write
         self.written: str | None = None  # what Redis has; None if that is unknown
 
@@ -43,7 +42,7 @@ class _Here:
         if self.connections:
             return present([each.principal for each in self.connections], self.since)
         assert self.last is not None
-        return self.last
+        return present([self.last], self.since)._replace(connections=GONE)
 
 
 class Presence:
@@ -82,11 +81,10 @@ class Presence:
 
     def joined(self, connection: Connection) -> None:
         """A connection has joined the hub."""
-        who = who_is(connection.principal)
-        key = who.key
+        key = key_of(connection.principal)
         if (here := self._here.get(key)) is None:
             here = self._here[key] = _Here(self._clock())
-            self._tenants.setdefault(who.tenant, {})[key] = here
+            self._tenants.setdefault(connection.principal.tenant, {})[key] = here
         elif not here.connections:
             here.since = self._clock()
             self._gone -= 1
@@ -97,24 +95,22 @@ class Presence:
     def left(self, connection: Connection) -> None:
         """A connection has left the hub."""
         self.feed.unwatch(connection)
-        who = who_is(connection.principal)
-        key = who.key
+        key = key_of(connection.principal)
         here = self._here[key]
-        if len(here.connections) == 1:
-            here.last = replace(here.now(), connections=GONE)
         del here.connections[connection]
+        here.last = connection.principal
         self._gone += not here.connections
         if self._gone <= _MOST_GONE:
             self._mark(key)
         else:  # Redis is away; if it has this one, that is found when they are compared
             self._dirty.pop(key, None)
-            self._forget(key, who.tenant)
+            self._forget(key, connection.principal.tenant)
             self._compares = True
 
     def moved(self, connection: Connection) -> None:
         """A connection has another principal, of the same user or session."""
         self.feed.moved(connection)
-        self._mark(who_is(connection.principal).key)
+        self._mark(key_of(connection.principal))
 
     def rewrite(self) -> None:
         """Redis may have lost what it was told, or may know this process for the first time:
@@ -201,9 +197,10 @@ class Presence:
             del self._dirty[key]
             here, was_new, connections, record = self._here.get(key), False, GONE, ""
             if here is not None:
-                now = here.now()
-                connections, record = now.connections, write_record(now)
-                was_new, value = here.is_new, f"{connections}\n{record}"
+                connections, was_new = len(here.connections), here.is_new
+                if connections or was_new:  # of others that are gone, Redis has the record
+                    record = write_record(here.now())
+                value = f"{connections}\n{record}"
                 if connections and value == here.written and not was_new:
                     continue
                 here.written, here.is_new = value, False
@@ -244,7 +241,7 @@ class Presence:
             here.since = float(since or here.since)
         elif key not in self._dirty:
             assert here.last is not None
-            self._forget(key, here.last.who.tenant)
+            self._forget(key, here.last.tenant)
 
     async def _keep_sweeping(self) -> None:
         await self._registered.wait()

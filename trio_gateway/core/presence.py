@@ -5,7 +5,6 @@ process. What one process knows about it is combined with what the others know.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Final, NamedTuple
 
 import msgspec
@@ -25,17 +24,18 @@ from .audiences import (
 GONE: Final = 0
 
 
+def key_of(principal: Principal) -> str:
+    """The name in Redis of the user or session that a principal is. It begins with the tenant."""
+    found = principal.session or principal.user or ""
+    return f"{principal.tenant}:{principal.endpoint.label}:{found}"
+
+
 class Who(NamedTuple):
     """A user on an endpoint, or a session of diners."""
 
     tenant: TenantId
     endpoint: Endpoint
     id: UserId | SessionId
-
-    @property
-    def key(self) -> str:
-        """Its name in Redis. It begins with the tenant."""
-        return f"{self.tenant}:{self.endpoint.label}:{self.id}"
 
 
 def who_is(principal: Principal) -> Who:
@@ -44,8 +44,7 @@ def who_is(principal: Principal) -> Who:
     return Who(principal.tenant, principal.endpoint, found)
 
 
-@dataclass(frozen=True, slots=True)
-class Present:
+class Present(NamedTuple):
     """One that is present. ``sectors`` has a key for each of its branches."""
 
     who: Who
@@ -57,11 +56,11 @@ class Present:
 
 def present(principals: Sequence[Principal], since: float) -> Present:
     """What the connections of one user or session, at least one, make it."""
-    sectors: dict[BranchId, frozenset[SectorId]] = {}
-    for principal in principals:
+    last = principals[-1]
+    sectors = {branch: last.sectors.get(branch, _NONE) for branch in last.branches}
+    for principal in principals[:-1]:
         for branch in principal.branches:
             sectors[branch] = sectors.get(branch, _NONE) | principal.sectors.get(branch, _NONE)
-    last = principals[-1]
     return Present(who_is(last), sectors, last.table, len(principals), since)
 
 
@@ -180,7 +179,7 @@ def change(before: Present | None, after: Present | None, branch: BranchId) -> C
     was = before if before is not None and branch in before.sectors else None
     now = after if after is not None and branch in after.sectors else None
     if now is None:
-        return None if was is None else Change(left=item(replace(was, connections=GONE), branch))
+        return None if was is None else Change(left=item(was._replace(connections=GONE), branch))
     if was is not None and was.sectors[branch] == now.sectors[branch] and was.table == now.table:
         return None
     return Change(joined=item(now, branch))
@@ -204,16 +203,28 @@ _decode_event: Final = msgspec.json.Decoder(_Event).decode
 _decode_sectors: Final = msgspec.json.Decoder(dict[int, list[int]]).decode
 
 
+def _json(value: object) -> str:
+    return msgspec.json.encode(value).decode()
+
+
 def write_record(one: Present) -> str:
     """Everything but its connections and its time, as Redis keeps it."""
-    who = one.who
-    event = _Event(who.tenant, sorted(one.sectors), endpoint=who.endpoint.label)
+    # By hand, because it is made for every client that connects.
+    who, branches = one.who, ",".join(map(str, sorted(one.sectors)))
     if who.endpoint is Endpoint.DINER:
-        event.session_id, event.table_id = int(who.id), one.table
+        table = "" if one.table is None else f',"table_id":{one.table}'
+        subject = f'"session_id":{who.id}{table}'
     else:
-        event.user_id = str(who.id)
-    sectors = {int(branch): sorted(found) for branch, found in sorted(one.sectors.items()) if found}
-    return f"{msgspec.json.encode(event).decode()}\n{msgspec.json.encode(sectors).decode()}"
+        user = str(who.id)
+        subject = f'"user_id":"{user}"' if user.isalnum() else f'"user_id":{_json(user)}'
+    sectors = ""
+    if any(one.sectors.values()):
+        listed = {branch: sorted(found) for branch, found in one.sectors.items() if found}
+        sectors = ",".join(f'"{b}":{_json(listed[b])}' for b in sorted(listed))
+    return (
+        f'{{"tenant_id":{who.tenant},"branch_ids":[{branches}],{subject}'
+        f',"endpoint":"{who.endpoint.label}"}}\n{{{sectors}}}'
+    )
 
 
 def read_record(text: str, connections: int, since: float) -> Present:
