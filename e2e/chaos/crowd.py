@@ -1,11 +1,13 @@
 """A service of several gateway processes, the people who are connected to it, and what it says."""
 
 import json
+import math
 import random
+import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -38,6 +40,8 @@ class Person:
     socket: WebSocketConnection | None = None
     at: GatewayProcess | None = None
     code: int | None = None  # with which the last connection was closed
+    stays: list[tuple[float, float]] = field(default_factory=list)  # unix times
+    left: trio.Event = field(default_factory=trio.Event)
 
     @property
     def key(self) -> str:
@@ -46,6 +50,25 @@ class Person:
     @property
     def here(self) -> bool:
         return self.socket is not None
+
+    def came(self, socket: WebSocketConnection, at: GatewayProcess) -> None:
+        self.socket, self.at, self.code = socket, at, None
+        self.stays.append((time.time(), math.inf))
+        self.left = trio.Event()
+
+    def went(self) -> None:
+        self.socket = None
+        self.stays[-1] = (self.stays[-1][0], time.time())
+        self.left.set()
+
+    def was_here(self, since: float, until: float) -> bool:
+        """Whether it had a connection between two moments."""
+        return any(came < until and went > since for came, went in self.stays)
+
+    def gaps(self, now: float) -> list[float]:
+        """For how many seconds it had no connection, each time."""
+        ends = [*(came for came, _ in self.stays[1:]), *(() if self.here else (now,))]
+        return [end - went for (_, went), end in zip(self.stays, ends, strict=False)]
 
     def url(self, port: int) -> str:
         if self.endpoint == "diner":
@@ -69,7 +92,7 @@ class Crowd:
 
     async def come(self, person: Person, process: GatewayProcess) -> None:
         """Connect, and try again while that is refused for the moment."""
-        while not await self._try(person, process):
+        while not await self.try_to_come(person, process):
             await trio.sleep(0.5 + random.random())
 
     async def all_come(self, whom: Iterable[tuple[Person, GatewayProcess]]) -> None:
@@ -79,19 +102,21 @@ class Crowd:
 
     async def go(self, person: Person) -> None:
         """Leave without a word."""
-        socket, person.socket = person.socket, None
-        if socket is not None:
+        if (socket := person.socket) is not None:
+            person.went()
             await trio.aclose_forcefully(socket._stream)
 
-    async def _try(self, person: Person, process: GatewayProcess) -> bool:
+    async def try_to_come(self, person: Person, process: GatewayProcess) -> bool:
+        """Connect once; returns whether that was possible."""
         async with self._slots:
+            socket = None
             try:
                 with trio.move_on_after(20):
                     socket = await connect_websocket_url(self._nursery, person.url(process.port))
                     await socket.send_message('{"type":"ping"}')
                     while await socket.get_message() != _PONG:
                         pass
-                    person.socket, person.at, person.code = socket, process, None
+                    person.came(socket, process)
                     self._nursery.start_soon(self._watch, person, socket)
                     return True
             except ConnectionClosed as closed:
@@ -99,6 +124,10 @@ class Crowd:
                 self.refused[closed.reason.code] += 1
             except (OSError, HandshakeError, ConnectionTimeout, DisconnectionTimeout):
                 pass
+            finally:
+                if socket is not None and person.socket is not socket:
+                    with trio.CancelScope(shield=True):
+                        await trio.aclose_forcefully(socket._stream)
         return False
 
     async def _watch(self, person: Person, socket: WebSocketConnection) -> None:
@@ -107,7 +136,7 @@ class Crowd:
                 await socket.get_message()
         except ConnectionClosed as closed:
             if person.socket is socket:
-                person.socket = None
+                person.went()
                 person.code = closed.reason.code if closed.reason else None
         finally:
             with trio.CancelScope(shield=True):
@@ -238,9 +267,9 @@ def _key(item: Any) -> str:
 
 @asynccontextmanager
 async def service(
-    redis_url: str, folder: Path, *, processes: int = 4, **settings: str
+    redis_url: str, folder: Path, *, first_url: str | None = None, **settings: str
 ) -> AsyncIterator[Service]:
-    """Run the processes; they are killed at the end."""
+    """Run four processes, the first on a URL of its own; they are killed at the end."""
     common = {
         "WS_CLUSTER": "true",
         "WS_PRESENCE_STREAM": PRESENCE,
@@ -250,12 +279,12 @@ async def service(
         "WS_HEARTBEAT_TIMEOUT": "3600",
         "WS_RECEIVE_TIMEOUT": "3600",
     } | settings
-    found = [GatewayProcess(redis_url, folder, **common) for _ in range(processes)]
+    urls = [first_url or redis_url, *[redis_url] * 3]
+    found = [GatewayProcess(url, folder, **common) for url in urls]
     with redis.Redis.from_url(redis_url) as backend:
         try:
-            async with trio.open_nursery() as nursery:
-                for each in found:
-                    nursery.start_soon(each.start)
+            for each in found:
+                await each.start()
             async with trio.open_nursery() as nursery:
                 yield Service(found, backend, Crowd(nursery), nursery)
                 nursery.cancel_scope.cancel()

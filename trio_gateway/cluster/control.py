@@ -34,7 +34,7 @@ from .orders import Order, Orders, is_list
 
 log = structlog.get_logger()
 
-PATIENCE: Final = 2.0  # seconds
+PATIENCE: Final = 1.8  # seconds, so that who asks over HTTP has an answer within 2
 MOST_HANDLED: Final = 100  # questions at a time
 _MOST_BYTES: Final = 8 << 20  # of an answer: Redis ends a subscriber for which 32 MiB wait
 _HANDLER_TIMEOUT: Final = 10.0  # seconds
