@@ -87,12 +87,12 @@ async def test_kick_closes_the_connections_on_all_processes(redis_url: str) -> N
         status, out, _ = await kick("--user", "21", "--reason", "shift is over", "--json")
         assert (status, json.loads(out)) == (0, {"closed": 2, "complete": True, "missing": []})
         assert await closed(first) == await closed(second) == (4001, "shift is over")
-        assert await kick("--session", "456") == (0, "1 connections closed\n", "")
+        assert await kick("--session", "456") == (0, "1 connection closed\n", "")
         assert (await closed(diner))[0] == 4001
         assert await received(colleague) == []
         assert (await command(redis_url, "kick", "--tenant", "2", "--jti", "a"))[0] == 1
         assert await received(colleague) == []
-        assert await kick("--jti", "a") == (0, "1 connections closed\n", "")
+        assert await kick("--jti", "a") == (0, "1 connection closed\n", "")
         assert (await closed(colleague))[0] == 4001
         assert await kick("--jti", "a") == (1, "0 connections closed\n", "")
 
@@ -159,7 +159,7 @@ async def test_kick_names_the_process_that_does_not_answer(
 
         monkeypatch.setattr(cluster_of(silent).control, "_reply", no_answer)
         status, out, err = await command(redis_url, "kick", "--tenant", "1", "--user", "21")
-        assert (status, out) == (1, "1 connections closed\n")
+        assert (status, out) == (1, "1 connection closed\n")
         assert err == f"1 of 2 processes did not answer: {name}\n"
         assert (await closed(client))[0] == 4001
 
@@ -219,7 +219,7 @@ async def test_processes_are_asked_on_redis_sets(request: pytest.FixtureRequest,
         _, out, _ = await command(found.url, "who", "--tenant", "1", "--json")
         assert [each["user_id"] for each in json.loads(out)["users"]] == ["21"]
         status, out, err = await command(found.url, "kick", "--tenant", "1", "--user", "21")
-        assert (status, out, err) == (0, "1 connections closed\n", "")
+        assert (status, out, err) == (0, "1 connection closed\n", "")
         assert (await closed(client))[0] == 4001
 
 

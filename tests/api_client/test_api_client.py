@@ -1,6 +1,7 @@
 """The client of the HTTP API, with a real gateway."""
 
 import json
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from tests.support.gateways import (
     valkey,
     with_certificate,
 )
-from trio_gateway.api_client import ApiClient, AsyncApiClient, CallFailed, attempts
+from trio_gateway.api_client import ApiClient, AsyncApiClient, CallFailed, PresentSession, attempts
 from trio_gateway.publisher import InDoubt, InvalidEvent, PublishFailed
 
 from .conftest import Use
@@ -144,6 +145,24 @@ async def test_control_and_reading(gateway: Running, use: Use) -> None:
     assert all(each.complete and each.missing == () for each in (user, refreshed))
     assert gateway.app.parts.cluster is not None
     assert [each.name for each in nodes] == [gateway.app.parts.cluster.registry.name]
+
+
+async def test_presence_is_that_of_a_branch(redis_url: str, tmp_path: Path, use: Use) -> None:
+    keys = write_keys(tmp_path, KEYS)
+    async with (
+        serving(redis_url, "direct", ws_api_keys_file=keys, ws_cluster=True) as gateway,
+        admitted(gateway.staff_url("waiter", sub="21", branch_ids=[1], sector_ids=[5])),
+        admitted(gateway.staff_url("waiter", sub="22", branch_ids=[2])),
+        admitted(gateway.diner_url(session_id=456, table_id=10)),
+    ):
+        found = await use(lambda api: api.presence(1, 1), where(gateway), secret_of("all"))
+    (user,) = found.users
+    assert (user.user_id, user.endpoint, user.connections, user.sector_ids) == (
+        "21", "waiter", 1, (5,),
+    )  # fmt: skip
+    assert abs(user.since - time.time()) < 60
+    assert found.sessions == (PresentSession(456, 1, 10),)
+    assert (found.complete, found.missing) == (True, ())
 
 
 async def test_history_is_read_page_by_page(gateway: Running, use: Use) -> None:

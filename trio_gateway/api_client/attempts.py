@@ -20,7 +20,8 @@ _NOT_SENT: Final = (
     httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError,
     httpx.UnsupportedProtocol,
 )  # fmt: skip
-_TOO_MANY, _UNAVAILABLE = 429, 503  # the gateway did nothing
+_TOO_MANY, _UNAVAILABLE = 429, 503  # the gateway did nothing; an order may have been given
+_SERVER_ERRORS: Final = 500
 _PROXY_ERRORS: Final = (502, 504)  # the gateway may have done it
 _MOST_TEXT: Final = 300  # characters of the gateway's text
 
@@ -67,7 +68,7 @@ def read_answer(call: Call[T], response: httpx.Response) -> T:
         text,
         status=status,
         retry_after=_retry_after(response),
-        in_doubt=status >= httpx.codes.INTERNAL_SERVER_ERROR and status != _UNAVAILABLE,
+        in_doubt=call.is_order if status == _UNAVAILABLE else status >= _SERVER_ERRORS,
     )
 
 

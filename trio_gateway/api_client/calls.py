@@ -18,7 +18,8 @@ Confirm = int | Literal["all"]
 class Call(Generic[T]):
     """One request. ``read`` raises :exc:`ValueError` for an answer of another shape.
 
-    ``repeatable``: it may be sent again if its answer was lost.
+    ``repeatable``: it may be sent again if its answer was lost. ``is_order``: it may have been
+    given although Redis did not answer.
     """
 
     method: str
@@ -27,6 +28,7 @@ class Call(Generic[T]):
     repeatable: bool
     params: Mapping[str, str] = field(default_factory=dict)
     body: bytes | None = None
+    is_order: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,12 @@ def disconnect(
     given = {name: value for name, value in whose.items() if value is not None}
     if len(given) != 1:
         raise ValueError("pass one of user_id, session_id and jti")
-    return _post("disconnect", {"tenant_id": tenant_id, "reason": reason, **given}, Disconnected)
+    return _order("disconnect", {"tenant_id": tenant_id, "reason": reason, **given}, Disconnected)
 
 
 def refresh(tenant_id: int, waiter_id: str | int) -> Call[Refreshed]:
     """Load the sectors of a waiter again."""
-    return _post("refresh", {"tenant_id": tenant_id, "waiter_id": waiter_id}, Refreshed)
+    return _order("refresh", {"tenant_id": tenant_id, "waiter_id": waiter_id}, Refreshed)
 
 
 def presence(tenant_id: int, branch_id: int) -> Call[Presence]:
@@ -139,9 +141,9 @@ def _published(answer: _Answer) -> Published:
             return Published(error=PublishFailed(f"the event was not published: {answer.error}"))
 
 
-def _post(path: str, body: Mapping[str, Any], answer: type[T]) -> Call[T]:
+def _order(path: str, body: Mapping[str, Any], answer: type[T]) -> Call[T]:
     encoded = msgspec.json.encode(body)
-    return Call("POST", path, _reader(answer), repeatable=True, body=encoded)
+    return Call("POST", path, _reader(answer), repeatable=True, body=encoded, is_order=True)
 
 
 def _reader(answer: type[T]) -> Callable[[httpx.Response], T]:

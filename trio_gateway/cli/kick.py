@@ -29,6 +29,7 @@ def kick(
     """
     import msgspec
 
+    from ..broker.commands import Unavailable
     from ..core.control_messages import Disconnect, Disconnected, read_control_message
 
     whose = {"user_id": user, "session_id": session, "jti": jti}
@@ -42,7 +43,10 @@ def kick(
         raise click.UsageError("the id of a user is a number") from None
 
     async def give(service: "Service") -> "Answers":
-        return await service.control.order("disconnect", order)
+        try:
+            return await service.control.order("disconnect", order)
+        except Unavailable as error:
+            raise Unavailable(f"{error}; it may be done all the same") from None
 
     settings = settings_or_exit()
     answers = ask_service(settings, give)
@@ -54,7 +58,7 @@ def kick(
     if as_json:
         show_json({"closed": closed, "complete": answers.complete, "missing": answers.missing})
     else:
-        click.echo(f"{closed} connections closed")
+        click.echo(f"{closed} connection{'s' if closed != 1 else ''} closed")
         tell_missing(answers.missing, asked(answers))
     if not (closed and answers.complete):
         raise SystemExit(FAILED)
