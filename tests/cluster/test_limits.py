@@ -197,7 +197,7 @@ async def test_refused_and_cancelled_newcomers_leave_nothing_behind(service: Ser
     await other.limits.settle()
     await wait_all_tasks_blocked()
     assert other.agrees()
-    assert not other.limits._asked
+    assert not other.limits._batches
 
 
 async def test_those_who_come_meanwhile_share_a_script(
@@ -379,7 +379,7 @@ async def test_limits_are_never_exceeded_and_all_counts_agree_at_the_end(
         await each.limits.settle()
         await each.limits.settle()
         assert each.agrees()
-        assert not each.limits._asked
+        assert not each.limits._batches
 
 
 async def test_process_that_ends_leaves_nobody_waiting(

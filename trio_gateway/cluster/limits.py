@@ -5,7 +5,7 @@ new ones; those who come meanwhile share the next script. What Redis counts for 
 therefore never less than it has.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Sequence
 from itertools import islice
 from typing import Any, Final, NoReturn, Protocol
@@ -54,7 +54,7 @@ class _Batch:
 
     def __init__(self) -> None:
         self.owners: list[Owner] = []
-        self.given_up: set[int] = set()  # those who do not wait any more, by index
+        self.given_up: list[Owner] = []  # those of them who do not wait any more
         self.answers: bytes | None = None  # one for each
         self.done = trio.Event()
 
@@ -90,7 +90,6 @@ class ClusterLimits:
         self._acknowledged = 0  # of the last one that was answered
         self._batches: deque[_Batch] = deque()  # the first may be under way
         self._is_sent = False
-        self._asked: dict[Owner, int] = {}  # reserved places that Redis has not granted
         self._dirty: dict[Owner, None] = {}  # have another count than Redis knows
         self._written_at = 0.0
         self._work = trio.Event()
@@ -112,25 +111,20 @@ class ClusterLimits:
         batch = self._newest_batch()
         index = len(batch.owners)
         batch.owners.append(owner)
-        self._count_asked(owner, 1)
         self._work.set()
         try:
             await batch.done.wait()
         except BaseException:
+            if batch.answers is None:  # else it was answered since its cancellation
+                batch.given_up.append(owner)
             place.release()
-            if batch.answers is None:
-                batch.given_up.add(index)
-                self._count_asked(owner, -1)
-            elif batch.answers[index] == GRANTED:  # between its cancellation and now
-                self._mark(owner)
-            else:
-                self._count_asked(owner, -1)
+            self._mark(owner)
             raise
         assert batch.answers is not None
         if (answer := batch.answers[index]) == GRANTED:
             return place
-        self._count_asked(owner, -1)
         place.release()
+        self._mark(owner)  # it may have been counted since it was answered
         raise owner_is_full(owner) if answer == OWNER_IS_FULL else tenant_is_full()
 
     def most(self, owner: Owner) -> int:
@@ -186,11 +180,6 @@ class ClusterLimits:
             self._batches.append(_Batch())
         return self._batches[-1]
 
-    def _count_asked(self, owner: Owner, change: int) -> None:
-        _add(self._asked, owner, change)
-        if self._limits.per_tenant:
-            _add(self._asked, of_tenant(owner[1]), change)
-
     def _mark(self, owner: Owner) -> None:
         """Write this count, and that of its tenant."""
         self._dirty[owner] = None
@@ -199,10 +188,19 @@ class ClusterLimits:
         self._work.set()
 
     def _places(self, key: Owner) -> int:
-        """The places of this process, without those that Redis has not granted."""
         hub = self._hub
-        places = hub.places_of_tenant(key[1]) if key[0] == "tenant" else hub.places_of(key)
-        return places - self._asked.get(key, 0)
+        return hub.places_of_tenant(key[1]) if key[0] == "tenant" else hub.places_of(key)
+
+    def _waiting(self) -> Counter[Owner]:
+        """How many places are reserved in the hub, and not granted by Redis yet."""
+        found: Counter[Owner] = Counter()
+        for batch in self._batches:
+            found.update(batch.owners)
+            found.subtract(batch.given_up)
+        if self._limits.per_tenant:
+            for owner, number in list(found.items()):
+                found[of_tenant(owner[1])] += number
+        return found
 
     async def _write(self) -> None:
         """Send one script, again if need be. Raises :exc:`Unavailable`."""
@@ -220,19 +218,21 @@ class ClusterLimits:
 
     async def _try_to_write(self, batch: _Batch) -> bool:
         """Send one script, and answer the batch; return whether that is done."""
-        asks = [(owner, self._places(owner)) for owner in batch.owners]
+        hub, waiting = self._hub, self._waiting()
+        asks = [(owner, hub.places_of(owner) - waiting[owner]) for owner in batch.owners]
         keys = dict.fromkeys(islice(self._dirty, MOST_COUNTS))
         for key in keys:
             del self._dirty[key]
         if self._limits.per_tenant:
             keys |= dict.fromkeys(of_tenant(owner[1]) for owner in batch.owners)
-        counts = [(key, self._places(key)) for key in keys]
+        counts = [(key, self._places(key) - waiting[key]) for key in keys]
         self._number += 1
         sent_at = trio.current_time()
         is_written = False
         try:
             sent = arguments(self._name, self._number, self._limits, asks, counts)
-            reply = read_reply(await self._evaluate(TAKE, self._keys, sent, seconds=_TIMEOUT))
+            found = await self._evaluate(TAKE, self._keys, sent, seconds=_TIMEOUT)
+            reply = read_reply(found, len(asks))
             # If this process was stopped meanwhile, others may have taken its places.
             in_time = trio.current_time() - sent_at < 2 * _TIMEOUT
             is_written = reply.outcome is Outcome.WRITTEN and in_time
@@ -249,7 +249,10 @@ class ClusterLimits:
             self._learn(batch, reply)
         elif reply.outcome is Outcome.NOT_LIVE:
             self.write_all()
-            await self._beat()
+            with trio.move_on_after(_TIMEOUT) as scope:
+                await self._beat()
+            if scope.cancelled_caught:
+                raise Unavailable("the beat was not written in time")
         elif reply.outcome is Outcome.LATE:
             self._number = reply.before
         return is_written
@@ -260,12 +263,8 @@ class ClusterLimits:
             self.write_all()  # Redis has lost what was written, as a replica may
         self._acknowledged = self._number
         self._written_at = trio.current_time()
-        for index, (owner, answer) in enumerate(zip(batch.owners, reply.answers, strict=True)):
-            if answer == GRANTED:
-                if index in batch.given_up:
-                    self._mark(owner)
-                else:
-                    self._count_asked(owner, -1)
+        for owner in batch.given_up:  # it may have been granted
+            self._mark(owner)
         batch.answer(reply.answers)
         if self.alone:
             self.alone = False
@@ -280,16 +279,7 @@ class ClusterLimits:
     def _answer_alone(self) -> None:
         """Grant what the limits of this process have granted."""
         for batch in self._batches:
-            for index, owner in enumerate(batch.owners):
-                if index not in batch.given_up:
-                    self._count_asked(owner, -1)
-                    self._mark(owner)
+            for owner in batch.owners:
+                self._mark(owner)
             batch.answer(bytes([GRANTED]) * len(batch.owners))
         self._batches.clear()
-
-
-def _add(counts: dict[Owner, int], key: Owner, change: int) -> None:
-    if number := counts.get(key, 0) + change:
-        counts[key] = number
-    else:
-        del counts[key]

@@ -113,7 +113,7 @@ class Written(msgspec.Struct, frozen=True):
 
     outcome: Outcome
     before: int  # the number of the script that wrote before this one; 0: none that Redis knows
-    answers: bytes  # one for each who asked
+    answers: bytes  # one for each who asked; none if nothing was written
 
 
 def arguments(
@@ -139,10 +139,10 @@ def arguments(
     return [*head, *found]
 
 
-def read_reply(reply: Any) -> Written:
-    """Read the reply of :data:`TAKE`. Raises :exc:`ValueError` if it is something else."""
+def read_reply(reply: Any, asks: int) -> Written:
+    """Read the reply of :data:`TAKE` to so many who ask. Raises :exc:`ValueError` if it is none."""
     match reply:
-        case [int(outcome), int(before), bytes(answers)]:
+        case [int(outcome), int(before), bytes(answers)] if outcome != 1 or len(answers) == asks:
             return Written(Outcome(outcome), before, answers)
     raise ValueError("not a reply of this script")
 
