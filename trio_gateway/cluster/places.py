@@ -24,7 +24,7 @@ OWNER_IS_FULL: Final = ord("o")
 
 # Needs the keys of NAMES and the hash of this process. Its field "#" is the number of the script
 # that wrote last: Redis may run an old one late, whose caller gave up when Redis was frozen. It
-# must not overwrite what is newer.
+# must not overwrite what is newer. A process that asks is alive, also if its beats are late.
 TAKE: Final = (
     NAMES
     + """
@@ -32,6 +32,7 @@ local beat = redis.call('ZSCORE', KEYS[1], ARGV[1])
 if not beat or tonumber(beat) <= horizon then return {0, 0, ''} end
 local before = tonumber(redis.call('HGET', KEYS[3], '#') or 0)
 if tonumber(ARGV[2]) < before then return {2, before, ''} end
+redis.call('ZADD', KEYS[1], now, ARGV[1])
 
 local most = {u = tonumber(ARGV[4]), s = tonumber(ARGV[5]), t = tonumber(ARGV[6])}
 local asks = tonumber(ARGV[7])
