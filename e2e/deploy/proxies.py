@@ -1,6 +1,7 @@
 """Gateways behind nginx and HAProxy, with the configurations of ``deploy/``."""
 
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import AsyncIterator, Mapping
@@ -100,9 +101,10 @@ def nginx(folder: Path, port: int, ports: list[int]) -> list[str]:
         f"{kind}_temp_path {folder}/{kind};\n"
         for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     )
+    own = "user root;\n" if os.geteuid() == 0 else ""  # who can write to the folder
     config = folder / "nginx.conf"
     config.write_text(
-        f"daemon off; pid {folder}/pid; error_log {folder}/error.log;\n"
+        f"{own}daemon off; pid {folder}/pid; error_log {folder}/error.log;\n"
         f"events {{}}\nhttp {{\n{places}{text}\n}}\n"
     )
     return ["nginx", "-p", str(folder), "-c", str(config)]

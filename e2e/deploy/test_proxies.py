@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import trio
 
+from tests.support.api_keys import publish, write_keys
 from tests.support.gateways import (
     JWT_SECRET,
     admitted,
@@ -25,6 +26,7 @@ from tests.support.gateways import (
 from tests.support.sockets import make_head
 from tests.support.stopwatch import Stopwatch
 from trio_gateway.testing import make_jwt
+from trio_gateway.web.api.publish import MAX_BYTES
 
 from .proxies import IDLE, PROXIES, behind, require
 
@@ -223,3 +225,15 @@ async def test_redis_that_is_slow_for_seconds_empties_no_balancer(
             unready += (await http(at.ports[0], "/ws/health/ready")).status == 503
             await trio.sleep(0.05)
         assert unready
+
+
+async def test_backends_can_publish_with_the_biggest_body(
+    proxy: str, redis_url: str, tmp_path: Path
+) -> None:
+    padding = "x" * 65_000
+    event = {"type": "ROUND_READY", "tenant_id": 1, "branch_id": 1, "padding": padding}
+    most = MAX_BYTES // len(json.dumps(event)) - 1
+    keys = str(write_keys(tmp_path))
+    async with behind(proxy, redis_url, tmp_path, {"WS_API_KEYS_FILE": keys}) as gateways:
+        found = await publish(gateways.port, [event] * most)
+        assert all(each["event_id"] for each in found)
