@@ -12,8 +12,9 @@ import trio
 from tests.support.gateways import valkey
 from tests.support.ports import free_port
 from tests.support.redis_server import RedisServer
-from trio_gateway.broker import publishing
-from trio_gateway.broker.publishing import Confirm, Outcome, Problem, Publication, Publishing
+from trio_gateway.broker import publications, publishing
+from trio_gateway.broker.publications import Confirm, Outcome, Problem, Publication
+from trio_gateway.broker.publishing import Publishing
 from trio_gateway.broker.sentinel_replicas import SentinelReplicas
 from trio_gateway.broker.topologies import make_topology
 from trio_gateway.redis_sets import Cluster, Node, SentinelSet
@@ -161,6 +162,19 @@ async def test_no_answer_in_time_is_in_doubt(
         monkeypatch.setattr(publishing, "_CONNECT", 0.1)
         assert await publish(found, entry()) == [Outcome(None, Problem.UNAVAILABLE)]
     assert fake.sent == ["XADD"] * 2
+
+
+async def test_what_was_not_sent_before_a_connection_is_lost_is_not_in_doubt(
+    fake: FakeRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publications, "_PIECE", 300)  # two events
+    fake.script = [b"$3\r\n1-1\r\n", b"$3\r\n1-2\r\n", b"$3\r\n1-3\r\n", None]
+    async with opened(fake.url) as found:
+        outcomes = await publish(found, *(entry() for _ in range(7)))
+    doubt = Outcome(None, Problem.IN_DOUBT)
+    ids = [Outcome(f"1-{n}") for n in (1, 2, 3)]
+    assert outcomes == [*ids, doubt, *[Outcome("7-1")] * 3]
+    assert fake.sent == ["XADD"] * 7
 
 
 async def test_refused_event_is_not_in_doubt_and_others_are_published(fake: FakeRedis) -> None:

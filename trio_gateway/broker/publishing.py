@@ -1,15 +1,14 @@
 """Publishing: events of backends, many at once, each with its own outcome.
 
-The commands of one request go to each server in one piece, so a thousand events take one round
-trip. What matters is to know of each event whether it was certainly not published: redis-py does
+The commands of one request go to each server in few pieces: a thousand small events take one round
+trip. What matters is to know of each event whether it was certainly not published. redis-py does
 not tell, so this uses the connections of the readers.
 """
 
 import re
 from collections import deque
 from collections.abc import Iterable, Sequence
-from enum import StrEnum
-from typing import Any, Final, Literal, NamedTuple, NoReturn
+from typing import Any, Final, NoReturn
 
 import hiredis
 import structlog
@@ -23,6 +22,7 @@ from ..redis_url import RedisAddress
 from ..runtime.supervision import ConnectionLost, Demoted
 from ..runtime.throttled_log import ThrottledLog
 from .connection import Command, RedisConnection, connect_redis
+from .publications import Confirm, Outcome, Problem, Publication, pieces
 from .sentinel_replicas import SentinelReplicas
 from .topology import Topology
 
@@ -38,63 +38,6 @@ _TIDY: Final = 10.0  # seconds
 # Failures in a row, and seconds until a server that could not be reached is tried again.
 _BREAKER: Final = 3, 1.0
 _CONNECTED: Final = re.compile(rb"^connected_slaves:(\d+)\r?$", re.MULTILINE)
-
-Confirm = int | Literal["all"]
-
-
-class Problem(StrEnum):
-    """Why an event does not count as published."""
-
-    IN_DOUBT = "in_doubt"  # it may have been published, or is on too few replicas
-    REFUSED = "refused"  # Redis has answered with an error
-    UNAVAILABLE = "unavailable"  # no server that accepts it could be reached
-
-
-class Outcome(NamedTuple):
-    """What became of an event. ``entry`` is the id of its entry, if it is known to have one.
-
-    ``detail`` is the first word of Redis' error, if it has refused.
-    """
-
-    entry: str | None = None
-    problem: Problem | None = None
-    detail: str = ""
-
-
-class Publication:
-    """One event to be published: an XADD to the stream ``key``, or a PUBLISH on the channel.
-
-    ``again``: the event has an id, so it may be sent twice.
-    """
-
-    __slots__ = (
-        "again", "asking", "command", "in_doubt", "is_entry", "key", "outcome", "unreached",
-    )  # fmt: skip
-
-    def __init__(self, key: str, command: Command, *, is_entry: bool, again: bool) -> None:
-        self.key = key
-        self.command = command
-        self.is_entry = is_entry
-        self.again = again
-        self.outcome: Outcome | None = None
-        self.in_doubt = False  # an earlier try may have published it
-        self.asking: RedisAddress | None = None  # the node of a Cluster to ask next, once
-        self.unreached: RedisAddress | None = None  # the server that could not be reached
-
-    @classmethod
-    def to_stream(cls, stream: str, payload: bytes, most: int, *, again: bool) -> "Publication":
-        """Add it to a stream of about ``most`` entries."""
-        command = ("XADD", stream, "MAXLEN", "~", most, "*", "data", payload)
-        return cls(stream, command, is_entry=True, again=again)
-
-    @classmethod
-    def on_channel(cls, channel: str, payload: bytes) -> "Publication":
-        """Publish it on a channel."""
-        return cls(channel, ("PUBLISH", channel, payload), is_entry=False, again=False)
-
-    def failed(self, problem: Problem, detail: str = "") -> None:
-        """This is the end, unless the event may have been published before."""
-        self.outcome = Outcome(None, Problem.IN_DOUBT if self.in_doubt else problem, detail)
 
 
 class _Server:
@@ -250,14 +193,35 @@ class Publishing:
         *,
         asking: bool,
     ) -> bool:
-        """Send all of a group and read the replies; return whether the connection is usable."""
+        """Send a group in pieces; return whether the connection is usable.
+
+        After a piece that fails the others are not sent, so nothing about them is in doubt.
+        """
+        deadline = trio.current_time() + _REPLY
+        for piece in pieces(group):
+            if trio.current_time() >= deadline or not await self._send_piece(
+                connection, address, piece, deadline, asking=asking
+            ):
+                return False
+        return True
+
+    async def _send_piece(
+        self,
+        connection: RedisConnection,
+        address: RedisAddress,
+        group: Sequence[Publication],
+        deadline: float,
+        *,
+        asking: bool,
+    ) -> bool:
+        """Send commands at once and read the replies; return whether the connection is usable."""
         commands: list[Command] = [each.command for each in group]
         if asking:
             commands = [each for command in commands for each in (("ASKING",), command)]
         replies: list[Any] = []
         is_usable = False
         try:
-            with trio.move_on_after(_REPLY):
+            with trio.CancelScope(deadline=deadline):
                 await connection.ask_all(commands, replies=replies)
                 is_usable = True
         except ConnectionLost as lost:

@@ -7,7 +7,7 @@ import msgspec
 import trio
 from quart import Response, request
 
-from ...broker.publishing import Confirm, Problem, Publication
+from ...broker.publications import Confirm, Problem, Publication
 from ...core.api_keys import ApiKey
 from ...core.decimals import is_decimal
 from ...core.event_ids import event_id, read_position, tag
