@@ -121,12 +121,12 @@ class Dispatch:
         Returns False, having done nothing, if any of them concerns a connection here. Events of
         their streams that were read before them must have been delivered.
         """
-        concerns = self._hub.concerns
-        if any(concerns(event) for event in events):
+        concerned = self._hub.concern(events)
+        if any(concerned):
             return False
         now = trio.current_time()
         self._look_back(now)
-        fresh, _ = self._plan(events)
+        fresh, _ = self._plan(events, concerned)
         self.processed += len(fresh)
         if fresh:
             self.duration.observe(trio.current_time() - now)
@@ -167,7 +167,8 @@ class Dispatch:
 
         Raises :exc:`trio.TooSlowError` if it is not done at the ``deadline``.
         """
-        fresh, writes = self._plan(batch)
+        # Whom it concerns is looked up in the step in which the members are: one may have joined.
+        fresh, writes = self._plan(batch, self._hub.concern(batch))
         self.processed += len(fresh)
         now = trio.current_time()
         left = self._writes_per_checkpoint
@@ -209,8 +210,13 @@ class Dispatch:
             else:
                 self._history.add_raw([(event, 0)], now=now)
 
-    def _plan(self, batch: Sequence[Event]) -> tuple[list[Event], list[_Write]]:
-        """The events that were not duplicates, and which connections get which frames."""
+    def _plan(
+        self, batch: Sequence[Event], concerned: Sequence[bool]
+    ) -> tuple[list[Event], list[_Write]]:
+        """The events that were not duplicates, and which connections get which frames.
+
+        ``concerned`` is what :meth:`Hub.concern` says of the batch in this step.
+        """
         fresh: list[Event] = []
         planned: list[_Planned] = []
         last_number = self._hub.last_number
@@ -220,14 +226,15 @@ class Dispatch:
         for stream, position in _positions(reversed(streamed)).items():
             history.advance(stream, position)  # it may be its first
         # Not on receipt: a copy that the queue then drops must not count as the first.
-        # Whom it concerns is looked up in the step in which the members are: one may have joined.
-        concerned = self._hub.concern(batch)
         found_before = self._duplicates.find_or_add_all(
             batch, last_number, list(map(_held, batch, concerned))
         )
         for event, found, is_concerned in zip(batch, found_before, concerned, strict=True):
-            audiences = self.audiences(event) if is_concerned else []
-            groups = self._hub.groups(audiences)
+            audiences: list[Audience] = []
+            groups: list[Members] = []
+            if is_concerned:
+                audiences = self.audiences(event)
+                groups = self._hub.groups(audiences)
             mark = 0
             if found is None:
                 fresh.append(event)
