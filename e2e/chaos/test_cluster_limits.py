@@ -68,10 +68,12 @@ class Service:
         found: Any = self.redis.zrangebyscore("{gateway}:nodes", (seconds - 7) * 1000, "+inf")
         return list(found)
 
-    def told(self, event: str) -> list[str]:
-        """The log lines of all processes about an event."""
-        lines = [line for each in self.processes for line in each.log.read_text().splitlines()]
-        return [line for line in lines if event in line]
+    def check_machine(self) -> None:
+        """Fail if Redis did not answer a process within a second: then a limit may be exceeded."""
+        for each in self.processes:
+            assert "limits apply to this process alone" not in each.log.read_text(), (
+                "the machine is too slow for this test"
+            )
 
     def places(self) -> dict[str, int]:
         """The places of all users in the live processes, according to Redis."""
@@ -119,6 +121,7 @@ async def test_100_users_in_a_hurry_never_exceed_a_limit(tmp_path: Path, count: 
         await hammer.run(500, lambda: trio.current_time() > end, stay=0.5)
         print(f"\n{hammer.visits} visits, {hammer.codes}, most {hammer.most_in_all}")
         assert hammer.visits > 1000
+        found.check_machine()
         assert hammer.most == 3
         assert hammer.most_in_all <= 150
         assert hammer.codes.keys() == {Close.SERVER_OVERLOADED}
@@ -149,8 +152,8 @@ async def test_no_place_is_lost_or_exceeded_in_10000_visits_while_processes_are_
             await hammer.run(300, lambda: hammer.visits >= 10_000, stay=0.7)
             nursery.cancel_scope.cancel()
         print(f"\n{hammer.visits} visits, {kills} kills, {hammer.lost} lost, {hammer.codes}")
-        print("\n".join(found.told("limits apply")), "\n".join(found.told("beat not written")))
         assert kills >= 3
+        found.check_machine()
         assert hammer.most == 3
         assert hammer.most_in_all <= 150
         for each in found.processes:
@@ -225,6 +228,7 @@ async def test_places_of_a_stopped_process_are_kept_for_a_while_and_then_free(
             for client in alive:
                 assert await received(client) == []
             await until(lambda: admits(others[2]), 10)  # it counts as gone
+            await until(lambda: found.places() == {"u:1:21": 2})
         finally:
             os.kill(found.pid(0), signal.SIGCONT)
         # Its connection is still there, and counts again.
