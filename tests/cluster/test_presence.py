@@ -207,8 +207,9 @@ async def test_redis_that_lost_its_data_is_told_again(
         ]  # fmt: skip
 
 
+@pytest.mark.parametrize("writes_first", [False, True])
 async def test_redis_that_lost_its_last_writes_is_told_again(
-    client: "redis.Redis", autojump_clock: MockClock
+    client: "redis.Redis", autojump_clock: MockClock, writes_first: bool
 ) -> None:
     async with service(client, grace=5) as (world, (one, _)):
         leaves = one.join(1)
@@ -224,9 +225,76 @@ async def test_redis_that_lost_its_last_writes_is_told_again(
                 client.delete(key)
         for key, value in dump.items():
             client.restore(key, 0, value)
+        if writes_first:  # before a sweep could see it
+            one.leave(one.join(2))
         await trio.sleep(5 + SOON)
         assert world.online() == {"1:waiter:2", "1:waiter:3"}
         assert client.hkeys("{gateway}:here:p0") == [b"1:waiter:2", b"1:waiter:3"]
+
+
+async def test_nothing_is_told_of_a_reconnect_while_redis_was_away(
+    client: "redis.Redis", autojump_clock: MockClock
+) -> None:
+    async with service(client, 3, grace=4) as (world, (one, other, _)):
+        for round_ in range(8):  # a sweep may be the first to reach Redis, or a write
+            ana = one.join()
+            await trio.sleep(5)
+            one.leave(ana)
+            await trio.sleep(0.1)
+            world.is_away = True
+            await trio.sleep(2)
+            back = other.join()
+            await trio.sleep(8 + round_ / 8)
+            world.is_away = False
+            await trio.sleep(5)
+            one.join(100 + round_)  # so that it is not idle
+            other.leave(back)
+            await trio.sleep(1)
+        assert "USER_OFFLINE" not in [kind for kind, _ in world.told]
+
+
+async def test_each_leave_has_the_whole_grace(
+    client: "redis.Redis", autojump_clock: MockClock
+) -> None:
+    async with service(client) as (world, (one, other)):
+        ana = one.join()
+        await trio.sleep(1)
+        one.leave(ana)
+        await trio.sleep(8)
+        ana = other.join()
+        await trio.sleep(1)
+        other.leave(ana)
+        await trio.sleep(14.5)
+        assert world.told == [("USER_ONLINE", "21")]
+        await trio.sleep(SOON)
+        assert world.told == [("USER_ONLINE", "21"), ("USER_OFFLINE", "21")]
+
+
+async def test_grace_does_not_end_for_one_that_a_living_process_holds(
+    client: "redis.Redis", autojump_clock: MockClock
+) -> None:
+    # As if the process had been taken for dead, and has not written again yet.
+    async with service(client) as (world, (one, _)):
+        one.join()
+        await trio.sleep(1)
+        client.zadd("{gateway}:leaving", {"1:waiter:21": 0})
+        await trio.sleep(10)
+        assert world.told == [("USER_ONLINE", "21")]
+        assert client.zcard("{gateway}:leaving") == 0
+
+
+async def test_user_that_comes_and_goes_while_redis_is_away_is_told_of(
+    client: "redis.Redis", autojump_clock: MockClock
+) -> None:
+    async with service(client, grace=0) as (world, (one, _)):
+        world.is_away = True
+        ana = one.join()
+        await trio.sleep(1)
+        one.leave(ana)
+        await trio.sleep(3)
+        world.is_away = False
+        await trio.sleep(2)
+        assert world.told == [("USER_ONLINE", "21"), ("USER_OFFLINE", "21")]
 
 
 async def test_write_that_arrives_after_a_newer_one_has_no_effect(

@@ -87,6 +87,69 @@ async def test_messages_that_are_none_are_ignored(
         assert list(admin.known(1)) == [("waiter", "21")]
 
 
+async def test_branches_of_a_user_are_those_of_all_its_connections(
+    client: "redis.Redis", autojump_clock: MockClock
+) -> None:
+    async with service(client, 2) as (_, (one, other)):
+        admin = watch(other, 2)
+        one.join(branches=[1])
+        await trio.sleep(0.1)
+        assert admin.known(2) == {}
+        device = other.join(branches=[2], sectors=[5])  # the first that this process writes
+        await trio.sleep(0.1)
+        assert admin.known(2)["waiter", "21"]["connections"] == 2
+        other.leave(device)
+        await trio.sleep(0.1)
+        assert admin.known(2) == {}
+
+
+async def test_changes_that_the_state_contains_are_not_told_again(
+    client: "redis.Redis", autojump_clock: MockClock
+) -> None:
+    async with service(client, 1, grace=0) as (_, (one,)):
+        ana = one.join()
+        await trio.sleep(0.1)
+        run = one.presence.feed._run
+
+        async def after_changes(script: str, arguments: Sequence[str]) -> Any:
+            one.leave(ana)
+            await trio.sleep(0.1)
+            one.join()
+            await trio.sleep(0.1)
+            return await run(script, arguments)
+
+        one.presence.feed._run = after_changes
+        admin = watch(one)
+        await trio.sleep(1)
+        assert len(admin.messages) == 1
+        assert admin.known(1).keys() == {("waiter", "21")}
+
+
+async def test_state_that_was_read_while_messages_were_lost_is_read_again(
+    client: "redis.Redis", autojump_clock: MockClock
+) -> None:
+    async with service(client, 1) as (world, (one,)):
+        run = one.presence.feed._run
+        losses = 0
+
+        async def before_a_loss(script: str, arguments: Sequence[str]) -> Any:
+            nonlocal losses
+            reply = await run(script, arguments)
+            if not losses:
+                losses += 1
+                world.loses_messages = True
+                one.join()
+                await trio.sleep(0.1)
+                world.loses_messages = False
+                one.presence.feed.on_subscribed()
+            return reply
+
+        one.presence.feed._run = before_a_loss
+        admin = watch(one)
+        await trio.sleep(2)
+        assert admin.known(1).keys() == {("waiter", "21")}
+
+
 _steps = st.one_of(
     st.tuples(
         st.just("join"),
