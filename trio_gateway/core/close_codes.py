@@ -59,7 +59,7 @@ class Close(IntEnum):
     )
     AUTH_FAILED = (
         4001,
-        "the token is missing, invalid, expired or revoked",
+        "the token is missing, invalid, expired or revoked, or a backend disconnects the client",
         "not retry with the same token",
     )
     FORBIDDEN = (
