@@ -83,16 +83,14 @@ class Mayhem:
             await trio.sleep(random.uniform(1, 6))
 
 
-async def live(person: Person, found: Service, mayhem: Mayhem, end: trio.Event) -> None:
+async def live(person: Person, found: Service, mayhem: Mayhem) -> None:
     """Come and go, and come back soon when a connection is lost; most stay away for short."""
-    while not end.is_set():
+    while True:
         if not await found.crowd.try_to_come(person, random.choice(mayhem.up)):
             await trio.sleep(0.5 + random.random())
             continue
         with trio.move_on_after(random.expovariate(1 / 60)):
             await person.left.wait()
-        if end.is_set():
-            return
         await found.crowd.go(person)
         await trio.sleep(random.choice((*[random.random() * 6] * 4, 45)))
 
@@ -103,13 +101,13 @@ async def test_what_is_told_is_true_whatever_fails(server: RedisServer, tmp_path
     random.seed(seed)
     everybody = people(600)
     async with service(server.connection_url, tmp_path, CIRCUIT_RECOVERY_TIMEOUT="1") as found:
-        mayhem, end = Mayhem(found, server), trio.Event()
+        mayhem = Mayhem(found, server)
         async with trio.open_nursery() as nursery:
             for person in everybody:
-                nursery.start_soon(live, person, found, mayhem, end)
+                nursery.start_soon(live, person, found, mayhem)
             await trio.sleep(15)
             await mayhem.run(SECONDS)
-            end.set()
+            nursery.cancel_scope.cancel()
         await until(lambda: is_right(found, everybody, mayhem.processes), 30)
         await trio.sleep(GRACE + LIVE + SLACK)
         assert await is_right(found, everybody, mayhem.processes)
