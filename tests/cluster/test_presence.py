@@ -356,6 +356,19 @@ async def test_many_that_come_and_go_while_redis_is_away_cost_bounded_memory(
         assert world.online() == set()
 
 
+async def test_user_that_is_forgotten_while_it_is_written_is_cleared_up(
+    client: "redis.Redis", autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trio_gateway.cluster.presence._MOST_GONE", 0)
+    async with service(client, 1, grace=0) as (world, (one,)):
+        ana = one.join()
+        await trio.sleep(0.0005)
+        one.leave(ana)
+        await trio.sleep(SOON)
+        assert world.told == [("USER_ONLINE", "21"), ("USER_OFFLINE", "21")]
+        assert not one.presence._here
+
+
 async def test_idle_service_runs_one_short_script_a_second_and_process(
     client: "redis.Redis", autojump_clock: MockClock
 ) -> None:

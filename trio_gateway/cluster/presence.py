@@ -106,6 +106,7 @@ class Presence:
             self._dirty.pop(key, None)
             self._forget(key, connection.principal.tenant)
             self._compares = True
+            self._changed.set()
 
     def moved(self, connection: Connection) -> None:
         """A connection has another principal, of the same user or session."""
@@ -239,7 +240,7 @@ class Presence:
     def _acknowledge(self, key: str, here: _Here, since: bytes) -> None:
         if here.connections:
             here.since = float(since or here.since)
-        elif key not in self._dirty:
+        elif key not in self._dirty and self._here.get(key) is here:
             assert here.last is not None
             self._forget(key, here.last.tenant)
 
