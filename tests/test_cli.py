@@ -108,6 +108,25 @@ def test_table_token_is_valid_for_three_hours_at_most() -> None:
 # routes
 
 
+def test_routes_says_which_types_must_reach_somebody(tmp_path: Path) -> None:
+    file = tmp_path / "routes.toml"
+    file.write_text(
+        '[routes.SERVICE_CALL_CREATED]\nmust_reach = "waiters"\nwithin = 10\n'
+        'then = [{to = "floor", within = 2.5}]\n[routes.ROUND_READY]\nreceipt = true\n'
+    )
+    env = {"WS_ROUTES_FILE": str(file)}
+
+    lines = run("routes", env=env).stdout.splitlines()
+    assert "ROUND_READY: receipts" in lines
+    assert (
+        "SERVICE_CALL_CREATED: receipts; must reach waiters within 10 s, then floor within 2.5 s"
+        in lines
+    )
+    found = json.loads(run("routes", "--json", env=env).stdout)["SERVICE_CALL_CREATED"]
+    assert found["receipt"] is True
+    assert found["steps"] == [{"to": "waiters", "within": 10}, {"to": "floor", "within": 2.5}]
+
+
 def test_routes_shows_the_whole_table() -> None:
     done = run("routes")
     assert done.exit_code == 0
@@ -126,8 +145,15 @@ def test_routes_marks_what_a_file_changes(tmp_path: Path) -> None:
     ]
     assert [line.split()[0] for line in lines if line.split()[-1:] == ["new"]] == ["BREAD"]
     found = json.loads(run("routes", "--json", env=env).stdout)
-    assert found["ROUND_READY"] == {"to": ["kitchen"], "durable": True, "differs": "changed"}
-    assert found["BREAD"] == {"to": ["floor"], "durable": False, "differs": "new"}
+    assert found["ROUND_READY"] == {
+        "to": ["kitchen"],
+        "durable": True,
+        "receipt": False,
+        "steps": [],
+        "differs": "changed",
+    }
+    assert found["BREAD"]["to"] == ["floor"]
+    assert (found["BREAD"]["durable"], found["BREAD"]["differs"]) == (False, "new")
     assert found["ROUND_SERVED"]["differs"] is None
 
 

@@ -9,7 +9,8 @@ from trio_gateway.core.audiences import (
     floor,
 )
 from trio_gateway.core.events import Event
-from trio_gateway.core.routing import ROUTES, UNKNOWN, InvalidRoutes, Route, To, read_routes
+from trio_gateway.core.routes_file import InvalidRoutes, read_routes
+from trio_gateway.core.routing import ROUTES, UNKNOWN, Route, Step, To
 from trio_gateway.testing import make_event, make_principal
 
 # The contract's table, section 2. W waiters of the event's sector, F every waiter of the branch,
@@ -49,6 +50,7 @@ ENTITY_CREATED               A     durable
 ENTITY_UPDATED               A     durable
 ENTITY_DELETED               A     durable
 CASCADE_DELETE               A     durable
+EVENT_UNHEARD                A     durable
 """
 ROWS = [(name, letters, mark == "durable") for name, letters, mark in
         (line.split() for line in TABLE.strip().splitlines())]  # fmt: skip
@@ -183,6 +185,23 @@ GOOD = {
     },
     '[routes.NEW]\nto = ["diners"]': {"NEW": Route(To.DINERS, False)},
     "[routes.NEW]": {"NEW": Route(To.ADMINS, False)},
+    "[routes.ROUND_READY]\nreceipt = true": {
+        "ROUND_READY": Route(ROUTES["ROUND_READY"].to, True, receipt=True)
+    },
+    '[routes.ROUND_READY]\nmust_reach = "kitchen"\nwithin = 2.5': {
+        "ROUND_READY": Route(
+            ROUTES["ROUND_READY"].to, True, receipt=True, steps=(Step(To.KITCHEN, 2.5),)
+        )
+    },
+    '[routes.NEW]\nto = ["waiters"]\ndurable = true\nmust_reach = "waiters"\nwithin = 10\n'
+    'then = [{to = "floor", within = 10}, {to = "admins", within = 20}]': {
+        "NEW": Route(
+            To.WAITERS,
+            True,
+            receipt=True,
+            steps=(Step(To.WAITERS, 10), Step(To.FLOOR, 10), Step(To.ADMINS, 20)),
+        )
+    },
     '[routes."it\'s new"]\nto = ["floor"]': {"it's new": Route(To.FLOOR, False)},
     '[routes.NEW]\nto = ["waiters", "floor", "kitchen", "admins", "diners", "branch_diners"]': {
         "NEW": Route(
@@ -207,7 +226,7 @@ BAD = [
     ("[[routes]]", "routes: ", "[routes.ROUND_READY]"),
     ("[routes]\nA = 1", "routes.A: ", "table"),
     ("[[routes.A]]", "routes.A: ", "table"),
-    ('[routes.A]\nfor = ["admins"]', "routes.A: ", "'for' (known: to, durable)"),
+    ('[routes.A]\nfor = ["admins"]', "routes.A: ", "'for' (known: to, durable, receipt, "),
     ("[routes.A]\ndurable = 1", "routes.A.durable: ", "true or false"),
     ('[routes.A]\ndurable = "yes"', "routes.A.durable: ", "true or false"),
     ('[routes.A]\nto = "admins"', "routes.A.to: ", "list of audience names"),
@@ -215,6 +234,57 @@ BAD = [
     ('[routes.A]\nto = ["admin"]', "routes.A.to: ", "'admin' (known: admins, waiters, floor, "),
     ('[routes.A]\nto = ["ADMINS"]', "routes.A.to: ", "'ADMINS'"),
     ('[routes.A]\nto = [""]', "routes.A.to: ", "''"),
+    ("[routes.ROUND_READY]\nreceipt = 1", "routes.ROUND_READY.receipt: ", "true or false"),
+    ("[routes.CART_SYNC]\nreceipt = true", "routes.CART_SYNC.receipt: ", "durable"),
+    (
+        '[routes.CART_SYNC]\nmust_reach = "diners"\nwithin = 1',
+        "routes.CART_SYNC.must_reach: ",
+        "durable",
+    ),
+    *(
+        (f"[routes.ROUND_READY]\n{text}", f"routes.ROUND_READY.{place}: ", hint)
+        for text, place, hint in (
+            ('must_reach = "waiters"', "within", "missing"),
+            ('must_reach = ["waiters"]\nwithin = 1', "must_reach", "name of an audience"),
+            ('must_reach = "cooks"\nwithin = 1', "must_reach", "'cooks' (known: admins, "),
+            ('must_reach = "floor"\nwithin = 1', "must_reach", "not one of the audiences in `to`"),
+            ('must_reach = "waiters"\nwithin = 0', "within", "above 0"),
+            ('must_reach = "waiters"\nwithin = -1', "within", "above 0"),
+            ('must_reach = "waiters"\nwithin = inf', "within", "above 0"),
+            ('must_reach = "waiters"\nwithin = nan', "within", "above 0"),
+            ('must_reach = "waiters"\nwithin = true', "within", "above 0"),
+            ('must_reach = "waiters"\nwithin = "10"', "within", "above 0"),
+            ('must_reach = "waiters"\nwithin = 1\nreceipt = false', "receipt", "must be true"),
+            ("within = 1", "within", "only with must_reach"),
+            ('then = [{to = "floor", within = 1}]', "then", "only with must_reach"),
+            ('must_reach = "waiters"\nwithin = 1\nthen = "floor"', "then", "must be a list"),
+            ('must_reach = "waiters"\nwithin = 1\nthen = ["floor"]', "then", "must be a list"),
+            ('must_reach = "waiters"\nwithin = 1\nthen = [{within = 1}]', "then[1].to", "missing"),
+            (
+                'must_reach = "waiters"\nwithin = 1\nthen = [{to = "floor"}]',
+                "then[1].within",
+                "missing",
+            ),
+            (
+                'must_reach = "waiters"\nwithin = 1\nthen = [{to = "floor", within = 1, x = 1}]',
+                "then[1]",
+                "'x' (known: to, within)",
+            ),
+            (
+                (
+                    'must_reach = "waiters"\nwithin = 1\n'
+                    'then = [{to = "floor", within = 1}, {to = "waiters", within = 1}]'
+                ),
+                "then[2].to",
+                "'waiters' is an earlier step",
+            ),
+        )
+    ),
+    (
+        '[routes.ROUND_READY]\nmust_reach = "waiters"\nwithin = 86401',
+        "routes.ROUND_READY: ",
+        "86400 seconds",
+    ),
 ]
 
 

@@ -10,7 +10,7 @@ import redis
 
 from tests.support.api_keys import call, publish, write_keys
 from tests.support.gateways import Running, admitted, serving, settle
-from trio_gateway.core.routing import read_routes
+from trio_gateway.core.routes_file import read_routes
 
 ROUTES: Final = """
 [routes.FOR_DINERS]

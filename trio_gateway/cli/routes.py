@@ -59,6 +59,10 @@ def _print_json(table: "Routing") -> None:
         name: {
             "to": [column.lower() for column in _names(route.to)],
             "durable": route.durable,
+            "receipt": route.receipt,
+            "steps": [
+                {"to": _names(step.to)[0].lower(), "within": step.within} for step in route.steps
+            ],
             "differs": _difference(name, route),
         }
         for name, route in table.items()
@@ -90,3 +94,11 @@ def _print_table(table: "Routing") -> None:
     console = Console(highlight=False)
     console.print(grid)
     console.print(_LEGEND)
+    for name in sorted(table.tracked_types):
+        console.print(f"{name}: {_promise(table[name])}", soft_wrap=True)
+
+
+def _promise(route: "Route") -> str:
+    """For example ``receipts; must reach waiters within 10 s, then floor within 5 s``."""
+    steps = [f"{_names(step.to)[0].lower()} within {step.within:g} s" for step in route.steps]
+    return "receipts" + ("; must reach " + ", then ".join(steps) if steps else "")

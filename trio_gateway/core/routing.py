@@ -1,11 +1,10 @@
 """Routing: a table from event type to audiences. It alone decides who receives an event."""
 
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Flag, auto
 from functools import cached_property
-from typing import Any, Final
+from typing import Final
 
 from . import audiences
 from .audiences import Audience
@@ -24,11 +23,25 @@ class To(Flag):
 
 
 @dataclass(frozen=True)
+class Step:
+    """An audience that must receive an event, and within how many seconds."""
+
+    to: To
+    within: float
+
+
+@dataclass(frozen=True)
 class Route:
-    """Where events of one type go, and whether they are durable: replayed after a disconnect."""
+    """Where events of one type go, and what is promised of them.
+
+    ``durable``: they are replayed after a disconnect. ``receipt``: it is known who has received
+    them. ``steps``: who must have, one after another until somebody has.
+    """
 
     to: To
     durable: bool
+    receipt: bool = False
+    steps: tuple[Step, ...] = ()
 
     @cached_property
     def of_branch(self) -> tuple[str, ...]:
@@ -61,6 +74,7 @@ _OF_BRANCH: Mapping[To, str] = {
 _WAD = To.WAITERS | To.ADMINS | To.DINERS
 _FAD = To.FLOOR | To.ADMINS | To.DINERS
 
+UNHEARD: Final = "EVENT_UNHEARD"  # made by the gateway: nobody has confirmed an event in time
 UNKNOWN: Final = Route(To.ADMINS, False)  # of a type that the table does not have
 
 
@@ -71,12 +85,14 @@ class Routing(Mapping[str, Route]):
     know, which have the route :data:`UNKNOWN`.
     """
 
-    __slots__ = ("_table", "durable_types")
+    __slots__ = ("_table", "durable_types", "tracked_types")
 
     def __init__(self, table: Mapping[str, Route]) -> None:
         self._table = dict(table)
         #: The types of events that must not be lost.
         self.durable_types = frozenset(name for name, each in table.items() if each.durable)
+        #: The types of events of which it is known who has received them.
+        self.tracked_types = frozenset(name for name, each in table.items() if each.receipt)
 
     def __getitem__(self, event_type: str) -> Route:
         return self._table[event_type]
@@ -154,6 +170,7 @@ ROUTES: Final = Routing(
         "ENTITY_UPDATED": Route(To.ADMINS, True),
         "ENTITY_DELETED": Route(To.ADMINS, True),
         "CASCADE_DELETE": Route(To.ADMINS, True),
+        UNHEARD: Route(To.ADMINS, True),
     }
 )
 
@@ -165,51 +182,3 @@ def channel_for(event: Event, routes: Routing = ROUTES) -> str:
     if event.branch == 0:
         return f"channel:tenant:{event.tenant}:admin"
     return f"channel:branch:{event.branch}:admin"
-
-
-class InvalidRoutes(ValueError):  # noqa: N818 - reads better where it is raised
-    """A routes file is invalid; the text names the place."""
-
-
-def read_routes(text: str) -> Routing:
-    """Read a TOML text that overrides and extends :data:`ROUTES`.
-
-    Raises :exc:`InvalidRoutes` for anything but ``[routes.TYPE]`` tables with ``to``, a list of
-    audience names, and ``durable``, a bool that defaults to what the type had before.
-    """
-    try:
-        document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise InvalidRoutes(f"not TOML: {error}") from None
-    if unknown := sorted(document.keys() - {"routes"}):
-        raise InvalidRoutes(f"unknown table: {unknown[0]} (only [routes.TYPE] is known)")
-    tables = document.get("routes", {})
-    if not isinstance(tables, dict):
-        raise InvalidRoutes("routes: a table per event type, like [routes.ROUND_READY]")
-    return Routing(dict(ROUTES) | {name: _read(name, t) for name, t in tables.items()})
-
-
-def _read(name: str, table: Any) -> Route:
-    where = f"routes.{name}"
-    if not isinstance(table, dict):
-        raise InvalidRoutes(f"{where}: must be a table")
-    if unknown := sorted(table.keys() - {"to", "durable"}):
-        raise InvalidRoutes(f"{where}: unknown key {unknown[0]!r} (known: to, durable)")
-    before = ROUTES.route_of(name)
-    durable = table.get("durable", before.durable)
-    if not isinstance(durable, bool):
-        raise InvalidRoutes(f"{where}.durable: must be true or false")
-    if "to" not in table:
-        return Route(before.to, durable)
-    names = table["to"]
-    known = [member.name.lower() for member in To if member.name]
-    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
-        raise InvalidRoutes(f"{where}.to: must be a list of audience names")
-    to = To(0)
-    for each in names:
-        if each not in known:
-            raise InvalidRoutes(
-                f"{where}.to: unknown audience {each!r} (known: {', '.join(known)})"
-            )
-        to |= To[each.upper()]
-    return Route(to, durable)

@@ -7,7 +7,7 @@
 """
 
 from ..core.events import InvalidEvent
-from ..core.routing import InvalidRoutes, read_routes
+from ..core.routes_file import InvalidRoutes, read_routes
 from .asynchronous import AsyncPublisher
 from .errors import InDoubt, PublishFailed
 from .links import TIMEOUT

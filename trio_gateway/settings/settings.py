@@ -11,7 +11,8 @@ from typing import Any, Final, Self
 from pydantic import model_validator
 
 from ..core.api_keys import ApiKey, InvalidApiKeys, read_api_keys
-from ..core.routing import ROUTES, InvalidRoutes, Routing, read_routes
+from ..core.routes_file import InvalidRoutes, read_routes
+from ..core.routing import ROUTES, Routing
 from ..core.service_day import ServiceDays, read_windows, read_zone, read_zones
 from ..core.shards import Sharding
 from ..core.tokens import Key, Rules
