@@ -24,6 +24,7 @@ from .broker.probe import Probe
 from .broker.publishing import Publishing
 from .broker.pubsub import Listener, PubSub
 from .broker.readiness import Readiness
+from .broker.receipt_store import ReceiptStore
 from .broker.sentinel_replicas import SentinelReplicas
 from .broker.sharded_pubsub import ShardedPubSub, is_channel
 from .broker.stream_pages import StreamPages
@@ -32,6 +33,7 @@ from .broker.topologies import make_topology
 from .broker.topology import Topology
 from .broker.topology_watch import watch
 from .cluster.building import ClusterParts, build_cluster
+from .cluster.flushing import answer_flushes
 from .cluster.room import ClusterRoom
 from .core.audiences import Endpoint
 from .core.capacity import CapacityLimits
@@ -53,6 +55,7 @@ from .runtime.older_events import LEAST_BYTES, OlderEvents
 from .runtime.past_routing import PastRouting
 from .runtime.places import Places
 from .runtime.queue import EventQueue
+from .runtime.receipts import ReceiptLog
 from .runtime.resume import Replays
 from .runtime.room import Room
 from .runtime.silent_connections import SilentConnections
@@ -101,6 +104,8 @@ class Parts:
     history: History
     older_events: OlderEvents
     replays: Replays
+    receipts: ReceiptLog
+    receipt_store: ReceiptStore
     dispatch: Dispatch
     pubsub: PubSub
     sharded_pubsubs: Sequence[ShardedPubSub]  # in a Cluster only
@@ -222,7 +227,11 @@ def build_parts(
         most_entries=settings.ws_resume_from_stream,
         most_bytes=max(settings.ws_history_bytes, LEAST_BYTES),
     )
-    replays = Replays(history, hub, places, older_events)
+    receipts = ReceiptLog(history, settings.routes, clock, settings.ws_receipt_ttl)
+    receipt_store = ReceiptStore(commands, names)
+    if receipts.tracks:
+        dispatch.receipts = receipts
+    replays = Replays(history, hub, places, older_events, receipts)
     pubsub_queue = EventQueue(
         settings.redis_event_queue_size,
         DropAlarm(
@@ -311,6 +320,7 @@ def build_parts(
         replays=replays,
         routes=settings.routes,
         places=places,
+        receipts=receipts if receipts.tracks else None,
         wall_clock=clock,
     )
     streams: Streams | ClusterStreams
@@ -367,6 +377,7 @@ def build_parts(
             sectors_changed=sector_assignments.changed if sector_assignments else None,
         )
         breakers |= cluster.breakers
+        answer_flushes(cluster.control, receipts, receipt_store)
 
     drain = Drain(
         hub,
@@ -389,6 +400,8 @@ def build_parts(
         history=history,
         older_events=older_events,
         replays=replays,
+        receipts=receipts,
+        receipt_store=receipt_store,
         dispatch=dispatch,
         pubsub=pubsub,
         sharded_pubsubs=sharded_pubsubs,

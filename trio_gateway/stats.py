@@ -8,6 +8,7 @@ import trio
 
 from .core.audiences import Principal
 from .core.close_codes import Close
+from .core.receipts import State
 from .parts import Parts
 from .runtime.hub import Hub
 from .telemetry import output
@@ -63,6 +64,10 @@ def snapshot(parts: Parts) -> Snapshot:
             "wsgateway_deliveries_total": dispatch.deliveries,
             "wsgateway_resumes_total": {"recovered": 0, "not_recovered": 0} | parts.replays.resumes,
             "wsgateway_stream_scans_total": parts.older_events.scans,
+            "wsgateway_receipts_total": {
+                state.label: parts.receipts.counts[state] for state in State
+            },
+            "wsgateway_receipts_ignored_total": parts.receipts.ignored,
             "wsgateway_replayed_events_total": parts.replays.replayed,
             "wsgateway_nodes": {"": len(parts.cluster.registry.nodes)} if parts.cluster else {},
             "wsgateway_nodes_lost_total": (

@@ -27,7 +27,7 @@ async def gateway(redis_url: str) -> AsyncIterator[Running]:
 async def preflight(port: int, path: str, origin: str, **headers: str) -> Reply:
     asked = {
         "Origin": origin,
-        "Access-Control-Request-Method": cors.PATHS[path].method,
+        "Access-Control-Request-Method": cors.PATHS[path].methods[0],
         "Access-Control-Request-Headers": "authorization,content-type",
     }
     return await http(port, path, method="OPTIONS", headers={**asked, **headers})
@@ -39,7 +39,8 @@ def cors_headers(reply: Any) -> dict[str, str]:
 
 def test_paths_with_cors_are_those_of_the_contract() -> None:
     streams = {f"/ws/{each}/events" for each in ("waiter", "kitchen", "admin")}
-    assert {*STAFF_PATHS} == {"/ws/ticket", "/ws/catchup", "/ws/explain", "/ws/presence", *streams}
+    calls = {f"/ws/{each}" for each in ("ticket", "catchup", "explain", "presence", "receipts")}
+    assert {*STAFF_PATHS} == calls | streams
     assert {*DINER_PATHS} == {"/ws/catchup/session", "/ws/diner/events"}
 
 
@@ -51,7 +52,7 @@ async def test_preflight_allows_the_methods_and_headers_of_the_path(
     reply = await preflight(gateway.port, path, ALLOWED)
     assert (reply.status, reply.text) == (204, "")
     assert reply.headers["access-control-allow-origin"] == ("*" if any_origin else ALLOWED)
-    assert reply.headers["access-control-allow-methods"] == cors.PATHS[path].method
+    assert reply.headers["access-control-allow-methods"] == ", ".join(cors.PATHS[path].methods)
     assert "Authorization" in reply.headers["access-control-allow-headers"]
     assert "access-control-allow-credentials" not in reply.headers
     assert "access-control-allow-private-network" not in reply.headers
@@ -71,7 +72,7 @@ async def test_page_of_another_origin_may_read_only_the_diner_paths(
         reply = await preflight(gateway.port, path, origin, **private)
         assert cors_headers(reply) == {}
         assert reply.headers["vary"] == "Origin"
-        method = cors.PATHS[path].method
+        method = cors.PATHS[path].methods[0]
         reply = await http(gateway.port, path, method=method, headers={"Origin": origin})
         assert cors_headers(reply) == {}
         assert reply.headers["vary"] == "Origin"
@@ -137,6 +138,7 @@ async def test_bugs_limits_and_outages_can_be_read(
         with monkeypatch.context() as broken_app:
             broken_app.setattr(app.parts.admission, "identify", broken)
             broken_app.setattr(app.parts.admission, "admit", broken)
+            broken_app.setattr(app.parts.admission, "try_admit", broken)
             assert await asked(origin) == 500
         assert await asked(origin | {"Authorization": "Bearer x"}) == 429
         await app.drain()

@@ -143,6 +143,10 @@ class Evict(msgspec.Struct):
     connection: int
 
 
+class FlushReceipts(msgspec.Struct):
+    """Write all receipts to Redis before you answer."""
+
+
 def reply_channel(name: str) -> str:
     """The channel on which a process, or a command, receives answers."""
     return f"{CONTROL}:{name}"

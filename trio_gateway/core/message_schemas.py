@@ -163,6 +163,25 @@ ANSWERS: Final[Mapping[str, Answer]] = {
 
 REQUESTS: Final[Mapping[str, Request]] = {
     "ping": Request('{"type":"ping"}', _object("ping"), "pong", "other keys are ignored"),
+    "ping_confirming": Request(
+        '{"type":"ping","last_event_id":"1790000000000-0-4723"}',
+        _object("ping", last_event_id=_STRING),
+        "pong",
+        "confirms everything up to that event, see [Receipts](#receipts)",
+    ),
+    "ack": Request(
+        '{"type":"ack","last_event_id":"1790000000000-0-4723"}',
+        _object("ack", last_event_id=_STRING),
+        None,
+        "confirms everything up to that event at once. It counts towards the rate limit only if "
+        "there are more acks than events sent",
+    ),
+    "seen": Request(
+        '{"type":"seen","event_id":"1790000000000-0-4723"}',
+        _object("seen", event_id=_STRING),
+        None,
+        "the application, or its user, has seen that event",
+    ),
     "ping_text": Request("ping", {"const": "ping"}, "pong"),
     "refresh_sectors": Request(
         '{"type":"refresh_sectors"}',

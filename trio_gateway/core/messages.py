@@ -46,7 +46,22 @@ class WatchPresence:
     on: bool = True
 
 
-Message = Command | Reauthenticate | Resume | WatchPresence
+@dataclass(frozen=True, slots=True)
+class Confirm:
+    """The client has everything up to this event; with ``is_ping`` it is a ping, too."""
+
+    last_event_id: str
+    is_ping: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """The application of the client confirms this event."""
+
+    event_id: str
+
+
+Message = Command | Reauthenticate | Resume | WatchPresence | Confirm | Seen
 
 _WORDS: Final = {"ping": Command.PING, "refresh_sectors": Command.REFRESH_SECTORS}
 
@@ -56,6 +71,7 @@ class _Object(msgspec.Struct, gc=False):
     token: Any = None
     last_event_id: Any = None
     branch_id: Any = None
+    event_id: Any = None
 
 
 _decode: Final = msgspec.json.Decoder(_Object).decode
@@ -78,7 +94,14 @@ def read_message(text: str) -> Message:
             return Command.UNKNOWN
     match said.type:
         case "ping":
+            if isinstance(said.last_event_id, str):
+                return Confirm(said.last_event_id, is_ping=True)
             return Command.PING
+        case "ack":
+            last = said.last_event_id
+            return Confirm(last if isinstance(last, str) else "", is_ping=False)
+        case "seen":
+            return Seen(said.event_id if isinstance(said.event_id, str) else "")
         case "refresh_sectors":
             return Command.REFRESH_SECTORS_JSON
         case "watch":

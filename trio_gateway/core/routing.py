@@ -22,6 +22,12 @@ class To(Flag):
     BRANCH_DINERS = auto()  # every diner of the branch
 
 
+def name_of(to: To) -> str:
+    """The name of one audience, as in the routes file."""
+    assert to.name is not None
+    return to.name.lower()
+
+
 @dataclass(frozen=True)
 class Step:
     """An audience that must receive an event, and within how many seconds."""
@@ -116,19 +122,30 @@ class Routing(Mapping[str, Route]):
 
     def audiences(self, event: Event) -> list[Audience]:
         """Who may receive this event. Used alike for live delivery, replay and catch-up."""
-        route = self._table.get(event.type, UNKNOWN)
-        tenant, branch = event.tenant, event.branch
-        if branch == 0:  # the whole tenant: its admins, if the type goes to admins at all
-            return [audiences.tenant_admins(tenant)] if To.ADMINS in route.to else []
-        if (sector := event.sector) is None:
-            found = audiences.of_branch(route.of_branch_without_sector, tenant, branch)
-        else:
-            found = audiences.of_branch(route.of_branch, tenant, branch)
-            if route.has_waiters:
-                found.insert(1, audiences.waiters(tenant, branch, sector))  # behind the admins
-        if route.has_diners and (session := event.session) is not None:
-            found.append(audiences.diners(tenant, session))
-        return found
+        return audiences_by(self._table.get(event.type, UNKNOWN), event)
+
+    def audiences_of_steps(self, event: Event) -> tuple[frozenset[Audience], ...]:
+        """The audiences of each step of this event, see :attr:`Route.steps`."""
+        return tuple(
+            frozenset(audiences_by(Route(step.to, True), event))
+            for step in self.route_of(event.type).steps
+        )
+
+
+def audiences_by(route: Route, event: Event) -> list[Audience]:
+    """Who may receive an event that has this route."""
+    tenant, branch = event.tenant, event.branch
+    if branch == 0:  # the whole tenant: its admins, if the type goes to admins at all
+        return [audiences.tenant_admins(tenant)] if To.ADMINS in route.to else []
+    if (sector := event.sector) is None:
+        found = audiences.of_branch(route.of_branch_without_sector, tenant, branch)
+    else:
+        found = audiences.of_branch(route.of_branch, tenant, branch)
+        if route.has_waiters:
+            found.insert(1, audiences.waiters(tenant, branch, sector))  # behind the admins
+    if route.has_diners and (session := event.session) is not None:
+        found.append(audiences.diners(tenant, session))
+    return found
 
 
 ROUTES: Final = Routing(

@@ -1,5 +1,6 @@
 """A connection: one client's reader, its writer when it is slow, and its one ending."""
 
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any, Final, Protocol
@@ -13,13 +14,14 @@ from ..core.event_ids import Cursor
 from ..core.frames import PING_FRAME, PONG, frame, text_frame
 from ..core.limits import RateLimit
 from ..core.messages import PONG as PONG_TEXT
-from ..core.messages import Command, Message, Resume, read_message
+from ..core.messages import Command, Confirm, Message, Resume, Seen, read_message
 from .liveness import ConnectionLimits as ConnectionLimits
 from .liveness import Liveness
 from .outbox import Outbox
 from .resume_state import Phase, ResumeState
 from .side_tasks import SideTasks
 from .socket import Disconnected, Ping, Pong, ProtocolViolation, Socket
+from .tracked import Sent
 from .writer import Writer
 
 log = structlog.get_logger()
@@ -69,13 +71,27 @@ class Resuming(Protocol):
         """Its outbox is over its bound: send it durable events from the history from now on."""
 
 
+class Confirming(Protocol):
+    """What a connection needs of the receipts."""
+
+    def confirm(self, connection: "Connection", event_id: str) -> None:
+        """The client says that it has everything up to this event."""
+
+    def see(self, connection: "Connection", event_id: str) -> None:
+        """The client's application confirms this event."""
+
+    def taken(self, connection: "Connection") -> None:
+        """The kernel has taken all that waited for the client."""
+
+
 class Connection:
     """One client that was let in.
 
     ``answer`` is called with the messages that need more than the connection knows.
     ``expires_at`` is the end of the credential, on Trio's clock. ``replays`` lets it begin where
     an earlier connection left off, with the places that :class:`ResumeState` describes.
-    ``supports_deflate`` says that the client can read compressed messages.
+    ``receipts`` is told what it confirms. ``supports_deflate`` says that the client can read
+    compressed messages.
 
     A client that reads slowly lags, see :mod:`.resume_state`; without ``replays`` it is closed.
     """
@@ -92,15 +108,19 @@ class Connection:
         "_postponed",
         "_rate",
         "_reading",
+        "_receipts",
         "_replays",
         "_side_tasks",
         "_socket",
         "_unread",
         "_writer",
+        "acks",
         "audiences",
         "chose_its_code",
         "close_reason",
+        "confirmed_id",
         "ended_at",
+        "events_sent",
         "joined_at",
         "mask",
         "messages",
@@ -109,6 +129,7 @@ class Connection:
         "resume_state",
         "sent_at",
         "supports_deflate",
+        "unconfirmed",
     )  # fmt: skip
 
     def __init__(
@@ -119,6 +140,7 @@ class Connection:
         expires_at: float = float("inf"),
         *,
         replays: Resuming | None = None,
+        receipts: Confirming | None = None,
         resume_from: str | None = None,
         accepted_at: Cursor | None = None,
         accepted_time: float | None = None,
@@ -126,7 +148,10 @@ class Connection:
     ) -> None:
         self.principal = principal
         self.audiences: frozenset[Audience] = frozenset()
-        self.messages = 0
+        self.messages = self.acks = 0
+        self.events_sent = 0
+        self.confirmed_id: str | None = None  # the last event id that it named, or was named
+        self.unconfirmed: deque[Sent] | None = None  # made with the first tracked event
         self.joined_at = self.sent_at = 0.0
         self.close_reason = ""
         self.chose_its_code = False  # the client did, and may have sent any
@@ -136,6 +161,7 @@ class Connection:
         self.mask = 0  # the hub's, while it looks for who hears a batch
         self.resume_state = ResumeState(accepted_at, resume_from, accepted_time)
         self._replays = replays
+        self._receipts = receipts
         self._answer = answer
         self._limits = terms
         self._liveness = Liveness(terms, expires_at)
@@ -216,6 +242,7 @@ class Connection:
         if self._code is not None or self._socket is None:
             return False
         self.sent_at = now
+        self.events_sent += frames
         outbox = self._outbox
         if outbox is None or not outbox.bytes:
             try:
@@ -267,6 +294,7 @@ class Connection:
         if self._code is not None or self._socket is None:
             return 0
         self.sent_at = now
+        self.events_sent += len(frames)
         try:
             written = self._socket.try_write(data)
         except OSError:
@@ -294,6 +322,7 @@ class Connection:
         """Send one frame that is not an event. As many bytes of these may wait as of events."""
         waits = self.waiting_bytes > 0
         self.write(data, 1, now)
+        self.events_sent -= 1
         if waits and self._code is None:
             self._unread += len(data) + _OVERHEAD
             if self._unread > self._limits.outbox_bytes:
@@ -380,18 +409,20 @@ class Connection:
         now = trio.current_time()
         if self._liveness.receive(said, now):
             return
-        if self._rate is None:
-            self._rate = RateLimit(self._limits.rate_limit, self._limits.rate_window)
-        if self._rate.exceeded(now):
-            raise ProtocolViolation(Close.RATE_LIMITED, "too many messages")
+        message = read_message(said) if isinstance(said, str) else None
+        if not (isinstance(message, Confirm) and self._is_free_ack(message)):
+            if self._rate is None:
+                self._rate = RateLimit(self._limits.rate_limit, self._limits.rate_window)
+            if self._rate.exceeded(now):
+                raise ProtocolViolation(Close.RATE_LIMITED, "too many messages")
         if isinstance(said, Pong):
             return
         self._liveness.heard_at = now
         if isinstance(said, Ping):
             self._answer_with(frame(PONG, said.payload), now)
             return
+        assert message is not None
         self.messages += 1
-        message = read_message(said)
         if self.resume_state.phase is Phase.HELD and not isinstance(message, Resume):
             assert self._replays is not None
             self._replays.go_live(self)
@@ -400,6 +431,14 @@ class Connection:
                 self._answer_with(_PONG_TEXT, now)
             case Command.UNKNOWN:
                 pass
+            case Confirm(last_event_id, is_ping):
+                if self._receipts is not None:
+                    self._receipts.confirm(self, last_event_id)
+                if is_ping:
+                    self._answer_with(_PONG_TEXT, now)
+            case Seen(event_id):
+                if self._receipts is not None:
+                    self._receipts.see(self, event_id)
             case Resume(last_event_id) if self._replays is not None:
                 self._replays.ask(self, last_event_id)
             case _:
@@ -409,6 +448,13 @@ class Connection:
                     self._postponed = message
                 else:
                     await self._answer_slowly(message)
+
+    def _is_free_ack(self, message: Confirm) -> bool:
+        """Whether it does not count as a message: there are no more acks than events sent."""
+        if message.is_ping:
+            return False
+        self.acks += 1
+        return self.acks <= self.events_sent
 
     async def _answer_slowly(self, message: Message) -> None:
         self._answering = True
@@ -449,6 +495,8 @@ class Connection:
                     continue
                 self._outbox = None
                 self._unread = 0
+                if self.unconfirmed and self._receipts is not None:
+                    self._receipts.taken(self)
                 if self._code is not None or not self.resume_state.is_fed:
                     break
                 assert self._replays is not None

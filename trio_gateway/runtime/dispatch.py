@@ -15,6 +15,7 @@ from ..core.event_ids import Position, Stream
 from ..core.events import Event
 from ..core.histogram import Histogram
 from ..core.messages import GAP
+from ..core.receipts import Place
 from ..core.routing import ROUTES, Routing
 from .connection import Connection
 from .history import History
@@ -23,7 +24,9 @@ from .members import Members, by_mask, union
 from .past_routing import PastRouting
 from .pauses import Pauses
 from .queue import EventQueue
+from .receipts import ReceiptLog
 from .throttled_log import ThrottledLog
+from .tracked import Tracked
 
 log = structlog.get_logger()
 
@@ -73,6 +76,7 @@ class Dispatch:
         self.duplicate = self.unheard = self.unknown_type = 0
         self.duration = Histogram()  # of one batch
         self.latency = Histogram()  # of each event, from hearing it to its last write
+        self.receipts: ReceiptLog | None = None  # if the routing has tracked types
         self.observe: Callable[[Sequence[Event], float], None] | None = None  # what was delivered
 
     async def run(self, queue: EventQueue, batch_size: int) -> NoReturn:
@@ -126,7 +130,7 @@ class Dispatch:
             return False
         now = trio.current_time()
         self._look_back(now)
-        fresh, _ = self._plan(events, concerned)
+        fresh, _, _ = self._plan(events, concerned)
         self.processed += len(fresh)
         if fresh:
             self.duration.observe(trio.current_time() - now)
@@ -168,16 +172,20 @@ class Dispatch:
         Raises :exc:`trio.TooSlowError` if it is not done at the ``deadline``.
         """
         # Whom it concerns is looked up in the step in which the members are: one may have joined.
-        fresh, writes = self._plan(batch, self._hub.concern(batch))
+        fresh, planned, writes = self._plan(batch, self._hub.concern(batch))
+        receipts = self.receipts
         self.processed += len(fresh)
         now = trio.current_time()
         left = self._writes_per_checkpoint
         for frames, mask, members in writes:
             # Joined just before they are written: then the kernel finds the bytes in the cache.
             data, number = join(frames, mask)
+            tracked = [] if receipts is None else _tracked(receipts, planned, mask)
             for n, connection in enumerate(members, 1):
-                if connection.write(data, number, now) and behind is not None:
+                if (waits := connection.write(data, number, now)) and behind is not None:
                     behind.append(connection)
+                if tracked and receipts is not None:
+                    receipts.sent(connection, tracked, waits=waits)
                 left -= 1
                 if not left:
                     left = self._writes_per_checkpoint
@@ -212,8 +220,8 @@ class Dispatch:
 
     def _plan(
         self, batch: Sequence[Event], concerned: Sequence[bool]
-    ) -> tuple[list[Event], list[_Write]]:
-        """The events that were not duplicates, and which connections get which frames.
+    ) -> tuple[list[Event], Sequence[_Planned], list[_Write]]:
+        """The events that were not duplicates, what is written, and who gets which frames.
 
         ``concerned`` is what :meth:`Hub.concern` says of the batch in this step.
         """
@@ -264,13 +272,13 @@ class Dispatch:
         for stream, position in _positions(streamed).items():
             history.advance(stream, position)
         if not planned:
-            return fresh, []
+            return fresh, (), []
         writes = self._plan_one(*planned[0]) if len(planned) == 1 else self._plan_many(planned)
         if writes and self._hub.deflate_count:
             deflated = [event.deflated for event, _, _ in planned]
             if any(event.frame is not event.deflated for event, _, _ in planned):
                 writes = _with_deflated(writes, deflated)
-        return fresh, writes
+        return fresh, planned, writes
 
     def _plan_one(self, event: Event, groups: list[Members], delivered_up_to: int) -> list[_Write]:
         members = union(groups)
@@ -368,6 +376,19 @@ class Dispatch:
             left += others
         for connection in left:
             connection.send(GAP)
+
+
+def _tracked(receipts: ReceiptLog, planned: Sequence[_Planned], mask: int) -> list[Tracked]:
+    """The tracked events whose bits are set, in order."""
+    if receipts.is_empty:
+        return []
+    found = []
+    for n, (event, _, _) in enumerate(planned):
+        if mask >> n & 1 and event.stream is not None and event.position is not None:
+            tracked = receipts.find(Place(event.stream, event.position))
+            if tracked is not None:
+                found.append(tracked)
+    return found
 
 
 def _held(event: Event, is_concerned: bool) -> bytes:

@@ -6,7 +6,7 @@ is routed only when a client asks for what its branch missed (:meth:`History.pre
 
 import heapq
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from itertools import takewhile
@@ -298,6 +298,15 @@ class History:
             or position[1] == LAST[1]
             or self._index.has(self._kept, stream, position)
         )
+
+    def is_for(self, stream: Stream, position: Position, audiences: Iterable[Audience]) -> bool:
+        """Whether a kept event, which is not raw, is at this place and for any of these."""
+        for audience in audiences:
+            if mine := self._by_audience.get((stream, audience)):
+                at = bisect_left(mine, position, key=_position)
+                if at < len(mine) and mine[at].position == position:
+                    return True
+        return False
 
     def forgot(self, cursor: Cursor) -> bool:
         """Whether an event after this cursor has been dropped."""

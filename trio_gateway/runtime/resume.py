@@ -17,11 +17,13 @@ from ..core.audiences import Audience
 from ..core.close_codes import Close
 from ..core.event_ids import Cursor, Position, Stream, before, cursor_id, read_cursor
 from ..core.messages import GAP, resumed
+from ..core.receipts import Place
 from .connection import Connection
 from .history import History, StoredEvent
 from .hub import Hub
 from .older_events import OlderEvents
 from .places import Places
+from .receipts import ReceiptLog
 from .resume_state import Phase, Step
 
 UNDECIDED: Final = 0.5  # seconds that a silent client may still ask to resume
@@ -55,7 +57,9 @@ class Replays:
         hub: Hub,
         places: Places | None = None,
         older: OlderEvents | None = None,
+        receipts: ReceiptLog | None = None,
     ) -> None:
+        self._receipts = receipts
         self._history = history
         self._older = OlderEvents(history) if older is None else older
         self._hub = hub
@@ -230,7 +234,15 @@ class Replays:
             if not count:  # else the id that holds is the client's own, until theirs come
                 end = self._end(connection)
                 place = {**place, **{s: max(p, place.get(s, p)) for s, p in end.items()}}
-            connection.send(resumed(recovered=True, count=count, last_event_id=cursor_id(place)))
+            state.begun_at = place
+            if self._receipts is not None and last_event_id:
+                for stream, position in cursor.items():
+                    upto = Place(stream, position)
+                    self._receipts.confirm_earlier(connection.principal, upto)
+            connection.confirmed_id = cursor_id(place)
+            connection.send(
+                resumed(recovered=True, count=count, last_event_id=connection.confirmed_id)
+            )
         state.is_sought = False
         self._start_feeding(connection)
 
@@ -248,7 +260,8 @@ class Replays:
         self.resumes["not_recovered"] += 1
         has_cursor = connection.resume_state.cursor is not None
         place = self._cursor(connection) if has_cursor else self._end(connection)
-        connection.send(resumed(recovered=False, count=0, last_event_id=cursor_id(place)))
+        connection.confirmed_id = cursor_id(place)
+        connection.send(resumed(recovered=False, count=0, last_event_id=connection.confirmed_id))
 
     async def _find(self, connection: Connection, last_event_id: str) -> Cursor | None:
         """The cursor of this id, if everything after it is known."""
@@ -425,10 +438,22 @@ class Replays:
         if chunk.frames:
             begun = connection.write_stored(chunk.data, chunk.frames, trio.current_time())
             self.replayed += begun
+            if self._receipts is not None and not self._receipts.is_empty:
+                _note_receipts(self._receipts, connection, chunk.events[:begun])
         is_all = begun == len(chunk.frames)
         places = chunk.upto if is_all else {e.stream: e.position for e in chunk.events[:begun]}
         connection.resume_state.advance(places)
         return is_all
+
+
+def _note_receipts(
+    receipts: ReceiptLog, connection: Connection, events: Sequence[StoredEvent]
+) -> None:
+    """Note that a connection was sent these."""
+    places = (Place(stored.stream, stored.position) for stored in events)
+    tracked = [found for place in places if (found := receipts.find(place)) is not None]
+    if tracked:
+        receipts.sent(connection, tracked, waits=connection.waiting_bytes > 0)
 
 
 def _fitting(found: Sequence[StoredEvent]) -> int:

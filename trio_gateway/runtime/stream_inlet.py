@@ -33,6 +33,7 @@ from .history import History
 from .ingest import Ingest
 from .places import Places
 from .queue import EventQueue
+from .receipts import ReceiptLog
 from .resume import Replays
 from .source import Entry, Lost, Past, Room
 from .throttled_log import ThrottledLog
@@ -58,6 +59,7 @@ class StreamInlet:
         replays: Replays,
         routes: Routing,
         places: Places | None = None,
+        receipts: ReceiptLog | None = None,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._ingest = ingest
@@ -67,6 +69,7 @@ class StreamInlet:
         self._replays = replays
         self._durable_types = routes.durable_types
         self._wall_clock = wall_clock
+        self._receipts = receipts
         self._places = places or Places(history)
         self._by_tenant = self._places.by_tenant
         self.misplaced = 0  # events in the shard of another tenant
@@ -123,6 +126,8 @@ class StreamInlet:
         except InvalidEvent:
             return  # the process that read it live has counted it
         self._dispatch.remember(event, read_again)
+        if self._receipts is not None:
+            self._receipts.note((event,))
 
     async def take(
         self,
@@ -144,6 +149,8 @@ class StreamInlet:
             events = self._ingest.parse_entries(
                 part, channel=name, stream=stream, durable_types=self._durable_types
             )
+            if self._receipts is not None:
+                self._receipts.note(events)
             if self._by_tenant:
                 for event in events:
                     if not self._places.concern(stream, event.tenant):

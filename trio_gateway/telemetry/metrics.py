@@ -78,6 +78,10 @@ METRICS: Final[Mapping[str, Counter | Gauge | Distribution]] = {
     "wsgateway_deliveries_total": Counter("Events written to a connection or its outbox"),
     "wsgateway_resumes_total": Counter("Requests to resume by outcome", "outcome"),
     "wsgateway_stream_scans_total": Counter("Times that a stream was read back for a resume"),
+    "wsgateway_receipts_total": Counter("Receipts of tracked events, by state", "state"),
+    "wsgateway_receipts_ignored_total": Counter(
+        "Confirmations of event ids that were not sent on the connection"
+    ),
     "wsgateway_replayed_events_total": Counter("Durable events replayed from the history"),
     "wsgateway_stream_gaps_total": Counter(
         "Times that stream entries were lost before they were read"

@@ -18,17 +18,18 @@ Headers = list[tuple[bytes, bytes]]
 class SharedPath:
     """A path that pages of other origins may call."""
 
-    method: str
+    methods: tuple[str, ...]
     any_origin: bool = False  # if not, the origins in ALLOWED_ORIGINS
 
 
 PATHS: Final[Mapping[str, SharedPath]] = {
-    "/ws/ticket": SharedPath("POST"),
-    "/ws/catchup": SharedPath("GET"),
-    "/ws/catchup/session": SharedPath("GET", any_origin=True),
-    "/ws/explain": SharedPath("POST"),
-    "/ws/presence": SharedPath("GET"),
-    **{f"{each.path}/events": SharedPath("GET", any_origin=not each.staff) for each in Endpoint},
+    "/ws/ticket": SharedPath(("POST",)),
+    "/ws/catchup": SharedPath(("GET",)),
+    "/ws/catchup/session": SharedPath(("GET",), any_origin=True),
+    "/ws/explain": SharedPath(("POST",)),
+    "/ws/presence": SharedPath(("GET",)),
+    "/ws/receipts": SharedPath(("GET", "POST")),
+    **{f"{each.path}/events": SharedPath(("GET",), any_origin=not each.staff) for each in Endpoint},
 }
 # Without cookies, `*` means every header except Authorization. Older browsers need the names.
 _ALLOWED_HEADERS: Final = b"Authorization, Content-Type, Last-Event-ID, Cache-Control, *"
@@ -63,14 +64,14 @@ async def answer_options(
     headers = response_headers(shared, request, is_allowed)
     if _allowed_origin(shared, request, is_allowed) is not None:
         headers += [
-            (b"access-control-allow-methods", shared.method.encode()),
+            (b"access-control-allow-methods", ", ".join(shared.methods).encode()),
             (b"access-control-allow-headers", _ALLOWED_HEADERS),
             (b"access-control-max-age", _MAX_AGE),
         ]
         # A page of the public web that calls a gateway in a private network needs this, too.
         if _values(request, b"access-control-request-private-network") == [b"true"]:
             headers.append((b"access-control-allow-private-network", b"true"))
-    headers.append((b"allow", f"{shared.method}, OPTIONS".encode()))
+    headers.append((b"allow", f"{', '.join(shared.methods)}, OPTIONS".encode()))
     await send({"type": "http.response.start", "status": 204, "headers": headers})
     await send({"type": "http.response.body", "body": b"", "more_body": False})
 

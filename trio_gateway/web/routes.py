@@ -19,7 +19,7 @@ from ..parts import Parts
 from ..reception import Reception
 from ..telemetry import prometheus
 from ..transports.asgi import DRAIN, AsgiSocket, read_scope
-from . import catchup, console, dev, health, operations
+from . import catchup, console, dev, health, operations, receipts
 from .api.calls import CALLS
 from .api.guard import PREFIX as API
 from .api.guard import view_of
@@ -42,7 +42,7 @@ def add_routes(app: QuartTrio, parts: Parts, reception: Reception) -> None:
         app.add_websocket(endpoint.path, endpoint.label, _websocket(parts, reception, endpoint))
         app.add_url_rule(endpoint.path, f"{endpoint.label}_plain", _upgrade_required)
     for (method, path), answer in HTTP.items():
-        app.add_url_rule(path, path, _bound(path, answer, parts), methods=[method])
+        app.add_url_rule(path, f"{method} {path}", _bound(path, answer, parts), methods=[method])
     app.register_error_handler(HTTPException, _error)
     add_files(app, parts.settings)
 
@@ -145,6 +145,8 @@ HTTP: Final[Mapping[tuple[str, str], Callable[[Parts], Awaitable[Answer]]]] = {
     ("GET", "/ws/catchup"): catchup.branch,
     ("GET", "/ws/catchup/session"): catchup.session,
     ("GET", "/ws/presence"): presence,
+    ("GET", "/ws/receipts"): receipts.read,
+    ("POST", "/ws/receipts"): receipts.confirm,
     ("POST", "/ws/ticket"): _ticket,
     ("POST", "/ws/explain"): explain,
     ("GET", "/ws/console"): console.page,

@@ -1,0 +1,253 @@
+"""Receipts: who was sent an event, has it, and has seen it."""
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from trio_websocket import ConnectionClosed, WebSocketConnection
+
+from tests.support.gateways import (
+    JWT_SECRET,
+    TABLE_SECRET,
+    Reachable,
+    Reply,
+    admitted,
+    closed,
+    http,
+    receive_event,
+    serving,
+    until,
+)
+from trio_gateway.testing import make_jwt, make_table_token
+
+EVENT = {"type": "SERVICE_CALL_CREATED", "tenant_id": 1, "branch_id": 1, "sector_id": 5}
+
+
+@pytest.fixture
+def routes(tmp_path: Path) -> Path:
+    file = tmp_path / "routes.toml"
+    file.write_text(
+        "[routes.SERVICE_CALL_CREATED]\nreceipt = true\n[routes.CHECK_PAID]\nreceipt = true\n"
+    )
+    return file
+
+
+def one(redis_url: str, routes: Path, **settings: Any) -> Any:
+    return serving(redis_url, "direct", ws_routes_file=routes, **settings)
+
+
+async def ask(gateway: Reachable, event_id: object, **claims: Any) -> Reply:
+    token = make_jwt(JWT_SECRET, **{"roles": ["MANAGER"]} | claims)
+    path = f"/ws/receipts?event_id={event_id}"
+    return await http(gateway.port, path, headers={"Authorization": f"Bearer {token}"})
+
+
+async def receipts(gateway: Reachable, event_id: object) -> dict[str, Any]:
+    reply = await ask(gateway, event_id)
+    assert reply.status == 200, reply.text
+    found: dict[str, Any] = json.loads(reply.text)
+    return found
+
+
+def numbers(found: dict[str, Any]) -> tuple[int, int, int]:
+    return found["written"], found["delivered"], found["seen"]
+
+
+def publish(backend: "redis.Redis", **keys: Any) -> None:
+    backend.xadd("events:critical", {"data": json.dumps(EVENT | keys)})
+
+
+async def say(client: WebSocketConnection, **message: Any) -> None:
+    """Send a message, and wait until it has been handled."""
+    await client.send_message(json.dumps(message))
+    await client.send_message("ping")
+    while await receive_event(client) != {"type": "pong"}:
+        pass
+
+
+async def test_each_client_has_the_state_that_it_confirmed(
+    redis_url: str, backend: "redis.Redis", routes: Path
+) -> None:
+    async with (
+        one(redis_url, routes) as gateway,
+        admitted(gateway.staff_url("waiter", sub="21", sector_ids=[5])) as waiter,
+        admitted(gateway.staff_url("waiter", sub="22", sector_ids=[5])) as other,
+        admitted(gateway.staff_url("admin", sub="9", roles=["ADMIN"])) as admin,
+    ):
+        publish(backend)
+        event_id = (await receive_event(waiter))["event_id"]
+        await receive_event(other)
+        await receive_event(admin)
+        assert numbers(await receipts(gateway, event_id)) == (3, 0, 0)
+        await say(waiter, type="ack", last_event_id=event_id)
+        await say(other, type="seen", event_id=event_id)
+        found = await receipts(gateway, event_id)
+    assert numbers(found) == (3, 2, 1)
+    assert found["type"] == "SERVICE_CALL_CREATED"
+    assert found["event_id"] == event_id
+    assert (found["complete"], found["missing"], found["steps"]) == (True, [], [])
+    assert [(each["user_id"], each["endpoint"], each["state"]) for each in found["by"]] == [
+        ("9", "admin", "written"),
+        ("21", "waiter", "delivered"),
+        ("22", "waiter", "seen"),
+    ]
+    assert all(found["at"] - 1 <= each["at"] <= found["at"] + 10 for each in found["by"])
+
+
+async def test_ping_confirms_everything_up_to_the_event_that_it_names(
+    redis_url: str, backend: "redis.Redis", routes: Path
+) -> None:
+    async with (
+        one(redis_url, routes) as gateway,
+        admitted(gateway.staff_url("waiter", sub="21", sector_ids=[5])) as waiter,
+    ):
+        ids = []
+        for n in range(3):
+            publish(backend, n=n)
+            ids.append((await receive_event(waiter))["event_id"])
+        await say(waiter, type="ping", last_event_id=ids[1])
+        states = [numbers(await receipts(gateway, each)) for each in ids]
+    assert states == [(1, 1, 0), (1, 1, 0), (1, 0, 0)]
+
+
+async def test_ids_that_were_not_sent_on_the_connection_are_ignored_and_counted(
+    redis_url: str, backend: "redis.Redis", routes: Path
+) -> None:
+    async with (
+        one(redis_url, routes) as gateway,
+        admitted(gateway.staff_url("waiter", sub="21", sector_ids=[5])) as waiter,
+        admitted(gateway.staff_url("waiter", sub="22", sector_ids=[6])) as elsewhere,
+    ):
+        log = gateway.app.parts.receipts
+        publish(backend)
+        event_id = (await receive_event(waiter))["event_id"]
+        async with admitted(gateway.staff_url("waiter", sub="23", sector_ids=[5])) as late:
+            for n, client in enumerate((elsewhere, late)):
+                await say(client, type="ack", last_event_id=event_id)
+                await say(client, type="ping", last_event_id=event_id)
+                await say(client, type="seen", event_id=event_id)
+                assert log.ignored == 3 * n + 3
+        for n, invalid in enumerate(["", "x", 5, None, "0-0-none", "1-1-4723.1-1-aaaa"]):
+            await say(waiter, type="ack", last_event_id=invalid)
+            assert log.ignored == 7 + n
+        found = await receipts(gateway, event_id)
+    assert numbers(found) == (1, 0, 0)
+
+
+async def test_acks_are_free_until_there_are_more_than_events(
+    redis_url: str, backend: "redis.Redis", routes: Path
+) -> None:
+    async with (
+        one(redis_url, routes) as gateway,
+        admitted(gateway.staff_url("waiter", sub="21", sector_ids=[5])) as waiter,
+    ):
+        for n in range(40):
+            publish(backend, n=n)
+        ids = [(await receive_event(waiter))["event_id"] for _ in range(40)]
+        for each in ids:
+            await waiter.send_message(json.dumps({"type": "ack", "last_event_id": each}))
+        await say(waiter, type="noted")
+        with suppress(ConnectionClosed):
+            for _ in range(30):
+                await waiter.send_message(json.dumps({"type": "ack", "last_event_id": ids[-1]}))
+        assert (await closed(waiter))[0] == 4029
+
+
+async def test_client_that_comes_back_with_an_id_has_what_it_was_sent_before(
+    redis_url: str, backend: "redis.Redis", routes: Path
+) -> None:
+    async with one(redis_url, routes) as gateway, one(redis_url, routes) as other:
+        async with admitted(gateway.staff_url("waiter", sub="21", sector_ids=[5])) as waiter:
+            publish(backend)
+            event_id = (await receive_event(waiter))["event_id"]
+        assert numbers(await receipts(gateway, event_id)) == (1, 0, 0)
+        url = other.staff_url("waiter", sub="21", sector_ids=[5])
+        async with admitted(f"{url}&last_event_id={event_id}") as waiter:
+            assert (await receive_event(waiter))["recovered"] is True
+            assert numbers(await receipts(other, event_id)) == (1, 1, 0)
+        # Somebody who was never sent it proves nothing.
+        url = other.staff_url("waiter", sub="22", sector_ids=[5])
+        async with admitted(f"{url}&last_event_id={event_id}") as waiter:
+            await receive_event(waiter)
+            assert numbers(await receipts(other, event_id)) == (1, 1, 0)
+
+
+async def test_receipts_by_http_are_those_of_the_credential(
+    redis_url: str, backend: "redis.Redis", routes: Path
+) -> None:
+    async with (
+        one(redis_url, routes) as gateway,
+        admitted(gateway.diner_url(session_id=456, table_id=10)) as diner,
+    ):
+        publish(backend, type="CHECK_PAID", session_id=456)
+        event_id = (await receive_event(diner))["event_id"]
+
+        async def post(token: str, body: str) -> int:
+            reply = await http(
+                gateway.port,
+                "/ws/receipts",
+                method="POST",
+                headers={"Authorization": f"Bearer {token}"},
+                json_body=body.encode("utf-8", "surrogatepass"),
+            )
+            return reply.status
+
+        mine = make_table_token(TABLE_SECRET, session_id=456)
+        for bad in ("", "[]", "{}", '{"event_id":1}', '{"event_id":"x"}', "\ud800", "{" * 5000):
+            assert await post(mine, bad) == 422
+        assert await post("nonsense", json.dumps({"event_id": event_id})) == 401
+        other = make_table_token(TABLE_SECRET, session_id=457)
+        assert await post(other, json.dumps({"event_id": event_id})) == 204
+        assert numbers(await receipts(gateway, event_id)) == (1, 0, 0)
+        assert await post(mine, json.dumps({"last_event_id": event_id})) == 204
+        assert numbers(await receipts(gateway, event_id)) == (1, 1, 0)
+        assert await post(mine, json.dumps({"event_id": event_id})) == 204
+        found = await receipts(gateway, event_id)
+    assert numbers(found) == (1, 1, 1)
+    assert found["by"][0]["session_id"] == 456
+
+
+async def test_receipts_are_for_the_heads_of_the_branch(
+    redis_url: str, backend: "redis.Redis", routes: Path
+) -> None:
+    async with (
+        one(redis_url, routes) as gateway,
+        admitted(gateway.staff_url("waiter", sub="21", sector_ids=[5])) as waiter,
+    ):
+        publish(backend)
+        event_id = (await receive_event(waiter))["event_id"]
+        publish(backend, type="ROUND_READY")
+        untracked = (await receive_event(waiter))["event_id"]
+        assert (await ask(gateway, event_id)).status == 200
+        for claims in ({"tenant_id": 2}, {"branch_ids": [2]}):
+            assert (await ask(gateway, event_id, **claims)).status == 404
+        assert (await ask(gateway, event_id, roles=["WAITER"])).status == 403
+        assert (await ask(gateway, untracked)).status == 404
+        assert (await ask(gateway, "1-1-4723")).status == 404
+        assert (await ask(gateway, "1-1-zzzz")).status == 404
+        for bad in ("", "x", "1-1-4723.1-1-4724"):
+            assert (await ask(gateway, bad)).status == 422
+            assert (await http(gateway.port, f"/ws/receipts?event_id={bad}")).status == 401
+
+
+async def test_receipts_outlive_the_process_and_an_event_that_nobody_received_has_none(
+    redis_url: str, backend: "redis.Redis", routes: Path
+) -> None:
+    async with one(redis_url, routes) as survivor:
+        async with (
+            one(redis_url, routes) as gateway,
+            admitted(gateway.staff_url("waiter", sub="21", sector_ids=[5])) as waiter,
+        ):
+            publish(backend)
+            event_id = (await receive_event(waiter))["event_id"]
+            await say(waiter, type="ack", last_event_id=event_id)
+            await until(lambda: not gateway.app.parts.receipts.changed)
+        assert numbers(await receipts(survivor, event_id)) == (1, 1, 0)
+        at: Any = backend.xadd("events:critical", {"data": json.dumps(EVENT | {"branch_id": 3})})
+        token = event_id.rpartition("-")[2]
+        reply = await ask(survivor, f"{at.decode()}-{token}", branch_ids=[3])
+        assert reply.status == 200
+        assert numbers(json.loads(reply.text)) == (0, 0, 0)

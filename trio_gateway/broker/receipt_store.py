@@ -1,0 +1,170 @@
+"""The receipt store: one hash in Redis for each tracked event, in the slot of its stream.
+
+It outlives the processes that wrote it. Its fields are:
+
+- ``event``: the type and whom it concerns, as JSON, and when it entered Redis
+- ``by:<endpoint>:<user or session>``: ``steps:written:delivered:seen``, times in ms
+- ``confirmed:<n>``: when somebody in the audience of step n confirmed delivery (ms)
+- ``step:<n>``: when step n was over without that (ms)
+
+States are only raised, so a write that comes twice, or late, changes nothing.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import msgspec
+import structlog
+
+from ..core.event_ids import Stream, entry_id
+from ..core.events import InvalidEvent, parse_event
+from ..core.receipts import Change, Place, Receipt, TrackedEvent, Who
+from ..core.slots import hash_tag
+from ..runtime.throttled_log import ThrottledLog
+from .commands import Commands, Unavailable
+
+log = structlog.get_logger()
+
+_MOST: Final = 100  # events in one script
+_BY: Final = "by:"
+
+# KEYS: the hashes. ARGV: for each of them its event, when it expires (unix ms), how many receipts
+# follow, and for each its field, steps, written, delivered, seen. Without ``written``, what was
+# written by any process is raised.
+_WRITE: Final = """
+local n = 0
+local function take()
+  n = n + 1
+  return ARGV[n]
+end
+local function first(old, new)
+  if old == '' then return new end
+  return old
+end
+for _, key in ipairs(KEYS) do
+  local event, expires, receipts = take(), tonumber(take()), tonumber(take())
+  local is_known = redis.call('HSETNX', key, 'event', event) == 0
+  for _ = 1, receipts do
+    local name, steps, written, delivered, seen = take(), tonumber(take()), take(), take(), take()
+    local old = redis.call('HGET', key, name)
+    if old or written ~= '' then
+      local s, w, d, e = string.match(old or '0:::', '^(%d*):(%d*):(%d*):(%d*)$')
+      steps = bit.bor(tonumber(s), steps)
+      w, d, e = first(w, written), first(d, delivered), first(e, seen)
+      redis.call('HSET', key, name, steps .. ':' .. w .. ':' .. d .. ':' .. e)
+      for step = 0, 5 do
+        if d ~= '' and bit.band(steps, bit.lshift(1, step)) ~= 0 then
+          redis.call('HSETNX', key, 'confirmed:' .. step, d)
+        end
+      end
+    end
+  end
+  if not is_known then redis.call('PEXPIREAT', key, expires) end
+end
+return #KEYS
+"""
+
+
+@dataclass
+class Receipts:
+    """All that the store holds of one event."""
+
+    event: TrackedEvent
+    by: dict[Who, Receipt] = field(default_factory=dict)
+    confirmed: dict[int, int] = field(default_factory=dict)  # by step, when (ms)
+    steps: dict[int, int] = field(default_factory=dict)  # that are over, when (ms)
+
+
+class ReceiptStore:
+    """Writes and reads receipts. ``names`` are those of the streams, by their tags."""
+
+    def __init__(self, commands: Commands, names: Mapping[Stream, str]) -> None:
+        self._commands = commands
+        self._names = names
+        self._throttled_log = ThrottledLog(log)
+
+    def key(self, place: Place) -> str:
+        """The key of an event's hash. Raises :exc:`KeyError` for a stream that is not ours."""
+        tag = hash_tag(self._names[place.stream])
+        return f"{{{tag}}}:receipts:{place.stream}:{entry_id(place.position)}"
+
+    async def write(self, changes: Mapping[Place, Change]) -> bool:
+        """Write receipts; False if Redis is unavailable: then some may have been written."""
+        try:
+            await self._write(changes)
+        except Unavailable as error:
+            self._throttled_log.warning("receipts not written yet", error=str(error))
+            return False
+        return True
+
+    async def _write(self, changes: Mapping[Place, Change]) -> None:
+        by_stream: dict[Stream, list[Place]] = {}
+        for place in changes:
+            by_stream.setdefault(place.stream, []).append(place)
+        for places in by_stream.values():
+            for n in range(0, len(places), _MOST):
+                some = places[n : n + _MOST]
+                keys = [self.key(place) for place in some]
+                arguments: list[str | bytes | int] = []
+                for place in some:
+                    arguments += _arguments(changes[place])
+                await self._commands.evaluate(_WRITE, keys, arguments)
+
+    async def read(self, place: Place) -> Receipts | None:
+        """What is known of an event, at least that it is in the stream; None if that is not so.
+
+        Raises :exc:`Unavailable`, and :exc:`KeyError` for a stream that is not ours.
+        """
+        fields = await self._commands.evaluate(
+            "return redis.call('HGETALL', KEYS[1])", [self.key(place)]
+        )
+        if (found := read_hash(fields)) is not None:
+            return found
+        event = await self._in_stream(place)
+        return None if event is None else Receipts(event)
+
+    async def _in_stream(self, place: Place) -> TrackedEvent | None:
+        """An event that nobody was sent."""
+        wanted = entry_id(place.position)
+        entries = await self._commands.read_back(self._names[place.stream], wanted, 1)
+        if not entries or entries[0][0] != wanted.encode() or entries[0][1] is None:
+            return None
+        try:
+            event = parse_event(entries[0][1].get(b"data", b""), channel="", received_at=0.0)
+        except InvalidEvent:
+            return None
+        return TrackedEvent(event.type, event.tenant, event.branch, place.position[0])
+
+
+def _arguments(change: Change) -> Iterable[str | bytes | int]:
+    yield msgspec.json.encode(change.event)
+    yield change.expires
+    yield len(change.by)
+    for who, receipt in change.by.items():
+        yield f"{_BY}{who.endpoint}:{who.id}"
+        yield receipt.steps
+        for time in (receipt.written, receipt.delivered, receipt.seen):
+            yield "" if time is None else time
+
+
+def read_hash(fields: Sequence[bytes]) -> Receipts | None:
+    """Read the fields of a hash, each followed by its value."""
+    pairs = zip(fields[::2], fields[1::2], strict=True)
+    values = {name.decode(): value.decode() for name, value in pairs}
+    if "event" not in values:
+        return None
+    found = Receipts(msgspec.json.decode(values.pop("event"), type=TrackedEvent))
+    for name, value in values.items():
+        kind, _, rest = name.partition(":")
+        if kind == "by":
+            endpoint, _, number = rest.partition(":")
+            steps, *times = value.split(":")
+            found.by[Who(endpoint, number)] = Receipt(
+                int(steps), *(int(time) if time else None for time in times)
+            )
+        elif kind == "confirmed":
+            found.confirmed[int(rest)] = int(value)
+        elif kind == "step":
+            found.steps[int(rest)] = int(value)
+    return found

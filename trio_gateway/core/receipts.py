@@ -1,0 +1,105 @@
+"""Receipts: what is known about who has received an event.
+
+A client that was sent a tracked event has a receipt of it. Its states follow each other: the
+gateway has written the event to its socket, it was delivered, the application has seen it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import NamedTuple
+
+import msgspec
+
+from .audiences import Endpoint, Principal
+from .event_ids import Position, Stream
+
+
+class State(IntEnum):
+    """How far an event has come to one client; each state includes those before it."""
+
+    WRITTEN = 1
+    DELIVERED = 2
+    SEEN = 3
+
+    @property
+    def label(self) -> str:
+        return self.name.lower()
+
+
+class Who(NamedTuple):
+    """A user on an endpoint, or a session of diners: its connections share their receipts."""
+
+    endpoint: str  # its label
+    id: str
+
+    @classmethod
+    def of(cls, principal: Principal) -> "Who":
+        """The one that a connection belongs to."""
+        named = principal.session if principal.endpoint is Endpoint.DINER else principal.user
+        return cls(principal.endpoint.label, str(named))
+
+
+class Place(NamedTuple):
+    """An entry of a stream: what an event id names."""
+
+    stream: Stream
+    position: Position
+
+
+class TrackedEvent(msgspec.Struct, frozen=True):
+    """A tracked event: its type, and whom it concerns. ``at`` is in unix ms."""
+
+    type: str
+    tenant_id: int
+    branch_id: int
+    at: int
+
+
+@dataclass(slots=True)
+class Receipt:
+    """When a client reached each state, in unix ms; None if it has not.
+
+    ``steps`` is a bit mask: in the audience of which steps (:class:`~.routing.Step`) it was.
+    """
+
+    steps: int = 0
+    written: int | None = None
+    delivered: int | None = None
+    seen: int | None = None
+
+    @property
+    def state(self) -> State:
+        """The last state that it has reached."""
+        if self.seen is not None:
+            return State.SEEN
+        return State.WRITTEN if self.delivered is None else State.DELIVERED
+
+    @property
+    def at(self) -> int | None:
+        """When it reached that."""
+        return {1: self.written, 2: self.delivered, 3: self.seen}[self.state]
+
+    def reach(self, state: State, now: int) -> bool:
+        """Note a state, and those before it; return whether it is a new one."""
+        if self.written is not None and state <= self.state:
+            return False
+        if self.written is None:
+            self.written = now
+        if state >= State.DELIVERED and self.delivered is None:
+            self.delivered = now
+        if state >= State.SEEN and self.seen is None:
+            self.seen = now
+        return True
+
+
+class Change(NamedTuple):
+    """What is to be written of an event: receipts, each with all that is known of it.
+
+    A receipt that is not ``written`` is of a client that was sent the event by another process, if
+    at all: what is written there is raised.
+    """
+
+    event: TrackedEvent
+    expires: int  # unix ms
+    by: Mapping[Who, Receipt]

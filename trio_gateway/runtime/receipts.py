@@ -1,0 +1,244 @@
+"""Receipts of this process: which tracked events its clients were sent, and have confirmed.
+
+A connection remembers the tracked events that it was sent until its client confirms them. What
+that changes is collected here by event, and written to Redis a moment later.
+"""
+
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from typing import Final, NoReturn
+
+import trio
+
+from ..core.audiences import Principal
+from ..core.event_ids import Cursor, Position, Stream, read_cursor
+from ..core.events import Event
+from ..core.receipts import Change, Place, Receipt, State, TrackedEvent, Who
+from ..core.routing import Routing
+from .connection import Connection
+from .history import History
+from .tracked import Sent, Tracked
+
+MOST_TRACKED: Final = 50_000  # events; the oldest are forgotten
+MOST_UNCONFIRMED: Final = 1_000  # of one connection; the oldest are forgotten
+MOST_RECENT: Final = 100  # of a tenant, that a client can confirm by coming back
+_PAUSE: Final = 0.1  # seconds between a change and its writing
+_RETRY: Final = 1.0  # seconds
+
+#: Writes changes to Redis; False if Redis is unavailable.
+Write = Callable[[Mapping[Place, Change]], Awaitable[bool]]
+
+
+class ReceiptLog:
+    """The receipts of the clients of this process.
+
+    ``clock`` returns unix time; ``ttl`` is how many seconds after an event its receipts are kept.
+    """
+
+    def __init__(
+        self, history: History, routes: Routing, clock: Callable[[], float], ttl: float
+    ) -> None:
+        self._history = history
+        self._routes = routes
+        self._types = routes.tracked_types
+        self._clock = clock
+        self._ttl_ms = int(ttl * 1000)
+        self._tracked: dict[Place, Tracked] = {}  # in the order they came
+        self._recent: dict[int, deque[Tracked]] = {}  # by tenant
+        self.changed: dict[Place, Tracked] = {}  # to be written to Redis
+        self._changed = trio.lowlevel.ParkingLot()
+        self.ignored = 0  # confirmations of ids that were not sent
+        self.counts: Counter[State] = Counter()
+
+    @property
+    def tracks(self) -> bool:
+        """Whether any type is tracked."""
+        return bool(self._types)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no event is tracked."""
+        return not self._tracked
+
+    def note(self, events: Iterable[Event]) -> None:
+        """Track those of these durable events whose type asks for it."""
+        types = self._types
+        for event in events:
+            if event.type in types and event.durable:
+                self._add(event)
+
+    def _add(self, event: Event) -> None:
+        assert event.stream is not None
+        assert event.position is not None
+        place, at = Place(event.stream, event.position), event.position[0]
+        if place in self._tracked:
+            return
+        steps = self._routes.audiences_of_steps(event)
+        about = TrackedEvent(event.type, event.tenant, event.branch, at)
+        tracked = self._tracked[place] = Tracked(place, about, at + self._ttl_ms, steps)
+        self._recent.setdefault(event.tenant, deque(maxlen=MOST_RECENT)).append(tracked)
+        if len(self._tracked) > MOST_TRACKED:
+            self._forget(next(iter(self._tracked.values())))
+
+    def find(self, place: Place) -> Tracked | None:
+        """What is known of an event here; None if it is not tracked, or not any more."""
+        return self._tracked.get(place)
+
+    def sent(self, connection: Connection, events: Iterable[Tracked], *, waits: bool) -> None:
+        """A connection was sent these events; with ``waits`` the kernel has not taken all yet."""
+        if connection.ending:
+            return
+        if (unconfirmed := connection.unconfirmed) is None:
+            unconfirmed = connection.unconfirmed = deque(maxlen=MOST_UNCONFIRMED)
+        for tracked in events:
+            unconfirmed.append(Sent(tracked.place.position, tracked))
+            if not waits:
+                self._reach(connection, tracked, State.WRITTEN)
+
+    def taken(self, connection: Connection) -> None:
+        """The kernel has taken all that waited for a connection."""
+        for sent in connection.unconfirmed or ():
+            self._reach(connection, sent.tracked, State.WRITTEN)
+
+    def confirm(self, connection: Connection, event_id: str) -> None:
+        """A client has everything up to this event.
+
+        An id that was not sent on the connection is ignored and counted.
+        """
+        if event_id == connection.confirmed_id:
+            return
+        cursor = self._cursor_of(connection, event_id)
+        if cursor is None:
+            self.ignored += 1
+            return
+        connection.confirmed_id = event_id
+        left: deque[Sent] = deque(maxlen=MOST_UNCONFIRMED)
+        for sent in connection.unconfirmed or ():
+            stream, named = sent.tracked.place
+            upto = cursor.get(stream)
+            if upto is not None and (sent.position <= upto or named == upto):
+                self._reach(connection, sent.tracked, State.DELIVERED)
+            else:
+                left.append(sent)
+        if connection.unconfirmed is not None:
+            connection.unconfirmed = left
+
+    def see(self, connection: Connection, event_id: str) -> None:
+        """The application of a client has confirmed this event."""
+        cursor = self._cursor_of(connection, event_id)
+        if cursor is None or len(cursor) != 1:
+            self.ignored += 1
+            return
+        ((stream, position),) = cursor.items()
+        if (tracked := self._tracked.get(Place(stream, position))) is not None:
+            self._reach(connection, tracked, State.SEEN)
+
+    def _cursor_of(self, connection: Connection, event_id: str) -> Cursor | None:
+        """The place that an id names, if it was sent on this connection."""
+        try:
+            cursor = read_cursor(event_id)
+        except ValueError:
+            return None
+        if len(cursor) != 1:
+            return None
+        ((stream, position),) = cursor.items()
+        if any(
+            sent.tracked.place == (stream, position) for sent in connection.unconfirmed or ()
+        ) or self._was_sent(connection, stream, position):
+            return cursor
+        return None
+
+    def _was_sent(self, connection: Connection, stream: Stream, position: Position) -> bool:
+        state, history = connection.resume_state, self._history
+        upto = history.end if state.cursor is None else state.cursor
+        begin = state.begun_at or state.accepted_at or {}
+        return begin.get(stream, position) < position <= upto.get(
+            stream, position
+        ) and history.is_for(stream, position, connection.audiences)
+
+    def _reach(self, connection: Connection, tracked: Tracked, state: State) -> None:
+        who = Who.of(connection.principal)
+        if (receipt := tracked.by.get(who)) is None:
+            receipt = tracked.by[who] = Receipt()
+            for step, audiences in enumerate(tracked.steps):
+                if not connection.audiences.isdisjoint(audiences):
+                    receipt.steps |= 1 << step
+        self._raise(tracked, who, state)
+
+    def _change(self, tracked: Tracked, who: Who, receipt: Receipt) -> None:
+        tracked.changed[who] = receipt
+        if tracked.place not in self.changed:
+            self.changed[tracked.place] = tracked
+            self._changed.unpark_all()
+
+    def confirm_earlier(self, principal: Principal, upto: Place) -> None:
+        """A client came back with the last event that it has, or names it in a request.
+
+        It has what it was sent before on any connection, of any process.
+        """
+        who = Who.of(principal)
+        for tracked in self._recent.get(principal.tenant, ()):
+            stream, position = tracked.place
+            if stream == upto.stream and position <= upto.position:
+                self._raise(tracked, who, State.DELIVERED)
+
+    def see_earlier(self, principal: Principal, place: Place) -> None:
+        """The application of a client says in a request that it has seen this event."""
+        tracked = self._tracked.get(place)
+        if tracked is not None and tracked.event.tenant_id == principal.tenant:
+            self._raise(tracked, Who.of(principal), State.SEEN)
+
+    def _raise(self, tracked: Tracked, who: Who, state: State) -> None:
+        """Note a state of one who was sent the event, by this process or maybe by another."""
+        now = int(self._clock() * 1000)
+        if (receipt := tracked.by.get(who)) is not None:
+            if receipt.reach(state, now):
+                self.counts[state] += 1
+                self._change(tracked, who, receipt)
+        else:
+            self._change(
+                tracked, who, Receipt(delivered=now, seen=now if state is State.SEEN else None)
+            )
+
+    async def run(self, write: Write) -> NoReturn:
+        """Write what changes, with ``write``; returns only when cancelled."""
+        while True:
+            while not self.changed:
+                await self._changed.park()
+            await trio.sleep(_PAUSE)  # for others: many share a script
+            if not await self.flush(write):
+                await trio.sleep(_RETRY)
+            self.trim()
+
+    async def flush(self, write: Write) -> bool:
+        """Write what has changed until now; return False, and lose nothing, if that fails."""
+        taken = list(self.changed.values())
+        self.changed.clear()
+        changes: dict[Place, Change] = {}
+        for tracked in taken:
+            changes[tracked.place] = Change(tracked.event, tracked.expires, tracked.changed)
+            tracked.changed = {}
+        is_written = False
+        try:
+            is_written = await write(changes)
+        finally:
+            if not is_written:
+                for tracked in taken:
+                    tracked.changed = {**changes[tracked.place].by, **tracked.changed}
+                    self.changed.setdefault(tracked.place, tracked)
+        return is_written
+
+    def trim(self) -> None:
+        """Forget the events whose receipts are not kept any more."""
+        now = self._clock() * 1000
+        tracked = self._tracked
+        while tracked and (first := next(iter(tracked.values()))).expires < now:
+            self._forget(first)
+
+    def _forget(self, tracked: Tracked) -> None:
+        del self._tracked[tracked.place]
+        recent = self._recent[tracked.event.tenant_id]
+        if recent[0] is tracked:
+            recent.popleft()
+        if not recent:
+            del self._recent[tracked.event.tenant_id]
