@@ -35,6 +35,17 @@ _GATEWAY: Final = {
         "Streams.run",
     ],
 }
+# Of a process that is one of several, or that has an API for backends.
+_SERVICE: Final = {
+    "gateway.py: parts.api.keys.run": ["ApiKeys.run"],
+    "gateway.py: parts.api.publishing.run": ["Publishing.run"],
+    "cluster/building.py: self.registry.run": ["Registry.run"],
+    "cluster/building.py: self.control.run": ["Control.run"],
+    "cluster/building.py: self.scripts.run": ["ScriptLink.run"],
+    "cluster/building.py: self.limits.run": ["ClusterLimits.run"],
+    "cluster/building.py: self.room.run": ["ClusterRoom.run"],
+    "cluster/building.py: self.presence.run": ["Presence.run"],
+}
 # Of a process that Hypercorn's master or the supervisor has started.
 _CHILD: Final = {"gateway.py: self._delay_sigterm": ["Gateway._delay_sigterm"]}
 _WORKER: Final = {
@@ -62,9 +73,20 @@ _AWAITED: Final = {
     "broker/primaries.py: self._get_group, server, group, fits, values, problems",
     "broker/primaries.py: send_to, key",
     "broker/asking.py: ask, server",
+    "broker/publishing.py: self._send, server, group, confirm",
+    "cluster/control.py: self._answer, ask",
+    "cluster/observing.py: commands.run",  # of the command line
+    "cluster/observing.py: link.run",
+    "cluster/room.py: self._search, owner, search",
+    "cluster/room.py: self._search_elsewhere, owner, found",
+    "cluster/room.py: self._search_here, owner, found",
 }
-# Parts of the tasks that watch Redis, read it and send commands to it.
+# Parts of other tasks, and what is as a task above.
 _PARTS: Final = {
+    "cluster/building.py: keep_running, 'control', self.link.run, breaker, backoff, changed",
+    "cluster/presence.py: self._keep_sweeping",
+    "cluster/presence.py: self._keep_writing",
+    "cluster/presence.py: self.feed.run",
     "gateway.py: keep_running, sharded.name, sharded.run, sharded.breaker, None, changed",
     "broker/primaries.py: self._calls.run, self._close_all, self._timeout",
     "broker/cluster_streams.py: self._run, sink",
@@ -81,12 +103,13 @@ def _names(calls: dict[str, list[str]]) -> list[str]:
 
 
 GATEWAY: Final = _names(_GATEWAY)
+SERVICE: Final = _names(_SERVICE)
 CHILD: Final = _names(_CHILD)
 WORKER: Final = _names(_WORKER)
 SERVE: Final = _names(_SERVE)
 SUPERVISED: Final = _names(_SUPERVISED)
 SUPERVISOR: Final = _names(_SUPERVISOR)
 CALLS: Final = {
-    *_GATEWAY, *_CHILD, *_WORKER, *_SERVE, *_SUPERVISED, *_SUPERVISOR, *_AWAITED,
+    *_GATEWAY, *_SERVICE, *_CHILD, *_WORKER, *_SERVE, *_SUPERVISED, *_SUPERVISOR, *_AWAITED,
     *_PARTS,
 }  # fmt: skip

@@ -136,7 +136,8 @@ async def test_an_event_told_as_published_is_there_and_one_told_as_not_published
     with capsys.disabled():
         print(f"\n{kind}, {fault.__name__}: {dict(backends.outcomes)}")
     assert len(backends.published) > 1000
-    assert backends.outcomes.keys() - {"None"}, "nothing has failed: no fault was noticed"
+    if fault is not plan:  # which a Cluster hands over without a failure
+        assert backends.outcomes.keys() - {"None"}, "no fault was noticed"
     lost = {n: number for n, number in backends.published.items() if there.get(n) != number}
     assert not lost
     assert not backends.denied & there.keys()

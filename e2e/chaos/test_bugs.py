@@ -2,7 +2,7 @@
 
 import ast
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pytest
 import structlog
@@ -11,6 +11,7 @@ from hypercorn.config import Config
 from hypercorn.utils import LifespanFailureError
 
 import trio_gateway
+from tests.support.api_keys import write_keys
 from tests.support.gateways import (
     Reachable,
     admitted,
@@ -32,7 +33,7 @@ from trio_gateway.runtime.connection import Connection
 from trio_gateway.runtime.resume import Replays
 
 from . import faults
-from .tasks import CALLS, GATEWAY, SERVE
+from .tasks import CALLS, GATEWAY, SERVE, SERVICE
 
 SOON: Final = 5.0  # seconds
 
@@ -51,19 +52,21 @@ def test_table_of_tasks_is_complete() -> None:
     assert found == CALLS
 
 
-def everything(tmp_path: Path) -> dict[str, str]:
+def everything(tmp_path: Path) -> dict[str, Any]:
     """Settings with which every task is started."""
     return {
         "redis_dlq_stream": "events:dlq",
         "database_url": f"sqlite:///{tmp_path}/restaurant.db",
         "ws_operations_bind": f"127.0.0.1:{free_port()}",
+        "ws_cluster": True,
+        "ws_api_keys_file": write_keys(tmp_path),
     }
 
 
 # In this process: Hypercorn's server raises, and its clients get 1001.
 
 
-@pytest.mark.parametrize("task", GATEWAY)
+@pytest.mark.parametrize("task", [*GATEWAY, *SERVICE])
 async def test_bug_in_a_background_task_ends_the_server_after_its_clients(
     redis_url: str, tmp_path: Path, task: str
 ) -> None:
@@ -119,7 +122,7 @@ async def test_bug_in_one_connection_is_1011_for_that_client_only(
     async with running(make_settings(redis_url)) as gateway:
         app = gateway.app
         owner, name = {
-            "admission": (app.parts.admission, "admit"),
+            "admission": (app.parts.admission, "try_admit"),
             "opening": (Reception, "_on_trios_clock"),
             "message": (Connection, "_hear"),
             "resume": (Replays, "_resume"),
