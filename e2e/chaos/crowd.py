@@ -1,13 +1,11 @@
 """A service of several gateway processes, the people who are connected to it, and what it says."""
 
 import json
-import math
 import random
-import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -40,8 +38,6 @@ class Person:
     socket: WebSocketConnection | None = None
     at: GatewayProcess | None = None
     code: int | None = None  # with which the last connection was closed
-    stays: list[tuple[float, float]] = field(default_factory=list)  # unix times
-    left: trio.Event = field(default_factory=trio.Event)
 
     @property
     def key(self) -> str:
@@ -50,25 +46,6 @@ class Person:
     @property
     def here(self) -> bool:
         return self.socket is not None
-
-    def came(self, socket: WebSocketConnection, at: GatewayProcess) -> None:
-        self.socket, self.at, self.code = socket, at, None
-        self.stays.append((time.time(), math.inf))
-        self.left = trio.Event()
-
-    def went(self) -> None:
-        self.socket = None
-        self.stays[-1] = (self.stays[-1][0], time.time())
-        self.left.set()
-
-    def was_here(self, since: float, until: float) -> bool:
-        """Whether it had a connection between two moments."""
-        return any(came < until and went > since for came, went in self.stays)
-
-    def gaps(self, now: float) -> list[float]:
-        """For how many seconds it had no connection, each time."""
-        ends = [*(came for came, _ in self.stays[1:]), *(() if self.here else (now,))]
-        return [end - went for (_, went), end in zip(self.stays, ends, strict=False)]
 
     def url(self, port: int) -> str:
         if self.endpoint == "diner":
@@ -92,7 +69,7 @@ class Crowd:
 
     async def come(self, person: Person, process: GatewayProcess) -> None:
         """Connect, and try again while that is refused for the moment."""
-        while not await self.try_to_come(person, process):
+        while not await self._try(person, process):
             await trio.sleep(0.5 + random.random())
 
     async def all_come(self, whom: Iterable[tuple[Person, GatewayProcess]]) -> None:
@@ -103,11 +80,10 @@ class Crowd:
     async def go(self, person: Person) -> None:
         """Leave without a word."""
         if (socket := person.socket) is not None:
-            person.went()
+            person.socket = None
             await trio.aclose_forcefully(socket._stream)
 
-    async def try_to_come(self, person: Person, process: GatewayProcess) -> bool:
-        """Connect once; returns whether that was possible."""
+    async def _try(self, person: Person, process: GatewayProcess) -> bool:
         async with self._slots:
             socket = None
             try:
@@ -116,7 +92,7 @@ class Crowd:
                     await socket.send_message('{"type":"ping"}')
                     while await socket.get_message() != _PONG:
                         pass
-                    person.came(socket, process)
+                    person.socket, person.at, person.code = socket, process, None
                     self._nursery.start_soon(self._watch, person, socket)
                     return True
             except ConnectionClosed as closed:
@@ -136,7 +112,7 @@ class Crowd:
                 await socket.get_message()
         except ConnectionClosed as closed:
             if person.socket is socket:
-                person.went()
+                person.socket = None
                 person.code = closed.reason.code if closed.reason else None
         finally:
             with trio.CancelScope(shield=True):
