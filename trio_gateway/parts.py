@@ -27,6 +27,7 @@ from .broker.readiness import Readiness
 from .broker.receipt_store import ReceiptStore
 from .broker.sentinel_replicas import SentinelReplicas
 from .broker.sharded_pubsub import ShardedPubSub, is_channel
+from .broker.steps import Steps
 from .broker.stream_pages import StreamPages
 from .broker.streams import Streams
 from .broker.topologies import make_topology
@@ -41,6 +42,7 @@ from .core.control_messages import PLACEMENT, REVOKED, SECTORS_CHANGED, Node
 from .core.event_ids import tag
 from .core.limits import DropAlarm, TenantRate
 from .core.resilience import Breaker
+from .core.routing import names_of
 from .redis_url import RedisKind, RedisUrl
 from .runtime.client_counts import ClientCounts
 from .runtime.concurrency_limiter import ConcurrencyLimiter
@@ -55,6 +57,7 @@ from .runtime.older_events import LEAST_BYTES, OlderEvents
 from .runtime.past_routing import PastRouting
 from .runtime.places import Places
 from .runtime.queue import EventQueue
+from .runtime.reach import Reach
 from .runtime.receipts import ReceiptLog
 from .runtime.resume import Replays
 from .runtime.room import Room
@@ -106,6 +109,8 @@ class Parts:
     replays: Replays
     receipts: ReceiptLog
     receipt_store: ReceiptStore
+    reach: Reach
+    steps: Steps
     dispatch: Dispatch
     pubsub: PubSub
     sharded_pubsubs: Sequence[ShardedPubSub]  # in a Cluster only
@@ -229,6 +234,12 @@ def build_parts(
     )
     receipts = ReceiptLog(history, settings.routes, clock, settings.ws_receipt_ttl)
     receipt_store = ReceiptStore(commands, names)
+    reach = Reach(
+        settings.routes,
+        lambda type_: names_of(settings.routes.route_of(type_).to),
+        clock,
+        settings.ws_receipt_ttl,
+    )
     if receipts.tracks:
         dispatch.receipts = receipts
     replays = Replays(history, hub, places, older_events, receipts)
@@ -321,6 +332,7 @@ def build_parts(
         routes=settings.routes,
         places=places,
         receipts=receipts if receipts.tracks else None,
+        reach=reach if reach.watches else None,
         wall_clock=clock,
     )
     streams: Streams | ClusterStreams
@@ -335,7 +347,8 @@ def build_parts(
             old_streams=sharding.old_streams,
             on_demoted=on_demoted,
         )
-    following = Following(streams, history, sharding)
+    # The events of a tenant without clients must reach somebody, too.
+    following = Following(streams, history, sharding, reads_all=reach.watches)
     sources = trio.CancelScope()
     silent = SilentConnections(settings.ws_max_handshakes)
     heads: ConcurrencyLimiter[Opening] = ConcurrencyLimiter(settings.ws_max_handshakes)
@@ -402,6 +415,8 @@ def build_parts(
         replays=replays,
         receipts=receipts,
         receipt_store=receipt_store,
+        reach=reach,
+        steps=Steps(commands, receipt_store, names),
         dispatch=dispatch,
         pubsub=pubsub,
         sharded_pubsubs=sharded_pubsubs,

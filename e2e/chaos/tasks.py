@@ -1,5 +1,6 @@
 """The background tasks of a gateway: the call that starts each, and its name for a fault."""
 
+from pathlib import Path
 from typing import Final
 
 # Of every gateway process. The last two calls start two tasks each.
@@ -10,6 +11,8 @@ _GATEWAY: Final = {
     "gateway.py: parts.readiness.run": ["Readiness.run"],
     "gateway.py: parts.replays.decide": ["Replays.decide"],
     "gateway.py: parts.replays.keep_ahead": ["Replays.keep_ahead"],
+    "gateway.py: parts.receipts.run, parts.receipt_store.write": ["ReceiptLog.run"],
+    "gateway.py: parts.reach.run, parts.steps.take": ["Reach.run"],
     "gateway.py: parts.following.run": ["Following.run"],
     "gateway.py: parts.watch_topology": ["watch"],
     "gateway.py: parts.placement.run": ["Placement.run"],
@@ -113,3 +116,10 @@ CALLS: Final = {
     *_GATEWAY, *_SERVICE, *_CHILD, *_WORKER, *_SERVE, *_SUPERVISED, *_SUPERVISOR, *_AWAITED,
     *_PARTS,
 }  # fmt: skip
+
+
+def write_routes(folder: Path) -> Path:
+    """Write a routes file with which all of these tasks are started."""
+    path = folder / "routes.toml"
+    path.write_text('[routes.ROUND_READY]\nmust_reach = "waiters"\nwithin = 60\n')
+    return path

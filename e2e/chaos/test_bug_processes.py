@@ -29,7 +29,7 @@ from trio_gateway.core.close_codes import Close
 from trio_gateway.testing import make_jwt
 
 from . import faults
-from .tasks import CHILD, GATEWAY, SERVE, SUPERVISED, SUPERVISOR, WORKER
+from .tasks import CHILD, GATEWAY, SERVE, SUPERVISED, SUPERVISOR, WORKER, write_routes
 
 pytestmark = pytest.mark.chaos
 
@@ -96,6 +96,7 @@ async def buggy(
         CHAOS_STATUS=str(folder / "statuses"),
         PYTHONPATH=faults.PYTHONPATH,
         REDIS_DLQ_STREAM="events:dlq",
+        WS_ROUTES_FILE=str(write_routes(folder)),
         DATABASE_URL=f"sqlite:///{folder}/restaurant.db",
         WS_OPERATIONS_BIND=f"127.0.0.1:{free_port()}",
     )

@@ -33,7 +33,7 @@ from trio_gateway.runtime.connection import Connection
 from trio_gateway.runtime.resume import Replays
 
 from . import faults
-from .tasks import CALLS, GATEWAY, SERVE, SERVICE
+from .tasks import CALLS, GATEWAY, SERVE, SERVICE, write_routes
 
 SOON: Final = 5.0  # seconds
 
@@ -58,6 +58,7 @@ def everything(tmp_path: Path) -> dict[str, Any]:
         "redis_dlq_stream": "events:dlq",
         "database_url": f"sqlite:///{tmp_path}/restaurant.db",
         "ws_operations_bind": f"127.0.0.1:{free_port()}",
+        "ws_routes_file": write_routes(tmp_path),
         "ws_cluster": True,
         "ws_api_keys_file": write_keys(tmp_path),
     }

@@ -63,7 +63,8 @@ def publish(backend: "redis.Redis", **keys: Any) -> None:
 async def say(client: WebSocketConnection, **message: Any) -> None:
     """Send a message, and wait until it has been handled."""
     await client.send_message(json.dumps(message))
-    await client.send_message("ping")
+    if message["type"] != "ping":
+        await client.send_message("ping")
     while await receive_event(client) != {"type": "pong"}:
         pass
 

@@ -7,6 +7,7 @@ from typing import Annotated, Final
 import msgspec
 
 from .audiences import BranchId, SectorId, SessionId, TableId, TenantId
+from .escalation import OVERHEAD, Escalation, may_be_wrapper, read_escalation
 from .event_ids import Position, Stream, event_id
 from .frames import deflated_frame, split, text_frame
 
@@ -62,6 +63,7 @@ class Event(msgspec.Struct, gc=False, eq=False):
 
     ``received_at`` is when it was received, on the runtime's clock. ``stream`` and ``position`` are
     None for an event from Pub/Sub. ``durable``: it was read from a stream, and its type is durable.
+    ``escalation``: it is an event that others were sent before; clients get what is inside.
     """
 
     type: str
@@ -77,6 +79,7 @@ class Event(msgspec.Struct, gc=False, eq=False):
     stream: Stream | None
     position: Position | None
     durable: bool
+    escalation: Escalation | None = None
     _frame: bytes | None = None
     _deflated: bytes | None = None
 
@@ -85,6 +88,8 @@ class Event(msgspec.Struct, gc=False, eq=False):
         """The id that clients get with it; None unless the event is durable."""
         if not self.durable:
             return None
+        if self.escalation is not None:
+            return self.escalation.event_id
         assert self.stream is not None
         assert self.position is not None
         return event_id(self.stream, self.position)
@@ -95,7 +100,8 @@ class Event(msgspec.Struct, gc=False, eq=False):
         if (found := self.event_id) is None:
             return self.payload
         # The object is not empty, so a comma is needed; ids need no escapes.
-        open_end = self.payload.rstrip(WHITE_SPACE)[:-1]
+        payload = self.payload if self.escalation is None else bytes(self.escalation.event)
+        open_end = payload.rstrip(WHITE_SPACE)[:-1]
         return b'%b%b%b"}' % (open_end, _EVENT_ID, found.encode())
 
     @property
@@ -136,7 +142,8 @@ def parse_event(
 
     Every event is checked here: from Pub/Sub, from streams, and in the publisher before it sends.
     """
-    if len(payload) > MAX_EVENT_BYTES:
+    is_wrapper = stream is not None and may_be_wrapper(payload)
+    if len(payload) > MAX_EVENT_BYTES + (OVERHEAD if is_wrapper else 0):
         raise InvalidEvent("too_big", f"event is over {MAX_EVENT_BYTES} bytes")
     try:
         # msgspec does not check what it skips, and a browser drops the connection when it gets
@@ -150,11 +157,14 @@ def parse_event(
         raise InvalidEvent(_reason(str(error)), str(error)) from None
     except (msgspec.DecodeError, RecursionError):
         raise InvalidEvent("not_json", "event is not JSON") from None
+    escalation = read_escalation(payload) if is_wrapper else None
     # By position: at this place names would cost a tenth of all that an event costs.
     return Event(
         keys.type, keys.tenant_id, keys.branch_id, keys.sector_id, keys.session_id, keys.id or None,
         keys.ts, payload, channel, received_at, stream, position,
-        stream is not None and position is not None and keys.type in durable_types,
+        stream is not None and position is not None
+        and (keys.type in durable_types or escalation is not None),
+        escalation,
     )  # fmt: skip
 
 

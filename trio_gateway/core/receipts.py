@@ -12,7 +12,7 @@ from typing import NamedTuple
 import msgspec
 
 from .audiences import Endpoint, Principal
-from .event_ids import Position, Stream
+from .event_ids import Position, Stream, read_cursor
 
 
 class State(IntEnum):
@@ -54,6 +54,15 @@ class TrackedEvent(msgspec.Struct, frozen=True):
     tenant_id: int
     branch_id: int
     at: int
+
+
+def read_place(event_id: str) -> Place | None:
+    """The place that the id of one event names; None if it is not such an id."""
+    try:
+        cursor = read_cursor(event_id)
+    except ValueError:
+        return None
+    return Place(*next(iter(cursor.items()))) if len(cursor) == 1 else None
 
 
 @dataclass(slots=True)

@@ -22,10 +22,12 @@ class To(Flag):
     BRANCH_DINERS = auto()  # every diner of the branch
 
 
-def name_of(to: To) -> str:
-    """The name of one audience, as in the routes file."""
-    assert to.name is not None
-    return to.name.lower()
+_BY_NAME: Final = {each.name.lower(): each for each in To if each.name is not None}
+
+
+def names_of(to: To) -> list[str]:
+    """The names of audiences, as in the routes file."""
+    return [name for name, each in _BY_NAME.items() if each in to]
 
 
 @dataclass(frozen=True)
@@ -122,14 +124,32 @@ class Routing(Mapping[str, Route]):
 
     def audiences(self, event: Event) -> list[Audience]:
         """Who may receive this event. Used alike for live delivery, replay and catch-up."""
+        if event.escalation is not None:
+            return audiences_by(_route_to(event.escalation.to), event)
         return audiences_by(self._table.get(event.type, UNKNOWN), event)
 
-    def audiences_of_steps(self, event: Event) -> tuple[frozenset[Audience], ...]:
-        """The audiences of each step of this event, see :attr:`Route.steps`."""
+    def excluded(self, event: Event) -> frozenset[Audience]:
+        """The audiences that an escalated event does not go to: they were sent it before."""
+        if event.escalation is None:
+            return frozenset()
+        return frozenset(audiences_by(_route_to(*event.escalation.unless), event))
+
+    def audiences_of_steps(self, type_: str, event: Event) -> tuple[frozenset[Audience], ...]:
+        """The audiences of each step of a type (see :attr:`Route.steps`), for what this event
+        concerns.
+        """
         return tuple(
             frozenset(audiences_by(Route(step.to, True), event))
-            for step in self.route_of(event.type).steps
+            for step in self.route_of(type_).steps
         )
+
+
+def _route_to(*names: str) -> Route:
+    """The route to audiences of these names; unknown ones, of a newer version, are nobody."""
+    to = To(0)
+    for name in names:
+        to |= _BY_NAME.get(name, To(0))
+    return Route(to, True)
 
 
 def audiences_by(route: Route, event: Event) -> list[Audience]:

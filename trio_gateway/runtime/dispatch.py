@@ -26,7 +26,7 @@ from .pauses import Pauses
 from .queue import EventQueue
 from .receipts import ReceiptLog
 from .throttled_log import ThrottledLog
-from .tracked import Tracked
+from .tracked import Sent
 
 log = structlog.get_logger()
 
@@ -243,10 +243,12 @@ class Dispatch:
             if is_concerned:
                 audiences = self.audiences(event)
                 groups = self._hub.groups(audiences)
+                if event.escalation is not None:
+                    groups = self._without_earlier(event, groups)
             mark = 0
             if found is None:
                 fresh.append(event)
-                if event.type not in self._types:
+                if event.type not in self._types and event.escalation is None:
                     self.unknown_type += 1
                 if groups:
                     self.broadcasts += 1
@@ -279,6 +281,15 @@ class Dispatch:
             if any(event.frame is not event.deflated for event, _, _ in planned):
                 writes = _with_deflated(writes, deflated)
         return fresh, planned, writes
+
+    def _without_earlier(self, event: Event, groups: list[Members]) -> list[Members]:
+        """Those in an escalated event's audience that were not sent it before."""
+        left = Members()
+        left.update(union(groups))
+        left.difference_update(union(self._hub.groups(self._routes.excluded(event))))
+        if self.receipts is not None:
+            left.difference_update(self.receipts.had(event, left))
+        return [left] if left else []
 
     def _plan_one(self, event: Event, groups: list[Members], delivered_up_to: int) -> list[_Write]:
         members = union(groups)
@@ -378,16 +389,16 @@ class Dispatch:
             connection.send(GAP)
 
 
-def _tracked(receipts: ReceiptLog, planned: Sequence[_Planned], mask: int) -> list[Tracked]:
+def _tracked(receipts: ReceiptLog, planned: Sequence[_Planned], mask: int) -> list[Sent]:
     """The tracked events whose bits are set, in order."""
     if receipts.is_empty:
         return []
     found = []
     for n, (event, _, _) in enumerate(planned):
         if mask >> n & 1 and event.stream is not None and event.position is not None:
-            tracked = receipts.find(Place(event.stream, event.position))
-            if tracked is not None:
-                found.append(tracked)
+            sent = receipts.find(Place(event.stream, event.position))
+            if sent is not None:
+                found.append(sent)
     return found
 
 

@@ -21,11 +21,18 @@ class Following:
     """Which streams the source reads.
 
     With shards, a stream is read from the first client of its tenants on, and for ``linger``
-    seconds after the last one has left. Without shards, all streams are always read.
+    seconds after the last one has left. Without shards, or with ``reads_all``, all streams are
+    always read.
     """
 
     def __init__(
-        self, source: Source, history: History, sharding: Sharding, *, linger: float = LINGER
+        self,
+        source: Source,
+        history: History,
+        sharding: Sharding,
+        *,
+        linger: float = LINGER,
+        reads_all: bool = False,
     ) -> None:
         self._source = source
         self._history = history
@@ -35,12 +42,13 @@ class Following:
         self._left: dict[str, float] = {}  # when the last client left, the longest ago first
         self._idle = trio.lowlevel.ParkingLot()
         self.names: set[str] = set()
-        if not sharding.by_tenant:
+        self._by_tenant = sharding.by_tenant and not reads_all
+        if not self._by_tenant:
             self._follow(sharding.names)
 
     def client_of(self, tenant: TenantId) -> AbstractContextManager[None]:
         """Read the streams of this tenant meanwhile."""
-        return self._client_of(tenant) if self._sharding.by_tenant else _NOTHING
+        return self._client_of(tenant) if self._by_tenant else _NOTHING
 
     @contextmanager
     def _client_of(self, tenant: TenantId) -> Iterator[None]:

@@ -9,7 +9,7 @@ import math
 from bisect import bisect_left, bisect_right
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
-from itertools import takewhile
+from itertools import islice, takewhile
 from typing import Final
 
 import structlog
@@ -58,6 +58,7 @@ class History:
         self._grown = trio.lowlevel.ParkingLot()
         self._raw = RawEvents()
         self._index = EntryIndex()
+        self._has_escalations = False  # ever
         self.routing = routing  # of past events
         self._throttled_log = ThrottledLog(log)
         self.bytes = 0
@@ -139,6 +140,7 @@ class History:
             self.routing.stored_for(event, audiences),
             delivered_up_to,
         )
+        self._exclude(kept, event)
         self._kept.append(kept)
         self.bytes += len(kept.frame)
         for audience in kept.audiences:
@@ -210,6 +212,12 @@ class History:
             event, audiences = found
             kept.frame = event.frame
             kept.audiences = self.routing.stored_for(event, audiences)
+            self._exclude(kept, event)
+
+    def _exclude(self, kept: StoredEvent, event: Event) -> None:
+        if event.escalation is not None:
+            kept.unless = self.routing.excluded(event)
+            self._has_escalations = True
 
     def _insert(self, key: tuple[Stream, Audience], events: list[StoredEvent]) -> None:
         """Add events to those of an audience. Both are in order, and may overlap."""
@@ -382,6 +390,8 @@ class History:
             for stream, seen in cursor.items():
                 if mine := self._by_audience.get((stream, audience)):
                     found.update(takewhile(_is_after(seen), reversed(mine)))
+        if self._has_escalations:
+            found = {kept for kept in found if kept.unless.isdisjoint(audiences)}
         return found
 
     def following(
@@ -395,6 +405,11 @@ class History:
             for stream, seen in cursor.items():
                 if mine := self._by_audience.get((stream, audience)):
                     first = bisect_right(mine, seen, key=_position)
+                    if self._has_escalations:
+                        rest = islice(mine, first, None)
+                        wanted = (kept for kept in rest if kept.unless.isdisjoint(audiences))
+                        runs.append(list(islice(wanted, most)))
+                        continue
                     last = min(first + most, len(mine))
                     runs.append([mine[n] for n in range(first, last)])
         found: list[StoredEvent] = []

@@ -41,6 +41,10 @@ class PastRouting:
             return (*audiences, record(event.tenant, event.branch))
         return tuple(audiences)
 
+    def excluded(self, event: Event) -> frozenset[Audience]:
+        """The audiences that were sent an escalated event before."""
+        return self._routes.excluded(event)
+
     def route(
         self, stream: Stream, position: Position, payload: bytes, received_at: float
     ) -> tuple[Event, list[Audience]] | None:

@@ -11,9 +11,10 @@ from typing import Final, NoReturn
 import trio
 
 from ..core.audiences import Principal
+from ..core.escalation import Escalation
 from ..core.event_ids import Cursor, Position, Stream, read_cursor
 from ..core.events import Event
-from ..core.receipts import Change, Place, Receipt, State, TrackedEvent, Who
+from ..core.receipts import Change, Place, Receipt, State, TrackedEvent, Who, read_place
 from ..core.routing import Routing
 from .connection import Connection
 from .history import History
@@ -44,6 +45,7 @@ class ReceiptLog:
         self._clock = clock
         self._ttl_ms = int(ttl * 1000)
         self._tracked: dict[Place, Tracked] = {}  # in the order they came
+        self._escalated: dict[Place, Tracked] = {}  # by where they are escalated
         self._recent: dict[int, deque[Tracked]] = {}  # by tenant
         self.changed: dict[Place, Tracked] = {}  # to be written to Redis
         self._changed = trio.lowlevel.ParkingLot()
@@ -64,36 +66,59 @@ class ReceiptLog:
         """Track those of these durable events whose type asks for it."""
         types = self._types
         for event in events:
-            if event.type in types and event.durable:
-                self._add(event)
+            if event.escalation is not None:
+                self._add_escalated(event, event.escalation)
+            elif event.type in types and event.durable:
+                assert event.stream is not None
+                assert event.position is not None
+                self._add(event, event.type, Place(event.stream, event.position))
 
-    def _add(self, event: Event) -> None:
+    def _add_escalated(self, event: Event, escalation: Escalation) -> None:
         assert event.stream is not None
         assert event.position is not None
-        place, at = Place(event.stream, event.position), event.position[0]
-        if place in self._tracked:
+        if (original := read_place(escalation.event_id)) is None:
             return
-        steps = self._routes.audiences_of_steps(event)
-        about = TrackedEvent(event.type, event.tenant, event.branch, at)
+        tracked = self._tracked.get(original) or self._add(event, escalation.of, original)
+        self._escalated[Place(event.stream, event.position)] = tracked
+        if len(self._escalated) > MOST_TRACKED:
+            del self._escalated[next(iter(self._escalated))]
+
+    def _add(self, event: Event, type_: str, place: Place) -> Tracked:
+        """Track the event at this place, which concerns the same as ``event``."""
+        if (known := self._tracked.get(place)) is not None:
+            return known
+        steps, at = self._routes.audiences_of_steps(type_, event), place.position[0]
+        about = TrackedEvent(type_, event.tenant, event.branch, at)
         tracked = self._tracked[place] = Tracked(place, about, at + self._ttl_ms, steps)
         self._recent.setdefault(event.tenant, deque(maxlen=MOST_RECENT)).append(tracked)
         if len(self._tracked) > MOST_TRACKED:
             self._forget(next(iter(self._tracked.values())))
+        return tracked
 
-    def find(self, place: Place) -> Tracked | None:
-        """What is known of an event here; None if it is not tracked, or not any more."""
-        return self._tracked.get(place)
+    def find(self, place: Place) -> Sent | None:
+        """The tracked event at this place, or that is escalated there; None if there is none."""
+        tracked = self._tracked.get(place) or self._escalated.get(place)
+        return None if tracked is None else Sent(place.position, tracked)
 
-    def sent(self, connection: Connection, events: Iterable[Tracked], *, waits: bool) -> None:
+    def had(self, event: Event, connections: Iterable[Connection]) -> list[Connection]:
+        """Those of these connections whose users or sessions were sent the original before."""
+        assert event.stream is not None
+        assert event.position is not None
+        tracked = self._escalated.get(Place(event.stream, event.position))
+        if tracked is None:
+            return []
+        return [each for each in connections if Who.of(each.principal) in tracked.by]
+
+    def sent(self, connection: Connection, events: Iterable[Sent], *, waits: bool) -> None:
         """A connection was sent these events; with ``waits`` the kernel has not taken all yet."""
         if connection.ending:
             return
         if (unconfirmed := connection.unconfirmed) is None:
             unconfirmed = connection.unconfirmed = deque(maxlen=MOST_UNCONFIRMED)
-        for tracked in events:
-            unconfirmed.append(Sent(tracked.place.position, tracked))
+        for sent in events:
+            unconfirmed.append(sent)
             if not waits:
-                self._reach(connection, tracked, State.WRITTEN)
+                self._reach(connection, sent.tracked, State.WRITTEN)
 
     def taken(self, connection: Connection) -> None:
         """The kernel has taken all that waited for a connection."""

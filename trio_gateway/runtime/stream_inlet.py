@@ -33,6 +33,7 @@ from .history import History
 from .ingest import Ingest
 from .places import Places
 from .queue import EventQueue
+from .reach import Reach
 from .receipts import ReceiptLog
 from .resume import Replays
 from .source import Entry, Lost, Past, Room
@@ -60,6 +61,7 @@ class StreamInlet:
         routes: Routing,
         places: Places | None = None,
         receipts: ReceiptLog | None = None,
+        reach: Reach | None = None,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._ingest = ingest
@@ -70,6 +72,7 @@ class StreamInlet:
         self._durable_types = routes.durable_types
         self._wall_clock = wall_clock
         self._receipts = receipts
+        self._reach = reach
         self._places = places or Places(history)
         self._by_tenant = self._places.by_tenant
         self.misplaced = 0  # events in the shard of another tenant
@@ -128,6 +131,8 @@ class StreamInlet:
         self._dispatch.remember(event, read_again)
         if self._receipts is not None:
             self._receipts.note((event,))
+        if self._reach is not None:
+            self._reach.note((event,))
 
     async def take(
         self,
@@ -151,6 +156,8 @@ class StreamInlet:
             )
             if self._receipts is not None:
                 self._receipts.note(events)
+            if self._reach is not None:
+                self._reach.note(events)
             if self._by_tenant:
                 for event in events:
                     if not self._places.concern(stream, event.tenant):

@@ -15,7 +15,7 @@ from ..core.close_codes import Rejected
 from ..core.control_messages import FlushReceipts
 from ..core.event_ids import event_id, read_cursor
 from ..core.receipts import Place, Receipt, State, TrackedEvent, Who
-from ..core.routing import name_of
+from ..core.routing import names_of
 from ..parts import Parts
 from .responses import Answer, identify, problem, refusal
 
@@ -136,7 +136,7 @@ def _describe(
         },
         "by": [_describe_one(who, found.by[who]) for who in sorted(found.by)],
         "steps": [
-            {"to": name_of(steps[step + 1].to), "at": at / 1000}
+            {"to": names_of(steps[step + 1].to)[0], "at": at / 1000}
             for step, at in sorted(found.steps.items())
             if step + 1 < len(steps)
         ],

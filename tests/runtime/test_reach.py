@@ -1,0 +1,136 @@
+"""Reach: when Redis is asked whether a step is to be taken."""
+
+from collections.abc import Sequence
+
+import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from trio_gateway.core.event_ids import Position, tag
+from trio_gateway.core.events import Event, parse_event
+from trio_gateway.core.routes_file import read_routes
+from trio_gateway.core.routing import names_of
+from trio_gateway.runtime.reach import GRACE, Due, Reach
+from trio_gateway.testing import make_event
+
+ROUTES = read_routes(
+    '[routes.SERVICE_CALL_CREATED]\nmust_reach = "waiters"\nwithin = 10\n'
+    'then = [{to = "floor", within = 5}]\n'
+)
+STREAM = tag("events:critical")
+BEGIN = 1_790_000_000
+
+
+class Asked:
+    """Answers, and notes when it was asked about what."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[float, list[tuple[int, int]]]] = []
+        self.left: Sequence[int] | None = [0]
+
+    async def __call__(self, dues: Sequence[Due]) -> Sequence[int] | None:
+        steps = [(due.place.position[0] - BEGIN * 1000, due.number) for due in dues]
+        self.calls.append((round(trio.current_time(), 2), steps))
+        return None if self.left is None else list(self.left) * len(dues)
+
+
+def clock() -> float:
+    return BEGIN + trio.current_time()
+
+
+def watching(ttl: float = 3600.0) -> Reach:
+    return Reach(ROUTES, lambda type_: names_of(ROUTES.route_of(type_).to), clock, ttl)
+
+
+def event(type_: str = "SERVICE_CALL_CREATED", after: float = 0.0, payload: bytes = b"") -> Event:
+    return parse_event(
+        payload or make_event(type_, sector_id=5).payload,
+        channel="",
+        received_at=0.0,
+        stream=STREAM,
+        position=Position((int((BEGIN + after) * 1000), 0)),
+        durable_types=ROUTES.durable_types,
+    )
+
+
+async def test_redis_is_asked_a_moment_after_each_deadline(autojump_clock: MockClock) -> None:
+    reach, asked = watching(), Asked()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(reach.run, asked)
+        reach.note([event(), event("ROUND_READY"), event(after=1), event(after=1.05)])
+        await trio.sleep(60)
+        assert asked.calls == [
+            (10 + GRACE, [(0, 0)]),
+            (11 + GRACE, [(1000, 0), (1050, 0)]),
+        ]
+        assert not len(reach)
+        nursery.cancel_scope.cancel()
+
+
+async def test_earlier_deadline_that_comes_later_is_asked_about_first(
+    autojump_clock: MockClock,
+) -> None:
+    reach, asked = watching(), Asked()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(reach.run, asked)
+        reach.note([event(after=5)])
+        await wait_all_tasks_blocked()
+        reach.note([event(after=-100)])  # of the past: a process has just begun to read
+        await trio.sleep(60)
+        assert [steps for _, steps in asked.calls] == [[(-100_000, 0)], [(5000, 0)]]
+        nursery.cancel_scope.cancel()
+
+
+async def test_while_redis_is_away_it_is_asked_again_and_again(autojump_clock: MockClock) -> None:
+    reach, asked = watching(), Asked()
+    asked.left = None
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(reach.run, asked)
+        reach.note([event()])
+        await trio.sleep(20)
+        assert 4 <= len(asked.calls) <= 10
+        asked.left = [0]
+        await trio.sleep(3)
+        number = len(asked.calls)
+        await trio.sleep(60)
+        assert len(asked.calls) == number
+        nursery.cancel_scope.cancel()
+
+
+async def test_clock_that_is_ahead_of_redis_asks_again_when_it_is_time(
+    autojump_clock: MockClock,
+) -> None:
+    reach, asked = watching(), Asked()
+    asked.left = [2500]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(reach.run, asked)
+        reach.note([event()])
+        await trio.sleep(11)
+        asked.left = [0]
+        await trio.sleep(60)
+        assert [at for at, _ in asked.calls] == [10.5, 13.0]
+        nursery.cancel_scope.cancel()
+
+
+async def test_next_step_has_its_own_time_from_its_own_entry(autojump_clock: MockClock) -> None:
+    payload = (
+        b'{"type":"EVENT_ESCALATED","tenant_id":1,"branch_id":1,"event_id":"%d000-0-%s",'
+        b'"of":"SERVICE_CALL_CREATED","to":"floor","unless":[],"step":1,"event":{}}'
+        % (BEGIN, STREAM.encode())
+    )
+    reach, asked = watching(), Asked()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(reach.run, asked)
+        reach.note([event(after=12, payload=payload)])
+        await trio.sleep(60)
+        assert asked.calls == [(17 + GRACE, [(0, 1)])]
+        nursery.cancel_scope.cancel()
+
+
+async def test_event_of_which_nothing_is_known_any_more_is_not_watched(
+    autojump_clock: MockClock,
+) -> None:
+    reach = watching(ttl=100)
+    reach.note([event(after=-120)])
+    assert not len(reach)
+    reach.note([event(after=-110)])  # its steps take 15 s
+    assert len(reach) == 1

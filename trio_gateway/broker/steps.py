@@ -1,0 +1,166 @@
+"""Steps of events that must reach somebody: each is taken once, in one script.
+
+What the script changes is in the slot of the event's stream: the hash of its receipts
+(:mod:`.receipt_store`), and the stream itself.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import msgspec
+import structlog
+
+from ..core.escalation import ESCALATED
+from ..core.event_ids import Stream, entry_id, event_id
+from ..core.routing import UNHEARD, names_of
+from ..runtime.reach import Due
+from ..runtime.throttled_log import ThrottledLog
+from .commands import Commands, Unavailable
+from .receipt_store import ReceiptStore
+
+log = structlog.get_logger()
+
+# KEYS: the hashes, and the stream. ARGV for each hash: the number of the step, its deadline and
+# when the hash expires (unix ms), the event as JSON, its entry id, the begin of the wrapper for the
+# next audience ('' if there is none), and the parts of the report before and after the number of
+# those to whom it was written. Returns for each in how many ms it is to be asked again.
+_TAKE: Final = """
+local t = redis.call('TIME')
+local now = t[1] * 1000 + math.floor(t[2] / 1000)
+local stream, n, found = KEYS[#KEYS], 0, {}
+local function next_one()
+  n = n + 1
+  return ARGV[n]
+end
+for i = 1, #KEYS - 1 do
+  local key, step, deadline = KEYS[i], tonumber(next_one()), tonumber(next_one())
+  local expires = next_one()
+  local event, id, wrapper, head, tail = next_one(), next_one(), next_one(), next_one(), next_one()
+  local is_over = redis.call('HEXISTS', key, 'step:' .. step) == 1
+  for earlier = 0, step do
+    is_over = is_over or redis.call('HEXISTS', key, 'confirmed:' .. earlier) == 1
+  end
+  if is_over then
+    found[i] = 0
+  elseif now < deadline then
+    found[i] = deadline - now
+  else
+    found[i] = 0
+    local written, fields = 0, redis.call('HGETALL', key)
+    for f = 1, #fields, 2 do
+      if string.sub(fields[f], 1, 3) == 'by:' then
+        local steps, at = string.match(fields[f + 1], '^(%d*):(%d*):')
+        if at ~= '' and bit.band(tonumber(steps), bit.lshift(1, step)) ~= 0 then
+          written = written + 1
+        end
+      end
+    end
+    redis.call('HSETNX', key, 'event', event)
+    redis.call('HSET', key, 'step:' .. step, now)
+    redis.call('PEXPIREAT', key, expires)
+    local entry = wrapper ~= '' and redis.call('XRANGE', stream, id, id)[1]
+    if entry then
+      for f = 1, #entry[2], 2 do
+        if entry[2][f] == 'data' then
+          redis.call('XADD', stream, '*', 'data', wrapper .. entry[2][f + 1] .. '}')
+        end
+      end
+    end
+    redis.call('XADD', stream, '*', 'data', head .. written .. tail)
+  end
+end
+return found
+"""
+
+
+class Steps:
+    """Takes the steps of events. ``names`` are those of the streams, by their tags."""
+
+    def __init__(
+        self, commands: Commands, store: ReceiptStore, names: Mapping[Stream, str]
+    ) -> None:
+        self._commands = commands
+        self._store = store
+        self._names = names
+        self._throttled_log = ThrottledLog(log)
+
+    async def take(self, dues: Sequence[Due]) -> Sequence[int] | None:
+        """Take those that are not taken yet and whose events nobody has confirmed.
+
+        Returns for each in how many ms it is to be asked about again, 0 for never; None if Redis is
+        unavailable: asking again is safe.
+        """
+        found = [0] * len(dues)
+        by_stream: dict[Stream, list[int]] = {}
+        for n, due in enumerate(dues):
+            by_stream.setdefault(due.place.stream, []).append(n)
+        for stream, numbers in by_stream.items():
+            keys = [*(self._store.key(dues[n].place) for n in numbers), self._names[stream]]
+            arguments = [each for n in numbers for each in _arguments(dues[n])]
+            try:
+                reply = await self._commands.evaluate(
+                    _TAKE, keys, arguments, fits=lambda reply: isinstance(reply, list)
+                )
+            except Unavailable as error:
+                self._throttled_log.warning("deadlines not checked yet", error=str(error))
+                return None
+            for n, left in zip(numbers, reply, strict=True):
+                found[n] = int(left)
+        return found
+
+
+def _arguments(due: Due) -> list[Any]:
+    head, tail = _report(due)
+    return [
+        due.number,
+        due.deadline,
+        due.expires,
+        msgspec.json.encode(due.event),
+        entry_id(due.place.position),
+        _wrapper(due),
+        head,
+        tail,
+    ]
+
+
+def _concerns(due: Due) -> dict[str, Any]:
+    """Whom the event concerns, as keys of an event."""
+    found = {"tenant_id": due.event.tenant_id, "branch_id": due.event.branch_id}
+    if due.sector is not None:
+        found["sector_id"] = due.sector
+    return found
+
+
+def _wrapper(due: Due) -> bytes:
+    """The begin of the wrapper that takes the event to the next audience; empty at the end."""
+    if due.number + 1 == len(due.steps):
+        return b""
+    named = event_id(*due.place)
+    session = {} if due.session is None else {"session_id": due.session}
+    wrapper = {
+        "type": ESCALATED,
+        **_concerns(due),
+        **session,
+        "id": f"escalated:{named}:{due.number + 1}",
+        "event_id": named,
+        "of": due.event.type,
+        "to": names_of(due.steps[due.number + 1].to)[0],
+        "unless": due.unless,
+        "step": due.number + 1,
+    }
+    return msgspec.json.encode(wrapper)[:-1] + b',"event":'
+
+
+def _report(due: Due) -> tuple[bytes, bytes]:
+    """The event that tells of the step, before and after the number of those it was written to."""
+    step, named = due.steps[due.number], event_id(*due.place)
+    within = int(step.within) if step.within.is_integer() else step.within
+    entity = {
+        "event_id": named,
+        "type": due.event.type,
+        "to": names_of(step.to)[0],
+        "within": within,
+    }
+    report = {"type": UNHEARD, **_concerns(due), "id": f"unheard:{named}:{due.number}"}
+    begin = msgspec.json.encode(report)[:-1] + b',"entity":'
+    return begin + msgspec.json.encode(entity)[:-1] + b',"written":', b',"delivered":0}}'
