@@ -21,6 +21,7 @@ from tests.support.gateways import (
     serving,
     settle,
 )
+from trio_gateway.core.event_ids import tag
 from trio_gateway.web.api.calls import CALLS
 
 TENANTS: Final = (1, 2, 3)
@@ -64,6 +65,15 @@ class World:
         entries: Any = self.backend.xrange("events:critical")
         return [json.loads(fields[b"data"]) for _, fields in entries]
 
+    def entry_of(self, tenant: int) -> str | None:
+        """The id of a tracked event of this tenant, if there is one."""
+        entries: Any = self.backend.xrange("events:critical")
+        for entry_id, fields in entries:
+            event = json.loads(fields[b"data"])
+            if event["type"] == "ENTITY_CREATED" and event["tenant_id"] == tenant:
+                return f"{entry_id.decode()}-{tag('events:critical')}"
+        return None
+
     async def heard(self) -> dict[int, list[str]]:
         """What the clients of each tenant have received since the last time."""
         await settle(self.gateway)
@@ -105,6 +115,13 @@ async def act(world: World, chooser: random.Random, name: str, key: str, tenant:
             reply = await call(port, name, {"tenant_id": tenant} | whose, key=key)
         case "refresh":
             reply = await call(port, name, {"tenant_id": tenant, "waiter_id": 21}, key=key)
+        case "receipts":
+            if (entry := world.entry_of(tenant)) is None:
+                return set()
+            reply = await call(port, f"receipts?event_id={entry}", key=key)
+            assert reply.status == (200 if tenant in KEYS[key]["tenants"] else 404), reply.text
+            world.replies.append(reply.text)
+            return set()
         case "nodes":
             named = set()
             reply = await call(port, name, key=key)
@@ -132,8 +149,11 @@ async def test_no_call_of_a_key_reaches_another_tenant(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     chooser = random.Random(seed)
+    routes = tmp_path / "routes.toml"
+    routes.write_text("[routes.ENTITY_CREATED]\nreceipt = true\n")
     changes: dict[str, Any] = {
         "ws_api_keys_file": write_keys(tmp_path, KEYS),
+        "ws_routes_file": routes,
         "ws_cluster": True,
         "ws_message_rate_limit": 10_000,
     }

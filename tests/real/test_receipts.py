@@ -9,6 +9,7 @@ import pytest
 import redis
 from trio_websocket import ConnectionClosed, WebSocketConnection
 
+from tests.support.api_keys import secret_of, write_keys
 from tests.support.gateways import (
     JWT_SECRET,
     TABLE_SECRET,
@@ -252,3 +253,29 @@ async def test_receipts_outlive_the_process_and_an_event_that_nobody_received_ha
         reply = await ask(survivor, f"{at.decode()}-{token}", branch_ids=[3])
         assert reply.status == 200
         assert numbers(json.loads(reply.text)) == (0, 0, 0)
+
+
+async def test_api_key_with_the_scope_read_may_ask_for_its_tenants(
+    redis_url: str, backend: "redis.Redis", routes: Path, tmp_path: Path
+) -> None:
+    keys: dict[str, dict[str, Any]] = {
+        "one": {"scopes": ["read"], "tenants": [1]},
+        "two": {"tenants": [2]},
+        "all": {},
+    }
+    async with (
+        one(redis_url, routes, ws_api_keys_file=write_keys(tmp_path, keys)) as gateway,
+        admitted(gateway.staff_url("waiter", sub="21", sector_ids=[5])) as waiter,
+    ):
+        publish(backend)
+        event_id = (await receive_event(waiter))["event_id"]
+
+        async def asked(key: str, event_id: str) -> Reply:
+            headers = {"Authorization": f"Bearer {secret_of(key)}"}
+            return await http(
+                gateway.port, f"/ws/api/receipts?event_id={event_id}", headers=headers
+            )
+
+        assert [(await asked(key, event_id)).status for key in keys] == [200, 404, 200]
+        assert numbers(json.loads((await asked("one", event_id)).text)) == (1, 0, 0)
+        assert (await asked("one", "x")).status == 422

@@ -1,25 +1,57 @@
 """``/ws/receipts``: who has received an event, and what clients confirm by HTTP."""
 
-from collections import Counter
-from collections.abc import Sequence
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Final
 
 import msgspec
-from quart import Response, jsonify, request
+from quart import Response, request
 
 from ..broker.commands import Unavailable
 from ..broker.receipt_store import Receipts
-from ..core.audiences import BranchId, Endpoint, TenantId
+from ..core.audiences import Endpoint
 from ..core.client_request import bearer
 from ..core.close_codes import Rejected
 from ..core.control_messages import FlushReceipts
-from ..core.event_ids import event_id, read_cursor
-from ..core.receipts import Place, Receipt, State, TrackedEvent, Who
+from ..core.event_ids import event_id
+from ..core.receipts import Place, Receipt, State, TrackedEvent, Who, read_place
 from ..core.routing import names_of
 from ..parts import Parts
+from ..runtime.concurrency_limiter import Overloaded
 from .responses import Answer, identify, problem, refusal
 
 _UNKNOWN: Final = "no receipts are known of this event"
+
+
+class ReceiptReply(msgspec.Struct):
+    """How far an event has come to one user, or session, on an endpoint; ``at`` is unix time."""
+
+    endpoint: str
+    state: str
+    at: float | None
+    user_id: str | msgspec.UnsetType = msgspec.UNSET
+    session_id: int | msgspec.UnsetType = msgspec.UNSET
+
+
+class StepReply(msgspec.Struct):
+    """An audience that the event was sent to later; ``at`` is unix time."""
+
+    to: str
+    at: float
+
+
+class ReceiptsReply(msgspec.Struct):
+    """Who has received an event. ``missing`` are processes whose receipts may not be counted."""
+
+    event_id: str
+    type: str
+    at: float
+    written: int
+    delivered: int
+    seen: int
+    by: list[ReceiptReply]
+    steps: list[StepReply]
+    complete: bool
+    missing: list[str]
 
 
 class Confirmation(msgspec.Struct):
@@ -40,14 +72,24 @@ async def read(parts: Parts) -> Answer:
         principals = await identify(parts, token, staff=True)
     except Rejected as rejected:
         return refusal(rejected)
-    try:
-        place = read_place(request.args.get("event_id", ""))
-    except ValueError as error:
-        return problem(422, f"event_id {error}")
+    if (place := read_place(request.args.get("event_id", ""))) is None:
+        return problem(422, "event_id must be the id of one event")
     admin = next((each for each in principals if each.endpoint is Endpoint.ADMIN), None)
     if admin is None:
         return problem(403, "for the roles MANAGER and ADMIN only")
-    return await report(parts, place, admin.tenant, admin.branches)
+    tenant, branches = admin.tenant, admin.branches
+    try:
+        give_back = await parts.catch_ups.take(admin.owner)
+    except Overloaded:
+        return problem(429, "too many simultaneous requests of this user", retry_after=1)
+    try:
+        return await report(
+            parts,
+            place,
+            lambda event: event.tenant_id == tenant and event.branch_id in (0, *branches),
+        )
+    finally:
+        give_back()
 
 
 async def confirm(parts: Parts) -> Answer:
@@ -59,13 +101,12 @@ async def confirm(parts: Parts) -> Answer:
         return refusal(rejected)
     try:
         body = msgspec.json.decode(await request.get_data(as_text=False), type=Confirmation)
-        place = read_place(body.event_id or body.last_event_id or "")
     except msgspec.ValidationError as error:
         return problem(422, str(error))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return problem(422, 'not a JSON object {"last_event_id": "…"} or {"event_id": "…"}')
-    except ValueError as error:
-        return problem(422, f"event_id or last_event_id {error}")
+    if (place := read_place(body.event_id or body.last_event_id or "")) is None:
+        return problem(422, "event_id or last_event_id must be the id of one event")
     for principal in principals:
         if body.event_id is not None:
             parts.receipts.see_earlier(principal, place)
@@ -74,21 +115,8 @@ async def confirm(parts: Parts) -> Answer:
     return Response(status=204)
 
 
-def read_place(event_id: str) -> Place:
-    """The place that an event id names. Raises :exc:`ValueError`."""
-    cursor = read_cursor(event_id)
-    if len(cursor) != 1:
-        raise ValueError("is not the id of one event")
-    return Place(*next(iter(cursor.items())))
-
-
-async def report(
-    parts: Parts, place: Place, tenant: TenantId | None, branches: frozenset[BranchId] | None
-) -> Answer:
-    """The response about an event of this tenant and these branches; None: of any.
-
-    To everybody else the event does not exist.
-    """
+async def report(parts: Parts, place: Place, may_know: Callable[[TrackedEvent], bool]) -> Answer:
+    """The response about an event. For who may not know of it, it does not exist."""
     missing: list[str] = []
     try:
         if parts.cluster is None:
@@ -100,53 +128,50 @@ async def report(
         return problem(404, _UNKNOWN)
     except Unavailable:
         return problem(503, "Redis is not available", retry_after=1)
-    if found is None or not _may_know(parts, found.event, tenant, branches):
+    if found is None or not (_is_kept(parts, found.event) and may_know(found.event)):
         return problem(404, _UNKNOWN)
-    response = jsonify(_describe(parts, place, found, missing))
+    reply = _describe(parts, place, found, missing)
+    response = Response(msgspec.json.encode(reply), content_type="application/json")
     response.headers["Cache-Control"] = "no-store"
     return response
 
 
-def _may_know(
-    parts: Parts,
-    event: TrackedEvent,
-    tenant: TenantId | None,
-    branches: frozenset[BranchId] | None,
-) -> bool:
+def _is_kept(parts: Parts, event: TrackedEvent) -> bool:
     return (
         event.type in parts.settings.routes.tracked_types
         and event.at / 1000 + parts.settings.ws_receipt_ttl > parts.clock()
-        and tenant in (None, event.tenant_id)
-        and (branches is None or not event.branch_id or event.branch_id in branches)
     )
 
 
-def _describe(
-    parts: Parts, place: Place, found: Receipts, missing: Sequence[str]
-) -> dict[str, Any]:
-    states = Counter(receipt.state for receipt in found.by.values())
+def _describe(parts: Parts, place: Place, found: Receipts, missing: list[str]) -> ReceiptsReply:
     steps = parts.settings.routes.route_of(found.event.type).steps
-    return {
-        "event_id": event_id(*place),
-        "type": found.event.type,
-        "at": found.event.at / 1000,
-        **{
-            state.label: sum(number for other, number in states.items() if other >= state)
-            for state in State
-        },
-        "by": [_describe_one(who, found.by[who]) for who in sorted(found.by)],
-        "steps": [
-            {"to": names_of(steps[step + 1].to)[0], "at": at / 1000}
+    written, delivered, seen = (
+        sum(receipt.state >= state for receipt in found.by.values()) for state in State
+    )
+    return ReceiptsReply(
+        event_id=event_id(*place),
+        type=found.event.type,
+        at=found.event.at / 1000,
+        written=written,
+        delivered=delivered,
+        seen=seen,
+        by=[_describe_one(who, found.by[who]) for who in sorted(found.by)],
+        steps=[
+            StepReply(names_of(steps[step + 1].to)[0], at / 1000)
             for step, at in sorted(found.steps.items())
             if step + 1 < len(steps)
         ],
-        "complete": not missing,
-        "missing": missing,
-    }
+        complete=not missing,
+        missing=missing,
+    )
 
 
-def _describe_one(who: Who, receipt: Receipt) -> dict[str, Any]:
+def _describe_one(who: Who, receipt: Receipt) -> ReceiptReply:
     is_diner = who.endpoint == Endpoint.DINER.label
-    named = {"session_id": int(who.id)} if is_diner else {"user_id": who.id}
-    at = None if receipt.at is None else receipt.at / 1000
-    return {**named, "endpoint": who.endpoint, "state": receipt.state.label, "at": at}
+    return ReceiptReply(
+        endpoint=who.endpoint,
+        state=receipt.state.label,
+        at=None if receipt.at is None else receipt.at / 1000,
+        user_id=msgspec.UNSET if is_diner else who.id,
+        session_id=int(who.id) if is_diner else msgspec.UNSET,
+    )

@@ -4,6 +4,7 @@ from typing import Any, Final
 
 from ...core.api_keys import Scope
 from ...core.events import MAX_ID
+from ..receipts import ReceiptsReply
 from .control import (
     DisconnectReply,
     DisconnectRequest,
@@ -17,6 +18,7 @@ from .history import HistoryReply, history
 from .nodes import NodesReply, nodes
 from .presence import PresenceReport, presence
 from .publish import MAX_BYTES, PublishReply, PublishRequest, publish
+from .receipts import receipts
 
 
 def _number(least: int = 1) -> dict[str, Any]:
@@ -87,6 +89,15 @@ CALLS: Final = (
             _TENANT,
             Parameter("branch_id", _number(0), "the branch; 0: events of the whole tenant alone"),
             Parameter("since", _SINCE, "a unix time in seconds, or an event id"),
+        ),
+    ),
+    Call(
+        name="receipts",
+        scope=Scope.READ,
+        answer=receipts,
+        reply=ReceiptsReply,
+        query=(
+            Parameter("event_id", {"type": "string", "pattern": f"^{_EVENT_ID}$"}, "the event"),
         ),
     ),
 )
