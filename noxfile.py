@@ -41,7 +41,9 @@ def hooks(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """The default suite: all tests except the sessions below. Extra arguments go to pytest."""
     session.install("-c", LOCK, "-e", ".[test]")
-    session.run("pytest", *(session.posargs or PARALLEL))
+    # With cached bytecode; otherwise each worker compiles all tests, in a tenth of the CPU time.
+    env = {"PYTHONDONTWRITEBYTECODE": ""}
+    session.run("pytest", *(session.posargs or PARALLEL), env=env)
 
 
 @nox.session
@@ -64,7 +66,7 @@ def chaos(session: nox.Session) -> None:
 
 @nox.session
 def examples(session: nox.Session) -> None:
-    """The property tests with 1000 random examples each; the default suite has 75."""
+    """The property tests with 1000 random examples each; the default suite has 50."""
     session.install("-e", ".[test]")
     marks = "hypothesis and not chaos and not browser and not deploy"
     session.run("pytest", "-m", marks, "--hypothesis-profile=thorough", *session.posargs)
