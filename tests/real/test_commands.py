@@ -430,7 +430,7 @@ ACCESS_LOG = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("how", ["hypercorn", "serve"])
+@SERVE_FIRST
 async def test_no_output_shows_a_token_or_a_part_of_one(
     backend: "redis.Redis", redis_url: str, tmp_path: Path, how: str
 ) -> None:

@@ -106,6 +106,7 @@ async def test_failover_that_keeps_old_connections_open_is_followed(name: Name) 
         assert (await receive_event(waiter))["type"] == "ROUND_READY"
 
 
+@pytest.mark.chaos
 async def test_the_control_link_follows_a_failover_that_keeps_old_connections_open(
     name: Name,
 ) -> None:

@@ -596,7 +596,10 @@ async def test_missing_psycopg_is_reported_with_its_extra(
         SectorDatabase("postgres://user:word@host/db", "rota", {})
 
 
-@pytest.mark.parametrize("program", [("trio_gateway", "serve"), ("trio_gateway.app",)])
+@pytest.mark.parametrize("program", [
+    ("trio_gateway", "serve"),
+    pytest.param(("trio_gateway.app",), marks=pytest.mark.chaos),
+])  # fmt: skip
 async def test_invalid_database_url_stops_the_start(program: tuple[str, ...]) -> None:
     env = environment("redis://localhost", DATABASE_URL="postgresql://u:s3cret@host:s3cret/db")
     async with process(*program, env=env) as gateway:

@@ -1,17 +1,14 @@
-"""``serve`` with several workers: one listener, independent restarts, a correct exit status."""
+"""``serve`` with several workers: one listener, independent restarts; tests share two workers."""
 
 import operator
 import os
 import random
-import resource
 import signal
-import socket
 import stat
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -31,36 +28,13 @@ from tests.support.gateways import (
     free_port,
     http,
     metrics,
-    process,
     until,
-    wait,
 )
-from tests.support.ports import free_ports
+from tests.support.supervisors import START, Master, is_python, is_served, replaced, until_ready
 from trio_gateway.testing import make_jwt, make_table_token
 
-START = 60  # seconds for workers to start or end, on a busy machine
 MAX_TOTAL = 8  # connections of one worker
 EVENT = '{"type":"ROUND_READY","tenant_id":1,"branch_id":1}'
-
-
-@dataclass
-class Master:
-    """A supervisor process and its listener."""
-
-    pid: int
-    port: int
-    operations: int  # the port of metrics
-    secret: str = JWT_SECRET  # of staff tokens
-
-    @property
-    def workers(self) -> set[int]:
-        # Trio starts processes in threads, and each thread has its own children.
-        lists = Path(f"/proc/{self.pid}/task").glob("*/children")
-        return {int(child) for children in lists for child in children.read_text().split()}
-
-    def url(self, user: int = 21) -> str:
-        token = make_jwt(self.secret, sub=str(user))
-        return f"ws://127.0.0.1:{self.port}/ws/waiter?token={token}"
 
 
 @pytest.fixture(scope="module")
@@ -131,19 +105,6 @@ async def empty(master: Master) -> bool:
     return (await metrics(master.operations))["connections_total"] == 0
 
 
-async def until_ready(master: Master, workers: int) -> None:
-    """Wait until every worker serves and has written its snapshot."""
-    with trio.fail_after(START):
-        while True:
-            try:
-                found = await metrics(master.operations)
-            except (OSError, trio.TooSlowError):
-                found = None
-            if found is not None and len(master.workers) == workers:
-                return
-            await trio.sleep(0.05)
-
-
 async def spread(master: Master, nursery: trio.Nursery, clients: int) -> list[WebSocketConnection]:
     """Admitted clients that stay connected."""
     found: list[WebSocketConnection] = []
@@ -158,14 +119,6 @@ async def spread(master: Master, nursery: trio.Nursery, clients: int) -> list[We
     for user in random.sample(range(1, 100_000), clients):
         found.append(await nursery.start(stay, user))
     return found
-
-
-async def is_served(client: WebSocketConnection) -> bool:
-    if client.closed:
-        return False
-    await client.send_message("ping")
-    with trio.fail_after(5):
-        return bool(await client.get_message() == '{"type":"pong"}')
 
 
 @pytest.mark.slow
@@ -236,78 +189,6 @@ async def status_of(master: Master, secret: str) -> int:
     return (await http(master.port, "/ws/ticket", method="POST", headers=bearer)).status
 
 
-async def replaced(master: Master, before: set[int]) -> None:
-    """Wait until two other workers run and none of these."""
-    with trio.fail_after(START):
-        while len(master.workers) != 2 or master.workers & before:
-            await trio.sleep(0.05)
-
-
-async def answers(port: int) -> bool:
-    """Whether a gateway is ready; False if it refuses the connection or does not answer yet."""
-    try:
-        return (await http(port, "/ws/health/ready")).status == 200
-    except (OSError, trio.TooSlowError):
-        return False
-
-
-async def test_workers_with_ports_of_their_own_keep_them_over_a_death_and_a_sighup(
-    redis_url: str,
-) -> None:
-    port = free_ports(2)
-    command = ("trio_gateway", "serve", "-w", "2", "--own-ports", "-b", f"127.0.0.1:{port}")
-    async with process(*command, env=environment(redis_url)) as started:
-        master = Master(started.pid, port, port)
-        for each in (port, port + 1):
-            await until(lambda each=each: answers(each), 30)  # type: ignore[misc]
-        async with connect(master.url(1)) as client, connect(master.url(2)) as other:
-            assert await is_served(client)
-            assert await is_served(other)
-            assert (await http(port, "/ws/health")).json["connections"]["total"] == 2
-            assert (await http(port + 1, "/ws/health")).json["connections"]["total"] == 0
-
-        before = master.workers
-        os.kill(min(before), signal.SIGKILL)
-        refused: set[int] = set()
-        with trio.fail_after(15):
-            while not refused:
-                refused = {each for each in (port, port + 1) if not accepts(each)}
-                await trio.sleep(0.01)
-        assert len(refused) == 1
-        await until(lambda: answers(*refused), 30)
-        assert len(master.workers & before) == 1
-
-        before = master.workers
-        os.kill(master.pid, signal.SIGHUP)
-        while len(master.workers) != 2 or master.workers & before:
-            assert accepts(port)
-            assert accepts(port + 1)
-            await trio.sleep(0.02)
-        async with connect(master.url()) as client:
-            assert await is_served(client)
-        os.kill(started.pid, signal.SIGTERM)
-        status, _, errors = await wait(started, 20)
-        assert status == 0, errors.decode()
-
-
-@pytest.mark.parametrize(("bind", "problem", "status"), [
-    ("127.0.0.1:65535", "the last port is 65535", 2),
-    pytest.param("unix:/tmp/gateway.sock", "needs host:port", 2, marks=pytest.mark.chaos),
-    ("127.0.0.1:{busy}", "can't serve on 127.0.0.1:{taken}: Address already in use", 1),
-])  # fmt: skip
-async def test_ports_that_workers_can_t_have_end_the_start(
-    bind: str, problem: str, status: int
-) -> None:
-    port = free_ports(2)
-    ports = {"busy": port, "taken": port + 1}
-    with socket.create_server(("127.0.0.1", port + 1)):
-        command = ("trio_gateway", "serve", "-w", "2", "--own-ports", "-b", bind.format(**ports))
-        async with process(*command, env=environment("redis://127.0.0.1:1")) as started:
-            ended, _, errors = await wait(started)
-    assert ended == status
-    assert problem.format(**ports) in errors.decode()
-
-
 async def test_no_client_is_refused_while_another_worker_has_room(master: Master) -> None:
     async with trio.open_nursery() as nursery:
         await spread(master, nursery, 2 * MAX_TOTAL - 1)
@@ -323,58 +204,6 @@ async def test_workers_share_the_operations_address(master: Master) -> None:
         for path in ("/ws/metrics", "/ws/health/detailed"):
             assert (await http(master.operations, path)).status == 200
             assert (await http(master.port, path)).status == 404
-
-
-async def test_invalid_settings_end_the_supervisor_with_status_2_and_no_restart(
-    redis_url: str,
-) -> None:
-    env = environment(redis_url, WS_MAX_CONECTIONS="3")
-    async with process("trio_gateway", "serve", "-w", "2", env=env) as started:
-        status, _, errors = await wait(started)
-
-    assert status == 2
-    assert b"unknown setting: WS_MAX_CONECTIONS" in errors
-
-
-async def test_workers_do_not_outlive_a_supervisor_that_is_killed(
-    redis_url: str,
-) -> None:
-    port = free_port()
-    arguments = ["trio_gateway", "serve", "-w", "2", "-b", f"127.0.0.1:{port}"]
-    async with process(*arguments, env=environment(redis_url)) as started:
-        master = Master(started.pid, port, port)
-        await until_ready(master, 2)
-        async with connect(master.url()) as client:
-            assert await is_served(client)
-            workers = master.workers
-            os.kill(started.pid, signal.SIGKILL)
-            assert (await closed(client))[0] == 1001
-        await all_gone(workers)
-
-
-async def test_workers_that_were_never_ready_do_not_outlive_their_supervisor() -> None:
-    port = free_port()
-    arguments = ["trio_gateway", "serve", "-w", "2", "-b", f"127.0.0.1:{port}"]
-    async with process(*arguments, env=environment("redis://127.0.0.1:1")) as started:
-        master = Master(started.pid, port, port)
-        await until_ready(master, 2)  # so wait until it answers
-        workers = master.workers
-        os.kill(started.pid, signal.SIGKILL)
-        await all_gone(workers)
-
-
-async def all_gone(workers: set[int]) -> None:
-    with trio.fail_after(START):
-        while any(map(is_python, workers)):
-            await trio.sleep(0.05)
-
-
-def is_python(pid: int) -> bool:
-    """Whether the process still runs; a zombie has no command line."""
-    try:
-        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())
-    except OSError:
-        return False
 
 
 # How a request ends if its worker is killed.
@@ -426,31 +255,3 @@ async def test_no_counter_falls_when_a_worker_is_killed_and_its_file_is_removed(
     for before_, after in pairwise(seen):
         assert all(map(operator.le, before_, after)), (before_, after)
     assert seen[-1][0] - seen[0][0] >= 4  # those last counted by the killed ones, and all others
-
-
-async def test_without_a_temporary_folder_workers_serve_and_metrics_report_it(
-    redis_url: str, tmp_path: Path
-) -> None:
-    """No file can be written anywhere, as on a read-only file system."""
-    port = free_port()
-    arguments = ["trio_gateway", "serve", "-w", "2", "-b", f"127.0.0.1:{port}"]
-
-    def write_no_file() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-
-    env = {k: v for k, v in environment(redis_url).items() if not k.startswith("COV")}
-    async with process(*arguments, env=env, preexec_fn=write_no_file) as started:
-        master = Master(started.pid, port, port)
-        await until_ready(master, 2)
-        assert (await metrics(port))["metrics_partial"] == 1
-        async with connect(master.url()) as client:
-            assert await is_served(client)
-        before = master.workers
-        os.kill(started.pid, signal.SIGHUP)
-        await replaced(master, before)
-        os.kill(started.pid, signal.SIGTERM)
-        status, _, errors = await wait(started, 20)
-
-    assert status == 0
-    assert errors.count(b"snapshots not shared") == 1
-    assert b"bug" not in errors
