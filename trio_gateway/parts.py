@@ -38,7 +38,7 @@ from .cluster.flushing import answer_flushes
 from .cluster.room import ClusterRoom
 from .core.audiences import Endpoint
 from .core.capacity import CapacityLimits
-from .core.control_messages import PLACEMENT, REVOKED, SECTORS_CHANGED, Node
+from .core.control_messages import REVOKED, SECTORS_CHANGED, Node, placement_channel
 from .core.event_ids import tag
 from .core.limits import DropAlarm, TenantRate
 from .core.resilience import Breaker
@@ -258,7 +258,10 @@ def build_parts(
 
     revocations = Revocations(commands, hub, patience=settings.ws_accept_timeout)
     placement = Placement(hub, commands)
-    listeners: dict[str, Listener] = {REVOKED: revocations, PLACEMENT: placement}
+    listeners: dict[str, Listener] = {
+        REVOKED: revocations,
+        placement_channel(redis_url.data.db): placement,
+    }
     sector_assignments = None
     if settings.database_url is not None:
         from .access.sectors import make_sector_assignments  # SQLAlchemy is a third of the start
@@ -379,6 +382,7 @@ def build_parts(
         cluster = build_cluster(
             settings,
             topology=topology,
+            database=redis_url.data.db,
             commands=commands,
             hub=hub,
             capacity=capacity,

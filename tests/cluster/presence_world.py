@@ -12,7 +12,7 @@ import trio
 from trio_gateway.broker.commands import Commands, Unavailable
 from trio_gateway.cluster.keys import Keys
 from trio_gateway.cluster.presence import Presence
-from trio_gateway.cluster.presence_scripts import CHANNEL, presence_keys
+from trio_gateway.cluster.presence_scripts import common_arguments, presence_keys
 from trio_gateway.cluster.registry import Registry
 from trio_gateway.core.audiences import Endpoint, Principal
 from trio_gateway.core.control_messages import Node
@@ -82,7 +82,7 @@ class World:
         until = cast(Any, self.client.get(_GAP_UNTIL))
         if until is not None and now * 1000 >= float(until):
             self.client.delete(KEYS.gap, _GAP_UNTIL)
-        text = text.replace(f"'PUBLISH', '{CHANNEL}'", f"'RPUSH', '{_PUBLISHED}'")
+        text = text.replace("'PUBLISH', channel", f"'RPUSH', '{_PUBLISHED}'")
         reply = self.client.eval(text, len(keys), *keys, *arguments)
         published = cast(Any, self.client.lrange(_PUBLISHED, 0, -1))
         self.client.delete(_PUBLISHED)
@@ -133,7 +133,7 @@ class Process:
                 nursery.start_soon(self.registry.run)
 
     async def run_script(self, script: str, arguments: Sequence[str]) -> Any:
-        common = [KEYS.prefix, f"{self.world.grace * 1000:.0f}"]
+        common = common_arguments(KEYS, self.world.grace)
         return await self.evaluate(script, presence_keys(KEYS, STREAM), [*common, *arguments])
 
     async def evaluate(

@@ -7,7 +7,7 @@ import msgspec
 import redis
 import trio
 
-from tests.support.gateways import Running, admitted, closed, metrics, serving, until
+from tests.support.gateways import Running, admitted, closed, metrics, receive_event, serving, until
 from trio_gateway.cluster.building import ClusterParts
 from trio_gateway.cluster.control import MOST_HANDLED, Answers, Control
 from trio_gateway.core.control_messages import Disconnect, Node, SectorsChanged
@@ -191,6 +191,40 @@ async def test_messages_that_are_none_are_ignored(redis_url: str, backend: "redi
         invalid = await cluster_of(gateway).control.order("disconnect", Question())
         assert invalid.missing == [name]
         assert (await cluster_of(gateway).control.order("refresh", SectorsChanged(1, 21))).complete
+
+
+async def test_services_on_two_databases_of_a_server_do_not_hear_each_other(
+    redis_url: str, backend: "redis.Redis"
+) -> None:
+    settings = {"ws_cluster": True, "ws_presence_grace": 0.0}
+    async with (
+        serving(f"{redis_url}/0", "direct", **settings) as foreign,
+        serving(f"{redis_url}/1", "direct", **settings) as one,
+        serving(f"{redis_url}/1", "direct", **settings) as another,
+        admitted(one.staff_url("admin", roles=["ADMIN"])) as admin,
+    ):
+        await alive(one, another)
+        asked: list[Running] = []
+        for gateway in (foreign, one, another):
+
+            async def handler(_: Question, gateway: Running = gateway) -> None:
+                asked.append(gateway)
+
+            cluster_of(gateway).control.handle("test", Question, handler)
+        assert (await cluster_of(one).control.ask("test", Question())).complete
+        assert foreign not in asked
+        assert len(asked) == 2
+        await admin.send_message('{"type":"watch_presence","branch_id":1}')
+        assert (await receive_event(admin))["sessions"] == []
+        async with admitted(foreign.diner_url(session_id=1)):
+            await until(lambda: backend.hlen("{gateway}:online:1") == 1)
+            async with admitted(another.diner_url(session_id=2)):
+                [joined] = (await receive_event(admin))["joined"]
+                assert joined["session_id"] == 2
+        heard: Any = backend.pubsub_numsub(
+            "channel:gateway:placement", "channel:gateway:1:placement"
+        )
+        assert [number for _, number in heard] == [1, 2]
 
 
 async def test_without_the_settings_there_is_nothing(

@@ -112,7 +112,8 @@ async def _check_publishers(settings: "Settings", redis: "RedisConnection", repo
 
 
 async def _check_commands(settings: "Settings", asking: _Asking, report: Report) -> None:
-    from ..core.control_messages import PLACEMENT
+    from ..core.control_messages import placement_channel
+    from ..redis_url import RedisUrl
 
     with report.trying("liveness (PING)", "allow this user: ACL SETUSER … +ping"):
         await asking.call("PING")
@@ -140,7 +141,11 @@ async def _check_commands(settings: "Settings", asking: _Asking, report: Report)
         "placement (PUBLISH)",
         "allow this user: ACL SETUSER … allchannels +publish",
     ):
-        await asking.call("PUBLISH", f"{PLACEMENT}:check", "")
+        await asking.call(
+            "PUBLISH",
+            f"{placement_channel(RedisUrl.from_url(settings.redis_url).data.db)}:check",
+            "",
+        )
     if (dlq := settings.redis_dlq_stream) is not None:
         with report.trying(
             f"dead letters in {dlq} (EVAL)",
@@ -163,11 +168,11 @@ async def _check_commands(settings: "Settings", asking: _Asking, report: Report)
 async def _check_cluster_scripts(settings: "Settings", asking: _Asking, report: Report) -> None:
     from ..cluster.keys import Keys
     from ..cluster.rights import harmless_calls
-    from ..core.control_messages import CONTROL
     from ..redis_url import RedisKind, RedisUrl
 
-    is_cluster = RedisUrl.from_url(settings.redis_url).kind is RedisKind.CLUSTER
-    keys = Keys(settings.ws_presence_stream, is_cluster=is_cluster)
+    url = RedisUrl.from_url(settings.redis_url)
+    is_cluster = url.kind is RedisKind.CLUSTER
+    keys = Keys(settings.ws_presence_stream, is_cluster=is_cluster, database=url.data.db)
     calls = list(harmless_calls(keys))
     commands = " ".join(f"+{words[0]}" for words in calls)
     stream = f" ~{settings.ws_presence_stream}" if settings.ws_presence_stream else ""
@@ -177,7 +182,7 @@ async def _check_cluster_scripts(settings: "Settings", asking: _Asking, report: 
         f" {commands}",
     ):
         await asking.call("EVAL", "return 0", 0)
-        await asking.call("PUBLISH", f"{CONTROL}:check", "")
+        await asking.call("PUBLISH", keys.replies("check"), "")
         for words in calls:
             await asking.call(*words)
     if settings.ws_presence_stream is not None:
@@ -235,16 +240,21 @@ async def _check_streams(
 
 
 async def _check_subscribing(settings: "Settings", asking: _Asking, report: Report) -> None:
-    from ..core.control_messages import CONTROL, PLACEMENT, REVOKED
+    from ..core.control_messages import REVOKED, own_channel, placement_channel
+    from ..redis_url import RedisUrl
 
     patterns = dict.fromkeys(settings.redis_channel_patterns)
+    database = RedisUrl.from_url(settings.redis_url).data.db
+    placement = placement_channel(database)
+    own = [own_channel("control", database)] if settings.has_cluster else []
+    own += [own_channel("presence", database)] if settings.ws_cluster else []
     with report.trying(
-        f"subscribing to {len(patterns)} patterns, {REVOKED} and {PLACEMENT}",
+        f"subscribing to {len(patterns)} patterns, {REVOKED} and {placement}",
         "allow this user the channels: ACL SETUSER … allchannels +psubscribe +subscribe",
     ):
         for pattern in patterns:
             await asking.call("PSUBSCRIBE", pattern)
-        for channel in (REVOKED, PLACEMENT, *((CONTROL,) if settings.has_cluster else ())):
+        for channel in (REVOKED, placement, *own):
             await asking.call("SUBSCRIBE", channel)
 
 

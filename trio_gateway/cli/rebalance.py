@@ -86,13 +86,16 @@ def rebalance(url: str, dry_run: bool, at_most: float, as_json: bool) -> None:
     it has, and the proxy where each of them belongs. Each process then closes the connections that
     are elsewhere, at most 100 a second, with 1001 and a retry hint.
     """
-    from ..core.control_messages import PLACEMENT
+    from ..core.control_messages import placement_channel
+    from ..redis_url import RedisUrl
 
     proxy = _Proxy(read_url(url))
-    servers = RedisServers(settings_or_exit().redis_url)
-    client = servers.primary(PLACEMENT)
+    redis_url = settings_or_exit().redis_url
+    servers = RedisServers(redis_url)
+    channel = placement_channel(RedisUrl.from_url(redis_url).data.db)
+    client = servers.primary(channel)
     with redis_failures():
-        held, asked = _ask_processes(servers, client)
+        held, asked = _ask_processes(servers, client, channel)
     if not asked:
         raise Failure("no gateway listens on this Redis: check REDIS_URL")
     if len(held) < asked:
@@ -109,7 +112,7 @@ def rebalance(url: str, dry_run: bool, at_most: float, as_json: bool) -> None:
     found = plan(held, places, at_most)
     if not dry_run:
         with redis_failures():
-            _send(client, found.places)
+            _send(client, channel, found.places)
     _show(held, found, dry_run=dry_run, as_json=as_json)
 
 
@@ -162,22 +165,22 @@ class _Proxy:
 
 
 def _ask_processes(
-    servers: RedisServers, client: "redis.Redis"
+    servers: RedisServers, client: "redis.Redis", channel: str
 ) -> tuple[dict[str, dict[int, int]], int]:
     """The tenants of each process that reports in time, and the number of processes asked."""
     import msgspec
 
-    from ..core.control_messages import PLACEMENT, PlacementReport, PlacementRequest
+    from ..core.control_messages import PlacementReport, PlacementRequest
 
-    channel = f"{PLACEMENT}:{secrets.token_hex(8)}"
+    report_to = f"{channel}:{secrets.token_hex(8)}"
     held: dict[str, dict[int, int]] = {}
     subscription: Any = client.pubsub(ignore_subscribe_messages=True)  # type: ignore[no-untyped-call]
     with subscription as reports:
-        reports.subscribe(channel)
-        request = msgspec.json.encode(PlacementRequest(report_to=channel))
-        asked: Any = client.publish(PLACEMENT, request)
+        reports.subscribe(report_to)
+        request = msgspec.json.encode(PlacementRequest(report_to=report_to))
+        asked: Any = client.publish(channel, request)
         if servers.is_cluster:  # a node counts only those that are subscribed there
-            counts: list[Any] = [each.pubsub_numsub(PLACEMENT) for each in servers.all()]
+            counts: list[Any] = [each.pubsub_numsub(channel) for each in servers.all()]
             asked = sum(number for ((_, number),) in counts)
         deadline = time.monotonic() + _REPORTS_WITHIN
         while len(held) < asked and (left := deadline - time.monotonic()) > 0:
@@ -188,15 +191,15 @@ def _ask_processes(
     return held, asked
 
 
-def _send(client: "redis.Redis", places: Mapping[int, str]) -> None:
+def _send(client: "redis.Redis", channel: str, places: Mapping[int, str]) -> None:
     import msgspec
 
-    from ..core.control_messages import PLACEMENT, PlacementRequest
+    from ..core.control_messages import PlacementRequest
 
     items = list(places.items())
     for start in range(0, len(items), _TENANTS_PER_REQUEST):
         request = PlacementRequest(places=dict(items[start : start + _TENANTS_PER_REQUEST]))
-        client.publish(PLACEMENT, msgspec.json.encode(request))
+        client.publish(channel, msgspec.json.encode(request))
 
 
 def _show(held: Held, found: Plan, *, dry_run: bool, as_json: bool) -> None:

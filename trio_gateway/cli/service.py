@@ -36,7 +36,9 @@ def ask_service(settings: "Settings", ask: Callable[["Service"], Awaitable[T]]) 
         nonlocal problem
         found: list[T] = []
         try:
-            async with open_service(make_topology(url), settings.ws_presence_stream) as service:
+            async with open_service(
+                make_topology(url), settings.ws_presence_stream, url.data.db
+            ) as service:
                 found.append(await ask(service))
         except* (ConnectionLost, Unavailable) as group:
             problem = str(first_leaf(group))

@@ -14,7 +14,7 @@ from ..broker.pubsub import Listener, PubSub
 from ..broker.script_link import ScriptLink
 from ..broker.topology import Topology
 from ..core.capacity import CapacityLimits
-from ..core.control_messages import CONTROL, Node, SectorsChanged, reply_channel
+from ..core.control_messages import Node, SectorsChanged
 from ..core.resilience import Backoff, Breaker
 from ..runtime.hub import Hub
 from ..runtime.ingest import Ingest
@@ -28,7 +28,7 @@ from .keys import Keys
 from .limits import ClusterLimits, Evaluate
 from .presence import Presence
 from .presence_query import answer_presence
-from .presence_scripts import CHANNEL, presence_keys
+from .presence_scripts import common_arguments, presence_keys
 from .registry import Registry, make_name
 from .room import ClusterRoom
 
@@ -92,6 +92,7 @@ def build_cluster(
     settings: Settings,
     *,
     topology: Topology,
+    database: int,
     commands: Commands,
     hub: Hub,
     capacity: CapacityLimits,
@@ -102,11 +103,13 @@ def build_cluster(
     clock: Callable[[], float],
     sectors_changed: Callable[[SectorsChanged], None] | None,
 ) -> ClusterParts:
-    """Build the parts. ``describe`` returns the state of the process of this name."""
+    """Build the parts. ``database`` is a number of Redis; ``describe`` returns the state of the
+    process of this name.
+    """
     name = make_name()
-    keys = Keys(settings.ws_presence_stream, is_cluster=topology.is_cluster)
+    keys = Keys(settings.ws_presence_stream, is_cluster=topology.is_cluster, database=database)
     # In a Cluster the link itself publishes its probe, on another node.
-    probe = Probe(f"{reply_channel(name)}:probe")
+    probe = Probe(f"{keys.replies(name)}:probe")
     registry = Registry(
         name,
         commands,
@@ -116,17 +119,17 @@ def build_cluster(
         probe=None if topology.is_cluster else probe,
     )
     control = Control(commands, keys, registry, lambda: link.connected)
-    listeners: dict[str, Listener] = {CONTROL: control, reply_channel(name): control}
+    listeners: dict[str, Listener] = {keys.control: control, keys.replies(name): control}
     presence = None
     if settings.ws_cluster:
         run_script = partial(
             _run_script,
             commands,
             presence_keys(keys, settings.ws_presence_stream),
-            [keys.prefix, f"{settings.ws_presence_grace * 1000:.0f}"],
+            common_arguments(keys, settings.ws_presence_grace),
         )
         presence = hub.observer = Presence(name, run_script, clock)
-        listeners[CHANNEL] = presence.feed
+        listeners[keys.changes] = presence.feed
         registry.on_forgotten.append(presence.rewrite)
         answer_presence(control, presence)
     breaker = Breaker(settings.circuit_failure_threshold, _RECOVERY)

@@ -16,7 +16,6 @@ import trio
 
 from ..broker.commands import Commands, Unavailable
 from ..core.control_messages import (
-    CONTROL,
     Answer,
     Ask,
     Hello,
@@ -24,7 +23,6 @@ from ..core.control_messages import (
     Node,
     Ordered,
     read_control_message,
-    reply_channel,
 )
 from ..core.control_messages import Control as Message
 from ..runtime.throttled_log import ThrottledLog
@@ -157,7 +155,7 @@ class Control:
             names = await self._commands.evaluate(
                 _ASK,
                 [self._keys.nodes, self._keys.gap],
-                [CONTROL, message],
+                [self._keys.control, message],
                 again=False,
                 fits=is_list,
             )
@@ -168,7 +166,7 @@ class Control:
             if name == self._registry.name:
                 self._accept(ask)
             else:
-                await self._tell(reply_channel(name), message)
+                await self._tell(self._keys.replies(name), message)
             return {name}
 
         how = publish if only is None else partial(publish_to, only)
@@ -315,7 +313,7 @@ class Control:
             self._take(answer)
             return
         try:
-            await self._tell(reply_channel(asker), msgspec.json.encode(answer))
+            await self._tell(self._keys.replies(asker), msgspec.json.encode(answer))
         except Unavailable as error:
             self._throttled_log.warning("control message not answered", error=str(error))
 

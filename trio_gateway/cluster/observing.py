@@ -11,7 +11,7 @@ from ..broker.commands import Commands
 from ..broker.probe import Probe
 from ..broker.pubsub import PubSub
 from ..broker.topology import Topology
-from ..core.control_messages import Node, reply_channel
+from ..core.control_messages import Node
 from ..core.limits import DropAlarm
 from ..core.resilience import Breaker
 from ..runtime.ingest import Ingest
@@ -56,13 +56,15 @@ class Service:
 
 
 @asynccontextmanager
-async def open_service(topology: Topology, presence_stream: str | None) -> AsyncIterator[Service]:
-    """Connect to the Redis of a service; ``presence_stream`` is that of its settings.
+async def open_service(
+    topology: Topology, presence_stream: str | None, database: int
+) -> AsyncIterator[Service]:
+    """Connect to the Redis of a service; stream and database are those of its settings.
 
     Raises :exc:`ConnectionLost`, in a group, if Redis does not answer, then or later.
     """
     commands = Commands(topology, Breaker(*_BREAKER), Breaker(*_BREAKER), max_connections=2)
-    keys = Keys(presence_stream, is_cluster=topology.is_cluster)
+    keys = Keys(presence_stream, is_cluster=topology.is_cluster, database=database)
     registry = Observer(commands, keys)
     subscribed = trio.Event()
     control = Control(commands, keys, registry, lambda: link.connected)
@@ -74,7 +76,7 @@ async def open_service(topology: Topology, presence_stream: str | None) -> Async
         Ingest(),
         EventQueue(1, DropAlarm(60, 1, 60)),
         Breaker(*_BREAKER),
-        {reply_channel(registry.name): _Replies(control, subscribed)},
+        {keys.replies(registry.name): _Replies(control, subscribed)},
         probe=probe,
         anywhere=topology.is_cluster,
     )

@@ -8,7 +8,6 @@ import structlog
 import trio
 
 from ..broker.commands import Commands, Unavailable
-from ..core.control_messages import CONTROL
 from ..core.event_ids import START, Position, before, entry_id, read_position
 from ..runtime.throttled_log import ThrottledLog
 from .keys import Keys
@@ -75,7 +74,7 @@ class Orders:
         names = await self._commands.evaluate(
             _GIVE,
             [self._keys.nodes, self._keys.gap, self._keys.orders],
-            [KEPT, _MOST, *order, CONTROL],
+            [KEPT, _MOST, *order, self._keys.control],
             again=False,
             fits=is_list,
         )

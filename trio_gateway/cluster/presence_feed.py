@@ -104,7 +104,7 @@ class PresenceFeed:
                 self.unwatch(connection, branch)
 
     def receive(self, payload: bytes) -> None:
-        """Changes were published on :data:`~.presence_scripts.CHANNEL`."""
+        """Changes were published."""
         if not self._tenants:
             return
         try:

@@ -28,7 +28,6 @@ Run = Callable[[str, Sequence[str]], Awaitable[Any]]
 
 BEAT: Final = 3.0  # seconds between two beats: how long after its last one a process may have died
 PAUSE: Final = 3.0  # seconds without a sweep: the service, or Redis, was away
-CHANNEL: Final = "channel:gateway:presence"
 STREAM_ENTRIES: Final = 100_000  # about: what the stream is trimmed to
 CHUNK: Final = 100  # users and sessions in one script, which takes about a millisecond
 
@@ -39,19 +38,25 @@ def presence_keys(keys: Keys, stream: str | None) -> list[str]:
     return [keys.nodes, keys.gap, *own, *([] if stream is None else [stream])]
 
 
+def common_arguments(keys: Keys, grace: float) -> list[str]:
+    """The arguments that every script is given first; ``grace`` in seconds."""
+    return [keys.prefix, f"{grace * 1000:.0f}", keys.changes]
+
+
 # KEYS: nodes, its gap, presence:processes, leaving, presence:state, and the stream if there is one.
-# ARGV: prefix, grace in ms, the process that asks, then those of the script.
+# ARGV: prefix, grace in ms, the channel of changes, the process that asks, then those of the
+# script.
 _COMMON: Final = (
     HORIZON
     + f"""
 local nodes, processes, leaving, state, stream = KEYS[1], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
-local prefix, grace = ARGV[1], tonumber(ARGV[2])
+local prefix, grace, channel = ARGV[1], tonumber(ARGV[2]), ARGV[3]
 
 -- The process that asks is alive, whatever its beats say.
 local live, dead = {{}}, {{}}
 for _, name in ipairs(redis.call('HKEYS', processes)) do
   local beat = tonumber(redis.call('ZSCORE', nodes, name) or 0)
-  if beat > horizon or name == ARGV[3] then
+  if beat > horizon or name == ARGV[4] then
     live[#live + 1] = name
   else
     dead[name] = beat
@@ -79,7 +84,7 @@ end
 local function publish()
   if #changes == 0 then return end
   local rev = redis.call('HINCRBY', state, 'rev', 1)
-  redis.call('PUBLISH', '{CHANNEL}', cjson.encode({{rev, changes}}))
+  redis.call('PUBLISH', channel, cjson.encode({{rev, changes}}))
 end
 
 -- What live processes hold of it.
@@ -131,14 +136,14 @@ end
 WRITE: Final = (
     _COMMON
     + """
-local name, number = ARGV[3], tonumber(ARGV[4])
+local name, number = ARGV[4], tonumber(ARGV[5])
 local last = tonumber(redis.call('HGET', processes, name) or -1)
 if number < last then return {'late', '', {}} end
 if last == -1 then live[#live + 1] = name end
 redis.call('HSET', processes, name, number)
 local here = prefix .. 'here:' .. name
 local found = {}
-for at = 5, #ARGV, 4 do
+for at = 6, #ARGV, 4 do
   local key, connections, came, record = ARGV[at], ARGV[at + 1], ARGV[at + 2], ARGV[at + 3]
   local since = ''
   if connections ~= '0' then redis.call('HSET', here, key, connections .. '\\n' .. record) end
@@ -174,13 +179,13 @@ return {text(last), stream_error, found}
 SWEEP: Final = (
     _COMMON
     + f"""
-local known = redis.call('HGET', processes, ARGV[3]) or '-1'
+local known = redis.call('HGET', processes, ARGV[4]) or '-1'
 local function answer(more)
   local present = redis.call('HGETALL', state)
   return {{known, stream_error, more, present}}
 end
 local swept = tonumber(redis.call('HGET', state, 'swept') or 0)
-if ARGV[4] ~= '1' and swept < now and now - swept < 500 then return answer(0) end
+if ARGV[5] ~= '1' and swept < now and now - swept < 500 then return answer(0) end
 if now - swept > {PAUSE * 1000:.0f} then redis.call('HSET', state, 'since', text(now)) end
 redis.call('HSET', state, 'swept', text(now))
 local since = tonumber(redis.call('HGET', state, 'since') or 0)
@@ -217,7 +222,7 @@ return answer(more)
 READ: Final = (
     _COMMON
     + """
-local present = redis.call('HGETALL', prefix .. 'online:' .. ARGV[4])
+local present = redis.call('HGETALL', prefix .. 'online:' .. ARGV[5])
 local found = {redis.call('HGET', state, 'rev') or '0', present}
 for _, name in ipairs(live) do
   local values = {}
@@ -235,4 +240,4 @@ return found
 )
 
 # Returns whom it holds, according to Redis.
-HELD: Final = _COMMON + "return redis.call('HKEYS', prefix .. 'here:' .. ARGV[3])\n"
+HELD: Final = _COMMON + "return redis.call('HKEYS', prefix .. 'here:' .. ARGV[4])\n"

@@ -17,7 +17,7 @@ import trio
 
 from ..broker.commands import Commands, Unavailable
 from ..broker.probe import Probe
-from ..core.control_messages import CONTROL, Left, Node
+from ..core.control_messages import Left, Node
 from ..runtime.throttled_log import ThrottledLog
 from .keys import Keys
 from .liveness import HORIZON, NOTE_GAP
@@ -149,7 +149,7 @@ class Registry:
     async def _leave(self) -> None:
         left = msgspec.json.encode(Left(self.name))
         keys = [self._keys.nodes, self._keys.states, self._keys.settings]
-        await self._commands.evaluate(_LEAVE, keys, [self.name, CONTROL, left])
+        await self._commands.evaluate(_LEAVE, keys, [self.name, self._keys.control, left])
 
     async def beat(self) -> None:
         """Write a beat, unless this process has left. Raises :exc:`Unavailable`."""

@@ -1,7 +1,7 @@
 """Control messages: what is published to the gateway itself, each kind on its own channel.
 
-On :data:`CONTROL` the processes of one service speak to each other. An :class:`Ask` is answered by
-all of them, an :class:`Answer` goes to the channel of the process that asked.
+On the channel ``control`` the processes of one service speak to each other. An :class:`Ask` is
+answered by all of them, an :class:`Answer` goes to the channel of the process that asked.
 """
 
 from typing import Annotated, Final, TypeVar
@@ -14,10 +14,10 @@ _Kind = TypeVar("_Kind")
 
 REVOKED: Final = "channel:auth:revoked"
 SECTORS_CHANGED: Final = "channel:sectors:changed"
-PLACEMENT: Final = "channel:gateway:placement"
-CONTROL: Final = "channel:gateway:control"
 
-_ReportChannel = Annotated[str, msgspec.Meta(pattern=f"^{PLACEMENT}:[0-9a-f]{{1,32}}\\Z")]
+_ReportChannel = Annotated[
+    str, msgspec.Meta(pattern=r"^channel:gateway:([0-9]+:)?placement:[0-9a-f]{1,32}\Z")
+]
 _Name = Annotated[str, msgspec.Meta(pattern="^[A-Za-z0-9._-]{1,100}\\Z")]
 _User = int | Annotated[str, msgspec.Meta(pattern="^[0-9]+$")]
 
@@ -40,7 +40,7 @@ class SectorsChanged(msgspec.Struct):
 class PlacementRequest(msgspec.Struct):
     """Of ``trio-gateway rebalance``: report your tenants, or send clients of tenants away.
 
-    The channel of a report is below :data:`PLACEMENT`, so that no request causes events.
+    The channel of a report is below that of requests, so that no request causes events.
     """
 
     report_to: _ReportChannel | None = None
@@ -147,9 +147,17 @@ class FlushReceipts(msgspec.Struct):
     """Write all receipts to Redis before you answer."""
 
 
-def reply_channel(name: str) -> str:
-    """The channel on which a process, or a command, receives answers."""
-    return f"{CONTROL}:{name}"
+def own_channel(name: str, database: int) -> str:
+    """The channel of this name that only the processes on one database of a Redis use.
+
+    Pub/Sub reaches the clients of all databases of a server.
+    """
+    return f"channel:gateway:{name}" if database == 0 else f"channel:gateway:{database}:{name}"
+
+
+def placement_channel(database: int) -> str:
+    """The channel of requests for placement; those of reports are below it."""
+    return own_channel("placement", database)
 
 
 def read_control_message(payload: bytes, kind: type[_Kind]) -> _Kind:
