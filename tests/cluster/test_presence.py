@@ -253,6 +253,28 @@ async def test_nothing_is_told_of_a_reconnect_while_redis_was_away(
         assert "USER_OFFLINE" not in [kind for kind, _ in world.told]
 
 
+async def test_process_killed_after_redis_was_away_costs_nobody_the_grace(
+    client: "redis.Redis", autojump_clock: MockClock
+) -> None:
+    async with service(client) as (world, (one, other)):
+        one.join(21)
+        one.join(22)
+        await trio.sleep(4)
+        world.is_away = True
+        await trio.sleep(12)
+        one.resumed = trio.Event()  # its first beat after that is not written
+        world.is_away = False
+        await trio.sleep(1)
+        one.kill()
+        killed = trio.current_time()
+        await trio.sleep(12)
+        other.join(22)
+        await trio.sleep(15)
+        assert world.told[2:] == [("USER_OFFLINE", "21")]
+        assert world.told_at[2] >= killed + 15
+        assert world.events[2]["at"] >= START + killed
+
+
 async def test_each_leave_has_the_whole_grace(
     client: "redis.Redis", autojump_clock: MockClock
 ) -> None:

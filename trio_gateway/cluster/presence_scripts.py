@@ -172,7 +172,7 @@ return {text(last), stream_error, found}
 
 # Ends graces, and lets those go that processes held which are not live any more. After a pause of
 # the whole service, or of Redis, both wait until each process has had the time to beat, and to
-# write what it holds.
+# write what it holds. A process that could not beat during the pause may have lived until its end.
 # ARGV: "1" for more of the same sweep.
 # Returns the number of the last write of the process, an error of the stream, whether there is more
 # to do, and the state, which has the number of those present by endpoint.
@@ -202,10 +202,12 @@ local room, more = {CHUNK} - #due / 2, #due == {2 * CHUNK} and 1 or 0
 if not waits then
   for name, beat in pairs(dead) do
     local here = prefix .. 'here:' .. name
+    local died = now
+    if beat > 0 then died = math.min(now, math.max(beat, since) + {BEAT * 1000:.0f}) end
     if room > 0 then
       for _, key in ipairs(redis.call('HRANDFIELD', here, room)) do
         redis.call('HDEL', here, key)
-        release(key, beat > 0 and math.min(now, beat + {BEAT * 1000:.0f}) or now)
+        release(key, died)
         room = room - 1
       end
     end
