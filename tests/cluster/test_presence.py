@@ -275,6 +275,24 @@ async def test_process_killed_after_redis_was_away_costs_nobody_the_grace(
         assert world.events[2]["at"] >= START + killed
 
 
+async def test_leave_from_a_second_process_has_the_whole_grace_though_the_first_was_killed(
+    client: "redis.Redis", autojump_clock: MockClock
+) -> None:
+    async with service(client) as (world, (one, other)):
+        one.join()
+        await trio.sleep(3.5)
+        one.kill()
+        await trio.sleep(4.5)
+        ana = other.join()
+        await trio.sleep(1)
+        other.leave(ana)  # the other does not know yet that the first was killed
+        left = trio.current_time()
+        await trio.sleep(15 + SOON)
+        assert world.told == [("USER_ONLINE", "21"), ("USER_OFFLINE", "21")]
+        assert world.told_at[1] >= left + 15
+        assert world.events[1]["at"] == pytest.approx(START + left, abs=0.1)
+
+
 async def test_each_leave_has_the_whole_grace(
     client: "redis.Redis", autojump_clock: MockClock
 ) -> None:

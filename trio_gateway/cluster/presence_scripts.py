@@ -4,7 +4,7 @@ After the prefix the keys are:
 
 - ``here:<process>``, a hash: who is connected there, with the number of connections and a record
 - ``online:<tenant>``, a hash: who is present, with since when and a record
-- ``leaving``, a sorted set: who has no connection, by when it lost the last one (ms)
+- ``leaving``, a sorted set: who may have no connection, by when it lost the last one (ms)
 - ``presence:processes``, a hash: each process that has a ``here``, with the number of its last
   write
 - ``presence:state``, a hash: the ``rev`` of the last change that was published; when the service
@@ -112,13 +112,18 @@ local function finish(key, left)
   changes[#changes + 1] = {{key}}
 end
 
--- A process does not hold it any more.
+-- A process does not hold it any more. Others may hold it that are dead, which is not known yet:
+-- the last time counts.
 local function release(key, left)
   local value = redis.call('HGET', online(key), key)
   if not value then return end
   local values = held(key)
+  if grace > 0 then
+    local before = tonumber(redis.call('ZSCORE', leaving, key) or 0)
+    if before < left then redis.call('ZADD', leaving, text(left), key) end
+  end
   if #values == 0 then
-    if grace == 0 then finish(key, left) else redis.call('ZADD', leaving, 'NX', text(left), key) end
+    if grace == 0 then finish(key, left) end
     return
   end
   local record = behind_line(values[1])
@@ -160,8 +165,8 @@ for at = 6, #ARGV, 4 do
     end
   end
   if connections == '0' then
-    redis.call('HDEL', here, key)
-    release(key, now)
+    local is_repeated = redis.call('HDEL', here, key) == 0 and came == '0'
+    if not (is_repeated and redis.call('ZSCORE', leaving, key)) then release(key, now) end
   end
   found[#found + 1] = since
 end
