@@ -120,7 +120,8 @@ class Process:
         self.resumed = trio.Event()
         self.resumed.set()
         self.scope = trio.CancelScope()
-        self.presence = Presence(name, self.run_script, lambda: START + trio.current_time())
+        run, clock = self.run_script, lambda: START + trio.current_time()
+        self.presence = Presence(name, run, run, clock)
         self.registry = Registry(name, cast(Commands, self), KEYS, lambda: Node(name))
         self.registry.on_forgotten.append(self.presence.rewrite)
         self.connections: list[FakeConnection] = []

@@ -134,6 +134,33 @@ async def test_user_that_comes_and_goes_between_two_writes_is_told_of(
         assert world.told == [("USER_ONLINE", "21"), ("USER_OFFLINE", "21")]
 
 
+async def test_those_who_come_soon_after_a_write_share_the_next(
+    client: "redis.Redis", autojump_clock: MockClock
+) -> None:
+    async with service(client, 1) as (world, (one,)):
+        await trio.sleep(2)
+        before = world.calls
+        for user in range(20):
+            one.join(user)
+            await trio.sleep(0.004)
+        await trio.sleep(0.1)
+        assert len(world.told) == 20
+        assert world.calls - before <= 4  # the first, all others, and perhaps a sweep and a beat
+
+
+async def test_flush_does_not_wait_for_others_to_come(
+    client: "redis.Redis", autojump_clock: MockClock
+) -> None:
+    async with service(client, 1) as (world, (one,)):
+        one.join(21)
+        await trio.sleep(0.01)
+        one.join(22)
+        started = trio.current_time()
+        await one.presence.flush()
+        assert trio.current_time() - started < 0.02
+        assert len(world.told) == 2
+
+
 async def test_killed_process_is_cleared_up_by_others_and_each_leave_told_once(
     client: "redis.Redis", autojump_clock: MockClock
 ) -> None:

@@ -5,7 +5,7 @@ import signal
 from contextlib import AsyncExitStack
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, cast
 
 import redis
 import trio
@@ -40,6 +40,12 @@ async def ask(gateway: Reachable, branch: object = 1, **claims: Any) -> Reply:
 def events(backend: "redis.Redis") -> list[dict[str, Any]]:
     entries: Any = backend.xrange(STREAM)
     return [json.loads(fields[b"data"]) for _, fields in entries]
+
+
+def held(backend: "redis.Redis") -> int:
+    """How many users and sessions the processes hold, each counted in each process."""
+    keys: Any = backend.keys("{gateway}:here:*")
+    return sum(cast(Any, backend.hlen(key)) for key in keys)
 
 
 def told(backend: "redis.Redis") -> list[tuple[str, str]]:
@@ -183,6 +189,7 @@ async def test_admin_is_told_the_state_and_then_each_change(
         ):
             await until(lambda: len(events(backend)) == 6)
         assert await received(admin) == []
+        await until(lambda: held(backend) == 2)  # that they have left is written
         # Other sectors are.
         token = make_jwt(JWT_SECRET, sub="21", roles=["WAITER"], sector_ids=[6])
         await waiter.send_message(json.dumps({"type": "auth", "token": token}))

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import trio
 
-from ..broker.commands import Commands, Unavailable
+from ..broker.commands import TIMEOUT, Commands, Unavailable
 from ..broker.probe import Probe
 from ..broker.pubsub import Listener, PubSub
 from ..broker.script_link import ScriptLink
@@ -49,7 +49,7 @@ class ClusterParts:
     keys: Keys
     registry: Registry
     control: Control
-    scripts: ScriptLink | None  # of limits, which every client waits for; not in a Cluster
+    scripts: Sequence[ScriptLink]  # of limits, and of presence; none in a Cluster
     limits: ClusterLimits | None  # with WS_CLUSTER
     room: ClusterRoom | None  # with WS_CLUSTER
     link: PubSub  # of control, apart from the events: neither delays the other
@@ -65,8 +65,8 @@ class ClusterParts:
         nursery.start_soon(keep_running, "control", self.link.run, breaker, backoff, changed)
         nursery.start_soon(self.registry.run)
         nursery.start_soon(self.control.run)
-        if self.scripts is not None:
-            nursery.start_soon(self.scripts.run)
+        for each in self.scripts:
+            nursery.start_soon(each.run)
         if self.limits is not None and self.room is not None:
             nursery.start_soon(self.limits.run)
             nursery.start_soon(self.room.run)
@@ -121,14 +121,24 @@ def build_cluster(
     control = Control(commands, keys, registry, lambda: link.connected)
     listeners: dict[str, Listener] = {keys.control: control, keys.replies(name): control}
     presence = None
+    # What each client that connects costs goes through links of its own.
+    scripts: list[ScriptLink] = []
+    ask_limits: Evaluate = commands.evaluate
+    write_presence: Evaluate = commands.evaluate
+    if settings.ws_cluster and not topology.is_cluster:
+        scripts = [ScriptLink(topology), ScriptLink(topology)]
+        ask_limits, write_presence = (each.evaluate for each in scripts)
     if settings.ws_cluster:
-        run_script = partial(
-            _run_script,
-            commands,
-            presence_keys(keys, settings.ws_presence_stream),
-            common_arguments(keys, settings.ws_presence_grace),
+        run_script, run_write = (
+            partial(
+                _run_script,
+                evaluate,
+                presence_keys(keys, settings.ws_presence_stream),
+                common_arguments(keys, settings.ws_presence_grace),
+            )
+            for evaluate in (commands.evaluate, write_presence)
         )
-        presence = hub.observer = Presence(name, run_script, clock)
+        presence = hub.observer = Presence(name, run_script, run_write, clock)
         listeners[keys.changes] = presence.feed
         registry.on_forgotten.append(presence.rewrite)
         answer_presence(control, presence)
@@ -144,13 +154,9 @@ def build_cluster(
         anywhere=topology.is_cluster,
     )
     link.name = "control"
-    scripts, limits, cluster_room = None, None, None
+    limits, cluster_room = None, None
     if settings.ws_cluster:
-        evaluate: Evaluate = commands.evaluate
-        if not topology.is_cluster:
-            scripts = ScriptLink(topology)
-            evaluate = scripts.evaluate
-        limits = ClusterLimits(hub, capacity, keys, name, evaluate, registry.beat)
+        limits = ClusterLimits(hub, capacity, keys, name, ask_limits, registry.beat)
         registry.on_forgotten.append(limits.write_all)
         cluster_room = ClusterRoom(hub, room, limits, control, name)
     carry_out_orders(control, hub, sectors_changed)
@@ -169,10 +175,10 @@ def build_cluster(
 
 
 async def _run_script(
-    commands: Commands,
+    evaluate: Evaluate,
     keys: Sequence[str],
     common: Sequence[str],
     script: str,
     arguments: Sequence[str],
 ) -> Any:
-    return await commands.evaluate(script, keys, [*common, *arguments])
+    return await evaluate(script, keys, [*common, *arguments], seconds=TIMEOUT)

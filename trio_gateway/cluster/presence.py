@@ -20,6 +20,7 @@ log = structlog.get_logger()
 
 SWEEP_EVERY: Final = 1.0  # seconds, about
 _RETRY: Final = 0.5  # seconds
+_PAUSE: Final = 0.1  # seconds between two writes: those who come meanwhile share the next one
 _FLUSH: Final = 0.7  # seconds; at the end of a process, telling the others may take one in all
 _MOST_GONE: Final = 10_000  # who left and are remembered until Redis is told
 _PIECE: Final = 200  # connections that are described without a checkpoint, in about 2 ms
@@ -51,17 +52,20 @@ class Presence:
     The hub tells it of each connection that joins, leaves or moves; that never waits. One task
     writes what has changed, as absolute state: a write may be repeated, and while one is on its
     way the next collects. ``name`` is that of this process in the registry, whose beats say that
-    it lives. It writes after the first call of :meth:`rewrite`.
+    it lives. It writes after the first call of :meth:`rewrite`. ``run_write`` runs the script that
+    writes, ``run_script`` the others.
     """
 
     def __init__(
         self,
         name: str,
         run_script: scripts.Run,
+        run_write: scripts.Run,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._name = name
         self._run = run_script
+        self._run_write = run_write
         self.feed = PresenceFeed(self._run_when_written)
         self._clock = clock
         self._here: dict[str, _Here] = {}  # by key in Redis
@@ -74,6 +78,8 @@ class Presence:
         self._acknowledged = -1  # of the last write that Redis has answered
         self._changed = trio.Event()
         self._is_writing = False
+        self._flushing = 0  # how many wait until all is written
+        self._hurry = trio.Event()  # set when one of them comes
         self._idle = trio.lowlevel.ParkingLot()
         self._throttled_log = ThrottledLog(log)
         #: How many are present in the whole service, by the last sweep.
@@ -145,9 +151,16 @@ class Presence:
 
     async def flush(self) -> None:
         """Wait until all is written, for at most :data:`_FLUSH` seconds."""
-        with trio.move_on_after(_FLUSH):
-            while self._registered.is_set() and (self._dirty or self._compares or self._is_writing):
-                await self._idle.park()
+        self._flushing += 1
+        self._hurry.set()
+        try:
+            with trio.move_on_after(_FLUSH):
+                while self._registered.is_set() and (
+                    self._dirty or self._compares or self._is_writing
+                ):
+                    await self._idle.park()
+        finally:
+            self._flushing -= 1
 
     async def _run_when_written(self, script: str, arguments: Sequence[str]) -> Any:
         await self.flush()  # who watches sees at least the clients of this process
@@ -177,8 +190,16 @@ class Presence:
                     await self._compare()
                 else:
                     await self._write()
+                    if len(self._dirty) < scripts.CHUNK and not self._flushing:
+                        await self._pause()
             except Unavailable:
                 await trio.sleep(_RETRY)
+
+    async def _pause(self) -> None:
+        """Let a crowd share the next write, unless somebody waits for it."""
+        self._hurry = trio.Event()
+        with trio.move_on_after(_PAUSE):
+            await self._hurry.wait()
 
     async def _compare(self) -> None:
         """Also write that those are gone that only Redis holds."""
@@ -212,7 +233,7 @@ class Presence:
             return
         self._is_writing = True
         try:
-            last, error, since = await self._run(scripts.WRITE, arguments)
+            last, error, since = await self._run_write(scripts.WRITE, arguments)
             if last == b"late":
                 raise Unavailable("a later write was faster")
         except BaseException:
