@@ -117,6 +117,7 @@ class Process:
     def __init__(self, world: World, name: str) -> None:
         self.world = world
         self.name = name
+        self.is_cut_off = False  # from Redis
         self.resumed = trio.Event()
         self.resumed.set()
         self.scope = trio.CancelScope()
@@ -143,7 +144,7 @@ class Process:
         """What the registry and presence use of commands."""
         await trio.sleep(0.001)
         await self.resumed.wait()
-        if self.world.is_away:
+        if self.world.is_away or self.is_cut_off:
             await trio.sleep(0.5)
             raise Unavailable("away")
         reply = self.world.evaluate(script, keys, arguments)

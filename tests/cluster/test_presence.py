@@ -364,6 +364,58 @@ async def test_user_that_comes_and_goes_while_redis_is_away_is_told_of(
         assert world.told == [("USER_ONLINE", "21"), ("USER_OFFLINE", "21")]
 
 
+async def test_times_are_those_of_the_events_also_if_redis_was_away(
+    client: "redis.Redis", autojump_clock: MockClock
+) -> None:
+    async with service(client, grace=1) as (world, (one, other)):
+        one_ana, other_ana = one.join(), other.join()
+        await trio.sleep(1)
+        start = trio.current_time()
+        world.is_away = True
+        await trio.sleep(1)
+        eva = one.join(22)
+        await trio.sleep(1)
+        one.leave(eva)
+        other.leave(other_ana)
+        await trio.sleep(1)
+        one.leave(one_ana)
+        await trio.sleep(2)
+        world.is_away = False
+        await trio.sleep(10)
+        happened = {
+            (each["type"], each["user_id"]): each["at"] - START - start for each in world.events
+        }
+        assert happened == {
+            ("USER_ONLINE", "21"): pytest.approx(-1, abs=0.01),
+            ("USER_ONLINE", "22"): pytest.approx(1, abs=0.01),
+            ("USER_OFFLINE", "22"): pytest.approx(2, abs=0.01),
+            ("USER_OFFLINE", "21"): pytest.approx(3, abs=0.01),
+        }
+        assert len(world.events) == len(happened)
+        assert not client.exists("{gateway}:leaving", "{gateway}:left")
+
+
+@pytest.mark.parametrize("grace", [0, 1])
+@pytest.mark.parametrize("is_first", [True, False])
+async def test_leave_is_the_last_end_whichever_process_tells_it_first(
+    client: "redis.Redis", autojump_clock: MockClock, grace: float, *, is_first: bool
+) -> None:
+    async with service(client, grace=grace) as (world, (one, other)):
+        connections = {process: process.join() for process in (one, other)}
+        await trio.sleep(1)
+        late = one if is_first else other
+        late.is_cut_off = True
+        one.leave(connections[one])
+        await trio.sleep(1)
+        other.leave(connections[other])
+        left = trio.current_time()
+        await trio.sleep(1)
+        late.is_cut_off = False
+        await trio.sleep(1 + SOON)
+        assert [kind for kind, _ in world.told] == ["USER_ONLINE", "USER_OFFLINE"]
+        assert world.events[-1]["at"] == pytest.approx(START + left, abs=0.01)
+
+
 async def test_write_that_arrives_after_a_newer_one_has_no_effect(
     client: "redis.Redis", autojump_clock: MockClock
 ) -> None:
@@ -374,7 +426,7 @@ async def test_write_that_arrives_after_a_newer_one_has_no_effect(
         await trio.sleep(3)
         record = '{"tenant_id":1,"branch_ids":[1],"user_id":"21","endpoint":"waiter"}\n{}'
         late = await one.run_script(
-            presence_scripts.WRITE, ["p0", "1", "1:waiter:21", "1", "1", record]
+            presence_scripts.WRITE, ["p0", "1", "1:waiter:21", "1", "0", "0", record]
         )
         assert late[0] == b"late"
         assert world.online() == set()

@@ -29,13 +29,16 @@ _PIECE: Final = 200  # connections that are described without a checkpoint, in a
 class _Here:
     """A user or session that is connected here, or that Redis may still believe to be."""
 
-    __slots__ = ("connections", "is_new", "last", "since", "written")
+    __slots__ = ("came_at", "connections", "last", "left_at", "since", "written")
 
     def __init__(self, since: float) -> None:
         self.connections: dict[Connection, None] = {}  # in the order in which they joined
         self.since = since  # Redis' own, when it has been told
         self.last: Principal | None = None  # of the last connection that has left
-        self.is_new = False  # it has connected since the last write
+        # On Trio's clock: when it first connected since the last write, if it did; and when its
+        # last connection ended.
+        self.came_at: float | None = None
+        self.left_at = 0.0
         self.written: str | None = None  # what Redis has; None if that is unknown
 
     def now(self) -> Present:
@@ -95,7 +98,8 @@ class Presence:
             here.since = self._clock()
             self._gone -= 1
         here.connections[connection] = None
-        here.is_new = True
+        if here.came_at is None:
+            here.came_at = trio.current_time()
         self._mark(key)
 
     def left(self, connection: Connection) -> None:
@@ -104,7 +108,7 @@ class Presence:
         key = key_of(connection.principal)
         here = self._here[key]
         del here.connections[connection]
-        here.last = connection.principal
+        here.last, here.left_at = connection.principal, trio.current_time()
         self._gone += not here.connections
         if self._gone <= _MOST_GONE:
             self._mark(key)
@@ -212,23 +216,26 @@ class Presence:
 
     async def _write(self) -> None:
         keys = list(self._dirty)[: scripts.CHUNK]
-        batch: list[tuple[str, _Here | None, bool]] = []
+        batch: list[tuple[str, _Here | None, float | None]] = []
         self._number += 1
+        now = trio.current_time()
         arguments = [self._name, str(self._number)]
         for key in keys:
             del self._dirty[key]
-            here, was_new, connections, record = self._here.get(key), False, GONE, ""
+            here, came_at, connections, record = self._here.get(key), None, GONE, ""
+            left_at = now
             if here is not None:
-                connections, was_new = len(here.connections), here.is_new
-                if connections or was_new:  # of others that are gone, Redis has the record
+                connections, came_at, left_at = len(here.connections), here.came_at, here.left_at
+                # Of one that is gone and was told, Redis has the record.
+                if connections or came_at is not None:
                     record = write_record(here.now())
                 value = f"{connections}\n{record}"
-                if connections and value == here.written and not was_new:
+                if connections and value == here.written and came_at is None:
                     continue
-                here.written, here.is_new = value, False
-            came = "1" if was_new or connections else "0"
-            arguments += [key, str(connections), came, record]
-            batch.append((key, here, was_new))
+                here.written, here.came_at = value, None
+            came = _ago(now if came_at is None else came_at) if record else ""
+            arguments += [key, str(connections), came, _ago(left_at), record]
+            batch.append((key, here, came_at))
         if not batch:
             return
         self._is_writing = True
@@ -250,13 +257,13 @@ class Presence:
         if lost:
             self.rewrite()
 
-    def _restore(self, batch: Sequence[tuple[str, _Here | None, bool]]) -> None:
+    def _restore(self, batch: Sequence[tuple[str, _Here | None, float | None]]) -> None:
         """It is unknown whether Redis has got this."""
-        for key, here, was_new in batch:
+        for key, here, came_at in batch:
             self._dirty[key] = None
             if here is not None:
                 here.written = None
-                here.is_new |= was_new
+                here.came_at = here.came_at if came_at is None else came_at
 
     def _acknowledge(self, key: str, here: _Here, since: bytes) -> None:
         if here.connections:
@@ -288,3 +295,8 @@ class Presence:
         if error:
             text = error.decode(errors="replace").split(" ", 1)[0]
             self._throttled_log.error("joins and leaves not added to the stream", error=text)
+
+
+def _ago(moment: float) -> str:
+    """How long ago this was on Trio's clock, in ms: Redis knows when that was on its own."""
+    return f"{(trio.current_time() - moment) * 1000:.0f}"

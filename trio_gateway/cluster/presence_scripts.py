@@ -5,6 +5,7 @@ After the prefix the keys are:
 - ``here:<process>``, a hash: who is connected there, with the number of connections and a record
 - ``online:<tenant>``, a hash: who is present, with since when and a record
 - ``leaving``, a sorted set: who may have no connection, by when it lost the last one (ms)
+- ``left``, a hash: when one lost those of a process (ms), who had others then
 - ``presence:processes``, a hash: each process that has a ``here``, with the number of its last
   write
 - ``presence:state``, a hash: the ``rev`` of the last change that was published; when the service
@@ -108,6 +109,7 @@ local function finish(key, left)
   local value = redis.call('HGET', online(key), key)
   if not value then return end
   redis.call('HDEL', online(key), key)
+  redis.call('HDEL', prefix .. 'left', key)
   tell('OFFLINE', key, behind_line(value), left)
   changes[#changes + 1] = {{key}}
 end
@@ -118,14 +120,13 @@ local function release(key, left)
   local value = redis.call('HGET', online(key), key)
   if not value then return end
   local values = held(key)
-  if grace > 0 then
-    local before = tonumber(redis.call('ZSCORE', leaving, key) or 0)
-    if before < left then redis.call('ZADD', leaving, text(left), key) end
-  end
+  left = math.max(left, tonumber(redis.call('HGET', prefix .. 'left', key) or 0))
+  if grace > 0 then redis.call('ZADD', leaving, 'GT', text(left), key) end
   if #values == 0 then
     if grace == 0 then finish(key, left) end
     return
   end
+  redis.call('HSET', prefix .. 'left', key, text(left))
   local record = behind_line(values[1])
   if record ~= behind_line(value) then
     update(key, string.match(value, '^[^\\n]+'), record, values)
@@ -135,7 +136,8 @@ end
 )
 
 # ARGV: the number of this write, then of each user or session: key, connections,
-# whether it was connected since the last write, record.
+# how long ago it connected since the last write (ms; empty: it did not), how long ago it lost its
+# last connection (ms), record.
 # Returns the number of the last write before this one, or "late"; an error of the stream; and since
 # when each is present.
 WRITE: Final = (
@@ -148,25 +150,26 @@ if last == -1 then live[#live + 1] = name end
 redis.call('HSET', processes, name, number)
 local here = prefix .. 'here:' .. name
 local found = {}
-for at = 6, #ARGV, 4 do
-  local key, connections, came, record = ARGV[at], ARGV[at + 1], ARGV[at + 2], ARGV[at + 3]
+for at = 6, #ARGV, 5 do
+  local key, connections, record = ARGV[at], ARGV[at + 1], ARGV[at + 4]
+  local came, left = tonumber(ARGV[at + 2]), now - ARGV[at + 3]
   local since = ''
   if connections ~= '0' then redis.call('HSET', here, key, connections .. '\\n' .. record) end
-  if came == '1' then
+  if came then
     local value = redis.call('HGET', online(key), key)
-    since = value and string.match(value, '^[^\\n]+') or seconds(now)
+    since = value and string.match(value, '^[^\\n]+') or seconds(now - came)
     if not value then
       redis.call('HSET', online(key), key, since .. '\\n' .. record)
-      tell('ONLINE', key, record, now)
+      tell('ONLINE', key, record, now - came)
       changes[#changes + 1] = {key, since, connections .. '\\n' .. record}
     else
-      redis.call('ZREM', leaving, key)
+      if connections ~= '0' then redis.call('ZREM', leaving, key) end
       if behind_line(value) ~= record then update(key, since, record, held(key)) end
     end
   end
   if connections == '0' then
-    local is_repeated = redis.call('HDEL', here, key) == 0 and came == '0'
-    if not (is_repeated and redis.call('ZSCORE', leaving, key)) then release(key, now) end
+    local is_repeated = redis.call('HDEL', here, key) == 0 and not came
+    if not (is_repeated and redis.call('ZSCORE', leaving, key)) then release(key, left) end
   end
   found[#found + 1] = since
 end
