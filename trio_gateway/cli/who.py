@@ -29,22 +29,24 @@ def who(tenant: int, branch: int | None, as_json: bool) -> None:
     from ..cluster.presence_query import who_is_present
     from ..core.audiences import BranchId, TenantId
 
-    async def ask(service: "Service") -> "tuple[PresenceReport, int]":
+    async def ask(service: "Service") -> "tuple[PresenceReport, list[str], int]":
         wanted = None if branch is None else BranchId(branch)
-        report = await who_is_present(service.control, TenantId(tenant), wanted)
-        return report, len(await service.registry.read())
+        report, unknowing = await who_is_present(service.control, TenantId(tenant), wanted)
+        return report, unknowing, len(await service.registry.read())
 
     settings = settings_or_exit()
-    report, processes = ask_service(settings, ask)
+    report, unknowing, processes = ask_service(settings, ask)
     if not processes and report.complete:
         no_gateway(settings)
     if as_json:
         show_json(report)
     else:
         _show(report)
-        tell_missing(report.missing, processes)
-        if len(report.missing) >= processes:
-            click.echo("who is present is known to processes with WS_CLUSTER=true", err=True)
+        tell_missing([each for each in report.missing if each not in unknowing], processes)
+        if unknowing:
+            names = ", ".join(unknowing)
+            what = f"{len(unknowing)} of {processes} processes do not know who is connected"
+            click.echo(f"{what}, because WS_CLUSTER is off there: {names}", err=True)
     if not report.complete:
         raise SystemExit(FAILED)
 

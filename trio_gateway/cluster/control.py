@@ -36,6 +36,7 @@ PATIENCE: Final = 1.8  # seconds, so that who asks over HTTP has an answer withi
 MOST_HANDLED: Final = 100  # questions at a time
 _MOST_BYTES: Final = 8 << 20  # of an answer: Redis ends a subscriber for which 32 MiB wait
 _HANDLER_TIMEOUT: Final = 10.0  # seconds
+_UNKNOWN: Final = "unknown"  # the error of a process that has no handler for this kind
 _STILL_ASKED: Final = 10.0  # seconds after which nobody waits for the answer to an order
 
 _ASK: Final = NAMES + "redis.call('PUBLISH', ARGV[1], ARGV[2])\nreturn names"
@@ -70,6 +71,9 @@ class Answers:
 
     by_node: dict[str, msgspec.Raw] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
+    #: Those of the missing that said that they cannot answer such a question: another version, or
+    #: a setting that they do not have.
+    unknown: list[str] = field(default_factory=list)
 
     @property
     def complete(self) -> bool:
@@ -83,6 +87,7 @@ class _Question:
         self.expected: set[str] | None = None  # not known yet
         self.answers: dict[str, msgspec.Raw] = {}
         self.failed: set[str] = set()
+        self.unknown: set[str] = set()
         self.settled = trio.Event()
 
     def settle(self) -> None:
@@ -206,7 +211,7 @@ class Control:
                 raise Unavailable("no answer in time")
             missing = question.expected - question.answers.keys()
             found = {n: a for n, a in question.answers.items() if n in question.expected}
-            return Answers(found, sorted(missing))
+            return Answers(found, sorted(missing), sorted(missing & question.unknown))
         finally:
             del self._questions[number]
 
@@ -273,14 +278,14 @@ class Control:
 
     async def _answer_to(self, number: str, kind: str, request: msgspec.Raw) -> Answer:
         known = self._handlers.get(kind)
-        if known is None:  # a newer version asks
-            return Answer(number, self._registry.name, error="unknown")
+        if known is None:
+            return Answer(number, self._registry.name, error=_UNKNOWN)
         return await self._call(number, kind, request, *known)
 
     async def _carry_out(self, order: Order, given_at: float) -> None:
         known = self._order_handlers.get(order.kind)
         if known is None:
-            answer = Answer(order.id, self._registry.name, error="unknown")
+            answer = Answer(order.id, self._registry.name, error=_UNKNOWN)
         else:
             kind, handler = known
 
@@ -325,6 +330,8 @@ class Control:
             question.answers[answer.node] = answer.answer
         else:
             question.failed.add(answer.node)
+            if answer.error == _UNKNOWN:
+                question.unknown.add(answer.node)
         question.settle()
 
 

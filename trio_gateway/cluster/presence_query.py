@@ -48,8 +48,9 @@ async def who_is_present(
     branch: BranchId | None = None,
     *,
     node: str | None = None,
-) -> PresenceReport:
-    """Return who has a connection to any process, in one branch or in the whole tenant.
+) -> tuple[PresenceReport, list[str]]:
+    """Return who has a connection to any process, in one branch or in the whole tenant; and which
+    of the missing processes said that they do not know, because WS_CLUSTER is off there.
 
     ``node`` names the only process that counts, which must be alive.
 
@@ -65,4 +66,5 @@ async def who_is_present(
             log.warning("answer about presence is invalid", node=name)
             missing.append(name)
     items = merge(found)
-    return PresenceReport(items.users, items.sessions, not missing, sorted(missing))
+    report = PresenceReport(items.users, items.sessions, not missing, sorted(missing))
+    return report, answers.unknown

@@ -55,7 +55,7 @@ async def report(parts: Parts, tenant: TenantId, branch: BranchId, owner: Hashab
     try:
         if node != _ALL and node not in await parts.cluster.registry.read():
             return problem(404, "no live process has this name (node)")
-        found = await who_is_present(
+        found, _ = await who_is_present(
             parts.cluster.control, tenant, branch, node=None if node == _ALL else node
         )
     except Unavailable:
