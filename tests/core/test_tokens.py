@@ -126,6 +126,11 @@ def test_an_invalid_claim_is_refused(claim: str, value: Any) -> None:
     assert refused(caught, token)
 
 
+def test_a_user_id_that_is_too_long_is_told_so() -> None:
+    with pytest.raises(Rejected, match="sub has more than 19 digits"):
+        read_jwt(sign(STAFF | {"sub": "1" * 20}), HS256, Rules(), NOW)
+
+
 _JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**64), 2**64) | st.floats() | st.text(max_size=3)
     | st.sampled_from(["refresh", "gateway", "21", NOW - 60, NOW + 60]),

@@ -457,6 +457,8 @@ def _strings(claims: Mapping[str, Any], name: str) -> list[str]:
 def _user(claims: Mapping[str, Any]) -> UserId:
     value = claims.get("sub")
     if not isinstance(value, str) or not is_decimal(value, _MOST_DIGITS):
+        if isinstance(value, str) and is_decimal(value, len(value)):
+            raise _failed(f"sub has more than {_MOST_DIGITS} digits")
         raise _failed("sub missing or not a decimal string")
     return UserId(value)
 
