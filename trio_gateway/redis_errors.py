@@ -1,4 +1,4 @@
-"""Error replies by which Redis says that another server must execute the command."""
+"""Failures of commands: which say that another server must execute it, and what to log."""
 
 import re
 from typing import Final
@@ -7,6 +7,7 @@ from redis.exceptions import (
     AuthenticationError,
     BusyLoadingError,
     ClusterDownError,
+    InvalidResponse,
     MasterDownError,
     MovedError,
     ReadOnlyError,
@@ -25,6 +26,8 @@ _KINDS: Final = (
 _WORDS: Final = re.compile(
     r"\b(?:READONLY|LOADING|MASTERDOWN|NOREPLICAS|NOAUTH|WRONGPASS|CLUSTERDOWN|MOVED|UNBLOCKED)\b"
 )
+# By these a server begins to quote a command that it does not know.
+_ARGUMENTS: Final = re.compile(r",? with args beginning with|\n")
 
 
 def is_wrong_server(error: RedisError) -> bool:
@@ -35,3 +38,13 @@ def is_wrong_server(error: RedisError) -> bool:
     it would give the same answer for ever.
     """
     return isinstance(error, _KINDS) or _WORDS.search(str(error)) is not None
+
+
+def describe(error: Exception) -> str:
+    """What to log of a failure: without the arguments of the command, which may be secrets."""
+    name = type(error).__name__
+    if isinstance(error, InvalidResponse):  # it quotes what was received
+        return name
+    reply = str(error).rpartition(" of pipeline caused error: ")[2]
+    found = _ARGUMENTS.split(reply, maxsplit=1)[0].strip()
+    return f"{name}: {found}" if found else name

@@ -206,6 +206,21 @@ async def test_without_the_right_to_the_probe_all_works_and_one_warning_says_so(
     assert "&gateway:probe:*" in warnings[0]
 
 
+async def test_breaker_of_the_other_processes_tells_what_is_refused(server: RedisServer) -> None:
+    with redis.Redis(port=server.port) as admin, capture_logs() as logs:
+        admin.acl_setuser(
+            "few", enabled=True, reset=True, passwords=["+pw"], keys=["*"], channels=["*"],
+            categories=["+@all"], commands=["-eval"],
+        )  # fmt: skip
+        url = f"redis://few:pw@127.0.0.1:{server.port}"
+        async with running(make_settings(url, ws_cluster=True)):
+            await until(lambda: any(line["event"] == "breaker opened" for line in logs))
+    [line] = [each for each in logs if each["event"] == "breaker opened"]
+    assert line["source"] == "cluster"
+    assert line["error"].startswith("NoPermissionError: ")
+    assert "'eval'" in line["error"]
+
+
 async def test_proxy_without_client_and_hello_is_sufficient(tmp_path: Path) -> None:
     (tmp_path / "few.conf").write_text('rename-command CLIENT ""\nrename-command HELLO ""\n')
     with (

@@ -9,7 +9,7 @@ from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as TooSlow
 
 from ..core.resilience import Breaker, State
-from ..redis_errors import is_wrong_server
+from ..redis_errors import describe, is_wrong_server
 from ..runtime.supervision import ConnectionLost
 from .primaries import FAILURES, Primaries
 from .topology import Topology
@@ -287,7 +287,7 @@ class Commands:
             )
             breaker.failed(trio.current_time(), soon=soon)
             if was is State.CLOSED and breaker.state is State.OPEN:
-                log.error("breaker opened", source=self._names[breaker], error=type(error).__name__)
+                log.error("breaker opened", source=self._names[breaker], error=describe(error))
             # Health checks show it, maybe to anybody: no address.
             is_lost = isinstance(error, ConnectionLost)
             raise Unavailable("primary unknown" if is_lost else type(error).__name__) from None
