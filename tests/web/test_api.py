@@ -202,6 +202,40 @@ async def test_no_event_and_a_thousand_are_fine_and_one_more_is_refused(
     assert len(payloads(backend)) == MAX_EVENTS
 
 
+async def test_an_event_that_cannot_be_decoded_costs_no_other(
+    gateway: Running, backend: "redis.Redis"
+) -> None:
+    deep = '{"type":"ROUND_READY","tenant_id":1,"branch_id":1,"x":%s}' % ("[" * 5000 + "]" * 5000)
+    cut = '{ "x":"a, ]} \\"\\ud83c","type":"ROUND_READY" ,"tenant_id":1,"branch_id":1}'
+    first, second, third, fourth = await publish(gateway.port, [cut, deep, READY, "[[],{}]"])
+    assert payloads(backend) == [cut, json.dumps(READY)]
+    assert list(first) == list(third) == ["event_id"]
+    assert second == {"error": "invalid: event is nested too deeply"}
+    assert fourth["error"].startswith("invalid: ")
+
+
+async def test_an_invalid_event_of_another_tenant_is_refused_and_nothing_is_published(
+    gateway: Running, backend: "redis.Redis"
+) -> None:
+    invalid = READY | {"tenant_id": 3, "type": ""}
+    reply = await call(gateway.port, "publish", {"events": [READY, invalid]}, key="orders")
+    assert reply.status == 403
+    assert reply.json == {"error": "events[1].tenant_id: tenant 3 is not one of this key's"}
+    assert payloads(backend) == []
+
+
+async def test_unknown_and_repeated_parameters_are_refused(
+    gateway: Running, backend: "redis.Redis"
+) -> None:
+    for each in CALLS:
+        body: Any = None if each.body is None else {}
+        reply = await call(gateway.port, f"{each.name}?confrim=1", body)
+        assert (reply.status, "confrim" in reply.json["error"]) == (422, True)
+    reply = await call(gateway.port, "publish?confirm=1&confirm=0", {"events": [READY]})
+    assert (reply.status, "confirm" in reply.json["error"]) == (422, True)
+    assert payloads(backend) == []
+
+
 @pytest.mark.parametrize("foreign", [0, 1, 2])
 async def test_an_event_of_another_tenant_is_refused_and_nothing_is_published(
     gateway: Running, backend: "redis.Redis", foreign: int
@@ -223,9 +257,14 @@ async def test_an_invalid_body_names_the_field(gateway: Running) -> None:
         b'{"events":{}}': "events",
         b'{"events":[],"confirm":1}': "confirm",
         b"[]": "object",
-        b"nonsense": "JSON",
-        b'{"events":["\xff"': "JSON",
-        b'{"events":' + b"[" * 100_000: "JSON",
+        b"nonsense": "not JSON",
+        b'{"events":["\xff"': "not JSON",
+        b'{"events":' + b"[" * 100_000: "not JSON",
+        b'{"events":[{"x":"\\ud83c"},]}': "not JSON",
+        b'{"events":[{"x":"\\ud83c"}}': "not JSON",
+        b'{"events":[{"x":"\\ud83c"}]}]': "not JSON",
+        b'{"events":["\\ud83c", nonsense]}': "not JSON",
+        b'{"events":["\\ud83c"%b]}' % (b",1" * MAX_EVENTS): "$.events",
     }
     for body, named in bodies.items():
         reply = await call(gateway.port, "publish", body)
@@ -358,6 +397,7 @@ async def test_disconnect_closes_the_connections_of_a_user_a_session_or_a_token(
     ):
         for body, clients in (
             ({"user_id": "21", "reason": "left the company"}, [first, second]),
+            ({"user_id": "0", "reason": "cut inside an emoji: \ud83c"}, []),
             ({"user_id": 21}, []),
             ({"jti": "abc"}, [third]),
             ({"session_id": 456}, [diner]),

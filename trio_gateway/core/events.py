@@ -37,6 +37,10 @@ class _Envelope(Keys, gc=False):
     ts: msgspec.Raw = msgspec.Raw()
 
 
+class _Whose(msgspec.Struct, gc=False):
+    tenant_id: Annotated[TenantId, _POSITIVE]
+
+
 _decode: Final[Callable[[bytes], _Envelope]] = msgspec.json.Decoder(_Envelope).decode
 _KEYS: Final = _Envelope.__struct_fields__
 
@@ -155,7 +159,9 @@ def parse_event(
         raise InvalidEvent("not_utf8", "event is not UTF-8") from None
     except msgspec.ValidationError as error:
         raise InvalidEvent(_reason(str(error)), str(error)) from None
-    except (msgspec.DecodeError, RecursionError):
+    except RecursionError:
+        raise InvalidEvent("too_deep", "event is nested too deeply") from None
+    except msgspec.DecodeError:
         raise InvalidEvent("not_json", "event is not JSON") from None
     escalation = read_escalation(payload) if is_wrapper else None
     # By position: at this place names would cost a tenth of all that an event costs.
@@ -179,6 +185,19 @@ def payload_of(held: bytes) -> bytes:
     return bytes(text).rpartition(_EVENT_ID)[0] + b"}"
 
 
+def tenant_of(payload: bytes) -> TenantId | None:
+    """The tenant of an event that may be invalid, or None if it can't be read."""
+    try:
+        return msgspec.json.decode(with_whole_pairs(payload), type=_Whose).tenant_id
+    except (ValueError, RecursionError):
+        return None
+
+
+def with_whole_pairs(payload: bytes) -> bytes:
+    """A copy of JSON in which U+FFFD replaces each half of a surrogate pair that is alone."""
+    return _ESCAPE.sub(_repaired, payload)
+
+
 def ts_of(payload: bytes) -> bytes:
     """The JSON value of ``ts`` in the payload of a valid event; empty if there is none."""
     try:
@@ -196,7 +215,7 @@ def _decode_envelope(payload: bytes) -> _Envelope:
         # JSON allows half of a surrogate pair (RFC 8259, 8.2), such as a text that was cut inside
         # an emoji; msgspec does not. The payload passes through as it is; only a repaired copy of
         # it is decoded here.
-        return _decode(_ESCAPE.sub(_repaired, payload))
+        return _decode(with_whole_pairs(payload))
 
 
 def _repaired(escape: re.Match[bytes]) -> bytes:

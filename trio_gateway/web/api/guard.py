@@ -114,6 +114,17 @@ async def _checked(parts: Parts, api: Api, call: Call) -> Answer:
 
 
 async def _answer(parts: Parts, key: ApiKey, call: Call) -> Answer:
+    _check_query(call)
     request.body = request.body_class(request.content_length, call.most_bytes)
     request.scope[MAY_READ].set()  # type: ignore[typeddict-item]  # HttpConnection's
     return await call.answer(parts, key)
+
+
+def _check_query(call: Call) -> None:
+    """Refuse what would have no effect: a misspelt ``confirm`` must not look like success."""
+    known = [each.name for each in call.query]
+    for name, values in request.args.lists():
+        if name not in known:
+            raise Invalid(422, f"unknown query parameter {name[:100]}")
+        if len(values) > 1:
+            raise Invalid(422, f"{name} must be there once")

@@ -11,13 +11,14 @@ from ...broker.publications import Confirm, Problem, Publication
 from ...core.api_keys import ApiKey
 from ...core.decimals import is_decimal
 from ...core.event_ids import event_id, read_position, tag
-from ...core.events import Event, InvalidEvent, parse_event
+from ...core.events import Event, InvalidEvent, parse_event, tenant_of
 from ...core.routing import channel_for
 from ...core.shards import STREAM_LENGTH
 from ...parts import Api, Parts
 from ..responses import Answer, problem
 from .guard import Invalid
-from .reading import check_tenant, read_body
+from .reading import NOT_JSON, check_tenant, decode, read_bytes
+from .splitting import split_events
 
 MAX_EVENTS: Final = 1000
 MAX_BYTES: Final = 8_388_608
@@ -50,12 +51,15 @@ class PublishReply(msgspec.Struct):
 async def publish(parts: Parts, key: ApiKey) -> Answer:
     """Publish up to 1,000 events, durable ones on the stream; each has an outcome of its own."""
     confirm = _read_confirm(request.args.get("confirm", "0"))
-    body = await read_body(PublishRequest)
     found: list[Publication | str] = []  # or what is wrong with the event
-    for n, raw in enumerate(body.events):
+    for n, payload in enumerate(await _read_events()):
         try:
-            event = parse_event(bytes(raw), channel="", received_at=0)
+            event = parse_event(payload, channel="", received_at=0)
         except InvalidEvent as invalid:
+            if invalid.reason == "not_json":  # and so the body is not, either
+                raise Invalid(422, NOT_JSON) from None
+            if (tenant := tenant_of(payload)) is not None:
+                check_tenant(key, tenant, f"events[{n}].tenant_id")
             found.append(f"invalid: {invalid}")
         else:
             check_tenant(key, event.tenant, f"events[{n}].tenant_id")
@@ -71,6 +75,20 @@ async def publish(parts: Parts, key: ApiKey) -> Answer:
     _count(parts.api, found)
     reply = PublishReply([_published(each) for each in found])
     return Response(msgspec.json.encode(reply), content_type="application/json")
+
+
+async def _read_events() -> list[bytes]:
+    body = await read_bytes()
+    try:
+        return [bytes(each) for each in decode(body, PublishRequest).events]
+    except (msgspec.DecodeError, RecursionError):
+        try:
+            found = await split_events(body)
+        except ValueError:
+            raise Invalid(422, NOT_JSON) from None
+    if len(found) > MAX_EVENTS:
+        raise Invalid(422, f"Expected `array` of length <= {MAX_EVENTS} - at `$.events`")
+    return found
 
 
 def _read_confirm(text: str) -> Confirm:
