@@ -197,6 +197,9 @@ async def test_redis_that_does_not_answer_is_one_sentence(scheme: str) -> None:
         ("--tenant 1 --user 21 --jti a", "pass one of --user, --session and --jti"),
         ("--tenant 1 --user alice", "the id of a user is a number"),
         ("--tenant 0 --user 1", "--tenant"),
+        (f"--tenant {2**63} --user 1", "--tenant"),
+        (f"--tenant 1 --session {2**63}", "--session"),
+        ("--tenant 1 --jti=", "--jti must not be empty"),
     ],
 )
 async def test_kick_refuses_what_it_does_not_understand(options: str, problem: str) -> None:

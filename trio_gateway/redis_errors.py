@@ -10,8 +10,11 @@ from redis.exceptions import (
     InvalidResponse,
     MasterDownError,
     MovedError,
+    NoPermissionError,
+    OutOfMemoryError,
     ReadOnlyError,
     RedisError,
+    ResponseError,
 )
 
 _KINDS: Final = (
@@ -22,12 +25,24 @@ _KINDS: Final = (
     MovedError,
     ReadOnlyError,
 )
+_REFUSALS: Final = {NoPermissionError: "NOPERM", OutOfMemoryError: "OOM"}
 # Anywhere in the text: the error of a script or transaction contains that of its command.
 _WORDS: Final = re.compile(
     r"\b(?:READONLY|LOADING|MASTERDOWN|NOREPLICAS|NOAUTH|WRONGPASS|CLUSTERDOWN|MOVED|UNBLOCKED)\b"
 )
 # By these a server begins to quote a command that it does not know.
 _ARGUMENTS: Final = re.compile(r",? with args beginning with|\n")
+
+
+def refusal(error: BaseException) -> str:
+    """The first word of an error by which Redis refuses a command, or "" if it is another one."""
+    if not isinstance(error, ResponseError) or is_wrong_server(error):
+        return ""
+    for kind, word in _REFUSALS.items():  # redis-py has removed the word
+        if isinstance(error, kind):
+            return word
+    word, _, _ = str(error).partition(" ")
+    return word if word.isupper() else "ERR"
 
 
 def is_wrong_server(error: RedisError) -> bool:

@@ -279,6 +279,9 @@ async def test_gateway_is_reached_over_tls(redis_url: str, tmp_path: Path, use: 
         ("https://user:hunter2@host", "no user"),
         ("https://host?secret=hunter2", "no user, query"),
         ("https://host:hunter2", "invalid"),
+        ("http://hunter2 b", "invalid"),
+        ("http://hunter2:99999", "invalid"),
+        ("http://hunter2:0", "invalid"),
     ],
 )
 def test_url_that_can_not_be_right_is_refused_without_showing_it(url: str, problem: str) -> None:

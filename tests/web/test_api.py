@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import redis
 import trio
+from structlog.testing import capture_logs
 
 from tests.support.api_keys import bearer_of, call, publish, secret_of, write_keys
 from tests.support.gateways import (
@@ -277,6 +278,12 @@ async def test_confirm_is_a_number_of_replicas_or_all(gateway: Running) -> None:
         assert (reply.status, reply.json["error"].partition(" ")[0]) == (422, "confirm")
 
 
+async def test_since_is_not_negative(gateway: Running) -> None:
+    for since, status in (("-1", 422), ("%20-1e300", 422), ("0", 200)):
+        reply = await call(gateway.port, f"history?tenant_id=1&branch_id=1&since={since}")
+        assert (reply.status, "since" in reply.text) == (status, status == 422)
+
+
 @pytest.mark.parametrize("confirm", ["1", "all"])
 async def test_an_event_without_confirmation_is_in_doubt_and_has_its_id(
     gateway: Running, backend: "redis.Redis", confirm: str
@@ -382,6 +389,18 @@ async def test_a_redis_that_refuses_all_events_is_named_and_one_that_refuses_som
     assert second == {"event_id": None}
 
 
+async def test_a_redis_that_refuses_an_order_is_named_and_logged(
+    gateway: Running, backend: "redis.Redis"
+) -> None:
+    backend.set("{gateway}:orders", "no stream")
+    with capture_logs() as logs:
+        for name, field in (("disconnect", "user_id"), ("refresh", "waiter_id")) * 3:
+            reply = await call(gateway.port, name, {"tenant_id": 1, field: "21"})
+            assert reply.status == 503
+            assert reply.json["error"].startswith("Redis refuses (")  # also while a breaker is open
+    assert "Redis refuses a command" in [each["event"] for each in logs]
+
+
 # --- disconnect, refresh, nodes ---
 
 
@@ -419,13 +438,14 @@ async def test_an_invalid_order_names_the_field(gateway: Running) -> None:
         ("disconnect", {"user_id": "2"}, "tenant_id"),
         ("disconnect", {"tenant_id": "1", "user_id": "2"}, "$.tenant_id"),
         ("disconnect", {"tenant_id": True, "user_id": "2"}, "$.tenant_id"),
-        ("disconnect", {"tenant_id": 1, "user_id": "a"}, "$.user_id"),
-        ("disconnect", {"tenant_id": 1, "user_id": "2\n"}, "$.user_id"),
+        ("disconnect", {"tenant_id": 1, "user_id": "a"}, "user_id must be a decimal"),
+        ("disconnect", {"tenant_id": 1, "user_id": "2\n"}, "user_id must be"),
         ("disconnect", {"tenant_id": 1, "user": "2"}, "`user`"),
         ("disconnect", {"tenant_id": 1, "session_id": 2**63}, "$.session_id"),
         ("disconnect", {"tenant_id": 1, "jti": ""}, "$.jti"),
         ("disconnect", {"tenant_id": 1, "user_id": "2", "reason": "x" * 101}, "$.reason"),
         ("refresh", {"tenant_id": 1}, "waiter_id"),
+        ("refresh", {"tenant_id": 1, "waiter_id": "a"}, "waiter_id must be a decimal string"),
         ("refresh", {"tenant_id": 0, "waiter_id": "2"}, "$.tenant_id"),
         ("refresh", {"tenant_id": 1, "waiter_id": None}, "$.waiter_id"),
         ("refresh", [], "object"),

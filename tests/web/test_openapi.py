@@ -1,6 +1,7 @@
 """The OpenAPI document is valid, and says what the API accepts and answers."""
 
 import json
+import re
 from typing import Any
 
 import msgspec
@@ -12,9 +13,12 @@ from tests.support.gateways import make_settings
 from trio_gateway.core.events import InvalidEvent, parse_event
 from trio_gateway.core.routing import ROUTES
 from trio_gateway.web.api.calls import CALLS
+from trio_gateway.web.asyncapi import describe as describe_events
+from trio_gateway.web.catchup import _read_since
 from trio_gateway.web.openapi import describe
 
-DOCUMENT = describe(make_settings("redis://user:hush@127.0.0.1:1"))
+SETTINGS = make_settings("redis://user:hush@127.0.0.1:1")
+DOCUMENT = describe(SETTINGS)
 EVENT = {"type": "ROUND_READY", "tenant_id": 1, "branch_id": 1}
 
 
@@ -61,6 +65,8 @@ BODIES: list[tuple[str, Any]] = [
             {"jti": None},
             {},
             {"user_id": "a"},
+            {"user_id": ""},
+            {"user_id": "2" * 41},
             {"user_id": -1},
             {"session_id": 0},
             {"jti": ""},
@@ -73,6 +79,7 @@ BODIES: list[tuple[str, Any]] = [
     ),
     ("refresh", {"tenant_id": 1, "waiter_id": "21"}),
     ("refresh", {"tenant_id": 1}),
+    ("refresh", {"tenant_id": 1, "waiter_id": "a"}),
     ("refresh", {"tenant_id": 1, "waiter_id": 1.5}),
 ]
 
@@ -90,6 +97,51 @@ def test_the_schema_of_a_body_accepts_what_the_call_accepts(name: str, body: Any
             validator(schema).validate(body)
     else:
         validator(schema).validate(body)
+
+
+def patterns(node: Any) -> list[str]:
+    """Those in a schema or document."""
+    if not isinstance(node, dict):
+        return (
+            [p for each in node for p in patterns(each)] if isinstance(node, list | tuple) else []
+        )
+    own = [node["pattern"]] if isinstance(node.get("pattern"), str) else []
+    return own + [p for each in node.values() for p in patterns(each)]
+
+
+def test_patterns_are_in_the_dialect_of_json_schema() -> None:
+    found = patterns(DOCUMENT) + patterns(describe_events(SETTINGS))
+    assert "^[0-9]{1,40}$" in found
+    python_only = re.compile(r"\\[AZ]|\(\?(?![:=!]|<[=!])")  # ECMA-262 does not have these
+    assert [each for each in found if python_only.search(each)] == []
+
+
+@pytest.mark.parametrize(
+    "since",
+    ["0", "1.5", "1-0-4723", "1-0-4723.2-0-00ff", "0-0-none", "1-0", "1-0-47G3", "1-0-NONE"],
+)
+def test_the_schema_of_since_accepts_what_the_call_accepts(since: str) -> None:
+    (parameters,) = (each.query for each in CALLS if each.name == "history")
+    schema = next(each.schema for each in parameters if each.name == "since")
+    try:
+        value: Any = float(since)
+    except ValueError:
+        value = since
+    try:
+        _read_since(since)
+    except ValueError:
+        with pytest.raises(ValidationError):
+            validator(schema).validate(value)
+    else:
+        validator(schema).validate(value)
+
+
+@pytest.mark.parametrize(
+    ("entry", "is_valid"), [({}, False), ({"event_id": None}, True), ({"error": "x"}, True)]
+)
+def test_the_schema_of_an_outcome_requires_one(entry: Any, is_valid: bool) -> None:
+    schema = {"$ref": "#/components/schemas/Published"}
+    assert validator(schema).is_valid(entry) == is_valid
 
 
 @pytest.mark.parametrize("changed", [{"tenant_id": 0}, {"type": ""}, {"id": 5}, {}], ids=str)

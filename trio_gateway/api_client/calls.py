@@ -105,8 +105,12 @@ def history(tenant_id: int, branch_id: int, since: float | str) -> Call[Page]:
 
 
 class _Answer(msgspec.Struct):
-    event_id: str | None = None
-    error: str | None = None
+    event_id: str | msgspec.UnsetType | None = msgspec.UNSET
+    error: str | msgspec.UnsetType = msgspec.UNSET
+
+    def __post_init__(self) -> None:
+        if self.event_id is self.error:  # both are unset
+            raise ValueError("event_id or error is required")
 
 
 class _Answers(msgspec.Struct):
@@ -124,15 +128,16 @@ class _Events(msgspec.Struct):
 
 def _published(answer: _Answer) -> Published:
     """The outcome of an event: see the table in docs/backends.md."""
-    kind, _, detail = (answer.error or "").partition(": ")
+    event_id = None if answer.event_id is msgspec.UNSET else answer.event_id
+    if answer.error is msgspec.UNSET:
+        return Published(event_id)
+    kind, _, detail = answer.error.partition(": ")
     match kind:
-        case "":
-            return Published(answer.event_id)
         case "in_doubt":
-            entry = (answer.event_id or "").rpartition("-")[0] or None
+            entry = (event_id or "").rpartition("-")[0] or None
             where = "on too few replicas" if entry else "sent to Redis, without an answer"
             error = InDoubt(f"the event is {where}", entry=entry)
-            return Published(answer.event_id, error)
+            return Published(event_id, error)
         case "invalid":
             return Published(error=InvalidEvent("invalid", detail))
         case "refused":

@@ -8,6 +8,8 @@ import httpx
 
 CONNECT: Final = 2.0  # seconds
 TIMEOUT: Final = 10.0  # seconds for an answer
+_HOST: Final = re.compile(rb"[A-Za-z0-9._:-]+")  # of an IPv6 address without brackets
+_MOST_PORT: Final = 65_535
 _SECRET: Final = re.compile(r"[\x21-\x7e]+")
 
 
@@ -35,6 +37,9 @@ def read_url(url: str) -> httpx.URL:
         raise ValueError("the URL must be that of a gateway: https://host[:port][/path]")
     if found.userinfo or found.query or found.fragment:
         raise ValueError("the URL must have no user, query or fragment")
+    port = 1 if found.port is None else found.port
+    if not _HOST.fullmatch(found.raw_host) or not 0 < port <= _MOST_PORT:
+        raise ValueError("the URL is invalid: its host or port can't exist")
     return found.copy_with(path=f"{found.path.rstrip('/')}/ws/api/")
 
 

@@ -9,8 +9,9 @@ from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as TooSlow
 
 from ..core.resilience import Breaker, State
-from ..redis_errors import describe, is_wrong_server
+from ..redis_errors import describe, is_wrong_server, refusal
 from ..runtime.supervision import ConnectionLost
+from ..runtime.throttled_log import ThrottledLog
 from .primaries import FAILURES, Primaries
 from .topology import Topology
 
@@ -34,7 +35,19 @@ return 1
 
 
 class Unavailable(Exception):  # noqa: N818 - an outcome
-    """Redis does not answer, or its breaker is open. It is unknown what the answer would be."""
+    """Redis does not answer, or its breaker is open. It is unknown what the answer would be.
+
+    ``refusal`` is the first word of Redis' error, if it refuses such commands.
+    """
+
+    def __init__(self, text: str, refusal: str = "") -> None:
+        super().__init__(text)
+        self.refusal = refusal
+
+    @property
+    def cause(self) -> str:
+        """What to tell others about it."""
+        return f"Redis refuses ({self.refusal})" if self.refusal else "Redis does not answer"
 
 
 class Commands:
@@ -64,6 +77,9 @@ class Commands:
             self._dead_letters: "dead letters",
             self._scans: "scans",
         }
+
+        self._refusals: dict[Breaker, str] = {}  # the cause of the last failure of each
+        self._throttled_log = ThrottledLog(log)
 
     async def run(self) -> NoReturn:
         """Run the asyncio loop that redis-py needs; returns only when cancelled.
@@ -266,7 +282,7 @@ class Commands:
     ) -> Any:
         """Do work within ``seconds``, unless the breaker is open, and tell it the outcome."""
         if not breaker.try_now(trio.current_time()):
-            raise Unavailable("breaker is open")
+            raise Unavailable("breaker is open", self._refusals.get(breaker, ""))
         reply: Any = None
         try:
             # redis-py closes a connection whose command is cancelled, so its reply can't become
@@ -290,7 +306,13 @@ class Commands:
                 log.error("breaker opened", source=self._names[breaker], error=describe(error))
             # Health checks show it, maybe to anybody: no address.
             is_lost = isinstance(error, ConnectionLost)
-            raise Unavailable("primary unknown" if is_lost else type(error).__name__) from None
+            text = "primary unknown" if is_lost else type(error).__name__
+            self._refusals[breaker] = word = refusal(error)
+            if word:
+                self._throttled_log.warning(
+                    "Redis refuses a command", source=self._names[breaker], error=word
+                )
+            raise Unavailable(text, word) from None
         except BaseException:
             breaker.abandoned(trio.current_time())
             raise

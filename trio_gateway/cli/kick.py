@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .errors import FAILED, settings_or_exit
-from .service import ask_service, asked, no_gateway, show_json, tell_missing
+from .service import IDS, ask_service, asked, no_gateway, show_json, tell_missing
 
 if TYPE_CHECKING:
     from ..cluster.control import Answers
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--tenant", type=click.IntRange(1), required=True, help="The tenant.")
+@click.option("--tenant", type=IDS, required=True, help="The tenant.")
 @click.option("--user", metavar="ID", help="Close the connections of this member of staff.")
-@click.option("--session", type=click.IntRange(1), help="Close those of the diners of a session.")
+@click.option("--session", type=IDS, help="Close those of the diners of a session.")
 @click.option("--jti", metavar="ID", help="Close those with this token.")
 @click.option("--reason", default="", help="The text that the clients get.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -34,6 +34,8 @@ def kick(
 
     whose = {"user_id": user, "session_id": session, "jti": jti}
     given = {name: value for name, value in whose.items() if value is not None}
+    if jti == "":
+        raise click.UsageError("--jti must not be empty")
     if len(given) != 1:
         raise click.UsageError("pass one of --user, --session and --jti")
     request = {"tenant_id": tenant, "reason": reason, **given}

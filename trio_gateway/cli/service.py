@@ -1,7 +1,7 @@
 """The processes of a service, for commands: through Redis, with the gateways' settings."""
 
 from collections.abc import Awaitable, Callable, Collection
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
 import click
 
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from ..settings import Settings
 
 T = TypeVar("T")
+
+IDS: Final = click.IntRange(1, 2**63 - 1)  # up to core.events.MAX_ID, without its imports
 
 
 def ask_service(settings: "Settings", ask: Callable[["Service"], Awaitable[T]]) -> T:

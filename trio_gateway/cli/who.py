@@ -8,7 +8,7 @@ import click
 from .errors import FAILED, settings_or_exit
 from .nodes import duration
 from .rendering import print_table
-from .service import ask_service, no_gateway, show_json, tell_missing
+from .service import IDS, ask_service, no_gateway, show_json, tell_missing
 
 if TYPE_CHECKING:
     from ..cluster.observing import Service
@@ -18,8 +18,8 @@ _COLUMNS = ("endpoint", "user", "session", "table", "sectors", "connections", "f
 
 
 @click.command()
-@click.option("--tenant", type=click.IntRange(1), required=True, help="The tenant.")
-@click.option("--branch", type=click.IntRange(1), help="One branch of it.  [default: all]")
+@click.option("--tenant", type=IDS, required=True, help="The tenant.")
+@click.option("--branch", type=IDS, help="One branch of it.  [default: all]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def who(tenant: int, branch: int | None, as_json: bool) -> None:
     """List the users and sessions of a tenant that are connected, on all processes.

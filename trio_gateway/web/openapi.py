@@ -25,8 +25,8 @@ _ERRORS: Final = {
     408: "the rest of the body did not come",
     413: "the body is too big",
     422: "the request is invalid; the text names the field",
-    429: "the key is over its rate, or has too many requests at once",
-    503: "Redis does not answer, or the process has too much to do",
+    429: "too many requests of the key, or wrong secrets of the address",
+    503: "Redis does not answer or refuses, or the process has too much to do",
 }
 _WITH_BODY: Final = frozenset({408, 413})
 _TRY_AGAIN: Final = frozenset({429, 503})
@@ -129,7 +129,8 @@ def _schemas() -> _Object:
     event = {"$ref": _REF.format(name="Event")}
     for name in ("PublishRequest", "HistoryReply"):
         found[name]["properties"]["events"]["items"] = event
-    # msgspec does not know what is checked after decoding.
+    # msgspec does not know what is checked after decoding, or never left out.
+    found["Published"]["anyOf"] = [{"required": ["event_id"]}, {"required": ["error"]}]
     found["DisconnectRequest"]["oneOf"] = [
         {"required": [name], "properties": {name: {"not": {"type": "null"}}}} for name in WHOSE
     ]

@@ -58,8 +58,8 @@ async def report(parts: Parts, tenant: TenantId, branch: BranchId, owner: Hashab
         found, _ = await who_is_present(
             parts.cluster.control, tenant, branch, node=None if node == _ALL else node
         )
-    except Unavailable:
-        return problem(503, "Redis is not available", retry_after=1)
+    except Unavailable as error:
+        return problem(503, error.cause, retry_after=1)
     finally:
         give_back()
     return _respond(found)

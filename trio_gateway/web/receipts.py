@@ -126,8 +126,8 @@ async def report(parts: Parts, place: Place, may_know: Callable[[TrackedEvent], 
         found = await parts.receipt_store.read(place)
     except KeyError:  # the stream is not ours
         return problem(404, _UNKNOWN)
-    except Unavailable:
-        return problem(503, "Redis is not available", retry_after=1)
+    except Unavailable as error:
+        return problem(503, error.cause, retry_after=1)
     if found is None or not (_is_kept(parts, found.event) and may_know(found.event)):
         return problem(404, _UNKNOWN)
     reply = _describe(parts, place, found, missing)

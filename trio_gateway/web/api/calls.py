@@ -25,7 +25,7 @@ def _number(least: int = 1) -> dict[str, Any]:
     return {"type": "integer", "minimum": least, "maximum": MAX_ID}
 
 
-_EVENT_ID: Final = r"[0-9]{1,20}-[0-9]{1,20}-[^.]{4}"
+_EVENT_ID: Final = r"[0-9]{1,20}-[0-9]{1,20}-([0-9a-f]{4}|none)"
 _SINCE: Final = {
     "anyOf": [
         {"type": "number", "minimum": 0},

@@ -7,15 +7,23 @@ from quart import Response
 
 from ...core.api_keys import ApiKey
 from ...core.control_messages import Disconnect, Disconnected, SectorsChanged
+from ...core.decimals import is_decimal
 from ...core.events import MAX_ID
 from ...parts import Parts
 from ..responses import Answer
 from .reading import TenantNumber, check_tenant, read_body
 
+_MOST_DIGITS: Final = 40
+# JSON Schema's `$` is the end, Python's may be before a line feed: so the pattern is not checked.
 _User = (
     Annotated[int, msgspec.Meta(ge=0, le=MAX_ID)]
-    | Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,40}\Z")]
+    | Annotated[str, msgspec.Meta(extra_json_schema={"pattern": f"^[0-9]{{1,{_MOST_DIGITS}}}$"})]
 )
+
+
+def _check_user(name: str, user: _User | None) -> None:
+    if isinstance(user, str) and not is_decimal(user, _MOST_DIGITS):
+        raise ValueError(f"{name} must be a decimal string")
 
 
 WHOSE: Final = ("user_id", "session_id", "jti")
@@ -33,6 +41,7 @@ class DisconnectRequest(msgspec.Struct, forbid_unknown_fields=True):
     def __post_init__(self) -> None:
         if sum(getattr(self, name) is not None for name in WHOSE) != 1:
             raise ValueError("exactly one of user_id, session_id and jti is required")
+        _check_user("user_id", self.user_id)
 
 
 class DisconnectReply(msgspec.Struct):
@@ -48,6 +57,9 @@ class RefreshRequest(msgspec.Struct, forbid_unknown_fields=True):
 
     tenant_id: TenantNumber
     waiter_id: _User
+
+    def __post_init__(self) -> None:
+        _check_user("waiter_id", self.waiter_id)
 
 
 class RefreshReply(msgspec.Struct):

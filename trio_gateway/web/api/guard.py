@@ -109,8 +109,8 @@ async def _checked(parts: Parts, api: Api, call: Call) -> Answer:
         return problem(error.code or 500, error.name)
     except Overloaded:
         return problem(503, "too many of these requests at once", retry_after=1)
-    except Unavailable:
-        return problem(503, "Redis does not answer")
+    except Unavailable as error:
+        return problem(503, error.cause)
 
 
 async def _answer(parts: Parts, key: ApiKey, call: Call) -> Answer:
