@@ -1,11 +1,13 @@
 """A service of several gateway processes, the people who are connected to it, and what it says."""
 
 import json
+import math
 import random
+import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,6 +31,18 @@ _AT_ONCE: Final = 40  # connects
 _PONG: Final = '{"type":"pong"}'
 
 
+@dataclass
+class Stay:
+    """A connection to a process, from when to when in unix time."""
+
+    host: GatewayProcess
+    came: float
+    went: float = math.inf
+
+    def __repr__(self) -> str:
+        return f"{self.host.port}: {self.came:.2f} to {self.went:.2f}"
+
+
 @dataclass(eq=False)
 class Person:
     """A user on an endpoint, or a diner of a session, with at most one connection."""
@@ -38,6 +52,9 @@ class Person:
     socket: WebSocketConnection | None = None
     at: GatewayProcess | None = None
     code: int | None = None  # with which the last connection was closed
+    stays: list[Stay] = field(default_factory=list)
+    doubts: int = 0  # tries that failed, and may have been connections to the service
+    left: trio.Event = field(default_factory=trio.Event)
 
     @property
     def key(self) -> str:
@@ -46,6 +63,16 @@ class Person:
     @property
     def here(self) -> bool:
         return self.socket is not None
+
+    def came(self, socket: WebSocketConnection, at: GatewayProcess) -> None:
+        self.socket, self.at, self.code = socket, at, None
+        self.stays.append(Stay(at, time.time()))
+        self.left = trio.Event()
+
+    def went(self) -> None:
+        self.socket = None
+        self.stays[-1].went = time.time()
+        self.left.set()
 
     def url(self, port: int) -> str:
         if self.endpoint == "diner":
@@ -69,7 +96,7 @@ class Crowd:
 
     async def come(self, person: Person, process: GatewayProcess) -> None:
         """Connect, and try again while that is refused for the moment."""
-        while not await self._try(person, process):
+        while not await self.try_to_come(person, process):
             await trio.sleep(0.5 + random.random())
 
     async def all_come(self, whom: Iterable[tuple[Person, GatewayProcess]]) -> None:
@@ -80,10 +107,11 @@ class Crowd:
     async def go(self, person: Person) -> None:
         """Leave without a word."""
         if (socket := person.socket) is not None:
-            person.socket = None
+            person.went()
             await trio.aclose_forcefully(socket._stream)
 
-    async def _try(self, person: Person, process: GatewayProcess) -> bool:
+    async def try_to_come(self, person: Person, process: GatewayProcess) -> bool:
+        """Connect once; returns whether that was possible."""
         async with self._slots:
             socket = None
             try:
@@ -92,18 +120,21 @@ class Crowd:
                     await socket.send_message('{"type":"ping"}')
                     while await socket.get_message() != _PONG:
                         pass
-                    person.socket, person.at, person.code = socket, process, None
+                    person.came(socket, process)
                     self._nursery.start_soon(self._watch, person, socket)
                     return True
             except ConnectionClosed as closed:
                 assert closed.reason is not None
                 self.refused[closed.reason.code] += 1
-            except (OSError, HandshakeError, ConnectionTimeout, DisconnectionTimeout):
+            except OSError:
+                return False
+            except (HandshakeError, ConnectionTimeout, DisconnectionTimeout):
                 pass
             finally:
                 if socket is not None and person.socket is not socket:
                     with trio.CancelScope(shield=True):
                         await trio.aclose_forcefully(socket._stream)
+        person.doubts += 1
         return False
 
     async def _watch(self, person: Person, socket: WebSocketConnection) -> None:
@@ -112,7 +143,7 @@ class Crowd:
                 await socket.get_message()
         except ConnectionClosed as closed:
             if person.socket is socket:
-                person.socket = None
+                person.went()
                 person.code = closed.reason.code if closed.reason else None
         finally:
             with trio.CancelScope(shield=True):
