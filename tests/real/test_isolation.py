@@ -149,7 +149,7 @@ JUNK: Final[list[tuple[str, bytes]]] = [
     ("not_json", _json(sector_id="@").replace(b'"@"', b"+5")),
     ("not_json", b"\xef\xbb\xbf" + _json()),
     ("not_json", b'{"type":"a\nb","tenant_id":1,"branch_id":1}'),
-    ("not_json", b'{"a":' * 5000),
+    ("too_deep", b'{"a":' * 5000),
     ("not_json", bytes(range(128))),
     ("not_utf8", bytes(range(256))),
     ("not_utf8", b"\xff\xfe" + _json()),

@@ -13,8 +13,9 @@ from tests.support.gateways import make_settings
 from trio_gateway.core.events import InvalidEvent, parse_event
 from trio_gateway.core.routing import ROUTES
 from trio_gateway.web.api.calls import CALLS
+from trio_gateway.web.api.guard import Invalid
+from trio_gateway.web.api.history import check_since
 from trio_gateway.web.asyncapi import describe as describe_events
-from trio_gateway.web.catchup import _read_since
 from trio_gateway.web.openapi import describe
 
 SETTINGS = make_settings("redis://user:hush@127.0.0.1:1")
@@ -118,7 +119,7 @@ def test_patterns_are_in_the_dialect_of_json_schema() -> None:
 
 @pytest.mark.parametrize(
     "since",
-    ["0", "1.5", "1-0-4723", "1-0-4723.2-0-00ff", "0-0-none", "1-0", "1-0-47G3", "1-0-NONE"],
+    ["0", "1.5", "1-0-4723", "1-0-4723.2-0-00ff", "0-0-none", "-1", "1-0", "1-0-47G3", "1-0-NONE"],
 )
 def test_the_schema_of_since_accepts_what_the_call_accepts(since: str) -> None:
     (parameters,) = (each.query for each in CALLS if each.name == "history")
@@ -128,8 +129,8 @@ def test_the_schema_of_since_accepts_what_the_call_accepts(since: str) -> None:
     except ValueError:
         value = since
     try:
-        _read_since(since)
-    except ValueError:
+        check_since(since)
+    except Invalid:
         with pytest.raises(ValidationError):
             validator(schema).validate(value)
     else:

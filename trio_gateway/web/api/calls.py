@@ -14,7 +14,7 @@ from .control import (
     refresh,
 )
 from .guard import Call, Parameter
-from .history import HistoryReply, history
+from .history import EVENT_ID, SINCE_ID, HistoryReply, history
 from .nodes import NodesReply, nodes
 from .presence import PresenceReport, presence
 from .publish import MAX_BYTES, PublishReply, PublishRequest, publish
@@ -25,11 +25,10 @@ def _number(least: int = 1) -> dict[str, Any]:
     return {"type": "integer", "minimum": least, "maximum": MAX_ID}
 
 
-_EVENT_ID: Final = r"[0-9]{1,20}-[0-9]{1,20}-([0-9a-f]{4}|none)"
 _SINCE: Final = {
     "anyOf": [
         {"type": "number", "minimum": 0},
-        {"type": "string", "pattern": rf"^{_EVENT_ID}(\.{_EVENT_ID})*$"},
+        {"type": "string", "pattern": f"^{SINCE_ID}$"},
     ]
 }
 _TENANT: Final = Parameter("tenant_id", _number(), "one of the key's tenants")
@@ -96,8 +95,6 @@ CALLS: Final = (
         scope=Scope.READ,
         answer=receipts,
         reply=ReceiptsReply,
-        query=(
-            Parameter("event_id", {"type": "string", "pattern": f"^{_EVENT_ID}$"}, "the event"),
-        ),
+        query=(Parameter("event_id", {"type": "string", "pattern": f"^{EVENT_ID}$"}, "the event"),),
     ),
 )
