@@ -314,7 +314,7 @@ def test_publish_says_that_an_event_is_nested_too_deeply(redis_url: str, option:
     event = EVENT[:-1] + ',"entity":' + "[" * 5000 + "]" * 5000 + "}"
     done = run("publish", *option, "-", env={"REDIS_URL": redis_url}, stdin=event)
     assert done.exit_code == 1
-    assert "event is not JSON" in done.stderr
+    assert "event is nested too deeply" in done.stderr
 
 
 def test_publish_does_not_trim_the_stream(redis_url: str, backend: "redis.Redis") -> None:

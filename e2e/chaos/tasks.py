@@ -44,7 +44,7 @@ _SERVICE: Final = {
     "gateway.py: parts.api.publishing.run": ["Publishing.run"],
     "cluster/building.py: self.registry.run": ["Registry.run"],
     "cluster/building.py: self.control.run": ["Control.run"],
-    "cluster/building.py: self.scripts.run": ["ScriptLink.run"],
+    "cluster/building.py: each.run": ["ScriptLink.run#1", "ScriptLink.run#2"],
     "cluster/building.py: self.limits.run": ["ClusterLimits.run"],
     "cluster/building.py: self.room.run": ["ClusterRoom.run"],
     "cluster/building.py: self.presence.run": ["Presence.run"],

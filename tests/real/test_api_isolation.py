@@ -127,7 +127,8 @@ async def act(world: World, chooser: random.Random, name: str, key: str, tenant:
             reply = await call(port, name, key=key)
         case _:
             chosen = chooser.choice([0, 1]) if name == "history" else 1
-            query = f"{name}?tenant_id={tenant}&branch_id={chosen}&since=0"
+            query = f"{name}?tenant_id={tenant}&branch_id={chosen}"
+            query += "&since=0" if name == "history" else ""
             reply = await call(port, query, key=key)
             if reply.status == 200 and name == "history":
                 assert {event["tenant_id"] for event in reply.json["events"]} <= {tenant}

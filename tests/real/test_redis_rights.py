@@ -149,9 +149,10 @@ async def grant_and_work(
     for node in everywhere:
         node.ask("ACL", "SETUSER", "few", "reset", "on", ">pw")
     while True:
+        await until(servers.is_healthy, 30)  # on a busy machine its servers lose each other
         status, printed = await trio.to_thread.run_sync(check, url, monkeypatch)
         lines = {line for line in printed.splitlines() if "ACL SETUSER" in line}
-        if lines <= granted:
+        if lines <= granted and servers.is_healthy():
             break
         granted |= lines
         for line in lines:
