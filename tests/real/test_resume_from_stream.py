@@ -122,8 +122,8 @@ async def test_stream_that_was_trimmed_deleted_or_does_not_answer_is_not_recover
         assert await replay(gateway, ids[1000]) == (False, [])
         await until(lambda: gateway.app.parts.ready, 10)
 
-        backend.delete(STREAM)
         async with admitted(gateway.staff_url("waiter")) as waiter:
+            backend.delete(STREAM)
             publish(backend, 2000, 2400)
             await until(lambda: gateway.app.parts.streams.gaps, 5)
             await waiter.get_message()
