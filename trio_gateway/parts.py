@@ -42,7 +42,6 @@ from .core.control_messages import REVOKED, SECTORS_CHANGED, Node, placement_cha
 from .core.event_ids import tag
 from .core.limits import DropAlarm, TenantRate
 from .core.resilience import Breaker
-from .core.routing import names_of
 from .redis_url import RedisKind, RedisUrl
 from .runtime.client_counts import ClientCounts
 from .runtime.concurrency_limiter import ConcurrencyLimiter
@@ -236,7 +235,6 @@ def build_parts(
     receipt_store = ReceiptStore(commands, names)
     reach = Reach(
         settings.routes,
-        lambda type_: names_of(settings.routes.route_of(type_).to),
         clock,
         settings.ws_receipt_ttl,
     )

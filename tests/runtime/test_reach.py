@@ -8,7 +8,6 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from trio_gateway.core.event_ids import Position, tag
 from trio_gateway.core.events import Event, parse_event
 from trio_gateway.core.routes_file import read_routes
-from trio_gateway.core.routing import names_of
 from trio_gateway.runtime.reach import GRACE, Due, Reach
 from trio_gateway.testing import make_event
 
@@ -38,7 +37,7 @@ def clock() -> float:
 
 
 def watching(ttl: float = 3600.0) -> Reach:
-    return Reach(ROUTES, lambda type_: names_of(ROUTES.route_of(type_).to), clock, ttl)
+    return Reach(ROUTES, clock, ttl)
 
 
 def event(type_: str = "SERVICE_CALL_CREATED", after: float = 0.0, payload: bytes = b"") -> Event:

@@ -16,7 +16,7 @@ import trio
 from ..core.escalation import Escalation
 from ..core.events import Event
 from ..core.receipts import Place, TrackedEvent, read_place
-from ..core.routing import Routing, Step
+from ..core.routing import Routing, Step, names_of
 
 #: Seconds after a deadline until Redis is asked: what was confirmed in time is written by then.
 GRACE: Final = 0.5
@@ -50,12 +50,10 @@ class Reach:
     def __init__(
         self,
         routes: Routing,
-        names_of: Callable[[str], Sequence[str]],
         clock: Callable[[], float],
         ttl: float,
     ) -> None:
         self._routes = routes
-        self._names_of = names_of  # the audiences of a type
         self._clock = clock
         self._ttl = ttl
         self._types = frozenset(name for name, route in routes.items() if route.steps)
@@ -88,24 +86,30 @@ class Reach:
             self._watch(event, escalation.of, place, escalation.step, event.position[0])
 
     def _watch(self, event: Event, type_: str, place: Place, number: int, begun: int) -> None:
-        steps, at = self._routes[type_].steps, place.position[0]
+        route, at = self._routes[type_], place.position[0]
+        steps = route.steps
         if number >= len(steps) or len(self._heap) >= _MOST:
             return
-        lasts = max(self._ttl, sum(step.within for step in steps) + self._ttl)
-        expires = at + int(lasts * 1000)
+        expires = at + int((sum(step.within for step in steps) + self._ttl) * 1000)
         if expires < self._clock() * 1000:  # nothing is known of it any more
             return
         deadline = begun + int(steps[number].within * 1000)
         about = TrackedEvent(type_, event.tenant, event.branch, at)
-        earlier = [name for step in steps[: number + 1] for name in self._names(step)]
-        unless = list(dict.fromkeys([*self._names_of(type_), *earlier]))
+        had = route.to
+        for step in steps[: number + 1]:
+            had |= step.to
         due = Due(
-            place, about, event.sector, event.session, steps, unless, number, deadline, expires
+            place,
+            about,
+            event.sector,
+            event.session,
+            steps,
+            names_of(had),
+            number,
+            deadline,
+            expires,
         )
         self._push(due, deadline / 1000 + GRACE)
-
-    def _names(self, step: Step) -> Sequence[str]:
-        return [step.to.name.lower()] if step.to.name is not None else []
 
     def _push(self, due: Due, at: float) -> None:
         if not self._heap or at < self._heap[0][0]:
