@@ -12,7 +12,7 @@ import trio
 
 from ..core.audiences import Principal
 from ..core.escalation import Escalation
-from ..core.event_ids import Cursor, Position, Stream, read_cursor
+from ..core.event_ids import Position, Stream
 from ..core.events import Event
 from ..core.receipts import Change, Place, Receipt, State, TrackedEvent, Who, read_place
 from ..core.routing import Routing
@@ -132,16 +132,17 @@ class ReceiptLog:
         """
         if event_id == connection.confirmed_id:
             return
-        cursor = self._cursor_of(connection, event_id)
-        if cursor is None:
+        place = self._place_of(connection, event_id)
+        if place is None:
             self.ignored += 1
             return
         connection.confirmed_id = event_id
         left: deque[Sent] = deque(maxlen=MOST_UNCONFIRMED)
         for sent in connection.unconfirmed or ():
             stream, named = sent.tracked.place
-            upto = cursor.get(stream)
-            if upto is not None and (sent.position <= upto or named == upto):
+            if stream == place.stream and (
+                sent.position <= place.position or named == place.position
+            ):
                 self._reach(connection, sent.tracked, State.DELIVERED)
             else:
                 left.append(sent)
@@ -150,28 +151,20 @@ class ReceiptLog:
 
     def see(self, connection: Connection, event_id: str) -> None:
         """The application of a client has confirmed this event."""
-        cursor = self._cursor_of(connection, event_id)
-        if cursor is None or len(cursor) != 1:
+        place = self._place_of(connection, event_id)
+        if place is None:
             self.ignored += 1
             return
-        ((stream, position),) = cursor.items()
-        if (tracked := self._tracked.get(Place(stream, position))) is not None:
+        if (tracked := self._tracked.get(place)) is not None:
             self._reach(connection, tracked, State.SEEN)
 
-    def _cursor_of(self, connection: Connection, event_id: str) -> Cursor | None:
+    def _place_of(self, connection: Connection, event_id: str) -> Place | None:
         """The place that an id names, if it was sent on this connection."""
-        try:
-            cursor = read_cursor(event_id)
-        except ValueError:
+        if (place := read_place(event_id)) is None:
             return None
-        if len(cursor) != 1:
-            return None
-        ((stream, position),) = cursor.items()
-        if any(
-            sent.tracked.place == (stream, position) for sent in connection.unconfirmed or ()
-        ) or self._was_sent(connection, stream, position):
-            return cursor
-        return None
+        if any(sent.tracked.place == place for sent in connection.unconfirmed or ()):
+            return place
+        return place if self._was_sent(connection, *place) else None
 
     def _was_sent(self, connection: Connection, stream: Stream, position: Position) -> bool:
         state, history = connection.resume_state, self._history
