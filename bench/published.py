@@ -96,7 +96,7 @@ RUNS: Final[Mapping[str, Run]] = {
     ),
     "steady": Run(
         ("bench", "steady", "--seconds", "15", "--against", "floor,bun"), _SHORT, 90,
-        (Figure("to last p50 ms", "ms"), Figure("to last p99 ms", "ms")),
+        (Figure("to last p50 ms", "ms"), Figure("to last p99 ms", "ms"), _CPU),
         "10 events/s, from publish to the last of 400 clients",
     ),
     "slow": Run(
@@ -116,6 +116,11 @@ RUNS: Final[Mapping[str, Run]] = {
     "accepts": Run(
         ("bench", "accepts", "--against", "naive,bun"), _FEW, 60,
         (Figure("accepts/s", "/s"), Figure("CPU µs per accept", "µs")), "4,000 clients connect",
+    ),
+    "accepts, one service": Run(
+        ("bench", "accepts", "--set", "WS_CLUSTER=true"), _FEW, 40,
+        (Figure("accepts/s", "/s"), Figure("CPU µs per accept", "µs")),
+        "the same with `WS_CLUSTER=true`",
     ),
     "idle": Run(
         ("bench", "idle", "--clients", "5000", "--against", "bun,websockets"),

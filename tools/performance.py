@@ -20,6 +20,7 @@ _BARS: Final = {
     ("elsewhere", "CPU at 10000 events/s"): "≤ 0.15",
     ("tenth", "events/s"): "≥ 70,000",
     ("steady", "to last p99 ms"): "≤ 10",
+    ("steady", "CPU µs per delivery"): "≤ 8",
     ("slow", "p99 to last, ratio"): "≤ 1.2",
     ("burst", "dropped"): "0",
     ("burst", "gaps told"): "0",
