@@ -52,6 +52,7 @@ class Reception:
             heartbeat_timeout=settings.ws_heartbeat_timeout,
             receive_timeout=settings.ws_receive_timeout,
             ping_interval=settings.ws_ping_interval,
+            receipts=settings.routes.tracked_types,
         )
         # A client that cannot send has no heartbeat: a dead one is found by writing to it.
         self._one_way_limits = replace(self._limits, stale_after=math.inf, receive_timeout=math.inf)

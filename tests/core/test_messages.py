@@ -1,4 +1,5 @@
 import json
+from functools import partial
 
 import pytest
 from hypothesis import example, given
@@ -12,6 +13,7 @@ from trio_gateway.core.messages import (
     Reauthenticate,
     Resume,
     auth_ok,
+    intervals,
     read_message,
     resumed,
     sectors_updated,
@@ -110,3 +112,10 @@ def test_waiter_without_sectors_gets_an_empty_list() -> None:
 @pytest.mark.parametrize("odd", [r'"\ud800"', "1e999", "NaN"])
 def test_ping_is_recognised_whatever_its_other_keys_hold(odd: str) -> None:
     assert read_message(f'{{"x":{odd},"type":"ping","token":{odd}}}') is Command.PING
+
+
+def test_intervals_name_the_tracked_types_if_there_are_any() -> None:
+    answer = partial(intervals, heartbeat_timeout=60, receive_timeout=90, ping_interval=25)
+    seconds = {"heartbeat_timeout": 60, "receive_timeout": 90, "ping_interval": 25}
+    assert json.loads(answer()) == {"type": "intervals", **seconds}
+    assert json.loads(answer(receipts=frozenset({"B", "A", "C"})))["receipts"] == ["A", "B", "C"]

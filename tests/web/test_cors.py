@@ -12,8 +12,9 @@ from trio_gateway.web import cors
 
 ALLOWED: Final = "http://localhost:5176"
 OTHERS: Final = ["https://evil.example", "null", "http://localhost:5176/", "", f"{ALLOWED}, null"]
-STAFF_PATHS: Final = [path for path, shared in cors.PATHS.items() if not shared.any_origin]
-DINER_PATHS: Final = [path for path, shared in cors.PATHS.items() if shared.any_origin]
+CALLS: Final = [(method, path) for path, shared in cors.PATHS.items() for method in shared.methods]
+DINER_CALLS: Final = [call for call in CALLS if call[0] in cors.PATHS[call[1]].any_origin]
+STAFF_CALLS: Final = [call for call in CALLS if call not in DINER_CALLS]
 TOKEN: Final = make_jwt(JWT_SECRET, roles=["ADMIN"])
 BEARER: Final = {"Authorization": f"Bearer {TOKEN}"}
 
@@ -24,10 +25,10 @@ async def gateway(redis_url: str) -> AsyncIterator[Running]:
         yield found
 
 
-async def preflight(port: int, path: str, origin: str, **headers: str) -> Reply:
+async def preflight(port: int, method: str, path: str, origin: str, **headers: str) -> Reply:
     asked = {
         "Origin": origin,
-        "Access-Control-Request-Method": cors.PATHS[path].methods[0],
+        "Access-Control-Request-Method": method,
         "Access-Control-Request-Headers": "authorization,content-type",
     }
     return await http(port, path, method="OPTIONS", headers={**asked, **headers})
@@ -38,49 +39,67 @@ def cors_headers(reply: Any) -> dict[str, str]:
 
 
 def test_paths_with_cors_are_those_of_the_contract() -> None:
-    streams = {f"/ws/{each}/events" for each in ("waiter", "kitchen", "admin")}
-    calls = {f"/ws/{each}" for each in ("ticket", "catchup", "explain", "presence", "receipts")}
-    assert {*STAFF_PATHS} == calls | streams
-    assert {*DINER_PATHS} == {"/ws/catchup/session", "/ws/diner/events"}
+    streams = {("GET", f"/ws/{each}/events") for each in ("waiter", "kitchen", "admin")}
+    calls = {("GET", f"/ws/{each}") for each in ("catchup", "presence", "receipts")}
+    assert {*STAFF_CALLS} == calls | streams | {("POST", "/ws/ticket"), ("POST", "/ws/explain")}
+    assert {*DINER_CALLS} == {
+        ("GET", "/ws/catchup/session"), ("GET", "/ws/diner/events"), ("POST", "/ws/receipts"),
+    }  # fmt: skip
 
 
-@pytest.mark.parametrize("path", cors.PATHS)
+@pytest.mark.parametrize(("method", "path"), CALLS)
 async def test_preflight_allows_the_methods_and_headers_of_the_path(
-    gateway: Running, path: str
+    gateway: Running, method: str, path: str
 ) -> None:
-    any_origin = path in DINER_PATHS
-    reply = await preflight(gateway.port, path, ALLOWED)
+    any_origin = (method, path) in DINER_CALLS
+    reply = await preflight(gateway.port, method, path, ALLOWED)
     assert (reply.status, reply.text) == (204, "")
     assert reply.headers["access-control-allow-origin"] == ("*" if any_origin else ALLOWED)
-    assert reply.headers["access-control-allow-methods"] == ", ".join(cors.PATHS[path].methods)
+    allowed = [method] if any_origin else cors.PATHS[path].methods
+    assert reply.headers["access-control-allow-methods"] == ", ".join(allowed)
     assert "Authorization" in reply.headers["access-control-allow-headers"]
     assert "access-control-allow-credentials" not in reply.headers
     assert "access-control-allow-private-network" not in reply.headers
     assert ("vary" in reply.headers) is not any_origin
 
     private = {"Access-Control-Request-Private-Network": "true"}
-    reply = await preflight(gateway.port, path, ALLOWED, **private)
+    reply = await preflight(gateway.port, method, path, ALLOWED, **private)
     assert reply.headers["access-control-allow-private-network"] == "true"
 
 
 @pytest.mark.parametrize("origin", OTHERS)
-async def test_page_of_another_origin_may_read_only_the_diner_paths(
+async def test_page_of_another_origin_may_only_do_what_diners_may(
     gateway: Running, origin: str
 ) -> None:
     private = {"Access-Control-Request-Private-Network": "true"}
-    for path in STAFF_PATHS:
-        reply = await preflight(gateway.port, path, origin, **private)
+    for method, path in STAFF_CALLS:
+        reply = await preflight(gateway.port, method, path, origin, **private)
         assert cors_headers(reply) == {}
         assert reply.headers["vary"] == "Origin"
-        method = cors.PATHS[path].methods[0]
         reply = await http(gateway.port, path, method=method, headers={"Origin": origin})
         assert cors_headers(reply) == {}
         assert reply.headers["vary"] == "Origin"
-    for path in DINER_PATHS:
-        reply = await preflight(gateway.port, path, origin)
+    for method, path in DINER_CALLS:
+        reply = await preflight(gateway.port, method, path, origin)
         assert reply.headers["access-control-allow-origin"] == "*"
-        reply = await http(gateway.port, path, headers={"Origin": origin})
+        assert reply.headers["access-control-allow-methods"] == method
+        reply = await http(gateway.port, path, method=method, headers={"Origin": origin})
         assert (reply.status, reply.headers["access-control-allow-origin"]) == (401, "*")
+
+
+async def test_staff_confirm_from_allowed_origins_and_diners_from_any(gateway: Running) -> None:
+    own = "http://localhost"  # its console: the Host header is localhost
+    for token, origin, status in [
+        (TOKEN, ALLOWED, 204), (TOKEN, own, 204), (TOKEN, None, 204), (TOKEN, OTHERS[0], 403),
+        (TOKEN, "null", 403), (make_table_token(TABLE_SECRET), OTHERS[0], 204),
+    ]:  # fmt: skip
+        headers = {"Authorization": f"Bearer {token}"}
+        headers |= {} if origin is None else {"Origin": origin}
+        body = {"event_id": "1-0-4723"}
+        reply = await http(
+            gateway.port, "/ws/receipts", method="POST", headers=headers, json_body=body
+        )
+        assert (reply.status, origin) == (status, origin)
 
 
 @pytest.mark.parametrize(

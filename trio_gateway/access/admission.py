@@ -130,8 +130,10 @@ class Admission:
             raise Rejected(Close.AUTH_FAILED, "tickets are not accepted here", "auth")
         return self._tickets
 
-    def is_allowed(self, origin: str) -> bool:
-        """Whether staff may connect from a page on this origin."""
+    def is_allowed(self, origin: str, host: str = "") -> bool:
+        """Whether staff may connect from a page on this origin; ``host`` is the Host header."""
+        if not self._needs_origin and is_own_page(origin, host):
+            return True
         try:
             check_origin(origin, self._origins, required=False)
         except Rejected:

@@ -21,10 +21,10 @@ _SECONDS: Final[Schema] = {"type": "number", "minimum": 0}
 _ALL: Final = frozenset(Endpoint)
 
 
-def _object(name: str, **keys: Schema) -> Schema:
+def _object(name: str, optional: Schema | None = None, **keys: Schema) -> Schema:
     return {
         "type": "object",
-        "properties": {"type": {"const": name}, **keys},
+        "properties": {"type": {"const": name}, **keys, **(optional or {})},
         "required": ["type", *keys],
     }
 
@@ -108,16 +108,22 @@ ANSWERS: Final[Mapping[str, Answer]] = {
     ),
     "intervals": Answer(
         messages.intervals(
-            heartbeat_timeout=60.0, receive_timeout=90.0, ping_interval=25.0
+            heartbeat_timeout=60.0,
+            receive_timeout=90.0,
+            ping_interval=25.0,
+            receipts=["SERVICE_CALL_CREATED"],
         ).decode(),
         _object(
             "intervals",
             heartbeat_timeout=_SECONDS,
             receive_timeout=_SECONDS,
             ping_interval=_SECONDS,
+            optional={"receipts": {"type": "array", "items": _STRING, "minItems": 1}},
         ),
         "the gateway's settings, in seconds. Send something at least once in half of the smaller "
-        "of the first two; the gateway sends something at least once in the third",
+        "of the first two; the gateway sends something at least once in the third. Confirm events "
+        "of the types in `receipts`, which is there only if there are any, with an `ack` within "
+        "0.2 s, see [Receipts](#receipts)",
     ),
     "statistics": Answer(
         messages.statistics(

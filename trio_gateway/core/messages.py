@@ -146,14 +146,24 @@ def statistics(stats: Mapping[str, Any], slow: Sequence[Mapping[str, Any]]) -> b
     return _encode({"type": "statistics", **stats, "slow": slow})
 
 
-def intervals(*, heartbeat_timeout: float, receive_timeout: float, ping_interval: float) -> bytes:
-    """The gateway's timeouts and ping interval in seconds (``WS_HEARTBEAT_TIMEOUT`` and so on)."""
+def intervals(
+    *,
+    heartbeat_timeout: float,
+    receive_timeout: float,
+    ping_interval: float,
+    receipts: Collection[str] = (),
+) -> bytes:
+    """The gateway's timeouts and ping interval in seconds (``WS_HEARTBEAT_TIMEOUT`` and so on), and
+    the types of events that clients confirm at once, if there are any.
+    """
+    tracked = {"receipts": sorted(receipts)} if receipts else {}
     return _encode(
         {
             "type": "intervals",
             "heartbeat_timeout": heartbeat_timeout,
             "receive_timeout": receive_timeout,
             "ping_interval": ping_interval,
+            **tracked,
         }
     )
 

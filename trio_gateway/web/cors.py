@@ -16,33 +16,45 @@ Headers = list[tuple[bytes, bytes]]
 
 @dataclass(frozen=True, slots=True)
 class SharedPath:
-    """A path that pages of other origins may call."""
+    """A path that pages of other origins may call: those in ALLOWED_ORIGINS with all ``methods``,
+    every other with those in ``any_origin``.
+    """
 
     methods: tuple[str, ...]
-    any_origin: bool = False  # if not, the origins in ALLOWED_ORIGINS
+    any_origin: tuple[str, ...] = ()
 
 
 PATHS: Final[Mapping[str, SharedPath]] = {
     "/ws/ticket": SharedPath(("POST",)),
     "/ws/catchup": SharedPath(("GET",)),
-    "/ws/catchup/session": SharedPath(("GET",), any_origin=True),
+    "/ws/catchup/session": SharedPath(("GET",), any_origin=("GET",)),
     "/ws/explain": SharedPath(("POST",)),
     "/ws/presence": SharedPath(("GET",)),
-    "/ws/receipts": SharedPath(("GET", "POST")),
-    **{f"{each.path}/events": SharedPath(("GET",), any_origin=not each.staff) for each in Endpoint},
+    # A diner may confirm, and a preflight request does not show whose token it is.
+    "/ws/receipts": SharedPath(("GET", "POST"), any_origin=("POST",)),
+    **{
+        f"{each.path}/events": SharedPath(("GET",), any_origin=() if each.staff else ("GET",))
+        for each in Endpoint
+    },
 }
 # Without cookies, `*` means every header except Authorization. Older browsers need the names.
 _ALLOWED_HEADERS: Final = b"Authorization, Content-Type, Last-Event-ID, Cache-Control, *"
 _EXPOSED_HEADERS: Final = b"Retry-After, WWW-Authenticate, Gateway-Complete"
+_ANY: Final = b"*"
 _MAX_AGE: Final = b"600"  # seconds for which a browser may cache the preflight
 
 
 def response_headers(
-    shared: SharedPath, request: Iterable[tuple[bytes, bytes]], is_allowed: Callable[[str], bool]
+    shared: SharedPath,
+    method: str,
+    request: Iterable[tuple[bytes, bytes]],
+    is_allowed: Callable[[str], bool],
 ) -> Headers:
-    """Return the headers for every response on this path; ``is_allowed`` decides on an origin."""
-    vary = [] if shared.any_origin else [(b"vary", b"Origin")]
-    if (origin := _allowed_origin(shared, request, is_allowed)) is None:
+    """Return the headers for every response to this method on this path; ``is_allowed`` decides on
+    an origin.
+    """
+    vary = [] if method in shared.any_origin else [(b"vary", b"Origin")]
+    if (origin := _allowed_origin(shared, method, request, is_allowed)) is None:
         return vary
     return [
         *vary,
@@ -61,15 +73,17 @@ async def answer_options(
 
     Without the headers the browser refuses the call, whatever the status is.
     """
-    headers = response_headers(shared, request, is_allowed)
-    if _allowed_origin(shared, request, is_allowed) is not None:
+    method = "".join(_values(request, b"access-control-request-method"))
+    headers = response_headers(shared, method, request, is_allowed)
+    if (origin := _allowed_origin(shared, method, request, is_allowed)) is not None:
+        methods = shared.any_origin if origin == _ANY else shared.methods
         headers += [
-            (b"access-control-allow-methods", ", ".join(shared.methods).encode()),
+            (b"access-control-allow-methods", ", ".join(methods).encode()),
             (b"access-control-allow-headers", _ALLOWED_HEADERS),
             (b"access-control-max-age", _MAX_AGE),
         ]
         # A page of the public web that calls a gateway in a private network needs this, too.
-        if _values(request, b"access-control-request-private-network") == [b"true"]:
+        if _values(request, b"access-control-request-private-network") == ["true"]:
             headers.append((b"access-control-allow-private-network", b"true"))
     headers.append((b"allow", f"{', '.join(shared.methods)}, OPTIONS".encode()))
     await send({"type": "http.response.start", "status": 204, "headers": headers})
@@ -88,16 +102,19 @@ def adding(headers: Headers, send: Send) -> Send:
 
 
 def _allowed_origin(
-    shared: SharedPath, request: Iterable[tuple[bytes, bytes]], is_allowed: Callable[[str], bool]
+    shared: SharedPath,
+    method: str,
+    request: Iterable[tuple[bytes, bytes]],
+    is_allowed: Callable[[str], bool],
 ) -> bytes | None:
     """Return the allowed origin to name in the response; None if the page's is not allowed."""
-    if shared.any_origin:
-        return b"*"
+    if method in shared.any_origin:
+        return _ANY
     origins = _values(request, b"origin")
-    if len(origins) != 1 or not is_allowed(origins[0].decode("latin-1")):
+    if len(origins) != 1 or not is_allowed(origins[0]):
         return None
-    return origins[0]
+    return origins[0].encode("latin-1")
 
 
-def _values(request: Iterable[tuple[bytes, bytes]], name: bytes) -> list[bytes]:
-    return [value.strip() for each, value in request if each.lower() == name]
+def _values(request: Iterable[tuple[bytes, bytes]], name: bytes) -> list[str]:
+    return [value.strip().decode("latin-1") for each, value in request if each.lower() == name]

@@ -37,10 +37,11 @@ class HttpConnection(TrioASGIHTTPConnection):
             await sse.answer(send, 404, {"Content-Type": "text/plain"}, b"not found\n")
             return
         if (shared := cors.PATHS.get(path)) is not None:
-            if self.scope["method"] == "OPTIONS":
+            method = self.scope["method"]
+            if method == "OPTIONS":
                 await cors.answer_options(shared, headers, is_allowed, send)
                 return
-            send = cors.adding(cors.response_headers(shared, headers, is_allowed), send)
+            send = cors.adding(cors.response_headers(shared, method, headers, is_allowed), send)
         if (endpoint := sse.PATHS.get(path)) is None:
             if path.startswith(PREFIX):
                 self.scope[MAY_READ] = trio.Event()  # type: ignore[typeddict-unknown-key]

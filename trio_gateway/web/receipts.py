@@ -99,6 +99,8 @@ async def confirm(parts: Parts) -> Answer:
         principals = await identify(parts, token)
     except Rejected as rejected:
         return refusal(rejected)
+    if principals[0].endpoint.staff and not _is_from_allowed_page(parts):
+        return problem(403, "origin not allowed")
     try:
         body = msgspec.json.decode(await request.get_data(as_text=False), type=Confirmation)
     except msgspec.ValidationError as error:
@@ -113,6 +115,12 @@ async def confirm(parts: Parts) -> Answer:
         else:
             parts.receipts.confirm_earlier(principal, place)
     return Response(status=204)
+
+
+def _is_from_allowed_page(parts: Parts) -> bool:
+    """Whether staff may use the page that sent this request; the preflight request allowed any."""
+    origin = request.headers.get("Origin")
+    return origin is None or parts.admission.is_allowed(origin, request.headers.get("Host", ""))
 
 
 async def report(parts: Parts, place: Place, may_know: Callable[[TrackedEvent], bool]) -> Answer:
