@@ -10,12 +10,14 @@ from trio.testing import wait_all_tasks_blocked
 from trio_gateway.core.audiences import Principal
 from trio_gateway.core.event_ids import START, Cursor, Position, Stream, event_id
 from trio_gateway.core.events import Event
+from trio_gateway.core.routing import ROUTES, Routing
 from trio_gateway.runtime.connection import Connection, ConnectionLimits
 from trio_gateway.runtime.dispatch import Dispatch
 from trio_gateway.runtime.history import History
 from trio_gateway.runtime.hub import Hub
 from trio_gateway.runtime.older_events import OlderEvents, ReadEntry, ReadFailed
 from trio_gateway.runtime.past_routing import PastRouting
+from trio_gateway.runtime.receipts import ReceiptLog
 from trio_gateway.runtime.resume import Replays
 from trio_gateway.runtime.resume_state import Phase
 from trio_gateway.runtime.socket import Ping
@@ -124,6 +126,7 @@ class World:
         begun: bool = True,
         most_scanned: int = 0,
         uncovered_to_branch: bool = False,
+        routes: Routing = ROUTES,
         **bounds: Any,
     ) -> None:
         self.hub = Hub()
@@ -143,7 +146,10 @@ class World:
             most_entries=most_scanned,
             most_bytes=10**7,
         )
-        self.replays = Replays(self.history, self.hub, older=self.older)
+        self.receipts = ReceiptLog(self.history, routes, trio.current_time, 10**9)
+        if self.receipts.tracks:
+            self.dispatch.receipts = self.receipts
+        self.replays = Replays(self.history, self.hub, older=self.older, receipts=self.receipts)
         self.nursery = nursery
         nursery.start_soon(self.replays.keep_ahead)
         if begun:
@@ -165,6 +171,7 @@ class World:
         if stream is not None:
             entries = self.redis.entries.setdefault(stream, [])
             entries += [(at(n), event.payload) for n, event in zip(numbers, batch, strict=True)]
+            self.receipts.note(batch)
         await self.dispatch.deliver(batch)
 
     async def connect(
@@ -181,6 +188,7 @@ class World:
             principal or make_principal(),
             bounded(write_timeout=math.inf) if terms is None else terms,
             replays=self.replays,
+            receipts=self.receipts,
             resume_from=resume_from,
             accepted_at=accepted_at,
         )

@@ -3,7 +3,7 @@
 It outlives the processes that wrote it. Its fields are:
 
 - ``event``: the type and whom it concerns, as JSON, and when it entered Redis
-- ``by:<endpoint>:<user or session>``: ``steps:written:delivered:seen``, times in ms
+- ``by:<endpoint>:<user or session>``: ``steps:written:delivered:seen:sent``, times in ms
 - ``confirmed:<n>``: when somebody in the audience of step n confirmed delivery (ms)
 - ``step:<n>``: when step n was over without that (ms)
 
@@ -11,7 +11,6 @@ States are only raised, so a write that comes twice, or late, changes nothing.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Final
 
 import msgspec
@@ -19,7 +18,7 @@ import structlog
 
 from ..core.event_ids import Stream, entry_id
 from ..core.events import InvalidEvent, parse_event
-from ..core.receipts import Change, Place, Receipt, TrackedEvent, Who
+from ..core.receipts import Change, Place, Receipt, Receipts, TrackedEvent, Who
 from ..core.slots import hash_tag
 from ..runtime.throttled_log import ThrottledLog
 from .commands import Commands, Unavailable
@@ -30,8 +29,8 @@ _MOST: Final = 100  # events in one script
 _BY: Final = "by:"
 
 # KEYS: the hashes. ARGV: for each of them its event, when it expires (unix ms), how many receipts
-# follow, and for each its field, steps, written, delivered, seen. Without ``written``, what was
-# written by any process is raised.
+# follow, and for each its field, steps, written, delivered, seen, sent. Without ``sent``, what was
+# sent by any process is raised.
 _WRITE: Final = """
 local n = 0
 local function take()
@@ -46,13 +45,15 @@ for _, key in ipairs(KEYS) do
   local event, expires, receipts = take(), tonumber(take()), tonumber(take())
   local is_known = redis.call('HSETNX', key, 'event', event) == 0
   for _ = 1, receipts do
-    local name, steps, written, delivered, seen = take(), tonumber(take()), take(), take(), take()
+    local name, steps, written, delivered = take(), tonumber(take()), take(), take()
+    local seen, sent = take(), take()
     local old = redis.call('HGET', key, name)
-    if old or written ~= '' then
-      local s, w, d, e = string.match(old or '0:::', '^(%d*):(%d*):(%d*):(%d*)$')
+    if old or sent ~= '' then
+      local s, w, d, e, q = string.match(old or '0::::', '^(%d*):(%d*):(%d*):(%d*):(%d*)$')
       steps = bit.bor(tonumber(s), steps)
-      w, d, e = first(w, written), first(d, delivered), first(e, seen)
-      redis.call('HSET', key, name, steps .. ':' .. w .. ':' .. d .. ':' .. e)
+      d, e, q = first(d, delivered), first(e, seen), first(q, sent)
+      w = first(first(w, written), d)  -- who has it was written it
+      redis.call('HSET', key, name, table.concat({steps, w, d, e, q}, ':'))
       for step = 0, 5 do
         if d ~= '' and bit.band(steps, bit.lshift(1, step)) ~= 0 then
           redis.call('HSETNX', key, 'confirmed:' .. step, d)
@@ -64,16 +65,6 @@ for _, key in ipairs(KEYS) do
 end
 return #KEYS
 """
-
-
-@dataclass
-class Receipts:
-    """All that the store holds of one event."""
-
-    event: TrackedEvent
-    by: dict[Who, Receipt] = field(default_factory=dict)
-    confirmed: dict[int, int] = field(default_factory=dict)  # by step, when (ms)
-    steps: dict[int, int] = field(default_factory=dict)  # that are over, when (ms)
 
 
 class ReceiptStore:
@@ -144,7 +135,7 @@ def _arguments(change: Change) -> Iterable[str | bytes | int]:
     for who, receipt in change.by.items():
         yield f"{_BY}{who.endpoint}:{who.id}"
         yield receipt.steps
-        for time in (receipt.written, receipt.delivered, receipt.seen):
+        for time in (receipt.written, receipt.delivered, receipt.seen, receipt.sent):
             yield "" if time is None else time
 
 
@@ -159,10 +150,9 @@ def read_hash(fields: Sequence[bytes]) -> Receipts | None:
         kind, _, rest = name.partition(":")
         if kind == "by":
             endpoint, _, number = rest.partition(":")
-            steps, *times = value.split(":")
-            found.by[Who(endpoint, number)] = Receipt(
-                int(steps), *(int(time) if time else None for time in times)
-            )
+            steps, *texts = value.split(":")
+            written, delivered, seen, sent = (int(text) if text else None for text in texts)
+            found.by[Who(endpoint, number)] = Receipt(int(steps), sent, written, delivered, seen)
         elif kind == "confirmed":
             found.confirmed[int(rest)] = int(value)
         elif kind == "step":

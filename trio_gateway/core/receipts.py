@@ -1,11 +1,11 @@
 """Receipts: what is known about who has received an event.
 
-A client that was sent a tracked event has a receipt of it. Its states follow each other: the
-gateway has written the event to its socket, it was delivered, the application has seen it.
+A client that was sent a tracked event has a receipt of it. Its states follow each other: the event
+waits for its socket to take it, was written to it, was delivered, the application has seen it.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from .event_ids import Position, Stream, read_cursor
 class State(IntEnum):
     """How far an event has come to one client; each state includes those before it."""
 
+    SENT = 0  # the kernel has not taken it for any connection of the client yet
     WRITTEN = 1
     DELIVERED = 2
     SEEN = 3
@@ -73,6 +74,7 @@ class Receipt:
     """
 
     steps: int = 0
+    sent: int | None = None
     written: int | None = None
     delivered: int | None = None
     seen: int | None = None
@@ -82,18 +84,22 @@ class Receipt:
         """The last state that it has reached."""
         if self.seen is not None:
             return State.SEEN
-        return State.WRITTEN if self.delivered is None else State.DELIVERED
+        if self.delivered is not None:
+            return State.DELIVERED
+        return State.SENT if self.written is None else State.WRITTEN
 
     @property
     def at(self) -> int | None:
         """When it reached that."""
-        return {1: self.written, 2: self.delivered, 3: self.seen}[self.state]
+        return (self.sent, self.written, self.delivered, self.seen)[self.state]
 
     def reach(self, state: State, now: int) -> bool:
         """Note a state, and those before it; return whether it is a new one."""
-        if self.written is not None and state <= self.state:
+        if self.sent is not None and state <= self.state:
             return False
-        if self.written is None:
+        if self.sent is None:
+            self.sent = now
+        if state >= State.WRITTEN and self.written is None:
             self.written = now
         if state >= State.DELIVERED and self.delivered is None:
             self.delivered = now
@@ -105,10 +111,20 @@ class Receipt:
 class Change(NamedTuple):
     """What is to be written of an event: receipts, each with all that is known of it.
 
-    A receipt that is not ``written`` is of a client that was sent the event by another process, if
-    at all: what is written there is raised.
+    A receipt that is not ``sent`` is of a client that was sent the event by another process, if at
+    all: what is written there is raised.
     """
 
     event: TrackedEvent
     expires: int  # unix ms
     by: Mapping[Who, Receipt]
+
+
+@dataclass
+class Receipts:
+    """All that is known of the receipts of one event."""
+
+    event: TrackedEvent
+    by: dict[Who, Receipt] = field(default_factory=dict)
+    confirmed: dict[int, int] = field(default_factory=dict)  # by step, when (ms)
+    steps: dict[int, int] = field(default_factory=dict)  # that are over, when (ms)

@@ -174,6 +174,8 @@ class Dispatch:
         # Whom it concerns is looked up in the step in which the members are: one may have joined.
         fresh, planned, writes = self._plan(batch, self._hub.concern(batch))
         receipts = self.receipts
+        if receipts is not None and self._hub.held:
+            self._note_owed(receipts, planned)
         self.processed += len(fresh)
         now = trio.current_time()
         left = self._writes_per_checkpoint
@@ -290,6 +292,13 @@ class Dispatch:
         if self.receipts is not None:
             left.difference_update(self.receipts.had(event, left))
         return [left] if left else []
+
+    def _note_owed(self, receipts: ReceiptLog, planned: Sequence[_Planned]) -> None:
+        """Note the tracked events that held connections get from the history."""
+        for event, groups, delivered_up_to in planned:
+            for sent in _tracked(receipts, [(event, groups, 0)], 1):
+                held = self._hub.held.intersection(union(groups))
+                receipts.owed([each for each in held if each.number > delivered_up_to], sent)
 
     def _plan_one(self, event: Event, groups: list[Members], delivered_up_to: int) -> list[_Write]:
         members = union(groups)

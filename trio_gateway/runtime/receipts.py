@@ -107,7 +107,7 @@ class ReceiptLog:
         tracked = self._escalated.get(Place(event.stream, event.position))
         if tracked is None:
             return []
-        return [each for each in connections if Who.of(each.principal) in tracked.by]
+        return [each for each in connections if _had(each, tracked)]
 
     def sent(self, connection: Connection, events: Iterable[Sent], *, waits: bool) -> None:
         """A connection was sent these events; with ``waits`` the kernel has not taken all yet."""
@@ -117,8 +117,13 @@ class ReceiptLog:
             unconfirmed = connection.unconfirmed = deque(maxlen=MOST_UNCONFIRMED)
         for sent in events:
             unconfirmed.append(sent)
-            if not waits:
-                self._reach(connection, sent.tracked, State.WRITTEN)
+            self._reach(connection, sent.tracked, State.SENT if waits else State.WRITTEN)
+
+    def owed(self, connections: Iterable[Connection], sent: Sent) -> None:
+        """These connections are sent this event from the history when they come to it."""
+        for connection in connections:
+            if not connection.ending:
+                self._reach(connection, sent.tracked, State.SENT)
 
     def taken(self, connection: Connection) -> None:
         """The kernel has taken all that waited for a connection."""
@@ -260,3 +265,11 @@ class ReceiptLog:
             recent.popleft()
         if not recent:
             del self._recent[tracked.event.tenant_id]
+
+
+def _had(connection: Connection, tracked: Tracked) -> bool:
+    """Whether the user or session of a connection was written an event, or this one is sent it."""
+    receipt = tracked.by.get(Who.of(connection.principal))
+    if receipt is not None and receipt.state >= State.WRITTEN:
+        return True
+    return any(sent.tracked is tracked for sent in connection.unconfirmed or ())

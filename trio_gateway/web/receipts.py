@@ -7,13 +7,12 @@ import msgspec
 from quart import Response, request
 
 from ..broker.commands import Unavailable
-from ..broker.receipt_store import Receipts
 from ..core.audiences import Endpoint
 from ..core.client_request import bearer
 from ..core.close_codes import Rejected
 from ..core.control_messages import FlushReceipts
 from ..core.event_ids import event_id
-from ..core.receipts import Place, Receipt, State, TrackedEvent, Who, read_place
+from ..core.receipts import Place, Receipt, Receipts, State, TrackedEvent, Who, read_place
 from ..core.routing import names_of
 from ..parts import Parts
 from ..runtime.concurrency_limiter import Overloaded
@@ -153,8 +152,10 @@ def _is_kept(parts: Parts, event: TrackedEvent) -> bool:
 
 def _describe(parts: Parts, place: Place, found: Receipts, missing: list[str]) -> ReceiptsReply:
     steps = parts.settings.routes.route_of(found.event.type).steps
+    by = {who: each for who, each in found.by.items() if each.state >= State.WRITTEN}
     written, delivered, seen = (
-        sum(receipt.state >= state for receipt in found.by.values()) for state in State
+        sum(receipt.state >= state for receipt in by.values())
+        for state in (State.WRITTEN, State.DELIVERED, State.SEEN)
     )
     return ReceiptsReply(
         event_id=event_id(*place),
@@ -163,7 +164,7 @@ def _describe(parts: Parts, place: Place, found: Receipts, missing: list[str]) -
         written=written,
         delivered=delivered,
         seen=seen,
-        by=[_describe_one(who, found.by[who]) for who in sorted(found.by)],
+        by=[_describe_one(who, by[who]) for who in sorted(by)],
         steps=[
             StepReply(names_of(steps[step + 1].to)[0], at / 1000)
             for step, at in sorted(found.steps.items())

@@ -1,0 +1,87 @@
+"""Receipts: what is known of a client whose connection does not take what it is sent."""
+
+import math
+
+import pytest
+import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from tests.support.resume_world import A, Client, World, at, bounded, place
+from trio_gateway.core.audiences import Endpoint
+from trio_gateway.core.receipts import Place, Receipt, State, Who
+from trio_gateway.core.routes_file import read_routes
+from trio_gateway.testing import FakeSocket, make_principal
+
+ROUTES = read_routes("[routes.ROUND_READY]\nreceipt = true\n")
+DINER = make_principal(Endpoint.DINER, session=456)
+SMALL = bounded(outbox_messages=10, write_timeout=math.inf)
+
+
+@pytest.fixture
+async def world(nursery: trio.Nursery) -> World:
+    return World(nursery, routes=ROUTES)
+
+
+async def diner(world: World, room: float = 0) -> Client:
+    return await world.live(principal=DINER, terms=SMALL, socket=FakeSocket(room=room))
+
+
+async def publish(world: World, *numbers: int) -> None:
+    await world.publish(*numbers, session_id=456)
+
+
+def receipt(world: World, number: int) -> Receipt:
+    found = world.receipts.find(Place(A, at(number)))
+    assert found is not None
+    return found.tracked.by[Who("diner", "456")]
+
+
+def states(world: World, *numbers: int) -> list[State]:
+    return [receipt(world, number).state for number in numbers]
+
+
+async def test_client_whose_connection_takes_nothing_is_named_as_sent(
+    autojump_clock: MockClock, world: World
+) -> None:
+    client = await diner(world)
+    await trio.sleep(5)
+    await publish(world, 1)
+    assert states(world, 1) == [State.SENT]
+    await trio.sleep(2)
+    client.socket.read(math.inf)
+    await wait_all_tasks_blocked()
+    assert states(world, 1) == [State.WRITTEN]
+    found = receipt(world, 1)
+    assert (found.sent, found.written, found.delivered) == (5000, 7000, None)
+
+
+async def test_client_that_lags_is_named_as_sent_until_it_comes_to_the_event(
+    autojump_clock: MockClock, world: World
+) -> None:
+    client = await diner(world)
+    await publish(world, *range(1, 20))
+    await publish(world, 20)
+    assert client.connection in world.hub.lagging
+    assert states(world, 1, 20) == [State.SENT, State.SENT]
+    client.socket.read(math.inf)
+    await wait_all_tasks_blocked()
+    assert states(world, 1, 20) == [State.WRITTEN, State.WRITTEN]
+
+
+async def test_client_that_may_still_ask_to_resume_is_named_as_sent(
+    autojump_clock: MockClock, world: World
+) -> None:
+    await world.connect(principal=DINER)
+    await publish(world, 1)
+    assert states(world, 1) == [State.SENT]
+
+
+async def test_confirmation_counts_as_written_too(autojump_clock: MockClock, world: World) -> None:
+    """As after the connection was lost: the client has it all the same."""
+    await diner(world)
+    await publish(world, 1)
+    again = await world.connect(place(1), principal=DINER)
+    await wait_all_tasks_blocked()
+    assert again.resumed[0]["recovered"]
+    found = receipt(world, 1)
+    assert (found.state, found.written is None) == (State.DELIVERED, False)
