@@ -97,8 +97,6 @@ def test_what_is_no_wrapper_is_an_event_of_an_unknown_type(payload: bytes) -> No
     assert ROUTES.audiences(event) == [admins(ONE, BRANCH)]
 
 
-def test_wrapper_on_pubsub_is_none() -> None:
-    event = parsed(wrapper(), stream=None, position=None)
-
-    assert event.escalation is None
-    assert not event.durable
+def test_nobody_but_the_gateway_publishes_a_wrapper() -> None:
+    with pytest.raises(InvalidEvent, match="the gateway alone"):
+        parsed(wrapper(), stream=None, position=None)

@@ -237,6 +237,11 @@ BAD = [
     ("[routes.ROUND_READY]\nreceipt = 1", "routes.ROUND_READY.receipt: ", "true or false"),
     ("[routes.CART_SYNC]\nreceipt = true", "routes.CART_SYNC.receipt: ", "durable"),
     (
+        '[routes.EVENT_UNHEARD]\nmust_reach = "admins"\nwithin = 1',
+        "routes.EVENT_UNHEARD.must_reach: ",
+        "another one",
+    ),
+    (
         '[routes.CART_SYNC]\nmust_reach = "diners"\nwithin = 1',
         "routes.CART_SYNC.must_reach: ",
         "durable",

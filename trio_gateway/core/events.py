@@ -146,7 +146,9 @@ def parse_event(
 
     Every event is checked here: from Pub/Sub, from streams, and in the publisher before it sends.
     """
-    is_wrapper = stream is not None and may_be_wrapper(payload)
+    is_wrapper = may_be_wrapper(payload)
+    if is_wrapper and stream is None:
+        raise InvalidEvent("type", "EVENT_ESCALATED is made by the gateway alone")
     if len(payload) > MAX_EVENT_BYTES + (OVERHEAD if is_wrapper else 0):
         raise InvalidEvent("too_big", f"event is over {MAX_EVENT_BYTES} bytes")
     try:

@@ -4,7 +4,7 @@ import math
 import tomllib
 from typing import Any, Final
 
-from .routing import ROUTES, Route, Routing, Step, To
+from .routing import ROUTES, UNHEARD, Route, Routing, Step, To
 
 _KEYS: Final = ("to", "durable", "receipt", "must_reach", "within", "then")
 _NAMES: Final = {member.name.lower(): member for member in To if member.name}
@@ -55,6 +55,8 @@ def _read(name: str, table: Any) -> Route:
         for each in names:
             to |= _audience(f"{where}.to", each)
     steps = _read_steps(where, table)
+    if steps and name == UNHEARD:
+        raise InvalidRoutes(f"{where}.must_reach: a report must not make another one")
     if steps and steps[0].to not in to:
         raise InvalidRoutes(
             f"{where}.must_reach: {table['must_reach']!r} is not one of the audiences in `to`"
