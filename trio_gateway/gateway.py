@@ -171,9 +171,9 @@ class Gateway(QuartTrio):
         nursery.start_soon(parts.replays.decide)
         nursery.start_soon(parts.replays.keep_ahead)
         if parts.receipts.tracks:
-            nursery.start_soon(parts.receipts.run, parts.receipt_store.write)
+            nursery.start_soon(parts.receipt_writing.run, parts.receipt_store.write)
         if parts.reach.watches:
-            nursery.start_soon(parts.reach.run, parts.steps.take)
+            nursery.start_soon(parts.reach.run, parts.steps.take, parts.steps.answers)
         nursery.start_soon(self._stats_feed.run)
         if parts.sector_assignments is not None:
             nursery.start_soon(parts.sector_assignments.retry_pending)

@@ -40,6 +40,7 @@ from .core.audiences import Endpoint
 from .core.capacity import CapacityLimits
 from .core.control_messages import REVOKED, SECTORS_CHANGED, Node, placement_channel
 from .core.event_ids import tag
+from .core.events import Event
 from .core.limits import DropAlarm, TenantRate
 from .core.resilience import Breaker
 from .redis_url import RedisKind, RedisUrl
@@ -57,6 +58,7 @@ from .runtime.past_routing import PastRouting
 from .runtime.places import Places
 from .runtime.queue import EventQueue
 from .runtime.reach import Reach
+from .runtime.receipt_writing import ReceiptWriting
 from .runtime.receipts import ReceiptLog
 from .runtime.resume import Replays
 from .runtime.room import Room
@@ -107,6 +109,7 @@ class Parts:
     older_events: OlderEvents
     replays: Replays
     receipts: ReceiptLog
+    receipt_writing: ReceiptWriting
     receipt_store: ReceiptStore
     reach: Reach
     steps: Steps
@@ -231,15 +234,24 @@ def build_parts(
         most_entries=settings.ws_resume_from_stream,
         most_bytes=max(settings.ws_history_bytes, LEAST_BYTES),
     )
-    receipts = ReceiptLog(history, settings.routes, clock, settings.ws_receipt_ttl)
+    is_cluster = redis_url.kind is RedisKind.CLUSTER
+    receipt_writing = ReceiptWriting(by_stream=is_cluster)
+    receipts = ReceiptLog(history, settings.routes, clock, settings.ws_receipt_ttl, receipt_writing)
     receipt_store = ReceiptStore(commands, names)
-    reach = Reach(
-        settings.routes,
-        clock,
-        settings.ws_receipt_ttl,
-    )
+    reach = Reach(settings.routes, clock, settings.ws_receipt_ttl, by_stream=is_cluster)
+
+    def on_copy(event: Event) -> None:
+        receipts.drop(event)
+        reach.drop(event)
+
+    def on_reading() -> None:
+        """A stream is read on a new connection: maybe from another server than before."""
+        receipt_writing.write_again()
+        reach.ask_again()
+
     if receipts.tracks:
         dispatch.receipts = receipts
+        dispatch.on_copy = on_copy
     replays = Replays(history, hub, places, older_events, receipts)
     pubsub_queue = EventQueue(
         settings.redis_event_queue_size,
@@ -282,7 +294,6 @@ def build_parts(
         dead_letters = DeadLetters(commands, settings.redis_dlq_stream)
         ingest = Ingest(dead_letters.offer)
     probe = Probe()
-    is_cluster = redis_url.kind is RedisKind.CLUSTER
 
     def on_wrong_server() -> None:
         if isinstance(streams, Streams):  # a node of a Cluster says if it has not its streams
@@ -336,13 +347,18 @@ def build_parts(
         reach=reach if reach.watches else None,
         wall_clock=clock,
     )
+
+    def on_stream() -> None:
+        breakers["stream"].succeeded()
+        on_reading()
+
     streams: Streams | ClusterStreams
     if is_cluster:
-        streams = ClusterStreams(topology, breakers["stream"])
+        streams = ClusterStreams(topology, breakers["stream"], on_reading)
     else:
         streams = Streams(
             topology,
-            on_reading=breakers["stream"].succeeded,
+            on_reading=on_stream,
             probe=probe,
             ranks=sharding.ranks,
             old_streams=sharding.old_streams,
@@ -392,14 +408,16 @@ def build_parts(
             sectors_changed=sector_assignments.changed if sector_assignments else None,
         )
         breakers |= cluster.breakers
-        answer_flushes(cluster.control, receipts, receipt_store)
+        answer_flushes(cluster.control, receipt_writing, receipt_store)
 
-    drain = Drain(
-        hub,
-        (pubsub_queue, stream_queue),
-        stop_sources,
-        None if cluster is None else cluster.leave,
-    )
+    async def tell_others() -> None:
+        async with trio.open_nursery() as nursery:
+            if cluster is not None:
+                nursery.start_soon(cluster.leave)
+            # What clients have confirmed last: another process may ask about it any moment.
+            nursery.start_soon(receipt_writing.flush, receipt_store.write)
+
+    drain = Drain(hub, (pubsub_queue, stream_queue), stop_sources, tell_others)
     return Parts(
         settings=settings,
         clock=clock,
@@ -416,9 +434,10 @@ def build_parts(
         older_events=older_events,
         replays=replays,
         receipts=receipts,
+        receipt_writing=receipt_writing,
         receipt_store=receipt_store,
         reach=reach,
-        steps=Steps(commands, receipt_store, names),
+        steps=Steps(receipt_store, names),
         dispatch=dispatch,
         pubsub=pubsub,
         sharded_pubsubs=sharded_pubsubs,

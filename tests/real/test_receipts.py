@@ -5,76 +5,37 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import pytest
 import redis
-from trio_websocket import ConnectionClosed, WebSocketConnection
+from trio_websocket import ConnectionClosed
 
 from tests.support.api_keys import secret_of, write_keys
 from tests.support.gateways import (
-    JWT_SECRET,
     TABLE_SECRET,
-    Reachable,
     Reply,
     admitted,
     closed,
     http,
     receive_event,
-    serving,
     until,
 )
-from trio_gateway.testing import make_jwt, make_table_token
+from tests.support.receipts import ask, numbers, publish, receipts, say
+from tests.support.receipts import one as gateway_with
+from trio_gateway.core.audiences import TenantId
+from trio_gateway.core.shards import shard_of
+from trio_gateway.testing import make_table_token
 
-EVENT = {"type": "SERVICE_CALL_CREATED", "tenant_id": 1, "branch_id": 1, "sector_id": 5}
-
-
-@pytest.fixture
-def routes(tmp_path: Path) -> Path:
-    file = tmp_path / "routes.toml"
-    file.write_text(
-        "[routes.SERVICE_CALL_CREATED]\nreceipt = true\n[routes.CHECK_PAID]\nreceipt = true\n"
-    )
-    return file
+ROUTES = "[routes.SERVICE_CALL_CREATED]\nreceipt = true\n[routes.CHECK_PAID]\nreceipt = true\n"
 
 
-def one(redis_url: str, routes: Path, **settings: Any) -> Any:
-    return serving(redis_url, "direct", ws_routes_file=routes, **settings)
-
-
-async def ask(gateway: Reachable, event_id: object, **claims: Any) -> Reply:
-    token = make_jwt(JWT_SECRET, **{"roles": ["MANAGER"]} | claims)
-    path = f"/ws/receipts?event_id={event_id}"
-    return await http(gateway.port, path, headers={"Authorization": f"Bearer {token}"})
-
-
-async def receipts(gateway: Reachable, event_id: object) -> dict[str, Any]:
-    reply = await ask(gateway, event_id)
-    assert reply.status == 200, reply.text
-    found: dict[str, Any] = json.loads(reply.text)
-    return found
-
-
-def numbers(found: dict[str, Any]) -> tuple[int, int, int]:
-    return found["written"], found["delivered"], found["seen"]
-
-
-def publish(backend: "redis.Redis", **keys: Any) -> None:
-    backend.xadd("events:critical", {"data": json.dumps(EVENT | keys)})
-
-
-async def say(client: WebSocketConnection, **message: Any) -> None:
-    """Send a message, and wait until it has been handled."""
-    await client.send_message(json.dumps(message))
-    if message["type"] != "ping":
-        await client.send_message("ping")
-    while await receive_event(client) != {"type": "pong"}:
-        pass
+def one(redis_url: str, folder: Path, **settings: Any) -> Any:
+    return gateway_with(redis_url, folder, ROUTES, **settings)
 
 
 async def test_each_client_has_the_state_that_it_confirmed(
-    redis_url: str, backend: "redis.Redis", routes: Path
+    redis_url: str, backend: "redis.Redis", tmp_path: Path
 ) -> None:
     async with (
-        one(redis_url, routes) as gateway,
+        one(redis_url, tmp_path) as gateway,
         admitted(gateway.staff_url("waiter", sub="21", sector_ids=[5])) as waiter,
         admitted(gateway.staff_url("waiter", sub="22", sector_ids=[5])) as other,
         admitted(gateway.staff_url("admin", sub="9", roles=["ADMIN"])) as admin,
@@ -100,10 +61,10 @@ async def test_each_client_has_the_state_that_it_confirmed(
 
 
 async def test_ping_confirms_everything_up_to_the_event_that_it_names(
-    redis_url: str, backend: "redis.Redis", routes: Path
+    redis_url: str, backend: "redis.Redis", tmp_path: Path
 ) -> None:
     async with (
-        one(redis_url, routes) as gateway,
+        one(redis_url, tmp_path) as gateway,
         admitted(gateway.staff_url("waiter", sub="21", sector_ids=[5])) as waiter,
     ):
         ids = []
@@ -116,10 +77,10 @@ async def test_ping_confirms_everything_up_to_the_event_that_it_names(
 
 
 async def test_ids_that_were_not_sent_on_the_connection_are_ignored_and_counted(
-    redis_url: str, backend: "redis.Redis", routes: Path
+    redis_url: str, backend: "redis.Redis", tmp_path: Path
 ) -> None:
     async with (
-        one(redis_url, routes) as gateway,
+        one(redis_url, tmp_path) as gateway,
         admitted(gateway.staff_url("waiter", sub="21", sector_ids=[5])) as waiter,
         admitted(gateway.staff_url("waiter", sub="22", sector_ids=[6])) as elsewhere,
     ):
@@ -140,10 +101,10 @@ async def test_ids_that_were_not_sent_on_the_connection_are_ignored_and_counted(
 
 
 async def test_acks_are_free_until_there_are_more_than_events(
-    redis_url: str, backend: "redis.Redis", routes: Path
+    redis_url: str, backend: "redis.Redis", tmp_path: Path
 ) -> None:
     async with (
-        one(redis_url, routes) as gateway,
+        one(redis_url, tmp_path) as gateway,
         admitted(gateway.staff_url("waiter", sub="21", sector_ids=[5])) as waiter,
     ):
         for n in range(40):
@@ -159,9 +120,9 @@ async def test_acks_are_free_until_there_are_more_than_events(
 
 
 async def test_client_that_comes_back_with_an_id_has_what_it_was_sent_before(
-    redis_url: str, backend: "redis.Redis", routes: Path
+    redis_url: str, backend: "redis.Redis", tmp_path: Path
 ) -> None:
-    async with one(redis_url, routes) as gateway, one(redis_url, routes) as other:
+    async with one(redis_url, tmp_path) as gateway, one(redis_url, tmp_path) as other:
         async with admitted(gateway.staff_url("waiter", sub="21", sector_ids=[5])) as waiter:
             publish(backend)
             event_id = (await receive_event(waiter))["event_id"]
@@ -178,10 +139,10 @@ async def test_client_that_comes_back_with_an_id_has_what_it_was_sent_before(
 
 
 async def test_receipts_by_http_are_those_of_the_credential(
-    redis_url: str, backend: "redis.Redis", routes: Path
+    redis_url: str, backend: "redis.Redis", tmp_path: Path
 ) -> None:
     async with (
-        one(redis_url, routes) as gateway,
+        one(redis_url, tmp_path) as gateway,
         admitted(gateway.diner_url(session_id=456, table_id=10)) as diner,
     ):
         publish(backend, type="CHECK_PAID", session_id=456)
@@ -213,10 +174,10 @@ async def test_receipts_by_http_are_those_of_the_credential(
 
 
 async def test_receipts_are_for_the_heads_of_the_branch(
-    redis_url: str, backend: "redis.Redis", routes: Path
+    redis_url: str, backend: "redis.Redis", tmp_path: Path
 ) -> None:
     async with (
-        one(redis_url, routes) as gateway,
+        one(redis_url, tmp_path) as gateway,
         admitted(gateway.staff_url("waiter", sub="21", sector_ids=[5])) as waiter,
     ):
         publish(backend)
@@ -236,27 +197,27 @@ async def test_receipts_are_for_the_heads_of_the_branch(
 
 
 async def test_receipts_outlive_the_process_and_an_event_that_nobody_received_has_none(
-    redis_url: str, backend: "redis.Redis", routes: Path
+    redis_url: str, backend: "redis.Redis", tmp_path: Path
 ) -> None:
-    async with one(redis_url, routes) as survivor:
+    async with one(redis_url, tmp_path) as survivor:
         async with (
-            one(redis_url, routes) as gateway,
+            one(redis_url, tmp_path) as gateway,
             admitted(gateway.staff_url("waiter", sub="21", sector_ids=[5])) as waiter,
         ):
             publish(backend)
             event_id = (await receive_event(waiter))["event_id"]
             await say(waiter, type="ack", last_event_id=event_id)
-            await until(lambda: not gateway.app.parts.receipts.changed)
+            await until(lambda: gateway.app.parts.receipt_writing.is_idle)
         assert numbers(await receipts(survivor, event_id)) == (1, 1, 0)
-        at: Any = backend.xadd("events:critical", {"data": json.dumps(EVENT | {"branch_id": 3})})
+        entry = publish(backend, branch_id=3)
         token = event_id.rpartition("-")[2]
-        reply = await ask(survivor, f"{at.decode()}-{token}", branch_ids=[3])
+        reply = await ask(survivor, f"{entry}-{token}", branch_ids=[3])
         assert reply.status == 200
         assert numbers(json.loads(reply.text)) == (0, 0, 0)
 
 
 async def test_api_key_with_the_scope_read_may_ask_for_its_tenants(
-    redis_url: str, backend: "redis.Redis", routes: Path, tmp_path: Path
+    redis_url: str, backend: "redis.Redis", tmp_path: Path
 ) -> None:
     keys: dict[str, dict[str, Any]] = {
         "one": {"scopes": ["read"], "tenants": [1]},
@@ -264,7 +225,7 @@ async def test_api_key_with_the_scope_read_may_ask_for_its_tenants(
         "all": {},
     }
     async with (
-        one(redis_url, routes, ws_api_keys_file=write_keys(tmp_path, keys)) as gateway,
+        one(redis_url, tmp_path, ws_api_keys_file=write_keys(tmp_path, keys)) as gateway,
         admitted(gateway.staff_url("waiter", sub="21", sector_ids=[5])) as waiter,
     ):
         publish(backend)
@@ -279,3 +240,76 @@ async def test_api_key_with_the_scope_read_may_ask_for_its_tenants(
         assert [(await asked(key, event_id)).status for key in keys] == [200, 404, 200]
         assert numbers(json.loads((await asked("one", event_id)).text)) == (1, 0, 0)
         assert (await asked("one", "x")).status == 422
+
+
+async def test_event_of_the_whole_tenant_names_to_a_manager_those_of_its_branches(
+    redis_url: str, backend: "redis.Redis", tmp_path: Path
+) -> None:
+    routes = "[routes.ENTITY_CREATED]\nreceipt = true\n"
+    keys = write_keys(tmp_path, {"all": {}})
+    async with (
+        gateway_with(redis_url, tmp_path, routes, ws_api_keys_file=keys) as gateway,
+        admitted(gateway.staff_url("admin", sub="1", branch_ids=[1, 3])) as one_,
+        admitted(gateway.staff_url("admin", sub="2", branch_ids=[2])) as two,
+    ):
+        publish(backend, type="ENTITY_CREATED", branch_id=0, sector_id=None)
+        event_id = (await receive_event(one_))["event_id"]
+        await receive_event(two)
+        for branches, named in (([1], ["1"]), ([2], ["2"]), ([3, 2], ["1", "2"]), ([4], [])):
+            found = await receipts(gateway, event_id, branch_ids=branches)
+            assert [each["user_id"] for each in found["by"]] == named
+            assert numbers(found) == (2, 0, 0)
+        headers = {"Authorization": f"Bearer {secret_of('all')}"}
+        reply = await http(gateway.port, f"/ws/api/receipts?event_id={event_id}", headers=headers)
+        assert len(reply.json["by"]) == 2
+
+
+async def test_receipts_of_a_shard_that_a_process_reads_only_since_now(
+    redis_url: str, backend: "redis.Redis", tmp_path: Path
+) -> None:
+    """Confirmed on a connection that came before its stream was read, and at another process."""
+    stream = "events:critical:{0}"
+    shards = 2
+    assert shard_of(1, shards) == 0
+    publish(backend, stream)
+    async with (
+        one(redis_url, tmp_path, redis_stream_shards=shards) as gateway,
+        one(redis_url, tmp_path, redis_stream_shards=shards) as other,
+        admitted(gateway.diner_url(session_id=456, table_id=10)) as diner,
+    ):
+        assert await gateway.app.parts.places.wait_known(TenantId(1), 5)
+        publish(backend, stream, type="CHECK_PAID", session_id=456)
+        publish(backend, stream, type="ROUND_READY", session_id=456)
+        event_id = (await receive_event(diner))["event_id"]
+        later = (await receive_event(diner))["event_id"]
+        assert numbers(await receipts(gateway, event_id)) == (1, 0, 0)
+        await say(diner, type="ping", last_event_id=later)
+        assert numbers(await receipts(gateway, event_id)) == (1, 1, 0)
+        token = make_table_token(TABLE_SECRET, session_id=456)
+        reply = await http(
+            other.port,
+            "/ws/receipts",
+            method="POST",
+            headers={"Authorization": f"Bearer {token}"},
+            json_body={"event_id": event_id},
+        )
+        assert reply.status == 204
+        assert numbers(await receipts(other, event_id)) == (1, 1, 1)
+
+
+async def test_receipts_that_cannot_be_written_are_no_answer(
+    redis_url: str, backend: "redis.Redis", tmp_path: Path
+) -> None:
+    async with (
+        one(redis_url, tmp_path) as gateway,
+        admitted(gateway.staff_url("waiter", sub="21", sector_ids=[5])) as waiter,
+    ):
+        publish(backend)
+        event_id = (await receive_event(waiter))["event_id"]
+        assert (await ask(gateway, event_id)).status == 200
+        backend.config_set("maxmemory", 1)
+        try:
+            await say(waiter, type="ack", last_event_id=event_id)
+            assert (await ask(gateway, event_id)).status == 503
+        finally:
+            backend.config_set("maxmemory", 0)

@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 
+import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from trio_gateway.core.event_ids import Position, tag
+from trio_gateway.core.event_ids import Position, Stream, tag
 from trio_gateway.core.events import Event, parse_event
+from trio_gateway.core.receipts import Place
 from trio_gateway.core.routes_file import read_routes
-from trio_gateway.runtime.reach import GRACE, Due, Reach
+from trio_gateway.runtime.reach import GRACE, SETTLE, Due, Reach
 from trio_gateway.testing import make_event
 
 ROUTES = read_routes(
@@ -25,6 +27,10 @@ class Asked:
     def __init__(self) -> None:
         self.calls: list[tuple[float, list[tuple[int, int]]]] = []
         self.left: Sequence[int] | None = [0]
+        self.is_away = False
+
+    async def answers(self, place: Place) -> bool:
+        return not self.is_away
 
     async def __call__(self, dues: Sequence[Due]) -> Sequence[int] | None:
         steps = [(due.place.position[0] - BEGIN * 1000, due.number) for due in dues]
@@ -40,12 +46,17 @@ def watching(ttl: float = 3600.0) -> Reach:
     return Reach(ROUTES, clock, ttl)
 
 
-def event(type_: str = "SERVICE_CALL_CREATED", after: float = 0.0, payload: bytes = b"") -> Event:
+def event(
+    type_: str = "SERVICE_CALL_CREATED",
+    after: float = 0.0,
+    payload: bytes = b"",
+    stream: Stream = STREAM,
+) -> Event:
     return parse_event(
         payload or make_event(type_, sector_id=5).payload,
         channel="",
         received_at=0.0,
-        stream=STREAM,
+        stream=stream,
         position=Position((int((BEGIN + after) * 1000), 0)),
         durable_types=ROUTES.durable_types,
     )
@@ -54,12 +65,12 @@ def event(type_: str = "SERVICE_CALL_CREATED", after: float = 0.0, payload: byte
 async def test_redis_is_asked_a_moment_after_each_deadline(autojump_clock: MockClock) -> None:
     reach, asked = watching(), Asked()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(reach.run, asked)
-        reach.note([event(), event("ROUND_READY"), event(after=1), event(after=1.05)])
+        nursery.start_soon(reach.run, asked, asked.answers)
+        reach.note([event(after=-1), event(after=-0.95), event("ROUND_READY"), event()])
         await trio.sleep(60)
         assert asked.calls == [
+            (9 + GRACE, [(-1000, 0), (-950, 0)]),
             (10 + GRACE, [(0, 0)]),
-            (11 + GRACE, [(1000, 0), (1050, 0)]),
         ]
         assert not len(reach)
         nursery.cancel_scope.cancel()
@@ -70,28 +81,101 @@ async def test_earlier_deadline_that_comes_later_is_asked_about_first(
 ) -> None:
     reach, asked = watching(), Asked()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(reach.run, asked)
-        reach.note([event(after=5)])
+        nursery.start_soon(reach.run, asked, asked.answers)
+        reach.note([event()])
         await wait_all_tasks_blocked()
         reach.note([event(after=-100)])  # of the past: a process has just begun to read
         await trio.sleep(60)
-        assert [steps for _, steps in asked.calls] == [[(-100_000, 0)], [(5000, 0)]]
+        assert [steps for _, steps in asked.calls] == [[(-100_000, 0)], [(0, 0)]]
         nursery.cancel_scope.cancel()
 
 
-async def test_while_redis_is_away_it_is_asked_again_and_again(autojump_clock: MockClock) -> None:
+async def test_nothing_is_asked_until_redis_has_been_back_for_a_moment(
+    autojump_clock: MockClock,
+) -> None:
+    """What clients confirmed while it was away must be written first."""
+    reach, asked = watching(), Asked()
+    asked.is_away = True
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(reach.run, asked, asked.answers)
+        reach.note([event()])
+        await trio.sleep(20.2)
+        assert asked.calls == []
+        asked.is_away = False
+        await trio.sleep(60)
+        assert asked.calls == [(20.5 + SETTLE, [(0, 0)])]
+        nursery.cancel_scope.cancel()
+
+
+async def test_what_redis_did_not_answer_is_asked_again_after_that_moment(
+    autojump_clock: MockClock,
+) -> None:
     reach, asked = watching(), Asked()
     asked.left = None
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(reach.run, asked)
+        nursery.start_soon(reach.run, asked, asked.answers)
         reach.note([event()])
-        await trio.sleep(20)
-        assert 4 <= len(asked.calls) <= 10
+        await trio.sleep(11)
         asked.left = [0]
-        await trio.sleep(3)
-        number = len(asked.calls)
         await trio.sleep(60)
-        assert len(asked.calls) == number
+        assert [at for at, _ in asked.calls] == [10.5, 11.5 + SETTLE]
+        nursery.cancel_scope.cancel()
+
+
+async def test_what_another_server_may_not_know_is_asked_again(autojump_clock: MockClock) -> None:
+    reach, asked = watching(), Asked()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(reach.run, asked, asked.answers)
+        reach.note([event(after=-60), event()])
+        await trio.sleep(63)
+        assert [at for at, _ in asked.calls] == [0.0, 10.5]
+        reach.ask_again()
+        await trio.sleep(60)
+        assert asked.calls[2:] == [(63 + SETTLE, [(0, 0)])]
+        nursery.cancel_scope.cancel()
+
+
+async def test_copy_of_an_event_is_not_watched(autojump_clock: MockClock) -> None:
+    reach, asked = watching(), Asked()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(reach.run, asked, asked.answers)
+        reach.note([event(after=-1), event()])
+        reach.drop(event())
+        await trio.sleep(60)
+        assert [steps for _, steps in asked.calls] == [[(-1000, 0)]]
+        nursery.cancel_scope.cancel()
+
+
+async def test_server_that_does_not_answer_delays_its_own_streams_only(
+    autojump_clock: MockClock,
+) -> None:
+    reach, asked = Reach(ROUTES, clock, 3600, by_stream=True), Asked()
+    other = tag("events:other")
+
+    async def answers(place: Place) -> bool:
+        return place.stream == STREAM
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(reach.run, asked, answers)
+        reach.note([event(stream=other), event(after=0.01)])
+        await trio.sleep(60)
+        assert asked.calls == [(10.5, [(10, 0)])]
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("change", [-3.0, -3600.0, 3600.0])
+async def test_clock_of_the_process_does_not_matter(
+    autojump_clock: MockClock, change: float
+) -> None:
+    """It is behind that of Redis from the start, or is set after the event has come."""
+    offset = min(0.0, max(change, -3.0))
+    reach, asked = Reach(ROUTES, lambda: clock() + offset, 3600), Asked()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(reach.run, asked, asked.answers)
+        reach.note([event()])
+        offset = change
+        await trio.sleep(60)
+        assert asked.calls == [(10.5, [(0, 0)])]
         nursery.cancel_scope.cancel()
 
 
@@ -101,7 +185,7 @@ async def test_clock_that_is_ahead_of_redis_asks_again_when_it_is_time(
     reach, asked = watching(), Asked()
     asked.left = [2500]
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(reach.run, asked)
+        nursery.start_soon(reach.run, asked, asked.answers)
         reach.note([event()])
         await trio.sleep(11)
         asked.left = [0]
@@ -118,7 +202,8 @@ async def test_next_step_has_its_own_time_from_its_own_entry(autojump_clock: Moc
     )
     reach, asked = watching(), Asked()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(reach.run, asked)
+        nursery.start_soon(reach.run, asked, asked.answers)
+        await trio.sleep(12)
         reach.note([event(after=12, payload=payload)])
         await trio.sleep(60)
         assert asked.calls == [(17 + GRACE, [(0, 1)])]

@@ -17,6 +17,7 @@ from trio_gateway.runtime.history import History
 from trio_gateway.runtime.hub import Hub
 from trio_gateway.runtime.older_events import OlderEvents, ReadEntry, ReadFailed
 from trio_gateway.runtime.past_routing import PastRouting
+from trio_gateway.runtime.receipt_writing import ReceiptWriting
 from trio_gateway.runtime.receipts import ReceiptLog
 from trio_gateway.runtime.resume import Replays
 from trio_gateway.runtime.resume_state import Phase
@@ -146,7 +147,7 @@ class World:
             most_entries=most_scanned,
             most_bytes=10**7,
         )
-        self.receipts = ReceiptLog(self.history, routes, trio.current_time, 10**9)
+        self.receipts = ReceiptLog(self.history, routes, trio.current_time, 10**9, ReceiptWriting())
         if self.receipts.tracks:
             self.dispatch.receipts = self.receipts
         self.replays = Replays(self.history, self.hub, older=self.older, receipts=self.receipts)

@@ -30,8 +30,12 @@ class ClusterStreams:
     The breaker is that of all: it counts what was lost since all of them were last being read.
     """
 
-    def __init__(self, topology: Topology, breaker: Breaker) -> None:
+    def __init__(
+        self, topology: Topology, breaker: Breaker, on_reading: Callable[[], None] = lambda: None
+    ) -> None:
+        """``on_reading`` is called when a stream is read on a new connection."""
         self._topology = topology
+        self._on_reading = on_reading
         self._breaker = breaker
         self._followed: dict[str, None] = {}  # in order
         self._changed = trio.lowlevel.ParkingLot()
@@ -115,6 +119,7 @@ class ClusterStreams:
             )
 
     def _note_reading(self, name: str) -> None:
+        self._on_reading()
         was_lost = name in self._lost
         self._lost.discard(name)
         if not self._lost:

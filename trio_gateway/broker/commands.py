@@ -78,6 +78,7 @@ class Commands:
             self._scans: "scans",
         }
 
+        self._groups: dict[str, Breaker] = {}  # of scripts
         self._refusals: dict[Breaker, str] = {}  # the cause of the last failure of each
         self._throttled_log = ThrottledLog(log)
 
@@ -237,14 +238,16 @@ class Commands:
         again: bool = True,
         fits: Callable[[Any], bool] = lambda reply: True,
         seconds: float = TIMEOUT,
+        group: str | None = None,
     ) -> Any:
         """Run a Lua script, and return its reply. In a Cluster its keys must be in one slot.
 
         ``again``: it may run twice, as it does if the first answer was lost. ``fits`` says whether
-        a reply has the right shape.
+        a reply has the right shape. Scripts of a ``group``, of which there are few, have a breaker
+        of their own.
         """
         return await self._run(
-            self.cluster_breaker,
+            self.cluster_breaker if group is None else self._breaker_of(group),
             lambda: self._primaries.execute(
                 keys[0],
                 lambda redis: redis.eval(script, len(keys), *keys, *arguments),
@@ -253,6 +256,12 @@ class Commands:
             ),
             seconds=seconds,
         )
+
+    def _breaker_of(self, group: str) -> Breaker:
+        if (found := self._groups.get(group)) is None:
+            found = self._groups[group] = Breaker(*_CLUSTER_BREAKER)
+            self._names[found] = group
+        return found
 
     async def _send(
         self,

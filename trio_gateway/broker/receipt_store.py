@@ -3,19 +3,20 @@
 It outlives the processes that wrote it. Its fields are:
 
 - ``event``: the type and whom it concerns, as JSON, and when it entered Redis
-- ``by:<endpoint>:<user or session>``: ``steps:written:delivered:seen:sent``, times in ms
+- ``by:<endpoint>:<user or session>``: ``steps:written:delivered:seen:sent:branches``, times in ms
 - ``confirmed:<n>``: when somebody in the audience of step n confirmed delivery (ms)
 - ``step:<n>``: when step n was over without that (ms)
 
 States are only raised, so a write that comes twice, or late, changes nothing.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Final
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Final
 
 import msgspec
 import structlog
 
+from ..core.audiences import BranchId
 from ..core.event_ids import Stream, entry_id
 from ..core.events import InvalidEvent, parse_event
 from ..core.receipts import Change, Place, Receipt, Receipts, TrackedEvent, Who
@@ -29,8 +30,8 @@ _MOST: Final = 100  # events in one script
 _BY: Final = "by:"
 
 # KEYS: the hashes. ARGV: for each of them its event, when it expires (unix ms), how many receipts
-# follow, and for each its field, steps, written, delivered, seen, sent. Without ``sent``, what was
-# sent by any process is raised.
+# follow, and for each its field, steps, written, delivered, seen, sent, branches. Without ``sent``,
+# what was sent by any process is raised.
 _WRITE: Final = """
 local n = 0
 local function take()
@@ -46,14 +47,15 @@ for _, key in ipairs(KEYS) do
   local is_known = redis.call('HSETNX', key, 'event', event) == 0
   for _ = 1, receipts do
     local name, steps, written, delivered = take(), tonumber(take()), take(), take()
-    local seen, sent = take(), take()
+    local seen, sent, branches = take(), take(), take()
     local old = redis.call('HGET', key, name)
     if old or sent ~= '' then
-      local s, w, d, e, q = string.match(old or '0::::', '^(%d*):(%d*):(%d*):(%d*):(%d*)$')
+      local s, w, d, e, q, b =
+        string.match(old or '0:::::', '^(%d*):(%d*):(%d*):(%d*):(%d*):([%d,]*)$')
       steps = bit.bor(tonumber(s), steps)
-      d, e, q = first(d, delivered), first(e, seen), first(q, sent)
+      d, e, q, b = first(d, delivered), first(e, seen), first(q, sent), first(b, branches)
       w = first(first(w, written), d)  -- who has it was written it
-      redis.call('HSET', key, name, table.concat({steps, w, d, e, q}, ':'))
+      redis.call('HSET', key, name, table.concat({steps, w, d, e, q, b}, ':'))
       for step = 0, 5 do
         if d ~= '' and bit.band(steps, bit.lshift(1, step)) ~= 0 then
           redis.call('HSETNX', key, 'confirmed:' .. step, d)
@@ -81,7 +83,10 @@ class ReceiptStore:
         return f"{{{tag}}}:receipts:{place.stream}:{entry_id(place.position)}"
 
     async def write(self, changes: Mapping[Place, Change]) -> bool:
-        """Write receipts; False if Redis is unavailable: then some may have been written."""
+        """Write receipts; False if Redis is unavailable: then some may have been written.
+
+        In a Cluster, all are of events of one stream.
+        """
         try:
             await self._write(changes)
         except Unavailable as error:
@@ -90,26 +95,34 @@ class ReceiptStore:
         return True
 
     async def _write(self, changes: Mapping[Place, Change]) -> None:
-        by_stream: dict[Stream, list[Place]] = {}
-        for place in changes:
-            by_stream.setdefault(place.stream, []).append(place)
-        for places in by_stream.values():
-            for n in range(0, len(places), _MOST):
-                some = places[n : n + _MOST]
-                keys = [self.key(place) for place in some]
-                arguments: list[str | bytes | int] = []
-                for place in some:
-                    arguments += _arguments(changes[place])
-                await self._commands.evaluate(_WRITE, keys, arguments)
+        places = list(changes)
+        for n in range(0, len(places), _MOST):
+            some = places[n : n + _MOST]
+            arguments = [each for place in some for each in _arguments(changes[place])]
+            await self.evaluate(_WRITE, [self.key(place) for place in some], arguments)
+
+    async def evaluate(
+        self,
+        script: str,
+        keys: Sequence[str],
+        arguments: Sequence[str | bytes | int] = (),
+        fits: Callable[[Any], bool] = lambda reply: True,
+    ) -> Any:
+        """Run a script on keys of one server. Raises :exc:`Unavailable`.
+
+        Neither a right that only receipts need nor, in a Cluster, a server that only some streams
+        are on costs others anything: each hash tag has a breaker of its own.
+        """
+        return await self._commands.evaluate(
+            script, keys, arguments, fits=fits, group=f"receipts {hash_tag(keys[0])}"
+        )
 
     async def read(self, place: Place) -> Receipts | None:
         """What is known of an event, at least that it is in the stream; None if that is not so.
 
         Raises :exc:`Unavailable`, and :exc:`KeyError` for a stream that is not ours.
         """
-        fields = await self._commands.evaluate(
-            "return redis.call('HGETALL', KEYS[1])", [self.key(place)]
-        )
+        fields = await self.evaluate("return redis.call('HGETALL', KEYS[1])", [self.key(place)])
         if (found := read_hash(fields)) is not None:
             return found
         event = await self._in_stream(place)
@@ -137,6 +150,7 @@ def _arguments(change: Change) -> Iterable[str | bytes | int]:
         yield receipt.steps
         for time in (receipt.written, receipt.delivered, receipt.seen, receipt.sent):
             yield "" if time is None else time
+        yield ",".join(map(str, sorted(receipt.branches)))
 
 
 def read_hash(fields: Sequence[bytes]) -> Receipts | None:
@@ -150,11 +164,17 @@ def read_hash(fields: Sequence[bytes]) -> Receipts | None:
         kind, _, rest = name.partition(":")
         if kind == "by":
             endpoint, _, number = rest.partition(":")
-            steps, *texts = value.split(":")
+            steps, *texts, branches = value.split(":")
             written, delivered, seen, sent = (int(text) if text else None for text in texts)
-            found.by[Who(endpoint, number)] = Receipt(int(steps), sent, written, delivered, seen)
+            found.by[Who(endpoint, number)] = Receipt(
+                int(steps), sent, written, delivered, seen, _read_branches(branches)
+            )
         elif kind == "confirmed":
             found.confirmed[int(rest)] = int(value)
         elif kind == "step":
             found.steps[int(rest)] = int(value)
     return found
+
+
+def _read_branches(text: str) -> frozenset[BranchId]:
+    return frozenset(BranchId(int(each)) for each in text.split(",") if each)

@@ -12,28 +12,31 @@ import structlog
 
 from ..core.escalation import ESCALATED
 from ..core.event_ids import Stream, entry_id, event_id
+from ..core.receipts import Place
 from ..core.routing import UNHEARD, names_of
 from ..runtime.reach import Due
 from ..runtime.throttled_log import ThrottledLog
-from .commands import Commands, Unavailable
+from .commands import Unavailable
 from .receipt_store import ReceiptStore
 
 log = structlog.get_logger()
 
-# KEYS: the hashes, and the stream. ARGV for each hash: the number of the step, its deadline and
-# when the hash expires (unix ms), the event as JSON, its entry id, the begin of the wrapper for the
-# next audience ('' if there is none), and the parts of the report before and after the number of
-# those to whom it was written. Returns for each in how many ms it is to be asked again.
+# KEYS: for each step the hash and the stream of its event. ARGV for each: the number of the step,
+# its deadline and when the hash expires (unix ms), the event as JSON, its entry id, the begin of
+# the wrapper for the next audience ('' if there is none), and the parts of the report before and
+# after the number of those to whom it was written. Returns for each in how many ms it is to be
+# asked again.
 _TAKE: Final = """
 local t = redis.call('TIME')
 local now = t[1] * 1000 + math.floor(t[2] / 1000)
-local stream, n, found = KEYS[#KEYS], 0, {}
+local n, found = 0, {}
 local function next_one()
   n = n + 1
   return ARGV[n]
 end
-for i = 1, #KEYS - 1 do
-  local key, step, deadline = KEYS[i], tonumber(next_one()), tonumber(next_one())
+for i = 1, #KEYS / 2 do
+  local key, stream = KEYS[2 * i - 1], KEYS[2 * i]
+  local step, deadline = tonumber(next_one()), tonumber(next_one())
   local expires = next_one()
   local event, id, wrapper, head, tail = next_one(), next_one(), next_one(), next_one(), next_one()
   local is_over = redis.call('HEXISTS', key, 'step:' .. step) == 1
@@ -76,10 +79,7 @@ return found
 class Steps:
     """Takes the steps of events. ``names`` are those of the streams, by their tags."""
 
-    def __init__(
-        self, commands: Commands, store: ReceiptStore, names: Mapping[Stream, str]
-    ) -> None:
-        self._commands = commands
+    def __init__(self, store: ReceiptStore, names: Mapping[Stream, str]) -> None:
         self._store = store
         self._names = names
         self._throttled_log = ThrottledLog(log)
@@ -88,25 +88,31 @@ class Steps:
         """Take those that are not taken yet and whose events nobody has confirmed.
 
         Returns for each in how many ms it is to be asked about again, 0 for never; None if Redis is
-        unavailable: asking again is safe.
+        unavailable: asking again is safe. In a Cluster, all are of events of one stream.
         """
-        found = [0] * len(dues)
-        by_stream: dict[Stream, list[int]] = {}
-        for n, due in enumerate(dues):
-            by_stream.setdefault(due.place.stream, []).append(n)
-        for stream, numbers in by_stream.items():
-            keys = [*(self._store.key(dues[n].place) for n in numbers), self._names[stream]]
-            arguments = [each for n in numbers for each in _arguments(dues[n])]
-            try:
-                reply = await self._commands.evaluate(
-                    _TAKE, keys, arguments, fits=lambda reply: isinstance(reply, list)
-                )
-            except Unavailable as error:
-                self._throttled_log.warning("deadlines not checked yet", error=str(error))
-                return None
-            for n, left in zip(numbers, reply, strict=True):
-                found[n] = int(left)
-        return found
+        keys: list[str] = []
+        for due in dues:
+            keys += [self._store.key(due.place), self._names[due.place.stream]]
+        arguments = [each for due in dues for each in _arguments(due)]
+        try:
+            reply = await self._store.evaluate(
+                _TAKE,
+                keys,
+                arguments,
+                fits=lambda reply: isinstance(reply, list) and len(reply) == len(dues),
+            )
+        except Unavailable as error:
+            self._throttled_log.warning("deadlines not checked yet", error=str(error))
+            return None
+        return [int(left) for left in reply]
+
+    async def answers(self, place: Place) -> bool:
+        """Whether Redis answers about the event at this place now."""
+        try:
+            await self._store.evaluate("return 1", [self._store.key(place)])
+        except Unavailable:
+            return False
+        return True
 
 
 def _arguments(due: Due) -> list[Any]:

@@ -3,15 +3,15 @@
 from ..broker.commands import Unavailable
 from ..broker.receipt_store import ReceiptStore
 from ..core.control_messages import FlushReceipts
-from ..runtime.receipts import ReceiptLog
+from ..runtime.receipt_writing import ReceiptWriting
 from .control import Control
 
 
-def answer_flushes(control: Control, receipts: ReceiptLog, store: ReceiptStore) -> None:
+def answer_flushes(control: Control, writing: ReceiptWriting, store: ReceiptStore) -> None:
     """Answer when the receipts of this process are in Redis."""
 
     async def flush(_request: FlushReceipts) -> None:
-        if not await receipts.flush(store.write):
+        if not await writing.flush(store.write):
             raise Unavailable("receipts not written")
 
     control.handle("flush_receipts", FlushReceipts, flush)

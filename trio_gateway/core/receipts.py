@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from .audiences import Endpoint, Principal
+from .audiences import BranchId, Endpoint, Principal
 from .event_ids import Position, Stream, read_cursor
 
 
@@ -71,6 +71,7 @@ class Receipt:
     """When a client reached each state, in unix ms; None if it has not.
 
     ``steps`` is a bit mask: in the audience of which steps (:class:`~.routing.Step`) it was.
+    ``branches`` are those of the client, if the event is one of the whole tenant; else none.
     """
 
     steps: int = 0
@@ -78,6 +79,7 @@ class Receipt:
     written: int | None = None
     delivered: int | None = None
     seen: int | None = None
+    branches: frozenset[BranchId] = frozenset()
 
     @property
     def state(self) -> State:

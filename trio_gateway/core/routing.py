@@ -64,6 +64,11 @@ class Route:
         return self.of_branch
 
     @cached_property
+    def longest(self) -> float:
+        """Seconds that all its steps take."""
+        return sum(step.within for step in self.steps)
+
+    @cached_property
     def has_waiters(self) -> bool:
         return To.WAITERS in self.to
 

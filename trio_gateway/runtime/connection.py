@@ -118,6 +118,7 @@ class Connection:
         "audiences",
         "chose_its_code",
         "close_reason",
+        "confirmed",
         "confirmed_id",
         "ended_at",
         "events_sent",
@@ -152,6 +153,7 @@ class Connection:
         self.events_sent = 0
         self.confirmed_id: str | None = None  # the last event id that it named, or was named
         self.unconfirmed: deque[Sent] | None = None  # made with the first tracked event
+        self.confirmed: deque[Sent] | None = None  # the last ones
         self.joined_at = self.sent_at = 0.0
         self.close_reason = ""
         self.chose_its_code = False  # the client did, and may have sent any

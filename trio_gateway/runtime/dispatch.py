@@ -77,6 +77,7 @@ class Dispatch:
         self.duration = Histogram()  # of one batch
         self.latency = Histogram()  # of each event, from hearing it to its last write
         self.receipts: ReceiptLog | None = None  # if the routing has tracked types
+        self.on_copy: Callable[[Event], None] = lambda copy: None  # of a durable event
         self.observe: Callable[[Sequence[Event], float], None] | None = None  # what was delivered
 
     async def run(self, queue: EventQueue, batch_size: int) -> NoReturn:
@@ -202,23 +203,26 @@ class Dispatch:
             self.deliveries += number * len(members)
         return fresh
 
-    def remember(self, event: Event, read_again: Duplicates | None = None) -> None:
+    def remember(self, event: Event, read_again: Duplicates | None = None) -> bool:
         """Store a durable event of the past without sending it. Call it with the oldest first.
 
-        ``read_again`` is for the events of a stream that was read before and forgotten meanwhile:
-        those that are new to it are stored, though they were received before.
+        Returns whether it was stored. ``read_again`` is for the events of a stream that was read
+        before and forgotten meanwhile: those that are new to it are stored, though they were
+        received before.
         """
         is_concerned = self._hub.concerns(event)
         held = _held(event, is_concerned)
         found = self._duplicates.find_or_add(event, held=held)
         if read_again is not None:
             found = read_again.find_or_add(event, held=held)
-        if event.durable and not (found and found.was_stored):
-            now = trio.current_time()
-            if is_concerned:
-                self._history.add(event, self._history.routing.audiences(event), now=now)
-            else:
-                self._history.add_raw([(event, 0)], now=now)
+        if not event.durable or (found and found.was_stored):
+            return False
+        now = trio.current_time()
+        if is_concerned:
+            self._history.add(event, self._history.routing.audiences(event), now=now)
+        else:
+            self._history.add_raw([(event, 0)], now=now)
+        return True
 
     def _plan(
         self, batch: Sequence[Event], concerned: Sequence[bool]
@@ -260,6 +264,8 @@ class Dispatch:
             else:
                 self.duplicate += 1
                 mark = found.mark
+                if found.was_stored and event.durable:
+                    self.on_copy(event)
                 # Connections that joined after its Pub/Sub copy was sent get the stream event.
                 if groups and event.durable and not found.was_stored and mark < last_number:
                     planned.append((event, groups, mark))
@@ -375,6 +381,8 @@ class Dispatch:
         found = self._routes.audiences(event)
         if self._uncovered_to_branch and self._is_uncovered(event, found):
             found.append(floor(event.tenant, event.branch))
+            if self.receipts is not None:
+                self.receipts.stand_in(event, found)
         return found
 
     def _is_uncovered(self, event: Event, audiences: list[Audience]) -> bool:

@@ -4,25 +4,41 @@ Every process watches the events of the streams that it reads. When time is over
 where one step is taken once: by whom does not matter, and whoever dies, another one asks. What a
 step changes is an entry of the stream, so all processes learn of it there, see
 :mod:`..core.escalation`.
+
+Nobody is asked while Redis is away, nor in the moment after that: what clients have confirmed
+meanwhile must be written first. A command that waits in a stopped Redis would be carried out before
+that, so Redis must have answered another one right before.
 """
 
 import heapq
+import math
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from itertools import count
 from typing import Final, NamedTuple, NoReturn
 
+import structlog
 import trio
 
 from ..core.escalation import Escalation
+from ..core.event_ids import Stream
 from ..core.events import Event
 from ..core.receipts import Place, TrackedEvent, read_place
 from ..core.routing import Routing, Step, names_of
+from .throttled_log import ThrottledLog
+
+log = structlog.get_logger()
 
 #: Seconds after a deadline until Redis is asked: what was confirmed in time is written by then.
 GRACE: Final = 0.5
+#: Seconds after an outage until Redis is asked: what was confirmed meanwhile is written by then.
+SETTLE: Final = 2.5
 _TOGETHER: Final = 0.1  # seconds: deadlines that are over so soon share a script
+_MOST_TOGETHER: Final = 100
 _RETRY: Final = 1.0  # seconds
 _MOST: Final = 100_000  # deadlines; the latest are dropped
+_ASKED: Final = 60.0  # seconds for which what was asked is kept: Redis may lose what was done
+_MOST_ASKED: Final = 10_000
 
 
 class Due(NamedTuple):
@@ -42,27 +58,31 @@ class Due(NamedTuple):
 #: Takes the steps that are not taken yet and whose events nobody has confirmed. Returns for each in
 #: how many ms it is to be asked about again, 0 for never; None if Redis is unavailable.
 Take = Callable[[Sequence[Due]], Awaitable[Sequence[int] | None]]
+#: Whether Redis answers about the event at a place now.
+Answers = Callable[[Place], Awaitable[bool]]
 
 
 class Reach:
-    """The deadlines of the events that must reach somebody."""
+    """The deadlines of the events that must reach somebody.
+
+    ``clock`` returns unix time. ``by_stream``: the streams are on several servers, each of which is
+    asked on its own.
+    """
 
     def __init__(
-        self,
-        routes: Routing,
-        clock: Callable[[], float],
-        ttl: float,
+        self, routes: Routing, clock: Callable[[], float], ttl: float, *, by_stream: bool = False
     ) -> None:
         self._routes = routes
         self._clock = clock
         self._ttl = ttl
+        self._by_stream = by_stream
         self._types = frozenset(name for name, route in routes.items() if route.steps)
-        self._heap: list[tuple[float, int, Due]] = []  # by when Redis is asked (unix time)
-        self._numbers = count()
-        self._changed = trio.Event()
+        self._lanes: dict[Stream | None, _Lane] = {}
+        self._opened = trio.lowlevel.ParkingLot()
+        self._throttled_log = ThrottledLog(log)
 
     def __len__(self) -> int:
-        return len(self._heap)
+        return sum(len(lane.heap) for lane in self._lanes.values())
 
     @property
     def watches(self) -> bool:
@@ -82,18 +102,23 @@ class Reach:
 
     def _note_step(self, event: Event, escalation: Escalation) -> None:
         assert event.position is not None
-        if escalation.of in self._types and (place := read_place(escalation.event_id)) is not None:
+        place = read_place(escalation.event_id)
+        if escalation.of in self._types and place is not None and place.stream == event.stream:
             self._watch(event, escalation.of, place, escalation.step, event.position[0])
 
     def _watch(self, event: Event, type_: str, place: Place, number: int, begun: int) -> None:
         route, at = self._routes[type_], place.position[0]
-        steps = route.steps
-        if number >= len(steps) or len(self._heap) >= _MOST:
+        steps, now = route.steps, self._clock()
+        if number >= len(steps):
             return
-        expires = at + int((sum(step.within for step in steps) + self._ttl) * 1000)
-        if expires < self._clock() * 1000:  # nothing is known of it any more
+        expires = at + int((route.longest + self._ttl) * 1000)
+        if expires < now * 1000:  # nothing is known of it any more
             return
-        deadline = begun + int(steps[number].within * 1000)
+        if len(self) >= _MOST:
+            self._throttled_log.error("too many events to watch", most=_MOST)
+            return
+        within = steps[number].within
+        deadline = begun + int(within * 1000)
         about = TrackedEvent(type_, event.tenant, event.branch, at)
         had = route.to
         for step in steps[: number + 1]:
@@ -109,33 +134,102 @@ class Reach:
             deadline,
             expires,
         )
-        self._push(due, deadline / 1000 + GRACE)
+        # Our clock may be behind that of Redis, but no entry is from the future.
+        self._lane_of(place).push(due, min(within, deadline / 1000 - now) + GRACE)
 
-    def _push(self, due: Due, at: float) -> None:
-        if not self._heap or at < self._heap[0][0]:
-            self._changed.set()
-        heapq.heappush(self._heap, (at, next(self._numbers), due))
+    def drop(self, copy: Event) -> None:
+        """This durable event, which was noted, is a copy of an earlier one: nobody is sent it."""
+        if copy.type in self._types and copy.escalation is None:
+            assert copy.stream is not None
+            assert copy.position is not None
+            place = Place(copy.stream, copy.position)
+            self._lane_of(place).dropped.add(place)
 
-    async def run(self, take: Take) -> NoReturn:
+    def ask_again(self) -> None:
+        """Redis may have lost what it had: ask again what was asked in the last while."""
+        for lane in self._lanes.values():
+            lane.ask_again()
+
+    def _lane_of(self, place: Place) -> "_Lane":
+        name = place.stream if self._by_stream else None
+        if (lane := self._lanes.get(name)) is None:
+            lane = self._lanes[name] = _Lane()
+            self._opened.unpark_all()
+        return lane
+
+    async def run(self, take: Take, answers: Answers) -> NoReturn:
         """Ask about each step whose time is over; returns only when cancelled."""
+        running: set[_Lane] = set()
+        async with trio.open_nursery() as nursery:
+            while True:
+                for lane in set(self._lanes.values()) - running:
+                    running.add(lane)
+                    nursery.start_soon(lane.run, take, answers)
+                await self._opened.park()
+
+
+class _Lane:
+    """The deadlines about which one server is asked."""
+
+    def __init__(self) -> None:
+        self.heap: list[tuple[float, int, Due]] = []  # by when Redis is asked (Trio's time)
+        self._numbers = count()
+        self._changed = trio.Event()
+        self.dropped: set[Place] = set()  # events that are not watched any more
+        self._asked: deque[tuple[float, Due]] = deque(maxlen=_MOST_ASKED)
+
+    def push(self, due: Due, pause: float) -> None:
+        """Ask about it after a pause."""
+        at = trio.current_time() + pause
+        if not self.heap or at < self.heap[0][0]:
+            self._changed.set()
+        heapq.heappush(self.heap, (at, next(self._numbers), due))
+
+    def ask_again(self) -> None:
+        since = trio.current_time() - _ASKED
+        asked, self._asked = self._asked, deque(maxlen=_MOST_ASKED)
+        for at, due in asked:
+            if at >= since:
+                self.push(due, SETTLE)
+
+    async def run(self, take: Take, answers: Answers) -> NoReturn:
+        was_away = False
         while True:
             await self._wait()
-            until, found = self._clock() + _TOGETHER, list[Due]()
-            while self._heap and self._heap[0][0] <= until and len(found) < 100:
-                found.append(heapq.heappop(self._heap)[2])
-            if not found:
-                continue
-            left = await take(found)
-            if left is None:
-                left = [int(_RETRY * 1000)] * len(found)
+            if not await answers(self.heap[0][2].place):
+                was_away = True
                 await trio.sleep(_RETRY)
+                continue
+            if was_away:
+                was_away = False
+                await trio.sleep(SETTLE)
+                continue
+            found = self._pop()
+            left = await take(found) if found else []
+            if left is None:
+                was_away, left = True, [1] * len(found)
+                await trio.sleep(_RETRY)
+            now = trio.current_time()
             for due, milliseconds in zip(found, left, strict=True):
                 if milliseconds:
-                    self._push(due, self._clock() + milliseconds / 1000)
+                    self.push(due, milliseconds / 1000)
+                else:
+                    self._asked.append((now, due))
 
     async def _wait(self) -> None:
         """Wait until the first deadline is over."""
-        while not self._heap or (pause := self._heap[0][0] - self._clock()) > 0:
+        while not self.heap or self.heap[0][0] > trio.current_time():
             self._changed = trio.Event()
-            with trio.move_on_after(pause if self._heap else float("inf")):
+            with trio.CancelScope(deadline=self.heap[0][0] if self.heap else math.inf):
                 await self._changed.wait()
+
+    def _pop(self) -> list[Due]:
+        """What is asked about now."""
+        until, found = trio.current_time() + _TOGETHER, list[Due]()
+        while self.heap and self.heap[0][0] <= until and len(found) < _MOST_TOGETHER:
+            due = heapq.heappop(self.heap)[2]
+            if due.place in self.dropped and not due.number:
+                self.dropped.discard(due.place)
+            else:
+                found.append(due)
+        return found

@@ -1,54 +1,57 @@
 """Receipts of this process: which tracked events its clients were sent, and have confirmed.
 
-A connection remembers the tracked events that it was sent until its client confirms them. What
-that changes is collected here by event, and written to Redis a moment later.
+A connection remembers the tracked events that it was sent until its client confirms them, and the
+last ones a little longer. What that changes is written to Redis a moment later, see
+:mod:`.receipt_writing`.
 """
 
-from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Iterable, Mapping
-from typing import Final, NoReturn
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
+from typing import Final
 
-import trio
-
-from ..core.audiences import Principal
+from ..core.audiences import Audience, Principal, audiences_of
 from ..core.escalation import Escalation
 from ..core.event_ids import Position, Stream
 from ..core.events import Event
-from ..core.receipts import Change, Place, Receipt, State, TrackedEvent, Who, read_place
-from ..core.routing import Routing
+from ..core.receipts import Place, Receipt, State, TrackedEvent, Who, read_place
+from ..core.routing import Routing, audiences_by
 from .connection import Connection
 from .history import History
+from .receipt_writing import ReceiptWriting
 from .tracked import Sent, Tracked
 
 MOST_TRACKED: Final = 50_000  # events; the oldest are forgotten
 MOST_UNCONFIRMED: Final = 1_000  # of one connection; the oldest are forgotten
+_MOST_CONFIRMED: Final = 200  # of one connection, that its application can still say it has seen
 MOST_RECENT: Final = 100  # of a tenant, that a client can confirm by coming back
-_PAUSE: Final = 0.1  # seconds between a change and its writing
-_RETRY: Final = 1.0  # seconds
-
-#: Writes changes to Redis; False if Redis is unavailable.
-Write = Callable[[Mapping[Place, Change]], Awaitable[bool]]
 
 
 class ReceiptLog:
     """The receipts of the clients of this process.
 
-    ``clock`` returns unix time; ``ttl`` is how many seconds after an event its receipts are kept.
+    ``clock`` returns unix time. The receipts of an event are kept for ``ttl`` seconds and the time
+    that its steps take.
     """
 
     def __init__(
-        self, history: History, routes: Routing, clock: Callable[[], float], ttl: float
+        self,
+        history: History,
+        routes: Routing,
+        clock: Callable[[], float],
+        ttl: float,
+        writing: ReceiptWriting,
     ) -> None:
         self._history = history
         self._routes = routes
         self._types = routes.tracked_types
         self._clock = clock
-        self._ttl_ms = int(ttl * 1000)
-        self._tracked: dict[Place, Tracked] = {}  # in the order they came
-        self._escalated: dict[Place, Tracked] = {}  # by where they are escalated
+        self._ttl = ttl
+        self._writing = writing
+        # In the order they came. A plain dict steps over what was deleted to find its first key.
+        self._tracked: OrderedDict[Place, Tracked] = OrderedDict()
+        self._escalated: OrderedDict[Place, Tracked] = OrderedDict()  # by where they are escalated
         self._recent: dict[int, deque[Tracked]] = {}  # by tenant
-        self.changed: dict[Place, Tracked] = {}  # to be written to Redis
-        self._changed = trio.lowlevel.ParkingLot()
         self.ignored = 0  # confirmations of ids that were not sent
         self.counts: Counter[State] = Counter()
 
@@ -79,21 +82,45 @@ class ReceiptLog:
         if (original := read_place(escalation.event_id)) is None:
             return
         tracked = self._tracked.get(original) or self._add(event, escalation.of, original)
+        if tracked.event.tenant_id != event.tenant:
+            return
+        tracked.escalated.setdefault(escalation.step, event.position)
         self._escalated[Place(event.stream, event.position)] = tracked
         if len(self._escalated) > MOST_TRACKED:
-            del self._escalated[next(iter(self._escalated))]
+            self._escalated.popitem(last=False)
 
     def _add(self, event: Event, type_: str, place: Place) -> Tracked:
         """Track the event at this place, which concerns the same as ``event``."""
         if (known := self._tracked.get(place)) is not None:
             return known
-        steps, at = self._routes.audiences_of_steps(type_, event), place.position[0]
-        about = TrackedEvent(type_, event.tenant, event.branch, at)
-        tracked = self._tracked[place] = Tracked(place, about, at + self._ttl_ms, steps)
+        self.trim()
+        route, at = self._routes.route_of(type_), place.position[0]
+        tracked = self._tracked[place] = Tracked(
+            place,
+            TrackedEvent(type_, event.tenant, event.branch, at),
+            at + int((route.longest + self._ttl) * 1000),
+            audiences_by(route, event),
+            self._routes.audiences_of_steps(type_, event),
+        )
         self._recent.setdefault(event.tenant, deque(maxlen=MOST_RECENT)).append(tracked)
         if len(self._tracked) > MOST_TRACKED:
             self._forget(next(iter(self._tracked.values())))
         return tracked
+
+    def drop(self, copy: Event) -> None:
+        """This durable event is a copy of an earlier one: nobody is sent it."""
+        if copy.escalation is None and (tracked := self._find(copy)) is not None:
+            self._forget(tracked)
+
+    def stand_in(self, event: Event, audiences: Collection[Audience]) -> None:
+        """These audiences are sent an event, because nobody covers its sector."""
+        if event.escalation is None and (tracked := self._find(event)) is not None:
+            tracked.stand_in(audiences)
+
+    def _find(self, event: Event) -> Tracked | None:
+        if event.stream is None or event.position is None:
+            return None
+        return self._tracked.get(Place(event.stream, event.position))
 
     def find(self, place: Place) -> Sent | None:
         """The tracked event at this place, or that is escalated there; None if there is none."""
@@ -149,6 +176,9 @@ class ReceiptLog:
                 sent.position <= place.position or named == place.position
             ):
                 self._reach(connection, sent.tracked, State.DELIVERED)
+                if connection.confirmed is None:
+                    connection.confirmed = deque(maxlen=_MOST_CONFIRMED)
+                connection.confirmed.append(sent)
             else:
                 left.append(sent)
         if connection.unconfirmed is not None:
@@ -167,42 +197,44 @@ class ReceiptLog:
         """The place that an id names, if it was sent on this connection."""
         if (place := read_place(event_id)) is None:
             return None
-        if any(sent.tracked.place == place for sent in connection.unconfirmed or ()):
-            return place
+        for sent_before in (connection.unconfirmed, connection.confirmed):
+            if any(sent.tracked.place == place for sent in sent_before or ()):
+                return place
         return place if self._was_sent(connection, *place) else None
 
     def _was_sent(self, connection: Connection, stream: Stream, position: Position) -> bool:
         state, history = connection.resume_state, self._history
         upto = history.end if state.cursor is None else state.cursor
         begin = state.begun_at or state.accepted_at or {}
-        return begin.get(stream, position) < position <= upto.get(
-            stream, position
-        ) and history.is_for(stream, position, connection.audiences)
+        # A stream that was read only after the connection had joined has its begin there.
+        since = begin.get(stream, history.began.get(stream, position))
+        return since < position <= upto.get(stream, position) and history.is_for(
+            stream, position, connection.audiences
+        )
 
     def _reach(self, connection: Connection, tracked: Tracked, state: State) -> None:
         who = Who.of(connection.principal)
         if (receipt := tracked.by.get(who)) is None:
             receipt = tracked.by[who] = Receipt()
-            for step, audiences in enumerate(tracked.steps):
-                if not connection.audiences.isdisjoint(audiences):
-                    receipt.steps |= 1 << step
+            if not tracked.event.branch_id:
+                receipt.branches = connection.principal.branches
+        steps = tracked.steps_of(connection.audiences)
+        if steps & ~receipt.steps:  # another device of the user may be in other audiences
+            receipt.steps |= steps
+            self._writing.changed(tracked, who, receipt)
         self._raise(tracked, who, state)
-
-    def _change(self, tracked: Tracked, who: Who, receipt: Receipt) -> None:
-        tracked.changed[who] = receipt
-        if tracked.place not in self.changed:
-            self.changed[tracked.place] = tracked
-            self._changed.unpark_all()
 
     def confirm_earlier(self, principal: Principal, upto: Place) -> None:
         """A client came back with the last event that it has, or names it in a request.
 
-        It has what it was sent before on any connection, of any process.
+        It has what it was sent before that on any connection, of any process.
         """
-        who = Who.of(principal)
+        who, audiences = Who.of(principal), audiences_of(principal)
         for tracked in self._recent.get(principal.tenant, ()):
-            stream, position = tracked.place
-            if stream == upto.stream and position <= upto.position:
+            if tracked.place.stream != upto.stream:
+                continue
+            sent_at = tracked.sent_at(audiences)
+            if tracked.place == upto or (sent_at is not None and sent_at <= upto.position):
                 self._raise(tracked, who, State.DELIVERED)
 
     def see_earlier(self, principal: Principal, place: Place) -> None:
@@ -217,52 +249,25 @@ class ReceiptLog:
         if (receipt := tracked.by.get(who)) is not None:
             if receipt.reach(state, now):
                 self.counts[state] += 1
-                self._change(tracked, who, receipt)
+                self._writing.changed(tracked, who, receipt)
         else:
-            self._change(
-                tracked, who, Receipt(delivered=now, seen=now if state is State.SEEN else None)
-            )
-
-    async def run(self, write: Write) -> NoReturn:
-        """Write what changes, with ``write``; returns only when cancelled."""
-        while True:
-            while not self.changed:
-                await self._changed.park()
-            await trio.sleep(_PAUSE)  # for others: many share a script
-            if not await self.flush(write):
-                await trio.sleep(_RETRY)
-            self.trim()
-
-    async def flush(self, write: Write) -> bool:
-        """Write what has changed until now; return False, and lose nothing, if that fails."""
-        taken = list(self.changed.values())
-        self.changed.clear()
-        changes: dict[Place, Change] = {}
-        for tracked in taken:
-            changes[tracked.place] = Change(tracked.event, tracked.expires, tracked.changed)
-            tracked.changed = {}
-        is_written = False
-        try:
-            is_written = await write(changes)
-        finally:
-            if not is_written:
-                for tracked in taken:
-                    tracked.changed = {**changes[tracked.place].by, **tracked.changed}
-                    self.changed.setdefault(tracked.place, tracked)
-        return is_written
+            seen = now if state is State.SEEN else None
+            self._writing.changed(tracked, who, Receipt(delivered=now, seen=seen))
 
     def trim(self) -> None:
         """Forget the events whose receipts are not kept any more."""
         now = self._clock() * 1000
-        tracked = self._tracked
-        while tracked and (first := next(iter(tracked.values()))).expires < now:
+        while self._tracked and (first := next(iter(self._tracked.values()))).expires < now:
             self._forget(first)
+        escalated = self._escalated
+        while escalated and escalated[first_one := next(iter(escalated))].expires < now:
+            del escalated[first_one]
 
     def _forget(self, tracked: Tracked) -> None:
         del self._tracked[tracked.place]
         recent = self._recent[tracked.event.tenant_id]
-        if recent[0] is tracked:
-            recent.popleft()
+        with suppress(ValueError):  # it may have been pushed out
+            recent.remove(tracked)  # mostly the first
         if not recent:
             del self._recent[tracked.event.tenant_id]
 

@@ -450,8 +450,12 @@ def _note_receipts(
     receipts: ReceiptLog, connection: Connection, events: Sequence[StoredEvent]
 ) -> None:
     """Note that a connection was sent these."""
-    places = (Place(stored.stream, stored.position) for stored in events)
-    tracked = [found for place in places if (found := receipts.find(place)) is not None]
+    tracked = []
+    for stored in events:
+        if (found := receipts.find(Place(stored.stream, stored.position))) is not None:
+            if found.position == found.tracked.place.position:
+                found.tracked.stand_in(stored.audiences)
+            tracked.append(found)
     if tracked:
         receipts.sent(connection, tracked, waits=connection.waiting_bytes > 0)
 

@@ -128,7 +128,8 @@ class StreamInlet:
             )
         except InvalidEvent:
             return  # the process that read it live has counted it
-        self._dispatch.remember(event, read_again)
+        if not self._dispatch.remember(event, read_again):
+            return
         if self._receipts is not None:
             self._receipts.note((event,))
         if self._reach is not None:

@@ -1,6 +1,6 @@
 """Tracked events, and which of them a connection has yet to confirm."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from ..core.audiences import Audience
 from ..core.event_ids import Position
@@ -8,27 +8,62 @@ from ..core.receipts import Place, Receipt, TrackedEvent, Who
 
 
 class Tracked:
-    """A tracked event, and what this process knows of its receipts."""
+    """A tracked event, and what this process knows of its receipts.
 
-    __slots__ = ("by", "changed", "event", "expires", "place", "steps")
+    ``first`` are the audiences that the original went to, ``steps`` those of each step.
+    """
+
+    __slots__ = ("by", "changed", "escalated", "event", "expires", "first", "place", "steps")
 
     def __init__(
         self,
         place: Place,
         event: TrackedEvent,
         expires: int,
+        first: Iterable[Audience],
         steps: Sequence[frozenset[Audience]],
     ) -> None:
         self.place = place
         self.event = event
         self.expires = expires  # unix ms
-        self.steps = steps  # the audiences of each
+        self.first = frozenset(first)
+        self.steps = steps
+        self.escalated: dict[int, Position] = {}  # by step, where in the stream
         self.by: dict[Who, Receipt] = {}
         self.changed: dict[Who, Receipt] = {}  # and not written to Redis yet
 
+    def steps_of(self, audiences: Collection[Audience]) -> int:
+        """In the audience of which steps a member of these audiences is, as a bit mask."""
+        found = 0
+        for step, members in enumerate(self.steps):
+            if not members.isdisjoint(audiences):
+                found |= 1 << step
+        return found
+
+    def stand_in(self, audiences: Iterable[Audience]) -> None:
+        """The original went to these audiences.
+
+        All waiters of the branch stand in for those of a sector that nobody covers.
+        """
+        floors = frozenset(each for each in audiences if each[0] == "floor") - self.first
+        if floors:
+            self.first |= floors
+            self.steps = tuple(
+                step | floors if any(each[0] == "waiters" for each in step) else step
+                for step in self.steps
+            )
+
+    def sent_at(self, audiences: Collection[Audience]) -> Position | None:
+        """Where in the stream members of these audiences were sent it; None if nowhere yet."""
+        if not self.first.isdisjoint(audiences):
+            return self.place.position
+        mine = self.steps_of(audiences)
+        found = [position for step, position in self.escalated.items() if mine >> step & 1]
+        return min(found, default=None)
+
 
 class Sent:
-    """A tracked event that a connection was sent and has not confirmed.
+    """A tracked event that a connection was sent.
 
     ``position`` is where it was in the stream; of an escalation, where that was.
     """

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Final
 
 import msgspec
+import trio
 from quart import Response, request
 
 from ..broker.commands import Unavailable
@@ -16,6 +17,7 @@ from ..core.receipts import Place, Receipt, Receipts, State, TrackedEvent, Who, 
 from ..core.routing import names_of
 from ..parts import Parts
 from ..runtime.concurrency_limiter import Overloaded
+from ..runtime.resume import PATIENCE
 from .responses import Answer, identify, problem, refusal
 
 _UNKNOWN: Final = "no receipts are known of this event"
@@ -86,6 +88,7 @@ async def read(parts: Parts) -> Answer:
             parts,
             place,
             lambda event: event.tenant_id == tenant and event.branch_id in (0, *branches),
+            lambda receipt: not receipt.branches or not receipt.branches.isdisjoint(branches),
         )
     finally:
         give_back()
@@ -108,11 +111,17 @@ async def confirm(parts: Parts) -> Answer:
         return problem(422, 'not a JSON object {"last_event_id": "…"} or {"event_id": "…"}')
     if (place := read_place(body.event_id or body.last_event_id or "")) is None:
         return problem(422, "event_id or last_event_id must be the id of one event")
-    for principal in principals:
-        if body.event_id is not None:
-            parts.receipts.see_earlier(principal, place)
-        else:
-            parts.receipts.confirm_earlier(principal, place)
+    tenant = principals[0].tenant
+    with parts.following.client_of(tenant):  # this process need not have read its stream before
+        if not await parts.places.wait_known(tenant, PATIENCE):
+            return problem(503, "the events have not been read from Redis yet", retry_after=1)
+        with trio.move_on_after(PATIENCE):  # another process may have read on further
+            if await parts.places.after({place.stream: place.position}, tenant) is not None:
+                for principal in principals:
+                    if body.event_id is not None:
+                        parts.receipts.see_earlier(principal, place)
+                    else:
+                        parts.receipts.confirm_earlier(principal, place)
     return Response(status=204)
 
 
@@ -122,12 +131,21 @@ def _is_from_allowed_page(parts: Parts) -> bool:
     return origin is None or parts.admission.is_allowed(origin, request.headers.get("Host", ""))
 
 
-async def report(parts: Parts, place: Place, may_know: Callable[[TrackedEvent], bool]) -> Answer:
-    """The response about an event. For who may not know of it, it does not exist."""
+async def report(
+    parts: Parts,
+    place: Place,
+    may_know: Callable[[TrackedEvent], bool],
+    may_name: Callable[[Receipt], bool] = lambda receipt: True,
+) -> Answer:
+    """The response about an event. For who may not know of it, it does not exist.
+
+    ``may_name`` says whose receipts are named; all are counted.
+    """
     missing: list[str] = []
     try:
         if parts.cluster is None:
-            await parts.receipts.flush(parts.receipt_store.write)
+            if not await parts.receipt_writing.flush(parts.receipt_store.write):
+                raise Unavailable("receipts not written")
         else:
             missing = (await parts.cluster.control.ask("flush_receipts", FlushReceipts())).missing
         found = await parts.receipt_store.read(place)
@@ -137,7 +155,7 @@ async def report(parts: Parts, place: Place, may_know: Callable[[TrackedEvent], 
         return problem(503, error.cause, retry_after=1)
     if found is None or not (_is_kept(parts, found.event) and may_know(found.event)):
         return problem(404, _UNKNOWN)
-    reply = _describe(parts, place, found, missing)
+    reply = _describe(parts, place, found, missing, may_name)
     response = Response(msgspec.json.encode(reply), content_type="application/json")
     response.headers["Cache-Control"] = "no-store"
     return response
@@ -150,7 +168,13 @@ def _is_kept(parts: Parts, event: TrackedEvent) -> bool:
     )
 
 
-def _describe(parts: Parts, place: Place, found: Receipts, missing: list[str]) -> ReceiptsReply:
+def _describe(
+    parts: Parts,
+    place: Place,
+    found: Receipts,
+    missing: list[str],
+    may_name: Callable[[Receipt], bool],
+) -> ReceiptsReply:
     steps = parts.settings.routes.route_of(found.event.type).steps
     by = {who: each for who, each in found.by.items() if each.state >= State.WRITTEN}
     written, delivered, seen = (
@@ -164,7 +188,7 @@ def _describe(parts: Parts, place: Place, found: Receipts, missing: list[str]) -
         written=written,
         delivered=delivered,
         seen=seen,
-        by=[_describe_one(who, by[who]) for who in sorted(by)],
+        by=[_describe_one(who, by[who]) for who in sorted(by) if may_name(by[who])],
         steps=[
             StepReply(names_of(steps[step + 1].to)[0], at / 1000)
             for step, at in sorted(found.steps.items())

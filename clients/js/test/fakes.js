@@ -6,9 +6,6 @@ import { connect } from "../../../trio_gateway/static/client.js";
 
 /** @typedef {import("../../../trio_gateway/static/client.js").Options} Options */
 
-/** @param {string | undefined} text */
-export const isPing = (text) => text === "ping" || Boolean(text?.startsWith('{"type":"ping"'));
-
 export class FakeWebSocket {
   /** @type {FakeWebSocket[]} */
   static all = [];
@@ -58,13 +55,10 @@ export class FakeWebSocket {
     this.onmessage?.({ data: JSON.stringify(message) });
   }
 
-  get pings() {
-    return this.sent.filter(isPing);
-  }
-
   /** Answer each ping that has no answer yet. */
   answerPings() {
-    while (this.#pongs < this.pings.length) {
+    const pings = this.sent.filter((text) => text === "ping").length;
+    while (this.#pongs < pings) {
       this.#pongs++;
       this.receive({ type: "pong" });
     }

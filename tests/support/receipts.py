@@ -1,0 +1,63 @@
+"""What tests of receipts share: a service call, a backend that publishes it, and who asks."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import redis
+import trio
+from trio_websocket import WebSocketConnection
+
+from trio_gateway.testing import make_jwt
+
+from .gateways import JWT_SECRET, Reachable, Reply, http, receive_event, serving
+
+EVENT = {"type": "SERVICE_CALL_CREATED", "tenant_id": 1, "branch_id": 1, "sector_id": 5}
+
+
+def one(redis_url: str, folder: Path, routes: str, **settings: Any) -> Any:
+    """A gateway with this routes file."""
+    file = folder / "routes.toml"
+    file.write_text(routes)
+    return serving(redis_url, "direct", ws_routes_file=file, **settings)
+
+
+def publish(backend: "redis.Redis", stream: str = "events:critical", **keys: Any) -> str:
+    """Publish a service call, with these keys changed; returns the id of its entry."""
+    entry: Any = backend.xadd(stream, {"data": json.dumps(EVENT | keys)})
+    return str(entry.decode())
+
+
+async def ask(gateway: Reachable, event_id: object, **claims: Any) -> Reply:
+    token = make_jwt(JWT_SECRET, **{"roles": ["MANAGER"]} | claims)
+    path = f"/ws/receipts?event_id={event_id}"
+    return await http(gateway.port, path, headers={"Authorization": f"Bearer {token}"})
+
+
+async def receipts(gateway: Reachable, event_id: object, **claims: Any) -> dict[str, Any]:
+    reply = await ask(gateway, event_id, **claims)
+    assert reply.status == 200, reply.text
+    found: dict[str, Any] = json.loads(reply.text)
+    return found
+
+
+def numbers(found: dict[str, Any]) -> tuple[int, int, int]:
+    return found["written"], found["delivered"], found["seen"]
+
+
+async def say(client: WebSocketConnection, **message: Any) -> None:
+    """Send a message, and wait until it has been handled."""
+    await client.send_message(json.dumps(message))
+    if message["type"] != "ping":
+        await client.send_message("ping")
+    while await receive_event(client) != {"type": "pong"}:
+        pass
+
+
+async def next_events(client: WebSocketConnection, number: int) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    with trio.fail_after(10):
+        while len(found) < number:
+            if (event := await receive_event(client, 10)).get("type") != "pong":
+                found.append(event)
+    return found
