@@ -18,7 +18,8 @@ import structlog
 
 from ..core.audiences import BranchId
 from ..core.event_ids import Stream, entry_id
-from ..core.events import InvalidEvent, parse_event
+from ..core.event_path import Known
+from ..core.events import Event, InvalidEvent, parse_event
 from ..core.receipts import Change, Place, Receipt, Receipts, TrackedEvent, Who
 from ..core.slots import hash_tag
 from ..runtime.throttled_log import ThrottledLog
@@ -67,6 +68,8 @@ for _, key in ipairs(KEYS) do
 end
 return #KEYS
 """
+
+_READ: Final = "return {redis.call('TIME'), redis.call('HGETALL', KEYS[1])}"
 
 
 class ReceiptStore:
@@ -122,23 +125,45 @@ class ReceiptStore:
 
         Raises :exc:`Unavailable`, and :exc:`KeyError` for a stream that is not ours.
         """
-        fields = await self.evaluate("return redis.call('HGETALL', KEYS[1])", [self.key(place)])
-        if (found := read_hash(fields)) is not None:
-            return found
-        event = await self._in_stream(place)
-        return None if event is None else Receipts(event)
+        _, receipts = await self._read_hash(place)
+        if receipts is not None:
+            return receipts
+        about = (await self.look_up(place)).about
+        return None if about is None else Receipts(about)
 
-    async def _in_stream(self, place: Place) -> TrackedEvent | None:
-        """An event that nobody was sent."""
+    async def look_up(self, place: Place) -> Known:
+        """What Redis knows of an event, receipts and entry.
+
+        Raises :exc:`Unavailable`, and :exc:`KeyError` for a stream that is not ours.
+        """
+        now, receipts = await self._read_hash(place)
         wanted = entry_id(place.position)
         entries = await self._commands.read_back(self._names[place.stream], wanted, 1)
-        if not entries or entries[0][0] != wanted.encode() or entries[0][1] is None:
-            return None
-        try:
-            event = parse_event(entries[0][1].get(b"data", b""), channel="", received_at=0.0)
-        except InvalidEvent:
-            return None
-        return TrackedEvent(event.type, event.tenant, event.branch, place.position[0])
+        if not entries:
+            return Known(place, now, None, receipts, is_trimmed=True)
+        [(found, fields)] = entries
+        if found != wanted.encode() or fields is None:
+            return Known(place, now, None, receipts)
+        return Known(place, now, _event(place, fields), receipts)
+
+    async def _read_hash(self, place: Place) -> tuple[int, Receipts | None]:
+        """The time of Redis in unix ms, and the receipts of an event that somebody was sent."""
+        (seconds, microseconds), fields = await self.evaluate(_READ, [self.key(place)])
+        return int(seconds) * 1000 + int(microseconds) // 1000, read_hash(fields)
+
+
+def _event(place: Place, fields: Mapping[bytes, bytes]) -> Event | None:
+    """The event in an entry; None if it is not valid."""
+    try:
+        return parse_event(
+            fields.get(b"data", b""),
+            channel="",
+            received_at=0.0,
+            stream=place.stream,
+            position=place.position,
+        )
+    except InvalidEvent:
+        return None
 
 
 def _arguments(change: Change) -> Iterable[str | bytes | int]:

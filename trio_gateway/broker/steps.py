@@ -13,7 +13,7 @@ import structlog
 from ..core.escalation import ESCALATED
 from ..core.event_ids import Stream, entry_id, event_id
 from ..core.receipts import Place
-from ..core.routing import UNHEARD, names_of
+from ..core.routing import UNHEARD
 from ..runtime.reach import Due
 from ..runtime.throttled_log import ThrottledLog
 from .commands import Unavailable
@@ -150,7 +150,7 @@ def _wrapper(due: Due) -> bytes:
         "id": f"escalated:{named}:{due.number + 1}",
         "event_id": named,
         "of": due.event.type,
-        "to": names_of(due.steps[due.number + 1].to)[0],
+        "to": due.steps[due.number + 1].name,
         "unless": due.unless,
         "step": due.number + 1,
     }
@@ -164,7 +164,7 @@ def _report(due: Due) -> tuple[bytes, bytes]:
     entity = {
         "event_id": named,
         "type": due.event.type,
-        "to": names_of(step.to)[0],
+        "to": step.name,
         "within": within,
     }
     report = {"type": UNHEARD, **_concerns(due), "id": f"unheard:{named}:{due.number}"}

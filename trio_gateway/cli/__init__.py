@@ -20,11 +20,13 @@ from .nodes import nodes
 from .openapi import openapi
 from .publish import publish
 from .rebalance import rebalance
+from .receipts import receipts
 from .routes import routes
 from .serve import serve
 from .tail import tail
 from .token import token
 from .who import who
+from .why import why
 
 __all__ = ["main", "settings_or_exit"]
 
@@ -61,6 +63,6 @@ def main() -> None:
 
 for command in (
     serve, demo, token, publish, tail, routes, asyncapi, openapi, explain, check, dlq, rebalance,
-    nodes, who, kick, completion,
+    nodes, who, kick, receipts, why, completion,
 ):  # fmt: skip
     main.add_command(command)

@@ -126,7 +126,7 @@ def _show(answer: Answer, event: "Event", tokens: Sequence[str]) -> None:
         console.print(Text(printable(text), style), soft_wrap=True)
 
     show(f"{answer['type']}  ({known}{durable})", "bold")
-    audiences = [_words(each) for each in answer["audiences"]] or ["nobody"]
+    audiences = [audience_words(each) for each in answer["audiences"]] or ["nobody"]
     for label, text in zip(["goes to", *[""] * len(audiences)], audiences, strict=False):
         show(f"  {label:<10} {text}")
     if "connections" in answer:
@@ -178,7 +178,8 @@ def _holder(token: str) -> str:
     return f"user {claims.get('sub')} {named}"[:40]
 
 
-def _words(audience: Answer) -> str:
+def audience_words(audience: Answer) -> str:
+    """An audience as JSON describes it, in words."""
     match audience:
         case {"audience": "waiters", "branch_id": branch, "sector_id": sector}:
             return f"waiters of sector {sector} in branch {branch}"

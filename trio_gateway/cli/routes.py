@@ -60,9 +60,7 @@ def _print_json(table: "Routing") -> None:
             "to": [column.lower() for column in _names(route.to)],
             "durable": route.durable,
             "receipt": route.receipt,
-            "steps": [
-                {"to": _names(step.to)[0].lower(), "within": step.within} for step in route.steps
-            ],
+            "steps": [{"to": step.name, "within": step.within} for step in route.steps],
             "differs": _difference(name, route),
         }
         for name, route in table.items()
@@ -74,6 +72,8 @@ def _print_table(table: "Routing") -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
+
+    from ..core.explanation import describe_steps
 
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     grid.add_column("type", no_wrap=True)
@@ -95,10 +95,6 @@ def _print_table(table: "Routing") -> None:
     console.print(grid)
     console.print(_LEGEND)
     for name in sorted(table.tracked_types):
-        console.print(f"{name}: {_promise(table[name])}", soft_wrap=True)
-
-
-def _promise(route: "Route") -> str:
-    """For example ``receipts; must reach waiters within 10 s, then floor within 5 s``."""
-    steps = [f"{_names(step.to)[0].lower()} within {step.within:g} s" for step in route.steps]
-    return "receipts" + ("; must reach " + ", then ".join(steps) if steps else "")
+        steps = table[name].steps
+        promise = f"; must reach {describe_steps(steps)}" if steps else ""
+        console.print(f"{name}: receipts{promise}", soft_wrap=True)

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from .audiences import Audience, Endpoint, Principal, Role, SectorId, SessionId, audiences_of
 from .events import Event
-from .routing import ROUTES, Routing, To
+from .routing import ROUTES, Routing, Step, To
 
 EVERYWHERE: Final = "token"  # the key of a reason that holds on every endpoint
 
@@ -139,6 +139,11 @@ def describe(audience: Audience) -> dict[str, Any]:
     if kind == "waiters":
         found["sector_id"] = sector
     return found
+
+
+def describe_steps(steps: Iterable[Step]) -> str:
+    """For example ``waiters within 10 s, then floor within 5 s``."""
+    return ", then ".join(f"{step.name} within {step.within:g} s" for step in steps)
 
 
 def _fixes(event: Event, principal: Principal) -> dict[Fact, dict[str, Any]]:

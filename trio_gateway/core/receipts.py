@@ -95,6 +95,10 @@ class Receipt:
         """When it reached that."""
         return (self.sent, self.written, self.delivered, self.seen)[self.state]
 
+    def is_in_step(self, number: int) -> bool:
+        """Whether it was in the audience of this step."""
+        return bool(self.steps >> number & 1)
+
     def reach(self, state: State, now: int) -> bool:
         """Note a state, and those before it; return whether it is a new one."""
         if self.sent is not None and state <= self.state:

@@ -37,6 +37,11 @@ class Step:
     to: To
     within: float
 
+    @property
+    def name(self) -> str:
+        """The name of the audience, as in the routes file."""
+        return names_of(self.to)[0]
+
 
 @dataclass(frozen=True)
 class Route:

@@ -3,18 +3,17 @@
 from collections.abc import Hashable
 from typing import Final
 
-import msgspec
-from quart import Response, request
+from quart import request
 
 from ..broker.commands import Unavailable
-from ..cluster.presence_query import PresenceReport, who_is_present
+from ..cluster.presence_query import who_is_present
 from ..core.audiences import BranchId, Endpoint, TenantId
 from ..core.client_request import bearer
 from ..core.close_codes import Rejected
 from ..parts import Parts
 from ..runtime.concurrency_limiter import Overloaded
 from .catchup import is_id
-from .responses import Answer, identify, problem, refusal
+from .responses import Answer, identify, problem, refusal, respond
 
 _ALL: Final = "*"  # all processes; what dashboards can put into a query
 
@@ -62,10 +61,4 @@ async def report(parts: Parts, tenant: TenantId, branch: BranchId, owner: Hashab
         return problem(503, error.cause, retry_after=1)
     finally:
         give_back()
-    return _respond(found)
-
-
-def _respond(found: PresenceReport) -> Answer:
-    response = Response(msgspec.json.encode(found), content_type="application/json")
-    response.headers["Cache-Control"] = "no-store"
-    return response
+    return respond(found)

@@ -1,6 +1,6 @@
 """``/ws/receipts``: who has received an event, and what clients confirm by HTTP."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 import msgspec
@@ -12,47 +12,14 @@ from ..core.audiences import Endpoint
 from ..core.client_request import bearer
 from ..core.close_codes import Rejected
 from ..core.control_messages import FlushReceipts
-from ..core.event_ids import event_id
-from ..core.receipts import Place, Receipt, Receipts, State, TrackedEvent, Who, read_place
-from ..core.routing import names_of
+from ..core.receipt_report import Asker, describe_receipts
+from ..core.receipts import Place, TrackedEvent, read_place
 from ..parts import Parts
 from ..runtime.concurrency_limiter import Overloaded
 from ..runtime.resume import PATIENCE
-from .responses import Answer, identify, problem, refusal
+from .responses import Answer, identify, problem, refusal, respond
 
 _UNKNOWN: Final = "no receipts are known of this event"
-
-
-class ReceiptReply(msgspec.Struct):
-    """How far an event has come to one user, or session, on an endpoint; ``at`` is unix time."""
-
-    endpoint: str
-    state: str
-    at: float | None
-    user_id: str | msgspec.UnsetType = msgspec.UNSET
-    session_id: int | msgspec.UnsetType = msgspec.UNSET
-
-
-class StepReply(msgspec.Struct):
-    """An audience that the event was sent to later; ``at`` is unix time."""
-
-    to: str
-    at: float
-
-
-class ReceiptsReply(msgspec.Struct):
-    """Who has received an event. ``missing`` are processes whose receipts may not be counted."""
-
-    event_id: str
-    type: str
-    at: float
-    written: int
-    delivered: int
-    seen: int
-    by: list[ReceiptReply]
-    steps: list[StepReply]
-    complete: bool
-    missing: list[str]
 
 
 class Confirmation(msgspec.Struct):
@@ -68,6 +35,13 @@ class Confirmation(msgspec.Struct):
 
 async def read(parts: Parts) -> Answer:
     """Who has received an event, see Receipts; for a MANAGER or ADMIN of its branch."""
+    return await for_head(parts, report)
+
+
+async def for_head(
+    parts: Parts, report: Callable[[Parts, Place, Asker], Awaitable[Answer]]
+) -> Answer:
+    """Answer a MANAGER or ADMIN about the event that the query names."""
     token = request.args.get("token") or bearer(request.headers.get("Authorization"))
     try:
         principals = await identify(parts, token, staff=True)
@@ -78,18 +52,12 @@ async def read(parts: Parts) -> Answer:
     admin = next((each for each in principals if each.endpoint is Endpoint.ADMIN), None)
     if admin is None:
         return problem(403, "for the roles MANAGER and ADMIN only")
-    tenant, branches = admin.tenant, admin.branches
     try:
         give_back = await parts.catch_ups.take(admin.owner)
     except Overloaded:
         return problem(429, "too many simultaneous requests of this user", retry_after=1)
     try:
-        return await report(
-            parts,
-            place,
-            lambda event: event.tenant_id == tenant and event.branch_id in (0, *branches),
-            lambda receipt: not receipt.branches or not receipt.branches.isdisjoint(branches),
-        )
+        return await report(parts, place, Asker.head(admin))
     finally:
         give_back()
 
@@ -131,80 +99,34 @@ def _is_from_allowed_page(parts: Parts) -> bool:
     return origin is None or parts.admission.is_allowed(origin, request.headers.get("Host", ""))
 
 
-async def report(
-    parts: Parts,
-    place: Place,
-    may_know: Callable[[TrackedEvent], bool],
-    may_name: Callable[[Receipt], bool] = lambda receipt: True,
-) -> Answer:
-    """The response about an event. For who may not know of it, it does not exist.
-
-    ``may_name`` says whose receipts are named; all are counted.
-    """
-    missing: list[str] = []
+async def report(parts: Parts, place: Place, asker: Asker) -> Answer:
+    """The response about an event."""
     try:
-        if parts.cluster is None:
-            if not await parts.receipt_writing.flush(parts.receipt_store.write):
-                raise Unavailable("receipts not written")
-        else:
-            missing = (await parts.cluster.control.ask("flush_receipts", FlushReceipts())).missing
+        missing = await flush(parts)
         found = await parts.receipt_store.read(place)
     except KeyError:  # the stream is not ours
         return problem(404, _UNKNOWN)
     except Unavailable as error:
         return problem(503, error.cause, retry_after=1)
-    if found is None or not (_is_kept(parts, found.event) and may_know(found.event)):
+    if found is None or not (_is_kept(parts, found.event) and asker.may_know(found.event)):
         return problem(404, _UNKNOWN)
-    reply = _describe(parts, place, found, missing, may_name)
-    response = Response(msgspec.json.encode(reply), content_type="application/json")
-    response.headers["Cache-Control"] = "no-store"
-    return response
+    return respond(describe_receipts(place, found, parts.settings.routes, missing, asker.may_name))
+
+
+async def flush(parts: Parts) -> list[str]:
+    """Have all processes write their receipts to Redis; return those that did not answer.
+
+    Raises :exc:`Unavailable`.
+    """
+    if parts.cluster is not None:
+        return (await parts.cluster.control.ask("flush_receipts", FlushReceipts())).missing
+    if not await parts.receipt_writing.flush(parts.receipt_store.write):
+        raise Unavailable("receipts not written")
+    return []
 
 
 def _is_kept(parts: Parts, event: TrackedEvent) -> bool:
     return (
         event.type in parts.settings.routes.tracked_types
         and event.at / 1000 + parts.settings.ws_receipt_ttl > parts.clock()
-    )
-
-
-def _describe(
-    parts: Parts,
-    place: Place,
-    found: Receipts,
-    missing: list[str],
-    may_name: Callable[[Receipt], bool],
-) -> ReceiptsReply:
-    steps = parts.settings.routes.route_of(found.event.type).steps
-    by = {who: each for who, each in found.by.items() if each.state >= State.WRITTEN}
-    written, delivered, seen = (
-        sum(receipt.state >= state for receipt in by.values())
-        for state in (State.WRITTEN, State.DELIVERED, State.SEEN)
-    )
-    return ReceiptsReply(
-        event_id=event_id(*place),
-        type=found.event.type,
-        at=found.event.at / 1000,
-        written=written,
-        delivered=delivered,
-        seen=seen,
-        by=[_describe_one(who, by[who]) for who in sorted(by) if may_name(by[who])],
-        steps=[
-            StepReply(names_of(steps[step + 1].to)[0], at / 1000)
-            for step, at in sorted(found.steps.items())
-            if step + 1 < len(steps)
-        ],
-        complete=not missing,
-        missing=missing,
-    )
-
-
-def _describe_one(who: Who, receipt: Receipt) -> ReceiptReply:
-    is_diner = who.endpoint == Endpoint.DINER.label
-    return ReceiptReply(
-        endpoint=who.endpoint,
-        state=receipt.state.label,
-        at=None if receipt.at is None else receipt.at / 1000,
-        user_id=msgspec.UNSET if is_diner else who.id,
-        session_id=int(who.id) if is_diner else msgspec.UNSET,
     )

@@ -1,5 +1,6 @@
 """Shared by the HTTP routes: authentication and error responses."""
 
+import msgspec
 import trio
 from quart import Response, jsonify, request
 
@@ -70,6 +71,13 @@ async def redeem_ticket(parts: Parts) -> None:
 def refusal(rejected: Rejected) -> Answer:
     """The response to a client that is not admitted."""
     return problem(rejected.status, rejected.text, retry_after=rejected.retry_after)
+
+
+def respond(reply: object) -> Answer:
+    """A JSON response, which no cache keeps."""
+    response = Response(msgspec.json.encode(reply), content_type="application/json")
+    response.headers["Cache-Control"] = "no-store"
+    return response
 
 
 def problem(status: int, text: str, *, retry_after: int | None = None) -> Answer:

@@ -27,6 +27,7 @@ from .explain import MAX_BYTES, explain
 from .presence import presence
 from .responses import Answer, identify, problem, refusal
 from .static import add_files
+from .why import why
 
 _BODY_TIMEOUT: Final = 10  # seconds within which a request's body must arrive; else 408
 
@@ -147,6 +148,7 @@ HTTP: Final[Mapping[tuple[str, str], Callable[[Parts], Awaitable[Answer]]]] = {
     ("GET", "/ws/presence"): presence,
     ("GET", "/ws/receipts"): receipts.read,
     ("POST", "/ws/receipts"): receipts.confirm,
+    ("GET", "/ws/why"): why,
     ("POST", "/ws/ticket"): _ticket,
     ("POST", "/ws/explain"): explain,
     ("GET", "/ws/console"): console.page,

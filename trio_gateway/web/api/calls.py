@@ -3,8 +3,9 @@
 from typing import Any, Final
 
 from ...core.api_keys import Scope
+from ...core.event_path import EventPath
 from ...core.events import MAX_ID
-from ..receipts import ReceiptsReply
+from ...core.receipt_report import ReceiptsReply
 from .control import (
     DisconnectReply,
     DisconnectRequest,
@@ -18,7 +19,7 @@ from .history import EVENT_ID, SINCE_ID, HistoryReply, history
 from .nodes import NodesReply, nodes
 from .presence import PresenceReport, presence
 from .publish import MAX_BYTES, PublishReply, PublishRequest, publish
-from .receipts import receipts
+from .receipts import receipts, why
 
 
 def _number(least: int = 1) -> dict[str, Any]:
@@ -32,6 +33,8 @@ _SINCE: Final = {
     ]
 }
 _TENANT: Final = Parameter("tenant_id", _number(), "one of the key's tenants")
+
+_EVENT: Final = Parameter("event_id", {"type": "string", "pattern": f"^{EVENT_ID}$"}, "the event")
 
 CALLS: Final = (
     Call(
@@ -95,6 +98,7 @@ CALLS: Final = (
         scope=Scope.READ,
         answer=receipts,
         reply=ReceiptsReply,
-        query=(Parameter("event_id", {"type": "string", "pattern": f"^{EVENT_ID}$"}, "the event"),),
+        query=(_EVENT,),
     ),
+    Call(name="why", scope=Scope.READ, answer=why, reply=EventPath, query=(_EVENT,)),
 )

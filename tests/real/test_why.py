@@ -1,0 +1,176 @@
+"""The path of an event: over HTTP, for backends, and on the command line."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+import trio
+
+from tests.support.api_keys import call, write_keys
+from tests.support.commands import SECRETS, run
+from tests.support.gateways import (
+    JWT_SECRET,
+    Reachable,
+    Reply,
+    admitted,
+    http,
+    receive_event,
+    received,
+    serving,
+    until,
+)
+from tests.support.sockets import dialled
+from trio_gateway.core.event_ids import tag
+from trio_gateway.testing import make_jwt, make_payload
+
+STREAM = "events:critical"
+CALL = {"type": "SERVICE_CALL_CREATED", "sector_id": 5}
+ROUTES = """
+[routes.SERVICE_CALL_CREATED]
+must_reach = "waiters"
+within = 1
+then = [{to = "floor", within = 30}]
+[routes.FLOOD]
+to = ["waiters"]
+"""
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> dict[str, Any]:
+    routes = tmp_path / "routes.toml"
+    routes.write_text(ROUTES)
+    keys = write_keys(tmp_path, {"all": {}, "two": {"tenants": [2]}})
+    return {"ws_routes_file": routes, "ws_api_keys_file": keys}
+
+
+def publish(backend: "redis.Redis", **keys: Any) -> str:
+    """Publish an event; return its event id."""
+    entry: Any = backend.xadd(STREAM, {"data": make_payload(**keys)})
+    return f"{entry.decode()}-{tag(STREAM)}"
+
+
+async def ask(gateway: Reachable, event_id: str, **claims: Any) -> Reply:
+    token = make_jwt(JWT_SECRET, **{"roles": ["MANAGER"]} | claims)
+    headers = {"Authorization": f"Bearer {token}"}
+    return await http(gateway.port, f"/ws/why?event_id={event_id}", headers=headers)
+
+
+async def path_of(gateway: Reachable, event_id: str) -> Any:
+    reply = await ask(gateway, event_id)
+    assert reply.status == 200, reply.text
+    return reply.json
+
+
+async def command(redis_url: str, routes: Path, *arguments: str) -> Any:
+    env = SECRETS | {"REDIS_URL": redis_url, "WS_ROUTES_FILE": str(routes)}
+    return await trio.to_thread.run_sync(partial(run, *arguments, env=env))
+
+
+async def test_path_tells_of_a_frozen_client_and_of_the_step_that_followed(
+    redis_url: str, backend: "redis.Redis", settings: dict[str, Any]
+) -> None:
+    async with (
+        serving(redis_url, "direct", **settings) as gateway,
+        dialled(gateway.port, receive_buffer=4096) as frozen,
+        admitted(gateway.staff_url("waiter", sub="22", sector_ids=[6])) as colleague,
+        admitted(gateway.staff_url("admin", sub="9", roles=["ADMIN"])) as admin,
+    ):
+        token = make_jwt(JWT_SECRET, sub="21", sector_ids=[5])
+        await frozen.upgrade(f"/ws/waiter?token={token}")
+        hub = gateway.app.parts.hub
+        await until(lambda: len(hub) == 3 and not hub.held)
+        for n in range(100):
+            flood = make_payload("FLOOD", sector_id=5, n=n, x="x" * 50_000)
+            backend.publish("channel:branch:1:waiters", flood)
+        await until(lambda: any(each.waiting_bytes for each in hub.connections))
+        event_id = publish(backend, **CALL)
+
+        assert (await receive_event(colleague, 5))["event_id"] == event_id
+        path = await path_of(gateway, event_id)
+        assert [(step["to"], step["state"]) for step in path["steps"]] == [
+            ("waiters", "unheard"), ("floor", "running")
+        ]  # fmt: skip
+        await colleague.send_message(json.dumps({"type": "ack", "last_event_id": event_id}))
+        assert await received(colleague) == []
+        path = await path_of(gateway, event_id)
+        assert {client["user_id"]: client["state"] for client in path["clients"]} == {
+            "9": "written", "21": "sent", "22": "delivered"
+        }  # fmt: skip
+        assert "Sent, not taken by its connection: user 21 (waiter)." in path["summary"]
+        assert path["steps"][1]["state"] == "confirmed"
+        reply = await call(gateway.port, f"receipts?event_id={event_id}")
+        assert [each["user_id"] for each in reply.json["by"]] == ["9", "22"]
+
+        # The events that tell of it lead to it.
+        assert (await receive_event(admin))["event_id"] == event_id
+        report = await receive_event(admin)
+        entries: Any = backend.xrevrange(STREAM, count=2)
+        ids = {f"{entry.decode()}-{tag(STREAM)}" for entry, _ in entries}
+        assert report["event_id"] in ids
+        for each in ids:
+            found = await path_of(gateway, each)
+            assert (found["event_id"], found["type"]) == (event_id, CALL["type"])
+            assert found["summary"][0].startswith("You asked for the EVENT_")
+
+        ask_command = partial(command, redis_url, settings["ws_routes_file"])
+        done = await ask_command("why", event_id, "--json")
+        assert (done.exit_code, done.stderr) == (0, "")
+        shown = json.loads(done.stdout)
+        assert shown | {"now": 0, "missing": []} == path | {"now": 0}
+        done = await ask_command("why", event_id.rpartition("-")[0])  # the entry's
+        lines = done.stdout.splitlines()
+        assert (done.exit_code, lines[0]) == (0, f"SERVICE_CALL_CREATED  {event_id}")
+        assert "  must reach  waiters within 1 s, then floor within 30 s" in lines
+        assert lines[-3].split()[:4] == ["user", "9", "(admin)", "0.00"]
+        done = await ask_command("receipts", event_id, "--json")
+        assert json.loads(done.stdout) == reply.json
+        done = await ask_command("receipts", event_id)
+        assert "written to 2, delivered to 1, seen by 0" in done.stdout
+        assert "sent to floor after 1." in done.stdout
+
+
+async def test_events_without_receipts_and_unknown_ids_are_explained_to_those_who_may_know(
+    redis_url: str, backend: "redis.Redis", settings: dict[str, Any]
+) -> None:
+    async with serving(redis_url, "direct", **settings) as gateway:
+        first = publish(backend)
+        untracked = await path_of(gateway, first)
+        assert untracked["type"] == "ROUND_READY"
+        assert "Receipts are not kept for ROUND_READY" in untracked["summary"][0]
+        assert untracked["audiences"][0] == {"audience": "admins", "tenant_id": 1, "branch_id": 1}
+        cart = publish(backend, type="CART_SYNC", session_id=456)
+        assert "not a durable type" in (await path_of(gateway, cart))["summary"][0]
+        forged = publish(backend, type="EVENT_UNHEARD", tenant_id=2, entity={"event_id": first})
+        assert (await ask(gateway, forged, tenant_id=2)).json["type"] == "EVENT_UNHEARD"
+
+        unknown = {
+            first.replace("-0-", "-7-"): "no such entry in its stream",
+            f"1-0-{tag(STREAM)}": "older than all that its stream holds",
+            f"9{first}": "of the future",
+            "1-0-ffff": "of a stream that is not read here",
+        }
+        for event_id, words in unknown.items():
+            reply = await ask(gateway, event_id)
+            assert (reply.status, words in reply.text) == (404, True), reply.text
+        absent = (await ask(gateway, next(iter(unknown)))).text
+        for claims in ({"tenant_id": 2}, {"branch_ids": [2]}):
+            reply = await ask(gateway, first, **claims)
+            assert (reply.status, reply.text) == (404, absent)
+        assert (await ask(gateway, first, roles=["WAITER"])).status == 403
+        assert (await ask(gateway, "x")).status == 422
+        assert (await http(gateway.port, f"/ws/why?event_id={first}")).status == 401
+        why = f"why?event_id={first}"
+        assert [(await call(gateway.port, why, key=key)).status for key in ("all", "two")] == [
+            200, 404
+        ]  # fmt: skip
+
+        ask_command = partial(command, redis_url, settings["ws_routes_file"])
+        done = await ask_command("why", f"1-0-{tag(STREAM)}")
+        assert (done.exit_code, "older than all" in done.stderr) == (1, True)
+        done = await ask_command("receipts", first)
+        assert (done.exit_code, "no receipts are known" in done.stderr) == (1, True)
+        assert (await ask_command("why", "1-0-ffff")).exit_code == 1
+        assert (await ask_command("why", "x")).exit_code == 2

@@ -1,0 +1,72 @@
+"""What the receipts in Redis say of an event, for commands: with the gateways' settings."""
+
+from collections.abc import Awaitable, Callable, Iterable
+from typing import TYPE_CHECKING, TypeVar
+
+import click
+
+from .errors import MISUSED, Failure
+from .service import ask_service, asked, tell_missing
+
+if TYPE_CHECKING:
+    from ..broker.receipt_store import ReceiptStore
+    from ..cluster.observing import Service
+    from ..core.event_ids import Stream
+    from ..core.receipts import Place
+    from ..settings import Settings
+
+T = TypeVar("T")
+
+EVENT_ID = click.argument("event_id", metavar="EVENT_ID")
+
+
+def ask_about(
+    settings: "Settings",
+    event_id: str,
+    look: "Callable[[ReceiptStore, Place], Awaitable[T]]",
+    is_known: Callable[[T], bool],
+) -> "tuple[Place, T, list[str]]":
+    """The place of an event, what ``look`` finds of it, and which processes did not write their
+    receipts before.
+
+    The id may be that of the entry in Redis, too: then each stream is looked at. Raises
+    :exc:`Failure` if it is no id, or if it is of no stream of the gateway.
+    """
+    from ..broker.receipt_store import ReceiptStore
+    from ..core.control_messages import FlushReceipts
+    from ..core.event_ids import tag
+    from ..core.path_words import UNKNOWN_STREAM
+
+    names = {tag(name): name for name in settings.sharding.names}
+    places = _places_of(event_id, names)
+    if not all(place.stream in names for place in places):
+        raise Failure(f"nothing is known of this event: {UNKNOWN_STREAM}")
+
+    async def ask(service: "Service") -> "tuple[Place, T, list[str], int]":
+        answers = await service.control.ask("flush_receipts", FlushReceipts())
+        store = ReceiptStore(service.registry.commands, names)
+        for place in places:
+            if is_known(found := await look(store, place)):
+                break
+        return place, found, answers.missing, asked(answers)
+
+    place, found, missing, number = ask_service(settings, ask)
+    tell_missing(missing, number)
+    return place, found, missing
+
+
+def _places_of(text: str, streams: "Iterable[Stream]") -> "list[Place]":
+    from ..core.event_ids import read_position
+    from ..core.receipts import Place, read_place
+
+    if (place := read_place(text)) is not None:
+        return [place]
+    try:
+        position = read_position(text)
+    except ValueError:
+        raise Failure(
+            "EVENT_ID must be the event_id that clients get with an event, such as"
+            " 1790000000000-0-4723, or the id of the entry in Redis, 1790000000000-0",
+            MISUSED,
+        ) from None
+    return [Place(stream, position) for stream in streams]

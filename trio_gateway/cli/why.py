@@ -1,0 +1,85 @@
+"""``why``: the path of an event."""
+
+from collections.abc import Iterable
+from datetime import datetime
+from typing import TYPE_CHECKING, Final
+
+import click
+
+from ..core.printable import printable
+from .errors import FAILED, Failure, settings_or_exit
+from .event_asking import EVENT_ID, ask_about
+from .explain import audience_words
+from .nodes import duration
+from .rendering import print_table
+from .service import show_json
+
+if TYPE_CHECKING:
+    from ..core.event_path import EventPath, PathClient
+
+_COLUMNS: Final = ("client", "sent", "written", "delivered", "seen", "must reach")
+
+
+@click.command()
+@EVENT_ID
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, as /ws/api/why does.")
+def why(event_id: str, as_json: bool) -> None:
+    """Print the path of an event: whom it was sent to, who has confirmed it, what follows.
+
+    It reads Redis with the settings here: WS_ROUTES_FILE must be that of the gateways. The id of
+    an EVENT_UNHEARD leads to the event that it is about. Exit status 1 if nothing is known of the
+    event, or if a process did not answer.
+    """
+    from ..broker.event_lookup import look_up
+    from ..core.path_words import tell, why_unknown
+
+    settings = settings_or_exit()
+    _, known, missing = ask_about(
+        settings, event_id, look_up, lambda known: known.about is not None
+    )
+    if known.about is None:
+        raise Failure(f"nothing is known of this event: {why_unknown(known)}")
+    path = tell(known, settings.routes, settings.ws_receipt_ttl, missing)
+    if as_json:
+        show_json(path)
+    else:
+        _show(path)
+    if missing:
+        raise SystemExit(FAILED)
+
+
+def _show(path: "EventPath") -> None:
+    from ..core.path_words import seconds
+
+    def show(label: str, texts: Iterable[str]) -> None:
+        for text in texts:
+            click.echo(printable(f"  {label:<11} {text}"))
+            label = ""
+
+    click.echo(printable(f"{path.type}  {path.event_id}"))
+    at = datetime.fromtimestamp(path.at).astimezone()
+    show("entered", [f"{at:%Y-%m-%d %H:%M:%S.%f}"[:-3] + f", {duration(path.now)} ago"])
+    show("goes to", map(audience_words, path.audiences))
+    steps = [f"{step.to} within {step.within:g} s" for step in path.steps]
+    show("must reach", [", then ".join(steps)] if steps else [])
+    click.echo()
+    for text in path.summary:
+        click.echo(printable(text))
+    click.echo()
+    for moment in path.timeline:
+        text = f"({moment.text})" if moment.lies_ahead else moment.text
+        click.echo(printable(f"{seconds(moment.after):>8}  {text}"))
+    if path.clients:
+        click.echo()
+        print_table(_COLUMNS, map(_row, path.clients))
+
+
+def _row(client: "PathClient") -> tuple[str, ...]:
+    from ..core.path_words import seconds
+
+    times = (client.sent, client.written, client.delivered, client.seen)
+    return (
+        client.name,
+        *("-" if time is None else seconds(time) for time in times),
+        ", ".join(client.must_reach) or "-",
+    )

@@ -1,0 +1,112 @@
+"""Who has received an event, as ``/ws/receipts`` answers it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Self
+
+import msgspec
+
+from .audiences import Endpoint, Principal
+from .event_ids import event_id
+from .receipts import Place, Receipt, Receipts, State, TrackedEvent, Who
+from .routing import Routing
+
+
+def _is_named(receipt: Receipt) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Asker:
+    """Who asks about events.
+
+    For it, an event that it may not know of does not exist. Clients that it may not be told the
+    names of are counted all the same.
+    """
+
+    may_know: Callable[[TrackedEvent], bool]
+    may_name: Callable[[Receipt], bool] = _is_named
+
+    @classmethod
+    def head(cls, admin: Principal) -> Self:
+        """A MANAGER or ADMIN of some branches."""
+        tenant, branches = admin.tenant, admin.branches
+        return cls(
+            lambda event: event.tenant_id == tenant and event.branch_id in (0, *branches),
+            lambda receipt: not receipt.branches or not receipt.branches.isdisjoint(branches),
+        )
+
+
+class ReceiptReply(msgspec.Struct):
+    """How far an event has come to one user, or session, on an endpoint; ``at`` is unix time."""
+
+    endpoint: str
+    state: str
+    at: float | None
+    user_id: str | msgspec.UnsetType = msgspec.UNSET
+    session_id: int | msgspec.UnsetType = msgspec.UNSET
+
+
+class StepReply(msgspec.Struct):
+    """An audience that the event was sent to later; ``at`` is unix time."""
+
+    to: str
+    at: float
+
+
+class ReceiptsReply(msgspec.Struct):
+    """Who has received an event. ``missing`` are processes whose receipts may not be counted."""
+
+    event_id: str
+    type: str
+    at: float
+    written: int
+    delivered: int
+    seen: int
+    by: list[ReceiptReply]
+    steps: list[StepReply]
+    complete: bool
+    missing: list[str]
+
+
+def describe_receipts(
+    place: Place,
+    found: Receipts,
+    routes: Routing,
+    missing: list[str],
+    may_name: Callable[[Receipt], bool] = _is_named,
+) -> ReceiptsReply:
+    """Who has received an event, of those that it was written to."""
+    steps = routes.route_of(found.event.type).steps
+    by = {who: each for who, each in found.by.items() if each.state >= State.WRITTEN}
+    written, delivered, seen = (
+        sum(receipt.state >= state for receipt in by.values())
+        for state in (State.WRITTEN, State.DELIVERED, State.SEEN)
+    )
+    return ReceiptsReply(
+        event_id=event_id(*place),
+        type=found.event.type,
+        at=found.event.at / 1000,
+        written=written,
+        delivered=delivered,
+        seen=seen,
+        by=[_describe_one(who, by[who]) for who in sorted(by) if may_name(by[who])],
+        steps=[
+            StepReply(steps[step + 1].name, at / 1000)
+            for step, at in sorted(found.steps.items())
+            if step + 1 < len(steps)
+        ],
+        complete=not missing,
+        missing=missing,
+    )
+
+
+def _describe_one(who: Who, receipt: Receipt) -> ReceiptReply:
+    is_diner = who.endpoint == Endpoint.DINER.label
+    return ReceiptReply(
+        endpoint=who.endpoint,
+        state=receipt.state.label,
+        at=None if receipt.at is None else receipt.at / 1000,
+        user_id=msgspec.UNSET if is_diner else who.id,
+        session_id=int(who.id) if is_diner else msgspec.UNSET,
+    )
