@@ -29,6 +29,7 @@ from .runtime.supervision import keep_running
 from .settings import Settings
 from .stats_feed import StatsFeed
 from .telemetry import output
+from .transports.listener import Listener
 from .transports.tcp import TcpService
 from .web import operations, routes
 from .web.http_connection import HttpConnection
@@ -146,9 +147,11 @@ class Gateway(QuartTrio):
                     open_tracing(settings.routes)
                 )
             stack.enter_context(parts.loop_lag.watched())
-            operators: list[trio.SocketListener] = []
+            operators: list[Listener] = []
             if settings.ws_operations_bind is not None:
-                operators = operations.open_listeners(settings.ws_operations_bind)
+                operators = operations.open_listeners(
+                    settings.ws_operations_bind, settings.ws_write_timeout
+                )
             async with trio.open_nursery() as nursery:
                 if operators:
                     nursery.start_soon(operations.serve, self, operators)

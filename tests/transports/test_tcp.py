@@ -60,10 +60,9 @@ from trio_gateway.reception import Reception
 from trio_gateway.runtime.connection import Connection
 from trio_gateway.runtime.socket import LINGER
 from trio_gateway.testing import NullAuth, make_event, make_principal
-from trio_gateway.transports import tcp
 from trio_gateway.transports.direct import DirectSocket
 from trio_gateway.transports.handshake import MAX_HEAD_BYTES
-from trio_gateway.transports.progress import enable_keepalive
+from trio_gateway.transports.listener import Listener
 
 NO_REDIS = "redis://127.0.0.1:1"
 EVERYBODY: Mapping[Endpoint, Auth] = {endpoint: NullAuth() for endpoint in Endpoint}
@@ -672,12 +671,14 @@ async def test_kernel_detects_vanished_clients(
 ) -> None:
     """On every transport: unacknowledged data or silence ends the connection within a minute."""
     sockets: list[Any] = []
+    accept = Listener.accept
 
-    def remembering(sock: Any, timeout: float) -> None:
-        sockets.append(sock)
-        enable_keepalive(sock, timeout)
+    async def remembering(listener: Listener) -> trio.SocketStream:
+        stream = await accept(listener)
+        sockets.append(stream.socket)
+        return stream
 
-    monkeypatch.setattr(tcp, "enable_keepalive", remembering)
+    monkeypatch.setattr(Listener, "accept", remembering)
     async with serving(ws_write_timeout=write_timeout) as gateway, AsyncExitStack() as stack:
         for first in TRANSPORTS.values():
             client = await stack.enter_async_context(dialled(gateway.port))
@@ -687,6 +688,7 @@ async def test_kernel_detects_vanished_clients(
                     await client.response()
                 await client.upgrade()
         await until(lambda: len(gateway.app.parts.hub) == len(TRANSPORTS))
+        assert len(sockets) >= len(TRANSPORTS)
         for sock in sockets:
             assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
             idle, interval, count, unacknowledged = (

@@ -21,12 +21,13 @@ class Listener(Listening):
     """A ``trio.SocketListener`` that takes a crowd of clients a few at a time.
 
     ``write_timeout`` is for :func:`.progress.enable_keepalive`, which is applied to the listening
-    socket, where the connections inherit that: six system calls less for each.
+    socket where the connections inherit that: six system calls less for each.
     """
 
     def __init__(self, socket: trio.socket.SocketType, write_timeout: float) -> None:
         self._listener = trio.SocketListener(socket)
         self.socket = socket
+        self._write_timeout = write_timeout
         if _INHERITED:
             enable_keepalive(socket, write_timeout)
         # The same socket once more, because Trio's needs a checkpoint for each connection.
@@ -42,9 +43,14 @@ class Listener(Listening):
                 pass
             else:
                 self._in_a_row += 1
-                return trio.SocketStream(trio.socket.from_stdlib_socket(accepted))
+                return self._kept_alive(trio.SocketStream(trio.socket.from_stdlib_socket(accepted)))
         self._in_a_row = 0
-        return await self._listener.accept()
+        return self._kept_alive(await self._listener.accept())
+
+    def _kept_alive(self, stream: trio.SocketStream) -> trio.SocketStream:
+        if not _INHERITED:
+            enable_keepalive(stream.socket, self._write_timeout)
+        return stream
 
     async def aclose(self) -> None:
         self._direct.close()

@@ -88,11 +88,6 @@ def enable_keepalive(sock: Any, write_timeout: float) -> None:
     silent connection are not answered. Both take longer than the write timeout, so that a client
     that is only slow is closed with the code for it.
     """
-    try:
-        if sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE):  # from its listener
-            return
-    except OSError:  # the peer is gone already
-        pass
     if sock.family not in {socket.AF_INET, socket.AF_INET6}:
         return
     unacknowledged = int(max(_UNACKNOWLEDGED_AFTER, 1.5 * write_timeout) * 1000)

@@ -33,7 +33,7 @@ from .direct import STREAM_ERRORS, DirectSocket, is_closed, is_readable, linger,
 from .handshake import Refusal, acceptance, parse_head, refusal_response
 from .hypercorn_bounds import bound_protocols
 from .hypercorn_server import HypercornServer
-from .progress import ProgressStream, enable_keepalive
+from .progress import ProgressStream
 from .request_head import Head, HeadReader, Nobody
 
 log = structlog.get_logger()
@@ -118,8 +118,6 @@ class TcpConnection:
         service = service_of(self._app)
         write_timeout = LINGER if service is None else service.write_timeout
         stream = self._stream
-        if (sock := socket_of(stream)) is not None:
-            enable_keepalive(sock, write_timeout)
         if type(stream) is not trio.SocketStream and isinstance(stream, trio.SSLStream):
             # TLS must not be bypassed.
             stream.transport_stream = ProgressStream(stream.transport_stream, write_timeout)

@@ -13,6 +13,7 @@ from hypercorn.config import Config
 from hypercorn.trio.worker_context import WorkerContext
 from quart_trio import QuartTrio
 
+from ..transports.listener import Listener
 from ..transports.tcp import TcpConnection
 
 PATHS: Final = frozenset({"/ws/metrics", "/ws/health/detailed"})
@@ -35,18 +36,18 @@ class CannotListen(Exception):  # noqa: N818 - reads better where it is raised
     """Listening on ``WS_OPERATIONS_BIND`` failed; the text gives the reason."""
 
 
-def open_listeners(bind: str) -> list[trio.SocketListener]:
+def open_listeners(bind: str, write_timeout: float) -> list[Listener]:
     """Listen on ``host:port``. Raises :exc:`CannotListen`.
 
     Each worker has its own listener (SO_REUSEPORT), and any of them may answer.
     """
     try:
-        return _listeners(bind)
+        return _listeners(bind, write_timeout)
     except OSError as error:
         raise CannotListen(f"can't listen on WS_OPERATIONS_BIND {bind}: {error}") from None
 
 
-def _listeners(bind: str) -> list[trio.SocketListener]:
+def _listeners(bind: str, write_timeout: float) -> list[Listener]:
     host, _, port = bind.rpartition(":")
     found = []
     for family, kind, protocol, _, address in socket.getaddrinfo(
@@ -64,11 +65,11 @@ def _listeners(bind: str) -> list[trio.SocketListener]:
         except OSError:
             opened.close()
             raise
-        found.append(trio.SocketListener(trio.socket.from_stdlib_socket(opened)))
+        found.append(Listener(trio.socket.from_stdlib_socket(opened), write_timeout))
     return found
 
 
-async def serve(app: QuartTrio, listeners: list[trio.SocketListener]) -> NoReturn:
+async def serve(app: QuartTrio, listeners: list[Listener]) -> NoReturn:
     """Serve the app on these listeners; returns only when cancelled."""
     config = Config()
     config.alpn_protocols = ["http/1.1"]
