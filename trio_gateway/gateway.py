@@ -182,6 +182,8 @@ class Gateway(QuartTrio):
             nursery.start_soon(parts.sector_assignments.retry_pending)
             nursery.start_soon(parts.sector_assignments.follow_clock)
         nursery.start_soon(parts.placement.run)
+        if parts.checks is not None:
+            nursery.start_soon(parts.checks.run)
         nursery.start_soon(parts.revocations.answer_checks)
         nursery.start_soon(parts.revocations.sweep, settings.jwt_revalidation_interval)
         nursery.start_soon(self._reap)

@@ -18,6 +18,7 @@ from .access.placement import Placement
 from .access.revocations import Revocations
 from .access.tickets import Tickets
 from .broker.cluster_streams import ClusterStreams
+from .broker.command_link import CommandLink
 from .broker.commands import Commands
 from .broker.dead_letters import DeadLetters
 from .broker.probe import Probe
@@ -127,6 +128,7 @@ class Parts:
     readiness: Readiness
     tickets: Tickets
     revocations: Revocations
+    checks: CommandLink | None  # of revocations at connect; none in a Cluster
     placement: Placement
     sector_assignments: "SectorAssignments | None"
     addresses: Addresses
@@ -266,7 +268,9 @@ def build_parts(
         settings.redis_event_queue_size, is_one_lane=settings.sharding.by_tenant
     )
 
-    revocations = Revocations(commands, hub, patience=settings.ws_accept_timeout)
+    # Every client that connects waits for this one. In a Cluster a check needs several nodes.
+    checks = None if topology.is_cluster else CommandLink(topology)
+    revocations = Revocations(commands, hub, patience=settings.ws_accept_timeout, link=checks)
     placement = Placement(hub, commands)
     listeners: dict[str, Listener] = {
         REVOKED: revocations,
@@ -332,6 +336,8 @@ def build_parts(
     def on_demoted() -> None:
         pubsub.reconnect()
         commands.reconnect()
+        if checks is not None:
+            checks.reconnect()
         if cluster is not None:
             cluster.link.reconnect()
 
@@ -451,6 +457,7 @@ def build_parts(
         readiness=Readiness(commands.check),
         tickets=tickets,
         revocations=revocations,
+        checks=checks,
         placement=placement,
         sector_assignments=sector_assignments,
         addresses=Addresses(

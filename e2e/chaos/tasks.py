@@ -18,6 +18,7 @@ _GATEWAY: Final = {
     "gateway.py: parts.placement.run": ["Placement.run"],
     "access/placement.py: self._report": ["Placement._report"],
     "access/placement.py: self._send_away": ["Placement._send_away"],
+    "gateway.py: parts.checks.run": ["CommandLink.run#1"],
     "gateway.py: parts.revocations.answer_checks": ["Revocations.answer_checks"],
     "gateway.py: parts.revocations.sweep, settings.jwt_revalidation_interval": [
         "Revocations.sweep"
@@ -44,7 +45,7 @@ _SERVICE: Final = {
     "gateway.py: parts.api.publishing.run": ["Publishing.run"],
     "cluster/building.py: self.registry.run": ["Registry.run"],
     "cluster/building.py: self.control.run": ["Control.run"],
-    "cluster/building.py: each.run": ["ScriptLink.run#1", "ScriptLink.run#2"],
+    "cluster/building.py: each.run": ["CommandLink.run#2", "CommandLink.run#3"],
     "cluster/building.py: self.limits.run": ["ClusterLimits.run"],
     "cluster/building.py: self.room.run": ["ClusterRoom.run"],
     "cluster/building.py: self.presence.run": ["Presence.run"],

@@ -56,6 +56,23 @@ class Redis:
         self.keys[key] = value.encode()
 
 
+class Link:
+    """A way to the same keys of its own; whoever takes it fails while it is broken."""
+
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+        self.is_open = True
+        self.is_broken = False
+        self.answers = 0
+
+    async def ask(self, _command: str, *keys: str, seconds: float) -> list[bytes | None]:
+        if self.is_broken:
+            raise Unavailable("broken")
+        self.answers += 1
+        with trio.fail_after(seconds):
+            return await self._redis.mget(keys)
+
+
 class SlowSectorAssignments:
     """Takes a second and a half to find the sectors, unless it knows them."""
 
@@ -79,12 +96,20 @@ class SlowSectorAssignments:
 class Place:
     """An admission with everything it needs."""
 
-    def __init__(self, *, checks_revocations: bool = True, knows_sectors: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        checks_revocations: bool = True,
+        knows_sectors: bool = False,
+        has_link: bool = False,
+    ) -> None:
         self.redis = Redis()
         self.sector_assignments = SlowSectorAssignments(knows=knows_sectors)
         self.hub = Hub()
         commands: Any = self.redis
-        self.revocations = Revocations(commands, self.hub)
+        self.link = Link(self.redis)
+        link: Any = self.link
+        self.revocations = Revocations(commands, self.hub, link=link if has_link else None)
         settings = Settings(jwt_secret=SECRET, table_token_secret=SECRET[::-1])
         sector_assignments: Any = self.sector_assignments
         self.tickets = Tickets(commands)
@@ -122,11 +147,9 @@ class Place:
 
 
 @asynccontextmanager
-async def opened(
-    interval: float = 300, *, checks_revocations: bool = True, knows_sectors: bool = False
-) -> AsyncIterator[Place]:
+async def opened(interval: float = 300, **options: bool) -> AsyncIterator[Place]:
     async with trio.open_nursery() as nursery:
-        place = Place(checks_revocations=checks_revocations, knows_sectors=knows_sectors)
+        place = Place(**options)
         nursery.start_soon(place.revocations.answer_checks)
         nursery.start_soon(place.revocations.sweep, interval)
         yield place
@@ -445,3 +468,18 @@ async def test_revocation_message_affects_only_its_pending_admission(
             for other in ({"jti": "b"}, {"user_id": 22}, {"jti": "a", "tenant_id": 2}):
                 place.revocations.receive(json.dumps(other).encode())
             assert place.admission.confirm(pending) is not None
+
+
+@pytest.mark.parametrize("value", [None, b"", b"1"])
+@pytest.mark.parametrize("way", ["is open", "is closed", "fails"])
+async def test_check_at_connect_goes_through_the_link_or_else_through_the_commands(
+    autojump_clock: MockClock, way: str, value: bytes | None
+) -> None:
+    async with opened(has_link=True, knows_sectors=True) as place:
+        place.link.is_open, place.link.is_broken = way != "is closed", way == "fails"
+        if value is not None:  # the key exists, whatever it holds
+            place.redis.keys["auth:token:blacklist:a"] = value
+        await place.try_to_admit(token=token())
+        assert place.link.answers == (way == "is open")
+        assert place.redis.reads == 1
+        assert place.refusal == (None if value is None else REVOKED)

@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Final, NoReturn, Self
@@ -10,6 +10,7 @@ from typing import Final, NoReturn, Self
 import structlog
 import trio
 
+from ..broker.command_link import CommandLink
 from ..broker.commands import Commands, Unavailable
 from ..core.audiences import Principal
 from ..core.close_codes import Close, Rejected
@@ -22,13 +23,17 @@ from ..runtime.throttled_log import ThrottledLog
 log = structlog.get_logger()
 
 _BATCH: Final = 250  # principals in one MGET
-# Seconds between two MGETs for checks: the more checks one had, the longer the next is waited for.
-_PAUSE: Final = 0.005
+_PAUSE: Final = 0.005  # seconds between two MGETs for checks
+# Without a link of their own: the more checks one had, the longer the next is waited for.
 _PAUSE_PER_CHECK: Final = 0.0005
 _LONGEST_PAUSE: Final = 0.03
+_LINK_TIMEOUT: Final = 1.0  # seconds
 RECHECK_PERIOD: Final = (
     3.0  # seconds over which everybody is looked at after messages may have been lost
 )
+
+
+_Get = Callable[[Sequence[str]], Awaitable[Sequence[bytes | None]]]
 
 
 class _Batch:
@@ -98,11 +103,20 @@ class CredentialWatch:
 class Revocations:
     """Checks for revoked credentials at connect, at intervals, and when a message arrives.
 
-    ``patience`` is how long a check may take, in seconds.
+    ``patience`` is how long a check may take, in seconds. Checks at connect go through ``link``
+    while that is open.
     """
 
-    def __init__(self, commands: Commands, hub: Hub, *, patience: float = 5.0) -> None:
+    def __init__(
+        self,
+        commands: Commands,
+        hub: Hub,
+        *,
+        patience: float = 5.0,
+        link: CommandLink | None = None,
+    ) -> None:
         self._commands = commands
+        self._link = link
         self._hub = hub
         self._patience = patience
         self._throttled_log = ThrottledLog(log)
@@ -140,10 +154,20 @@ class Revocations:
             batch = self._batches.popleft()
             # Batches are answered in order, so none waits longer than this for its turn.
             with trio.move_on_at(batch.until), suppress(Unavailable):
-                batch.revoked = await self._revoked(batch.principals)
+                batch.revoked = await self._revoked(batch.principals, self._get_quickly)
             batch.answered.set()
             if (checks := len(batch.principals)) < _BATCH:
-                await trio.sleep(min(_PAUSE + _PAUSE_PER_CHECK * checks, _LONGEST_PAUSE))
+                per_check = _PAUSE_PER_CHECK if self._link is None else 0.0
+                await trio.sleep(min(_PAUSE + per_check * checks, _LONGEST_PAUSE))
+
+    async def _get_quickly(self, keys: Sequence[str]) -> Sequence[bytes | None]:
+        """As :meth:`Commands.mget`, through the link if that is possible."""
+        if (link := self._link) is not None and link.is_open:
+            with suppress(Unavailable):  # then it is learned why, and a breaker is told
+                values = await link.ask("MGET", *keys, seconds=_LINK_TIMEOUT)
+                if isinstance(values, list) and len(values) == len(keys):
+                    return values
+        return await self._commands.mget(keys)
 
     async def sweep(self, interval: float) -> NoReturn:
         """Check every live connection once per interval (seconds); returns only when cancelled.
@@ -189,7 +213,7 @@ class Revocations:
         """Close the connections whose token is revoked; whether Redis answered."""
         principals = [connection.principal for connection in batch]
         try:
-            revoked = await self._revoked(principals)
+            revoked = await self._revoked(principals, self._commands.mget)
         except Unavailable as error:
             self._throttled_log.warning(
                 "revocations not checked", connections=len(batch), error=str(error)
@@ -221,9 +245,11 @@ class Revocations:
         for watch in self.watches:
             watch.stale = True
 
-    async def _revoked(self, principals: Sequence[Principal]) -> list[bool]:
+    async def _revoked(self, principals: Sequence[Principal], get: _Get) -> list[bool]:
         keys = [key for principal in principals for key in _keys(principal)]
-        values = await self._commands.mget(keys) if keys else []
+        values = await get(keys) if keys else []
+        if values.count(None) == len(values):  # as mostly
+            return [False] * len(principals)
         found = dict(zip(keys, values, strict=True))
         return [_is_revoked(principal, found) for principal in principals]
 

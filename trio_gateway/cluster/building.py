@@ -8,10 +8,10 @@ from typing import Any, Final
 
 import trio
 
+from ..broker.command_link import CommandLink
 from ..broker.commands import TIMEOUT, Commands, Unavailable
 from ..broker.probe import Probe
 from ..broker.pubsub import Listener, PubSub
-from ..broker.script_link import ScriptLink
 from ..broker.topology import Topology
 from ..core.capacity import CapacityLimits
 from ..core.control_messages import Node, SectorsChanged
@@ -49,7 +49,7 @@ class ClusterParts:
     keys: Keys
     registry: Registry
     control: Control
-    scripts: Sequence[ScriptLink]  # of limits, and of presence; none in a Cluster
+    scripts: Sequence[CommandLink]  # of limits, and of presence; none in a Cluster
     limits: ClusterLimits | None  # with WS_CLUSTER
     room: ClusterRoom | None  # with WS_CLUSTER
     link: PubSub  # of control, apart from the events: neither delays the other
@@ -122,11 +122,11 @@ def build_cluster(
     listeners: dict[str, Listener] = {keys.control: control, keys.replies(name): control}
     presence = None
     # What each client that connects costs goes through links of its own.
-    scripts: list[ScriptLink] = []
+    scripts: list[CommandLink] = []
     ask_limits: Evaluate = commands.evaluate
     write_presence: Evaluate = commands.evaluate
     if settings.ws_cluster and not topology.is_cluster:
-        scripts = [ScriptLink(topology), ScriptLink(topology)]
+        scripts = [CommandLink(topology), CommandLink(topology)]
         ask_limits, write_presence = (each.evaluate for each in scripts)
     if settings.ws_cluster:
         run_script, run_write = (

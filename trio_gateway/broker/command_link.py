@@ -1,4 +1,4 @@
-"""A link for scripts: one connection of its own, for one script after the other.
+"""A link for commands: one connection of its own, for one command after the other.
 
 Through redis-py and the asyncio loop a command costs several times as much. That matters where
 every client that connects waits for one.
@@ -18,8 +18,8 @@ from .topology import Topology
 _RETRY: Final = 0.5  # seconds from a connection that could not be opened to the next try
 
 
-class ScriptLink:
-    """Runs scripts on the primary, one at a time; not in a Cluster."""
+class CommandLink:
+    """Sends commands to the primary, one at a time; not in a Cluster."""
 
     def __init__(self, topology: Topology) -> None:
         assert not topology.is_cluster
@@ -51,23 +51,37 @@ class ScriptLink:
         finally:
             self._redis = None
 
+    @property
+    def is_open(self) -> bool:
+        """Whether a command would be sent at once."""
+        return self._redis is not None
+
+    def reconnect(self) -> None:
+        """Use another connection: this one leads to a server that is not the primary."""
+        self._redis = None
+        self._scope.cancel()
+
     async def evaluate(
         self, script: str, keys: Sequence[str], arguments: Sequence[Any], *, seconds: float
     ) -> Any:
-        """Run a script and return its reply; it may run twice, if the first answer is lost.
+        """Run a script and return its reply, see :meth:`ask`."""
+        return await self.ask("EVAL", script, len(keys), *keys, *arguments, seconds=seconds)
+
+    async def ask(self, *words: str | bytes | int, seconds: float) -> Any:
+        """Send a command and return its reply; it may run twice, if the first answer is lost.
 
         Raises :exc:`Unavailable`, after ``seconds`` at the latest.
         """
         problem, is_done = "no answer in time", False
         try:
             with trio.move_on_after(seconds):
-                for _ in range(2):  # the connection may have been lost since the last script
+                for _ in range(2):  # the connection may have been lost since the last command
                     while (redis := self._redis) is None:
                         await self._opened.park()
                     try:
-                        reply = await redis.ask("EVAL", script, len(keys), *keys, *arguments)
+                        reply = await redis.ask(*words)
                         is_done = True
-                        return no_error(reply, "EVAL")
+                        return no_error(reply, words[0])
                     except ConnectionLost as lost:
                         problem, is_done = str(lost), False
                         self._drop()
@@ -77,7 +91,6 @@ class ScriptLink:
         raise Unavailable(problem)
 
     def _drop(self) -> None:
-        """Open another connection: replies of this one may belong to an earlier script."""
-        self._redis = None
-        self._scope.cancel()
+        """Open another connection: replies of this one may belong to an earlier command."""
+        self.reconnect()
         self._topology.suspect_all()

@@ -1,4 +1,4 @@
-"""The link for scripts: one connection, opened again when it is lost, whose replies never mix."""
+"""The link for commands: one connection, opened again when it is lost, whose replies never mix."""
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -10,8 +10,8 @@ import trio
 
 from tests.support.gateways import RedisServer, until, valkey
 from tests.support.stopwatch import Stopwatch
+from trio_gateway.broker.command_link import CommandLink
 from trio_gateway.broker.commands import Unavailable
-from trio_gateway.broker.script_link import ScriptLink
 from trio_gateway.broker.topologies import make_topology
 from trio_gateway.redis_url import RedisUrl
 
@@ -23,15 +23,15 @@ def server() -> Iterator[RedisServer]:
 
 
 @asynccontextmanager
-async def open_link(server: RedisServer) -> AsyncIterator[ScriptLink]:
-    link = ScriptLink(make_topology(RedisUrl.from_url(server.connection_url)))
+async def open_link(server: RedisServer) -> AsyncIterator[CommandLink]:
+    link = CommandLink(make_topology(RedisUrl.from_url(server.connection_url)))
     async with trio.open_nursery() as nursery:
         nursery.start_soon(link.run)
         yield link
         nursery.cancel_scope.cancel()
 
 
-async def echo(link: ScriptLink, text: str, seconds: float = 5) -> Any:
+async def echo(link: CommandLink, text: str, seconds: float = 5) -> Any:
     return await link.evaluate("return ARGV[1]", ["key"], [text], seconds=seconds)
 
 
@@ -43,6 +43,15 @@ async def test_script_that_fails_is_unavailable_and_the_next_one_is_not(
         with pytest.raises(Unavailable, match="EVAL failed"):
             await link.evaluate("return nonsense()", ["key"], [], seconds=5)
         assert await echo(link, "b") == b"b"
+
+
+async def test_connection_to_a_wrong_server_is_left(server: RedisServer) -> None:
+    async with open_link(server) as link:
+        before = await link.ask("CLIENT", "ID", seconds=5)
+        assert link.is_open
+        link.reconnect()
+        assert not link.is_open
+        assert await link.ask("CLIENT", "ID", seconds=5) > before
 
 
 async def test_connection_that_was_lost_meanwhile_costs_no_script(server: RedisServer) -> None:
