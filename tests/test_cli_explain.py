@@ -75,6 +75,19 @@ def test_routes_of_a_file_are_used(tmp_path: Path) -> None:
     assert verdict["endpoints"] == ["waiter"]
 
 
+def test_promises_of_a_type_are_told(tmp_path: Path) -> None:
+    (tmp_path / "routes.toml").write_text(
+        '[routes.ROUND_READY]\nmust_reach = "waiters"\nwithin = 10\n'
+        'then = [{to = "floor", within = 2.5}]\n'
+    )
+    env = SECRETS | {"WS_ROUTES_FILE": "routes.toml", "COLUMNS": "200"}
+    done = run("explain", "-", env=env, stdin=SECTORED)
+    assert "  must reach waiters within 10 s, then floor within 2.5 s" in done.stdout.splitlines()
+    found = json.loads(run("explain", "-", "--json", env=env, stdin=SECTORED).stdout)
+    assert found["receipt"] is True
+    assert found["steps"] == [{"to": "waiters", "within": 10}, {"to": "floor", "within": 2.5}]
+
+
 def test_invalid_signature_is_reported() -> None:
     staff, diner = verdicts(make_jwt("x" * 32), make_table_token("x" * 32))
     assert staff["reasons"]["token"].startswith("token: not signed with JWT_SECRET")

@@ -63,6 +63,8 @@ async def test_admin_is_shown_the_recipients_and_why_others_receive_nothing() ->
         "type": "ROUND_READY",
         "known": True,
         "durable": True,
+        "receipt": False,
+        "steps": [],
         "audiences": [
             {"audience": "admins", "tenant_id": 1, "branch_id": 1},
             {"audience": "waiters", "tenant_id": 1, "branch_id": 1, "sector_id": 5},

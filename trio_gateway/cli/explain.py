@@ -8,6 +8,7 @@ import click
 
 from ..core.printable import printable
 from .errors import MISUSED, Failure, settings_or_exit
+from .rendering import steps_words
 from .url import read_url
 
 if TYPE_CHECKING:
@@ -129,6 +130,11 @@ def _show(answer: Answer, event: "Event", tokens: Sequence[str]) -> None:
     audiences = [audience_words(each) for each in answer["audiences"]] or ["nobody"]
     for label, text in zip(["goes to", *[""] * len(audiences)], audiences, strict=False):
         show(f"  {label:<10} {text}")
+    if steps := answer.get("steps"):  # an older gateway says nothing of them
+        words = steps_words((step["to"], step["within"]) for step in steps)
+        show(f"  {'must reach':<10} {words}")
+    elif answer.get("receipt"):
+        show(f"  {'receipts':<10} are kept: trio-gateway receipts EVENT_ID")
     if "connections" in answer:
         numbers = "  ".join(f"{name} {n}" for name, n in answer["connections"].items())
         show(f"  {'connected':<10} {numbers}  (to the process that answered)")

@@ -12,7 +12,7 @@ from ..access.auth import Auth, FirstOf, JwtAuth, LegacyTableAuth, TableAuth
 from ..core.audiences import Audience, Endpoint, Principal
 from ..core.close_codes import Rejected
 from ..core.events import Event
-from ..core.explanation import Verdict, describe, judge, refused
+from ..core.explanation import Verdict, describe, describe_type, judge, refused
 from ..core.minting import mint, sign_legacy
 from ..core.tokens import Key, claims_of, is_for_diners, names_of
 from ..settings import InvalidSettings, Settings
@@ -50,9 +50,7 @@ async def ask(settings: Settings, event: Event, tokens: Sequence[str]) -> Mappin
     routes = settings.routes
     audiences = list(dict.fromkeys(routes.audiences(event)))
     return {
-        "type": event.type,
-        "known": event.type in routes,
-        "durable": routes.is_durable(event.type),
+        **describe_type(event.type, routes),
         "audiences": [describe(each) for each in audiences],
         "tokens": [
             (

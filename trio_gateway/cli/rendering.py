@@ -64,6 +64,11 @@ def _write(data: bytes) -> None:
         data = data[os.write(fd, data) :]
 
 
+def steps_words(steps: Iterable[tuple[str, float]]) -> str:
+    """Whom an event must reach, such as ``waiters within 10 s, then floor within 5 s``."""
+    return ", then ".join(f"{name} within {seconds:g} s" for name, seconds in steps)
+
+
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str | int]]) -> None:
     """Print columns that are as wide as their widest value, with numbers on their right."""
     found = list(rows)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from .errors import settings_or_exit
+from .rendering import steps_words
 
 if TYPE_CHECKING:
     from ..core.routing import Route, Routing, To
@@ -73,8 +74,6 @@ def _print_table(table: "Routing") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ..core.explanation import describe_steps
-
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     grid.add_column("type", no_wrap=True)
     for letter in _COLUMNS.values():
@@ -95,6 +94,6 @@ def _print_table(table: "Routing") -> None:
     console.print(grid)
     console.print(_LEGEND)
     for name in sorted(table.tracked_types):
-        steps = table[name].steps
-        promise = f"; must reach {describe_steps(steps)}" if steps else ""
+        steps = steps_words((step.name, step.within) for step in table[name].steps)
+        promise = f"; must reach {steps}" if steps else ""
         console.print(f"{name}: receipts{promise}", soft_wrap=True)

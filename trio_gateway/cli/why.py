@@ -11,7 +11,7 @@ from .errors import FAILED, Failure, settings_or_exit
 from .event_asking import EVENT_ID, ask_about
 from .explain import audience_words
 from .nodes import duration
-from .rendering import print_table
+from .rendering import print_table, steps_words
 from .service import show_json
 
 if TYPE_CHECKING:
@@ -60,8 +60,8 @@ def _show(path: "EventPath") -> None:
     at = datetime.fromtimestamp(path.at).astimezone()
     show("entered", [f"{at:%Y-%m-%d %H:%M:%S.%f}"[:-3] + f", {duration(path.now)} ago"])
     show("goes to", map(audience_words, path.audiences))
-    steps = [f"{step.to} within {step.within:g} s" for step in path.steps]
-    show("must reach", [", then ".join(steps)] if steps else [])
+    if path.steps:
+        show("must reach", [steps_words((step.to, step.within) for step in path.steps)])
     click.echo()
     for text in path.summary:
         click.echo(printable(text))

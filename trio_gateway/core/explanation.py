@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from .audiences import Audience, Endpoint, Principal, Role, SectorId, SessionId, audiences_of
 from .events import Event
-from .routing import ROUTES, Routing, Step, To
+from .routing import ROUTES, Routing, To
 
 EVERYWHERE: Final = "token"  # the key of a reason that holds on every endpoint
 
@@ -141,9 +141,16 @@ def describe(audience: Audience) -> dict[str, Any]:
     return found
 
 
-def describe_steps(steps: Iterable[Step]) -> str:
-    """For example ``waiters within 10 s, then floor within 5 s``."""
-    return ", then ".join(f"{step.name} within {step.within:g} s" for step in steps)
+def describe_type(event_type: str, routes: Routing) -> dict[str, Any]:
+    """What the table says of a type, as JSON, but for its audiences."""
+    route = routes.route_of(event_type)
+    return {
+        "type": event_type,
+        "known": event_type in routes,
+        "durable": route.durable,
+        "receipt": route.receipt,
+        "steps": [{"to": step.name, "within": step.within} for step in route.steps],
+    }
 
 
 def _fixes(event: Event, principal: Principal) -> dict[Fact, dict[str, Any]]:

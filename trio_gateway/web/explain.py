@@ -11,7 +11,7 @@ from ..core.audiences import Endpoint, Principal, Role
 from ..core.client_request import bearer
 from ..core.close_codes import Rejected
 from ..core.events import InvalidEvent, parse_event
-from ..core.explanation import Verdict, describe, judge, refused
+from ..core.explanation import Verdict, describe, describe_type, judge, refused
 from ..core.tokens import is_for_diners
 from ..parts import Parts
 from .responses import Answer, identify, problem, refusal
@@ -56,9 +56,7 @@ async def explain(parts: Parts) -> Answer:
     routes, audiences = parts.settings.routes, parts.dispatch.audiences(event)
     connected = Counter(each.principal.endpoint for each in parts.hub.members(audiences))
     found: dict[str, Any] = {
-        "type": event.type,
-        "known": event.type in routes,
-        "durable": routes.is_durable(event.type),
+        **describe_type(event.type, routes),
         "audiences": [describe(each) for each in dict.fromkeys(audiences)],
         "connections": {endpoint.label: connected[endpoint] for endpoint in Endpoint},
         "tokens": [
