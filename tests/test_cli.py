@@ -356,8 +356,20 @@ def test_check_finds_that_redis_is_a_replica(redis_url: str, backend: "redis.Red
     assert "resolves to the primary" in done.stdout
 
 
-def test_check_does_not_change_redis(redis_url: str, backend: "redis.Redis") -> None:
-    run("check", env={"REDIS_URL": redis_url, **SECRETS})
+def test_check_does_not_change_redis(
+    redis_url: str, backend: "redis.Redis", tmp_path: Path
+) -> None:
+    (tmp_path / "routes.toml").write_text(
+        '[routes.SERVICE_CALL_CREATED]\nmust_reach = "waiters"\nwithin = 1\n'
+    )
+    settings = {
+        "WS_ROUTES_FILE": str(tmp_path / "routes.toml"),
+        "REDIS_STREAM_SHARDS": "8",
+        "WS_CLUSTER": "true",
+    }
+    done = run("check", env={"REDIS_URL": redis_url, **SECRETS, **settings})
+    assert "shards without clients (HSET, PEXPIRE)" in done.stdout
+    assert done.exit_code == 0
     assert not backend.keys()
 
 

@@ -27,6 +27,7 @@ from .broker.pubsub import Listener, PubSub
 from .broker.readiness import Readiness
 from .broker.receipt_store import ReceiptStore
 from .broker.sentinel_replicas import SentinelReplicas
+from .broker.shard_claims import ShardClaims
 from .broker.sharded_pubsub import ShardedPubSub, is_channel
 from .broker.steps import Steps
 from .broker.stream_pages import StreamPages
@@ -120,6 +121,7 @@ class Parts:
     streams: Streams | ClusterStreams
     inlet: StreamInlet
     following: Following
+    shard_claims: ShardClaims | None
     places: Places
     sources: trio.CancelScope  # around the tasks of the two sources
     dead_letters: DeadLetters | None
@@ -370,8 +372,10 @@ def build_parts(
             old_streams=sharding.old_streams,
             on_demoted=on_demoted,
         )
-    # The events of a tenant without clients must reach somebody, too.
-    following = Following(streams, history, sharding, reads_all=reach.watches)
+    following = Following(streams, history, sharding)
+    shard_claims = None
+    if reach.watches and sharding.by_tenant:
+        shard_claims = ShardClaims(commands, following, sharding)
     sources = trio.CancelScope()
     silent = SilentConnections(settings.ws_max_handshakes)
     heads: ConcurrencyLimiter[Opening] = ConcurrencyLimiter(settings.ws_max_handshakes)
@@ -380,6 +384,8 @@ def build_parts(
         if cluster is not None:
             cluster.registry.beat_soon()
         sources.cancel()
+        if shard_claims is not None:
+            shard_claims.stop()
         silent.give_up()
         heads.give_up()
 
@@ -450,6 +456,7 @@ def build_parts(
         streams=streams,
         inlet=inlet,
         following=following,
+        shard_claims=shard_claims,
         places=places,
         sources=sources,
         dead_letters=dead_letters,

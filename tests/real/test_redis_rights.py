@@ -12,6 +12,7 @@ import trio
 from click.testing import CliRunner
 from structlog.testing import capture_logs
 
+from tests.support import receipts
 from tests.support.api_keys import publish, write_keys
 from tests.support.gateways import (
     JWT_SECRET,
@@ -41,8 +42,14 @@ ALL: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _with_api(tmp_path_factory: pytest.TempPathFactory) -> None:
-    ALL["ws_api_keys_file"] = write_keys(tmp_path_factory.mktemp("api"))
+def _with_files(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("files")
+    ALL["ws_api_keys_file"] = write_keys(folder)
+    ALL["ws_routes_file"] = routes = folder / "routes.toml"
+    routes.write_text(
+        '[routes.SERVICE_CALL_CREATED]\nmust_reach = "waiters"\nwithin = 0.1\n'
+        'then = [{to = "floor", within = 0.1}]\n'
+    )
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +66,7 @@ def check(url: str, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
         "WS_CLUSTER": "true",
         "WS_PRESENCE_STREAM": PRESENCE,
         "WS_API_KEYS_FILE": str(ALL["ws_api_keys_file"]),
+        "WS_ROUTES_FILE": str(ALL["ws_routes_file"]),
     }.items():
         monkeypatch.setenv(name, value)
     done = CliRunner().invoke(main, ["check"])
@@ -66,7 +74,7 @@ def check(url: str, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
 
 
 async def works(gateway: Running, backend: "redis.Redis") -> None:
-    """Both sources, tickets, revocations, dead letters and scans."""
+    """Both sources, tickets, revocations, dead letters, scans, and what is set."""
     event = {"type": "ROUND_READY", "tenant_id": 1, "branch_id": 1}
     token = make_jwt(JWT_SECRET, roles=["WAITER"])
     bearer = {"Authorization": f"Bearer {token}"}
@@ -100,12 +108,31 @@ async def works(gateway: Running, backend: "redis.Redis") -> None:
         async with admitted(gateway.staff_url("admin", sub="9")) as admin:
             await admin.send_message('{"type":"watch_presence","branch_id":1}')
             assert len((await receive_event(admin))["users"]) == 2
+    if gateway.app.parts.reach.watches:
+        await has_receipts(gateway, backend)
     if gateway.app.parts.api is not None:
         cart = event | {"type": "CART_SYNC", "session_id": 456}
         added, sent = await publish(gateway.port, [event | {"id": "a"}, cart], "?confirm=all")
         assert added["event_id"] is not None
         assert sent == {"event_id": None}
     assert all(breaker.failures == 0 for breaker in gateway.app.parts.breakers.values())
+
+
+async def has_receipts(gateway: Running, backend: "redis.Redis") -> None:
+    """An event is confirmed, and another one is not."""
+
+    def unheard() -> int:
+        entries: Any = backend.xrange(STREAM)
+        return sum(b'"EVENT_UNHEARD"' in fields[b"data"] for _, fields in entries)
+
+    async with admitted(gateway.staff_url("waiter", sub="30", sector_ids=[5])) as waiter:
+        receipts.publish(backend)
+        event = await receive_event(waiter)
+        await receipts.say(waiter, type="ack", last_event_id=event["event_id"])
+        found = await receipts.receipts(gateway, event["event_id"])
+        assert receipts.numbers(found) == (1, 1, 0)
+    receipts.publish(backend)
+    await until(lambda: unheard() == 2)
 
 
 @pytest.fixture

@@ -112,3 +112,25 @@ async def test_shard_that_was_given_up_before_it_could_be_read_takes_no_room(
             pass
         await trio.sleep(LINGER + 1)
         assert history.expected == {tag("s:{17}")}
+
+
+async def test_stream_that_is_held_is_read_without_clients(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    source = FakeSource()
+    following = Following(source, History(), SHARDED)
+    nursery.start_soon(following.run)
+    following.hold({"s:{17}", "s:{50}"})
+    assert source.followed[-1] == ["s:{17}", "s:{50}"]
+    with following.client_of(ONE):
+        assert following.has_clients("s:{50}")
+    await trio.sleep(2 * LINGER)
+    assert following.names == {"s:{17}", "s:{50}"}
+    with following.client_of(ONE):
+        following.hold(set())
+        await trio.sleep(LINGER - 0.1)
+        assert following.names == {"s:{17}", "s:{50}"}
+        await trio.sleep(0.2)
+        assert following.names == {"s:{50}"}
+    await trio.sleep(LINGER + 0.1)
+    assert following.names == set()

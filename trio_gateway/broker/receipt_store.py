@@ -72,6 +72,11 @@ return #KEYS
 _READ: Final = "return {redis.call('TIME'), redis.call('HGETALL', KEYS[1])}"
 
 
+def key_prefix(name: str) -> str:
+    """What the keys of a stream's events begin with. They are in its slot."""
+    return f"{{{hash_tag(name)}}}:receipts:"
+
+
 class ReceiptStore:
     """Writes and reads receipts. ``names`` are those of the streams, by their tags."""
 
@@ -82,8 +87,8 @@ class ReceiptStore:
 
     def key(self, place: Place) -> str:
         """The key of an event's hash. Raises :exc:`KeyError` for a stream that is not ours."""
-        tag = hash_tag(self._names[place.stream])
-        return f"{{{tag}}}:receipts:{place.stream}:{entry_id(place.position)}"
+        prefix = key_prefix(self._names[place.stream])
+        return f"{prefix}{place.stream}:{entry_id(place.position)}"
 
     async def write(self, changes: Mapping[Place, Change]) -> bool:
         """Write receipts; False if Redis is unavailable: then some may have been written.

@@ -1,6 +1,6 @@
 """The report of ``check``: one line for each result, and how to fix a problem."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
@@ -137,3 +137,16 @@ async def call(redis: "RedisConnection", *words: str | int, unless: tuple[str, .
     if scope.cancelled_caught:
         raise ConnectionLost(f"no answer in {REPLY_TIMEOUT:g} s")
     return reply
+
+
+class Asking:
+    """Sends commands to a server; ``accepted`` are error replies that are as good as a reply."""
+
+    def __init__(self, redis: "RedisConnection", accepted: Sequence[str]) -> None:
+        self._redis = redis
+        self._accepted = tuple(accepted)
+
+    async def call(self, *words: str | int, unless: str | None = None) -> Any:
+        """Raises :exc:`ConnectionLost` for an error reply that is not accepted."""
+        more = () if unless is None else (unless,)
+        return await call(self._redis, *words, unless=self._accepted + more)

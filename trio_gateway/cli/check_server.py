@@ -2,9 +2,10 @@
 
 import secrets
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
-from .check_report import REPLY_TIMEOUT, Report, call
+from .check_receipts import check_receipts
+from .check_report import REPLY_TIMEOUT, Asking, Report
 from .other_shards import find_other_shards
 
 if TYPE_CHECKING:
@@ -22,19 +23,6 @@ _SCHEMES: Final = {
 _ELSEWHERE: Final = (
     "MOVED", "ASK", "CROSSSLOT", "READONLY", "MASTERDOWN", "CLUSTERDOWN", "NOREPLICAS",
 )  # fmt: skip
-
-
-class _Asking:
-    """Sends commands to a server; ``accepted`` are error replies that are as good as a reply."""
-
-    def __init__(self, redis: "RedisConnection", accepted: Sequence[str]) -> None:
-        self._redis = redis
-        self._accepted = tuple(accepted)
-
-    async def call(self, *words: str | int, unless: str | None = None) -> Any:
-        """Raises :exc:`ConnectionLost` for an error reply that is not accepted."""
-        more = () if unless is None else (unless,)
-        return await call(self._redis, *words, unless=self._accepted + more)
 
 
 async def check_server(
@@ -57,7 +45,7 @@ async def check_server(
     try:
         async with open_redis(address, any_role=of_many) as redis:
             report.ok(f"Redis at {address}: connected")
-            asking = _Asking(redis, _ELSEWHERE if of_many else ())
+            asking = Asking(redis, _ELSEWHERE if of_many else ())
             if not await _check_kind(redis, report, of_many=of_many):
                 return
             if of_many:
@@ -66,10 +54,10 @@ async def check_server(
                 await _check_publishers(settings, redis, report)
             await _check_commands(settings, asking, report)
         async with open_redis(address, any_role=of_many) as redis:
-            await _check_subscribing(settings, _Asking(redis, ()), report)
+            await _check_subscribing(settings, Asking(redis, ()), report)
         if RedisUrl.from_url(settings.redis_url).kind is RedisKind.CLUSTER:
             async with open_redis(address, any_role=True) as redis:
-                await _check_sharded(_Asking(redis, ("MOVED", "CLUSTERDOWN")), report)
+                await _check_sharded(Asking(redis, ("MOVED", "CLUSTERDOWN")), report)
     except ConnectionLost as lost:
         report.fail_to_connect(str(lost) if of_many else f"Redis: {lost}")
 
@@ -97,7 +85,7 @@ async def _check_kind(redis: "RedisConnection", report: Report, *, of_many: bool
     return True
 
 
-async def _check_disk(asking: _Asking, report: Report) -> None:
+async def _check_disk(asking: Asking, report: Report) -> None:
     info = await asking.call("INFO", "persistence", unless="NOPERM")
     if isinstance(info, bytes) and b"aof_enabled:0" in info:
         report.warn(
@@ -111,7 +99,7 @@ async def _check_publishers(settings: "Settings", redis: "RedisConnection", repo
         report.warn(found)
 
 
-async def _check_commands(settings: "Settings", asking: _Asking, report: Report) -> None:
+async def _check_commands(settings: "Settings", asking: Asking, report: Report) -> None:
     from ..core.control_messages import placement_channel
     from ..redis_url import RedisUrl
 
@@ -159,13 +147,15 @@ async def _check_commands(settings: "Settings", asking: _Asking, report: Report)
             await asking.call("SET", "gateway:dlq:check", "", "XX")
             # No entry can have this id: an error, and nothing is added.
             await asking.call("XADD", dlq, "0-0", "check", "", unless="greater than 0-0")
+    if settings.routes.tracked_types:
+        await check_receipts(settings, asking, report)
     if settings.has_cluster:
         await _check_cluster_scripts(settings, asking, report)
     if settings.api_keys:
         await _check_publishing(settings.sharding.names, asking, report)
 
 
-async def _check_cluster_scripts(settings: "Settings", asking: _Asking, report: Report) -> None:
+async def _check_cluster_scripts(settings: "Settings", asking: Asking, report: Report) -> None:
     from ..cluster.keys import Keys
     from ..cluster.rights import harmless_calls
     from ..redis_url import RedisKind, RedisUrl
@@ -198,7 +188,7 @@ async def _check_cluster_scripts(settings: "Settings", asking: _Asking, report: 
             )
 
 
-async def _check_publishing(streams: Sequence[str], asking: _Asking, report: Report) -> None:
+async def _check_publishing(streams: Sequence[str], asking: Asking, report: Report) -> None:
     """Whether the API for backends can add events, and wait until replicas have them."""
     pattern = streams[0] if len(streams) == 1 else f"{streams[0].partition(':{')[0]}*"
     with report.trying(
@@ -213,7 +203,7 @@ async def _check_publishing(streams: Sequence[str], asking: _Asking, report: Rep
 
 
 async def _check_streams(
-    asking: _Asking, report: Report, streams: Sequence[str], title: str
+    asking: Asking, report: Report, streams: Sequence[str], title: str
 ) -> None:
     """Whether these streams can be read; ``title`` says which they are."""
     from ..runtime.supervision import ConnectionLost
@@ -239,7 +229,7 @@ async def _check_streams(
         await asking.call("TIME", unless="unknown command")
 
 
-async def _check_subscribing(settings: "Settings", asking: _Asking, report: Report) -> None:
+async def _check_subscribing(settings: "Settings", asking: Asking, report: Report) -> None:
     from ..core.control_messages import REVOKED, own_channel, placement_channel
     from ..redis_url import RedisUrl
 
@@ -258,7 +248,7 @@ async def _check_subscribing(settings: "Settings", asking: _Asking, report: Repo
             await asking.call("SUBSCRIBE", channel)
 
 
-async def _check_sharded(asking: _Asking, report: Report) -> None:
+async def _check_sharded(asking: Asking, report: Report) -> None:
     from ..core.control_messages import REVOKED
 
     with report.trying(

@@ -1,7 +1,7 @@
-"""Following: a process reads the streams of the tenants that have clients here, and no others."""
+"""Following: a process reads the streams of its clients' tenants, and those that it holds."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Final, NoReturn
 
@@ -21,8 +21,8 @@ class Following:
     """Which streams the source reads.
 
     With shards, a stream is read from the first client of its tenants on, and for ``linger``
-    seconds after the last one has left. Without shards, or with ``reads_all``, all streams are
-    always read.
+    seconds after the last one has left, and while it is held (:meth:`hold`). Without shards, all
+    streams are always read.
     """
 
     def __init__(
@@ -32,7 +32,6 @@ class Following:
         sharding: Sharding,
         *,
         linger: float = LINGER,
-        reads_all: bool = False,
     ) -> None:
         self._source = source
         self._history = history
@@ -41,8 +40,9 @@ class Following:
         self._clients: Counter[str] = Counter()  # by stream
         self._left: dict[str, float] = {}  # when the last client left, the longest ago first
         self._idle = trio.lowlevel.ParkingLot()
+        self._held: set[str] = set()
         self.names: set[str] = set()
-        self._by_tenant = sharding.by_tenant and not reads_all
+        self._by_tenant = sharding.by_tenant
         if not self._by_tenant:
             self._follow(sharding.names)
 
@@ -64,8 +64,25 @@ class Following:
                 self._clients[name] -= 1
                 if not self._clients[name]:
                     del self._clients[name]
-                    self._left[name] = trio.current_time()
-                    self._idle.unpark_all()
+                    self._leave(name)
+
+    def has_clients(self, name: str) -> bool:
+        """Whether clients here need this stream."""
+        return name in self._clients
+
+    def hold(self, names: Set[str]) -> None:
+        """Read these streams, too, whether they have clients here or not."""
+        given_up = self._held - names
+        self._held = set(names)
+        self._follow([name for name in self._sharding.names if name in names])
+        for name in given_up:
+            if name not in self._clients:
+                self._leave(name)
+
+    def _leave(self, name: str) -> None:
+        self._left.pop(name, None)  # the longest ago is first
+        self._left[name] = trio.current_time()
+        self._idle.unpark_all()
 
     async def run(self) -> NoReturn:
         """Give up streams without clients; return only when cancelled."""
@@ -74,9 +91,10 @@ class Following:
                 await self._idle.park()
             await trio.sleep_until(next(iter(self._left.values())) + self._linger)
             until = trio.current_time() - self._linger
-            given_up = [name for name, left_at in self._left.items() if left_at <= until]
-            for name in given_up:
+            left = [name for name, left_at in self._left.items() if left_at <= until]
+            for name in left:
                 del self._left[name]
+            given_up = [name for name in left if name not in self._held]
             self.names -= set(given_up)
             # Here, because the source forgets only what it has begun.
             self._history.expected -= set(map(tag, given_up))
