@@ -22,23 +22,34 @@ Script = Callable[["Peer"], Awaitable[None]]
 class Peer:
     """The gateway's end of one socket."""
 
-    def __init__(self, socket: WebSocketConnection, received: list[Any]) -> None:
+    def __init__(
+        self, socket: WebSocketConnection, received: list[Any], confirmed: list[str]
+    ) -> None:
         self._socket = socket
         self.received = received  # messages of the client on all sockets; JSON is decoded
+        self.confirmed = confirmed  # the event ids in its pings
         self.intervals: tuple[float, float] | None = None  # None: an older gateway
+        self.receipts: list[str] | None = None  # the types that it tracks
 
     async def receive(self) -> Any:
         """The next message of the client, except the request for the intervals."""
         while True:
             text = await self._socket.get_message()
-            message = text if text == "ping" else json.loads(text)
+            message: Any = text if text == "ping" else json.loads(text)
+            if message != "ping" and message["type"] == "ping":
+                self.confirmed.append(message["last_event_id"])
+                message = "ping"
             if message != {"type": "intervals"}:
                 self.received.append(message)
                 return message
             if self.intervals is not None:
                 heartbeat, receive = self.intervals
+                receipts = {} if self.receipts is None else {"receipts": self.receipts}
                 await self.send(
-                    type="intervals", heartbeat_timeout=heartbeat, receive_timeout=receive
+                    type="intervals",
+                    heartbeat_timeout=heartbeat,
+                    receive_timeout=receive,
+                    **receipts,
                 )
 
     async def send(self, **message: Any) -> None:
@@ -81,6 +92,7 @@ class FakeGateway:
         self.dialled: list[float] = []  # times of the attempts
         self.headers: list[dict[str, str]] = []
         self.received: list[Any] = []
+        self.confirmed: list[str] = []
         self.abort = lambda: None  # the present stream, without a close frame
 
     async def dial(self) -> trio.abc.Stream:
@@ -99,7 +111,7 @@ class FakeGateway:
                     await request.reject(script)
                 else:
                     socket = await request.accept()
-                    await script(Peer(socket, self.received))
+                    await script(Peer(socket, self.received, self.confirmed))
                 nursery.cancel_scope.cancel()
         except* (ConnectionClosed, trio.BrokenResourceError, trio.ClosedResourceError):
             pass

@@ -611,7 +611,7 @@ async def test_part_of_a_message_extends_the_wait_for_a_pong(autojump_clock: Moc
         dialled.append(trio.current_time())
         async with trio.open_nursery() as serving:
             request = await wrap_server_stream(serving, stream)
-            peer = Peer(await request.accept(), [])
+            peer = Peer(await request.accept(), [], [])
             await peer.admit()
             await peer.receive()  # the ping
             text = make_payload(event_id="1", data="x" * 40_000)

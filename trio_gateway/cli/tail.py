@@ -172,7 +172,7 @@ def _tail(
     async def work() -> None:
         received = 0
         async with connect(
-            url, token, origin=origin, on_state=report_status, on_gap=report_gap
+            url, token, origin=origin, on_state=report_status, on_gap=report_gap, confirm=False
         ) as client:
             try:
                 while received != count:

@@ -15,9 +15,12 @@ from ..core.close_codes import parse_retry_hint
 from ..core.resilience import Backoff
 from .address import Dial, read_address
 from .credential import Credential, NoToken
-from .feed import Feed, Item, Missed, Resumed
+from .feed import Feed, Item, Missed, Repeated, Resumed
+from .newest import Newest
 from .policy import Next, after_status
+from .posting import post
 from .presence import PresenceWatches
+from .receipts import Receipts, Seen
 from .session import Ending, Session, after, broken
 from .transport import Ended, NoUpgrade, WebSocket
 from .values import Event, Gap, Presence, Refused, Status, TokenProvider
@@ -41,6 +44,7 @@ async def connect(
     on_state: Callable[[Status], None] | None = None,
     origin: str | None = None,
     buffer: int = 100,
+    confirm: bool = True,
     ssl_context: ssl.SSLContext | None = None,
     dial: Dial | None = None,
 ) -> AsyncIterator["Client"]:
@@ -58,6 +62,9 @@ async def connect(
         origin: the ``Origin`` header.
         buffer: the number of events that wait here for a slow reader. Further events wait in the
             gateway. If they exceed its limit, it skips those that are not durable, which is a gap.
+        confirm: tell the gateway which events the iteration has returned. False for a program that
+            only watches, so that nobody takes it for somebody who has the events; a reconnect
+            resumes, which tells it nevertheless.
         ssl_context: for ``wss://``; by default the system's certificates.
         dial: opens the stream, for example through a proxy or to a Unix socket.
 
@@ -75,6 +82,7 @@ async def connect(
         on_gap=on_gap,
         on_state=on_state,
         buffer=buffer,
+        confirm=confirm,
     )
     try:
         async with trio.open_nursery() as nursery:
@@ -108,12 +116,15 @@ class Client:
         on_gap: Callable[[Gap], Awaitable[None] | None] | None,
         on_state: Callable[[Status], None] | None,
         buffer: int,
+        confirm: bool,
     ) -> None:
         self._credential, self._feed = credential, feed
         self._host, self._target, self._dial, self._headers = host, target, dial, headers
         self._on_gap, self._on_state = on_gap, on_state
-        self._inbox_in, self._inbox = trio.open_memory_channel[Item](buffer)
-        self._last_event_id = feed.last_event_id
+        # Each item with the receipts of the connection that it came on.
+        self._inbox_in, self._inbox = trio.open_memory_channel[tuple[Receipts, Item]](buffer)
+        self._newest = Newest(feed.last_event_id)
+        self._confirm, self._seen = confirm, Seen()
         self._refusal: Refused | None = None
         self._watches = PresenceWatches()
         self._settled = trio.Event()  # set when first admitted, or refused
@@ -123,8 +134,19 @@ class Client:
 
     @property
     def last_event_id(self) -> str:
-        """The id to resume after, following the events returned so far; store it for restarts."""
-        return self._last_event_id
+        """The id to resume after, of the newest event returned so far. Store it for restarts."""
+        return self._newest.event_id
+
+    def seen(self, event: Event | str) -> None:
+        """Tell the gateway that the application, or its user, has seen this durable event, or the
+        one with this id; at the latest when the gateway can be reached again.
+
+        Raises :exc:`ValueError` for an event without an ``event_id``.
+        """
+        event_id = event if isinstance(event, str) else event.event_id
+        if event_id is None:
+            raise ValueError("an event without event_id cannot be confirmed")
+        self._seen.add(event_id)
 
     async def wait_open(self) -> None:
         """Wait until the gateway has admitted this client for the first time.
@@ -165,16 +187,20 @@ class Client:
         """
         while True:
             try:
-                item = await self._inbox.receive()
+                receipts, item = await self._inbox.receive()
             except trio.EndOfChannel:
                 assert self._refusal is not None
                 raise self._refusal from None
             match item:
                 case Event():
-                    self._last_event_id = item.event_id or self._last_event_id
+                    if item.event_id is not None:
+                        self._newest.advance(item.event_id)
+                        receipts.take(item.type, item.event_id)
                     return item
+                case Repeated(name, event_id):
+                    receipts.take(name, event_id)
                 case Resumed(last_event_id):
-                    self._last_event_id = last_event_id
+                    self._newest = Newest(last_event_id)
                 case Missed(reason):
                     if self._on_gap is not None and isawaitable(called := self._on_gap(reason)):
                         await called
@@ -212,6 +238,11 @@ class Client:
         """Connect, and receive until the connection ends."""
         self._set_status(Status("connecting"))
         stream: trio.abc.Stream | None = None
+        receipts = Receipts(confirm=self._confirm)
+
+        async def pass_on(item: Item) -> None:
+            await self._inbox_in.send((receipts, item))
+
         try:
             with trio.move_on_after(CONNECT_TIMEOUT) as connecting:
                 if (ending := await self._get_token()) is not None:
@@ -222,7 +253,10 @@ class Client:
                     self._feed,
                     self._credential,
                     self._watches,
-                    self._inbox_in.send,
+                    receipts,
+                    self._seen,
+                    pass_on,
+                    self._post_seen,
                 )
                 token = (b"Authorization", b"Bearer " + self._credential.token.encode())
                 await session.open(self._host, self._target, [token, *self._headers])
@@ -248,6 +282,12 @@ class Client:
             self._session = None
             if stream is not None:
                 await trio.aclose_forcefully(stream)
+
+    async def _post_seen(self, event_id: str) -> bool:
+        path = self._target.partition("?")[0].rpartition("/")[0] + "/receipts"
+        headers = [(b"Authorization", b"Bearer " + self._credential.token.encode()), *self._headers]
+        status = await post(self._dial, self._host, path, headers, {"event_id": event_id})
+        return status is not None and status < 429 and status != 401
 
     async def _get_token(self) -> Ending | None:
         try:

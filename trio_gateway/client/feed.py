@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from .newest import Newest
 from .presence import Presences
 from .values import Event, Gap
 
@@ -16,6 +17,14 @@ class Missed:
     """Events may be missing here."""
 
     reason: Gap
+
+
+@dataclass(frozen=True, slots=True)
+class Repeated:
+    """An event that was received before."""
+
+    type: str
+    event_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +43,12 @@ class Renewed:
 
 @dataclass(frozen=True, slots=True)
 class Intervals:
-    """The gateway closes the connection after this silence, in seconds."""
+    """The gateway closes the connection after ``silence`` seconds, and tracks the events of
+    ``receipts``.
+    """
 
     silence: float
+    receipts: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,15 +63,20 @@ class Pong:
     """The answer to a ping."""
 
 
-Item = Event | Missed | Resumed | Renewed | Intervals | Sectors | Presences | Pong
+Item = Event | Repeated | Missed | Resumed | Renewed | Intervals | Sectors | Presences | Pong
 
 
 class Feed:
-    """Reads messages. ``last_event_id`` is the id to resume after: that of the last event read."""
+    """Reads messages."""
 
     def __init__(self, last_event_id: str) -> None:
-        self.last_event_id = last_event_id
-        self._seen: dict[str, None] = {}
+        self._newest = Newest(last_event_id)
+        self._received: dict[str, None] = {}
+
+    @property
+    def last_event_id(self) -> str:
+        """The id to resume after: that of the newest event read."""
+        return self._newest.event_id
 
     def read(self, text: str) -> list[Item]:
         """Parse a message into items, in order; none for an unknown message."""
@@ -72,7 +89,7 @@ class Feed:
             case {"tenant_id": _, "type": str(name)}:
                 return self._read_event(name, message, text)
             case {"type": "resumed", "recovered": recovered, "last_event_id": str(last_event_id)}:
-                self.last_event_id = last_event_id
+                self._newest = Newest(last_event_id)
                 gap: list[Item] = [] if recovered else [Missed("not_recovered")]
                 return [*gap, Resumed(last_event_id)]
             case {"type": "pong"}:
@@ -86,7 +103,10 @@ class Feed:
                 "heartbeat_timeout": int() | float() as heartbeat,
                 "receive_timeout": int() | float() as receive,
             }:
-                return [Intervals(min(heartbeat, receive))]
+                tracked = message.get("receipts")
+                names = tracked if isinstance(tracked, list) else []
+                types = frozenset(each for each in names if isinstance(each, str))
+                return [Intervals(min(heartbeat, receive), types)]
             case {"type": "sectors_updated", "sector_ids": list(ids)}:
                 return [Sectors(tuple(ids))]
             case {"type": "presence", "branch_id": int(branch_id)}:
@@ -97,10 +117,10 @@ class Feed:
         event_id = data.get("event_id")
         if not isinstance(event_id, str):
             return [Event(name, data, text, None)]
-        if event_id in self._seen:
-            return []
-        self._seen[event_id] = None
-        if len(self._seen) > REMEMBERED:
-            del self._seen[next(iter(self._seen))]
-        self.last_event_id = event_id
+        self._newest.advance(event_id)
+        if event_id in self._received:
+            return [Repeated(name, event_id)]
+        self._received[event_id] = None
+        if len(self._received) > REMEMBERED:
+            del self._received[next(iter(self._received))]
         return [Event(name, data, text, event_id)]

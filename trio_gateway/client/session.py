@@ -1,6 +1,5 @@
 """A session: the messages on one WebSocket, from the upgrade to its end."""
 
-import json
 import logging
 import math
 from collections.abc import Awaitable, Callable, Sequence
@@ -10,10 +9,13 @@ from typing import Final
 import trio
 
 from ..core.close_codes import Close
+from .confirming import Confirming
 from .credential import Credential
 from .feed import Feed, Intervals, Item, Pong, Renewed, Resumed, Sectors
+from .messages import message
 from .policy import Next, after_close
 from .presence import Presences, PresenceWatch, PresenceWatches
+from .receipts import Receipts, Seen
 from .transport import Ended, WebSocket
 
 PING_INTERVAL: Final = 25.0  # seconds between two pings; less if the gateway requires it
@@ -47,7 +49,11 @@ class _SectorRequest:
 
 
 class Session:
-    """The session on one WebSocket. ``pass_on`` gives an item to the reader, waiting for room."""
+    """The session on one WebSocket.
+
+    ``pass_on`` gives an item to the reader, waiting for room. ``post_seen`` tells the gateway in a
+    request that an event was seen, and returns whether that succeeded.
+    """
 
     def __init__(
         self,
@@ -55,12 +61,17 @@ class Session:
         feed: Feed,
         credential: Credential,
         watches: PresenceWatches,
+        receipts: Receipts,
+        seen: Seen,
         pass_on: Callable[[Item], Awaitable[None]],
+        post_seen: Callable[[str], Awaitable[bool]],
     ) -> None:
         self._websocket = websocket
         self._feed = feed
         self._credential = credential
         self._watches = watches
+        self._receipts = receipts
+        self._confirming = Confirming(receipts, seen, self._send, post_seen)
         self._pass_on = pass_on
         self._early: list[Item] = []
         self._reading: trio.CancelScope | None = None  # around a receive
@@ -80,9 +91,12 @@ class Session:
         Raises :exc:`Ended` and :exc:`NoUpgrade`.
         """
         await self._websocket.upgrade(host, target, headers)
-        await self._websocket.send(_message("resume", last_event_id=self._feed.last_event_id))
+        await self._websocket.send(message("resume", last_event_id=self._feed.last_event_id))
         while not any(isinstance(item, Resumed) for item in self._early):
             self._early += self._feed.read(await self._websocket.receive())
+        for item in self._early:
+            if isinstance(item, Resumed):
+                self._confirming.begin(item.last_event_id)
         self._credential.admitted()
 
     async def run(self) -> Ending:
@@ -92,10 +106,12 @@ class Session:
             nursery.start_soon(self._send_pings)
             nursery.start_soon(self._renew)
             nursery.start_soon(self._watch_presence)
+            nursery.start_soon(self._confirming.run)
             try:
                 ending = await self._receive()
             except trio.Cancelled:
                 with trio.move_on_after(CLOSE_TIMEOUT, shield=True):
+                    await self._confirming.send_rest()
                     await self._websocket.close()
                 raise
             finally:
@@ -113,7 +129,7 @@ class Session:
         self._requests.append(request)
         try:
             with trio.move_on_after(REPLY_TIMEOUT):
-                if await self._send(_message("refresh_sectors")):
+                if await self._send(message("refresh_sectors")):
                     await request.answered.wait()
                 else:
                     raise ConnectionError("the connection has ended")
@@ -147,7 +163,8 @@ class Session:
                         case Renewed(expires_at):
                             self._credential.renewed(expires_at)
                             self._renewed.set()
-                        case Intervals(silence):
+                        case Intervals(silence, types):
+                            self._confirming.track(types)
                             self._ping_every = min(
                                 PING_INTERVAL, max(MIN_PING_INTERVAL, silence / 2)
                             )
@@ -158,6 +175,8 @@ class Session:
                             self._watches.receive(item)
                         case Pong():
                             self._unanswered = max(0, self._unanswered - 1)
+                            if not self._unanswered:
+                                self._confirming.answered()
                         case _:
                             await self._pass_on(item)
         except Ended as ended:
@@ -181,18 +200,23 @@ class Session:
     async def _send_pings(self) -> None:
         """Send pings, and set a deadline for their answers."""
         began = trio.current_time()
-        if not await self._send(_message("intervals")):
+        if not await self._send(message("intervals")):
             return
         # A gateway of an older version does not answer.
         with trio.move_on_at(began + PING_INTERVAL):
             await self._intervals_known.wait()
         await trio.sleep_until(began + self._ping_every)
-        while await self._send("ping"):
+        while await self._send(self._ping()):
+            self._confirming.pings += 1
             self._unanswered += 1
             # While the reader is slow nothing is received, so no deadline is set.
             if self._reading is not None:
                 self._reading.deadline = trio.current_time() + REPLY_TIMEOUT
             await trio.sleep(self._ping_every)
+
+    def _ping(self) -> str:
+        last = self._receipts.last_event_id
+        return message("ping", last_event_id=last) if last else "ping"
 
     async def _renew(self) -> None:
         """Renew the credential in place before it expires."""
@@ -208,7 +232,7 @@ class Session:
             if token is None:
                 continue
             self._renewed = trio.Event()
-            if not await self._send(_message("auth", token=token)):
+            if not await self._send(message("auth", token=token)):
                 return
             with trio.move_on_after(REPLY_TIMEOUT):
                 await self._renewed.wait()
@@ -224,7 +248,7 @@ class Session:
             names = [("unwatch_presence", each) for each in ended]
             names += [("watch_presence", each) for each in begun]
             for name, branch_id in names:
-                if not await self._send(_message(name, branch_id=branch_id)):
+                if not await self._send(message(name, branch_id=branch_id)):
                     return
             asked = wanted
             await changed.wait()
@@ -249,7 +273,3 @@ def after(ended: Ended, credential: Credential) -> Ending:
     if following is Next.RENEW:
         credential.refused(ended.code, ended.reason)
     return Ending(ended.code, ended.reason, following)
-
-
-def _message(name: str, **keys: str | int) -> str:
-    return json.dumps({"type": name, **keys})

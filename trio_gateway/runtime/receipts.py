@@ -168,14 +168,15 @@ class ReceiptLog:
         if place is None:
             self.ignored += 1
             return
-        connection.confirmed_id = event_id
         left: deque[Sent] = deque(maxlen=MOST_UNCONFIRMED)
+        is_newest = True
         for sent in connection.unconfirmed or ():
             stream, named = sent.tracked.place
             if stream == place.stream and (
                 sent.position <= place.position or named == place.position
             ):
                 self._reach(connection, sent.tracked, State.DELIVERED)
+                is_newest = is_newest and sent.position <= place.position
                 if connection.confirmed is None:
                     connection.confirmed = deque(maxlen=_MOST_CONFIRMED)
                 connection.confirmed.append(sent)
@@ -183,6 +184,8 @@ class ReceiptLog:
                 left.append(sent)
         if connection.unconfirmed is not None:
             connection.unconfirmed = left
+        if is_newest:  # an escalated event is not: the client's pings name a later one
+            connection.confirmed_id = event_id
 
     def see(self, connection: Connection, event_id: str) -> None:
         """The application of a client has confirmed this event."""

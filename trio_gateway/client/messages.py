@@ -1,0 +1,8 @@
+"""The messages that the client sends."""
+
+import json
+
+
+def message(name: str, **keys: str | int) -> str:
+    """A message of this type."""
+    return json.dumps({"type": name, **keys})
