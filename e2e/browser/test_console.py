@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 import redis
@@ -30,8 +31,13 @@ def backend(redis_url: str) -> Iterator["redis.Redis"]:
 
 
 @pytest.fixture(scope="module")
-def gateway(redis_url: str) -> Iterator[GatewayProcess]:
-    with serving(redis_url, WS_CONSOLE_TOKENS="true", WS_CLUSTER="true") as found:
+def gateway(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
+    routes = tmp_path_factory.mktemp("routes") / "routes.toml"
+    routes.write_text("[routes.SERVICE_CALL_CREATED]\nreceipt = true\n")
+    settings = {
+        "WS_CONSOLE_TOKENS": "true", "WS_CLUSTER": "true", "WS_ROUTES_FILE": str(routes),
+    }  # fmt: skip
+    with serving(redis_url, **settings) as found:
         yield found
 
 
@@ -94,6 +100,31 @@ def test_published_sample_is_received(page: Page) -> None:
     page.locator("#event").fill("{")
     page.get_by_role("button", name="Publish").click()
     expect(page.locator("#published")).to_have_text("not valid JSON")
+
+
+def test_event_with_receipts_can_be_confirmed_by_keyboard(
+    page: Page, backend: "redis.Redis", gateway: GatewayProcess
+) -> None:
+    join(page, "waiter")
+    page.set_viewport_size({"width": 375, "height": 700})
+    log = page.get_by_role("log")
+    publish(backend, "untracked")
+    publish(backend, "tracked", type="SERVICE_CALL_CREATED")
+    button = log.get_by_role("button", name="Seen: SERVICE_CALL_CREATED")
+    button.focus()
+    page.keyboard.press("Enter")
+    expect(button).to_be_disabled()
+    expect(log.get_by_role("button")).to_have_count(1)
+    (event_id,) = re.findall(r"^.* seen ([\w-]+)$", log.inner_text(), re.MULTILINE)
+    token = make_jwt(JWT_SECRET, roles=["ADMIN"])
+    url = f"{gateway.url}/ws/receipts?event_id={event_id}&token={token}"
+
+    def states() -> set[tuple[str, str]]:
+        with urlopen(url) as reply:
+            return {(each["endpoint"], each["state"]) for each in json.load(reply)["by"]}
+
+    # The page has a connection as an admin, too, which shows events to nobody.
+    until(lambda: states() == {("waiter", "seen"), ("admin", "written")})
 
 
 def test_page_reports_a_lost_gateway_reconnects_and_resumes(

@@ -117,6 +117,12 @@ export interface Options {
   onRefused?: (ending: Ending) => void;
   /** The token provider threw an exception or rejected. */
   onError?: (error: unknown) => void;
+  /**
+   * Whether the gateway is told of what `onEvent` was called with: `false` for a page that only watches, so
+   * that nobody takes it for somebody who has the events. A reconnect resumes, which tells it nevertheless.
+   * Default: true
+   */
+  confirm?: boolean;
   /** Position to resume from: an earlier page's `gateway.lastEventId`. */
   lastEventId?: string;
   /** The page that it belongs to. Default: this page; null: none (as under Node). */
@@ -144,7 +150,10 @@ type Listen = Parameters<EventTarget["addEventListener"]>;
 /** A connection that outlives its sockets: it opens another one whenever a socket ends. */
 export interface Gateway extends EventTarget {
   readonly state: State;
-  /** Position to resume from; empty until the client was first admitted. It may be stored at any time. */
+  /**
+   * Position to resume from: the newest event, not the last one, which may be older. Empty until the client
+   * was first admitted. It may be stored at any time.
+   */
   readonly lastEventId: string;
   /** Ask the gateway to look up this waiter's sectors now. Rejects if no answer comes in time. */
   refreshSectors(): Promise<number[]>;
@@ -154,6 +163,11 @@ export interface Gateway extends EventTarget {
    * each reconnect. Returns a function that ends it. It may be called in any state.
    */
   watchPresence(branchId: number, onPresence: (presence: Presence) => void): () => void;
+  /**
+   * The user has seen this durable event (or the one with this id): tell the gateway, at the latest when it
+   * can be reached again. A TypeError for an event without `event_id`.
+   */
+  seen(event: GatewayEvent | string): void;
   /** Send a message of your own, an object as JSON. Throws unless the state is `open`. */
   send(message: object | string): void;
   /** Drop the socket and resume on another one: at once, or after the wait that the gateway asked for. */

@@ -29,6 +29,11 @@ const MAX_CLOCK_ERROR = 660; // seconds; how far a clock may be behind, until th
 const MIN_RENEWAL_INTERVAL = { known: 0.1, unknown: 10 };
 const RENEWAL_RETRY = 30; // seconds between calls of the provider, after the assumed expiry
 const REMEMBERED_IDS = 1000; // event ids
+const ACK_DELAY = 0.15; // seconds in which events are collected for one ack; it is due after 0.2
+const MOST_ACKS = 100; // ids to be acknowledged; more than one only if events were escalated
+const SEEN_INTERVAL = 0.1; // seconds between two messages, because the gateway's rate limit counts them
+const SEEN_AT_END = 10; // such messages that are sent at once when the connection is closed
+const EVENT_ID = /^(\d+)-(\d+)-([0-9a-f]{4})$/; // milliseconds, sequence number, tag of the stream
 const MAX_TIMER = 2 ** 31 - 1; // milliseconds; browsers run longer timers at once
 
 /** @type {typeof import("./client.d.ts").afterClose} */
@@ -109,6 +114,33 @@ class Lifetime {
   }
 }
 
+/** The newest event of each stream. */
+class Newest {
+  /** Milliseconds and sequence number, by stream. @type {Map<string, [bigint, bigint]>} */
+  #places = new Map();
+
+  /** @param {string} position an event id, or several with dots between them */
+  constructor(position) {
+    for (const id of position.split(".")) this.advance(id);
+  }
+
+  /**
+   * Note an event; false if it is not newer than those before it: it came again, or it was escalated
+   * and is older. What is no id of the gateway counts as newer.
+   *
+   * @param {string} id
+   */
+  advance(id) {
+    const found = EVENT_ID.exec(id);
+    if (!found) return true;
+    const [milliseconds, sequence] = [BigInt(found[1]), BigInt(found[2])];
+    const [before, last] = this.#places.get(found[3]) ?? [-1n, -1n];
+    if (milliseconds < before || (milliseconds === before && sequence <= last)) return false;
+    this.#places.set(found[3], [milliseconds, sequence]);
+    return true;
+  }
+}
+
 /** Who is present in a branch: the last whole state that the gateway sent, with the changes since. */
 class PresenceWatch {
   #branchId;
@@ -143,6 +175,11 @@ class PresenceWatch {
     return { branchId: this.#branchId, users, sessions };
   }
 }
+
+/** @param {Map<string, unknown>} ids */
+const forgetOldest = (ids) => {
+  if (ids.size > REMEMBERED_IDS) ids.delete(/** @type {string} */ (ids.keys().next().value));
+};
 
 /** @param {PresentUser | PresentSession} item */
 const presenceKey = (item) =>
@@ -200,8 +237,19 @@ class Connection extends EventTarget {
   /** Seconds that it has for the next message while a ping is unanswered. */
   #patience = 0;
   #lastEventId;
-  /** @type {Set<string>} */
-  #seenIds = new Set();
+  #newest = new Newest("");
+  /** The events that came last: their ids, and on which attempt's connection. @type {Map<string, number>} */
+  #received = new Map();
+  /** Types whose events are to be acknowledged; null until the gateway has said which. @type {Set<string> | null} */
+  #tracked = null;
+  /** Event ids to be acknowledged, in the order they came. @type {string[]} */
+  #acks = [];
+  /**
+   * Events that the application has seen and that the gateway may not know of: how many pings had been
+   * sent before it was told, null if it was not told on this connection. @type {Map<string, number | null>}
+   */
+  #seen = new Map();
+  #pings = 0;
   /** @type {{ resolve: (sectors: number[]) => void, reject: (error: Error) => void }[]} */
   #sectorRequests = [];
   /** By branch. @type {Map<number, PresenceWatch>} */
@@ -279,6 +327,15 @@ class Connection extends EventTarget {
     };
   }
 
+  /** @param {GatewayEvent | string} event */
+  seen(event) {
+    const id = typeof event === "string" ? event : event.event_id;
+    if (typeof id !== "string") throw new TypeError("an event without event_id cannot be confirmed");
+    this.#seen.set(id, null);
+    forgetOldest(this.#seen);
+    if (!this.#timers.has("seen")) this.#tellSeen(1);
+  }
+
   /** @param {object | string} message */
   send(message) {
     if (this.#state !== "open") throw new Error(`not connected: ${this.#state}`);
@@ -287,12 +344,14 @@ class Connection extends EventTarget {
 
   reconnect() {
     if (this.#ended) return;
+    this.#sendReceipts();
     const wait = this.#remainingWait;
     if (wait > 0) this.#retryLater(wait);
     else this.#connect();
   }
 
   close() {
+    this.#sendReceipts();
     this.#finish("closed");
     this.#listenerAbort.abort();
   }
@@ -321,6 +380,7 @@ class Connection extends EventTarget {
     });
     onPage("online", () => this.#checkConnection());
     onPage("pageshow", () => this.#checkConnection());
+    onPage("pagehide", () => this.#sendReceipts());
     onPage("visibilitychange", () => {
       this.#updateWaker();
       if (!this.#hidden) this.#checkConnection();
@@ -487,6 +547,8 @@ class Connection extends EventTarget {
     this.#tokenRefused = false;
     this.#ignoreOffline = this.#page?.navigator?.onLine === false;
     this.#pingInterval = this.#timings.ping;
+    this.#newest = new Newest(this.#lastEventId);
+    this.#tracked = null;
     this.#schedulePing();
     this.#scheduleRenewal(false);
     this.#sendMessage({ type: "intervals" });
@@ -532,6 +594,7 @@ class Connection extends EventTarget {
         this.#settleSectorRequests(message.sector_ids);
         break;
       case "intervals":
+        this.#track(message);
         this.#applyIntervals(message);
         break;
       case "presence":
@@ -552,18 +615,89 @@ class Connection extends EventTarget {
   /** @param {GatewayEvent} event @param {string} text */
   #receiveEvent(event, text) {
     const id = event.event_id;
-    if (typeof id === "string") {
-      if (this.#seenIds.has(id)) return;
-      this.#seenIds.add(id);
-      if (this.#seenIds.size > REMEMBERED_IDS) {
-        for (const oldest of this.#seenIds) {
-          this.#seenIds.delete(oldest);
-          break;
-        }
-      }
-      this.#lastEventId = id;
+    if (typeof id !== "string") return this.#emit("event", { event, text });
+    const isNewer = this.#newest.advance(id);
+    if (isNewer) this.#lastEventId = id;
+    const isRepeated = this.#received.has(id);
+    this.#received.set(id, this.#attempt);
+    forgetOldest(this.#received);
+    const attempt = this.#attempt;
+    if (!isRepeated) this.#emit("event", { event, text });
+    // The listeners have returned. One of them may have ended this connection.
+    if (attempt === this.#attempt) this.#acknowledge(event.type, id, isNewer);
+  }
+
+  // Receipts: what the application has received and seen
+
+  /**
+   * The gateway says which types it tracks; one of an older version does not.
+   *
+   * @param {{ receipts?: unknown }} message
+   */
+  #track({ receipts }) {
+    this.#tracked = new Set(Array.isArray(receipts) ? receipts : []);
+    this.#sendAcks();
+    this.#tellSeen(1);
+  }
+
+  /**
+   * An ack is also for the events before it in the stream, and for those that the gateway sent before
+   * it. One that is older than others, because it was escalated, needs an ack of its own.
+   *
+   * @param {string} type @param {string} id @param {boolean} isNewer
+   */
+  #acknowledge(type, id, isNewer) {
+    if (this.#options.confirm === false || !EVENT_ID.test(id)) return;
+    if (this.#tracked && !this.#tracked.has(type)) return;
+    const others = this.#acks.filter((each) => each !== id && !(isNewer && each.slice(-4) === id.slice(-4)));
+    this.#acks = [...others, id].slice(-MOST_ACKS);
+    if (!this.#tracked) return; // until the gateway has said what it tracks
+    if (this.#hidden) this.#sendAcks(); // browsers delay the timers of a hidden page
+    else if (!this.#timers.has("ack")) this.#setTimer("ack", () => this.#sendAcks(), ACK_DELAY);
+  }
+
+  #sendAcks() {
+    if (!this.#tracked) return;
+    this.#clearTimer("ack");
+    const acks = this.#acks.splice(0);
+    if (this.#tracked.size) for (const id of acks) this.#sendMessage({ type: "ack", last_event_id: id });
+  }
+
+  /** @param {number} most events of which the gateway is told now; of the others a moment later */
+  #tellSeen(most) {
+    if (this.#state !== "open" || !this.#tracked) return;
+    if (!this.#tracked.size) return this.#seen.clear();
+    const untold = [...this.#seen].filter(([, pings]) => pings === null).slice(0, most);
+    for (const [id] of untold) {
+      const isOfThisConnection = this.#received.get(id) === this.#attempt;
+      this.#seen.set(id, isOfThisConnection ? this.#pings : Infinity);
+      if (isOfThisConnection) this.#sendMessage({ type: "seen", event_id: id });
+      else this.#postSeen(id);
     }
-    this.#emit("event", { event, text });
+    if (untold.length) this.#setTimer("seen", () => this.#tellSeen(1), SEEN_INTERVAL);
+  }
+
+  /** Of an event of an earlier connection a message would be ignored. @param {string} id */
+  async #postSeen(id) {
+    const url = new URL("receipts", this.#url);
+    url.protocol = url.protocol.replace("ws", "http");
+    try {
+      const { status } = await fetch(url, {
+        method: "POST",
+        headers: { Authorization: `Bearer ${this.#token}`, "Content-Type": "application/json" },
+        body: JSON.stringify({ event_id: id }),
+        keepalive: true,
+      });
+      if (status < 429 && status !== 401) this.#seen.delete(id); // else again on the next connection
+    } catch {
+      // no network
+    }
+  }
+
+  /** Before the connection ends, send what waits. */
+  #sendReceipts() {
+    this.#sendAcks();
+    this.#tellSeen(SEEN_AT_END);
   }
 
   /** @param {{ branch_id: number }} message */
@@ -611,9 +745,11 @@ class Connection extends EventTarget {
   #ping(short) {
     this.#patience = short ? this.#timings.shortPatience : this.#timings.patience;
     this.#unanswered++;
+    this.#pings++;
     this.#clearTimer("ping");
     this.#awaitPong();
-    this.#socket?.send("ping");
+    if (!this.#lastEventId || this.#options.confirm === false) this.#socket?.send("ping");
+    else this.#sendMessage({ type: "ping", last_event_id: this.#lastEventId });
   }
 
   #awaitPong() {
@@ -638,6 +774,8 @@ class Connection extends EventTarget {
    */
   #receiveAnswer(isPong) {
     if (isPong && this.#unanswered === 1) {
+      // The gateway has read what was sent before the ping.
+      for (const [id, pings] of this.#seen) if (pings !== null && pings < this.#pings) this.#seen.delete(id);
       this.#schedulePing();
       return;
     }
@@ -718,6 +856,8 @@ class Connection extends EventTarget {
     this.#attempt++;
     for (const name of this.#timers.keys()) this.#clearTimer(name);
     this.#unanswered = 0;
+    this.#acks = [];
+    for (const id of this.#seen.keys()) this.#seen.set(id, null);
     const socket = this.#socket;
     this.#socket = null;
     if (!socket) return;

@@ -4,7 +4,9 @@ import assert from "node:assert/strict";
 import { after, afterEach, beforeEach, test } from "node:test";
 import { setTimeout as sleep } from "node:timers/promises";
 
-import { Gateway, connections, publish, staffToken } from "./gateway.js";
+import {
+  Gateway, connections, publish, staffToken, tableToken, trackedRoutes, untilReceipts,
+} from "./gateway.js";
 
 const gateway = new Gateway();
 beforeEach(() => gateway.start());
@@ -15,8 +17,8 @@ const sources = [];
 afterEach(() => sources.splice(0).forEach((source) => source.close()));
 
 /** @param {string} token */
-const listen = (token) => {
-  const url = gateway.url("waiter").replace("ws:", "http:");
+const listen = (token, to = gateway) => {
+  const url = to.url("waiter").replace("ws:", "http:");
   const source = new EventSource(`${url}/events?last_event_id=&token=${token}`);
   sources.push(source);
   /** @type {any[]} */
@@ -63,4 +65,30 @@ test("an EventSource that is refused does not reconnect", async () => {
   await sleep(100);
   assert.deepEqual(received, []);
   assert.equal(await connections(gateway), 0);
+});
+
+test("a page with an EventSource confirms over HTTP what it has received and its user has seen", async () => {
+  const tracking = new Gateway({ WS_ROUTES_FILE: await trackedRoutes() });
+  await tracking.start();
+  try {
+    const { received } = listen(staffToken(), tracking);
+    await until(() => received.length);
+    for (const id of ["a", "b"]) await publish({ type: "SERVICE_CALL_CREATED", id });
+    await until(() => received.length === 3);
+    const [, a, b] = received.map(({ event_id }) => event_id);
+    /** @param {object} body @param {string} token */
+    const confirm = async (body, token) => {
+      const headers = { Authorization: `Bearer ${token}`, "Content-Type": "application/json" };
+      return (await tracking.http("/ws/receipts", { method: "POST", headers, body: JSON.stringify(body) })).status;
+    };
+    assert.equal(await confirm({ last_event_id: b }, tableToken()), 204); // somebody who was not sent it
+    await untilReceipts(tracking, b, [1, 0, 0]);
+    assert.equal(await confirm({ last_event_id: b }, staffToken()), 204);
+    await untilReceipts(tracking, a, [1, 1, 0]);
+    await untilReceipts(tracking, b, [1, 1, 0]);
+    assert.equal(await confirm({ event_id: a }, staffToken()), 204);
+    await untilReceipts(tracking, a, [1, 1, 1]);
+  } finally {
+    await tracking.stop("SIGKILL");
+  }
 });

@@ -6,6 +6,9 @@ import { connect } from "../../../trio_gateway/static/client.js";
 
 /** @typedef {import("../../../trio_gateway/static/client.js").Options} Options */
 
+/** @param {string | undefined} text */
+export const isPing = (text) => text === "ping" || Boolean(text?.startsWith('{"type":"ping"'));
+
 export class FakeWebSocket {
   /** @type {FakeWebSocket[]} */
   static all = [];
@@ -55,10 +58,13 @@ export class FakeWebSocket {
     this.onmessage?.({ data: JSON.stringify(message) });
   }
 
+  get pings() {
+    return this.sent.filter(isPing);
+  }
+
   /** Answer each ping that has no answer yet. */
   answerPings() {
-    const pings = this.sent.filter((text) => text === "ping").length;
-    while (this.#pongs < pings) {
+    while (this.#pongs < this.pings.length) {
       this.#pongs++;
       this.receive({ type: "pong" });
     }

@@ -7,7 +7,11 @@ import assert from "node:assert/strict";
 import { spawn } from "node:child_process";
 import { createHmac, randomUUID } from "node:crypto";
 import { once } from "node:events";
+import { mkdtemp, writeFile } from "node:fs/promises";
 import { createConnection, createServer } from "node:net";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { setTimeout as sleep } from "node:timers/promises";
 
 const { TEST_REDIS_URL, TEST_PYTHON, TEST_JWT_SECRET, TEST_TABLE_SECRET } = process.env;
 assert(TEST_REDIS_URL && TEST_PYTHON && TEST_JWT_SECRET && TEST_TABLE_SECRET, "use tests/clients/run.py");
@@ -78,6 +82,28 @@ const freePort = async () => {
 export const connections = async (gateway) =>
   (await (await gateway.http("/ws/health")).json()).connections.total;
 
+/**
+ * Wait until the receipts of an event have these numbers.
+ *
+ * @param {Gateway} gateway @param {string} eventId @param {[number, number, number]} numbers
+ */
+export const untilReceipts = async (gateway, eventId, numbers) => {
+  const token = staffToken({ sub: "9", roles: ["MANAGER"] });
+  for (const end = Date.now() + 10_000; ; await sleep(20)) {
+    const response = await gateway.http(`/ws/receipts?event_id=${eventId}&token=${token}`);
+    const { written, delivered, seen } = await response.json();
+    if (`${[written, delivered, seen]}` === `${numbers}`) return;
+    assert.ok(Date.now() < end, `${[written, delivered, seen]} instead of ${numbers}`);
+  }
+};
+
+/** A file of routes in which service calls are tracked. */
+export const trackedRoutes = async () => {
+  const file = join(await mkdtemp(join(tmpdir(), "routes-")), "routes.toml");
+  await writeFile(file, "[routes.SERVICE_CALL_CREATED]\nreceipt = true\n");
+  return file;
+};
+
 /** One gateway process at a time, always on the same port. */
 export class Gateway {
   /** @type {import("node:child_process").ChildProcess | undefined} */
@@ -97,9 +123,9 @@ export class Gateway {
     return `ws://127.0.0.1:${this.#port}/ws/${endpoint}`;
   }
 
-  /** @param {string} path */
-  http(path) {
-    return fetch(`http://127.0.0.1:${this.#port}${path}`);
+  /** @param {string} path @param {RequestInit} [options] */
+  http(path, options) {
+    return fetch(`http://127.0.0.1:${this.#port}${path}`, options);
   }
 
   get pid() {

@@ -7,7 +7,9 @@ import { setTimeout as sleep } from "node:timers/promises";
 
 import { connect } from "../../../trio_gateway/static/client.js";
 import { FakePage } from "./fakes.js";
-import { Gateway, STREAM, Calls, command, connections, publish, staffToken, tableToken } from "./gateway.js";
+import {
+  Gateway, STREAM, Calls, command, connections, publish, staffToken, tableToken, trackedRoutes, untilReceipts,
+} from "./gateway.js";
 
 /** @typedef {import("../../../trio_gateway/static/client.js").Options} Options */
 
@@ -319,5 +321,27 @@ test("presence is that of all gateways, and is told again after a reconnect", as
     await until("456", "admin 3");
   } finally {
     await Promise.all([first.stop("SIGKILL"), second.stop("SIGKILL")]);
+  }
+});
+
+test("the gateway knows what the client has received and what its user has seen", async () => {
+  const tracking = new Gateway({ WS_ROUTES_FILE: await trackedRoutes() });
+  await tracking.start();
+  try {
+    const { calls, client } = start({ url: tracking.url("waiter"), timings: QUICK });
+    await calls.admitted();
+    for (const id of ["a", "b"]) await publish({ type: "SERVICE_CALL_CREATED", id });
+    await calls.until(() => ids(calls).length === 2);
+    const [a, b] = calls.of("event");
+    await untilReceipts(tracking, a.event_id, [1, 1, 0]);
+    await untilReceipts(tracking, b.event_id, [1, 1, 0]);
+    client.seen(a);
+    await untilReceipts(tracking, a.event_id, [1, 1, 1]);
+    client.reconnect();
+    await calls.admitted(2);
+    client.seen(b.event_id);
+    await untilReceipts(tracking, b.event_id, [1, 1, 1]);
+  } finally {
+    await tracking.stop("SIGKILL");
   }
 });
