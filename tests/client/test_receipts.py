@@ -9,7 +9,6 @@ import trio
 from trio.testing import MockClock
 
 from trio_gateway.client import Client, connect
-from trio_gateway.client.newest import Newest
 from trio_gateway.testing import make_payload
 
 from .fakes import FakeGateway, Peer, Script, fake_gateway
@@ -292,22 +291,3 @@ async def test_seen_is_not_told_again_after_a_pong(autojump_clock: MockClock) ->
         await trio.sleep(60)
     assert sent(gateway, "seen") == [at(1)]
     assert len(gateway.dialled) == 2
-
-
-def test_positions_are_compared_as_numbers_and_in_their_own_stream() -> None:
-    newest = Newest(at(9))
-    order = [
-        at(10),
-        at(2**60),
-        "999-5-4723",
-        at(1, "0abc"),
-        at(11),
-        "own id of a backend",
-        at(1, "0abc"),
-    ]
-    assert [newest.advance(each) for each in order] == [
-        True, True, False, True, False, True, False,
-    ]  # fmt: skip
-    assert newest.event_id == "own id of a backend"
-    several = Newest(f"{at(2)}.{at(5, '0abc')}")
-    assert [several.advance(each) for each in (at(2), at(4, "0abc"), at(3))] == [False, False, True]

@@ -11,7 +11,7 @@ from trio_gateway.core.close_codes import Close
 from trio_gateway.core.event_ids import Position, event_id, tag
 from trio_gateway.core.frames import PING_FRAME, PONG, frame, text_frame
 from trio_gateway.core.messages import GAP, resumed
-from trio_gateway.core.sse import HELLO, as_events, close_event
+from trio_gateway.core.sse import HELLO, EventWriter, close_event
 from trio_gateway.testing import make_event
 
 STREAM = tag("events:critical")
@@ -22,8 +22,12 @@ def parsed(data: bytes) -> list[Message]:
     return Parser().feed(data)
 
 
-def durable(**keys: object) -> bytes:
-    position = Position((1790000000000, 7))
+def as_events(data: bytes) -> bytes:
+    return EventWriter().convert(data)
+
+
+def durable(number: int = 7, **keys: object) -> bytes:
+    position = Position((1790000000000, number))
     return make_event(stream=STREAM, position=position, **keys).frame  # type: ignore[arg-type]
 
 
@@ -41,6 +45,17 @@ def test_durable_event_sets_the_last_event_id_and_later_messages_do_not_change_i
     messages = parsed(as_events(durable() + text_frame(GAP)))
     assert [m.last_event_id for m in messages] == [ID, ID]
     assert messages[0].json["event_id"] == ID
+
+
+def test_event_that_is_older_than_others_leaves_the_last_event_id_unchanged() -> None:
+    writer, parser = EventWriter(), Parser()
+    data = writer.convert(durable(6)) + writer.convert(durable(7) + durable(5) + durable(8))
+    last = [message.last_event_id.split("-")[1] for message in parser.feed(data)]
+    assert last == ["6", "7", "7", "8"]
+    back = resumed(recovered=False, count=0, last_event_id=event_id(STREAM, Position((1, 0))))
+    data = writer.convert(text_frame(back) + durable(3))
+    last = [message.last_event_id for message in parser.feed(data)]
+    assert last == ["1-0-4723", "1790000000000-3-4723"]
 
 
 @pytest.mark.parametrize("recovered", [True, False])

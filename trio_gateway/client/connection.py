@@ -12,11 +12,11 @@ from typing import Final, Self
 import trio
 
 from ..core.close_codes import parse_retry_hint
+from ..core.newest import Newest
 from ..core.resilience import Backoff
 from .address import Dial, read_address
 from .credential import Credential, NoToken
 from .feed import Feed, Item, Missed, Repeated, Resumed
-from .newest import Newest
 from .policy import Next, after_status
 from .posting import post
 from .presence import PresenceWatches

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from .newest import Newest
+from ..core.newest import Newest
 from .presence import Presences
 from .values import Event, Gap
 

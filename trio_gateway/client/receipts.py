@@ -4,7 +4,7 @@ from typing import Final
 
 import trio
 
-from .newest import Newest, is_event_id
+from ..core.newest import Newest, is_event_id
 
 _REMEMBERED: Final = 1000  # event ids
 _MOST_ACKS: Final = 100  # more than one only if events were escalated

@@ -13,7 +13,7 @@ from ..core.audiences import Endpoint
 from ..core.client_request import ClientRequest
 from ..core.close_codes import RETRY_AFTER, Close, Rejected, parse_retry_hint
 from ..core.frames import boundary
-from ..core.sse import HELLO, MEDIA_TYPE, as_events, close_event
+from ..core.sse import HELLO, MEDIA_TYPE, EventWriter, close_event
 from ..runtime.socket import LINGER, Disconnected, ProtocolViolation
 from .asgi import abort_of, measures_progress, traffic_of
 
@@ -62,6 +62,7 @@ class EventStream:
         self._receive = receive
         self._send = send
         self._start = _start(200, _STREAM_HEADERS)
+        self._writer = EventWriter()
         self._reset = abort_of(scope)
         self.is_plain = False  # the response begins with the first receive
         self.measures_progress = measures_progress(scope)
@@ -85,7 +86,7 @@ class EventStream:
         data = head()
         if not self.measures_progress:  # one event has one deadline
             data = data[: boundary(data, 1)]
-        await self._write(as_events(data))
+        await self._write(self._writer.convert(data))
         return len(data)
 
     async def receive(self) -> NoReturn:

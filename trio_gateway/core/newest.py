@@ -1,6 +1,6 @@
 """The newest event of each stream, and the id to resume after."""
 
-from ..core.event_ids import START, Position, Stream, read_cursor
+from .event_ids import START, Position, Stream, read_cursor
 
 
 class Newest:
