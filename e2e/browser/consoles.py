@@ -11,13 +11,17 @@ expect.set_options(timeout=10_000)
 
 
 @contextmanager
-def console(browser: Browser, gateway: GatewayProcess) -> Iterator[Page]:
-    """The open console; at the end it must have logged no error and called no other server."""
+def console(
+    browser: Browser, gateway: GatewayProcess, expected: str = "ERR_CONNECTION"
+) -> Iterator[Page]:
+    """The open console; at the end it must have called no other server, and have logged no errors
+    but those with this text.
+    """
     errors: list[str] = []
     requested: set[str] = set()
 
     def record(message: ConsoleMessage) -> None:
-        refused = "WebSocket connection" in message.text or "ERR_CONNECTION" in message.text
+        refused = "WebSocket connection" in message.text or expected in message.text
         if message.type in {"error", "warning"} and not refused:  # while the gateway is down
             errors.append(message.text)
 

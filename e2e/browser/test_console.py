@@ -21,7 +21,7 @@ from .consoles import console
 from .gateways import is_ready, serving, until
 
 pytestmark = pytest.mark.browser
-TABS = ["Live", "Who is connected", "Playground", "Who receives this?"]
+TABS = ["Live", "Who is connected", "Playground", "Was it received?", "Who receives this?"]
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_event_with_receipts_can_be_confirmed_by_keyboard(
     button.focus()
     page.keyboard.press("Enter")
     expect(button).to_be_disabled()
-    expect(log.get_by_role("button")).to_have_count(1)
+    expect(log.get_by_role("button", name="Seen")).to_have_count(1)
     (event_id,) = re.findall(r"^.* seen ([\w-]+)$", log.inner_text(), re.MULTILINE)
     token = make_jwt(JWT_SECRET, roles=["ADMIN"])
     url = f"{gateway.url}/ws/receipts?event_id={event_id}&token={token}"
