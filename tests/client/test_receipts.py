@@ -291,3 +291,33 @@ async def test_seen_is_not_told_again_after_a_pong(autojump_clock: MockClock) ->
         await trio.sleep(60)
     assert sent(gateway, "seen") == [at(1)]
     assert len(gateway.dialled) == 2
+
+
+async def test_request_that_failed_is_repeated_after_the_next_pong(
+    autojump_clock: MockClock,
+) -> None:
+    requests: list[float] = []
+    answers = [
+        b"HTTP/1.1 503 Service Unavailable\r\n\r\n",
+        b"SSH-2.0-x\r\n",
+        b"",
+        None,
+        b"HTTP/1.1 204 \r\n",
+    ]
+    async with fake_gateway(sending()) as gateway:
+
+        async def dial() -> trio.abc.Stream:
+            if not gateway.dialled:
+                return await gateway.dial()
+            requests.append(trio.current_time())
+            if (answer := answers.pop(0)) is None:
+                raise OSError("unreachable")
+            mine, other = trio.testing.memory_stream_pair()
+            await other.send_all(answer)
+            await other.send_eof()
+            return mine
+
+        async with connect(URL, "t", dial=dial) as client:
+            client.seen(at(1))
+            await trio.sleep(200)
+    assert [round(each) for each in requests] == [0, 25, 50, 75, 100]

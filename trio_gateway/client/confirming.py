@@ -11,7 +11,6 @@ from .receipts import Receipts, Seen
 ACK_DELAY: Final = 0.15  # seconds in which events are collected for one ack; it is due after 0.2
 SEEN_INTERVAL: Final = 0.1  # seconds between two messages, which count towards the rate limit
 _SEEN_AT_END: Final = 10  # such messages that are sent at once when the connection is closed
-_NEVER: Final = 1 << 62  # pings
 
 
 class Confirming:
@@ -86,7 +85,7 @@ class Confirming:
             elif await self._post_seen(event_id):  # a message would be ignored
                 self._seen.known(event_id)
             else:
-                self._seen.told(event_id, _NEVER)
+                self._seen.failed(event_id)
             await trio.sleep(SEEN_INTERVAL)
 
     async def _tell_seen(self, event_id: str) -> bool:

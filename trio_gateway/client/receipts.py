@@ -7,6 +7,7 @@ import trio
 from ..core.newest import Newest, is_event_id
 
 _REMEMBERED: Final = 1000  # event ids
+_FAILED: Final = -1  # in place of the number of pings
 _MOST_ACKS: Final = 100  # more than one only if events were escalated
 
 
@@ -118,6 +119,13 @@ class Seen:
         """Note that the gateway knows of an event."""
         self._waiting.pop(event_id, None)
 
+    def failed(self, event_id: str) -> None:
+        """Note that a request has failed; it is repeated after the next pong."""
+        self.told(event_id, _FAILED)
+
     def answered(self, pings: int) -> None:
         """Note that the gateway has read everything that was sent before this ping."""
+        failed = [each for each, before in self._told.items() if before == _FAILED]
         self._told = {each: before for each, before in self._told.items() if before >= pings}
+        for event_id in failed:
+            self.add(event_id)

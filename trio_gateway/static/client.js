@@ -244,9 +244,13 @@ class Connection extends EventTarget {
   #tracked = null;
   /** Event ids to be acknowledged, in the order they came. @type {string[]} */
   #acks = [];
+  /** Whether the application has ever listened to events: else it has none of them. */
+  #hasHandler = false;
   /**
    * Events that the application has seen and that the gateway may not know of: how many pings had been
-   * sent before it was told, null if it was not told on this connection. @type {Map<string, number | null>}
+   * sent before it was told, Infinity if that was a request, null if it is to be told.
+   *
+   * @type {Map<string, number | null>}
    */
   #seen = new Map();
   #pings = 0;
@@ -325,6 +329,12 @@ class Connection extends EventTarget {
       this.#watches.delete(branchId);
       if (this.#state === "open") this.#sendMessage({ type: "unwatch_presence", branch_id: branchId });
     };
+  }
+
+  /** @param {Parameters<EventTarget["addEventListener"]>} all */
+  addEventListener(...all) {
+    if (all[0] === "event") this.#hasHandler = true;
+    super.addEventListener(...all);
   }
 
   /** @param {GatewayEvent | string} event */
@@ -647,13 +657,17 @@ class Connection extends EventTarget {
    * @param {string} type @param {string} id @param {boolean} isNewer
    */
   #acknowledge(type, id, isNewer) {
-    if (this.#options.confirm === false || !EVENT_ID.test(id)) return;
+    if (!this.#confirms || !EVENT_ID.test(id)) return;
     if (this.#tracked && !this.#tracked.has(type)) return;
     const others = this.#acks.filter((each) => each !== id && !(isNewer && each.slice(-4) === id.slice(-4)));
     this.#acks = [...others, id].slice(-MOST_ACKS);
     if (!this.#tracked) return; // until the gateway has said what it tracks
     if (this.#hidden) this.#sendAcks(); // browsers delay the timers of a hidden page
     else if (!this.#timers.has("ack")) this.#setTimer("ack", () => this.#sendAcks(), ACK_DELAY);
+  }
+
+  get #confirms() {
+    return this.#hasHandler && this.#options.confirm !== false;
   }
 
   #sendAcks() {
@@ -677,6 +691,15 @@ class Connection extends EventTarget {
     if (untold.length) this.#setTimer("seen", () => this.#tellSeen(1), SEEN_INTERVAL);
   }
 
+  /** All pings are answered: the gateway has read what was sent before them. Repeat requests that failed. */
+  #checkSeen() {
+    for (const [id, pings] of this.#seen) {
+      if (pings === Infinity) this.#seen.set(id, null);
+      else if (pings !== null && pings < this.#pings) this.#seen.delete(id);
+    }
+    if (!this.#timers.has("seen")) this.#tellSeen(1);
+  }
+
   /** Of an event of an earlier connection a message would be ignored. @param {string} id */
   async #postSeen(id) {
     const url = new URL("receipts", this.#url);
@@ -688,7 +711,7 @@ class Connection extends EventTarget {
         body: JSON.stringify({ event_id: id }),
         keepalive: true,
       });
-      if (status < 429 && status !== 401) this.#seen.delete(id); // else again on the next connection
+      if (status < 429 && status !== 401) this.#seen.delete(id);
     } catch {
       // no network
     }
@@ -748,7 +771,7 @@ class Connection extends EventTarget {
     this.#pings++;
     this.#clearTimer("ping");
     this.#awaitPong();
-    if (!this.#lastEventId || this.#options.confirm === false) this.#socket?.send("ping");
+    if (!this.#lastEventId || !this.#confirms) this.#socket?.send("ping");
     else this.#sendMessage({ type: "ping", last_event_id: this.#lastEventId });
   }
 
@@ -774,8 +797,7 @@ class Connection extends EventTarget {
    */
   #receiveAnswer(isPong) {
     if (isPong && this.#unanswered === 1) {
-      // The gateway has read what was sent before the ping.
-      for (const [id, pings] of this.#seen) if (pings !== null && pings < this.#pings) this.#seen.delete(id);
+      this.#checkSeen();
       this.#schedulePing();
       return;
     }
