@@ -420,6 +420,8 @@ def build_parts(
             sectors_changed=sector_assignments.changed if sector_assignments else None,
         )
         breakers |= cluster.breakers
+        if cluster.limits is not None:
+            revocations.reserve_all = cluster.limits.reserve_all
         answer_flushes(cluster.control, receipt_writing, receipt_store)
 
     async def tell_others() -> None:

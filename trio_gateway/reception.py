@@ -148,12 +148,13 @@ class Reception:
         """
         admission = self._parts.admission
         self._refuse_while_draining()
-        try:
-            place, waited = await self._parts.room.find(pending.principal)
-            pending.watch.stale |= waited
-        except Rejected:
-            self._refuse_while_draining()
-            raise
+        if (place := pending.take_place()) is None:
+            try:
+                place, waited = await self._parts.room.find(pending.principal)
+                pending.watch.stale |= waited
+            except Rejected:
+                self._refuse_while_draining()
+                raise
         with place:
             self._refuse_while_draining()  # a drain may have begun during an await
             if pending.ticket is None and (principal := admission.confirm(pending)) is not None:

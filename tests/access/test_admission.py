@@ -19,6 +19,7 @@ from trio_gateway.core.client_request import ClientRequest
 from trio_gateway.core.close_codes import Close, Rejected
 from trio_gateway.runtime.connection import Connection, ConnectionLimits
 from trio_gateway.runtime.hub import Hub
+from trio_gateway.runtime.hub import Place as HubPlace
 from trio_gateway.settings import Settings
 from trio_gateway.testing import FakeSocket, make_jwt, make_principal
 
@@ -71,6 +72,21 @@ class Link:
         self.answers += 1
         with trio.fail_after(seconds):
             return await self._redis.mget(keys)
+
+
+class Places:
+    """Reserves places in the hub, which takes a tenth of a second; full owners get none."""
+
+    def __init__(self, hub: Hub) -> None:
+        self.hub = hub
+        self.asked = 0
+        self.has_room = True
+
+    async def reserve_all(self, principals: Sequence[Principal]) -> list[HubPlace | None]:
+        self.asked += len(principals)
+        found = [self.hub.reserve(each) if self.has_room else None for each in principals]
+        await trio.sleep(0.1)
+        return found
 
 
 class SlowSectorAssignments:
@@ -483,3 +499,96 @@ async def test_check_at_connect_goes_through_the_link_or_else_through_the_comman
         assert place.link.answers == (way == "is open")
         assert place.redis.reads == 1
         assert place.refusal == (None if value is None else REVOKED)
+
+
+@asynccontextmanager
+async def opened_with_places() -> AsyncIterator[tuple[Place, Places]]:
+    """The places of those who wait for one are reserved while their revocation is checked."""
+    async with opened(knows_sectors=True) as place:
+        places = Places(place.hub)
+        place.revocations.reserve_all = places.reserve_all
+        yield place, places
+        assert not place.revocations.watches
+        assert not place.hub.taken
+
+
+async def test_client_is_woken_once_for_its_check_and_its_place(autojump_clock: MockClock) -> None:
+    async with opened_with_places() as (place, _):
+        await place.try_to_admit(token=token())
+        assert trio.current_time() == pytest.approx(0.2)
+        assert isinstance(place.outcome, PendingAdmission)
+        assert place.hub.taken == 1
+        with place.outcome as pending:
+            taken = pending.take_place()
+            assert taken is not None
+            assert pending.take_place() is None
+            with taken:
+                assert place.hub.taken == 1
+
+
+async def test_place_is_given_back_unless_it_is_taken(autojump_clock: MockClock) -> None:
+    async with opened_with_places() as (place, _):
+        await place.try_to_admit(token=token())
+        assert isinstance(place.outcome, PendingAdmission)
+        with place.outcome:
+            assert place.hub.taken == 1
+
+
+@pytest.mark.parametrize("revoke", [by_key, by_users_key])
+async def test_revoked_token_takes_no_place(autojump_clock: MockClock, revoke: Any) -> None:
+    async with opened_with_places() as (place, places):
+        revoke(place)
+        await place.try_to_admit(token=token())
+        assert place.refusal == REVOKED
+        assert not places.asked
+
+
+@pytest.mark.parametrize("revoke", [by_message, by_key_alone_since_the_message_was_lost])
+async def test_token_that_is_revoked_while_its_place_is_reserved_gives_it_back(
+    autojump_clock: MockClock, revoke: Any
+) -> None:
+    async with opened_with_places() as (place, places), trio.open_nursery() as nursery:
+        nursery.start_soon(lambda: place.try_to_admit(token=token()))
+        await trio.sleep(0.15)
+        revoke(place)
+        assert places.asked == 1
+        await trio.sleep(1)
+        assert place.refusal == REVOKED
+
+
+@pytest.mark.parametrize("seconds", [0.05, 0.15, 0.2])
+async def test_client_that_goes_while_its_place_is_reserved_leaves_none_behind(
+    autojump_clock: MockClock, seconds: float
+) -> None:
+    async with opened_with_places() as (place, _):
+        with trio.move_on_after(seconds):
+            await place.try_to_admit(token=token())
+        if isinstance(place.outcome, PendingAdmission):  # it was woken in time
+            place.outcome.__exit__()
+        await trio.sleep(1)
+
+
+async def test_who_gets_no_place_at_once_is_to_look_for_one(autojump_clock: MockClock) -> None:
+    async with opened_with_places() as (place, places):
+        places.has_room = False
+        await place.try_to_admit(token=token())
+        assert isinstance(place.outcome, PendingAdmission)
+        with place.outcome as pending:
+            assert pending.take_place() is None
+
+
+async def test_check_that_takes_too_long_while_places_are_reserved_is_no_refusal(
+    autojump_clock: MockClock,
+) -> None:
+    async with opened_with_places() as (place, _):
+        place.revocations.reserve_all = never
+        await place.try_to_admit(token=token())
+        assert trio.current_time() == pytest.approx(5)
+        assert isinstance(place.outcome, PendingAdmission)
+        with place.outcome as pending:
+            assert pending.take_place() is None
+
+
+async def never(_principals: Sequence[Principal]) -> list[HubPlace | None]:
+    await trio.sleep_forever()
+    return []

@@ -31,6 +31,7 @@ class FakeConnection:
 
     def __init__(self, principal: Principal) -> None:
         self.principal = principal
+        self.joined_at = trio.current_time()
         self.waiting_bytes = 0
         self.messages: list[Any] = []
 
@@ -134,7 +135,7 @@ class Process:
                 nursery.start_soon(self.presence.run)
                 nursery.start_soon(self.registry.run)
 
-    async def run_script(self, script: str, arguments: Sequence[str]) -> Any:
+    async def run_script(self, script: str, arguments: Sequence[str | int]) -> Any:
         common = common_arguments(KEYS, self.world.grace)
         return await self.evaluate(script, presence_keys(KEYS, STREAM), [*common, *arguments])
 

@@ -215,6 +215,39 @@ async def test_those_who_come_meanwhile_share_a_script(
     assert process.agrees()
 
 
+async def test_places_for_many_are_asked_for_at_once_and_who_is_over_a_limit_gets_none(
+    service: Service,
+) -> None:
+    one, other = service.start("one"), service.start("other")
+    for process in (one, other):
+        await process.join()
+    before = one.scripts
+    wanted = [make_principal(), make_principal(), make_principal(user=22), DINER]
+    places = await one.limits.reserve_all(wanted)
+    assert [place is not None for place in places] == [True, False, True, True]
+    assert one.scripts == before + 1
+    for place in places:
+        if place is not None:
+            place.give_up()
+    await one.limits.settle()
+    await one.limits.settle()
+    assert one.agrees()
+    assert not one.hub._reserved
+
+
+async def test_who_stops_waiting_for_many_places_leaves_none_behind(service: Service) -> None:
+    process = service.start("one")
+    await process.join()
+    process.holds = trio.Event()
+    with trio.move_on_after(0.02):
+        await process.limits.reserve_all([make_principal(user=22), DINER])
+    process.holds.set()
+    await process.limits.settle()
+    await process.limits.settle()
+    assert process.agrees()
+    assert not process.hub._reserved
+
+
 async def test_nothing_is_written_for_a_place_that_changes_hands(service: Service) -> None:
     process = service.start("one")
     await process.join()

@@ -55,7 +55,7 @@ async def test_state_is_read_once_for_all_watchers_of_a_tenant_and_not_without_t
         reads: list[str] = []
         run = one.presence.feed._run
 
-        async def counting(script: str, arguments: Sequence[str]) -> Any:
+        async def counting(script: str, arguments: Sequence[str | int]) -> Any:
             reads.append(script)
             return await run(script, arguments)
 
@@ -111,7 +111,7 @@ async def test_changes_that_the_state_contains_are_not_told_again(
         await trio.sleep(0.1)
         run = one.presence.feed._run
 
-        async def after_changes(script: str, arguments: Sequence[str]) -> Any:
+        async def after_changes(script: str, arguments: Sequence[str | int]) -> Any:
             one.leave(ana)
             await trio.sleep(0.1)
             one.join()
@@ -132,7 +132,7 @@ async def test_state_that_was_read_while_messages_were_lost_is_read_again(
         run = one.presence.feed._run
         losses = 0
 
-        async def before_a_loss(script: str, arguments: Sequence[str]) -> Any:
+        async def before_a_loss(script: str, arguments: Sequence[str | int]) -> Any:
             nonlocal losses
             reply = await run(script, arguments)
             if not losses:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import reduce
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -21,6 +22,7 @@ from trio_gateway.core.presence import (
     merge,
     present,
     read_record,
+    record_of,
     who_is,
     write_record,
 )
@@ -74,6 +76,16 @@ def test_record_begins_with_the_event_of_the_contract() -> None:
     assert write_record(diner) == (
         '{"tenant_id":1,"branch_ids":[1],"session_id":456,"table_id":10,"endpoint":"diner"}\n{}'
     )
+
+
+@pytest.mark.parametrize("keys", [{}, {"branches": [2, 1]}, {"sectors": [6, 5]}], ids=str)
+@pytest.mark.parametrize("endpoint", [Endpoint.WAITER, Endpoint.DINER])
+def test_record_of_connections_is_that_of_what_they_make(
+    endpoint: Endpoint, keys: dict[str, Any]
+) -> None:
+    one = make_principal(endpoint, **keys)
+    for principals in ([one], [one, one]):
+        assert record_of(principals) == write_record(present(principals, 0.0))
 
 
 def test_connections_of_one_user_are_united() -> None:

@@ -8,6 +8,7 @@ from ..core.audiences import Endpoint, Principal
 from ..core.client_request import ClientRequest
 from ..core.close_codes import Close, Rejected
 from ..core.origins import check_origin, is_own_page
+from ..runtime.hub import Place
 from ..settings import Settings
 from .auth import Auth, FirstOf, ImmediateAuth, JwtAuth, LegacyTableAuth, TableAuth
 from .jwks import KeySet
@@ -24,19 +25,29 @@ class PendingAdmission:
     A context manager; leave it when the client has joined or was rejected.
     """
 
-    def __init__(self, watch: CredentialWatch, ticket: str | None) -> None:
+    def __init__(
+        self, watch: CredentialWatch, ticket: str | None, place: Place | None = None
+    ) -> None:
         self.watch = watch
         self.ticket = ticket  # not redeemed yet
+        self._place = place
 
     @property
     def principal(self) -> Principal:
         return self.watch.principal
+
+    def take_place(self) -> Place | None:
+        """The place that was reserved for it, if there is one; whoever takes it releases it."""
+        place, self._place = self._place, None
+        return place
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.watch.stop()
+        if (place := self.take_place()) is not None:
+            place.give_up()
 
 
 class Admission:
@@ -85,7 +96,13 @@ class Admission:
             principal = self._sector_assignments.assign_nowait(principal)
         if principal is None:
             return None
-        return PendingAdmission(await self._checked(principal, is_assigned=True), None)
+        watch = CredentialWatch(self._revocations, principal)
+        watch.start()
+        try:
+            return PendingAdmission(watch, None, await watch.enter())
+        except BaseException:
+            watch.stop()
+            raise
 
     async def admit(self, request: ClientRequest) -> PendingAdmission:
         """Authenticate a client, or raise :exc:`Rejected`. Does not redeem its ticket."""
@@ -180,17 +197,13 @@ class Admission:
         return assigned
 
     async def _authenticate(self, credential: str, endpoint: Endpoint) -> CredentialWatch:
+        """Return the principal with its sectors, watched."""
         principal = await self._auth[endpoint].authenticate(credential, endpoint)
-        return await self._checked(principal, is_assigned=False)
-
-    async def _checked(self, principal: Principal, *, is_assigned: bool) -> CredentialWatch:
-        """Return the principal with its sectors, watched. Its revocation is checked last."""
         watch = CredentialWatch(self._revocations, principal)
         watch.start()
         try:
-            if not is_assigned:
-                watch.principal = await self._assign(principal)
-            await watch.check()
+            watch.principal = await self._assign(principal)
+            await watch.check()  # last
         except BaseException:
             watch.stop()
             raise

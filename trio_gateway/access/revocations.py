@@ -17,7 +17,7 @@ from ..core.close_codes import Close, Rejected
 from ..core.control_messages import Revoked, read_control_message
 from ..core.resilience import Backoff
 from ..runtime.connection import Connection
-from ..runtime.hub import Hub
+from ..runtime.hub import Hub, Place
 from ..runtime.throttled_log import ThrottledLog
 
 log = structlog.get_logger()
@@ -33,19 +33,23 @@ RECHECK_PERIOD: Final = (
 )
 
 
+#: Reserves a place for each; None for one that gets none.
+ReserveAll = Callable[[Sequence[Principal]], Awaitable[Sequence[Place | None]]]
 _Get = Callable[[Sequence[str]], Awaitable[Sequence[bytes | None]]]
 
 
 class _Batch:
     """Principals that are checked by one MGET; ``until`` is when they stop waiting for it."""
 
-    __slots__ = ("answered", "principals", "revoked", "until")
+    __slots__ = ("answered", "need_places", "places", "principals", "revoked", "until")
 
     def __init__(self, until: float) -> None:
         self.principals: list[Principal] = []
         self.until = until
         self.answered = trio.Event()
         self.revoked: Sequence[bool] | None = None  # of each; None if there was no answer
+        self.need_places: dict[int, None] = {}  # the numbers of those who wait for one, too
+        self.places: dict[int, Place] = {}  # for them, by number
 
 
 class CredentialWatch:
@@ -93,6 +97,24 @@ class CredentialWatch:
             if self.is_current():
                 return
 
+    async def enter(self) -> Place | None:
+        """As :meth:`check`, and reserve a place, if that costs no waiting of its own.
+
+        Whoever gets None is to look for a place.
+        """
+        if self._revocations is None:
+            await trio.lowlevel.checkpoint()
+            return None
+        place = await self._revocations.enter(self.principal)
+        try:
+            if not self.is_current():
+                await self.check()
+        except BaseException:
+            if place is not None:
+                place.give_up()
+            raise
+        return place
+
     def is_current(self) -> bool:
         """Whether the last check still holds. Raises :exc:`Rejected` if it was revoked since."""
         if self.revoked:
@@ -124,18 +146,43 @@ class Revocations:
         self._idle = trio.lowlevel.ParkingLot()
         self._messages_lost = trio.Event()
         self.watches: set[CredentialWatch] = set()
+        #: Reserves places over all processes, for those whose credential was just found valid.
+        #: A second wake-up for that would cost each client as much as the place itself.
+        self.reserve_all: ReserveAll | None = None
 
     async def check(self, principal: Principal) -> None:
         """Raise :exc:`Rejected` if the credential is revoked, or if that cannot be checked."""
-        if principal.token_id is None and principal.user is None:
-            return
+        if _can_be_revoked(principal):
+            batch, number = self._ask(principal)
+            await self._wait(batch, number)
+
+    async def enter(self, principal: Principal) -> Place | None:
+        """As :meth:`check`, and return a place that was reserved meanwhile, if one was."""
+        if self.reserve_all is None or not _can_be_revoked(principal):
+            await self.check(principal)
+            return None
+        batch, number = self._ask(principal)
+        batch.need_places[number] = None
+        try:
+            await self._wait(batch, number)
+        except BaseException:
+            batch.need_places.pop(number)
+            if (place := batch.places.pop(number, None)) is not None:
+                place.give_up()
+            raise
+        return batch.places.pop(number, None)
+
+    def _ask(self, principal: Principal) -> tuple[_Batch, int]:
+        """Add it to the batch that is checked next; returns that, and its number in it."""
         batches = self._batches
         if not batches or len(batches[-1].principals) == _BATCH:
             batches.append(_Batch(trio.current_time() + self._patience))
             self._idle.unpark()
         batch = batches[-1]
-        number = len(batch.principals)
         batch.principals.append(principal)
+        return batch, len(batch.principals) - 1
+
+    async def _wait(self, batch: _Batch, number: int) -> None:
         await batch.answered.wait()
         if batch.revoked is None:
             raise Rejected(Close.SERVER_OVERLOADED, "can't check the token now", "dependency")
@@ -155,10 +202,25 @@ class Revocations:
             # Batches are answered in order, so none waits longer than this for its turn.
             with trio.move_on_at(batch.until), suppress(Unavailable):
                 batch.revoked = await self._revoked(batch.principals, self._get_quickly)
+                await self._reserve_places(batch, batch.revoked)
             batch.answered.set()
             if (checks := len(batch.principals)) < _BATCH:
                 per_check = _PAUSE_PER_CHECK if self._link is None else 0.0
                 await trio.sleep(min(_PAUSE + per_check * checks, _LONGEST_PAUSE))
+
+    async def _reserve_places(self, batch: _Batch, revoked: Sequence[bool]) -> None:
+        """Reserve places; a revoked credential must not take one, not even for a moment."""
+        numbers = [number for number in batch.need_places if not revoked[number]]
+        if self.reserve_all is None or not numbers:
+            return
+        places = await self.reserve_all([batch.principals[number] for number in numbers])
+        for number, place in zip(numbers, places, strict=True):
+            if place is None:
+                continue
+            if number in batch.need_places:
+                batch.places[number] = place
+            else:  # it has stopped waiting
+                place.give_up()
 
     async def _get_quickly(self, keys: Sequence[str]) -> Sequence[bytes | None]:
         """As :meth:`Commands.mget`, through the link if that is possible."""
@@ -252,6 +314,10 @@ class Revocations:
             return [False] * len(principals)
         found = dict(zip(keys, values, strict=True))
         return [_is_revoked(principal, found) for principal in principals]
+
+
+def _can_be_revoked(principal: Principal) -> bool:
+    return principal.token_id is not None or principal.user is not None
 
 
 def _revoked() -> Rejected:

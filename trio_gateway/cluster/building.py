@@ -179,6 +179,6 @@ async def _run_script(
     keys: Sequence[str],
     common: Sequence[str],
     script: str,
-    arguments: Sequence[str],
+    arguments: Sequence[str | int],
 ) -> Any:
     return await evaluate(script, keys, [*common, *arguments], seconds=TIMEOUT)

@@ -6,7 +6,7 @@ therefore never less than it has.
 """
 
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from itertools import islice
 from typing import Any, Final, NoReturn, Protocol
 
@@ -16,6 +16,7 @@ import trio
 from ..broker.commands import Unavailable
 from ..core.audiences import Principal
 from ..core.capacity import CapacityLimits, Owner, of_tenant, owner_is_full, tenant_is_full
+from ..core.close_codes import Rejected
 from ..runtime.hub import Hub, Place
 from ..runtime.throttled_log import ThrottledLog
 from .keys import Keys
@@ -103,29 +104,51 @@ class ClusterLimits:
 
         Raises :exc:`Rejected`. What must follow is described at :meth:`Hub.reserve`.
         """
-        place = self._hub.reserve(principal)
-        owner = principal.owner
-        if self.alone:
-            self._mark(owner)
+        place, owner = self._hub.reserve(principal), principal.owner
+        (answer,) = await self._ask([place])
+        if answer == GRANTED:
             return place
-        batch = self._newest_batch()
-        index = len(batch.owners)
-        batch.owners.append(owner)
+        raise owner_is_full(owner) if answer == OWNER_IS_FULL else tenant_is_full()
+
+    async def reserve_all(self, principals: Sequence[Principal]) -> list[Place | None]:
+        """As :meth:`reserve` for each of up to 250; None for one that is over a limit now."""
+        places = [self._reserve_here(principal) for principal in principals]
+        answers = iter(await self._ask([place for place in places if place is not None]))
+        return [place if place and next(answers) == GRANTED else None for place in places]
+
+    def _reserve_here(self, principal: Principal) -> Place | None:
+        try:
+            return self._hub.reserve(principal)
+        except Rejected:
+            return None
+
+    async def _ask(self, places: Sequence[Place]) -> Sequence[int]:
+        """Ask for these places over all processes; those that are not granted are released."""
+        owners = [place.owner for place in places]
+        if self.alone or not owners:
+            for owner in owners:
+                self._mark(owner)
+            return bytes([GRANTED]) * len(places)
+        batch = self._newest_batch(len(places))
+        first = len(batch.owners)
+        batch.owners += owners
         self._work.set()
         try:
             await batch.done.wait()
         except BaseException:
             if batch.answers is None:  # else it was answered since its cancellation
-                batch.given_up.append(owner)
-            place.release()
-            self._mark(owner)
+                batch.given_up += owners
+            self._release(places)
             raise
         assert batch.answers is not None
-        if (answer := batch.answers[index]) == GRANTED:
-            return place
-        place.release()
-        self._mark(owner)  # it may have been counted since it was answered
-        raise owner_is_full(owner) if answer == OWNER_IS_FULL else tenant_is_full()
+        answers = batch.answers[first : first + len(places)]
+        self._release([p for p, answer in zip(places, answers, strict=True) if answer != GRANTED])
+        return answers
+
+    def _release(self, places: Iterable[Place]) -> None:
+        for place in places:
+            place.release()
+            self._mark(place.owner)  # it may have been counted since it was answered
 
     def most(self, owner: Owner) -> int:
         """The limit of a user or session."""
@@ -174,10 +197,11 @@ class ClusterLimits:
         """Whether it is time to look whether Redis still has what was written."""
         return self.alone or trio.current_time() - self._written_at >= _REFRESH
 
-    def _newest_batch(self) -> _Batch:
-        """The batch that is sent next, or a later one if that is full."""
-        if len(self._batches) <= self._is_sent or len(self._batches[-1].owners) >= MOST_ASKS:
-            self._batches.append(_Batch())
+    def _newest_batch(self, places: int = 0) -> _Batch:
+        """The batch that is sent next, or a later one if that has no room for so many more."""
+        batches = self._batches
+        if len(batches) <= self._is_sent or len(batches[-1].owners) + places > MOST_ASKS:
+            batches.append(_Batch())
         return self._batches[-1]
 
     def _mark(self, owner: Owner) -> None:
@@ -219,7 +243,8 @@ class ClusterLimits:
     async def _try_to_write(self, batch: _Batch) -> bool:
         """Send one script, and answer the batch; return whether that is done."""
         hub, waiting = self._hub, self._waiting()
-        asks = [(owner, hub.places_of(owner) - waiting[owner]) for owner in batch.owners]
+        places_of = hub.places_of
+        asks = [(owner, places_of(owner) - waiting[owner]) for owner in batch.owners]
         keys = dict.fromkeys(islice(self._dirty, MOST_COUNTS))
         for key in keys:
             del self._dirty[key]

@@ -10,7 +10,7 @@ import trio
 
 from ..broker.commands import Unavailable
 from ..core.audiences import BranchId, Endpoint, Principal, TenantId
-from ..core.presence import GONE, Items, Present, items_of, key_of, present, write_record
+from ..core.presence import GONE, Items, Present, items_of, key_of, present, record_of
 from ..runtime.connection import Connection
 from ..runtime.throttled_log import ThrottledLog
 from . import presence_scripts as scripts
@@ -32,21 +32,28 @@ class _Here:
     __slots__ = ("came_at", "connections", "last", "left_at", "since", "written")
 
     def __init__(self, since: float) -> None:
-        self.connections: dict[Connection, None] = {}  # in the order in which they joined
+        self.connections: list[Connection] = []  # few, in the order in which they joined
         self.since = since  # Redis' own, when it has been told
         self.last: Principal | None = None  # of the last connection that has left
         # On Trio's clock: when it first connected since the last write, if it did; and when its
         # last connection ended.
         self.came_at: float | None = None
         self.left_at = 0.0
-        self.written: str | None = None  # what Redis has; None if that is unknown
+        # What Redis has: the number of connections, and the record; None if that is unknown.
+        self.written: tuple[int, str] | None = None
 
-    def now(self) -> Present:
-        """What it is now."""
+    @property
+    def present(self) -> Present:
+        """What it is now; it has a connection."""
+        return present([each.principal for each in self.connections], self.since)
+
+    @property
+    def record(self) -> str:
+        """What Redis is told of it."""
         if self.connections:
-            return present([each.principal for each in self.connections], self.since)
+            return record_of([each.principal for each in self.connections])
         assert self.last is not None
-        return present([self.last], self.since)._replace(connections=GONE)
+        return record_of([self.last])
 
 
 class Presence:
@@ -90,16 +97,17 @@ class Presence:
 
     def joined(self, connection: Connection) -> None:
         """A connection has joined the hub."""
-        key = key_of(connection.principal)
+        principal = connection.principal
+        key = key_of(principal)
         if (here := self._here.get(key)) is None:
             here = self._here[key] = _Here(self._clock())
-            self._tenants.setdefault(connection.principal.tenant, {})[key] = here
+            self._tenants.setdefault(principal.tenant, {})[key] = here
         elif not here.connections:
             here.since = self._clock()
             self._gone -= 1
-        here.connections[connection] = None
+        here.connections.append(connection)
         if here.came_at is None:
-            here.came_at = trio.current_time()
+            here.came_at = connection.joined_at
         self._mark(key)
 
     def left(self, connection: Connection) -> None:
@@ -107,7 +115,7 @@ class Presence:
         self.feed.unwatch(connection)
         key = key_of(connection.principal)
         here = self._here[key]
-        del here.connections[connection]
+        here.connections.remove(connection)
         here.last, here.left_at = connection.principal, trio.current_time()
         self._gone += not here.connections
         if self._gone <= _MOST_GONE:
@@ -140,7 +148,7 @@ class Presence:
         found: list[Present] = []
         for number, here in enumerate(list(self._tenants.get(tenant, {}).values()), 1):
             if here.connections:
-                found.append(here.now())
+                found.append(here.present)
             if not number % _PIECE:
                 await trio.lowlevel.checkpoint()
         return items_of(found, branch)
@@ -166,7 +174,7 @@ class Presence:
         finally:
             self._flushing -= 1
 
-    async def _run_when_written(self, script: str, arguments: Sequence[str]) -> Any:
+    async def _run_when_written(self, script: str, arguments: Sequence[str | int]) -> Any:
         await self.flush()  # who watches sees at least the clients of this process
         return await self._run(script, arguments)
 
@@ -219,22 +227,22 @@ class Presence:
         batch: list[tuple[str, _Here | None, float | None]] = []
         self._number += 1
         now = trio.current_time()
-        arguments = [self._name, str(self._number)]
+        arguments: list[str | int] = [self._name, self._number]
         for key in keys:
             del self._dirty[key]
-            here, came_at, connections, record = self._here.get(key), None, GONE, ""
-            left_at = now
-            if here is not None:
-                connections, came_at, left_at = len(here.connections), here.came_at, here.left_at
+            came_at, connections, record, left = None, GONE, "", 0
+            came: int | str = ""
+            if (here := self._here.get(key)) is not None:
+                connections, came_at = len(here.connections), here.came_at
                 # Of one that is gone and was told, Redis has the record.
                 if connections or came_at is not None:
-                    record = write_record(here.now())
-                value = f"{connections}\n{record}"
-                if connections and value == here.written and came_at is None:
+                    record, came = here.record, _ago(now, now if came_at is None else came_at)
+                if not connections:
+                    left = _ago(now, here.left_at)
+                elif came_at is None and here.written == (connections, record):
                     continue
-                here.written, here.came_at = value, None
-            came = _ago(now if came_at is None else came_at) if record else ""
-            arguments += [key, str(connections), came, _ago(left_at), record]
+                here.written, here.came_at = (connections, record), None
+            arguments += (key, connections, came, left, record)
             batch.append((key, here, came_at))
         if not batch:
             return
@@ -250,8 +258,13 @@ class Presence:
             self._is_writing = False
         self._report(error)
         for (key, here, _), moment in zip(batch, since, strict=True):
-            if here is not None:
-                self._acknowledge(key, here, moment)
+            if here is None:
+                continue
+            if here.connections:
+                here.since = float(moment or here.since)
+            elif key not in self._dirty and self._here.get(key) is here:
+                assert here.last is not None
+                self._forget(key, here.last.tenant)
         lost = int(last) < self._acknowledged
         self._acknowledged = self._number
         if lost:
@@ -264,13 +277,6 @@ class Presence:
             if here is not None:
                 here.written = None
                 here.came_at = here.came_at if came_at is None else came_at
-
-    def _acknowledge(self, key: str, here: _Here, since: bytes) -> None:
-        if here.connections:
-            here.since = float(since or here.since)
-        elif key not in self._dirty and self._here.get(key) is here:
-            assert here.last is not None
-            self._forget(key, here.last.tenant)
 
     async def _keep_sweeping(self) -> None:
         await self._registered.wait()
@@ -297,6 +303,6 @@ class Presence:
             self._throttled_log.error("joins and leaves not added to the stream", error=text)
 
 
-def _ago(moment: float) -> str:
+def _ago(now: float, moment: float) -> int:
     """How long ago this was on Trio's clock, in ms: Redis knows when that was on its own."""
-    return f"{(trio.current_time() - moment) * 1000:.0f}"
+    return round((now - moment) * 1000)

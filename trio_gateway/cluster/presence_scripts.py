@@ -25,7 +25,7 @@ from .keys import Keys
 from .liveness import HORIZON, LIVE
 
 #: Runs one of the scripts, with its own arguments. Raises :exc:`~..broker.commands.Unavailable`.
-Run = Callable[[str, Sequence[str]], Awaitable[Any]]
+Run = Callable[[str, Sequence[str | int]], Awaitable[Any]]
 
 BEAT: Final = 3.0  # seconds between two beats: how long after its last one a process may have died
 PAUSE: Final = 3.0  # seconds without a sweep: the service, or Redis, was away
@@ -137,7 +137,7 @@ end
 
 # ARGV: the number of this write, then of each user or session: key, connections,
 # how long ago it connected since the last write (ms; empty: it did not), how long ago it lost its
-# last connection (ms), record.
+# last connection (ms; 0 if it has one), record.
 # Returns the number of the last write before this one, or "late"; an error of the stream; and since
 # when each is present.
 WRITE: Final = (

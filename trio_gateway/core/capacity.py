@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Final
 
-from .audiences import Principal, SessionId, TenantId, UserId
+from .audiences import SessionId, TenantId, UserId
 from .close_codes import Close, Rejected
 
 #: A user of a tenant, or a session of a tenant: :attr:`Principal.owner`. Or a whole tenant.
@@ -30,14 +30,14 @@ class CapacityLimits:
                 return self.per_session
         return self.per_tenant
 
-    def check(self, principal: Principal, *, owned: int, of_tenant: int, taken: int) -> None:
-        """Raise :exc:`Rejected` if one more connection of the principal is over a limit.
+    def check(self, owner: Owner, *, owned: int, of_tenant: int, taken: int) -> None:
+        """Raise :exc:`Rejected` if one more connection of a user or session is over a limit.
 
-        ``owned`` are those of its user or session. That limit is first: room can be made there,
-        which makes room in the others, too.
+        ``owned`` are those that it has. That limit is first: room can be made there, which makes
+        room in the others, too.
         """
-        if owned >= self.of(principal.owner):
-            raise owner_is_full(principal.owner)
+        if owned >= self.of(owner):
+            raise owner_is_full(owner)
         if self.per_tenant and of_tenant >= self.per_tenant:
             raise tenant_is_full()
         if taken >= self.total:

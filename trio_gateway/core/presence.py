@@ -5,6 +5,7 @@ process. What one process knows about it is combined with what the others know.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 import msgspec
@@ -207,24 +208,49 @@ def _json(value: object) -> str:
     return msgspec.json.encode(value).decode()
 
 
+def record_of(principals: Sequence[Principal]) -> str:
+    """As :func:`write_record`, of the user or session that has these connections."""
+    last = principals[-1]
+    if last.sectors or len(principals) > 1:
+        return write_record(present(principals, 0.0))
+    # As mostly, and it is made for every client that connects.
+    found = last.session or last.user or ""
+    return _record(last.tenant, last.endpoint, found, last.table, _listed(last.branches), "")
+
+
 def write_record(one: Present) -> str:
     """Everything but its connections and its time, as Redis keeps it."""
-    # By hand, because it is made for every client that connects.
-    who, branches = one.who, ",".join(map(str, sorted(one.sectors)))
-    if who.endpoint is Endpoint.DINER:
-        table = "" if one.table is None else f',"table_id":{one.table}'
-        subject = f'"session_id":{who.id}{table}'
-    else:
-        user = str(who.id)
-        subject = f'"user_id":"{user}"' if user.isalnum() else f'"user_id":{_json(user)}'
-    sectors = ""
+    who, sectors = one.who, ""
     if any(one.sectors.values()):
         listed = {branch: sorted(found) for branch, found in one.sectors.items() if found}
         sectors = ",".join(f'"{b}":{_json(listed[b])}' for b in sorted(listed))
+    branches = _listed(frozenset(one.sectors))
+    return _record(who.tenant, who.endpoint, who.id, one.table, branches, sectors)
+
+
+def _record(
+    tenant: TenantId,
+    endpoint: Endpoint,
+    found: UserId | SessionId | str,
+    table: TableId | None,
+    branches: str,
+    sectors: str,
+) -> str:
+    if endpoint is Endpoint.DINER:
+        at_table = "" if table is None else f',"table_id":{table}'
+        subject = f'"session_id":{found}{at_table}'
+    else:
+        user = str(found)
+        subject = f'"user_id":"{user}"' if user.isalnum() else f'"user_id":{_json(user)}'
     return (
-        f'{{"tenant_id":{who.tenant},"branch_ids":[{branches}],{subject}'
-        f',"endpoint":"{who.endpoint.label}"}}\n{{{sectors}}}'
+        f'{{"tenant_id":{tenant},"branch_ids":[{branches}],{subject}'
+        f',"endpoint":"{endpoint.label}"}}\n{{{sectors}}}'
     )
+
+
+@lru_cache(maxsize=4096)
+def _listed(branches: frozenset[BranchId]) -> str:
+    return ",".join(map(str, sorted(branches)))
 
 
 def read_record(text: str, connections: int, since: float) -> Present:

@@ -22,21 +22,29 @@ class Place:
     joins next.
     """
 
-    def __init__(self, hub: "Hub", principal: Principal) -> None:
+    __slots__ = ("_hub", "owner")
+
+    def __init__(self, hub: "Hub", owner: Owner) -> None:
         self._hub = hub
-        self._principal = principal
+        self.owner = owner  # the user or session that it is for
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is None:
+            self.release()
+        else:
+            self.give_up()
+
+    def give_up(self) -> None:
+        """Release it to nobody."""
         self.release()
-        if error is not None:
-            self._hub.tell_freed(self._principal.owner)
+        self._hub.tell_freed(self.owner)
 
     def release(self) -> None:
         """Give the place up, without telling anybody."""
-        self._hub.release(self._principal)
+        self._hub.release(self.owner)
 
 
 class Observer(Protocol):
@@ -111,14 +119,16 @@ class Hub:
         If anything is awaited between this and :meth:`join`, two could take the last place: then
         :meth:`reserve` it.
         """
-        if (limits := self._limits) is None:
-            return
-        limits.check(
-            principal,
-            owned=self.places_of(principal.owner),
-            of_tenant=self._of_tenant[principal.tenant],
-            taken=self.taken,
-        )
+        self._admit(principal.owner)
+
+    def _admit(self, owner: Owner) -> None:
+        if (limits := self._limits) is not None:
+            limits.check(
+                owner,
+                owned=self.places_of(owner),
+                of_tenant=self._of_tenant[owner[1]],
+                taken=self.taken,
+            )
 
     def owned_by(self, owner: Owner) -> Sequence[Connection]:
         """The connections of a user, or session, of a tenant."""
@@ -147,17 +157,17 @@ class Hub:
 
         :meth:`join` must follow the release without an await between them.
         """
-        self.admit(principal)
-        self._reserved[principal.owner] += 1
+        self._admit(owner := principal.owner)
+        self._reserved[owner] += 1
         if self._limits_tenants:
-            self._of_tenant[principal.tenant] += 1
-        return Place(self, principal)
+            self._of_tenant[owner[1]] += 1
+        return Place(self, owner)
 
-    def release(self, principal: Principal) -> None:
+    def release(self, owner: Owner) -> None:
         """Give up a reserved place."""
-        _subtract(self._reserved, principal.owner)
+        _subtract(self._reserved, owner)
         if self._limits_tenants:
-            _subtract(self._of_tenant, principal.tenant)
+            _subtract(self._of_tenant, owner[1])
 
     def tell_freed(self, owner: Owner) -> None:
         """A place that others may know of has become free."""
