@@ -1,6 +1,7 @@
 """``nodes``, ``who``, ``kick`` and ``check``, with all processes that run on one Redis."""
 
 import json
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,15 @@ from structlog.testing import capture_logs
 
 from tests.support.api_keys import write_keys
 from tests.support.commands import SECRETS, run
-from tests.support.gateways import Running, admitted, closed, received, serving, until
+from tests.support.gateways import (
+    Running,
+    admitted,
+    closed,
+    receive_event,
+    received,
+    serving,
+    until,
+)
 from trio_gateway.cli.check_processes import differences
 from trio_gateway.cli.nodes import duration, ranges
 from trio_gateway.cluster.building import ClusterParts
@@ -129,6 +138,45 @@ async def test_who_lists_the_connected_of_a_tenant_on_all_processes(redis_url: s
         assert nobody == (0, "", "nobody is connected\n")
 
 
+async def test_slo_lists_the_slowest_tenants_of_all_processes_first(
+    redis_url: str, backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"ws_cluster": True, "ws_slo_seconds": 5}
+    async with (
+        serving(redis_url, "direct", **settings) as one,
+        serving(redis_url, "direct", **settings) as other,
+        admitted(one.staff_url("waiter")) as first,
+        admitted(other.staff_url("waiter", tenant_id=2)) as second,
+    ):
+        await alive(one, other)
+        assert await command(redis_url, "slo") == (
+            0, "", "no event was delivered in the last hour\n",
+        )  # fmt: skip
+        now = int(time.time() * 1000)
+        for tenant, ago in ((1, 20_000), (2, 10_000)):
+            event = {"type": "ROUND_READY", "tenant_id": tenant, "branch_id": 1}
+            backend.xadd("events:critical", {"data": json.dumps(event)}, id=f"{now - ago}-0")
+        await receive_event(first)
+        await receive_event(second)
+        status, out, err = await command(redis_url, "slo", "--json")
+        assert (status, err) == (0, "")
+        found = json.loads(out)
+        assert [each["tenant_id"] for each in found["tenants"]] == [1, 2]
+        assert found["seconds"] == 5
+        written = found["tenants"][0]["last_5_minutes"]["written"]
+        assert (written["count"], written["over"]) == (1, 1)
+        assert 20 <= written["p50"] < 30
+        status, out, err = await command(redis_url, "slo", "--limit", "1")
+        assert (status, err) == (0, "late: over 5 s\n1 more tenants: see --limit\n")
+        header, five, hour = (line.split() for line in out.splitlines())
+        assert header[:7] == ["tenant", "last", "written", "p50", "p95", "p99", "late"]
+        assert (five[:4], hour[:3]) == (["1", "5", "min", "1"], ["1", "hour", "1"])
+        monkeypatch.setitem(cluster_of(one).control._handlers, "delivery_times", None)
+        status, out, err = await command(redis_url, "slo", "--tenant", "2")
+        assert (status, out.split()[13]) == (1, "2")
+        assert f"1 of 2 processes did not answer: {cluster_of(one).registry.name}" in err
+
+
 async def test_who_says_what_processes_need_to_know_it(redis_url: str, tmp_path: Path) -> None:
     async with serving(redis_url, "direct", ws_api_keys_file=write_keys(tmp_path)) as gateway:
         (name,) = await alive(gateway)
@@ -165,7 +213,8 @@ async def test_kick_names_the_process_that_does_not_answer(
 
 
 @pytest.mark.parametrize(
-    "arguments", [["nodes"], ["who", "--tenant", "1"], ["kick", "--tenant", "1", "--user", "21"]]
+    "arguments",
+    [["nodes"], ["slo"], ["who", "--tenant", "1"], ["kick", "--tenant", "1", "--user", "21"]],
 )
 async def test_without_a_gateway_the_text_says_what_to_look_at(
     redis_url: str, backend: Any, arguments: list[str]

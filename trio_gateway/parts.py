@@ -36,11 +36,13 @@ from .broker.topologies import make_topology
 from .broker.topology import Topology
 from .broker.topology_watch import watch
 from .cluster.building import ClusterParts, build_cluster
+from .cluster.delivery_query import answer_delivery_times
 from .cluster.flushing import answer_flushes
 from .cluster.room import ClusterRoom
 from .core.audiences import Endpoint
 from .core.capacity import CapacityLimits
 from .core.control_messages import REVOKED, SECTORS_CHANGED, Node, placement_channel
+from .core.delivery_times import DeliveryTimes
 from .core.event_ids import tag
 from .core.events import Event
 from .core.limits import DropAlarm, TenantRate
@@ -240,7 +242,10 @@ def build_parts(
     )
     is_cluster = redis_url.kind is RedisKind.CLUSTER
     receipt_writing = ReceiptWriting(by_stream=is_cluster)
-    receipts = ReceiptLog(history, settings.routes, clock, settings.ws_receipt_ttl, receipt_writing)
+    times = dispatch.times = DeliveryTimes(settings.ws_slo_seconds)
+    receipts = ReceiptLog(
+        history, settings.routes, clock, settings.ws_receipt_ttl, receipt_writing, times
+    )
     receipt_store = ReceiptStore(commands, names)
     reach = Reach(settings.routes, clock, settings.ws_receipt_ttl, by_stream=is_cluster)
 
@@ -423,6 +428,7 @@ def build_parts(
         if cluster.limits is not None:
             revocations.reserve_all = cluster.limits.reserve_all
         answer_flushes(cluster.control, receipt_writing, receipt_store)
+        answer_delivery_times(cluster.control, times)
 
     async def tell_others() -> None:
         async with trio.open_nursery() as nursery:

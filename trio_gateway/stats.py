@@ -6,9 +6,10 @@ from typing import Any, Final
 
 import trio
 
-from .core.audiences import Principal
+from .core.audiences import TenantId
 from .core.close_codes import Close
 from .core.receipts import State
+from .core.time_counts import summary
 from .parts import Parts
 from .runtime.hub import Hub
 from .telemetry import output
@@ -119,12 +120,21 @@ def describe(parts: Parts) -> dict[str, Any]:
     }
 
 
-def slow(hub: Hub, admin: Principal) -> list[dict[str, Any]]:
-    """The clients of the admin's own tenant with the most bytes in their outboxes."""
+def delivery_times(parts: Parts, tenant: TenantId) -> dict[str, Any]:
+    """The delivery times of a tenant in this process."""
+    times = parts.dispatch.times
+    figures = times.figures(tenant, trio.current_time())
+    return {
+        "seconds": times.slo,
+        "last_5_minutes": summary(figures.last_5_minutes),
+        "last_hour": summary(figures.last_hour),
+    }
+
+
+def slow(hub: Hub, tenant: TenantId) -> list[dict[str, Any]]:
+    """The clients of a tenant with the most bytes in their outboxes."""
     waiting = [
-        each
-        for each in hub.connections
-        if each.waiting_bytes and each.principal.tenant == admin.tenant
+        each for each in hub.connections if each.waiting_bytes and each.principal.tenant == tenant
     ]
     waiting.sort(key=lambda each: each.waiting_bytes, reverse=True)
     return [

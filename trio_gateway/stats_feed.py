@@ -53,4 +53,6 @@ class StatsFeed:
             return
         found = stats.describe(self._parts)
         for each in ready:
-            each.send(statistics(found, stats.slow(self._parts.hub, each.principal)))
+            tenant = each.principal.tenant
+            slow = stats.slow(self._parts.hub, tenant)
+            each.send(statistics(found, slow, stats.delivery_times(self._parts, tenant)))

@@ -70,6 +70,8 @@ def test_figures_change_with_events(page: Page, backend: "redis.Redis") -> None:
     for n in range(50):
         publish(backend, n)
     expect(events).not_to_have_text("0")
+    written = page.get_by_role("row", name="written, 5 min")
+    expect(written).to_contain_text(re.compile(r"written, 5 min[1-9].*ms"))
     chart = page.locator("#stats svg").nth(1)
     expect(chart).to_have_attribute(
         "aria-label", re.compile(r"Events a second, last two minutes: now .+, at most [1-9]")

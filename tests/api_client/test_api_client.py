@@ -79,6 +79,27 @@ async def test_events_reach_clients_with_the_id_that_publishing_returns(
         assert CART in await received(diner)
 
 
+async def test_slo_has_the_delivery_times_of_one_tenant_or_of_all(
+    gateway: Running, backend: "redis.Redis", use: Use
+) -> None:
+    async with admitted(gateway.staff_url("waiter")) as waiter:
+        backend.xadd("events:critical", {"data": json.dumps(READY)})
+        await receive_event(waiter)
+
+        async def ask(api: Any) -> Any:
+            return await api.slo(), await api.slo(1), await api.slo(2, limit=5)
+
+        of_all, of_one, of_other = await use(ask, where(gateway), secret_of("all"))
+    (one,) = of_one.tenants
+    assert (one.tenant_id, one.last_hour.written.count) == (1, 1)
+    assert one.last_5_minutes.written.p99 < 5
+    assert (one.last_hour.delivered.p50, one.last_hour.delivered.unconfirmed) == (None, 0)
+    assert of_all.tenants == of_one.tenants
+    assert of_all.others.last_hour.written.count == 0
+    assert (of_other.tenants, of_other.others, of_other.more) == ((), None, 0)
+    assert (of_other.seconds, of_other.complete, of_other.missing) == (1.0, True, ())
+
+
 @ONE_FORM
 async def test_many_events_have_an_outcome_each(
     gateway: Running, backend: "redis.Redis", use: Use

@@ -1,5 +1,6 @@
 """What every source of durable events must do, tried with the streams of a real Valkey."""
 
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -259,6 +260,14 @@ def spoil(engine: Engine, name: str) -> None:
     engine.at(name).delete(name)
     engine.added[name].clear()
     engine.at(name).set(name, "not a stream")
+
+
+@pytest.mark.usefixtures("quick")
+async def test_clock_of_the_server_is_known_for_each_shard(any_engine: Engine) -> None:
+    async with any_engine.reading("a", "b"):
+        await until(lambda: any_engine.sink.clocks.keys() == {tag("a"), tag("b")})
+        ahead = time.time() - trio.current_time()  # all is on one machine
+    assert list(any_engine.sink.clocks.values()) == pytest.approx([ahead, ahead], abs=0.2)
 
 
 @pytest.mark.usefixtures("quick")

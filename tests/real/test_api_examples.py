@@ -27,7 +27,7 @@ def shape(value: Any) -> Any:
     if isinstance(value, dict):
         return {
             key: type(each).__name__
-            if key in {"event_id", "name", "version", "started_at", "since"}
+            if key in {"event_id", "name", "version", "started_at", "since", "p50", "p95", "p99"}
             else shape(each)
             for key, each in value.items()
         }

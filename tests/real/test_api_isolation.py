@@ -115,16 +115,23 @@ async def act(world: World, chooser: random.Random, name: str, key: str, tenant:
             reply = await call(port, name, {"tenant_id": tenant} | whose, key=key)
         case "refresh":
             reply = await call(port, name, {"tenant_id": tenant, "waiter_id": 21}, key=key)
-        case "receipts":
+        case "receipts" | "why":
             if (entry := world.entry_of(tenant)) is None:
                 return set()
-            reply = await call(port, f"receipts?event_id={entry}", key=key)
+            reply = await call(port, f"{name}?event_id={entry}", key=key)
             assert reply.status == (200 if tenant in KEYS[key]["tenants"] else 404), reply.text
             world.replies.append(reply.text)
             return set()
         case "nodes":
             named = set()
             reply = await call(port, name, key=key)
+        case "slo":
+            named = chooser.choice([named, set()])
+            reply = await call(port, name + "".join(f"?tenant_id={t}" for t in named), key=key)
+            if reply.status == 200:
+                told = {each["tenant_id"] for each in reply.json["tenants"]}
+                assert told <= (named or set(KEYS[key]["tenants"]))
+                assert reply.json["others"] is None
         case _:
             chosen = chooser.choice([0, 1]) if name == "history" else 1
             query = f"{name}?tenant_id={tenant}&branch_id={chosen}"

@@ -11,6 +11,7 @@ from tests.support.resume_world import A, B, World, at
 from trio_gateway.core.audiences import audiences_of
 from trio_gateway.core.event_ids import START, Position, Stream
 from trio_gateway.core.routing import ROUTES
+from trio_gateway.core.time_counts import quantiles
 from trio_gateway.runtime.ingest import Ingest
 from trio_gateway.runtime.queue import EventQueue
 from trio_gateway.runtime.source import Entry, Past
@@ -53,6 +54,21 @@ async def test_first_reading_that_was_cancelled_is_begun_anew(
     assert not world.history.end
     await inlet.begin(A, "a", entries, None)
     assert positions(world) == [at(n) for n in range(1, 501)]
+
+
+async def test_delivery_times_are_by_the_clock_of_the_server_or_else_by_ours(
+    autojump_clock: MockClock, world: World, inlet: StreamInlet
+) -> None:
+    await inlet.begin(A, "a", past(1), 900.0)
+    await inlet.begin(B, "b", past(1), None)
+    await world.live()
+    await trio.sleep_until(1)
+    for stream, now in ((A, 901_000), (B, 1_001_000)):
+        event = make_event(data=now, stream=stream, position=at(now - 10))
+        await world.dispatch.deliver([event])
+    found = world.dispatch.times.figures(1, trio.current_time()).last_hour.written
+    assert found.count == 2
+    assert quantiles(found)[2] == pytest.approx(0.010, rel=0.2)
 
 
 async def test_shard_that_comes_back_is_stored_again_and_each_id_once(

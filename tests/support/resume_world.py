@@ -147,7 +147,9 @@ class World:
             most_entries=most_scanned,
             most_bytes=10**7,
         )
-        self.receipts = ReceiptLog(self.history, routes, trio.current_time, 10**9, ReceiptWriting())
+        self.receipts = ReceiptLog(
+            self.history, routes, trio.current_time, 10**9, ReceiptWriting(), self.dispatch.times
+        )
         if self.receipts.tracks:
             self.dispatch.receipts = self.receipts
         self.replays = Replays(self.history, self.hub, older=self.older, receipts=self.receipts)

@@ -1,7 +1,7 @@
 """A source of durable events with its servers, a sink that notes what it gets, and a backend."""
 
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 
@@ -33,6 +33,7 @@ class Recorder:
         self.gaps_told = 0
         self.forgotten: list[Stream] = []
         self.taken = 0
+        self.clocks: dict[Stream, float] = {}
         self.accepts = trio.Event()
         self.accepts.set()
         self.most_past = 100_000
@@ -68,6 +69,9 @@ class Recorder:
         self.gaps += lost
         self.gaps_told += 1
         await trio.lowlevel.checkpoint()
+
+    def set_clock(self, streams: Iterable[Stream], ahead: float) -> None:
+        self.clocks |= dict.fromkeys(streams, ahead)
 
     async def settle(self) -> None:
         await trio.lowlevel.checkpoint()

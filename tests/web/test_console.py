@@ -23,7 +23,7 @@ from tests.support.gateways import (
     receive_event,
     serving,
 )
-from trio_gateway.core.audiences import Endpoint
+from trio_gateway.core.audiences import Endpoint, TenantId
 from trio_gateway.core.histogram import SECONDS
 from trio_gateway.core.messages import Command
 from trio_gateway.runtime.connection import Connection, ConnectionLimits
@@ -266,6 +266,27 @@ async def test_only_an_admin_that_watches_receives_stats(redis_url: str) -> None
     assert JWT_SECRET not in json.dumps(first)
 
 
+async def test_stats_have_the_delivery_times_of_the_own_tenant_alone(
+    redis_url: str, backend: "redis.Redis"
+) -> None:
+    async with (
+        serving(redis_url, "direct") as gateway,
+        admitted(gateway.staff_url("admin", tenant_id=1)) as admin,
+        admitted(gateway.staff_url("admin", tenant_id=2)) as stranger,
+    ):
+        for _ in range(3):
+            event = {"type": "ROUND_READY", "tenant_id": 1, "branch_id": 1}
+            backend.xadd("events:critical", {"data": json.dumps(event)})
+        for client, count in ((admin, 3), (stranger, 0)):
+            for _ in range(count):
+                await receive_event(client)
+            await client.send_message('{"type":"watch"}')
+            found = (await receive_event(client))["delivery_times"]
+            assert found["last_hour"]["written"]["count"] == count
+            assert found["last_5_minutes"]["written"]["count"] == count
+            assert found["seconds"] == 1
+
+
 async def test_stats_name_the_processes_of_the_service(redis_url: str) -> None:
     async with (
         serving(redis_url, "direct", ws_cluster=True) as one,
@@ -314,7 +335,7 @@ async def test_slow_clients_of_other_tenants_are_not_shown(nursery: trio.Nursery
         await trio.testing.wait_all_tasks_blocked()
         connection.send(b"x" * 100 * tenant)
 
-    (found,) = slow(app.parts.hub, make_principal(Endpoint.ADMIN, tenant=1, roles=["ADMIN"]))
+    (found,) = slow(app.parts.hub, TenantId(1))
 
     assert found == {"endpoint": "waiter", "user": "1", "session": None, "bytes": 102, "frames": 1}
     nursery.cancel_scope.cancel()

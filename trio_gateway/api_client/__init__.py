@@ -24,6 +24,10 @@ from .values import (
     PresentUser,
     Published,
     Refreshed,
+    Slo,
+    TenantTimes,
+    Times,
+    TimesWindow,
 )
 
 __all__ = [
@@ -38,4 +42,8 @@ __all__ = [
     "PresentUser",
     "Published",
     "Refreshed",
+    "Slo",
+    "TenantTimes",
+    "Times",
+    "TimesWindow",
 ]

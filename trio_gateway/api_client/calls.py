@@ -8,7 +8,7 @@ import httpx
 import msgspec
 
 from ..publisher import InDoubt, InvalidEvent, PublishFailed
-from .values import Disconnected, HistoryPage, Node, Presence, Published, Refreshed
+from .values import Disconnected, HistoryPage, Node, Presence, Published, Refreshed, Slo
 
 T = TypeVar("T")
 Confirm = int | Literal["all"]
@@ -88,6 +88,14 @@ def nodes() -> Call[list[Node]]:
         return msgspec.json.decode(response.content, type=_Nodes).nodes
 
     return Call("GET", "nodes", read, repeatable=True)
+
+
+def slo(tenant_id: int | None, limit: int) -> Call[Slo]:
+    """The delivery times of a tenant, or of the slowest ones."""
+    params = {"limit": str(limit)}
+    if tenant_id is not None:
+        params["tenant_id"] = str(tenant_id)
+    return Call("GET", "slo", _reader(Slo), repeatable=True, params=params)
 
 
 def history(tenant_id: int, branch_id: int, since: float | str) -> Call[Page]:

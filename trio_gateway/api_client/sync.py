@@ -16,7 +16,7 @@ from .batches import Outcomes, check, event_id_of, not_published
 from .calls import Call, Confirm
 from .connecting import TIMEOUT, options
 from .errors import CallFailed
-from .values import Disconnected, HistoryPage, Node, Presence, Published, Refreshed
+from .values import Disconnected, HistoryPage, Node, Presence, Published, Refreshed, Slo
 
 T = TypeVar("T")
 
@@ -129,6 +129,10 @@ class ApiClient:
     def nodes(self) -> list[Node]:
         """The processes of the service. Raises :exc:`CallFailed`."""
         return self._run(calls.nodes())
+
+    def slo(self, tenant_id: int | None = None, *, limit: int = 100) -> Slo:
+        """How long the events of tenants take to their clients. Raises :exc:`CallFailed`."""
+        return self._run(calls.slo(tenant_id, limit))
 
     def history(self, tenant_id: int, branch_id: int, since: float | str) -> Iterator[HistoryPage]:
         """The durable events of a branch, page by page, until the present.

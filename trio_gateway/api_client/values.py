@@ -61,6 +61,49 @@ class Presence(_FromAll, frozen=True):
     sessions: tuple[PresentSession, ...]
 
 
+class Times(msgspec.Struct, frozen=True):
+    """How many there were, and percentiles of the seconds that they took, None without any.
+
+    ``over`` took longer than the limit. ``unconfirmed`` (of delivered ones): clients that were sent
+    an event and have not confirmed it.
+    """
+
+    count: int
+    p50: float | None
+    p95: float | None
+    p99: float | None
+    over: int
+    unconfirmed: int = 0
+
+
+class TimesWindow(msgspec.Struct, frozen=True):
+    """From entering Redis: until events were written, and until each client had confirmed them."""
+
+    written: Times
+    delivered: Times
+
+
+class TenantTimes(msgspec.Struct, frozen=True):
+    """The delivery times of a tenant; without ``tenant_id``, of several together."""
+
+    last_5_minutes: TimesWindow
+    last_hour: TimesWindow
+    tenant_id: int | None = None
+
+
+class Slo(_FromAll, frozen=True):
+    """The delivery times of tenants, the slowest first; ``seconds`` is the limit of ``over``.
+
+    ``more`` tenants were left out. ``others`` are those that processes count together only.
+    Processes in ``missing`` are not counted.
+    """
+
+    seconds: float
+    tenants: tuple[TenantTimes, ...]
+    more: int = 0
+    others: TenantTimes | None = None
+
+
 class Node(msgspec.Struct, frozen=True):
     """A process of the gateway. ``started_at`` is unix time, ``lag`` is in events."""
 

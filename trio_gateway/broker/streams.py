@@ -15,6 +15,7 @@ from typing import NoReturn, cast
 import structlog
 import trio
 
+from ..core.clock_offset import ClockOffset
 from ..core.event_ids import START, Stream, entry_id
 from ..core.exception_groups import first_leaf
 from ..core.slots import read_node
@@ -25,6 +26,7 @@ from .connection import Redirected, RedisConnection, open_redis, raise_if_replic
 from .probe import Probe
 from .stream_cursor import StreamCursor
 from .stream_reader import BLOCK, REPLY_TIMEOUT, StreamReader
+from .stream_replies import read_time
 from .topology import Topology
 from .unreadable import Unreadable
 
@@ -66,6 +68,7 @@ class Streams:
         self._by_name: dict[str, StreamCursor] = {}  # of the streams that have been begun
         self._unreadable = Unreadable()
         self._looked_around_at = 0.0
+        self._clock: ClockOffset | None = None  # of the server, if it tells the time
         self._connection_scope = trio.CancelScope()
         self.connected = False
         self.gaps = 0
@@ -92,6 +95,7 @@ class Streams:
         """Read until the connection is :exc:`ConnectionLost`."""
         asking, self._asking = self._asking, None
         server = asking or await self._topology.primary(self._slot)
+        self._clock = ClockOffset()
         try:
             async with trio.open_nursery() as nursery:
                 if asking is None:
@@ -195,28 +199,40 @@ class Streams:
         else:
             await reader.idle()
         if not reader.stopping:  # else a reply may be under way
-            await self._look_around(reader, redis)
+            await self._look_around(reader, redis, sink)
 
     def _to_begin(self) -> list[str]:
         known = self._by_name.keys()
         return [n for n in self._followed if n not in known and n not in self._unreadable]
 
-    async def _look_around(self, reader: StreamReader, redis: RedisConnection) -> None:
+    async def _look_around(self, reader: StreamReader, redis: RedisConnection, sink: Sink) -> None:
         """A connection can outlive its server's time as the primary; errors can be over."""
         now = trio.current_time()
         if now - self._looked_around_at >= BLOCK:
             self._looked_around_at = now
             probe = self._probe if self._probe is not None and self._probe.is_wanted else None
             commands = [("HELLO",), *((probe.next_command(),) if probe is not None else ())]
-            role, *published = await redis.ask_all(commands, timeout=REPLY_TIMEOUT)
+            if self._clock is not None:
+                commands.append(("TIME",))
+            role, *replies = await redis.ask_all(commands, timeout=REPLY_TIMEOUT)
+            now = trio.current_time()
             if not self._is_in_cluster:  # there, a replica answers XREAD with MOVED
                 raise_if_replica(role)
             if probe is not None:
-                probe.published(published[0], trio.current_time())
+                probe.published(replies[0], now)
+            if self._clock is not None:
+                self._note_time(self._clock, read_time(replies[-1]), now, sink)
             if self._unreadable:
                 await reader.retry_unreadable()
                 if self._to_begin():
                     self._changed.unpark_all()
+
+    def _note_time(self, clock: ClockOffset, there: float | None, now: float, sink: Sink) -> None:
+        if there is None:  # an ACL would log each time that we ask
+            self._clock = None
+        else:
+            streams = [cursor.stream for cursor in self._by_name.values()]
+            sink.set_clock(streams, clock.note(there - now, now))
 
     def _count_gap(self) -> None:
         self.gaps += 1

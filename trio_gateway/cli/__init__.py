@@ -23,6 +23,7 @@ from .rebalance import rebalance
 from .receipts import receipts
 from .routes import routes
 from .serve import serve
+from .slo import slo
 from .tail import tail
 from .token import token
 from .who import who
@@ -63,6 +64,6 @@ def main() -> None:
 
 for command in (
     serve, demo, token, publish, tail, routes, asyncapi, openapi, explain, check, dlq, rebalance,
-    nodes, who, kick, receipts, why, completion,
+    nodes, who, kick, receipts, why, slo, completion,
 ):  # fmt: skip
     main.add_command(command)

@@ -35,8 +35,8 @@ from .room import ClusterRoom
 # Settings that should be the same in all processes, see ``trio-gateway check``.
 COMMON: Final = (
     "WS_CLUSTER", "WS_MAX_CONNECTIONS_PER_USER", "WS_MAX_CONNECTIONS_PER_SESSION",
-    "WS_MAX_CONNECTIONS_PER_TENANT", "WS_PRESENCE_GRACE", "WS_PRESENCE_STREAM", "REDIS_STREAMS",
-    "REDIS_STREAM_SHARDS", "REDIS_STREAM_SHARDS_PREVIOUS",
+    "WS_MAX_CONNECTIONS_PER_TENANT", "WS_PRESENCE_GRACE", "WS_PRESENCE_STREAM", "WS_SLO_SECONDS",
+    "REDIS_STREAMS", "REDIS_STREAM_SHARDS", "REDIS_STREAM_SHARDS_PREVIOUS",
 )  # fmt: skip
 
 _RECOVERY: Final = 1.0  # seconds: without the link, API calls fail that would work by now

@@ -127,7 +127,7 @@ ANSWERS: Final[Mapping[str, Answer]] = {
     ),
     "statistics": Answer(
         messages.statistics(
-            {"at": 1790000000.5, "pid": 42, "nodes": [], "numbers": {}}, []
+            {"at": 1790000000.5, "pid": 42, "nodes": [], "numbers": {}}, [], {}
         ).decode(),
         _object(
             "statistics",
@@ -135,10 +135,11 @@ ANSWERS: Final[Mapping[str, Answer]] = {
             pid=_COUNT,
             nodes={"type": "array", "items": {"type": "object"}},
             numbers={"type": "object"},
+            delivery_times={"type": "object"},
         ),
         "sent once a second to an ADMIN that watches: the metrics, circuit breakers and Redis "
-        "connections of this process, the live processes of the service, and the slow clients of "
-        "the ADMIN's tenant",
+        "connections of this process, the live processes of the service, and of the ADMIN's "
+        "tenant the slow clients and the [delivery times](#delivery-times) of this process",
     ),
     "presence": Answer(
         messages.presence_state(BranchId(1), Items([_ANA], [_TABLE])).decode(),

@@ -141,9 +141,11 @@ def sectors_updated(sectors: Collection[SectorId], form: Command) -> bytes:
     return _encode({"type": "sectors_updated", "sector_ids": sorted(sectors)})
 
 
-def statistics(stats: Mapping[str, Any], slow: Sequence[Mapping[str, Any]]) -> bytes:
-    """The stats of a process, and the slow clients of the receiver's tenant."""
-    return _encode({"type": "statistics", **stats, "slow": slow})
+def statistics(
+    stats: Mapping[str, Any], slow: Sequence[Mapping[str, Any]], times: Mapping[str, Any]
+) -> bytes:
+    """The stats of a process; and of the receiver's tenant, slow clients and delivery times."""
+    return _encode({"type": "statistics", **stats, "slow": slow, "delivery_times": times})
 
 
 def intervals(

@@ -10,6 +10,7 @@ import structlog
 import trio
 
 from ..core.audiences import Audience, floor, waiters
+from ..core.delivery_times import DeliveryTimes
 from ..core.duplicates import Duplicates
 from ..core.event_ids import Position, Stream
 from ..core.events import Event
@@ -76,6 +77,7 @@ class Dispatch:
         self.duplicate = self.unheard = self.unknown_type = 0
         self.duration = Histogram()  # of one batch
         self.latency = Histogram()  # of each event, from hearing it to its last write
+        self.times = DeliveryTimes()
         self.receipts: ReceiptLog | None = None  # if the routing has tracked types
         self.on_copy: Callable[[Event], None] = lambda copy: None  # of a durable event
         self.observe: Callable[[Sequence[Event], float], None] | None = None  # what was delivered
@@ -201,6 +203,7 @@ class Dispatch:
                         self._break_off(batch, writes, members, n)
                         raise
             self.deliveries += number * len(members)
+        self.times.written(planned, writes, trio.current_time())
         return fresh
 
     def remember(self, event: Event, read_again: Duplicates | None = None) -> bool:

@@ -10,7 +10,10 @@ from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from typing import Final
 
+import trio
+
 from ..core.audiences import Audience, Principal, audiences_of
+from ..core.delivery_times import DeliveryTimes
 from ..core.escalation import Escalation
 from ..core.event_ids import Position, Stream
 from ..core.events import Event
@@ -41,8 +44,10 @@ class ReceiptLog:
         clock: Callable[[], float],
         ttl: float,
         writing: ReceiptWriting,
+        times: DeliveryTimes | None = None,
     ) -> None:
         self._history = history
+        self._times = times or DeliveryTimes()
         self._routes = routes
         self._types = routes.tracked_types
         self._clock = clock
@@ -250,9 +255,14 @@ class ReceiptLog:
         """Note a state of one who was sent the event, by this process or maybe by another."""
         now = int(self._clock() * 1000)
         if (receipt := tracked.by.get(who)) is not None:
+            was_sent, was_delivered = receipt.sent is not None, receipt.delivered is not None
             if receipt.reach(state, now):
                 self.counts[state] += 1
                 self._writing.changed(tracked, who, receipt)
+                if not was_sent:
+                    self._times.sent(tracked.place, tracked.event, trio.current_time())
+                if not was_delivered and receipt.delivered is not None:
+                    self._times.confirmed(tracked.place, tracked.event, trio.current_time())
         else:
             seen = now if state is State.SEEN else None
             self._writing.changed(tracked, who, Receipt(delivered=now, seen=seen))

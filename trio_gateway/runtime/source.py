@@ -4,7 +4,7 @@ A *shard* is one ordered sequence of entries. Its name is the engine's; :func:`.
 makes of it the tag that goes into event ids. Positions are two integers that grow within a shard.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple, NoReturn, Protocol
 
 import msgspec
@@ -85,6 +85,9 @@ class Sink(Protocol):
 
         Returns in the step in which clients are sent the gap.
         """
+
+    def set_clock(self, streams: Iterable[Stream], ahead: float) -> None:
+        """Note (the engine's unix time - Trio's time) in seconds, where these shards are."""
 
     async def settle(self) -> None:
         """Wait until all entries that were taken are delivered."""

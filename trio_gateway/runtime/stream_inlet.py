@@ -18,7 +18,7 @@ which connections that are not held have been sent everything. So:
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 import structlog
@@ -99,6 +99,10 @@ class StreamInlet:
         if self._history.was_begun(stream):  # by a call that was cancelled
             self._history.forget(stream)
             self._forgotten.add(stream)
+        if ahead is None:  # the clocks of machines differ less than anything that is late
+            self.set_clock([stream], self._wall_clock() - trio.current_time())
+        else:
+            self.set_clock([stream], ahead)
         self._history.begin(stream, past.since, whole=past.is_whole)
         read_again = Duplicates() if stream in self._forgotten else None
         for n, entry in enumerate(past.entries):
@@ -187,6 +191,10 @@ class StreamInlet:
         """Move the history's end to an entry that was read and was not delivered."""
         await self._queue.wait_idle()
         self._history.advance(stream, position)
+
+    def set_clock(self, streams: Iterable[Stream], ahead: float) -> None:
+        """Note what Redis' clock shows, for the delivery times."""
+        self._dispatch.times.set_clock(streams, ahead)
 
     async def settle(self) -> None:
         """Wait until all entries that were taken are delivered."""

@@ -86,6 +86,7 @@ class SettingValues(BaseSettings):
     ws_routes_file: Path | None = None
     ws_cluster: bool = False  # limits and presence apply over all processes on the same Redis
     ws_receipt_ttl: _Seconds = 3600.0
+    ws_slo_seconds: _Seconds = 1.0  # an event that takes longer is late
     ws_presence_grace: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 15
     ws_presence_stream: str | None = None  # joins and leaves are added to it
     ws_api_keys_file: Path | None = None  # enables the API for backends

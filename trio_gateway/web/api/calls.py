@@ -20,6 +20,7 @@ from .nodes import NodesReply, nodes
 from .presence import PresenceReport, presence
 from .publish import MAX_BYTES, PublishReply, PublishRequest, publish
 from .receipts import receipts, why
+from .slo import MOST, SloReport, slo
 
 
 def _number(least: int = 1) -> dict[str, Any]:
@@ -101,4 +102,19 @@ CALLS: Final = (
         query=(_EVENT,),
     ),
     Call(name="why", scope=Scope.READ, answer=why, reply=EventPath, query=(_EVENT,)),
+    Call(
+        name="slo",
+        scope=Scope.READ,
+        answer=slo,
+        reply=SloReport,
+        query=(
+            _TENANT._replace(required=False),
+            Parameter(
+                "limit",
+                {"type": "integer", "minimum": 1, "maximum": MOST},
+                "how many tenants at most, the slowest first; by default 100",
+                required=False,
+            ),
+        ),
+    ),
 )

@@ -1,0 +1,60 @@
+"""Delivery times of a service: what its processes count, and who may ask."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import redis
+
+from tests.support.api_keys import call, write_keys
+from tests.support.gateways import admitted, receive_event, serving, until
+
+CALL = {"type": "SERVICE_CALL_CREATED", "tenant_id": 1, "branch_id": 1}
+KEYS: dict[str, dict[str, Any]] = {"all": {}, "one": {"tenants": [1]}}
+
+
+async def test_figures_are_those_of_all_processes_and_of_the_tenants_of_the_key(
+    redis_url: str, backend: "redis.Redis", tmp_path: Path
+) -> None:
+    routes = tmp_path / "routes.toml"
+    routes.write_text("[routes.SERVICE_CALL_CREATED]\nreceipt = true\n")
+    settings = {"ws_api_keys_file": write_keys(tmp_path, KEYS), "ws_routes_file": routes}
+    async with (
+        serving(redis_url, "direct", **settings) as one,
+        serving(redis_url, "direct", **settings) as other,
+        admitted(one.staff_url("waiter", sub="21")) as here,
+        admitted(one.staff_url("waiter", sub="22")) as colleague,
+        admitted(other.staff_url("waiter", sub="23")) as there,
+        admitted(other.staff_url("waiter", tenant_id=2)) as stranger,
+    ):
+        await until(lambda: all(g.app.parts.cluster.link.connected for g in (one, other)))  # type: ignore[union-attr]
+        for tenant in (1, 1, 2):
+            backend.xadd("events:critical", {"data": json.dumps(CALL | {"tenant_id": tenant})})
+        ids = [(await receive_event(here))["event_id"] for _ in range(2)]
+        for client, number in ((colleague, 2), (there, 2), (stranger, 1)):
+            for _ in range(number):
+                await receive_event(client)
+        await here.send_message(json.dumps({"type": "ping", "last_event_id": ids[1]}))
+        await receive_event(here)
+
+        found = (await call(other.port, "slo", key="all")).json
+        assert {each["tenant_id"] for each in found["tenants"]} == {1, 2}
+        assert (found["seconds"], found["more"], found["complete"], found["missing"]) == (
+            1.0, 0, True, [],
+        )  # fmt: skip
+        assert found["others"]["last_hour"]["written"]["count"] == 0
+        bound = (await call(one.port, "slo", key="one")).json
+        assert bound["others"] is None
+        (mine,) = bound["tenants"]
+        assert mine == next(each for each in found["tenants"] if each["tenant_id"] == 1)
+        for window in (mine["last_5_minutes"], mine["last_hour"]):
+            assert window["written"]["count"] == 4  # two events, on two processes
+            assert 0 < window["written"]["p50"] <= window["written"]["p99"] < 5
+            assert (window["delivered"]["count"], window["delivered"]["unconfirmed"]) == (2, 4)
+
+        assert (await call(one.port, "slo?tenant_id=2", key="one")).status == 403
+        (only,) = (await call(one.port, "slo?tenant_id=2", key="all")).json["tenants"]
+        assert only["last_hour"]["written"]["count"] == 1
+        assert (await call(one.port, "slo?limit=1", key="all")).json["more"] == 1
+        for query in ("limit=0", "limit=1001", "limit=x", "tenant_id=", "tenant_id=0"):
+            assert (await call(one.port, f"slo?{query}", key="all")).status == 422, query

@@ -1,0 +1,219 @@
+"""Delivery times: how long the events of each tenant take from entering Redis to its clients.
+
+A process counts what it does itself, by Redis' clock, in parts of one minute and of five minutes.
+A part is forgotten as a whole: the last five minutes are up to six, the last hour is up to 65.
+"""
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import Final
+
+import msgspec
+
+from .event_ids import Stream
+from .events import Event
+from .receipts import Place, TrackedEvent
+from .time_counts import Figures, TimeCounts, add
+
+MOST_TENANTS: Final = 1000
+_MINUTE: Final = 60_000  # ms
+_HOUR: Final = 65  # minutes
+_NEVER: Final = -1 << 62  # minutes
+
+
+class TenantFigures(msgspec.Struct, omit_defaults=True):
+    """The figures of one tenant, or of several."""
+
+    last_5_minutes: Figures = msgspec.field(default_factory=Figures)
+    last_hour: Figures = msgspec.field(default_factory=Figures)
+
+    @property
+    def is_empty(self) -> bool:
+        return self.last_hour == Figures()
+
+    def merge(self, other: "TenantFigures") -> None:
+        """Add those of another process, or of other tenants."""
+        self.last_5_minutes.merge(other.last_5_minutes)
+        self.last_hour.merge(other.last_hour)
+
+
+class DeliveryTimes:
+    """Counts the delivery times of this process. ``slo`` is in seconds: what takes longer is late.
+
+    Each of ``most`` tenants has figures of its own, the others have them together. A tenant keeps
+    its place until it had no event for an hour. Only one with a late event gets a place earlier:
+    then the tenant that was quiet for longest, of those without a late event in the last hour,
+    joins the others. So neither a flood of another tenant nor its size hides a slow one.
+    """
+
+    def __init__(self, slo: float = 1.0, *, most: int = MOST_TENANTS) -> None:
+        self.slo = slo
+        self._late = slo * 1000
+        self._most = most
+        self._tenants: dict[int, _TenantTimes] = {}
+        self._others = _TenantTimes()
+        self._ahead: dict[Stream, float] = {}
+        self._no_room_at: dict[bool, int] = {}  # the minute, for events that are late or not
+
+    def set_clock(self, streams: Iterable[Stream], ahead: float) -> None:
+        """Note (Redis' unix time - the time here) of the servers that have these streams."""
+        for stream in streams:
+            self._ahead[stream] = ahead
+
+    def written(
+        self,
+        planned: Sequence[tuple[Event, object, object]],
+        writes: Iterable[tuple[object, int, object]],
+        now: float,
+    ) -> None:
+        """Count events of which all writes are done.
+
+        Those are in the masks of ``writes`` (bit i: the i-th event). An event from Pub/Sub has no
+        time at which it entered Redis.
+        """
+        written = 0
+        for _, mask, _ in writes:
+            written |= mask
+        last: Stream | None = None
+        redis_now = minute = 0
+        for n, (event, _, _) in enumerate(planned):
+            stream, position = event.stream, event.position
+            if stream is None or position is None or not written >> n & 1:
+                continue
+            if stream != last:
+                last = stream
+                redis_now = self._redis_now(stream, now)
+                minute = redis_now // _MINUTE
+            if (ms := redis_now - position[0]) < 0:
+                ms = 0
+            is_late = ms > self._late
+            of = self._tenants.get(event.tenant)
+            if of is None or of.minute != minute or is_late:
+                of = self._of(event.tenant, minute, is_late=is_late)
+            add(of.written, ms, is_late=is_late)
+
+    def sent(self, place: Place, event: TrackedEvent, now: float) -> None:
+        """Count a client that was sent a tracked event, and has not confirmed it yet."""
+        minute = self._redis_now(place.stream, now) // _MINUTE
+        of = self._of(event.tenant_id, minute, is_late=False)
+        for each in of.at(event.at // _MINUTE):  # and not for this minute: so that both counts meet
+            each.unconfirmed += 1
+
+    def confirmed(self, place: Place, event: TrackedEvent, now: float) -> None:
+        """Count a client that has confirmed a tracked event, after it was :meth:`sent`."""
+        redis_now = self._redis_now(place.stream, now)
+        ms = max(0, redis_now - event.at)
+        is_late = ms > self._late
+        of = self._of(event.tenant_id, redis_now // _MINUTE, is_late=is_late)
+        for each in of.at(event.at // _MINUTE):
+            each.unconfirmed -= 1
+        add([each.delivered for each in of.at(of.minute)], ms, is_late=is_late)
+
+    @property
+    def tenants(self) -> Collection[int]:
+        """Those that have figures of their own."""
+        return self._tenants.keys()
+
+    def figures(self, tenant: int | None, now: float) -> TenantFigures:
+        """The figures of a tenant; with None, of those that have none of their own."""
+        of = self._others if tenant is None else self._tenants.get(tenant, _TenantTimes())
+        return of.figures(int((now + max(self._ahead.values(), default=0.0)) * 1000) // _MINUTE)
+
+    def _redis_now(self, stream: Stream, now: float) -> int:
+        """Redis' unix time in ms."""
+        return int((now + self._ahead.get(stream, 0.0)) * 1000)
+
+    def _of(self, tenant: int, minute: int, *, is_late: bool) -> "_TenantTimes":
+        """Where to count an event of this tenant."""
+        if (found := self._tenants.get(tenant)) is None:
+            if len(self._tenants) < self._most or self._make_room(minute, for_late=is_late):
+                found = self._tenants[tenant] = _TenantTimes()
+            else:
+                found = self._others
+        if found.minute != minute:
+            found.turn(minute)
+        if is_late:
+            found.late_at = minute
+        return found
+
+    def _make_room(self, minute: int, *, for_late: bool) -> bool:
+        """Let a tenant join the others, if there is one that may.
+
+        If there is none, this is not looked for again in the same minute.
+        """
+        if self._no_room_at.get(for_late) == minute:
+            return False
+        punctual = (each for each, of in self._tenants.items() if of.late_at <= minute - _HOUR)
+        tenant = min(punctual, key=lambda each: self._tenants[each].minute, default=None)
+        if tenant is None or not (for_late or self._tenants[tenant].minute <= minute - _HOUR):
+            self._no_room_at[for_late] = minute
+            return False
+        self._others.merge(self._tenants.pop(tenant))
+        return True
+
+
+class _Parts:
+    """Figures in parts of so many ``minutes``, the last ``most`` of them."""
+
+    __slots__ = ("_by_number", "_minutes", "_most")
+
+    def __init__(self, minutes: int, most: int) -> None:
+        self._minutes = minutes
+        self._most = most
+        self._by_number: dict[int, Figures] = {}
+
+    def at(self, minute: int, newest: int) -> Figures | None:
+        """The part of this minute; None if it is forgotten when ``newest`` is the current one."""
+        number = minute // self._minutes
+        if (found := self._by_number.get(number)) is None and self._holds(number, newest):
+            self._by_number = {n: f for n, f in self._by_number.items() if self._holds(n, newest)}
+            found = self._by_number[number] = Figures()
+        return found
+
+    def _holds(self, number: int, newest: int) -> bool:
+        # Redis' servers differ a bit in their time, so a later part may exist already.
+        return -1 <= newest // self._minutes - number < self._most
+
+    def sum(self, newest: int) -> Figures:
+        """All parts together."""
+        found = Figures()
+        for number, figures in self._by_number.items():
+            if self._holds(number, newest):
+                found.merge(figures)
+        return found
+
+    def merge(self, other: "_Parts") -> None:
+        """Add those of another tenant."""
+        for number, figures in other._by_number.items():
+            self._by_number.setdefault(number, Figures()).merge(figures)
+
+
+class _TenantTimes:
+    """The figures of one tenant."""
+
+    __slots__ = ("_blocks", "_single", "late_at", "minute", "written")
+
+    def __init__(self) -> None:
+        self._single = _Parts(1, 6)
+        self._blocks = _Parts(5, 13)
+        self.minute = _NEVER  # of the last event
+        self.late_at = _NEVER  # the minute of the last late one
+        self.written: Sequence[TimeCounts] = ()  # where to count what is written in this minute
+
+    def turn(self, minute: int) -> None:
+        """Begin to count in this minute."""
+        self.minute = minute
+        self.written = [each.written for each in self.at(minute)]
+
+    def at(self, minute: int) -> list[Figures]:
+        """The parts that a minute is in, those that are kept."""
+        found = (each.at(minute, self.minute) for each in (self._single, self._blocks))
+        return [each for each in found if each is not None]
+
+    def figures(self, minute: int) -> TenantFigures:
+        """The figures in this minute."""
+        return TenantFigures(self._single.sum(minute), self._blocks.sum(minute))
+
+    def merge(self, other: "_TenantTimes") -> None:
+        """Add those of another tenant."""
+        self._single.merge(other._single)
+        self._blocks.merge(other._blocks)
