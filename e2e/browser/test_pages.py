@@ -49,6 +49,7 @@ def page(browser: Browser) -> Iterator[Page]:
     context.close()
 
 
+SEEN = '{"event_id":"1-0-4723"}'
 FETCH = """async ([url, options]) => {
     try {
         const reply = await fetch(url, options);
@@ -91,6 +92,7 @@ def test_page_on_an_allowed_origin_calls_every_path_and_reads_refusals(
     assert fetch(page, f"{url}/ws/explain", "POST", token, event)[0] == 200
     assert fetch(page, f"{url}/ws/catchup?branch_id=1&since=0", token=token)[1]["count"] == 0
     assert page.evaluate(STREAM, f"{url}/ws/admin/events?token={token}")
+    assert fetch(page, f"{url}/ws/receipts", "POST", token, SEEN)[0] == 204
 
     assert fetch(page, f"{url}/ws/ticket", "POST", "x.y")[::2] == [401, "Bearer"]
     assert fetch(page, f"{url}/ws/catchup?branch_id=0", token=token)[0] == 422
@@ -105,9 +107,12 @@ def test_page_on_another_origin_reads_only_what_is_the_diners(
     assert fetch(page, f"{url}/ws/ticket", "POST", token) == "TypeError"
     assert fetch(page, f"{url}/ws/catchup?branch_id=1&since=0&token={token}") == "TypeError"
     assert not page.evaluate(STREAM, f"{url}/ws/admin/events?token={token}")
+    assert fetch(page, f"{url}/ws/receipts?event_id=1-0-4723", token=token) == "TypeError"
+    assert fetch(page, f"{url}/ws/receipts", "POST", token, SEEN)[0] == 403
 
     table = make_table_token(TABLE_SECRET)
     session = f"{url}/ws/catchup/session?session_id=456&since=0"
     assert fetch(page, session, token=table)[0] == 200
     assert fetch(page, session, token="x.y")[0] == 401
+    assert fetch(page, f"{url}/ws/receipts", "POST", table, SEEN)[0] == 204
     assert page.evaluate(STREAM, f"{url}/ws/diner/events?table_token={table}")
