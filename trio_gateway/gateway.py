@@ -159,8 +159,9 @@ class Gateway(QuartTrio):
                 try:
                     yield
                 finally:
+                    failed = nursery.cancel_scope.cancel_called
                     with trio.CancelScope(shield=True):  # bounded inside
-                        await self.drain()
+                        await self.parts.drain.run(after_bug=failed)
                     nursery.cancel_scope.cancel()
 
     def _start_tasks(self, nursery: trio.Nursery) -> None:

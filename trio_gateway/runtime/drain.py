@@ -47,8 +47,12 @@ class Drain:
         self.begun = False
         self.patience = PATIENCE  # seconds: the server's graceful_timeout
 
-    async def run(self) -> None:
-        """Drain, or wait for the drain that is under way. Cancelled, it cuts what is left."""
+    async def run(self, *, after_bug: bool = False) -> None:
+        """Drain, or wait for the drain that is under way. Cancelled, it cuts what is left.
+
+        After a bug the gateway's tasks have ended: nobody delivers what is queued or writes to
+        Redis, so this only closes the connections.
+        """
         if self.begun:
             await self._done.wait()
             return
@@ -58,7 +62,7 @@ class Drain:
         self._window = max(_FIRST_WINDOW, clients / _RECONNECTS_PER_SECOND)
         self._stop()
         try:
-            with trio.move_on_after(self.patience * _FOR_QUEUES):
+            with trio.move_on_after(0 if after_bug else self.patience * _FOR_QUEUES):
                 for queue in self._queues:
                     await queue.wait_idle()
             undelivered = sum(queue.undelivered for queue in self._queues)
@@ -76,7 +80,7 @@ class Drain:
             for connection in [*hub.connections, *hub.leaving]:
                 connection.abort()
             try:
-                if self._tell_others is not None:
+                if self._tell_others is not None and not after_bug:
                     with trio.move_on_after(_FOR_OTHERS):
                         await self._tell_others()
             finally:
