@@ -23,7 +23,7 @@ import pytest
 import trio
 
 from tests.support import gateways as harness
-from tests.support.commands import SECRETS, clear_settings, run, run_process
+from tests.support.commands import SECRETS, clear_settings, run
 from trio_gateway.cli import demo_display, demo_file, demo_processes
 from trio_gateway.cli.demo_tally import Tally
 from trio_gateway.cli.rendering import Screen
@@ -142,23 +142,22 @@ def test_demo_shows_the_events_of_every_role_and_leaves_nothing_after_ctrl_c(
     "kind",
     ["single", *(pytest.param(kind, marks=pytest.mark.chaos) for kind in ("sentinel", "cluster"))],
 )
-def test_demo_kills_its_primary_and_no_event_is_missing(kind: str, tmp_path: Path) -> None:
+def test_demo_kills_its_primary_no_event_is_missing_and_it_ends_after_its_loops(
+    kind: str, tmp_path: Path
+) -> None:
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     port = harness.free_port()
-    options = f"--redis {kind} --kill-primary-every 0.5 --rate 40 --port {port}".split()
-    with demo(*options, temporary=temporary) as process:
-        assert process.stdout is not None
-        lines = []
-        for line in process.stdout:
-            lines.append(line.rstrip())
-            if "Events are delivered again" in line:
-                process.send_signal(signal.SIGINT)
-        assert (process.wait(10), process.communicate()[1]) == (0, "")
-    text = "\n".join(lines)
+    every, loops = (0.5, 1) if kind == "single" else (5, 10)  # a loop takes a second
+    options = f"--redis {kind} --kill-primary-every {every} --rate 40 --loops {loops}"
+    with demo(*options.split(), "--port", str(port), temporary=temporary) as process:
+        text, errors = process.communicate(timeout=60)
+        assert (process.returncode, errors) == (0, "")
+    lines = text.splitlines()
     assert re.search(r"The primary, 127\.0\.0\.1:\d+, is killed \(published", text)
     assert re.search(r"The primary is now 127\.0\.0\.1:\d+, \d\.\d s after the kill", text)
     assert lines[-3].endswith(", missing 0, gaps 0")
+    assert lines[-1].startswith(f"{39 * loops} events published; received: waiter ")
     assert list(temporary.iterdir()) == []
     assert mentioning(str(temporary)) == []
     assert mentioning(f"127.0.0.1:{port}") == []
@@ -189,7 +188,7 @@ def test_demo_names_the_console_first_and_a_command_that_needs_no_token_for_each
         reader = threading.Thread(target=output.extend, args=(process.stdout,))
         reader.start()
         tails = []
-        for command in [*printed, "trio-gateway tail --as waiter"]:
+        for command in [printed[0], printed[-1], "trio-gateway tail --as kitchen"]:
             name, *arguments = shlex.split(command, comments=True)
             assert name == "trio-gateway"
             tails.append(
@@ -293,15 +292,6 @@ def test_demo_that_is_killed_leaves_no_process(tmp_path: Path) -> None:
             time.sleep(0.05)
 
 
-async def test_demo_ends_after_its_loops(tmp_path: Path) -> None:
-    arguments = f"demo --loops 1 --rate 500 --port {harness.free_port()}".split()
-    env = {**harness.environment("redis://nowhere"), "TMPDIR": str(tmp_path)}
-    status, out, err = await run_process(*arguments, env=env)
-    assert (status, err) == (0, "")
-    assert out[-1].startswith("39 events published; received: waiter ")
-    assert list(tmp_path.iterdir()) == []
-
-
 async def test_demo_gives_up_an_event_that_redis_never_confirms(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -331,20 +321,20 @@ def test_demo_reports_a_port_in_use() -> None:
     )
 
 
-async def test_demo_shows_the_error_of_a_gateway_that_ends(tmp_path: Path) -> None:
+def test_demo_shows_the_error_of_a_gateway_that_ends(tmp_path: Path) -> None:
     port = harness.free_port()
-    arguments = f"demo --rate 50 --port {port}".split()
-    env = {**harness.environment("redis://nowhere"), "TMPDIR": str(tmp_path)}
-    async with harness.process("trio_gateway", *arguments, env=env) as process:
+    with demo("--rate", "50", "--port", str(port), temporary=tmp_path) as process:
         assert process.stdout is not None
-        await trio.to_thread.run_sync(process.stdout.readline)
+        process.stdout.readline()
         (gateway,) = [
             int(path.parent.name)
             for path in Path("/proc").glob("[0-9]*/cmdline")
             if f"serve -b 127.0.0.1:{port}" in path.read_text().replace("\0", " ")
         ]
         os.kill(gateway, signal.SIGKILL)
-        status, _, err = await harness.wait(process)
-    assert status == 1
-    assert err.startswith(b"trio-gateway: the gateway ended with status -9. The end of its log:\n")
+        _, errors = process.communicate(timeout=10)
+    assert process.returncode == 1
+    assert errors.startswith(
+        "trio-gateway: the gateway ended with status -9. The end of its log:\n"
+    )
     assert list(tmp_path.iterdir()) == []

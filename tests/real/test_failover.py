@@ -1,6 +1,7 @@
 """A failover that leaves old connections open: every part finds the new primary."""
 
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -39,6 +40,7 @@ class Name:
 
     def __init__(self, one: RedisServer, other: RedisServer) -> None:
         self.one, self.other = one, other
+        self.admins = redis.Redis(port=one.port), redis.Redis(port=other.port)
         self.target = one.port
         self.url = "redis://redis.test:6379"
 
@@ -48,11 +50,16 @@ class Name:
 
     def fail_over(self, *, name_too: bool = True) -> None:
         """The old primary becomes a replica of the new one, and closes no connection."""
-        with redis.Redis(port=self.other.port) as new, redis.Redis(port=self.one.port) as old:
-            new.replicaof("NO", "ONE")
-            old.replicaof("127.0.0.1", str(self.other.port))
+        old, new = self.admins
+        new.replicaof("NO", "ONE")
+        old.replicaof("127.0.0.1", str(self.other.port))
         if name_too:
             self.target = self.other.port
+
+    def links(self) -> list[int]:
+        """The number of the gateway's connections to each server."""
+        clients = [admin.client_list() for admin in self.admins]
+        return [sum(each["name"] == "trio-gateway" for each in found) for found in clients]
 
 
 @contextmanager
@@ -76,10 +83,11 @@ def name(monkeypatch: pytest.MonkeyPatch) -> Iterator[Name]:
             return before(host, *arguments, **options)
 
         monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-        with redis.Redis(port=found.other.port) as replica:
-            while replica.info("replication")["master_link_status"] != "up":
-                pass
+        while found.admins[1].info("replication")["master_link_status"] != "up":
+            time.sleep(0.01)
         yield found
+        for admin in found.admins:
+            admin.close()
 
 
 async def ready(gateway: Running) -> bool:
@@ -95,13 +103,13 @@ async def test_failover_that_keeps_old_connections_open_is_followed(name: Name) 
         await publisher.publish(EVENT)
         await receive_event(waiter)
         assert await ready(gateway)
-        assert links(name.one) == 2
+        assert name.links() == [2, 0]
         name.fail_over()
 
         reply = await http(gateway.port, "/ws/ticket", method="POST", headers=BEARER)
         assert reply.status == 200  # sent again, on a connection to the new primary
         await until(lambda: ready(gateway))
-        await until(lambda: (links(name.one), links(name.other)) == (0, 2), 8)
+        await until(lambda: name.links() == [0, 2], 8)
         await publisher.publish(EVENT)
         assert (await receive_event(waiter))["type"] == "ROUND_READY"
 
@@ -115,7 +123,7 @@ async def test_the_control_link_follows_a_failover_that_keeps_old_connections_op
         assert cluster is not None
         await until(lambda: cluster.link.connected)
         name.fail_over()
-        await until(lambda: (links(name.one), links(name.other)) == (0, 3), 12)
+        await until(lambda: name.links() == [0, 3], 12)
         await until(lambda: cluster.link.connected)
         assert (await cluster.control.order("refresh", SectorsChanged(1, 21))).complete
 
@@ -140,12 +148,6 @@ def test_publisher_does_not_publish_on_a_replica(
         assert not failed.value.in_doubt
         name.target = name.other.port
         assert publisher.publish(CART) == 1
-
-
-def links(server: RedisServer) -> int:
-    """The number of the gateway's connections to a server."""
-    with redis.Redis(port=server.port) as admin:
-        return sum(client["name"] == "trio-gateway" for client in admin.client_list())
 
 
 async def test_readers_leave_a_replica(name: Name) -> None:

@@ -226,6 +226,7 @@ async def test_no_counter_falls_when_a_worker_is_killed_and_its_file_is_removed(
     async def watch() -> None:
         while True:
             await scrape()
+            await trio.sleep(0.02)
 
     def files() -> list[str]:
         return sorted(path.name for path in temporary.glob("trio-gateway-stats-*/*.json"))
@@ -239,7 +240,8 @@ async def test_no_counter_falls_when_a_worker_is_killed_and_its_file_is_removed(
                 assert await client.get_message() == '{"type":"pong"}'
                 backend.publish("branch:1:waiters", EVENT)
                 await client.get_message()
-            if n in {2, 4}:
+            if n == 3:
+                await scrape()  # what is not reported yet dies with the worker
                 before = master.workers
                 os.kill(min(before), signal.SIGKILL)
                 await until(lambda: len(master.workers - before) == 1, START)  # noqa: B023
@@ -254,4 +256,4 @@ async def test_no_counter_falls_when_a_worker_is_killed_and_its_file_is_removed(
     }  # fmt: skip
     for before_, after in pairwise(seen):
         assert all(map(operator.le, before_, after)), (before_, after)
-    assert seen[-1][0] - seen[0][0] >= 4  # those last counted by the killed ones, and all others
+    assert seen[-1][0] - seen[0][0] >= 4  # of 6; a busy sibling may miss a scrape
