@@ -346,7 +346,7 @@ def build_parts(
         if checks is not None:
             checks.reconnect()
         if cluster is not None:
-            cluster.link.reconnect()
+            cluster.reconnect()
 
     inlet = StreamInlet(
         ingest=ingest,

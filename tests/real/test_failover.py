@@ -96,34 +96,26 @@ async def ready(gateway: Running) -> bool:
 
 async def test_failover_that_keeps_old_connections_open_is_followed(name: Name) -> None:
     async with (
-        running(make_settings(name.url)) as gateway,
+        running(make_settings(name.url, ws_cluster=True)) as gateway,
         AsyncPublisher(name.url) as publisher,
         admitted(gateway.staff_url("waiter")) as waiter,
     ):
+        cluster = gateway.app.parts.cluster
+        assert cluster is not None
         await publisher.publish(EVENT)
         await receive_event(waiter)
         assert await ready(gateway)
-        assert name.links() == [2, 0]
+        await until(lambda: cluster.link.connected)
+        # Pub/Sub, streams, revocations; control, limits, presence
+        await until(lambda: name.links() == [6, 0])
         name.fail_over()
 
         reply = await http(gateway.port, "/ws/ticket", method="POST", headers=BEARER)
         assert reply.status == 200  # sent again, on a connection to the new primary
         await until(lambda: ready(gateway))
-        await until(lambda: name.links() == [0, 2], 8)
+        await until(lambda: name.links() == [0, 6], 12)
         await publisher.publish(EVENT)
         assert (await receive_event(waiter))["type"] == "ROUND_READY"
-
-
-@pytest.mark.chaos
-async def test_the_control_link_follows_a_failover_that_keeps_old_connections_open(
-    name: Name,
-) -> None:
-    async with running(make_settings(name.url, ws_cluster=True)) as gateway:
-        cluster = gateway.app.parts.cluster
-        assert cluster is not None
-        await until(lambda: cluster.link.connected)
-        name.fail_over()
-        await until(lambda: name.links() == [0, 3], 12)
         await until(lambda: cluster.link.connected)
         assert (await cluster.control.order("refresh", SectorsChanged(1, 21))).complete
 

@@ -73,6 +73,12 @@ class ClusterParts:
         if self.presence is not None:
             nursery.start_soon(self.presence.run)
 
+    def reconnect(self) -> None:
+        """Use new connections: another one has found that the server is not the primary."""
+        self.link.reconnect()
+        for each in self.scripts:
+            each.reconnect()
+
     async def leave(self) -> None:
         """Tell the other processes that this one has stopped, if Redis answers."""
         if self.limits is not None:
