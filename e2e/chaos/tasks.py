@@ -11,8 +11,9 @@ _GATEWAY: Final = {
     "gateway.py: parts.readiness.run": ["Readiness.run"],
     "gateway.py: parts.replays.decide": ["Replays.decide"],
     "gateway.py: parts.replays.keep_ahead": ["Replays.keep_ahead"],
-    "gateway.py: parts.receipts.run, parts.receipt_store.write": ["ReceiptLog.run"],
-    "gateway.py: parts.reach.run, parts.steps.take": ["Reach.run"],
+    "gateway.py: parts.receipt_writing.run, parts.receipt_store.write": ["ReceiptWriting.run"],
+    "gateway.py: parts.reach.run, parts.steps.take, parts.steps.answers": ["Reach.run"],
+    "gateway.py: parts.shard_claims.run": ["ShardClaims.run"],
     "gateway.py: parts.following.run": ["Following.run"],
     "gateway.py: parts.watch_topology": ["watch"],
     "gateway.py: parts.placement.run": ["Placement.run"],
@@ -78,6 +79,9 @@ _AWAITED: Final = {
     "broker/primaries.py: send_to, key",
     "broker/asking.py: ask, server",
     "broker/publishing.py: self._send, server, group, confirm",
+    "parts.py: cluster.leave",
+    "parts.py: receipt_writing.flush, receipt_store.write",
+    "runtime/receipt_writing.py: flush_one, lane",
     "cluster/control.py: self._answer, ask",
     "cluster/observing.py: commands.run",  # of the command line
     "cluster/observing.py: link.run",
@@ -99,6 +103,8 @@ _PARTS: Final = {
     "broker/streams.py: self._leave, server",
     "broker/topology_watch.py: _listen, sentinel, topology",
     "broker/topology_watch.py: _look, topology",
+    "runtime/reach.py: lane.run, take, answers",
+    "runtime/receipt_writing.py: lane.run, write",
 }
 
 

@@ -96,6 +96,7 @@ async def buggy(
         CHAOS_STATUS=str(folder / "statuses"),
         PYTHONPATH=faults.PYTHONPATH,
         REDIS_DLQ_STREAM="events:dlq",
+        REDIS_STREAM_SHARDS="2",
         WS_ROUTES_FILE=str(write_routes(folder)),
         DATABASE_URL=f"sqlite:///{folder}/restaurant.db",
         WS_OPERATIONS_BIND=f"127.0.0.1:{free_port()}",

@@ -58,6 +58,7 @@ def everything(tmp_path: Path) -> dict[str, Any]:
     """Settings with which every task is started."""
     return {
         "redis_dlq_stream": "events:dlq",
+        "redis_stream_shards": 2,
         "database_url": f"sqlite:///{tmp_path}/restaurant.db",
         "ws_operations_bind": f"127.0.0.1:{free_port()}",
         "ws_routes_file": write_routes(tmp_path),
