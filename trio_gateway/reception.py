@@ -81,7 +81,7 @@ class Reception:
                 parts.addresses.enter(address, accepted_time)
                 entered = True
                 with await self._admit(request) as pending:
-                    principal = await self._confirm(pending)
+                    principal = await self._confirm(pending, socket)
                 # No await between this and joining the hub: what was checked still holds.
                 connection = Connection(
                     principal,
@@ -141,7 +141,7 @@ class Reception:
             raise _timed_out()
         return admitted
 
-    async def _confirm(self, pending: PendingAdmission) -> Principal:
+    async def _confirm(self, pending: PendingAdmission, socket: Socket) -> Principal:
         """Return the principal that joins the hub, or raise :exc:`Rejected`.
 
         What was checked holds until the next await.
@@ -150,7 +150,7 @@ class Reception:
         self._refuse_while_draining()
         if (place := pending.take_place()) is None:
             try:
-                place, waited = await self._parts.room.find(pending.principal)
+                place, waited = await self._parts.room.find(pending.principal, socket.has_left)
                 pending.watch.stale |= waited
             except Rejected:
                 self._refuse_while_draining()

@@ -214,6 +214,10 @@ class FakeSocket:
         """Bytes received and acknowledged; a socket in memory measures neither."""
         return 0, 0
 
+    def has_left(self) -> bool:
+        """Return whether the connection was dropped."""
+        return self.aborted
+
     async def receive(self) -> str | Ping | Pong:
         """Return the client's next message, or raise how the connection ended."""
         message = await self.client.from_client.receive()

@@ -52,12 +52,16 @@ class Restaurant:
         await trio.sleep(1)  # one is silent for longer than the next
         return socket
 
-    async def arrive(self, principal: Principal | None = None) -> str:
+    async def arrive(
+        self, principal: Principal | None = None, *, leaves_after: float = float("inf")
+    ) -> str:
         """The outcome for a new connection, and after how many seconds."""
         started = trio.current_time()
         found = principal or make_principal()
         try:
-            place, _ = await self.room.find(found)
+            place, _ = await self.room.find(
+                found, lambda: trio.current_time() - started >= leaves_after
+            )
         except Rejected as rejected:
             return f"{int(rejected.close)} {rejected.label} {trio.current_time() - started:.1f}"
         with place:
@@ -95,6 +99,23 @@ async def test_longest_silent_connection_is_closed_after_two_seconds(
         assert await restaurant.arrive() == "in 2.0"
         assert (first.closed, second.closed, third.closed) == (None, Close.HEARTBEAT_TIMEOUT, None)
         assert len(restaurant.hub) == 3
+
+
+async def test_nobody_is_closed_for_a_new_connection_that_has_left(
+    autojump_clock: MockClock,
+) -> None:
+    async with opened() as restaurant:
+        sockets = [await restaurant.join() for _ in range(3)]
+        outcomes: list[str] = []
+
+        async def arrive(leaves_after: float) -> None:
+            outcomes.append(await restaurant.arrive(leaves_after=leaves_after))
+
+        async with trio.open_nursery() as nursery:
+            for leaves_after in (1.0, float("inf"), 1.5):
+                nursery.start_soon(arrive, leaves_after)
+        assert sorted(outcomes) == ["1013 user_limit 2.0"] * 2 + ["in 2.0"]
+        assert [socket.closed for socket in sockets] == [Close.HEARTBEAT_TIMEOUT, None, None]
 
 
 @pytest.mark.parametrize("answers_with", [Pong(), Ping(b""), "ping", "nonsense"], ids=str)

@@ -2,6 +2,9 @@
 
 import os
 import socket
+import struct
+import sys
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -144,3 +147,50 @@ async def test_socket_closed_elsewhere_counts_as_disconnected() -> None:
         )  # to the next client, which has the same descriptor number
         with pytest.raises(Disconnected):
             await served.receive()
+
+
+PING_TEXT = client_frame(0x81, b"ping")
+GOODBYE = client_frame(0x88, b"\x03\xe8")
+
+
+def _reset(client: socket.socket) -> None:
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others do not tell of an end behind bytes")
+@pytest.mark.parametrize(
+    ("goes", "has_left"),
+    [
+        (lambda _: None, False),
+        (lambda client: client.send(PING_TEXT * 3), False),
+        (lambda client: client.send(PING_TEXT + GOODBYE), True),
+        (lambda client: client.send(PING_TEXT) and client.shutdown(socket.SHUT_WR), True),
+        (lambda client: client.close(), True),
+        (_reset, True),
+    ],
+    ids=["stays", "speaks", "says goodbye", "speaks and ends", "closes", "resets"],
+)
+@pytest.mark.parametrize("rest", [b"", PING_TEXT], ids=["nothing read", "a frame read"])
+async def test_client_that_has_left_is_seen_without_reading(
+    goes: Callable[[socket.socket], object], has_left: bool, rest: bytes
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        client = socket.create_connection(listener.getsockname())
+        accepted, _ = listener.accept()
+    with client:
+        async with trio.SocketStream(trio.socket.from_stdlib_socket(accepted)) as stream:
+            served = DirectSocket(stream, rest, MOST)
+            assert not served.has_left()
+            goes(client)
+            assert served.has_left() is has_left
+            if rest:  # what was seen is read as ever
+                assert await served.receive() == "ping"
+
+
+async def test_goodbye_behind_the_request_head_is_seen() -> None:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        async with trio.SocketStream(trio.socket.from_stdlib_socket(ours)) as stream:
+            assert DirectSocket(stream, PING_TEXT + GOODBYE, MOST).has_left()
+        assert DirectSocket(stream, b"", MOST).has_left()  # it was closed here

@@ -486,9 +486,10 @@ async def test_stuck_client_is_closed_after_the_write_timeout(
 async def test_aborted_stream_resets_the_connection_and_sends_nothing_more() -> None:
     resets: list[bool] = []
     response = Response()
-    control = TcpControl(lambda: resets.append(True), lambda: (0, 0), 10.0)
+    control = TcpControl(lambda: resets.append(True), lambda: (0, 0), lambda: True, 10.0)
     scope = {"http_version": "1.1", "state": with_control({}, control)}
     stream = EventStream(scope, response.receive, response.send)
+    assert stream.has_left()
     stream.abort()
     stream.abort()
     with pytest.raises(BrokenPipeError):

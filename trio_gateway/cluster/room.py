@@ -1,5 +1,6 @@
 """Room over all processes: dead connections anywhere give way to new ones of the same owner."""
 
+from collections.abc import Callable
 from typing import Final, NamedTuple, NoReturn
 
 import msgspec
@@ -73,11 +74,13 @@ class ClusterRoom:
             await trio.sleep_forever()
         raise AssertionError("it sleeps for ever")
 
-    async def find(self, principal: Principal) -> tuple[Place, bool]:
+    async def find(
+        self, principal: Principal, has_left: Callable[[], bool] = lambda: False
+    ) -> tuple[Place, bool]:
         """Reserve a place; return it, and whether dead connections had to be looked for.
 
-        Newcomers of one owner share a search; there are at most as many as its limit. Raises
-        :exc:`Rejected` if there is no room.
+        Newcomers of one owner share a search; there are at most as many as its limit. For one that
+        ``has_left`` nobody is closed. Raises :exc:`Rejected` if there is no room.
         """
         try:
             return await self._limits.reserve(principal), False
@@ -93,24 +96,27 @@ class ClusterRoom:
             raise refusal
         search.newcomers += 1
         try:
-            return await self._wait(principal, search), True
+            return await self._wait(principal, has_left, search), True
         finally:
             search.newcomers -= 1
             if not search.newcomers:
                 search.scope.cancel()
                 del self._searches[owner]
 
-    async def _wait(self, principal: Principal, search: _Search) -> Place:
+    async def _wait(
+        self, principal: Principal, has_left: Callable[[], bool], search: _Search
+    ) -> Place:
         while True:
             with trio.move_on_after(_LOOK):
                 await search.done.wait()
             is_last = search.done.is_set() and not search.found
-            if search.found:
+            is_gone = has_left()
+            if search.found and not is_gone:
                 await self._evict(principal.owner, search.found.pop())
             try:
                 return await self._limits.reserve(principal)
             except Rejected:
-                if is_last or self._room.given_up():
+                if is_last or is_gone or self._room.given_up():
                     raise
 
     async def _search(self, owner: Owner, search: _Search) -> None:

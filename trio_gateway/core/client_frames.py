@@ -2,13 +2,22 @@
 
 from typing import Final
 
-from .frames import PING, PONG, TEXT
+from .frames import CLOSE, PING, PONG, TEXT
 
 _MAX_PAYLOAD: Final = 125  # bytes of the shortest form of a length
 _HEAD: Final = 6  # bytes: two, and the mask
 _FIN: Final = 0x80
 _MASKED: Final = 0x80
+_CLOSE: Final = bytes([_FIN | CLOSE])
 _OPCODES: Final = {_FIN | opcode: opcode for opcode in (TEXT, PING, PONG)}
+
+
+def is_closing(data: bytes) -> bool:
+    """Whether a close frame is among the short frames at the beginning."""
+    start = 0
+    while (found := short_frame(data[start:])) is not None:
+        start += found[2]
+    return data[start : start + 1] == _CLOSE
 
 
 def short_frame(data: bytes) -> tuple[int, bytes, int] | None:

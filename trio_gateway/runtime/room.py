@@ -48,13 +48,15 @@ class Room:
         self.given_up = given_up
         self._probes: dict[Owner, _Probe] = {}  # while newcomers wait for them
 
-    async def find(self, principal: Principal) -> tuple[Place, bool]:
+    async def find(
+        self, principal: Principal, has_left: Callable[[], bool] = lambda: False
+    ) -> tuple[Place, bool]:
         """Reserve a place in the hub; return it, and whether it had to be waited for.
 
         At the limit of the user or session its connections are pinged. Of those that do not
         answer within :data:`ANSWER_TIME` one is closed for each newcomer. Newcomers that come
-        meanwhile share the probe, at most one for each connection. Raises :exc:`Rejected` if
-        there is no room.
+        meanwhile share the probe, at most one for each connection. For one that ``has_left``
+        nobody is closed. Raises :exc:`Rejected` if there is no room.
         """
         hub, owner = self._hub, principal.owner
         try:
@@ -68,7 +70,7 @@ class Room:
         with self._probing(owner) as probe:
             if probe.waiting > len(probe.asked):
                 raise refusal
-            return await self._wait(principal, probe), True
+            return await self._wait(principal, has_left, probe), True
 
     async def silent(self, owner: Owner) -> list[Connection]:
         """Ping the connections of an owner; return those that do not answer.
@@ -97,11 +99,13 @@ class Room:
             if not probe.waiting:
                 del self._probes[owner]
 
-    async def _wait(self, principal: Principal, probe: _Probe) -> Place:
+    async def _wait(
+        self, principal: Principal, has_left: Callable[[], bool], probe: _Probe
+    ) -> Place:
         while True:
             left = probe.until - trio.current_time()
             silent = probe.silent(self._hub)
-            if left <= 0 and silent:
+            if left <= 0 and silent and not has_left():
                 # Its place is free at once, so that no two newcomers count on it.
                 evict(self._hub, silent[0])
             try:

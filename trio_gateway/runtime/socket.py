@@ -75,6 +75,9 @@ class Socket(Protocol):
         Zeros where the kernel does not tell.
         """
 
+    def has_left(self) -> bool:
+        """Whether the client has ended the connection, as far as that is known unread."""
+
     async def receive(self) -> str | Ping | Pong:
         """The next message. Raises :exc:`Disconnected` or :exc:`ProtocolViolation`."""
 

@@ -25,6 +25,7 @@ class TcpControl:
 
     abort: Callable[[], None]  # resets it at once
     traffic: Callable[[], tuple[int, int]]  # bytes that the client has acknowledged, and has yet to
+    has_left: Callable[[], bool]  # it has ended the connection
     write_timeout: float  # seconds for which a client may take nothing of a send
 
 
@@ -61,6 +62,12 @@ def _unknown() -> tuple[int, int]:
     return 0, 0
 
 
+def has_left_of(scope: Any) -> Callable[[], bool]:
+    """What tells whether this client has ended its TCP connection."""
+    control = control_of(scope.get("state"))
+    return (lambda: False) if control is None else control.has_left
+
+
 def measures_progress(scope: Any) -> bool:
     """Whether a send has a deadline that measures what the client takes."""
     return control_of(scope.get("state")) is not None
@@ -95,6 +102,7 @@ class AsgiSocket:
         self.measures_progress = measures_progress(scope)
         self.answers_pings = False  # ASGI has no message for a ping
         self.traffic = traffic_of(scope)
+        self.has_left = has_left_of(scope)
 
     def try_write(self, data: bytes) -> int:
         if self._aborted:

@@ -2,10 +2,10 @@
 
 import os
 import select
+import socket as stdlib
 import struct
 from collections.abc import Callable
 from contextlib import suppress
-from socket import SO_LINGER, SOL_SOCKET
 from typing import Any, Final
 
 import trio
@@ -16,12 +16,12 @@ from wsproto.events import Ping as PingFrame
 from wsproto.events import Pong as PongFrame
 from wsproto.extensions import Extension, PerMessageDeflate
 
-from ..core.client_frames import short_frame
+from ..core.client_frames import is_closing, short_frame
 from ..core.close_codes import Close
 from ..core.frames import CLOSE, PING, PONG, close_frame, frame
 from ..runtime.socket import LINGER, Disconnected, Ping, Pong, ProtocolViolation
 from .hypercorn_bounds import MOST_FRAGMENTS
-from .progress import DIRECT, ProgressStream, traffic
+from .progress import DIRECT, ProgressStream, has_left, traffic
 
 _RESETS: Final = struct.pack("ii", 1, 0)  # with SO_LINGER, a close resets at once
 CHUNK: Final = 65_536
@@ -96,7 +96,7 @@ def reset(stream: trio.abc.Stream) -> None:
     socket = socket_of(stream)
     if socket is not None and socket.fileno() != -1:
         with suppress(OSError):
-            socket.setsockopt(SOL_SOCKET, SO_LINGER, _RESETS)
+            socket.setsockopt(stdlib.SOL_SOCKET, stdlib.SO_LINGER, _RESETS)
         socket.close()
 
 
@@ -149,6 +149,20 @@ class DirectSocket:
 
     def traffic(self) -> tuple[int, int]:
         return traffic(socket_of(self._stream))
+
+    def has_left(self) -> bool:
+        return has_left(socket_of(self._stream)) or is_closing(self._unread + self._peek())
+
+    def _peek(self) -> bytes:
+        """What could be read now; nothing of TLS."""
+        if self._socket is None:
+            return b""
+        with (
+            suppress(OSError),
+            stdlib.fromfd(self._socket.fileno(), stdlib.AF_INET, stdlib.SOCK_STREAM) as same,
+        ):
+            return same.recv(_FRAMES_CHUNK, stdlib.MSG_PEEK | stdlib.MSG_DONTWAIT)
+        return b""
 
     def try_write(self, data: bytes | memoryview) -> int:
         if self._aborted:

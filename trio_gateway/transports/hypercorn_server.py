@@ -13,7 +13,7 @@ from ..runtime.socket import LINGER
 from .asgi import TcpControl, with_control
 from .direct import STREAM_ERRORS, reset, socket_of
 from .hypercorn_bounds import bound_protocols
-from .progress import ProgressStream, traffic
+from .progress import ProgressStream, has_left, traffic
 
 
 class HypercornServer(TCPServer):
@@ -46,6 +46,7 @@ class HypercornServer(TCPServer):
         control = TcpControl(
             abort=lambda: reset(stream),
             traffic=lambda: traffic(socket_of(stream)),
+            has_left=lambda: has_left(socket_of(stream)),
             write_timeout=write_timeout,
         )
         if received:

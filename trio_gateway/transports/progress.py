@@ -2,6 +2,7 @@
 
 import math
 import os
+import select
 import socket
 import sys
 from contextlib import suppress
@@ -59,6 +60,20 @@ def outstanding(sock: Any) -> int:
 def traffic(sock: Any) -> tuple[int, int]:
     """The bytes that the peer has acknowledged so far, and those that it has yet to."""
     return (0, 0) if sock is None else (acknowledged(sock), outstanding(sock))
+
+
+def has_left(sock: Any) -> bool:
+    """Whether the peer has ended its side of the connection, be it behind bytes that are unread.
+
+    Without POLLRDHUP, which Linux has, only a reset is seen.
+    """
+    if not DIRECT or sock is None:
+        return False
+    if sock.fileno() == -1:
+        return True
+    poll = select.poll()
+    poll.register(sock.fileno(), getattr(select, "POLLRDHUP", 0))  # errors are told in any case
+    return bool(poll.poll(0))
 
 
 async def wait_writable(sock: Any, timeout: float) -> None:
