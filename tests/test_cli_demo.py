@@ -297,7 +297,7 @@ async def test_demo_gives_up_an_event_that_redis_never_confirms(
 ) -> None:
     monkeypatch.setattr(demo_display, "_PATIENCE", 0.2)
     tally = Tally(trio.current_time)
-    nobody = demo_processes.DemoGateway("redis://127.0.0.1:1", "", 1, "", "")
+    nobody = demo_processes.DemoGateway("redis://127.0.0.1:1", "", 1, "", "", "")
     with trio.fail_after(5), pytest.raises(PublishFailed, match="can't connect"):
         await demo_display.publish_samples(nobody, 10, 1, Screen(), tally, confirm=0)
     assert (tally.published, tally.confirmed) == (1, 0)

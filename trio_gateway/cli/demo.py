@@ -7,7 +7,14 @@ import click
 
 from . import demo_file
 from .demo_display import introduce, listen, publish_samples
-from .demo_processes import ROLES, DemoGateway, is_free, make_database, running_gateway
+from .demo_processes import (
+    ROLES,
+    DemoGateway,
+    is_free,
+    make_database,
+    running_gateway,
+    write_routes,
+)
 from .errors import MISUSED, Failure
 
 if TYPE_CHECKING:
@@ -16,6 +23,10 @@ if TYPE_CHECKING:
 
 PORT: Final = 8001
 _SUMMARY_TIMEOUT: Final = 1.0  # seconds to write the summary at the end
+# Types whose paths the console can show.
+_ROUTES: Final = "".join(
+    f"[routes.{name}]\nreceipt = true\n" for name in ("SERVICE_CALL_CREATED", "ROUND_READY")
+)
 _QUIET: Final = 0.5  # seconds without an event after the last loop
 
 
@@ -45,6 +56,10 @@ _QUIET: Final = 0.5  # seconds without an event after the last loop
     "--workers", type=click.IntRange(1, 16), default=1, show_default=True, metavar="N",
     help="Gateway processes. The console shows who is connected to each.",
 )  # fmt: skip
+@click.option(
+    "--story", type=click.Choice(["receipts"]),
+    help="Instead of all sample events: a call that nobody confirms, and what follows.",
+)  # fmt: skip
 def demo(
     port: int | None,
     rate: float,
@@ -52,10 +67,12 @@ def demo(
     redis: str,
     kill_primary_every: float | None,
     workers: int,
+    story: str | None,
 ) -> None:
     """Start a Redis-compatible server and a gateway, publish events, show who receives them.
 
-    To watch a failover: `trio-gateway demo --redis sentinel --kill-primary-every 20`.
+    To watch a failover: `trio-gateway demo --redis sentinel --kill-primary-every 20`. To see what
+    becomes of a call that nobody confirms: `trio-gateway demo --story receipts`.
 
     While it runs, `trio-gateway tail --demo --as waiter` in another terminal needs no token.
 
@@ -77,7 +94,7 @@ def demo(
 
     async def work() -> None:
         chosen = port or (PORT if is_free(PORT) else free_port())
-        await _demo(chosen, rate, loops, redis, kill_primary_every, workers)
+        await _demo(chosen, rate, loops, redis, kill_primary_every, workers, story)
 
     try:
         run(work)
@@ -94,6 +111,7 @@ async def _demo(
     redis: str,
     kill_primary_every: float | None,
     workers: int,
+    story: str | None,
 ) -> None:
     import trio
 
@@ -103,7 +121,7 @@ async def _demo(
     screen = Screen()
     tally = Tally(trio.current_time)
     try:
-        await _run(port, rate, loops, redis, kill_primary_every, workers, screen, tally)
+        await _run(port, rate, loops, redis, kill_primary_every, workers, story, screen, tally)
     finally:
         if tally.published:
             with trio.move_on_after(_SUMMARY_TIMEOUT, shield=True):
@@ -119,6 +137,7 @@ async def _run(
     redis: str,
     kill_primary_every: float | None,
     workers: int,
+    story: str | None,
     screen: "Screen",
     tally: "Tally",
 ) -> None:
@@ -126,7 +145,10 @@ async def _run(
 
     import trio
 
+    from . import demo_story
     from .demo_redis import NAMES, kill_primaries, open_redis
+
+    routes = _ROUTES if story is None else demo_story.routes(demo_story.WITHIN)
 
     with tempfile.TemporaryDirectory(prefix=demo_file.FOLDER) as folder:
         async with open_redis(redis) as servers:
@@ -136,17 +158,22 @@ async def _run(
                 port,
                 secrets.token_urlsafe(48),
                 secrets.token_urlsafe(48),
+                write_routes(folder, routes),
                 workers,
             )
             async with running_gateway(gateway, folder), trio.open_nursery() as nursery:
                 demo_file.write(folder, gateway.running)
-                await introduce(gateway, NAMES[redis], screen)
-                for role in ROLES:
-                    await nursery.start(listen, gateway, role, screen, tally)
                 if kill_primary_every is not None:
                     nursery.start_soon(
                         kill_primaries, servers, kill_primary_every, port, screen, tally
                     )
+                if story is not None:
+                    await demo_story.tell_story(gateway, loops, screen, demo_story.WITHIN)
+                    nursery.cancel_scope.cancel()
+                    return
+                await introduce(gateway, NAMES[redis], screen)
+                for role in ROLES:
+                    await nursery.start(listen, gateway, role, screen, tally)
                 confirm = min(1, len(servers.nodes) - 1)  # by a replica, if there are any
                 await publish_samples(gateway, rate, loops, screen, tally, confirm=confirm)
                 await _quiet(tally)

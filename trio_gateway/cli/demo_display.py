@@ -38,6 +38,7 @@ async def introduce(gateway: DemoGateway, servers: str, screen: "Screen") -> Non
         Text(f"    echo '{event}' | REDIS_URL={gateway.redis_url} trio-gateway publish -\n")
     )
     await screen.show(
+        "See what becomes of a call that nobody confirms: trio-gateway demo --story receipts\n\n"
         "Sample events follow, each with the roles that receive it. An event that a backend\n"
         "publishes on several channels is received once. Nobody here receives an event of\n"
         "another tenant.\n"

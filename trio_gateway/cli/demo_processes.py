@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 _READY_TIMEOUT: Final = 15.0  # seconds for the gateway to start
 _TERMINATE_TIMEOUT: Final = 2.0  # seconds for the gateway to end after SIGTERM
 _LOG_LINES: Final = 15  # of the gateway, that an error shows
-_LIFE: Final = 3 * 3600  # seconds, of the tokens
+TOKEN_LIFE: Final = 3 * 3600  # seconds, of the tokens
+_SECTORS: Final = ((5, 21), (6, 22))  # and the waiter of each
 _TABLE: Final = """
     CREATE TABLE waiter_sector_assignment (
         id INTEGER PRIMARY KEY, tenant_id BIGINT, branch_id BIGINT, sector_id BIGINT,
@@ -32,23 +33,24 @@ _TABLE: Final = """
 ROLES: Final = {
     "waiter": (
         "waiter of sector 5",
-        Identity(user=21, roles=("WAITER",), life=_LIFE),
+        Identity(user=21, roles=("WAITER",), life=TOKEN_LIFE),
     ),
-    "kitchen": ("kitchen", Identity(user=31, roles=("KITCHEN",), life=_LIFE)),
-    "admin": ("admin", Identity(user=3, roles=("ADMIN",), life=_LIFE)),
-    "diner": ("diner of session 456", Identity(table=10, session=456, life=_LIFE)),
+    "kitchen": ("kitchen", Identity(user=31, roles=("KITCHEN",), life=TOKEN_LIFE)),
+    "admin": ("admin", Identity(user=3, roles=("ADMIN",), life=TOKEN_LIFE)),
+    "diner": ("diner of session 456", Identity(table=10, session=456, life=TOKEN_LIFE)),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class DemoGateway:
-    """The addresses and secrets of the demo's gateway, and its number of processes."""
+    """The addresses, secrets and files of the demo's gateway, and its number of processes."""
 
     redis_url: str
     database_url: str
     port: int
     staff_secret: str
     table_secret: str
+    routes_file: str
     workers: int = 1
 
     @property
@@ -89,6 +91,7 @@ class DemoGateway:
             "TABLE_TOKEN_SECRET": self.table_secret,
             "LOG_LEVEL": "warning",
             "LOG_FORMAT": "console",
+            "WS_ROUTES_FILE": self.routes_file,
             "WS_CLUSTER": "true",  # for the console
             "WS_CONSOLE_TOKENS": "true",
             "WS_MAX_CONNECTIONS_PER_USER": "100",  # a person may open many terminals as one user
@@ -96,7 +99,8 @@ class DemoGateway:
 
 
 def make_database(folder: str) -> str:
-    """Make the backend's database, in SQLite: waiter 21 serves sector 5 for a week.
+    """Make the backend's database, in SQLite: for a week, waiter 21 serves sector 5, and waiter 22
+    sector 6.
 
     Returns its URL.
     """
@@ -110,10 +114,18 @@ def make_database(folder: str) -> str:
     with closing(sqlite3.connect(path)) as connection, connection:
         connection.execute(_TABLE)
         connection.executemany(
-            "INSERT INTO waiter_sector_assignment VALUES (NULL, 1, 1, 5, 21, ?, NULL, TRUE)",
-            [(day.isoformat(),) for day in days],
+            "INSERT INTO waiter_sector_assignment VALUES (NULL, 1, 1, ?, ?, ?, NULL, TRUE)",
+            [(sector, user, day.isoformat()) for sector, user in _SECTORS for day in days],
         )
     return f"sqlite:///{path}"
+
+
+def write_routes(folder: str, text: str) -> str:
+    """Write the gateway's routes file, and return its path."""
+    path = os.path.join(folder, "routes.toml")
+    with open(path, "w") as file:
+        file.write(text)
+    return path
 
 
 @asynccontextmanager

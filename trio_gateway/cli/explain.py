@@ -102,14 +102,14 @@ def _remotely(event: "Event", tokens: Sequence[str], url: str) -> Answer:
     import msgspec
 
     from .credentials import Identity, staff_token_by
-    from .gateway_http import post
+    from .gateway_http import fetch
 
     read_url(url)  # before the settings are read for a secret
     if (token := os.environ.get("TRIO_GATEWAY_TOKEN")) is None:
         admin = Identity(tenant=event.tenant, branches=(event.branch or 1,), roles=("ADMIN",))
         token = staff_token_by(settings_or_exit(), admin)
     body = {"event": msgspec.Raw(event.payload), "tokens": list(tokens)}
-    return post(url, "/ws/explain", token, msgspec.json.encode(body))
+    return fetch(url, "/ws/explain", token, msgspec.json.encode(body))
 
 
 # Showing it

@@ -22,10 +22,10 @@ _ADVICE: Final = {
 }
 
 
-def post(url: str, path: str, token: str, body: bytes) -> Mapping[str, Any]:
-    """Post a JSON body, with the token in a header; return the JSON object of the response.
+def fetch(url: str, path: str, token: str, body: bytes | None = None) -> Mapping[str, Any]:
+    """Return the JSON object that a gateway answers; POST if there is a JSON body.
 
-    Raises :exc:`Failure`.
+    The token goes in a header. Raises :exc:`Failure`.
     """
     parts = read_url(url)
     where, host = parts.netloc, parts.hostname or ""
@@ -34,7 +34,8 @@ def post(url: str, path: str, token: str, body: bytes) -> Mapping[str, Any]:
     headers = {"Content-Type": "application/json"}
     try:
         headers["Authorization"] = f"Bearer {token.encode('ascii').decode()}"
-        connection.request("POST", f"{parts.path}{path}", body, headers)
+        method = "GET" if body is None else "POST"
+        connection.request(method, f"{parts.path}{path}", body, headers)
         response = connection.getresponse()
         status, text = response.status, response.read(_MAX_BYTES)
     except ConnectionRefusedError:

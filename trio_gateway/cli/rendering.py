@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
@@ -71,6 +71,12 @@ def steps_words(steps: Iterable[tuple[str, float]]) -> str:
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str | int]]) -> None:
     """Print columns that are as wide as their widest value, with numbers on their right."""
+    for line in table_lines(header, rows):
+        click.echo(line)
+
+
+def table_lines(header: Sequence[str], rows: Iterable[Sequence[str | int]]) -> Iterator[str]:
+    """The lines of such a table."""
     found = list(rows)
     table = [[printable(str(value)) for value in row] for row in (header, *found)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
@@ -80,7 +86,7 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[str | int]]) -> N
             text.rjust(width) if is_number else text.ljust(width)
             for text, width, is_number in zip(row, widths, are_numbers, strict=True)
         ]
-        click.echo("  ".join(cells).rstrip())
+        yield "  ".join(cells).rstrip()
 
 
 def json_text(message: str) -> "Text":

@@ -1,6 +1,6 @@
 """``why``: the path of an event."""
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from datetime import datetime
 from typing import TYPE_CHECKING, Final
 
@@ -11,7 +11,7 @@ from .errors import FAILED, Failure, settings_or_exit
 from .event_asking import EVENT_ID, ask_about
 from .explain import audience_words
 from .nodes import duration
-from .rendering import print_table, steps_words
+from .rendering import steps_words, table_lines
 from .service import show_json
 
 if TYPE_CHECKING:
@@ -43,35 +43,35 @@ def why(event_id: str, as_json: bool) -> None:
     if as_json:
         show_json(path)
     else:
-        _show(path)
+        for line in path_lines(path):
+            click.echo(printable(line))
     if missing:
         raise SystemExit(FAILED)
 
 
-def _show(path: "EventPath") -> None:
+def path_lines(path: "EventPath") -> Iterator[str]:
+    """The path of an event, for people."""
     from ..core.path_words import seconds
 
-    def show(label: str, texts: Iterable[str]) -> None:
-        for text in texts:
-            click.echo(printable(f"  {label:<11} {text}"))
-            label = ""
-
-    click.echo(printable(f"{path.type}  {path.event_id}"))
     at = datetime.fromtimestamp(path.at).astimezone()
-    show("entered", [f"{at:%Y-%m-%d %H:%M:%S.%f}"[:-3] + f", {duration(path.now)} ago"])
-    show("goes to", map(audience_words, path.audiences))
-    if path.steps:
-        show("must reach", [steps_words((step.to, step.within) for step in path.steps)])
-    click.echo()
-    for text in path.summary:
-        click.echo(printable(text))
-    click.echo()
+    heads = {
+        "entered": [f"{at:%Y-%m-%d %H:%M:%S.%f}"[:-3] + f", {duration(path.now)} ago"],
+        "goes to": map(audience_words, path.audiences),
+        "must reach": filter(None, [steps_words((step.to, step.within) for step in path.steps)]),
+    }
+    yield f"{path.type}  {path.event_id}"
+    for label, texts in heads.items():
+        for number, text in enumerate(texts):
+            yield f"  {'' if number else label:<11} {text}"
+    yield ""
+    yield from path.summary
+    yield ""
     for moment in path.timeline:
         text = f"({moment.text})" if moment.lies_ahead else moment.text
-        click.echo(printable(f"{seconds(moment.after):>8}  {text}"))
+        yield f"{seconds(moment.after):>8}  {text}"
     if path.clients:
-        click.echo()
-        print_table(_COLUMNS, map(_row, path.clients))
+        yield ""
+        yield from table_lines(_COLUMNS, map(_row, path.clients))
 
 
 def _row(client: "PathClient") -> tuple[str, ...]:
