@@ -177,7 +177,7 @@ def test_step_that_is_due_and_has_not_followed_is_told(after: float, words: str)
     [
         (ROUTES, CALL, 5, "set receipt = true for this type in WS_ROUTES_FILE"),
         (ROUTES, "CART_SYNC", 5, "CART_SYNC is not a durable type"),
-        (REACHING, CALL, TTL + 1, "Receipts are kept for 3600 s (WS_RECEIPT_TTL): those"),
+        (REACHING, CALL, TTL + 36, "Receipts are kept for 3600 s (WS_RECEIPT_TTL): those"),
     ],
 )
 def test_without_receipts_the_reason_and_the_audiences_are_told(

@@ -150,7 +150,8 @@ def trace(
     at, route = about.at, routes.route_of(about.type)
     audiences = [] if event is None else dict.fromkeys(routes.audiences(event))
     receipts = known.receipts or Receipts(about)
-    is_kept = known.receipts is not None or (route.receipt and known.now < at + ttl * 1000)
+    is_young = known.now < at + (route.longest + ttl) * 1000
+    is_kept = known.receipts is not None or (route.receipt and is_young)
     return EventPath(
         event_id=event_id(*known.place),
         type=about.type,
