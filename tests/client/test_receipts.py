@@ -9,6 +9,7 @@ import trio
 from trio.testing import MockClock
 
 from trio_gateway.client import Client, connect
+from trio_gateway.client.receipts import Receipts, Seen
 from trio_gateway.testing import make_payload
 
 from .fakes import FakeGateway, Peer, Script, fake_gateway
@@ -321,3 +322,24 @@ async def test_request_that_failed_is_repeated_after_the_next_pong(
             client.seen(at(1))
             await trio.sleep(200)
     assert [round(each) for each in requests] == [0, 25, 50, 75, 100]
+
+
+def test_acks_are_for_events_of_the_gateway_and_for_each_stream() -> None:
+    receipts = Receipts(confirm=True)
+    receipts.begin(at(0))
+    receipts.types = frozenset({TYPE})
+    for event_id in (at(1), at(4, "0abc"), "own id of a backend", at(2), at(1)):
+        receipts.take(TYPE, event_id)
+    assert receipts.acks == [at(4, "0abc"), at(2), at(1)]
+    receipts.acknowledged(at(2))
+    assert receipts.acks == [at(4, "0abc"), at(1)]
+
+
+def test_pong_shows_only_what_was_told_before_its_ping() -> None:
+    seen = Seen()
+    for pings in (0, 1):
+        seen.add(at(pings))
+        seen.told(at(pings), pings)
+    seen.answered(1)
+    seen.reconnected()
+    assert seen.waiting == [at(1)]
