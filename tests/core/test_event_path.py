@@ -172,6 +172,12 @@ def test_step_that_is_due_and_has_not_followed_is_told(after: float, words: str)
     assert words in path.summary[-1]
 
 
+def test_copy_of_an_earlier_event_which_nobody_is_sent_is_told_as_such() -> None:
+    path = tell(known(20), REACHING, TTL)
+    assert "or it is a copy of an earlier event" in path.summary[0]
+    assert "is it a copy of an earlier event" in path.summary[1]
+
+
 @pytest.mark.parametrize(
     ("routes", "type_", "after", "words"),
     [

@@ -131,6 +131,9 @@ async def has_receipts(gateway: Running, backend: "redis.Redis") -> None:
         await receipts.say(waiter, type="ack", last_event_id=event["event_id"])
         found = await receipts.receipts(gateway, event["event_id"])
         assert receipts.numbers(found) == (1, 1, 0)
+        token = make_jwt(JWT_SECRET, roles=["MANAGER"])
+        path = f"/ws/why?event_id={event['event_id']}&token={token}"
+        assert (await http(gateway.port, path)).json["delivered"] == 1
     receipts.publish(backend)
     await until(lambda: unheard() == 2)
 

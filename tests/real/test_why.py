@@ -64,8 +64,8 @@ async def path_of(gateway: Reachable, event_id: str) -> Any:
     return reply.json
 
 
-async def command(redis_url: str, routes: Path, *arguments: str) -> Any:
-    env = SECRETS | {"REDIS_URL": redis_url, "WS_ROUTES_FILE": str(routes)}
+async def command(redis_url: str, routes: Path, *arguments: str, **settings: str) -> Any:
+    env = SECRETS | {"REDIS_URL": redis_url, "WS_ROUTES_FILE": str(routes)} | settings
     return await trio.to_thread.run_sync(partial(run, *arguments, env=env))
 
 
@@ -116,7 +116,7 @@ async def test_path_tells_of_a_frozen_client_and_of_the_step_that_followed(
             assert found["summary"][0].startswith("You asked for the EVENT_")
 
         ask_command = partial(command, redis_url, settings["ws_routes_file"])
-        done = await ask_command("why", event_id, "--json")
+        done = await ask_command("why", event_id, "--json", WS_CLUSTER="true")
         assert (done.exit_code, done.stderr) == (0, "")
         shown = json.loads(done.stdout)
         assert shown | {"now": 0, "missing": []} == path | {"now": 0}
@@ -124,7 +124,7 @@ async def test_path_tells_of_a_frozen_client_and_of_the_step_that_followed(
         lines = done.stdout.splitlines()
         assert (done.exit_code, lines[0]) == (0, f"SERVICE_CALL_CREATED  {event_id}")
         assert "  must reach  waiters within 1 s, then floor within 30 s" in lines
-        assert lines[-3].split()[:4] == ["user", "9", "(admin)", "0.00"]
+        assert lines[-3].split()[:3] == ["user", "9", "(admin)"]
         done = await ask_command("receipts", event_id, "--json")
         assert json.loads(done.stdout) == reply.json
         done = await ask_command("receipts", event_id)
@@ -174,3 +174,23 @@ async def test_events_without_receipts_and_unknown_ids_are_explained_to_those_wh
         assert (done.exit_code, "no receipts are known" in done.stderr) == (1, True)
         assert (await ask_command("why", "1-0-ffff")).exit_code == 1
         assert (await ask_command("why", "x")).exit_code == 2
+
+
+async def test_where_no_receipts_are_kept_no_right_to_them_is_needed(
+    redis_url: str, backend: "redis.Redis", tmp_path: Path
+) -> None:
+    backend.acl_setuser(
+        "few", enabled=True, reset=True, passwords=["+pw"], keys=["*"], channels=["*"],
+        categories=["+@all"], commands=["-eval", "-time"],
+    )  # fmt: skip
+    url = redis_url.replace("://", "://few:pw@")
+    async with serving(url, "direct") as gateway:
+        event_id = publish(backend, **CALL)
+        path = await path_of(gateway, event_id)
+        assert "Receipts are not kept for SERVICE_CALL_CREATED" in path["summary"][0]
+        (tmp_path / "none.toml").touch()
+        done = await command(url, tmp_path / "none.toml", "why", event_id, "--json")
+        assert json.loads(done.stdout)["summary"] == path["summary"]
+        (tmp_path / "routes.toml").write_text(ROUTES)
+        done = await command(url, tmp_path / "routes.toml", "why", event_id)
+        assert (done.exit_code, "(NOPERM)" in done.stderr) == (1, True), done.stderr

@@ -23,17 +23,18 @@ class _Report(msgspec.Struct):
 _read_report: Final = msgspec.json.Decoder(_Report).decode
 
 
-async def look_up(store: ReceiptStore, place: Place) -> Known:
-    """What Redis knows of the event at a place.
+async def look_up(store: ReceiptStore, place: Place, *, has_receipts: bool = True) -> Known:
+    """What Redis knows of the event at a place; without ``has_receipts``, of its entry alone.
 
     If that is an escalation or a report of an event (:mod:`..core.escalation`), it is about the
     original, as long as something is known of it. Raises as :meth:`ReceiptStore.look_up`.
     """
-    known = await store.look_up(place)
+    look = store.look_up if has_receipts else store.look_up_entry
+    known = await look(place)
     if (event := known.event) is None or (original := _original(event)) is None:
         return known
     try:
-        found = await store.look_up(original)
+        found = await look(original)
     except KeyError:
         return known
     about = found.about

@@ -11,6 +11,7 @@ States are only raised, so a write that comes twice, or late, changes nothing.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from time import time
 from typing import Any, Final
 
 import msgspec
@@ -69,7 +70,12 @@ end
 return #KEYS
 """
 
-_READ: Final = "return {redis.call('TIME'), redis.call('HGETALL', KEYS[1])}"
+# Without the right to TIME its time is empty: the clocks of all machines are to be the same then.
+_LOOK_UP: Final = """
+local now = redis.pcall('TIME')
+if now.err then now = {} end
+return {now, redis.call('HGETALL', KEYS[1])}
+"""
 
 
 def key_prefix(name: str) -> str:
@@ -130,10 +136,10 @@ class ReceiptStore:
 
         Raises :exc:`Unavailable`, and :exc:`KeyError` for a stream that is not ours.
         """
-        _, receipts = await self._read_hash(place)
-        if receipts is not None:
+        fields = await self.evaluate("return redis.call('HGETALL', KEYS[1])", [self.key(place)])
+        if (receipts := read_hash(fields)) is not None:
             return receipts
-        about = (await self.look_up(place)).about
+        about = (await self.look_up_entry(place)).about
         return None if about is None else Receipts(about)
 
     async def look_up(self, place: Place) -> Known:
@@ -141,7 +147,15 @@ class ReceiptStore:
 
         Raises :exc:`Unavailable`, and :exc:`KeyError` for a stream that is not ours.
         """
-        now, receipts = await self._read_hash(place)
+        moment, fields = await self.evaluate(_LOOK_UP, [self.key(place)])
+        now = int(moment[0]) * 1000 + int(moment[1]) // 1000 if moment else _now()
+        return await self._read_entry(place, now, read_hash(fields))
+
+    async def look_up_entry(self, place: Place) -> Known:
+        """As :meth:`look_up`, where no receipts are kept: no right to their keys is needed."""
+        return await self._read_entry(place, _now(), None)
+
+    async def _read_entry(self, place: Place, now: int, receipts: Receipts | None) -> Known:
         wanted = entry_id(place.position)
         entries = await self._commands.read_back(self._names[place.stream], wanted, 1)
         if not entries:
@@ -151,10 +165,9 @@ class ReceiptStore:
             return Known(place, now, None, receipts)
         return Known(place, now, _event(place, fields), receipts)
 
-    async def _read_hash(self, place: Place) -> tuple[int, Receipts | None]:
-        """The time of Redis in unix ms, and the receipts of an event that somebody was sent."""
-        (seconds, microseconds), fields = await self.evaluate(_READ, [self.key(place)])
-        return int(seconds) * 1000 + int(microseconds) // 1000, read_hash(fields)
+
+def _now() -> int:
+    return int(time() * 1000)
 
 
 def _event(place: Place, fields: Mapping[bytes, bytes]) -> Event | None:
@@ -178,8 +191,8 @@ def _arguments(change: Change) -> Iterable[str | bytes | int]:
     for who, receipt in change.by.items():
         yield f"{_BY}{who.endpoint}:{who.id}"
         yield receipt.steps
-        for time in (receipt.written, receipt.delivered, receipt.seen, receipt.sent):
-            yield "" if time is None else time
+        for moment in (receipt.written, receipt.delivered, receipt.seen, receipt.sent):
+            yield "" if moment is None else moment
         yield ",".join(map(str, sorted(receipt.branches)))
 
 

@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, TypeVar
 import click
 
 from .errors import MISUSED, Failure
-from .service import ask_service, asked, tell_missing
+from .service import ask_redis, ask_service, asked, tell_missing
 
 if TYPE_CHECKING:
+    from ..broker.commands import Commands
     from ..broker.receipt_store import ReceiptStore
+    from ..cluster.control import Answers
     from ..cluster.observing import Service
     from ..core.event_ids import Stream
     from ..core.receipts import Place
@@ -27,7 +29,7 @@ def ask_about(
     is_known: Callable[[T], bool],
 ) -> "tuple[Place, T, list[str]]":
     """The place of an event, what ``look`` finds of it, and which processes did not write their
-    receipts before.
+    receipts before. Those are asked only if they know each other.
 
     The id may be that of the entry in Redis, too: then each stream is looked at. Raises
     :exc:`Failure` if it is no id, or if it is of no stream of the gateway.
@@ -42,17 +44,22 @@ def ask_about(
     if not all(place.stream in names for place in places):
         raise Failure(f"nothing is known of this event: {UNKNOWN_STREAM}")
 
-    async def ask(service: "Service") -> "tuple[Place, T, list[str], int]":
-        answers = await service.control.ask("flush_receipts", FlushReceipts())
-        store = ReceiptStore(service.registry.commands, names)
+    async def find(commands: "Commands") -> "tuple[Place, T]":
+        store = ReceiptStore(commands, names)
         for place in places:
             if is_known(found := await look(store, place)):
                 break
-        return place, found, answers.missing, asked(answers)
+        return place, found
 
-    place, found, missing, number = ask_service(settings, ask)
-    tell_missing(missing, number)
-    return place, found, missing
+    async def flush_and_find(service: "Service") -> "tuple[Answers, tuple[Place, T]]":
+        answers = await service.control.ask("flush_receipts", FlushReceipts())
+        return answers, await find(service.registry.commands)
+
+    if not settings.has_cluster:  # nobody can ask the processes
+        return *ask_redis(settings, find), []
+    answers, found = ask_service(settings, flush_and_find)
+    tell_missing(answers.missing, asked(answers))
+    return *found, answers.missing
 
 
 def _places_of(text: str, streams: "Iterable[Stream]") -> "list[Place]":

@@ -1,6 +1,7 @@
 """The processes of a service, for commands: through Redis, with the gateways' settings."""
 
 from collections.abc import Awaitable, Callable, Collection
+from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
 import click
@@ -8,42 +9,66 @@ import click
 from .errors import Failure
 
 if TYPE_CHECKING:
+    from ..broker.commands import Commands
     from ..cluster.control import Answers
     from ..cluster.observing import Service
+    from ..redis_url import RedisUrl
     from ..settings import Settings
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 IDS: Final = click.IntRange(1, 2**63 - 1)  # up to core.events.MAX_ID, without its imports
 
 
 def ask_service(settings: "Settings", ask: Callable[["Service"], Awaitable[T]]) -> T:
-    """Run ``ask`` with a connection to the Redis of these settings.
+    """Run ``ask`` with a connection to the processes on the Redis of these settings.
 
     Raises :exc:`Failure` if Redis does not answer.
     """
+    from ..broker.topologies import make_topology
+    from ..cluster.observing import open_service
+    from ..redis_url import RedisUrl
+
+    url = RedisUrl.from_url(settings.redis_url)
+    stream, database = settings.ws_presence_stream, url.data.db
+    return _ask(url, lambda: open_service(make_topology(url), stream, database), ask)
+
+
+def ask_redis(settings: "Settings", ask: Callable[["Commands"], Awaitable[T]]) -> T:
+    """Run ``ask`` with commands for the Redis of these settings; errors as of ask_service."""
+    from ..broker.topologies import make_topology
+    from ..cluster.observing import open_commands
+    from ..redis_url import RedisUrl
+
+    url = RedisUrl.from_url(settings.redis_url)
+    return _ask(url, lambda: open_commands(make_topology(url)), ask)
+
+
+def _ask(
+    url: "RedisUrl",
+    opened: Callable[[], AbstractAsyncContextManager[S]],
+    ask: Callable[[S], Awaitable[T]],
+) -> T:
     import structlog
     import trio
 
     from ..broker.commands import Unavailable
-    from ..broker.topologies import make_topology
-    from ..cluster.observing import open_service
     from ..core.exception_groups import first_leaf
-    from ..redis_url import RedisUrl
     from ..runtime.supervision import ConnectionLost
 
-    url, problem = RedisUrl.from_url(settings.redis_url), ""
+    problem = ""
 
     async def run() -> list[T]:
         nonlocal problem
         found: list[T] = []
         try:
-            async with open_service(
-                make_topology(url), settings.ws_presence_stream, url.data.db
-            ) as service:
-                found.append(await ask(service))
+            async with opened() as connected:
+                found.append(await ask(connected))
         except* (ConnectionLost, Unavailable) as group:
-            problem = str(first_leaf(group))
+            leaf = first_leaf(group)
+            refusal = getattr(leaf, "refusal", "")
+            problem = f"{leaf} ({refusal})" if refusal else str(leaf)
         return found
 
     # Log entries are for operators of a gateway; what matters here is the outcome.

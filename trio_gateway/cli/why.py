@@ -15,7 +15,9 @@ from .rendering import steps_words, table_lines
 from .service import show_json
 
 if TYPE_CHECKING:
-    from ..core.event_path import EventPath, PathClient
+    from ..broker.receipt_store import ReceiptStore
+    from ..core.event_path import EventPath, Known, PathClient
+    from ..core.receipts import Place
 
 _COLUMNS: Final = ("client", "sent", "written", "delivered", "seen", "must reach")
 
@@ -30,13 +32,21 @@ def why(event_id: str, as_json: bool) -> None:
     an EVENT_UNHEARD leads to the event that it is about. Exit status 1 if nothing is known of the
     event, or if a process did not answer.
     """
+    from ..broker.commands import Unavailable
     from ..broker.event_lookup import look_up
     from ..core.path_words import tell, why_unknown
 
     settings = settings_or_exit()
-    _, known, missing = ask_about(
-        settings, event_id, look_up, lambda known: known.about is not None
-    )
+
+    async def look(store: "ReceiptStore", place: "Place") -> "Known":
+        try:
+            return await look_up(store, place)
+        except Unavailable as error:
+            if settings.routes.tracked_types or not error.refusal:
+                raise
+            return await look_up(store, place, has_receipts=False)  # the right is not needed
+
+    _, known, missing = ask_about(settings, event_id, look, lambda known: known.about is not None)
     if known.about is None:
         raise Failure(f"nothing is known of this event: {why_unknown(known)}")
     path = tell(known, settings.routes, settings.ws_receipt_ttl, missing)

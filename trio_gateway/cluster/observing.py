@@ -56,6 +56,16 @@ class Service:
 
 
 @asynccontextmanager
+async def open_commands(topology: Topology) -> AsyncIterator[Commands]:
+    """Commands for a Redis, without the processes."""
+    commands = Commands(topology, Breaker(*_BREAKER), Breaker(*_BREAKER), max_connections=2)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(commands.run)
+        yield commands
+        nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
 async def open_service(
     topology: Topology, presence_stream: str | None, database: int
 ) -> AsyncIterator[Service]:
@@ -63,32 +73,31 @@ async def open_service(
 
     Raises :exc:`ConnectionLost`, in a group, if Redis does not answer, then or later.
     """
-    commands = Commands(topology, Breaker(*_BREAKER), Breaker(*_BREAKER), max_connections=2)
-    keys = Keys(presence_stream, is_cluster=topology.is_cluster, database=database)
-    registry = Observer(commands, keys)
-    subscribed = trio.Event()
-    control = Control(commands, keys, registry, lambda: link.connected)
-    probe = Probe()
-    probe.is_wanted = False
-    link = PubSub(
-        topology,
-        [],
-        Ingest(),
-        EventQueue(1, DropAlarm(60, 1, 60)),
-        Breaker(*_BREAKER),
-        {keys.replies(registry.name): _Replies(control, subscribed)},
-        probe=probe,
-        anywhere=topology.is_cluster,
-    )
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(commands.run)
-        nursery.start_soon(link.run)
-        with trio.move_on_after(_CONNECT):
-            await subscribed.wait()
-        if not subscribed.is_set():
-            raise ConnectionLost(f"no answer in {_CONNECT:g} s")
-        yield Service(registry, control)
-        nursery.cancel_scope.cancel()
+    async with open_commands(topology) as commands:
+        keys = Keys(presence_stream, is_cluster=topology.is_cluster, database=database)
+        registry = Observer(commands, keys)
+        subscribed = trio.Event()
+        control = Control(commands, keys, registry, lambda: link.connected)
+        probe = Probe()
+        probe.is_wanted = False
+        link = PubSub(
+            topology,
+            [],
+            Ingest(),
+            EventQueue(1, DropAlarm(60, 1, 60)),
+            Breaker(*_BREAKER),
+            {keys.replies(registry.name): _Replies(control, subscribed)},
+            probe=probe,
+            anywhere=topology.is_cluster,
+        )
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(link.run)
+            with trio.move_on_after(_CONNECT):
+                await subscribed.wait()
+            if not subscribed.is_set():
+                raise ConnectionLost(f"no answer in {_CONNECT:g} s")
+            yield Service(registry, control)
+            nursery.cancel_scope.cancel()
 
 
 class _Replies:

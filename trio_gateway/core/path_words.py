@@ -143,7 +143,8 @@ def _outcome(path: EventPath, number: int) -> str:
     late = f"nobody has confirmed, and the time was over {seconds(-left)} ago"
     if -left < _USUALLY:
         return f"{late}; now {_consequence(path, number)}"
-    return f"{late}, but no step followed: does a gateway run, and can it write to Redis?"
+    copy = "" if path.sent else "is it a copy of an earlier event, "
+    return f"{late}, but no step followed: {copy}does a gateway run, and can it write to Redis?"
 
 
 def _consequence(path: EventPath, number: int) -> str:
