@@ -426,7 +426,7 @@ async def test_write_that_arrives_after_a_newer_one_has_no_effect(
         await trio.sleep(3)
         record = '{"tenant_id":1,"branch_ids":[1],"user_id":"21","endpoint":"waiter"}\n{}'
         late = await one.run_script(
-            presence_scripts.WRITE, ["p0", "1", "1:waiter:21", "1", "0", "0", record]
+            presence_scripts.WRITE, ["p0", "1", "1:waiter:21", f"1 0 0\n{record}"]
         )
         assert late[0] == b"late"
         assert world.online() == set()

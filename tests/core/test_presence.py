@@ -80,12 +80,11 @@ def test_record_begins_with_the_event_of_the_contract() -> None:
 
 @pytest.mark.parametrize("keys", [{}, {"branches": [2, 1]}, {"sectors": [6, 5]}], ids=str)
 @pytest.mark.parametrize("endpoint", [Endpoint.WAITER, Endpoint.DINER])
-def test_record_of_connections_is_that_of_what_they_make(
+def test_record_of_a_connection_is_that_of_what_it_makes(
     endpoint: Endpoint, keys: dict[str, Any]
 ) -> None:
     one = make_principal(endpoint, **keys)
-    for principals in ([one], [one, one]):
-        assert record_of(principals) == write_record(present(principals, 0.0))
+    assert record_of(one) == write_record(present([one], 0.0))
 
 
 def test_connections_of_one_user_are_united() -> None:

@@ -3,6 +3,7 @@
 import random
 import time
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any, Final, NoReturn
 
 import structlog
@@ -10,7 +11,7 @@ import trio
 
 from ..broker.commands import Unavailable
 from ..core.audiences import BranchId, Endpoint, Principal, TenantId
-from ..core.presence import GONE, Items, Present, items_of, key_of, present, record_of
+from ..core.presence import GONE, Items, Present, items_of, key_of, present, record_of, write_record
 from ..runtime.connection import Connection
 from ..runtime.throttled_log import ThrottledLog
 from . import presence_scripts as scripts
@@ -50,10 +51,11 @@ class _Here:
     @property
     def record(self) -> str:
         """What Redis is told of it."""
-        if self.connections:
-            return record_of([each.principal for each in self.connections])
-        assert self.last is not None
-        return record_of([self.last])
+        if len(self.connections) > 1:
+            return write_record(self.present)
+        last = self.connections[0].principal if self.connections else self.last
+        assert last is not None
+        return record_of(last)
 
 
 class Presence:
@@ -223,7 +225,7 @@ class Presence:
         self._dirty |= {key.decode(): None for key in held}
 
     async def _write(self) -> None:
-        keys = list(self._dirty)[: scripts.CHUNK]
+        keys = list(islice(self._dirty, scripts.CHUNK))
         batch: list[tuple[str, _Here | None, float | None]] = []
         self._number += 1
         now = trio.current_time()
@@ -231,7 +233,7 @@ class Presence:
         for key in keys:
             del self._dirty[key]
             came_at, connections, record, left = None, GONE, "", 0
-            came: int | str = ""
+            came: int | str = "-"
             if (here := self._here.get(key)) is not None:
                 connections, came_at = len(here.connections), here.came_at
                 # Of one that is gone and was told, Redis has the record.
@@ -242,7 +244,7 @@ class Presence:
                 elif came_at is None and here.written == (connections, record):
                     continue
                 here.written, here.came_at = (connections, record), None
-            arguments += (key, connections, came, left, record)
+            arguments += (key, f"{connections} {came} {left}\n{record}")
             batch.append((key, here, came_at))
         if not batch:
             return

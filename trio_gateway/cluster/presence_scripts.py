@@ -135,9 +135,10 @@ end
 """
 )
 
-# ARGV: the number of this write, then of each user or session: key, connections,
-# how long ago it connected since the last write (ms; empty: it did not), how long ago it lost its
-# last connection (ms; 0 if it has one), record.
+# ARGV: the number of this write, then of each user or session two: its key; and a line with its
+# connections, how long ago it connected since the last write (ms; -: it did not), and how long ago
+# it lost its last connection (ms; 0 if it has one), followed by its record. Each argument costs
+# the caller as much as a field of a line in which it is.
 # Returns the number of the last write before this one, or "late"; an error of the stream; and since
 # when each is present.
 WRITE: Final = (
@@ -150,9 +151,10 @@ if last == -1 then live[#live + 1] = name end
 redis.call('HSET', processes, name, number)
 local here = prefix .. 'here:' .. name
 local found = {}
-for at = 6, #ARGV, 5 do
-  local key, connections, record = ARGV[at], ARGV[at + 1], ARGV[at + 4]
-  local came, left = tonumber(ARGV[at + 2]), now - ARGV[at + 3]
+for at = 6, #ARGV, 2 do
+  local key = ARGV[at]
+  local connections, came, left, record = string.match(ARGV[at + 1], '^(%d+) (%S+) (%S+)\\n(.*)$')
+  came, left = tonumber(came), now - left
   local since = ''
   if connections ~= '0' then redis.call('HSET', here, key, connections .. '\\n' .. record) end
   if came then

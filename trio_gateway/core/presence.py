@@ -208,23 +208,18 @@ def _json(value: object) -> str:
     return msgspec.json.encode(value).decode()
 
 
-def record_of(principals: Sequence[Principal]) -> str:
-    """As :func:`write_record`, of the user or session that has these connections."""
-    last = principals[-1]
-    if last.sectors or len(principals) > 1:
-        return write_record(present(principals, 0.0))
-    # As mostly, and it is made for every client that connects.
-    found = last.session or last.user or ""
-    return _record(last.tenant, last.endpoint, found, last.table, _listed(last.branches), "")
+def record_of(principal: Principal) -> str:
+    """As :func:`write_record`, of the user or session that has this connection alone."""
+    # Without the values between them: it is made for every client that connects.
+    found, branches = principal.session or principal.user or "", principal.branches
+    sectors = {each: of for each, of in principal.sectors.items() if of and each in branches}
+    return _record(principal.tenant, principal.endpoint, found, principal.table, branches, sectors)
 
 
 def write_record(one: Present) -> str:
     """Everything but its connections and its time, as Redis keeps it."""
-    who, sectors = one.who, ""
-    if any(one.sectors.values()):
-        listed = {branch: sorted(found) for branch, found in one.sectors.items() if found}
-        sectors = ",".join(f'"{b}":{_json(listed[b])}' for b in sorted(listed))
-    branches = _listed(frozenset(one.sectors))
+    who, branches = one.who, frozenset(one.sectors)
+    sectors = {branch: found for branch, found in one.sectors.items() if found}
     return _record(who.tenant, who.endpoint, who.id, one.table, branches, sectors)
 
 
@@ -233,8 +228,8 @@ def _record(
     endpoint: Endpoint,
     found: UserId | SessionId | str,
     table: TableId | None,
-    branches: str,
-    sectors: str,
+    branches: frozenset[BranchId],
+    sectors: Mapping[BranchId, frozenset[SectorId]],
 ) -> str:
     if endpoint is Endpoint.DINER:
         at_table = "" if table is None else f',"table_id":{table}'
@@ -242,15 +237,18 @@ def _record(
     else:
         user = str(found)
         subject = f'"user_id":"{user}"' if user.isalnum() else f'"user_id":{_json(user)}'
+    listed = ""
+    if sectors:
+        listed = ",".join(f'"{b}":[{_listed(sectors[b])}]' for b in sorted(sectors))
     return (
-        f'{{"tenant_id":{tenant},"branch_ids":[{branches}],{subject}'
-        f',"endpoint":"{endpoint.label}"}}\n{{{sectors}}}'
+        f'{{"tenant_id":{tenant},"branch_ids":[{_listed(branches)}],{subject}'
+        f',"endpoint":"{endpoint.label}"}}\n{{{listed}}}'
     )
 
 
 @lru_cache(maxsize=4096)
-def _listed(branches: frozenset[BranchId]) -> str:
-    return ",".join(map(str, sorted(branches)))
+def _listed(ids: frozenset[int]) -> str:
+    return ",".join(map(str, sorted(ids)))
 
 
 def read_record(text: str, connections: int, since: float) -> Present:
