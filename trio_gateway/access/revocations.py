@@ -23,10 +23,11 @@ from ..runtime.throttled_log import ThrottledLog
 log = structlog.get_logger()
 
 _BATCH: Final = 250  # principals in one MGET
-_PAUSE: Final = 0.005  # seconds between two MGETs for checks
-# Without a link of their own: the more checks one had, the longer the next is waited for.
+# Seconds between two MGETs for checks: the more checks one had, the longer the next is waited for.
+_PAUSE: Final = 0.005
 _PAUSE_PER_CHECK: Final = 0.0005
-_LONGEST_PAUSE: Final = 0.03
+_LONGEST_PAUSE: Final = 0.01
+_LONGEST_PAUSE_WITHOUT_LINK: Final = 0.03
 _LINK_TIMEOUT: Final = 1.0  # seconds
 RECHECK_PERIOD: Final = (
     3.0  # seconds over which everybody is looked at after messages may have been lost
@@ -205,8 +206,8 @@ class Revocations:
                 await self._reserve_places(batch, batch.revoked)
             batch.answered.set()
             if (checks := len(batch.principals)) < _BATCH:
-                per_check = _PAUSE_PER_CHECK if self._link is None else 0.0
-                await trio.sleep(min(_PAUSE + per_check * checks, _LONGEST_PAUSE))
+                longest = _LONGEST_PAUSE if self._link else _LONGEST_PAUSE_WITHOUT_LINK
+                await trio.sleep(min(_PAUSE + _PAUSE_PER_CHECK * checks, longest))
 
     async def _reserve_places(self, batch: _Batch, revoked: Sequence[bool]) -> None:
         """Reserve places; a revoked credential must not take one, not even for a moment."""

@@ -30,7 +30,7 @@ _PIECE: Final = 200  # connections that are described without a checkpoint, in a
 class _Here:
     """A user or session that is connected here, or that Redis may still believe to be."""
 
-    __slots__ = ("came_at", "connections", "last", "left_at", "since", "written")
+    __slots__ = ("came_at", "connections", "counted", "last", "left_at", "since", "written")
 
     def __init__(self, since: float) -> None:
         self.connections: list[Connection] = []  # few, in the order in which they joined
@@ -40,8 +40,8 @@ class _Here:
         # last connection ended.
         self.came_at: float | None = None
         self.left_at = 0.0
-        # What Redis has: the number of connections, and the record; None if that is unknown.
-        self.written: tuple[int, str] | None = None
+        self.written: str | None = None  # the record that Redis has; None if that is unknown
+        self.counted = GONE  # the connections that Redis knows of with it
 
     @property
     def present(self) -> Present:
@@ -241,9 +241,9 @@ class Presence:
                     record, came = here.record, _ago(now, now if came_at is None else came_at)
                 if not connections:
                     left = _ago(now, here.left_at)
-                elif came_at is None and here.written == (connections, record):
+                elif came_at is None and (here.counted, here.written) == (connections, record):
                     continue
-                here.written, here.came_at = (connections, record), None
+                here.counted, here.written, here.came_at = connections, record, None
             arguments += (key, f"{connections} {came} {left}\n{record}")
             batch.append((key, here, came_at))
         if not batch:
