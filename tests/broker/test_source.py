@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import trio
@@ -356,6 +357,37 @@ async def test_shard_without_the_right_to_it_does_not_stop_the_others(
         single_engine.add("b", 5)
         await until(lambda: single_engine.has_all("a", "b"))
     assert not single_engine.sink.gaps
+
+
+@pytest.mark.usefixtures("quick")
+async def test_user_without_the_right_to_the_time_is_not_asked_again_and_again(
+    single_engine: Engine,
+) -> None:
+    server = single_engine.at("a")
+    server.acl_setuser(
+        "few", enabled=True, reset=True, nopass=True, keys=["*"], categories=["+@all"],
+        commands=["-time"],
+    )  # fmt: skip
+    url = f"redis://few:x@127.0.0.1:{single_engine.ports[0]}"
+    single_engine.source = Streams(single(RedisAddress.from_url(url)), on_reading=lambda: None)
+    async with single_engine.reading("a"):
+        await until(lambda: _refused(server) == 2)  # at the begin, and when it looked around
+        looked = _looked_around(server)
+        await until(lambda: _looked_around(server) > looked + 1)
+        single_engine.add("a")
+        await until(lambda: single_engine.has_all("a"))
+    assert _refused(server) == 2
+    assert not single_engine.sink.clocks
+
+
+def _looked_around(server: Any) -> int:
+    found: int = server.info("commandstats")["cmdstat_hello"]["calls"]
+    return found
+
+
+def _refused(server: Any) -> int:
+    """How often TIME was refused."""
+    return sum(int(each["count"]) for each in server.acl_log() if each["object"] == "time")
 
 
 @pytest.mark.usefixtures("quick")

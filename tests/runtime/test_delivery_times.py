@@ -6,11 +6,11 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from tests.support.resume_world import A, World, bounded, place
+from tests.support.resume_world import A, World, at, bounded, place
 from trio_gateway.core.audiences import Endpoint
 from trio_gateway.core.routes_file import read_routes
 from trio_gateway.core.time_counts import Window, quantiles, summary
-from trio_gateway.testing import FakeSocket, make_principal
+from trio_gateway.testing import FakeSocket, make_event, make_principal
 
 ROUTES = read_routes("[routes.ROUND_READY]\nreceipt = true\n")
 DINER = make_principal(Endpoint.DINER, session=456)
@@ -51,6 +51,18 @@ async def test_event_that_nobody_here_is_sent_now_does_not_count_as_written(
     await world.publish(3, 4, session_id=999)
     await world.publish(5, session_id=456, stream=None)
     assert figures(world).written.count == 2
+
+
+async def test_event_whose_delivery_takes_too_long_counts_with_the_time_until_it_is_given_up(
+    autojump_clock: MockClock, world: World
+) -> None:
+    for _ in range(2):
+        await world.live()
+    await trio.sleep_until(30)
+    event = make_event(stream=A, position=at(1), session_id=456)
+    with pytest.raises(trio.TooSlowError):
+        await world.dispatch.deliver([event], deadline=trio.current_time())
+    assert (figures(world).written.count, figures(world).written.over) == (1, 1)
 
 
 async def test_client_that_does_not_read_is_unconfirmed_and_delays_no_figure_of_others(

@@ -52,7 +52,8 @@ class DeliveryTimes:
         self._tenants: dict[int, _TenantTimes] = {}
         self._others = _TenantTimes()
         self._ahead: dict[Stream, float] = {}
-        self._no_room_at: dict[bool, int] = {}  # the minute, for events that are late or not
+        self._looked_at = _NEVER  # the minute in which it was looked
+        self._may_leave: list[int] = []  # who may join the others, those quiet for longest last
 
     def set_clock(self, streams: Iterable[Stream], ahead: float) -> None:
         """Note (Redis' unix time - the time here) of the servers that have these streams."""
@@ -136,19 +137,23 @@ class DeliveryTimes:
         return found
 
     def _make_room(self, minute: int, *, for_late: bool) -> bool:
-        """Let a tenant join the others, if there is one that may.
-
-        If there is none, this is not looked for again in the same minute.
-        """
-        if self._no_room_at.get(for_late) == minute:
-            return False
-        punctual = (each for each, of in self._tenants.items() if of.late_at <= minute - _HOUR)
-        tenant = min(punctual, key=lambda each: self._tenants[each].minute, default=None)
-        if tenant is None or not (for_late or self._tenants[tenant].minute <= minute - _HOUR):
-            self._no_room_at[for_late] = minute
-            return False
-        self._others.merge(self._tenants.pop(tenant))
-        return True
+        """Let a tenant join the others, if there is one that may."""
+        if self._looked_at != minute:  # not for each event: there may be many
+            self._looked_at = minute
+            punctual = (each for each, of in self._tenants.items() if of.late_at <= minute - _HOUR)
+            self._may_leave = sorted(
+                punctual, key=lambda each: self._tenants[each].minute, reverse=True
+            )
+        while self._may_leave:
+            of = self._tenants[self._may_leave[-1]]
+            is_punctual = of.late_at <= minute - _HOUR
+            if is_punctual and not for_late and of.minute > minute - _HOUR:
+                return False
+            tenant = self._may_leave.pop()
+            if is_punctual:  # still
+                self._others.merge(self._tenants.pop(tenant))
+                return True
+        return False
 
 
 class _Parts:

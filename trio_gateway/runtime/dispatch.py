@@ -201,6 +201,7 @@ class Dispatch:
                     except (trio.Cancelled, trio.TooSlowError):
                         self.deliveries += number * n
                         self._break_off(batch, writes, members, n)
+                        self.times.written(planned, writes, trio.current_time())
                         raise
             self.deliveries += number * len(members)
         self.times.written(planned, writes, trio.current_time())
