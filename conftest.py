@@ -70,6 +70,17 @@ def transport(request: pytest.FixtureRequest) -> Transport:
     return found
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the folders whose files take longest, so that parallel workers end together."""
+    root = Path(__file__).parent
+    order = {"e2e/chaos": 0, "tests/real": 1, "tests/runtime": 3, "tests/core": 4}
+
+    def place(item: pytest.Item) -> int:
+        return order.get(item.path.parent.relative_to(root).as_posix(), 2)
+
+    items.sort(key=place)
+
+
 def pytest_collection_finish() -> None:
     """Exclude what is imported by now from garbage collection, as the gateway does at its start.
 

@@ -464,9 +464,9 @@ def test_check_names_what_redis_refuses(
     assert "hunter2" not in done.output
 
 
-@pytest.mark.parametrize("command", ["check", "routes", "serve"])
+@pytest.mark.parametrize("command", ["check", "routes", "serve", "serve --workers 2"])
 def test_invalid_settings_are_named(command: str) -> None:
-    done = run(command, env={"WS_MAX_CONECTIONS": "1", "LOG_LEVEL": "loud"})
+    done = run(*command.split(), env={"WS_MAX_CONECTIONS": "1", "LOG_LEVEL": "loud"})
     assert (done.exit_code, done.stdout) == (2, "")
     assert "trio-gateway: unknown setting: WS_MAX_CONECTIONS" in done.stderr
     assert "trio-gateway: LOG_LEVEL: " in done.stderr

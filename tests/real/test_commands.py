@@ -124,45 +124,71 @@ def event(marker: object, **keys: Any) -> str:
     return json.dumps(found | {"entity": {"marker": marker}} | keys)
 
 
-@HYPERCORN_FIRST
-async def test_command_serves_the_four_endpoints_health_and_metrics(
-    backend: "redis.Redis", redis_url: str, tmp_path: Path, how: str
+@pytest.mark.parametrize(("how", "number"), [
+    ("hypercorn", signal.SIGTERM),
+    ("serve", signal.SIGINT),
+    pytest.param("hypercorn", signal.SIGINT, marks=pytest.mark.chaos),
+    pytest.param("serve", signal.SIGTERM, marks=pytest.mark.chaos),
+])  # fmt: skip
+async def test_command_serves_the_four_endpoints_and_at_a_signal_ends_after_its_clients(
+    backend: "redis.Redis", redis_url: str, tmp_path: Path, how: str, number: signal.Signals
 ) -> None:
-    async with served(how, redis_url, tmp_path) as gateway:
+    """Also the clients of the ASGI transport; each gets a hint when to come back."""
+    async with served(how, redis_url, tmp_path) as gateway, AsyncExitStack() as stack:
         urls = {
             "waiter": gateway.staff_url("waiter"),
             "kitchen": gateway.staff_url("kitchen"),
             "admin": gateway.staff_url("admin"),
             "diner": gateway.diner_url(),
         }
-        async with AsyncExitStack() as stack:
-            clients = {
-                who: await stack.enter_async_context(client(url)) for who, url in urls.items()
-            }
-            text = event("🙏")
-            backend.publish("branch:1:waiters", text)
-            for connection in clients.values():
-                with trio.fail_after(5):
-                    assert await connection.recv() == text
+        clients = {who: await stack.enter_async_context(client(url)) for who, url in urls.items()}
+        text = event("🙏")
+        backend.publish("branch:1:waiters", text)
+        for connection in clients.values():
+            with trio.fail_after(5):
+                assert await connection.recv() == text
+        await _check_health(gateway.port)
+        _check_names(await metrics(gateway.port))
 
-            health = await http(gateway.port, "/ws/health")
-            assert health.status == 200
-            assert health.json == {
-                "status": "healthy",
-                "connections": {"total": 4, "by_endpoint": dict.fromkeys(clients, 1)},
-            }
-            detailed = await http(gateway.port, "/ws/health/detailed")
-            assert detailed.status == 200
-            assert detailed.json.keys() >= {
-                "status", "connections", "redis_async", "redis_sync", "circuit_breaker",
-                "database", "rate_limiter", "event_queue", "stream",
-            }  # fmt: skip
-            assert detailed.json["rate_limiter"]["tracked_connections"] == 4
-            assert detailed.json["circuit_breaker"].keys() >= {"state", "failures"}
-            # Only of Pub/Sub: events of streams are never dropped.
-            assert detailed.json["event_queue"] == {"depth": 0, "capacity": 5000, "dropped": 0}
-            assert detailed.json["stream"].keys() >= {"cursor", "lag"}
-            _check_names(await metrics(gateway.port))
+        used = await _used(gateway.port)
+        second = await stack.enter_async_context(client(urls["waiter"], stream=used))
+        # The shutdown must not wait for a client that has left.
+        async with client(urls["diner"], stream=await _used(gateway.port)):
+            pass
+        started = trio.current_time()
+        gateway.process.send_signal(number)
+        for connection in (*clients.values(), second):
+            code, reason = await ending(connection, 2)
+            assert code == 1001
+            assert re.fullmatch(r"retry in \d+\.\d+s", reason)
+        status, _, errors = await wait(gateway.process)
+        assert trio.current_time() - started < 4  # of Hypercorn's 5 s of patience
+        assert status == 0
+        assert b"Traceback" not in errors
+
+
+async def _check_health(port: int) -> None:
+    """Of a gateway with a client on each endpoint."""
+    health = await http(port, "/ws/health")
+    assert health.status == 200
+    assert health.json == {
+        "status": "healthy",
+        "connections": {
+            "total": 4,
+            "by_endpoint": dict.fromkeys(("waiter", "kitchen", "admin", "diner"), 1),
+        },
+    }
+    detailed = await http(port, "/ws/health/detailed")
+    assert detailed.status == 200
+    assert detailed.json.keys() >= {
+        "status", "connections", "redis_async", "redis_sync", "circuit_breaker",
+        "database", "rate_limiter", "event_queue", "stream",
+    }  # fmt: skip
+    assert detailed.json["rate_limiter"]["tracked_connections"] == 4
+    assert detailed.json["circuit_breaker"].keys() >= {"state", "failures"}
+    # Only of Pub/Sub: events of streams are never dropped.
+    assert detailed.json["event_queue"] == {"depth": 0, "capacity": 5000, "dropped": 0}
+    assert detailed.json["stream"].keys() >= {"cursor", "lag"}
 
 
 def _check_names(figures: Metrics) -> None:
@@ -182,37 +208,6 @@ def _check_names(figures: Metrics) -> None:
     assert figures["messages_received_total"] == 4
     assert figures["event_latency_seconds_count"] == 1
     assert figures["broadcast_duration_seconds_count"] == 1
-
-
-@pytest.mark.parametrize(("how", "number"), [
-    ("hypercorn", signal.SIGTERM),
-    ("serve", signal.SIGINT),
-    pytest.param("hypercorn", signal.SIGINT, marks=pytest.mark.chaos),
-    pytest.param("serve", signal.SIGTERM, marks=pytest.mark.chaos),
-])  # fmt: skip
-async def test_signal_closes_every_client_with_a_retry_hint_and_ends_the_process(
-    backend: "redis.Redis", redis_url: str, tmp_path: Path, how: str, number: signal.Signals
-) -> None:
-    async with (
-        served(how, redis_url, tmp_path) as gateway,
-        client(gateway.staff_url("waiter")) as waiter,
-        client(gateway.staff_url("kitchen")) as kitchen,
-        client(gateway.diner_url()) as diner,
-        client(gateway.staff_url("waiter"), stream=await _used(gateway.port)) as second,
-    ):
-        # The shutdown must not wait for a client of the ASGI transport.
-        async with client(gateway.diner_url(), stream=await _used(gateway.port)):
-            pass
-        started = trio.current_time()
-        gateway.process.send_signal(number)
-        for connection in (waiter, kitchen, diner, second):
-            code, reason = await ending(connection, 2)
-            assert code == 1001
-            assert re.fullmatch(r"retry in \d+\.\d+s", reason)
-        status, _, errors = await wait(gateway.process)
-        assert trio.current_time() - started < 4  # of Hypercorn's 5 s of patience
-        assert status == 0
-        assert b"Traceback" not in errors
 
 
 @HYPERCORN_FIRST
@@ -351,7 +346,8 @@ trio_gateway.gateway.reap = reap
 """
 
 
-@SERVE_FIRST
+@pytest.mark.chaos  # tests/real/test_output.py has a short one
+@pytest.mark.parametrize("how", COMMANDS)
 async def test_bug_in_a_background_task_ends_the_process_with_an_error(
     redis_url: str, tmp_path: Path, how: str
 ) -> None:

@@ -8,7 +8,7 @@ from bench.processes import Server
 from tests.support.gateways import JWT_SECRET, environment, free_port, http, process, until
 from trio_gateway.testing import make_jwt
 
-SECONDS = 2.0
+SECONDS = 1.5
 # Wake-ups a second. Liveness of the two links to Redis and the reaper need three; a look ten times
 # a second at what another process may have set would be ten more.
 MOST = 10.0
@@ -40,7 +40,7 @@ async def test_an_idle_process_wakes_only_for_a_reason(
         server = Server(started, port, log=None)  # type: ignore[arg-type]
         token = make_jwt(JWT_SECRET, sub="1")
         async with connect(f"ws://127.0.0.1:{port}/ws/waiter?token={token}"):
-            await trio.sleep(1.0)  # what a first client causes
+            await trio.sleep(0.5)  # what a first client causes
             _, before = server.scheduled()
             await trio.sleep(SECONDS)
             _, after = server.scheduled()
