@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -48,7 +48,8 @@ class Postgres:
     def _signal(self, number: signal.Signals) -> None:
         server = psutil.Process(self.pid)
         for each in (server, *server.children(recursive=True)):
-            each.send_signal(number)
+            with suppress(psutil.NoSuchProcess):  # its process of a connection that has ended
+                each.send_signal(number)
 
 
 @contextmanager
