@@ -3,7 +3,7 @@
 from tests.support.gateways import open_commands
 from trio_gateway.broker.receipt_store import ReceiptStore
 from trio_gateway.core.event_ids import Position, tag
-from trio_gateway.core.receipts import Change, Place, Receipt, State, TrackedEvent, Who
+from trio_gateway.core.receipts import Change, Place, Receipt, Receipts, State, TrackedEvent, Who
 from trio_gateway.core.resilience import Breaker
 
 STREAM = "events:critical"
@@ -26,9 +26,31 @@ async def test_client_that_was_sent_an_event_by_one_process_confirms_it_on_anoth
             assert found is not None
             return found.by.get(WHO)
 
-        assert await raised(Receipt(delivered=AT + 1)) is None  # nobody sent it
         found = await raised(Receipt(steps=1, sent=AT + 2))
         assert found == Receipt(1, AT + 2)
         assert found.state is State.SENT
         assert await raised(Receipt(delivered=AT + 9)) == Receipt(1, AT + 2, AT + 9, AT + 9)
         assert await raised(Receipt(2, AT + 3, AT + 3)) == Receipt(3, AT + 2, AT + 9, AT + 9)
+
+
+async def test_confirmation_counts_also_if_it_is_written_before_that_the_event_was_sent(
+    redis_url: str,
+) -> None:
+    """Two processes write at the same time: the one that sent it, and the one that was told."""
+    breaker = Breaker(5, 30.0)
+    async with open_commands(redis_url, breaker, breaker, max_connections=2) as commands:
+        store = ReceiptStore(commands, {tag(STREAM): STREAM})
+        place = Place(tag(STREAM), Position((AT, 1)))
+        about = TrackedEvent("SERVICE_CALL_CREATED", 1, 1, AT)
+
+        async def after(receipt: Receipt) -> Receipts:
+            assert await store.write({place: Change(about, 2 * AT, {WHO: receipt})})
+            found = await store.read(place)
+            assert found is not None
+            return found
+
+        before = await after(Receipt(delivered=AT + 1))
+        assert (before.by, before.confirmed) == ({}, {})
+        found = await after(Receipt(steps=2, sent=AT, written=AT))
+        assert found.by == {WHO: Receipt(2, AT, AT + 1, AT + 1)}
+        assert found.confirmed == {1: AT + 1}

@@ -33,7 +33,7 @@ _BY: Final = "by:"
 
 # KEYS: the hashes. ARGV: for each of them its event, when it expires (unix ms), how many receipts
 # follow, and for each its field, steps, written, delivered, seen, sent, branches. Without ``sent``,
-# what was sent by any process is raised.
+# it counts as soon as another process writes that it has sent the event.
 _WRITE: Final = """
 local n = 0
 local function take()
@@ -50,18 +50,15 @@ for _, key in ipairs(KEYS) do
   for _ = 1, receipts do
     local name, steps, written, delivered = take(), tonumber(take()), take(), take()
     local seen, sent, branches = take(), take(), take()
-    local old = redis.call('HGET', key, name)
-    if old or sent ~= '' then
-      local s, w, d, e, q, b =
-        string.match(old or '0:::::', '^(%d*):(%d*):(%d*):(%d*):(%d*):([%d,]*)$')
-      steps = bit.bor(tonumber(s), steps)
-      d, e, q, b = first(d, delivered), first(e, seen), first(q, sent), first(b, branches)
-      w = first(first(w, written), d)  -- who has it was written it
-      redis.call('HSET', key, name, table.concat({steps, w, d, e, q, b}, ':'))
-      for step = 0, 5 do
-        if d ~= '' and bit.band(steps, bit.lshift(1, step)) ~= 0 then
-          redis.call('HSETNX', key, 'confirmed:' .. step, d)
-        end
+    local old = redis.call('HGET', key, name) or '0:::::'
+    local s, w, d, e, q, b = string.match(old, '^(%d*):(%d*):(%d*):(%d*):(%d*):([%d,]*)$')
+    steps = bit.bor(tonumber(s), steps)
+    d, e, q, b = first(d, delivered), first(e, seen), first(q, sent), first(b, branches)
+    w = first(first(w, written), d)  -- who has it was written it
+    redis.call('HSET', key, name, table.concat({steps, w, d, e, q, b}, ':'))
+    for step = 0, 5 do
+      if q ~= '' and d ~= '' and bit.band(steps, bit.lshift(1, step)) ~= 0 then
+        redis.call('HSETNX', key, 'confirmed:' .. step, d)
       end
     end
   end
@@ -209,6 +206,8 @@ def read_hash(fields: Sequence[bytes]) -> Receipts | None:
             endpoint, _, number = rest.partition(":")
             steps, *texts, branches = value.split(":")
             written, delivered, seen, sent = (int(text) if text else None for text in texts)
+            if sent is None:  # it has confirmed what nobody has sent it, or not told us yet
+                continue
             found.by[Who(endpoint, number)] = Receipt(
                 int(steps), sent, written, delivered, seen, _read_branches(branches)
             )

@@ -118,7 +118,7 @@ class Change(NamedTuple):
     """What is to be written of an event: receipts, each with all that is known of it.
 
     A receipt that is not ``sent`` is of a client that was sent the event by another process, if at
-    all: what is written there is raised.
+    all: it counts as soon as that process writes so.
     """
 
     event: TrackedEvent

@@ -248,8 +248,11 @@ class ReceiptLog:
     def see_earlier(self, principal: Principal, place: Place) -> None:
         """The application of a client says in a request that it has seen this event."""
         tracked = self._tracked.get(place)
-        if tracked is not None and tracked.event.tenant_id == principal.tenant:
-            self._raise(tracked, Who.of(principal), State.SEEN)
+        if tracked is None or tracked.event.tenant_id != principal.tenant:
+            return
+        who = Who.of(principal)
+        if who in tracked.by or tracked.sent_at(audiences_of(principal)) is not None:
+            self._raise(tracked, who, State.SEEN)
 
     def _raise(self, tracked: Tracked, who: Who, state: State) -> None:
         """Note a state of one who was sent the event, by this process or maybe by another."""
