@@ -71,7 +71,8 @@ class Receipt:
     """When a client reached each state, in unix ms; None if it has not.
 
     ``steps`` is a bit mask: in the audience of which steps (:class:`~.routing.Step`) it was.
-    ``branches`` are those of the client, if the event is one of the whole tenant; else none.
+    ``branches`` are those of the client, if that of the event (0: the whole tenant) is not one of
+    them; else none.
     """
 
     steps: int = 0

@@ -224,7 +224,7 @@ class ReceiptLog:
         who = Who.of(connection.principal)
         if (receipt := tracked.by.get(who)) is None:
             receipt = tracked.by[who] = Receipt()
-            if not tracked.event.branch_id:
+            if tracked.event.branch_id not in connection.principal.branches:
                 receipt.branches = connection.principal.branches
         steps = tracked.steps_of(connection.audiences)
         if steps & ~receipt.steps:  # another device of the user may be in other audiences
