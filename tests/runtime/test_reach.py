@@ -107,6 +107,23 @@ async def test_nothing_is_asked_until_redis_has_been_back_for_a_moment(
         nursery.cancel_scope.cancel()
 
 
+async def test_answer_that_waited_for_the_end_of_an_outage_is_one(
+    autojump_clock: MockClock,
+) -> None:
+    reach, asked = watching(), Asked()
+
+    async def answers(place: Place) -> bool:
+        await trio.sleep(0.9)
+        return True
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(reach.run, asked, answers)
+        reach.note([event()])
+        await trio.sleep(60)
+        assert [at for at, _ in asked.calls] == [10.5 + 0.9 + SETTLE + 0.9]
+        nursery.cancel_scope.cancel()
+
+
 async def test_what_redis_did_not_answer_is_asked_again_after_that_moment(
     autojump_clock: MockClock,
 ) -> None:

@@ -24,7 +24,7 @@ from ..core.events import Event, InvalidEvent, parse_event
 from ..core.receipts import Change, Place, Receipt, Receipts, TrackedEvent, Who
 from ..core.slots import hash_tag
 from ..runtime.throttled_log import ThrottledLog
-from .commands import Commands, Unavailable
+from .commands import TIMEOUT, Commands, Unavailable
 
 log = structlog.get_logger()
 
@@ -118,6 +118,7 @@ class ReceiptStore:
         keys: Sequence[str],
         arguments: Sequence[str | bytes | int] = (),
         fits: Callable[[Any], bool] = lambda reply: True,
+        seconds: float = TIMEOUT,
     ) -> Any:
         """Run a script on keys of one server. Raises :exc:`Unavailable`.
 
@@ -125,7 +126,12 @@ class ReceiptStore:
         are on costs others anything: each hash tag has a breaker of its own.
         """
         return await self._commands.evaluate(
-            script, keys, arguments, fits=fits, group=f"receipts {hash_tag(keys[0])}"
+            script,
+            keys,
+            arguments,
+            fits=fits,
+            seconds=seconds,
+            group=f"receipts {hash_tag(keys[0])}",
         )
 
     async def read(self, place: Place) -> Receipts | None:

@@ -21,6 +21,8 @@ from .receipt_store import ReceiptStore
 
 log = structlog.get_logger()
 
+_PATIENCE: Final = 1.0  # seconds: it must not wait for another server to become the primary
+
 # KEYS: for each step the hash and the stream of its event. ARGV for each: the number of the step,
 # its deadline and when the hash expires (unix ms), the event as JSON, its entry id, the begin of
 # the wrapper for the next audience ('' if there is none), and the parts of the report before and
@@ -100,6 +102,7 @@ class Steps:
                 keys,
                 arguments,
                 fits=lambda reply: isinstance(reply, list) and len(reply) == len(dues),
+                seconds=_PATIENCE,
             )
         except Unavailable as error:
             self._throttled_log.warning("deadlines not checked yet", error=str(error))
@@ -109,7 +112,7 @@ class Steps:
     async def answers(self, place: Place) -> bool:
         """Whether Redis answers about the event at this place now."""
         try:
-            await self._store.evaluate("return 1", [self._store.key(place)])
+            await self._store.evaluate("return 1", [self._store.key(place)], seconds=_PATIENCE)
         except Unavailable:
             return False
         return True

@@ -36,6 +36,7 @@ SETTLE: Final = 2.5
 _TOGETHER: Final = 0.1  # seconds: deadlines that are over so soon share a script
 _MOST_TOGETHER: Final = 100
 _RETRY: Final = 1.0  # seconds
+_SLOW: Final = 0.3  # seconds for an answer, that came when an outage was over
 _MOST: Final = 100_000  # deadlines; the latest are dropped
 _ASKED: Final = 60.0  # seconds for which what was asked is kept: Redis may lose what was done
 _MOST_ASKED: Final = 10_000
@@ -196,14 +197,16 @@ class _Lane:
         was_away = False
         while True:
             await self._wait()
-            if not await answers(self.heap[0][2].place):
+            place, began = self.heap[0][2].place, trio.current_time()
+            if not await answers(place):
                 was_away = True
                 await trio.sleep(_RETRY)
                 continue
-            if was_away:
-                was_away = False
+            if was_away or trio.current_time() - began > _SLOW:
                 await trio.sleep(SETTLE)
-                continue
+                was_away = not await answers(place)
+                if was_away:
+                    continue
             found = self._pop()
             left = await take(found) if found else []
             if left is None:
