@@ -1,123 +1,116 @@
-"""Events that nobody confirms, on several processes, while those and Redis fail."""
+"""Events that nobody confirms, on several processes, while those, their clients and Redis fail."""
 
 import json
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import os
+import random
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import redis
 import trio
+from trio_websocket import WebSocketConnection
 
-from tests.support.gateways import Reachable, admitted, http, receive_event, until, valkey
-from tests.support.processes import GatewayProcess
+from tests.support.gateways import admitted, receive_event, until
+from tests.support.sockets import Client, dialled
+from trio_gateway.core.shards import shard_of, stream_name
+from trio_gateway.redis_sets import NotRunning, RedisSet, cluster_set, sentinel_set
+
+from .reaching import LATE, ROUTES, STEPS, STREAM, WITHIN, Service, service, serving_on
 
 pytestmark = pytest.mark.chaos
 
-EVENT = {"type": "SERVICE_CALL_CREATED", "tenant_id": 1, "branch_id": 1, "sector_id": 5}
-ROUTES = """
-[routes.SERVICE_CALL_CREATED]
-must_reach = "waiters"
-within = 4
-then = [{to = "floor", within = 4}, {to = "admins", within = 4}]
-"""
-STEPS = ["waiters", "floor", "admins"]
-
-
-class Service:
-    """Gateway processes on one Redis."""
-
-    def __init__(self, processes: list[GatewayProcess], client: "redis.Redis", server: Any) -> None:
-        self.processes = processes
-        self.redis = client
-        self.server = server
-
-    def url(self, number: int, **claims: Any) -> str:
-        return Reachable(self.processes[number].port).staff_url("waiter", **claims)
-
-    def publish(self, **keys: Any) -> str:
-        entry: Any = self.redis.xadd("events:critical", {"data": json.dumps(EVENT | keys)})
-        return str(entry.decode())
-
-    def reports(self) -> list[tuple[str, str, float]]:
-        """The reports in the stream: of which entry and audience, and when (unix ms)."""
-        found = []
-        entries: Any = self.redis.xrange("events:critical")
-        for entry_id, fields in entries:
-            event = json.loads(fields[b"data"])
-            if event["type"] == "EVENT_UNHEARD":
-                entity = event["entity"]
-                original = entity["event_id"].rpartition("-")[0]
-                found.append((original, entity["to"], float(entry_id.split(b"-")[0])))
-        return found
-
 
 @asynccontextmanager
-async def service(folder: Path, count: int) -> AsyncIterator[Service]:
-    routes = folder / "routes.toml"
-    routes.write_text(ROUTES)
-    with valkey() as server, redis.Redis.from_url(server.connection_url) as client:
-        processes = [
-            GatewayProcess(server.connection_url, folder, WS_ROUTES_FILE=str(routes))
-            for _ in range(count)
-        ]
-        try:
-            for each in processes:
-                await each.start()
-
-            async def ready() -> bool:
-                found = [await http(each.port, "/ws/health/ready") for each in processes]
-                return all(reply.status == 200 for reply in found)
-
-            await until(ready, 30)
-            yield Service(processes, client, server)
-        finally:
-            for each in processes:
-                each.kill()
+async def tablet(found: Service, number: int, branch: int) -> AsyncIterator[Client]:
+    """A waiter of a branch, on a bare socket: it reads only when it is told to."""
+    url = found.url(number, sub=str(branch), branch_ids=[branch], sector_ids=[5])
+    async with dialled(found.processes[number].port, receive_buffer=4096) as client:
+        await client.upgrade("/" + url.split("/", 3)[3])
+        await client.say("ping")
+        assert await client.text() == '{"type":"pong"}'
+        yield client
 
 
-def check_in_time(service: Service, entries: list[str], most: float = 1.0) -> None:
-    """Each step of each event was reported once, within a second of its time."""
-    reports = service.reports()
-    for entry in entries:
-        mine = [(to, at) for original, to, at in reports if original == entry]
-        assert [to for to, _ in mine] == STEPS
-        begun = float(entry.split("-")[0])
-        for _, at in mine:
-            late = (at - begun) / 1000 - 4
-            assert 0 <= late <= most, f"{late} s late"
-            begun = at
+async def dies_at_its_first_event(client: Client) -> None:
+    await client.text()
+    await client.reset()
 
 
 @pytest.mark.parametrize("count", [1, 4])
-async def test_each_step_of_an_event_is_reported_once_and_in_time(
+async def test_each_step_is_reported_once_and_in_time_whatever_clients_do(
     tmp_path: Path, count: int
 ) -> None:
-    async with service(tmp_path, count) as found:
-        entries = []
-        async with admitted(found.url(count - 1, sector_ids=[5])):  # reads, and confirms nothing
-            for _ in range(20):
-                entries.append(found.publish())
-                await trio.sleep(0.1)
-            await until(lambda: len(found.reports()) >= 60, 30)
-            await trio.sleep(2)
-        assert len(found.reports()) == 60
-        check_in_time(found, entries)
+    """In a branch each: nobody, one that is frozen, one that never confirms, one that dies."""
+    nobody, frozen, silent, dying = range(1, 5)
+    async with (
+        service(tmp_path, count) as found,
+        tablet(found, 0, frozen),
+        tablet(found, count - 1, silent) as reads,
+        tablet(found, count // 2, dying) as dies,
+        trio.open_nursery() as nursery,
+    ):
+        nursery.start_soon(reads.rest)
+        nursery.start_soon(dies_at_its_first_event, dies)
+        entries: dict[int, list[str]] = {}
+        for n in range(20):
+            for branch in (nobody, frozen, silent, dying):
+                padding = "x" * 3000 if branch == frozen else ""
+                entry = found.publish(branch_id=branch, n=n, padding=padding)
+                entries.setdefault(branch, []).append(entry)
+            await trio.sleep(0.1)
+        await found.wait_reports(80 * len(STEPS))
+        latest = found.check_in_time([each for group in entries.values() for each in group])
+        written = {
+            branch: [found.reports_of(each)[0]["written"] for each in group]
+            for branch, group in entries.items()
+        }
+        assert written[nobody] == [0] * 20
+        assert written[silent] == [1] * 20
+        assert written[dying][0] == 1
+        assert sum(written[dying]) <= 2
+        assert 0 < sum(written[frozen]) < 20  # its kernel took the first ones
+        print(f"{count} processes: at most {latest:.2f} s late")
+        nursery.cancel_scope.cancel()
 
 
 async def test_steps_are_taken_once_while_the_processes_that_watch_are_killed(
     tmp_path: Path,
 ) -> None:
     async with service(tmp_path, 4) as found:
-        entries = [found.publish() for _ in range(20)]
-        for each in found.processes[:3]:  # one before each step is over
-            await trio.sleep(3.5)
+        entries = []
+        for each in found.processes[:3]:  # at some moment of each step
+            entries += [found.publish(n=n) for n in range(20)]
+            await trio.sleep(random.uniform(0.5, 1.5) * WITHIN)
             each.kill()
-        await until(lambda: len(found.reports()) >= 60, 30)
-        await trio.sleep(2)
-        assert len(found.reports()) == 60
-        check_in_time(found, entries)
+        await found.wait_reports(60 * len(STEPS))
+        found.check_in_time(entries)
+
+
+def are_over(found: Service, entries: dict[str, str]) -> bool:
+    return all(len(found.reports_of(entry, name)) == 3 for name, entry in entries.items())
+
+
+async def test_watchers_of_shards_without_clients_are_killed(tmp_path: Path) -> None:
+    """One process reads each shard; another one takes over, for some events 2 s late."""
+    shards = 8
+    settings = {"REDIS_STREAM_SHARDS": str(shards), "REDIS_STREAM_SHARDS_PREVIOUS": str(shards)}
+    tenants = {shard_of(tenant, shards): tenant for tenant in range(1, 100)}
+    streams = {stream_name(STREAM, shards, shard): tenant for shard, tenant in tenants.items()}
+    async with service(tmp_path, 4, **settings) as found:
+        for each in found.processes[:3]:
+            entries = {
+                stream: found.publish(stream, tenant_id=tenant)
+                for stream, tenant in streams.items()
+            }
+            await trio.sleep(random.uniform(0, WITHIN - 2 * LATE + 1))
+            each.kill()
+            await until(partial(are_over, found, entries), 30)
+            for stream, entry in entries.items():
+                assert [report["to"] for report in found.reports_of(entry, stream)] == STEPS
 
 
 async def test_processes_that_were_all_away_report_when_they_are_back(tmp_path: Path) -> None:
@@ -125,49 +118,170 @@ async def test_processes_that_were_all_away_report_when_they_are_back(tmp_path: 
         entry = found.publish()
         for each in found.processes:
             each.kill()
-        await trio.sleep(5)
+        await trio.sleep(1.5 * WITHIN)
         for each in found.processes:
             await each.start()
-        await until(lambda: len(found.reports()) >= 3, 40)
-        await trio.sleep(2)
-        assert [(original, to) for original, to, _ in found.reports()] == [
-            (entry, to) for to in STEPS
-        ]
+        await found.wait_reports(len(STEPS))
+        assert [report["to"] for report in found.reports_of(entry)] == STEPS
 
 
 async def test_confirmation_in_the_last_moment_on_another_process_counts(tmp_path: Path) -> None:
     races = 100
     async with service(tmp_path, 4) as found:
         async with admitted(found.url(3, sector_ids=[5], sub="77")) as waiter:
-            begun: dict[str, float] = {}
 
             async def confirm(event_id: str) -> None:
-                at = int(event_id.split("-")[0]) / 1000 + 4 - 0.01
-                seconds, microseconds = found.redis.time()
-                await trio.sleep(max(0.0, at - seconds - microseconds / 1e6))
+                at = int(event_id.split("-")[0]) / 1000 + WITHIN - 0.01
+                await trio.sleep(max(0.0, at - found.clock()))
                 await waiter.send_message(json.dumps({"type": "ack", "last_event_id": event_id}))
 
             async with trio.open_nursery() as nursery:
                 for n in range(races):
-                    entry = found.publish(n=n)
-                    begun[entry] = trio.current_time()
+                    found.publish(n=n)
                     event = await receive_event(waiter, 5)
                     nursery.start_soon(confirm, event["event_id"])
                     await trio.sleep(0.06)
-            await trio.sleep(3)
+            await trio.sleep(1.5 * WITHIN)
         assert found.reports() == []
 
 
-async def test_deadlines_that_pass_while_redis_is_away_are_reported_afterwards(
-    tmp_path: Path,
-) -> None:
-    async with service(tmp_path, 2) as found:
-        entry = found.publish()
-        await trio.sleep(2)
+@pytest.mark.parametrize("how", ["frozen", "killed"])
+async def test_deadlines_that_pass_while_redis_is_away(tmp_path: Path, how: str) -> None:
+    """They are reported when it is back, except for what was confirmed in time meanwhile."""
+    async with (
+        service(tmp_path, 2) as found,
+        admitted(found.url(1, sector_ids=[5], sub="77", branch_ids=[2])) as waiter,
+    ):
+        unheard = [found.publish(n=n) for n in range(10)]
+        ids = []
+        for n in range(10):
+            found.publish(branch_id=2, n=n)
+            ids.append((await receive_event(waiter, 5))["event_id"])
+        await trio.sleep(0.5)
+        with away(found, how):
+            await waiter.send_message(json.dumps({"type": "ack", "last_event_id": ids[-1]}))
+            await trio.sleep(3 * WITHIN)
+        await found.wait_reports(10 * len(STEPS), 60)
+        for entry in unheard:
+            assert [report["to"] for report in found.reports_of(entry)] == STEPS
+
+
+@contextmanager
+def away(found: Service, how: str) -> Iterator[None]:
+    assert found.server is not None
+    if how == "frozen":
         with found.server.frozen():
-            await trio.sleep(6)
-        await until(lambda: len(found.reports()) >= 3, 40)
-        await trio.sleep(2)
-        assert [(original, to) for original, to, _ in found.reports()] == [
-            (entry, to) for to in STEPS
-        ]
+            yield
+    else:
+        found.server.kill()
+        yield
+        found.server.start_again()
+        found.server.wait_until_ready()
+
+
+SETS: dict[str, Callable[..., Any]] = {"Sentinel": sentinel_set, "Cluster": cluster_set}
+
+
+@pytest.mark.parametrize("moment", [WITHIN / 2, WITHIN + 0.5], ids=["before", "at its end"])
+@pytest.mark.parametrize("kind", SETS)
+async def test_steps_are_taken_once_across_a_failover(
+    tmp_path: Path, kind: str, moment: float
+) -> None:
+    """The primary is killed before the first steps are over, or when they are taken."""
+    opened = SETS[kind](appendonly="yes")
+    servers: RedisSet = await trio.to_thread.run_sync(opened.__enter__)
+    try:
+
+        def ask(*command: Any) -> Any:
+            while True:
+                with suppress(NotRunning, redis.RedisError):  # it fails over
+                    return servers.primary(STREAM).ask(*command)
+
+        async with (
+            serving_on(servers.url, ask, tmp_path, 2) as found,
+            admitted(found.url(0, sector_ids=[5], sub="77", branch_ids=[2])) as waiter,
+        ):
+            unheard = [found.publish(n=n) for n in range(10)]
+            begun = trio.current_time()
+            for n in range(10):
+                found.publish(branch_id=2, n=n)
+            ids = [(await receive_event(waiter, 5))["event_id"] for _ in range(10)]
+            await waiter.send_message(json.dumps({"type": "ack", "last_event_id": ids[4]}))
+            await trio.sleep_until(begun + WITHIN / 2)
+            old = servers.primary(STREAM)
+            if moment > WITHIN:
+                await waiter.send_message(json.dumps({"type": "ack", "last_event_id": ids[-1]}))
+                await trio.sleep_until(begun + moment)
+            old.kill()
+            if moment < WITHIN:  # in time, and while Redis is away
+                await waiter.send_message(json.dumps({"type": "ack", "last_event_id": ids[-1]}))
+            await trio.to_thread.run_sync(
+                lambda: servers.wait_writable(STREAM, other_than=old, timeout=30)
+            )
+            unheard += [found.publish(n=n) for n in range(10, 20)]
+            await found.wait_reports(20 * len(STEPS), 60)
+            for entry in unheard:
+                assert [report["to"] for report in found.reports_of(entry)] == STEPS
+    finally:
+        await trio.to_thread.run_sync(opened.__exit__, None, None, None)
+
+
+class Cost(NamedTuple):
+    """For each event: commands to Redis, and its CPU time and that of all processes (µs)."""
+
+    commands: float
+    redis: float
+    gateways: float
+
+
+async def cost(folder: Path, routes: str, count: int = 2500, rate: float = 10_000 / 60) -> Cost:
+    """Publish to four processes with ten waiters, who confirm each event within 0.2 s."""
+    async with (
+        service(folder, 4, routes) as found,
+        AsyncExitStack() as stack,
+        trio.open_nursery() as nursery,
+    ):
+        for n in range(10):
+            url = found.url(n % 4, sub=str(n + 1), branch_ids=[n + 1], sector_ids=[5])
+            nursery.start_soon(confirm_all, await stack.enter_async_context(admitted(url)))
+        before = used(found)
+        begun = trio.current_time()
+        for n in range(count):
+            await trio.sleep_until(begun + n / rate)
+            found.publish(branch_id=n % 10 + 1, n=n)
+        await trio.sleep(2 * WITHIN)
+        after = used(found)
+        assert found.reports() == []
+        nursery.cancel_scope.cancel()
+    return Cost(*((now - then) / count for now, then in zip(after, before, strict=True)))
+
+
+async def confirm_all(waiter: WebSocketConnection) -> None:
+    while True:
+        event = json.loads(await waiter.get_message())
+        await trio.sleep(0.1)
+        await waiter.send_message(json.dumps({"type": "ack", "last_event_id": event["event_id"]}))
+
+
+def used(found: Service) -> Cost:
+    """The commands so far, without those that scripts send, and the CPU times in µs."""
+    stats = found.ask("INFO", "commandstats")
+    alone = ("cmdstat_eval", "cmdstat_xread", "cmdstat_xadd")
+    commands = sum(stats[name]["calls"] for name in alone if name in stats)
+    times = found.ask("INFO", "cpu")
+    redis_ = times["used_cpu_user"] + times["used_cpu_sys"]
+    gateways = 0.0
+    for each in found.processes:
+        assert each.process is not None
+        fields = Path(f"/proc/{each.process.pid}/stat").read_text().rpartition(")")[2].split()
+        gateways += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return Cost(commands, 1e6 * redis_, 1e6 * gateways)
+
+
+async def test_ten_thousand_watched_events_a_minute_cost_little(tmp_path: Path) -> None:
+    watched = await cost(tmp_path, ROUTES)
+    tracked = await cost(tmp_path, "[routes.SERVICE_CALL_CREATED]\nreceipt = true\n")
+    plain = await cost(tmp_path, "")
+    for name, each in (("watched", watched), ("receipts", tracked), ("neither", plain)):
+        print(f"{name}: " + ", ".join(f"{k} {v:.2f}" for k, v in each._asdict().items()))
+    assert watched.commands - plain.commands < 1
