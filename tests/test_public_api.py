@@ -17,9 +17,9 @@ import trio_gateway
 PAGE: Final = Path(__file__).parents[1] / "docs/api.md"
 PUBLIC: Final[dict[str, set[str]]] = {
     "api_client": {
-        "ApiClient", "AsyncApiClient", "CallFailed", "Disconnected", "HistoryPage", "Node",
-        "PresentSession", "PresentUser", "Presence", "Published", "Refreshed", "Slo", "TenantTimes",
-        "Times", "TimesWindow",
+        "ApiClient", "AsyncApiClient", "CallFailed", "ClientReceipt", "Disconnected",
+        "EventReceipts", "HistoryPage", "Node", "PresentSession", "PresentUser", "Presence",
+        "Published", "ReceiptStep", "Refreshed", "Slo", "TenantTimes", "Times", "TimesWindow",
     },
     "client": {
         "Client", "Event", "Gap", "NoUpgrade", "Presence", "Refused", "Status", "TokenProvider",

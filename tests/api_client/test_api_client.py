@@ -79,6 +79,32 @@ async def test_events_reach_clients_with_the_id_that_publishing_returns(
         assert CART in await received(diner)
 
 
+async def test_receipts_tell_who_has_an_event(
+    redis_url: str, backend: "redis.Redis", tmp_path: Path, use: Use
+) -> None:
+    (tmp_path / "routes.toml").write_text("[routes.ROUND_READY]\nreceipt = true\n")
+    settings = {
+        "ws_api_keys_file": write_keys(tmp_path, KEYS), "ws_routes_file": tmp_path / "routes.toml"
+    }  # fmt: skip
+    async with (
+        serving(redis_url, "direct", **settings) as gateway,
+        admitted(gateway.staff_url("waiter", sub="21")) as waiter,
+    ):
+        backend.xadd("events:critical", {"data": json.dumps(READY)})
+        event = await receive_event(waiter)
+
+        async def ask(api: Any) -> Any:
+            return await api.receipts(event["event_id"])
+
+        found = await use(ask, where(gateway), secret_of("all"))
+        assert (found.written, found.delivered, found.steps) == (1, 0, ())
+        (mine,) = found.by
+        assert (mine.user_id, mine.endpoint, mine.state) == ("21", "waiter", "written")
+        with pytest.raises(CallFailed) as failed:
+            await use(lambda api: api.receipts("1-0-4723"), where(gateway), secret_of("all"))
+        assert failed.value.status == 404
+
+
 async def test_slo_has_the_delivery_times_of_one_tenant_or_of_all(
     gateway: Running, backend: "redis.Redis", use: Use
 ) -> None:

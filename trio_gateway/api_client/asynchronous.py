@@ -16,7 +16,16 @@ from .batches import Outcomes, check, event_id_of, not_published
 from .calls import Call, Confirm
 from .connecting import TIMEOUT, options
 from .errors import CallFailed
-from .values import Disconnected, HistoryPage, Node, Presence, Published, Refreshed, Slo
+from .values import (
+    Disconnected,
+    EventReceipts,
+    HistoryPage,
+    Node,
+    Presence,
+    Published,
+    Refreshed,
+    Slo,
+)
 
 T = TypeVar("T")
 
@@ -108,6 +117,10 @@ class AsyncApiClient:
     async def nodes(self) -> list[Node]:
         """The processes of the service. Raises :exc:`CallFailed`."""
         return await self._run(calls.nodes())
+
+    async def receipts(self, event_id: str) -> EventReceipts:
+        """Who has received an event, of a type that has receipts. Raises :exc:`CallFailed`."""
+        return await self._run(calls.receipts(event_id))
 
     async def slo(self, tenant_id: int | None = None, *, limit: int = 100) -> Slo:
         """How long the events of tenants take to their clients. Raises :exc:`CallFailed`."""

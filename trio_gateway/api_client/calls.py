@@ -8,7 +8,16 @@ import httpx
 import msgspec
 
 from ..publisher import InDoubt, InvalidEvent, PublishFailed
-from .values import Disconnected, HistoryPage, Node, Presence, Published, Refreshed, Slo
+from .values import (
+    Disconnected,
+    EventReceipts,
+    HistoryPage,
+    Node,
+    Presence,
+    Published,
+    Refreshed,
+    Slo,
+)
 
 T = TypeVar("T")
 Confirm = int | Literal["all"]
@@ -88,6 +97,12 @@ def nodes() -> Call[list[Node]]:
         return msgspec.json.decode(response.content, type=_Nodes).nodes
 
     return Call("GET", "nodes", read, repeatable=True)
+
+
+def receipts(event_id: str) -> Call[EventReceipts]:
+    """Who has received an event."""
+    params = {"event_id": event_id}
+    return Call("GET", "receipts", _reader(EventReceipts), repeatable=True, params=params)
 
 
 def slo(tenant_id: int | None, limit: int) -> Call[Slo]:

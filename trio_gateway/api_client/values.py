@@ -104,6 +104,39 @@ class Slo(_FromAll, frozen=True):
     others: TenantTimes | None = None
 
 
+class ClientReceipt(msgspec.Struct, frozen=True):
+    """How far an event has come to a user on an endpoint, or to a session; ``at`` is unix time."""
+
+    endpoint: str
+    state: str
+    at: float | None
+    user_id: str | None = None
+    session_id: int | None = None
+
+
+class ReceiptStep(msgspec.Struct, frozen=True):
+    """An audience that an event was sent on to, at a unix time."""
+
+    to: str
+    at: float
+
+
+class EventReceipts(_FromAll, frozen=True):
+    """Who has received an event, which entered Redis ``at`` a unix time.
+
+    What processes in ``missing`` know may not be counted.
+    """
+
+    event_id: str
+    type: str
+    at: float
+    written: int
+    delivered: int
+    seen: int
+    by: tuple[ClientReceipt, ...]
+    steps: tuple[ReceiptStep, ...]
+
+
 class Node(msgspec.Struct, frozen=True):
     """A process of the gateway. ``started_at`` is unix time, ``lag`` is in events."""
 
