@@ -122,9 +122,8 @@ class DirectSocket:
         self._stream = stream
         self._socket: Any = None
         if DIRECT and type(stream) is trio.SocketStream:
-            # The socket within Trio's: asking that one for its descriptor is a call of a Python
-            # function more for each write.
-            self._socket = getattr(stream.socket, "_sock", stream.socket)
+            # The socket within Trio's: its send() does not wait.
+            self._socket = getattr(stream.socket, "_sock", None)
         self.measures_progress = self._socket is None and isinstance(
             getattr(stream, "transport_stream", None), ProgressStream
         )
@@ -165,15 +164,16 @@ class DirectSocket:
         return b""
 
     def try_write(self, data: bytes | memoryview) -> int:
-        if self._aborted:
-            raise BrokenPipeError
         if (socket := self._socket) is None:
+            if self._aborted:
+                raise BrokenPipeError
             return 0
         try:
-            # As in receive(): never a number that was kept.
-            return os.write(socket.fileno(), data)
+            # Not by its descriptor: once it is closed, a new client may have that number.
+            taken: int = socket.send(data)
         except BlockingIOError:
             return 0
+        return taken
 
     async def send_some(self, head: Callable[[], memoryview]) -> int:
         if self._socket is None:
