@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from trio_gateway.core.audiences import Endpoint, Principal, audiences_of
+from trio_gateway.core.audiences import Endpoint, Principal, TenantId, audiences_of
 from trio_gateway.core.event_ids import Position, Stream
 from trio_gateway.core.events import Event
 from trio_gateway.core.routing import ROUTES, Route, Routing, To
@@ -450,6 +450,80 @@ async def test_batch_that_takes_too_long_is_ended_and_the_next_is_delivered(
     assert received(kitchen) == [2]
     assert dispatch.failed == copies
     assert dispatch.processed == copies + 1
+
+
+# Without a turn in the queue
+
+
+async def test_event_that_comes_alone_is_delivered_in_the_step_in_which_it_is_offered(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    hub, queue = Hub(), EventQueue(9)
+    socket = await connect(nursery, hub, make_principal())
+    dispatch = Dispatch(hub)
+    nursery.start_soon(dispatch.run, queue, 9)
+    await wait_all_tasks_blocked()
+
+    queue.offer(numbered(0, received_at=-2.0))
+
+    assert received(socket) == [0]
+    assert queue.undelivered == 0
+    assert dispatch.processed == dispatch.deliveries == 1
+    assert dispatch.latency.sum == 2
+
+
+@pytest.mark.parametrize("why", ["others wait", "many come", "many hear it", "a client is behind"])
+async def test_event_is_not_delivered_in_the_step_in_which_it_is_offered_if(
+    autojump_clock: MockClock, nursery: trio.Nursery, why: str
+) -> None:
+    hub, queue = Hub(), EventQueue(99)
+    socket = await connect(nursery, hub, make_principal())
+    dispatch = Dispatch(hub, writes_per_checkpoint=1)
+    nursery.start_soon(dispatch.run, queue, 9)
+    await wait_all_tasks_blocked()
+    events = [numbered(0), numbered(1)]
+    match why:
+        case "others wait":
+            await connect(nursery, hub, make_principal(tenant=2))
+            queue.pause(TenantId(2))
+            queue.offer_all([numbered(n, tenant_id=2) for n in range(9)])
+        case "many come":
+            events = [numbered(n) for n in range(9)]
+        case "many hear it":
+            await connect(nursery, hub, make_principal())
+        case "a client is behind":
+            socket.room = 0
+            queue.offer(numbered(9))
+
+    queue.offer_all(events)
+
+    assert received(socket) == []
+    assert queue.undelivered >= len(events)
+    socket.read(10_000)
+    await wait_all_tasks_blocked()
+    assert received(socket)[-len(events) :] == numbers(events)
+
+
+async def test_event_waits_for_a_batch_of_another_queue(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    hub, queues = Hub(), [EventQueue(9), EventQueue(9)]
+
+    class Offering(FakeSocket):
+        """While it is written to, another event comes."""
+
+        def try_write(self, data: bytes | memoryview) -> int:
+            if not self.texts:
+                queues[1].offer(numbered(1))
+            return super().try_write(data)
+
+    socket = await connect(nursery, hub, make_principal(), Offering())
+    dispatch = Dispatch(hub)
+    queues[0].offer(numbered(0))
+    for queue in queues:
+        nursery.start_soon(dispatch.run, queue, 9)
+    await wait_all_tasks_blocked()
+    assert received(socket) == [0, 1]
 
 
 # Properties

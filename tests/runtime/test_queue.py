@@ -434,3 +434,15 @@ async def test_tenant_over_its_rate_loses_only_events_of_its_own(
     assert len(logs) == 3  # one a second
     assert logs[-1]["tenant"] == 1
     assert logs[-1]["held_back"] > 80
+
+
+async def test_event_over_the_rate_is_not_delivered_at_once_either() -> None:
+    queue, delivered = EventQueue(9, rate=TenantRate(1)), list[Event]()
+
+    def deliver(events: Sequence[Event]) -> bool:
+        delivered.extend(events)
+        return True
+
+    queue.try_deliver = deliver
+    queue.offer_all([numbered(n) for n in range(3)])
+    assert (numbers(delivered), queue.over_rate, queue.undelivered) == ([0], 2, 0)

@@ -217,13 +217,14 @@ class Duplicates:
         if self._dropped:
             del self._dropped[-_FREED_AT_ONCE - 2 * len(events) :]
         states, young = (mark << 1, mark << 1 | _STORED), self._young
+        payloads, times, lanes = young.payloads, young.times, young.lanes
         for event, bytes_held in zip(events, held, strict=True):
             now, state = event.received_at, states[event.durable]
             if event.id is not None:
                 found.append(_found(self._first_of_id(event.tenant, event.id, now, state)))
                 continue
             branch, channel = (event.tenant, event.branch), event.channel
-            lane = young.lanes.get(branch)
+            lane = lanes.get(branch)
             if lane is None or (lane.channel != channel and not lane.several):
                 lane = self._open_lane(branch, channel)
             if now > young.newest:
@@ -232,9 +233,9 @@ class Duplicates:
                 key = _content(event.payload, bytes(event.ts))
                 found.append(_found(self._compare(key, now, channel, state)))
                 continue
-            lane.waiting.append(len(young.payloads))  # nearly always
-            young.payloads.append(bytes_held)
-            young.times.append(now)
+            lane.waiting.append(len(payloads))  # nearly always
+            payloads.append(bytes_held)
+            times.append(now)
             young.states.append(state)
             young.bytes += len(bytes_held)
             found.append(None)

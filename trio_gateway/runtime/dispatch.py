@@ -2,9 +2,9 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import compress
-from typing import Final, NoReturn
+from typing import Final, NamedTuple, NoReturn
 
 import structlog
 import trio
@@ -37,9 +37,21 @@ LOOK_BACK: Final = 1.0  # seconds
 _Planned = tuple[Event, list[Members], int]
 # Frames, which of them (bit i: the i-th), and who gets those.
 _Write = tuple[list[bytes], int, list[Connection]]
+# The audiences of an event, and the members of those that have any.
+_Route = tuple[list[Audience], list[Members]]
+
+
+class _Plan(NamedTuple):
+    """What is done about a batch: its events that were not duplicates, and what is written."""
+
+    fresh: list[Event]
+    planned: Sequence[_Planned]
+    writes: list[_Write]
 
 
 _BATCHES_OF_A_BACKLOG: Final = 4
+_FEW: Final = 8  # events that are delivered without a turn in the queue
+_TO_NOBODY: Final[_Route] = ([], [])  # never changed
 
 
 class Dispatch:
@@ -89,6 +101,7 @@ class Dispatch:
         the cost of a write then, which is how a backlog is worked off.
         """
         self._queues.append(queue)
+        queue.try_deliver = self.try_deliver
         pauses = Pauses(queue)
         while True:
             is_idle = not queue.depth
@@ -122,22 +135,34 @@ class Dispatch:
             self._note(fresh, ended)
             queue.done(len(batch))
 
-    def try_pass(self, events: Sequence[Event]) -> bool:
-        """Deliver events for which there is nothing to write, in this step.
+    def try_deliver(self, events: Sequence[Event]) -> bool:
+        """Deliver events in this step if there is little or nothing to write.
 
-        Returns False, having done nothing, if any of them concerns a connection here. Events of
-        their streams that were read before them must have been delivered.
+        Returns False, having done nothing, if they are to wait for their turn in a queue. Events
+        that were received before them in this queue must have been delivered.
         """
         concerned = self._hub.concern(events)
         if any(concerned):
-            return False
-        now = trio.current_time()
-        self._look_back(now)
-        fresh, _, _ = self._plan(events, concerned)
-        self.processed += len(fresh)
-        if fresh:
-            self.duration.observe(trio.current_time() - now)
-        self._note(fresh, now)
+            if len(events) > _FEW or self._turn.locked():
+                return False
+            routes = self._route(events, concerned)
+            groups = [members for _, found in routes for members in found]
+            if sum(map(len, groups)) > self._writes_per_checkpoint:
+                return False
+            # Whoever is behind may be one to wait for, see Pauses.
+            if any(connection.waiting_bytes for members in groups for connection in members):
+                return False
+        else:
+            routes = [_TO_NOBODY] * len(events)
+        started = trio.current_time()
+        self._look_back(started)
+        plan = self._plan(events, concerned, routes)
+        for _ in self._write(plan):
+            pass  # it was little
+        ended = trio.current_time()
+        if plan.fresh:
+            self.duration.observe(ended - started)
+        self._note(plan.fresh, ended)
         return True
 
     def _note(self, fresh: Sequence[Event], ended: float) -> None:
@@ -175,17 +200,36 @@ class Dispatch:
         Raises :exc:`trio.TooSlowError` if it is not done at the ``deadline``.
         """
         # Whom it concerns is looked up in the step in which the members are: one may have joined.
-        fresh, planned, writes = self._plan(batch, self._hub.concern(batch))
+        concerned = self._hub.concern(batch)
+        plan = self._plan(batch, concerned, self._route(batch, concerned))
+        for members, done in self._write(plan, behind):
+            try:
+                await trio.lowlevel.checkpoint()
+                if trio.current_time() >= deadline:  # nothing else here takes long
+                    raise trio.TooSlowError
+            except (trio.Cancelled, trio.TooSlowError):
+                self._break_off(batch, plan.writes, members, done)
+                self.times.written(plan.planned, plan.writes, trio.current_time())
+                raise
+        return plan.fresh
+
+    def _write(
+        self, plan: _Plan, behind: list[Connection] | None = None
+    ) -> Iterator[tuple[list[Connection], int]]:
+        """Write what is planned. When others are to have a turn, yield the members that it is at,
+        and how many of these are done.
+        """
         receipts = self.receipts
         if receipts is not None and self._hub.held:
-            self._note_owed(receipts, planned)
-        self.processed += len(fresh)
+            self._note_owed(receipts, plan.planned)
+        self.processed += len(plan.fresh)
         now = trio.current_time()
         left = self._writes_per_checkpoint
-        for frames, mask, members in writes:
+        for frames, mask, members in plan.writes:
             # Joined just before they are written: then the kernel finds the bytes in the cache.
             data, number = join(frames, mask)
-            tracked = [] if receipts is None else _tracked(receipts, planned, mask)
+            tracked = [] if receipts is None else _tracked(receipts, plan.planned, mask)
+            counted = 0
             for n, connection in enumerate(members, 1):
                 if (waits := connection.write(data, number, now)) and behind is not None:
                     behind.append(connection)
@@ -194,18 +238,11 @@ class Dispatch:
                 left -= 1
                 if not left:
                     left = self._writes_per_checkpoint
-                    try:
-                        await trio.lowlevel.checkpoint()
-                        if trio.current_time() >= deadline:  # nothing else here takes long
-                            raise trio.TooSlowError
-                    except (trio.Cancelled, trio.TooSlowError):
-                        self.deliveries += number * n
-                        self._break_off(batch, writes, members, n)
-                        self.times.written(planned, writes, trio.current_time())
-                        raise
-            self.deliveries += number * len(members)
-        self.times.written(planned, writes, trio.current_time())
-        return fresh
+                    self.deliveries += number * (n - counted)
+                    counted = n
+                    yield members, n
+            self.deliveries += number * (len(members) - counted)
+        self.times.written(plan.planned, plan.writes, trio.current_time())
 
     def remember(self, event: Event, read_again: Duplicates | None = None) -> bool:
         """Store a durable event of the past without sending it. Call it with the oldest first.
@@ -228,12 +265,27 @@ class Dispatch:
             self._history.add_raw([(event, 0)], now=now)
         return True
 
-    def _plan(
-        self, batch: Sequence[Event], concerned: Sequence[bool]
-    ) -> tuple[list[Event], Sequence[_Planned], list[_Write]]:
-        """The events that were not duplicates, what is written, and who gets which frames.
+    def _route(self, batch: Sequence[Event], concerned: Sequence[bool]) -> list[_Route]:
+        """The audiences of each event, and their members."""
+        found: list[_Route] = []
+        for event, is_concerned in zip(batch, concerned, strict=True):
+            if not is_concerned:
+                found.append(_TO_NOBODY)
+                continue
+            audiences = self.audiences(event)
+            groups = self._hub.groups(audiences)
+            if event.escalation is not None:
+                groups = self._without_earlier(event, groups)
+            found.append((audiences, groups))
+        return found
 
-        ``concerned`` is what :meth:`Hub.concern` says of the batch in this step.
+    def _plan(
+        self, batch: Sequence[Event], concerned: Sequence[bool], routes: Sequence[_Route]
+    ) -> _Plan:
+        """Note a batch as received, and say what is to be written.
+
+        ``concerned`` and ``routes`` are what :meth:`Hub.concern` and :meth:`_route` say of it in
+        this step.
         """
         fresh: list[Event] = []
         planned: list[_Planned] = []
@@ -245,16 +297,16 @@ class Dispatch:
             history.advance(stream, position)  # it may be its first
         # Not on receipt: a copy that the queue then drops must not count as the first.
         found_before = self._duplicates.find_or_add_all(
-            batch, last_number, list(map(_held, batch, concerned))
+            batch,
+            last_number,
+            [
+                _held(event, is_concerned) if event.durable else event.payload
+                for event, is_concerned in zip(batch, concerned, strict=True)
+            ],
         )
-        for event, found, is_concerned in zip(batch, found_before, concerned, strict=True):
-            audiences: list[Audience] = []
-            groups: list[Members] = []
-            if is_concerned:
-                audiences = self.audiences(event)
-                groups = self._hub.groups(audiences)
-                if event.escalation is not None:
-                    groups = self._without_earlier(event, groups)
+        for event, found, is_concerned, (audiences, groups) in zip(
+            batch, found_before, concerned, routes, strict=True
+        ):
             mark = 0
             if found is None:
                 fresh.append(event)
@@ -286,13 +338,13 @@ class Dispatch:
         for stream, position in _positions(streamed).items():
             history.advance(stream, position)
         if not planned:
-            return fresh, (), []
+            return _Plan(fresh, (), [])
         writes = self._plan_one(*planned[0]) if len(planned) == 1 else self._plan_many(planned)
         if writes and self._hub.deflate_count:
             deflated = [event.deflated for event, _, _ in planned]
             if any(event.frame is not event.deflated for event, _, _ in planned):
                 writes = _with_deflated(writes, deflated)
-        return fresh, planned, writes
+        return _Plan(fresh, planned, writes)
 
     def _without_earlier(self, event: Event, groups: list[Members]) -> list[Members]:
         """Those in an escalated event's audience that were not sent it before."""
@@ -346,7 +398,9 @@ class Dispatch:
             found = self._without(found, durable, copies)
         frames = [event.frame for event, _, _ in planned] if found else []
         # Small groups first: they do not wait for the writes to a large one.
-        return sorted(((frames, mask, them) for mask, them in found.items()), key=_crowd)
+        writes = [(frames, mask, members) for mask, members in found.items()]
+        writes.sort(key=_crowd)
+        return writes
 
     def _without(
         self,

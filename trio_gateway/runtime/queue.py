@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import structlog
@@ -55,6 +55,8 @@ class EventQueue:
         self._alarm = alarm
         self._rate = rate
         self._throttled_log = ThrottledLog(log)
+        # Delivers events at once if they are few and for few; see Dispatch. False: they wait here.
+        self.try_deliver: Callable[[Sequence[Event]], bool] | None = None
         self.undelivered = 0  # waiting or being delivered
         self._idle = trio.lowlevel.ParkingLot()
         self.capacity = capacity
@@ -79,9 +81,26 @@ class EventQueue:
 
     def offer(self, event: Event) -> None:
         """Add an event; when full, drop an older one. Never waits."""
-        if self._rate is not None and self._rate.exceeded(event.tenant, event.received_at):
-            self._refuse(event)
+        self.offer_all([event])
+
+    def offer_all(self, events: Sequence[Event]) -> None:
+        """As :meth:`offer`, for one event after the other."""
+        if self._rate is not None:
+            events = [event for event in events if not self._is_refused(event)]
+        if self.depth + len(events) > self.capacity:
+            for event in events:
+                self._offer(event)
             return
+        if not self._delivers(events):
+            lane_of = self._lane_of
+            for event in events:
+                lane_of(event).append(event)
+            self.undelivered += len(events)
+            self.depth += len(events)
+        if self._alarm is not None and events:
+            self._alarm.note(events[-1].received_at, dropped=False, events=len(events))
+
+    def _offer(self, event: Event) -> None:
         dropped = self.depth >= self.capacity
         if dropped:
             loser = self._make_room(event)
@@ -94,19 +113,9 @@ class EventQueue:
                 capacity=self.capacity, tenant=loser.tenant,
             )  # fmt: skip
 
-    def offer_all(self, events: Sequence[Event]) -> None:
-        """As :meth:`offer`, for one event after the other."""
-        if self._rate is not None or self.depth + len(events) > self.capacity:
-            for event in events:
-                self.offer(event)
-            return
-        lane_of = self._lane_of
-        for event in events:
-            lane_of(event).append(event)
-        self.undelivered += len(events)
-        self.depth += len(events)
-        if self._alarm is not None and events:
-            self._alarm.note(events[-1].received_at, dropped=False, events=len(events))
+    def _delivers(self, events: Sequence[Event]) -> bool:
+        """Deliver events at once, if none has to wait."""
+        return not self.undelivered and self.try_deliver is not None and self.try_deliver(events)
 
     async def wait_for_room(self) -> int:
         """Wait until there is room, and return for how many events, in the same step."""
@@ -117,7 +126,7 @@ class EventQueue:
     def extend(self, events: Sequence[Event]) -> None:
         """Add events of one stream, for which there must be room."""
         assert self.depth + len(events) <= self.capacity
-        if not events:
+        if not events or self._delivers(events):
             return
         self.undelivered += len(events)
         self._lane_of(events[0]).extend(events)
@@ -213,6 +222,9 @@ class EventQueue:
         self.dropped += 1
         return lane.popleft()
 
-    def _refuse(self, event: Event) -> None:
+    def _is_refused(self, event: Event) -> bool:
+        if self._rate is None or not self._rate.exceeded(event.tenant, event.received_at):
+            return False
         self.over_rate += 1
         self._throttled_log.warning("tenant over its event rate", tenant=event.tenant)
+        return True

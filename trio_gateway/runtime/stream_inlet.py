@@ -167,10 +167,7 @@ class StreamInlet:
                 for event in events:
                     if not self._places.concern(stream, event.tenant):
                         self._note_misplaced(name, event)
-            # What was taken before is delivered, so these are next: if they are for nobody here,
-            # they need not wake dispatch.
-            if self._queue.undelivered or not self._dispatch.try_pass(events):
-                self._queue.extend(events)
+            self._queue.extend(events)
             passed(part)
             last = events[-1].position if events else None
         if part and last != part[-1].position:  # no delivery moves the history's end past it
