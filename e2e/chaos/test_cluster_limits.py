@@ -159,6 +159,7 @@ async def test_no_place_is_lost_or_exceeded_in_10000_visits_while_processes_are_
         for each in found.processes:
             if each.process is None or each.process.poll() is not None:
                 await each.start()
+        await found.alive()  # one may have been started a moment ago
         await until(lambda: found.places() == {}, 20)
         async with AsyncExitStack() as stack:
             for port in found.ports[:3]:

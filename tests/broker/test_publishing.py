@@ -11,7 +11,7 @@ import trio
 
 from tests.support.gateways import valkey
 from tests.support.ports import free_port
-from tests.support.redis_server import RedisServer
+from tests.support.redis_server import QUICK_REPLICA, RedisServer
 from trio_gateway.broker import publications, publishing
 from trio_gateway.broker.publications import Confirm, Outcome, Problem, Publication
 from trio_gateway.broker.publishing import Publishing
@@ -272,7 +272,7 @@ async def test_idle_connections_are_closed(fake: FakeRedis, connections: list[in
 
 @pytest.fixture(scope="module")
 def primary() -> Iterator[RedisServer]:
-    with valkey(**{"repl-diskless-sync-delay": "0"}) as server:
+    with valkey(**QUICK_REPLICA) as server:
         yield server
 
 

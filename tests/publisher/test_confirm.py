@@ -14,7 +14,7 @@ import redis
 import trio
 
 from tests.support.gateways import valkey
-from tests.support.redis_server import RedisServer
+from tests.support.redis_server import QUICK_REPLICA, RedisServer
 from trio_gateway.publisher import AsyncPublisher, InDoubt, Publisher, PublishFailed, adding
 
 DURABLE = {"type": "ROUND_READY", "tenant_id": 1, "branch_id": 1}
@@ -23,13 +23,13 @@ CART = {"type": "CART_CLEARED", "tenant_id": 1, "branch_id": 1, "session_id": 45
 
 @pytest.fixture(scope="module")
 def primary() -> Iterator[RedisServer]:
-    with valkey(**{"repl-diskless-sync-delay": "0"}) as server:
+    with valkey(**QUICK_REPLICA) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def replica(primary: RedisServer) -> Iterator[RedisServer]:
-    with valkey() as server, redis.Redis(port=server.port) as client:
+    with valkey(**QUICK_REPLICA) as server, redis.Redis(port=server.port) as client:
         client.replicaof("127.0.0.1", str(primary.port))
         while client.info("replication")["master_link_status"] != "up":
             time.sleep(0.01)

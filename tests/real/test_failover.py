@@ -22,7 +22,7 @@ from tests.support.gateways import (
     until,
     valkey,
 )
-from tests.support.redis_server import RedisServer
+from tests.support.redis_server import QUICK_REPLICA, RedisServer
 from trio_gateway.broker.commands import Unavailable
 from trio_gateway.core.control_messages import SectorsChanged
 from trio_gateway.core.resilience import Breaker
@@ -64,8 +64,7 @@ class Name:
 
 @contextmanager
 def pair() -> Iterator[tuple[RedisServer, RedisServer]]:
-    quick = {"repl-diskless-sync-delay": "0"}
-    with valkey(**quick) as one, valkey(**quick) as other:
+    with valkey(**QUICK_REPLICA) as one, valkey(**QUICK_REPLICA) as other:
         with redis.Redis(port=other.port) as replica:
             replica.replicaof("127.0.0.1", str(one.port))
         yield one, other

