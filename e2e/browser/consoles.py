@@ -1,7 +1,10 @@
 """The console in the browser."""
 
+import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from playwright.sync_api import Browser, ConsoleMessage, Page, expect
 
@@ -36,3 +39,18 @@ def console(
     context.close()
     assert errors == []
     assert requested <= {gateway.url, "data:,"}
+
+
+def check_accessibility(page: Page) -> None:
+    """Fail if axe-core finds anything serious in what the page shows."""
+    axe = os.environ.get("AXE")
+    assert axe, "nox -s browser sets the path of axe-core"
+    time.sleep(0.3)  # colours have a transition
+    page.evaluate(Path(axe).read_text("utf-8"))  # not a script tag: the page allows none
+    found = page.evaluate("axe.run().then(({ violations }) => violations)")
+    serious = [
+        (each["id"], [node["html"] for node in each["nodes"]])
+        for each in found
+        if each["impact"] in {"serious", "critical"}
+    ]
+    assert serious == []

@@ -13,7 +13,7 @@ from tests.support.gateways import JWT_SECRET
 from tests.support.processes import GatewayProcess
 from trio_gateway.testing import make_jwt
 
-from .consoles import console
+from .consoles import check_accessibility, console
 from .gateways import serving
 
 pytestmark = pytest.mark.browser
@@ -65,6 +65,9 @@ def test_path_of_a_call_that_nobody_confirms_is_followed_until_somebody_does(
         expect(page.locator("#pathId")).to_have_value(event_id)
         expect(page.locator("#pathClients")).to_contain_text("user 22 (waiter)")
         assert page.evaluate("document.documentElement.scrollWidth") <= 375
+        check_accessibility(page)
+        page.get_by_role("button", name="Dark").click()
+        check_accessibility(page)
         colleague.send(json.dumps({"type": "ack", "last_event_id": event_id}))
         expect(summary).to_contain_text("floor: confirmed after")
         expect(page.locator("#pathState")).to_have_text("")

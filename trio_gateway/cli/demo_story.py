@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
+from shlex import quote
 from typing import Final
 
 import msgspec
@@ -146,7 +147,7 @@ async def _play(
         await screen.show(printable(f"   {line}"))
     await screen.show(
         "\n   The same, from a command:\n"
-        f"   REDIS_URL={gateway.redis_url} WS_ROUTES_FILE={gateway.routes_file}"
+        f"   REDIS_URL={quote(gateway.redis_url)} WS_ROUTES_FILE={quote(gateway.routes_file)}"
         f" trio-gateway why {event.event_id}\n"
     )
     await trio.sleep(_PAUSE)
