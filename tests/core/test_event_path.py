@@ -5,15 +5,17 @@ from typing import Any
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from trio_gateway.core.audiences import BranchId
 from trio_gateway.core.event_ids import Position, Stream, event_id
 from trio_gateway.core.event_path import EventPath, Known
 from trio_gateway.core.events import Event, parse_event
 from trio_gateway.core.path_words import tell, why_unknown
-from trio_gateway.core.receipts import Place, Receipt, Receipts, TrackedEvent, Who
+from trio_gateway.core.receipts import Place, Receipt, Receipts, State, TrackedEvent, Who
 from trio_gateway.core.routes_file import read_routes
-from trio_gateway.core.routing import ROUTES
+from trio_gateway.core.routing import ROUTES, Routing
 from trio_gateway.testing import make_payload
 
 REACHING = read_routes(
@@ -243,3 +245,32 @@ def test_reason_why_nothing_is_known_depends_on_the_id_alone() -> None:
     assert "of the future" in why_unknown(Known(PLACE, AT - 100_000))
     foreign = replace(known(5, {ANA: receipt(0, 0.01)}), is_trimmed=True)
     assert why_unknown(foreign) == why_unknown(Known(PLACE, AT + 5, is_trimmed=True))
+
+
+@st.composite
+def receipts_of_some(draw: st.DrawFn) -> Known:
+    """What is known of an event that some clients have, and of some of its steps."""
+    by = {}
+    for number in draw(st.lists(st.integers(1, 6), max_size=4)):
+        found = receipt(draw(st.integers(0, 7)))
+        for state in draw(st.lists(st.sampled_from(State), min_size=1, max_size=4)):
+            found.reach(state, AT + 1000 * draw(st.integers(-5, 60)))
+        by[Who(draw(st.sampled_from(["waiter", "admin", "diner"])), str(number))] = found
+    confirmed = draw(st.dictionaries(st.integers(0, 3), st.integers(0, 60), max_size=3))
+    over = {n: float(10 * n + 11) for n in range(draw(st.integers(0, 4)))}
+    return known(draw(st.integers(0, 99)), by, dict(confirmed), over)
+
+
+@given(receipts_of_some(), st.sampled_from([REACHING, TRACKED, ROUTES]))
+def test_path_is_consistent_whatever_is_known(found: Known, routes: Routing) -> None:
+    path = tell(found, routes, TTL)
+    assert path.sent >= path.written >= path.delivered >= path.seen
+    moments = [moment.after for moment in path.timeline]
+    assert moments == sorted(moments)
+    assert moments[0] == 0.0
+    assert all(not each.lies_ahead or each.after > path.now for each in path.timeline)
+    states = [step.state for step in path.steps]
+    order = ["unheard", "confirmed", "running", "overdue", "not_begun"]
+    assert states == sorted(states, key=order.index)
+    assert sum(state not in ("unheard", "not_begun") for state in states) <= 1
+    assert msgspec.json.decode(msgspec.json.encode(path), type=EventPath) == path

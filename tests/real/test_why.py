@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import redis
 import trio
+from jsonschema import Draft202012Validator
 
 from tests.support.api_keys import call, write_keys
 from tests.support.commands import SECRETS, run
@@ -24,7 +25,9 @@ from tests.support.gateways import (
 )
 from tests.support.sockets import dialled
 from trio_gateway.core.event_ids import tag
+from trio_gateway.core.shards import Sharding
 from trio_gateway.testing import make_jwt, make_payload
+from trio_gateway.web.static import OPENAPI
 
 STREAM = "events:critical"
 CALL = {"type": "SERVICE_CALL_CREATED", "sector_id": 5}
@@ -103,6 +106,10 @@ async def test_path_tells_of_a_frozen_client_and_of_the_step_that_followed(
         assert path["steps"][1]["state"] == "confirmed"
         reply = await call(gateway.port, f"receipts?event_id={event_id}")
         assert [each["user_id"] for each in reply.json["by"]] == ["9", "22"]
+
+        described = (await http(gateway.port, OPENAPI)).json
+        schema = {"$ref": "#/components/schemas/EventPath", "components": described["components"]}
+        Draft202012Validator(schema).validate(path)
 
         # The events that tell of it lead to it.
         assert (await receive_event(admin))["event_id"] == event_id
@@ -194,3 +201,19 @@ async def test_where_no_receipts_are_kept_no_right_to_them_is_needed(
         (tmp_path / "routes.toml").write_text(ROUTES)
         done = await command(url, tmp_path / "routes.toml", "why", event_id)
         assert (done.exit_code, "(NOPERM)" in done.stderr) == (1, True), done.stderr
+
+
+async def test_commands_find_an_entry_in_any_shard_while_no_gateway_runs(
+    redis_url: str, backend: "redis.Redis", settings: dict[str, Any]
+) -> None:
+    ask_command = partial(command, redis_url, settings["ws_routes_file"], REDIS_STREAM_SHARDS="4")
+    for tenant in range(1, 5):
+        stream = Sharding([STREAM], shards=4).name_for_new(tenant)
+        entry: Any = backend.xadd(stream, {"data": make_payload(tenant_id=tenant)})
+        done = await ask_command("why", entry.decode(), "--json")
+        assert json.loads(done.stdout)["tenant_id"] == tenant
+    nowhere = "redis://127.0.0.1:1"
+    for name in ("why", "receipts"):
+        done = await command(nowhere, settings["ws_routes_file"], name, f"1-0-{tag(STREAM)}")
+        assert (done.exit_code, done.stdout) == (1, "")
+        assert done.stderr.startswith("trio-gateway: Redis at 127.0.0.1:1: ")
