@@ -99,6 +99,8 @@ class RedisConnection:
         if self._asking:
             commands = [each for command in commands for each in (("ASKING",), command)]
         await self._send(commands)
+        while timeout == inf and len(replies) < len(commands):  # without a scope
+            replies += await self.receive()
         while len(replies) < len(commands):
             before = self.received
             with trio.move_on_after(timeout) as scope:

@@ -30,7 +30,7 @@ _PIECE: Final = 200  # connections that are described without a checkpoint, in a
 class _Here:
     """A user or session that is connected here, or that Redis may still believe to be."""
 
-    __slots__ = ("came_at", "connections", "counted", "last", "left_at", "since", "written")
+    __slots__ = ("came_at", "connections", "last", "left_at", "since")
 
     def __init__(self, since: float) -> None:
         self.connections: list[Connection] = []  # few, in the order in which they joined
@@ -40,8 +40,6 @@ class _Here:
         # last connection ended.
         self.came_at: float | None = None
         self.left_at = 0.0
-        self.written: str | None = None  # the record that Redis has; None if that is unknown
-        self.counted = GONE  # the connections that Redis knows of with it
 
     @property
     def present(self) -> Present:
@@ -140,8 +138,6 @@ class Presence:
         self._registered.set()
         self._compares = True
         self._acknowledged = -1
-        for here in self._here.values():
-            here.written = None
         self._dirty |= dict.fromkeys(self._here)
         self._changed.set()
 
@@ -204,7 +200,7 @@ class Presence:
                     await self._compare()
                 else:
                     await self._write()
-                    if len(self._dirty) < scripts.CHUNK and not self._flushing:
+                    if len(self._dirty) < scripts.WRITTEN and not self._flushing:
                         await self._pause()
             except Unavailable:
                 await trio.sleep(_RETRY)
@@ -225,7 +221,7 @@ class Presence:
         self._dirty |= {key.decode(): None for key in held}
 
     async def _write(self) -> None:
-        keys = list(islice(self._dirty, scripts.CHUNK))
+        keys = list(islice(self._dirty, scripts.WRITTEN))
         batch: list[tuple[str, _Here | None, float | None]] = []
         self._number += 1
         now = trio.current_time()
@@ -238,16 +234,12 @@ class Presence:
                 connections, came_at = len(here.connections), here.came_at
                 # Of one that is gone and was told, Redis has the record.
                 if connections or came_at is not None:
-                    record, came = here.record, _ago(now, now if came_at is None else came_at)
+                    record, came = here.record, 0 if came_at is None else _ago(now, came_at)
                 if not connections:
                     left = _ago(now, here.left_at)
-                elif came_at is None and (here.counted, here.written) == (connections, record):
-                    continue
-                here.counted, here.written, here.came_at = connections, record, None
+                here.came_at = None
             arguments += (key, f"{connections} {came} {left}\n{record}")
             batch.append((key, here, came_at))
-        if not batch:
-            return
         self._is_writing = True
         try:
             last, error, since = await self._run_write(scripts.WRITE, arguments)
@@ -277,7 +269,6 @@ class Presence:
         for key, here, came_at in batch:
             self._dirty[key] = None
             if here is not None:
-                here.written = None
                 here.came_at = here.came_at if came_at is None else came_at
 
     async def _keep_sweeping(self) -> None:

@@ -30,7 +30,9 @@ Run = Callable[[str, Sequence[str | int]], Awaitable[Any]]
 BEAT: Final = 3.0  # seconds between two beats: how long after its last one a process may have died
 PAUSE: Final = 3.0  # seconds without a sweep: the service, or Redis, was away
 STREAM_ENTRIES: Final = 100_000  # about: what the stream is trimmed to
-CHUNK: Final = 100  # users and sessions in one script, which takes about a millisecond
+# Users and sessions in one script, which takes about a millisecond.
+CHUNK: Final = 100
+WRITTEN: Final = 200
 
 
 def presence_keys(keys: Keys, stream: str | None) -> list[str]:
