@@ -27,7 +27,8 @@ _BATCH: Final = 250  # principals in one MGET
 _PAUSE: Final = 0.005
 _PAUSE_PER_CHECK: Final = 0.0005
 _LONGEST_PAUSE: Final = 0.01
-_LONGEST_PAUSE_WITHOUT_LINK: Final = 0.03
+_LONGEST_PAUSE_WITH_PLACES: Final = 0.02  # a script follows each
+_LONGEST_PAUSE_WITHOUT_LINK: Final = 0.03  # one costs as much as several handshakes
 _LINK_TIMEOUT: Final = 1.0  # seconds
 RECHECK_PERIOD: Final = (
     3.0  # seconds over which everybody is looked at after messages may have been lost
@@ -206,8 +207,13 @@ class Revocations:
                 await self._reserve_places(batch, batch.revoked)
             batch.answered.set()
             if (checks := len(batch.principals)) < _BATCH:
-                longest = _LONGEST_PAUSE if self._link else _LONGEST_PAUSE_WITHOUT_LINK
-                await trio.sleep(min(_PAUSE + _PAUSE_PER_CHECK * checks, longest))
+                await trio.sleep(min(_PAUSE + _PAUSE_PER_CHECK * checks, self._longest_pause))
+
+    @property
+    def _longest_pause(self) -> float:
+        if self._link is None:
+            return _LONGEST_PAUSE_WITHOUT_LINK
+        return _LONGEST_PAUSE if self.reserve_all is None else _LONGEST_PAUSE_WITH_PLACES
 
     async def _reserve_places(self, batch: _Batch, revoked: Sequence[bool]) -> None:
         """Reserve places; a revoked credential must not take one, not even for a moment."""
