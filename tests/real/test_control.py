@@ -160,11 +160,17 @@ async def test_a_crowd_of_questions_is_refused_and_counted(redis_url: str) -> No
     async with serving(redis_url, "direct", ws_cluster=True) as gateway:
         await alive(gateway)
         control = cluster_of(gateway).control
-        answer_as(control, 1, seconds=1)
+        may_answer = trio.Event()
         complete: list[bool] = []
 
+        async def answer(_: Question) -> int:
+            await may_answer.wait()
+            return 1
+
         async def ask() -> None:
-            complete.append((await control.ask("test", Question(), timeout=5)).complete)
+            complete.append((await control.ask("test", Question(), timeout=20)).complete)
+
+        control.handle("test", Question, answer)
 
         async with trio.open_nursery() as nursery:
             for _ in range(MOST_HANDLED):
@@ -172,6 +178,7 @@ async def test_a_crowd_of_questions_is_refused_and_counted(redis_url: str) -> No
             await until(lambda: control._handled == MOST_HANDLED)
             refused = await control.ask("test", Question(), timeout=0.1)
             assert not refused.complete
+            may_answer.set()
         assert complete == [True] * MOST_HANDLED
         assert (await metrics(gateway.port))["control_refused_total"] == 1
 
