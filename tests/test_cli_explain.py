@@ -86,6 +86,9 @@ def test_promises_of_a_type_are_told(tmp_path: Path) -> None:
     found = json.loads(run("explain", "-", "--json", env=env, stdin=SECTORED).stdout)
     assert found["receipt"] is True
     assert found["steps"] == [{"to": "waiters", "within": 10}, {"to": "floor", "within": 2.5}]
+    done = run("explain", "-", "--token", WAITER, env=env, stdin=SECTORED)
+    text = " ".join(done.stdout.split())
+    assert "this waiter has 1, 2; after 10 s without a confirmation it goes to floor" in text
 
 
 def test_invalid_signature_is_reported() -> None:

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -7,6 +8,7 @@ from hypothesis import strategies as st
 from trio_gateway.core.audiences import Endpoint, Principal, audiences_of
 from trio_gateway.core.events import Event
 from trio_gateway.core.explanation import Fact, Reason, describe, judge, why_not
+from trio_gateway.core.routes_file import read_routes
 from trio_gateway.core.routing import ROUTES, Route, Routing, To
 from trio_gateway.testing import make_event, make_principal
 
@@ -217,3 +219,23 @@ def test_description_of_an_audience_has_its_ids() -> None:
     ]  # fmt: skip
     (whole,) = ROUTES.audiences(make_event(branch_id=0))
     assert describe(whole) == {"audience": "tenant_admins", "tenant_id": 1}
+
+
+def test_step_that_brings_an_event_to_somebody_later_is_told() -> None:
+    routes = read_routes(
+        '[routes.SERVICE_CALL_CREATED]\nto = ["waiters"]\nmust_reach = "waiters"\nwithin = 10\n'
+        'then = [{to = "floor", within = 5}, {to = "admins", within = 20}]\n'
+    )
+    call = make_event("SERVICE_CALL_CREATED", sector_id=5)
+
+    def later(*principals: Principal) -> Any:
+        return judge(call, principals, routes).as_json().get("later")
+
+    mine = make_principal(Endpoint.WAITER, sectors=[5])
+    colleague = make_principal(Endpoint.WAITER, sectors=[6])
+    manager = make_principal(Endpoint.ADMIN, roles=["MANAGER"])
+    elsewhere = make_principal(Endpoint.WAITER, sectors=[5], branches=[2])
+    assert later(mine) is None
+    assert later(colleague) == {"waiter": {"to": "floor", "after": 10.0}}
+    assert later(manager) == {"admin": {"to": "admins", "after": 15.0}}
+    assert later(elsewhere) is None

@@ -166,6 +166,8 @@ def _rows(verdict: Answer) -> Iterator[tuple[str, str]]:
     for endpoint in verdict["endpoints"]:
         yield f"/ws/{endpoint}", ""
     for where, reason in verdict["reasons"].items():
+        if (step := verdict.get("later", {}).get(where)) is not None:
+            reason += f"; after {step['after']:g} s without a confirmation it goes to {step['to']}"
         yield ("" if where == "token" else f"/ws/{where}"), reason
 
 

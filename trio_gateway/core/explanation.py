@@ -5,9 +5,9 @@ found by calling them again with one fact about the principal changed.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from .audiences import Audience, Endpoint, Principal, Role, SectorId, SessionId, audiences_of
 from .events import Event
@@ -39,19 +39,32 @@ class Reason:
         return f"{self.fact}: {self.text}"
 
 
+class Later(NamedTuple):
+    """In which audience one receives an event ``after`` so many seconds without a confirmation."""
+
+    to: str
+    after: float
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The endpoints on which a token's holder receives an event, and why not on the others."""
+    """The endpoints on which a token's holder receives an event, and why not on the others.
+
+    ``later`` has those of the others to which a step brings it, see :class:`~.routing.Step`.
+    """
 
     endpoints: tuple[Endpoint, ...]
     reasons: Mapping[str, Reason]  # by the endpoint's label, or EVERYWHERE
+    later: Mapping[str, Later] = field(default_factory=dict)  # by the endpoint's label
 
     def as_json(self) -> dict[str, Any]:
         """The verdict as ``POST /ws/explain`` returns it."""
+        later = {where: each._asdict() for where, each in self.later.items()}
         return {
             "receives": bool(self.endpoints),
             "endpoints": [endpoint.label for endpoint in self.endpoints],
             "reasons": {where: str(reason) for where, reason in self.reasons.items()},
+            **({"later": later} if later else {}),
         }
 
 
@@ -76,6 +89,7 @@ def judge(
         return Verdict((), {EVERYWHERE: _of_another_tenant()})
     receiving: list[Endpoint] = []
     reasons: dict[str, Reason] = {}
+    later: dict[str, Later] = {}
     by_endpoint = {principal.endpoint: principal for principal in principals}
     for endpoint in Endpoint:
         if endpoint.staff is not first.endpoint.staff:
@@ -86,7 +100,20 @@ def judge(
             receiving.append(endpoint)
         else:
             reasons[endpoint.label] = reason
-    return Verdict(tuple(receiving), reasons)
+            if (found := _later(event, principal, routes)) is not None:
+                later[endpoint.label] = found
+    return Verdict(tuple(receiving), reasons, later)
+
+
+def _later(event: Event, principal: Principal, routes: Routing) -> Later | None:
+    """The step that brings an event to a principal which does not receive it at first."""
+    mine, after = audiences_of(principal), 0.0
+    steps = routes.route_of(event.type).steps
+    for step, audiences in zip(steps, routes.audiences_of_steps(event.type, event), strict=True):
+        if after and not mine.isdisjoint(audiences):
+            return Later(step.name, after)
+        after += step.within
+    return None
 
 
 def why_not(
