@@ -47,7 +47,7 @@ class DeliveryTimes:
 
     def __init__(self, slo: float = 1.0, *, most: int = MOST_TENANTS) -> None:
         self.slo = slo
-        self._late = slo * 1000
+        self._limit = slo * 1000  # ms
         self._most = most
         self._tenants: dict[int, _TenantTimes] = {}
         self._others = _TenantTimes()
@@ -86,7 +86,7 @@ class DeliveryTimes:
                 minute = redis_now // _MINUTE
             if (ms := redis_now - position[0]) < 0:
                 ms = 0
-            is_late = ms > self._late
+            is_late = ms > self._limit
             of = self._tenants.get(event.tenant)
             if of is None or of.minute != minute or is_late:
                 of = self._of(event.tenant, minute, is_late=is_late)
@@ -103,7 +103,7 @@ class DeliveryTimes:
         """Count a client that has confirmed a tracked event, after it was :meth:`sent`."""
         redis_now = self._redis_now(place.stream, now)
         ms = max(0, redis_now - event.at)
-        is_late = ms > self._late
+        is_late = ms > self._limit
         of = self._of(event.tenant_id, redis_now // _MINUTE, is_late=is_late)
         for each in of.at(event.at // _MINUTE):
             each.unconfirmed -= 1
@@ -195,22 +195,27 @@ class _Parts:
 class _TenantTimes:
     """The figures of one tenant."""
 
-    __slots__ = ("_blocks", "_single", "late_at", "minute", "written")
+    __slots__ = ("_blocks", "_now", "_single", "late_at", "minute", "written")
 
     def __init__(self) -> None:
         self._single = _Parts(1, 6)
         self._blocks = _Parts(5, 13)
         self.minute = _NEVER  # of the last event
         self.late_at = _NEVER  # the minute of the last late one
-        self.written: Sequence[TimeCounts] = ()  # where to count what is written in this minute
+        self._now: Sequence[Figures] = ()  # the parts that this minute is in
+        self.written: Sequence[TimeCounts] = ()  # of these
 
     def turn(self, minute: int) -> None:
         """Begin to count in this minute."""
         self.minute = minute
-        self.written = [each.written for each in self.at(minute)]
+        self._now = self._parts_of(minute)
+        self.written = [each.written for each in self._now]
 
-    def at(self, minute: int) -> list[Figures]:
+    def at(self, minute: int) -> Sequence[Figures]:
         """The parts that a minute is in, those that are kept."""
+        return self._now if minute == self.minute else self._parts_of(minute)
+
+    def _parts_of(self, minute: int) -> Sequence[Figures]:
         found = (each.at(minute, self.minute) for each in (self._single, self._blocks))
         return [each for each in found if each is not None]
 
