@@ -157,7 +157,8 @@ def _consequence(path: EventPath, number: int) -> str:
 def _end(path: EventPath) -> str:
     if not any(step.delivered for step in path.steps):
         return "Nobody has confirmed, and no step is left."
-    times = [each.delivered for each in path.clients if each.must_reach and each.delivered]
+    clients = [each for each in path.clients if each.must_reach]
+    times = [each.delivered for each in clients if each.delivered is not None]
     when = f" after {seconds(min(times))}" if times else ""
     return f"Somebody confirmed{when}, but no step was left."
 
