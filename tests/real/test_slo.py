@@ -1,13 +1,23 @@
 """Delivery times of a service: what its processes count, and who may ask."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import redis
+import trio
 
 from tests.support.api_keys import call, write_keys
-from tests.support.gateways import admitted, receive_event, serving, until
+from tests.support.gateways import (
+    admitted,
+    make_settings,
+    receive_event,
+    running,
+    serving,
+    until,
+)
+from trio_gateway.core.time_counts import quantiles
 
 CALL = {"type": "SERVICE_CALL_CREATED", "tenant_id": 1, "branch_id": 1}
 KEYS: dict[str, dict[str, Any]] = {"all": {}, "one": {"tenants": [1]}}
@@ -58,3 +68,22 @@ async def test_figures_are_those_of_all_processes_and_of_the_tenants_of_the_key(
         assert (await call(one.port, "slo?limit=1", key="all")).json["more"] == 1
         for query in ("limit=0", "limit=1001", "limit=x", "tenant_id=", "tenant_id=0"):
             assert (await call(one.port, f"slo?{query}", key="all")).status == 422, query
+
+
+async def test_a_process_that_hung_was_late_whatever_its_wall_clock_shows(
+    redis_url: str, backend: "redis.Redis"
+) -> None:
+    settings = make_settings(redis_url, ws_slo_seconds=0.4)
+    async with (
+        running(settings, clock=lambda: time.time() + 600) as gateway,
+        admitted(gateway.staff_url("waiter")) as waiter,
+    ):
+        for seconds in (0, 0.5):
+            backend.xadd("events:critical", {"data": json.dumps(CALL)})
+            time.sleep(seconds)  # the loop hangs
+            await receive_event(waiter)
+        found = gateway.app.parts.dispatch.times.figures(1, trio.current_time()).last_hour.written
+    assert (found.count, found.over) == (2, 1)
+    longest = quantiles(found)[2]
+    assert longest is not None
+    assert 0.45 <= longest < 5
