@@ -1,5 +1,6 @@
 """Receipts: what is known of a client whose connection does not take what it is sent."""
 
+import json
 import math
 
 import pytest
@@ -7,7 +8,9 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from tests.support.resume_world import A, Client, World, at, bounded, place
-from trio_gateway.core.audiences import Endpoint
+from trio_gateway.core.audiences import Endpoint, Principal, SectorId
+from trio_gateway.core.escalation import ESCALATED
+from trio_gateway.core.events import Event, parse_event
 from trio_gateway.core.receipts import Place, Receipt, State, Who
 from trio_gateway.core.routes_file import read_routes
 from trio_gateway.testing import FakeSocket, make_principal
@@ -85,3 +88,51 @@ async def test_confirmation_counts_as_written_too(autojump_clock: MockClock, wor
     assert again.resumed[0]["recovered"]
     found = receipt(world, 1)
     assert (found.state, found.written is None) == (State.DELIVERED, False)
+
+
+def waiter_of(sector: int) -> Principal:
+    return make_principal(Endpoint.WAITER, sectors=[SectorId(sector)])
+
+
+def escalated(world: World, number: int) -> Event:
+    """The event of this number on its way to the floor, without the waiters of its sector."""
+    payload = dict(world.redis.entries[A])[at(number)]
+    assert payload is not None
+    keys = {
+        "type": ESCALATED, "tenant_id": 1, "branch_id": 1, "sector_id": 5, "step": 1, "to": "floor",
+        "of": "ROUND_READY", "event_id": place(number), "unless": ["waiters"],
+        "event": json.loads(payload),
+    }  # fmt: skip
+    text = json.dumps(keys, separators=(",", ":")).encode()
+    return parse_event(text, channel="", received_at=0.0, stream=A, position=at(100))
+
+
+@pytest.mark.parametrize(("room", "heard"), [(0, [1]), (math.inf, [])])
+async def test_escalated_event_goes_to_a_user_only_if_it_was_not_written_to_another_connection(
+    autojump_clock: MockClock, world: World, room: float, heard: list[int]
+) -> None:
+    """The user served the sector of the event on that connection, and serves another one now."""
+    before = await world.live(principal=waiter_of(5), terms=SMALL, socket=FakeSocket(room=room))
+    await world.publish(1, sector_id=5)
+    before.connection.abort()
+    await wait_all_tasks_blocked()
+    now = await world.live(principal=waiter_of(6))
+
+    event = escalated(world, 1)
+    world.receipts.note([event])
+    await world.dispatch.deliver([event])
+    assert now.heard == heard
+
+
+async def test_escalated_event_that_waits_for_a_connection_already_is_not_sent_to_it_again(
+    autojump_clock: MockClock, world: World
+) -> None:
+    client = await world.live(principal=waiter_of(5), terms=SMALL, socket=FakeSocket(room=0))
+    await world.publish(1, sector_id=5)
+    world.hub.move(client.connection, waiter_of(6))
+    event = escalated(world, 1)
+    world.receipts.note([event])
+    await world.dispatch.deliver([event])
+    client.socket.read(math.inf)
+    await wait_all_tasks_blocked()
+    assert client.heard == [1]
