@@ -1,7 +1,9 @@
 """Gateways for the tests: with a real Redis-compatible server, real sockets, both transports."""
 
 import inspect
+import io
 import json
+import logging
 import os
 import signal
 import socket
@@ -110,14 +112,19 @@ async def running(
     config: Config | None = None,
     clock: Callable[[], float] = time.time,
 ) -> AsyncIterator[Running]:
-    """Serve a gateway in this process, with the direct transport or with ASGI alone."""
+    """Serve a gateway in this process, with the direct transport or with ASGI alone.
+
+    Fails if Hypercorn logs an error: a client may have a whole answer although the app has raised.
+    """
     tcp.install(settings.ws_write_timeout)
     if transport == "asgi":
         vars(hypercorn.trio.run)["TCPServer"] = TCPServer
     app = create_app(settings, auth=auth, clock=clock)
     config = config or Config()
     config.bind = ["127.0.0.1:0"]
-    config.errorlog = None
+    errors = io.StringIO()
+    config.errorlog = logger = logging.Logger("hypercorn.error", logging.ERROR)
+    logger.addHandler(logging.StreamHandler(errors))
     config.websocket_max_message_size = 65536
     stop = trio.Event()
 
@@ -144,6 +151,7 @@ async def running(
             stop.set()
     finally:
         tcp.install(settings.ws_write_timeout)
+    assert not errors.getvalue(), errors.getvalue()
 
 
 def with_certificate(config: Config, folder: Path) -> ssl.SSLContext:
