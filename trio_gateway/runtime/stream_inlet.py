@@ -71,8 +71,8 @@ class StreamInlet:
         self._replays = replays
         self._durable_types = routes.durable_types
         self._wall_clock = wall_clock
-        self._receipts = receipts
-        self._reach = reach
+        self._tracked_types = routes.tracked_types
+        self._noted_by = [each.note for each in (receipts, reach) if each is not None]
         self._places = places or Places(history)
         self._by_tenant = self._places.by_tenant
         self.misplaced = 0  # events in the shard of another tenant
@@ -132,12 +132,8 @@ class StreamInlet:
             )
         except InvalidEvent:
             return  # the process that read it live has counted it
-        if not self._dispatch.remember(event, read_again):
-            return
-        if self._receipts is not None:
-            self._receipts.note((event,))
-        if self._reach is not None:
-            self._reach.note((event,))
+        if self._dispatch.remember(event, read_again):
+            self._note_tracked((event,))
 
     async def take(
         self,
@@ -159,10 +155,7 @@ class StreamInlet:
             events = self._ingest.parse_entries(
                 part, channel=name, stream=stream, durable_types=self._durable_types
             )
-            if self._receipts is not None:
-                self._receipts.note(events)
-            if self._reach is not None:
-                self._reach.note(events)
+            self._note_tracked(events)
             if self._by_tenant:
                 for event in events:
                     if not self._places.concern(stream, event.tenant):
@@ -172,6 +165,15 @@ class StreamInlet:
             last = events[-1].position if events else None
         if part and last != part[-1].position:  # no delivery moves the history's end past it
             await self.advance(stream, part[-1].position)
+
+    def _note_tracked(self, events: Sequence[Event]) -> None:
+        """Pass on the few events that are tracked, or escalated."""
+        if self._noted_by:
+            types = self._tracked_types
+            found = [each for each in events if each.type in types or each.escalation is not None]
+            if found:
+                for note in self._noted_by:
+                    note(found)
 
     def _note_misplaced(self, name: str, event: Event) -> None:
         """Such an event reaches only clients of processes that happen to read this shard."""
