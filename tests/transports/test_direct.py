@@ -130,6 +130,10 @@ async def test_first_message_that_has_come_is_read_without_waiting() -> None:
             theirs.send(client_frame(0x81, b"second"))  # others have their turn before it
             assert await sock.receive() == "second"
 
+            await stream.aclose()
+            with pytest.raises(Disconnected):
+                await sock.receive()
+
 
 async def test_socket_closed_elsewhere_counts_as_disconnected() -> None:
     listener = (await trio.open_tcp_listeners(0, host="127.0.0.1"))[0]

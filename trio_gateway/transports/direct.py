@@ -218,7 +218,7 @@ class DirectSocket:
                     data = os.read(self._socket.fileno(), _FRAMES_CHUNK)
             except BlockingIOError:
                 continue
-            except (OSError, *STREAM_ERRORS):
+            except (OSError, ValueError, *STREAM_ERRORS):  # ValueError: to wait for a closed one
                 data = b""
             if not data:
                 raise Disconnected(Close.ABNORMAL)
