@@ -1,15 +1,16 @@
 """Redis connections: slow replies are awaited, invalid ones are a lost connection."""
 
+import socket
 from dataclasses import replace
 
 import pytest
 import redis
 import trio
-from trio.testing import MockClock
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from tests.support.redis_links import link_to
 from tests.support.redis_server import valkey
-from trio_gateway.broker.connection import ENOUGH, open_redis
+from trio_gateway.broker.connection import ENOUGH, RedisConnection, open_redis
 from trio_gateway.redis_url import RedisAddress
 from trio_gateway.runtime.supervision import ConnectionLost
 
@@ -81,6 +82,44 @@ async def test_missing_reply_of_several_names_its_command(autojump_clock: MockCl
     async with link_to(redis) as link:
         with pytest.raises(ConnectionLost, match="no answer to XINFO"):
             await link.ask_all([("TIME",), ("XINFO", "STREAM", "s")], timeout=1)
+
+
+async def test_command_that_does_not_fit_into_the_socket_is_sent_whole() -> None:
+    ours, theirs = socket.socketpair()
+    word, got = b"x" * 2_000_000, bytearray()
+    async with trio.SocketStream(trio.socket.from_stdlib_socket(theirs)) as redis:
+        link = RedisConnection(trio.SocketStream(trio.socket.from_stdlib_socket(ours)))
+
+        async def answer() -> None:
+            while not got.endswith(word + b"\r\n"):
+                got.extend(await redis.receive_some())
+            await redis.send_all(b"+OK\r\n")
+
+        with trio.fail_after(5):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(answer)
+                assert await link.ask("ECHO", word) == b"OK"
+        await link.close()
+    assert bytes(got) == b"*2\r\n$4\r\nECHO\r\n$%d\r\n%b\r\n" % (len(word), word)
+
+
+async def test_connection_that_is_closed_is_lost_for_who_waits_and_for_who_comes_later() -> None:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        link = RedisConnection(trio.SocketStream(trio.socket.from_stdlib_socket(ours)))
+        with trio.fail_after(5):
+            async with trio.open_nursery() as nursery:
+
+                async def lose() -> None:
+                    with pytest.raises(ConnectionLost, match="receive failed"):
+                        await link.ask("PING")
+
+                nursery.start_soon(lose)
+                await wait_all_tasks_blocked()
+                await link.close()
+            for used in (link.receive, lambda: link.ask("PING")):
+                with pytest.raises(ConnectionLost):
+                    await used()
 
 
 @pytest.mark.parametrize("user", [None, "nobody"])

@@ -1,5 +1,6 @@
 """A Redis connection on a Trio stream; hiredis reads the replies."""
 
+import socket
 import ssl
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -43,6 +44,11 @@ class RedisConnection:
 
     def __init__(self, stream: trio.abc.Stream, *, asking: bool = False) -> None:
         self._stream = stream
+        # Of a plain TCP or unix connection, the socket within Trio's: to send does not wait then,
+        # and to receive is one system call instead of two.
+        self._socket: socket.socket | None = None
+        if type(stream) is trio.SocketStream:
+            self._socket = getattr(stream.socket, "_sock", None)
         self._asking = asking
         self._reader = hiredis.Reader(notEnoughData=_NOTHING)
         self.received = 0  # bytes
@@ -54,21 +60,43 @@ class RedisConnection:
     async def _send(self, commands: Sequence[Command]) -> None:
         try:
             packed = [hiredis.pack_command(words) for words in commands]  # type: ignore[arg-type]  # its stub is too narrow
-            await self._stream.send_all(b"".join(packed))
+            data = b"".join(packed)
+            if rest := data[self._send_nowait(data) :]:
+                await self._stream.send_all(rest)
         except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise ConnectionLost(f"send failed: {_cause(error)}") from None
 
     async def receive(self) -> list[Any]:
         """Wait for data, and return the replies that it completes; the list may be empty."""
         try:
-            data = await self._stream.receive_some(_CHUNK)
+            data = await self._receive_some()
         except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise ConnectionLost(f"receive failed: {_cause(error)}") from None
         if not data:
             raise ConnectionLost("closed by Redis")
         self.received += len(data)
-        self._reader.feed(bytes(data))
+        self._reader.feed(data)
         return self._complete()
+
+    def _send_nowait(self, data: bytes) -> int:
+        """Send what can go without waiting, and return the number of bytes."""
+        if self._socket is None:
+            return 0
+        try:
+            return self._socket.send(data)
+        except BlockingIOError:
+            return 0
+
+    async def _receive_some(self) -> bytes:
+        if self._socket is None:
+            return bytes(await self._stream.receive_some(_CHUNK))
+        while self._socket.fileno() != -1:
+            await trio.lowlevel.wait_readable(self._socket)
+            try:
+                return self._socket.recv(_CHUNK)
+            except BlockingIOError:
+                continue
+        raise trio.ClosedResourceError
 
     async def close(self) -> None:
         """Close the connection. A task that waits for a reply gets :exc:`ConnectionLost`."""
