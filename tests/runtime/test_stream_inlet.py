@@ -10,10 +10,12 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from tests.support.resume_world import A, B, World, at
 from trio_gateway.core.audiences import audiences_of
 from trio_gateway.core.event_ids import START, Position, Stream
+from trio_gateway.core.routes_file import read_routes
 from trio_gateway.core.routing import ROUTES
 from trio_gateway.core.time_counts import quantiles
 from trio_gateway.runtime.ingest import Ingest
 from trio_gateway.runtime.queue import EventQueue
+from trio_gateway.runtime.reach import Reach
 from trio_gateway.runtime.source import Entry, Past
 from trio_gateway.runtime.stream_inlet import StreamInlet
 from trio_gateway.testing import make_event, make_principal
@@ -117,3 +119,17 @@ async def test_shards_have_equal_shares_of_the_room_or_what_is_free(
     assert inlet.room().entries == 50
     inlet.forget(A)
     assert inlet.room().entries == 100
+
+
+@pytest.mark.parametrize(("within", "ago"), [(10, 3600), (7200, 7200)])
+async def test_past_is_read_as_far_back_as_the_deadlines_of_its_events(
+    world: World, within: int, ago: int
+) -> None:
+    routes = read_routes(f'[routes.ROUND_READY]\nmust_reach = "waiters"\nwithin = {within}\n')
+    inlet = StreamInlet(
+        ingest=Ingest(), queue=EventQueue(1000), history=world.history, dispatch=world.dispatch,
+        replays=world.replays, routes=routes, reach=Reach(routes, lambda: 9000.0, 3600),
+        wall_clock=lambda: 9000.0,
+    )  # fmt: skip
+    world.history.age = 3600
+    assert inlet.room().since == (9000 - ago) * 1000

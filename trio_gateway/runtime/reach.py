@@ -90,6 +90,11 @@ class Reach:
         """Whether the events of any type must reach somebody."""
         return bool(self._types)
 
+    @property
+    def longest(self) -> float:
+        """Seconds that the steps of an event take at most."""
+        return max((route.longest for route in self._routes.values()), default=0.0)
+
     def note(self, events: Iterable[Event]) -> None:
         """Watch those of these durable events that must reach somebody."""
         for event in events:

@@ -73,6 +73,8 @@ class StreamInlet:
         self._wall_clock = wall_clock
         self._tracked_types = routes.tracked_types
         self._noted_by = [each.note for each in (receipts, reach) if each is not None]
+        # A process that starts in the midst of an event's steps watches it, too.
+        self._longest = 0.0 if reach is None else reach.longest
         self._places = places or Places(history)
         self._by_tenant = self._places.by_tenant
         self.misplaced = 0  # events in the shard of another tenant
@@ -82,7 +84,7 @@ class StreamInlet:
     def room(self) -> Room:
         """How much of a stream's past is worth reading."""
         history = self._history
-        since = (self._wall_clock() - history.age) * 1000
+        since = (self._wall_clock() - max(history.age, self._longest)) * 1000
         share = max(1, len(history.expected))
         return Room(
             max(history.most_events // share, history.most_events - len(history)),
