@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 
 import pytest
 import trio
@@ -11,8 +12,9 @@ from tests.support.resume_world import A, Client, World, at, bounded, place
 from trio_gateway.core.audiences import Endpoint, Principal, SectorId
 from trio_gateway.core.escalation import ESCALATED
 from trio_gateway.core.events import Event, parse_event
-from trio_gateway.core.receipts import Place, Receipt, State, Who
+from trio_gateway.core.receipts import Change, Place, Receipt, State, Who
 from trio_gateway.core.routes_file import read_routes
+from trio_gateway.runtime.receipt_writing import ReceiptWriting
 from trio_gateway.testing import FakeSocket, make_principal
 
 ROUTES = read_routes("[routes.ROUND_READY]\nreceipt = true\n")
@@ -88,6 +90,37 @@ async def test_confirmation_counts_as_written_too(autojump_clock: MockClock, wor
     assert again.resumed[0]["recovered"]
     found = receipt(world, 1)
     assert (found.state, found.written is None) == (State.DELIVERED, False)
+
+
+@pytest.mark.parametrize("is_sent_here", [False, True])
+async def test_what_a_client_confirms_in_requests_is_written_together(
+    autojump_clock: MockClock, world: World, is_sent_here: bool
+) -> None:
+    """Nobody here was sent the event: the client says twice that it has it from elsewhere."""
+    await publish(world, 1)
+    named = Place(A, at(1))
+    found = world.receipts.find(named)
+    assert found is not None
+    await trio.sleep(2)
+    world.receipts.confirm_earlier(DINER, named)
+    await trio.sleep(0.05)
+    world.receipts.see_earlier(DINER, named)
+    if is_sent_here:
+        world.receipts.sent((await diner(world)).connection, [found], waits=False)
+    sent = 2050 if is_sent_here else None
+    written: list[Mapping[Who, Receipt]] = [found.tracked.changed]
+
+    async def fail(changes: Mapping[Place, Change]) -> bool:
+        written.append(changes[named].by)
+        world.receipts.see_earlier(DINER, named)
+        return False
+
+    writing = ReceiptWriting()
+    writing.changed(found.tracked, Who("diner", "456"), Receipt(seen=9000))
+    await writing.flush(fail)
+    written.append(found.tracked.changed)
+    for each in written:
+        assert each[Who("diner", "456")] == Receipt(0, sent, sent, 2000, 2050)
 
 
 def waiter_of(sector: int) -> Principal:

@@ -100,6 +100,17 @@ class Receipt:
         """Whether it was in the audience of this step."""
         return bool(self.steps >> number & 1)
 
+    def joined(self, other: "Receipt") -> "Receipt":
+        """What two receipts of one client say together: of each state the first time."""
+        return Receipt(
+            self.steps | other.steps,
+            _first(self.sent, other.sent),
+            _first(self.written, other.written),
+            _first(self.delivered, other.delivered),
+            _first(self.seen, other.seen),
+            self.branches or other.branches,
+        )
+
     def reach(self, state: State, now: int) -> bool:
         """Note a state, and those before it; return whether it is a new one."""
         if self.sent is not None and state <= self.state:
@@ -113,6 +124,10 @@ class Receipt:
         if state >= State.SEEN and self.seen is None:
             self.seen = now
         return True
+
+
+def _first(one: int | None, other: int | None) -> int | None:
+    return min((each for each in (one, other) if each is not None), default=None)
 
 
 class Change(NamedTuple):

@@ -85,7 +85,10 @@ class _Lane:
         )
 
     def add(self, tracked: Tracked, by: Mapping[Who, Receipt]) -> None:
-        tracked.changed = {**by, **tracked.changed}
+        changed = tracked.changed
+        for who, receipt in by.items():  # two objects if it was sent the event by another process
+            other = changed.get(who, receipt)
+            changed[who] = receipt if other is receipt else receipt.joined(other)
         if tracked.place not in self.changed:
             self.changed[tracked.place] = tracked
             self._wake.unpark_all()
