@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 from tests.support.stopwatch import Stopwatch, _sleeper
@@ -43,16 +43,25 @@ def test_time_without_a_core_is_excluded() -> None:
         assert watch.net < 0.2 < watch.elapsed
 
 
+def most_net(work: Callable[[float], None]) -> float:
+    """What counts of 0.2 s of this work, at most, in ten tries: the machine may take a part."""
+    found = 0.0
+    for _ in range(10):
+        watch = Stopwatch()
+        work(0.2)
+        found = max(found, watch.net)
+        assert watch.net <= watch.elapsed
+        if found > 0.15:
+            break
+    return found
+
+
 def test_time_in_which_this_process_computes_counts() -> None:
-    watch = Stopwatch()
-    compute(0.2)
-    assert watch.net > 0.15
+    assert most_net(compute) > 0.15
 
 
 def test_time_in_which_this_process_waits_counts() -> None:
-    watch = Stopwatch()
-    time.sleep(0.2)
-    assert 0.15 < watch.net <= watch.elapsed
+    assert most_net(time.sleep) > 0.15
 
 
 def test_lateness_of_the_other_process_is_excluded() -> None:
