@@ -187,6 +187,7 @@ async def test_client_that_only_watches_confirms_nothing(autojump_clock: MockClo
         await take(client, 1)
         await trio.sleep(30)
     assert sent(gateway, "ack") == gateway.confirmed == []
+    assert gateway.received[0]["confirm"] is False  # of the message that resumes
     assert gateway.received[-1] == "ping"
 
 

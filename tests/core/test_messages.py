@@ -37,6 +37,8 @@ UNDERSTOOD: list[tuple[str, Message]] = [
     ('{"type":"resume","last_event_id":"1-0"}', Resume("1-0")),
     ('{"type":"resume","last_event_id":""}', Resume("")),
     ('{"type":"intervals","x":1}', Command.INTERVALS),
+    ('{"type":"resume","last_event_id":"1-0","confirm":false}', Resume("1-0", confirms=False)),
+    ('{"type":"resume","last_event_id":"1-0","confirm":0}', Resume("1-0")),
     ('{"type":"resume"}', Resume(None)),
     ('{"type":"resume","last_event_id":10}', Resume(None)),
 ]

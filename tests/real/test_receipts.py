@@ -14,6 +14,7 @@ from tests.support.gateways import (
     Reply,
     admitted,
     closed,
+    connect,
     http,
     receive_event,
     until,
@@ -128,6 +129,11 @@ async def test_client_that_comes_back_with_an_id_has_what_it_was_sent_before(
             event_id = (await receive_event(waiter))["event_id"]
         assert numbers(await receipts(gateway, event_id)) == (1, 0, 0)
         url = other.staff_url("waiter", sub="21", sector_ids=[5])
+        async with connect(url) as monitor:  # shows its events to nobody
+            resume = {"type": "resume", "last_event_id": event_id, "confirm": False}
+            await monitor.send_message(json.dumps(resume))
+            assert (await receive_event(monitor))["recovered"] is True
+            assert numbers(await receipts(other, event_id)) == (1, 0, 0)
         async with admitted(f"{url}&last_event_id={event_id}") as waiter:
             assert (await receive_event(waiter))["recovered"] is True
             assert numbers(await receipts(other, event_id)) == (1, 1, 0)

@@ -3,6 +3,6 @@
 import json
 
 
-def message(name: str, **keys: str | int) -> str:
+def message(name: str, **keys: str | int | bool) -> str:
     """A message of this type."""
     return json.dumps({"type": name, **keys})

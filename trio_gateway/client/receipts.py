@@ -31,6 +31,11 @@ class Receipts:
         self._newest = Newest(position)
 
     @property
+    def at_resume(self) -> dict[str, bool]:
+        """What the message says that resumes, and by that confirms earlier events."""
+        return {} if self._confirm else {"confirm": False}
+
+    @property
     def last_event_id(self) -> str:
         """What a ping confirms: the newest event that was taken; empty for nothing."""
         return self._newest.event_id if self._confirm else ""

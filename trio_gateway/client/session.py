@@ -91,7 +91,9 @@ class Session:
         Raises :exc:`Ended` and :exc:`NoUpgrade`.
         """
         await self._websocket.upgrade(host, target, headers)
-        await self._websocket.send(message("resume", last_event_id=self._feed.last_event_id))
+        await self._websocket.send(
+            message("resume", last_event_id=self._feed.last_event_id, **self._receipts.at_resume)
+        )
         while not any(isinstance(item, Resumed) for item in self._early):
             self._early += self._feed.read(await self._websocket.receive())
         for item in self._early:

@@ -251,8 +251,9 @@ REQUESTS: Final[Mapping[str, Request]] = {
     ),
     "resume": Request(
         '{"type":"resume","last_event_id":"…"}',
-        _object("resume", last_event_id=_STRING),
+        _object("resume", last_event_id=_STRING, optional={"confirm": {"type": "boolean"}}),
         "resumed",
-        "must be the first message; the missed events follow the answer, see Resume",
+        "must be the first message; the missed events follow the answer, see Resume. With "
+        '`"confirm":false` it confirms no events, see [Receipts](#receipts)',
     ),
 }

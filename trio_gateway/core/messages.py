@@ -33,9 +33,13 @@ class Reauthenticate:
 
 @dataclass(frozen=True, slots=True)
 class Resume:
-    """Replay the events after this id; None if the message had no string."""
+    """Replay the events after this id; None if the message had no string.
+
+    Unless it ``confirms``, the client has the events up to this id, but nobody who is to have them.
+    """
 
     last_event_id: str | None
+    confirms: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +76,7 @@ class _Object(msgspec.Struct, gc=False):
     last_event_id: Any = None
     branch_id: Any = None
     event_id: Any = None
+    confirm: Any = None
 
 
 _decode: Final = msgspec.json.Decoder(_Object).decode
@@ -114,7 +119,7 @@ def read_message(text: str) -> Message:
             return Reauthenticate(said.token if isinstance(said.token, str) else None)
         case "resume":
             last = said.last_event_id
-            return Resume(last if isinstance(last, str) else None)
+            return Resume(last if isinstance(last, str) else None, said.confirm is not False)
         case "watch_presence" if _is_id(said.branch_id):
             return WatchPresence(BranchId(said.branch_id))
         case "unwatch_presence" if said.branch_id is None or _is_id(said.branch_id):

@@ -64,7 +64,7 @@ class Resuming(Protocol):
     def go_live(self, connection: "Connection") -> None:
         """It does not ask to resume: send it what came since it joined, then live events."""
 
-    def ask(self, connection: "Connection", last_event_id: str | None) -> None:
+    def ask(self, connection: "Connection", wish: Resume) -> None:
         """It asks in a message to resume after an event."""
 
     def lag(self, connection: "Connection") -> None:
@@ -441,8 +441,8 @@ class Connection:
             case Seen(event_id):
                 if self._receipts is not None:
                     self._receipts.see(self, event_id)
-            case Resume(last_event_id) if self._replays is not None:
-                self._replays.ask(self, last_event_id)
+            case Resume() if self._replays is not None:
+                self._replays.ask(self, message)
             case _:
                 self._set_deadline()  # the one that was set may be over before the answer is
                 assert self._reading is not None

@@ -16,7 +16,7 @@ import trio
 from ..core.audiences import Audience
 from ..core.close_codes import Close
 from ..core.event_ids import Cursor, Position, Stream, before, cursor_id, read_cursor
-from ..core.messages import GAP, resumed
+from ..core.messages import GAP, Resume, resumed
 from ..core.receipts import Place
 from .connection import Connection
 from .history import History, StoredEvent
@@ -81,7 +81,7 @@ class Replays:
         state.accepted_at = self._places.of(connection.principal.tenant, state.accepted_at)
         if state.resume_from is not None:
             self._hub.step(connection, Step.JOIN_RESUMING, state.accepted_at)
-            self._seek(connection, state.resume_from)
+            self._seek(connection, Resume(state.resume_from))
         else:
             self._hub.step(connection, Step.JOIN, state.accepted_at)
             self._undecided.append((now + UNDECIDED, connection))
@@ -144,12 +144,12 @@ class Replays:
             connection.start_writing()
             self._feeding.unpark_all()
 
-    def _seek(self, connection: Connection, last_event_id: str) -> None:
-        """Look for the place after this event, next to what the connection does meanwhile."""
+    def _seek(self, connection: Connection, wish: Resume) -> None:
+        """Look for the place to resume from, next to what the connection does meanwhile."""
         state = connection.resume_state
         if not state.is_sought:
             state.is_sought = True
-            connection.start_task(self._resume, connection, last_event_id)
+            connection.start_task(self._resume, connection, wish)
 
     def begin(self, stream: Stream, ahead: float | None) -> None:
         """Tell that a stream has been read for the first time.
@@ -205,19 +205,20 @@ class Replays:
         """Note that a stream without clients is not read any more."""
         self._older.forget(stream)
 
-    def ask(self, connection: Connection, last_event_id: str | None) -> None:
+    def ask(self, connection: Connection, wish: Resume) -> None:
         """Answer a message that asks to resume: only a client's first may."""
         if connection.messages == 1 and connection.resume_state.may_resume:
             self._hub.step(connection, Step.ASK)
-            # What is not a string is an invalid id, too.
-            self._seek(connection, "?" if last_event_id is None else last_event_id)
+            self._seek(connection, wish)
             return
         self._refuse(connection)
 
-    async def _resume(self, connection: Connection, last_event_id: str) -> None:
+    async def _resume(self, connection: Connection, wish: Resume) -> None:
         """Answer a client that asks to resume, and let it be replayed what it missed."""
         state = connection.resume_state
         was_live = state.phase is Phase.LIVE
+        # What is not a string is an invalid id, too.
+        last_event_id = "?" if wish.last_event_id is None else wish.last_event_id
         cursor = await self._find(connection, last_event_id)
         if connection.ending:
             return
@@ -235,7 +236,7 @@ class Replays:
                 end = self._end(connection)
                 place = {**place, **{s: max(p, place.get(s, p)) for s, p in end.items()}}
             state.begun_at = place
-            if self._receipts is not None and last_event_id:
+            if self._receipts is not None and last_event_id and wish.confirms:
                 for stream, position in cursor.items():
                     upto = Place(stream, position)
                     self._receipts.confirm_earlier(connection.principal, upto)

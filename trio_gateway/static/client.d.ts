@@ -119,8 +119,7 @@ export interface Options {
   onError?: (error: unknown) => void;
   /**
    * Whether the gateway is told of what `onEvent` was called with: `false` for a page that only watches, so
-   * that nobody takes it for somebody who has the events. A reconnect resumes, which tells it nevertheless.
-   * Default: true
+   * that nobody takes it for somebody who has the events. Default: true
    */
   confirm?: boolean;
   /** Position to resume from: an earlier page's `gateway.lastEventId`. */

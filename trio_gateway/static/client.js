@@ -543,7 +543,8 @@ class Connection extends EventTarget {
     socket.onerror = () => this.#disconnected(ABNORMAL_CLOSURE, "");
     socket.onopen = () => {
       socket.onerror = null; // from now on a close event follows, with the code
-      this.#sendMessage({ type: "resume", last_event_id: this.#lastEventId });
+      const confirm = this.#options.confirm === false ? { confirm: false } : {};
+      this.#sendMessage({ type: "resume", last_event_id: this.#lastEventId, ...confirm });
     };
     socket.onmessage = ({ data }) => this.#receive(data);
     socket.onclose = ({ code, reason }) => this.#disconnected(code, reason);

@@ -184,6 +184,7 @@ test("a client that only watches confirms nothing", async () => {
   await clock.pass(30);
   assert.deepEqual(client.socket.pings, ["ping"]);
   assert.deepEqual(sent(client, "ack"), []);
+  assert.equal(JSON.parse(client.socket.sent[0]).confirm, false); // in the message that resumes
 });
 
 test("a client whose events nobody listens to confirms nothing, until somebody does", async () => {
