@@ -27,7 +27,7 @@ PONG = b"*2\r\n$4\r\npong\r\n$0\r\n\r\n"
 
 def make_pubsub() -> PubSub:
     queue = EventQueue(10, DropAlarm(60, 0.05, 300))
-    return PubSub(single(RedisAddress()), [], Ingest(), queue, Breaker(5, 30))
+    return PubSub(single(RedisAddress()), ["*"], Ingest(), queue, Breaker(5, 30))
 
 
 def message(size: int) -> bytes:
@@ -54,14 +54,15 @@ async def test_connection_that_delivers_a_byte_a_second_is_lost(autojump_clock: 
     assert await lost_after(redis) == 2 * LIVENESS
 
 
+@pytest.mark.parametrize("are_events", [False, True])
 async def test_connection_that_falls_behind_is_lost_even_if_every_message_is_complete(
-    autojump_clock: MockClock,
+    autojump_clock: MockClock, are_events: bool
 ) -> None:
     async def redis(stream: trio.abc.Stream) -> None:
         await stream.send_all(PONG)
         while True:
-            await trio.sleep(1)
-            await stream.send_all(message(10))
+            await trio.sleep(0.6)
+            await stream.send_all(event_message(1) if are_events else message(10))
 
     assert await lost_after(redis) == 2 * LIVENESS
 
