@@ -203,7 +203,7 @@ async def test_client_connected_before_redis_gets_the_events_it_missed(
     async with (
         unreached(redis_url) as (relay, gateway),
         admitted(gateway.diner_url()) as live,
-        admitted(gateway.diner_url() + "&last_event_id=") as resuming,
+        connect(gateway.diner_url() + "&last_event_id=") as resuming,
     ):
         for n in range(3):
             backend.xadd(STREAM, {"data": event(n)})

@@ -1,5 +1,6 @@
 """Positions of events in their streams, and the opaque event ids that name them."""
 
+import re
 import zlib
 from collections.abc import Mapping
 from typing import Final, NewType
@@ -15,6 +16,7 @@ START: Final = Position((0, 0))
 _MAX: Final = 2**64 - 1
 LAST: Final = Position((_MAX, _MAX))
 _NOWHERE: Final = "0-0-none"  # a valid id that no history covers
+_TAG: Final = re.compile("[0-9a-f]{4}|none")
 
 
 def tag(name: str) -> Stream:
@@ -56,7 +58,7 @@ def read_cursor(text: str) -> Cursor:
     found: dict[Stream, Position] = {}
     for part in text.split("."):
         entry_id, dash, stream = part.rpartition("-")
-        if not dash or len(stream) != 4:
+        if not dash or not _TAG.fullmatch(stream):
             raise ValueError("not an event id")
         found[Stream(stream)] = read_position(entry_id)
     return found
