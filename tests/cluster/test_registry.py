@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import redis
 import trio
+from trio.testing import wait_all_tasks_blocked
 
 from tests.support.gateways import open_commands
 from trio_gateway.broker.commands import Commands, Unavailable
 from trio_gateway.cluster.keys import Keys
 from trio_gateway.cluster.liveness import NAMES
-from trio_gateway.cluster.registry import Registry, make_name
+from trio_gateway.cluster.registry import _BEAT, Registry, make_name
 from trio_gateway.core.control_messages import Node
 from trio_gateway.core.resilience import Breaker
 
@@ -166,6 +167,30 @@ async def test_who_leaves_is_gone_at_once_and_does_not_come_back(
         for key in (KEYS.states, KEYS.settings):
             fields: Any = backend.hgetall(key)
             assert fields.keys() == {b"a"}
+
+
+async def test_beat_that_comes_to_redis_late_does_not_bring_back_who_leaves(
+    redis_url: str, backend: "redis.Redis", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_registries(redis_url, "a") as (one,):
+        evaluate = one._commands.evaluate
+
+        async def late(script: str, *args: Any, **options: Any) -> Any:
+            if script == _BEAT:
+                await trio.sleep(0.05)
+            reply = await evaluate(script, *args, **options)
+            if script == _BEAT:
+                await trio.sleep(0.2)
+            return reply
+
+        monkeypatch.setattr(one._commands, "evaluate", late)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(one.run)
+            await wait_all_tasks_blocked()
+            await one.leave()
+            await trio.sleep(0.1)
+            nursery.cancel_scope.cancel()
+    assert backend.zcard(KEYS.nodes) == 0
 
 
 async def test_the_state_of_the_dead_is_deleted_after_a_minute(

@@ -27,8 +27,8 @@ from ..core.control_messages import (
 from ..core.control_messages import Control as Message
 from ..runtime.throttled_log import ThrottledLog
 from .keys import Keys
-from .liveness import NAMES
-from .orders import Order, Orders, is_list
+from .liveness import NAMES, RETURN_NAMES, is_list_of
+from .orders import Order, Orders
 
 log = structlog.get_logger()
 
@@ -39,7 +39,7 @@ _HANDLER_TIMEOUT: Final = 10.0  # seconds
 _UNKNOWN: Final = "unknown"  # the error of a process that has no handler for this kind
 _STILL_ASKED: Final = 10.0  # seconds after which nobody waits for the answer to an order
 
-_ASK: Final = NAMES + "redis.call('PUBLISH', ARGV[1], ARGV[2])\nreturn names"
+_ASK: Final = NAMES + "redis.call('PUBLISH', ARGV[1], ARGV[2])\n" + RETURN_NAMES
 _TELL: Final = "return redis.call('PUBLISH', ARGV[1], ARGV[2])"
 
 Handler = Callable[[Any], Awaitable[Any]]
@@ -157,15 +157,15 @@ class Control:
         message = msgspec.json.encode(ask)
 
         async def publish() -> set[str]:
-            names = await self._commands.evaluate(
+            names, doubtful = await self._commands.evaluate(
                 _ASK,
                 [self._keys.nodes, self._keys.gap],
                 [self._keys.control, message],
                 again=False,
-                fits=is_list,
+                fits=is_list_of(2),
             )
             self._accept(ask)
-            return self._alive(names)
+            return self._alive(names, doubtful)
 
         async def publish_to(name: str) -> set[str]:
             if name == self._registry.name:
@@ -187,9 +187,9 @@ class Control:
         order = Order(secrets.token_hex(8), self._registry.name, kind, msgspec.json.encode(request))
 
         async def give() -> set[str]:
-            names = await self._orders.give(order)
+            names, doubtful = await self._orders.give(order)
             self._orders.wake()
-            return self._alive(names)
+            return self._alive(names, doubtful)
 
         return await self._collect(order.id, give, timeout)
 
@@ -215,9 +215,11 @@ class Control:
         finally:
             del self._questions[number]
 
-    def _alive(self, names: list[bytes]) -> set[str]:
-        # A process whose beat is on its way to a Redis that has lost its data is alive.
-        return {name.decode() for name in names} | self._registry.nodes.keys()
+    def _alive(self, names: list[bytes], doubtful: bool) -> set[str]:
+        alive, known = {name.decode() for name in names}, self._registry.nodes.keys()
+        if doubtful:  # a beat is on its way to a Redis that has lost its data
+            return alive | known
+        return alive | (known & {self._registry.name})  # which answers also before its first beat
 
     async def _tell(self, channel: str, message: bytes) -> None:
         await self._commands.evaluate(_TELL, [self._keys.nodes], [channel, message], again=False)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Awaitable, Callable
-from typing import Final, NamedTuple, NoReturn, cast
+from typing import Final, NamedTuple, NoReturn
 
 import structlog
 import trio
@@ -11,7 +11,7 @@ from ..broker.commands import Commands, Unavailable
 from ..core.event_ids import START, Position, before, entry_id, read_position
 from ..runtime.throttled_log import ThrottledLog
 from .keys import Keys
-from .liveness import NAMES, NOW
+from .liveness import NAMES, NOW, RETURN_NAMES, is_list_of
 
 log = structlog.get_logger()
 
@@ -31,8 +31,8 @@ local order = redis.call('XADD', KEYS[3], 'MAXLEN', '~', ARGV[2], '*',
 redis.call('XTRIM', KEYS[3], 'MINID', '~', now - ARGV[1])
 redis.call('PEXPIRE', KEYS[3], ARGV[1])
 redis.call('PUBLISH', ARGV[7], '{"type":"ordered","order":"' .. order .. '"}')
-return names
 """
+    + RETURN_NAMES
 )
 # Without an id, the orders of the last milliseconds.
 _READ: Final = (
@@ -69,16 +69,19 @@ class Orders:
         self._wake = trio.Event()
         self._throttled_log = ThrottledLog(log)
 
-    async def give(self, order: Order) -> list[bytes]:
-        """Add an order, tell all, and return the names of the live processes."""
-        names = await self._commands.evaluate(
+    async def give(self, order: Order) -> tuple[list[bytes], bool]:
+        """Add an order, tell all, and return the names of the live processes.
+
+        True means that Redis may not know all of them.
+        """
+        names, doubtful = await self._commands.evaluate(
             _GIVE,
             [self._keys.nodes, self._keys.gap, self._keys.orders],
             [KEPT, _MOST, *order, self._keys.control],
             again=False,
-            fits=is_list,
+            fits=is_list_of(2),
         )
-        return cast(list[bytes], names)
+        return names, bool(doubtful)
 
     def wake(self, order: str | None = None) -> None:
         """There may be orders to read; ``order`` is the entry id of one."""
@@ -119,7 +122,7 @@ class Orders:
             _READ,
             [self._keys.orders],
             ["" if asked_after is None else entry_id(asked_after), own_age, _BATCH],
-            fits=is_list,
+            fits=is_list_of(3),
         )
         answered_at = trio.current_time()
         if self._after is asked_after:  # else an earlier one was announced meanwhile
@@ -148,7 +151,3 @@ def _read_order(words: list[bytes]) -> Order | None:
         return Order(number, giver, kind, fields[b"request"])
     except (KeyError, UnicodeDecodeError):
         return None
-
-
-def is_list(reply: object) -> bool:
-    return isinstance(reply, list)

@@ -1,6 +1,6 @@
 """The registry: which processes of this service are alive, and the state of each.
 
-Every process writes its beat every three seconds. Times are those of Redis, so the clocks of the
+Every process writes its beat every read seconds. Times are those of Redis, so the clocks of the
 processes do not matter.
 """
 
@@ -20,7 +20,7 @@ from ..broker.probe import Probe
 from ..core.control_messages import Left, Node
 from ..runtime.throttled_log import ThrottledLog
 from .keys import Keys
-from .liveness import HORIZON, NOTE_GAP
+from .liveness import HORIZON, NOTE_GAP, is_list_of
 
 log = structlog.get_logger()
 
@@ -105,6 +105,7 @@ class Registry:
         self._others: dict[str, Node] = {}
         self._wake = trio.Event()
         self._failed = False  # the last beat could not be written
+        self._beating = trio.Lock()
         self._has_left = False
         self._throttled_log = ThrottledLog(log)
         self.lost = 0  # processes that ended without a word; each is counted by one of the others
@@ -144,7 +145,8 @@ class Registry:
     async def leave(self) -> None:
         """Take this process out, for good. Raises :exc:`Unavailable`."""
         self._has_left = True
-        await self._leave()
+        async with self._beating:  # Redis would take a beat that comes later for a live process
+            await self._leave()
 
     async def _leave(self) -> None:
         left = msgspec.json.encode(Left(self.name))
@@ -153,8 +155,11 @@ class Registry:
 
     async def beat(self) -> None:
         """Write a beat, unless this process has left. Raises :exc:`Unavailable`."""
-        if self._has_left:
-            return
+        async with self._beating:
+            if not self._has_left:
+                await self._beat()
+
+    async def _beat(self) -> None:
         channel, number = b"", 0
         if self._probe is not None:
             _, channel, number = self._probe.next_command()
@@ -164,11 +169,8 @@ class Registry:
             _BEAT,
             [keys.nodes, keys.gap, keys.states, keys.settings],
             [int(self._failed), _FORGET, self.name, state, self._settings, channel, number],
-            fits=_has(5),
+            fits=is_list_of(5),
         )
-        if self._has_left:  # meanwhile
-            await self._leave()
-            return
         self.lost += lost
         if self._probe is not None:
             self._probe.published(1, trio.current_time())
@@ -183,23 +185,21 @@ class Registry:
 
 async def read_nodes(commands: Commands, keys: Keys) -> dict[str, Node]:
     """Read the live processes. Raises :exc:`Unavailable`."""
-    found = await commands.evaluate(_READ, [keys.nodes, keys.gap, keys.states], fits=_has(2))
+    read = [keys.nodes, keys.gap, keys.states]
+    found = await commands.evaluate(_READ, read, fits=is_list_of(2))
     return _nodes(*found)
 
 
 async def read_settings(commands: Commands, keys: Keys) -> dict[str, dict[str, Any]]:
     """Read the settings that live processes should have in common. Raises :exc:`Unavailable`."""
-    found = await commands.evaluate(_READ, [keys.nodes, keys.gap, keys.settings], fits=_has(2))
+    found = await commands.evaluate(
+        _READ, [keys.nodes, keys.gap, keys.settings], fits=is_list_of(2)
+    )
     return {
         name.decode(): msgspec.json.decode(each, type=dict[str, Any])
         for name, each in zip(*found, strict=True)
         if each is not None
     }
-
-
-def _has(length: int) -> Callable[[Any], bool]:
-    """Whether a reply is a list of this length."""
-    return lambda reply: isinstance(reply, list) and len(reply) == length
 
 
 def _nodes(names: list[bytes], states: list[bytes | None]) -> dict[str, Node]:
