@@ -131,7 +131,7 @@ class World:
         **bounds: Any,
     ) -> None:
         self.hub = Hub()
-        routing = PastRouting(uncovered_to_branch=uncovered_to_branch)
+        routing = PastRouting(routes, uncovered_to_branch=uncovered_to_branch)
         self.history = History(**{"age": 10**12} | bounds, routing=routing)
         self.dispatch = Dispatch(
             self.hub,

@@ -220,15 +220,16 @@ class Dispatch:
         and how many of these are done.
         """
         receipts = self.receipts
-        if receipts is not None and self._hub.held:
-            self._note_owed(receipts, plan.planned)
+        all_tracked = [] if receipts is None else _tracked(receipts, plan.planned)
+        if all_tracked and self._hub.held:
+            self._note_owed(plan.planned, all_tracked)
         self.processed += len(plan.fresh)
         now = trio.current_time()
         left = self._writes_per_checkpoint
         for frames, mask, members in plan.writes:
             # Joined just before they are written: then the kernel finds the bytes in the cache.
             data, number = join(frames, mask)
-            tracked = [] if receipts is None else _tracked(receipts, plan.planned, mask)
+            tracked = [sent for bit, sent in all_tracked if mask & bit]
             counted = 0
             for n, connection in enumerate(members, 1):
                 if (waits := connection.write(data, number, now)) and behind is not None:
@@ -355,12 +356,13 @@ class Dispatch:
             left.difference_update(self.receipts.had(event, left))
         return [left] if left else []
 
-    def _note_owed(self, receipts: ReceiptLog, planned: Sequence[_Planned]) -> None:
+    def _note_owed(self, planned: Sequence[_Planned], tracked: Sequence[tuple[int, Sent]]) -> None:
         """Note the tracked events that held connections get from the history."""
-        for event, groups, delivered_up_to in planned:
-            for sent in _tracked(receipts, [(event, groups, 0)], 1):
-                held = self._hub.held.intersection(union(groups))
-                receipts.owed([each for each in held if each.number > delivered_up_to], sent)
+        assert self.receipts is not None
+        for bit, sent in tracked:
+            _, groups, delivered_up_to = planned[bit.bit_length() - 1]
+            held = self._hub.held.intersection(union(groups))
+            self.receipts.owed([each for each in held if each.number > delivered_up_to], sent)
 
     def _plan_one(self, event: Event, groups: list[Members], delivered_up_to: int) -> list[_Write]:
         members = union(groups)
@@ -464,16 +466,15 @@ class Dispatch:
             connection.send(GAP)
 
 
-def _tracked(receipts: ReceiptLog, planned: Sequence[_Planned], mask: int) -> list[Sent]:
-    """The tracked events whose bits are set, in order."""
-    if receipts.is_empty:
-        return []
-    found = []
+def _tracked(receipts: ReceiptLog, planned: Sequence[_Planned]) -> list[tuple[int, Sent]]:
+    """The few tracked events, each with its bit, in order."""
+    types, found = receipts.types, []
     for n, (event, _, _) in enumerate(planned):
-        if mask >> n & 1 and event.stream is not None and event.position is not None:
-            sent = receipts.find(Place(event.stream, event.position))
-            if sent is not None:
-                found.append(sent)
+        if event.type in types or event.escalation is not None:
+            if event.stream is None or event.position is None:
+                continue
+            if (sent := receipts.find(Place(event.stream, event.position))) is not None:
+                found.append((1 << n, sent))
     return found
 
 

@@ -140,7 +140,7 @@ class History:
             self.routing.stored_for(event, audiences),
             delivered_up_to,
         )
-        self._exclude(kept, event)
+        self._mark(kept, event)
         self._kept.append(kept)
         self.bytes += len(kept.frame)
         for audience in kept.audiences:
@@ -212,12 +212,14 @@ class History:
             event, audiences = found
             kept.frame = event.frame
             kept.audiences = self.routing.stored_for(event, audiences)
-            self._exclude(kept, event)
+            self._mark(kept, event)
 
-    def _exclude(self, kept: StoredEvent, event: Event) -> None:
+    def _mark(self, kept: StoredEvent, event: Event) -> None:
         if event.escalation is not None:
             kept.unless = self.routing.excluded(event)
-            self._has_escalations = True
+            self._has_escalations = kept.is_tracked = True
+        elif event.type in self.routing.tracked_types:
+            kept.is_tracked = True
 
     def _insert(self, key: tuple[Stream, Audience], events: list[StoredEvent]) -> None:
         """Add events to those of an audience. Both are in order, and may overlap."""

@@ -20,6 +20,7 @@ class PastRouting:
     def __init__(self, routes: Routing = ROUTES, *, uncovered_to_branch: bool = False) -> None:
         self._routes = routes
         self._uncovered_to_branch = uncovered_to_branch
+        self.tracked_types = routes.tracked_types
         self._not_for_admins = frozenset(
             name for name in routes.durable_types if To.ADMINS not in routes[name].to
         )

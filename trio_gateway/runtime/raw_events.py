@@ -27,6 +27,7 @@ class StoredEvent(msgspec.Struct, gc=False, eq=False):
     delivered_up_to: int  # connections up to this number were sent a Pub/Sub copy of it live
     raw_of: "RawBranch | None" = None
     unless: frozenset[Audience] = frozenset()  # who is in one of these has the event already
+    is_tracked: bool = False  # there are receipts of it
 
 
 class RawBranch:

@@ -49,7 +49,7 @@ class ReceiptLog:
         self._history = history
         self._times = times or DeliveryTimes()
         self._routes = routes
-        self._types = routes.tracked_types
+        self.types = routes.tracked_types
         self._clock = clock
         self._ttl = ttl
         self._writing = writing
@@ -63,16 +63,11 @@ class ReceiptLog:
     @property
     def tracks(self) -> bool:
         """Whether any type is tracked."""
-        return bool(self._types)
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether no event is tracked."""
-        return not self._tracked
+        return bool(self.types)
 
     def note(self, events: Iterable[Event]) -> None:
         """Track those of these durable events whose type asks for it."""
-        types = self._types
+        types = self.types
         for event in events:
             if event.escalation is not None:
                 self._add_escalated(event, event.escalation)

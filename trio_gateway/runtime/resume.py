@@ -439,7 +439,7 @@ class Replays:
         if chunk.frames:
             begun = connection.write_stored(chunk.data, chunk.frames, trio.current_time())
             self.replayed += begun
-            if self._receipts is not None and not self._receipts.is_empty:
+            if self._receipts is not None and self._receipts.tracks:
                 _note_receipts(self._receipts, connection, chunk.events[:begun])
         is_all = begun == len(chunk.frames)
         places = chunk.upto if is_all else {e.stream: e.position for e in chunk.events[:begun]}
@@ -452,7 +452,7 @@ def _note_receipts(
 ) -> None:
     """Note that a connection was sent these."""
     tracked = []
-    for stored in events:
+    for stored in [each for each in events if each.is_tracked]:
         if (found := receipts.find(Place(stored.stream, stored.position))) is not None:
             if found.position == found.tracked.place.position:
                 found.tracked.stand_in(stored.audiences)
