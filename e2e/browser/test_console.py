@@ -73,6 +73,9 @@ def test_figures_change_with_events(page: Page, backend: "redis.Redis") -> None:
     expect(chart).to_have_attribute(
         "aria-label", re.compile(r"Events a second, last two minutes: now .+, at most [1-9]")
     )
+    page.set_viewport_size({"width": 360, "height": 740})
+    times = page.get_by_role("region", name="Delivery times")
+    assert times.evaluate("(table) => table.scrollWidth - table.clientWidth") == 0
 
 
 @pytest.mark.parametrize("endpoint", ["waiter", "kitchen", "admin", "diner"])
@@ -88,6 +91,13 @@ def test_every_role_receives_its_events_in_the_playground(
     if endpoint == "waiter":
         page.get_by_role("button", name="Refresh sectors").click()
         expect(log).to_contain_text('"sector_ids":[5]')
+    leave = page.get_by_role("button", name="Disconnect")
+    leave.focus()
+    page.keyboard.press("Enter")
+    expect(leave).to_be_disabled()
+    expect(leave).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(log.get_by_text("disconnected")).to_have_count(1)
 
 
 def test_published_sample_is_received(page: Page) -> None:
@@ -113,6 +123,8 @@ def test_event_with_receipts_can_be_confirmed_by_keyboard(
     button.focus()
     page.keyboard.press("Enter")
     expect(button).to_be_disabled()
+    expect(button).to_be_focused()
+    page.keyboard.press("Enter")
     expect(log.get_by_role("button", name="Seen")).to_have_count(1)
     (event_id,) = re.findall(r"^.* seen ([\w-]+)$", log.inner_text(), re.MULTILINE)
     token = make_jwt(JWT_SECRET, roles=["ADMIN"])
