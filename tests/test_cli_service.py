@@ -183,8 +183,7 @@ async def test_who_says_what_processes_need_to_know_it(redis_url: str, tmp_path:
         status, out, err = await command(redis_url, "who", "--tenant", "1")
         assert (status, out) == (1, "")
         assert err == (
-            "1 of 1 processes do not know who is connected, because WS_CLUSTER is off there:"
-            f" {name}\n"
+            f"1 of 1 processes do not know their users, because WS_CLUSTER is off there: {name}\n"
         )
         status, out, _ = await command(redis_url, "who", "--tenant", "1", "--json")
         found = {"users": [], "sessions": [], "complete": False, "missing": [name]}

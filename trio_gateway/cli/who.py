@@ -45,7 +45,7 @@ def who(tenant: int, branch: int | None, as_json: bool) -> None:
         tell_missing([each for each in report.missing if each not in unknowing], processes)
         if unknowing:
             names = ", ".join(unknowing)
-            what = f"{len(unknowing)} of {processes} processes do not know who is connected"
+            what = f"{len(unknowing)} of {processes} processes do not know their users"
             click.echo(f"{what}, because WS_CLUSTER is off there: {names}", err=True)
     if not report.complete:
         raise SystemExit(FAILED)
