@@ -189,6 +189,7 @@ class Gateway(QuartTrio):
             nursery.start_soon(parts.checks.run)
         nursery.start_soon(parts.revocations.answer_checks)
         nursery.start_soon(parts.revocations.sweep, settings.jwt_revalidation_interval)
+        nursery.start_soon(parts.deadlines.run)
         nursery.start_soon(self._reap)
         nursery.start_soon(self._trim_history)
         nursery.start_soon(self._server_stops.run)

@@ -50,6 +50,7 @@ from .core.resilience import Breaker
 from .redis_url import RedisKind, RedisUrl
 from .runtime.client_counts import ClientCounts
 from .runtime.concurrency_limiter import ConcurrencyLimiter
+from .runtime.deadlines import Deadlines
 from .runtime.dispatch import Dispatch
 from .runtime.drain import Drain
 from .runtime.following import Following
@@ -106,6 +107,7 @@ class Parts:
     topology: Topology
     watch_topology: Callable[[], Awaitable[None]]
     hub: Hub
+    deadlines: Deadlines
     ingest: Ingest
     pubsub_queue: EventQueue
     stream_queue: EventQueue
@@ -447,6 +449,7 @@ def build_parts(
             watch, topology, redis_url.seeds if redis_url.kind is RedisKind.SENTINEL else ()
         ),
         hub=hub,
+        deadlines=Deadlines(),
         ingest=ingest,
         pubsub_queue=pubsub_queue,
         stream_queue=stream_queue,

@@ -90,6 +90,7 @@ class Reception:
                     self._on_trios_clock(principal.expires_at),
                     replays=parts.replays,
                     receipts=parts.receipts,
+                    deadlines=parts.deadlines,
                     resume_from=request.last_event_id,
                     accepted_at=accepted_at,
                     # Of a shard that is not read yet there is no place, but a time.

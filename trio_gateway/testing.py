@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import trio
@@ -224,6 +225,11 @@ class FakeSocket:
         if isinstance(message, Exception):
             raise message
         return message
+
+    def interrupt(self) -> None:
+        """End a wait for the client's next message, as if it had vanished."""
+        with suppress(trio.WouldBlock):  # full: nobody waits
+            self.client.to_gateway.send_nowait(Disconnected(Close.ABNORMAL))
 
     async def close(self, code: int, reason: str) -> None:
         """Record the close code and the reason, unless the socket was aborted."""

@@ -26,6 +26,7 @@ _GATEWAY: Final = {
     ],
     "gateway.py: parts.sector_assignments.follow_clock": ["SectorAssignments.follow_clock"],
     "gateway.py: parts.sector_assignments.retry_pending": ["SectorAssignments.retry_pending"],
+    "gateway.py: parts.deadlines.run": ["Deadlines.run"],
     "gateway.py: self._reap": ["Gateway._reap"],
     "gateway.py: self._run_sources": ["Gateway._run_sources"],
     "gateway.py: self._server_stops.run": ["_ServerStops.run"],

@@ -12,6 +12,7 @@ import pytest
 import trio
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from trio.testing import wait_all_tasks_blocked
 from wsproto.connection import Connection, ConnectionType
 
 from trio_gateway.core.close_codes import Close
@@ -198,3 +199,37 @@ async def test_goodbye_behind_the_request_head_is_seen() -> None:
         async with trio.SocketStream(trio.socket.from_stdlib_socket(ours)) as stream:
             assert DirectSocket(stream, PING_TEXT + GOODBYE, MOST).has_left()
         assert DirectSocket(stream, b"", MOST).has_left()  # it was closed here
+
+
+async def test_interrupt_ends_a_read_and_no_write(nursery: trio.Nursery) -> None:
+    ours, theirs = socket.socketpair()
+    outcomes: list[str] = []
+    async with (
+        trio.SocketStream(trio.socket.from_stdlib_socket(ours)) as stream,
+        trio.SocketStream(trio.socket.from_stdlib_socket(theirs)) as client,
+    ):
+        sock = DirectSocket(stream, b"", MOST)
+        data = bytes(1_000_000)
+
+        async def read() -> None:
+            with pytest.raises(Disconnected):
+                await sock.receive()
+            outcomes.append("interrupted")
+
+        async def write() -> None:
+            await sock.send(data, 10)
+            outcomes.append("written")
+
+        nursery.start_soon(read)
+        nursery.start_soon(write)
+        await wait_all_tasks_blocked()
+        sock.interrupt()
+        await wait_all_tasks_blocked()
+        assert outcomes == ["interrupted"]
+        received = 0
+        while received < len(data):
+            received += len(await client.receive_some())
+        await client.send_all(PING_TEXT)
+        assert await sock.receive() == "ping"
+        assert outcomes == ["interrupted", "written"]
+    sock.interrupt()  # it is closed by now

@@ -43,15 +43,15 @@ _Get = Callable[[Sequence[str]], Awaitable[Sequence[bytes | None]]]
 class _Batch:
     """Principals that are checked by one MGET; ``until`` is when they stop waiting for it."""
 
-    __slots__ = ("answered", "need_places", "places", "principals", "revoked", "until")
+    __slots__ = ("answered", "need_none", "places", "principals", "revoked", "until")
 
     def __init__(self, until: float) -> None:
         self.principals: list[Principal] = []
         self.until = until
         self.answered = trio.Event()
         self.revoked: Sequence[bool] | None = None  # of each; None if there was no answer
-        self.need_places: dict[int, None] = {}  # the numbers of those who wait for one, too
-        self.places: dict[int, Place] = {}  # for them, by number
+        self.need_none: set[int] = set()  # the numbers of those who do not wait for a place
+        self.places: Sequence[Place | None] = ()  # of the others, by number
 
 
 class CredentialWatch:
@@ -156,6 +156,7 @@ class Revocations:
         """Raise :exc:`Rejected` if the credential is revoked, or if that cannot be checked."""
         if _can_be_revoked(principal):
             batch, number = self._ask(principal)
+            batch.need_none.add(number)
             await self._wait(batch, number)
 
     async def enter(self, principal: Principal) -> Place | None:
@@ -164,15 +165,14 @@ class Revocations:
             await self.check(principal)
             return None
         batch, number = self._ask(principal)
-        batch.need_places[number] = None
         try:
             await self._wait(batch, number)
         except BaseException:
-            batch.need_places.pop(number)
-            if (place := batch.places.pop(number, None)) is not None:
+            batch.need_none.add(number)
+            if batch.places and (place := batch.places[number]) is not None:
                 place.give_up()
             raise
-        return batch.places.pop(number, None)
+        return batch.places[number] if batch.places else None
 
     def _ask(self, principal: Principal) -> tuple[_Batch, int]:
         """Add it to the batch that is checked next; returns that, and its number in it."""
@@ -217,16 +217,16 @@ class Revocations:
 
     async def _reserve_places(self, batch: _Batch, revoked: Sequence[bool]) -> None:
         """Reserve places; a revoked credential must not take one, not even for a moment."""
-        numbers = [number for number in batch.need_places if not revoked[number]]
-        if self.reserve_all is None or not numbers:
+        if self.reserve_all is None:
             return
-        places = await self.reserve_all([batch.principals[number] for number in numbers])
-        for number, place in zip(numbers, places, strict=True):
-            if place is None:
-                continue
-            if number in batch.need_places:
-                batch.places[number] = place
-            else:  # it has stopped waiting
+        without = batch.need_none.union(n for n, is_revoked in enumerate(revoked) if is_revoked)
+        wanted = [each for n, each in enumerate(batch.principals) if n not in without]
+        if not wanted:
+            return
+        found = iter(await self.reserve_all(wanted))
+        batch.places = [None if n in without else next(found) for n in range(len(revoked))]
+        for number in batch.need_none - without:  # they have stopped waiting meanwhile
+            if (place := batch.places[number]) is not None:
                 place.give_up()
 
     async def _get_quickly(self, keys: Sequence[str]) -> Sequence[bytes | None]:

@@ -15,6 +15,7 @@ from ..core.frames import PING_FRAME, PONG, frame, text_frame
 from ..core.limits import RateLimit
 from ..core.messages import PONG as PONG_TEXT
 from ..core.messages import Command, Confirm, Message, Resume, Seen, read_message
+from .deadlines import Deadlines
 from .liveness import ConnectionLimits as ConnectionLimits
 from .liveness import Liveness
 from .outbox import Outbox
@@ -90,8 +91,9 @@ class Connection:
     ``answer`` is called with the messages that need more than the connection knows.
     ``expires_at`` is the end of the credential, on Trio's clock. ``replays`` lets it begin where
     an earlier connection left off, with the places that :class:`ResumeState` describes.
-    ``receipts`` is told what it confirms. ``supports_deflate`` says that the client can read
-    compressed messages.
+    ``receipts`` is told what it confirms. ``deadlines`` close it in time if its socket is plain;
+    otherwise, and without them, it has a cancel scope for that. ``supports_deflate`` says that the
+    client can read compressed messages.
 
     A client that reads slowly lags, see :mod:`.resume_state`; without ``replays`` it is closed.
     """
@@ -101,6 +103,7 @@ class Connection:
         "_answer",
         "_answering",
         "_code",
+        "_deadlines",
         "_limits",
         "_liveness",
         "_nursery",
@@ -130,6 +133,7 @@ class Connection:
         "resume_state",
         "sent_at",
         "supports_deflate",
+        "timer",
         "unconfirmed",
     )  # fmt: skip
 
@@ -142,6 +146,7 @@ class Connection:
         *,
         replays: Resuming | None = None,
         receipts: Confirming | None = None,
+        deadlines: Deadlines | None = None,
         resume_from: str | None = None,
         accepted_at: Cursor | None = None,
         accepted_time: float | None = None,
@@ -164,6 +169,8 @@ class Connection:
         self.resume_state = ResumeState(accepted_at, resume_from, accepted_time)
         self._replays = replays
         self._receipts = receipts
+        self._deadlines = deadlines
+        self.timer = 0  # of deadlines, while they watch it
         self._answer = answer
         self._limits = terms
         self._liveness = Liveness(terms, expires_at)
@@ -377,6 +384,9 @@ class Connection:
         self.ended_at = trio.current_time()
         if self._reading is not None:
             self._reading.cancel()
+        elif self.timer:
+            assert self._socket is not None
+            self._socket.interrupt()
 
     def abort(self) -> None:
         """End the connection without a close that the client could see. Returns at once."""
@@ -392,6 +402,24 @@ class Connection:
 
     async def _read(self, socket: Socket) -> None:
         """Read until the connection ends."""
+        if self._deadlines is None or not socket.is_plain:
+            await self._read_in_scope(socket)
+            return
+        self._deadlines.watch(self)
+        try:
+            while self._code is None:
+                await self._hear(await socket.receive())
+        except Disconnected as left:
+            self.timer = 0  # nobody is to be interrupted
+            self.chose_its_code = self._code is None
+            self.close(left.code, left.reason)
+        except ProtocolViolation as violation:
+            self.close(violation.close, violation.reason)
+        finally:
+            self.timer = 0
+
+    async def _read_in_scope(self, socket: Socket) -> None:
+        """Read until the connection ends, with a cancel scope for its deadline."""
         while self._code is None:  # again if a message came since the deadline was set
             with trio.CancelScope(deadline=self.deadline) as self._reading:
                 try:
@@ -443,6 +471,10 @@ class Connection:
                     self._receipts.see(self, event_id)
             case Resume() if self._replays is not None:
                 self._replays.ask(self, message)
+            case _ if self.timer:
+                with trio.CancelScope() as self._reading:
+                    await self._answer_slowly(message)
+                self._reading = None
             case _:
                 self._set_deadline()  # the one that was set may be over before the answer is
                 assert self._reading is not None
@@ -471,7 +503,10 @@ class Connection:
     def _set_deadline(self) -> None:
         # A deadline that moves back is not set each time a client says something: when the old one
         # is over, the reader looks again. This one may be sooner.
-        if self._reading is not None:
+        if self.timer:
+            assert self._deadlines is not None
+            self._deadlines.watch(self)
+        elif self._reading is not None:
             self._reading.deadline = self.deadline
 
     def close_on_time(self, now: float) -> None:

@@ -41,8 +41,8 @@ class Socket(Protocol):
 
     @property
     def is_plain(self) -> bool:
-        """Whether bytes go at once if the kernel accepts them, and :meth:`receive` and
-        :meth:`send_some` can be cancelled and called again.
+        """Whether bytes go at once if the kernel accepts them, :meth:`receive` and
+        :meth:`send_some` can be cancelled and called again, and there is :meth:`interrupt`.
         """
 
     def try_write(self, data: bytes) -> int:
@@ -80,6 +80,9 @@ class Socket(Protocol):
 
     async def receive(self) -> str | Ping | Pong:
         """The next message. Raises :exc:`Disconnected` or :exc:`ProtocolViolation`."""
+
+    def interrupt(self) -> None:
+        """Let a :meth:`receive` that waits raise :exc:`Disconnected`. Call it if it is plain."""
 
     async def close(self, code: int, reason: str) -> None:
         """Send the close frame, and linger until it has arrived. Bounded in time."""

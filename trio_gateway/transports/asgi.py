@@ -128,6 +128,9 @@ class AsgiSocket:
             )
         return said
 
+    def interrupt(self) -> None:
+        raise AssertionError("it is not plain")
+
     async def close(self, code: int, reason: str) -> None:
         if self._aborted:
             return

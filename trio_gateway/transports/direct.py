@@ -185,7 +185,9 @@ class DirectSocket:
         try:
             await trio.lowlevel.wait_writable(self._socket)
         except trio.ClosedResourceError:
-            raise BrokenPipeError from None
+            if self._socket.fileno() == -1:
+                raise BrokenPipeError from None
+            return 0  # it was interrupt(), which is for the reader
         data = head()  # only now: it may have changed meanwhile
         return self.try_write(data) if data else 0
 
@@ -226,6 +228,11 @@ class DirectSocket:
                 self._unread = data
             else:
                 self._websocket.receive_data(data)
+
+    def interrupt(self) -> None:
+        # It wakes whoever waits for this descriptor, and closes nothing.
+        if self._socket is not None and self._socket.fileno() != -1:
+            trio.lowlevel.notify_closing(self._socket)
 
     def _short(self) -> str | Ping | Pong | None:
         """The next frame, if it is short and complete, as nearly all are. From the first that is

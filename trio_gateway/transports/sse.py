@@ -109,6 +109,9 @@ class EventStream:
             )
             self._ended = True
 
+    def interrupt(self) -> None:
+        raise AssertionError("it is not plain")
+
     async def close(self, code: int, reason: str) -> None:
         if code == Close.ABNORMAL or self._broken or self._aborted:
             return
