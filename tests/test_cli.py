@@ -128,7 +128,7 @@ def test_routes_says_which_types_must_reach_somebody(tmp_path: Path) -> None:
 
 
 def test_routes_shows_the_whole_table() -> None:
-    done = run("routes")
+    done = run("routes", env={"COLUMNS": "30"})
     assert done.exit_code == 0
     row = next(line for line in done.stdout.splitlines() if "ROUND_SUBMITTED" in line)
     assert row.split() == ["ROUND_SUBMITTED", "●", "·", "·", "●", "●", "·", "yes"]

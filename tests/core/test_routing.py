@@ -241,6 +241,9 @@ BAD = [
         "routes.EVENT_UNHEARD.must_reach: ",
         "another one",
     ),
+    ("[routes.EVENT_UNHEARD]\ndurable = false", "routes.EVENT_UNHEARD.durable: ", "must be true"),
+    ('[routes.EVENT_ESCALATED]\nto = ["admins"]', "routes.EVENT_ESCALATED: ", "by the gateway"),
+    ('[routes.""]\nto = ["admins"]', 'routes."": ', "never empty"),
     (
         '[routes.CART_SYNC]\nmust_reach = "diners"\nwithin = 1',
         "routes.CART_SYNC.must_reach: ",

@@ -25,6 +25,8 @@ A  admins of the branch                  D  diners of the event's session
 B  every diner of the branch
 Publish durable types on a stream. An unknown type goes to the admins and is not durable."""
 
+_WIDEST: Final = 1_000  # columns
+
 
 @click.command()
 @click.option(
@@ -91,8 +93,11 @@ def _print_table(table: "Routing") -> None:
             style="yellow" if difference else None,
         )
     console = Console(highlight=False)
+    # In a narrow terminal its lines are broken: rich would leave out the audiences instead.
+    wide = console.options.update(max_width=_WIDEST)
+    console.width = max(console.width, console.measure(grid, options=wide).maximum)
     console.print(grid)
-    console.print(_LEGEND)
+    console.print(_LEGEND, soft_wrap=True)
     for name in sorted(table.tracked_types):
         steps = steps_words((step.name, step.within) for step in table[name].steps)
         promise = f"; must reach {steps}" if steps else ""

@@ -4,6 +4,7 @@ import math
 import tomllib
 from typing import Any, Final
 
+from .escalation import ESCALATED
 from .routing import ROUTES, UNHEARD, Route, Routing, Step, To
 
 _KEYS: Final = ("to", "durable", "receipt", "must_reach", "within", "then")
@@ -41,11 +42,17 @@ def read_routes(text: str) -> Routing:
 
 def _read(name: str, table: Any) -> Route:
     where = f"routes.{name}"
+    if not name:
+        raise InvalidRoutes('routes."": the type of an event is never empty')
+    if name == ESCALATED:
+        raise InvalidRoutes(f"{where}: is made by the gateway, and goes to the audience of a step")
     if not isinstance(table, dict):
         raise InvalidRoutes(f"{where}: must be a table")
     _check_keys(where, table, _KEYS)
     before = ROUTES.route_of(name)
     durable = _read_bool(where, table, "durable", before.durable)
+    if name == UNHEARD and not durable:
+        raise InvalidRoutes(f"{where}.durable: must be true: who is away must get the report later")
     to = before.to
     if "to" in table:
         names = table["to"]
