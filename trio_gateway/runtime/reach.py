@@ -30,10 +30,13 @@ from .throttled_log import ThrottledLog
 log = structlog.get_logger()
 
 #: Seconds after a deadline until Redis is asked: what was confirmed in time is written by then.
-GRACE: Final = 0.5
+GRACE: Final = 0.6
 #: Seconds after an outage until Redis is asked: what was confirmed meanwhile is written by then.
 SETTLE: Final = 2.5
-_TOGETHER: Final = 0.1  # seconds: deadlines that are over so soon share a script
+_TOGETHER: Final = 0.2  # seconds: deadlines that are over so soon share a script
+# Seconds after an answer in which Redis is not asked first whether it answers: if it stops in them,
+# what was confirmed in time is written, as the deadlines were over before.
+_FRESH: Final = 0.3
 _MOST_TOGETHER: Final = 100
 _RETRY: Final = 1.0  # seconds
 _SLOW: Final = 0.3  # seconds for an answer, that came when an outage was over
@@ -199,25 +202,26 @@ class _Lane:
                 self.push(due, SETTLE)
 
     async def run(self, take: Take, answers: Answers) -> NoReturn:
-        was_away = False
+        was_away, answered_at = False, -math.inf
         while True:
             await self._wait()
             place, began = self.heap[0][2].place, trio.current_time()
-            if not await answers(place):
-                was_away = True
-                await trio.sleep(_RETRY)
-                continue
-            if was_away or trio.current_time() - began > _SLOW:
-                await trio.sleep(SETTLE)
-                was_away = not await answers(place)
-                if was_away:
+            if began - answered_at > _FRESH:
+                if not await answers(place):
+                    was_away = True
+                    await trio.sleep(_RETRY)
                     continue
-            found = self._pop()
+                if was_away or trio.current_time() - began > _SLOW:
+                    await trio.sleep(SETTLE)
+                    was_away = not await answers(place)
+                    if was_away:
+                        continue
+            found, asked_at = self._pop(), trio.current_time()
             left = await take(found) if found else []
             if left is None:
-                was_away, left = True, [1] * len(found)
+                was_away, left, asked_at = True, [1] * len(found), -math.inf
                 await trio.sleep(_RETRY)
-            now = trio.current_time()
+            now, answered_at = trio.current_time(), asked_at
             for due, milliseconds in zip(found, left, strict=True):
                 if milliseconds:
                     self.push(due, milliseconds / 1000)
