@@ -5,18 +5,17 @@ after the event entered Redis. Redis' clock tells when that was and when a step 
 of each process what its clients did: where these differ, nothing is earlier than the entry.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 import msgspec
 
-from .audiences import Endpoint
 from .event_ids import event_id
 from .events import Event
 from .explanation import describe
-from .receipts import Place, Receipt, Receipts, State, TrackedEvent, Who
+from .receipts import Place, Receipt, Receipts, State, TrackedEvent, Who, count_in
 from .routing import Routing, Step
 
 
@@ -164,9 +163,9 @@ def trace(
         durable=routes.is_durable(about.type),
         receipts=is_kept,
         sent=len(receipts.by),
-        written=_count(receipts.by.values(), State.WRITTEN),
-        delivered=_count(receipts.by.values(), State.DELIVERED),
-        seen=_count(receipts.by.values(), State.SEEN),
+        written=count_in(State.WRITTEN, receipts.by.values()),
+        delivered=count_in(State.DELIVERED, receipts.by.values()),
+        seen=count_in(State.SEEN, receipts.by.values()),
         audiences=[describe(each) for each in audiences],
         clients=[
             _client(who, receipt, at, route.steps)
@@ -181,10 +180,6 @@ def trace(
     )
 
 
-def _count(receipts: Iterable[Receipt], state: State) -> int:
-    return sum(each.state >= state for each in receipts)
-
-
 def _after(at: int, time: int | None) -> float | None:
     """Seconds from the entry until a time; both are in unix ms."""
     return None if time is None else max(0, time - at) / 1000
@@ -195,11 +190,10 @@ def _given(number: int | None) -> int | msgspec.UnsetType:
 
 
 def _client(who: Who, receipt: Receipt, at: int, steps: Sequence[Step]) -> PathClient:
-    is_diner = who.endpoint == Endpoint.DINER.label
     return PathClient(
         endpoint=who.endpoint,
-        user_id=msgspec.UNSET if is_diner else who.id,
-        session_id=int(who.id) if is_diner else msgspec.UNSET,
+        user_id=who.user_id,
+        session_id=who.session_id,
         state=receipt.state.label,
         sent=_after(at, receipt.sent),
         written=_after(at, receipt.written),
@@ -237,8 +231,8 @@ def _steps(receipts: Receipts, steps: Sequence[Step], now: int) -> list[PathStep
                 deadline=_after(at, deadline),
                 ended=_after(at, ended),
                 sent=len(mine),
-                written=_count(mine, State.WRITTEN),
-                delivered=_count(mine, State.DELIVERED),
+                written=count_in(State.WRITTEN, mine),
+                delivered=count_in(State.DELIVERED, mine),
             )
         )
         begun = over

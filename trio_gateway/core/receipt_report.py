@@ -6,9 +6,9 @@ from typing import Self
 
 import msgspec
 
-from .audiences import Endpoint, Principal
+from .audiences import Principal
 from .event_ids import event_id
-from .receipts import Place, Receipt, Receipts, State, TrackedEvent, Who
+from .receipts import Place, Receipt, Receipts, State, TrackedEvent, Who, count_in
 from .routing import Routing
 
 
@@ -80,8 +80,7 @@ def describe_receipts(
     steps = routes.route_of(found.event.type).steps
     by = {who: each for who, each in found.by.items() if each.state >= State.WRITTEN}
     written, delivered, seen = (
-        sum(receipt.state >= state for receipt in by.values())
-        for state in (State.WRITTEN, State.DELIVERED, State.SEEN)
+        count_in(state, by.values()) for state in (State.WRITTEN, State.DELIVERED, State.SEEN)
     )
     return ReceiptsReply(
         event_id=event_id(*place),
@@ -102,11 +101,10 @@ def describe_receipts(
 
 
 def _describe_one(who: Who, receipt: Receipt) -> ReceiptReply:
-    is_diner = who.endpoint == Endpoint.DINER.label
     return ReceiptReply(
         endpoint=who.endpoint,
         state=receipt.state.label,
         at=None if receipt.at is None else receipt.at / 1000,
-        user_id=msgspec.UNSET if is_diner else who.id,
-        session_id=int(who.id) if is_diner else msgspec.UNSET,
+        user_id=who.user_id,
+        session_id=who.session_id,
     )

@@ -4,7 +4,7 @@ A client that was sent a tracked event has a receipt of it. Its states follow ea
 waits for its socket to take it, was written to it, was delivered, the application has seen it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import NamedTuple
@@ -39,6 +39,16 @@ class Who(NamedTuple):
         """The one that a connection belongs to."""
         named = principal.session if principal.endpoint is Endpoint.DINER else principal.user
         return cls(principal.endpoint.label, str(named))
+
+    @property
+    def user_id(self) -> str | msgspec.UnsetType:
+        """As answers tell it; unset of a session."""
+        return msgspec.UNSET if self.endpoint == Endpoint.DINER.label else self.id
+
+    @property
+    def session_id(self) -> int | msgspec.UnsetType:
+        """As answers tell it; unset of a user."""
+        return int(self.id) if self.endpoint == Endpoint.DINER.label else msgspec.UNSET
 
 
 class Place(NamedTuple):
@@ -124,6 +134,11 @@ class Receipt:
         if state >= State.SEEN and self.seen is None:
             self.seen = now
         return True
+
+
+def count_in(state: State, receipts: Iterable[Receipt]) -> int:
+    """How many clients have come to this state, or further."""
+    return sum(receipt.state >= state for receipt in receipts)
 
 
 def _first(one: int | None, other: int | None) -> int | None:
