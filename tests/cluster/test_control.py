@@ -5,7 +5,7 @@ import pytest
 import redis
 import trio
 
-from tests.cluster.test_registry import KEYS, age, backend, open_registries
+from tests.cluster.test_registry import KEYS, age, open_registries
 from trio_gateway.cluster.control import Control
 from trio_gateway.core.control_messages import (
     Hello,
@@ -13,8 +13,6 @@ from trio_gateway.core.control_messages import (
     SectorsChanged,
     read_control_message,
 )
-
-__all__ = ["backend"]  # a fixture
 
 
 async def test_a_process_that_was_killed_is_missing_for_seven_seconds(

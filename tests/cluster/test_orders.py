@@ -4,7 +4,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-import pytest
 import redis
 import trio
 
@@ -15,13 +14,6 @@ from trio_gateway.cluster.orders import KEPT, Order, Orders
 from trio_gateway.core.resilience import Breaker
 
 KEYS = Keys()
-
-
-@pytest.fixture
-def backend(redis_url: str) -> "redis.Redis":
-    client = redis.Redis.from_url(redis_url)
-    client.flushall()
-    return client
 
 
 class Worker:

@@ -21,13 +21,6 @@ KEYS = Keys()
 MS = 1000
 
 
-@pytest.fixture
-def backend(redis_url: str) -> "redis.Redis":
-    client = redis.Redis.from_url(redis_url)
-    client.flushall()
-    return client
-
-
 @asynccontextmanager
 async def open_registries(url: str, *names: str) -> AsyncIterator[list[Registry]]:
     """Registries of several processes; none of them beats by itself."""

@@ -1,17 +1,18 @@
 """Receipts: who was sent an event, has it, and has seen it."""
 
 import json
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import redis
-from trio_websocket import ConnectionClosed
+from trio_websocket import ConnectionClosed, WebSocketConnection
 
-from tests.support.api_keys import secret_of, write_keys
+from tests.support.api_keys import call, write_keys
 from tests.support.gateways import (
     TABLE_SECRET,
-    Reply,
+    Running,
     admitted,
     closed,
     connect,
@@ -19,7 +20,7 @@ from tests.support.gateways import (
     receive_event,
     until,
 )
-from tests.support.receipts import ask, numbers, publish, receipts, say
+from tests.support.receipts import ask, numbers, post, publish, receipts, say
 from tests.support.receipts import one as gateway_with
 from trio_gateway.core.audiences import TenantId
 from trio_gateway.core.shards import shard_of
@@ -30,6 +31,19 @@ ROUTES = "[routes.SERVICE_CALL_CREATED]\nreceipt = true\n[routes.CHECK_PAID]\nre
 
 def one(redis_url: str, folder: Path, **settings: Any) -> Any:
     return gateway_with(redis_url, folder, ROUTES, **settings)
+
+
+@asynccontextmanager
+async def called(
+    redis_url: str, backend: "redis.Redis", folder: Path, **settings: Any
+) -> AsyncIterator[tuple[Running, WebSocketConnection, str]]:
+    """A gateway with a waiter that has received a service call, and the id of the call."""
+    async with (
+        one(redis_url, folder, **settings) as gateway,
+        admitted(gateway.staff_url("waiter", sub="21", sector_ids=[5])) as waiter,
+    ):
+        publish(backend)
+        yield gateway, waiter, (await receive_event(waiter))["event_id"]
 
 
 async def test_each_client_has_the_state_that_it_confirmed(
@@ -153,27 +167,16 @@ async def test_receipts_by_http_are_those_of_the_credential(
     ):
         publish(backend, type="CHECK_PAID", session_id=456)
         event_id = (await receive_event(diner))["event_id"]
-
-        async def post(token: str, body: str) -> int:
-            reply = await http(
-                gateway.port,
-                "/ws/receipts",
-                method="POST",
-                headers={"Authorization": f"Bearer {token}"},
-                json_body=body.encode("utf-8", "surrogatepass"),
-            )
-            return reply.status
-
         mine = make_table_token(TABLE_SECRET, session_id=456)
         for bad in ("", "[]", "{}", '{"event_id":1}', '{"event_id":"x"}', "\ud800", "{" * 5000):
-            assert await post(mine, bad) == 422
-        assert await post("nonsense", json.dumps({"event_id": event_id})) == 401
+            assert await post(gateway, mine, bad.encode("utf-8", "surrogatepass")) == 422
+        assert await post(gateway, "nonsense", {"event_id": event_id}) == 401
         other = make_table_token(TABLE_SECRET, session_id=457)
-        assert await post(other, json.dumps({"event_id": event_id})) == 204
+        assert await post(gateway, other, {"event_id": event_id}) == 204
         assert numbers(await receipts(gateway, event_id)) == (1, 0, 0)
-        assert await post(mine, json.dumps({"last_event_id": event_id})) == 204
+        assert await post(gateway, mine, {"last_event_id": event_id}) == 204
         assert numbers(await receipts(gateway, event_id)) == (1, 1, 0)
-        assert await post(mine, json.dumps({"event_id": event_id})) == 204
+        assert await post(gateway, mine, {"event_id": event_id}) == 204
         found = await receipts(gateway, event_id)
     assert numbers(found) == (1, 1, 1)
     assert found["by"][0]["session_id"] == 456
@@ -182,12 +185,7 @@ async def test_receipts_by_http_are_those_of_the_credential(
 async def test_receipts_are_for_the_heads_of_the_branch(
     redis_url: str, backend: "redis.Redis", tmp_path: Path
 ) -> None:
-    async with (
-        one(redis_url, tmp_path) as gateway,
-        admitted(gateway.staff_url("waiter", sub="21", sector_ids=[5])) as waiter,
-    ):
-        publish(backend)
-        event_id = (await receive_event(waiter))["event_id"]
+    async with called(redis_url, backend, tmp_path) as (gateway, waiter, event_id):
         publish(backend, type="ROUND_READY")
         untracked = (await receive_event(waiter))["event_id"]
         assert (await ask(gateway, event_id)).status == 200
@@ -206,12 +204,7 @@ async def test_receipts_outlive_the_process_and_an_event_that_nobody_received_ha
     redis_url: str, backend: "redis.Redis", tmp_path: Path
 ) -> None:
     async with one(redis_url, tmp_path) as survivor:
-        async with (
-            one(redis_url, tmp_path) as gateway,
-            admitted(gateway.staff_url("waiter", sub="21", sector_ids=[5])) as waiter,
-        ):
-            publish(backend)
-            event_id = (await receive_event(waiter))["event_id"]
+        async with called(redis_url, backend, tmp_path) as (gateway, waiter, event_id):
             await say(waiter, type="ack", last_event_id=event_id)
             await until(lambda: gateway.app.parts.receipt_writing.is_idle)
         assert numbers(await receipts(survivor, event_id)) == (1, 1, 0)
@@ -230,22 +223,17 @@ async def test_api_key_with_the_scope_read_may_ask_for_its_tenants(
         "two": {"tenants": [2]},
         "all": {},
     }
-    async with (
-        one(redis_url, tmp_path, ws_api_keys_file=write_keys(tmp_path, keys)) as gateway,
-        admitted(gateway.staff_url("waiter", sub="21", sector_ids=[5])) as waiter,
+    file = write_keys(tmp_path, keys)
+    async with called(redis_url, backend, tmp_path, ws_api_keys_file=file) as (
+        gateway,
+        _,
+        event_id,
     ):
-        publish(backend)
-        event_id = (await receive_event(waiter))["event_id"]
-
-        async def asked(key: str, event_id: str) -> Reply:
-            headers = {"Authorization": f"Bearer {secret_of(key)}"}
-            return await http(
-                gateway.port, f"/ws/api/receipts?event_id={event_id}", headers=headers
-            )
-
-        assert [(await asked(key, event_id)).status for key in keys] == [200, 404, 200]
-        assert numbers(json.loads((await asked("one", event_id)).text)) == (1, 0, 0)
-        assert (await asked("one", "x")).status == 422
+        path = f"receipts?event_id={event_id}"
+        replies = [await call(gateway.port, path, key=key) for key in keys]
+        assert [each.status for each in replies] == [200, 404, 200]
+        assert numbers(replies[0].json) == (1, 0, 0)
+        assert (await call(gateway.port, "receipts?event_id=x", key="one")).status == 422
 
 
 async def test_event_of_the_whole_tenant_names_to_a_manager_those_of_its_branches(
@@ -265,8 +253,7 @@ async def test_event_of_the_whole_tenant_names_to_a_manager_those_of_its_branche
             found = await receipts(gateway, event_id, branch_ids=branches)
             assert [each["user_id"] for each in found["by"]] == named
             assert numbers(found) == (2, 0, 0)
-        headers = {"Authorization": f"Bearer {secret_of('all')}"}
-        reply = await http(gateway.port, f"/ws/api/receipts?event_id={event_id}", headers=headers)
+        reply = await call(gateway.port, f"receipts?event_id={event_id}")
         assert len(reply.json["by"]) == 2
 
 
@@ -292,26 +279,14 @@ async def test_receipts_of_a_shard_that_a_process_reads_only_since_now(
         await say(diner, type="ping", last_event_id=later)
         assert numbers(await receipts(gateway, event_id)) == (1, 1, 0)
         token = make_table_token(TABLE_SECRET, session_id=456)
-        reply = await http(
-            other.port,
-            "/ws/receipts",
-            method="POST",
-            headers={"Authorization": f"Bearer {token}"},
-            json_body={"event_id": event_id},
-        )
-        assert reply.status == 204
+        assert await post(other, token, {"event_id": event_id}) == 204
         assert numbers(await receipts(other, event_id)) == (1, 1, 1)
 
 
 async def test_receipts_that_cannot_be_written_are_no_answer(
     redis_url: str, backend: "redis.Redis", tmp_path: Path
 ) -> None:
-    async with (
-        one(redis_url, tmp_path) as gateway,
-        admitted(gateway.staff_url("waiter", sub="21", sector_ids=[5])) as waiter,
-    ):
-        publish(backend)
-        event_id = (await receive_event(waiter))["event_id"]
+    async with called(redis_url, backend, tmp_path) as (gateway, waiter, event_id):
         assert (await ask(gateway, event_id)).status == 200
         backend.config_set("maxmemory", 1)
         try:

@@ -10,12 +10,12 @@ import redis
 import trio
 from jsonschema import Draft202012Validator
 
+from tests.support import receipts
 from tests.support.api_keys import call, write_keys
 from tests.support.commands import SECRETS, run
 from tests.support.gateways import (
     JWT_SECRET,
     Reachable,
-    Reply,
     admitted,
     http,
     receive_event,
@@ -55,10 +55,7 @@ def publish(backend: "redis.Redis", **keys: Any) -> str:
     return f"{entry.decode()}-{tag(STREAM)}"
 
 
-async def ask(gateway: Reachable, event_id: str, **claims: Any) -> Reply:
-    token = make_jwt(JWT_SECRET, **{"roles": ["MANAGER"]} | claims)
-    headers = {"Authorization": f"Bearer {token}"}
-    return await http(gateway.port, f"/ws/why?event_id={event_id}", headers=headers)
+ask = partial(receipts.ask, path="/ws/why")
 
 
 async def path_of(gateway: Reachable, event_id: str) -> Any:

@@ -28,10 +28,20 @@ def publish(backend: "redis.Redis", stream: str = "events:critical", **keys: Any
     return str(entry.decode())
 
 
-async def ask(gateway: Reachable, event_id: object, **claims: Any) -> Reply:
+async def ask(
+    gateway: Reachable, event_id: object, *, path: str = "/ws/receipts", **claims: Any
+) -> Reply:
+    """Ask about an event, as a MANAGER."""
     token = make_jwt(JWT_SECRET, **{"roles": ["MANAGER"]} | claims)
-    path = f"/ws/receipts?event_id={event_id}"
-    return await http(gateway.port, path, headers={"Authorization": f"Bearer {token}"})
+    headers = {"Authorization": f"Bearer {token}"}
+    return await http(gateway.port, f"{path}?event_id={event_id}", headers=headers)
+
+
+async def post(gateway: Reachable, token: str, body: Any) -> int:
+    """Confirm with a request; JSON as bytes is sent as it is. Returns the status."""
+    headers = {"Authorization": f"Bearer {token}"}
+    reply = await http(gateway.port, "/ws/receipts", method="POST", headers=headers, json_body=body)
+    return reply.status
 
 
 async def receipts(gateway: Reachable, event_id: object, **claims: Any) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -39,13 +39,6 @@ KEYS: dict[str, dict[str, Any]] = {
     "support": {"scopes": ["control"], "tenants": [1]},
     "slow": {"rate": 2},
 }
-
-
-@pytest.fixture
-def backend(redis_url: str) -> Iterator["redis.Redis"]:
-    with redis.Redis.from_url(redis_url) as client:
-        client.flushall()
-        yield client
 
 
 @pytest.fixture
