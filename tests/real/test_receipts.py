@@ -182,7 +182,7 @@ async def test_receipts_by_http_are_those_of_the_credential(
     assert found["by"][0]["session_id"] == 456
 
 
-async def test_receipts_are_for_the_heads_of_the_branch(
+async def test_receipts_are_for_the_admins_of_the_branch(
     redis_url: str, backend: "redis.Redis", tmp_path: Path
 ) -> None:
     async with called(redis_url, backend, tmp_path) as (gateway, waiter, event_id):

@@ -63,8 +63,7 @@ async def connect(
         buffer: the number of events that wait here for a slow reader. Further events wait in the
             gateway. If they exceed its limit, it skips those that are not durable, which is a gap.
         confirm: tell the gateway which events the iteration has returned. False for a program that
-            only watches, so that nobody takes it for somebody who has the events; a reconnect
-            resumes, which tells it nevertheless.
+            only watches, so that nobody takes it for somebody who has the events.
         ssl_context: for ``wss://``; by default the system's certificates.
         dial: opens the stream, for example through a proxy or to a Unix socket.
 

@@ -28,8 +28,8 @@ class Asker:
     may_name: Callable[[Receipt], bool] = _is_named
 
     @classmethod
-    def head(cls, admin: Principal) -> Self:
-        """A MANAGER or ADMIN of some branches."""
+    def admin(cls, admin: Principal) -> Self:
+        """A MANAGER or ADMIN: asks about its branches, and about its tenant as a whole."""
         tenant, branches = admin.tenant, admin.branches
         return cls(
             lambda event: event.tenant_id == tenant and event.branch_id in (0, *branches),

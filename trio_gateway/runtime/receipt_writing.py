@@ -1,6 +1,6 @@
 """Receipt writing: what changes of the receipts of this process is written to Redis a moment later.
 
-In a Cluster the streams are on several servers. Each stream has a *lane* of its own there: a server
+In a Cluster the streams are on several servers. Each stream has a writer of its own there: a server
 that does not answer must not delay the receipts that others take. Elsewhere all share one.
 """
 
@@ -29,51 +29,51 @@ class ReceiptWriting:
 
     def __init__(self, *, by_stream: bool = False) -> None:
         self._by_stream = by_stream
-        self._lanes: dict[Stream | None, _Lane] = {}
+        self._writers: dict[Stream | None, _Writer] = {}
         self._opened = trio.lowlevel.ParkingLot()
 
     @property
     def is_idle(self) -> bool:
         """Whether all is written."""
-        return not any(lane.changed or lane.lock.locked() for lane in self._lanes.values())
+        return not any(writer.changed or writer.lock.locked() for writer in self._writers.values())
 
     def changed(self, tracked: Tracked, who: Who, receipt: Receipt) -> None:
         """A receipt has changed."""
         name = tracked.place.stream if self._by_stream else None
-        if (lane := self._lanes.get(name)) is None:
-            lane = self._lanes[name] = _Lane()
+        if (writer := self._writers.get(name)) is None:
+            writer = self._writers[name] = _Writer()
             self._opened.unpark_all()
-        lane.add(tracked, {who: receipt})
+        writer.add(tracked, {who: receipt})
 
     async def run(self, write: Write) -> NoReturn:
         """Write what changes; returns only when cancelled."""
-        running: set[_Lane] = set()
+        running: set[_Writer] = set()
         async with trio.open_nursery() as nursery:
             while True:
-                for lane in set(self._lanes.values()) - running:
-                    running.add(lane)
-                    nursery.start_soon(lane.run, write)
+                for writer in set(self._writers.values()) - running:
+                    running.add(writer)
+                    nursery.start_soon(writer.run, write)
                 await self._opened.park()
 
     async def flush(self, write: Write) -> bool:
         """Write what has changed until now; return False, and lose nothing, if that fails."""
         done: list[bool] = []
 
-        async def flush_one(lane: _Lane) -> None:
-            done.append(await lane.flush(write))
+        async def flush_one(writer: _Writer) -> None:
+            done.append(await writer.flush(write))
 
         async with trio.open_nursery() as nursery:
-            for lane in self._lanes.values():
-                nursery.start_soon(flush_one, lane)
+            for writer in self._writers.values():
+                nursery.start_soon(flush_one, writer)
         return all(done)
 
     def write_again(self) -> None:
         """Redis may have lost what it had: write again what was written in the last seconds."""
-        for lane in self._lanes.values():
-            lane.write_again()
+        for writer in self._writers.values():
+            writer.write_again()
 
 
-class _Lane:
+class _Writer:
     """What is to be written to one server."""
 
     def __init__(self) -> None:

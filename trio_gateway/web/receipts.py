@@ -35,10 +35,10 @@ class Confirmation(msgspec.Struct):
 
 async def read(parts: Parts) -> Answer:
     """Who has received an event, see Receipts; for a MANAGER or ADMIN of its branch."""
-    return await for_head(parts, report)
+    return await for_admin(parts, report)
 
 
-async def for_head(
+async def for_admin(
     parts: Parts, report: Callable[[Parts, Place, Asker], Awaitable[Answer]]
 ) -> Answer:
     """Answer a MANAGER or ADMIN about the event that the query names."""
@@ -57,7 +57,7 @@ async def for_head(
     except Overloaded:
         return problem(429, "too many simultaneous requests of this user", retry_after=1)
     try:
-        return await report(parts, place, Asker.head(admin))
+        return await report(parts, place, Asker.admin(admin))
     finally:
         give_back()
 

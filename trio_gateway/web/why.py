@@ -6,13 +6,13 @@ from ..core.path_words import UNKNOWN_STREAM, tell, why_unknown
 from ..core.receipt_report import Asker
 from ..core.receipts import Place
 from ..parts import Parts
-from .receipts import flush, for_head
+from .receipts import flush, for_admin
 from .responses import Answer, problem, respond
 
 
 async def why(parts: Parts) -> Answer:
-    """The path of an event, see Receipts; for a MANAGER or ADMIN of its branch."""
-    return await for_head(parts, report_path)
+    """The path of an event, see Why; for a MANAGER or ADMIN of its branch."""
+    return await for_admin(parts, report_path)
 
 
 async def report_path(parts: Parts, place: Place, asker: Asker) -> Answer:
