@@ -90,7 +90,8 @@ def _summary(path: EventPath, known: Known, routes: Routing, ttl: float) -> Iter
             )
     for number, step in enumerate(path.steps):
         if step.state is not StepState.NOT_BEGUN:
-            yield f"{step.to}: {_outcome(path, number)}."
+            outcome = _outcome(path, number)
+            yield f"{step.to}: {outcome}{'' if outcome.endswith('?') else '.'}"
     if path.steps and path.steps[-1].state is StepState.UNHEARD:
         yield _end(path)
     if path.missing:
@@ -106,10 +107,8 @@ def _role_of(type_: str) -> str:
 def _reception(path: EventPath) -> Iterator[str]:
     clients = path.clients
     if not path.sent:
-        yield (
-            "It was sent to nobody: no client of its audiences was connected, or it is a copy of an"
-            " earlier event."
-        )
+        copy = ", or it is a copy of an earlier event" if _may_be_copy(path) else ""
+        yield f"It was sent to nobody: no client of its audiences was connected{copy}."
         return
     yield (
         f"Sent to {path.sent}: written to {path.written}, delivered to {path.delivered}, seen by"
@@ -143,8 +142,16 @@ def _outcome(path: EventPath, number: int) -> str:
     late = f"nobody has confirmed, and the time was over {seconds(-left)} ago"
     if -left < _USUALLY:
         return f"{late}; now {_consequence(path, number)}"
-    copy = "" if path.sent else "is it a copy of an earlier event, "
-    return f"{late}, but no step followed: {copy}does a gateway run, and can it write to Redis?"
+    copy = "is it a copy of an earlier event, " if _may_be_copy(path) else ""
+    return (
+        f"{late}, but no step followed: {copy}does a gateway run, and can it read Redis and write"
+        " to it?"
+    )
+
+
+def _may_be_copy(path: EventPath) -> bool:
+    """A copy of an earlier event is sent to nobody and not watched: no step of it is ever over."""
+    return not path.sent and all(step.state is not StepState.UNHEARD for step in path.steps)
 
 
 def _consequence(path: EventPath, number: int) -> str:
