@@ -2,7 +2,6 @@
 
 import ssl
 from collections.abc import AsyncIterator, Iterable
-from types import TracebackType
 from typing import Self, TypeVar
 
 import anyio
@@ -55,12 +54,7 @@ class AsyncApiClient:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
     async def aclose(self) -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import sniffio
@@ -37,12 +36,7 @@ class AsyncPublisher:
             raise RuntimeError(f"AsyncPublisher runs on asyncio and Trio, not on {library}")
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         self._in_thread = None
         self._publisher.close()
 

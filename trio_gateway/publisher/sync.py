@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from functools import partial
-from types import TracebackType
 from typing import Final, Self
 
 from ..core.event_ids import DEFAULT_STREAM
@@ -73,12 +72,7 @@ class Publisher:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
