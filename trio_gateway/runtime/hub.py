@@ -74,6 +74,7 @@ class Hub:
         self._branches: defaultdict[TenantId, Counter[int]] = defaultdict(Counter)
         self._owned: dict[Owner, list[Connection]] = {}
         self._reserved: Counter[Owner] = Counter()
+        self._reserved_in_all = 0
         self._of_tenant: Counter[TenantId] = Counter()  # places, if their number is limited
         # Called with the owner of each place that has become free.
         self.on_freed: Callable[[Owner], None] | None = None
@@ -96,7 +97,7 @@ class Hub:
     @property
     def taken(self) -> int:
         """The number of places that are taken, including reserved ones."""
-        return len(self._connections) + self._reserved.total()
+        return len(self._connections) + self._reserved_in_all
 
     @property
     def connections(self) -> KeysView[Connection]:
@@ -126,7 +127,7 @@ class Hub:
             limits.check(
                 owner,
                 owned=self.places_of(owner),
-                of_tenant=self._of_tenant[owner[1]],
+                of_tenant=self._of_tenant.get(owner[1], 0),
                 taken=self.taken,
             )
 
@@ -146,11 +147,11 @@ class Hub:
 
     def places_of(self, owner: Owner) -> int:
         """The number of places of a user or session, including reserved ones."""
-        return len(self._owned.get(owner, ())) + self._reserved[owner]
+        return len(self._owned.get(owner, ())) + self._reserved.get(owner, 0)
 
     def places_of_tenant(self, tenant: TenantId) -> int:
         """The number of places of a tenant, including reserved ones; 0 if it is not limited."""
-        return self._of_tenant[tenant]
+        return self._of_tenant.get(tenant, 0)
 
     def reserve(self, principal: Principal) -> Place:
         """As :meth:`admit`, and the place stays taken until it is released.
@@ -159,6 +160,7 @@ class Hub:
         """
         self._admit(owner := principal.owner)
         self._reserved[owner] += 1
+        self._reserved_in_all += 1
         if self._limits_tenants:
             self._of_tenant[owner[1]] += 1
         return Place(self, owner)
@@ -166,6 +168,7 @@ class Hub:
     def release(self, owner: Owner) -> None:
         """Give up a reserved place."""
         _subtract(self._reserved, owner)
+        self._reserved_in_all -= 1
         if self._limits_tenants:
             _subtract(self._of_tenant, owner[1])
 
