@@ -76,9 +76,10 @@ def test_text_that_redis_would_not_write_is_not_a_position(text: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "", ".", "1-1", "1-1-", "1-1-abc", "1-1-abcde", "1-1-ABCD", "1-1-zzzz", "1-1-ab\nd",
-        "1-1-abc\u0661", "abcd", "-abcd", "1-abcd", "1-1-abcd.",
-        ".1-1-abcd", "1-1-abcd,2-1-abcd", "1-1-1-abcd", "x-1-abcd", "$", "0", "null", "1" * 10_000,
+        "", ".", "1-1", "1-1-", "1-1-abc", "1-1-abcde", "1-1-ABCD", "1-1-zzzz",
+        "1-0-none", "0-0-none.1-1-abcd", "1-1-ab\nd", "1-1-abc\u0661", "abcd", "-abcd", "1-abcd",
+        "1-1-abcd.", ".1-1-abcd", "1-1-abcd,2-1-abcd", "1-1-1-abcd", "x-1-abcd", "$", "0", "null",
+        "1" * 10_000,
     ],
 )  # fmt: skip
 def test_text_that_is_not_an_event_id_is_not_a_cursor(text: str) -> None:

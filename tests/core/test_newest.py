@@ -23,5 +23,5 @@ def test_position_in_several_streams_is_that_in_each() -> None:
 
 def test_event_ids_are_those_of_one_event() -> None:
     assert is_event_id(at(1))
-    for other in ("", "7", f"{at(1)}.{at(1, '0abc')}", "0-0-none-x", "1-2"):
+    for other in ("", "7", f"{at(1)}.{at(1, '0abc')}", "0-0-none", "0-0-none-x", "1-2"):
         assert not is_event_id(other)

@@ -195,7 +195,7 @@ async def test_receipts_are_for_the_admins_of_the_branch(
         assert (await ask(gateway, untracked)).status == 404
         assert (await ask(gateway, "1-1-4723")).status == 404
         assert (await ask(gateway, "1-1-ffff")).status == 404  # of no stream that is read here
-        for bad in ("", "x", "1-1-zzzz", "1-1-4723.1-1-4724"):
+        for bad in ("", "x", "0-0-none", "1-1-zzzz", "1-1-4723.1-1-4724"):
             assert (await ask(gateway, bad)).status == 422
             assert (await http(gateway.port, f"/ws/receipts?event_id={bad}")).status == 401
 

@@ -54,7 +54,7 @@ _QUIET: Final = 0.5  # seconds without an event after the last loop
 )  # fmt: skip
 @click.option(
     "--workers", type=click.IntRange(1, 16), default=1, show_default=True, metavar="N",
-    help="Gateway processes. The console shows who is connected to each.",
+    help="Gateway processes. The console shows the clients of each.",
 )  # fmt: skip
 @click.option(
     "--story", type=click.Choice(["receipts"]),

@@ -19,7 +19,8 @@ _ReportChannel = Annotated[
     str, msgspec.Meta(pattern=r"^channel:gateway:([0-9]+:)?placement:[0-9a-f]{1,32}\Z")
 ]
 _Name = Annotated[str, msgspec.Meta(pattern="^[A-Za-z0-9._-]{1,100}\\Z")]
-_User = int | Annotated[str, msgspec.Meta(pattern="^[0-9]+\\Z")]
+# Python's `$` may be before a line feed. JSON Schema, where this stands too, does not know `\Z`.
+_User = int | Annotated[str, msgspec.Meta(pattern=r"^[0-9]+$(?!\n)")]
 
 
 class Revoked(msgspec.Struct):

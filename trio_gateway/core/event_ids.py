@@ -16,7 +16,7 @@ START: Final = Position((0, 0))
 _MAX: Final = 2**64 - 1
 LAST: Final = Position((_MAX, _MAX))
 _NOWHERE: Final = "0-0-none"  # a valid id that no history covers
-_TAG: Final = re.compile("[0-9a-f]{4}|none")
+_TAG: Final = re.compile("[0-9a-f]{4}")
 
 
 def tag(name: str) -> Stream:
@@ -55,6 +55,8 @@ def cursor_id(cursor: Cursor) -> str:
 
 def read_cursor(text: str) -> Cursor:
     """The cursor that an id names. Raises :exc:`ValueError` if it is not an event id."""
+    if text == _NOWHERE:
+        return {Stream("none"): START}
     found: dict[Stream, Position] = {}
     for part in text.split("."):
         entry_id, dash, stream = part.rpartition("-")
@@ -62,6 +64,14 @@ def read_cursor(text: str) -> Cursor:
             raise ValueError("not an event id")
         found[Stream(stream)] = read_position(entry_id)
     return found
+
+
+def read_event_id(text: str) -> tuple[Stream, Position]:
+    """The place of one event. Raises :exc:`ValueError` if it is not the id of exactly one."""
+    (place,) = read_cursor(text).items()
+    if text == _NOWHERE:
+        raise ValueError("no event has this id")
+    return place
 
 
 def _is_number(text: str) -> bool:

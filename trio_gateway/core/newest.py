@@ -1,6 +1,6 @@
 """The newest event of each stream, and the id to resume after."""
 
-from .event_ids import START, Position, Stream, read_cursor
+from .event_ids import START, Position, Stream, read_cursor, read_event_id
 
 
 class Newest:
@@ -26,7 +26,11 @@ class Newest:
 
 def is_event_id(text: str) -> bool:
     """Whether this is an id that the gateway gives to an event."""
-    return len(_read(text)) == 1
+    try:
+        read_event_id(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _read(position: str) -> dict[Stream, Position]:

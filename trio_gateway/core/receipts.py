@@ -12,7 +12,7 @@ from typing import NamedTuple
 import msgspec
 
 from .audiences import BranchId, Endpoint, Principal
-from .event_ids import Position, Stream, read_cursor
+from .event_ids import Position, Stream, read_event_id
 
 
 class State(IntEnum):
@@ -70,10 +70,9 @@ class TrackedEvent(msgspec.Struct, frozen=True):
 def read_place(event_id: str) -> Place | None:
     """The place that the id of one event names; None if it is not such an id."""
     try:
-        cursor = read_cursor(event_id)
+        return Place(*read_event_id(event_id))
     except ValueError:
         return None
-    return Place(*next(iter(cursor.items()))) if len(cursor) == 1 else None
 
 
 @dataclass(slots=True)
