@@ -237,6 +237,8 @@ class ReceiptLog:
             if tracked.place.stream != upto.stream:
                 continue
             sent_at = tracked.sent_at(audiences)
+            if who in tracked.by and not tracked.escalated:  # its sectors may have changed since
+                sent_at = tracked.place.position
             if tracked.place == upto or (sent_at is not None and sent_at <= upto.position):
                 self._raise(tracked, who, State.DELIVERED)
 

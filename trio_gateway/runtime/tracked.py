@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterable, Sequence
 
-from ..core.audiences import Audience
+from ..core.audiences import Audience, BranchId, TenantId, floor
 from ..core.event_ids import Position
 from ..core.receipts import Place, Receipt, TrackedEvent, Who
 
@@ -13,7 +13,17 @@ class Tracked:
     ``first`` are the audiences that the original went to, ``steps`` those of each step.
     """
 
-    __slots__ = ("by", "changed", "escalated", "event", "expires", "first", "place", "steps")
+    __slots__ = (
+        "_floor",
+        "by",
+        "changed",
+        "escalated",
+        "event",
+        "expires",
+        "first",
+        "place",
+        "steps",
+    )
 
     def __init__(
         self,
@@ -29,6 +39,7 @@ class Tracked:
         self.first = frozenset(first)
         self.steps = steps
         self.escalated: dict[int, Position] = {}  # by step, where in the stream
+        self._floor = floor(TenantId(event.tenant_id), BranchId(event.branch_id))
         self.by: dict[Who, Receipt] = {}
         self.changed: dict[Who, Receipt] = {}  # and not written to Redis yet
 
@@ -54,8 +65,13 @@ class Tracked:
             )
 
     def sent_at(self, audiences: Collection[Audience]) -> Position | None:
-        """Where in the stream members of these audiences were sent it; None if nowhere yet."""
+        """Where in the stream members of these audiences were sent it; None if nowhere yet.
+
+        A process does not know whether all waiters of the branch stood in on another one.
+        """
         if not self.first.isdisjoint(audiences):
+            return self.place.position
+        if not self.escalated and self._floor in audiences:
             return self.place.position
         mine = self.steps_of(audiences)
         found = [position for step, position in self.escalated.items() if mine >> step & 1]
