@@ -1,6 +1,7 @@
 """Reach: when Redis is asked whether a step is to be taken."""
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 
 import pytest
 import trio
@@ -46,6 +47,18 @@ def watching(ttl: float = 3600.0) -> Reach:
     return Reach(ROUTES, clock, ttl)
 
 
+@asynccontextmanager
+async def asking(
+    reach: Reach | None = None, answers: Callable[[Place], Awaitable[bool]] | None = None
+) -> AsyncIterator[tuple[Reach, Asked]]:
+    """Ask while the block runs, a Redis that answers unless ``answers`` says otherwise."""
+    reach, asked = watching() if reach is None else reach, Asked()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(reach.run, asked, answers or asked.answers)
+        yield reach, asked
+        nursery.cancel_scope.cancel()
+
+
 def event(
     type_: str = "SERVICE_CALL_CREATED",
     after: float = 0.0,
@@ -63,9 +76,7 @@ def event(
 
 
 async def test_redis_is_asked_a_moment_after_each_deadline(autojump_clock: MockClock) -> None:
-    reach, asked = watching(), Asked()
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(reach.run, asked, asked.answers)
+    async with asking() as (reach, asked):
         reach.note([event(after=-1), event(after=-0.95), event("ROUND_READY"), event()])
         await trio.sleep(60)
         assert asked.calls == [
@@ -73,131 +84,108 @@ async def test_redis_is_asked_a_moment_after_each_deadline(autojump_clock: MockC
             (10 + GRACE, [(0, 0)]),
         ]
         assert not len(reach)
-        nursery.cancel_scope.cancel()
 
 
 async def test_earlier_deadline_that_comes_later_is_asked_about_first(
     autojump_clock: MockClock,
 ) -> None:
-    reach, asked = watching(), Asked()
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(reach.run, asked, asked.answers)
+    async with asking() as (reach, asked):
         reach.note([event()])
         await wait_all_tasks_blocked()
         reach.note([event(after=-100)])  # of the past: a process has just begun to read
         await trio.sleep(60)
         assert [steps for _, steps in asked.calls] == [[(-100_000, 0)], [(0, 0)]]
-        nursery.cancel_scope.cancel()
 
 
 async def test_nothing_is_asked_until_redis_has_been_back_for_a_moment(
     autojump_clock: MockClock,
 ) -> None:
     """What clients confirmed while it was away must be written first."""
-    reach, asked = watching(), Asked()
-    asked.is_away = True
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(reach.run, asked, asked.answers)
+    async with asking() as (reach, asked):
+        asked.is_away = True
         reach.note([event()])
         await trio.sleep(20.2)
         assert asked.calls == []
         asked.is_away = False
         await trio.sleep(60)
         assert asked.calls == [(20 + GRACE + SETTLE, [(0, 0)])]
-        nursery.cancel_scope.cancel()
 
 
 async def test_answer_that_waited_for_the_end_of_an_outage_is_one(
     autojump_clock: MockClock,
 ) -> None:
-    reach, asked = watching(), Asked()
 
     async def answers(place: Place) -> bool:
         await trio.sleep(0.9)
         return True
 
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(reach.run, asked, answers)
+    async with asking(answers=answers) as (reach, asked):
         reach.note([event()])
         await trio.sleep(60)
         assert [at for at, _ in asked.calls] == [10 + GRACE + 0.9 + SETTLE + 0.9]
-        nursery.cancel_scope.cancel()
 
 
 async def test_while_much_is_asked_redis_is_not_asked_first_whether_it_answers(
     autojump_clock: MockClock,
 ) -> None:
-    reach, asked, questions = watching(), Asked(), []
+    questions: list[float] = []
 
     async def answers(place: Place) -> bool:
         questions.append(trio.current_time())
         return True
 
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(reach.run, asked, answers)
+    async with asking(answers=answers) as (reach, asked):
         for _ in range(100):
             reach.note([event(after=trio.current_time())])
             await trio.sleep(0.05)
         await trio.sleep(60)
         assert questions == [pytest.approx(10 + GRACE)]
         assert 20 <= len(asked.calls) <= 26
-        nursery.cancel_scope.cancel()
 
 
 async def test_what_redis_did_not_answer_is_asked_again_after_that_moment(
     autojump_clock: MockClock,
 ) -> None:
-    reach, asked = watching(), Asked()
-    asked.left = None
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(reach.run, asked, asked.answers)
+    async with asking() as (reach, asked):
+        asked.left = None
         reach.note([event()])
         await trio.sleep(11)
         asked.left = [0]
         await trio.sleep(60)
         assert [at for at, _ in asked.calls] == [10 + GRACE, 11 + GRACE + SETTLE]
-        nursery.cancel_scope.cancel()
 
 
 async def test_what_another_server_may_not_know_is_asked_again(autojump_clock: MockClock) -> None:
-    reach, asked = watching(), Asked()
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(reach.run, asked, asked.answers)
+    async with asking() as (reach, asked):
         reach.note([event(after=-60), event()])
         await trio.sleep(63)
         assert [at for at, _ in asked.calls] == [0.0, 10 + GRACE]
         reach.ask_again()
         await trio.sleep(60)
         assert asked.calls[2:] == [(63 + SETTLE, [(0, 0)])]
-        nursery.cancel_scope.cancel()
 
 
 async def test_copy_of_an_event_is_not_watched(autojump_clock: MockClock) -> None:
-    reach, asked = watching(), Asked()
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(reach.run, asked, asked.answers)
+    async with asking() as (reach, asked):
         reach.note([event(after=-1), event()])
         reach.drop(event())
         await trio.sleep(60)
         assert [steps for _, steps in asked.calls] == [[(-1000, 0)]]
-        nursery.cancel_scope.cancel()
 
 
 async def test_server_that_does_not_answer_delays_its_own_streams_only(
     autojump_clock: MockClock,
 ) -> None:
-    reach, asked = Reach(ROUTES, clock, 3600, by_stream=True), Asked()
     other = tag("events:other")
 
     async def answers(place: Place) -> bool:
         return place.stream == STREAM
 
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(reach.run, asked, answers)
+    by_server = Reach(ROUTES, clock, 3600, by_stream=True)
+    async with asking(by_server, answers) as (reach, asked):
         reach.note([event(stream=other), event(after=0.01)])
         await trio.sleep(60)
         assert asked.calls == [(10 + GRACE, [(10, 0)])]
-        nursery.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize("change", [-3.0, -3600.0, 3600.0])
@@ -206,29 +194,23 @@ async def test_clock_of_the_process_does_not_matter(
 ) -> None:
     """It is behind that of Redis from the start, or is set after the event has come."""
     offset = min(0.0, max(change, -3.0))
-    reach, asked = Reach(ROUTES, lambda: clock() + offset, 3600), Asked()
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(reach.run, asked, asked.answers)
+    async with asking(Reach(ROUTES, lambda: clock() + offset, 3600)) as (reach, asked):
         reach.note([event()])
         offset = change
         await trio.sleep(60)
         assert asked.calls == [(10 + GRACE, [(0, 0)])]
-        nursery.cancel_scope.cancel()
 
 
 async def test_clock_that_is_ahead_of_redis_asks_again_when_it_is_time(
     autojump_clock: MockClock,
 ) -> None:
-    reach, asked = watching(), Asked()
-    asked.left = [2500]
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(reach.run, asked, asked.answers)
+    async with asking() as (reach, asked):
+        asked.left = [2500]
         reach.note([event()])
         await trio.sleep(11)
         asked.left = [0]
         await trio.sleep(60)
         assert [at for at, _ in asked.calls] == [10 + GRACE, 12.5 + GRACE]
-        nursery.cancel_scope.cancel()
 
 
 async def test_next_step_has_its_own_time_from_its_own_entry(autojump_clock: MockClock) -> None:
@@ -237,14 +219,11 @@ async def test_next_step_has_its_own_time_from_its_own_entry(autojump_clock: Moc
         b'"of":"SERVICE_CALL_CREATED","to":"floor","unless":[],"step":1,"event":{}}'
         % (BEGIN, STREAM.encode())
     )
-    reach, asked = watching(), Asked()
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(reach.run, asked, asked.answers)
+    async with asking() as (reach, asked):
         await trio.sleep(12)
         reach.note([event(after=12, payload=payload)])
         await trio.sleep(60)
         assert asked.calls == [(17 + GRACE, [(0, 1)])]
-        nursery.cancel_scope.cancel()
 
 
 async def test_event_of_which_nothing_is_known_any_more_is_not_watched(
