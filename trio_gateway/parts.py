@@ -255,10 +255,14 @@ def build_parts(
         receipts.drop(event)
         reach.drop(event)
 
-    def on_reading() -> None:
+    def on_reading(name: str) -> None:
         """A stream is read on a new connection: maybe from another server than before."""
         receipt_writing.write_again()
         reach.ask_again()
+        reach.back(tag(name))
+
+    def on_lost(name: str) -> None:
+        reach.lost(tag(name))
 
     if receipts.tracks:
         dispatch.receipts = receipts
@@ -365,15 +369,16 @@ def build_parts(
 
     def on_stream() -> None:
         breakers["stream"].succeeded()
-        on_reading()
+        on_reading("")
 
     streams: Streams | ClusterStreams
     if is_cluster:
-        streams = ClusterStreams(topology, breakers["stream"], on_reading)
+        streams = ClusterStreams(topology, breakers["stream"], on_reading, on_lost)
     else:
         streams = Streams(
             topology,
             on_reading=on_stream,
+            on_lost=lambda: on_lost(""),
             probe=probe,
             ranks=sharding.ranks,
             old_streams=sharding.old_streams,

@@ -225,6 +225,50 @@ async def test_steps_are_taken_once_across_a_failover(
         await trio.to_thread.run_sync(opened.__exit__, None, None, None)
 
 
+async def test_a_lost_node_of_a_cluster_delays_the_events_of_its_own_shards_only(
+    tmp_path: Path,
+) -> None:
+    """While it is away, what clients of other shards confirm counts, and the rest is reported."""
+    shards = 8
+    settings = {"REDIS_STREAM_SHARDS": str(shards)}
+    opened = cluster_set(appendonly="yes", cluster_require_full_coverage="no")
+    servers = await trio.to_thread.run_sync(opened.__enter__)
+
+    def stream(tenant: int) -> str:
+        return stream_name(STREAM, shards, shard_of(tenant, shards))
+
+    def ask(command: str, *rest: Any) -> Any:
+        return servers.primary(rest[0] if rest else STREAM).ask(command, *rest)
+
+    lost, kept = 1, 2
+    while servers.primary(stream(kept)) is servers.primary(stream(lost)):
+        kept += 1
+    try:
+        async with (
+            serving_on(servers.url, ask, tmp_path, 2, **settings) as found,
+            admitted(found.url(0, tenant_id=lost, sector_ids=[5])) as victim,
+            admitted(found.url(0, tenant_id=kept, sector_ids=[5])) as waiter,
+        ):
+            found.publish(stream(lost), tenant_id=lost)
+            event = await receive_event(victim, 5)
+            servers.primary(stream(lost)).kill()
+            ack = {"type": "ack", "last_event_id": event["event_id"]}
+            await victim.send_message(json.dumps(ack))  # is to be written to the lost node
+            unheard = found.publish(stream(kept), tenant_id=kept, branch_id=2)
+            for n in range(10):
+                found.publish(stream(kept), tenant_id=kept, n=n)
+                ack["last_event_id"] = (await receive_event(waiter, 5))["event_id"]
+                await waiter.send_message(json.dumps(ack))
+                await trio.sleep(0.1)
+            await found.wait_reports(len(STEPS), stream=stream(kept))
+            found.check_in_time([unheard], stream(kept))
+            await trio.to_thread.run_sync(lambda: servers.wait_writable(stream(lost)))
+            await trio.sleep(2 * WITHIN)
+            assert found.reports(stream(lost)) == []
+    finally:
+        await trio.to_thread.run_sync(opened.__exit__, None, None, None)
+
+
 class Cost(NamedTuple):
     """For each event: scripts in Redis, and its CPU time and that of all processes (µs)."""
 

@@ -143,6 +143,25 @@ async def test_while_much_is_asked_redis_is_not_asked_first_whether_it_answers(
         assert 20 <= len(asked.calls) <= 26
 
 
+async def test_nothing_is_asked_while_the_stream_is_not_read_and_a_moment_after_that(
+    autojump_clock: MockClock,
+) -> None:
+    """A new primary may answer at once: what clients confirmed before is written first."""
+    reach, asked = Reach(ROUTES, clock, 3600, by_stream=True), Asked()
+    other = tag("events:other")
+    reach.back(STREAM)  # read for the first time
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(reach.run, asked, asked.answers)
+        reach.note([event(), event(stream=other)])
+        await trio.sleep(9)
+        reach.lost(STREAM)
+        await trio.sleep(3)
+        reach.back(STREAM)
+        await trio.sleep(60)
+        assert [at for at, _ in asked.calls] == [10 + GRACE, 12 + SETTLE]
+        nursery.cancel_scope.cancel()
+
+
 async def test_what_redis_did_not_answer_is_asked_again_after_that_moment(
     autojump_clock: MockClock,
 ) -> None:

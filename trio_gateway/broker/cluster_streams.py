@@ -31,11 +31,18 @@ class ClusterStreams:
     """
 
     def __init__(
-        self, topology: Topology, breaker: Breaker, on_reading: Callable[[], None] = lambda: None
+        self,
+        topology: Topology,
+        breaker: Breaker,
+        on_reading: Callable[[str], None] = lambda name: None,
+        on_lost: Callable[[str], None] = lambda name: None,
     ) -> None:
-        """``on_reading`` is called when a stream is read on a new connection."""
+        """``on_reading`` is called when a stream is read on a new connection, ``on_lost`` when its
+        connection is lost.
+        """
         self._topology = topology
         self._on_reading = on_reading
+        self._on_lost = on_lost
         self._breaker = breaker
         self._followed: dict[str, None] = {}  # in order
         self._changed = trio.lowlevel.ParkingLot()
@@ -113,13 +120,14 @@ class ClusterStreams:
     def _note_lost(self, name: str, error: BaseException) -> None:
         self._breaker.failed(trio.current_time(), soon=True)
         if name not in self._lost:
+            self._on_lost(name)
             self._lost.add(name)
             self._throttled_log.warning(
                 "stream lost", kind="stream lost", stream=name, error=str(error)
             )
 
     def _note_reading(self, name: str) -> None:
-        self._on_reading()
+        self._on_reading(name)
         was_lost = name in self._lost
         self._lost.discard(name)
         if not self._lost:

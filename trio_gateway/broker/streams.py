@@ -37,10 +37,10 @@ class Streams:
     """Reads streams from their end, and after a lost connection from where it was.
 
     A stream that is followed for the first time is read from its past on. ``on_reading`` is called
-    when a new connection works, ``on_demoted`` when the server at the other end of one that was in
-    use is not the primary any more. ``ranks`` and ``old_streams`` are those of
-    :class:`.core.shards.Sharding`. ``probe`` is published every two seconds. In a Cluster all
-    streams are in this ``slot``.
+    when a new connection works, ``on_lost`` when it is lost, ``on_demoted`` when the server at the
+    other end of one that was in use is not the primary any more. ``ranks`` and ``old_streams`` are
+    those of :class:`.core.shards.Sharding`. ``probe`` is published every two seconds. In a Cluster
+    all streams are in this ``slot``.
     """
 
     def __init__(
@@ -53,6 +53,7 @@ class Streams:
         ranks: Mapping[Stream, int] | None = None,
         old_streams: Collection[Stream] = (),
         on_demoted: Callable[[], None] = lambda: None,
+        on_lost: Callable[[], None] = lambda: None,
     ) -> None:
         self._topology = topology
         self._slot = slot or 0
@@ -63,6 +64,7 @@ class Streams:
         self._ranks = ranks or {}
         self._old_streams = old_streams
         self._on_demoted = on_demoted
+        self._on_lost = on_lost
         self._followed: dict[str, None] = {}  # in order
         self._changed = trio.lowlevel.ParkingLot()
         self._by_name: dict[str, StreamCursor] = {}  # of the streams that have been begun
@@ -112,6 +114,8 @@ class Streams:
             self._note(server, lost)
             raise
         finally:
+            if self.connected:
+                self._on_lost()
             self.connected = False
             self._connection_scope = trio.CancelScope()
 

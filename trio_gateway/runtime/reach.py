@@ -5,9 +5,9 @@ where one step is taken once: by whom does not matter, and whoever dies, another
 step changes is an entry of the stream, so all processes learn of it there, see
 :mod:`..core.escalation`.
 
-Nobody is asked while Redis is away, nor in the moment after that: what clients have confirmed
-meanwhile must be written first. A command that waits in a stopped Redis would be carried out before
-that, so Redis must have answered another one right before.
+Nobody is asked while Redis is away or the stream is not read, nor in the moment after that: what
+clients have confirmed meanwhile must be written first. A command that waits in a stopped Redis
+would be carried out before that, so Redis must have answered another one right before.
 """
 
 import heapq
@@ -159,8 +159,24 @@ class Reach:
         for lane in self._lanes.values():
             lane.ask_again()
 
+    def lost(self, stream: Stream) -> None:
+        """This stream is not read: ask nothing about its events meanwhile.
+
+        Without ``by_stream``, no stream is read then.
+        """
+        self._lane(stream).pause_until(math.inf)
+
+    def back(self, stream: Stream) -> None:
+        """This stream is read again; maybe another server has it."""
+        lane = self._lane(stream)
+        if lane.paused_until == math.inf:
+            lane.pause_until(trio.current_time() + SETTLE)
+
     def _lane_of(self, place: Place) -> "_Lane":
-        name = place.stream if self._by_stream else None
+        return self._lane(place.stream)
+
+    def _lane(self, stream: Stream) -> "_Lane":
+        name = stream if self._by_stream else None
         if (lane := self._lanes.get(name)) is None:
             lane = self._lanes[name] = _Lane()
             self._opened.unpark_all()
@@ -182,6 +198,7 @@ class _Lane:
 
     def __init__(self) -> None:
         self.heap: list[tuple[float, int, Due]] = []  # by when Redis is asked (Trio's time)
+        self.paused_until = -math.inf
         self._numbers = count()
         self._changed = trio.Event()
         self.dropped: set[Place] = set()  # events that are not watched any more
@@ -193,6 +210,10 @@ class _Lane:
         if not self.heap or at < self.heap[0][0]:
             self._changed.set()
         heapq.heappush(self.heap, (at, next(self._numbers), due))
+
+    def pause_until(self, moment: float) -> None:
+        self.paused_until = moment
+        self._changed.set()
 
     def ask_again(self) -> None:
         since = trio.current_time() - _ASKED
@@ -230,10 +251,13 @@ class _Lane:
 
     async def _wait(self) -> None:
         """Wait until the first deadline is over."""
-        while not self.heap or self.heap[0][0] > trio.current_time():
+        while (at := self._next()) > trio.current_time():
             self._changed = trio.Event()
-            with trio.CancelScope(deadline=self.heap[0][0] if self.heap else math.inf):
+            with trio.CancelScope(deadline=at):
                 await self._changed.wait()
+
+    def _next(self) -> float:
+        return max(self.heap[0][0], self.paused_until) if self.heap else math.inf
 
     def _pop(self) -> list[Due]:
         """What is asked about now."""
