@@ -90,6 +90,16 @@ async def test_a_key_over_its_rate_is_told_when_to_try_again(gateway: Running) -
     await until(lambda: _is_ok(gateway, "slow"))
 
 
+@pytest.mark.parametrize("path", ["receipts?event_id=1-0-4723", "why?event_id=1-0-4723", "slo"])
+async def test_a_key_asks_all_processes_only_a_few_times_at_once(
+    gateway: Running, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gateway.app.parts.catch_ups, "_most", 0)
+    monkeypatch.setattr(gateway.app.parts.catch_ups, "_patience", 0.05)
+    reply = await call(gateway.port, path)
+    assert (reply.status, reply.headers["retry-after"]) == (429, "1")
+
+
 async def _is_ok(gateway: Running, key: str) -> bool:
     return (await call(gateway.port, "nodes", key=key)).status == 200
 

@@ -100,13 +100,22 @@ CALLS: Final = (
         answer=receipts,
         reply=ReceiptsReply,
         query=(_EVENT,),
+        asks_all=True,
     ),
-    Call(name="why", scope=Scope.READ, answer=why, reply=EventPath, query=(_EVENT,)),
+    Call(
+        name="why",
+        scope=Scope.READ,
+        answer=why,
+        reply=EventPath,
+        query=(_EVENT,),
+        asks_all=True,
+    ),
     Call(
         name="slo",
         scope=Scope.READ,
         answer=slo,
         reply=SloReport,
+        asks_all=True,
         query=(
             _TENANT._replace(required=False),
             Parameter(

@@ -44,7 +44,8 @@ class Call:
     """One call of the API: what decides on it, and what describes it.
 
     ``most_bytes`` bounds its body. ``takes_turns``: its bodies are big, so only a few of these
-    calls are served at once.
+    calls are served at once. ``asks_all``: it waits for other processes, so a key may have only a
+    few of these calls at once.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Call:
     query: tuple[Parameter, ...] = ()
     most_bytes: int = SMALL_BODY
     takes_turns: bool = False
+    asks_all: bool = False
 
     @property
     def method(self) -> str:
@@ -117,7 +119,16 @@ async def _answer(parts: Parts, key: ApiKey, call: Call) -> Answer:
     _check_query(call)
     request.body = request.body_class(request.content_length, call.most_bytes)
     request.scope[MAY_READ].set()  # type: ignore[typeddict-item]  # HttpConnection's
-    return await call.answer(parts, key)
+    if not call.asks_all:
+        return await call.answer(parts, key)
+    try:
+        give_back = await parts.catch_ups.take(("api", key.name))
+    except Overloaded:
+        return problem(429, "too many simultaneous requests of one key", retry_after=1)
+    try:
+        return await call.answer(parts, key)
+    finally:
+        give_back()
 
 
 def _check_query(call: Call) -> None:
