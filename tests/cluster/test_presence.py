@@ -320,6 +320,54 @@ async def test_leave_from_a_second_process_has_the_whole_grace_though_the_first_
         assert world.events[1]["at"] == pytest.approx(START + left, abs=0.1)
 
 
+async def test_leave_does_not_end_the_grace_of_a_later_connection_to_a_process_that_stops(
+    client: "redis.Redis", autojump_clock: MockClock
+) -> None:
+    async with service(client, 3, grace=11.2) as (world, (one, other, third)):
+        ana = one.join()
+        await trio.sleep(1)
+        one.is_cut_off = True
+        one.leave(ana)
+        other.join()
+        await trio.sleep(1)
+        one.is_cut_off = False  # its leave is written after the other's join
+        await trio.sleep(3)
+        await other.registry.beat()
+        other.resumed = trio.Event()  # it counts as dead 7 s later: 11 s after the leave
+        await trio.sleep(6.9)
+        one.is_cut_off = third.is_cut_off = True
+        await trio.sleep(0.4)  # no sweep, until the grace of the leave is over, too
+        one.is_cut_off = third.is_cut_off = False
+        await third.run_script(presence_scripts.SWEEP, [third.name, "0"])
+        await trio.sleep(3)
+        other.resumed.set()
+        await trio.sleep(30)
+        assert world.told == [("USER_ONLINE", "21")]
+
+
+@pytest.mark.parametrize("grace", [0, 1])
+async def test_leave_is_not_before_the_end_of_a_process_that_is_not_swept_yet(
+    client: "redis.Redis", autojump_clock: MockClock, grace: float
+) -> None:
+    async with service(client, 3, grace=grace) as (world, (one, other, third)):
+        one.join()
+        other.join()
+        await trio.sleep(1)
+        await other.registry.beat()
+        killed = trio.current_time()
+        other.kill()
+        await trio.sleep(6.8)
+        one.is_cut_off = third.is_cut_off = True
+        await trio.sleep(0.3)  # the other counts as dead, and no sweep has seen it
+        one.is_cut_off = third.is_cut_off = False
+        last = "0 - 6000\n"  # its last connection ended 6 s ago
+        await one.run_script(presence_scripts.WRITE, [one.name, "9", "1:waiter:21", last])
+        await trio.sleep(SOON + SOON)
+        assert world.told == [("USER_ONLINE", "21"), ("USER_OFFLINE", "21")]
+        # Three seconds after its last beat, when the other may have ended.
+        assert world.events[-1]["at"] == pytest.approx(START + killed + 3, abs=0.1)
+
+
 async def test_each_leave_has_the_whole_grace(
     client: "redis.Redis", autojump_clock: MockClock
 ) -> None:

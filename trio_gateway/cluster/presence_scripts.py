@@ -4,7 +4,8 @@ After the prefix the keys are:
 
 - ``here:<process>``, a hash: who is connected there, with the number of connections and a record
 - ``online:<tenant>``, a hash: who is present, with since when and a record
-- ``leaving``, a sorted set: who may have no connection, by when it lost the last one (ms)
+- ``leaving``, a sorted set: who has no connection in any ``here``, by when it lost the last one
+  (ms)
 - ``left``, a hash: when one lost those of a process (ms), who had others then
 - ``presence:processes``, a hash: each process that has a ``here``, with the number of its last
   write
@@ -100,6 +101,15 @@ local function held(key)
   return found
 end
 
+-- Whether a process holds it that is not live any more, and has not been swept: then it leaves when
+-- that process is swept, or later.
+local function held_by_dead(key)
+  for name in pairs(dead) do
+    if redis.call('HEXISTS', prefix .. 'here:' .. name, key) == 1 then return true end
+  end
+  return false
+end
+
 -- It is there with another record: tell those who watch.
 local function update(key, since, record, values)
   redis.call('HSET', online(key), key, since .. '\\n' .. record)
@@ -116,19 +126,20 @@ local function finish(key, left)
   changes[#changes + 1] = {{key}}
 end
 
--- A process does not hold it any more. Others may hold it that are dead, which is not known yet:
--- the last time counts.
+-- A process does not hold it any more. Once no other does, it is leaving; of all ends the last
+-- counts.
 local function release(key, left)
   local value = redis.call('HGET', online(key), key)
   if not value then return end
   local values = held(key)
   left = math.max(left, tonumber(redis.call('HGET', prefix .. 'left', key) or 0))
-  if grace > 0 then redis.call('ZADD', leaving, 'GT', text(left), key) end
-  if #values == 0 then
-    if grace == 0 then finish(key, left) end
+  if #values == 0 and not held_by_dead(key) then
+    if grace == 0 then finish(key, left)
+    else redis.call('ZADD', leaving, 'GT', text(left), key) end
     return
   end
   redis.call('HSET', prefix .. 'left', key, text(left))
+  if #values == 0 then return end
   local record = behind_line(values[1])
   if record ~= behind_line(value) then
     update(key, string.match(value, '^[^\\n]+'), record, values)
@@ -207,7 +218,11 @@ local due = redis.call('ZRANGEBYSCORE', leaving, waits and text(since) or '-inf'
   'WITHSCORES', 'LIMIT', 0, {CHUNK})
 for at = 1, #due, 2 do
   local key, left = due[at], tonumber(due[at + 1])
-  if #held(key) > 0 then redis.call('ZREM', leaving, key) else finish(key, left) end
+  if #held(key) == 0 and not held_by_dead(key) then
+    finish(key, left)
+  else  -- written by another version
+    redis.call('ZREM', leaving, key)
+  end
 end
 
 local room, more = {CHUNK} - #due / 2, #due == {2 * CHUNK} and 1 or 0
