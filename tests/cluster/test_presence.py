@@ -604,6 +604,8 @@ async def play(
                 case "join":
                     process.join(value)
                     truth.add(value, 1)
+                    if not process.resumed.is_set():
+                        truth.unsure.add(value)
                 case "leave" if value < len(process.connections):
                     connection = process.connections[value]
                     process.leave(connection)
