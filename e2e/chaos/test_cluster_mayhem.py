@@ -51,21 +51,34 @@ class Mayhem:
     def known(self, stay: Stay) -> Stay | None:
         """What the service can know of a connection; None if it may know nothing of it.
 
-        Nobody knows what a process could not tell Redis before it ended. A process that is stopped
-        for long counts as gone, and its connections, too, unless they are there when it goes on.
+        Nobody knows what a process could not tell Redis before it ended, or before it was stopped,
+        until it goes on. A process that is stopped for long counts as gone, and its connections,
+        too, unless they are there when it goes on.
         """
         for process, at in (*self._kills, *self._restarts):
             if process is stay.host and stay.came <= at <= stay.went + SLACK:
-                if (process, at) in self._kills and at - stay.came < SLACK:
+                is_late = (process, at) in self._kills and at - stay.came < SLACK
+                if is_late or self._was_kept_back(stay, at):
                     return None
-                for began, ended in self._troubles:
-                    if began - SLACK < stay.came and ended <= at < ended + SLACK:
-                        return None
         for process, began, ended in self._stops:
-            is_gone = ended - began > LIVE - EVERY
-            if process is stay.host and is_gone and began < stay.went < ended + SLACK:
-                return None if stay.came >= began - SLACK else replace(stay, went=began)
+            if process is not stay.host or not stay.came <= began < stay.went:
+                continue
+            if began - stay.came < SLACK or self._was_kept_back(stay, began):
+                if stay.went < ended + SLACK:
+                    return None
+                stay = replace(stay, came=ended)
+            elif ended - began > LIVE - EVERY and stay.went < ended + SLACK:
+                return replace(stay, went=began)
         return stay
+
+    def _was_kept_back(self, stay: Stay, at: float) -> bool:
+        """Whether, by this time, a process may not have told Redis of a connection: it could not
+        when the connection came.
+        """
+        return any(
+            began - SLACK < stay.came and ended <= at < ended + SLACK
+            for began, ended in self._troubles
+        )
 
     async def kill(self, process: GatewayProcess) -> None:
         self.up.remove(process)
