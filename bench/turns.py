@@ -12,7 +12,7 @@ import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from statistics import mean
+from statistics import median
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -84,9 +84,9 @@ def main(names: list[str]) -> None:
         for number in range(_ROUNDS):
             for each in gateways if number % 2 else reversed(gateways):
                 each.go_on()
-        first = mean(gateways[0].found)
+        first = median(gateways[0].found)
         for each in gateways:
-            cost = mean(each.found)
+            cost = median(each.found)
             print(f"{each.name:40} {cost:6.1f} µs of CPU for an accept, {cost / first:.3f} ×")
 
 
