@@ -18,7 +18,7 @@ from trio_gateway.core.event_ids import Position, Stream
 from trio_gateway.core.events import Event
 from trio_gateway.core.routing import ROUTES, Route, Routing, To
 from trio_gateway.runtime.connection import Connection, ConnectionLimits
-from trio_gateway.runtime.dispatch import Dispatch, join
+from trio_gateway.runtime.dispatch import Dispatch
 from trio_gateway.runtime.hub import Hub
 from trio_gateway.runtime.queue import EventQueue
 from trio_gateway.testing import FakeSocket, make_event, make_principal
@@ -172,13 +172,6 @@ async def test_connections_with_the_same_events_share_the_same_bytes(
         for each in group:
             assert [id(data) for data in each.given] == [id(data) for data in group[0].given]
         assert group[0].given[1] is batch[0].frame
-
-
-def test_join_takes_the_frames_of_a_mask() -> None:
-    frames = [numbered(n).frame for n in range(4)]
-
-    assert join(frames, 0b1010) == (frames[1] + frames[3], 2)
-    assert join(frames, 0b0100) == (frames[2], 1)
 
 
 @pytest.mark.parametrize("copies", [1, 2])

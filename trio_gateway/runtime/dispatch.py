@@ -1,9 +1,7 @@
 """Dispatch: deliver events from the queues, with one write per connection and batch."""
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import compress
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final, NamedTuple, NoReturn
 
 import structlog
@@ -21,9 +19,10 @@ from ..core.routing import ROUTES, Routing
 from .connection import Connection
 from .history import History
 from .hub import Hub
-from .members import Members, by_mask, union
+from .members import Members, union
 from .past_routing import PastRouting
 from .pauses import Pauses
+from .planning import Planned, Write, join, plan_writes
 from .queue import EventQueue
 from .receipts import ReceiptLog
 from .throttled_log import ThrottledLog
@@ -33,10 +32,6 @@ log = structlog.get_logger()
 
 LOOK_BACK: Final = 1.0  # seconds
 
-# An event to be delivered, who is in its audiences, and the last connection that has heard a copy.
-_Planned = tuple[Event, list[Members], int]
-# Frames, which of them (bit i: the i-th), and who gets those.
-_Write = tuple[list[bytes], int, list[Connection]]
 # The audiences of an event, and the members of those that have any.
 _Route = tuple[list[Audience], list[Members]]
 
@@ -45,8 +40,8 @@ class _Plan(NamedTuple):
     """What is done about a batch: its events that were not duplicates, and what is written."""
 
     fresh: list[Event]
-    planned: Sequence[_Planned]
-    writes: list[_Write]
+    planned: Sequence[Planned]
+    writes: list[Write]
 
 
 _BATCHES_OF_A_BACKLOG: Final = 4
@@ -289,7 +284,7 @@ class Dispatch:
         this step.
         """
         fresh: list[Event] = []
-        planned: list[_Planned] = []
+        planned: list[Planned] = []
         last_number = self._hub.last_number
         raw: list[tuple[Event, int]] = []  # to be stored, with their marks
         history, now = self._history, trio.current_time()
@@ -340,12 +335,7 @@ class Dispatch:
             history.advance(stream, position)
         if not planned:
             return _Plan(fresh, (), [])
-        writes = self._plan_one(*planned[0]) if len(planned) == 1 else self._plan_many(planned)
-        if writes and self._hub.deflate_count:
-            deflated = [event.deflated for event, _, _ in planned]
-            if any(event.frame is not event.deflated for event, _, _ in planned):
-                writes = _with_deflated(writes, deflated)
-        return _Plan(fresh, planned, writes)
+        return _Plan(fresh, planned, plan_writes(planned, self._hub))
 
     def _without_earlier(self, event: Event, groups: list[Members]) -> list[Members]:
         """Those in an escalated event's audience that were not sent it before."""
@@ -356,85 +346,13 @@ class Dispatch:
             left.difference_update(self.receipts.had(event, left))
         return [left] if left else []
 
-    def _note_owed(self, planned: Sequence[_Planned], tracked: Sequence[tuple[int, Sent]]) -> None:
+    def _note_owed(self, planned: Sequence[Planned], tracked: Sequence[tuple[int, Sent]]) -> None:
         """Note the tracked events that held connections get from the history."""
         assert self.receipts is not None
         for bit, sent in tracked:
             _, groups, delivered_up_to = planned[bit.bit_length() - 1]
             held = self._hub.held.intersection(union(groups))
             self.receipts.owed([each for each in held if each.number > delivered_up_to], sent)
-
-    def _plan_one(self, event: Event, groups: list[Members], delivered_up_to: int) -> list[_Write]:
-        members = union(groups)
-        if delivered_up_to:
-            members = [connection for connection in members if connection.number > delivered_up_to]
-        if not event.durable:
-            if self._hub.lagging:
-                members = self._without_lagging(members)
-        elif held := self._hub.held:
-            members = [connection for connection in members if connection not in held]
-        return [([event.frame], 1, members)] if members else []
-
-    def _plan_many(self, planned: list[_Planned]) -> list[_Write]:
-        """Plan with one bit mask per audience (bit i: the i-th event).
-
-        The work per connection is to or the masks of its audiences, and equal masks share one
-        joined byte string.
-        """
-        heard: list[Members] = []
-        durable = 0
-        copies: list[tuple[int, int]] = []  # a bit, and the last connection that has the event
-        bit = 1
-        for event, groups, delivered_up_to in planned:
-            for members in groups:
-                if not members.mask:
-                    heard.append(members)
-                members.mask |= bit
-            if event.durable:
-                durable |= bit
-            if delivered_up_to:
-                copies.append((bit, delivered_up_to))
-            bit <<= 1
-        found: Mapping[int, list[Connection]] = by_mask(heard)
-        if copies or (self._hub.held and (durable or self._hub.lagging)):
-            found = self._without(found, durable, copies)
-        frames = [event.frame for event, _, _ in planned] if found else []
-        # Small groups first: they do not wait for the writes to a large one.
-        writes = [(frames, mask, members) for mask, members in found.items()]
-        writes.sort(key=_crowd)
-        return writes
-
-    def _without(
-        self,
-        sorted_out: Mapping[int, list[Connection]],
-        durable: int,
-        copies: Sequence[tuple[int, int]],
-    ) -> Mapping[int, list[Connection]]:
-        """Without events that a connection has already, gets from the history, or skips."""
-        found: defaultdict[int, list[Connection]] = defaultdict(list)
-        held, lagging = self._hub.held, self._hub.lagging
-        for mask, members in sorted_out.items():
-            for connection in members:
-                left = mask & ~durable if connection in held else mask
-                if connection in lagging:
-                    connection.resume_state.has_skipped |= left > 0
-                    left = 0
-                for bit, delivered_up_to in copies:
-                    if connection.number <= delivered_up_to:
-                        left &= ~bit
-                found[left].append(connection)
-        found.pop(0, None)
-        return found
-
-    def _without_lagging(self, members: Sequence[Connection]) -> list[Connection]:
-        """The connections that do not lag; the others skip an event that is not durable."""
-        found = []
-        for connection in members:
-            if connection in self._hub.lagging:
-                connection.resume_state.has_skipped = True
-            else:
-                found.append(connection)
-        return found
 
     def audiences(self, event: Event) -> list[Audience]:
         """The audiences by the routing, and what an uncovered sector falls back to."""
@@ -452,7 +370,7 @@ class Dispatch:
         return covering in audiences and not self._hub.hears([covering])
 
     def _break_off(
-        self, batch: Sequence[Event], writes: list[_Write], members: list[Connection], done: int
+        self, batch: Sequence[Event], writes: list[Write], members: list[Connection], done: int
     ) -> None:
         """Send a gap to connections not written to: they may have lost durable events."""
         if not any(self._routes.is_durable(event.type) for event in batch):
@@ -466,7 +384,7 @@ class Dispatch:
             connection.send(GAP)
 
 
-def _tracked(receipts: ReceiptLog, planned: Sequence[_Planned]) -> list[tuple[int, Sent]]:
+def _tracked(receipts: ReceiptLog, planned: Sequence[Planned]) -> list[tuple[int, Sent]]:
     """The few tracked events, each with its bit, in order."""
     types, found = receipts.types, []
     for n, (event, _, _) in enumerate(planned):
@@ -490,30 +408,3 @@ def _positions(batch: Iterable[Event]) -> dict[Stream, Position]:
         for event in batch
         if event.stream is not None and event.position is not None
     }
-
-
-def _crowd(write: _Write) -> int:
-    return len(write[2])
-
-
-def _with_deflated(writes: list[_Write], deflated: list[bytes]) -> list[_Write]:
-    """Split each write: connections that can read compressed frames get those."""
-    found: list[_Write] = []
-    for frames, mask, members in writes:
-        if plain := [connection for connection in members if not connection.supports_deflate]:
-            found.append((frames, mask, plain))
-        if can := [connection for connection in members if connection.supports_deflate]:
-            found.append((deflated, mask, can))
-    return found
-
-
-_AS_BITS: Final = bytes(byte == ord("1") for byte in range(256))
-
-
-def join(frames: Sequence[bytes], mask: int) -> tuple[bytes, int]:
-    """Join the frames whose bits are set, in order; also return their number."""
-    count = mask.bit_count()
-    if count == 1:
-        return frames[mask.bit_length() - 1], 1
-    bits = bin(mask)[:1:-1].encode().translate(_AS_BITS)  # the lowest first
-    return b"".join(compress(frames, bits)), count
