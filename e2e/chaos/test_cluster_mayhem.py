@@ -37,9 +37,13 @@ def server() -> Iterator[RedisServer]:
 
 
 class Mayhem:
-    """The faults. The processes in ``up`` can be reached."""
+    """The faults. The processes in ``up`` can be reached.
 
-    def __init__(self, found: Service, server: RedisServer) -> None:
+    A seed gives the same faults again. What people do between them depends on their timing, too.
+    """
+
+    def __init__(self, found: Service, server: RedisServer, seed: int) -> None:
+        self._random = random.Random(seed)
         self.processes = list(found.processes)
         self.up = list(found.processes)
         self._server = server
@@ -84,7 +88,7 @@ class Mayhem:
         self.up.remove(process)
         self._kills.append((process, time.time()))
         process.kill()
-        await trio.sleep(random.uniform(1, LONGEST))
+        await trio.sleep(self._random.uniform(1, LONGEST))
         await process.start()
         self.up.append(process)
 
@@ -93,7 +97,7 @@ class Mayhem:
         self.up.remove(process)
         process.process.send_signal(signal.SIGSTOP)
         began = time.time()
-        await trio.sleep(random.uniform(1, LONGEST))
+        await trio.sleep(self._random.uniform(1, LONGEST))
         process.process.send_signal(signal.SIGCONT)
         self._stops.append((process, began, time.time()))
         self.up.append(process)
@@ -108,7 +112,7 @@ class Mayhem:
     async def freeze_redis(self, _process: GatewayProcess) -> None:
         began = time.time()
         with self._server.frozen():
-            await trio.sleep(random.uniform(1, LONGEST))
+            await trio.sleep(self._random.uniform(1, LONGEST))
         self._troubles.append((began, time.time()))
 
     async def cut_all_links(self, _process: GatewayProcess) -> None:
@@ -126,11 +130,11 @@ class Mayhem:
         ]  # fmt: skip
         end = trio.current_time() + seconds
         while trio.current_time() < end:
-            fault = random.choice(faults)
-            began, process = time.time(), random.choice(self.processes)
+            fault = self._random.choice(faults)
+            began, process = time.time(), self._random.choice(self.processes)
             await fault(process)
             print(f"{fault.__name__} {process.port} {began:.2f}-{time.time():.2f}", flush=True)
-            await trio.sleep(random.uniform(1, 6))
+            await trio.sleep(self._random.uniform(1, 6))
 
 
 async def live(person: Person, found: Service, mayhem: Mayhem) -> None:
@@ -148,10 +152,9 @@ async def live(person: Person, found: Service, mayhem: Mayhem) -> None:
 async def test_what_is_told_is_true_whatever_fails(server: RedisServer, tmp_path: Path) -> None:
     seed = int(os.environ.get("MAYHEM_SEED", random.randrange(10_000)))
     print(f"MAYHEM_SEED={seed}")
-    random.seed(seed)
     everybody = people(600)
     async with service(server.connection_url, tmp_path, CIRCUIT_RECOVERY_TIMEOUT="1") as found:
-        mayhem = Mayhem(found, server)
+        mayhem = Mayhem(found, server, seed)
         async with trio.open_nursery() as nursery:
             for person in everybody:
                 nursery.start_soon(live, person, found, mayhem)
