@@ -177,8 +177,9 @@ class Presence:
         return await self._run(script, arguments)
 
     def _mark(self, key: str) -> None:
+        if not self._dirty:
+            self._changed.set()
         self._dirty[key] = None
-        self._changed.set()
 
     def _forget(self, key: str, tenant: TenantId) -> None:
         self._gone -= 1
@@ -222,7 +223,8 @@ class Presence:
 
     async def _write(self) -> None:
         keys = list(islice(self._dirty, scripts.WRITTEN))
-        batch: list[tuple[str, _Here | None, float | None]] = []
+        batch: list[_Here | None] = []
+        came_before: list[float | None] = []
         self._number += 1
         now = trio.current_time()
         arguments: list[str | int] = [self._name, self._number]
@@ -239,19 +241,20 @@ class Presence:
                     left = _ago(now, here.left_at)
                 here.came_at = None
             arguments += (key, f"{connections} {came} {left}\n{record}")
-            batch.append((key, here, came_at))
+            batch.append(here)
+            came_before.append(came_at)
         self._is_writing = True
         try:
             last, error, since = await self._run_write(scripts.WRITE, arguments)
             if last == b"late":
                 raise Unavailable("a later write was faster")
         except BaseException:
-            self._restore(batch)
+            self._restore(keys, batch, came_before)
             raise
         finally:
             self._is_writing = False
         self._report(error)
-        for (key, here, _), moment in zip(batch, since, strict=True):
+        for key, here, moment in zip(keys, batch, since, strict=True):
             if here is None:
                 continue
             if here.connections:
@@ -264,9 +267,14 @@ class Presence:
         if lost:
             self.rewrite()
 
-    def _restore(self, batch: Sequence[tuple[str, _Here | None, float | None]]) -> None:
+    def _restore(
+        self,
+        keys: Sequence[str],
+        batch: Sequence[_Here | None],
+        came_before: Sequence[float | None],
+    ) -> None:
         """It is unknown whether Redis has got this."""
-        for key, here, came_at in batch:
+        for key, here, came_at in zip(keys, batch, came_before, strict=True):
             self._dirty[key] = None
             if here is not None:
                 here.came_at = here.came_at if came_at is None else came_at
