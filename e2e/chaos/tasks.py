@@ -82,7 +82,7 @@ _AWAITED: Final = {
     "broker/publishing.py: self._send, server, group, confirm",
     "parts.py: cluster.leave",
     "parts.py: receipt_writing.flush, receipt_store.write",
-    "runtime/receipt_writing.py: flush_one, lane",
+    "runtime/receipt_writing.py: flush_one, writer",
     "cluster/control.py: self._answer, ask",
     "cluster/observing.py: commands.run",  # of the command line
     "cluster/observing.py: link.run",
@@ -105,7 +105,7 @@ _PARTS: Final = {
     "broker/topology_watch.py: _listen, sentinel, topology",
     "broker/topology_watch.py: _look, topology",
     "runtime/reach.py: lane.run, take, answers",
-    "runtime/receipt_writing.py: lane.run, write",
+    "runtime/receipt_writing.py: writer.run, write",
 }
 
 

@@ -48,6 +48,23 @@ async def test_slow_client_gets_no_changes_but_the_state_when_it_has_caught_up(
         assert [len(each.messages) for each in (admin, quick)] == [3, 52]
 
 
+async def test_state_has_the_clients_of_a_process_that_has_just_started(
+    client: "redis.Redis", autojump_clock: MockClock
+) -> None:
+    async with service(client, 0) as (world, _), trio.open_nursery() as nursery:
+        one = Process(world, "one")
+        one.resumed = trio.Event()  # its first beat is under way
+        nursery.start_soon(one.run)
+        one.join(21)
+        admin = watch(one)
+        await trio.sleep(0.3)
+        one.resumed.set()
+        await trio.sleep(0.3)
+        assert len(admin.messages) == 1
+        assert [each["user_id"] for each in admin.messages[0]["users"]] == ["21"]
+        nursery.cancel_scope.cancel()
+
+
 async def test_state_is_read_once_for_all_watchers_of_a_tenant_and_not_without_them(
     client: "redis.Redis", autojump_clock: MockClock
 ) -> None:

@@ -173,7 +173,10 @@ class Presence:
             self._flushing -= 1
 
     async def _run_when_written(self, script: str, arguments: Sequence[str | int]) -> Any:
-        await self.flush()  # who watches sees at least the clients of this process
+        # Who watches sees at least the clients of this process, also when it has just started.
+        with trio.move_on_after(_FLUSH):
+            await self._registered.wait()
+        await self.flush()
         return await self._run(script, arguments)
 
     def _mark(self, key: str) -> None:

@@ -15,6 +15,7 @@ set {} x xx
 pexpire {} 1
 hset {} x 1
 hincrby {} x 1
+hexists {} x
 hget {} x
 hmget {} x
 hkeys {}
