@@ -1,5 +1,8 @@
 """The receipt store, with a real Redis: what several processes write of one client is raised."""
 
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
 from tests.support.gateways import open_commands
 from trio_gateway.broker.receipt_store import ReceiptStore
 from trio_gateway.core.event_ids import Position, tag
@@ -10,21 +13,34 @@ STREAM = "events:critical"
 WHO = Who("waiter", "21")
 AT = 1_790_000_000_000
 
+Write = Callable[[Receipt], Awaitable[Receipts]]
+
+
+@asynccontextmanager
+async def after_writing(redis_url: str, sequence: int) -> AsyncIterator[Write]:
+    """A function that writes a receipt of one event, and reads what is known after that."""
+    breaker = Breaker(5, 30.0)
+    async with open_commands(redis_url, breaker, breaker, max_connections=2) as commands:
+        store = ReceiptStore(commands, {tag(STREAM): STREAM})
+        place = Place(tag(STREAM), Position((AT, sequence)))
+        about = TrackedEvent("SERVICE_CALL_CREATED", 1, 1, AT)
+
+        async def after(receipt: Receipt) -> Receipts:
+            assert await store.write({place: Change(about, 2 * AT, {WHO: receipt})})
+            found = await store.read(place)
+            assert found is not None
+            return found
+
+        yield after
+
 
 async def test_client_that_was_sent_an_event_by_one_process_confirms_it_on_another(
     redis_url: str,
 ) -> None:
-    breaker = Breaker(5, 30.0)
-    async with open_commands(redis_url, breaker, breaker, max_connections=2) as commands:
-        store = ReceiptStore(commands, {tag(STREAM): STREAM})
-        place = Place(tag(STREAM), Position((AT, 0)))
-        about = TrackedEvent("SERVICE_CALL_CREATED", 1, 1, AT)
+    async with after_writing(redis_url, 0) as after:
 
         async def raised(receipt: Receipt) -> Receipt | None:
-            assert await store.write({place: Change(about, 2 * AT, {WHO: receipt})})
-            found = await store.read(place)
-            assert found is not None
-            return found.by.get(WHO)
+            return (await after(receipt)).by.get(WHO)
 
         found = await raised(Receipt(steps=1, sent=AT + 2))
         assert found == Receipt(1, AT + 2)
@@ -37,18 +53,7 @@ async def test_confirmation_counts_also_if_it_is_written_before_that_the_event_w
     redis_url: str,
 ) -> None:
     """Two processes write at the same time: the one that sent it, and the one that was told."""
-    breaker = Breaker(5, 30.0)
-    async with open_commands(redis_url, breaker, breaker, max_connections=2) as commands:
-        store = ReceiptStore(commands, {tag(STREAM): STREAM})
-        place = Place(tag(STREAM), Position((AT, 1)))
-        about = TrackedEvent("SERVICE_CALL_CREATED", 1, 1, AT)
-
-        async def after(receipt: Receipt) -> Receipts:
-            assert await store.write({place: Change(about, 2 * AT, {WHO: receipt})})
-            found = await store.read(place)
-            assert found is not None
-            return found
-
+    async with after_writing(redis_url, 1) as after:
         before = await after(Receipt(delivered=AT + 1))
         assert (before.by, before.confirmed) == ({}, {})
         found = await after(Receipt(steps=2, sent=AT, written=AT))
