@@ -18,8 +18,9 @@ PAGE: Final = Path(__file__).parents[1] / "docs/api.md"
 PUBLIC: Final[dict[str, set[str]]] = {
     "api_client": {
         "ApiClient", "AsyncApiClient", "CallFailed", "ClientReceipt", "Disconnected",
-        "EventReceipts", "HistoryPage", "Node", "PresentSession", "PresentUser", "Presence",
-        "Published", "ReceiptStep", "Refreshed", "Slo", "TenantTimes", "Times", "TimesWindow",
+        "EventPath", "EventReceipts", "HistoryPage", "Node", "PathAudience", "PathClient",
+        "PathMoment", "PathStep", "PresentSession", "PresentUser", "Presence", "Published",
+        "ReceiptStep", "Refreshed", "Slo", "TenantTimes", "Times", "TimesWindow",
     },
     "client": {
         "Client", "Event", "Gap", "NoUpgrade", "Presence", "Refused", "Status", "TokenProvider",

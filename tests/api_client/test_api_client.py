@@ -24,7 +24,15 @@ from tests.support.gateways import (
     valkey,
     with_certificate,
 )
-from trio_gateway.api_client import ApiClient, AsyncApiClient, CallFailed, PresentSession, attempts
+from trio_gateway.api_client import (
+    ApiClient,
+    AsyncApiClient,
+    CallFailed,
+    PathAudience,
+    PathMoment,
+    PresentSession,
+    attempts,
+)
 from trio_gateway.publisher import InDoubt, InvalidEvent, PublishFailed
 
 from .conftest import Use
@@ -79,7 +87,7 @@ async def test_events_reach_clients_with_the_id_that_publishing_returns(
         assert CART in await received(diner)
 
 
-async def test_receipts_tell_who_has_an_event(
+async def test_receipts_and_why_tell_who_has_an_event(
     redis_url: str, backend: "redis.Redis", tmp_path: Path, use: Use
 ) -> None:
     (tmp_path / "routes.toml").write_text("[routes.ROUND_READY]\nreceipt = true\n")
@@ -94,12 +102,19 @@ async def test_receipts_tell_who_has_an_event(
         event = await receive_event(waiter)
 
         async def ask(api: Any) -> Any:
-            return await api.receipts(event["event_id"])
+            return await api.receipts(event["event_id"]), await api.why(event["event_id"])
 
-        found = await use(ask, where(gateway), secret_of("all"))
+        found, path = await use(ask, where(gateway), secret_of("all"))
         assert (found.written, found.delivered, found.steps) == (1, 0, ())
         (mine,) = found.by
         assert (mine.user_id, mine.endpoint, mine.state) == ("21", "waiter", "written")
+        assert (path.type, path.branch_id, path.sector_id, path.receipts) == (
+            "ROUND_READY", 1, None, True,
+        )  # fmt: skip
+        assert PathAudience("floor", 1, branch_id=1) in path.audiences
+        (client,) = path.clients
+        assert (client.user_id, client.state, client.delivered) == ("21", "written", None)
+        assert path.timeline[0] == PathMoment(0.0, "entered Redis", lies_ahead=False)
         with pytest.raises(CallFailed) as failed:
             await use(lambda api: api.receipts("1-0-4723"), where(gateway), secret_of("all"))
         assert failed.value.status == 404
@@ -203,6 +218,10 @@ async def test_presence_is_that_of_a_branch(redis_url: str, tmp_path: Path, use:
         admitted(gateway.diner_url(session_id=456, table_id=10)),
     ):
         found = await use(lambda api: api.presence(1, 1), where(gateway), secret_of("all"))
+        assert gateway.app.parts.cluster is not None
+        node = gateway.app.parts.cluster.registry.name
+        one = await use(lambda api: api.presence(1, 1, node=node), where(gateway), secret_of("all"))
+    assert one.users == found.users
     (user,) = found.users
     assert (user.user_id, user.endpoint, user.connections, user.sector_ids) == (
         "21", "waiter", 1, (5,),

@@ -17,6 +17,7 @@ from .connecting import TIMEOUT, options
 from .errors import CallFailed
 from .values import (
     Disconnected,
+    EventPath,
     EventReceipts,
     HistoryPage,
     Node,
@@ -104,9 +105,11 @@ class AsyncApiClient:
         """Load the sectors of a waiter again. Raises :exc:`CallFailed`."""
         return await self._run(calls.refresh(tenant_id, waiter_id))
 
-    async def presence(self, tenant_id: int, branch_id: int) -> Presence:
-        """Who is present in a branch. Raises :exc:`CallFailed`."""
-        return await self._run(calls.presence(tenant_id, branch_id))
+    async def presence(
+        self, tenant_id: int, branch_id: int, *, node: str | None = None
+    ) -> Presence:
+        """Who is present in a branch, on one process or on all. Raises :exc:`CallFailed`."""
+        return await self._run(calls.presence(tenant_id, branch_id, node))
 
     async def nodes(self) -> list[Node]:
         """The processes of the service. Raises :exc:`CallFailed`."""
@@ -115,6 +118,10 @@ class AsyncApiClient:
     async def receipts(self, event_id: str) -> EventReceipts:
         """Who has received an event, of a type that has receipts. Raises :exc:`CallFailed`."""
         return await self._run(calls.receipts(event_id))
+
+    async def why(self, event_id: str) -> EventPath:
+        """What became of an event, of any type. Raises :exc:`CallFailed`."""
+        return await self._run(calls.why(event_id))
 
     async def slo(self, tenant_id: int | None = None, *, limit: int = 100) -> Slo:
         """How long the events of tenants take to their clients. Raises :exc:`CallFailed`."""

@@ -10,6 +10,7 @@ import msgspec
 from ..publisher import InDoubt, InvalidEvent, PublishFailed
 from .values import (
     Disconnected,
+    EventPath,
     EventReceipts,
     HistoryPage,
     Node,
@@ -84,9 +85,11 @@ def refresh(tenant_id: int, waiter_id: str | int) -> Call[Refreshed]:
     return _order("refresh", {"tenant_id": tenant_id, "waiter_id": waiter_id}, Refreshed)
 
 
-def presence(tenant_id: int, branch_id: int) -> Call[Presence]:
-    """Who is present in a branch."""
+def presence(tenant_id: int, branch_id: int, node: str | None) -> Call[Presence]:
+    """Who is present in a branch, on one process or on all."""
     params = {"tenant_id": str(tenant_id), "branch_id": str(branch_id)}
+    if node is not None:
+        params["node"] = node
     return Call("GET", "presence", _reader(Presence), repeatable=True, params=params)
 
 
@@ -103,6 +106,11 @@ def receipts(event_id: str) -> Call[EventReceipts]:
     """Who has received an event."""
     params = {"event_id": event_id}
     return Call("GET", "receipts", _reader(EventReceipts), repeatable=True, params=params)
+
+
+def why(event_id: str) -> Call[EventPath]:
+    """The path of an event."""
+    return Call("GET", "why", _reader(EventPath), repeatable=True, params={"event_id": event_id})
 
 
 def slo(tenant_id: int | None, limit: int) -> Call[Slo]:

@@ -17,6 +17,7 @@ from .connecting import TIMEOUT, options
 from .errors import CallFailed
 from .values import (
     Disconnected,
+    EventPath,
     EventReceipts,
     HistoryPage,
     Node,
@@ -125,9 +126,9 @@ class ApiClient:
         """Load the sectors of a waiter again. Raises :exc:`CallFailed`."""
         return self._run(calls.refresh(tenant_id, waiter_id))
 
-    def presence(self, tenant_id: int, branch_id: int) -> Presence:
-        """Who is present in a branch. Raises :exc:`CallFailed`."""
-        return self._run(calls.presence(tenant_id, branch_id))
+    def presence(self, tenant_id: int, branch_id: int, *, node: str | None = None) -> Presence:
+        """Who is present in a branch, on one process or on all. Raises :exc:`CallFailed`."""
+        return self._run(calls.presence(tenant_id, branch_id, node))
 
     def nodes(self) -> list[Node]:
         """The processes of the service. Raises :exc:`CallFailed`."""
@@ -136,6 +137,10 @@ class ApiClient:
     def receipts(self, event_id: str) -> EventReceipts:
         """Who has received an event, of a type that has receipts. Raises :exc:`CallFailed`."""
         return self._run(calls.receipts(event_id))
+
+    def why(self, event_id: str) -> EventPath:
+        """What became of an event, of any type. Raises :exc:`CallFailed`."""
+        return self._run(calls.why(event_id))
 
     def slo(self, tenant_id: int | None = None, *, limit: int = 100) -> Slo:
         """How long the events of tenants take to their clients. Raises :exc:`CallFailed`."""

@@ -137,6 +137,87 @@ class EventReceipts(_FromAll, frozen=True):
     steps: tuple[ReceiptStep, ...]
 
 
+class PathAudience(msgspec.Struct, frozen=True):
+    """A key under which an event and its clients meet; ``audience`` is its kind."""
+
+    audience: str
+    tenant_id: int
+    branch_id: int | None = None
+    sector_id: int | None = None
+    session_id: int | None = None
+
+
+class PathClient(msgspec.Struct, frozen=True, kw_only=True):
+    """A user on an endpoint, or a session, that an event was sent to.
+
+    ``sent`` to ``seen`` are when it came to each state, None if it has not. ``must_reach`` are the
+    audiences of the steps that it is in.
+    """
+
+    endpoint: str
+    state: str
+    sent: float | None
+    written: float | None
+    delivered: float | None
+    seen: float | None
+    must_reach: tuple[str, ...]
+    user_id: str | None = None
+    session_id: int | None = None
+
+
+class PathStep(msgspec.Struct, frozen=True):
+    """An audience that must receive an event; ``sent``, ``written``, ``delivered`` are numbers.
+
+    ``begun`` and ``deadline`` are None before its time, ``ended`` until it is over or confirmed.
+    """
+
+    to: str
+    within: float
+    state: str
+    begun: float | None
+    deadline: float | None
+    ended: float | None
+    sent: int
+    written: int
+    delivered: int
+
+
+class PathMoment(msgspec.Struct, frozen=True):
+    """Something that happened to an event, or that will (``lies_ahead``), in words for people."""
+
+    after: float
+    text: str
+    lies_ahead: bool
+
+
+class EventPath(_FromAll, frozen=True, kw_only=True):
+    """The path of an event. ``at`` is unix time, all other times are seconds after that.
+
+    ``receipts``: whether it is known who was sent it. The numbers are of all clients; ``clients``
+    are those that the key may know of. What processes in ``missing`` know may not be counted.
+    """
+
+    event_id: str
+    type: str
+    at: float
+    now: float
+    tenant_id: int
+    branch_id: int
+    sector_id: int | None = None
+    session_id: int | None = None
+    durable: bool
+    receipts: bool
+    sent: int
+    written: int
+    delivered: int
+    seen: int
+    audiences: tuple[PathAudience, ...]
+    clients: tuple[PathClient, ...]
+    steps: tuple[PathStep, ...]
+    summary: tuple[str, ...]
+    timeline: tuple[PathMoment, ...]
+
+
 class Node(msgspec.Struct, frozen=True):
     """A process of the gateway. ``started_at`` is unix time, ``lag`` is in events."""
 
