@@ -1,6 +1,7 @@
 """Several processes on one Redis: who is alive, and what they tell each other."""
 
 import json
+import time
 from typing import Any
 
 import msgspec
@@ -133,6 +134,55 @@ async def test_who_does_not_answer_is_missing(redis_url: str) -> None:
         failed = await here.control.ask("test", Question())
         assert failed.missing == [there.registry.name]
         assert not failed.unknown
+
+
+async def test_an_asker_that_was_paused_reads_the_answers_that_came_meanwhile(
+    redis_url: str,
+) -> None:
+    async with (
+        serving(redis_url, "direct", ws_cluster=True) as one,
+        serving(redis_url, "direct", ws_cluster=True) as other,
+    ):
+        await alive(one, other)
+        here, there = cluster_of(one).control, cluster_of(other).control
+
+        async def pause(_question: Question) -> int:
+            await until(lambda: all(each.expected for each in here._questions.values()))
+            time.sleep(0.6)
+            return 1
+
+        there.handle("test", Question, pause)
+        answer_as(here, 1)
+        assert (await here.ask("test", Question(), timeout=0.3)).complete
+
+
+async def test_questions_and_answers_outlive_their_connection(
+    redis_url: str, backend: "redis.Redis"
+) -> None:
+    async with (
+        serving(redis_url, "direct", ws_cluster=True) as one,
+        serving(redis_url, "direct", ws_cluster=True) as other,
+    ):
+        await alive(one, other)
+        here, there = cluster_of(one).control, cluster_of(other).control
+
+        async def cut(_question: Question | None = None) -> int:
+            """Cut all connections; what is sent in the next moment waits for Redis, and is cut."""
+            backend.client_pause(300, all=False)
+            nursery.start_soon(kill)
+            return 1
+
+        async def kill() -> None:
+            await trio.sleep(0.1)
+            backend.client_kill_filter(_type="normal", skipme=True)
+
+        async with trio.open_nursery() as nursery:
+            answer_as(here, 1)
+            answer_as(there, 1)
+            await cut()
+            assert (await here.ask("test", Question())).complete
+            there.handle("test", Question, cut)
+            assert (await here.ask("test", Question())).complete
 
 
 async def test_a_process_that_stops_is_not_waited_for(redis_url: str) -> None:

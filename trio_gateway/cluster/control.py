@@ -33,6 +33,10 @@ from .orders import Order, Orders
 log = structlog.get_logger()
 
 PATIENCE: Final = 1.8  # seconds, so that who asks over HTTP has an answer within 2
+# Seconds in which a process reads what came while it was paused, and what is late for it to call
+# that a pause: its machine gave it no time. Answers that lie in its socket are no missing ones.
+_AFTER_PAUSE: Final = 0.2
+_PAUSED: Final = 0.1
 MOST_HANDLED: Final = 100  # questions at a time
 _MOST_BYTES: Final = 8 << 20  # of an answer: Redis ends a subscriber for which 32 MiB wait
 _HANDLER_TIMEOUT: Final = 10.0  # seconds
@@ -161,7 +165,6 @@ class Control:
                 _ASK,
                 [self._keys.nodes, self._keys.gap],
                 [self._keys.control, message],
-                again=False,
                 fits=is_list_of(2),
             )
             self._accept(ask)
@@ -201,7 +204,7 @@ class Control:
     ) -> Answers:
         question = self._questions[number] = _Question()
         try:
-            with trio.move_on_after(timeout):
+            with trio.move_on_after(timeout) as scope:
                 while not self._is_listening():
                     await self._heard.park()
                 question.expected = await publish()
@@ -209,6 +212,9 @@ class Control:
                 await question.settled.wait()
             if question.expected is None:
                 raise Unavailable("no answer in time")
+            if trio.current_time() > scope.deadline + _PAUSED:
+                with trio.move_on_after(_AFTER_PAUSE):
+                    await question.settled.wait()
             missing = question.expected - question.answers.keys()
             found = {n: a for n, a in question.answers.items() if n in question.expected}
             return Answers(found, sorted(missing), sorted(missing & question.unknown))
@@ -222,7 +228,8 @@ class Control:
         return alive | (known & {self._registry.name})  # which answers also before its first beat
 
     async def _tell(self, channel: str, message: bytes) -> None:
-        await self._commands.evaluate(_TELL, [self._keys.nodes], [channel, message], again=False)
+        # Told twice, if the connection is lost meanwhile, a message says no more than told once.
+        await self._commands.evaluate(_TELL, [self._keys.nodes], [channel, message])
 
     def receive(self, payload: bytes) -> None:
         """Handle a message on the channel of all, or on that of this process."""
