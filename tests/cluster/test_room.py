@@ -12,7 +12,7 @@ from trio_gateway.core.audiences import Principal
 from trio_gateway.core.capacity import CapacityLimits, Owner, owner_is_full
 from trio_gateway.core.close_codes import Close, Rejected
 from trio_gateway.runtime.connection import Connection, ConnectionLimits
-from trio_gateway.runtime.hub import Hub, Place
+from trio_gateway.runtime.hub import Hub, Reservation
 from trio_gateway.runtime.room import Room
 from trio_gateway.testing import FakeSocket, make_principal
 
@@ -27,7 +27,7 @@ class Limits:
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
 
-    async def reserve(self, principal: Principal) -> Place:
+    async def reserve(self, principal: Principal) -> Reservation:
         await trio.sleep(0.01)
         if self._hub.places_of(principal.owner) >= self.most(principal.owner):
             raise owner_is_full(principal.owner)

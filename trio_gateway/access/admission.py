@@ -8,7 +8,7 @@ from ..core.audiences import Endpoint, Principal
 from ..core.client_request import ClientRequest
 from ..core.close_codes import Close, Rejected
 from ..core.origins import check_origin, is_own_page
-from ..runtime.hub import Place
+from ..runtime.hub import Reservation
 from ..settings import Settings
 from .auth import Auth, FirstOf, ImmediateAuth, JwtAuth, LegacyTableAuth, TableAuth
 from .jwks import KeySet
@@ -26,7 +26,7 @@ class PendingAdmission:
     """
 
     def __init__(
-        self, watch: CredentialWatch, ticket: str | None, place: Place | None = None
+        self, watch: CredentialWatch, ticket: str | None, place: Reservation | None = None
     ) -> None:
         self.watch = watch
         self.ticket = ticket  # not redeemed yet
@@ -36,7 +36,7 @@ class PendingAdmission:
     def principal(self) -> Principal:
         return self.watch.principal
 
-    def take_place(self) -> Place | None:
+    def take_place(self) -> Reservation | None:
         """The place that was reserved for it, if there is one; whoever takes it releases it."""
         place, self._place = self._place, None
         return place

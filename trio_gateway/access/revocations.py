@@ -17,7 +17,7 @@ from ..core.close_codes import Close, Rejected
 from ..core.control_messages import Revoked, read_control_message
 from ..core.resilience import Backoff
 from ..runtime.connection import Connection
-from ..runtime.hub import Hub, Place
+from ..runtime.hub import Hub, Reservation
 from ..runtime.throttled_log import ThrottledLog
 
 log = structlog.get_logger()
@@ -36,7 +36,7 @@ RECHECK_PERIOD: Final = (
 
 
 #: Reserves a place for each; None for one that gets none.
-ReserveAll = Callable[[Sequence[Principal]], Awaitable[Sequence[Place | None]]]
+ReserveAll = Callable[[Sequence[Principal]], Awaitable[Sequence[Reservation | None]]]
 _Get = Callable[[Sequence[str]], Awaitable[Sequence[bytes | None]]]
 
 
@@ -51,7 +51,7 @@ class _Batch:
         self.answered = trio.Event()
         self.revoked: Sequence[bool] | None = None  # of each; None if there was no answer
         self.need_none: set[int] = set()  # the numbers of those who do not wait for a place
-        self.places: Sequence[Place | None] = ()  # of the others, by number
+        self.places: Sequence[Reservation | None] = ()  # of the others, by number
 
 
 class CredentialWatch:
@@ -99,7 +99,7 @@ class CredentialWatch:
             if self.is_current():
                 return
 
-    async def enter(self) -> Place | None:
+    async def enter(self) -> Reservation | None:
         """As :meth:`check`, and reserve a place, if that costs no waiting of its own.
 
         Whoever gets None is to look for a place.
@@ -159,7 +159,7 @@ class Revocations:
             batch.need_none.add(number)
             await self._wait(batch, number)
 
-    async def enter(self, principal: Principal) -> Place | None:
+    async def enter(self, principal: Principal) -> Reservation | None:
         """As :meth:`check`, and return a place that was reserved meanwhile, if one was."""
         if self.reserve_all is None or not _can_be_revoked(principal):
             await self.check(principal)

@@ -17,7 +17,7 @@ from ..broker.commands import Unavailable
 from ..core.audiences import Principal
 from ..core.capacity import CapacityLimits, Owner, of_tenant, owner_is_full, tenant_is_full
 from ..core.close_codes import Rejected
-from ..runtime.hub import Hub, Place
+from ..runtime.hub import Hub, Reservation
 from ..runtime.throttled_log import ThrottledLog
 from .keys import Keys
 from .places import (
@@ -99,7 +99,7 @@ class ClusterLimits:
         self.alone = False  # Redis is unavailable: only the places of this process are known
         hub.on_freed = self._mark
 
-    async def reserve(self, principal: Principal) -> Place:
+    async def reserve(self, principal: Principal) -> Reservation:
         """Reserve a place in the hub, and over all processes.
 
         Raises :exc:`Rejected`. What must follow is described at :meth:`Hub.reserve`.
@@ -110,19 +110,19 @@ class ClusterLimits:
             return place
         raise owner_is_full(owner) if answer == OWNER_IS_FULL else tenant_is_full()
 
-    async def reserve_all(self, principals: Sequence[Principal]) -> list[Place | None]:
+    async def reserve_all(self, principals: Sequence[Principal]) -> list[Reservation | None]:
         """As :meth:`reserve` for each of up to 250; None for one that is over a limit now."""
         places = [self._reserve_here(principal) for principal in principals]
         answers = iter(await self._ask([place for place in places if place is not None]))
         return [place if place and next(answers) == GRANTED else None for place in places]
 
-    def _reserve_here(self, principal: Principal) -> Place | None:
+    def _reserve_here(self, principal: Principal) -> Reservation | None:
         try:
             return self._hub.reserve(principal)
         except Rejected:
             return None
 
-    async def _ask(self, places: Sequence[Place]) -> Sequence[int]:
+    async def _ask(self, places: Sequence[Reservation]) -> Sequence[int]:
         """Ask for these places over all processes; those that are not granted are released."""
         owners = [place.owner for place in places]
         if self.alone or not owners:
@@ -145,7 +145,7 @@ class ClusterLimits:
         self._release([p for p, answer in zip(places, answers, strict=True) if answer != GRANTED])
         return answers
 
-    def _release(self, places: Iterable[Place]) -> None:
+    def _release(self, places: Iterable[Reservation]) -> None:
         for place in places:
             place.release()
             self._mark(place.owner)  # it may have been counted since it was answered

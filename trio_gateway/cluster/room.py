@@ -12,7 +12,7 @@ from ..core.capacity import OWNER_LIMITS, Owner
 from ..core.close_codes import Rejected
 from ..core.control_messages import Evict, Probe, Silent
 from ..runtime.connection import Connection
-from ..runtime.hub import Hub, Place
+from ..runtime.hub import Hub, Reservation
 from ..runtime.room import ANSWER_TIME, Room, evict
 from .control import Control
 from .limits import ClusterLimits
@@ -76,7 +76,7 @@ class ClusterRoom:
 
     async def find(
         self, principal: Principal, has_left: Callable[[], bool] = lambda: False
-    ) -> tuple[Place, bool]:
+    ) -> tuple[Reservation, bool]:
         """Reserve a place; return it, and whether dead connections had to be looked for.
 
         Newcomers of one owner share a search; there are at most as many as its limit. For one that
@@ -105,7 +105,7 @@ class ClusterRoom:
 
     async def _wait(
         self, principal: Principal, has_left: Callable[[], bool], search: _Search
-    ) -> Place:
+    ) -> Reservation:
         while True:
             with trio.move_on_after(_LOOK):
                 await search.done.wait()

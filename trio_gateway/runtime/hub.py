@@ -15,7 +15,7 @@ from .members import Members, union
 from .resume_state import Phase, Step
 
 
-class Place:
+class Reservation:
     """A reserved place in the hub.
 
     A context manager that releases it at its end: without an exception, to the connection that
@@ -153,7 +153,7 @@ class Hub:
         """The number of places of a tenant, including reserved ones; 0 if it is not limited."""
         return self._of_tenant.get(tenant, 0)
 
-    def reserve(self, principal: Principal) -> Place:
+    def reserve(self, principal: Principal) -> Reservation:
         """As :meth:`admit`, and the place stays taken until it is released.
 
         :meth:`join` must follow the release without an await between them.
@@ -163,7 +163,7 @@ class Hub:
         self._reserved_in_all += 1
         if self._limits_tenants:
             self._of_tenant[owner[1]] += 1
-        return Place(self, owner)
+        return Reservation(self, owner)
 
     def release(self, owner: Owner) -> None:
         """Give up a reserved place."""

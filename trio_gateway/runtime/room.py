@@ -10,7 +10,7 @@ from ..core.audiences import Principal
 from ..core.capacity import OWNER_LIMITS, Owner
 from ..core.close_codes import Close, Rejected
 from .connection import Connection
-from .hub import Hub, Place
+from .hub import Hub, Reservation
 
 ANSWER_TIME: Final = 2.0  # seconds that a connection has to show that it is there
 LOOK: Final = 0.1  # seconds between two looks at the answers
@@ -50,7 +50,7 @@ class Room:
 
     async def find(
         self, principal: Principal, has_left: Callable[[], bool] = lambda: False
-    ) -> tuple[Place, bool]:
+    ) -> tuple[Reservation, bool]:
         """Reserve a place in the hub; return it, and whether it had to be waited for.
 
         At the limit of the user or session its connections are pinged. Of those that do not
@@ -101,7 +101,7 @@ class Room:
 
     async def _wait(
         self, principal: Principal, has_left: Callable[[], bool], probe: _Probe
-    ) -> Place:
+    ) -> Reservation:
         while True:
             left = probe.until - trio.current_time()
             silent = probe.silent(self._hub)
