@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from trio_gateway.core.audiences import BranchId
 from trio_gateway.core.event_ids import Position, Stream, event_id
-from trio_gateway.core.event_path import EventPath, Known
+from trio_gateway.core.event_path import EventPath, Known, trace
 from trio_gateway.core.events import Event, parse_event
 from trio_gateway.core.path_words import tell, why_unknown
 from trio_gateway.core.receipts import Place, Receipt, Receipts, State, TrackedEvent, Who
@@ -63,6 +63,10 @@ def known(
     return Known(PLACE, AT + int(after * 1000), event(type_), receipts if is_there else None)
 
 
+def path_of(known: Known, routes: Routing, *arguments: Any, **options: Any) -> EventPath:
+    return tell(trace(known, routes, TTL, *arguments, **options), known, routes, TTL)
+
+
 def steps_of(path: EventPath) -> list[tuple[str, str, float | None]]:
     return [(step.to, step.state, step.ended) for step in path.steps]
 
@@ -73,7 +77,7 @@ def timeline(path: EventPath) -> list[tuple[float, str]]:
 
 def test_confirmed_event_goes_no_further() -> None:
     by = {ANA: receipt(0b11, 0.01, 0.01, 0.3), EVE: receipt(0b100, 0.02, 0.02)}
-    path = tell(known(42, by, confirmed={0: 0.3, 1: 0.3}), REACHING, TTL)
+    path = path_of(known(42, by, confirmed={0: 0.3, 1: 0.3}), REACHING)
     assert (path.event_id, path.at, path.now) == (event_id(*PLACE), AT / 1000, 42.0)
     assert [each["audience"] for each in path.audiences] == ["admins", "waiters"]
     assert steps_of(path) == [
@@ -98,7 +102,7 @@ def test_confirmed_event_goes_no_further() -> None:
 
 def test_client_whose_connection_takes_nothing_is_named_and_the_deadline_is_told() -> None:
     by = {ANA: receipt(0b11, 0.01), EVE: receipt(0b100, 0.02, 0.02, 0.05, 0.9)}
-    path = tell(known(4, by, confirmed={2: 0.05}), REACHING, TTL)
+    path = path_of(known(4, by, confirmed={2: 0.05}), REACHING)
     # Who is in a later audience alone does not confirm for this one.
     assert steps_of(path)[0] == ("waiters", "running", None)
     assert path.summary == [
@@ -115,7 +119,7 @@ def test_client_whose_connection_takes_nothing_is_named_and_the_deadline_is_told
 
 def test_each_step_that_followed_is_told_with_its_own_deadline() -> None:
     by = {ANA: receipt(0b11, 0.01, 0.01), BEN: receipt(0b10, 10.6, 10.6)}
-    path = tell(known(12, by, over={0: 10.5}), REACHING, TTL)
+    path = path_of(known(12, by, over={0: 10.5}), REACHING)
     assert steps_of(path) == [
         ("waiters", "unheard", 10.5), ("floor", "running", None), ("admins", "not_begun", None)
     ]  # fmt: skip
@@ -128,7 +132,7 @@ def test_each_step_that_followed_is_told_with_its_own_deadline() -> None:
 
 def test_confirmation_that_comes_after_a_step_ends_the_next_one() -> None:
     by = {ANA: receipt(0b11, 0.01, 0.01, 12.0)}
-    path = tell(known(60, by, confirmed={0: 12.0, 1: 12.0}, over={0: 10.5}), REACHING, TTL)
+    path = path_of(known(60, by, confirmed={0: 12.0, 1: 12.0}, over={0: 10.5}), REACHING)
     assert steps_of(path)[:2] == [("waiters", "unheard", 10.5), ("floor", "confirmed", 12.0)]
     assert path.summary[-1] == "floor: confirmed after 12.0 s, 3.50 s before the deadline."
 
@@ -148,7 +152,7 @@ def test_last_step_leaves_none(
     by: dict[Who, Receipt], confirmed: dict[int, float], words: str
 ) -> None:
     over = {0: 10.5, 1: 16.0, 2: 36.5}
-    path = tell(known(99, by, confirmed, over), REACHING, TTL)
+    path = path_of(known(99, by, confirmed, over), REACHING)
     assert {step.state for step in path.steps} == {"unheard"}
     assert path.summary[-1] == words
     assert (
@@ -157,7 +161,7 @@ def test_last_step_leaves_none(
 
 
 def test_nobody_who_was_connected_is_told_as_such() -> None:
-    path = tell(known(99, {}, over={0: 10.5}), REACHING, TTL)
+    path = path_of(known(99, {}, over={0: 10.5}), REACHING)
     assert path.summary == [
         "It was sent to nobody: no client of its audiences was connected.",
         "waiters: nobody was connected for 10 s.",
@@ -172,13 +176,13 @@ def test_nobody_who_was_connected_is_told_as_such() -> None:
     ("after", "words"), [(10.3, "; now EVENT_UNHEARD"), (20, "does a gateway run")]
 )
 def test_step_that_is_due_and_has_not_followed_is_told(after: float, words: str) -> None:
-    path = tell(known(after, {ANA: receipt(0b11, 0.01, 0.01)}), REACHING, TTL)
+    path = path_of(known(after, {ANA: receipt(0b11, 0.01, 0.01)}), REACHING)
     assert steps_of(path)[0] == ("waiters", "overdue", None)
     assert words in path.summary[-1]
 
 
 def test_copy_of_an_earlier_event_which_nobody_is_sent_is_told_as_such() -> None:
-    path = tell(known(20), REACHING, TTL)
+    path = path_of(known(20), REACHING)
     assert "or it is a copy of an earlier event" in path.summary[0]
     assert "is it a copy of an earlier event" in path.summary[1]
 
@@ -194,7 +198,7 @@ def test_copy_of_an_earlier_event_which_nobody_is_sent_is_told_as_such() -> None
 def test_without_receipts_the_reason_and_the_audiences_are_told(
     routes: Any, type_: str, after: float, words: str
 ) -> None:
-    path = tell(known(after, type_=type_), routes, TTL)
+    path = path_of(known(after, type_=type_), routes)
     assert len(path.summary) == 1
     assert words in path.summary[0]
     assert (path.receipts, path.clients, path.steps) == (False, [], [])
@@ -203,7 +207,7 @@ def test_without_receipts_the_reason_and_the_audiences_are_told(
 
 
 def test_settings_that_differ_from_the_gateways_are_told() -> None:
-    path = tell(known(5, {ANA: receipt(0b1, 0.01, 0.01)}), ROUTES, TTL)
+    path = path_of(known(5, {ANA: receipt(0b1, 0.01, 0.01)}), ROUTES)
     assert "is WS_ROUTES_FILE that of the gateways?" in path.summary[-1]
     assert path.clients[0].must_reach == []
 
@@ -211,7 +215,7 @@ def test_settings_that_differ_from_the_gateways_are_told() -> None:
 def test_clients_of_other_branches_are_counted_and_not_named() -> None:
     by = {ANA: receipt(0, 0.01, 0.01), EVE: receipt(0, 0.01, 0.01)}
     by[EVE].branches = frozenset({BranchId(2)})
-    path = tell(known(5, by), TRACKED, TTL, may_name=lambda receipt: not receipt.branches)
+    path = path_of(known(5, by), TRACKED, may_name=lambda receipt: not receipt.branches)
     assert (path.sent, path.written) == (2, 2)
     assert path.summary[:2] == [
         "Sent to 2: written to 2, delivered to 0, seen by 0.",
@@ -222,7 +226,7 @@ def test_clients_of_other_branches_are_counted_and_not_named() -> None:
 
 def test_event_whose_entry_was_trimmed_is_told_by_its_receipts() -> None:
     found = replace(known(5, {ANA: receipt(0, 0.01, 0.01)}), event=None)
-    path = tell(found, TRACKED, TTL, ["gw-2"])
+    path = path_of(found, TRACKED, ["gw-2"])
     assert (path.type, path.audiences) == (CALL, [])
     assert "not in the stream any more" in path.summary[0]
     assert (path.complete, path.missing) == (False, ["gw-2"])
@@ -230,13 +234,13 @@ def test_event_whose_entry_was_trimmed_is_told_by_its_receipts() -> None:
 
 
 def test_clock_of_a_process_that_is_behind_puts_nothing_before_the_entry() -> None:
-    path = tell(known(5, {ANA: receipt(0, -2.0, -2.0, -1.9)}), TRACKED, TTL)
+    path = path_of(known(5, {ANA: receipt(0, -2.0, -2.0, -1.9)}), TRACKED)
     assert {after for after, _ in timeline(path)} == {0.0}
 
 
 def test_many_clients_make_few_moments_of_few_names() -> None:
     by = {Who("waiter", str(n)): receipt(0, 0.01 + n / 1e5, 0.01 + n / 1e5) for n in range(400)}
-    path = tell(known(5, by), TRACKED, TTL)
+    path = path_of(known(5, by), TRACKED)
     assert len(path.timeline) == 2
     assert path.timeline[1].text.endswith(" and 390 others")
     assert len(path.clients) == 400
@@ -266,7 +270,7 @@ def receipts_of_some(draw: st.DrawFn) -> Known:
 
 @given(receipts_of_some(), st.sampled_from([REACHING, TRACKED, ROUTES]))
 def test_path_is_consistent_whatever_is_known(found: Known, routes: Routing) -> None:
-    path = tell(found, routes, TTL)
+    path = path_of(found, routes)
     assert path.sent >= path.written >= path.delivered >= path.seen
     moments = [moment.after for moment in path.timeline]
     assert moments == sorted(moments)

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 import click
 
 from ..core.printable import printable
-from .errors import FAILED, Failure, settings_or_exit
+from .errors import Failure, settings_or_exit
 from .event_asking import EVENT_ID, ask_about
 from .rendering import print_table
-from .service import show_json
+from .service import print_report
 
 if TYPE_CHECKING:
     from ..core.receipt_report import ReceiptsReply
@@ -32,12 +32,7 @@ def receipts(event_id: str, as_json: bool) -> None:
     if found is None or not (found.by or found.event.type in settings.routes.tracked_types):
         raise Failure(f"no receipts are known of this event: see trio-gateway why {event_id}")
     reply = describe_receipts(place, found, settings.routes, missing)
-    if as_json:
-        show_json(reply)
-    else:
-        _show(reply)
-    if missing:
-        raise SystemExit(FAILED)
+    print_report(reply, _show, as_json)
 
 
 def _show(reply: "ReceiptsReply") -> None:

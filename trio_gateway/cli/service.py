@@ -2,11 +2,11 @@
 
 from collections.abc import Awaitable, Callable, Collection
 from contextlib import AbstractAsyncContextManager
-from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol, TypeVar
 
 import click
 
-from .errors import Failure
+from .errors import FAILED, Failure
 
 if TYPE_CHECKING:
     from ..broker.commands import Commands
@@ -103,6 +103,27 @@ def tell_missing(missing: Collection[str], asked: int) -> None:
 def asked(answers: "Answers") -> int:
     """How many processes were asked."""
     return len(answers.by_node) + len(answers.missing)
+
+
+class Report(Protocol):
+    """What processes have told."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether all of them have."""
+
+
+R = TypeVar("R", bound=Report)
+
+
+def print_report(report: R, show: Callable[[R], None], as_json: bool) -> None:
+    """Print a report as JSON, or by ``show``; exit with status 1 if it is not complete."""
+    if as_json:
+        show_json(report)
+    else:
+        show(report)
+    if not report.complete:
+        raise SystemExit(FAILED)
 
 
 def show_json(value: Any) -> None:

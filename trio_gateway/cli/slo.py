@@ -4,9 +4,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .errors import FAILED, settings_or_exit
+from .errors import settings_or_exit
 from .rendering import print_table
-from .service import IDS, ask_service, no_gateway, show_json, tell_missing
+from .service import IDS, ask_service, no_gateway, print_report, tell_missing
 
 if TYPE_CHECKING:
     from ..cluster.delivery_query import OthersReport, SloReport, TenantTimesReport
@@ -43,13 +43,12 @@ def slo(tenant: int | None, limit: int, as_json: bool) -> None:
     report, processes = ask_service(settings, ask)
     if not processes and report.complete:
         no_gateway(settings)
-    if as_json:
-        show_json(report)
-    else:
+
+    def show(report: "SloReport") -> None:
         _show(report)
         tell_missing(report.missing, processes)
-    if not report.complete:
-        raise SystemExit(FAILED)
+
+    print_report(report, show, as_json)
 
 
 def _show(report: "SloReport") -> None:

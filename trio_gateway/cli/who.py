@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .errors import FAILED, settings_or_exit
+from .errors import settings_or_exit
 from .nodes import duration
 from .rendering import print_table
-from .service import IDS, ask_service, no_gateway, show_json, tell_missing
+from .service import IDS, ask_service, no_gateway, print_report, tell_missing
 
 if TYPE_CHECKING:
     from ..cluster.observing import Service
@@ -38,17 +38,16 @@ def who(tenant: int, branch: int | None, as_json: bool) -> None:
     report, unknowing, processes = ask_service(settings, ask)
     if not processes and report.complete:
         no_gateway(settings)
-    if as_json:
-        show_json(report)
-    else:
+
+    def show(report: "PresenceReport") -> None:
         _show(report)
         tell_missing([each for each in report.missing if each not in unknowing], processes)
         if unknowing:
             names = ", ".join(unknowing)
             what = f"{len(unknowing)} of {processes} processes do not know their users"
             click.echo(f"{what}, because WS_CLUSTER is off there: {names}", err=True)
-    if not report.complete:
-        raise SystemExit(FAILED)
+
+    print_report(report, show, as_json)
 
 
 def _show(report: "PresenceReport") -> None:

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from ..core.printable import printable
-from .errors import FAILED, Failure, settings_or_exit
+from .errors import Failure, settings_or_exit
 from .event_asking import EVENT_ID, ask_about
 from .explain import audience_words
 from .nodes import duration
 from .rendering import steps_words, table_lines
-from .service import show_json
+from .service import print_report
 
 if TYPE_CHECKING:
     from ..broker.receipt_store import ReceiptStore
@@ -34,6 +34,7 @@ def why(event_id: str, as_json: bool) -> None:
     """
     from ..broker.commands import Unavailable
     from ..broker.event_lookup import look_up
+    from ..core.event_path import trace
     from ..core.path_words import tell, why_unknown
 
     settings = settings_or_exit()
@@ -49,14 +50,13 @@ def why(event_id: str, as_json: bool) -> None:
     _, known, missing = ask_about(settings, event_id, look, lambda known: known.about is not None)
     if known.about is None:
         raise Failure(f"nothing is known of this event: {why_unknown(known)}")
-    path = tell(known, settings.routes, settings.ws_receipt_ttl, missing)
-    if as_json:
-        show_json(path)
-    else:
-        for line in path_lines(path):
-            click.echo(printable(line))
-    if missing:
-        raise SystemExit(FAILED)
+    path = trace(known, settings.routes, settings.ws_receipt_ttl, missing)
+    print_report(tell(path, known, settings.routes, settings.ws_receipt_ttl), _show, as_json)
+
+
+def _show(path: "EventPath") -> None:
+    for line in path_lines(path):
+        click.echo(printable(line))
 
 
 def path_lines(path: "EventPath") -> Iterator[str]:

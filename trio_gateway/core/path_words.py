@@ -1,11 +1,11 @@
 """The path of an event in words: a summary, and what happened when."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 from .escalation import ESCALATED
-from .event_path import EventPath, Known, Moment, PathClient, StepState, trace
-from .receipts import Receipt, State
+from .event_path import EventPath, Known, Moment, PathClient, StepState
+from .receipts import State
 from .routing import Routing
 
 _KINDS: Final = {
@@ -25,15 +25,8 @@ UNKNOWN_STREAM: Final = "it is of a stream that is not read here: is it an id of
 _USUALLY: Final = 2.0  # seconds after a deadline within which a step is taken
 
 
-def tell(
-    known: Known,
-    routes: Routing,
-    ttl: float,
-    missing: Sequence[str] = (),
-    may_name: Callable[[Receipt], bool] = lambda receipt: True,
-) -> EventPath:
-    """The path of an event of which something is known; arguments as of :func:`trace`."""
-    path = trace(known, routes, ttl, missing, may_name)
+def tell(path: EventPath, known: Known, routes: Routing, ttl: float) -> EventPath:
+    """Add the words to a path that :func:`.event_path.trace` has made of the same."""
     path.summary = list(_summary(path, known, routes, ttl))
     path.timeline = sorted(_timeline(path), key=lambda moment: moment.after)
     return path

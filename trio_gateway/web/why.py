@@ -2,6 +2,7 @@
 
 from ..broker.commands import Unavailable
 from ..broker.event_lookup import look_up
+from ..core.event_path import trace
 from ..core.path_words import UNKNOWN_STREAM, tell, why_unknown
 from ..core.receipt_report import Asker
 from ..core.receipts import Place
@@ -26,6 +27,6 @@ async def report_path(parts: Parts, place: Place, asker: Asker) -> Answer:
         return problem(503, error.cause, retry_after=1)
     if known.about is None or not asker.may_know(known.about):
         return problem(404, f"nothing is known of this event: {why_unknown(known)}")
-    settings = parts.settings
-    ttl = settings.ws_receipt_ttl
-    return respond(tell(known, settings.routes, ttl, missing, asker.may_name))
+    routes, ttl = parts.settings.routes, parts.settings.ws_receipt_ttl
+    path = trace(known, routes, ttl, missing, asker.may_name)
+    return respond(tell(path, known, routes, ttl))
