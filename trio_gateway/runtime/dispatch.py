@@ -248,7 +248,7 @@ class Dispatch:
         received before.
         """
         is_concerned = self._hub.concerns(event)
-        held = _held(event, is_concerned)
+        held = event.frame if is_concerned and event.durable else event.payload
         found = self._duplicates.find_or_add(event, held=held)
         if read_again is not None:
             found = read_again.find_or_add(event, held=held)
@@ -295,8 +295,8 @@ class Dispatch:
         found_before = self._duplicates.find_or_add_all(
             batch,
             last_number,
-            [
-                _held(event, is_concerned) if event.durable else event.payload
+            [  # what is held anyway: the frame of what the history stores as routed
+                event.frame if is_concerned and event.durable else event.payload
                 for event, is_concerned in zip(batch, concerned, strict=True)
             ],
         )
@@ -394,11 +394,6 @@ def _tracked(receipts: ReceiptLog, planned: Sequence[Planned]) -> list[tuple[int
             if (sent := receipts.find(Place(event.stream, event.position))) is not None:
                 found.append((1 << n, sent))
     return found
-
-
-def _held(event: Event, is_concerned: bool) -> bytes:
-    """What the history holds of it if it is durable: its frame, or raw its payload."""
-    return event.frame if is_concerned and event.durable else event.payload
 
 
 def _positions(batch: Iterable[Event]) -> dict[Stream, Position]:
