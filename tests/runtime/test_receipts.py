@@ -9,13 +9,13 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from tests.support.resume_world import A, Client, World, at, bounded, place
-from trio_gateway.core.audiences import Endpoint, Principal, SectorId
+from trio_gateway.core.audiences import Endpoint, Principal, SectorId, audiences_of
 from trio_gateway.core.escalation import ESCALATED
 from trio_gateway.core.events import Event, parse_event
 from trio_gateway.core.receipts import Change, Place, Receipt, State, Who
 from trio_gateway.core.routes_file import read_routes
 from trio_gateway.runtime.receipt_writing import ReceiptWriting
-from trio_gateway.testing import FakeSocket, make_principal
+from trio_gateway.testing import FakeSocket, make_event, make_principal
 
 ROUTES = read_routes("[routes.ROUND_READY]\nreceipt = true\n")
 DINER = make_principal(Endpoint.DINER, session=456)
@@ -121,6 +121,30 @@ async def test_what_a_client_confirms_in_requests_is_written_together(
     written.append(found.tracked.changed)
     for each in written:
         assert each[Who("diner", "456")] == Receipt(0, sent, sent, 2000, 2050)
+
+
+async def test_waiters_of_a_branch_stand_in_for_a_sector_only_if_they_are_sent_its_event(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    routes = read_routes('[routes.ROUND_READY]\nmust_reach = "waiters"\nwithin = 10\n')
+    world = World(nursery, routes=routes, uncovered_to_branch=True)
+    others = [await world.live(principal=waiter_of(sector)) for sector in (6, 7)]
+    event = make_event(data=1, sector_id=5, stream=A, position=at(1))
+    world.receipts.note([event])
+    assert not world.dispatch.try_deliver([event])  # to two of them: it waits for its turn
+    covering = await world.live(principal=waiter_of(5))
+    await world.dispatch.deliver([event])
+    assert [each.heard for each in (covering, *others)] == [[1], [], []]
+    found = world.receipts.find(Place(A, at(1)))
+    assert found is not None
+    assert [found.tracked.steps_of(audiences_of(waiter_of(n))) for n in (5, 6)] == [1, 0]
+
+    await covering.leave()
+    await world.publish(2, sector_id=5)
+    assert [each.heard for each in others] == [[2], [2]]
+    found = world.receipts.find(Place(A, at(2)))
+    assert found is not None
+    assert [found.tracked.steps_of(audiences_of(waiter_of(n))) for n in (5, 6)] == [1, 1]
 
 
 def waiter_of(sector: int) -> Principal:

@@ -287,6 +287,7 @@ class Dispatch:
         planned: list[Planned] = []
         last_number = self._hub.last_number
         raw: list[tuple[Event, int]] = []  # to be stored, with their marks
+        receipts = self.receipts if self._uncovered_to_branch else None
         history, now = self._history, trio.current_time()
         streamed = [event for event in batch if event.stream is not None]
         for stream, position in _positions(reversed(streamed)).items():
@@ -329,6 +330,8 @@ class Dispatch:
                         history.add_raw(raw, now=now)
                         raw = []
                     history.add(event, audiences, now=now, delivered_up_to=mark)
+                    if receipts is not None:
+                        receipts.stand_in(event, audiences)
         if raw:
             history.add_raw(raw, now=now)
         for stream, position in _positions(streamed).items():
@@ -359,8 +362,6 @@ class Dispatch:
         found = self._routes.audiences(event)
         if self._uncovered_to_branch and self._is_uncovered(event, found):
             found.append(floor(event.tenant, event.branch))
-            if self.receipts is not None:
-                self.receipts.stand_in(event, found)
         return found
 
     def _is_uncovered(self, event: Event, audiences: list[Audience]) -> bool:
