@@ -28,6 +28,16 @@ async def open_registries(url: str, *names: str) -> AsyncIterator[list[Registry]
         yield [registry(commands, name) for name in names]
 
 
+@asynccontextmanager
+async def alive(url: str, backend: "redis.Redis", *names: str) -> AsyncIterator[list[Registry]]:
+    """Registries that have beaten, in this order, while Redis was there all the time."""
+    async with open_registries(url, *names) as found:
+        for each in found:
+            await each.beat()
+        backend.delete(KEYS.gap)
+        yield found
+
+
 def registry(commands: Commands, name: str) -> Registry:
     found = Registry(name, commands, KEYS, lambda: Node(name, "1", 5.0, connections=len(name)))
     found.forgotten = 0  # type: ignore[attr-defined]
@@ -57,10 +67,7 @@ async def alive_by_script(of: Registry) -> set[str]:
 async def test_a_process_is_alive_for_seven_seconds_after_its_beat(
     redis_url: str, backend: "redis.Redis"
 ) -> None:
-    async with open_registries(redis_url, "a", "bb") as (one, other):
-        await one.beat()
-        await other.beat()
-        backend.delete(KEYS.gap)
+    async with alive(redis_url, backend, "a", "bb") as (one, _):
         age(backend, 6.5, "bb")
         assert await one.read() == {
             "a": Node("a", "1", 5.0, connections=1), "bb": Node("bb", "1", 5.0, connections=2)
@@ -104,10 +111,7 @@ async def test_when_redis_has_lost_its_data_the_others_stay_known_until_they_can
 
 
 async def test_while_redis_was_away_nobody_died(redis_url: str, backend: "redis.Redis") -> None:
-    async with open_registries(redis_url, "a", "b", "dead") as (one, other, dead):
-        for each in (dead, one, other):
-            await each.beat()
-        backend.delete(KEYS.gap)
+    async with alive(redis_url, backend, "dead", "a", "b") as (_, one, _):
         age(backend, 8, "dead")
         assert await alive_by_script(one) == {"a", "b"}
         age(backend, 20, "a", "b", "dead")  # frozen for 20 s; "b" beats later than "a"
@@ -124,9 +128,10 @@ async def test_while_redis_was_away_nobody_died(redis_url: str, backend: "redis.
 async def test_processes_that_died_together_do_not_live_again(
     redis_url: str, backend: "redis.Redis"
 ) -> None:
-    async with open_registries(redis_url, "old", "new") as (old, new):
-        await old.beat()
-        backend.delete(KEYS.gap)
+    async with (
+        alive(redis_url, backend, "old"),
+        open_registries(redis_url, "new") as (new,),
+    ):
         age(backend, 8, "old")
         await new.beat()  # Redis was there all the time
         assert await alive_by_script(new) == {"new"}
@@ -135,10 +140,7 @@ async def test_processes_that_died_together_do_not_live_again(
 async def test_a_clock_that_was_set_back_keeps_nobody_alive(
     redis_url: str, backend: "redis.Redis"
 ) -> None:
-    async with open_registries(redis_url, "a", "b") as (one, other):
-        await other.beat()
-        await one.beat()
-        backend.delete(KEYS.gap)
+    async with alive(redis_url, backend, "b", "a") as (_, one):
         age(backend, -3600, "b")
         await one.beat()
         age(backend, 7, "b")
@@ -148,9 +150,7 @@ async def test_a_clock_that_was_set_back_keeps_nobody_alive(
 async def test_who_leaves_is_gone_at_once_and_does_not_come_back(
     redis_url: str, backend: "redis.Redis"
 ) -> None:
-    async with open_registries(redis_url, "a", "b") as (one, other):
-        await one.beat()
-        await other.beat()
+    async with alive(redis_url, backend, "a", "b") as (one, other):
         async with trio.open_nursery() as nursery:
             await other.leave()
             nursery.start_soon(other.run)
@@ -189,10 +189,7 @@ async def test_beat_that_comes_to_redis_late_does_not_bring_back_who_leaves(
 async def test_the_state_of_the_dead_is_deleted_after_a_minute(
     redis_url: str, backend: "redis.Redis"
 ) -> None:
-    async with open_registries(redis_url, "a", "b") as (one, other):
-        await one.beat()
-        await other.beat()
-        backend.delete(KEYS.gap)
+    async with alive(redis_url, backend, "a", "b") as (one, _):
         age(backend, 66, "b")
         await one.beat()
         assert backend.zcard(KEYS.nodes) == 2

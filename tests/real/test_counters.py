@@ -10,12 +10,10 @@ from trio_websocket import WebSocketConnection
 
 from tests.support.gateways import (
     Running,
-    admitted,
-    make_settings,
     received,
-    running,
     settle,
     until,
+    with_waiter,
 )
 from trio_gateway.broker import stream_reader
 from trio_gateway.broker.stream_replies import Info, read_info
@@ -67,10 +65,7 @@ async def test_without_counts_there_is_no_gap_if_nothing_is_lost(
 ) -> None:
     for n in range(before):
         add(backend, n)
-    async with (
-        running(make_settings(redis_url)) as gateway,
-        admitted(gateway.staff_url("waiter")) as waiter,
-    ):
+    async with with_waiter(redis_url) as (gateway, waiter):
         for n in range(100):
             add(backend, n)
         await settle(gateway)
@@ -91,10 +86,7 @@ async def test_trimming_beyond_the_cursor_is_a_gap_with_and_without_counts(
 ) -> None:
     if not counted:
         request.getfixturevalue("uncounted")
-    async with (
-        running(make_settings(redis_url)) as gateway,
-        admitted(gateway.staff_url("waiter")) as waiter,
-    ):
+    async with with_waiter(redis_url) as (gateway, waiter):
         add(backend, "before")
         await settle(gateway)
         assert markers(await received(waiter)) == ["before"]
@@ -150,10 +142,7 @@ def behind(backend: "redis.Redis") -> None:
 async def test_no_id_is_delivered_twice_however_far_the_cursor_is_set_back(
     backend: "redis.Redis", redis_url: str, same: bool
 ) -> None:
-    async with (
-        running(make_settings(redis_url)) as gateway,
-        admitted(gateway.staff_url("waiter")) as waiter,
-    ):
+    async with with_waiter(redis_url) as (gateway, waiter):
         for n in range(1, 10):
             add(backend, n, f"{n}-0")
         await settle(gateway)
@@ -174,10 +163,7 @@ async def test_no_id_is_delivered_twice_however_far_the_cursor_is_set_back(
 async def test_new_entries_of_a_redis_whose_clock_is_behind_arrive(
     backend: "redis.Redis", redis_url: str
 ) -> None:
-    async with (
-        running(make_settings(redis_url)) as gateway,
-        admitted(gateway.staff_url("waiter")) as waiter,
-    ):
+    async with with_waiter(redis_url) as (gateway, waiter):
         for n in range(1, 10):
             add(backend, n, f"{n}-0")
         await settle(gateway)
@@ -200,10 +186,7 @@ def slipped_in(backend: "redis.Redis") -> None:
 
 
 async def test_equal_counts_hide_no_loss(backend: "redis.Redis", redis_url: str) -> None:
-    async with (
-        running(make_settings(redis_url)) as gateway,
-        admitted(gateway.staff_url("waiter")) as waiter,
-    ):
+    async with with_waiter(redis_url) as (gateway, waiter):
         for n in range(1, 4):
             add(backend, n, f"{n}-0")
         await settle(gateway)
@@ -227,10 +210,7 @@ def delete_third(backend: "redis.Redis") -> None:
 async def test_entries_deleted_by_a_backend_are_not_a_gap(
     backend: "redis.Redis", redis_url: str
 ) -> None:
-    async with (
-        running(make_settings(redis_url)) as gateway,
-        admitted(gateway.staff_url("waiter")) as waiter,
-    ):
+    async with with_waiter(redis_url) as (gateway, waiter):
         for n in range(1, 4):
             add(backend, n, f"{n}-0")
         await settle(gateway)

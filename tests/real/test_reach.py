@@ -11,7 +11,16 @@ import trio
 
 from tests.support.api_keys import secret_of, write_keys
 from tests.support.gateways import Running, admitted, connect, http, received, until
-from tests.support.receipts import EVENT, next_events, numbers, one, publish, receipts, say
+from tests.support.receipts import (
+    EVENT,
+    next_events,
+    numbers,
+    one,
+    publish,
+    receipts,
+    say,
+    waiter_at,
+)
 
 WITHIN = 0.4  # seconds of each step
 OVER = WITHIN + 1  # until it is over for certain
@@ -35,10 +44,6 @@ async def two(
         yield gateway, other
 
 
-def waiter_at(gateway: Running, user: str, sector: int, **claims: Any) -> Any:
-    return admitted(gateway.staff_url("waiter", sub=user, sector_ids=[sector], **claims))
-
-
 def unheard(event: dict[str, Any]) -> tuple[str, int, int]:
     assert event["type"] == "EVENT_UNHEARD"
     entity = event["entity"]
@@ -58,7 +63,7 @@ async def test_event_that_nobody_confirms_goes_from_step_to_step(
 ) -> None:
     async with (
         two(redis_url, tmp_path, ROUTES) as (gateway, other),
-        waiter_at(gateway, "21", 5) as waiter,
+        waiter_at(gateway) as waiter,
         waiter_at(other, "22", 6) as colleague,
         admitted(other.staff_url("admin", sub="9")) as admin,
     ):
@@ -91,7 +96,7 @@ async def test_confirmed_event_goes_no_further(
             gateway,
             other,
         ),
-        waiter_at(gateway, "21", 5) as waiter,
+        waiter_at(gateway) as waiter,
         waiter_at(other, "22", 6) as colleague,
     ):
         publish(backend, id="a")
@@ -109,7 +114,7 @@ async def test_confirmation_right_before_a_process_stops_counts(
     async with one(redis_url, tmp_path, TO_FLOOR) as other:
         async with (
             one(redis_url, tmp_path, TO_FLOOR) as gateway,
-            waiter_at(gateway, "21", 5) as waiter,
+            waiter_at(gateway) as waiter,
         ):
             publish(backend)
             [event] = await next_events(waiter, 1)
@@ -196,7 +201,7 @@ async def test_who_is_sent_it_as_an_admin_is_no_waiter_of_the_sector(
     settings = {"ws_uncovered_sector": "branch"}
     async with (
         one(redis_url, tmp_path, TO_FLOOR, **settings) as gateway,
-        waiter_at(gateway, "21", 5) as waiter,
+        waiter_at(gateway) as waiter,
         waiter_at(gateway, "9", 6, roles=["MANAGER"]) as manager,
     ):
         publish(backend)

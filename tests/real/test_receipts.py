@@ -20,7 +20,7 @@ from tests.support.gateways import (
     receive_event,
     until,
 )
-from tests.support.receipts import ask, numbers, post, publish, receipts, say
+from tests.support.receipts import ask, numbers, post, publish, receipts, say, waiter_at
 from tests.support.receipts import one as gateway_with
 from trio_gateway.core.audiences import TenantId
 from trio_gateway.core.shards import shard_of
@@ -40,7 +40,7 @@ async def called(
     """A gateway with a waiter that has received a service call, and the id of the call."""
     async with (
         one(redis_url, folder, **settings) as gateway,
-        admitted(gateway.staff_url("waiter", sub="21", sector_ids=[5])) as waiter,
+        waiter_at(gateway) as waiter,
     ):
         publish(backend)
         yield gateway, waiter, (await receive_event(waiter))["event_id"]
@@ -51,8 +51,8 @@ async def test_each_client_has_the_state_that_it_confirmed(
 ) -> None:
     async with (
         one(redis_url, tmp_path) as gateway,
-        admitted(gateway.staff_url("waiter", sub="21", sector_ids=[5])) as waiter,
-        admitted(gateway.staff_url("waiter", sub="22", sector_ids=[5])) as other,
+        waiter_at(gateway) as waiter,
+        waiter_at(gateway, "22") as other,
         admitted(gateway.staff_url("admin", sub="9", roles=["ADMIN"])) as admin,
     ):
         publish(backend)
@@ -78,10 +78,7 @@ async def test_each_client_has_the_state_that_it_confirmed(
 async def test_ping_confirms_everything_up_to_the_event_that_it_names(
     redis_url: str, backend: "redis.Redis", tmp_path: Path
 ) -> None:
-    async with (
-        one(redis_url, tmp_path) as gateway,
-        admitted(gateway.staff_url("waiter", sub="21", sector_ids=[5])) as waiter,
-    ):
+    async with one(redis_url, tmp_path) as gateway, waiter_at(gateway) as waiter:
         ids = []
         for n in range(3):
             publish(backend, n=n)
@@ -96,13 +93,13 @@ async def test_ids_that_were_not_sent_on_the_connection_are_ignored_and_counted(
 ) -> None:
     async with (
         one(redis_url, tmp_path) as gateway,
-        admitted(gateway.staff_url("waiter", sub="21", sector_ids=[5])) as waiter,
-        admitted(gateway.staff_url("waiter", sub="22", sector_ids=[6])) as elsewhere,
+        waiter_at(gateway) as waiter,
+        waiter_at(gateway, "22", 6) as elsewhere,
     ):
         log = gateway.app.parts.receipts
         publish(backend)
         event_id = (await receive_event(waiter))["event_id"]
-        async with admitted(gateway.staff_url("waiter", sub="23", sector_ids=[5])) as late:
+        async with waiter_at(gateway, "23") as late:
             for n, client in enumerate((elsewhere, late)):
                 await say(client, type="ack", last_event_id=event_id)
                 await say(client, type="ping", last_event_id=event_id)
@@ -118,10 +115,7 @@ async def test_ids_that_were_not_sent_on_the_connection_are_ignored_and_counted(
 async def test_acks_are_free_until_there_are_more_than_events(
     redis_url: str, backend: "redis.Redis", tmp_path: Path
 ) -> None:
-    async with (
-        one(redis_url, tmp_path) as gateway,
-        admitted(gateway.staff_url("waiter", sub="21", sector_ids=[5])) as waiter,
-    ):
+    async with one(redis_url, tmp_path) as gateway, waiter_at(gateway) as waiter:
         for n in range(40):
             publish(backend, n=n)
         ids = [(await receive_event(waiter))["event_id"] for _ in range(40)]
@@ -138,7 +132,7 @@ async def test_client_that_comes_back_with_an_id_has_what_it_was_sent_before(
     redis_url: str, backend: "redis.Redis", tmp_path: Path
 ) -> None:
     async with one(redis_url, tmp_path) as gateway, one(redis_url, tmp_path) as other:
-        async with admitted(gateway.staff_url("waiter", sub="21", sector_ids=[5])) as waiter:
+        async with waiter_at(gateway) as waiter:
             publish(backend)
             event_id = (await receive_event(waiter))["event_id"]
         assert numbers(await receipts(gateway, event_id)) == (1, 0, 0)

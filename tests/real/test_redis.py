@@ -29,6 +29,7 @@ from tests.support.gateways import (
     settle,
     until,
     valkey,
+    with_waiter,
 )
 from tests.support.redis_server import RedisServer
 from tests.support.redis_tls import tls_in_front_of
@@ -75,10 +76,7 @@ async def test_event_is_delivered_once_however_many_patterns_match_its_channel(
 async def test_default_patterns_that_overlap_deliver_once(
     backend: "redis.Redis", redis_url: str
 ) -> None:
-    async with (
-        running(make_settings(redis_url)) as gateway,
-        admitted(gateway.staff_url("waiter")) as waiter,
-    ):
+    async with with_waiter(redis_url) as (gateway, waiter):
         assert backend.publish("sector:1:5:waiters", payload()) == 2  # two patterns match
         await settle(gateway)
 
@@ -88,10 +86,7 @@ async def test_default_patterns_that_overlap_deliver_once(
 async def test_same_content_twice_on_one_channel_is_two_events(
     backend: "redis.Redis", redis_url: str
 ) -> None:
-    async with (
-        running(make_settings(redis_url)) as gateway,
-        admitted(gateway.staff_url("waiter")) as waiter,
-    ):
+    async with with_waiter(redis_url) as (gateway, waiter):
         for _ in range(2):
             backend.publish("branch:1:waiters", payload("pubsub", ts="now"))
             backend.xadd(STREAM, {"data": payload("stream", ts="now")})
@@ -103,10 +98,7 @@ async def test_same_content_twice_on_one_channel_is_two_events(
 async def test_copies_on_different_channels_are_one_event_when_only_ts_differs(
     backend: "redis.Redis", redis_url: str
 ) -> None:
-    async with (
-        running(make_settings(redis_url)) as gateway,
-        admitted(gateway.staff_url("waiter")) as waiter,
-    ):
+    async with with_waiter(redis_url) as (gateway, waiter):
         backend.publish("branch:1:waiters", payload("one", ts=1))
         backend.publish("branch:1:admin", payload("one", ts=2))
         backend.publish("channel:branch:1:admin", payload("one", ts=3))
@@ -157,10 +149,7 @@ async def test_same_id_is_the_same_event_whatever_its_source_but_only_within_its
 
 async def test_stream_is_read_from_its_end(backend: "redis.Redis", redis_url: str) -> None:
     backend.xadd(STREAM, {"data": payload("before the start")})
-    async with (
-        running(make_settings(redis_url)) as gateway,
-        admitted(gateway.staff_url("waiter")) as waiter,
-    ):
+    async with with_waiter(redis_url) as (gateway, waiter):
         backend.xadd(STREAM, {"data": payload("after it")})
         await settle(gateway)
 
@@ -186,10 +175,7 @@ async def test_event_arrives_at_once_with_no_polling_interval(
     backend: "redis.Redis", redis_url: str
 ) -> None:
     """The median latency of single events, each published after the previous one was received."""
-    async with (
-        running(make_settings(redis_url)) as gateway,
-        admitted(gateway.staff_url("waiter")) as waiter,
-    ):
+    async with with_waiter(redis_url) as (_, waiter):
         for way in ("pubsub", "stream"):
             took = []
             for n in range(21):
@@ -549,10 +535,7 @@ async def test_connection_dropped_by_redis_is_reopened(
 
 async def test_deleted_and_recreated_stream_is_read(backend: "redis.Redis", redis_url: str) -> None:
     """After ``XTRIM``, ``DEL`` and ``FLUSHALL`` later entries are beyond the old cursor."""
-    async with (
-        running(make_settings(redis_url)) as gateway,
-        admitted(gateway.staff_url("waiter")) as waiter,
-    ):
+    async with with_waiter(redis_url) as (gateway, waiter):
         backend.xadd(STREAM, {"data": payload("one")})
         await settle(gateway)
         backend.delete(STREAM)

@@ -195,6 +195,16 @@ async def admitted(url: str, **kwargs: Any) -> AsyncIterator[WebSocketConnection
         yield client
 
 
+@asynccontextmanager
+async def with_waiter(redis_url: str) -> AsyncIterator[tuple[Running, WebSocketConnection]]:
+    """A gateway with one client, a waiter."""
+    async with (
+        running(make_settings(redis_url)) as gateway,
+        admitted(gateway.staff_url("waiter")) as waiter,
+    ):
+        yield gateway, waiter
+
+
 async def receive_event(client: WebSocketConnection, seconds: float = 2) -> Any:
     """The next message, decoded."""
     with trio.fail_after(seconds):

@@ -10,7 +10,7 @@ from trio_websocket import WebSocketConnection
 
 from trio_gateway.testing import make_jwt
 
-from .gateways import JWT_SECRET, Reachable, Reply, http, receive_event, serving
+from .gateways import JWT_SECRET, Reachable, Reply, Running, admitted, http, receive_event, serving
 
 EVENT = {"type": "SERVICE_CALL_CREATED", "tenant_id": 1, "branch_id": 1, "sector_id": 5}
 
@@ -20,6 +20,11 @@ def one(redis_url: str, folder: Path, routes: str, **settings: Any) -> Any:
     file = folder / "routes.toml"
     file.write_text(routes)
     return serving(redis_url, "direct", ws_routes_file=file, **settings)
+
+
+def waiter_at(gateway: Running, user: str = "21", sector: int = 5, **claims: Any) -> Any:
+    """A waiter that has been admitted: of the sector of the service call, unless it is another."""
+    return admitted(gateway.staff_url("waiter", sub=user, sector_ids=[sector], **claims))
 
 
 def publish(backend: "redis.Redis", stream: str = "events:critical", **keys: Any) -> str:
