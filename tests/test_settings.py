@@ -8,8 +8,9 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ed25519
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from trio_gateway.core.claims import Rules
 from trio_gateway.core.routing import ROUTES, Route, To
-from trio_gateway.core.tokens import Rules, read_jwt, read_table_token
+from trio_gateway.core.tokens import read_jwt, read_table_token
 from trio_gateway.settings import NAMES, InvalidSettings, Settings, load_settings
 from trio_gateway.testing import make_jwt, make_table_token
 

@@ -17,6 +17,7 @@ from trio_gateway.broker.connection import RedisConnection
 from trio_gateway.broker.pubsub import PubSub
 from trio_gateway.broker.topology import single
 from trio_gateway.core.audiences import Endpoint, audiences_of
+from trio_gateway.core.claims import Rules
 from trio_gateway.core.client_request import ClientRequest
 from trio_gateway.core.close_codes import Close, Rejected
 from trio_gateway.core.event_ids import Position, cursor_id, read_cursor, tag
@@ -25,14 +26,8 @@ from trio_gateway.core.frames import PING, TEXT
 from trio_gateway.core.messages import read_message, resumed
 from trio_gateway.core.resilience import Breaker
 from trio_gateway.core.routing import ROUTES
-from trio_gateway.core.tokens import (
-    Key,
-    Rules,
-    names_of,
-    read_jwt,
-    read_legacy_table_token,
-    read_table_token,
-)
+from trio_gateway.core.signatures import Key, names_of
+from trio_gateway.core.tokens import read_jwt, read_legacy_table_token, read_table_token
 from trio_gateway.redis_url import RedisAddress
 from trio_gateway.runtime.hub import Hub
 from trio_gateway.runtime.ingest import Ingest

@@ -35,8 +35,8 @@ from trio_gateway.access import jwks
 from trio_gateway.access.auth import JwtAuth
 from trio_gateway.access.jwks import KeySet
 from trio_gateway.core.audiences import Endpoint
+from trio_gateway.core.claims import Rules
 from trio_gateway.core.close_codes import Close, Rejected
-from trio_gateway.core.tokens import Rules
 from trio_gateway.testing import make_table_token
 
 SIGNATURES: Final = ("RS256", "PS256", "ES256", "ES384", "EdDSA")

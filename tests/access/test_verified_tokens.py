@@ -11,8 +11,10 @@ from trio_gateway.access import auth
 from trio_gateway.access.auth import JwtAuth, TableAuth
 from trio_gateway.access.verified_tokens import VerifiedTokens
 from trio_gateway.core.audiences import Endpoint
+from trio_gateway.core.claims import Rules
 from trio_gateway.core.close_codes import Close, Rejected
-from trio_gateway.core.tokens import Key, Rules, Staff, read_jwt
+from trio_gateway.core.signatures import Key
+from trio_gateway.core.tokens import Staff, read_jwt
 
 SECRET = "secret-of-at-least-32-bytes-for-all!"
 KEYS = (Key(SECRET, ("HS256",)),)

@@ -10,10 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trio_gateway.core import tokens
+from trio_gateway.core import signatures
+from trio_gateway.core.claims import Rules
 from trio_gateway.core.close_codes import Rejected
 from trio_gateway.core.compact_hmac import as_bytes, proved_payload
-from trio_gateway.core.tokens import Key, Rules, Staff, read_jwt
+from trio_gateway.core.signatures import Key
+from trio_gateway.core.tokens import Staff, read_jwt
 
 NOW = 1_000_000.0
 SECRET = "staff-secret-of-at-least-32-bytes!"
@@ -91,7 +93,7 @@ def test_known_header_makes_no_difference(payload: bytes, secret: str) -> None:
 
 
 def test_proved_token_is_not_decoded_by_pyjwt(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokens._JWS, "decode_complete", None)
+    monkeypatch.setattr(signatures._JWS, "decode_complete", None)
     found = outcome(signed(b'{"typ":"JWT","alg":"HS256"}', json.dumps(STAFF).encode()))
     assert isinstance(found, Staff)
     assert found.user == "21"

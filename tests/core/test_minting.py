@@ -1,6 +1,7 @@
 import pytest
 
 from trio_gateway.core.audiences import BranchId, SectorId, TenantId, UserId
+from trio_gateway.core.claims import Rules
 from trio_gateway.core.minting import (
     lifetime,
     mint,
@@ -9,14 +10,8 @@ from trio_gateway.core.minting import (
     staff_claims,
     table_claims,
 )
-from trio_gateway.core.tokens import (
-    Key,
-    Rules,
-    Staff,
-    read_jwt,
-    read_legacy_table_token,
-    read_table_token,
-)
+from trio_gateway.core.signatures import Key
+from trio_gateway.core.tokens import Staff, read_jwt, read_legacy_table_token, read_table_token
 
 NOW = 1_000_000.5
 SECRET = "a-secret-of-at-least-64-bytes-so-that-it-is-long-enough-for-HS512"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Self
 
 from ..core.audiences import Endpoint, Principal
 from ..core.client_request import ClientRequest
-from ..core.close_codes import Close, Rejected
+from ..core.close_codes import Close, Rejected, auth_failed
 from ..core.origins import check_origin, is_own_page
 from ..runtime.hub import Reservation
 from ..settings import Settings
@@ -130,7 +130,7 @@ class Admission:
         if not pending.watch.is_current():
             return None
         if pending.principal.expires_at <= self._clock():
-            raise Rejected(Close.AUTH_FAILED, "token expired", "auth")
+            raise auth_failed("token expired")
         return self._latest(pending.principal)
 
     async def token_of(self, ticket: str) -> str:
@@ -144,7 +144,7 @@ class Admission:
     @property
     def _accepted_tickets(self) -> Tickets:
         if self._tickets is None:
-            raise Rejected(Close.AUTH_FAILED, "tickets are not accepted here", "auth")
+            raise auth_failed("tickets are not accepted here")
         return self._tickets
 
     def is_allowed(self, origin: str, host: str = "") -> bool:
@@ -163,7 +163,7 @@ class Admission:
         Raises :exc:`Rejected`. The result holds until the next await.
         """
         if token is None:
-            raise Rejected(Close.AUTH_FAILED, "token missing", "auth")
+            raise auth_failed("token missing")
         with PendingAdmission(await self._authenticate(token, principal.endpoint), None) as pending:
             if pending.principal.owner != principal.owner:
                 raise Rejected(Close.FORBIDDEN, "token of somebody else", "renewal")

@@ -5,15 +5,13 @@ from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 from ..core.audiences import Endpoint, Principal
-from ..core.close_codes import Close, Rejected
+from ..core.claims import Rules
+from ..core.close_codes import Close, Rejected, auth_failed
+from ..core.signatures import Key, Unverified, names_of
 from ..core.tokens import (
-    Key,
-    Rules,
     Staff,
     Table,
-    Unverified,
     check_claims,
-    names_of,
     read_jwt,
     read_legacy_table_token,
     read_table_token,
@@ -151,5 +149,5 @@ class FirstOf:
 
 def _required(credential: str) -> str:
     if not credential:
-        raise Rejected(Close.AUTH_FAILED, "token missing", "auth")
+        raise auth_failed("token missing")
     return credential

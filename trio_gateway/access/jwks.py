@@ -16,7 +16,7 @@ import trio
 
 from ..core.close_codes import Close, Rejected
 from ..core.limits import RateLimit
-from ..core.tokens import Key
+from ..core.signatures import Key
 from ..keys import SIGNATURES, algorithms_of
 
 log = structlog.get_logger()

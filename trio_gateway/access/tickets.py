@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from typing import Final
 
 from ..broker.commands import Commands, Unavailable
-from ..core.close_codes import Close, Rejected
+from ..core.close_codes import Close, Rejected, auth_failed
 
 TICKET_LIFE: Final = 30  # seconds
 _TICKET_BYTES: Final = 16
@@ -48,7 +48,7 @@ class Tickets:
                 Close.SERVER_OVERLOADED, "can't check the ticket now", "dependency"
             ) from None
         if token is None:
-            raise Rejected(Close.AUTH_FAILED, "ticket invalid", "auth")
+            raise auth_failed("ticket invalid")
         return token.decode(errors="replace")
 
 

@@ -10,7 +10,7 @@ import click
 from .errors import MISUSED, Failure
 
 if TYPE_CHECKING:
-    from ..core.tokens import Rules
+    from ..core.claims import Rules
     from ..settings import Settings
 
 F = TypeVar("F", bound=Callable[..., Any])

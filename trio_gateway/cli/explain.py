@@ -173,7 +173,8 @@ def _rows(verdict: Answer) -> Iterator[tuple[str, str]]:
 
 def _holder(token: str) -> str:
     """The holder that a token names; the token may be invalid."""
-    from ..core.tokens import claims_of, is_for_diners
+    from ..core.signatures import claims_of
+    from ..core.tokens import is_for_diners
 
     claims = claims_of(token)
     if claims is None:

@@ -14,7 +14,8 @@ from ..core.close_codes import Rejected
 from ..core.events import Event
 from ..core.explanation import Verdict, describe, describe_type, judge, refused
 from ..core.minting import mint, sign_legacy
-from ..core.tokens import Key, claims_of, is_for_diners, names_of
+from ..core.signatures import Key, claims_of, names_of
+from ..core.tokens import is_for_diners
 from ..settings import InvalidSettings, Settings
 from .errors import misused
 

@@ -141,6 +141,11 @@ class Rejected(Exception):  # noqa: N818 - a decision, not an error of ours
         return _OWN_LIMIT_RETRY_AFTER if self.own_limit else RETRY_AFTER.get(self.status)
 
 
+def auth_failed(text: str) -> Rejected:
+    """Return the rejection of a credential that is not valid, for this reason."""
+    return Rejected(Close.AUTH_FAILED, text, "auth")
+
+
 _RETRY_HINT: Final = re.compile(r"\bretry in (\d+(?:\.\d+)?)s")
 
 

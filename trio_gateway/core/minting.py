@@ -6,7 +6,8 @@ from typing import Any
 
 import jwt
 
-from .tokens import Rules, legacy_signature
+from .claims import Rules
+from .tokens import legacy_signature
 
 
 def staff_claims(

@@ -11,11 +11,12 @@ from typing import Any, Final, Self
 from pydantic import model_validator
 
 from ..core.api_keys import ApiKey, InvalidApiKeys, read_api_keys
+from ..core.claims import Rules
 from ..core.routes_file import InvalidRoutes, read_routes
 from ..core.routing import ROUTES, Routing
 from ..core.service_day import ServiceDays, read_windows, read_zone, read_zones
 from ..core.shards import Sharding
-from ..core.tokens import Key, Rules
+from ..core.signatures import Key
 from ..keys import MIN_SECRET_BYTES, algorithms_of, public_keys
 from .checks import problems_of, sharding_of, warnings_of
 from .values import HMAC, SettingValues
