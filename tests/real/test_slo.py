@@ -70,6 +70,34 @@ async def test_figures_are_those_of_all_processes_and_of_the_tenants_of_the_key(
             assert (await call(one.port, f"slo?{query}", key="all")).status == 422, query
 
 
+async def test_one_ack_to_each_process_leaves_nothing_of_a_burst_unconfirmed(
+    redis_url: str, backend: "redis.Redis", tmp_path: Path
+) -> None:
+    routes = tmp_path / "routes.toml"
+    routes.write_text("[routes.SERVICE_CALL_CREATED]\nreceipt = true\n")
+    settings = {"ws_api_keys_file": write_keys(tmp_path, KEYS), "ws_routes_file": routes}
+    async with (
+        serving(redis_url, "direct", **settings) as one,
+        serving(redis_url, "direct", **settings) as other,
+        admitted(one.staff_url("waiter", sub="21")) as here,
+        admitted(other.staff_url("waiter", sub="22")) as there,
+    ):
+        await until(lambda: all(g.app.parts.cluster.link.connected for g in (one, other)))  # type: ignore[union-attr]
+        pipeline = backend.pipeline()
+        for _ in range(3000):
+            pipeline.xadd("events:critical", {"data": json.dumps(CALL)})
+        pipeline.execute()
+        for client in (here, there):
+            for _ in range(3000):
+                event = await receive_event(client)
+            ack = {"type": "ping", "last_event_id": event["event_id"]}
+            await client.send_message(json.dumps(ack))
+            await receive_event(client)
+        (found,) = (await call(one.port, "slo", key="one")).json["tenants"]
+        assert found["last_hour"]["delivered"]["count"] == 6000
+        assert found["last_hour"]["delivered"]["unconfirmed"] == 0
+
+
 async def test_a_process_that_hung_was_late_whatever_its_wall_clock_shows(
     redis_url: str, backend: "redis.Redis"
 ) -> None:

@@ -14,6 +14,7 @@ from trio_gateway.core.escalation import ESCALATED
 from trio_gateway.core.events import Event, parse_event
 from trio_gateway.core.receipts import Change, Place, Receipt, State, Who
 from trio_gateway.core.routes_file import read_routes
+from trio_gateway.runtime import receipts
 from trio_gateway.runtime.receipt_writing import ReceiptWriting
 from trio_gateway.testing import FakeSocket, make_event, make_principal
 
@@ -193,3 +194,117 @@ async def test_escalated_event_that_waits_for_a_connection_already_is_not_sent_t
     client.socket.read(math.inf)
     await wait_all_tasks_blocked()
     assert client.heard == [1]
+
+
+# More than a connection remembers
+
+BURST = 3000
+STEPS = read_routes(
+    """
+    [routes.ROUND_READY]
+    must_reach = "waiters"
+    within = 10
+    then = [{to = "floor", within = 10}]
+    """
+)
+
+
+def unconfirmed(world: World) -> int:
+    return world.dispatch.times.figures(1, trio.current_time()).last_hour.unconfirmed
+
+
+async def ack(client: Client, number: int) -> None:
+    await client.say({"type": "ack", "last_event_id": place(number)})
+
+
+async def test_one_ack_confirms_a_burst_of_any_size(
+    autojump_clock: MockClock, world: World
+) -> None:
+    client = await world.live(principal=DINER)
+    other = await world.live(principal=make_principal(Endpoint.DINER, session=457))
+    await publish(world, *range(1, BURST + 1))
+    await world.publish(BURST + 1, session_id=457)
+    assert (unconfirmed(world), len(client.heard)) == (BURST + 1, BURST)
+    await ack(client, BURST)
+    assert unconfirmed(world) == 1
+    assert {receipt(world, n).state for n in range(1, BURST + 1)} == {State.DELIVERED}
+    await ack(other, BURST + 1)
+    assert (unconfirmed(world), world.receipts.ignored) == (0, 0)
+
+
+async def test_each_ack_of_a_burst_confirms_what_came_up_to_it_and_no_more(
+    autojump_clock: MockClock, world: World
+) -> None:
+    client = await world.live(principal=DINER)
+    await publish(world, *range(1, BURST + 1))
+    for number in (500, 700, 1500, 2500, BURST):
+        await ack(client, number)
+        assert unconfirmed(world) == BURST - number
+        if number < BURST:
+            assert states(world, number, number + 1) == [State.DELIVERED, State.WRITTEN]
+    await publish(world, *range(BURST + 1, 2 * BURST + 1))
+    await ack(client, 2 * BURST)
+    assert unconfirmed(world) == 0
+    assert not client.connection.forgotten
+
+
+async def test_a_long_confirmation_goes_on_with_the_next_ping(
+    autojump_clock: MockClock, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(receipts, "MOST_LOOKED_UP", 900)
+    client = await world.live(principal=DINER)
+    await publish(world, *range(1, BURST + 1))
+    left = []
+    for _ in range(3):
+        await client.say({"type": "ping", "last_event_id": place(BURST)})
+        left.append(unconfirmed(world))
+    assert left == [1100, 200, 0]
+
+
+async def test_burst_that_waited_in_the_outbox_is_written_when_the_client_has_taken_it(
+    autojump_clock: MockClock, world: World
+) -> None:
+    terms = bounded(outbox_messages=2 * BURST, write_timeout=math.inf)
+    client = await world.live(principal=DINER, terms=terms, socket=FakeSocket(room=0))
+    await publish(world, *range(1, BURST + 1))
+    assert set(states(world, *range(1, BURST + 1))) == {State.SENT}
+    client.socket.read(math.inf)
+    await wait_all_tasks_blocked()
+    assert set(states(world, *range(1, BURST + 1))) == {State.WRITTEN}
+
+
+async def test_client_that_comes_back_confirms_a_burst_that_this_process_sent_it(
+    autojump_clock: MockClock, world: World
+) -> None:
+    client = await world.live(principal=DINER)
+    await world.live(principal=make_principal(Endpoint.DINER, session=457))
+    await publish(world, *range(1, BURST + 1))
+    await world.publish(*range(BURST + 1, BURST + 10), session_id=457)
+    await client.leave()
+    again = await world.connect(place(BURST), principal=DINER)
+    await wait_all_tasks_blocked()
+    assert again.resumed[0]["recovered"]
+    assert {receipt(world, n).state for n in range(1, BURST + 1)} == {State.DELIVERED}
+    assert unconfirmed(world) == 9
+
+
+async def test_ack_does_not_confirm_what_a_client_is_sent_only_later(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    """By a step, after the event that it confirms."""
+    world = World(nursery, routes=STEPS)
+    client = await world.live(principal=waiter_of(6))
+    await world.publish(1, sector_id=5)
+    await world.publish(*range(2, 51), sector_id=6)
+    event = escalated(world, 1)
+    world.receipts.note([event])
+    await world.dispatch.deliver([event])
+    await world.publish(*range(101, BURST + 1), sector_id=6)
+    found = world.receipts.find(Place(A, at(1)))
+    assert found is not None
+    mine = found.tracked.by[Who.of(client.connection.principal)]
+    found_after = []
+    for number in (50, 101):
+        await ack(client, number)
+        found_after.append(mine.state)
+    assert found_after == [State.WRITTEN, State.DELIVERED]

@@ -10,7 +10,7 @@ import trio
 
 from ..core.audiences import Audience, Principal
 from ..core.close_codes import Close
-from ..core.event_ids import Cursor
+from ..core.event_ids import Cursor, Stream
 from ..core.frames import PING_FRAME, PONG, frame, text_frame
 from ..core.limits import RateLimit
 from ..core.messages import PONG as PONG_TEXT
@@ -22,7 +22,7 @@ from .outbox import Outbox
 from .resume_state import Phase, ResumeState
 from .side_tasks import SideTasks
 from .socket import Disconnected, Ping, Pong, ProtocolViolation, Socket
-from .tracked import Sent
+from .tracked import Forgotten, Sent
 from .writer import Writer
 
 log = structlog.get_logger()
@@ -125,6 +125,7 @@ class Connection:
         "confirmed_id",
         "ended_at",
         "events_sent",
+        "forgotten",
         "joined_at",
         "mask",
         "messages",
@@ -158,6 +159,7 @@ class Connection:
         self.events_sent = 0
         self.confirmed_id: str | None = None  # the last event id that it named, or was named
         self.unconfirmed: deque[Sent] | None = None  # made with the first tracked event
+        self.forgotten: dict[Stream, Forgotten] | None = None  # of the unconfirmed ones
         self.confirmed: deque[Sent] | None = None  # the last ones
         self.joined_at = self.sent_at = 0.0
         self.close_reason = ""

@@ -1,13 +1,15 @@
 """Receipts of this process: which tracked events its clients were sent, and have confirmed.
 
 A connection remembers the tracked events that it was sent until its client confirms them, and the
-last ones a little longer. What that changes is written to Redis a moment later, see
-:mod:`.receipt_writing`.
+last ones a little longer. Of more than :data:`MOST_UNCONFIRMED` it remembers from where to where in
+the stream the others are: they are looked up among all tracked events of its tenant. What changes
+is written to Redis a moment later, see :mod:`.receipt_writing`.
 """
 
+from bisect import bisect_left
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable
-from contextlib import suppress
+from itertools import islice
 from typing import Final
 
 import trio
@@ -22,12 +24,13 @@ from ..core.routing import Routing, audiences_by
 from .connection import Connection
 from .history import History
 from .receipt_writing import ReceiptWriting
-from .tracked import Sent, Tracked
+from .tracked import Forgotten, Sent, Tracked
 
 MOST_TRACKED: Final = 50_000  # events; the oldest are forgotten
-MOST_UNCONFIRMED: Final = 1_000  # of one connection; the oldest are forgotten
+MOST_UNCONFIRMED: Final = 1_000  # that one connection remembers one by one
 _MOST_CONFIRMED: Final = 200  # of one connection, that its application can still say it has seen
-MOST_RECENT: Final = 100  # of a tenant, that a client can confirm by coming back
+MOST_RECENT: Final = 100  # of a tenant, that a client can confirm by coming back from elsewhere
+MOST_LOOKED_UP: Final = 10_000  # tracked events at a time, for one confirmation
 
 
 class ReceiptLog:
@@ -56,7 +59,8 @@ class ReceiptLog:
         # In the order they came. A plain dict steps over what was deleted to find its first key.
         self._tracked: OrderedDict[Place, Tracked] = OrderedDict()
         self._escalated: OrderedDict[Place, Tracked] = OrderedDict()  # by where they are escalated
-        self._recent: dict[int, deque[Tracked]] = {}  # by tenant
+        # By tenant and stream, in its order: where they were added to it, and where escalated.
+        self._added: dict[tuple[int, Stream], deque[Sent]] = {}
         self.ignored = 0  # confirmations of ids that were not sent
         self.counts: Counter[State] = Counter()
 
@@ -85,6 +89,7 @@ class ReceiptLog:
         if tracked.event.tenant_id != event.tenant:
             return
         tracked.escalated.setdefault(escalation.step, event.position)
+        self._append(event.stream, Sent(event.position, tracked))
         self._escalated[Place(event.stream, event.position)] = tracked
         if len(self._escalated) > MOST_TRACKED:
             self._escalated.popitem(last=False)
@@ -102,10 +107,15 @@ class ReceiptLog:
             audiences_by(route, event),
             self._routes.audiences_of_steps(type_, event),
         )
-        self._recent.setdefault(event.tenant, deque(maxlen=MOST_RECENT)).append(tracked)
+        self._append(place.stream, Sent(place.position, tracked))
         if len(self._tracked) > MOST_TRACKED:
             self._forget(next(iter(self._tracked.values())))
         return tracked
+
+    def _append(self, stream: Stream, sent: Sent) -> None:
+        added = self._added.setdefault((sent.tracked.event.tenant_id, stream), deque())
+        if not added or added[-1].position < sent.position:  # else it was read before
+            added.append(sent)
 
     def drop(self, copy: Event) -> None:
         """This durable event is a copy of an earlier one: nobody is sent it."""
@@ -143,6 +153,8 @@ class ReceiptLog:
         if (unconfirmed := connection.unconfirmed) is None:
             unconfirmed = connection.unconfirmed = deque(maxlen=MOST_UNCONFIRMED)
         for sent in events:
+            if len(unconfirmed) == MOST_UNCONFIRMED:
+                _note_forgotten(connection, unconfirmed[0])
             unconfirmed.append(sent)
             self._reach(connection, sent.tracked, State.SENT if waits else State.WRITTEN)
 
@@ -156,6 +168,12 @@ class ReceiptLog:
         """The kernel has taken all that waited for a connection."""
         for sent in connection.unconfirmed or ():
             self._reach(connection, sent.tracked, State.WRITTEN)
+        for stream, forgotten in (connection.forgotten or {}).items():
+            if forgotten.waiting is not None:
+                self._raise_all(
+                    connection, stream, forgotten.waiting, forgotten.last, State.WRITTEN
+                )
+                forgotten.waiting = None
 
     def confirm(self, connection: Connection, event_id: str) -> None:
         """A client has everything up to this event.
@@ -169,7 +187,7 @@ class ReceiptLog:
             self.ignored += 1
             return
         left: deque[Sent] = deque(maxlen=MOST_UNCONFIRMED)
-        is_newest = True
+        is_newest = self._confirm_forgotten(connection, place)  # else its next ping goes on
         for sent in connection.unconfirmed or ():
             stream, named = sent.tracked.place
             if stream == place.stream and (
@@ -186,6 +204,48 @@ class ReceiptLog:
             connection.unconfirmed = left
         if is_newest:  # an escalated event is not: the client's pings name a later one
             connection.confirmed_id = event_id
+
+    def _confirm_forgotten(self, connection: Connection, upto: Place) -> bool:
+        """Confirm what a connection was sent and does not remember; return whether that is all."""
+        all_forgotten, stream = connection.forgotten, upto.stream
+        if all_forgotten is None or (forgotten := all_forgotten.get(stream)) is None:
+            return True
+        last = min(forgotten.last, upto.position)
+        if last < forgotten.first:
+            return True
+        went_on_at = self._raise_all(
+            connection, stream, forgotten.first, last, State.DELIVERED, most=MOST_LOOKED_UP
+        )
+        forgotten.first = last if went_on_at is None else went_on_at
+        if last == forgotten.last and went_on_at is None:
+            del all_forgotten[stream]
+        return went_on_at is None
+
+    def _raise_all(
+        self,
+        connection: Connection,
+        stream: Stream,
+        first: Position,
+        last: Position,
+        state: State,
+        *,
+        most: int | None = None,
+    ) -> Position | None:
+        """Note a state of what a connection was sent of these; return where ``most`` of them end,
+        None if that are all.
+        """
+        who, audiences = Who.of(connection.principal), connection.audiences
+        added = self._added.get((connection.principal.tenant, stream), ())
+        begin = bisect_left(added, first, key=_position)
+        for n, sent in enumerate(islice(added, begin, None)):
+            if sent.position > last:
+                break
+            if n == most:
+                return sent.position
+            at = _sent_at(sent.tracked, who, audiences)
+            if who in sent.tracked.by and at is not None and at <= last:
+                self._raise(sent.tracked, who, state)
+        return None
 
     def see(self, connection: Connection, event_id: str) -> None:
         """The application of a client has confirmed this event."""
@@ -233,13 +293,19 @@ class ReceiptLog:
         It has what it was sent before that on any connection, of any process.
         """
         who, audiences = Who.of(principal), audiences_of(principal)
-        for tracked in self._recent.get(principal.tenant, ()):
-            if tracked.place.stream != upto.stream:
+        added = self._added.get((principal.tenant, upto.stream), ())
+        was_sent_here = False
+        for n, sent in enumerate(islice(reversed(added), MOST_LOOKED_UP)):
+            tracked = sent.tracked
+            receipt = tracked.by.get(who)
+            if n < MOST_RECENT:
+                was_sent_here |= receipt is not None
+            elif not was_sent_here or (receipt is not None and receipt.delivered is not None):
+                break
+            elif receipt is None:
                 continue
-            sent_at = tracked.sent_at(audiences)
-            if who in tracked.by and not tracked.escalated:  # its sectors may have changed since
-                sent_at = tracked.place.position
-            if tracked.place == upto or (sent_at is not None and sent_at <= upto.position):
+            at = _sent_at(tracked, who, audiences)
+            if tracked.place == upto or (at is not None and at <= upto.position):
                 self._raise(tracked, who, State.DELIVERED)
 
     def see_earlier(self, principal: Principal, place: Place) -> None:
@@ -277,12 +343,39 @@ class ReceiptLog:
             del escalated[first_one]
 
     def _forget(self, tracked: Tracked) -> None:
-        del self._tracked[tracked.place]
-        recent = self._recent[tracked.event.tenant_id]
-        with suppress(ValueError):  # it may have been pushed out
-            recent.remove(tracked)  # mostly the first
-        if not recent:
-            del self._recent[tracked.event.tenant_id]
+        place = tracked.place
+        del self._tracked[place]
+        key = tracked.event.tenant_id, place.stream
+        if (added := self._added.get(key)) is None:
+            return
+        at = bisect_left(added, place.position, key=_position)  # mostly the first
+        if at < len(added) and added[at].tracked is tracked:
+            del added[at]
+        while added and added[0].tracked.place not in self._tracked:  # it was escalated here
+            added.popleft()
+        if not added:
+            del self._added[key]
+
+
+def _position(sent: Sent) -> Position:
+    return sent.position
+
+
+def _sent_at(tracked: Tracked, who: Who, audiences: Collection[Audience]) -> Position | None:
+    """Where in the stream one in these audiences was sent an event; None if nowhere yet."""
+    if who in tracked.by and not tracked.escalated:  # its sectors may have changed since
+        return tracked.place.position
+    return tracked.sent_at(audiences)
+
+
+def _note_forgotten(connection: Connection, sent: Sent) -> None:
+    """Note that a connection does not remember any more that it was sent this."""
+    if connection.forgotten is None:
+        connection.forgotten = {}
+    stream = sent.tracked.place.stream
+    if (forgotten := connection.forgotten.get(stream)) is None:
+        forgotten = connection.forgotten[stream] = Forgotten(sent.position)
+    forgotten.add(sent.position, waits=connection.waiting_bytes > 0)
 
 
 def _had(connection: Connection, tracked: Tracked) -> bool:

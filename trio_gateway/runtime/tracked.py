@@ -89,3 +89,23 @@ class Sent:
     def __init__(self, position: Position, tracked: Tracked) -> None:
         self.position = position
         self.tracked = tracked
+
+
+class Forgotten:
+    """Tracked events of one stream that a connection was sent and does not remember any more.
+
+    They are from ``first`` to ``last``; from ``waiting`` on, if that is not None, some waited for
+    the kernel to take them.
+    """
+
+    __slots__ = ("first", "last", "waiting")
+
+    def __init__(self, first: Position) -> None:
+        self.first = self.last = first
+        self.waiting: Position | None = None
+
+    def add(self, position: Position, *, waits: bool) -> None:
+        """Add the next one."""
+        self.last = position
+        if waits and self.waiting is None:
+            self.waiting = position
