@@ -15,7 +15,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from . import scenarios, smoke
 from .processes import BASELINES, Cores, NotHere, Redis, open_redis
 from .report import Results, plot
-from .scenarios import SCENARIOS, Bench, Broken
+from .runs import Bench, Broken, Options
+from .scenarios import SCENARIOS
 
 _LIST = "\n".join(f"  {name:8} {scenario.about}" for name, scenario in SCENARIOS.items())
 
@@ -105,7 +106,7 @@ def main(
 
 def _smoke(redis: Redis, cores: Cores, console: Console) -> bool:
     with _progress(console) as progress:
-        bench = Bench(redis, cores, scenarios.Options(), progress)
+        bench = Bench(redis, cores, Options(), progress)
         return smoke.guard(bench, console)
 
 

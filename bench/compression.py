@@ -18,7 +18,7 @@ from trio_gateway.testing import make_jwt, make_payload
 
 from .refusals import cpu
 from .report import line_of
-from .scenarios import Figures
+from .runs import Figures
 
 EVENTS = 100
 _OFFER = "Sec-WebSocket-Extensions: permessage-deflate"

@@ -15,7 +15,7 @@ from typing import Any, Final
 from rich.console import Console
 from rich.table import Table
 
-from .scenarios import Figures, Options
+from .runs import Figures, Options
 
 _VERSIONS: Final = (
     "trio-gateway", "hypercorn", "trio", "quart-trio", "wsproto", "hiredis", "msgspec",

@@ -32,7 +32,7 @@ from trio_gateway.core.shards import Sharding, shard_of
 from trio_gateway.testing import make_jwt
 
 from .report import line_of
-from .scenarios import Figures
+from .runs import Figures
 
 EVENTS = 40_000
 CLIENTS_OF_A_TENANT = 2

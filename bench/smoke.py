@@ -5,7 +5,8 @@ from typing import Final
 
 from rich.console import Console
 
-from .scenarios import Bench, Figures, both
+from .delivering import both
+from .runs import Bench, Figures
 
 MAX_OF_FLOOR: Final = 2.5  # CPU per delivery, unbatched
 MAX_OF_NAIVE: Final = 1 / 4

@@ -20,7 +20,7 @@ from trio_gateway.testing import make_jwt, make_payload
 
 from .refusals import cpu, memory
 from .report import line_of
-from .scenarios import Figures
+from .runs import Figures
 
 EVENTS = 50
 PINGS = 10
