@@ -209,7 +209,7 @@ def serve(who: str, redis: Redis, cores: Cores, **settings: str) -> Iterator[Ser
 
 @contextmanager
 def serve_workers(redis: Redis, cores: Cores, count: int, **settings: str) -> Iterator[Server]:
-    """The gateway with so many workers, on consecutive ports from that of the server on.
+    """The gateway with this many workers, on consecutive ports from that of the server on.
 
     They share all cores with the load.
     """

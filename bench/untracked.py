@@ -47,7 +47,7 @@ def _tracked(events: Sequence[Event], types: Container[str]) -> list[Event]:
 async def _measure(tenants: int, clients: int, pairs: int) -> list[float]:
     """CPU time with the log, divided by that without.
 
-    A batch has an event for each tenant, which has so many clients.
+    A batch has an event for each tenant, which has this many clients.
     """
     hub, history = Hub(), History(routing=PastRouting(_ROUTES))
     dispatch = Dispatch(hub, _ROUTES, history=history)

@@ -210,7 +210,7 @@ async def _serve(
     failed = False
 
     async def stop_on_bug(work: Callable[..., Awaitable[None]], *arguments: Any) -> None:
-        """Run a task beside the server; a bug in it stops the server, after a drain."""
+        """Run a task along with the server; a bug in it stops the server, after a drain."""
         nonlocal failed
         try:
             await work(*arguments)

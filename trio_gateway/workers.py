@@ -28,7 +28,7 @@ log = structlog.get_logger()
 MISUSED: Final = 2  # the exit status of a worker whose settings are invalid
 READY: Final = b"1"  # what a worker sends its supervisor once it is ready
 _READY_TIMEOUT: Final = 15.0  # seconds to wait for a new worker before the old one is stopped
-# Seconds; when a worker that lived longer dies, the back-off begins anew.
+# Seconds; when a worker that lived longer dies, the back-off begins again.
 _STABLE_AFTER: Final = 10.0
 _KILL_AFTER: Final = 2.0  # seconds beyond graceful_timeout
 _FINAL_READ_TIMEOUT: Final = 0.5  # seconds to read what a worker wrote before it ended

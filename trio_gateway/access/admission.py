@@ -37,7 +37,7 @@ class PendingAdmission:
         return self.watch.principal
 
     def take_place(self) -> Reservation | None:
-        """The place that was reserved for it, if there is one; whoever takes it releases it."""
+        """The place that was reserved for it, if there is one. The caller releases it."""
         place, self._place = self._place, None
         return place
 

@@ -56,7 +56,7 @@ class ApiKeys:
         return True
 
     async def run(self, every: float = LOOK_EVERY) -> NoReturn:
-        """Look at the file every so many seconds; returns only when cancelled."""
+        """Look at the file at this interval (seconds); returns only when cancelled."""
         text, problem = "", ""  # what was looked at last, and what was wrong with it
         while True:
             try:

@@ -67,7 +67,7 @@ class Placement:
             self._requested.set()
 
     def on_subscribed(self) -> None:
-        """Nothing to do: whoever sent a request that was lost misses our report."""
+        """Nothing to do: a sender whose request was lost misses our report."""
 
     async def run(self) -> NoReturn:
         """Report, and send clients away; returns only when cancelled."""

@@ -102,7 +102,7 @@ class CredentialWatch:
     async def enter(self) -> Reservation | None:
         """As :meth:`check`, and reserve a place, if that costs no waiting of its own.
 
-        Whoever gets None is to look for a place.
+        A caller that gets None looks for a place itself.
         """
         if self._revocations is None:
             await trio.lowlevel.checkpoint()

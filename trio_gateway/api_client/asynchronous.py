@@ -33,8 +33,8 @@ T = TypeVar("T")
 class AsyncApiClient:
     """An :class:`ApiClient` for asyncio and Trio: ``async with AsyncApiClient(…) as api``.
 
-    Tasks may share a client, and then their calls run at the same time. A cancelled call may have
-    had its effect nevertheless. It belongs to the event loop in which it was entered.
+    Tasks may share a client, and then their calls run at the same time. A cancelled call may still
+    have had its effect. It belongs to the event loop in which it was entered.
 
     Takes the arguments of :class:`ApiClient`; its methods raise the same exceptions.
     """

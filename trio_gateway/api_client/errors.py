@@ -6,7 +6,7 @@ class CallFailed(Exception):  # noqa: N818 - an outcome
 
     ``status`` is the HTTP status, None if there was no answer. ``retry_after`` is the number of
     seconds after which the gateway or a proxy wants to be asked again, if it says so. ``in_doubt``
-    is true if the gateway may have done it all the same, because its answer was lost.
+    is true if the gateway may still have done it, because its answer was lost.
     """
 
     def __init__(

@@ -207,9 +207,9 @@ class Primaries:
         return self._topology.address(read_node(f"{error.host}:{error.port}", server.host))
 
     async def _leave_others(self, slots: SlotMap) -> None:
-        """Close the connections to servers that are no primaries any more.
+        """Close the connections to servers that are not primaries any more.
 
-        Who waits for an answer on one of them gets none.
+        A command that waits for a reply on one of them fails.
         """
         for server in self._pools.keys() - set(map(self._topology.address, slots.primaries)):
             pool = self._pools.pop(server)

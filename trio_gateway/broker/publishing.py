@@ -267,7 +267,7 @@ class Publishing:
     async def _is_confirmed(
         self, connection: RedisConnection, address: RedisAddress, confirm: Confirm
     ) -> bool:
-        """Whether so many replicas have all that was written on this connection."""
+        """Whether this many replicas have all that was written on this connection."""
         try:
             with trio.move_on_after(CONFIRM_WITHIN + _REPLY):
                 wanted = 0 if confirm == "all" else confirm

@@ -1,9 +1,9 @@
 """Shard claims: each shard is read by a process, also if its tenants have no client anywhere.
 
 Its events must reach somebody. Processes claim shards in one hash in Redis, for 0.6 s, and renew
-that three times in it. Who has clients of a shard takes it over, because it reads that shard
-anyway; the former holder gives it up. A process that dies is replaced within 0.8 s. Two that read
-a shard for a moment, after a pause of its holder, are harmless: steps are taken once.
+that three times in it. A process with clients of a shard takes it over, because it reads
+it anyway; the former holder gives it up. A process that dies is replaced within 0.8 s. Two that
+read a shard for a moment, after a pause of its holder, are harmless: steps are taken once.
 """
 
 import secrets

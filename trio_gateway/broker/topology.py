@@ -1,8 +1,8 @@
 """Topology: which Redis server is the primary of a key, now.
 
 A single server always is. The primary of a Sentinel set, or those of a Cluster, are asked for when
-they are not known. Whoever finds that a server does not answer, or is no primary, reports it with
-:meth:`Topology.suspect`; the next who needs one asks again.
+they are not known. A caller that finds that a server does not answer, or is not a primary, reports
+it with :meth:`Topology.suspect`; the next that needs one asks again.
 """
 
 from collections.abc import Awaitable, Callable

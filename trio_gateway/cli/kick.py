@@ -48,7 +48,7 @@ def kick(
         try:
             return await service.control.order("disconnect", order)
         except Unavailable as error:
-            raise Unavailable(f"{error}; it may be done all the same") from None
+            raise Unavailable(f"{error}; it may be done nonetheless") from None
 
     settings = settings_or_exit()
     answers = ask_service(settings, give)

@@ -66,7 +66,7 @@ def _replicas(context: Any, option: Any, value: str) -> "Confirm":
     callback=_replicas,
     default="0",
     metavar="N|all",
-    help="Wait until so many replicas have each event of a stream; stop at one in doubt.",
+    help="Wait until this many replicas have each event of a stream; stop at one in doubt.",
 )
 def publish(file: str, rate: float, repeat: int, now: bool, confirm: "Confirm") -> None:
     """Publish one event, or a file of them, to the Redis at REDIS_URL.

@@ -105,7 +105,7 @@ def asked(answers: "Answers") -> int:
     return len(answers.by_node) + len(answers.missing)
 
 
-class Report(Protocol):
+class FromProcesses(Protocol):
     """What processes have told."""
 
     @property
@@ -113,7 +113,7 @@ class Report(Protocol):
         """Whether all of them have."""
 
 
-R = TypeVar("R", bound=Report)
+R = TypeVar("R", bound=FromProcesses)
 
 
 def print_report(report: R, show: Callable[[R], None], as_json: bool) -> None:

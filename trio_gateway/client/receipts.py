@@ -116,7 +116,7 @@ class Seen:
         return next(iter(self._waiting))
 
     def told(self, event_id: str, pings: int) -> None:
-        """Note that the gateway was told of an event, after so many pings."""
+        """Note that the gateway was told of an event, after this many pings."""
         self._waiting.pop(event_id, None)
         self._told[event_id] = pings
 

@@ -185,7 +185,7 @@ class Control:
     ) -> Answers:
         """As :meth:`ask`, and a process that is missing carries it out when it runs again.
 
-        Raises :exc:`Unavailable` if Redis is; then the order may have been given all the same.
+        Raises :exc:`Unavailable` if Redis is; then the order may still have been given.
         """
         order = Order(secrets.token_hex(8), self._registry.name, kind, msgspec.json.encode(request))
 

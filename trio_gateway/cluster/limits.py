@@ -198,7 +198,7 @@ class ClusterLimits:
         return self.alone or trio.current_time() - self._written_at >= _REFRESH
 
     def _newest_batch(self, places: int = 0) -> _Batch:
-        """The batch that is sent next, or a later one if that has no room for so many more."""
+        """The batch that is sent next, or a later one if that has no room for this many more."""
         batches = self._batches
         if len(batches) <= self._is_sent or len(batches[-1].owners) + places > MOST_ASKS:
             batches.append(_Batch())

@@ -141,7 +141,7 @@ def arguments(
 
 
 def read_reply(reply: Any, asks: int) -> Written:
-    """Read the reply of :data:`TAKE` to so many who ask. Raises :exc:`ValueError` if it is none."""
+    """Read the reply of :data:`TAKE` to a number of ``asks``. Raises :exc:`ValueError`."""
     match reply:
         case [int(outcome), int(before), bytes(answers)] if outcome != 1 or len(answers) == asks:
             return Written(Outcome(outcome), before, answers)

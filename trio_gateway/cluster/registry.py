@@ -176,7 +176,7 @@ class Registry:
             self._probe.published(1, trio.current_time())
         others = _nodes(names, states)
         others.pop(self.name, None)
-        # While Redis may have lost its data, who has not beaten again is alive, too.
+        # While Redis may have lost its data, a process that has not beaten again is alive, too.
         self._others = {**self._others, **others} if gap else others
         if not known:
             for forgotten in self.on_forgotten:

@@ -31,8 +31,8 @@ def proved_payload(
 ) -> bytes | None:
     """Return the payload of a token with a valid HMAC (RFC 7515, 3.1), or None if in doubt.
 
-    ``secret_for`` returns the secret for an algorithm, and may raise whatever PyJWT raises for a
-    key that is none.
+    ``secret_for`` returns the secret for an algorithm, and may raise what PyJWT raises for an
+    invalid key.
     """
     signed, _, signature = token.rpartition(b".")
     header, _, payload = signed.partition(b".")

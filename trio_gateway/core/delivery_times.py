@@ -157,7 +157,7 @@ class DeliveryTimes:
 
 
 class _Parts:
-    """Figures in parts of so many ``minutes``, the last ``most`` of them."""
+    """Figures in parts of this many ``minutes``, the last ``most`` of them."""
 
     __slots__ = ("_by_number", "_minutes", "_most")
 

@@ -161,7 +161,7 @@ class Duplicates:
 
     - Backends publish one event on several channels, and only the value of ``ts`` differs. A copy
       joins the oldest occurrence of its content within 5 seconds that its channel has not carried
-      yet. The same content twice on one channel is two occurrences, hence two events.
+      yet. The same content twice on one channel is two occurrences, so two events.
     - An event with an ``id`` is identified by that alone, for 5 minutes, per tenant.
 
     Contents are remembered by a 64-bit hash: the odds that two of 300,000 share one are 1 in

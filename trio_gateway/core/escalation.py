@@ -39,7 +39,7 @@ def may_be_wrapper(payload: bytes) -> bool:
 
 
 def read_escalation(payload: bytes) -> Escalation | None:
-    """What a wrapper says; None if it is none."""
+    """What a wrapper says; None if it is not a wrapper."""
     try:
         return _decode(payload)
     except (msgspec.DecodeError, UnicodeError, RecursionError):

@@ -40,7 +40,7 @@ class Reason:
 
 
 class Later(NamedTuple):
-    """In which audience one receives an event ``after`` so many seconds without a confirmation."""
+    """In which audience one gets an event ``after`` this many seconds without a confirmation."""
 
     to: str
     after: float

@@ -21,7 +21,7 @@ class Asker:
     """Who asks about events.
 
     For it, an event that it may not know of does not exist. Clients that it may not be told the
-    names of are counted all the same.
+    names of are still counted.
     """
 
     may_know: Callable[[TrackedEvent], bool]

@@ -16,7 +16,7 @@ class AsyncPublisher:
     """A :class:`Publisher` for asyncio and Trio: ``async with AsyncPublisher(url) as publisher``.
 
     It runs the synchronous publisher in a worker thread, one event at a time and in the order of
-    the calls. A cancelled call may have published its event nevertheless. It belongs to the event
+    the calls. A cancelled call may still have published its event. It belongs to the event
     loop in which it was entered.
 
     Takes the arguments of :class:`Publisher`, and raises the same exceptions.

@@ -149,7 +149,7 @@ class Node:
         return reply if isinstance(reply, dict) else {}
 
     def takes_writes(self, key: str) -> bool:
-        """Whether it accepts a write to a key beside ``key``, in its slot."""
+        """Whether it accepts a write to a key next to ``key``, in its slot."""
         tag = key if "{" in key else f"{{{key}}}"
         return self.try_ask("SET", f"writable:{tag}", "1", "PX", 1000, timeout=0.25) is not None
 

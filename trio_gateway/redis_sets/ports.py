@@ -16,17 +16,17 @@ def free_port() -> int:
 
 
 def free_ports(count: int) -> int:
-    """Return the first of so many free ports in a row."""
+    """Return the first of this many free ports in a row."""
     with reserved_ports(count) as first:
         return first
 
 
 @contextmanager
 def reserved_ports(count: int) -> Iterator[int]:
-    """The first of so many free ports in a row; in the block nobody else takes them for free.
+    """The first of this many free ports in a row; in the block nobody else takes them for free.
 
     A socket that is bound and does not listen keeps each of them. A server with SO_REUSEADDR can
-    listen there nevertheless, and while it does not, connections are refused.
+    still listen there, and while it does not, connections are refused.
     """
     with ExitStack() as stack:
         first = None

@@ -144,7 +144,7 @@ class Dispatch:
             groups = [members for _, found in routes for members in found]
             if sum(map(len, groups)) > self._writes_per_checkpoint:
                 return False
-            # Whoever is behind may be one to wait for, see Pauses.
+            # A client that is behind may be one to wait for, see Pauses.
             if any(connection.waiting_bytes for members in groups for connection in members):
                 return False
         else:

@@ -101,7 +101,7 @@ class History:
         """Forget a stream of which entries were lost.
 
         A client whose position is before ``since`` cannot be told what followed. The stream is
-        read on from ``end``, which is before ``since`` if it was created anew.
+        read on from ``end``, which is before ``since`` if it was created again.
         """
         since = max(since, self._since.get(stream, START))
         self._drop(stream)

@@ -63,7 +63,7 @@ class Observer(Protocol):
 class Hub:
     """The connections, by audience and by owner.
 
-    Every method but :meth:`wait_empty` is synchronous, hence atomic: no lock anywhere.
+    Every method but :meth:`wait_empty` is synchronous and therefore atomic: there are no locks.
     """
 
     def __init__(self, limits: CapacityLimits | None = None) -> None:
@@ -87,7 +87,7 @@ class Hub:
         self.held: set[Connection] = set()  # they get durable events from the history
         self.lagging: set[Connection] = set()  # of these, what lags: it gets no other events
         self.by_endpoint: dict[Endpoint, int] = dict.fromkeys(Endpoint, 0)
-        self.closed: Counter[int] = Counter()  # by code, whoever chose it
+        self.closed: Counter[int] = Counter()  # by code, chosen by us or by the client
         self.closed_by_gateway: Counter[int] = Counter()
         self._messages = 0  # of connections that are closed
 
@@ -137,7 +137,7 @@ class Hub:
 
     @property
     def owners(self) -> Set[Owner]:
-        """The users and sessions that have a place, be it a reserved one."""
+        """The users and sessions that have a place, including a reserved one."""
         return self._owned.keys() | self._reserved.keys()
 
     @property

@@ -67,7 +67,7 @@ class Liveness:
         return was_asked and isinstance(said, Pong)
 
     def ask(self, socket: Socket, waiting: int) -> None:
-        """It is sent a ping, behind so many bytes in its outbox, to see whether it is there."""
+        """It is sent a ping, behind this many bytes in its outbox, to see whether it is there."""
         self.is_asked = True
         self._acked, outstanding = socket.traffic()
         self._ping_at = self._acked + outstanding + waiting

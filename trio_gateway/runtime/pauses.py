@@ -16,9 +16,9 @@ from .queue import EventQueue
 # events are not delayed by more, and not for more than a tenth of the time.
 MOST: Final = 2.0
 _MOST_A_SECOND: Final = 0.1
-# A client is waited for while it takes so many bytes again and again. Between two times it may take
-# nothing for as long as a busy machine may leave it without a core. A user, or a session, is waited
-# for in vain for so many seconds a minute.
+# A client is waited for while it takes _HEALTHY bytes again and again. Between two times it may
+# take nothing for as long as a busy machine may leave it without a core. A user, or a session, that
+# takes nothing is waited for _IN_VAIN seconds a minute at most.
 _HEALTHY: Final = 65_536
 _IN_VAIN: Final = 0.25
 _WORTH_WAITING: Final = 0.05

@@ -56,7 +56,7 @@ class Places:
     async def wait_known(self, tenant: TenantId, patience: float) -> bool:
         """Whether all streams of the tenant have been read up to their present ends.
 
-        A shard may be read only since now: it is waited for, at most so many seconds.
+        A shard may be read only since now: it is waited for, at most ``patience`` seconds.
         """
         if (streams := self.streams_of(tenant)) is None:
             return self._history.warm

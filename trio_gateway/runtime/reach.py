@@ -1,8 +1,8 @@
 """Must reach: watches until when somebody must have confirmed an event.
 
 Every process watches the events of the streams that it reads. When time is over, each asks Redis,
-where one step is taken once: by whom does not matter, and whoever dies, another one asks. What a
-step changes is an entry of the stream, so all processes learn of it there, see
+where one step is taken once: by which process does not matter, and if one dies, another asks.
+What a step changes is an entry of the stream, so all processes learn of it there, see
 :mod:`..core.escalation`.
 
 Nobody is asked while Redis is away or the stream is not read, nor in the moment after that: what

@@ -39,7 +39,7 @@ class Room(NamedTuple):
 class Lost(NamedTuple):
     """Entries of a shard before ``since`` were lost unread; reading goes on from ``end``.
 
-    ``end`` is before ``since`` if the shard was created anew.
+    ``end`` is before ``since`` if the shard was created again.
     """
 
     stream: Stream

@@ -47,7 +47,7 @@ class LineWriter:
         self.reset()
 
     def reset(self) -> None:
-        """Start anew. A forked child has no thread, and the queued lines are its parent's."""
+        """Start again. A forked child has no thread, and the queued lines are its parent's."""
         # Reentrant: the garbage collector may run at any moment, and a finalizer may write.
         self._changed = threading.Condition(threading.RLock())
         self._rest = ""  # an incomplete line

@@ -193,7 +193,7 @@ class DirectSocket:
 
     async def send(self, data: bytes, timeout: float) -> None:
         """Send all of it, while nobody else writes. Raises :exc:`OSError` if the client is gone,
-        :exc:`trio.TooSlowError` if it has not taken all in so many seconds.
+        :exc:`trio.TooSlowError` if it has not taken all within ``timeout`` seconds.
         """
         if (sent := self.try_write(data)) == len(data):
             return
@@ -230,7 +230,7 @@ class DirectSocket:
                 self._websocket.receive_data(data)
 
     def interrupt(self) -> None:
-        # It wakes whoever waits for this descriptor, and closes nothing.
+        # It wakes the task that waits for this descriptor, and closes nothing.
         if self._socket is not None and self._socket.fileno() != -1:
             trio.lowlevel.notify_closing(self._socket)
 

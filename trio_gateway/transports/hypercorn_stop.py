@@ -11,7 +11,7 @@ async def wait_until_set(event: Event, _sleep: Any = None) -> None:
     """Return once the event of another process is set.
 
     It waits in a thread for the semaphore in the event, and puts back at once what it took:
-    whoever waits next finds it, too. ``Event.wait`` would wait as well, but a process that is
+    the next one that waits finds it, too. ``Event.wait`` would wait as well, but a process that is
     killed there hangs the master in its ``Event.set``.
     """
     flag = event._flag  # type: ignore[attr-defined]

@@ -63,7 +63,7 @@ def traffic(sock: Any) -> tuple[int, int]:
 
 
 def has_left(sock: Any) -> bool:
-    """Whether the peer has ended its side of the connection, be it behind bytes that are unread.
+    """Whether the peer has ended its side of the connection; bytes before that may be unread.
 
     Without POLLRDHUP, which Linux has, only a reset is seen.
     """
