@@ -3,6 +3,8 @@
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
+import pytest
+
 from tests.support.gateways import open_commands
 from trio_gateway.broker.receipt_store import ReceiptStore
 from trio_gateway.core.event_ids import Position, tag
@@ -59,3 +61,36 @@ async def test_confirmation_counts_also_if_it_is_written_before_that_the_event_w
         found = await after(Receipt(steps=2, sent=AT, written=AT))
         assert found.by == {WHO: Receipt(2, AT, AT + 1, AT + 1)}
         assert found.confirmed == {1: AT + 1}
+
+
+@pytest.mark.parametrize("is_sent_first", [False, True])
+@pytest.mark.parametrize("step", [0, 1, 2])
+async def test_confirmation_is_not_of_what_a_later_step_brought(
+    redis_url: str, step: int, is_sent_first: bool
+) -> None:
+    """The client came back when this many steps had been taken; step 1 brought it the event."""
+    sent, confirmed = Receipt(2, AT, AT, step=1), Receipt(delivered=AT + 1, seen=AT + 2, step=step)
+    async with after_writing(redis_url, 10 + 2 * step + is_sent_first) as after:
+        for each in (sent, confirmed) if is_sent_first else (confirmed, sent):
+            found = await after(each)
+    if step:
+        assert found.by == {
+            WHO: Receipt(2, AT, AT if is_sent_first else AT + 1, AT + 1, AT + 2, step=1)
+        }
+        assert found.confirmed == {1: AT + 1}
+    else:
+        assert (found.by, found.confirmed) == ({WHO: sent}, {})
+    joined = sent.joined(confirmed)
+    assert joined == confirmed.joined(sent)
+    assert (joined.delivered, joined.step) == (found.by[WHO].delivered, 1)
+
+
+async def test_later_confirmation_counts_where_the_first_was_of_an_earlier_step(
+    redis_url: str,
+) -> None:
+    async with after_writing(redis_url, 20) as after:
+        await after(Receipt(delivered=AT + 1))
+        await after(Receipt(delivered=AT + 3, step=1))
+        await after(Receipt(delivered=AT + 4))
+        found = await after(Receipt(2, AT + 2, AT + 2, step=1))
+    assert found.by[WHO].delivered == AT + 3

@@ -16,6 +16,7 @@ from trio_gateway.core.receipts import Change, Place, Receipt, State, Who
 from trio_gateway.core.routes_file import read_routes
 from trio_gateway.runtime import receipts
 from trio_gateway.runtime.receipt_writing import ReceiptWriting
+from trio_gateway.runtime.tracked import Tracked
 from trio_gateway.testing import FakeSocket, make_event, make_principal
 
 ROUTES = read_routes("[routes.ROUND_READY]\nreceipt = true\n")
@@ -36,10 +37,14 @@ async def publish(world: World, *numbers: int) -> None:
     await world.publish(*numbers, session_id=456)
 
 
-def receipt(world: World, number: int) -> Receipt:
+def tracked(world: World, number: int) -> Tracked:
     found = world.receipts.find(Place(A, at(number)))
     assert found is not None
-    return found.tracked.by[Who("diner", "456")]
+    return found.tracked
+
+
+def receipt(world: World, number: int, principal: Principal = DINER) -> Receipt:
+    return tracked(world, number).by[Who.of(principal)]
 
 
 def states(world: World, *numbers: int) -> list[State]:
@@ -163,6 +168,43 @@ def escalated(world: World, number: int) -> Event:
     }  # fmt: skip
     text = json.dumps(keys, separators=(",", ":")).encode()
     return parse_event(text, channel="", received_at=0.0, stream=A, position=at(100))
+
+
+@pytest.mark.parametrize(("upto", "state"), [(2, State.WRITTEN), (100, State.DELIVERED)])
+async def test_client_that_comes_back_has_what_a_step_brought_only_if_that_was_before_its_place(
+    autojump_clock: MockClock, world: World, upto: int, state: State
+) -> None:
+    """It had been connected before the step, and serves another sector."""
+    await world.publish(1, sector_id=5)
+    await world.publish(2)
+    waiter = waiter_of(6)
+    if upto == 2:
+        world.receipts.confirm_earlier(waiter, Place(A, at(2)))
+    await world.live(principal=waiter)
+    event = escalated(world, 1)
+    world.receipts.note([event])
+    await world.dispatch.deliver([event])
+    world.receipts.confirm_earlier(waiter, Place(A, at(upto)))
+    assert receipt(world, 1, waiter).state is state
+    changed = tracked(world, 1).changed[Who.of(waiter)]
+    assert (changed.state, changed.step) == (state, 1)
+
+
+@pytest.mark.parametrize(
+    ("names_event", "state"), [(False, State.WRITTEN), (True, State.DELIVERED)]
+)
+async def test_client_names_an_escalated_event_in_a_request_and_its_place_when_it_comes_back(
+    autojump_clock: MockClock, world: World, names_event: bool, state: State
+) -> None:
+    """The event was the last one when it connected: that place is no proof that it has it."""
+    await world.publish(1, sector_id=5)
+    waiter = waiter_of(6)
+    await world.live(principal=waiter)
+    event = escalated(world, 1)
+    world.receipts.note([event])
+    await world.dispatch.deliver([event])
+    world.receipts.confirm_earlier(waiter, Place(A, at(1)), names_event=names_event)
+    assert receipt(world, 1, waiter).state is state
 
 
 @pytest.mark.parametrize(("room", "heard"), [(0, [1]), (math.inf, [])])

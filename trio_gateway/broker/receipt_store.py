@@ -3,7 +3,8 @@
 It outlives the processes that wrote it. Its fields are:
 
 - ``event``: the type and whom it concerns, as JSON, and when it entered Redis
-- ``by:<endpoint>:<user or session>``: ``steps:written:delivered:seen:sent:branches``, times in ms
+- ``by:<endpoint>:<user or session>``: ``steps:written:delivered:seen:sent:branches:step``, times
+  in ms
 - ``confirmed:<n>``: when somebody in the audience of step n confirmed delivery (ms)
 - ``step:<n>``: when step n was over without that (ms)
 
@@ -32,8 +33,9 @@ _MOST: Final = 100  # events in one script
 _BY: Final = "by:"
 
 # KEYS: the hashes. ARGV: for each of them its event, when it expires (unix ms), how many receipts
-# follow, and for each its field, steps, written, delivered, seen, sent, branches. Without ``sent``,
-# it counts as soon as another process writes that it has sent the event.
+# follow, and for each its field, steps, written, delivered, seen, sent, branches, step. Without
+# ``sent``, it counts as soon as another process writes that it has sent the event, in that step or
+# an earlier one: see ``Receipt.joined``.
 _WRITE: Final = """
 local n = 0
 local function take()
@@ -49,16 +51,25 @@ for _, key in ipairs(KEYS) do
   local is_known = redis.call('HSETNX', key, 'event', event) == 0
   for _ = 1, receipts do
     local name, steps, written, delivered = take(), tonumber(take()), take(), take()
-    local seen, sent, branches = take(), take(), take()
-    local old = redis.call('HGET', key, name) or '0:::::'
-    local s, w, d, e, q, b = string.match(old, '^(%d*):(%d*):(%d*):(%d*):(%d*):([%d,]*)$')
+    local seen, sent, branches, step = take(), take(), take(), tonumber(take())
+    local old = redis.call('HGET', key, name) or '0::::::' .. step
+    local s, w, d, e, q, b, p = string.match(
+      old, '^(%d*):(%d*):(%d*):(%d*):(%d*):([%d,]*):(%d*)$')
+    p = tonumber(p)
+    if q == '' and p < step then
+      w, d, e, p = '', '', '', step
+    elseif sent == '' and step < p then
+      delivered, seen = '', ''
+    else
+      p = math.min(p, step)
+    end
     steps = bit.bor(tonumber(s), steps)
     d, e, q, b = first(d, delivered), first(e, seen), first(q, sent), first(b, branches)
     w = first(first(w, written), d)  -- who has it was written it
-    redis.call('HSET', key, name, table.concat({steps, w, d, e, q, b}, ':'))
-    for step = 0, 5 do
-      if q ~= '' and d ~= '' and bit.band(steps, bit.lshift(1, step)) ~= 0 then
-        redis.call('HSETNX', key, 'confirmed:' .. step, d)
+    redis.call('HSET', key, name, table.concat({steps, w, d, e, q, b, p}, ':'))
+    for each = 0, 5 do
+      if q ~= '' and d ~= '' and bit.band(steps, bit.lshift(1, each)) ~= 0 then
+        redis.call('HSETNX', key, 'confirmed:' .. each, d)
       end
     end
   end
@@ -197,6 +208,7 @@ def _arguments(change: Change) -> Iterable[str | bytes | int]:
         for moment in (receipt.written, receipt.delivered, receipt.seen, receipt.sent):
             yield "" if moment is None else moment
         yield ",".join(map(str, sorted(receipt.branches)))
+        yield receipt.step
 
 
 def read_hash(fields: Sequence[bytes]) -> Receipts | None:
@@ -210,12 +222,12 @@ def read_hash(fields: Sequence[bytes]) -> Receipts | None:
         kind, _, rest = name.partition(":")
         if kind == "by":
             endpoint, _, number = rest.partition(":")
-            steps, *texts, branches = value.split(":")
+            steps, *texts, branches, step = value.split(":")
             written, delivered, seen, sent = (int(text) if text else None for text in texts)
             if sent is None:  # it has confirmed what nobody has sent it, or not told us yet
                 continue
             found.by[Who(endpoint, number)] = Receipt(
-                int(steps), sent, written, delivered, seen, _read_branches(branches)
+                int(steps), sent, written, delivered, seen, _read_branches(branches), int(step)
             )
         elif kind == "confirmed":
             found.confirmed[int(rest)] = int(value)

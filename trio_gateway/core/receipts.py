@@ -81,7 +81,8 @@ class Receipt:
 
     ``steps`` is a bit mask: in the audience of which steps (:class:`~.routing.Step`) it was.
     ``branches`` are those of the client, if that of the event (0: the whole tenant) is not one of
-    them; else none.
+    them; else none. ``step`` is the first one that brought it the event. If it is not ``sent``, see
+    :class:`Change`, it is the last one before the place in the stream that the client named.
     """
 
     steps: int = 0
@@ -90,6 +91,7 @@ class Receipt:
     delivered: int | None = None
     seen: int | None = None
     branches: frozenset[BranchId] = frozenset()
+    step: int = 0
 
     @property
     def state(self) -> State:
@@ -110,14 +112,22 @@ class Receipt:
         return bool(self.steps >> number & 1)
 
     def joined(self, other: "Receipt") -> "Receipt":
-        """What two receipts of one client say together: of each state the first time."""
+        """What two receipts of one client say together: of each state the first time.
+
+        A confirmation is not of what a later step brought. The script that writes receipts
+        (:mod:`..broker.receipt_store`) has the same rule.
+        """
+        one, two = (self, other) if self.step <= other.step else (other, self)
+        if one.sent is None and one.step < two.step:
+            return two
         return Receipt(
-            self.steps | other.steps,
-            _first(self.sent, other.sent),
-            _first(self.written, other.written),
-            _first(self.delivered, other.delivered),
-            _first(self.seen, other.seen),
-            self.branches or other.branches,
+            one.steps | two.steps,
+            _first(one.sent, two.sent),
+            _first(one.written, two.written),
+            _first(one.delivered, two.delivered),
+            _first(one.seen, two.seen),
+            one.branches or two.branches,
+            one.step,
         )
 
     def reach(self, state: State, now: int) -> bool:
@@ -148,7 +158,7 @@ class Change(NamedTuple):
     """What is to be written of an event: receipts, each with all that is known of it.
 
     A receipt that is not ``sent`` is of a client that was sent the event by another process, if at
-    all: it counts as soon as that process writes so.
+    all: it counts as soon as that process writes so, unless a later step brought the event.
     """
 
     event: TrackedEvent

@@ -156,18 +156,18 @@ class ReceiptLog:
             if len(unconfirmed) == MOST_UNCONFIRMED:
                 _note_forgotten(connection, unconfirmed[0])
             unconfirmed.append(sent)
-            self._reach(connection, sent.tracked, State.SENT if waits else State.WRITTEN)
+            self._reach(connection, sent, State.SENT if waits else State.WRITTEN)
 
     def owed(self, connections: Iterable[Connection], sent: Sent) -> None:
         """These connections are sent this event from the history when they come to it."""
         for connection in connections:
             if not connection.ending:
-                self._reach(connection, sent.tracked, State.SENT)
+                self._reach(connection, sent, State.SENT)
 
     def taken(self, connection: Connection) -> None:
         """The kernel has taken all that waited for a connection."""
         for sent in connection.unconfirmed or ():
-            self._reach(connection, sent.tracked, State.WRITTEN)
+            self._reach(connection, sent, State.WRITTEN)
         for stream, forgotten in (connection.forgotten or {}).items():
             if forgotten.waiting is not None:
                 self._raise_all(
@@ -193,7 +193,7 @@ class ReceiptLog:
             if stream == place.stream and (
                 sent.position <= place.position or named == place.position
             ):
-                self._reach(connection, sent.tracked, State.DELIVERED)
+                self._reach(connection, sent, State.DELIVERED)
                 is_newest = is_newest and sent.position <= place.position
                 if connection.confirmed is None:
                     connection.confirmed = deque(maxlen=_MOST_CONFIRMED)
@@ -254,7 +254,7 @@ class ReceiptLog:
             self.ignored += 1
             return
         if (tracked := self._tracked.get(place)) is not None:
-            self._reach(connection, tracked, State.SEEN)
+            self._reach(connection, Sent(place.position, tracked), State.SEEN)
 
     def _place_of(self, connection: Connection, event_id: str) -> Place | None:
         """The place that an id names, if it was sent on this connection."""
@@ -275,10 +275,10 @@ class ReceiptLog:
             stream, position, connection.audiences
         )
 
-    def _reach(self, connection: Connection, tracked: Tracked, state: State) -> None:
-        who = Who.of(connection.principal)
+    def _reach(self, connection: Connection, sent: Sent, state: State) -> None:
+        who, tracked = Who.of(connection.principal), sent.tracked
         if (receipt := tracked.by.get(who)) is None:
-            receipt = tracked.by[who] = Receipt()
+            receipt = tracked.by[who] = Receipt(step=sent.step)
             if tracked.event.branch_id not in connection.principal.branches:
                 receipt.branches = connection.principal.branches
         steps = tracked.steps_of(connection.audiences)
@@ -287,10 +287,13 @@ class ReceiptLog:
             self._writing.changed(tracked, who, receipt)
         self._raise(tracked, who, state)
 
-    def confirm_earlier(self, principal: Principal, upto: Place) -> None:
-        """A client came back with the last event that it has, or names it in a request.
+    def confirm_earlier(
+        self, principal: Principal, upto: Place, *, names_event: bool = False
+    ) -> None:
+        """A client came back with its place, or names in a request the last event that it has.
 
-        It has what it was sent before that on any connection, of any process.
+        It has what it was sent before that on any connection, of any process. What it was sent at
+        a later place of the stream, in a step, it has only if it names that event.
         """
         who, audiences = Who.of(principal), audiences_of(principal)
         added = self._added.get((principal.tenant, upto.stream), ())
@@ -304,9 +307,14 @@ class ReceiptLog:
                 break
             elif receipt is None:
                 continue
+            if tracked.place == upto and names_event:
+                self._raise(tracked, who, State.DELIVERED, tracked.last_step)
+                continue
             at = _sent_at(tracked, who, audiences)
-            if tracked.place == upto or (at is not None and at <= upto.position):
-                self._raise(tracked, who, State.DELIVERED)
+            if receipt is None and tracked.place == upto:  # its sectors may have changed since
+                at = upto.position
+            if at is not None and at <= upto.position:
+                self._raise(tracked, who, State.DELIVERED, tracked.step_at(upto.position))
 
     def see_earlier(self, principal: Principal, place: Place) -> None:
         """The application of a client says in a request that it has seen this event."""
@@ -315,10 +323,12 @@ class ReceiptLog:
             return
         who = Who.of(principal)
         if who in tracked.by or tracked.sent_at(audiences_of(principal)) is not None:
-            self._raise(tracked, who, State.SEEN)
+            self._raise(tracked, who, State.SEEN, tracked.last_step)
 
-    def _raise(self, tracked: Tracked, who: Who, state: State) -> None:
-        """Note a state of one who was sent the event, by this process or maybe by another."""
+    def _raise(self, tracked: Tracked, who: Who, state: State, step: int = 0) -> None:
+        """Note a state of one who was sent the event, by this process or maybe by another; then it
+        was in this step or an earlier one.
+        """
         now = int(self._clock() * 1000)
         if (receipt := tracked.by.get(who)) is not None:
             was_sent, was_delivered = receipt.sent is not None, receipt.delivered is not None
@@ -331,7 +341,7 @@ class ReceiptLog:
                     self._times.confirmed(tracked.place, tracked.event, trio.current_time())
         else:
             seen = now if state is State.SEEN else None
-            self._writing.changed(tracked, who, Receipt(delivered=now, seen=seen))
+            self._writing.changed(tracked, who, Receipt(delivered=now, seen=seen, step=step))
 
     def trim(self) -> None:
         """Forget the events whose receipts are not kept any more."""
@@ -363,8 +373,8 @@ def _position(sent: Sent) -> Position:
 
 def _sent_at(tracked: Tracked, who: Who, audiences: Collection[Audience]) -> Position | None:
     """Where in the stream one in these audiences was sent an event; None if nowhere yet."""
-    if who in tracked.by and not tracked.escalated:  # its sectors may have changed since
-        return tracked.place.position
+    if (receipt := tracked.by.get(who)) is not None:
+        return tracked.escalated.get(receipt.step, tracked.place.position)
     return tracked.sent_at(audiences)
 
 

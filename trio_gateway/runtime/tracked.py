@@ -43,6 +43,15 @@ class Tracked:
         self.by: dict[Who, Receipt] = {}
         self.changed: dict[Who, Receipt] = {}  # and not written to Redis yet
 
+    @property
+    def last_step(self) -> int:
+        """The number of the last step that was taken, as far as is known here."""
+        return max(self.escalated, default=0)
+
+    def step_at(self, position: Position) -> int:
+        """The number of the last step that was taken up to this place in the stream."""
+        return max((step for step, at in self.escalated.items() if at <= position), default=0)
+
     def steps_of(self, audiences: Collection[Audience]) -> int:
         """In the audience of which steps a member of these audiences is, as a bit mask."""
         found = 0
@@ -89,6 +98,11 @@ class Sent:
     def __init__(self, position: Position, tracked: Tracked) -> None:
         self.position = position
         self.tracked = tracked
+
+    @property
+    def step(self) -> int:
+        """The number of the step that brought it."""
+        return self.tracked.step_at(self.position)
 
 
 class Forgotten:

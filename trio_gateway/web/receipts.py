@@ -89,7 +89,7 @@ async def confirm(parts: Parts) -> Answer:
                     if body.event_id is not None:
                         parts.receipts.see_earlier(principal, place)
                     else:
-                        parts.receipts.confirm_earlier(principal, place)
+                        parts.receipts.confirm_earlier(principal, place, names_event=True)
     return Response(b"", 204)  # without a body, Quart runs asyncio code to make one
 
 
