@@ -173,7 +173,7 @@ class Gateway(QuartTrio):
             nursery.start_soon(parts.dead_letters.run)
         nursery.start_soon(parts.readiness.run)
         nursery.start_soon(parts.replays.decide)
-        nursery.start_soon(parts.replays.keep_ahead)
+        nursery.start_soon(parts.replays.feeding.keep_ahead)
         if parts.receipts.tracks:
             nursery.start_soon(parts.receipt_writing.run, parts.receipt_store.write)
         if parts.reach.watches:

@@ -41,7 +41,7 @@ def snapshot(parts: Parts) -> Snapshot:
                 str(int(close)): hub.closed_by_gateway[close] for close in Close if close.sent
             },
             "wsgateway_connections_lagging": len(hub.lagging),
-            "wsgateway_lags_total": parts.replays.lags,
+            "wsgateway_lags_total": parts.replays.feeding.lags,
             "wsgateway_upgrades_refused_total": {
                 str(status): number for status, number in parts.counts.refused.items()
             },
@@ -69,7 +69,7 @@ def snapshot(parts: Parts) -> Snapshot:
                 state.label: parts.receipts.counts[state] for state in State
             },
             "wsgateway_receipts_ignored_total": parts.receipts.ignored,
-            "wsgateway_replayed_events_total": parts.replays.replayed,
+            "wsgateway_replayed_events_total": parts.replays.feeding.replayed,
             "wsgateway_nodes": {"": len(parts.cluster.registry.nodes)} if parts.cluster else {},
             "wsgateway_nodes_lost_total": (
                 {"": parts.cluster.registry.lost} if parts.cluster else {}

@@ -10,7 +10,7 @@ _GATEWAY: Final = {
     "gateway.py: parts.dead_letters.run": ["DeadLetters.run"],
     "gateway.py: parts.readiness.run": ["Readiness.run"],
     "gateway.py: parts.replays.decide": ["Replays.decide"],
-    "gateway.py: parts.replays.keep_ahead": ["Replays.keep_ahead"],
+    "gateway.py: parts.replays.feeding.keep_ahead": ["Feeding.keep_ahead"],
     "gateway.py: parts.receipt_writing.run, parts.receipt_store.write": ["ReceiptWriting.run"],
     "gateway.py: parts.reach.run, parts.steps.take, parts.steps.answers": ["Reach.run"],
     "gateway.py: parts.shard_claims.run": ["ShardClaims.run"],

@@ -57,7 +57,7 @@ async def test_client_over_the_bound_lags_and_gets_everything_in_order(
 
     assert client.heard == list(range(1, 501))
     assert client.connection.resume_state.phase is Phase.LIVE
-    assert (world.replays.lags, world.hub.lagging) == (1, set())
+    assert (world.replays.feeding.lags, world.hub.lagging) == (1, set())
     assert GAP not in client.said
 
 
@@ -95,7 +95,7 @@ async def test_each_lag_that_skips_an_event_ends_with_a_gap_and_no_other_does(
         client.socket.room = 0
 
     assert client.said.count(GAP) == 2
-    assert world.replays.lags == 3
+    assert world.replays.feeding.lags == 3
 
 
 async def test_client_without_durable_events_gets_just_the_gap(
@@ -413,7 +413,7 @@ def test_any_slow_client_gets_durable_events_once_in_order_and_a_gap_for_what_it
             assert size < math.inf or not client.connection.ending
             if not client.connection.ending:
                 await read_all(client)
-                check(client, sent, pings, gaps, world.replays.lags)
+                check(client, sent, pings, gaps, world.replays.feeding.lags)
             nursery.cancel_scope.cancel()
 
     trio.run(main, clock=MockClock(autojump_threshold=0))
@@ -466,7 +466,7 @@ async def test_clients_at_the_same_place_share_what_is_read_for_them(
     assert kitchen.heard == list(range(1, 4021))
     assert reads < 100  # of 460 without
     await trio.sleep(2)
-    assert not world.replays._shared
+    assert not world.replays.feeding._shared
 
 
 async def test_lagging_client_is_fed_while_a_message_is_answered(
@@ -494,9 +494,9 @@ async def test_last_slow_client_that_leaves_frees_what_was_read_for_it(
         await publish(world, *range(first, first + 200))
     client.socket.read(200_000)
     await wait_all_tasks_blocked()
-    assert world.replays._shared
+    assert world.replays.feeding._shared
     await client.leave()
     client.socket.read(math.inf)
     await trio.sleep(3)
 
-    assert not world.replays._shared
+    assert not world.replays.feeding._shared

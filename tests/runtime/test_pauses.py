@@ -70,7 +70,7 @@ async def test_burst_reaches_whole_the_clients_that_read(
     burst.publish(7000)
     await burst.delivered(*clients)
 
-    assert burst.world.replays.lags == 0
+    assert burst.world.replays.feeding.lags == 0
     assert clients[0].heard == list(range(7000))
 
 
@@ -81,7 +81,7 @@ async def test_client_whose_process_has_no_core_for_a_moment_gets_the_burst_whol
     burst.publish(7000)
     await burst.delivered(client)
 
-    assert burst.world.replays.lags == 0
+    assert burst.world.replays.feeding.lags == 0
     assert client.heard == list(range(7000))
 
 
@@ -96,7 +96,7 @@ async def test_time_in_which_the_gateway_had_no_core_counts_against_no_client(
         autojump_clock.jump(0.5)
     await burst.delivered(client)
 
-    assert burst.world.replays.lags == 0
+    assert burst.world.replays.feeding.lags == 0
     assert client.heard == list(range(7000))
 
 
@@ -130,7 +130,7 @@ async def test_user_that_does_not_read_is_known_when_it_comes_again(
 
     assert took[0] > 0.1
     assert sum(took) <= 0.3 + 5 * 5 * STEP
-    assert burst.world.replays.lags == 5
+    assert burst.world.replays.feeding.lags == 5
 
 
 async def test_slow_client_at_an_ordinary_rate_delays_nobody(
@@ -155,6 +155,6 @@ async def test_tenant_is_paused_for_a_tenth_of_the_time(
         await trio.sleep(STEP)
         paused += STEP * (burst.queue.depth > 0)
 
-    assert burst.world.replays.lags > 0
+    assert burst.world.replays.feeding.lags > 0
     assert GAP in slow.said
     assert pauses.MOST <= paused <= pauses.MOST + 0.1 * 10 + 0.5

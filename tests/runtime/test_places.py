@@ -156,9 +156,7 @@ def test_end_is_the_same_object_until_it_moves(history: History) -> None:
 async def test_client_is_held_until_all_streams_of_its_tenant_are_read(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
-    world = World(nursery, OLD)
-    world.history.ranks = SHARDING.ranks
-    world.replays._places = Places(world.history, SHARDING)
+    world = World(nursery, OLD, sharding=SHARDING)
     nursery.start_soon(world.replays.decide)
     silent, other = await world.connect(), await world.connect()
     await other.say("x")
@@ -183,9 +181,7 @@ async def test_client_is_held_until_all_streams_of_its_tenant_are_read(
 async def test_client_may_still_resume_when_its_stream_was_slow_to_be_read(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
-    world = World(nursery, OLD)
-    world.history.ranks = SHARDING.ranks
-    world.replays._places = Places(world.history, SHARDING)
+    world = World(nursery, OLD, sharding=SHARDING)
     nursery.start_soon(world.replays.decide)
     await world.publish(1, 2, stream=OLD)
     client = await world.connect()

@@ -142,7 +142,7 @@ async def test_long_replay_is_whole_and_in_order(autojump_clock: MockClock, worl
     client = await world.connect(place(1))
     assert client.resumed == [resumed(2999, place(1))]
     assert client.heard == list(range(2, 3001))
-    assert world.replays.replayed == 2999
+    assert world.replays.feeding.replayed == 2999
 
 
 async def test_big_events_are_replayed_in_writes_of_bounded_size(
@@ -997,4 +997,4 @@ async def test_outcomes_are_counted(autojump_clock: MockClock, world: World) -> 
     for last_event_id in (place(1), "", "nonsense"):
         await world.connect(last_event_id)
     assert world.replays.resumes == {"recovered": 2, "not_recovered": 1}
-    assert world.replays.replayed == 2
+    assert world.replays.feeding.replayed == 2

@@ -11,12 +11,14 @@ from trio_gateway.core.audiences import Principal
 from trio_gateway.core.event_ids import START, Cursor, Position, Stream, event_id
 from trio_gateway.core.events import Event
 from trio_gateway.core.routing import ROUTES, Routing
+from trio_gateway.core.shards import Sharding
 from trio_gateway.runtime.connection import Connection, ConnectionLimits
 from trio_gateway.runtime.dispatch import Dispatch
 from trio_gateway.runtime.history import History
 from trio_gateway.runtime.hub import Hub
 from trio_gateway.runtime.older_events import OlderEvents, ReadEntry, ReadFailed
 from trio_gateway.runtime.past_routing import PastRouting
+from trio_gateway.runtime.places import Places
 from trio_gateway.runtime.receipt_writing import ReceiptWriting
 from trio_gateway.runtime.receipts import ReceiptLog
 from trio_gateway.runtime.resume import Replays
@@ -128,6 +130,7 @@ class World:
         most_scanned: int = 0,
         uncovered_to_branch: bool = False,
         routes: Routing = ROUTES,
+        sharding: Sharding | None = None,
         **bounds: Any,
     ) -> None:
         self.hub = Hub()
@@ -152,9 +155,17 @@ class World:
         )
         if self.receipts.tracks:
             self.dispatch.receipts = self.receipts
-        self.replays = Replays(self.history, self.hub, older=self.older, receipts=self.receipts)
+        if sharding is not None:
+            self.history.ranks = sharding.ranks
+        self.replays = Replays(
+            self.history,
+            self.hub,
+            Places(self.history, sharding),
+            self.older,
+            self.receipts,
+        )
         self.nursery = nursery
-        nursery.start_soon(self.replays.keep_ahead)
+        nursery.start_soon(self.replays.feeding.keep_ahead)
         if begun:
             for stream in streams or (A,):
                 self.history.begin(stream, START, whole=True)
