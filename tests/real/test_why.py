@@ -1,6 +1,7 @@
 """The path of an event: over HTTP, for backends, and on the command line."""
 
 import json
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from trio_gateway.testing import make_jwt, make_payload
 from trio_gateway.web.static import OPENAPI
 
 STREAM = "events:critical"
-CALL = {"type": "SERVICE_CALL_CREATED", "sector_id": 5}
+CALL: dict[str, Any] = {"type": "SERVICE_CALL_CREATED", "sector_id": 5}
 ROUTES = """
 [routes.SERVICE_CALL_CREATED]
 must_reach = "waiters"
@@ -178,6 +179,19 @@ async def test_events_without_receipts_and_unknown_ids_are_explained_to_those_wh
         assert (done.exit_code, "no receipts are known" in done.stderr) == (1, True)
         assert (await ask_command("why", "1-0-ffff")).exit_code == 1
         assert (await ask_command("why", "x")).exit_code == 2
+
+
+@pytest.mark.parametrize(("age", "is_known"), [(3_500, True), (3_700, False)])
+async def test_command_does_not_take_receipts_that_have_expired_for_none(
+    redis_url: str, backend: "redis.Redis", tmp_path: Path, age: int, is_known: bool
+) -> None:
+    (tmp_path / "routes.toml").write_text(ROUTES)
+    added = f"{int(time.time() - age) * 1000}-0"
+    backend.xadd(STREAM, {"data": make_payload(**CALL)}, id=added)
+    done = await command(redis_url, tmp_path / "routes.toml", "receipts", added)
+    words = "written to 0, delivered to 0" if is_known else "no receipts are known"
+    assert words in (done.stdout if is_known else done.stderr)
+    assert done.exit_code == 1 - is_known
 
 
 async def test_where_no_receipts_are_kept_no_right_to_them_is_needed(

@@ -1,5 +1,6 @@
 """``receipts``: who has received an event."""
 
+from time import time
 from typing import TYPE_CHECKING
 
 import click
@@ -23,15 +24,16 @@ def receipts(event_id: str, as_json: bool) -> None:
     Exit status 1 if no receipts are known of it, or if a process did not answer.
     """
     from ..broker.receipt_store import ReceiptStore
-    from ..core.receipt_report import describe_receipts
+    from ..core.receipt_report import describe_receipts, is_kept
 
     settings = settings_or_exit()
+    routes, ttl = settings.routes, settings.ws_receipt_ttl
     place, found, missing = ask_about(
         settings, event_id, ReceiptStore.read, lambda found: found is not None
     )
-    if found is None or not (found.by or found.event.type in settings.routes.tracked_types):
+    if found is None or not (found.by or is_kept(found.event, routes, ttl, time())):
         raise Failure(f"no receipts are known of this event: see trio-gateway why {event_id}")
-    reply = describe_receipts(place, found, settings.routes, missing)
+    reply = describe_receipts(place, found, routes, missing)
     print_report(reply, _show, as_json)
 
 

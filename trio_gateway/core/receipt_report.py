@@ -69,6 +69,11 @@ class ReceiptsReply(msgspec.Struct):
     missing: list[str]
 
 
+def is_kept(event: TrackedEvent, routes: Routing, ttl: float, now: float) -> bool:
+    """Whether who has received an event is still known, with a TTL in seconds at this unix time."""
+    return event.type in routes.tracked_types and event.at / 1000 + ttl > now
+
+
 def describe_receipts(
     place: Place,
     found: Receipts,

@@ -12,8 +12,8 @@ from ..core.audiences import Endpoint
 from ..core.client_request import bearer
 from ..core.close_codes import Rejected
 from ..core.control_messages import FlushReceipts
-from ..core.receipt_report import Asker, describe_receipts
-from ..core.receipts import Place, TrackedEvent, read_place
+from ..core.receipt_report import Asker, describe_receipts, is_kept
+from ..core.receipts import Place, read_place
 from ..parts import Parts
 from ..runtime.concurrency_limiter import Overloaded
 from ..runtime.resume import PATIENCE
@@ -108,9 +108,14 @@ async def report(parts: Parts, place: Place, asker: Asker) -> Answer:
         return problem(404, _UNKNOWN)
     except Unavailable as error:
         return problem(503, error.cause, retry_after=1)
-    if found is None or not (_is_kept(parts, found.event) and asker.may_know(found.event)):
+    routes, ttl = parts.settings.routes, parts.settings.ws_receipt_ttl
+    if (
+        found is None
+        or not is_kept(found.event, routes, ttl, parts.clock())
+        or not asker.may_know(found.event)
+    ):
         return problem(404, _UNKNOWN)
-    return respond(describe_receipts(place, found, parts.settings.routes, missing, asker.may_name))
+    return respond(describe_receipts(place, found, routes, missing, asker.may_name))
 
 
 async def flush(parts: Parts) -> list[str]:
@@ -123,10 +128,3 @@ async def flush(parts: Parts) -> list[str]:
     if not await parts.receipt_writing.flush(parts.receipt_store.write):
         raise Unavailable("receipts not written")
     return []
-
-
-def _is_kept(parts: Parts, event: TrackedEvent) -> bool:
-    return (
-        event.type in parts.settings.routes.tracked_types
-        and event.at / 1000 + parts.settings.ws_receipt_ttl > parts.clock()
-    )
