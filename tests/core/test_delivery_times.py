@@ -125,6 +125,15 @@ def tracked(at: float) -> tuple[Place, TrackedEvent]:
     return Place(STREAM, Position((ms, 0))), TrackedEvent("CHECK_PAID", 1, 1, ms)
 
 
+def test_an_event_is_over_the_limit_once_however_many_of_its_clients_are_late() -> None:
+    times = times_of()
+    for at, seconds in ((100.0, 2), (100.0, 3), (100.0, 70), (200.0, 0.5), (200.0, 5)):
+        times.sent(*tracked(at), at)
+        times.confirmed(*tracked(at), at + seconds)
+    delivered = summary(times.figures(1, 210.0).last_5_minutes).delivered
+    assert (delivered.count, delivered.over) == (5, 2)
+
+
 def test_clients_are_unconfirmed_until_they_confirm() -> None:
     times, event = times_of(), tracked(100.0)
     for _ in range(3):

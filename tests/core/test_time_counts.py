@@ -7,6 +7,8 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trio_gateway.core.distinct import MOST, number_of
+from trio_gateway.core.event_ids import Position, tag
 from trio_gateway.core.time_counts import (
     BOUNDS,
     Delivered,
@@ -23,10 +25,12 @@ MS = st.integers(0, 300_000) | st.integers(0, 1100)
 LIMIT = 1000
 
 
-def counts(values: Sequence[int]) -> TimeCounts:
+def counts(values: Sequence[int], process: int = 0) -> TimeCounts:
+    """Of different events."""
     found = TimeCounts()
-    for ms in values:
-        add([found], ms, is_late=ms > LIMIT)
+    for n, ms in enumerate(values):
+        number = number_of(tag("events:critical"), Position((n, process)))
+        add([found], ms, number if ms > LIMIT else None)
     return found
 
 
@@ -42,13 +46,25 @@ def test_quantiles_are_at_most_a_fifth_above_those_of_the_values(values: list[in
 @given(st.lists(st.lists(MS)))
 def test_sums_of_processes_are_those_of_all_values(processes: list[list[int]]) -> None:
     total = TimeCounts()
-    for values in processes:
-        answer = msgspec.json.encode(counts(values))
+    for process, values in enumerate(processes):
+        answer = msgspec.json.encode(counts(values, process))
         total.merge(msgspec.json.decode(answer, type=TimeCounts))
     together = [ms for values in processes for ms in values]
-    assert total == counts(together)
+    assert total.counts == counts(together).counts
     assert total.count == len(together)
-    assert total.over == sum(ms > LIMIT for ms in together)
+    if (late := sum(ms > LIMIT for ms in together)) < MOST:
+        assert total.over == late
+
+
+def test_event_that_was_late_in_several_processes_is_one() -> None:
+    values = [1, 2000, 3000]
+    total = counts(values)
+    total.merge(counts(values))
+    assert (total.count, total.over) == (6, 2)
+
+
+def test_no_more_events_are_late_than_there_are() -> None:
+    assert counts([2000] * 2000).over <= 2000
 
 
 def test_without_values_there_are_no_quantiles() -> None:

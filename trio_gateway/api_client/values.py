@@ -64,8 +64,8 @@ class Presence(_FromAll, frozen=True):
 class Times(msgspec.Struct, frozen=True):
     """How many there were, and percentiles of the seconds that they took, None without any.
 
-    ``over`` took longer than the limit. ``unconfirmed`` (of delivered ones): clients that were sent
-    an event and have not confirmed it.
+    ``over`` events took longer than the limit. ``unconfirmed`` (of delivered ones): clients that
+    were sent an event and have not confirmed it.
     """
 
     count: int

@@ -9,6 +9,7 @@ from typing import Final
 
 import msgspec
 
+from .distinct import number_of
 from .event_ids import Stream
 from .events import Event
 from .receipts import Place, TrackedEvent
@@ -90,7 +91,7 @@ class DeliveryTimes:
             of = self._tenants.get(event.tenant)
             if of is None or of.minute != minute or is_late:
                 of = self._of(event.tenant, minute, is_late=is_late)
-            add(of.written, ms, is_late=is_late)
+            add(of.written, ms, number_of(stream, position) if is_late else None)
 
     def sent(self, place: Place, event: TrackedEvent, now: float) -> None:
         """Count a client that was sent a tracked event, and has not confirmed it yet."""
@@ -107,7 +108,8 @@ class DeliveryTimes:
         of = self._of(event.tenant_id, redis_now // _MINUTE, is_late=is_late)
         for each in of.at(event.at // _MINUTE):
             each.unconfirmed -= 1
-        add([each.delivered for each in of.at(of.minute)], ms, is_late=is_late)
+        late = number_of(*place) if is_late else None
+        add([each.delivered for each in of.at(of.minute)], ms, late)
 
     @property
     def tenants(self) -> Collection[int]:

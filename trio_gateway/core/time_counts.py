@@ -8,37 +8,46 @@ from typing import Final
 
 import msgspec
 
+from . import distinct
+
 #: Upper bounds of the buckets, in ms. Each is 19 % above the one before, the last is 4.4 minutes.
 BOUNDS: Final = tuple(2 ** (n / 4) for n in range(73))
 _BUCKETS: Final = bytes(bisect_left(BOUNDS, ms) for ms in range(1024))  # of short ones
 
 
 class TimeCounts(msgspec.Struct, gc=False, omit_defaults=True):
-    """How many took how long, by the number of the bucket, and how many of them were late."""
+    """How many took how long, by the number of the bucket; and which events were late, as a set of
+    :mod:`.distinct`.
+    """
 
     counts: dict[int, int] = {}
-    over: int = 0
+    late: bytes = b""
 
     @property
     def count(self) -> int:
         """How many there are."""
         return sum(self.counts.values())
 
+    @property
+    def over(self) -> int:
+        """How many events were late, about if they are many."""
+        return min(distinct.count(self.late), self.count)
+
     def merge(self, other: "TimeCounts") -> None:
         """Add those of another process, or of another time."""
         counts = self.counts
         for bucket, count in other.counts.items():
             counts[bucket] = counts.get(bucket, 0) + count
-        self.over += other.over
+        self.late = distinct.join(self.late, other.late)
 
 
-def add(all_counts: Iterable[TimeCounts], ms: int, *, is_late: bool) -> None:
-    """Count one that took ``ms`` in each of these."""
+def add(all_counts: Iterable[TimeCounts], ms: int, late: int | None) -> None:
+    """Count one that took ``ms`` in each of these; ``late``: the number of the event, if it is."""
     bucket = _BUCKETS[ms] if ms < 1024 else bisect_left(BOUNDS, ms)
     for each in all_counts:
         each.counts[bucket] = each.counts.get(bucket, 0) + 1
-        if is_late:
-            each.over += 1
+        if late is not None:
+            each.late = distinct.include(each.late, late)
 
 
 class Figures(msgspec.Struct, omit_defaults=True):
@@ -58,7 +67,9 @@ class Figures(msgspec.Struct, omit_defaults=True):
 
 
 class Written(msgspec.Struct):
-    """How many events were written, and in how many seconds; ``over``: in more than the limit."""
+    """How many events each process wrote, and in how many seconds. ``over``: how many events took
+    more than the limit on any of them.
+    """
 
     count: int
     p50: float | None
@@ -70,7 +81,8 @@ class Written(msgspec.Struct):
 class Delivered(msgspec.Struct):
     """As :class:`Written`, of events that clients confirmed, each client on its own.
 
-    ``unconfirmed`` clients were sent an event and have not confirmed it.
+    ``over`` counts events, however many clients were late. ``unconfirmed`` clients were sent an
+    event and have not confirmed it.
     """
 
     count: int
