@@ -83,9 +83,9 @@ def test_check_names_the_scheme_that_fits(sentinels: SentinelSet, cluster: Clust
     for url, problem, remedy in (
         (f"redis://{sentinel}", "is a Sentinel", "write redis+sentinel://HOST:PORT/NAME"),
         (f"redis://{node}", "is a node of a Cluster", "write redis+cluster://"),
-        (f"redis+sentinel://{data}/m", "is no Sentinel", "write redis:// for a single Redis"),
-        (f"redis+cluster://{data}", "is no node of a Cluster", "write redis:// for a single"),
-        (f"redis+cluster://{sentinel}", "is no node of a Cluster", "redis+sentinel:// for a"),
+        (f"redis+sentinel://{data}/m", "is not a Sentinel", "write redis:// for a single Redis"),
+        (f"redis+cluster://{data}", "is not a node of a Cluster", "write redis:// for a single"),
+        (f"redis+cluster://{sentinel}", "is not a node of a Cluster", "redis+sentinel:// for a"),
     ):
         status, text = check(url)
         assert status == 1

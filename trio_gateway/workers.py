@@ -132,7 +132,7 @@ class Supervisor:
         try:
             group = str(open_group())
             self._snapshots = WorkerSnapshots(Path(group))
-        except OSError as error:  # a read-only file system: metrics are no reason not to serve
+        except OSError as error:  # a read-only file system: it serves without metrics
             log.warning("snapshots not shared: metrics are one worker's", error=error.strerror)
             group = ""
         self._env = {**env, GROUP: group}

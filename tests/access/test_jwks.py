@@ -395,7 +395,7 @@ GARBAGE: Final = {
     "not UTF-8": b'{"keys":["\xff"]}',
     "a list": b"[]",
     "null": b"null",
-    "keys that are no list": b'{"keys":5}',
+    "keys that are not a list": b'{"keys":5}',
     "keys that are an object": b'{"keys":{"a":1}}',
     "no keys": b'{"keys":[]}',
     "symmetric ones alone": key_set(OCT),

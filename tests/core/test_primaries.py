@@ -34,7 +34,7 @@ def test_sentinel_is_read_without_the_right_to_the_details(details: Any) -> None
 
 @pytest.mark.parametrize("address", [b"OK", 5, [b"h"], [b"h", b"x"], [5, b"1"]])
 def test_other_servers_are_no_sentinels(address: Any) -> None:
-    with pytest.raises(ValueError, match="no Sentinel"):
+    with pytest.raises(ValueError, match="not a Sentinel"):
         SentinelAnswer.read(address, [], "m")
 
 
@@ -67,7 +67,7 @@ def test_intact_cluster_with_the_newest_epoch_is_believed(worse: NodeAnswer) -> 
 
 @pytest.mark.parametrize("reply", [b"OK", [[1]], None])
 def test_other_servers_are_no_nodes(reply: Any) -> None:
-    with pytest.raises(ValueError, match="no node of a Cluster"):
+    with pytest.raises(ValueError, match="not a node of a Cluster"):
         NodeAnswer.read(info("ok", 1), reply, "h")
 
 

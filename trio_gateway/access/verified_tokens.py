@@ -1,7 +1,7 @@
 """Verified tokens: what they say is remembered, so that a reconnect verifies no signature.
 
 When many clients come back at once, they bring the tokens that they had. Whether a token is revoked
-is no part of this: it is looked up each time.
+is not part of this: it is looked up each time.
 """
 
 import hashlib

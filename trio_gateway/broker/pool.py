@@ -28,7 +28,7 @@ class Pool:
     """Connections to one server; each is opened when it is needed.
 
     They belong to redis-py's asyncio loop. A node of a Cluster ``follows_moves``: to be refused
-    there, because the slot has moved, is no reason for new connections.
+    there, because the slot has moved, is not a reason for new connections.
     """
 
     def __init__(

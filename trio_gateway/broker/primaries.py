@@ -25,7 +25,7 @@ _MOST_NAMES: Final = 1000  # to find a key of a node that has few slots
 class Primaries:
     """Connections to the primaries of a topology, of which there may be one.
 
-    A command that was refused by a server because it is no primary is sent again, and so is one
+    A command that was refused by a server because it is not a primary is sent again, and so is one
     whose answer was lost, if it may be repeated: to a server that does not fail over once, to
     others until the caller's deadline. Methods raise one of :data:`FAILURES`.
     """

@@ -78,7 +78,7 @@ class Publishing:
     async def publish(self, publications: Sequence[Publication], confirm: Confirm = 0) -> None:
         """Give each publication its outcome.
 
-        An event goes once more to another server if the first one is no primary any more, and to
+        An event goes once more to another server if the first one is not a primary any more, and to
         any if its reply was lost and it has an id. Entries are in doubt if fewer than ``confirm``
         replicas have them after :data:`CONFIRM_WITHIN` seconds; "all" are those that are connected,
         at least one, and not fewer than the Sentinels know. Takes a few seconds at most, and raises
@@ -161,7 +161,7 @@ class Publishing:
         while server.idle:
             since, connection = server.idle.pop()
             try:
-                # PUBLISH on a replica is no error, but reaches only those who listen to that.
+                # PUBLISH on a replica is not an error, but reaches only those who listen to that.
                 if trio.current_time() - since > _FRESH:
                     await connection.check_role(timeout=_CONNECT)
             except ConnectionLost:

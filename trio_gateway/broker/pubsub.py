@@ -129,7 +129,7 @@ class PubSub:
         return random.choice(good or servers)  # noqa: S311 - spreads load, keeps no secret
 
     async def _leave(self, server: RedisAddress) -> None:
-        """Give up the connection when its server is no primary any more."""
+        """Give up the connection when its server is not a primary any more."""
         await self._topology.wait_left(server, None)
         self._connection_scope.cancel()
 

@@ -122,7 +122,7 @@ class Topology:
         self._looks += 1
 
     def suspect(self, server: RedisAddress) -> None:
-        """This server does not answer, or is no primary: ask before the next command."""
+        """This server does not answer, or is not a primary: ask before the next command."""
         if any(self.address(node) == server for node in self._map.primaries):
             self.suspect_all()
 

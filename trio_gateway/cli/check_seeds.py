@@ -56,7 +56,7 @@ async def ask_seeds(
             elif kind.auth and any(s in problem for s in ("NOAUTH", "WRONGPASS", "AUTH failed")):
                 part.fail(problem, kind.auth)
             elif is_open and "ERR" in problem:
-                part.fail(f"{problem}: the server is no {kind.name}", kind.other_kind)
+                part.fail(f"{problem}: the server is not a {kind.name}", kind.other_kind)
             else:
                 part.fail_to_connect(problem)
                 lost.add(server)

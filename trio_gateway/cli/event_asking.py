@@ -32,7 +32,7 @@ def ask_about(
     receipts before. Those are asked only if they know each other.
 
     The id may be that of the entry in Redis, too: then each stream is looked at. Raises
-    :exc:`Failure` if it is no id, or if it is of no stream of the gateway.
+    :exc:`Failure` if it is not an id, or if it is of no stream of the gateway.
     """
     from ..broker.receipt_store import ReceiptStore
     from ..core.control_messages import FlushReceipts

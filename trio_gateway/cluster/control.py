@@ -34,7 +34,7 @@ log = structlog.get_logger()
 
 PATIENCE: Final = 1.8  # seconds, so that who asks over HTTP has an answer within 2
 # Seconds in which a process reads what came while it was paused, and what is late for it to call
-# that a pause: its machine gave it no time. Answers that lie in its socket are no missing ones.
+# that a pause: its machine gave it no time. Answers that lie in its socket are not missing ones.
 _AFTER_PAUSE: Final = 0.2
 _PAUSED: Final = 0.1
 MOST_HANDLED: Final = 100  # questions at a time

@@ -50,7 +50,7 @@ def decode_claims(payload: bytes) -> Mapping[str, Any]:
 def refuse_refresh_token(claims: Mapping[str, Any]) -> None:
     """Raise if the backend issued this token only to get others."""
     if claims.get("type") == "refresh":
-        raise auth_failed("a refresh token is no credential here")
+        raise auth_failed("a refresh token is not a credential here")
 
 
 def times_of(claims: Mapping[str, Any], rules: Rules, now: float) -> tuple[float, float | None]:

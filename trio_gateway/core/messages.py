@@ -128,7 +128,7 @@ def read_message(text: str) -> Message:
 
 
 def _is_id(said: Any) -> bool:
-    return type(said) is int and said > 0  # True is no number here
+    return type(said) is int and said > 0  # True is not a number here
 
 
 PONG: Final = b'{"type":"pong"}'

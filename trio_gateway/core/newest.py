@@ -13,7 +13,7 @@ class Newest:
     def advance(self, event_id: str) -> bool:
         """Note an event; False if it is not newer than those before it.
 
-        It came again, or it was escalated and is older. What is no id of the gateway counts as
+        It came again, or it was escalated and is older. What is not an id of the gateway counts as
         newer.
         """
         places, known = _read(event_id), self._positions

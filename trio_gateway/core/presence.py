@@ -21,7 +21,7 @@ from .audiences import (
     UserId,
 )
 
-#: Without a connection: a reconnect within the grace is no leave.
+#: Without a connection: a reconnect within the grace is not a leave.
 GONE: Final = 0
 
 

@@ -34,7 +34,7 @@ class SentinelAnswer(NamedTuple):
             known = read_fields(details) if isinstance(details, list) else {}
             return cls(int(known.get("config-epoch", 0)), (host.decode(), int(port)))
         except (AttributeError, TypeError, ValueError):
-            raise ValueError("the server is no Sentinel") from None
+            raise ValueError("the server is not a Sentinel") from None
 
 
 def newest_primary(answers: Iterable[SentinelAnswer]) -> Node:
@@ -117,7 +117,7 @@ class NodeAnswer(NamedTuple):
             found = SlotMap.from_reply(slots, asked)
             epoch = int(facts.get(b"cluster_current_epoch", 0))
         except ValueError:
-            raise ValueError("the server is no node of a Cluster") from None
+            raise ValueError("the server is not a node of a Cluster") from None
         return cls(facts.get(b"cluster_state") == b"ok", epoch, found.covered, found)
 
 

@@ -34,7 +34,7 @@ class SlotMap:
 
     @classmethod
     def of_one(cls, primary: Node) -> "SlotMap":
-        """One primary for all slots: that of a Redis that is no Cluster."""
+        """One primary for all slots: that of a Redis that is not a Cluster."""
         return cls(((0, SLOTS - 1, primary),))
 
     @classmethod

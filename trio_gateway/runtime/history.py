@@ -300,7 +300,7 @@ class History:
         """Whether this place, which :meth:`covers`, is surely one that an id can name.
 
         That is an event that is kept, where this process has begun or ended to read or to forget,
-        or the end of a millisecond. Entries that are no durable events are not known.
+        or the end of a millisecond. Entries that are not durable events are not known.
         """
         return (
             position in (START, self._since[stream], self._end[stream])

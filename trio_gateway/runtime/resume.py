@@ -184,7 +184,7 @@ class Replays:
         if connection.ending:
             return
         if cursor is None or (was_live and not self._in_order(connection)):
-            if state.cursor is not None:  # it refetches its state: what is forgotten is no loss
+            if state.cursor is not None:  # it refetches its state: what is forgotten is not a loss
                 self._hub.step(connection, Step.GAP, self._past_forgotten(connection))
             self._refuse(connection)
         else:

@@ -129,7 +129,7 @@ class ResumeState:
     it did. ``accepted_time`` is that moment on Trio's clock, if it is known.
     ``lagged_at`` is how many connections and lags there had been when its lag began;
     ``has_skipped`` says that an event was skipped in this lag. ``is_decided`` says that its
-    first message, or its silence, was no question to resume. ``is_sought`` says that the place
+    first message, or its silence, was not a question to resume. ``is_sought`` says that the place
     after the event that it named is being looked for. ``older`` are the streams in which its
     cursor is before the history, in :mod:`.older_events`.
     """

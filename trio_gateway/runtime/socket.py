@@ -15,7 +15,7 @@ class Ping(NamedTuple):
 
 
 class Pong(NamedTuple):
-    """A WebSocket pong frame. It is no heartbeat: the client's library sends it, not the client."""
+    """A WebSocket pong frame. It is not a heartbeat: the client's library sends it."""
 
 
 class Disconnected(Exception):  # noqa: N818 - an outcome

@@ -126,7 +126,7 @@ class Newest {
 
   /**
    * Note an event; false if it is not newer than those before it: it came again, or it was escalated
-   * and is older. What is no id of the gateway counts as newer.
+   * and is older. What is not an id of the gateway counts as newer.
    *
    * @param {string} id
    */

@@ -43,7 +43,7 @@ class HeadReader:
         return bool(self._data)
 
     def read_nowait(self) -> Head | Refusal | Nobody | None:
-        """Read what is there; return None if that is no complete head.
+        """Read what is there; return None if that is not a complete head.
 
         A client that was just accepted has mostly sent its request already. Raises as
         :meth:`read`.
