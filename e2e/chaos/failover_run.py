@@ -14,10 +14,11 @@ import trio
 
 from tests.support.gateways import http, until
 from tests.support.processes import GatewayProcess
+from tests.support.stopwatch import Stopwatch
 from trio_gateway.redis_sets import Node, NotRunning, RedisSet
 
 from .durable import FOR_CROWDS, STREAM, paths
-from .failover import EVENT, LIVE_AGAIN, Backend, Confirm, Figures, Watcher
+from .failover import EVENT, LIVE_AGAIN, Backend, Confirm, Figures, Took, Watcher
 from .relay import Relay
 from .services import Services
 
@@ -104,15 +105,15 @@ class Stage:
         new = await trio.to_thread.run_sync(
             lambda: self.servers.wait_writable(STREAM, other_than=other_than, timeout=_STUCK)
         )
-        accepts = time.monotonic()
+        accepts, watch = time.monotonic(), Stopwatch()
         self.figures.times += 1
         self.figures.writable_after.append(accepts - began)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._measure_publisher, accepts)
             async with trio.open_nursery() as live:
-                live.start_soon(self._measure_live, new, accepts)
+                live.start_soon(self._measure_live, new, accepts, watch)
                 for gateway in self.gateways:
-                    live.start_soon(self._measure_http, gateway, accepts)
+                    live.start_soon(self._measure_http, gateway, watch)
             await until(lambda: self._is_primary(new), _STUCK)
             if mend is not None:
                 await mend()
@@ -125,7 +126,7 @@ class Stage:
         except NotRunning:
             return False
 
-    async def _measure_live(self, new: Node, accepts: float) -> None:
+    async def _measure_live(self, new: Node, accepts: float, watch: Stopwatch) -> None:
         """Every client receives something that is added to the new primary itself.
 
         Several probes are added: a gap may stand for the first ones.
@@ -135,8 +136,8 @@ class Stage:
             nursery.start_soon(self._add_probes, new)
             await until(lambda: all(c.last_probe >= first for c in self.clients), _STUCK)
             nursery.cancel_scope.cancel()
-        last = max(client.first_since(first) for client in self.clients)
-        self.figures.live_after.append(last - accepts)
+        elapsed = max(client.first_since(first) for client in self.clients) - accepts
+        self.figures.live_after.append(Took(elapsed, elapsed - watch.taken))
 
     async def _add_probes(self, new: Node) -> None:
         while True:
@@ -149,19 +150,19 @@ class Stage:
         await until(lambda: self.backend.confirmed_at > accepts, _STUCK)
         self.figures.published_after.append(self.backend.confirmed_at - accepts)
 
-    async def _measure_http(self, gateway: GatewayProcess, accepts: float) -> None:
+    async def _measure_http(self, gateway: GatewayProcess, watch: Stopwatch) -> None:
         """When the process said that it is ready, and made a ticket, and went on to do so."""
         services = Services(gateway.port)
-        ready = ticket = math.inf
-        while time.monotonic() < accepts + self.watched or math.inf in {ready, ticket}:
+        ready = ticket = never = Took(math.inf, math.inf)
+        while watch.elapsed < self.watched or never in {ready, ticket}:
             is_ready = await _is_ready(gateway)
-            ready = min(ready, time.monotonic()) if is_ready else math.inf
+            ready = min(ready, Took(watch.elapsed, watch.net)) if is_ready else never
             has_ticket = await services.try_ticket() is not None
-            ticket = min(ticket, time.monotonic()) if has_ticket else math.inf
-            assert time.monotonic() < accepts + _STUCK, "not ready, or no ticket"
+            ticket = min(ticket, Took(watch.elapsed, watch.net)) if has_ticket else never
+            assert watch.net < _STUCK, "not ready, or no ticket"
             await trio.sleep(0.05)
-        self.figures.ready_after.append(ready - accepts)
-        self.figures.tickets_after.append(ticket - accepts)
+        self.figures.ready_after.append(ready)
+        self.figures.tickets_after.append(ticket)
 
 
 Disturb = Callable[[Stage], Awaitable[None]]

@@ -7,7 +7,7 @@ import pytest
 
 from trio_gateway.redis_sets import cluster_set, sentinel_set
 
-from .failover import Confirm
+from .failover import LIVE_AGAIN, Confirm, Figures, Took
 from .failover_faults import freeze, kill, kill_and_forget, move, plan, restart_all, split
 from .failover_run import Disturb, run
 
@@ -33,6 +33,14 @@ async def test_a_failover_loses_no_confirmed_event(kind: str) -> None:
     )  # fmt: skip
     print(figures)
     figures.check()
+
+
+def test_delays_of_the_machine_are_no_part_of_the_two_seconds() -> None:
+    figures = Figures("", 0, clients=1, events=1, live_after=[Took(LIVE_AGAIN + 1, LIVE_AGAIN)])
+    figures.check()
+    figures.ready_after.append(Took(LIVE_AGAIN + 1, LIVE_AGAIN + 0.1))
+    with pytest.raises(AssertionError):
+        figures.check()
 
 
 @pytest.mark.chaos
