@@ -238,6 +238,19 @@ async def test_empty_id_is_answered_with_the_place_in_the_tenants_streams_alone(
         }  # fmt: skip
 
 
+async def test_refused_id_is_answered_with_the_place_in_a_shard_that_was_not_read_yet(
+    redis_url: str,
+) -> None:
+    last = publish(redis_url, ONE, 1)[-1]
+    async with (
+        sharded(redis_url, redis_stream_shards_previous=SHARDS) as gateway,
+        connect(f"{gateway.staff_url('waiter', tenant_id=ONE)}&last_event_id=invalid") as one,
+    ):
+        assert await receive_event(one) == {
+            "type": "resumed", "recovered": False, "count": 0, "last_event_id": last,
+        }  # fmt: skip
+
+
 async def test_id_of_another_tenants_shard_is_not_recovered(redis_url: str) -> None:
     ids = publish(redis_url, OTHER, 1, 2)
     async with (

@@ -541,6 +541,26 @@ async def test_gateway_answers_a_resume_when_it_has_read_the_stream(
     assert early[1].resumed == [resumed(0, place(2))]
 
 
+@pytest.mark.parametrize("messages", [["garbage"], [place(9)], [None, "garbage"], [None, ""]])
+async def test_refusal_waits_for_the_first_reading_to_name_the_present_position(
+    autojump_clock: MockClock, nursery: trio.Nursery, messages: list[str | None]
+) -> None:
+    world = World(nursery, begun=False)
+    client = await world.connect()
+    for last_event_id in messages:
+        await (client.say("x") if last_event_id is None else client.ask(last_event_id))
+    assert client.said == []
+    world.history.begin(A, START, whole=True)
+    world.dispatch.remember(make_event(data=1, stream=A, position=at(1)))
+    world.history.advance(A, at(1))
+    await trio.sleep(PATIENCE + 0.1)
+    await world.publish(2)
+
+    assert client.resumed == [resumed(0, place(1), recovered=False)]
+    assert client.heard == [2]
+    assert (await world.connect(place(1))).heard == [2]
+
+
 async def test_position_before_the_first_reading_is_not_taken_for_the_present_one(
     autojump_clock: MockClock,
     nursery: trio.Nursery,

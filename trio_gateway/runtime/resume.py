@@ -171,8 +171,22 @@ class Replays:
         if connection.messages == 1 and connection.resume_state.may_resume:
             self._hub.step(connection, Step.ASK)
             self._seek(connection, wish)
-            return
-        self._refuse(connection)
+        elif self._end(connection):
+            self._refuse(connection)
+        else:
+            connection.start_task(self._refuse_when_read, connection)
+
+    async def _refuse_when_read(self, connection: Connection) -> None:
+        await self._wait_read(connection, trio.current_time())
+        if not connection.ending:
+            self._refuse(connection)
+
+    async def _wait_read(self, connection: Connection, asked_at: float) -> None:
+        """Wait for the streams that are being read for the first time, so that the answer to a
+        client that is refused can name the present place.
+        """
+        with trio.move_on_at(asked_at + PATIENCE):
+            await self._places.wait_begun(connection.principal.tenant)
 
     async def _resume(self, connection: Connection, wish: Resume) -> None:
         """Answer a client that asks to resume, and let it be replayed what it missed."""
@@ -180,7 +194,9 @@ class Replays:
         was_live = state.phase is Phase.LIVE
         # What is not a string is an invalid id, too.
         last_event_id = "?" if wish.last_event_id is None else wish.last_event_id
-        cursor = await self._find(connection, last_event_id)
+        asked_at = trio.current_time()
+        if (cursor := await self._find(connection, last_event_id)) is None:
+            await self._wait_read(connection, asked_at)
         if connection.ending:
             return
         if cursor is None or (was_live and not self._in_order(connection)):
