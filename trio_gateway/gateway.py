@@ -180,6 +180,8 @@ class Gateway(QuartTrio):
             nursery.start_soon(parts.reach.run, parts.steps.take, parts.steps.answers)
         if parts.shard_claims is not None:
             nursery.start_soon(parts.shard_claims.run)
+        if parts.claim_link is not None:
+            nursery.start_soon(parts.claim_link.run)
         nursery.start_soon(self._stats_feed.run)
         if parts.sector_assignments is not None:
             nursery.start_soon(parts.sector_assignments.retry_pending)

@@ -27,7 +27,7 @@ from .broker.pubsub import Listener, PubSub
 from .broker.readiness import Readiness
 from .broker.receipt_store import ReceiptStore
 from .broker.sentinel_replicas import SentinelReplicas
-from .broker.shard_claims import ShardClaims
+from .broker.shard_claims import Evaluate, ShardClaims
 from .broker.sharded_pubsub import ShardedPubSub, is_channel
 from .broker.steps import Steps
 from .broker.stream_pages import StreamPages
@@ -126,6 +126,7 @@ class Parts:
     inlet: StreamInlet
     following: Following
     shard_claims: ShardClaims | None
+    claim_link: CommandLink | None  # of these; none in a Cluster
     places: Places
     sources: trio.CancelScope  # around the tasks of the two sources
     dead_letters: DeadLetters | None
@@ -349,8 +350,9 @@ def build_parts(
     def on_demoted() -> None:
         pubsub.reconnect()
         commands.reconnect()
-        if checks is not None:
-            checks.reconnect()
+        for link in (checks, claim_link):
+            if link is not None:
+                link.reconnect()
         if cluster is not None:
             cluster.reconnect()
 
@@ -385,9 +387,13 @@ def build_parts(
             on_demoted=on_demoted,
         )
     following = Following(streams, history, sharding)
-    shard_claims = None
+    shard_claims, claim_link = None, None
     if reach.watches and sharding.by_tenant:
-        shard_claims = ShardClaims(commands, following, sharding)
+        evaluate: Evaluate = partial(commands.evaluate, group="shard claims")
+        if not topology.is_cluster:
+            claim_link = CommandLink(topology)
+            evaluate = claim_link.evaluate
+        shard_claims = ShardClaims(evaluate, following, sharding)
     sources = trio.CancelScope()
     silent = SilentConnections(settings.ws_max_handshakes)
     heads: ConcurrencyLimiter[Opening] = ConcurrencyLimiter(settings.ws_max_handshakes)
@@ -473,6 +479,7 @@ def build_parts(
         inlet=inlet,
         following=following,
         shard_claims=shard_claims,
+        claim_link=claim_link,
         places=places,
         sources=sources,
         dead_letters=dead_letters,

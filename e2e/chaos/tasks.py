@@ -14,12 +14,13 @@ _GATEWAY: Final = {
     "gateway.py: parts.receipt_writing.run, parts.receipt_store.write": ["ReceiptWriting.run"],
     "gateway.py: parts.reach.run, parts.steps.take, parts.steps.answers": ["Reach.run"],
     "gateway.py: parts.shard_claims.run": ["ShardClaims.run"],
+    "gateway.py: parts.claim_link.run": ["CommandLink.run#1"],
     "gateway.py: parts.following.run": ["Following.run"],
     "gateway.py: parts.watch_topology": ["watch"],
     "gateway.py: parts.placement.run": ["Placement.run"],
     "access/placement.py: self._report": ["Placement._report"],
     "access/placement.py: self._send_away": ["Placement._send_away"],
-    "gateway.py: parts.checks.run": ["CommandLink.run#1"],
+    "gateway.py: parts.checks.run": ["CommandLink.run#2"],
     "gateway.py: parts.revocations.answer_checks": ["Revocations.answer_checks"],
     "gateway.py: parts.revocations.sweep, settings.jwt_revalidation_interval": [
         "Revocations.sweep"
@@ -47,7 +48,7 @@ _SERVICE: Final = {
     "gateway.py: parts.api.publishing.run": ["Publishing.run"],
     "cluster/building.py: self.registry.run": ["Registry.run"],
     "cluster/building.py: self.control.run": ["Control.run"],
-    "cluster/building.py: each.run": ["CommandLink.run#2", "CommandLink.run#3"],
+    "cluster/building.py: each.run": ["CommandLink.run#3", "CommandLink.run#4"],
     "cluster/building.py: self.limits.run": ["ClusterLimits.run"],
     "cluster/building.py: self.room.run": ["ClusterRoom.run"],
     "cluster/building.py: self.presence.run": ["Presence.run"],

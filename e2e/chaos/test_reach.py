@@ -5,7 +5,6 @@ import os
 import random
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,10 +12,13 @@ import pytest
 import redis
 import trio
 
-from tests.support.gateways import admitted, receive_event, until
+from tests.support.gateways import admitted, http, receive_event, until
+from tests.support.processes import GatewayProcess
 from tests.support.sockets import Client, dialled
+from tests.support.stopwatch import Stopwatch
 from trio_gateway.core.shards import shard_of, stream_name
 from trio_gateway.redis_sets import NotRunning, RedisSet, cluster_set, sentinel_set
+from trio_gateway.runtime.reach import GRACE
 
 from .reaching import LATE, ROUTES, STEPS, STREAM, WITHIN, Service, service, serving_on
 
@@ -89,27 +91,87 @@ async def test_steps_are_taken_once_while_the_processes_that_watch_are_killed(
         found.check_in_time(entries)
 
 
-def are_over(found: Service, entries: dict[str, str]) -> bool:
-    return all(len(found.reports_of(entry, name)) == 3 for name, entry in entries.items())
+class Sharded(NamedTuple):
+    """Processes without clients, and the tenant of each shard's stream."""
+
+    service: Service
+    streams: dict[str, int]
+
+    def publish(self) -> dict[str, str]:
+        """Publish an event to each stream; returns their entries."""
+        return {
+            stream: self.service.publish(stream, tenant_id=tenant)
+            for stream, tenant in self.streams.items()
+        }
+
+    async def wait_reports(self, entries: dict[str, str], number: int) -> None:
+        """Wait for so many reports of each event."""
+
+        def are_there() -> bool:
+            found = (self.service.reports_of(each, stream) for stream, each in entries.items())
+            return all(len(reports) >= number for reports in found)
+
+        await until(are_there, 30)
+
+    async def watchers(self) -> list[GatewayProcess]:
+        """The processes that read a shard."""
+        found = []
+        for each in self.service.processes:
+            reply = await http(each.port, "/ws/health/detailed")
+            if json.loads(reply.text)["stream"]["cursor"]:
+                found.append(each)
+        return found
 
 
-async def test_watchers_of_shards_without_clients_are_killed(tmp_path: Path) -> None:
-    """One process reads each shard; another one takes over, for some events 2 s late."""
+@asynccontextmanager
+async def sharded(folder: Path, count: int, text: str = ROUTES) -> AsyncIterator[Sharded]:
     shards = 8
     settings = {"REDIS_STREAM_SHARDS": str(shards), "REDIS_STREAM_SHARDS_PREVIOUS": str(shards)}
     tenants = {shard_of(tenant, shards): tenant for tenant in range(1, 100)}
     streams = {stream_name(STREAM, shards, shard): tenant for shard, tenant in tenants.items()}
-    async with service(tmp_path, 4, **settings) as found:
-        for each in found.processes[:3]:
-            entries = {
-                stream: found.publish(stream, tenant_id=tenant)
-                for stream, tenant in streams.items()
-            }
-            await trio.sleep(random.uniform(0, WITHIN - 2 * LATE + 1))
+    assert len(streams) == shards
+    async with service(folder, count, text, **settings) as found:
+        yield Sharded(found, streams)
+
+
+async def test_watchers_of_shards_without_clients_are_killed(tmp_path: Path) -> None:
+    """One process reads each shard; another one takes over, at some moment of each step."""
+    async with sharded(tmp_path, 4) as found:
+        for each in found.service.processes[:3]:
+            entries = found.publish()
+            await trio.sleep(random.uniform(0.5, 1.5) * WITHIN)
             each.kill()
-            await until(partial(are_over, found, entries), 30)
+            await found.wait_reports(entries, len(STEPS))
             for stream, entry in entries.items():
-                assert [report["to"] for report in found.reports_of(entry, stream)] == STEPS
+                found.service.check_in_time([entry], stream)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+async def test_watcher_of_shards_is_killed_right_before_it_would_report(
+    tmp_path: Path, count: int
+) -> None:
+    """The worst moment: another process must notice it, and read the shards, before it can."""
+    latest = 0.0
+    async with sharded(tmp_path, count, ROUTES.partition("then")[0]) as found:
+        for _ in range(20):
+            entries = found.publish()
+            over = max(int(entry.split("-")[0]) for entry in entries.values()) / 1000 + WITHIN
+            killed = await found.watchers()
+            assert len(killed) < count
+            await trio.sleep(over + GRACE - 0.02 - found.service.clock())
+            watch = Stopwatch()
+            for each in killed:
+                each.kill()
+            await found.wait_reports(entries, 1)
+            taken = watch.taken
+            for each in killed:
+                await each.start()
+            for stream, entry in entries.items():
+                [report] = found.service.reports_of(entry, stream)
+                late = (report["at"] - float(entry.split("-")[0])) / 1000 - WITHIN
+                assert late - taken <= LATE
+                latest = max(latest, late)
+    print(f"{count} processes: at most {latest:.2f} s late")
 
 
 async def test_processes_that_were_all_away_report_when_they_are_back(tmp_path: Path) -> None:

@@ -30,10 +30,11 @@ from .throttled_log import ThrottledLog
 log = structlog.get_logger()
 
 #: Seconds after a deadline until Redis is asked: what was confirmed in time is written by then.
-GRACE: Final = 0.6
+GRACE: Final = 0.4
 #: Seconds after an outage until Redis is asked: what was confirmed meanwhile is written by then.
 SETTLE: Final = 2.5
-_TOGETHER: Final = 0.2  # seconds: deadlines that are over so soon share a script
+# Seconds from one question to the next: deadlines that are over meanwhile share it.
+_TOGETHER: Final = 0.1
 # Seconds after an answer in which Redis is not asked first whether it answers: if it stops in them,
 # what was confirmed in time is written, as the deadlines were over before.
 _FRESH: Final = 0.3
@@ -199,6 +200,7 @@ class _Lane:
     def __init__(self) -> None:
         self.heap: list[tuple[float, int, Due]] = []  # by when Redis is asked (Trio's time)
         self.paused_until = -math.inf
+        self._next_at = -math.inf  # not before this: more may share a question
         self._numbers = count()
         self._changed = trio.Event()
         self.dropped: set[Place] = set()  # events that are not watched any more
@@ -257,15 +259,18 @@ class _Lane:
                 await self._changed.wait()
 
     def _next(self) -> float:
-        return max(self.heap[0][0], self.paused_until) if self.heap else math.inf
+        if not self.heap:
+            return math.inf
+        return max(self.heap[0][0], self.paused_until, self._next_at)
 
     def _pop(self) -> list[Due]:
         """What is asked about now."""
-        until, found = trio.current_time() + _TOGETHER, list[Due]()
-        while self.heap and self.heap[0][0] <= until and len(found) < _MOST_TOGETHER:
+        now, found = trio.current_time(), list[Due]()
+        while self.heap and self.heap[0][0] <= now and len(found) < _MOST_TOGETHER:
             due = heapq.heappop(self.heap)[2]
             if due.place in self.dropped and not due.number:
                 self.dropped.discard(due.place)
             else:
                 found.append(due)
+        self._next_at = now + _TOGETHER if len(found) < _MOST_TOGETHER else now
         return found
