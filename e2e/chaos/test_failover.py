@@ -5,11 +5,11 @@ from typing import Any, Final
 
 import pytest
 
-from trio_gateway.redis_sets import cluster_set, sentinel_set
+from trio_gateway.redis_sets import Node, NotRunning, RedisSet, cluster_set, sentinel_set
 
 from .failover import LIVE_AGAIN, Confirm, Figures, Took
 from .failover_faults import freeze, kill, kill_and_forget, move, plan, restart_all, split
-from .failover_run import Disturb, run
+from .failover_run import Disturb, run, settle
 
 SETS: Final[dict[str, Any]] = {"Sentinel": sentinel_set, "Cluster": cluster_set}
 QUICK: Final[dict[str, Any]] = {
@@ -41,6 +41,25 @@ def test_delays_of_the_machine_are_no_part_of_the_two_seconds() -> None:
     figures.ready_after.append(Took(LIVE_AGAIN + 1, LIVE_AGAIN + 0.1))
     with pytest.raises(AssertionError):
         figures.check()
+
+
+class Choosing(RedisSet):
+    """Its servers name one primary after the other; None stands for no agreement."""
+
+    def __init__(self, *named: Node | None) -> None:
+        super().__init__("", ())
+        self._named = iter(named)
+
+    def primary(self, key: str = "") -> Node:
+        if (node := next(self._named)) is None:
+            raise NotRunning("no agreement")
+        return node
+
+
+async def test_servers_may_settle_on_another_primary_than_the_first_that_took_writes() -> None:
+    old, other = object.__new__(Node), object.__new__(Node)
+    assert await settle(Choosing(None, old, None, other), other_than=old) is other
+    assert await settle(Choosing(None, old), other_than=None) is old
 
 
 @pytest.mark.chaos
