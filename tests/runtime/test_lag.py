@@ -451,10 +451,10 @@ async def test_clients_at_the_same_place_share_what_is_read_for_them(
         await world.publish(first + 199, session_id=457)  # for the kitchen, not for these diners
     reads, following = 0, world.history.following
 
-    def counted(*arguments: Any) -> Any:
+    def counted(*arguments: Any, **options: Any) -> Any:
         nonlocal reads
         reads += 1
-        return following(*arguments)
+        return following(*arguments, **options)
 
     monkeypatch.setattr(world.history, "following", counted)
     for client in [*clients, kitchen]:

@@ -238,6 +238,77 @@ async def test_escalated_event_that_waits_for_a_connection_already_is_not_sent_t
     assert client.heard == [1]
 
 
+async def take_step(world: World, number: int = 1) -> None:
+    """The event goes to the floor, too."""
+    event = escalated(world, number)
+    world.receipts.note([event])
+    await world.dispatch.deliver([event])
+    await wait_all_tasks_blocked()
+
+
+@pytest.mark.parametrize(
+    ("resume_from", "heard"),
+    [(None, [1]), ("", [1]), (place(1), [2]), (place(2), [])],
+    ids=["not", "from_now", "after_it", "later"],
+)
+async def test_escalated_event_goes_to_a_waiter_of_its_sector_who_came_after_it(
+    autojump_clock: MockClock, world: World, resume_from: str | None, heard: list[int]
+) -> None:
+    """One that resumes had it on the connection before."""
+    await world.publish(1, sector_id=5)
+    await world.publish(2)
+    client = await world.connect(resume_from, principal=waiter_of(5))
+    await client.say("x")
+    await take_step(world)
+    assert client.heard == heard
+
+
+async def test_escalated_event_goes_to_a_waiter_who_took_over_its_sector_after_it(
+    autojump_clock: MockClock, world: World
+) -> None:
+    client = await world.live(principal=waiter_of(6))
+    other = await world.live(
+        principal=make_principal(Endpoint.WAITER, user=22, sectors=[SectorId(5)])
+    )
+    await world.publish(1, sector_id=5)
+    world.hub.move(client.connection, waiter_of(5))
+    await take_step(world)
+    assert (client.heard, other.heard) == ([1], [1])
+
+
+@pytest.mark.parametrize("number", [1, 21], ids=["before", "while"])
+async def test_waiter_who_lags_is_sent_an_escalated_event_once(
+    autojump_clock: MockClock, world: World, number: int
+) -> None:
+    """It entered before the waiter was connected, or while it lagged."""
+    await world.publish(1, sector_id=5)
+    client = await world.live(principal=waiter_of(5), terms=SMALL, socket=FakeSocket(room=0))
+    await world.publish(*range(2, 20), sector_id=5)
+    assert client.connection in world.hub.lagging
+    await world.publish(20, 21, sector_id=5)
+    await take_step(world, number)
+    client.socket.read(math.inf)
+    await wait_all_tasks_blocked()
+    assert client.heard.count(number) == 1
+
+
+@pytest.mark.parametrize(("came_before", "heard"), [(False, [1]), (True, [])])
+async def test_waiter_whose_connection_was_lost_with_the_step_is_sent_what_that_brought(
+    autojump_clock: MockClock, world: World, came_before: bool, heard: list[int]
+) -> None:
+    waiter = waiter_of(5)
+    first = await world.live(principal=waiter) if came_before else None
+    await world.publish(1, sector_id=5)
+    client = first or await world.live(principal=waiter)
+    await world.publish(2, sector_id=5)
+    await take_step(world)
+    await client.leave()
+    again = await world.connect(place(2), principal=waiter)
+    await wait_all_tasks_blocked()
+    assert again.resumed[0]["count"] == len(heard)
+    assert again.heard == heard
+
+
 # More than a connection remembers
 
 BURST = 3000

@@ -344,9 +344,10 @@ class Dispatch:
         """Those in an escalated event's audience that were not sent it before."""
         left = Members()
         left.update(union(groups))
-        left.difference_update(union(self._hub.groups(self._routes.excluded(event))))
+        earlier = set(union(self._hub.groups(self._routes.excluded(event))))
         if self.receipts is not None:
-            left.difference_update(self.receipts.had(event, left))
+            earlier = self.receipts.had(event, left, earlier)
+        left.difference_update(earlier)
         return [left] if left else []
 
     def _note_owed(self, planned: Sequence[Planned], tracked: Sequence[tuple[int, Sent]]) -> None:

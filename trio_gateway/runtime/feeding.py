@@ -108,14 +108,21 @@ class Feeding:
     def undelivered(
         self, connection: Connection, found: Iterable[StoredEvent]
     ) -> list[StoredEvent]:
-        """Without those of which it was sent a Pub/Sub copy live."""
+        """Without those that it was sent live: a Pub/Sub copy, or before they were escalated."""
         number, state = connection.number, connection.resume_state
         skips_from = state.lagged_at if state.phase is Phase.LAGGING else math.inf
         return [
             stored
             for stored in found
             if not number <= stored.delivered_up_to < skips_from  # in a lag it skips the copy
+            and not (stored.unless and self._has_original(connection, stored))
         ]
+
+    def _has_original(self, connection: Connection, escalated: StoredEvent) -> bool:
+        if escalated.unless.isdisjoint(connection.audiences):
+            return False
+        place = Place(escalated.stream, escalated.position)
+        return self._receipts is None or not self._receipts.lacks(connection, place)
 
     async def feed(self, connection: Connection) -> None:
         """Send a connection what the history holds next for it; let it go live if that is all.
@@ -180,7 +187,7 @@ class Feeding:
             return
         if history.forgot(cursor := self.cursor_of(connection)):
             return
-        if not (found := history.following(cursor, connection.audiences, 1)):
+        if not (found := history.following(cursor, connection.audiences, 1, again=True)):
             state.advance(self._places.of(connection.principal.tenant))
             return
         next_one, milliseconds = found[0], found[0].position[0]
@@ -204,7 +211,7 @@ class Feeding:
         key = tuple(cursor.items()), audiences
         if (chunk := self._shared.get(key)) is not None:
             return chunk
-        found = history.following(cursor, audiences, _CHUNK_EVENTS)
+        found = history.following(cursor, audiences, _CHUNK_EVENTS, again=True)
         most = _fitting(found)
         wanted = self.undelivered(connection, found[:most])
         if len(found) < most:
@@ -212,7 +219,7 @@ class Feeding:
         upto = {stored.stream: stored.position for stored in found[:most]}
         chunk = _chunk(wanted, upto)
         # No event can come between those of a chunk that is full.
-        if not any(stored.delivered_up_to for stored in found[:most]):
+        if not any(stored.delivered_up_to or stored.unless for stored in found[:most]):
             if len(self._shared) >= _SHARED_CHUNKS:
                 del self._shared[next(iter(self._shared))]
             self._shared[key] = chunk

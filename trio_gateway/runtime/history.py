@@ -382,9 +382,12 @@ class History:
         return sorted(self.missed_in_any_order(cursor, audiences), key=self._order)
 
     def missed_in_any_order(
-        self, cursor: Cursor, audiences: Collection[Audience]
+        self, cursor: Cursor, audiences: Collection[Audience], *, again: bool = False
     ) -> set[StoredEvent]:
-        """As :meth:`missed`, for a fraction of its cost."""
+        """As :meth:`missed`, for a fraction of its cost.
+
+        ``again``: also what is escalated, and went to these audiences before.
+        """
         if self._raw:
             self._route_raw(cursor, audiences)
         found: set[StoredEvent] = set()
@@ -392,14 +395,17 @@ class History:
             for stream, seen in cursor.items():
                 if mine := self._by_audience.get((stream, audience)):
                     found.update(takewhile(_is_after(seen), reversed(mine)))
-        if self._has_escalations:
+        if self._has_escalations and not again:
             found = {kept for kept in found if kept.unless.isdisjoint(audiences)}
         return found
 
     def following(
-        self, cursor: Cursor, audiences: Collection[Audience], most: int
+        self, cursor: Cursor, audiences: Collection[Audience], most: int, *, again: bool = False
     ) -> list[StoredEvent]:
-        """The first ``most`` events of :meth:`missed`, at a cost that grows with ``most`` only."""
+        """The first ``most`` events of :meth:`missed`, at a cost that grows with ``most`` only.
+
+        ``again`` as there.
+        """
         if self._raw:
             self._route_raw(cursor, audiences)
         runs = []
@@ -407,7 +413,7 @@ class History:
             for stream, seen in cursor.items():
                 if mine := self._by_audience.get((stream, audience)):
                     first = bisect_right(mine, seen, key=_position)
-                    if self._has_escalations:
+                    if self._has_escalations and not again:
                         rest = islice(mine, first, None)
                         wanted = (kept for kept in rest if kept.unless.isdisjoint(audiences))
                         runs.append(list(islice(wanted, most)))

@@ -106,6 +106,7 @@ class ReceiptLog:
             at + int((route.longest + self._ttl) * 1000),
             audiences_by(route, event),
             self._routes.audiences_of_steps(type_, event),
+            is_late=event.escalation is not None,
         )
         self._append(place.stream, Sent(place.position, tracked))
         if len(self._tracked) > MOST_TRACKED:
@@ -137,14 +138,48 @@ class ReceiptLog:
         tracked = self._tracked.get(place) or self._escalated.get(place)
         return None if tracked is None else Sent(place.position, tracked)
 
-    def had(self, event: Event, connections: Iterable[Connection]) -> list[Connection]:
-        """Those of these connections whose users or sessions were sent the original before."""
+    def had(
+        self, event: Event, connections: Iterable[Connection], earlier: set[Connection]
+    ) -> set[Connection]:
+        """Those of these connections that have the original already.
+
+        ``earlier`` are in an audience that it went to before. Some of them may have come later.
+        """
         assert event.stream is not None
         assert event.position is not None
         tracked = self._escalated.get(Place(event.stream, event.position))
         if tracked is None:
-            return []
-        return [each for each in connections if _had(each, tracked)]
+            return earlier
+        return {
+            each
+            for each in connections
+            if _had(each, tracked) or (each in earlier and not self._was_away(each, tracked))
+        }
+
+    def lacks(self, connection: Connection, place: Place) -> bool:
+        """Whether a connection has yet to be sent what was escalated here, though it is in an
+        audience that the original went to.
+        """
+        if (tracked := self._escalated.get(place)) is None:
+            return False
+        receipt = tracked.by.get(Who.of(connection.principal))
+        if receipt is not None and receipt.step >= tracked.step_at(place.position):
+            return True  # this is what brings it
+        return not _had(connection, tracked) and self._was_away(connection, tracked)
+
+    def _was_away(self, connection: Connection, tracked: Tracked) -> bool:
+        """Whether a connection was not in an audience of the original when that was sent."""
+        if tracked.is_late:
+            return False
+        stream, position = tracked.place
+        state = connection.resume_state
+        if state.cursor is not None:
+            cursor = state.cursor.get(stream, self._history.began.get(stream, position))
+            if cursor < position:  # it comes to the original
+                return False
+        if (came_back_at := state.came_back_at) is None:
+            return True
+        return came_back_at.get(stream, position) < position  # else it may have got it before
 
     def sent(self, connection: Connection, events: Iterable[Sent], *, waits: bool) -> None:
         """A connection was sent these events; with ``waits`` the kernel has not taken all yet."""

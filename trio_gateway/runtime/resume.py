@@ -207,6 +207,7 @@ class Replays:
             self.resumes["recovered"] += 1
             # Streams that the id does not name are followed from where it was accepted.
             place = {**self._accepted_at(connection), **cursor}
+            state.came_back_at = cursor if last_event_id else None
             self._hub.step(connection, Step.REPLAY, place)
             count = self._begin_replay(connection, self._older.behind(cursor))
             if not count:  # else the id that holds is the client's own, until theirs come
@@ -231,7 +232,7 @@ class Replays:
         connection.resume_state.older = frozenset(behind)
         older = self._older.missed(behind, connection.audiences)
         rest = {**self.feeding.cursor_of(connection), **self._older.ends(behind)}
-        found = self._history.missed_in_any_order(rest, connection.audiences)
+        found = self._history.missed_in_any_order(rest, connection.audiences, again=True)
         return len(older) + len(self.feeding.undelivered(connection, found))
 
     def _refuse(self, connection: Connection) -> None:

@@ -126,7 +126,8 @@ class ResumeState:
     ``resume_from`` is the last event id that its handshake named, if any. ``accepted_at`` is the
     place from which on it misses nothing: where the history stood when its upgrade was accepted,
     or, if None, when it joins. ``begun_at`` is the place after the event that it resumed with, if
-    it did. ``accepted_time`` is that moment on Trio's clock, if it is known.
+    it did; ``came_back_at`` is the place that it named then, if it did not ask for the present one.
+    ``accepted_time`` is the moment of ``accepted_at`` on Trio's clock, if it is known.
     ``lagged_at`` is how many connections and lags there had been when its lag began;
     ``has_skipped`` says that an event was skipped in this lag. ``is_decided`` says that its
     first message, or its silence, was not a question to resume. ``is_sought`` says that the place
@@ -138,6 +139,7 @@ class ResumeState:
         "accepted_at",
         "accepted_time",
         "begun_at",
+        "came_back_at",
         "cursor",
         "has_skipped",
         "is_decided",
@@ -159,6 +161,7 @@ class ResumeState:
         self.cursor: Cursor | None = None
         self.accepted_at = accepted_at
         self.begun_at: Cursor | None = None
+        self.came_back_at: Cursor | None = None
         self.accepted_time = accepted_time
         self.resume_from = resume_from
         self.may_resume = True

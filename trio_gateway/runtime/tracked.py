@@ -10,7 +10,8 @@ from ..core.receipts import Place, Receipt, TrackedEvent, Who
 class Tracked:
     """A tracked event, and what this process knows of its receipts.
 
-    ``first`` are the audiences that the original went to, ``steps`` those of each step.
+    ``first`` are the audiences that the original went to, ``steps`` those of each step. It
+    ``is_late`` if it is only known from a step: the original may have been sent before.
     """
 
     __slots__ = (
@@ -21,6 +22,7 @@ class Tracked:
         "event",
         "expires",
         "first",
+        "is_late",
         "place",
         "steps",
     )
@@ -32,12 +34,15 @@ class Tracked:
         expires: int,
         first: Iterable[Audience],
         steps: Sequence[frozenset[Audience]],
+        *,
+        is_late: bool = False,
     ) -> None:
         self.place = place
         self.event = event
         self.expires = expires  # unix ms
         self.first = frozenset(first)
         self.steps = steps
+        self.is_late = is_late
         self.escalated: dict[int, Position] = {}  # by step, where in the stream
         self._floor = floor(TenantId(event.tenant_id), BranchId(event.branch_id))
         self.by: dict[Who, Receipt] = {}
