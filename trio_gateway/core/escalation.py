@@ -18,7 +18,8 @@ class Escalation(msgspec.Struct, frozen=True, gc=False):
     """What a wrapper says besides whom it concerns.
 
     ``event_id`` and ``of`` are the id and the type of the original, ``event`` is its payload. It
-    goes to the audience ``to``, without those to whom the audiences ``unless`` brought it before.
+    goes to the audience ``to``, without those who have it because they were in one of the audiences
+    ``unless``, which it went to before.
     ``step`` is the number of this step, from 1; the original is step 0.
     """
 

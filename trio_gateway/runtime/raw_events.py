@@ -26,7 +26,7 @@ class StoredEvent(msgspec.Struct, gc=False, eq=False):
     audiences: tuple[Audience, ...]
     delivered_up_to: int  # connections up to this number were sent a Pub/Sub copy of it live
     raw_of: "RawBranch | None" = None
-    unless: frozenset[Audience] = frozenset()  # their members have the event already
+    unless: frozenset[Audience] = frozenset()  # it went to these before: their members may have it
     is_tracked: bool = False  # there are receipts of it
 
 
