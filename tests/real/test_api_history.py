@@ -9,7 +9,7 @@ import pytest
 import redis
 
 from tests.support.api_keys import call, publish, write_keys
-from tests.support.gateways import Running, admitted, serving, settle
+from tests.support.gateways import Running, admitted, serving, settle, until
 from trio_gateway.core.routes_file import read_routes
 
 ROUTES: Final = """
@@ -93,6 +93,30 @@ async def test_history_has_all_durable_events_of_a_branch_and_of_the_whole_tenan
                 middle = wanted[len(wanted) // 2]
                 rest = wanted[len(wanted) // 2 + 1 :]
                 assert await history(gateway, query, since=middle["event_id"]) == rest
+
+
+async def test_history_has_an_event_once_whatever_steps_followed(
+    redis_url: str, backend: "redis.Redis", tmp_path: Path
+) -> None:
+    (tmp_path / "routes.toml").write_text(
+        """
+        [routes.SERVICE_CALL_CREATED]
+        to = ["waiters"]
+        must_reach = "waiters"
+        within = 0.1
+        then = [{to = "floor", within = 0.1}, {to = "admins", within = 0.1}]
+        """
+    )
+    keys, routes = write_keys(tmp_path), tmp_path / "routes.toml"
+    async with serving(
+        redis_url, "direct", ws_api_keys_file=keys, ws_routes_file=routes
+    ) as gateway:
+        call = {"type": "SERVICE_CALL_CREATED", "tenant_id": 1, "branch_id": 1}
+        await publish(gateway.port, [call])
+        await until(lambda: backend.xlen("events:critical") == 6)  # two steps, three reports
+        await settle(gateway)
+        found = await history(gateway, "tenant_id=1&branch_id=1")
+    assert [each["type"] for each in found] == ["SERVICE_CALL_CREATED", *["EVENT_UNHEARD"] * 3]
 
 
 async def test_a_history_that_is_not_complete_says_so_and_a_bad_query_names_the_field(

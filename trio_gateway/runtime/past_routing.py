@@ -43,8 +43,8 @@ class PastRouting:
         return tuple(audiences)
 
     def excluded(self, event: Event) -> frozenset[Audience]:
-        """The audiences that were sent an escalated event before."""
-        return self._routes.excluded(event)
+        """The audiences that were sent an escalated event before; a backend has it, too."""
+        return self._routes.excluded(event) | {record(event.tenant, event.branch)}
 
     def route(
         self, stream: Stream, position: Position, payload: bytes, received_at: float
