@@ -69,6 +69,7 @@ def snapshot(parts: Parts) -> Snapshot:
                 state.label: parts.receipts.counts[state] for state in State
             },
             "wsgateway_receipts_ignored_total": parts.receipts.ignored,
+            "wsgateway_steps_total": parts.steps.taken,
             "wsgateway_replayed_events_total": parts.replays.feeding.replayed,
             "wsgateway_nodes": {"": len(parts.cluster.registry.nodes)} if parts.cluster else {},
             "wsgateway_nodes_lost_total": (

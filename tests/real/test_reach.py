@@ -1,11 +1,14 @@
 """Must reach: who is sent an event that nobody has confirmed in time, and who is told."""
 
 import json
+import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import redis
 import trio
 
@@ -21,6 +24,10 @@ from tests.support.receipts import (
     say,
     waiter_at,
 )
+from trio_gateway.core.event_ids import read_position, tag
+from trio_gateway.core.receipts import Place, TrackedEvent
+from trio_gateway.runtime.reach import Due
+from trio_gateway.stats import snapshot
 
 WITHIN = 0.4  # seconds of each step
 OVER = WITHIN + 1  # until it is over for certain
@@ -87,6 +94,32 @@ async def test_event_that_nobody_confirms_goes_from_step_to_step(
         assert found["written"] == 3
 
 
+@pytest.mark.parametrize(("ago", "late"), [(0, "no"), (1100, "yes")])
+@pytest.mark.parametrize(("number", "outcome"), [(0, "escalation"), (1, "report")])
+async def test_each_step_is_counted_once_over_all_processes(
+    redis_url: str,
+    backend: "redis.Redis",
+    tmp_path: Path,
+    ago: int,
+    late: str,
+    number: int,
+    outcome: str,
+) -> None:
+    """``ago``: its deadline was so many ms ago when it was taken."""
+    async with two(redis_url, tmp_path, TO_FLOOR.replace("0.4", "60")) as gateways:
+        place = Place(tag("events:critical"), read_position(publish(backend)))
+        steps = gateways[0].app.parts.settings.routes["SERVICE_CALL_CREATED"].steps
+        now = int(time.time() * 1000)
+        about = TrackedEvent("SERVICE_CALL_CREATED", 1, 1, now)
+        due = Due(place, about, 5, None, steps, [], number, now - ago, now + 60_000)
+        for each in gateways:
+            assert await each.app.parts.steps.take([due]) == [0]
+        counted = Counter[str]()
+        for each in gateways:
+            counted.update(snapshot(each.app.parts).numbers["wsgateway_steps_total"])
+        assert +counted == {f"{outcome},{late}": 1}
+
+
 async def test_confirmed_event_goes_no_further(
     redis_url: str, backend: "redis.Redis", tmp_path: Path
 ) -> None:
@@ -127,7 +160,7 @@ async def test_escalated_event_is_confirmed_and_seen_by_the_id_of_the_original(
     redis_url: str, backend: "redis.Redis", tmp_path: Path
 ) -> None:
     async with (
-        one(redis_url, tmp_path, TO_FLOOR) as gateway,
+        one(redis_url, tmp_path, TO_FLOOR.replace(f"{WITHIN}}}", "1.4}")) as gateway,
         waiter_at(gateway, "22", 6) as colleague,
     ):
         publish(backend)
@@ -145,7 +178,7 @@ async def test_escalated_event_is_confirmed_and_seen_by_the_id_of_the_original(
         await say(colleague, type="seen", event_id=event["event_id"])
         assert numbers(await receipts(gateway, event["event_id"])) == (1, 1, 1)
         assert gateway.app.parts.receipts.ignored == 0
-        await trio.sleep(OVER)
+        await trio.sleep(1 + OVER)
         assert [to for _, to, _ in reports(backend)] == ["waiters"]
 
 

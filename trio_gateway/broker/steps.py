@@ -4,6 +4,7 @@ What the script changes is in the slot of the event's stream: the hash of its re
 (:mod:`.receipt_store`), and the stream itself.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -22,16 +23,18 @@ from .receipt_store import ReceiptStore
 log = structlog.get_logger()
 
 _PATIENCE: Final = 1.0  # seconds: it must not wait for another server to become the primary
+_LATE: Final = 1000  # ms after its deadline from which on a step that is taken is late
 
 # KEYS: for each step the hash and the stream of its event. ARGV for each: the number of the step,
 # its deadline and when the hash expires (unix ms), the event as JSON, its entry id, the begin of
 # the wrapper for the next audience ('' if there is none), and the parts of the report before and
 # after the number of those to whom it was written. Returns for each in how many ms it is to be
-# asked again.
+# asked again, and for each that is taken now how many ms after its deadline that is, and whether
+# its event goes on (0 or 1).
 _TAKE: Final = """
 local t = redis.call('TIME')
 local now = t[1] * 1000 + math.floor(t[2] / 1000)
-local n, found = 0, {}
+local n, found, taken = 0, {}, {}
 local function next_one()
   n = n + 1
   return ARGV[n]
@@ -63,19 +66,27 @@ for i = 1, #KEYS / 2 do
     redis.call('HSETNX', key, 'event', event)
     redis.call('HSET', key, 'step:' .. step, now)
     redis.call('PEXPIREAT', key, expires)
+    local goes_on = 0
     local entry = wrapper ~= '' and redis.call('XRANGE', stream, id, id)[1]
     if entry then
       for f = 1, #entry[2], 2 do
         if entry[2][f] == 'data' then
           redis.call('XADD', stream, '*', 'data', wrapper .. entry[2][f + 1] .. '}')
+          goes_on = 1
         end
       end
     end
     redis.call('XADD', stream, '*', 'data', head .. written .. tail)
+    taken[#taken + 1] = {now - deadline, goes_on}
   end
 end
-return found
+return {found, taken}
 """
+
+
+#: What becomes of a step, and whether it is late: a report alone, or also an escalation, by which
+#: the event goes to the next audience.
+OUTCOMES: Final = ("report,no", "report,yes", "escalation,no", "escalation,yes")
 
 
 class Steps:
@@ -85,6 +96,9 @@ class Steps:
         self._store = store
         self._names = names
         self._throttled_log = ThrottledLog(log)
+        # Those that were taken here, by outcome and whether they were late; not those of which
+        # Redis' answer was lost.
+        self.taken: Counter[str] = Counter(dict.fromkeys(OUTCOMES, 0))
 
     async def take(self, dues: Sequence[Due]) -> Sequence[int] | None:
         """Take those that are not taken yet and whose events nobody has confirmed.
@@ -101,13 +115,19 @@ class Steps:
                 _TAKE,
                 keys,
                 arguments,
-                fits=lambda reply: isinstance(reply, list) and len(reply) == len(dues),
+                fits=lambda reply: (
+                    isinstance(reply, list) and len(reply) == 2 and len(reply[0]) == len(dues)
+                ),
                 seconds=_PATIENCE,
             )
         except Unavailable as error:
             self._throttled_log.warning("deadlines not checked yet", error=str(error))
             return None
-        return [int(left) for left in reply]
+        found, taken = reply
+        for late, goes_on in taken:
+            outcome = "escalation" if goes_on else "report"
+            self.taken[f"{outcome},{'yes' if late > _LATE else 'no'}"] += 1
+        return [int(left) for left in found]
 
     async def answers(self, place: Place) -> bool:
         """Whether Redis answers about the event at this place now."""

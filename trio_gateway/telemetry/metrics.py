@@ -82,6 +82,11 @@ METRICS: Final[Mapping[str, Counter | Gauge | Distribution]] = {
     "wsgateway_receipts_ignored_total": Counter(
         "Confirmations of event ids that were not sent on the connection"
     ),
+    "wsgateway_steps_total": Counter(
+        "Steps of events that nobody confirmed in time, by outcome, and whether more than a second"
+        " late",
+        "outcome,late",
+    ),
     "wsgateway_replayed_events_total": Counter("Durable events replayed from the history"),
     "wsgateway_stream_gaps_total": Counter(
         "Times that stream entries were lost before they were read"
