@@ -19,6 +19,7 @@ from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.config import Config
 from hypercorn.protocol.h2 import H2Protocol, StreamBuffer
 from hypercorn.protocol.h11 import H11Protocol
+from hypercorn.protocol.http_stream import HTTPStream
 from hypercorn.protocol.ws_stream import WebsocketBuffer, WSStream
 from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
@@ -29,6 +30,7 @@ from trio_gateway.transports.hypercorn_bounds import (
     BoundedBuffer,
     BoundedH2,
     BoundedH11,
+    BoundedHttp,
     BoundedStream,
 )
 from trio_gateway.transports.hypercorn_server import HypercornServer, PrefixedStream
@@ -44,6 +46,8 @@ REPLACED: list[tuple[ModuleType, str, type, Callable[..., Any], str]] = [
         hypercorn.protocol, "H2Protocol", BoundedH2,
         hypercorn.protocol.ProtocolWrapper.__init__, "H2Protocol(",
     ),
+    (hypercorn.protocol.h11, "HTTPStream", BoundedHttp, H11Protocol._create_stream, "HTTPStream("),
+    (hypercorn.protocol.h2, "HTTPStream", BoundedHttp, H2Protocol._create_stream, "HTTPStream("),
     (hypercorn.protocol.h11, "WSStream", BoundedStream, H11Protocol._create_stream, "WSStream("),
     (hypercorn.protocol.h2, "WSStream", BoundedStream, H2Protocol._create_stream, "WSStream("),
     (hypercorn.protocol.h2, "StreamBuffer", BoundedBuffer, H2Protocol._create_stream,
@@ -52,6 +56,7 @@ REPLACED: list[tuple[ModuleType, str, type, Callable[..., Any], str]] = [
 
 OVERRIDDEN = {
     (HypercornServer, TCPServer): ("protocol_send", "_read_data", "_initiate_server_close"),
+    (BoundedHttp, HTTPStream): ("handle", "app_send"),
     (BoundedH11, H11Protocol): ("_check_protocol", "_create_stream"),
     (BoundedH2, H2Protocol): ("stream_send",),
     (BoundedStream, WSStream): ("handle", "_accept", "_handle_events"),
@@ -137,6 +142,10 @@ def test_hypercorn_has_the_attributes_that_the_bounds_read() -> None:
     for name in ("buffer", "app_put", "handshake", "connection"):
         assert f"self.{name}" in inspect.getsource(WSStream.__init__)
     assert hasattr(WSStream, "_send_wsproto_event")
+    closing = inspect.getsource(HTTPStream._send_closed)
+    assert closing.index("self.state = ASGIHTTPState.CLOSED") < closing.index("StreamClosed")
+    assert "self.connection: h11.Connection" in inspect.getsource(H11Protocol.__init__)
+    assert "self.protocol" in inspect.getsource(hypercorn.protocol.ProtocolWrapper.__init__)
     assert hasattr(H11Protocol, "_send_error_response")
     assert hasattr(WorkerContext(None), "terminated")
     assert Config().ssl_handshake_timeout > 0

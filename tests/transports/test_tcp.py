@@ -9,7 +9,7 @@ import socket
 import ssl
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import cache
 from types import FunctionType, ModuleType
 from typing import Any
@@ -346,6 +346,17 @@ async def test_refusal_arrives_although_more_data_is_unread() -> None:
                 await client.send(head + b"x" * 300_000)
                 await trio.sleep(0.01)  # the gateway is done before anything is read
                 assert (await client.response())[0] in {400, 431}
+
+
+async def test_response_arrives_although_the_body_is_unread() -> None:
+    """Many clients send all of a request before they read, and a reset would be all they get."""
+    body = bytes(9_000_000)
+    head = "POST {} HTTP/1.1\r\nHost: a\r\nContent-Length: 9000000\r\n\r\n"
+    async with serving() as gateway:
+        for path, status in {"/nowhere": 404, "/ws/explain": 413, "/ws/health": 405}.items():
+            async with dialled(gateway.port) as client:
+                await client.send(head.format(path).encode() + body)
+                assert (await client.response())[0] == status
 
 
 async def test_dripping_head_is_closed_after_the_accept_timeout(autojump_clock: MockClock) -> None:
@@ -1178,6 +1189,49 @@ async def test_requests_of_another_app_go_to_hypercorn() -> None:
         client = dial()
         await client.send(b"GET /ws/waiter HTTP/1.1\r\nHost: a\r\n\r\n")
         assert (await client.response())[0] == 204
+
+
+BODY_FOLLOWS = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 99999999\r\n\r\n"
+
+
+@pytest.mark.parametrize("answers", [True, False], ids=["refuses", "only ends"])
+async def test_app_that_does_not_take_the_body_ends_the_connection(
+    autojump_clock: MockClock, answers: bool
+) -> None:
+    async def other(scope: Any, receive: Any, send: Any) -> None:
+        await trio.sleep(1)  # in which more comes than waits for it
+        if answers:
+            await send({"type": "http.response.start", "status": 503, "headers": []})
+            await send({"type": "http.response.body", "body": b""})
+
+    async with in_memory(other) as dial, trio.open_nursery() as nursery:  # type: ignore[arg-type]
+        client = dial()
+
+        async def send() -> None:
+            await client.send(BODY_FOLLOWS)
+            for _ in range(100):
+                await client.send(bytes(65_536))
+            await client.stream.send_eof()
+
+        nursery.start_soon(send)
+        with trio.fail_after(5):
+            assert (await client.response())[0] == (503 if answers else 500)
+            await client.rest()
+
+
+@pytest.mark.parametrize(("pause", "ends_after"), [(0.5, 10.0), (3.0, 1.0)])
+async def test_rest_of_a_refused_request_is_read_while_it_comes_and_for_ten_seconds(
+    autojump_clock: MockClock, pause: float, ends_after: float
+) -> None:
+    async with in_memory(make_app()) as dial:
+        client = dial()
+        await client.send(BODY_FOLLOWS)
+        assert (await client.response())[0] == 404
+        with suppress(trio.BrokenResourceError):
+            while trio.current_time() < 60:
+                await client.send(bytes(1000))
+                await trio.sleep(pause)
+        assert ends_after <= trio.current_time() <= ends_after + pause + LINGER
 
 
 def strings_within(root: object) -> list[int]:

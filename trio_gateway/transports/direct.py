@@ -58,18 +58,21 @@ def receive_nowait(stream: trio.abc.Stream, size: int) -> bytes | None:
         return None
 
 
-async def linger(stream: trio.abc.Stream) -> None:
-    """Send an end, and read on until the peer ends too or a second has passed.
+async def linger(stream: trio.abc.Stream, most: float = LINGER) -> None:
+    """Send an end, and read on until the peer ends too, sends nothing for a second, or ``most``
+    seconds have passed.
 
     Closing a socket with unread data resets it, and what was sent last is lost.
     """
-    with trio.move_on_after(LINGER):
+    with trio.move_on_after(most):
         try:
-            if isinstance(stream, trio.abc.HalfCloseableStream):
-                await stream.send_eof()
-            while await stream.receive_some(CHUNK):
-                pass
-        except STREAM_ERRORS:
+            if (send_eof := getattr(stream, "send_eof", None)) is not None:  # not with TLS
+                await send_eof()
+            while True:
+                with trio.fail_after(LINGER):
+                    if not await stream.receive_some(CHUNK):
+                        return
+        except (*STREAM_ERRORS, trio.TooSlowError):
             pass
 
 

@@ -12,6 +12,7 @@ import trio
 from h2.errors import ErrorCodes
 from h2.exceptions import ProtocolError
 from hypercorn.events import Closed
+from hypercorn.protocol import ProtocolWrapper
 from hypercorn.protocol.events import Data, Event, StreamClosed
 from hypercorn.protocol.h2 import (
     BUFFER_HIGH_WATER,
@@ -21,13 +22,14 @@ from hypercorn.protocol.h2 import (
     StreamBuffer,
 )
 from hypercorn.protocol.h11 import H11Protocol
+from hypercorn.protocol.http_stream import ASGIHTTPState, HTTPStream
 from hypercorn.protocol.ws_stream import (
     ASGIWebsocketState,
     FrameTooLargeError,
     WebsocketBuffer,
     WSStream,
 )
-from hypercorn.typing import WebsocketAcceptEvent
+from hypercorn.typing import ASGISendEvent, WebsocketAcceptEvent
 from wsproto.connection import ConnectionState
 from wsproto.events import CloseConnection, Message
 from wsproto.events import Event as WebSocketEvent
@@ -42,6 +44,7 @@ from .asgi import control_of
 MOST_FRAGMENTS: Final = 256  # of one message: each costs as much as a whole message
 _MOST_CONTROL: Final = 100  # pings and pongs in a second; the gateway does not see them here
 _PIECE: Final = 1024  # bytes that are handled at a time: a frame may have seven
+_CUT_OFF: Final = (h11.SEND_BODY, h11.ERROR)
 _MAX_UNTIL_CLOSED: Final = 16_384  # bytes within which the answer to our close must come
 
 
@@ -129,6 +132,37 @@ class BoundedStream(WSStream):
         self._over_at = trio.current_time()
         self.buffer.clear()
         await self._send_wsproto_event(CloseConnection(code=int(close)))
+
+
+class BoundedHttp(HTTPStream):
+    """Hands over a request only while its app may take it: Hypercorn waits for that without end.
+
+    What follows after the response is discarded.
+    """
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._handing_over = trio.CancelScope()
+        self._has_ended = False  # the app
+
+    async def handle(self, event: Event) -> None:
+        if isinstance(event, StreamClosed):
+            self._handing_over.cancel()  # in the task that reads the connection
+        is_over = self._has_ended or self.state is ASGIHTTPState.CLOSED
+        with trio.CancelScope(deadline=-math.inf if is_over else math.inf) as self._handing_over:
+            await super().handle(event)
+
+    async def app_send(self, message: ASGISendEvent | None) -> None:
+        if message is None:
+            self._has_ended = True
+            self._handing_over.cancel()
+        await super().app_send(message)
+
+
+def is_cut_off(protocol: ProtocolWrapper) -> bool:
+    """Whether the client is still sending a request that is answered, or not understood."""
+    connection = getattr(protocol.protocol, "connection", None)
+    return isinstance(connection, h11.Connection) and connection.their_state in _CUT_OFF
 
 
 class BoundedH11(H11Protocol):
@@ -225,6 +259,8 @@ class BoundedBuffer(StreamBuffer):
 _REPLACED: Final = (
     (hypercorn.protocol, "H11Protocol", BoundedH11),
     (hypercorn.protocol, "H2Protocol", BoundedH2),
+    (hypercorn.protocol.h11, "HTTPStream", BoundedHttp),
+    (hypercorn.protocol.h2, "HTTPStream", BoundedHttp),
     (hypercorn.protocol.h11, "WSStream", BoundedStream),
     (hypercorn.protocol.h2, "WSStream", BoundedStream),
     (hypercorn.protocol.h2, "StreamBuffer", BoundedBuffer),

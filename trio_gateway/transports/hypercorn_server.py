@@ -1,6 +1,6 @@
 """Hypercorn's TCP server, bounded in time: for connections that do not begin with a WebSocket."""
 
-from typing import Any
+from typing import Any, Final
 
 import trio
 from hypercorn.config import Config
@@ -11,9 +11,11 @@ from hypercorn.typing import AppWrapper, LifespanState
 
 from ..runtime.socket import LINGER
 from .asgi import TcpControl, with_control
-from .direct import STREAM_ERRORS, reset, socket_of
-from .hypercorn_bounds import bound_protocols
+from .direct import STREAM_ERRORS, linger, reset, socket_of
+from .hypercorn_bounds import bound_protocols, is_cut_off
 from .progress import ProgressStream, has_left, traffic
+
+_MOST_UNREAD: Final = 10.0  # seconds in which a client may still send the body of a refused request
 
 
 class HypercornServer(TCPServer):
@@ -51,6 +53,7 @@ class HypercornServer(TCPServer):
         )
         if received:
             stream = PrefixedStream(stream, received)
+        self._reading = trio.CancelScope()
         super().__init__(app, config, context, with_control(state, control), stream)
 
     async def protocol_send(self, event: Event) -> None:
@@ -60,7 +63,13 @@ class HypercornServer(TCPServer):
         Raises :exc:`TimeoutError` if the client takes nothing for the write timeout. A send that
         is cut short, by that or by being cancelled, resets the connection: nothing can follow half
         of it. It is cancelled only while it waits for the client.
+
+        A connection on which the client still sends a request that is answered is closed by
+        :meth:`_read_data`.
         """
+        if isinstance(event, Closed) and is_cut_off(self.protocol):
+            self._reading.cancel()
+            return
         if not isinstance(event, RawData):
             # This may run in a task that Quart-Trio has cancelled, because the response is sent.
             with trio.CancelScope(shield=True, deadline=trio.current_time() + LINGER):
@@ -86,8 +95,15 @@ class HypercornServer(TCPServer):
     async def _read_data(self) -> None:
         """Read as Hypercorn does, but do not wait for the task that pings the client when it is
         gone: that may sleep for as long as ``websocket_ping_interval``.
+
+        What follows of a request that is answered is read and discarded for a while: otherwise a
+        reset might overtake the answer.
         """
-        await super()._read_data()
+        with self._reading:
+            await super()._read_data()
+        if self._reading.cancelled_caught:
+            await linger(self.stream, _MOST_UNREAD)
+            await self.protocol.handle(Closed())
         assert self._task_group._nursery is not None
         self._task_group._nursery.cancel_scope.deadline = trio.current_time() + LINGER
 
