@@ -53,6 +53,7 @@ from .runtime.concurrency_limiter import ConcurrencyLimiter
 from .runtime.deadlines import Deadlines
 from .runtime.dispatch import Dispatch
 from .runtime.drain import Drain
+from .runtime.extent import Extent
 from .runtime.following import Following
 from .runtime.history import History
 from .runtime.hub import Hub
@@ -112,6 +113,7 @@ class Parts:
     pubsub_queue: EventQueue
     stream_queue: EventQueue
     history: History
+    extent: Extent
     older_events: OlderEvents
     replays: Replays
     receipts: ReceiptLog
@@ -220,7 +222,7 @@ def build_parts(
     )
     sharding = settings.sharding
     history.ranks = sharding.ranks
-    places = Places(history, sharding)
+    places = Places(history.extent, sharding)
     dispatch = Dispatch(
         hub,
         settings.routes,
@@ -386,7 +388,7 @@ def build_parts(
             old_streams=sharding.old_streams,
             on_demoted=on_demoted,
         )
-    following = Following(streams, history, sharding)
+    following = Following(streams, history.extent, sharding)
     shard_claims, claim_link = None, None
     if reach.watches and sharding.by_tenant:
         evaluate: Evaluate = partial(commands.evaluate, group="shard claims")
@@ -465,6 +467,7 @@ def build_parts(
         pubsub_queue=pubsub_queue,
         stream_queue=stream_queue,
         history=history,
+        extent=history.extent,
         older_events=older_events,
         replays=replays,
         receipts=receipts,

@@ -73,7 +73,7 @@ class Reception:
         """
         parts = self._parts
         endpoint = request.endpoint
-        accepted_at, accepted_time = parts.history.end, trio.current_time()
+        accepted_at, accepted_time = parts.extent.end, trio.current_time()
         address, entered = "", False
         try:
             try:

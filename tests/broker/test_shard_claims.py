@@ -11,8 +11,8 @@ from tests.runtime.test_following import FakeSource
 from trio_gateway.broker.commands import Unavailable
 from trio_gateway.broker.shard_claims import ShardClaims
 from trio_gateway.core.shards import Sharding
+from trio_gateway.runtime.extent import Extent
 from trio_gateway.runtime.following import Following
-from trio_gateway.runtime.history import History
 
 SHARDING = Sharding(("s",), shards=3, previous=3)
 
@@ -35,7 +35,7 @@ class Redis:
 
 
 async def claim_for(seconds: float, redis: Redis) -> Following:
-    following = Following(FakeSource(), History(), SHARDING)
+    following = Following(FakeSource(), Extent(), SHARDING)
     with trio.move_on_after(seconds):
         await ShardClaims(redis, following, SHARDING).run()
     return following

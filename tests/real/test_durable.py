@@ -297,7 +297,8 @@ async def test_stream_trimmed_beyond_the_cursor_while_disconnected_is_a_gap_for_
         await settle(gateway)
         assert await recover(url, answer["last_event_id"]) == ["next"]
         if left:
-            assert (await recover(url, f"{gateway.app.parts.history.end[TAG][0]}-0-{TAG}")) == []
+            end = gateway.app.parts.extent.end[TAG]
+            assert await recover(url, f"{end[0]}-0-{TAG}") == []
 
 
 @pytest.mark.parametrize("entries", [1, 2, 5])

@@ -287,10 +287,10 @@ async def test_shard_is_given_up_some_time_after_its_last_client_and_resumed_lat
             add(11)
             await until(lambda: len(parts.history) == 12)
             with trio.fail_after(3):
-                while parts.history.end:
+                while parts.extent.end:
                     await trio.sleep(0.02)
             assert parts.streams.cursors == {}
-            assert (len(parts.history), parts.history.bytes, parts.history.expected) == (
+            assert (len(parts.history), parts.history.bytes, parts.extent.expected) == (
                 0,
                 0,
                 set(),
@@ -307,7 +307,7 @@ async def test_what_memory_does_not_hold_of_a_shard_is_read_from_it(redis_url: s
         for _ in range(2):
             assert await recover(url, ids[9]) == (True, list(range(10, 50)))
             assert await recover(url, ids[47]) == (True, [48, 49])
-            await until(lambda: not gateway.app.parts.history.end)
+            await until(lambda: not gateway.app.parts.extent.end)
             assert not gateway.app.parts.older_events._ranges
 
 

@@ -42,29 +42,29 @@ def test_tenants_of_this_test_are_in_the_shards_it_expects() -> None:
 
 async def test_without_shards_every_stream_is_read_from_the_start() -> None:
     source, history = FakeSource(), History()
-    following = Following(source, history, Sharding(("a", "b")))
+    following = Following(source, history.extent, Sharding(("a", "b")))
     with following.client_of(ONE):
         pass
     assert source.followed == [["a", "b"]]
-    assert history.expected == {tag("a"), tag("b")}
+    assert history.extent.expected == {tag("a"), tag("b")}
 
 
 async def test_shard_is_read_from_its_first_client_on() -> None:
     source, history = FakeSource(), History()
-    following = Following(source, history, SHARDED)
+    following = Following(source, history.extent, SHARDED)
     assert source.followed == []
     with following.client_of(ONE), following.client_of(ONE), following.client_of(SAME_SHARD):
         assert source.followed == [["s:{50}"]]
         with following.client_of(OTHER):
             assert source.followed == [["s:{50}"], ["s:{17}", "s:{50}"]]
-        assert history.expected == {tag("s:{17}"), tag("s:{50}")}
+        assert history.extent.expected == {tag("s:{17}"), tag("s:{50}")}
 
 
 async def test_shard_is_not_read_any_more_a_minute_after_its_last_client_has_left(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     source = FakeSource()
-    following = Following(source, History(), SHARDED)
+    following = Following(source, History().extent, SHARDED)
     nursery.start_soon(following.run)
     with following.client_of(OTHER):
         with following.client_of(ONE):
@@ -83,7 +83,7 @@ async def test_client_that_comes_back_within_the_minute_keeps_the_shard(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     source = FakeSource()
-    following = Following(source, History(), SHARDED)
+    following = Following(source, History().extent, SHARDED)
     nursery.start_soon(following.run)
     for _ in range(3):
         with following.client_of(ONE):
@@ -96,7 +96,7 @@ async def test_client_that_comes_back_within_the_minute_keeps_the_shard(
 
 async def test_stream_without_shards_is_read_too_while_the_number_changes() -> None:
     source = FakeSource()
-    following = Following(source, History(), Sharding(("s",), shards=64))
+    following = Following(source, History().extent, Sharding(("s",), shards=64))
     with following.client_of(ONE):
         assert source.followed == [["s", "s:{50}"]]
 
@@ -105,20 +105,20 @@ async def test_shard_that_was_given_up_before_it_could_be_read_takes_no_room(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     history = History()
-    following = Following(FakeSource(), history, SHARDED)
+    following = Following(FakeSource(), history.extent, SHARDED)
     nursery.start_soon(following.run)
     with following.client_of(OTHER):
         with following.client_of(ONE):
             pass
         await trio.sleep(LINGER + 1)
-        assert history.expected == {tag("s:{17}")}
+        assert history.extent.expected == {tag("s:{17}")}
 
 
 async def test_stream_that_is_held_is_read_without_clients(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     source = FakeSource()
-    following = Following(source, History(), SHARDED)
+    following = Following(source, History().extent, SHARDED)
     nursery.start_soon(following.run)
     following.hold({"s:{17}", "s:{50}"})
     assert source.followed[-1] == ["s:{17}", "s:{50}"]

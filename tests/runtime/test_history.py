@@ -1,16 +1,14 @@
-"""History: which events it holds and for how long, and which cursors it covers."""
+"""History: which events it holds and for how long, and what a client has missed."""
 
 import time
 from collections.abc import Collection, Sequence
 
 import pytest
-import trio
 from hypothesis import given
 from hypothesis import strategies as st
-from trio.testing import MockClock, wait_all_tasks_blocked
 
 from trio_gateway.core.audiences import Audience, BranchId, TenantId, admins, floor, kitchen
-from trio_gateway.core.event_ids import LAST, START, Position, Stream
+from trio_gateway.core.event_ids import START, Position, Stream
 from trio_gateway.core.events import Event
 from trio_gateway.runtime.history import History, StoredEvent
 from trio_gateway.testing import make_event
@@ -41,7 +39,7 @@ def add(
     data: object = None,
 ) -> None:
     history.add(event(stream, position, data, now), audiences, now=now)
-    history.advance(stream, position)
+    history.extent.advance(stream, position)
 
 
 def begun(*streams: Stream, **bounds: float) -> History:
@@ -53,8 +51,8 @@ def begun(*streams: Stream, **bounds: float) -> History:
     )
     assert not bounds
     for stream in streams or (A,):
-        history.begin(stream, START, whole=True)
-        history.advance(stream, START)
+        history.extent.begin(stream, START, whole=True)
+        history.extent.advance(stream, START)
     return history
 
 
@@ -78,8 +76,8 @@ def test_history_is_bounded_by_count_and_the_oldest_event_goes_first() -> None:
 
     assert len(history) == 3
     assert missed(history, START) == [3, 4, 5]
-    assert history.covers({A: at(2)})
-    assert not history.covers({A: at(1)})
+    assert history.extent.covers({A: at(2)})
+    assert not history.extent.covers({A: at(1)})
 
 
 def test_history_is_bounded_by_the_bytes_of_its_frames() -> None:
@@ -97,8 +95,8 @@ def test_event_bigger_than_the_bound_is_forgotten_at_once() -> None:
     add(history, at(1))
 
     assert (len(history), history.bytes) == (0, 0)
-    assert not history.covers({A: START})
-    assert history.covers({A: at(1)})
+    assert not history.extent.covers({A: START})
+    assert history.extent.covers({A: at(1)})
 
 
 def test_age_is_counted_from_receipt_and_not_from_the_entry_id() -> None:
@@ -112,8 +110,8 @@ def test_age_is_counted_from_receipt_and_not_from_the_entry_id() -> None:
 
     history.trim(1000)
     assert (len(history), history.bytes) == (0, 0)
-    assert history.covers({A: at(3_600_010)})
-    assert not history.covers({A: at(3_600_009)})
+    assert history.extent.covers({A: at(3_600_010)})
+    assert not history.extent.covers({A: at(3_600_009)})
 
 
 def test_emptied_history_holds_no_memory() -> None:
@@ -215,95 +213,6 @@ def test_restart_of_one_stream_among_many_events_of_another_is_quick() -> None:
     assert len(missed(history, START, stream=B)) == len(history) == 9_999
 
 
-# Which cursors it covers
-
-
-def test_stream_that_was_read_from_its_first_entry_is_covered_from_its_start() -> None:
-    history = begun()
-    assert history.covers({A: START})
-    add(history, at(5))
-    add(history, at(6))
-
-    assert history.covers({A: START})
-    assert history.covers({A: at(5)})
-    # No entry had that id: it is of a stream that was deleted.
-    assert not history.covers({A: at(4)})
-
-
-def test_stream_that_was_trimmed_is_covered_from_its_first_entry_on() -> None:
-    history = History(age=10**9)
-    history.begin(A, at(5))
-    add(history, at(5))
-    add(history, at(6))
-
-    assert history.covers({A: at(5)})
-    assert not history.covers({A: at(4, 9)})
-    assert not history.covers({A: START})
-
-
-def test_empty_cursor_and_a_cursor_in_an_unknown_stream_are_not_covered() -> None:
-    history = begun()
-    add(history, at(5))
-    assert not history.covers({})
-    assert not history.covers({B: at(5)})
-    assert not history.covers({A: at(5), B: at(5)})
-
-
-def test_cursor_of_a_faster_process_is_ahead() -> None:
-    history = begun()
-    add(history, at(5))
-    assert not history.is_ahead({A: at(5)})
-    assert history.is_ahead({A: at(5, 1)})
-    assert not history.is_ahead({A: at(5), B: at(1)})  # no task reads that stream
-    history.advance(A, at(7))  # not all that is read is an event
-    assert not history.is_ahead({A: at(7)})
-    assert history.covers({A: at(7)})
-
-
-async def test_all_that_wait_for_a_position_are_woken_when_it_is_read(
-    autojump_clock: MockClock, nursery: trio.Nursery
-) -> None:
-    history, woken = begun(), list[tuple[int, float]]()
-
-    async def wait(milliseconds: int) -> None:
-        await history.wait_for({A: at(milliseconds)})
-        woken.append((milliseconds, trio.current_time()))
-
-    await wait(0)
-    for milliseconds in (3, 2, 2, 3):
-        nursery.start_soon(wait, milliseconds)
-    for n in (1, 2, 3):
-        await trio.sleep(1)
-        history.advance(A, at(n))
-    await wait_all_tasks_blocked()
-
-    assert sorted(woken) == [(0, 0), (2, 2), (2, 2), (3, 3), (3, 3)]
-
-
-async def test_wait_begun_returns_after_the_first_reading(
-    autojump_clock: MockClock, nursery: trio.Nursery
-) -> None:
-    history, woken = History(age=10**9), list[float]()
-
-    async def wait() -> None:
-        await history.wait_begun()
-        woken.append(trio.current_time())
-
-    nursery.start_soon(wait)
-    nursery.start_soon(wait)
-    await trio.sleep(1)
-    history.begin(A, at(1))
-    history.add(event(A, at(1)), ALL, now=0)
-    await trio.sleep(1)
-    assert not woken
-    assert history.end == {}  # so that a client that is accepted meanwhile is not sent the past
-    history.advance(A, at(1))
-    await wait_all_tasks_blocked()
-
-    assert woken == [2, 2]
-    assert history.began == {A: at(1)}
-
-
 # When entries were lost
 
 
@@ -314,9 +223,9 @@ def test_stream_trimmed_beyond_the_cursor_continues_at_its_first_entry() -> None
     history.restart(A, since=at(9), end=at(9))
 
     assert (len(history), history.bytes) == (0, 0)
-    assert not history.covers({A: at(3)})
-    assert not history.covers({A: START})
-    assert history.covers(history.end)
+    assert not history.extent.covers({A: at(3)})
+    assert not history.extent.covers({A: START})
+    assert history.extent.covers(history.extent.end)
     add(history, at(10))
     assert missed(history, at(9)) == [10]
 
@@ -331,8 +240,8 @@ def test_recreated_stream_does_not_cover_positions_of_the_old_one() -> None:
     add(history, at(11))
 
     for n in (1, 2, 3):
-        assert not history.covers({A: at(n)})
-    assert history.covers({A: at(10)})
+        assert not history.extent.covers({A: at(n)})
+    assert history.extent.covers({A: at(10)})
     assert missed(history, at(10)) == [11]
 
 
@@ -343,8 +252,8 @@ def test_stream_recreated_twice_does_not_cover_positions_of_the_first() -> None:
     history.restart(A, since=at(3, 1), end=START)
     history.restart(A, since=at(0, 1), end=START)
     add(history, at(10))
-    assert not history.covers({A: at(2)})
-    assert history.covers({A: at(10)})
+    assert not history.extent.covers({A: at(2)})
+    assert history.extent.covers({A: at(10)})
 
 
 def test_restart_does_not_change_other_streams() -> None:
@@ -355,7 +264,7 @@ def test_restart_does_not_change_other_streams() -> None:
 
     assert missed(history, START) == []
     assert missed(history, START, stream=B) == [2, 4, 6, 8]
-    assert history.covers({B: START})
+    assert history.extent.covers({B: START})
     add(history, at(21))
     history.trim(10**10)
     assert (len(history), history.bytes) == (0, 0)
@@ -378,7 +287,7 @@ def test_time_is_compared_with_the_milliseconds_of_the_entry_id(
     history = begun()
     for n in (1000, 2000, 3000):
         add(history, at(n))
-    cursor, complete = history.place_before(moment)
+    cursor, complete = history.extent.place_before(moment)
     assert (milliseconds_of(history.missed(cursor, ALL)), complete) == (expected, True)
 
 
@@ -405,21 +314,14 @@ def test_chunks_together_are_all_that_was_missed(
     assert found == expected
 
 
-def test_place_before_a_time_is_not_beyond_what_was_read() -> None:
-    history = begun(A, B)
-    add(history, at(1000))
-    add(history, at(3000))
-    assert history.place_before(2.0) == ({A: (1999, LAST[1]), B: START}, True)
-
-
 def test_time_before_the_history_is_not_complete() -> None:
     history = begun(events=2)
     for n in (1000, 2000, 3000):
         add(history, at(n))
-    assert [history.place_before(t)[1] for t in (0.5, 1, 1.5)] == [False, False, True]
+    assert [history.extent.place_before(t)[1] for t in (0.5, 1, 1.5)] == [False, False, True]
 
     late = History(age=10**9)
-    assert late.place_before(9) == ({}, False)
-    late.begin(A, at(2000))
-    late.advance(A, at(2000))
-    assert [late.place_before(t)[1] for t in (1, 2, 2.5)] == [False, False, True]
+    assert late.extent.place_before(9) == ({}, False)
+    late.extent.begin(A, at(2000))
+    late.extent.advance(A, at(2000))
+    assert [late.extent.place_before(t)[1] for t in (1, 2, 2.5)] == [False, False, True]

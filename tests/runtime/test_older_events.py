@@ -269,8 +269,8 @@ async def test_restarted_process_reads_what_it_did_not_warm(
     world = World(nursery, begun=False, events=100, most_scanned=10_000)
     world.redis = before.redis
     world.older._stream_reader = before.redis
-    world.history.begin(A, at(900))
-    world.history.advance(A, at(1000))
+    world.history.extent.begin(A, at(900))
+    world.history.extent.advance(A, at(1000))
     await world.publish(1001)
 
     assert outcome(await connect(world, place(400))) == (

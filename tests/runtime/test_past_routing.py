@@ -57,12 +57,12 @@ async def test_waiter_of_another_sector_resumes_with_what_perhaps_nobody_got(
     world = World(nursery, most_scanned=100, uncovered_to_branch=to_branch, events=events)
     other = make_principal(user=22, sectors=[6])
     if kept == "warm":
-        world.history.advance(A, at(1))
+        world.history.extent.advance(A, at(1))
         await world.connect(principal=WAITER)
         for n in (2, 3):
             event = make_event(sector_id=5, data=n, stream=A, position=at(n))
             world.dispatch.remember(event)
-        world.history.advance(A, at(3))
+        world.history.extent.advance(A, at(3))
     else:
         await world.publish(1, 2, 3, sector_id=5)
         await world.connect(principal=WAITER)

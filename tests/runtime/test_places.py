@@ -32,8 +32,8 @@ def history() -> History:
     history = History(age=math.inf)
     history.ranks = SHARDING.ranks
     for stream in (OLD, NEW, FOREIGN):
-        history.begin(stream, START, whole=True)
-        history.advance(stream, START)
+        history.extent.begin(stream, START, whole=True)
+        history.extent.advance(stream, START)
     return history
 
 
@@ -41,14 +41,14 @@ def add(history: History, stream: Stream, *positions: Position) -> None:
     for n, position in enumerate(positions):
         event = make_event(data=n, stream=stream, position=position, received_at=0)
         history.add(event, AUDIENCES, now=0)
-        history.advance(stream, position)
+        history.extent.advance(stream, position)
 
 
 async def following(history: History, cursor: Cursor) -> list[tuple[Stream, Position]]:
     """What a client with this id is sent."""
-    place = await Places(history, SHARDING).after(cursor, ONE)
+    place = await Places(history.extent, SHARDING).after(cursor, ONE)
     assert place is not None
-    assert history.covers(place)
+    assert history.extent.covers(place)
     missed = history.missed(place, AUDIENCES)
     assert history.following(place, AUDIENCES, 100) == missed
     return [(stored.stream, stored.position) for stored in missed]
@@ -57,16 +57,16 @@ async def following(history: History, cursor: Cursor) -> list[tuple[Stream, Posi
 async def test_client_has_places_in_the_streams_of_its_tenant_alone(history: History) -> None:
     add(history, FOREIGN, at(9))
     add(history, NEW, at(5))
-    places = Places(history, SHARDING)
+    places = Places(history.extent, SHARDING)
     assert places.of(ONE) == {OLD: START, NEW: at(5)}
     assert places.of(OTHER, {FOREIGN: at(3), NEW: at(4)}) == {FOREIGN: at(3)}
     assert places.concern(NEW, ONE)
     assert not places.concern(NEW, OTHER)
-    assert Places(history).of(ONE) == history.end
+    assert Places(history.extent).of(ONE) == history.extent.end
 
 
 async def test_id_of_another_tenants_shard_names_no_place(history: History) -> None:
-    places = Places(history, SHARDING)
+    places = Places(history.extent, SHARDING)
     assert await places.after({FOREIGN: START}, ONE) is None
     assert await places.after({NEW: START, FOREIGN: START}, ONE) is None
 
@@ -86,23 +86,23 @@ async def test_id_of_either_stream_says_what_was_sent_from_both(history: History
 async def test_id_of_a_shard_is_good_if_the_stream_before_it_is_no_more(history: History) -> None:
     add(history, NEW, at(10), at(20))
     assert await following(history, {NEW: at(10)}) == [(NEW, at(20))]
-    place = await Places(history, SHARDING).after({NEW: at(20)}, ONE)
+    place = await Places(history.extent, SHARDING).after({NEW: at(20)}, ONE)
     assert place == {OLD: START, NEW: at(20)}
 
 
 async def test_id_is_not_covered_if_the_other_stream_is_not_known_so_far_back() -> None:
     history = History(age=math.inf)
     history.ranks = SHARDING.ranks
-    history.begin(OLD, START, whole=True)
-    history.begin(NEW, at(50))
+    history.extent.begin(OLD, START, whole=True)
+    history.extent.begin(NEW, at(50))
     add(history, OLD, at(10), at(60))
-    history.advance(NEW, at(50))
-    places = Places(history, SHARDING)
+    history.extent.advance(NEW, at(50))
+    places = Places(history.extent, SHARDING)
     early, late = await places.after({OLD: at(10)}, ONE), await places.after({OLD: at(60)}, ONE)
     assert early is not None
     assert late is not None
-    assert not history.covers(early)
-    assert history.covers(late)
+    assert not history.extent.covers(early)
+    assert history.extent.covers(late)
 
 
 async def test_both_streams_are_waited_for(
@@ -110,20 +110,20 @@ async def test_both_streams_are_waited_for(
 ) -> None:
     history = History(age=math.inf)
     history.ranks = SHARDING.ranks
-    history.expected = {OLD, NEW}
-    places, found = Places(history, SHARDING), list[bool]()
+    history.extent.expected = {OLD, NEW}
+    places, found = Places(history.extent, SHARDING), list[bool]()
     assert not await places.wait_known(ONE, 1)
 
     async def wait() -> None:
         found.append(await places.wait_known(ONE, 1))
 
     nursery.start_soon(wait)
-    history.begin(OLD, START)
-    history.advance(OLD, START)
+    history.extent.begin(OLD, START)
+    history.extent.advance(OLD, START)
     await wait_all_tasks_blocked()
     assert found == []
-    history.begin(NEW, START)
-    history.advance(NEW, START)
+    history.extent.begin(NEW, START)
+    history.extent.advance(NEW, START)
     await wait_all_tasks_blocked()
     assert found == [True]
 
@@ -131,25 +131,25 @@ async def test_both_streams_are_waited_for(
 def test_forgotten_stream_leaves_nothing_behind_and_others_alone(history: History) -> None:
     add(history, NEW, at(10), at(20))
     add(history, FOREIGN, at(15))
-    end = history.end
+    end = history.extent.end
     history.forget(NEW)
     assert end[NEW] == at(20)  # a copy that was given away does not change
-    assert history.end == {OLD: START, FOREIGN: at(15)}
+    assert history.extent.end == {OLD: START, FOREIGN: at(15)}
     assert len(history) == 1
     assert not history.missed({NEW: START}, AUDIENCES)
-    assert not history.covers({NEW: at(10)})
-    assert history.covers({FOREIGN: START})
-    history.begin(NEW, at(10))
+    assert not history.extent.covers({NEW: at(10)})
+    assert history.extent.covers({FOREIGN: START})
+    history.extent.begin(NEW, at(10))
     add(history, NEW, at(20))
-    assert history.covers({NEW: at(10)})
-    assert not history.covers({NEW: at(9)})
+    assert history.extent.covers({NEW: at(10)})
+    assert not history.extent.covers({NEW: at(9)})
 
 
 def test_end_is_the_same_object_until_it_moves(history: History) -> None:
-    end = history.end
-    assert history.end is end
-    history.advance(NEW, at(1))
-    assert history.end is not end
+    end = history.extent.end
+    assert history.extent.end is end
+    history.extent.advance(NEW, at(1))
+    assert history.extent.end is not end
     assert end[NEW] == START
 
 
@@ -166,8 +166,8 @@ async def test_client_is_held_until_all_streams_of_its_tenant_are_read(
         assert client.heard == []
         assert client.connection.resume_state.phase is Phase.HELD
     late = await world.connect()
-    world.history.begin(NEW, START, whole=True)
-    world.history.advance(NEW, START)
+    world.history.extent.begin(NEW, START, whole=True)
+    world.history.extent.advance(NEW, START)
     world.replays.begun(NEW)
     await wait_all_tasks_blocked()
     for client in (silent, other):
@@ -187,8 +187,8 @@ async def test_client_may_still_resume_when_its_stream_was_slow_to_be_read(
     client = await world.connect()
     await trio.sleep(2 * UNDECIDED)
     await client.ask(place(1, OLD))
-    world.history.begin(NEW, START, whole=True)
-    world.history.advance(NEW, START)
+    world.history.extent.begin(NEW, START, whole=True)
+    world.history.extent.advance(NEW, START)
     world.replays.begun(NEW)
     await trio.sleep(0.1)
     assert [answer["recovered"] for answer in client.resumed] == [True]

@@ -106,8 +106,8 @@ async def play(
     last, number = {A: START, B: START}, 0
     seen: dict[int, str] = {}
     for each in (A, B):
-        history.begin(each, START, whole=True)
-        history.advance(each, START)
+        history.extent.begin(each, START, whole=True)
+        history.extent.advance(each, START)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(replays.decide)
         for waiting in (pubsub, queue):
@@ -253,7 +253,7 @@ async def test_routing_of_raw_events_does_not_delay_other_tasks(
 ) -> None:
     history = History()
     dispatch = Dispatch(Hub(), history=history)
-    history.begin(A, START)
+    history.extent.begin(A, START)
     await dispatch.deliver(
         [make_event(data=n, stream=A, position=Position((n, 1))) for n in range(1000)]
     )
@@ -299,7 +299,7 @@ async def test_event_that_cannot_be_parsed_any_more_is_left_out(autojump_clock: 
             return missed_below(frames - 1)
         return history.missed({A: START}, audiences_of(PRINCIPALS[3]))
 
-    history.begin(A, START, whole=True)
+    history.extent.begin(A, START, whole=True)
     assert store(1, 1)
     assert any(store(2, levels) for levels in range(sys.getrecursionlimit(), 0, -1))
     assert store(3, 1)

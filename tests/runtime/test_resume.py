@@ -197,7 +197,7 @@ async def test_present_position_is_that_of_the_accepted_upgrade(
 ) -> None:
     """Events that arrive while the credential is checked are not missed."""
     await world.publish(1)
-    accepted_at = world.history.end
+    accepted_at = world.history.extent.end
     await world.publish(2)
     for resume_from in (None, ""):
         client = await world.connect(resume_from, accepted_at=accepted_at)
@@ -459,19 +459,19 @@ async def test_stream_that_is_being_read_for_the_first_time_is_waited_for(
 ) -> None:
     """Half of it is in memory, and another stream has been read already."""
     world = World(nursery, A)
-    world.history.expected.update({A, B})
+    world.history.extent.expected.update({A, B})
     early = await world.connect(place(1, B))
-    world.history.begin(B, at(1), whole=True)
+    world.history.extent.begin(B, at(1), whole=True)
     for n in (1, 2):
         world.history.add(still_to_come(n, B), audiences_of(make_principal()), now=0)
     during = await world.connect(place(1, B))
-    assert not world.history.warm
+    assert not world.history.extent.warm
     assert (early.said, during.said) == ([], [])
     world.history.add(still_to_come(3, B), audiences_of(make_principal()), now=0)
-    world.history.advance(B, at(3))
+    world.history.extent.advance(B, at(3))
     await wait_all_tasks_blocked()
 
-    assert world.history.warm
+    assert world.history.extent.warm
     for client in (early, during):
         assert client.resumed == [resumed(2, f"{event_id(A, START)}.{place(1, B)}")]
         assert client.heard == [2, 3]
@@ -481,8 +481,8 @@ async def test_stream_whose_first_reading_takes_too_long_is_not_recovered(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     world = World(nursery, A)
-    world.history.expected.update({A, B})
-    world.history.begin(B, START, whole=True)
+    world.history.extent.expected.update({A, B})
+    world.history.extent.begin(B, START, whole=True)
     client = await world.connect(place(1, B))
     await trio.sleep(PATIENCE + 0.1)
     assert [answer["recovered"] for answer in client.resumed] == [False]
@@ -527,10 +527,10 @@ async def test_gateway_answers_a_resume_when_it_has_read_the_stream(
     early = [await world.connect(resume_from) for resume_from in (place(1), "", None)]
     await trio.sleep(1)
     for n in (1, 2):  # warming
-        world.history.begin(A, at(1))
+        world.history.extent.begin(A, at(1))
         world.dispatch.remember(make_event(data=n, stream=A, position=at(n)))
         early.append(await world.connect())
-    world.history.advance(A, at(2))
+    world.history.extent.advance(A, at(2))
     await wait_all_tasks_blocked()
     await world.publish(3)
     for client in early[2:]:
@@ -550,9 +550,9 @@ async def test_refusal_waits_for_the_first_reading_to_name_the_present_position(
     for last_event_id in messages:
         await (client.say("x") if last_event_id is None else client.ask(last_event_id))
     assert client.said == []
-    world.history.begin(A, START, whole=True)
+    world.history.extent.begin(A, START, whole=True)
     world.dispatch.remember(make_event(data=1, stream=A, position=at(1)))
-    world.history.advance(A, at(1))
+    world.history.extent.advance(A, at(1))
     await trio.sleep(PATIENCE + 0.1)
     await world.publish(2)
 
@@ -572,8 +572,8 @@ async def test_position_before_the_first_reading_is_not_taken_for_the_present_on
     (answer,) = client.resumed
     assert (answer["recovered"], answer["count"]) == (False, 0)
     await client.leave()
-    world.history.begin(A, START, whole=True)
-    world.history.advance(A, START)
+    world.history.extent.begin(A, START, whole=True)
+    world.history.extent.advance(A, START)
     await world.publish(1)
 
     again = await world.connect(answer["last_event_id"])
@@ -995,7 +995,7 @@ async def test_connection_that_leaves_when_its_position_is_read_leaves_nothing_b
     for n in range(1, 40):  # Trio runs the tasks that are ready in random order
         client = await world.connect(place(n))
         await client.socket.client.leave()
-        world.history.advance(A, at(n))
+        world.history.extent.advance(A, at(n))
         await wait_all_tasks_blocked()
         assert not world.hub.held
 

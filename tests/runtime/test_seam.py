@@ -151,7 +151,7 @@ class World:
         )
         self.pubsub_queue, self.stream_queue = EventQueue(10_000), EventQueue(10_000)
         since = self.stream[0][0] if self.stream else self.last_entry
-        self.history.begin(A, since, whole=whole)
+        self.history.extent.begin(A, since, whole=whole)
         for position, n, keys in self.stream:
             ago = EPOCH + trio.current_time() - position[0] / 1000
             received_at = trio.current_time() - ago
@@ -159,7 +159,7 @@ class World:
                 data=n, channel="s", received_at=received_at, stream=A, position=position, **keys
             )
             self.dispatch.remember(event)
-        self.history.advance(A, self.last_entry)
+        self.history.extent.advance(A, self.last_entry)
         self.life = trio.CancelScope()
 
         async def live(life: trio.CancelScope) -> None:
@@ -353,8 +353,8 @@ class World:
                 await self.gap(self.last_entry, self.last_entry)
             case "recreate":  # Redis came back with half of what it had
                 await self.stream_queue.wait_idle()
-                last, sequence = self.history.end[A]
-                self.recreated_at = max(self.recreated_at, self.history.end[A])
+                last, sequence = self.history.extent.end[A]
+                self.recreated_at = max(self.recreated_at, self.history.extent.end[A])
                 del self.stream[len(self.stream) // 2 :]
                 end = self.stream[-1][0] if self.stream else START
                 await self.gap(Position((last, sequence + 1)), end)

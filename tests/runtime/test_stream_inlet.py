@@ -53,7 +53,7 @@ async def test_first_reading_that_was_cancelled_is_begun_anew(
         scope.cancel()
         await inlet.begin(A, "a", entries, None)
     assert scope.cancelled_caught
-    assert not world.history.end
+    assert not world.history.extent.end
     await inlet.begin(A, "a", entries, None)
     assert positions(world) == [at(n) for n in range(1, 501)]
 
@@ -82,7 +82,7 @@ async def test_shard_that_comes_back_is_stored_again_and_each_id_once(
         await inlet.settle()
         inlet.forget(A)
         assert positions(world) == []
-        assert not world.history.end
+        assert not world.history.extent.end
 
 
 async def test_copy_in_the_past_of_another_stream_is_a_duplicate(
@@ -113,7 +113,7 @@ async def test_shards_have_equal_shares_of_the_room_or_what_is_free(
     autojump_clock: MockClock, world: World, inlet: StreamInlet
 ) -> None:
     world.history.most_events, world.history.age = 100, math.inf
-    world.history.expected = {A, B}
+    world.history.extent.expected = {A, B}
     assert inlet.room().entries == 100
     await inlet.begin(A, "a", past(*range(1, 91)), None)
     assert inlet.room().entries == 50

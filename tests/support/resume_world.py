@@ -160,7 +160,7 @@ class World:
         self.replays = Replays(
             self.history,
             self.hub,
-            Places(self.history, sharding),
+            Places(self.history.extent, sharding),
             self.older,
             self.receipts,
         )
@@ -168,8 +168,8 @@ class World:
         nursery.start_soon(self.replays.feeding.keep_ahead)
         if begun:
             for stream in streams or (A,):
-                self.history.begin(stream, START, whole=True)
-                self.history.advance(stream, START)
+                self.history.extent.begin(stream, START, whole=True)
+                self.history.extent.advance(stream, START)
 
     async def publish(self, *numbers: int, stream: Stream | None = A, **keys: Any) -> None:
         """Deliver a batch; ``stream=None`` is Pub/Sub."""

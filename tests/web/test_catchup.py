@@ -41,7 +41,7 @@ def fill(gateway: Running, events: int, size: int) -> list[Position]:
     for n, position in enumerate(positions):
         event = make_event(n=n, data="x" * size, received_at=now, stream=STREAM, position=position)
         history.add(event, AUDIENCES, now=now)
-        history.advance(STREAM, position)
+        history.extent.advance(STREAM, position)
     return positions
 
 

@@ -70,6 +70,7 @@ class Dispatch:
             if history is not None
             else History(routing=PastRouting(routes, uncovered_to_branch=uncovered_to_branch))
         )
+        self._extent = self._history.extent
         self._uncovered_to_branch = uncovered_to_branch
         self._writes_per_checkpoint = writes_per_checkpoint
         self._timeout = timeout
@@ -285,13 +286,13 @@ class Dispatch:
         """
         fresh: list[Event] = []
         planned: list[Planned] = []
-        last_number = self._hub.last_number
+        hub, history, extent = self._hub, self._history, self._extent
+        last_number, now = hub.last_number, trio.current_time()
         raw: list[tuple[Event, int]] = []  # to be stored, with their marks
         receipts = self.receipts if self._uncovered_to_branch else None
-        history, now = self._history, trio.current_time()
         streamed = [event for event in batch if event.stream is not None]
         for stream, position in _positions(reversed(streamed)).items():
-            history.advance(stream, position)  # it may be its first
+            extent.advance(stream, position)  # it may be its first
         # Not on receipt: a copy that the queue then drops must not count as the first.
         found_before = self._duplicates.find_or_add_all(
             batch,
@@ -335,10 +336,10 @@ class Dispatch:
         if raw:
             history.add_raw(raw, now=now)
         for stream, position in _positions(streamed).items():
-            history.advance(stream, position)
+            extent.advance(stream, position)
         if not planned:
             return _Plan(fresh, (), [])
-        return _Plan(fresh, planned, plan_writes(planned, self._hub))
+        return _Plan(fresh, planned, plan_writes(planned, hub))
 
     def _without_earlier(self, event: Event, groups: list[Members]) -> list[Members]:
         """Those in an escalated event's audience that were not sent it before."""

@@ -55,6 +55,7 @@ class Feeding:
         receipts: ReceiptLog | None = None,
     ) -> None:
         self._history = history
+        self._extent = history.extent
         self._hub = hub
         self._places = places
         self._older = older
@@ -103,7 +104,7 @@ class Feeding:
         """The place up to which it has everything; for a stream that was read later, its begin."""
         cursor = connection.resume_state.cursor
         assert cursor is not None
-        return {**self._places.of(connection.principal.tenant, self._history.began), **cursor}
+        return {**self._places.of(connection.principal.tenant, self._extent.began), **cursor}
 
     def undelivered(
         self, connection: Connection, found: Iterable[StoredEvent]
@@ -156,7 +157,7 @@ class Feeding:
             # Before it came to the end of the older events, the history has moved past that.
             if not await self._older.find(behind) and state.older:
                 return False
-        return state.cursor is None or not self._history.forgot(self.cursor_of(connection))
+        return state.cursor is None or not self._extent.forgot(self.cursor_of(connection))
 
     def _behind(self, connection: Connection) -> Cursor:
         """The part of its cursor that is before the history."""
@@ -185,7 +186,7 @@ class Feeding:
         state, history = connection.resume_state, self._history
         if state.cursor is None or state.older:
             return
-        if history.forgot(cursor := self.cursor_of(connection)):
+        if self._extent.forgot(cursor := self.cursor_of(connection)):
             return
         if not (found := history.following(cursor, connection.audiences, 1, again=True)):
             state.advance(self._places.of(connection.principal.tenant))

@@ -10,7 +10,7 @@ import trio
 from ..core.audiences import TenantId
 from ..core.event_ids import tag
 from ..core.shards import Sharding
-from .history import History
+from .extent import Extent
 from .source import Source
 
 _NOTHING: Final = nullcontext()  # one for all: a generator would cost each client half a KB
@@ -28,13 +28,13 @@ class Following:
     def __init__(
         self,
         source: Source,
-        history: History,
+        extent: Extent,
         sharding: Sharding,
         *,
         linger: float = LINGER,
     ) -> None:
         self._source = source
-        self._history = history
+        self._extent = extent
         self._sharding = sharding
         self._linger = linger
         self._clients: Counter[str] = Counter()  # by stream
@@ -97,7 +97,7 @@ class Following:
             given_up = [name for name in left if name not in self._held]
             self.names -= set(given_up)
             # Here, because the source forgets only what it has begun.
-            self._history.expected -= set(map(tag, given_up))
+            self._extent.expected -= set(map(tag, given_up))
             if given_up:
                 self._source.follow(self._in_order())
 
@@ -105,7 +105,7 @@ class Following:
         if self.names.issuperset(names):
             return
         self.names.update(names)
-        self._history.expected.update(map(tag, names))
+        self._extent.expected.update(map(tag, names))
         self._source.follow(self._in_order())
 
     def _in_order(self) -> list[str]:

@@ -8,7 +8,7 @@ import heapq
 import math
 from bisect import bisect_left, bisect_right
 from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import islice, takewhile
 from typing import Final
 
@@ -16,9 +16,10 @@ import structlog
 import trio
 
 from ..core.audiences import Audience
-from ..core.event_ids import LAST, START, Cursor, Position, Stream
+from ..core.event_ids import Cursor, Position, Stream
 from ..core.events import Event
 from .entry_index import EntryIndex
+from .extent import Extent
 from .past_routing import BY_DEFAULT, PastRouting
 from .raw_events import RawBranch, RawEvents
 from .raw_events import StoredEvent as StoredEvent
@@ -34,8 +35,7 @@ class History:
     were heard).
 
     A replay costs what was missed, not what happened: each audience has a list of its own per
-    stream, read from its end. A client whose position is before a forgotten event cannot be told
-    what it missed.
+    stream, read from its end. What is known of each stream is its :attr:`extent`.
     """
 
     def __init__(
@@ -51,69 +51,28 @@ class History:
         self.age = age
         self._kept: deque[StoredEvent] = deque()
         self._by_audience: dict[tuple[Stream, Audience], deque[StoredEvent]] = {}
-        self._whole: set[Stream] = set()  # of which every entry there ever was is known
-        self._since: dict[Stream, Position] = {}  # from where each is known
-        self._forgotten: dict[Stream, Position] = {}  # the last one that was dropped
-        self._gaps: dict[Stream, Position] = {}  # where the last gap ended
-        self._grown = trio.lowlevel.ParkingLot()
+        self.extent = Extent()
         self._raw = RawEvents()
         self._index = EntryIndex()
         self._has_escalations = False  # ever
         self.routing = routing  # of past events
         self._throttled_log = ThrottledLog(log)
         self.bytes = 0
-        self.began: dict[Stream, Position] = {}  # where each was first read live
-        self.expected: set[Stream] = set()  # that are to be read
         # Of entries of one millisecond in different streams, see Sharding.ranks.
         self.ranks: Mapping[Stream, int] = {}
-        self._end: dict[Stream, Position] = {}
-        self._shared_end: Cursor | None = None  # a copy of it
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    @property
-    def end(self) -> Cursor:
-        """The present place. It is never changed, so it can be shared: later ones replace it."""
-        if self._shared_end is None:
-            self._shared_end = self._end.copy()
-        return self._shared_end
-
-    def _set_end(self, stream: Stream, position: Position) -> None:
-        self._end[stream] = position
-        self._shared_end = None
-
-    def begin(self, stream: Stream, since: Position, *, whole: bool = False) -> None:
-        """Start tracking a stream at ``since``. ``whole``: it never had an earlier entry.
-
-        Call :meth:`add` for each entry that it still holds, then :meth:`advance` to the position
-        from which it is read.
-        """
-        self._since[stream] = since
-        if whole:
-            self._whole.add(stream)
-
-    def was_begun(self, stream: Stream) -> bool:
-        """Whether :meth:`begin` was called for this stream."""
-        return stream in self._since
-
     def restart(self, stream: Stream, *, since: Position, end: Position) -> None:
-        """Forget a stream of which entries were lost.
-
-        A client whose position is before ``since`` cannot be told what followed. The stream is
-        read on from ``end``, which is before ``since`` if it was created again.
-        """
-        since = max(since, self._since.get(stream, START))
+        """Forget a stream of which entries were lost, see :meth:`.Extent.restart`."""
         self._drop(stream)
-        self._since[stream] = self._gaps[stream] = since
-        self._set_end(stream, end)
+        self.extent.restart(stream, since=since, end=end)
 
     def forget(self, stream: Stream) -> None:
         """Forget a stream that is not read any more, as if it had never been."""
         self._drop(stream)
-        for places in (self._since, self._end, self.began):
-            places.pop(stream, None)
-        self._shared_end = None
+        self.extent.forget(stream)
 
     def _drop(self, stream: Stream) -> None:
         """Drop the events of a stream."""
@@ -123,8 +82,6 @@ class History:
         for key in [key for key in self._by_audience if key[0] == stream]:
             del self._by_audience[key]
         self._raw.drop(stream)
-        self._whole.discard(stream)
-        self._forgotten.pop(stream, None)
 
     def add(
         self, event: Event, audiences: Collection[Audience], *, now: float, delivered_up_to: int = 0
@@ -232,38 +189,9 @@ class History:
         else:
             self._by_audience[key] = deque(sorted([*mine, *events], key=_position))
 
-    def advance(self, stream: Stream, position: Position) -> None:
-        """Note that the stream has been read up to this position."""
-        self.began.setdefault(stream, position)
-        if self._since.get(stream) == START:  # an id before the first entry is not of this stream
-            self._since[stream] = position
-        self._set_end(stream, position)
-        self._grown.unpark_all()
-
-    def position_at(self, stream: Stream, moment: float) -> Position | None:
-        """A position before every entry that Redis added from this unix time on.
-
-        None if not all of those are known.
-        """
-        place = _end_before(moment)
-        if place < self._since[stream]:
-            if stream not in self._whole:
-                return None
-            place = START
-        return None if self.forgot({stream: place}) else place
-
-    def reached(self, stream: Stream, position: Position) -> Position:
-        """This position, or the end of the stream if that is not as far.
-
-        It is the start of the stream if all that ever was in it is behind the position.
-        """
-        if position < self._since[stream] and stream in self._whole:
-            return START
-        return min(position, self._end[stream])
-
     def trim(self, now: float) -> None:
         """Drop the oldest events until the bounds hold."""
-        oldest, events, raw = now - self.age, self._kept, self._raw
+        oldest, events, extent = now - self.age, self._kept, self.extent
         while events and (
             len(events) > self.most_events
             or self.bytes > self.most_bytes
@@ -271,10 +199,10 @@ class History:
         ):
             kept = events.popleft()
             self.bytes -= len(kept.frame)
-            self._whole.discard(kept.stream)
-            self._forgotten[kept.stream] = kept.position
+            extent.whole.discard(kept.stream)
+            extent.forgotten[kept.stream] = kept.position
             if kept.raw_of is not None:
-                raw.forget_oldest(kept.raw_of)
+                self._raw.forget_oldest(kept.raw_of)
                 continue
             for audience in kept.audiences:  # the oldest of all is also the oldest of its audiences
                 mine = self._by_audience[kept.stream, audience]
@@ -282,32 +210,13 @@ class History:
                 if not mine:
                     del self._by_audience[kept.stream, audience]
 
-    def covers(self, cursor: Cursor) -> bool:
-        """Whether everything after this cursor is still known, as far as it has been read."""
-        return (
-            bool(cursor)
-            and not self.forgot(cursor)
-            and all(
-                stream in self.end  # while it is being read for the first time, some is known
-                and (
-                    position >= self._since[stream] or (position == START and stream in self._whole)
-                )
-                for stream, position in cursor.items()
-            )
-        )
-
     def knows_entry(self, stream: Stream, position: Position) -> bool:
-        """Whether this place, which :meth:`covers`, is surely one that an id can name.
+        """Whether this place, which the extent covers, is surely one that an id can name.
 
         That is an event that is kept, where this process has begun or ended to read or to forget,
         or the end of a millisecond. Entries that are not durable events are not known.
         """
-        return (
-            position in (START, self._since[stream], self._end[stream])
-            or position in (self.began.get(stream), self._forgotten.get(stream))
-            or position[1] == LAST[1]
-            or self._index.has(self._kept, stream, position)
-        )
+        return self.extent.names(stream, position) or self._index.has(self._kept, stream, position)
 
     def is_for(self, stream: Stream, position: Position, audiences: Iterable[Audience]) -> bool:
         """Whether a kept event, which is not raw, is at this place and for any of these."""
@@ -317,62 +226,6 @@ class History:
                 if at < len(mine) and mine[at].position == position:
                     return True
         return False
-
-    def forgot(self, cursor: Cursor) -> bool:
-        """Whether an event after this cursor has been dropped."""
-        forgotten = self._forgotten
-        return any(s in forgotten and forgotten[s] > position for s, position in cursor.items())
-
-    def known_since(self, stream: Stream) -> Position | None:
-        """The position after which every event of this stream is known; None before it is read."""
-        if stream not in self.end:
-            return None
-        return max(self._since[stream], self._forgotten.get(stream, START))
-
-    def may_read_back(self, stream: Stream, position: Position) -> bool:
-        """Whether the stream itself can tell what came after this position, if it holds it.
-
-        It cannot if entries after it were lost unread.
-        """
-        return stream in self.end and position >= self._gaps.get(stream, START)
-
-    def past_forgotten(self, cursor: Cursor) -> Cursor:
-        """This cursor, moved past the events after it that have been dropped."""
-        forgotten = self._forgotten
-        return {s: max(position, forgotten.get(s, position)) for s, position in cursor.items()}
-
-    def is_ahead(self, cursor: Cursor) -> bool:
-        """Whether this cursor is beyond what has been read.
-
-        Another process was faster, or the stream has not been read yet.
-        """
-        end = self.end
-        return any(
-            end[s] < position if s in end else s in self.expected for s, position in cursor.items()
-        )
-
-    def known_streams(self) -> Set[Stream]:
-        """The streams that are read, or are to be read."""
-        return self._end.keys() | self.expected
-
-    @property
-    def warm(self) -> bool:
-        """Whether each stream has been read up to its present end."""
-        return self.expected <= self.end.keys()
-
-    def are_begun(self, streams: Iterable[Stream]) -> bool:
-        """Whether these streams have been read up to their present ends."""
-        return all(stream in self._end for stream in streams)
-
-    async def wait_begun(self, streams: Collection[Stream] | None = None) -> None:
-        """Wait until these streams have been read up to their present ends; one, if None."""
-        while not (self._end if streams is None else self.are_begun(streams)):
-            await self._grown.park()
-
-    async def wait_for(self, cursor: Cursor) -> None:
-        """Wait until this cursor has been read."""
-        while self.is_ahead(cursor):
-            await self._grown.park()
 
     def missed(self, cursor: Cursor, audiences: Collection[Audience]) -> list[StoredEvent]:
         """The events for these audiences after this cursor, each once, in order.
@@ -429,20 +282,6 @@ class History:
             found.append(kept)
         return found
 
-    def place_before(
-        self, moment: float, streams: Collection[Stream] | None = None
-    ) -> tuple[Cursor, bool]:
-        """The cursor before every entry that Redis added from this unix time on, and whether all
-        of those are known. It is in these streams, if they are given, and not beyond their ends.
-        """
-        place = _end_before(moment)
-        cursor = dict.fromkeys(self._end if streams is None else streams, place)
-        complete = not self.forgot(cursor) and all(
-            stream in self._whole or self._since[stream] <= place for stream in cursor
-        )
-        ends = self._end
-        return {s: min(place, ends.get(s, place)) for s in cursor}, bool(cursor) and complete
-
     def _order(self, kept: StoredEvent) -> tuple[int, int, int, Stream]:
         (milliseconds, sequence), stream = kept.position, kept.stream
         return milliseconds, self.ranks.get(stream, 0), sequence, stream
@@ -450,12 +289,6 @@ class History:
 
 def _is_after(seen: Position) -> Callable[[StoredEvent], bool]:
     return lambda kept: kept.position > seen
-
-
-def _end_before(moment: float) -> Position:
-    """The end of the millisecond before this unix time: a place that an id can name."""
-    milliseconds = min(max(0, math.floor(moment * 1000)), LAST[0])
-    return Position((milliseconds - 1, LAST[1])) if milliseconds else START
 
 
 def _position(kept: StoredEvent) -> Position:

@@ -69,7 +69,6 @@ class _Range:
         self.events = History(
             events=sys.maxsize, size=sys.maxsize, age=sys.float_info.max, routing=routing
         )
-        self.events.begin(stream, since)
         self._duplicates = Duplicates()
 
     @property
@@ -102,6 +101,7 @@ class OlderEvents:
         most_bytes: int = 0,
     ) -> None:
         self._history = history
+        self._extent = history.extent
         self._stream_reader = reader
         self._routing = routing
         self._most_entries = most_entries
@@ -143,7 +143,7 @@ class OlderEvents:
         asked = [
             (stream, position)
             for stream, position in cursor.items()
-            if self._history.covers({stream: position})
+            if self._extent.covers({stream: position})
             and not self._history.knows_entry(stream, position)
         ]
         try:
@@ -170,7 +170,7 @@ class OlderEvents:
     def covers(self, cursor: Cursor) -> bool:
         """Whether everything after this cursor is known, here or in the history."""
         return bool(cursor) and all(
-            self._history.covers({stream: position}) or self._holds(stream, position)
+            self._extent.covers({stream: position}) or self._holds(stream, position)
             for stream, position in cursor.items()
         )
 
@@ -223,7 +223,7 @@ class OlderEvents:
                 del self._ranges[stream]
 
     def _missing(self, cursor: Cursor) -> list[Stream]:
-        return [s for s, position in cursor.items() if not self._history.covers({s: position})]
+        return [s for s, position in cursor.items() if not self._extent.covers({s: position})]
 
     def _use(self, stream: Stream, position: Position) -> _Range | None:
         if not self._holds(stream, position):
@@ -240,19 +240,19 @@ class OlderEvents:
             and found.since <= position <= found.end
             and (position in found.positions or position[1] == LAST[1])
             and self._is_joined(found)
-            and self._history.may_read_back(stream, position)  # a gap may have come meanwhile
+            and self._extent.may_read_back(stream, position)  # a gap may have come meanwhile
         )
 
     def _is_joined(self, found: _Range) -> bool:
         """Whether nothing is missing between a range and the history."""
-        known_since = self._history.known_since(found.stream)
+        known_since = self._extent.known_since(found.stream)
         return known_since is not None and found.end >= known_since
 
     async def _reach(self, stream: Stream, position: Position) -> bool:
         """Whether a scan could reach back to this entry."""
         if self._stream_reader is None or not self._most_entries:
             return False
-        if not self._history.may_read_back(stream, position):
+        if not self._extent.may_read_back(stream, position):
             return False
         wanted = self._wanted.setdefault(stream, [])
         wanted.append(position)
@@ -288,7 +288,7 @@ class OlderEvents:
         """
         self.scans += 1
         least = 0 if former is None else min(2 * len(former.positions), self._most_entries)
-        begin = end = self._history.known_since(stream)
+        begin = end = self._extent.known_since(stream)
         assert end is not None
         assert begin is not None
         found: list[ReadEntry] = []  # the newest first
@@ -329,7 +329,7 @@ class OlderEvents:
             ahead < _OVERLAP and len(found.positions) < most and found.bytes <= 2 * self._most_bytes
         ):
             was_joined = self._is_joined(found)
-            end = self._history.end.get(found.stream, found.end)
+            end = self._extent.end.get(found.stream, found.end)
             page = await self._reader.read_on(found.stream, found.end, _PAGE)
             read = [entry for entry in page if entry[0] <= end]
             await self._fill(found, read)

@@ -7,18 +7,18 @@ import trio
 from ..core.audiences import TenantId
 from ..core.event_ids import LAST, START, Cursor, Position, Stream
 from ..core.shards import Sharding
-from .history import History
+from .extent import Extent
 
 
 class Places:
-    """Cursors in the history for clients of each tenant.
+    """Cursors for clients of each tenant.
 
     With shards, a tenant's clients have places in the streams of this tenant only: another process
     may read none of the others. Without shards, every stream concerns every tenant.
     """
 
-    def __init__(self, history: History, sharding: Sharding | None = None) -> None:
-        self._history = history
+    def __init__(self, extent: Extent, sharding: Sharding | None = None) -> None:
+        self._extent = extent
         self._sharding = sharding if sharding is not None and sharding.by_tenant else None
         self.by_tenant = self._sharding is not None
 
@@ -34,7 +34,7 @@ class Places:
     def of(self, tenant: TenantId, cursor: Cursor | None = None) -> Cursor:
         """What of a cursor, by default of the present place, concerns the tenant."""
         if cursor is None:
-            cursor = self._history.end
+            cursor = self._extent.end
         streams = self.streams_of(tenant)
         return cursor if streams is None else {s: cursor[s] for s in streams if s in cursor}
 
@@ -43,7 +43,7 @@ class Places:
 
         Without shards, until one has.
         """
-        await self._history.wait_begun(self.streams_of(tenant))
+        await self._extent.wait_begun(self.streams_of(tenant))
 
     def is_known(self, tenant: TenantId) -> bool:
         """Whether all streams of the tenant have been read up to their present ends.
@@ -51,7 +51,7 @@ class Places:
         Without shards this is always true.
         """
         streams = self.streams_of(tenant)
-        return streams is None or self._history.are_begun(streams)
+        return streams is None or self._extent.are_begun(streams)
 
     async def wait_known(self, tenant: TenantId, patience: float) -> bool:
         """Whether all streams of the tenant have been read up to their present ends.
@@ -59,10 +59,10 @@ class Places:
         A shard may be read only since now: it is waited for, at most ``patience`` seconds.
         """
         if (streams := self.streams_of(tenant)) is None:
-            return self._history.warm
+            return self._extent.warm
         with trio.move_on_after(patience):
-            await self._history.wait_begun(streams)
-        return self._history.are_begun(streams)
+            await self._extent.wait_begun(streams)
+        return self._extent.are_begun(streams)
 
     async def after(self, cursor: Cursor, tenant: TenantId) -> Cursor | None:
         """Wait until the cursor of an event id has been read, and return the place after it.
@@ -78,18 +78,19 @@ class Places:
             return None
         await self.wait_begun(tenant)
         # An id may name thousands of streams, and is looked at again with each entry meanwhile.
-        if streams is None and not cursor.keys() <= self._history.known_streams():
+        if streams is None and not cursor.keys() <= self._extent.known_streams():
             return None
-        await self._history.wait_for(cursor)
+        await self._extent.wait_for(cursor)
         if streams is None or cursor.keys() == set(streams):
             return cursor
-        ranks = self._history.ranks
+        assert self._sharding is not None
+        ranks = self._sharding.ranks
         ((named, (milliseconds, _)),) = cursor.items()
         found = dict(cursor)
         for stream in streams:
             if stream != named:
                 is_earlier = ranks[stream] < ranks[named]
-                found[stream] = self._history.reached(
+                found[stream] = self._extent.reached(
                     stream, _end_of(milliseconds if is_earlier else milliseconds - 1)
                 )
         return found

@@ -50,6 +50,7 @@ class ReceiptLog:
         times: DeliveryTimes | None = None,
     ) -> None:
         self._history = history
+        self._extent = history.extent
         self._times = times or DeliveryTimes()
         self._routes = routes
         self.types = routes.tracked_types
@@ -174,7 +175,7 @@ class ReceiptLog:
         stream, position = tracked.place
         state = connection.resume_state
         if state.cursor is not None:
-            cursor = state.cursor.get(stream, self._history.began.get(stream, position))
+            cursor = state.cursor.get(stream, self._extent.began.get(stream, position))
             if cursor < position:  # it comes to the original
                 return False
         if (came_back_at := state.came_back_at) is None:
@@ -301,12 +302,12 @@ class ReceiptLog:
         return place if self._was_sent(connection, *place) else None
 
     def _was_sent(self, connection: Connection, stream: Stream, position: Position) -> bool:
-        state, history = connection.resume_state, self._history
-        upto = history.end if state.cursor is None else state.cursor
+        state, extent = connection.resume_state, self._extent
+        upto = extent.end if state.cursor is None else state.cursor
         begin = state.begun_at or state.accepted_at or {}
         # A stream that was read only after the connection had joined has its begin there.
-        since = begin.get(stream, history.began.get(stream, position))
-        return since < position <= upto.get(stream, position) and history.is_for(
+        since = begin.get(stream, extent.began.get(stream, position))
+        return since < position <= upto.get(stream, position) and self._history.is_for(
             stream, position, connection.audiences
         )
 

@@ -42,9 +42,10 @@ class Replays:
     ) -> None:
         self._receipts = receipts
         self._history = history
+        self._extent = history.extent
         self._older = OlderEvents(history) if older is None else older
         self._hub = hub
-        self._places = places or Places(history)
+        self._places = places or Places(history.extent)
         self._undecided: deque[tuple[float, Connection]] = deque()
         self._begun = trio.lowlevel.ParkingLot()
         self.feeding = Feeding(history, hub, self._places, self._older, receipts)
@@ -90,7 +91,7 @@ class Replays:
         if connection.resume_state.cursor == self._end(connection):  # as mostly: nothing came
             self._hub.step(connection, Step.CATCH_UP)
             return
-        if self._history.forgot(self.feeding.cursor_of(connection)):
+        if self._extent.forgot(self.feeding.cursor_of(connection)):
             connection.send(GAP)
             self._hub.step(connection, Step.GAP, self._past_forgotten(connection))
         if not self.feeding.try_catch_up(connection):
@@ -118,7 +119,7 @@ class Replays:
         Clients that connected earlier are sent what entered it since they joined, or a gap.
         ``ahead`` is a lower bound of Redis' unix time minus Trio's, None if it is unknown.
         """
-        history = self._history
+        extent = self._extent
         for connection in list(self._hub.connections):
             if not self._places.concern(stream, connection.principal.tenant):
                 continue
@@ -127,10 +128,10 @@ class Replays:
                 moment = connection.joined_at - _BEFORE
                 if connection.resume_state.accepted_time is not None:
                     moment = connection.resume_state.accepted_time
-                since = history.position_at(stream, moment + ahead)
+                since = extent.position_at(stream, moment + ahead)
             if since is None:
                 connection.send(GAP)
-            elif since < history.end[stream]:
+            elif since < extent.end[stream]:
                 self._hold_back(connection, stream, since)
 
     def begun(self, stream: Stream) -> None:
@@ -257,7 +258,7 @@ class Replays:
                 cursor = await self._places.after(cursor, tenant)
         if scope.cancelled_caught or cursor is None:
             return None
-        known = self._history.covers(cursor) or await self._older.find(cursor)
+        known = self._extent.covers(cursor) or await self._older.find(cursor)
         if known and (not last_event_id or await self._older.name_entries(cursor)):
             await self._history.prepare(cursor, connection.audiences)
             # The history may have moved past it meanwhile.
@@ -269,7 +270,7 @@ class Replays:
         """From where on it misses nothing; for a stream that was read later, its begin."""
         accepted_at = connection.resume_state.accepted_at
         assert accepted_at is not None
-        return {**self._places.of(connection.principal.tenant, self._history.began), **accepted_at}
+        return {**self._places.of(connection.principal.tenant, self._extent.began), **accepted_at}
 
     def _end(self, connection: Connection) -> Cursor:
         """The present place in its streams."""
@@ -278,10 +279,10 @@ class Replays:
     def _in_order(self, connection: Connection) -> bool:
         """Whether no durable event was sent live to it: then a replay is still in order."""
         accepted_at = self._accepted_at(connection)
-        if self._history.forgot(accepted_at):  # what was forgotten may have been sent to it
+        if self._extent.forgot(accepted_at):  # what was forgotten may have been sent to it
             return False
         return not self._history.following(accepted_at, connection.audiences, 1)
 
     def _past_forgotten(self, connection: Connection) -> Cursor:
         """Its cursor, or behind what the history has forgotten."""
-        return self._history.past_forgotten(self.feeding.cursor_of(connection))
+        return self._extent.past_forgotten(self.feeding.cursor_of(connection))

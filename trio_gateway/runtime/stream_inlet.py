@@ -67,6 +67,7 @@ class StreamInlet:
         self._ingest = ingest
         self._queue = queue
         self._history = history
+        self._extent = history.extent
         self._dispatch = dispatch
         self._replays = replays
         self._durable_types = routes.durable_types
@@ -75,7 +76,7 @@ class StreamInlet:
         self._noted_by = [each.note for each in (receipts, reach) if each is not None]
         # A process that starts in the midst of an event's steps watches it, too.
         self._longest = 0.0 if reach is None else reach.longest
-        self._places = places or Places(history)
+        self._places = places or Places(history.extent)
         self._by_tenant = self._places.by_tenant
         self.misplaced = 0  # events in the shard of another tenant
         self._throttled_log = ThrottledLog(log)
@@ -85,7 +86,7 @@ class StreamInlet:
         """How much of a stream's past is worth reading."""
         history = self._history
         since = (self._wall_clock() - max(history.age, self._longest)) * 1000
-        share = max(1, len(history.expected))
+        share = max(1, len(self._extent.expected))
         return Room(
             max(history.most_events // share, history.most_events - len(history)),
             max(history.most_bytes // share, history.most_bytes - history.bytes),
@@ -98,20 +99,20 @@ class StreamInlet:
         ``ahead`` is a lower bound of (Redis' unix time - Trio's time) in seconds, or None if it
         is unknown. If this is cancelled, call it again.
         """
-        if self._history.was_begun(stream):  # by a call that was cancelled
+        if self._extent.was_begun(stream):  # by a call that was cancelled
             self._history.forget(stream)
             self._forgotten.add(stream)
         if ahead is None:  # the clocks of machines differ less than anything that is late
             self.set_clock([stream], self._wall_clock() - trio.current_time())
         else:
             self.set_clock([stream], ahead)
-        self._history.begin(stream, past.since, whole=past.is_whole)
+        self._extent.begin(stream, past.since, whole=past.is_whole)
         read_again = Duplicates() if stream in self._forgotten else None
         for n, entry in enumerate(past.entries):
             self._remember(stream, name, entry, read_again)
             if n % _PER_CHECKPOINT == 0:
                 await trio.lowlevel.checkpoint()
-        self._history.advance(stream, past.end)
+        self._extent.advance(stream, past.end)
         if past.entries or not past.is_whole:
             self._replays.begin(stream, ahead)
         self._replays.begun(stream)
@@ -191,7 +192,7 @@ class StreamInlet:
     async def advance(self, stream: Stream, position: Position) -> None:
         """Move the history's end to an entry that was read and was not delivered."""
         await self._queue.wait_idle()
-        self._history.advance(stream, position)
+        self._extent.advance(stream, position)
 
     def set_clock(self, streams: Iterable[Stream], ahead: float) -> None:
         """Note what Redis' clock shows, for the delivery times."""

@@ -78,7 +78,7 @@ async def missed(
 
     Each owner may ask for a few at a time.
     """
-    since, history = request.args.get("since", ""), parts.history
+    since = request.args.get("since", "")
     try:
         moment, after = _read_since(since)
     except ValueError:
@@ -96,10 +96,10 @@ async def missed(
     held.enter_context(parts.following.client_of(tenant))
     if not await parts.places.wait_known(tenant, PATIENCE):
         return problem(503, "the events have not been read from Redis yet", retry_after=1)
-    history.trim(trio.current_time())
+    parts.history.trim(trio.current_time())
     older: Cursor = {}
     if moment is not None:
-        cursor, complete = history.place_before(moment, parts.places.streams_of(tenant))
+        cursor, complete = parts.extent.place_before(moment, parts.places.streams_of(tenant))
         if cursor and not complete and (complete := await parts.older_events.find(cursor)):
             older = parts.older_events.behind(cursor)
     else:
@@ -107,14 +107,14 @@ async def missed(
         place = None
         with trio.move_on_after(PATIENCE):  # another process may have read on further
             place = await parts.places.after(after, tenant)
-        complete = place is not None and history.covers(place)
+        complete = place is not None and parts.extent.covers(place)
         if place is not None and not complete:
             complete = await parts.older_events.find(place)
             older = parts.older_events.behind(place) if complete else {}
         if place is not None:
             complete = complete and await parts.older_events.name_entries(place)
         cursor = parts.places.of(tenant, place or after)
-        cursor = {stream: seen for stream, seen in cursor.items() if stream in history.end}
+        cursor = {stream: seen for stream, seen in cursor.items() if stream in parts.extent.end}
     response = Response(_page(parts, cursor, older, audiences), content_type="application/json")
     response.headers["Cache-Control"] = "no-store"
     if not complete:  # the contract has no key for it in the body
@@ -129,9 +129,9 @@ async def _page(
 
     ``older`` is the part of the cursor that is before the history.
     """
-    history = parts.history
+    history, extent = parts.history, parts.extent
     events: History | OlderEvents
-    was_whole = not history.forgot(cursor)
+    was_whole = not extent.forgot(cursor)
     room, count, more = PAGE_BYTES - _TAIL_BYTES - _POSITION_BYTES * len(cursor), 0, False
     piece = bytearray(b'{"events":[')
     while not more:
@@ -144,7 +144,7 @@ async def _page(
                 was_whole = True
                 continue
         else:
-            is_known, events = not (was_whole and history.forgot(cursor)), history
+            is_known, events = not (was_whole and extent.forgot(cursor)), history
         if not is_known:  # since the last piece; the next page reports it
             more = True
             break
