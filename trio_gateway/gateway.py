@@ -143,7 +143,7 @@ class Gateway(QuartTrio):
             if settings.ws_tracing:
                 from .telemetry.tracing import open_tracing  # an extra; imported only if it is on
 
-                parts.dispatch.observe = await stack.enter_async_context(
+                parts.batches.observe = await stack.enter_async_context(
                     open_tracing(settings.routes)
                 )
             stack.enter_context(parts.loop_lag.watched())
@@ -168,7 +168,7 @@ class Gateway(QuartTrio):
         settings, parts = self.settings, self.parts
         nursery.start_soon(parts.commands.run)
         for queue in (parts.pubsub_queue, parts.stream_queue):
-            nursery.start_soon(parts.dispatch.run, queue, settings.redis_event_batch_size)
+            nursery.start_soon(parts.batches.run, queue, settings.redis_event_batch_size)
         if parts.dead_letters is not None:
             nursery.start_soon(parts.dead_letters.run)
         nursery.start_soon(parts.readiness.run)

@@ -48,6 +48,7 @@ from .core.events import Event
 from .core.limits import DropAlarm, TenantRate
 from .core.resilience import Breaker
 from .redis_url import RedisKind, RedisUrl
+from .runtime.batches import Batches
 from .runtime.client_counts import ClientCounts
 from .runtime.concurrency_limiter import ConcurrencyLimiter
 from .runtime.deadlines import Deadlines
@@ -122,6 +123,7 @@ class Parts:
     reach: Reach
     steps: Steps
     dispatch: Dispatch
+    batches: Batches
     pubsub: PubSub
     sharded_pubsubs: Sequence[ShardedPubSub]  # in a Cluster only
     streams: Streams | ClusterStreams
@@ -229,7 +231,6 @@ def build_parts(
         history=history,
         uncovered_to_branch=uncovered_to_branch,
         writes_per_checkpoint=settings.ws_broadcast_batch_size,
-        timeout=settings.ws_callback_timeout,
     )
     commands = Commands(
         topology,
@@ -476,6 +477,7 @@ def build_parts(
         reach=reach,
         steps=Steps(receipt_store, names),
         dispatch=dispatch,
+        batches=Batches(dispatch, settings.ws_callback_timeout),
         pubsub=pubsub,
         sharded_pubsubs=sharded_pubsubs,
         streams=streams,

@@ -46,7 +46,7 @@ def snapshot(parts: Parts) -> Snapshot:
                 str(status): number for status, number in parts.counts.refused.items()
             },
             "wsgateway_broadcasts_total": dispatch.broadcasts,
-            "wsgateway_broadcasts_failed_total": dispatch.failed,
+            "wsgateway_broadcasts_failed_total": parts.batches.failed,
             "wsgateway_events_received_total": {"pubsub": 0, "stream": 0} | ingest.received,
             "wsgateway_events_processed_total": dispatch.processed,
             "wsgateway_events_dropped_total": parts.pubsub_queue.dropped
@@ -96,8 +96,8 @@ def snapshot(parts: Parts) -> Snapshot:
             "wsgateway_messages_received_total": hub.messages,
         },
         {
-            "wsgateway_broadcast_duration_seconds": dispatch.duration,
-            "wsgateway_event_latency_seconds": dispatch.latency,
+            "wsgateway_broadcast_duration_seconds": parts.batches.duration,
+            "wsgateway_event_latency_seconds": parts.batches.latency,
             "wsgateway_loop_stall_seconds": parts.loop_lag.turns,
             "wsgateway_gc_pause_seconds": parts.loop_lag.collections,
         },

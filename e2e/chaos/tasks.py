@@ -33,9 +33,9 @@ _GATEWAY: Final = {
     "gateway.py: self._server_stops.run": ["_ServerStops.run"],
     "gateway.py: self._stats_feed.run": ["StatsFeed.run"],
     "gateway.py: self._trim_history": ["Gateway._trim_history"],
-    "gateway.py: parts.dispatch.run, queue, settings.redis_event_batch_size": [
-        "Dispatch.run#1",
-        "Dispatch.run#2",
+    "gateway.py: parts.batches.run, queue, settings.redis_event_batch_size": [
+        "Batches.run#1",
+        "Batches.run#2",
     ],
     "gateway.py: keep_running, name, run, parts.breakers[name], None, changed": [
         "PubSub.run",

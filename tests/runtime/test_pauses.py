@@ -10,6 +10,7 @@ from trio.testing import MockClock
 from tests.support.resume_world import GAP, Client, World, bounded
 from trio_gateway.core.audiences import Endpoint
 from trio_gateway.runtime import pauses
+from trio_gateway.runtime.batches import Batches
 from trio_gateway.runtime.queue import EventQueue
 from trio_gateway.testing import FakeSocket, make_event, make_principal
 
@@ -25,7 +26,7 @@ class Burst:
         self.queue = EventQueue(100_000)
         self.published = 0
         self._nursery = nursery
-        nursery.start_soon(self.world.dispatch.run, self.queue, 50)
+        nursery.start_soon(Batches(self.world.dispatch).run, self.queue, 50)
 
     async def client(
         self, pace: float, user: int = 1, tenant: int = 1, step: float = STEP

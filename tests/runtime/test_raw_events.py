@@ -28,6 +28,7 @@ from trio_gateway.core.audiences import (
 from trio_gateway.core.event_ids import START, Position, Stream, event_id
 from trio_gateway.core.events import InvalidEvent, parse_event
 from trio_gateway.core.routing import ROUTES
+from trio_gateway.runtime.batches import Batches
 from trio_gateway.runtime.connection import Connection, ConnectionLimits
 from trio_gateway.runtime.dispatch import Dispatch
 from trio_gateway.runtime.history import History
@@ -111,7 +112,7 @@ async def play(
     async with trio.open_nursery() as nursery:
         nursery.start_soon(replays.decide)
         for waiting in (pubsub, queue):
-            nursery.start_soon(dispatch.run, waiting, 4)
+            nursery.start_soon(Batches(dispatch).run, waiting, 4)
         for step in script:
             match step:
                 case ("publish", channel, batch):

@@ -15,6 +15,7 @@ from trio_gateway.core.events import Event, parse_event
 from trio_gateway.core.receipts import Change, Place, Receipt, State, Who
 from trio_gateway.core.routes_file import read_routes
 from trio_gateway.runtime import receipts
+from trio_gateway.runtime.batches import Batches
 from trio_gateway.runtime.receipt_writing import ReceiptWriting
 from trio_gateway.runtime.tracked import Tracked
 from trio_gateway.testing import FakeSocket, make_event, make_principal
@@ -137,7 +138,7 @@ async def test_waiters_of_a_branch_stand_in_for_a_sector_only_if_they_are_sent_i
     others = [await world.live(principal=waiter_of(sector)) for sector in (6, 7)]
     event = make_event(data=1, sector_id=5, stream=A, position=at(1))
     world.receipts.note([event])
-    assert not world.dispatch.try_deliver([event])  # to two of them: it waits for its turn
+    assert not Batches(world.dispatch).try_deliver([event])  # to two of them: it waits for its turn
     covering = await world.live(principal=waiter_of(5))
     await world.dispatch.deliver([event])
     assert [each.heard for each in (covering, *others)] == [[1], [], []]

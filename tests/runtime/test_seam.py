@@ -20,6 +20,7 @@ from trio_gateway.core.audiences import Endpoint, Principal, audiences_of
 from trio_gateway.core.close_codes import Close
 from trio_gateway.core.event_ids import START, Position, Stream, read_cursor
 from trio_gateway.core.routing import ROUTES
+from trio_gateway.runtime.batches import Batches
 from trio_gateway.runtime.connection import Connection, ConnectionLimits
 from trio_gateway.runtime.dispatch import Dispatch
 from trio_gateway.runtime.history import History
@@ -166,8 +167,9 @@ class World:
             with life:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self.replays.decide)
-                    nursery.start_soon(self.dispatch.run, self.pubsub_queue, 3)
-                    nursery.start_soon(self.dispatch.run, self.stream_queue, 3)
+                    batches = Batches(self.dispatch)
+                    nursery.start_soon(batches.run, self.pubsub_queue, 3)
+                    nursery.start_soon(batches.run, self.stream_queue, 3)
 
         self.nursery.start_soon(live, self.life)
 

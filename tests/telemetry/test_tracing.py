@@ -25,6 +25,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from tests.support.gateways import environment, free_port, http, process, until, wait
 from trio_gateway.core.event_ids import Position, tag
 from trio_gateway.core.events import Event
+from trio_gateway.runtime.batches import Batches
 from trio_gateway.runtime.dispatch import Dispatch
 from trio_gateway.runtime.hub import Hub
 from trio_gateway.runtime.queue import EventQueue
@@ -82,15 +83,15 @@ def test_payload_that_is_nested_too_deeply_has_no_traceparent() -> None:
 
 async def test_span_lasts_from_receipt_to_the_last_write(autojump_clock: MockClock) -> None:
     exporter = InMemorySpanExporter()
-    dispatch, queue = Dispatch(Hub()), EventQueue(10)
-    dispatch.observe = Tracing(SimpleSpanProcessor(exporter)).observe
+    batches, queue = Batches(Dispatch(Hub())), EventQueue(10)
+    batches.observe = Tracing(SimpleSpanProcessor(exporter)).observe
     queue.offer(make_event("ROUND_READY", n=1, received_at=trio.current_time()))
     await trio.sleep(2)
     queue.offer(make_event("ROUND_READY", n=2, received_at=trio.current_time()))
     queue.offer(make_event("ROUND_READY", n=2, channel="other"))  # a copy of it
     await trio.sleep(1)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(dispatch.run, queue, 50)
+        nursery.start_soon(batches.run, queue, 50)
         await wait_all_tasks_blocked()
         nursery.cancel_scope.cancel()
     spans: list[Any] = list(exporter.get_finished_spans())
@@ -214,7 +215,7 @@ from trio_gateway import app, cli, serve, workers
 
 async def main():
     async with app.app.serving():
-        assert app.app.parts.dispatch.observe is None
+        assert app.app.parts.batches.observe is None
 
 trio.run(main)
 print(sorted(asked - {"redis"}))  # which measures itself where it finds it

@@ -55,7 +55,7 @@ class EventQueue:
         self._alarm = alarm
         self._rate = rate
         self._throttled_log = ThrottledLog(log)
-        # Delivers events at once if they are few and for few; see Dispatch. False: they wait here.
+        # Delivers events at once if they are few and for few; see Batches. False: they wait here.
         self.try_deliver: Callable[[Sequence[Event]], bool] | None = None
         self.undelivered = 0  # waiting or being delivered
         self._idle = trio.lowlevel.ParkingLot()
