@@ -61,6 +61,9 @@ async def test_without_a_file_of_keys_there_is_no_api(redis_url: str) -> None:
         for each in CALLS:
             reply = await call(gateway.port, each.name, {} if each.method == "POST" else None)
             assert (reply.status, list(reply.json)) == (404, ["error"])
+            for method in ("GET", "POST", "DELETE"):  # no 405, which would say that there is one
+                reply = await http(gateway.port, each.path, method=method)
+                assert (reply.status, list(reply.json)) == (404, ["error"])
         assert "wsgateway_api_requests_total{" not in (await http(gateway.port, "/ws/metrics")).text
 
 

@@ -22,7 +22,7 @@ from ..transports.asgi import DRAIN, AsgiSocket, read_scope
 from . import catchup, console, dev, health, operations, receipts
 from .api.calls import CALLS
 from .api.guard import PREFIX as API
-from .api.guard import view_of
+from .api.guard import no_api, view_of
 from .explain import MAX_BYTES, explain
 from .presence import presence
 from .responses import Answer, identify, problem, refusal
@@ -44,14 +44,16 @@ def add_routes(app: QuartTrio, parts: Parts, reception: Reception) -> None:
         app.add_url_rule(endpoint.path, f"{endpoint.label}_plain", _upgrade_required)
     for (method, path), answer in HTTP.items():
         app.add_url_rule(path, f"{method} {path}", _bound(path, answer, parts), methods=[method])
-    app.register_error_handler(HTTPException, _error)
+    app.register_error_handler(HTTPException, partial(_error, parts))
     add_files(app, parts.settings)
 
 
-async def _error(error: HTTPException) -> HTTPException | Answer:
+async def _error(parts: Parts, error: HTTPException) -> HTTPException | Answer:
     """The answer to a request that no view has answered; below the API it is JSON, too."""
     if not has_request_context() or not request.path.startswith(API):  # else it is a WebSocket
         return error
+    if parts.api is None:
+        return no_api()
     answer = problem(error.code or 500, error.name)
     if isinstance(error, MethodNotAllowed) and isinstance(answer, tuple):
         answer[0].headers["Allow"] = ", ".join(error.valid_methods or ())

@@ -67,12 +67,17 @@ class Call:
         return f"{PREFIX}{self.name}"
 
 
+def no_api() -> Answer:
+    """The answer to every request if the API is not enabled."""
+    return problem(404, "there is no API here: WS_API_KEYS_FILE is not set")
+
+
 def view_of(call: Call) -> Callable[[Parts], Awaitable[Answer]]:
     """The handler of a call, for the table of routes."""
 
     async def view(parts: Parts) -> Answer:
         if (api := parts.api) is None:
-            return problem(404, "there is no API here: WS_API_KEYS_FILE is not set")
+            return no_api()
         answer = await _checked(parts, api, call)
         status = answer[1] if isinstance(answer, tuple) else answer.status_code
         api.requests[f"{call.name},{status}"] += 1
