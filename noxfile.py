@@ -27,7 +27,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Types, strictly, of the package and its tests."""
-    session.install("-c", LOCK, "-e", ".[lint,test]", "nox")
+    session.install("-c", LOCK, "-e", ".[lint,test]")
     session.run("mypy")
 
 
@@ -220,7 +220,7 @@ def package(session: nox.Session) -> None:
 @nox.session
 def lock(session: nox.Session) -> None:
     """Renew the versions that CI runs."""
-    session.install("--upgrade", "-e", ".[bench,demo,docs,http,lint,otel,postgres,test]", "nox")
+    session.install("--upgrade", "-e", ".[bench,demo,docs,http,lint,otel,postgres,test]")
     found = session.run("pip", "freeze", "--exclude-editable", silent=True) or ""
     head = "# What CI runs; made by `nox -s lock`.\n"
     Path(LOCK).write_text(
