@@ -271,7 +271,7 @@ def build_parts(
     if receipts.tracks:
         dispatch.receipts = receipts
         dispatch.on_copy = on_copy
-    replays = Replays(history, hub, places, older_events, receipts)
+    replays = Replays(history, hub, places, older_events, receipts, times)
     pubsub_queue = EventQueue(
         settings.redis_event_queue_size,
         DropAlarm(

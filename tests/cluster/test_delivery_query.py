@@ -40,7 +40,7 @@ class FakeControl:
             for tenant, seconds in one:
                 position = Position((round((NOW - seconds) * 1000), 0))
                 event = make_event(tenant_id=tenant, stream=STREAM, position=position)
-                times.written([(event, None, None)], [(None, 1, None)], 0.0)
+                times.written([(event, None, None)], 1, 0.0)
             answer_delivery_times(self, times)  # type: ignore[arg-type]
 
     def handle(self, _kind: str, request: type, handler: Any) -> None:

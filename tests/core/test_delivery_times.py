@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trio_gateway.core.delivery_times import DeliveryTimes, TenantFigures
+from trio_gateway.core.delivery_times import DeliveryTimes, Owed, TenantFigures
 from trio_gateway.core.event_ids import Position, tag
 from trio_gateway.core.events import Event
 from trio_gateway.core.receipts import Place, TrackedEvent
@@ -39,7 +39,7 @@ def write(times: DeliveryTimes, now: float, seconds: float = 0.01, *, tenant: in
 
 def write_all(times: DeliveryTimes, now: float, events: Sequence[Event], mask: int = -1) -> None:
     mask &= (1 << len(events)) - 1
-    times.written([(each, None, None) for each in events], [(None, mask, None)], now)
+    times.written([(each, None, None) for each in events], mask, now)
 
 
 def written(figures: TenantFigures) -> tuple[int, int]:
@@ -156,6 +156,81 @@ def test_who_has_confirmed_is_never_unconfirmed(spans: list[tuple[int, int]]) ->
         (times.sent if is_sent else times.confirmed)(*tracked(at), now)
     figures = times.figures(1, max(now for now, _, _ in steps))
     assert (figures.last_5_minutes.unconfirmed, figures.last_hour.unconfirmed) == (0, 0)
+
+
+# Clients that are behind
+
+
+def place_at(at: float) -> Place:
+    return Place(STREAM, Position((round((at + AHEAD) * 1000), 0)))
+
+
+def behind(times: DeliveryTimes, *moments: float) -> Owed:
+    """Count events that entered Redis at these moments, and that one client has yet to take."""
+    now = max(moments) + 0.01
+    events = [event_at(at) for at in moments]
+    times.written([(each, None, None) for each in events], -1, now, is_behind=True)
+    return Owed(times, 1, [place_at(at) for at in moments])
+
+
+def test_an_event_counts_with_the_time_of_its_last_write() -> None:
+    times = times_of()
+    owed = behind(times, 100.0, 100.5)
+    for now in (100.6, 101.1, 230.0, 229.0):
+        owed.written(now)
+    figures = times.figures(1, 230.0)
+    assert written(figures) == (2, 2)
+    found = summary(figures.last_5_minutes).written
+    assert found.over == 2
+    assert found.p50 == found.p99
+    assert found.p50 is not None
+    assert 129 <= found.p50 <= 155
+    assert written(times.figures(1, 100.0 + 360)) == (2, 2)  # by the minute of that write
+    assert written(times.figures(1, 230.0 + 360)) == (0, 2)
+
+
+@given(st.lists(st.integers(1, 3000), min_size=1))
+def test_a_client_that_takes_an_event_too_late_is_noticed_to_the_millisecond(
+    delays: list[int],
+) -> None:
+    times = times_of()
+    owed = behind(times, 100.0)
+    for ms in sorted(delays):
+        owed.written(round(100 + ms / 1000, 3) + 0.0005)  # within that millisecond
+    found = times.figures(1, 104.0).last_5_minutes.written
+    assert (found.count, found.over) == (1, max(delays) > 1000)
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2000), st.booleans())))
+def test_an_event_is_counted_once_whichever_clients_take_it_when(
+    takes: list[tuple[int, int, bool]],
+) -> None:
+    times, now = times_of(), 200.0
+    moments = (150.0, 150.1, 170.0, 199.9)
+    shared = behind(times, *moments)
+    for number, pause, is_alone in takes:
+        now += pause / 10
+        taken = Owed(times, 1, [place_at(moments[number])]) if is_alone else shared
+        taken.written(now)
+        assert times.figures(1, now).last_hour.written.count == 4 or now > HOUR
+
+
+def test_an_event_that_is_not_remembered_is_counted_anew() -> None:
+    """As if it had been written to nobody yet."""
+    times = times_of()
+    Owed(times, 1, [place_at(100.0)]).written(103.0)
+    assert written(times.figures(1, 103.0)) == (1, 1)
+
+
+def test_a_tenant_that_joined_the_others_has_no_negative_count() -> None:
+    times = times_of(most=1)
+    owed = behind(times, 100.0)
+    write(times, 200.0, tenant=2, seconds=2)
+    assert sorted(times.tenants) == [2]
+    owed.written(200.0)
+    for tenant in (1, 2, None):
+        counts = times.figures(tenant, 200.0).last_hour.written.counts
+        assert all(count > 0 for count in counts.values())
 
 
 # Places

@@ -6,8 +6,8 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from tests.support.resume_world import A, World, at, bounded, place
-from trio_gateway.core.audiences import Endpoint
+from tests.support.resume_world import A, World, at, bounded, escalated, place
+from trio_gateway.core.audiences import Endpoint, SectorId
 from trio_gateway.core.routes_file import read_routes
 from trio_gateway.core.time_counts import Window, quantiles, summary
 from trio_gateway.testing import FakeSocket, make_event, make_principal
@@ -51,6 +51,113 @@ async def test_event_that_nobody_here_is_sent_now_does_not_count_as_written(
     await world.publish(3, 4, session_id=999)
     await world.publish(5, session_id=456, stream=None)
     assert figures(world).written.count == 2
+
+
+async def test_event_is_written_when_the_last_client_that_lags_has_taken_it(
+    autojump_clock: MockClock, world: World
+) -> None:
+    terms = bounded(outbox_messages=10, write_timeout=math.inf)
+    slow = [
+        await world.live(principal=DINER, terms=terms, socket=FakeSocket(room=0)) for _ in range(2)
+    ]
+    await world.live()
+    await trio.sleep_until(10)
+    for n in range(100):
+        await world.publish(10_000 + n, session_id=456)
+    assert all(each.connection in world.hub.lagging for each in slow)
+    assert (figures(world).written.count, figures(world).written.over) == (100, 0)
+    for client, seconds in zip(slow, (3, 90), strict=True):
+        await trio.sleep_until(10 + seconds)
+        client.socket.read(math.inf)
+        await wait_all_tasks_blocked()
+        assert len(client.heard) == 100
+        found = figures(world).written
+        assert (found.count, found.over) == (100, 100)
+        assert found.p50 == found.p99 == pytest.approx(seconds, rel=0.2)
+
+
+async def test_event_that_waits_for_its_only_client_is_written_when_that_takes_it(
+    autojump_clock: MockClock, world: World
+) -> None:
+    client = await world.live(principal=DINER, socket=FakeSocket(room=0))
+    await trio.sleep_until(10)
+    await world.publish(10_000, session_id=456)
+    await trio.sleep(0.5)
+    await world.publish(10_500, session_id=456)
+    assert figures(world).written.count == 0
+    await trio.sleep(0.7)
+    client.socket.read(math.inf)
+    await wait_all_tasks_blocked()
+    found = figures(world).written
+    assert (found.count, found.over) == (2, 1)
+    assert found.p50 == pytest.approx(0.7, rel=0.2)
+    assert found.p99 == pytest.approx(1.2, rel=0.2)
+
+
+async def test_client_that_is_always_a_little_behind_makes_no_event_late(
+    autojump_clock: MockClock, world: World
+) -> None:
+    """Its outbox is never empty: what counts is how long each event waits there."""
+    client = await world.live(principal=DINER, socket=FakeSocket(room=0))
+    await trio.sleep_until(10)
+    await world.publish(10_000, session_id=456)
+    size = client.connection.waiting_bytes
+    for n in range(10_400, 20_000, 400):
+        await trio.sleep_until(n / 1000)
+        await world.publish(n, session_id=456)
+        client.socket.read(size)
+        await wait_all_tasks_blocked()
+        assert client.connection.waiting_bytes
+    found = figures(world).written
+    assert (found.count, found.over) == (24, 0)
+    assert found.p50 == found.p99 == pytest.approx(0.4, rel=0.2)
+
+
+async def test_what_a_client_missed_while_it_was_away_is_no_late_write(
+    autojump_clock: MockClock, world: World
+) -> None:
+    client = await world.live(principal=DINER)
+    await trio.sleep_until(10)
+    await world.publish(10_000, session_id=456)
+    await client.leave()
+    await trio.sleep_until(20)
+    await world.publish(*range(20_000, 21_000), session_id=456)
+    await trio.sleep_until(3600)
+    again = await world.connect(place(10_000), principal=DINER)
+    await wait_all_tasks_blocked()
+    assert len(again.heard) == 1000
+    assert world.dispatch.times.figures(1, 3600).last_hour.written.count == 1
+
+
+async def test_what_comes_while_a_client_is_sent_what_it_missed_counts(
+    autojump_clock: MockClock, world: World
+) -> None:
+    await world.publish(*range(1, 1001), session_id=456)
+    await trio.sleep_until(60)
+    client = await world.connect(place(0), principal=DINER, socket=FakeSocket(room=0))
+    await trio.sleep_until(61)
+    await world.publish(61_000, session_id=456)
+    await trio.sleep_until(65)
+    client.socket.read(math.inf)
+    await wait_all_tasks_blocked()
+    found = figures(world).written
+    assert len(client.heard) == 1001
+    assert (found.count, found.over) == (1, 1)
+    assert found.p50 == pytest.approx(4, rel=0.2)
+
+
+async def test_event_that_a_step_brings_counts_from_that_step(
+    autojump_clock: MockClock, world: World
+) -> None:
+    client = await world.live(principal=make_principal(sectors=[SectorId(6)]))
+    await trio.sleep_until(10)
+    await world.publish(10_000, sector_id=5)
+    await trio.sleep_until(20)
+    event = escalated(world, 10_000, 20_000)
+    world.receipts.note([event])
+    await world.dispatch.deliver([event])
+    assert client.heard == [10_000]
+    assert (figures(world).written.count, figures(world).written.over) == (1, 0)
 
 
 async def test_event_whose_delivery_takes_too_long_counts_with_the_time_until_it_is_given_up(

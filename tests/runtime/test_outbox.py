@@ -192,3 +192,36 @@ def test_what_went_before_it_was_empty_is_no_burst() -> None:
         outbox.put(bytes(10), 1)
 
     assert not outbox.fills_fast(1)
+
+
+class FakeOwed(list[float]):
+    """Notes when a client was written the events."""
+
+    written = list[float].append
+
+
+def test_events_are_written_when_their_last_byte_is_taken() -> None:
+    outbox, first, second = Outbox(), FakeOwed(), FakeOwed()
+    data = text_frame(b"event")
+    outbox.put(data, 1, 2)
+    outbox.owe(first)  # type: ignore[arg-type]
+    outbox.put(data, 1)
+    outbox.owe(second)  # type: ignore[arg-type]
+    outbox.put(text_frame(b"pong"), 1)
+    for now, size in enumerate((len(data) - 3, 1, len(data) - 1, 1, 6)):
+        take(outbox, size)
+        outbox.settle(now)
+    assert (first, second, outbox.bytes) == ([1], [3], 0)
+
+
+def test_events_that_are_discarded_are_not_written() -> None:
+    outbox, first, second = Outbox(), FakeOwed(), FakeOwed()
+    data = text_frame(b"event")
+    for owed in (first, second):
+        outbox.put(data, 1)
+        outbox.owe(owed)  # type: ignore[arg-type]
+    take(outbox, 1)
+    outbox.discard()
+    take(outbox, len(data))
+    outbox.settle(1.0)
+    assert (first, second) == ([], [])

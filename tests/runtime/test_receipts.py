@@ -1,6 +1,5 @@
 """Receipts: what is known of a client whose connection does not take what it is sent."""
 
-import json
 import math
 from collections.abc import Mapping
 
@@ -8,10 +7,8 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from tests.support.resume_world import A, Client, World, at, bounded, place
+from tests.support.resume_world import A, Client, World, at, bounded, escalated, place
 from trio_gateway.core.audiences import Endpoint, Principal, SectorId, audiences_of
-from trio_gateway.core.escalation import ESCALATED
-from trio_gateway.core.events import Event, parse_event
 from trio_gateway.core.receipts import Change, Place, Receipt, State, Who
 from trio_gateway.core.routes_file import read_routes
 from trio_gateway.runtime import receipts
@@ -156,19 +153,6 @@ async def test_waiters_of_a_branch_stand_in_for_a_sector_only_if_they_are_sent_i
 
 def waiter_of(sector: int) -> Principal:
     return make_principal(Endpoint.WAITER, sectors=[SectorId(sector)])
-
-
-def escalated(world: World, number: int) -> Event:
-    """The event of this number on its way to the floor, without the waiters of its sector."""
-    payload = dict(world.redis.entries[A])[at(number)]
-    assert payload is not None
-    keys = {
-        "type": ESCALATED, "tenant_id": 1, "branch_id": 1, "sector_id": 5, "step": 1, "to": "floor",
-        "of": "ROUND_READY", "event_id": place(number), "unless": ["waiters"],
-        "event": json.loads(payload),
-    }  # fmt: skip
-    text = json.dumps(keys, separators=(",", ":")).encode()
-    return parse_event(text, channel="", received_at=0.0, stream=A, position=at(100))
 
 
 @pytest.mark.parametrize(("upto", "state"), [(2, State.WRITTEN), (100, State.DELIVERED)])

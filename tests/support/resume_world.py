@@ -8,8 +8,9 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from trio_gateway.core.audiences import Principal
+from trio_gateway.core.escalation import ESCALATED
 from trio_gateway.core.event_ids import START, Cursor, Position, Stream, event_id
-from trio_gateway.core.events import Event
+from trio_gateway.core.events import Event, parse_event
 from trio_gateway.core.routing import ROUTES, Routing
 from trio_gateway.core.shards import Sharding
 from trio_gateway.runtime.connection import Connection, ConnectionLimits
@@ -163,6 +164,7 @@ class World:
             Places(self.history.extent, sharding),
             self.older,
             self.receipts,
+            self.dispatch.times,
         )
         self.nursery = nursery
         nursery.start_soon(self.replays.feeding.keep_ahead)
@@ -216,3 +218,16 @@ class World:
         await client.say("x")
         assert client.connection.resume_state.phase is Phase.LIVE
         return client
+
+
+def escalated(world: World, number: int, position: int = 100) -> Event:
+    """The event of this number on its way to the floor, without the waiters of its sector."""
+    payload = dict(world.redis.entries[A])[at(number)]
+    assert payload is not None
+    keys = {
+        "type": ESCALATED, "tenant_id": 1, "branch_id": 1, "sector_id": 5, "step": 1, "to": "floor",
+        "of": "ROUND_READY", "event_id": place(number), "unless": ["waiters"],
+        "event": json.loads(payload),
+    }  # fmt: skip
+    text = json.dumps(keys, separators=(",", ":")).encode()
+    return parse_event(text, channel="", received_at=0.0, stream=A, position=at(position))

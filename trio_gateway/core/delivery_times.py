@@ -2,8 +2,13 @@
 
 A process counts what it does itself, by Redis' clock, in parts of one minute and of five minutes.
 A part is forgotten as a whole: the last five minutes are up to six, the last hour is up to 65.
+
+An event is counted when it was written to those that take it at once. If a client that was
+connected when the event entered Redis takes it later, from its outbox or from the history, the
+event is counted anew, with that time. Who connects only later was away: that is no delay.
 """
 
+from collections import OrderedDict
 from collections.abc import Collection, Iterable, Sequence
 from typing import Final
 
@@ -13,9 +18,11 @@ from .distinct import number_of
 from .event_ids import Stream
 from .events import Event
 from .receipts import Place, TrackedEvent
-from .time_counts import Figures, TimeCounts, add
+from .time_counts import Figures, TimeCounts, add, remove
 
 MOST_TENANTS: Final = 1000
+MOST_REMEMBERED: Final = 50_000  # events, of which it is known when they were written
+_NOTICED: Final = 50  # ms: a client that is not further behind changes no count
 _MINUTE: Final = 60_000  # ms
 _HOUR: Final = 65  # minutes
 _NEVER: Final = -1 << 62  # minutes
@@ -52,6 +59,8 @@ class DeliveryTimes:
         self._most = most
         self._tenants: dict[int, _TenantTimes] = {}
         self._others = _TenantTimes()
+        # When events were written last (Redis' unix ms), if clients were behind then.
+        self._written_at: OrderedDict[Place, int] = OrderedDict()
         self._ahead: dict[Stream, float] = {}
         self._looked_at = _NEVER  # the minute in which it was looked
         self._may_leave: list[int] = []  # who may join the others, those quiet for longest last
@@ -64,17 +73,16 @@ class DeliveryTimes:
     def written(
         self,
         planned: Sequence[tuple[Event, object, object]],
-        writes: Iterable[tuple[object, int, object]],
+        written: int,
         now: float,
+        *,
+        is_behind: bool = False,
     ) -> None:
-        """Count events of which all writes are done.
+        """Count those of these events that were written (bit i: the i-th) to all their clients.
 
-        Those are in the masks of ``writes`` (bit i: the i-th event). An event from Pub/Sub has no
-        time at which it entered Redis.
+        ``is_behind`` says that some may be written to others later: that is :class:`Owed`. An event
+        from Pub/Sub has no time at which it entered Redis.
         """
-        written = 0
-        for _, mask, _ in writes:
-            written |= mask
         last: Stream | None = None
         redis_now = minute = 0
         for n, (event, _, _) in enumerate(planned):
@@ -83,8 +91,11 @@ class DeliveryTimes:
                 continue
             if stream != last:
                 last = stream
-                redis_now = self._redis_now(stream, now)
+                redis_now = self.redis_now(stream, now)
                 minute = redis_now // _MINUTE
+            if is_behind:
+                self.count_last(event.tenant, Place(stream, position), redis_now)
+                continue
             if (ms := redis_now - position[0]) < 0:
                 ms = 0
             is_late = ms > self._limit
@@ -93,16 +104,38 @@ class DeliveryTimes:
                 of = self._of(event.tenant, minute, is_late=is_late)
             add(of.written, ms, number_of(stream, position) if is_late else None)
 
+    def count_last(self, tenant: int, place: Place, redis_now: int) -> None:
+        """Count that an event was written now, instead of when it was written before."""
+        ms = max(0, redis_now - place.position[0])
+        is_late = ms > self._limit
+        if (before := self._written_at.get(place)) is not None:
+            ms_before = max(0, before - place.position[0])
+            if ms < ms_before + _NOTICED and not ms_before <= self._limit < ms:
+                return
+        of = self._of(tenant, redis_now // _MINUTE, is_late=is_late)
+        if before is not None:
+            remove([each.written for each in of.at(before // _MINUTE)], ms_before)
+        self._written_at[place] = redis_now
+        if len(self._written_at) > MOST_REMEMBERED:
+            self._written_at.popitem(last=False)
+        add(of.written, ms, number_of(*place) if is_late else None)
+
+    def due(self, places: Sequence[Place], redis_now: int) -> int:
+        """When these events, which were counted now, change a count if they are written again."""
+        due = redis_now + max(_NOTICED, (redis_now - places[0].position[0]) // 10)
+        late = (int(place.position[0] + self._limit) + 1 for place in places)
+        return min((at for at in late if redis_now < at < due), default=due)
+
     def sent(self, place: Place, event: TrackedEvent, now: float) -> None:
         """Count a client that was sent a tracked event, and has not confirmed it yet."""
-        minute = self._redis_now(place.stream, now) // _MINUTE
+        minute = self.redis_now(place.stream, now) // _MINUTE
         of = self._of(event.tenant_id, minute, is_late=False)
         for each in of.at(event.at // _MINUTE):  # and not for this minute: so that both counts meet
             each.unconfirmed += 1
 
     def confirmed(self, place: Place, event: TrackedEvent, now: float) -> None:
         """Count a client that has confirmed a tracked event, after it was :meth:`sent`."""
-        redis_now = self._redis_now(place.stream, now)
+        redis_now = self.redis_now(place.stream, now)
         ms = max(0, redis_now - event.at)
         is_late = ms > self._limit
         of = self._of(event.tenant_id, redis_now // _MINUTE, is_late=is_late)
@@ -121,7 +154,7 @@ class DeliveryTimes:
         of = self._others if tenant is None else self._tenants.get(tenant, _TenantTimes())
         return of.figures(int((now + max(self._ahead.values(), default=0.0)) * 1000) // _MINUTE)
 
-    def _redis_now(self, stream: Stream, now: float) -> int:
+    def redis_now(self, stream: Stream, now: float) -> int:
         """Redis' unix time in ms."""
         return int((now + self._ahead.get(stream, 0.0)) * 1000)
 
@@ -156,6 +189,31 @@ class DeliveryTimes:
                 self._others.merge(self._tenants.pop(tenant))
                 return True
         return False
+
+
+class Owed:
+    """Events of a tenant that clients get later than others, be it one client or many."""
+
+    __slots__ = ("_due", "_places", "_tenant", "_times")
+
+    def __init__(self, times: DeliveryTimes, tenant: int, places: Sequence[Place]) -> None:
+        self._times = times
+        self._tenant = tenant
+        self._places = places
+        self._due = 0  # when they are worth counting again
+
+    def __bool__(self) -> bool:
+        return bool(self._places)
+
+    def written(self, now: float) -> None:
+        """They were written to one of the clients."""
+        if not (places := self._places):
+            return
+        redis_now = self._times.redis_now(places[0].stream, now)
+        if redis_now >= self._due:
+            for place in places:
+                self._times.count_last(self._tenant, place, redis_now)
+            self._due = self._times.due(places, redis_now)
 
 
 class _Parts:

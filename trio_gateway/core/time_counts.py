@@ -43,16 +43,30 @@ class TimeCounts(msgspec.Struct, gc=False, omit_defaults=True):
 
 def add(all_counts: Iterable[TimeCounts], ms: int, late: int | None) -> None:
     """Count one that took ``ms`` in each of these; ``late``: the number of the event, if it is."""
-    bucket = _BUCKETS[ms] if ms < 1024 else bisect_left(BOUNDS, ms)
+    bucket = _bucket(ms)
     for each in all_counts:
         each.counts[bucket] = each.counts.get(bucket, 0) + 1
         if late is not None:
             each.late = distinct.include(each.late, late)
 
 
+def remove(all_counts: Iterable[TimeCounts], ms: int) -> None:
+    """Undo :func:`add` in each of these, but for the event that was late: it will be again."""
+    bucket = _bucket(ms)
+    for each in all_counts:
+        if (left := each.counts.get(bucket, 0) - 1) > 0:
+            each.counts[bucket] = left
+        else:
+            each.counts.pop(bucket, None)
+
+
+def _bucket(ms: int) -> int:
+    return _BUCKETS[ms] if ms < 1024 else bisect_left(BOUNDS, ms)
+
+
 class Figures(msgspec.Struct, omit_defaults=True):
-    """What is known of some events: from entering Redis until each was written here, and until each
-    client had confirmed it; and how many clients have not confirmed one that they were sent.
+    """What is known of some events: from entering Redis until each was written here last, and until
+    each client had confirmed it; and how many clients have not confirmed one that they were sent.
     """
 
     written: TimeCounts = msgspec.field(default_factory=TimeCounts)

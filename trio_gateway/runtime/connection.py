@@ -10,6 +10,7 @@ import trio
 
 from ..core.audiences import Audience, Principal
 from ..core.close_codes import Close
+from ..core.delivery_times import Owed
 from ..core.event_ids import Cursor, Stream
 from ..core.frames import PING_FRAME, PONG, frame, text_frame
 from ..core.limits import RateLimit
@@ -278,6 +279,11 @@ class Connection:
                 self._replays.lag(self)
         return True
 
+    def owe(self, owed: Owed) -> None:
+        """These events wait in its outbox, behind all others: tell when its client takes them."""
+        if self._outbox is not None:
+            self._outbox.owe(owed)
+
     def fills_fast(self, now: float) -> bool:
         """Whether its outbox is half full or more, because of a burst."""
         return self._outbox is not None and self._outbox.fills_fast(now)
@@ -527,6 +533,7 @@ class Connection:
                 if self._outbox is not None and self._outbox.bytes:
                     try:
                         await writer.write_some(self._outbox)
+                        self._outbox.settle(trio.current_time())
                     except OSError as error:
                         if isinstance(error, TimeoutError):
                             self.close(Close.SLOW_CONSUMER, "too slow: no byte accepted")

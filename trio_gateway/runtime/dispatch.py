@@ -5,12 +5,14 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import reduce
+from operator import or_
 from typing import Final, NamedTuple
 
 import trio
 
 from ..core.audiences import Audience, floor, waiters
-from ..core.delivery_times import DeliveryTimes
+from ..core.delivery_times import DeliveryTimes, Owed
 from ..core.duplicates import Duplicates
 from ..core.event_ids import Position, Stream
 from ..core.events import Event
@@ -96,7 +98,8 @@ class Dispatch:
                     raise trio.TooSlowError
             except (trio.Cancelled, trio.TooSlowError):
                 self._break_off(batch, plan.writes, members, done)
-                self.times.written(plan.planned, plan.writes, trio.current_time())
+                written = reduce(or_, (mask for _, mask, _ in plan.writes), 0)
+                self.times.written(plan.planned, written, trio.current_time(), is_behind=True)
                 raise
         return plan.fresh
 
@@ -110,6 +113,7 @@ class Dispatch:
         all_tracked = [] if receipts is None else _tracked(receipts, plan.planned)
         if all_tracked and self.hub.held:
             self._note_owed(plan.planned, all_tracked)
+        is_behind, written = bool(self.hub.held), 0
         self.processed += len(plan.fresh)
         now = trio.current_time()
         left = self.writes_per_checkpoint
@@ -117,10 +121,18 @@ class Dispatch:
             # Joined just before they are written: then the kernel finds the bytes in the cache.
             data, number = join(frames, mask)
             tracked = [sent for bit, sent in all_tracked if mask & bit]
-            counted = 0
+            counted = waiting = 0
+            owed: Owed | None = None
             for n, connection in enumerate(members, 1):
-                if (waits := connection.write(data, number, now)) and behind is not None:
-                    behind.append(connection)
+                if waits := connection.write(data, number, now):
+                    waiting += 1
+                    if owed is None:
+                        owed = self._owed(plan.planned, mask)
+                    if owed:
+                        is_behind = True
+                        connection.owe(owed)
+                    if behind is not None:
+                        behind.append(connection)
                 if tracked and receipts is not None:
                     receipts.sent(connection, tracked, waits=waits)
                 left -= 1
@@ -130,7 +142,19 @@ class Dispatch:
                     counted = n
                     yield members, n
             self.deliveries += number * (len(members) - counted)
-        self.times.written(plan.planned, plan.writes, trio.current_time())
+            if waiting < len(members):
+                written |= mask
+        self.times.written(plan.planned, written, trio.current_time(), is_behind=is_behind)
+
+    def _owed(self, planned: Sequence[Planned], mask: int) -> Owed:
+        """The events of a write that a client has not taken yet. They are of its tenant."""
+        events = [event for n, (event, _, _) in enumerate(planned) if mask >> n & 1]
+        places = [
+            Place(each.stream, each.position)
+            for each in events
+            if each.stream is not None and each.position is not None
+        ]
+        return Owed(self.times, events[0].tenant, places)
 
     def remember(self, event: Event, read_again: Duplicates | None = None) -> bool:
         """Store a durable event of the past without sending it. Call it with the oldest first.

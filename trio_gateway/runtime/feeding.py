@@ -14,6 +14,7 @@ import trio
 
 from ..core.audiences import Audience
 from ..core.close_codes import Close
+from ..core.delivery_times import DeliveryTimes, Owed
 from ..core.event_ids import Cursor, Position, Stream, before
 from ..core.messages import GAP
 from ..core.receipts import Place
@@ -53,6 +54,7 @@ class Feeding:
         places: Places,
         older: OlderEvents,
         receipts: ReceiptLog | None = None,
+        times: DeliveryTimes | None = None,
     ) -> None:
         self._history = history
         self._extent = history.extent
@@ -60,6 +62,7 @@ class Feeding:
         self._places = places
         self._older = older
         self._receipts = receipts
+        self._times = times or DeliveryTimes()
         self._started = trio.lowlevel.ParkingLot()
         self.replayed = 0  # events
         self.lags = 0
@@ -240,10 +243,28 @@ class Feeding:
             self.replayed += begun
             if self._receipts is not None and self._receipts.tracks:
                 _note_receipts(self._receipts, connection, chunk.events[:begun])
+            self._note_times(connection, chunk.events[:begun])
         is_all = begun == len(chunk.frames)
         places = chunk.upto if is_all else {e.stream: e.position for e in chunk.events[:begun]}
         connection.resume_state.advance(places)
         return is_all
+
+    def _note_times(self, connection: Connection, events: Sequence[StoredEvent]) -> None:
+        """Count as written, once its client has taken them, what entered Redis after it connected.
+
+        What it missed before is no delay: nobody was there.
+        """
+        if not events:
+            return
+        since = self._times.redis_now(events[-1].stream, connection.joined_at)
+        if events[-1].position[0] < since:  # as mostly when it resumes
+            return
+        places = [Place(each.stream, each.position) for each in events if each.position[0] >= since]
+        owed = Owed(self._times, connection.principal.tenant, places)
+        if connection.waiting_bytes:
+            connection.owe(owed)
+        else:
+            owed.written(trio.current_time())
 
 
 def _note_receipts(

@@ -3,6 +3,7 @@
 import math
 from typing import Final
 
+from ..core.delivery_times import Owed
 from ..core.frames import boundary
 
 _JOINED: Final = 1 << 16  # bytes handed to the kernel in one write, about
@@ -16,7 +17,8 @@ class Outbox:
     """
 
     __slots__ = (
-        "_added", "_chunks", "_max_bytes", "_max_frames", "_written", "began_at", "bytes", "frames",
+        "_added", "_chunks", "_max_bytes", "_max_frames", "_owed", "_written", "began_at", "bytes",
+        "frames",
     )  # fmt: skip
 
     def __init__(self, max_bytes: float = math.inf, max_frames: float = math.inf) -> None:
@@ -25,6 +27,7 @@ class Outbox:
         self._chunks: list[tuple[bytes, int]] = []  # joined frames, and how many
         self._written = 0  # of the first chunk
         self._added = 0  # bytes, since it was empty
+        self._owed: list[tuple[int, Owed]] = []  # with where they end, in bytes
         self.began_at = 0.0  # when it was empty last
         self.bytes = 0
         self.frames = 0
@@ -80,6 +83,20 @@ class Outbox:
             whole += 1
         del chunks[:whole]
 
+    def owe(self, owed: Owed) -> None:
+        """These events are the last of what waits."""
+        self._owed.append((self._added, owed))
+
+    def settle(self, now: float) -> None:
+        """Tell which events of those have been taken."""
+        taken, done = self._added - self.bytes, 0
+        for end, owed in self._owed:
+            if end > taken:
+                break
+            owed.written(now)
+            done += 1
+        del self._owed[:done]
+
     @property
     def partial(self) -> bool:
         """Whether a frame is partly written: nothing else can go out before its rest."""
@@ -96,6 +113,7 @@ class Outbox:
             rest = data[: boundary(data, self._written)]
         written = self._written
         self._chunks.clear()
+        self._owed.clear()
         self._written = self.bytes = self.frames = 0
         if len(rest) > written:
             self.put(rest, 1, written)

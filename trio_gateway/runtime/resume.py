@@ -10,6 +10,7 @@ from typing import Final
 
 import trio
 
+from ..core.delivery_times import DeliveryTimes
 from ..core.event_ids import Cursor, Position, Stream, cursor_id, read_cursor
 from ..core.messages import GAP, Resume, resumed
 from ..core.receipts import Place
@@ -39,6 +40,7 @@ class Replays:
         places: Places | None = None,
         older: OlderEvents | None = None,
         receipts: ReceiptLog | None = None,
+        times: DeliveryTimes | None = None,
     ) -> None:
         self._receipts = receipts
         self._history = history
@@ -48,7 +50,7 @@ class Replays:
         self._places = places or Places(history.extent)
         self._undecided: deque[tuple[float, Connection]] = deque()
         self._begun = trio.lowlevel.ParkingLot()
-        self.feeding = Feeding(history, hub, self._places, self._older, receipts)
+        self.feeding = Feeding(history, hub, self._places, self._older, receipts, times)
         self.resumes: Counter[str] = Counter()  # by outcome
 
     def hold(self, connection: Connection, now: float) -> None:
