@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 from trio.testing import MockClock
 
-from trio_gateway.cluster.control import Answers
 from trio_gateway.cluster.delivery_query import (
     SloReport,
     answer_delivery_times,
     delivery_times,
 )
+from trio_gateway.cluster.questions import Answers
 from trio_gateway.core.delivery_times import DeliveryTimes
 from trio_gateway.core.event_ids import Position, tag
 from trio_gateway.testing import make_event

@@ -10,7 +10,8 @@ import trio
 
 from tests.support.gateways import Running, admitted, closed, metrics, receive_event, serving, until
 from trio_gateway.cluster.building import ClusterParts
-from trio_gateway.cluster.control import MOST_HANDLED, Answers, Control
+from trio_gateway.cluster.control import MOST_HANDLED, Control
+from trio_gateway.cluster.questions import Answers
 from trio_gateway.core.control_messages import Disconnect, Node, SectorsChanged
 
 
@@ -147,7 +148,7 @@ async def test_an_asker_that_was_paused_reads_the_answers_that_came_meanwhile(
         here, there = cluster_of(one).control, cluster_of(other).control
 
         async def pause(_question: Question) -> int:
-            await until(lambda: all(each.expected for each in here._questions.values()))
+            await until(lambda: all(each.expected for each in here._questions.waiting.values()))
             time.sleep(0.6)
             return 1
 

@@ -26,7 +26,8 @@ from tests.support.processes import GatewayProcess
 from tests.support.redis_server import RedisServer
 from tests.support.stopwatch import Stopwatch
 from trio_gateway.broker.commands import Unavailable
-from trio_gateway.cluster.control import PATIENCE, Answers
+from trio_gateway.cluster.control import PATIENCE
+from trio_gateway.cluster.questions import Answers
 from trio_gateway.core.control_messages import Disconnect
 
 EVERYBODY = Disconnect(1, user_id=21)

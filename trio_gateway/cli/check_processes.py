@@ -8,8 +8,8 @@ from .errors import Failure
 from .service import ask_service
 
 if TYPE_CHECKING:
-    from ..cluster.control import Answers
     from ..cluster.observing import Service
+    from ..cluster.questions import Answers
     from ..core.control_messages import Node
     from ..settings import Settings
 

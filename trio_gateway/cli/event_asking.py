@@ -11,8 +11,8 @@ from .service import ask_redis, ask_service, asked, tell_missing
 if TYPE_CHECKING:
     from ..broker.commands import Commands
     from ..broker.receipt_store import ReceiptStore
-    from ..cluster.control import Answers
     from ..cluster.observing import Service
+    from ..cluster.questions import Answers
     from ..core.event_ids import Stream
     from ..core.receipts import Place
     from ..settings import Settings

@@ -8,8 +8,8 @@ from .errors import FAILED, settings_or_exit
 from .service import IDS, ask_service, asked, no_gateway, show_json, tell_missing
 
 if TYPE_CHECKING:
-    from ..cluster.control import Answers
     from ..cluster.observing import Service
+    from ..cluster.questions import Answers
 
 
 @click.command()

@@ -10,8 +10,8 @@ from .errors import FAILED, Failure
 
 if TYPE_CHECKING:
     from ..broker.commands import Commands
-    from ..cluster.control import Answers
     from ..cluster.observing import Service
+    from ..cluster.questions import Answers
     from ..redis_url import RedisUrl
     from ..settings import Settings
 

@@ -6,7 +6,6 @@ so that a process that does not answer carries it out when it runs again.
 
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, NoReturn, Protocol
 
@@ -29,18 +28,14 @@ from ..runtime.throttled_log import ThrottledLog
 from .keys import Keys
 from .liveness import NAMES, RETURN_NAMES, is_list_of
 from .orders import Order, Orders
+from .questions import UNKNOWN, Answers, Questions
 
 log = structlog.get_logger()
 
 PATIENCE: Final = 1.8  # seconds, so that who asks over HTTP has an answer within 2
-# Seconds in which a process reads what came while it was paused, and what is late for it to call
-# that a pause: its machine gave it no time. Answers that lie in its socket are not missing ones.
-_AFTER_PAUSE: Final = 0.2
-_PAUSED: Final = 0.1
 MOST_HANDLED: Final = 100  # questions at a time
 _MOST_BYTES: Final = 8 << 20  # of an answer: Redis ends a subscriber for which 32 MiB wait
 _HANDLER_TIMEOUT: Final = 10.0  # seconds
-_UNKNOWN: Final = "unknown"  # the error of a process that has no handler for this kind
 _STILL_ASKED: Final = 10.0  # seconds after which nobody waits for the answer to an order
 
 _ASK: Final = NAMES + "redis.call('PUBLISH', ARGV[1], ARGV[2])\n" + RETURN_NAMES
@@ -69,36 +64,6 @@ class Members(Protocol):
         """A process has stopped."""
 
 
-@dataclass
-class Answers:
-    """What the live processes answered, as JSON by name, and which of them did not."""
-
-    by_node: dict[str, msgspec.Raw] = field(default_factory=dict)
-    missing: list[str] = field(default_factory=list)
-    #: Those of the missing that said that they cannot answer such a question: another version, or
-    #: a setting that they do not have.
-    unknown: list[str] = field(default_factory=list)
-
-    @property
-    def complete(self) -> bool:
-        return not self.missing
-
-
-class _Question:
-    """A question that waits for its answers."""
-
-    def __init__(self) -> None:
-        self.expected: set[str] | None = None  # not known yet
-        self.answers: dict[str, msgspec.Raw] = {}
-        self.failed: set[str] = set()
-        self.unknown: set[str] = set()
-        self.settled = trio.Event()
-
-    def settle(self) -> None:
-        if self.expected is not None and self.expected <= self.answers.keys() | self.failed:
-            self.settled.set()
-
-
 class Control:
     """Asks the processes of this service, and answers them.
 
@@ -116,14 +81,12 @@ class Control:
         self._commands = commands
         self._keys = keys
         self._registry = registry
-        self._is_listening = is_listening
         self._handlers: dict[str, tuple[type, Handler]] = {"hello": (Hello, _say_nothing)}
         self._order_handlers: dict[str, tuple[type, OrderHandler]] = {}
-        self._questions: dict[str, _Question] = {}
+        self._questions = Questions(is_listening)
         self._orders = Orders(commands, keys)
         self._nursery: trio.Nursery | None = None
         self._handled = 0  # questions, now
-        self._heard = trio.lowlevel.ParkingLot()
         self._throttled_log = ThrottledLog(log)
         self.refused = 0
         registry.on_forgotten.append(self._orders.read_again)
@@ -178,7 +141,7 @@ class Control:
             return {name}
 
         how = publish if only is None else partial(publish_to, only)
-        return await self._collect(ask.id, how, timeout)
+        return await self._questions.ask(ask.id, how, timeout)
 
     async def order(
         self, kind: str, request: msgspec.Struct, *, timeout: float = PATIENCE
@@ -194,32 +157,7 @@ class Control:
             self._orders.wake()
             return self._alive(names, doubtful)
 
-        return await self._collect(order.id, give, timeout)
-
-    async def _collect(
-        self,
-        number: str,
-        publish: Callable[[], Awaitable[set[str]]],
-        timeout: float,
-    ) -> Answers:
-        question = self._questions[number] = _Question()
-        try:
-            with trio.move_on_after(timeout) as scope:
-                while not self._is_listening():
-                    await self._heard.park()
-                question.expected = await publish()
-                question.settle()
-                await question.settled.wait()
-            if question.expected is None:
-                raise Unavailable("no answer in time")
-            if trio.current_time() > scope.deadline + _PAUSED:
-                with trio.move_on_after(_AFTER_PAUSE):
-                    await question.settled.wait()
-            missing = question.expected - question.answers.keys()
-            found = {n: a for n, a in question.answers.items() if n in question.expected}
-            return Answers(found, sorted(missing), sorted(missing & question.unknown))
-        finally:
-            del self._questions[number]
+        return await self._questions.ask(order.id, give, timeout)
 
     def _alive(self, names: list[bytes], doubtful: bool) -> set[str]:
         alive, known = {name.decode() for name in names}, self._registry.nodes.keys()
@@ -243,19 +181,16 @@ class Control:
                 if message.asker != self._registry.name:
                     self._accept(message)
             case Answer():
-                self._take(message)
+                self._questions.take(message)
             case Ordered():
                 self._orders.wake(message.order)
             case Left():
                 self._registry.forget(message.node)
-                for question in self._questions.values():
-                    if question.expected is not None:
-                        question.expected.discard(message.node)
-                        question.settle()
+                self._questions.forget(message.node)
 
     def on_subscribed(self) -> None:
         """Look for orders: messages about them may have been lost."""
-        self._heard.unpark_all()
+        self._questions.ask_now()
         self._orders.wake()
 
     async def run(self) -> NoReturn:
@@ -288,13 +223,13 @@ class Control:
     async def _answer_to(self, number: str, kind: str, request: msgspec.Raw) -> Answer:
         known = self._handlers.get(kind)
         if known is None:
-            return Answer(number, self._registry.name, error=_UNKNOWN)
+            return Answer(number, self._registry.name, error=UNKNOWN)
         return await self._call(number, kind, request, *known)
 
     async def _carry_out(self, order: Order, given_at: float) -> None:
         known = self._order_handlers.get(order.kind)
         if known is None:
-            answer = Answer(order.id, self._registry.name, error=_UNKNOWN)
+            answer = Answer(order.id, self._registry.name, error=UNKNOWN)
         else:
             kind, handler = known
 
@@ -324,24 +259,12 @@ class Control:
 
     async def _reply(self, asker: str, answer: Answer) -> None:
         if asker == self._registry.name:
-            self._take(answer)
+            self._questions.take(answer)
             return
         try:
             await self._tell(self._keys.replies(asker), msgspec.json.encode(answer))
         except Unavailable as error:
             self._throttled_log.warning("control message not answered", error=str(error))
-
-    def _take(self, answer: Answer) -> None:
-        question = self._questions.get(answer.id)
-        if question is None:  # it came too late
-            return
-        if answer.error is None:
-            question.answers[answer.node] = answer.answer
-        else:
-            question.failed.add(answer.node)
-            if answer.error == _UNKNOWN:
-                question.unknown.add(answer.node)
-        question.settle()
 
 
 async def _say_nothing(_hello: Hello) -> None:

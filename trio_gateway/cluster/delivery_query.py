@@ -9,7 +9,8 @@ import trio
 
 from ..core.delivery_times import DeliveryTimes, TenantFigures
 from ..core.time_counts import Window, summary
-from .control import Answers, Control
+from .control import Control
+from .questions import Answers
 
 log = structlog.get_logger()
 
