@@ -114,11 +114,11 @@ async def test_shards_have_equal_shares_of_the_room_or_what_is_free(
 ) -> None:
     world.history.most_events, world.history.age = 100, math.inf
     world.history.extent.expected = {A, B}
-    assert inlet.room().entries == 100
+    assert inlet.past_limits().entries == 100
     await inlet.begin(A, "a", past(*range(1, 91)), None)
-    assert inlet.room().entries == 50
+    assert inlet.past_limits().entries == 50
     inlet.forget(A)
-    assert inlet.room().entries == 100
+    assert inlet.past_limits().entries == 100
 
 
 @pytest.mark.parametrize(("within", "ago"), [(10, 3600), (7200, 7200)])
@@ -132,4 +132,4 @@ async def test_past_is_read_as_far_back_as_the_deadlines_of_its_events(
         wall_clock=lambda: 9000.0,
     )  # fmt: skip
     world.history.age = 3600
-    assert inlet.room().since == (9000 - ago) * 1000
+    assert inlet.past_limits().since == (9000 - ago) * 1000

@@ -16,7 +16,7 @@ from trio_gateway.core.event_ids import Position, Stream, entry_id, tag
 from trio_gateway.core.resilience import Backoff, Breaker
 from trio_gateway.redis_sets.redis_set import RedisSet
 from trio_gateway.redis_url import RedisKind, RedisUrl
-from trio_gateway.runtime.source import Entry, Lost, Past, Room, Source
+from trio_gateway.runtime.source import Entry, Lost, Past, PastLimits, Source
 from trio_gateway.runtime.supervision import keep_running
 
 from .gateways import until
@@ -38,8 +38,8 @@ class Recorder:
         self.accepts.set()
         self.most_past = 100_000
 
-    def room(self) -> Room:
-        return Room(self.most_past, 10**9, 0)
+    def past_limits(self) -> PastLimits:
+        return PastLimits(self.most_past, 10**9, 0)
 
     async def begin(self, stream: Stream, name: str, past: Past, ahead: float | None) -> None:
         assert name not in self.pasts

@@ -3,7 +3,7 @@
 from typing import Final
 
 from ..core.event_ids import START, Position, entry_id
-from ..runtime.source import Entry, Past, Room
+from ..runtime.source import Entry, Past, PastLimits
 from .connection import RedisConnection
 from .stream_replies import Info, read_entries
 
@@ -11,7 +11,7 @@ _PAGE: Final = 1000  # entries in one reply
 
 
 async def read_past(
-    redis: RedisConnection, name: str, info: Info, room: Room, *, timeout: float
+    redis: RedisConnection, name: str, info: Info, limits: PastLimits, *, timeout: float
 ) -> Past:
     """Read the newest entries, backwards from the end that ``info`` gives, while there is room.
 
@@ -26,9 +26,9 @@ async def read_past(
         for entry in page:
             size += len(entry.payload or b"")
             if (
-                len(found) >= room.entries
-                or size > room.payload_bytes
-                or entry.position[0] < room.since
+                len(found) >= limits.entries
+                or size > limits.payload_bytes
+                or entry.position[0] < limits.since
             ):
                 unread = entry.position
                 break

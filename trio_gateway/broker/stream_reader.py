@@ -78,7 +78,7 @@ class StreamReader:
         if self._unreadable.note(name, "XINFO", reply):
             return
         info = read_info(reply, name)
-        past = await read_past(redis, name, info, self._sink.room(), timeout=REPLY_TIMEOUT)
+        past = await read_past(redis, name, info, self._sink.past_limits(), timeout=REPLY_TIMEOUT)
         stream = tag(name)
         await self._sink.begin(stream, name, past, ahead)
         cursor = self._cursors[name] = StreamCursor(name, stream, info, past.entries)

@@ -28,7 +28,7 @@ class Past(NamedTuple):
     end: Position  # where live reading begins
 
 
-class Room(NamedTuple):
+class PastLimits(NamedTuple):
     """How much of a shard's past the history can hold."""
 
     entries: int
@@ -54,7 +54,7 @@ class Sink(Protocol):
     order and each once, until :meth:`forget`. Different shards may be begun while others are read.
     """
 
-    def room(self) -> Room:
+    def past_limits(self) -> PastLimits:
         """How much of a shard's past is worth reading."""
 
     async def begin(self, stream: Stream, name: str, past: Past, ahead: float | None) -> None:

@@ -36,7 +36,7 @@ from .queue import EventQueue
 from .reach import Reach
 from .receipts import ReceiptLog
 from .resume import Replays
-from .source import Entry, Lost, Past, Room
+from .source import Entry, Lost, Past, PastLimits
 from .throttled_log import ThrottledLog
 
 log = structlog.get_logger()
@@ -82,12 +82,12 @@ class StreamInlet:
         self._throttled_log = ThrottledLog(log)
         self._forgotten: set[Stream] = set()  # ever
 
-    def room(self) -> Room:
+    def past_limits(self) -> PastLimits:
         """How much of a stream's past is worth reading."""
         history = self._history
         since = (self._wall_clock() - max(history.age, self._longest)) * 1000
         share = max(1, len(self._extent.expected))
-        return Room(
+        return PastLimits(
             max(history.most_events // share, history.most_events - len(history)),
             max(history.most_bytes // share, history.most_bytes - history.bytes),
             since,
