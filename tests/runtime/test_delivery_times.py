@@ -53,13 +53,16 @@ async def test_event_that_nobody_here_is_sent_now_does_not_count_as_written(
     assert figures(world).written.count == 2
 
 
+class TlsSocket(FakeSocket):
+    is_plain = False
+
+
+@pytest.mark.parametrize("kind", [FakeSocket, TlsSocket])
 async def test_event_is_written_when_the_last_client_that_lags_has_taken_it(
-    autojump_clock: MockClock, world: World
+    autojump_clock: MockClock, world: World, kind: type[FakeSocket]
 ) -> None:
     terms = bounded(outbox_messages=10, write_timeout=math.inf)
-    slow = [
-        await world.live(principal=DINER, terms=terms, socket=FakeSocket(room=0)) for _ in range(2)
-    ]
+    slow = [await world.live(principal=DINER, terms=terms, socket=kind(room=0)) for _ in range(2)]
     await world.live()
     await trio.sleep_until(10)
     for n in range(100):

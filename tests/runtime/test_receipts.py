@@ -209,18 +209,20 @@ async def test_escalated_event_goes_to_a_user_only_if_it_was_not_written_to_anot
     assert now.heard == heard
 
 
+@pytest.mark.parametrize("number", [1, 1500])  # or so many that the connection forgets the first
 async def test_escalated_event_that_waits_for_a_connection_already_is_not_sent_to_it_again(
-    autojump_clock: MockClock, world: World
+    autojump_clock: MockClock, world: World, number: int
 ) -> None:
-    client = await world.live(principal=waiter_of(5), terms=SMALL, socket=FakeSocket(room=0))
-    await world.publish(1, sector_id=5)
+    terms = bounded(outbox_messages=2 * number, write_timeout=math.inf)
+    client = await world.live(principal=waiter_of(5), terms=terms, socket=FakeSocket(room=0))
+    await world.publish(*range(1, number + 1), sector_id=5)
     world.hub.move(client.connection, waiter_of(6))
-    event = escalated(world, 1)
+    event = escalated(world, 1, 2000)
     world.receipts.note([event])
     await world.dispatch.deliver([event])
     client.socket.read(math.inf)
     await wait_all_tasks_blocked()
-    assert client.heard == [1]
+    assert client.heard == list(range(1, number + 1))
 
 
 async def take_step(world: World, number: int = 1) -> None:

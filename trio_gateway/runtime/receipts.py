@@ -429,4 +429,7 @@ def _had(connection: Connection, tracked: Tracked) -> bool:
     receipt = tracked.by.get(Who.of(connection.principal))
     if receipt is not None and receipt.state >= State.WRITTEN:
         return True
-    return any(sent.tracked is tracked for sent in connection.unconfirmed or ())
+    if any(sent.tracked is tracked for sent in connection.unconfirmed or ()):
+        return True
+    forgotten = (connection.forgotten or {}).get(tracked.place.stream)
+    return receipt is not None and forgotten is not None and tracked.place.position in forgotten

@@ -123,6 +123,9 @@ class Forgotten:
         self.first = self.last = first
         self.waiting: Position | None = None
 
+    def __contains__(self, position: Position) -> bool:
+        return self.first <= position <= self.last
+
     def add(self, position: Position, *, waits: bool) -> None:
         """Add the next one."""
         self.last = position
