@@ -7,7 +7,9 @@ import trio
 
 from tests.cluster.test_registry import KEYS, age, open_registries
 from trio_gateway.cluster.control import Control
+from trio_gateway.cluster.questions import Answers
 from trio_gateway.core.control_messages import (
+    Disconnected,
     Hello,
     Revoked,
     SectorsChanged,
@@ -40,6 +42,14 @@ async def test_a_process_that_was_killed_is_missing_for_seven_seconds(
             backend.flushall()
             assert await missing() == [["dead"]] * 2  # it may not have beaten again
             nursery.cancel_scope.cancel()
+
+
+def test_an_answer_of_another_version_counts_as_missing() -> None:
+    given = {"a": b'{"closed":2}', "b": b'{"shut":2}', "d": b'{"closed":1}'}
+    answers = Answers({name: msgspec.Raw(each) for name, each in given.items()}, ["c"])
+    assert dict(answers.decoded(Disconnected)) == {"a": Disconnected(2), "d": Disconnected(1)}
+    assert answers.missing == ["b", "c"]
+    assert not answers.complete
 
 
 async def _do_nothing(_order: Hello, _given_at: float) -> None:

@@ -2,11 +2,13 @@
 
 from typing import Any
 
+import msgspec
 import pytest
 import trio
 from trio.testing import MockClock
 
 from trio_gateway.broker.commands import Unavailable
+from trio_gateway.cluster.questions import Answers
 from trio_gateway.cluster.room import ClusterRoom
 from trio_gateway.core.audiences import Principal
 from trio_gateway.core.capacity import CapacityLimits, Owner, owner_is_full
@@ -38,22 +40,28 @@ class Limits:
 
 
 class Control:
-    """No other process answers."""
+    """The only other process answers this; nothing if that is None."""
+
+    def __init__(self, answer: bytes | None) -> None:
+        self._answer = answer
 
     def handle(self, *_: Any) -> None: ...
 
-    async def ask(self, *_: Any, timeout: float, **__: Any) -> Any:
+    async def ask(self, *_: Any, timeout: float, **__: Any) -> Answers:
         await trio.sleep(timeout)
-        raise Unavailable("nobody")
+        if self._answer is None:
+            raise Unavailable("nobody")
+        return Answers({"another": msgspec.Raw(self._answer)})
 
 
+@pytest.mark.parametrize("answer", [None, b'{"of":"another version"}'])
 @pytest.mark.parametrize("leaves", [False, True])
 async def test_nobody_is_closed_for_a_new_connection_that_has_left(
-    nursery: trio.Nursery, autojump_clock: MockClock, leaves: bool
+    nursery: trio.Nursery, autojump_clock: MockClock, leaves: bool, answer: bytes | None
 ) -> None:
     hub = Hub(CapacityLimits(total=10, per_user=3, per_session=3))
     limits: Any = Limits(hub)
-    control: Any = Control()
+    control: Any = Control(answer)
     room = ClusterRoom(hub, Room(hub), limits, control, "one")
     nursery.start_soon(room.run)
     sockets = [FakeSocket() for _ in range(3)]

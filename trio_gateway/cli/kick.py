@@ -54,9 +54,7 @@ def kick(
     answers = ask_service(settings, give)
     if not asked(answers):
         no_gateway(settings)
-    closed = sum(
-        msgspec.json.decode(each, type=Disconnected).closed for each in answers.by_node.values()
-    )
+    closed = sum(found.closed for _, found in answers.decoded(Disconnected))
     if as_json:
         show_json({"closed": closed, "complete": answers.complete, "missing": answers.missing})
     else:

@@ -102,7 +102,7 @@ def tell_missing(missing: Collection[str], asked: int) -> None:
 
 def asked(answers: "Answers") -> int:
     """How many processes were asked."""
-    return len(answers.by_node) + len(answers.missing)
+    return len({*answers.by_node, *answers.missing})
 
 
 class FromProcesses(Protocol):

@@ -4,15 +4,12 @@ from collections.abc import Collection
 from typing import Final
 
 import msgspec
-import structlog
 import trio
 
 from ..core.delivery_times import DeliveryTimes, TenantFigures
 from ..core.time_counts import Window, summary
 from .control import Control
 from .questions import Answers
-
-log = structlog.get_logger()
 
 PATIENCE: Final = 1.5  # seconds, so that the client has its answer within 2
 _KIND: Final = "delivery_times"
@@ -92,7 +89,7 @@ async def delivery_times(
     """
     request = DeliveryTimesRequest(None if tenants is None else sorted(tenants))
     answers = await control.ask(_KIND, request, timeout=PATIENCE)
-    found, missing = await _merge(answers)
+    found = await _merge(answers)
     reports: list[TenantTimesReport] = []
     for n, (tenant, figures) in enumerate(found.tenants.items()):
         if n % _PER_CHECKPOINT == 0:
@@ -107,30 +104,23 @@ async def delivery_times(
         reports[:most],
         max(0, len(reports) - most),
         others if tenants is None else None,
-        not missing,
-        sorted(missing),
+        answers.complete,
+        answers.missing,
     )
 
 
-async def _merge(answers: Answers) -> tuple[ProcessFigures, list[str]]:
-    """The sum of the answers, and the processes without one that can be read."""
+async def _merge(answers: Answers) -> ProcessFigures:
+    """The sum of the answers."""
     total = ProcessFigures(0.0, {}, TenantFigures())
-    missing = list(answers.missing)
-    for name, answer in answers.by_node.items():
+    for _, one in answers.decoded(ProcessFigures):
         await trio.lowlevel.checkpoint()
-        try:
-            one = msgspec.json.decode(answer, type=ProcessFigures)
-        except msgspec.DecodeError:  # another version
-            log.warning("answer about delivery times is invalid", node=name)
-            missing.append(name)
-            continue
         total.seconds = max(total.seconds, one.seconds)
         total.others.merge(one.others)
         for n, (tenant, figures) in enumerate(one.tenants.items()):
             if n % _PER_CHECKPOINT == 0:
                 await trio.lowlevel.checkpoint()
             total.tenants.setdefault(tenant, TenantFigures()).merge(figures)
-    return total, missing
+    return total
 
 
 def _order(report: TenantTimesReport) -> tuple[float, float, int]:

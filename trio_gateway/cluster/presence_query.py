@@ -3,14 +3,11 @@
 from typing import Final
 
 import msgspec
-import structlog
 
 from ..core.audiences import BranchId, TenantId
 from ..core.presence import Items, SessionItem, UserItem, merge
 from .control import Control
 from .presence import Presence
-
-log = structlog.get_logger()
 
 PATIENCE: Final = 1.5  # seconds, so that the client has its answer within 2
 _KIND: Final = "presence"
@@ -58,13 +55,6 @@ async def who_is_present(
     """
     request = PresenceRequest(tenant, branch)
     answers = await control.ask(_KIND, request, timeout=PATIENCE, only=node)
-    missing, found = list(answers.missing), []
-    for name, answer in answers.by_node.items():
-        try:
-            found.append(msgspec.json.decode(answer, type=Items))
-        except msgspec.DecodeError:  # another version
-            log.warning("answer about presence is invalid", node=name)
-            missing.append(name)
-    items = merge(found)
-    report = PresenceReport(items.users, items.sessions, not missing, sorted(missing))
+    items = merge([found for _, found in answers.decoded(Items)])
+    report = PresenceReport(items.users, items.sessions, answers.complete, answers.missing)
     return report, answers.unknown

@@ -1,14 +1,20 @@
 """Questions: what this process has asked others, until they have answered or it waits no longer."""
 
-from collections.abc import Awaitable, Callable
+import bisect
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, TypeVar
 
 import msgspec
+import structlog
 import trio
 
 from ..broker.commands import Unavailable
 from ..core.control_messages import Answer
+
+log = structlog.get_logger()
+
+T = TypeVar("T")
 
 UNKNOWN: Final = "unknown"  # the error of a process that has no handler for this kind
 # Seconds in which a process reads what came while it was paused, and what is late for it to call
@@ -30,6 +36,18 @@ class Answers:
     @property
     def complete(self) -> bool:
         return not self.missing
+
+    def decoded(self, kind: type[T]) -> Iterator[tuple[str, T]]:
+        """The answers by the names of their processes.
+
+        One that has another form, as another version may give it, counts as missing from then on.
+        """
+        for name, answer in self.by_node.items():
+            try:
+                yield name, msgspec.json.decode(answer, type=kind)
+            except msgspec.DecodeError:
+                log.warning("invalid answer", node=name)
+                bisect.insort(self.missing, name)
 
 
 class Question:
@@ -61,7 +79,7 @@ class Questions:
         publish: Callable[[], Awaitable[set[str]]],
         timeout: float,
     ) -> Answers:
-        """Publish a question or an order, and wait so many seconds for the answers to it.
+        """Publish a question or an order, and wait ``timeout`` seconds for the answers to it.
 
         ``publish`` returns who is expected to answer. It is called once answers can be received.
         Raises :exc:`Unavailable` if it has not returned in time, and what it raises.

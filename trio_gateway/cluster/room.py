@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Final, NamedTuple, NoReturn
 
-import msgspec
 import trio
 
 from ..broker.commands import Unavailable
@@ -139,10 +138,9 @@ class ClusterRoom:
             answers = await self._control.ask("probe", Probe(owner), timeout=timeout)
         except Unavailable:
             return
-        for name, answer in answers.by_node.items():
+        for name, silent in answers.decoded(list[Silent]):
             if name != self._name:
-                for each in msgspec.json.decode(answer, type=list[Silent]):
-                    found.append(_Candidate(each.seconds, name, each.connection))
+                found += [_Candidate(each.seconds, name, each.connection) for each in silent]
 
     async def _evict(self, owner: Owner, candidate: _Candidate) -> None:
         """Close a connection, unless it has answered by now or is closed."""

@@ -78,9 +78,7 @@ async def disconnect(parts: Parts, key: ApiKey) -> Answer:
         "disconnect",
         Disconnect(body.tenant_id, body.user_id, body.session_id, body.jti, body.reason),
     )
-    closed = sum(
-        msgspec.json.decode(each, type=Disconnected).closed for each in answers.by_node.values()
-    )
+    closed = sum(found.closed for _, found in answers.decoded(Disconnected))
     return _json(DisconnectReply(closed, answers.complete, answers.missing))
 
 
