@@ -1,7 +1,8 @@
 """``demo``: a gateway with everything it needs on this machine; nothing is left afterwards."""
 
 import secrets
-from typing import TYPE_CHECKING, Final
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -28,6 +29,18 @@ _ROUTES: Final = "".join(
     f"[routes.{name}]\nreceipt = true\n" for name in ("SERVICE_CALL_CREATED", "ROUND_READY")
 )
 _QUIET: Final = 0.5  # seconds without an event after the last loop
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Options:
+    """What the demo is started with, besides its port."""
+
+    rate: float
+    loops: int
+    redis: str
+    kill_primary_every: float | None
+    workers: int
+    story: str | None
 
 
 @click.command()
@@ -60,15 +73,7 @@ _QUIET: Final = 0.5  # seconds without an event after the last loop
     "--story", type=click.Choice(["receipts"]),
     help="Instead of all sample events: a call that nobody confirms, and what follows.",
 )  # fmt: skip
-def demo(
-    port: int | None,
-    rate: float,
-    loops: int,
-    redis: str,
-    kill_primary_every: float | None,
-    workers: int,
-    story: str | None,
-) -> None:
+def demo(port: int | None, **options: Any) -> None:
     """Start a Redis-compatible server and a gateway, publish events, show who receives them.
 
     To watch a failover: `trio-gateway demo --redis sentinel --kill-primary-every 20`. To see what
@@ -94,7 +99,7 @@ def demo(
 
     async def work() -> None:
         chosen = port or (PORT if is_free(PORT) else free_port())
-        await _demo(chosen, rate, loops, redis, kill_primary_every, workers, story)
+        await _demo(chosen, _Options(**options))
 
     try:
         run(work)
@@ -104,15 +109,7 @@ def demo(
         raise Failure(str(error)) from None
 
 
-async def _demo(
-    port: int,
-    rate: float,
-    loops: int,
-    redis: str,
-    kill_primary_every: float | None,
-    workers: int,
-    story: str | None,
-) -> None:
+async def _demo(port: int, options: _Options) -> None:
     import trio
 
     from .demo_tally import Tally
@@ -121,26 +118,16 @@ async def _demo(
     screen = Screen()
     tally = Tally(trio.current_time)
     try:
-        await _run(port, rate, loops, redis, kill_primary_every, workers, story, screen, tally)
+        await _run(port, options, screen, tally)
     finally:
         if tally.published:
             with trio.move_on_after(_SUMMARY_TIMEOUT, shield=True):
-                if kill_primary_every is not None:
+                if options.kill_primary_every is not None:
                     await screen.show(f"\n{tally.counters}")
                 await screen.show(f"\n{tally}")
 
 
-async def _run(
-    port: int,
-    rate: float,
-    loops: int,
-    redis: str,
-    kill_primary_every: float | None,
-    workers: int,
-    story: str | None,
-    screen: "Screen",
-    tally: "Tally",
-) -> None:
+async def _run(port: int, options: _Options, screen: "Screen", tally: "Tally") -> None:
     import tempfile
 
     import trio
@@ -148,10 +135,11 @@ async def _run(
     from . import demo_story
     from .demo_redis import NAMES, kill_primaries, open_redis
 
-    routes = _ROUTES if story is None else demo_story.routes(demo_story.WITHIN)
+    is_story = options.story is not None
+    routes = demo_story.routes(demo_story.WITHIN) if is_story else _ROUTES
 
     with tempfile.TemporaryDirectory(prefix=demo_file.FOLDER) as folder:
-        async with open_redis(redis) as servers:
+        async with open_redis(options.redis) as servers:
             gateway = DemoGateway(
                 servers.url,
                 make_database(folder),
@@ -159,23 +147,23 @@ async def _run(
                 secrets.token_urlsafe(48),
                 secrets.token_urlsafe(48),
                 write_routes(folder, routes),
-                workers,
+                options.workers,
             )
             async with running_gateway(gateway, folder), trio.open_nursery() as nursery:
                 demo_file.write(folder, gateway.running)
-                if kill_primary_every is not None:
-                    nursery.start_soon(
-                        kill_primaries, servers, kill_primary_every, port, screen, tally
-                    )
-                if story is not None:
-                    await demo_story.tell_story(gateway, loops, screen, demo_story.WITHIN)
+                if (every := options.kill_primary_every) is not None:
+                    nursery.start_soon(kill_primaries, servers, every, port, screen, tally)
+                if is_story:
+                    await demo_story.tell_story(gateway, options.loops, screen, demo_story.WITHIN)
                     nursery.cancel_scope.cancel()
                     return
-                await introduce(gateway, NAMES[redis], screen)
+                await introduce(gateway, NAMES[options.redis], screen)
                 for role in ROLES:
                     await nursery.start(listen, gateway, role, screen, tally)
                 confirm = min(1, len(servers.nodes) - 1)  # by a replica, if there are any
-                await publish_samples(gateway, rate, loops, screen, tally, confirm=confirm)
+                await publish_samples(
+                    gateway, options.rate, options.loops, screen, tally, confirm=confirm
+                )
                 await _quiet(tally)
                 nursery.cancel_scope.cancel()
 
