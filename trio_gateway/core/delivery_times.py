@@ -15,7 +15,7 @@ from typing import Final
 import msgspec
 
 from .distinct import number_of
-from .event_ids import Stream
+from .event_ids import Position, Stream
 from .events import Event
 from .receipts import Place, TrackedEvent
 from .time_counts import Figures, TimeCounts, add, remove
@@ -60,7 +60,7 @@ class DeliveryTimes:
         self._tenants: dict[int, _TenantTimes] = {}
         self._others = _TenantTimes()
         # When events were written last (Redis' unix ms), if clients were behind then.
-        self._written_at: OrderedDict[Place, int] = OrderedDict()
+        self._written_at: OrderedDict[tuple[Stream, Position], int] = OrderedDict()
         self._ahead: dict[Stream, float] = {}
         self._looked_at = _NEVER  # the minute in which it was looked
         self._may_leave: list[int] = []  # who may join the others, those quiet for longest last
@@ -94,8 +94,10 @@ class DeliveryTimes:
                 redis_now = self.redis_now(stream, now)
                 minute = redis_now // _MINUTE
             if is_behind:
-                self.count_last(event.tenant, Place(stream, position), redis_now)
-                continue
+                if (place := (stream, position)) in self._written_at:  # by a client that was quick
+                    self.count_last(event.tenant, Place(*place), redis_now)
+                    continue
+                self._remember(place, redis_now)
             if (ms := redis_now - position[0]) < 0:
                 ms = 0
             is_late = ms > self._limit
@@ -115,10 +117,13 @@ class DeliveryTimes:
         of = self._of(tenant, redis_now // _MINUTE, is_late=is_late)
         if before is not None:
             remove([each.written for each in of.at(before // _MINUTE)], ms_before)
+        self._remember(place, redis_now)
+        add(of.written, ms, number_of(*place) if is_late else None)
+
+    def _remember(self, place: tuple[Stream, Position], redis_now: int) -> None:
         self._written_at[place] = redis_now
         if len(self._written_at) > MOST_REMEMBERED:
             self._written_at.popitem(last=False)
-        add(of.written, ms, number_of(*place) if is_late else None)
 
     def due(self, places: Sequence[Place], redis_now: int) -> int:
         """When these events, which were counted now, change a count if they are written again."""
