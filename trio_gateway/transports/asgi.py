@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple, Self
 
 import trio
 from quart import Websocket
@@ -42,35 +42,23 @@ def control_of(state: Mapping[str, Any] | None) -> TcpControl | None:
     return found
 
 
-def abort_of(scope: Any) -> Callable[[], None] | None:
-    """What resets this client's connection, if that is possible: an HTTP/2 connection carries
-    other streams too.
-    """
-    if not scope.get("http_version", "1.1").startswith("1"):
-        return None
-    control = control_of(scope.get("state"))
-    return None if control is None else control.abort
+class ClientControl(NamedTuple):
+    """What can be done with the connection of one client, see :class:`TcpControl`."""
 
+    abort: Callable[[], None] | None = None  # if it is possible
+    traffic: Callable[[], tuple[int, int]] = lambda: (0, 0)
+    has_left: Callable[[], bool] = lambda: False
+    measures_progress: bool = False  # a send has a deadline that measures what the client takes
 
-def traffic_of(scope: Any) -> Callable[[], tuple[int, int]]:
-    """What tells how much this client's side of the TCP connection has acknowledged."""
-    control = control_of(scope.get("state"))
-    return _unknown if control is None else control.traffic
-
-
-def _unknown() -> tuple[int, int]:
-    return 0, 0
-
-
-def has_left_of(scope: Any) -> Callable[[], bool]:
-    """What tells whether this client has ended its TCP connection."""
-    control = control_of(scope.get("state"))
-    return (lambda: False) if control is None else control.has_left
-
-
-def measures_progress(scope: Any) -> bool:
-    """Whether a send has a deadline that measures what the client takes."""
-    return control_of(scope.get("state")) is not None
+    @classmethod
+    def of(cls, scope: Any) -> Self:
+        """That of the client of an ASGI scope."""
+        if (control := control_of(scope.get("state"))) is None:
+            return cls()
+        # An HTTP/2 connection carries other streams, too.
+        is_alone = scope.get("http_version", "1.1").startswith("1")
+        abort = control.abort if is_alone else None
+        return cls(abort, control.traffic, control.has_left, measures_progress=True)
 
 
 def read_scope(endpoint: Endpoint, scope: Any) -> ClientRequest:
@@ -95,14 +83,11 @@ class AsgiSocket:
         self._websocket = websocket
         self._max_size = max_size
         scope = getattr(websocket, "scope", {})
-        self._reset = abort_of(scope)
+        self._reset, self.traffic, self.has_left, self.measures_progress = ClientControl.of(scope)
         self._closed = False
         self._aborted = False
         self.is_plain = False
-        self.measures_progress = measures_progress(scope)
         self.answers_pings = False  # ASGI has no message for a ping
-        self.traffic = traffic_of(scope)
-        self.has_left = has_left_of(scope)
 
     def try_write(self, data: bytes) -> int:
         if self._aborted:

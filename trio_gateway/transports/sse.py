@@ -15,7 +15,7 @@ from ..core.close_codes import RETRY_AFTER, Close, Rejected, parse_retry_hint
 from ..core.frames import boundary
 from ..core.sse import HELLO, MEDIA_TYPE, EventWriter, close_event
 from ..runtime.socket import LINGER, Disconnected, ProtocolViolation
-from .asgi import abort_of, has_left_of, measures_progress, traffic_of
+from .asgi import ClientControl
 
 PATHS: Final[Mapping[str, Endpoint]] = MappingProxyType({f"{e.path}/events": e for e in Endpoint})
 
@@ -63,12 +63,9 @@ class EventStream:
         self._send = send
         self._start = _start(200, _STREAM_HEADERS)
         self._writer = EventWriter()
-        self._reset = abort_of(scope)
+        self._reset, self.traffic, self.has_left, self.measures_progress = ClientControl.of(scope)
         self.is_plain = False  # the response begins with the first receive
-        self.measures_progress = measures_progress(scope)
         self.answers_pings = False  # a ping is a comment, which no client answers
-        self.traffic = traffic_of(scope)
-        self.has_left = has_left_of(scope)
         if scope["http_version"].startswith("1"):
             # A client that reconnects must not come back on this connection to a draining gateway.
             self._start["headers"].append((b"connection", b"close"))
