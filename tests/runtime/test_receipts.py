@@ -263,6 +263,23 @@ async def test_escalated_event_goes_to_a_waiter_who_took_over_its_sector_after_i
     assert (client.heard, other.heard) == ([1], [1])
 
 
+@pytest.mark.parametrize("resume_from", [None, "", place(0)], ids=["not", "from_now", "before_it"])
+@pytest.mark.parametrize("came_before", [False, True])
+async def test_client_that_is_about_to_begin_gets_an_escalated_event_once(
+    autojump_clock: MockClock, world: World, resume_from: str | None, came_before: bool
+) -> None:
+    """While it may still ask to resume, or is looked up, it gets events from the history."""
+    await world.publish(0, session_id=456)
+    if not came_before:
+        await world.publish(1, sector_id=5)
+    client = await world.connect(resume_from, principal=waiter_of(5))
+    if came_before:
+        await world.publish(1, sector_id=5)
+    await take_step(world)
+    await client.say("x")
+    assert client.heard.count(1) == 1
+
+
 @pytest.mark.parametrize("number", [1, 21], ids=["before", "while"])
 async def test_waiter_who_lags_is_sent_an_escalated_event_once(
     autojump_clock: MockClock, world: World, number: int

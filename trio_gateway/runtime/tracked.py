@@ -55,6 +55,8 @@ class Tracked:
 
     def step_at(self, position: Position) -> int:
         """The number of the last step that was taken up to this place in the stream."""
+        if not self.escalated:
+            return 0
         return max((step for step, at in self.escalated.items() if at <= position), default=0)
 
     def steps_of(self, audiences: Collection[Audience]) -> int:
