@@ -9,7 +9,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from trio_gateway.core.close_codes import Close
 from trio_gateway.core.messages import Message
-from trio_gateway.runtime.connection import Answer, Connection, ConnectionLimits, ignore
+from trio_gateway.runtime.connection import Connection, ConnectionLimits, Handler, ignore
 from trio_gateway.runtime.deadlines import Deadlines
 from trio_gateway.runtime.hub import Hub
 from trio_gateway.testing import FakeSocket, make_principal
@@ -29,7 +29,7 @@ class World:
         self,
         limits: ConnectionLimits = SILENT,
         *,
-        answer: Answer = ignore,
+        answer: Handler = ignore,
         expires_at: float = float("inf"),
     ) -> tuple[Connection, FakeSocket]:
         socket = FakeSocket()

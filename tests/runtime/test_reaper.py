@@ -10,7 +10,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from trio_gateway.core.close_codes import Close
 from trio_gateway.core.messages import Message
-from trio_gateway.runtime.connection import Answer, Connection, ConnectionLimits, ignore
+from trio_gateway.runtime.connection import Connection, ConnectionLimits, Handler, ignore
 from trio_gateway.runtime.hub import Hub
 from trio_gateway.runtime.reaper import clean_up, reap
 from trio_gateway.runtime.socket import Ping, Pong
@@ -43,7 +43,7 @@ class World:
         *,
         expires_at: float = math.inf,
         socket: FakeSocket | None = None,
-        answer: Answer = ignore,
+        answer: Handler = ignore,
     ) -> tuple[Connection, FakeSocket]:
         """``expires_at`` is on Trio's clock as it is before the wall clock is set."""
         socket = socket or FakeSocket()

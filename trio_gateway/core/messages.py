@@ -141,6 +141,7 @@ def auth_ok(expires_at: float) -> bytes:
 
 
 def sectors_updated(sectors: Collection[SectorId], form: Command) -> bytes:
+    """The answer to a request for sectors, in the form of the request: text or JSON."""
     if form is Command.REFRESH_SECTORS:
         return b"sectors_updated:" + ",".join(map(str, sorted(sectors))).encode()
     return _encode({"type": "sectors_updated", "sector_ids": sorted(sectors)})
@@ -176,6 +177,7 @@ def intervals(
 
 
 def resumed(*, recovered: bool, count: int, last_event_id: str) -> bytes:
+    """The answer to a resume; ``count`` is how many events were missed."""
     return _encode(
         {"type": "resumed", "recovered": recovered, "count": count, "last_event_id": last_event_id}
     )

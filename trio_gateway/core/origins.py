@@ -36,15 +36,6 @@ def normalise(text: str) -> str:
     return f"{scheme}://{host}" + (f":{port}" if _DEFAULT_PORTS.get(scheme) != port else "")
 
 
-def is_origin(text: str) -> bool:
-    """Whether this is ``scheme://host[:port]`` without anything else (RFC 6454, 6.2)."""
-    try:
-        normalise(text)
-    except ValueError:
-        return False
-    return True
-
-
 def read_origin(text: str) -> str:
     """Read an origin from a configuration, into the form of :func:`normalise`.
 

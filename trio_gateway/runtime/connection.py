@@ -34,10 +34,11 @@ _OVERHEAD: Final = 64  # bytes of memory for a message in the outbox, besides it
 DRAIN_TIMEOUT: Final = 2.0  # seconds for what waits in the outbox when a connection ends
 
 
-Answer = Callable[["Connection", Message], Awaitable[None]]
+Handler = Callable[["Connection", Message], Awaitable[None]]
 
 
 async def ignore(_connection: "Connection", _message: Message) -> None:
+    """A handler that does nothing."""
     await trio.lowlevel.checkpoint()
 
 
@@ -143,7 +144,7 @@ class Connection:
         self,
         principal: Principal,
         terms: ConnectionLimits,
-        answer: Answer = ignore,
+        answer: Handler = ignore,
         expires_at: float = float("inf"),
         *,
         replays: Resuming | None = None,

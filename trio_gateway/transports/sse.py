@@ -158,6 +158,7 @@ async def _refuse(send: Send, status: int, code: int, reason: str, again: float 
 
 
 async def answer(send: Send, status: int, headers: Mapping[str, str], body: bytes = b"") -> None:
+    """Send a whole HTTP response."""
     await send(_start(status, {**headers, "Content-Length": str(len(body))}))
     await send({"type": "http.response.body", "body": body, "more_body": False})
 

@@ -193,4 +193,5 @@ def _token(name: str) -> str | None:
 
 
 def is_id(text: str) -> bool:
+    """Whether this is the id of a branch or session, in decimal digits."""
     return is_decimal(text, 19) and 0 < int(text) <= MAX_ID
