@@ -33,7 +33,7 @@ from trio_gateway.core.audiences import Endpoint, Principal
 from trio_gateway.core.close_codes import Close
 from trio_gateway.gateway import Gateway
 from trio_gateway.testing import make_payload, make_principal, make_table_token
-from trio_gateway.transports.progress import ProgressStream, acknowledged
+from trio_gateway.transports.progress import ProgressStream, acknowledged, wait_writable
 
 NO_REDIS: Final = "redis://127.0.0.1:1"
 WRITE_TIMEOUT: Final = 0.6
@@ -237,6 +237,22 @@ async def test_stuck_peer_is_a_timeout_and_a_closed_one_is_not() -> None:
     await ours.aclose()
     with pytest.raises(trio.ClosedResourceError):
         await stream.send_all(b"x")
+    with pytest.raises(trio.ClosedResourceError):
+        await wait_writable(ours.socket, 1)
+
+
+async def test_socket_that_is_closed_while_it_is_waited_for_is_told() -> None:
+    ours, theirs = await tcp_pair()
+    async with theirs, trio.open_nursery() as nursery:
+        stream = ProgressStream(ours, 10)
+
+        async def fill() -> None:
+            with pytest.raises(trio.ClosedResourceError):
+                await stream.send_all(b"x" * 20_000_000)
+
+        nursery.start_soon(fill)
+        await wait_all_tasks_blocked()
+        ours.socket.close()
 
 
 async def test_acknowledged_bytes_are_counted() -> None:

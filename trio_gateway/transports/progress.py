@@ -84,12 +84,12 @@ async def wait_writable(sock: Any, timeout: float) -> None:
     """
     acked, moved_at = acknowledged(sock), trio.current_time()
     while True:
+        if sock.fileno() == -1:  # Trio would raise ValueError
+            raise trio.ClosedResourceError("socket is closed")
         with trio.move_on_after(timeout / _LOOKS) as scope:
             await trio.lowlevel.wait_writable(sock)
         if not scope.cancelled_caught:
             return
-        if sock.fileno() == -1:
-            raise trio.ClosedResourceError("socket is closed")
         if (now_acked := acknowledged(sock)) != acked:
             acked, moved_at = now_acked, trio.current_time()
         elif trio.current_time() - moved_at >= timeout:
