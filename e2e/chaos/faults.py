@@ -1,6 +1,6 @@
 """Faults put into a gateway process by its environment; nothing in the product knows of them.
 
-``CHAOS_TASK`` names a task as its code does (``Dispatch.run``; ``Dispatch.run#2`` is the second
+``CHAOS_TASK`` names a task as its code does (``Batches.run``; ``Batches.run#2`` is the second
 that is started). It raises when the file ``CHAOS_NOW`` is there, in whichever process takes it
 away first. ``CHAOS_CLOCK`` is a file with the seconds by which the wall clock is wrong.
 ``CHAOS_STATUS`` is a file to which Hypercorn's master writes how its workers ended.

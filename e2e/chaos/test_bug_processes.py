@@ -132,7 +132,7 @@ async def test_serve_closes_its_clients_and_ends_with_status_1(
         assert gateway.seconds < SOON
 
 
-@pytest.mark.parametrize("task", ["Dispatch.run#1", "PubSub.run", "Streams.run"])
+@pytest.mark.parametrize("task", ["Batches.run#1", "PubSub.run", "Streams.run"])
 async def test_hypercorn_without_workers_ends_with_status_1(
     redis_url: str, tmp_path: Path, task: str
 ) -> None:
@@ -178,7 +178,7 @@ async def test_hypercorn_ends_the_other_worker_too_and_both_close_their_clients(
 # Our supervisor
 
 
-@pytest.mark.parametrize("task", ["Dispatch.run#1", "PubSub.run", *WORKER, *SERVE])
+@pytest.mark.parametrize("task", ["Batches.run#1", "PubSub.run", *WORKER, *SERVE])
 async def test_supervisor_restarts_a_worker_with_a_bug_and_the_other_goes_on(
     redis_url: str, tmp_path: Path, task: str
 ) -> None:
