@@ -15,6 +15,7 @@ from trio_gateway.broker.streams import Streams
 from trio_gateway.broker.topology import single
 from trio_gateway.core.event_ids import entry_id, read_position, tag
 from trio_gateway.redis_url import RedisAddress
+from trio_gateway.runtime.source import PastLimits
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +78,17 @@ async def test_past_is_as_much_as_there_is_room_for(engine: Engine) -> None:
     past = engine.sink.pasts["a"]
     assert not past.is_whole
     assert entry_id(past.since) == engine.added["a"][199]
+
+
+async def test_all_new_shards_are_looked_at_before_one_is_begun(single_engine: Engine) -> None:
+    engine, sink = single_engine, single_engine.sink
+    sink.ahead = PastLimits(2, 10**9, 0)
+    engine.add("a", 3)
+    engine.add("b", 1)
+    async with engine.reading("a", "b", "c"):
+        assert sink.looked_at == [("a", engine.added["a"][1:]), ("b", engine.added["b"]), ("c", [])]
+        assert sink.begun_before == [0, 0, 0]
+        assert sink.pasts.keys() == {"a", "b", "c"}
 
 
 async def test_nothing_is_followed_until_it_is_asked_for(engine: Engine) -> None:

@@ -21,6 +21,7 @@ from trio_gateway.runtime.stream_inlet import StreamInlet
 from trio_gateway.testing import make_event, make_principal
 
 AUDIENCES = audiences_of(make_principal())
+ROUND_READY = read_routes('[routes.ROUND_READY]\nmust_reach = "waiters"\nwithin = 10\n')
 
 
 @pytest.fixture
@@ -133,3 +134,37 @@ async def test_past_is_read_as_far_back_as_the_deadlines_of_its_events(
     )  # fmt: skip
     world.history.age = 3600
     assert inlet.past_limits().since == (9000 - ago) * 1000
+
+
+def watching(world: World, reach: Reach | None) -> StreamInlet:
+    return StreamInlet(
+        ingest=Ingest(), queue=EventQueue(1000), history=world.history, dispatch=world.dispatch,
+        replays=world.replays, routes=ROUND_READY, reach=reach, wall_clock=lambda: 9000.0,
+    )  # fmt: skip
+
+
+def entry(seconds: float, type_: str = "ROUND_READY", **keys: Any) -> Entry:
+    """That came so long before now."""
+    return Entry(at(9_000_000 - int(1000 * seconds)), make_event(type=type_, **keys).payload)
+
+
+async def test_deadlines_that_are_near_are_watched_before_the_past_is_read(world: World) -> None:
+    reach = Reach(ROUND_READY, lambda: 9000.0, 3600)
+    inlet = watching(world, reach)
+    assert inlet.look_ahead_limits() == inlet.past_limits()._replace(since=(9000 - 10 - 300) * 1000)
+    entries = [entry(60), entry(12), entry(10.5, "ROUND_SERVED"), entry(9), entry(2)]
+    await inlet.look_ahead(A, "a", [*entries, Entry(at(9_000_000), None)])
+    assert len(reach) == 2
+    assert positions(world) == []
+
+
+async def test_copy_of_an_event_is_not_watched_before_the_past_is_read(world: World) -> None:
+    reach = Reach(ROUND_READY, lambda: 9000.0, 3600)
+    await watching(world, reach).look_ahead(A, "a", [entry(309, id="a"), entry(10, id="a")])
+    assert not len(reach)
+
+
+async def test_nothing_is_looked_at_before_the_past_if_nothing_must_reach_anybody(
+    world: World,
+) -> None:
+    assert watching(world, None).look_ahead_limits() is None

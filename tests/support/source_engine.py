@@ -37,9 +37,20 @@ class Recorder:
         self.accepts = trio.Event()
         self.accepts.set()
         self.most_past = 100_000
+        self.ahead: PastLimits | None = None
+        self.looked_at: list[tuple[str, list[str]]] = []
+        self.begun_before: list[int] = []  # the number of shards, at each look
 
     def past_limits(self) -> PastLimits:
         return PastLimits(self.most_past, 10**9, 0)
+
+    def look_ahead_limits(self) -> PastLimits | None:
+        return self.ahead
+
+    async def look_ahead(self, stream: Stream, name: str, entries: Sequence[Entry]) -> None:
+        await trio.lowlevel.checkpoint()
+        self.looked_at.append((name, [entry_id(each.position) for each in entries]))
+        self.begun_before.append(len(self.pasts))
 
     async def begin(self, stream: Stream, name: str, past: Past, ahead: float | None) -> None:
         assert name not in self.pasts

@@ -66,6 +66,18 @@ class StreamReader:
         self._counted_since, self._counted = -_PACE, 0  # entries read in the last while
         self.reading: Collection[str] = ()  # the names in its last XREAD
 
+    async def look_ahead(self, names: Sequence[str]) -> None:
+        """Let the sink look at what is new in streams that are about to be begun."""
+        if (limits := self._sink.look_ahead_limits()) is None:
+            return
+        for name in names:
+            reply = await self._redis.ask("XINFO", "STREAM", name, timeout=REPLY_TIMEOUT)
+            if self._unreadable.note(name, "XINFO", reply):
+                continue
+            info = read_info(reply, name)
+            past = await read_past(self._redis, name, info, limits, timeout=REPLY_TIMEOUT)
+            await self._sink.look_ahead(tag(name), name, past.entries)
+
     async def begin(self, name: str) -> None:
         """Begin a stream at its end, with the history of what it still holds.
 

@@ -168,6 +168,7 @@ class Streams:
                 await reader.check(list(self._by_name.values()), is_new_connection=True)
                 await reader.retry_unreadable()
             begun = self._to_begin()
+            await reader.look_ahead(begun)
             for name in begun:
                 await reader.begin(name)
             if before is not None:

@@ -20,7 +20,6 @@ from typing import Final, NamedTuple, NoReturn
 import structlog
 import trio
 
-from ..core.escalation import Escalation
 from ..core.event_ids import Stream
 from ..core.events import Event
 from ..core.receipts import Place, TrackedEvent, read_place
@@ -41,6 +40,7 @@ _FRESH: Final = 0.3
 _MOST_TOGETHER: Final = 100
 _RETRY: Final = 1.0  # seconds
 _SLOW: Final = 0.3  # seconds for an answer, that came when an outage was over
+_NEAR: Final = 5.0  # seconds from now to a deadline that is near
 _MOST: Final = 100_000  # deadlines; the latest are dropped
 _ASKED: Final = 60.0  # seconds for which what was asked is kept: Redis may lose what was done
 _MOST_ASKED: Final = 10_000
@@ -102,50 +102,53 @@ class Reach:
     def note(self, events: Iterable[Event]) -> None:
         """Watch those of these durable events that must reach somebody."""
         for event in events:
-            if event.escalation is not None:
-                self._note_step(event, event.escalation)
-            elif event.type in self._types and event.durable:
-                assert event.stream is not None
-                assert event.position is not None
-                place = Place(event.stream, event.position)
-                self._watch(event, event.type, place, 0, event.position[0])
+            if (due := self._due(event)) is not None:
+                self._watch(due)
 
-    def _note_step(self, event: Event, escalation: Escalation) -> None:
-        assert event.position is not None
-        place = read_place(escalation.event_id)
-        if escalation.of in self._types and place is not None and place.stream == event.stream:
-            self._watch(event, escalation.of, place, escalation.step, event.position[0])
+    def note_near(self, event: Event) -> None:
+        """As :meth:`note`, if its deadline is near. It may be noted again."""
+        due = self._due(event)
+        if due is not None and abs(due.deadline / 1000 - self._clock()) < _NEAR:
+            self._watch(due)
 
-    def _watch(self, event: Event, type_: str, place: Place, number: int, begun: int) -> None:
+    def _due(self, event: Event) -> Due | None:
+        """The step that this event begins; None if it begins none."""
+        if event.stream is None or event.position is None or not event.durable:
+            return None
+        place: Place | None = Place(event.stream, event.position)
+        type_, number = event.type, 0
+        if (escalation := event.escalation) is not None:
+            place, type_, number = read_place(escalation.event_id), escalation.of, escalation.step
+        if type_ not in self._types or place is None or place.stream != event.stream:
+            return None
         route, at = self._routes[type_], place.position[0]
-        steps, now = route.steps, self._clock()
-        if number >= len(steps):
-            return
-        expires = at + int((route.longest + self._ttl) * 1000)
-        if expires < now * 1000:  # nothing is known of it any more
+        if number >= len(route.steps):
+            return None
+        had = route.to
+        for step in route.steps[: number + 1]:
+            had |= step.to
+        return Due(
+            place,
+            TrackedEvent(type_, event.tenant, event.branch, at),
+            event.sector,
+            event.session,
+            route.steps,
+            names_of(had),
+            number,
+            deadline=event.position[0] + int(route.steps[number].within * 1000),
+            expires=at + int((route.longest + self._ttl) * 1000),
+        )
+
+    def _watch(self, due: Due) -> None:
+        now = self._clock()
+        if due.expires < now * 1000:  # nothing is known of it any more
             return
         if len(self) >= _MOST:
             self._throttled_log.error("too many events to watch", most=_MOST)
             return
-        within = steps[number].within
-        deadline = begun + int(within * 1000)
-        about = TrackedEvent(type_, event.tenant, event.branch, at)
-        had = route.to
-        for step in steps[: number + 1]:
-            had |= step.to
-        due = Due(
-            place,
-            about,
-            event.sector,
-            event.session,
-            steps,
-            names_of(had),
-            number,
-            deadline,
-            expires,
-        )
         # Our clock may be behind that of Redis, but no entry is from the future.
-        self._lane_of(place).push(due, min(within, deadline / 1000 - now) + GRACE)
+        within = min(due.steps[due.number].within, due.deadline / 1000 - now)
+        self._lane_of(due.place).push(due, within + GRACE)
 
     def drop(self, copy: Event) -> None:
         """This durable event, which was noted, is a copy of an earlier one: nobody is sent it."""

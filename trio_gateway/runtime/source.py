@@ -52,10 +52,17 @@ class Sink(Protocol):
 
     For each shard: first :meth:`begin`, then :meth:`take` for all entries behind the past, in
     order and each once, until :meth:`forget`. Different shards may be begun while others are read.
+    Before any of several is begun, each is looked at with :meth:`look_ahead`.
     """
 
     def past_limits(self) -> PastLimits:
         """How much of a shard's past is worth reading."""
+
+    def look_ahead_limits(self) -> PastLimits | None:
+        """How much of new shards to look ahead at, as :meth:`past_limits`; None if nothing."""
+
+    async def look_ahead(self, stream: Stream, name: str, entries: Sequence[Entry]) -> None:
+        """Look at the newest entries of a shard that is begun soon, as others are begun first."""
 
     async def begin(self, stream: Stream, name: str, past: Past, ahead: float | None) -> None:
         """Begin a shard with its past. If this is cancelled, call it again.

@@ -17,6 +17,7 @@ which connections that are not held have been sent everything. So:
   the history again behind its end.
 """
 
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
@@ -24,7 +25,8 @@ from typing import Final
 import structlog
 import trio
 
-from ..core.duplicates import Duplicates
+from ..core.duplicates import ID_WINDOW, Duplicates
+from ..core.escalation import ESCALATED
 from ..core.event_ids import Position, Stream
 from ..core.events import Event, InvalidEvent, parse_event
 from ..core.routing import Routing
@@ -76,6 +78,9 @@ class StreamInlet:
         self._noted_by = [each.note for each in (receipts, reach) if each is not None]
         # A process that starts in the midst of an event's steps watches it, too.
         self._longest = 0.0 if reach is None else reach.longest
+        self._reach = reach
+        names = (re.escape(each) for each in sorted(routes.tracked_types | {ESCALATED}))
+        self._names_tracked = re.compile(f'"(?:{"|".join(names)})"'.encode()).search
         self._places = places or Places(history.extent)
         self._by_tenant = self._places.by_tenant
         self.misplaced = 0  # events in the shard of another tenant
@@ -92,6 +97,31 @@ class StreamInlet:
             max(history.most_bytes // share, history.most_bytes - history.bytes),
             since,
         )
+
+    def look_ahead_limits(self) -> PastLimits | None:
+        """How much to look ahead at, if any event must reach somebody."""
+        if self._reach is None:
+            return None
+        # As far back as the first one of the copies of an event that is watched.
+        return self.past_limits()._replace(
+            since=(self._wall_clock() - self._longest - ID_WINDOW) * 1000
+        )
+
+    async def look_ahead(self, stream: Stream, name: str, entries: Sequence[Entry]) -> None:
+        """Watch at once those whose deadlines are near.
+
+        The process that watched them may have been killed, and to begin all its streams can take a
+        second.
+        """
+        assert self._reach is not None
+        seen = Duplicates()
+        for n, entry in enumerate(entries):
+            if entry.payload is not None and self._names_tracked(entry.payload) is not None:
+                event = self._parse(name, stream, entry)
+                if event is not None and not seen.find_or_add(event):
+                    self._reach.note_near(event)
+            if n % _PER_CHECKPOINT == 0:
+                await trio.lowlevel.checkpoint()
 
     async def begin(self, stream: Stream, name: str, past: Past, ahead: float | None) -> None:
         """Begin a stream, with its past.
@@ -120,12 +150,18 @@ class StreamInlet:
     def _remember(
         self, stream: Stream, name: str, entry: Entry, read_again: Duplicates | None
     ) -> None:
+        event = self._parse(name, stream, entry)
+        if event is not None and self._dispatch.remember(event, read_again):
+            self._note_tracked((event,))
+
+    def _parse(self, name: str, stream: Stream, entry: Entry) -> Event | None:
+        """The event in an entry of the past; None if there is none."""
         if entry.payload is None:
-            return
+            return None
         # Clocks differ: an entry may be from the future.
         ago = max(0.0, self._wall_clock() - entry.position[0] / 1000)
         try:
-            event = parse_event(
+            return parse_event(
                 entry.payload,
                 channel=name,
                 received_at=trio.current_time() - ago,
@@ -134,9 +170,7 @@ class StreamInlet:
                 durable_types=self._durable_types,
             )
         except InvalidEvent:
-            return  # the process that read it live has counted it
-        if self._dispatch.remember(event, read_again):
-            self._note_tracked((event,))
+            return None  # the process that read it live has counted it
 
     async def take(
         self,
