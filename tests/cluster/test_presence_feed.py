@@ -120,6 +120,39 @@ async def test_branches_of_a_user_are_those_of_all_its_connections(
         assert admin.known(2) == {}
 
 
+async def test_sectors_of_a_user_are_those_of_all_its_connections(
+    client: "redis.Redis", autojump_clock: MockClock
+) -> None:
+    """Two processes may hold the same of it, after each held something else."""
+    async with service(client, 2) as (_, (one, other)):
+        admin = watch(one)
+        devices = [(each, each.join(sectors=[5])) for each in (one, other)]
+        await trio.sleep(0.2)
+        for sector in (6, 7):
+            for process, device in devices:
+                process.move(device, user=21, sectors=[sector])
+                await trio.sleep(0.2)
+            assert admin.known(1)["waiter", "21"]["sector_ids"] == [sector]
+        one.move(devices[0][1], user=21, sectors=[8])
+        await trio.sleep(0.2)
+        assert admin.known(1)["waiter", "21"]["sector_ids"] == [7, 8]
+        other.leave(devices[1][1])
+        await trio.sleep(0.2)
+        assert admin.known(1)["waiter", "21"]["sector_ids"] == [8]
+
+
+async def test_visit_between_two_writes_is_no_leave_for_those_who_watch(
+    client: "redis.Redis", autojump_clock: MockClock
+) -> None:
+    async with service(client, 1, grace=15) as (_, (one,)):
+        admin = watch(one)
+        one.leave(one.join(sectors=[5]))
+        await trio.sleep(1)
+        one.leave(one.join(sectors=[6]))
+        await trio.sleep(1)
+        assert ("waiter", "21") in admin.known(1)
+
+
 async def test_changes_that_the_state_contains_are_not_told_again(
     client: "redis.Redis", autojump_clock: MockClock
 ) -> None:
@@ -179,6 +212,11 @@ _steps = st.one_of(
         st.integers(0, 1),
         st.tuples(st.integers(0, 3), st.sampled_from([(1,), (2,), (1, 2)]), st.integers(0, 2)),
     ),
+    st.tuples(  # of all connections of a user, whichever process has them
+        st.just("refresh"),
+        st.just(0),
+        st.tuples(st.integers(1, 2), st.integers(1, 2), st.integers(0, 2)),
+    ),
     st.tuples(st.just("wait"), st.just(0), st.sampled_from([0.3, 3.0])),
     st.tuples(st.just("lose messages"), st.integers(0, 1), st.just(0)),
     st.tuples(st.just("subscribe again"), st.just(0), st.just(0)),
@@ -191,7 +229,7 @@ async def play(world: World, processes: list[Process], steps: list[tuple[str, in
         match kind:
             case "join":
                 tenant, user, branches = value
-                process.join(user, tenant=tenant, branches=branches)
+                process.join(user, tenant=tenant, branches=branches, sectors=[user])
             case "leave" if value < len(process.connections):
                 process.leave(process.connections[value])
             case "move" if value[0] < len(process.connections):
@@ -205,6 +243,19 @@ async def play(world: World, processes: list[Process], steps: list[tuple[str, in
                     branches=branches,
                     sectors=[sector] if sector else [],
                 )
+            case "refresh":
+                tenant, user, sector = value
+                for each in processes:
+                    for connection in each.connections:
+                        who = connection.principal
+                        if (who.tenant, who.user) == (tenant, str(user)):
+                            each.move(
+                                connection,
+                                tenant=tenant,
+                                user=user,
+                                branches=sorted(who.branches),
+                                sectors=[sector] if sector else [],
+                            )
             case "wait":
                 await trio.sleep(value)
             case "lose messages":
@@ -214,9 +265,10 @@ async def play(world: World, processes: list[Process], steps: list[tuple[str, in
                 for each in processes:
                     each.presence.feed.on_subscribed()
         await trio.sleep(0.05)
-    world.loses_messages = False
-    for each in processes:
-        each.presence.feed.on_subscribed()
+    if world.loses_messages:
+        world.loses_messages = False
+        for each in processes:
+            each.presence.feed.on_subscribed()
     await trio.sleep(10)
 
 

@@ -110,10 +110,10 @@ local function held_by_dead(key)
   return false
 end
 
--- It is there with another record: tell those who watch.
+-- A process holds another record of it, or none any more: tell those who watch what all hold now.
 local function update(key, since, record, values)
   redis.call('HSET', online(key), key, since .. '\\n' .. record)
-  changes[#changes + 1] = {{key, since, unpack(values)}}
+  if #values > 0 then changes[#changes + 1] = {{key, since, unpack(values)}} end
 end
 
 local function finish(key, left)
@@ -140,10 +140,7 @@ local function release(key, left)
   end
   redis.call('HSET', prefix .. 'left', key, text(left))
   if #values == 0 then return end
-  local record = behind_line(values[1])
-  if record ~= behind_line(value) then
-    update(key, string.match(value, '^[^\\n]+'), record, values)
-  end
+  update(key, string.match(value, '^[^\\n]+'), behind_line(values[1]), values)
 end
 """
 )
@@ -169,9 +166,11 @@ for at = 6, #ARGV, 2 do
   local connections, came, left, record = string.match(ARGV[at + 1], '^(%d+) (%S+) (%S+)\\n(.*)$')
   came, left = tonumber(came), now - left
   local since = ''
+  local value = came and redis.call('HGET', online(key), key)
+  -- What this process held: others may hold the same record as it does now, and the one before.
+  local before = value and redis.call('HGET', here, key)
   if connections ~= '0' then redis.call('HSET', here, key, connections .. '\\n' .. record) end
   if came then
-    local value = redis.call('HGET', online(key), key)
     since = value and string.match(value, '^[^\\n]+') or seconds(now - came)
     if not value then
       redis.call('HSET', online(key), key, since .. '\\n' .. record)
@@ -179,7 +178,7 @@ for at = 6, #ARGV, 2 do
       changes[#changes + 1] = {key, since, connections .. '\\n' .. record}
     else
       if connections ~= '0' then redis.call('ZREM', leaving, key) end
-      if behind_line(value) ~= record then update(key, since, record, held(key)) end
+      if behind_line(before or value) ~= record then update(key, since, record, held(key)) end
     end
   end
   if connections == '0' then
