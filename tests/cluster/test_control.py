@@ -11,6 +11,7 @@ from trio_gateway.cluster.questions import Answers
 from trio_gateway.core.control_messages import (
     Disconnected,
     Hello,
+    Node,
     Revoked,
     SectorsChanged,
     read_control_message,
@@ -50,6 +51,13 @@ def test_an_answer_of_another_version_counts_as_missing() -> None:
     assert dict(answers.decoded(Disconnected)) == {"a": Disconnected(2), "d": Disconnected(1)}
     assert answers.missing == ["b", "c"]
     assert not answers.complete
+
+
+@pytest.mark.parametrize("text", [b'{"name":"\xff"}', b'{"name":5}'])
+def test_an_answer_that_is_not_text_counts_as_missing_too(text: bytes) -> None:
+    answers = Answers({"a": msgspec.Raw(text)})
+    assert list(answers.decoded(Node)) == []
+    assert answers.missing == ["a"]
 
 
 async def _do_nothing(_order: Hello, _given_at: float) -> None:

@@ -10,7 +10,7 @@ import structlog
 import trio
 
 from ..broker.commands import Unavailable
-from ..core.control_messages import Answer
+from ..core.control_messages import Answer, read_control_message
 
 log = structlog.get_logger()
 
@@ -44,10 +44,12 @@ class Answers:
         """
         for name, answer in self.by_node.items():
             try:
-                yield name, msgspec.json.decode(answer, type=kind)
-            except msgspec.DecodeError:
+                found = read_control_message(answer, kind)
+            except ValueError:
                 log.warning("invalid answer", node=name)
                 bisect.insort(self.missing, name)
+                continue
+            yield name, found
 
 
 class Question:
