@@ -27,7 +27,8 @@ from .broker.pubsub import Listener, PubSub
 from .broker.readiness import Readiness
 from .broker.receipt_store import ReceiptStore
 from .broker.sentinel_replicas import SentinelReplicas
-from .broker.shard_claims import Evaluate, ShardClaims
+from .broker.shard_claims import KEY as CLAIMS
+from .broker.shard_claims import ShardClaims
 from .broker.sharded_pubsub import ShardedPubSub, is_channel
 from .broker.steps import Steps
 from .broker.stream_pages import StreamPages
@@ -47,6 +48,7 @@ from .core.event_ids import tag
 from .core.events import Event
 from .core.limits import DropAlarm, TenantRate
 from .core.resilience import Breaker
+from .core.slots import slot_of
 from .redis_url import RedisKind, RedisUrl
 from .runtime.batches import Batches
 from .runtime.client_counts import ClientCounts
@@ -130,7 +132,7 @@ class Parts:
     inlet: StreamInlet
     following: Following
     shard_claims: ShardClaims | None
-    claim_link: CommandLink | None  # of these; none in a Cluster
+    claim_link: CommandLink | None  # of these
     places: Places
     sources: trio.CancelScope  # around the tasks of the two sources
     dead_letters: DeadLetters | None
@@ -392,11 +394,8 @@ def build_parts(
     following = Following(streams, history.extent, sharding)
     shard_claims, claim_link = None, None
     if reach.watches and sharding.by_tenant:
-        evaluate: Evaluate = partial(commands.evaluate, group="shard claims")
-        if not topology.is_cluster:
-            claim_link = CommandLink(topology)
-            evaluate = claim_link.evaluate
-        shard_claims = ShardClaims(evaluate, following, sharding)
+        claim_link = CommandLink(topology, slot_of(CLAIMS) if topology.is_cluster else None)
+        shard_claims = ShardClaims(claim_link.evaluate, following, sharding)
     sources = trio.CancelScope()
     silent = SilentConnections(settings.ws_max_handshakes)
     heads: ConcurrencyLimiter[Opening] = ConcurrencyLimiter(settings.ws_max_handshakes)

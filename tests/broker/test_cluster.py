@@ -10,6 +10,7 @@ from tests.support.gateways import until
 from tests.support.stopwatch import Stopwatch
 from trio_gateway.broker.asking import GRACE
 from trio_gateway.broker.cluster import cluster_topology
+from trio_gateway.broker.command_link import CommandLink
 from trio_gateway.broker.dead_letters import DeadLetters
 from trio_gateway.core.slots import hash_tag, slot_of
 from trio_gateway.redis_sets import Cluster, Node, cluster_set
@@ -60,6 +61,19 @@ async def test_dead_letters_are_copied_once(cluster: Cluster) -> None:
         await until(lambda: sum(each.outcomes["copied"] for each in processes) == 2)
         nursery.cancel_scope.cancel()
     assert cluster.primary("dlq").ask("XLEN", "dlq") == 2
+
+
+async def test_link_to_a_slot_follows_it_to_another_node(cluster: Cluster) -> None:
+    link = CommandLink(cluster_topology(RedisUrl.from_url(cluster.url)), cluster.slot("{link}"))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(link.run)
+        for value in ("a", "b"):
+            await link.ask("SET", "{link}", value, seconds=5)
+            assert cluster.primary("{link}").ask("GET", "{link}") == value
+            source = cluster.primary("{link}")
+            target = next(node for node in cluster.primaries() if node is not source)
+            await trio.to_thread.run_sync(cluster.move_slot, "{link}", target)
+        nursery.cancel_scope.cancel()
 
 
 async def test_slot_that_is_being_moved_is_served_by_both_nodes(cluster: Cluster) -> None:

@@ -19,11 +19,12 @@ _RETRY: Final = 0.5  # seconds from a connection that could not be opened to the
 
 
 class CommandLink:
-    """Sends commands to the primary, one at a time; not in a Cluster."""
+    """Sends commands to the primary, one at a time; in a Cluster to that of a slot."""
 
-    def __init__(self, topology: Topology) -> None:
-        assert not topology.is_cluster
+    def __init__(self, topology: Topology, slot: int | None = None) -> None:
+        assert slot is not None or not topology.is_cluster
         self._topology = topology
+        self._slot = slot
         self._redis: RedisConnection | None = None
         self._scope = trio.CancelScope()  # of the connection
         self._opened = trio.lowlevel.ParkingLot()
@@ -33,7 +34,7 @@ class CommandLink:
         while True:
             server = None
             try:
-                server = await self._topology.primary()
+                server = await self._topology.primary(self._slot or 0)
                 async with open_redis(server) as redis:
                     await self._keep(redis, server)
             except ConnectionLost:
@@ -47,7 +48,7 @@ class CommandLink:
         self._opened.unpark_all()
         try:
             with self._scope:
-                await self._topology.wait_left(server, None)
+                await self._topology.wait_left(server, self._slot)
         finally:
             self._redis = None
 

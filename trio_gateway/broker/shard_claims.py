@@ -26,6 +26,7 @@ KEY: Final = "{gateway}:watchers"  # hash: stream, its holder and until when (Re
 _HELD: Final = 300  # milliseconds
 _EVERY: Final = 0.1  # seconds
 _TIMEOUT: Final = 1.0  # seconds for one script
+_RETRY: Final = 1.0  # seconds: the right to it may be missing, and each try takes a connection
 _KEPT: Final = 60_000  # milliseconds after the last claim
 
 # ARGV: the process, for how many ms it claims, how many of the streams that follow it has clients
@@ -111,6 +112,6 @@ class ShardClaims:
             left, *held = map(int, reply)
         except (Unavailable, TypeError, ValueError) as error:
             self._throttled_log.warning("shards not claimed", error=str(error))
-            return _EVERY
+            return _RETRY
         self._following.hold({names[number - 1] for number in held})
         return min(left / 1000, _EVERY) if held else left / 1000
