@@ -313,6 +313,18 @@ async def test_waiter_whose_connection_was_lost_with_the_step_is_sent_what_that_
     assert again.heard == heard
 
 
+@pytest.mark.parametrize(("sector", "ignored"), [(5, 0), (6, 2)])
+async def test_client_confirms_no_event_that_entered_before_it_took_over_the_sector(
+    autojump_clock: MockClock, world: World, sector: int, ignored: int
+) -> None:
+    client = await world.live(principal=waiter_of(sector))
+    await world.publish(1, sector_id=5)
+    world.hub.move(client.connection, waiter_of(5))
+    await client.say({"type": "seen", "event_id": place(1)})
+    await ack(client, 1)
+    assert (world.receipts.ignored, len(tracked(world, 1).by)) == (ignored, not ignored)
+
+
 # More than a connection remembers
 
 BURST = 3000

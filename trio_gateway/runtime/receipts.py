@@ -299,6 +299,9 @@ class ReceiptLog:
         for sent_before in (connection.unconfirmed, connection.confirmed):
             if any(sent.tracked.place == place for sent in sent_before or ()):
                 return place
+        tracked = self._tracked.get(place)
+        if tracked is not None and Who.of(connection.principal) not in tracked.by:
+            return None  # it has come into the audience since
         return place if self._was_sent(connection, *place) else None
 
     def _was_sent(self, connection: Connection, stream: Stream, position: Position) -> bool:
