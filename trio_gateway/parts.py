@@ -255,7 +255,13 @@ def build_parts(
         history, settings.routes, clock, settings.ws_receipt_ttl, receipt_writing, times
     )
     receipt_store = ReceiptStore(commands, names)
-    reach = Reach(settings.routes, clock, settings.ws_receipt_ttl, by_stream=is_cluster)
+    reach = Reach(
+        settings.routes,
+        clock,
+        settings.ws_receipt_ttl,
+        by_stream=is_cluster,
+        is_alone=sharding.by_tenant,
+    )
 
     def on_copy(event: Event) -> None:
         receipts.drop(event)

@@ -33,7 +33,8 @@ GRACE: Final = 0.4
 #: Seconds after an outage until Redis is asked: what was confirmed meanwhile is written by then.
 SETTLE: Final = 2.5
 # Seconds from one question to the next: deadlines that are over meanwhile share it.
-_TOGETHER: Final = 0.1
+_TOGETHER: Final = 0.2
+_TOGETHER_ALONE: Final = 0.1  # if another process must first take over when this one dies
 # Seconds after an answer in which Redis is not asked first whether it answers: if it stops in them,
 # what was confirmed in time is written, as the deadlines were over before.
 _FRESH: Final = 0.3
@@ -71,16 +72,23 @@ class Reach:
     """The deadlines of the events that must reach somebody.
 
     ``clock`` returns unix time. ``by_stream``: the streams are on several servers, each of which is
-    asked on its own.
+    asked on its own. ``is_alone``: maybe no other process watches the same streams.
     """
 
     def __init__(
-        self, routes: Routing, clock: Callable[[], float], ttl: float, *, by_stream: bool = False
+        self,
+        routes: Routing,
+        clock: Callable[[], float],
+        ttl: float,
+        *,
+        by_stream: bool = False,
+        is_alone: bool = False,
     ) -> None:
         self._routes = routes
         self._clock = clock
         self._ttl = ttl
         self._by_stream = by_stream
+        self._together = _TOGETHER_ALONE if is_alone else _TOGETHER
         self._types = frozenset(name for name, route in routes.items() if route.steps)
         self._lanes: dict[Stream | None, _Lane] = {}
         self._opened = trio.lowlevel.ParkingLot()
@@ -182,7 +190,7 @@ class Reach:
     def _lane(self, stream: Stream) -> "_Lane":
         name = stream if self._by_stream else None
         if (lane := self._lanes.get(name)) is None:
-            lane = self._lanes[name] = _Lane()
+            lane = self._lanes[name] = _Lane(self._together)
             self._opened.unpark_all()
         return lane
 
@@ -200,7 +208,8 @@ class Reach:
 class _Lane:
     """The deadlines about which one server is asked."""
 
-    def __init__(self) -> None:
+    def __init__(self, together: float) -> None:
+        self._together = together
         self.heap: list[tuple[float, int, Due]] = []  # by when Redis is asked (Trio's time)
         self.paused_until = -math.inf
         self._next_at = -math.inf  # not before this: more may share a question
@@ -275,5 +284,5 @@ class _Lane:
                 self.dropped.discard(due.place)
             else:
                 found.append(due)
-        self._next_at = now + _TOGETHER if len(found) < _MOST_TOGETHER else now
+        self._next_at = now + self._together if len(found) < _MOST_TOGETHER else now
         return found
