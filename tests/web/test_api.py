@@ -93,6 +93,17 @@ async def test_a_key_over_its_rate_is_told_when_to_try_again(gateway: Running) -
     await until(lambda: _is_ok(gateway, "slow"))
 
 
+@pytest.mark.parametrize(("rate", "seconds"), [(0.3, "4"), (0.5, "2"), (1, "1")])
+async def test_a_key_with_a_low_rate_is_told_when_it_is_served_again(
+    redis_url: str, tmp_path: Path, rate: float, seconds: str
+) -> None:
+    keys = write_keys(tmp_path, {"all": {"rate": rate}})
+    async with serving(redis_url, "direct", ws_api_keys_file=keys) as gateway:
+        served, refused = [await call(gateway.port, "nodes") for _ in range(2)]
+    assert (served.status, refused.status) == (200, 429)
+    assert refused.headers["retry-after"] == seconds
+
+
 @pytest.mark.parametrize("path", ["receipts?event_id=1-0-4723", "why?event_id=1-0-4723", "slo"])
 async def test_a_key_asks_all_processes_only_a_few_times_at_once(
     gateway: Running, path: str, monkeypatch: pytest.MonkeyPatch

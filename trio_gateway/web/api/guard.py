@@ -1,5 +1,6 @@
 """What all calls of the API have in common: key, rate, scope, the bound of a body, metrics."""
 
+import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
@@ -97,7 +98,8 @@ async def _checked(parts: Parts, api: Api, call: Call) -> Answer:
             return refusal(rejected)
         return problem(401, "the header Authorization: Bearer <secret of an API key> is required")
     if not api.keys.try_use(key, trio.current_time()):
-        return problem(429, f"over the key's rate, {key.rate:g} a second", retry_after=1)
+        text = f"over the key's rate, {key.rate:g} a second"
+        return problem(429, text, retry_after=math.ceil(1 / key.rate))
     if call.scope not in key.scopes:
         return problem(403, f"the key does not have the scope {call.scope}")
     try:
