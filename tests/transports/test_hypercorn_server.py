@@ -57,7 +57,7 @@ REPLACED: list[tuple[ModuleType, str, type, Callable[..., Any], str]] = [
 OVERRIDDEN = {
     (HypercornServer, TCPServer): ("protocol_send", "_read_data", "_initiate_server_close"),
     (BoundedHttp, HTTPStream): ("handle", "app_send"),
-    (BoundedH11, H11Protocol): ("_check_protocol", "_create_stream"),
+    (BoundedH11, H11Protocol): ("_check_protocol", "_create_stream", "stream_send"),
     (BoundedH2, H2Protocol): ("stream_send",),
     (BoundedStream, WSStream): ("handle", "_accept", "_handle_events"),
     (BoundedBuffer, StreamBuffer): ("push", "drain", "pop"),

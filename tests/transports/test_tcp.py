@@ -1219,6 +1219,23 @@ async def test_app_that_does_not_take_the_body_ends_the_connection(
             await client.rest()
 
 
+@pytest.mark.parametrize("sent", [0, 9, 10])
+async def test_response_before_the_end_of_the_request_says_that_the_connection_closes(
+    autojump_clock: MockClock, sent: int
+) -> None:
+    """Otherwise a client may send its next request there, which nobody would answer."""
+    head = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\n\r\n"
+    async with in_memory(make_app()) as dial:
+        client = dial()
+        await client.send(head + bytes(sent))
+        closes = await client.contains(b"\r\nconnection: close\r\n") if sent < 10 else False
+        assert (await client.response())[0] == 404
+        if not closes:
+            await client.send(head + bytes(10))
+            assert (await client.response())[0] == 404
+        assert closes == (sent < 10)
+
+
 @pytest.mark.parametrize(("pause", "ends_after"), [(0.5, 10.0), (3.0, 1.0)])
 async def test_rest_of_a_refused_request_is_read_while_it_comes_and_for_ten_seconds(
     autojump_clock: MockClock, pause: float, ends_after: float

@@ -13,7 +13,7 @@ from h2.errors import ErrorCodes
 from h2.exceptions import ProtocolError
 from hypercorn.events import Closed
 from hypercorn.protocol import ProtocolWrapper
-from hypercorn.protocol.events import Data, Event, StreamClosed
+from hypercorn.protocol.events import Data, Event, Response, StreamClosed
 from hypercorn.protocol.h2 import (
     BUFFER_HIGH_WATER,
     BUFFER_LOW_WATER,
@@ -170,7 +170,16 @@ class BoundedH11(H11Protocol):
 
     Hypercorn also changes to HTTP/2 where it was not negotiated: for ``Upgrade: h2c``, which a
     server may ignore (RFC 9110, 7.8), and for the request line of HTTP/2's preface.
+
+    A response before the end of the request says that the connection closes (RFC 9112, 9.3): a
+    client that sent its next request there would get no answer.
     """
+
+    async def stream_send(self, event: Event) -> None:
+        if isinstance(event, Response) and self.connection.their_state is h11.SEND_BODY:
+            headers = [*event.headers, (b"connection", b"close")]
+            event = Response(event.stream_id, headers, event.status_code)
+        await super().stream_send(event)
 
     async def _check_protocol(self, event: h11.Request) -> None:
         pass
