@@ -462,7 +462,7 @@ async def test_two_concurrent_tickets_do_not_share_the_last_place(
         nursery.start_soon(try_it, twice)
         await until(lambda: codes)
         assert codes == [1013]
-        assert len(gateway.app.parts.hub) == 1
+        await until(lambda: len(gateway.app.parts.hub) == 1)  # its ticket may still be redeemed
         nursery.cancel_scope.cancel()
 
 
@@ -475,19 +475,15 @@ async def test_ticket_is_redeemed_once_by_many_concurrent_clients(
 
         async def try_it(gateway: Running) -> None:
             async with connect(f"{gateway.url}/ws/waiter?ticket={once}") as client:
-                await until(
-                    lambda: client.closed or len(one.app.parts.hub) + len(two.app.parts.hub) == 1
-                )
-                if client.closed:
-                    codes.append(client.closed.code)
-                else:
-                    with trio.move_on_after(0.2):
-                        codes.append((await closed(client))[0])
+                codes.append((await closed(client))[0])
 
         async with trio.open_nursery() as nursery:
             for gateway in (one, two) * 5:
                 nursery.start_soon(try_it, gateway)
-        assert codes == [4001] * 9
+            await until(lambda: len(codes) == 9)
+            await until(lambda: len(one.app.parts.hub) + len(two.app.parts.hub) == 1)
+            assert codes == [4001] * 9
+            nursery.cancel_scope.cancel()
 
 
 async def test_redis_keeps_a_ticket_for_thirty_seconds_under_its_hash(
