@@ -151,3 +151,42 @@ async def test_connection_that_has_left_is_not_kept(
     assert kept() is None
     await trio.sleep(100)
     assert not world.deadlines._heap
+
+
+class Timed:
+    """The least of a connection that is watched."""
+
+    ending = False
+
+    def __init__(self, deadline: float) -> None:
+        self.timer = 0
+        self.deadline = deadline
+        self.closed_at: float | None = None
+
+    def close_on_time(self, now: float) -> None:
+        self.closed_at, self.ending = now, True
+
+
+async def test_entries_of_many_that_have_left_do_not_pile_up(
+    autojump_clock: MockClock, world: World
+) -> None:
+    stay = [Timed(1000 + n) for n in range(3000)]
+    for each in stay:
+        world.deadlines.watch(each)
+        for _ in range(3):
+            world.deadlines.watch(Timed(36_000))  # and it is gone
+    assert len(world.deadlines._heap) <= 2 * len(stay) + 1
+    await trio.sleep(5000)
+    assert [each.closed_at for each in stay] == [each.deadline for each in stay]
+
+
+async def test_deadlines_that_move_forward_often_leave_few_entries(
+    autojump_clock: MockClock, world: World
+) -> None:
+    moved = Timed(36_000)
+    for _ in range(5000):
+        moved.deadline -= 1
+        world.deadlines.watch(moved)
+    assert len(world.deadlines._heap) <= 1024 + 1
+    await trio.sleep(40_000)
+    assert moved.closed_at == moved.deadline == 31_000

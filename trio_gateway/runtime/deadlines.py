@@ -3,12 +3,14 @@
 A cancel scope with a deadline for each client would be a twentieth of what admitting it costs.
 """
 
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from math import inf
-from typing import NoReturn, Protocol
+from typing import Final, NoReturn, Protocol
 from weakref import ref
 
 import trio
+
+_FEW: Final = 1024  # entries
 
 
 class Timed(Protocol):
@@ -36,8 +38,9 @@ class Deadlines:
     """
 
     def __init__(self) -> None:
-        # Weak: that of a connection that has ended stays until it has passed.
+        # Weak: that of a connection that has ended stays until it has passed, or there are as many.
         self._heap: list[tuple[float, int, ref[Timed]]] = []
+        self._most = _FEW  # entries; then those that do not count are removed
         self._last = 0  # entry
         self._sooner = trio.Event()
 
@@ -49,6 +52,18 @@ class Deadlines:
         heappush(self._heap, entry)
         if self._heap[0] is entry:
             self._sooner.set()
+        if len(self._heap) > self._most:
+            self._remove_old()
+
+    def _remove_old(self) -> None:
+        """Remove the entries that do not count. Doubling makes that cheap for each new one."""
+        self._heap[:] = [
+            entry
+            for entry in self._heap
+            if (found := entry[2]()) is not None and found.timer == entry[1]
+        ]
+        heapify(self._heap)
+        self._most = max(_FEW, 2 * len(self._heap))
 
     async def run(self) -> NoReturn:
         """Close connections in time; returns only when cancelled."""
