@@ -22,6 +22,7 @@ from tests.support.gateways import (
     receive_event,
     received,
     running,
+    settle,
     until,
     valkey,
 )
@@ -319,6 +320,7 @@ async def test_client_that_comes_back_within_the_time_costs_no_new_reading(redis
                 await warm(gateway, ONE)
                 [*_, last] = publish(redis_url, ONE, 1, 2)
             publish(redis_url, ONE, 3)
+            await settle(gateway)
             assert await recover(url, last) == (True, [3])
         warmed = [line["stream"] for line in logs if line["event"] == "history warmed"]
         assert warmed == [BASE, stream(ONE)]
