@@ -23,12 +23,17 @@ CALL = {"type": "SERVICE_CALL_CREATED", "tenant_id": 1, "branch_id": 1}
 KEYS: dict[str, dict[str, Any]] = {"all": {}, "one": {"tenants": [1]}}
 
 
+def settings_with_receipts(folder: Path) -> dict[str, Any]:
+    """Those of a gateway with these keys that tracks calls."""
+    routes = folder / "routes.toml"
+    routes.write_text("[routes.SERVICE_CALL_CREATED]\nreceipt = true\n")
+    return {"ws_api_keys_file": write_keys(folder, KEYS), "ws_routes_file": routes}
+
+
 async def test_figures_are_those_of_all_processes_and_of_the_tenants_of_the_key(
     redis_url: str, backend: "redis.Redis", tmp_path: Path
 ) -> None:
-    routes = tmp_path / "routes.toml"
-    routes.write_text("[routes.SERVICE_CALL_CREATED]\nreceipt = true\n")
-    settings = {"ws_api_keys_file": write_keys(tmp_path, KEYS), "ws_routes_file": routes}
+    settings = settings_with_receipts(tmp_path)
     async with (
         serving(redis_url, "direct", **settings) as one,
         serving(redis_url, "direct", **settings) as other,
@@ -73,9 +78,7 @@ async def test_figures_are_those_of_all_processes_and_of_the_tenants_of_the_key(
 async def test_one_ack_to_each_process_leaves_nothing_of_a_burst_unconfirmed(
     redis_url: str, backend: "redis.Redis", tmp_path: Path
 ) -> None:
-    routes = tmp_path / "routes.toml"
-    routes.write_text("[routes.SERVICE_CALL_CREATED]\nreceipt = true\n")
-    settings = {"ws_api_keys_file": write_keys(tmp_path, KEYS), "ws_routes_file": routes}
+    settings = settings_with_receipts(tmp_path)
     async with (
         serving(redis_url, "direct", **settings) as one,
         serving(redis_url, "direct", **settings) as other,
