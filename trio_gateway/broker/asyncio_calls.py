@@ -1,5 +1,6 @@
 """Calls from Trio into an asyncio loop, which redis-py needs."""
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any, NoReturn
 
@@ -21,7 +22,14 @@ class _Call:
 
     async def run(self, loop: Any) -> None:
         with self.scope:
-            self.outcome = await outcome.acapture(trio_asyncio.aio_as_trio(self.command, loop=loop))
+            # Cancelled is of this task: raised in the caller's, it would end a nursery there
+            # without an error.
+            try:
+                result = await trio_asyncio.aio_as_trio(self.command, loop=loop)
+            except (Exception, asyncio.CancelledError) as error:
+                self.outcome = outcome.Error(error)
+            else:
+                self.outcome = outcome.Value(result)
             self.done.set()
 
 
@@ -49,7 +57,8 @@ class AsyncioCalls:
     async def call(self, command: Callable[[], Awaitable[Any]]) -> Any:
         """Call in the loop and return the result; waits until the loop runs.
 
-        If this is cancelled, the call is.
+        If this is cancelled, the call is. If the loop ends first, there is no result: this waits
+        until it is cancelled.
         """
         call = _Call(command)
         await self._send.send(call)
