@@ -25,6 +25,7 @@ from trio_gateway.runtime.hub import Hub
 from trio_gateway.runtime.past_routing import PastRouting
 from trio_gateway.runtime.receipt_writing import ReceiptWriting
 from trio_gateway.runtime.receipts import ReceiptLog
+from trio_gateway.runtime.tracked_events import TrackedEvents
 from trio_gateway.testing import FakeSocket, make_event, make_principal
 
 _PAIRS: Final = 400
@@ -51,9 +52,14 @@ async def _measure(tenants: int, clients: int, pairs: int) -> list[float]:
     """
     hub, history = Hub(), History(routing=PastRouting(_ROUTES))
     dispatch = Dispatch(hub, _ROUTES, history=history)
-    log = ReceiptLog(history, _ROUTES, lambda: _CLOCK + trio.current_time(), 3600, ReceiptWriting())
+
+    def clock() -> float:
+        return _CLOCK + trio.current_time()
+
+    tracked_events = TrackedEvents(_ROUTES, clock, 3600)
+    log = ReceiptLog(tracked_events, history, clock, ReceiptWriting())
     limits = ConnectionLimits(stale_after=math.inf, receive_timeout=math.inf)
-    at = int((_CLOCK + trio.current_time()) * 1000)
+    at = int(clock() * 1000)
     ratios: list[float] = []
     async with trio.open_nursery() as nursery:
         for number in range(tenants * clients):
@@ -63,7 +69,7 @@ async def _measure(tenants: int, clients: int, pairs: int) -> list[float]:
         tracked = make_event(
             "SERVICE_CALL_CREATED", tenant_id=1, stream=_STREAM, position=Position((at, 0))
         )
-        log.note([tracked])
+        tracked_events.note([tracked])
         sequence = 0
 
         def batch() -> list[Event]:
@@ -87,8 +93,8 @@ async def _measure(tenants: int, clients: int, pairs: int) -> list[float]:
                 dispatch.receipts = log if is_on else None
                 began = time.process_time()
                 for events in batches:
-                    if is_on and (found := _tracked(events, log.types)):
-                        log.note(found)
+                    if is_on and (found := _tracked(events, tracked_events.types)):
+                        tracked_events.note(found)
                     await dispatch.deliver(events)
                 took[is_on] = time.process_time() - began
             ratios.append(took[True] / took[False])

@@ -174,7 +174,7 @@ class Gateway(QuartTrio):
         nursery.start_soon(parts.readiness.run)
         nursery.start_soon(parts.replays.decide)
         nursery.start_soon(parts.replays.feeding.keep_ahead)
-        if parts.receipts.tracks:
+        if parts.receipts.events.tracks:
             nursery.start_soon(parts.receipt_writing.run, parts.receipt_store.write)
         if parts.reach.watches:
             nursery.start_soon(parts.reach.run, parts.steps.take, parts.steps.answers)

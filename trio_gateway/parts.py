@@ -73,6 +73,7 @@ from .runtime.resume import Replays
 from .runtime.room import Room
 from .runtime.silent_connections import SilentConnections
 from .runtime.stream_inlet import StreamInlet
+from .runtime.tracked_events import TrackedEvents
 from .settings import Settings
 from .telemetry.loop_lag import LoopLag
 from .telemetry.worker_stats import WorkerStats
@@ -251,9 +252,8 @@ def build_parts(
     is_cluster = redis_url.kind is RedisKind.CLUSTER
     receipt_writing = ReceiptWriting(by_stream=is_cluster)
     times = dispatch.times = DeliveryTimes(settings.ws_slo_seconds)
-    receipts = ReceiptLog(
-        history, settings.routes, clock, settings.ws_receipt_ttl, receipt_writing, times
-    )
+    tracked_events = TrackedEvents(settings.routes, clock, settings.ws_receipt_ttl)
+    receipts = ReceiptLog(tracked_events, history, clock, receipt_writing, times)
     receipt_store = ReceiptStore(commands, names)
     reach = Reach(
         settings.routes,
@@ -264,7 +264,7 @@ def build_parts(
     )
 
     def on_copy(event: Event) -> None:
-        receipts.drop(event)
+        tracked_events.drop(event)
         reach.drop(event)
 
     def on_reading(name: str) -> None:
@@ -276,7 +276,7 @@ def build_parts(
     def on_lost(name: str) -> None:
         reach.lost(tag(name))
 
-    if receipts.tracks:
+    if tracked_events.tracks:
         dispatch.receipts = receipts
         dispatch.on_copy = on_copy
     replays = Replays(history, hub, places, older_events, receipts, times)
@@ -375,7 +375,7 @@ def build_parts(
         replays=replays,
         routes=settings.routes,
         places=places,
-        receipts=receipts if receipts.tracks else None,
+        tracked_events=tracked_events if tracked_events.tracks else None,
         reach=reach if reach.watches else None,
         wall_clock=clock,
     )

@@ -157,7 +157,7 @@ async def test_event_that_a_step_brings_counts_from_that_step(
     await world.publish(10_000, sector_id=5)
     await trio.sleep_until(20)
     event = escalated(world, 10_000, 20_000)
-    world.receipts.note([event])
+    world.tracked_events.note([event])
     await world.dispatch.deliver([event])
     assert client.heard == [10_000]
     assert (figures(world).written.count, figures(world).written.over) == (1, 0)

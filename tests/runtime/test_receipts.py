@@ -36,7 +36,7 @@ async def publish(world: World, *numbers: int) -> None:
 
 
 def tracked(world: World, number: int) -> Tracked:
-    found = world.receipts.find(Place(A, at(number)))
+    found = world.tracked_events.find(Place(A, at(number)))
     assert found is not None
     return found.tracked
 
@@ -103,7 +103,7 @@ async def test_what_a_client_confirms_in_requests_is_written_together(
     """Nobody here was sent the event: the client says twice that it has it from elsewhere."""
     await publish(world, 1)
     named = Place(A, at(1))
-    found = world.receipts.find(named)
+    found = world.tracked_events.find(named)
     assert found is not None
     await trio.sleep(2)
     world.receipts.confirm_earlier(DINER, named)
@@ -134,19 +134,19 @@ async def test_waiters_of_a_branch_stand_in_for_a_sector_only_if_they_are_sent_i
     world = World(nursery, routes=routes, uncovered_to_branch=True)
     others = [await world.live(principal=waiter_of(sector)) for sector in (6, 7)]
     event = make_event(data=1, sector_id=5, stream=A, position=at(1))
-    world.receipts.note([event])
+    world.tracked_events.note([event])
     assert not Batches(world.dispatch).try_deliver([event])  # to two of them: it waits for its turn
     covering = await world.live(principal=waiter_of(5))
     await world.dispatch.deliver([event])
     assert [each.heard for each in (covering, *others)] == [[1], [], []]
-    found = world.receipts.find(Place(A, at(1)))
+    found = world.tracked_events.find(Place(A, at(1)))
     assert found is not None
     assert [found.tracked.steps_of(audiences_of(waiter_of(n))) for n in (5, 6)] == [1, 0]
 
     await covering.leave()
     await world.publish(2, sector_id=5)
     assert [each.heard for each in others] == [[2], [2]]
-    found = world.receipts.find(Place(A, at(2)))
+    found = world.tracked_events.find(Place(A, at(2)))
     assert found is not None
     assert [found.tracked.steps_of(audiences_of(waiter_of(n))) for n in (5, 6)] == [1, 1]
 
@@ -167,7 +167,7 @@ async def test_client_that_comes_back_has_what_a_step_brought_only_if_that_was_b
         world.receipts.confirm_earlier(waiter, Place(A, at(2)))
     await world.live(principal=waiter)
     event = escalated(world, 1)
-    world.receipts.note([event])
+    world.tracked_events.note([event])
     await world.dispatch.deliver([event])
     world.receipts.confirm_earlier(waiter, Place(A, at(upto)))
     assert receipt(world, 1, waiter).state is state
@@ -186,7 +186,7 @@ async def test_client_names_an_escalated_event_in_a_request_and_its_place_when_i
     waiter = waiter_of(6)
     await world.live(principal=waiter)
     event = escalated(world, 1)
-    world.receipts.note([event])
+    world.tracked_events.note([event])
     await world.dispatch.deliver([event])
     world.receipts.confirm_earlier(waiter, Place(A, at(1)), names_event=names_event)
     assert receipt(world, 1, waiter).state is state
@@ -204,7 +204,7 @@ async def test_escalated_event_goes_to_a_user_only_if_it_was_not_written_to_anot
     now = await world.live(principal=waiter_of(6))
 
     event = escalated(world, 1)
-    world.receipts.note([event])
+    world.tracked_events.note([event])
     await world.dispatch.deliver([event])
     assert now.heard == heard
 
@@ -218,7 +218,7 @@ async def test_escalated_event_that_waits_for_a_connection_already_is_not_sent_t
     await world.publish(*range(1, number + 1), sector_id=5)
     world.hub.move(client.connection, waiter_of(6))
     event = escalated(world, 1, 2000)
-    world.receipts.note([event])
+    world.tracked_events.note([event])
     await world.dispatch.deliver([event])
     client.socket.read(math.inf)
     await wait_all_tasks_blocked()
@@ -228,7 +228,7 @@ async def test_escalated_event_that_waits_for_a_connection_already_is_not_sent_t
 async def take_step(world: World, number: int = 1) -> None:
     """The event goes to the floor, too."""
     event = escalated(world, number)
-    world.receipts.note([event])
+    world.tracked_events.note([event])
     await world.dispatch.deliver([event])
     await wait_all_tasks_blocked()
 
@@ -426,10 +426,10 @@ async def test_ack_does_not_confirm_what_a_client_is_sent_only_later(
     await world.publish(1, sector_id=5)
     await world.publish(*range(2, 51), sector_id=6)
     event = escalated(world, 1)
-    world.receipts.note([event])
+    world.tracked_events.note([event])
     await world.dispatch.deliver([event])
     await world.publish(*range(101, BURST + 1), sector_id=6)
-    found = world.receipts.find(Place(A, at(1)))
+    found = world.tracked_events.find(Place(A, at(1)))
     assert found is not None
     mine = found.tracked.by[Who.of(client.connection.principal)]
     found_after = []

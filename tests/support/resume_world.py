@@ -25,6 +25,7 @@ from trio_gateway.runtime.receipts import ReceiptLog
 from trio_gateway.runtime.resume import Replays
 from trio_gateway.runtime.resume_state import Phase
 from trio_gateway.runtime.socket import Ping
+from trio_gateway.runtime.tracked_events import TrackedEvents
 from trio_gateway.testing import FakeSocket, make_event, make_principal
 
 A, B = Stream("aaaa"), Stream("bbbb")
@@ -151,10 +152,15 @@ class World:
             most_entries=most_scanned,
             most_bytes=10**7,
         )
+        self.tracked_events = TrackedEvents(routes, trio.current_time, 10**9)
         self.receipts = ReceiptLog(
-            self.history, routes, trio.current_time, 10**9, ReceiptWriting(), self.dispatch.times
+            self.tracked_events,
+            self.history,
+            trio.current_time,
+            ReceiptWriting(),
+            self.dispatch.times,
         )
-        if self.receipts.tracks:
+        if self.tracked_events.tracks:
             self.dispatch.receipts = self.receipts
         if sharding is not None:
             self.history.ranks = sharding.ranks
@@ -187,7 +193,7 @@ class World:
         if stream is not None:
             entries = self.redis.entries.setdefault(stream, [])
             entries += [(at(n), event.payload) for n, event in zip(numbers, batch, strict=True)]
-            self.receipts.note(batch)
+            self.tracked_events.note(batch)
         await self.dispatch.deliver(batch)
 
     async def connect(

@@ -247,7 +247,7 @@ class Dispatch:
                         raw = []
                     history.add(event, audiences, now=now, delivered_up_to=mark)
                     if receipts is not None:
-                        receipts.stand_in(event, audiences)
+                        receipts.events.stand_in(event, audiences)
         if raw:
             history.add_raw(raw, now=now)
         for stream, position in _positions(streamed).items():
@@ -304,12 +304,12 @@ class Dispatch:
 
 def _tracked(receipts: ReceiptLog, planned: Sequence[Planned]) -> list[tuple[int, Sent]]:
     """The few tracked events, each with its bit, in order."""
-    types, found = receipts.types, []
+    types, found = receipts.events.types, []
     for n, (event, _, _) in enumerate(planned):
         if event.type in types or event.escalation is not None:
             if event.stream is None or event.position is None:
                 continue
-            if (sent := receipts.find(Place(event.stream, event.position))) is not None:
+            if (sent := receipts.events.find(Place(event.stream, event.position))) is not None:
                 found.append((1 << n, sent))
     return found
 

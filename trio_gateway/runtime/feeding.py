@@ -241,7 +241,7 @@ class Feeding:
         if chunk.frames:
             begun = connection.write_stored(chunk.data, chunk.frames, trio.current_time())
             self.replayed += begun
-            if self._receipts is not None and self._receipts.tracks:
+            if self._receipts is not None and self._receipts.events.tracks:
                 _note_receipts(self._receipts, connection, chunk.events[:begun])
             self._note_times(connection, chunk.events[:begun])
         is_all = begun == len(chunk.frames)
@@ -273,7 +273,7 @@ def _note_receipts(
     """Note that a connection was sent these."""
     tracked = []
     for stored in [each for each in events if each.is_tracked]:
-        if (found := receipts.find(Place(stored.stream, stored.position))) is not None:
+        if (found := receipts.events.find(Place(stored.stream, stored.position))) is not None:
             if found.position == found.tracked.place.position:
                 found.tracked.stand_in(stored.audiences)
             tracked.append(found)

@@ -2,12 +2,11 @@
 
 A connection remembers the tracked events that it was sent until its client confirms them, and the
 last ones a little longer. Of more than :data:`MOST_UNCONFIRMED` it remembers from where to where in
-the stream the others are: they are looked up among all tracked events of its tenant. What changes
-is written to Redis a moment later, see :mod:`.receipt_writing`.
+the stream the others are: they are looked up among all :mod:`.tracked_events` of its tenant. What
+changes is written to Redis a moment later, see :mod:`.receipt_writing`.
 """
 
-from bisect import bisect_left
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable
 from itertools import islice
 from typing import Final
@@ -16,17 +15,15 @@ import trio
 
 from ..core.audiences import Audience, Principal, audiences_of
 from ..core.delivery_times import DeliveryTimes
-from ..core.escalation import Escalation
 from ..core.event_ids import Position, Stream
 from ..core.events import Event
-from ..core.receipts import Place, Receipt, State, TrackedEvent, Who, read_place
-from ..core.routing import Routing, audiences_by
+from ..core.receipts import Place, Receipt, State, Who, read_place
 from .connection import Connection
 from .history import History
 from .receipt_writing import ReceiptWriting
 from .tracked import Forgotten, Sent, Tracked
+from .tracked_events import TrackedEvents
 
-MOST_TRACKED: Final = 50_000  # events; the oldest are forgotten
 MOST_UNCONFIRMED: Final = 1_000  # that one connection remembers one by one
 _MOST_CONFIRMED: Final = 200  # of one connection, that its application can still say it has seen
 MOST_RECENT: Final = 100  # of a tenant, that a client can confirm by coming back from elsewhere
@@ -34,110 +31,24 @@ MOST_LOOKED_UP: Final = 10_000  # tracked events at a time, for one confirmation
 
 
 class ReceiptLog:
-    """The receipts of the clients of this process.
-
-    ``clock`` returns unix time. The receipts of an event are kept for ``ttl`` seconds and the time
-    that its steps take.
-    """
+    """The receipts of the clients of this process. ``clock`` returns unix time."""
 
     def __init__(
         self,
+        events: TrackedEvents,
         history: History,
-        routes: Routing,
         clock: Callable[[], float],
-        ttl: float,
         writing: ReceiptWriting,
         times: DeliveryTimes | None = None,
     ) -> None:
+        self.events = events
         self._history = history
         self._extent = history.extent
         self._times = times or DeliveryTimes()
-        self._routes = routes
-        self.types = routes.tracked_types
         self._clock = clock
-        self._ttl = ttl
         self._writing = writing
-        # In the order they came. A plain dict steps over what was deleted to find its first key.
-        self._tracked: OrderedDict[Place, Tracked] = OrderedDict()
-        self._escalated: OrderedDict[Place, Tracked] = OrderedDict()  # by where they are escalated
-        # By tenant and stream, in its order: where they were added to it, and where escalated.
-        self._added: dict[tuple[int, Stream], deque[Sent]] = {}
         self.ignored = 0  # confirmations of ids that were not sent
         self.counts: Counter[State] = Counter()
-
-    @property
-    def tracks(self) -> bool:
-        """Whether any type is tracked."""
-        return bool(self.types)
-
-    def note(self, events: Iterable[Event]) -> None:
-        """Track those of these durable events whose type asks for it."""
-        types = self.types
-        for event in events:
-            if event.escalation is not None:
-                self._add_escalated(event, event.escalation)
-            elif event.type in types and event.durable:
-                assert event.stream is not None
-                assert event.position is not None
-                self._add(event, event.type, Place(event.stream, event.position))
-
-    def _add_escalated(self, event: Event, escalation: Escalation) -> None:
-        assert event.stream is not None
-        assert event.position is not None
-        if (original := read_place(escalation.event_id)) is None:
-            return
-        tracked = self._tracked.get(original) or self._add(event, escalation.of, original)
-        if tracked.event.tenant_id != event.tenant:
-            return
-        tracked.escalated.setdefault(escalation.step, event.position)
-        self._append(event.stream, Sent(event.position, tracked))
-        self._escalated[Place(event.stream, event.position)] = tracked
-        if len(self._escalated) > MOST_TRACKED:
-            self._escalated.popitem(last=False)
-
-    def _add(self, event: Event, type_: str, place: Place) -> Tracked:
-        """Track the event at this place, which concerns the same as ``event``."""
-        if (known := self._tracked.get(place)) is not None:
-            return known
-        self.trim()
-        route, at = self._routes.route_of(type_), place.position[0]
-        tracked = self._tracked[place] = Tracked(
-            place,
-            TrackedEvent(type_, event.tenant, event.branch, at),
-            at + int((route.longest + self._ttl) * 1000),
-            audiences_by(route, event),
-            self._routes.audiences_of_steps(type_, event),
-            is_late=event.escalation is not None,
-        )
-        self._append(place.stream, Sent(place.position, tracked))
-        if len(self._tracked) > MOST_TRACKED:
-            self._forget(next(iter(self._tracked.values())))
-        return tracked
-
-    def _append(self, stream: Stream, sent: Sent) -> None:
-        added = self._added.setdefault((sent.tracked.event.tenant_id, stream), deque())
-        if not added or added[-1].position < sent.position:  # else it was read before
-            added.append(sent)
-
-    def drop(self, copy: Event) -> None:
-        """This durable event is a copy of an earlier one: nobody is sent it."""
-        if copy.escalation is None and (tracked := self._find(copy)) is not None:
-            self._forget(tracked)
-
-    def stand_in(self, event: Event, audiences: Collection[Audience]) -> None:
-        """These audiences are sent an event, because nobody covers its sector."""
-        if event.escalation is None and (tracked := self._find(event)) is not None:
-            tracked.stand_in(audiences)
-
-    def _find(self, event: Event) -> Tracked | None:
-        if event.stream is None or event.position is None:
-            return None
-        return self._tracked.get(Place(event.stream, event.position))
-
-    def find(self, place: Place) -> Sent | None:
-        """The tracked event at this place, or that is escalated there; None if there is none."""
-        tracked = self._tracked.get(place) or self._escalated.get(place)
-        return None if tracked is None else Sent(place.position, tracked)
 
     def had(
         self, event: Event, connections: Iterable[Connection], earlier: set[Connection]
@@ -148,7 +59,7 @@ class ReceiptLog:
         """
         assert event.stream is not None
         assert event.position is not None
-        tracked = self._escalated.get(Place(event.stream, event.position))
+        tracked = self.events.escalated(Place(event.stream, event.position))
         if tracked is None:
             return earlier
         return {
@@ -161,7 +72,7 @@ class ReceiptLog:
         """Whether a connection has yet to be sent what was escalated here, though it is in an
         audience that the original went to.
         """
-        if (tracked := self._escalated.get(place)) is None:
+        if (tracked := self.events.escalated(place)) is None:
             return False
         receipt = tracked.by.get(Who.of(connection.principal))
         if receipt is not None and receipt.step >= tracked.step_at(place.position):
@@ -271,9 +182,7 @@ class ReceiptLog:
         None if that are all.
         """
         who, audiences = Who.of(connection.principal), connection.audiences
-        added = self._added.get((connection.principal.tenant, stream), ())
-        begin = bisect_left(added, first, key=_position)
-        for n, sent in enumerate(islice(added, begin, None)):
+        for n, sent in enumerate(self.events.since(connection.principal.tenant, stream, first)):
             if sent.position > last:
                 break
             if n == most:
@@ -289,7 +198,7 @@ class ReceiptLog:
         if place is None:
             self.ignored += 1
             return
-        if (tracked := self._tracked.get(place)) is not None:
+        if (tracked := self.events.original(place)) is not None:
             self._reach(connection, Sent(place.position, tracked), State.SEEN)
 
     def _place_of(self, connection: Connection, event_id: str) -> Place | None:
@@ -299,7 +208,7 @@ class ReceiptLog:
         for sent_before in (connection.unconfirmed, connection.confirmed):
             if any(sent.tracked.place == place for sent in sent_before or ()):
                 return place
-        tracked = self._tracked.get(place)
+        tracked = self.events.original(place)
         if tracked is not None and Who.of(connection.principal) not in tracked.by:
             return None  # it has come into the audience since
         return place if self._was_sent(connection, *place) else None
@@ -335,9 +244,9 @@ class ReceiptLog:
         a later place of the stream, in a step, it has only if it names that event.
         """
         who, audiences = Who.of(principal), audiences_of(principal)
-        added = self._added.get((principal.tenant, upto.stream), ())
+        newest = self.events.newest(principal.tenant, upto.stream)
         was_sent_here = False
-        for n, sent in enumerate(islice(reversed(added), MOST_LOOKED_UP)):
+        for n, sent in enumerate(islice(newest, MOST_LOOKED_UP)):
             tracked = sent.tracked
             receipt = tracked.by.get(who)
             if n < MOST_RECENT:
@@ -357,7 +266,7 @@ class ReceiptLog:
 
     def see_earlier(self, principal: Principal, place: Place) -> None:
         """The application of a client says in a request that it has seen this event."""
-        tracked = self._tracked.get(place)
+        tracked = self.events.original(place)
         if tracked is None or tracked.event.tenant_id != principal.tenant:
             return
         who = Who.of(principal)
@@ -381,33 +290,6 @@ class ReceiptLog:
         else:
             seen = now if state is State.SEEN else None
             self._writing.changed(tracked, who, Receipt(delivered=now, seen=seen, step=step))
-
-    def trim(self) -> None:
-        """Forget the events whose receipts are not kept any more."""
-        now = self._clock() * 1000
-        while self._tracked and (first := next(iter(self._tracked.values()))).expires < now:
-            self._forget(first)
-        escalated = self._escalated
-        while escalated and escalated[first_one := next(iter(escalated))].expires < now:
-            del escalated[first_one]
-
-    def _forget(self, tracked: Tracked) -> None:
-        place = tracked.place
-        del self._tracked[place]
-        key = tracked.event.tenant_id, place.stream
-        if (added := self._added.get(key)) is None:
-            return
-        at = bisect_left(added, place.position, key=_position)  # mostly the first
-        if at < len(added) and added[at].tracked is tracked:
-            del added[at]
-        while added and added[0].tracked.place not in self._tracked:  # it was escalated here
-            added.popleft()
-        if not added:
-            del self._added[key]
-
-
-def _position(sent: Sent) -> Position:
-    return sent.position
 
 
 def _sent_at(tracked: Tracked, who: Who, audiences: Collection[Audience]) -> Position | None:

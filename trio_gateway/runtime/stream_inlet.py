@@ -36,10 +36,10 @@ from .ingest import Ingest
 from .places import Places
 from .queue import EventQueue
 from .reach import Reach
-from .receipts import ReceiptLog
 from .resume import Replays
 from .source import Entry, Lost, Past, PastLimits
 from .throttled_log import ThrottledLog
+from .tracked_events import TrackedEvents
 
 log = structlog.get_logger()
 
@@ -62,7 +62,7 @@ class StreamInlet:
         replays: Replays,
         routes: Routing,
         places: Places | None = None,
-        receipts: ReceiptLog | None = None,
+        tracked_events: TrackedEvents | None = None,
         reach: Reach | None = None,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
@@ -75,7 +75,7 @@ class StreamInlet:
         self._durable_types = routes.durable_types
         self._wall_clock = wall_clock
         self._tracked_types = routes.tracked_types
-        self._noted_by = [each.note for each in (receipts, reach) if each is not None]
+        self._noted_by = [each.note for each in (tracked_events, reach) if each is not None]
         # A process that starts in the midst of an event's steps watches it, too.
         self._longest = 0.0 if reach is None else reach.longest
         self._reach = reach

@@ -20,7 +20,7 @@ async def report_path(parts: Parts, place: Place, asker: Asker) -> Answer:
     """The response with the path of an event."""
     try:
         missing = await flush(parts)
-        known = await look_up(parts.receipt_store, place, has_receipts=parts.receipts.tracks)
+        known = await look_up(parts.receipt_store, place, has_receipts=parts.receipts.events.tracks)
     except KeyError:
         return problem(404, f"nothing is known of this event: {UNKNOWN_STREAM}")
     except Unavailable as error:
