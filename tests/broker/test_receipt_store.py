@@ -8,11 +8,19 @@ import pytest
 from tests.support.gateways import open_commands
 from trio_gateway.broker.receipt_store import ReceiptStore
 from trio_gateway.core.event_ids import Position, tag
-from trio_gateway.core.receipts import Change, Place, Receipt, Receipts, State, TrackedEvent, Who
+from trio_gateway.core.receipts import (
+    Place,
+    Receipt,
+    ReceiptChange,
+    Receipts,
+    Recipient,
+    State,
+    TrackedEvent,
+)
 from trio_gateway.core.resilience import Breaker
 
 STREAM = "events:critical"
-WHO = Who("waiter", "21")
+WHO = Recipient("waiter", "21")
 AT = 1_790_000_000_000
 
 Write = Callable[[Receipt], Awaitable[Receipts]]
@@ -28,7 +36,7 @@ async def after_writing(redis_url: str, sequence: int) -> AsyncIterator[Write]:
         about = TrackedEvent("SERVICE_CALL_CREATED", 1, 1, AT)
 
         async def after(receipt: Receipt) -> Receipts:
-            assert await store.write({place: Change(about, 2 * AT, {WHO: receipt})})
+            assert await store.write({place: ReceiptChange(about, 2 * AT, {WHO: receipt})})
             found = await store.read(place)
             assert found is not None
             return found

@@ -13,7 +13,7 @@ from trio_gateway.core.event_ids import Position, Stream, event_id
 from trio_gateway.core.event_path import EventPath, Known, trace
 from trio_gateway.core.events import Event, parse_event
 from trio_gateway.core.path_words import tell, why_unknown
-from trio_gateway.core.receipts import Place, Receipt, Receipts, State, TrackedEvent, Who
+from trio_gateway.core.receipts import Place, Receipt, Receipts, Recipient, State, TrackedEvent
 from trio_gateway.core.routes_file import read_routes
 from trio_gateway.core.routing import ROUTES, Routing
 from trio_gateway.testing import make_payload
@@ -28,7 +28,7 @@ AT = 1_790_000_000_000
 PLACE = Place(Stream("4723"), Position((AT, 0)))
 CALL = "SERVICE_CALL_CREATED"
 TO_FLOOR = "EVENT_UNHEARD tells the admins, and the event goes to floor"
-ANA, BEN, EVE = Who("waiter", "21"), Who("waiter", "22"), Who("admin", "9")
+ANA, BEN, EVE = Recipient("waiter", "21"), Recipient("waiter", "22"), Recipient("admin", "9")
 
 
 def event(type_: str = CALL, **keys: Any) -> Event:
@@ -47,7 +47,7 @@ def receipt(steps: int = 0, *times: float | None) -> Receipt:
 
 def known(
     after: float,
-    by: dict[Who, Receipt] | None = None,
+    by: dict[Recipient, Receipt] | None = None,
     confirmed: dict[int, float] | None = None,
     over: dict[int, float] | None = None,
     type_: str = CALL,
@@ -149,7 +149,7 @@ def test_confirmation_that_comes_after_a_step_ends_the_next_one() -> None:
     ],
 )
 def test_last_step_leaves_none(
-    by: dict[Who, Receipt], confirmed: dict[int, float], words: str
+    by: dict[Recipient, Receipt], confirmed: dict[int, float], words: str
 ) -> None:
     over = {0: 10.5, 1: 16.0, 2: 36.5}
     path = path_of(known(99, by, confirmed, over), REACHING)
@@ -239,7 +239,9 @@ def test_clock_of_a_process_that_is_behind_puts_nothing_before_the_entry() -> No
 
 
 def test_many_clients_make_few_moments_of_few_names() -> None:
-    by = {Who("waiter", str(n)): receipt(0, 0.01 + n / 1e5, 0.01 + n / 1e5) for n in range(400)}
+    by = {
+        Recipient("waiter", str(n)): receipt(0, 0.01 + n / 1e5, 0.01 + n / 1e5) for n in range(400)
+    }
     path = path_of(known(5, by), TRACKED)
     assert len(path.timeline) == 2
     assert path.timeline[1].text.endswith(" and 390 others")
@@ -262,7 +264,7 @@ def receipts_of_some(draw: st.DrawFn) -> Known:
         found = receipt(draw(st.integers(0, 7)))
         for state in draw(st.lists(st.sampled_from(State), min_size=1, max_size=4)):
             found.reach(state, AT + 1000 * draw(st.integers(-5, 60)))
-        by[Who(draw(st.sampled_from(["waiter", "admin", "diner"])), str(number))] = found
+        by[Recipient(draw(st.sampled_from(["waiter", "admin", "diner"])), str(number))] = found
     confirmed = draw(st.dictionaries(st.integers(0, 3), st.integers(0, 60), max_size=3))
     over = {n: float(10 * n + 11) for n in range(draw(st.integers(0, 4)))}
     return known(draw(st.integers(0, 99)), by, dict(confirmed), over)

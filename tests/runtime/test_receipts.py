@@ -9,7 +9,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from tests.support.resume_world import A, Client, World, at, bounded, escalated, place
 from trio_gateway.core.audiences import Endpoint, Principal, SectorId, audiences_of
-from trio_gateway.core.receipts import Change, Place, Receipt, State, Who
+from trio_gateway.core.receipts import Place, Receipt, ReceiptChange, Recipient, State
 from trio_gateway.core.routes_file import read_routes
 from trio_gateway.runtime import receipts
 from trio_gateway.runtime.batches import Batches
@@ -42,7 +42,7 @@ def tracked(world: World, number: int) -> Tracked:
 
 
 def receipt(world: World, number: int, principal: Principal = DINER) -> Receipt:
-    return tracked(world, number).by[Who.of(principal)]
+    return tracked(world, number).by[Recipient.of(principal)]
 
 
 def states(world: World, *numbers: int) -> list[State]:
@@ -112,19 +112,19 @@ async def test_what_a_client_confirms_in_requests_is_written_together(
     if is_sent_here:
         world.receipts.sent((await diner(world)).connection, [found], waits=False)
     sent = 2050 if is_sent_here else None
-    written: list[Mapping[Who, Receipt]] = [found.tracked.changed]
+    written: list[Mapping[Recipient, Receipt]] = [found.tracked.changed]
 
-    async def fail(changes: Mapping[Place, Change]) -> bool:
+    async def fail(changes: Mapping[Place, ReceiptChange]) -> bool:
         written.append(changes[named].by)
         world.receipts.see_earlier(DINER, named)
         return False
 
     writing = ReceiptWriting()
-    writing.changed(found.tracked, Who("diner", "456"), Receipt(seen=9000))
+    writing.changed(found.tracked, Recipient("diner", "456"), Receipt(seen=9000))
     await writing.flush(fail)
     written.append(found.tracked.changed)
     for each in written:
-        assert each[Who("diner", "456")] == Receipt(0, sent, sent, 2000, 2050)
+        assert each[Recipient("diner", "456")] == Receipt(0, sent, sent, 2000, 2050)
 
 
 async def test_waiters_of_a_branch_stand_in_for_a_sector_only_if_they_are_sent_its_event(
@@ -171,7 +171,7 @@ async def test_client_that_comes_back_has_what_a_step_brought_only_if_that_was_b
     await world.dispatch.deliver([event])
     world.receipts.confirm_earlier(waiter, Place(A, at(upto)))
     assert receipt(world, 1, waiter).state is state
-    changed = tracked(world, 1).changed[Who.of(waiter)]
+    changed = tracked(world, 1).changed[Recipient.of(waiter)]
     assert (changed.state, changed.step) == (state, 1)
 
 
@@ -431,7 +431,7 @@ async def test_ack_does_not_confirm_what_a_client_is_sent_only_later(
     await world.publish(*range(101, BURST + 1), sector_id=6)
     found = world.tracked_events.find(Place(A, at(1)))
     assert found is not None
-    mine = found.tracked.by[Who.of(client.connection.principal)]
+    mine = found.tracked.by[Recipient.of(client.connection.principal)]
     found_after = []
     for number in (50, 101):
         await ack(client, number)

@@ -22,7 +22,7 @@ from ..core.audiences import BranchId
 from ..core.event_ids import Stream, entry_id
 from ..core.event_path import Known
 from ..core.events import Event, InvalidEvent, parse_event
-from ..core.receipts import Change, Place, Receipt, Receipts, TrackedEvent, Who
+from ..core.receipts import Place, Receipt, ReceiptChange, Receipts, Recipient, TrackedEvent
 from ..core.slots import hash_tag
 from ..runtime.throttled_log import ThrottledLog
 from .commands import TIMEOUT, Commands, Unavailable
@@ -104,7 +104,7 @@ class ReceiptStore:
         prefix = key_prefix(self._names[place.stream])
         return f"{prefix}{place.stream}:{entry_id(place.position)}"
 
-    async def write(self, changes: Mapping[Place, Change]) -> bool:
+    async def write(self, changes: Mapping[Place, ReceiptChange]) -> bool:
         """Write receipts; False if Redis is unavailable: then some may have been written.
 
         In a Cluster, all are of events of one stream.
@@ -116,7 +116,7 @@ class ReceiptStore:
             return False
         return True
 
-    async def _write(self, changes: Mapping[Place, Change]) -> None:
+    async def _write(self, changes: Mapping[Place, ReceiptChange]) -> None:
         places = list(changes)
         for n in range(0, len(places), _MOST):
             some = places[n : n + _MOST]
@@ -198,7 +198,7 @@ def _event(place: Place, fields: Mapping[bytes, bytes]) -> Event | None:
         return None
 
 
-def _arguments(change: Change) -> Iterable[str | bytes | int]:
+def _arguments(change: ReceiptChange) -> Iterable[str | bytes | int]:
     yield msgspec.json.encode(change.event)
     yield change.expires
     yield len(change.by)
@@ -226,7 +226,7 @@ def read_hash(fields: Sequence[bytes]) -> Receipts | None:
             written, delivered, seen, sent = (int(text) if text else None for text in texts)
             if sent is None:  # it has confirmed what nobody has sent it, or not told us yet
                 continue
-            found.by[Who(endpoint, number)] = Receipt(
+            found.by[Recipient(endpoint, number)] = Receipt(
                 int(steps), sent, written, delivered, seen, _read_branches(branches), int(step)
             )
         elif kind == "confirmed":

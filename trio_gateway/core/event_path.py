@@ -15,7 +15,7 @@ import msgspec
 from .event_ids import event_id
 from .events import Event
 from .explanation import describe
-from .receipts import Place, Receipt, Receipts, State, TrackedEvent, Who, count_in
+from .receipts import Place, Receipt, Receipts, Recipient, State, TrackedEvent, count_in
 from .routing import Routing, Step
 
 
@@ -189,7 +189,7 @@ def _given(number: int | None) -> int | msgspec.UnsetType:
     return msgspec.UNSET if number is None else number
 
 
-def _client(who: Who, receipt: Receipt, at: int, steps: Sequence[Step]) -> PathClient:
+def _client(who: Recipient, receipt: Receipt, at: int, steps: Sequence[Step]) -> PathClient:
     return PathClient(
         endpoint=who.endpoint,
         user_id=who.user_id,

@@ -8,7 +8,7 @@ import msgspec
 
 from .audiences import Principal
 from .event_ids import event_id
-from .receipts import Place, Receipt, Receipts, State, TrackedEvent, Who, count_in
+from .receipts import Place, Receipt, Receipts, Recipient, State, TrackedEvent, count_in
 from .routing import Routing
 
 
@@ -105,7 +105,7 @@ def describe_receipts(
     )
 
 
-def _describe_one(who: Who, receipt: Receipt) -> ReceiptReply:
+def _describe_one(who: Recipient, receipt: Receipt) -> ReceiptReply:
     return ReceiptReply(
         endpoint=who.endpoint,
         state=receipt.state.label,

@@ -28,14 +28,14 @@ class State(IntEnum):
         return self.name.lower()
 
 
-class Who(NamedTuple):
+class Recipient(NamedTuple):
     """A user on an endpoint, or a session of diners: its connections share their receipts."""
 
     endpoint: str  # its label
     id: str
 
     @classmethod
-    def of(cls, principal: Principal) -> "Who":
+    def of(cls, principal: Principal) -> "Recipient":
         """The one that a connection belongs to."""
         named = principal.session if principal.endpoint is Endpoint.DINER else principal.user
         return cls(principal.endpoint.label, str(named))
@@ -82,7 +82,7 @@ class Receipt:
     ``steps`` is a bit mask: in the audience of which steps (:class:`~.routing.Step`) it was.
     ``branches`` are those of the client, if that of the event (0: the whole tenant) is not one of
     them; else none. ``step`` is the first one that brought it the event. If it is not ``sent``, see
-    :class:`Change`, it is the last one before the place in the stream that the client named.
+    :class:`ReceiptChange`, it is the last one before the place in the stream that the client named.
     """
 
     steps: int = 0
@@ -154,7 +154,7 @@ def _first(one: int | None, other: int | None) -> int | None:
     return min((each for each in (one, other) if each is not None), default=None)
 
 
-class Change(NamedTuple):
+class ReceiptChange(NamedTuple):
     """What is to be written of an event: receipts, each with all that is known of it.
 
     A receipt that is not ``sent`` is of a client that was sent the event by another process, if at
@@ -163,7 +163,7 @@ class Change(NamedTuple):
 
     event: TrackedEvent
     expires: int  # unix ms
-    by: Mapping[Who, Receipt]
+    by: Mapping[Recipient, Receipt]
 
 
 @dataclass
@@ -171,6 +171,6 @@ class Receipts:
     """All that is known of the receipts of one event."""
 
     event: TrackedEvent
-    by: dict[Who, Receipt] = field(default_factory=dict)
+    by: dict[Recipient, Receipt] = field(default_factory=dict)
     confirmed: dict[int, int] = field(default_factory=dict)  # by step, when (ms)
     steps: dict[int, int] = field(default_factory=dict)  # that are over, when (ms)

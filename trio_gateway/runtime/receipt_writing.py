@@ -11,7 +11,7 @@ from typing import Final, NoReturn
 import trio
 
 from ..core.event_ids import Stream
-from ..core.receipts import Change, Place, Receipt, Who
+from ..core.receipts import Place, Receipt, ReceiptChange, Recipient
 from .tracked import Tracked
 
 _PAUSE: Final = 0.1  # seconds between a change and its writing: many share a script
@@ -21,7 +21,7 @@ _KEPT: Final = 30.0  # seconds for which it is kept, to be written again
 _MOST_KEPT: Final = 10_000
 
 #: Writes changes to Redis; False if Redis is unavailable.
-Write = Callable[[Mapping[Place, Change]], Awaitable[bool]]
+Write = Callable[[Mapping[Place, ReceiptChange]], Awaitable[bool]]
 
 
 class ReceiptWriting:
@@ -37,7 +37,7 @@ class ReceiptWriting:
         """Whether all is written."""
         return not any(writer.changed or writer.lock.locked() for writer in self._writers.values())
 
-    def changed(self, tracked: Tracked, who: Who, receipt: Receipt) -> None:
+    def changed(self, tracked: Tracked, who: Recipient, receipt: Receipt) -> None:
         """A receipt has changed."""
         name = tracked.place.stream if self._by_stream else None
         if (writer := self._writers.get(name)) is None:
@@ -80,11 +80,11 @@ class _Writer:
         self.changed: dict[Place, Tracked] = {}
         self.lock = trio.Lock()  # who waits for it finds all written that had changed before
         self._wake = trio.lowlevel.ParkingLot()
-        self._written: deque[tuple[float, Tracked, Mapping[Who, Receipt]]] = deque(
+        self._written: deque[tuple[float, Tracked, Mapping[Recipient, Receipt]]] = deque(
             maxlen=_MOST_KEPT
         )
 
-    def add(self, tracked: Tracked, by: Mapping[Who, Receipt]) -> None:
+    def add(self, tracked: Tracked, by: Mapping[Recipient, Receipt]) -> None:
         changed = tracked.changed
         for who, receipt in by.items():  # two objects if it was sent the event by another process
             other = changed.get(who, receipt)
@@ -106,9 +106,11 @@ class _Writer:
             if not (taken := list(self.changed.values())):
                 return True
             self.changed.clear()
-            changes: dict[Place, Change] = {}
+            changes: dict[Place, ReceiptChange] = {}
             for tracked in taken:
-                changes[tracked.place] = Change(tracked.event, tracked.expires, tracked.changed)
+                changes[tracked.place] = ReceiptChange(
+                    tracked.event, tracked.expires, tracked.changed
+                )
                 tracked.changed = {}
             is_written = False
             try:
@@ -121,7 +123,7 @@ class _Writer:
                         self.add(tracked, changes[tracked.place].by)
             return is_written
 
-    def _keep(self, tracked: Tracked, by: Mapping[Who, Receipt]) -> None:
+    def _keep(self, tracked: Tracked, by: Mapping[Recipient, Receipt]) -> None:
         now = trio.current_time()
         while self._written and self._written[0][0] < now - _KEPT:
             self._written.popleft()

@@ -17,7 +17,7 @@ from ..core.audiences import Audience, Principal, audiences_of
 from ..core.delivery_times import DeliveryTimes
 from ..core.event_ids import Position, Stream
 from ..core.events import Event
-from ..core.receipts import Place, Receipt, State, Who, read_place
+from ..core.receipts import Place, Receipt, Recipient, State, read_place
 from .connection import Connection
 from .history import History
 from .receipt_writing import ReceiptWriting
@@ -74,7 +74,7 @@ class ReceiptLog:
         """
         if (tracked := self.events.escalated(place)) is None:
             return False
-        receipt = tracked.by.get(Who.of(connection.principal))
+        receipt = tracked.by.get(Recipient.of(connection.principal))
         if receipt is not None and receipt.step >= tracked.step_at(place.position):
             return True  # this is what brings it
         return not _had(connection, tracked) and self._was_away(connection, tracked)
@@ -181,7 +181,7 @@ class ReceiptLog:
         """Note a state of what a connection was sent of these; return where ``most`` of them end,
         None if that are all.
         """
-        who, audiences = Who.of(connection.principal), connection.audiences
+        who, audiences = Recipient.of(connection.principal), connection.audiences
         for n, sent in enumerate(self.events.since(connection.principal.tenant, stream, first)):
             if sent.position > last:
                 break
@@ -209,7 +209,7 @@ class ReceiptLog:
             if any(sent.tracked.place == place for sent in sent_before or ()):
                 return place
         tracked = self.events.original(place)
-        if tracked is not None and Who.of(connection.principal) not in tracked.by:
+        if tracked is not None and Recipient.of(connection.principal) not in tracked.by:
             return None  # it has come into the audience since
         return place if self._was_sent(connection, *place) else None
 
@@ -224,7 +224,7 @@ class ReceiptLog:
         )
 
     def _reach(self, connection: Connection, sent: Sent, state: State) -> None:
-        who, tracked = Who.of(connection.principal), sent.tracked
+        who, tracked = Recipient.of(connection.principal), sent.tracked
         if (receipt := tracked.by.get(who)) is None:
             receipt = tracked.by[who] = Receipt(step=sent.step)
             if tracked.event.branch_id not in connection.principal.branches:
@@ -243,7 +243,7 @@ class ReceiptLog:
         It has what it was sent before that on any connection, of any process. What it was sent at
         a later place of the stream, in a step, it has only if it names that event.
         """
-        who, audiences = Who.of(principal), audiences_of(principal)
+        who, audiences = Recipient.of(principal), audiences_of(principal)
         newest = self.events.newest(principal.tenant, upto.stream)
         was_sent_here = False
         for n, sent in enumerate(islice(newest, MOST_LOOKED_UP)):
@@ -269,11 +269,11 @@ class ReceiptLog:
         tracked = self.events.original(place)
         if tracked is None or tracked.event.tenant_id != principal.tenant:
             return
-        who = Who.of(principal)
+        who = Recipient.of(principal)
         if who in tracked.by or tracked.sent_at(audiences_of(principal)) is not None:
             self._raise(tracked, who, State.SEEN, tracked.last_step)
 
-    def _raise(self, tracked: Tracked, who: Who, state: State, step: int = 0) -> None:
+    def _raise(self, tracked: Tracked, who: Recipient, state: State, step: int = 0) -> None:
         """Note a state of one who was sent the event, by this process or maybe by another; then it
         was in this step or an earlier one.
         """
@@ -292,7 +292,7 @@ class ReceiptLog:
             self._writing.changed(tracked, who, Receipt(delivered=now, seen=seen, step=step))
 
 
-def _sent_at(tracked: Tracked, who: Who, audiences: Collection[Audience]) -> Position | None:
+def _sent_at(tracked: Tracked, who: Recipient, audiences: Collection[Audience]) -> Position | None:
     """Where in the stream one in these audiences was sent an event; None if nowhere yet."""
     if (receipt := tracked.by.get(who)) is not None:
         return tracked.escalated.get(receipt.step, tracked.place.position)
@@ -311,7 +311,7 @@ def _note_forgotten(connection: Connection, sent: Sent) -> None:
 
 def _had(connection: Connection, tracked: Tracked) -> bool:
     """Whether the user or session of a connection was written an event, or this one is sent it."""
-    receipt = tracked.by.get(Who.of(connection.principal))
+    receipt = tracked.by.get(Recipient.of(connection.principal))
     if receipt is not None and receipt.state >= State.WRITTEN:
         return True
     if any(sent.tracked is tracked for sent in connection.unconfirmed or ()):

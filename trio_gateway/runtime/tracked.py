@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 from ..core.audiences import Audience, BranchId, TenantId, floor
 from ..core.event_ids import Position
-from ..core.receipts import Place, Receipt, TrackedEvent, Who
+from ..core.receipts import Place, Receipt, Recipient, TrackedEvent
 
 
 class Tracked:
@@ -45,8 +45,8 @@ class Tracked:
         self.is_late = is_late
         self.escalated: dict[int, Position] = {}  # by step, where in the stream
         self._floor = floor(TenantId(event.tenant_id), BranchId(event.branch_id))
-        self.by: dict[Who, Receipt] = {}
-        self.changed: dict[Who, Receipt] = {}  # and not written to Redis yet
+        self.by: dict[Recipient, Receipt] = {}
+        self.changed: dict[Recipient, Receipt] = {}  # and not written to Redis yet
 
     @property
     def last_step(self) -> int:
