@@ -247,6 +247,39 @@ def test_late_signal_does_not_change_the_exit_status() -> None:
         assert ended.returncode == 3
 
 
+@pytest.mark.parametrize(
+    ("reader", "late", "written"),
+    [
+        ("reads", "", b""),
+        ("reads", "print('late', file=sys.stderr)", b"late\n"),
+        ("never reads", "print('x' * 10**6, file=sys.stderr)", None),
+    ],
+)
+def test_process_ends_although_the_thread_was_stopped_with_the_lock(
+    reader: str, late: str, written: bytes | None
+) -> None:
+    """The interpreter stops the thread after the exit handlers, and then flushes the streams."""
+    with pipe() as (read, write):
+        if reader == "never reads":
+            fill(write)
+        ended = script(
+            "import atexit, threading, time\n"
+            "held = threading.Event()\n"
+            "def hold():\n"
+            "    with output._writers[0]._changed:\n        held.set()\n        time.sleep(60)\n"
+            "@atexit.register\n"
+            "def last():\n"
+            f"    threading.Thread(target=hold, daemon=True).start()\n    held.wait()\n    {late}\n"
+            "atexit.unregister(output._end)\natexit.register(output._end)\n"
+            "sys.exit(3)",
+            stderr=write,
+        )
+        assert ended.returncode == 3
+        if written is not None:
+            os.close(write)
+            assert os.read(read, 4096) == written
+
+
 def test_descriptor_of_a_closed_stderr_is_not_reused() -> None:
     ended = script(
         "print('never read', file=sys.stderr)\noutput.flush()\n"

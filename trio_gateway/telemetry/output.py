@@ -34,7 +34,7 @@ class LineWriter:
     """Writes lines to a descriptor in a thread, which starts with the first line.
 
     After lines were dropped, the first successful write calls ``announce`` with their number, in
-    that thread.
+    that thread. After :meth:`end` nothing waits for the thread, nor for its lock.
     """
 
     def __init__(
@@ -57,10 +57,14 @@ class LineWriter:
         self._busy = False  # the thread is writing
         self._torn = False  # the last write ended inside a line
         self._unannounced = 0
+        self._ended = False
         self._thread: threading.Thread | None = None
 
     def write(self, text: str) -> None:
         """Queue text to be written in whole lines. A full queue drops its oldest lines."""
+        if self._ended:
+            self._write_now(text.encode(errors="backslashreplace"))
+            return
         with self._changed:
             lines, end, self._rest = (self._rest + text).rpartition("\n")
             if end:
@@ -70,6 +74,8 @@ class LineWriter:
 
     def end_line(self) -> None:
         """Queue an incomplete line, too."""
+        if self._ended:
+            return
         with self._changed:
             rest, self._rest = self._rest, ""
             if rest:
@@ -112,6 +118,23 @@ class LineWriter:
                     if not self._changed.wait(until - time.monotonic()):
                         return False
         return True
+
+    def end(self) -> None:
+        """Flush, and use neither the thread nor its lock any more: the interpreter ends.
+
+        It stops such a thread anywhere, also where that holds the lock. The interpreter itself
+        flushes the streams after that.
+        """
+        self.flush()
+        self._ended = True
+
+    def _write_now(self, data: bytes) -> None:
+        """Write what fits without waiting, and drop the rest."""
+        poll = select.poll()
+        poll.register(self.fd, select.POLLOUT)
+        with suppress(OSError):
+            while data and poll.poll(0):
+                data = data[os.write(self.fd, data[:_ATOMIC_BYTES]) :]
 
     def _run(self) -> NoReturn:
         while True:
@@ -255,7 +278,8 @@ def _end() -> None:
     with suppress(ValueError):  # not in the main thread
         for number in _ENDING_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
-    flush()
+    for writer in _writers:
+        writer.end()
 
 
 def _reset() -> None:
