@@ -399,7 +399,7 @@ async def process(
 ) -> AsyncIterator[subprocess.Popen[bytes]]:
     """Run ``python -m`` with these arguments; wait until it accepts on ``port``, if one is given.
 
-    It is killed at the end, with all its children.
+    It is killed at the end.
     """
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     started = subprocess.Popen(
@@ -418,7 +418,7 @@ async def process(
     finally:
         with suppress(ProcessLookupError):
             os.killpg(started.pid, signal.SIGKILL)
-        started.communicate()
+        started.communicate(timeout=60)  # its workers end by themselves, and close the pipes
 
 
 def accepts(port: int) -> bool:
