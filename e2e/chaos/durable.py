@@ -50,6 +50,7 @@ class Client:
         self.last_event_id = ""
         self.seen: list[int] = []
         self.connects = 0
+        self.closes: list[bytes] = []  # by the gateway: codes and reasons
         self.losses = 0  # messages that say that events are missing
         self.replayed = 0
         self.ready = trio.Event()
@@ -94,6 +95,7 @@ class Client:
         """Record the complete messages; False if the gateway has closed."""
         for opcode, payload in take_frames(data):
             if opcode == CLOSE:
+                self.closes.append(payload)
                 return False
             if opcode == TEXT:
                 self._receive(payload)

@@ -119,6 +119,7 @@ class Figures:
     gaps: int = 0  # of a client that stayed and was told most often
     published_again: int = 0
     reconnects: int = 0  # that no client wanted
+    closes: list[bytes] = field(default_factory=list)  # codes and reasons of those
     writable_after: list[float] = field(default_factory=list)
     live_after: list[Took] = field(default_factory=list)
     ready_after: list[Took] = field(default_factory=list)
@@ -141,6 +142,7 @@ class Figures:
             if stays:
                 self.gaps = max(self.gaps, client.losses)
                 self.reconnects += client.connects - 1
+                self.closes += client.closes
 
     def check(self) -> None:
         """What must hold, whatever the failover was."""
