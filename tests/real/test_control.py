@@ -224,9 +224,10 @@ async def test_a_crowd_of_questions_is_refused_and_counted(redis_url: str) -> No
         control.handle("test", Question, answer)
 
         async with trio.open_nursery() as nursery:
-            for _ in range(MOST_HANDLED):
+            for asked in range(1, MOST_HANDLED + 1):
                 nursery.start_soon(ask)
-            await until(lambda: control._handled == MOST_HANDLED)
+                if not asked % 10:  # those that ask at once share the two seconds of a command
+                    await until(lambda: control._handled == asked)  # noqa: B023 - awaited here
             refused = await control.ask("test", Question(), timeout=0.1)
             assert not refused.complete
             may_answer.set()
