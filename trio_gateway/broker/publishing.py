@@ -5,7 +5,6 @@ trip. What matters is to know of each event whether it was certainly not publish
 not tell, so this uses the connections of the readers.
 """
 
-import re
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, NoReturn
@@ -15,6 +14,7 @@ import structlog
 import trio
 from redis.exceptions import RedisError
 
+from ..core.primaries import ConnectedReplicas
 from ..core.resilience import Breaker
 from ..core.slots import read_node, slot_of
 from ..redis_errors import is_wrong_server
@@ -37,7 +37,6 @@ _IDLE: Final = 30.0  # seconds of idleness after which a connection is closed
 _TIDY: Final = 10.0  # seconds
 # Failures in a row, and seconds until a server that could not be reached is tried again.
 _BREAKER: Final = 3, 1.0
-_CONNECTED: Final = re.compile(rb"^connected_slaves:(\d+)\r?$", re.MULTILINE)
 
 
 class _Server:
@@ -273,15 +272,15 @@ class Publishing:
                 wanted = 0 if confirm == "all" else confirm
                 if confirm == "all":
                     info = await connection.call("INFO", "replication")
-                    connected = _CONNECTED.search(info) if isinstance(info, bytes) else None
-                    if connected is None or not (wanted := int(connected[1])):
+                    connected = ConnectedReplicas.read(info)
+                    if not (wanted := connected.number):
                         return False
                     if self._replicas is not None:
-                        if (known := await self._replicas.count(address)) is None:
+                        if (known := await self._replicas.of(address)) is None:
                             return False
-                        wanted = max(wanted, known)
+                        wanted = known.wanted(connected)
                 reply = await connection.call("WAIT", wanted, int(1000 * CONFIRM_WITHIN))
                 return isinstance(reply, int) and reply >= wanted
-        except ConnectionLost as lost:
-            self._throttled_log.warning("not confirmed", error=str(lost))
+        except (ConnectionLost, ValueError) as error:
+            self._throttled_log.warning("not confirmed", error=str(error))
         return False

@@ -4,7 +4,7 @@ from typing import Any, Final
 
 import trio
 
-from ..core.primaries import FORMER, Replica, SentinelAnswer, count_replicas, newest_primary
+from ..core.primaries import KnownReplicas, Replica, SentinelAnswer, know_replicas, newest_primary
 from ..core.slots import Node
 from ..redis_url import RedisAddress, RedisUrl
 from ..runtime.supervision import ConnectionLost
@@ -24,12 +24,10 @@ class SentinelReplicas:
         self._lock = trio.Lock()  # those who want to know at the same time share the answers
         self._asked_at = -_FRESH
         self._primary: Node | None = None
-        self._count = 0
-        self._former: Node | None = None  # the primary of before
-        self._former_until = 0.0
+        self._known = KnownReplicas()
 
-    async def count(self, primary: RedisAddress) -> int | None:
-        """How many replicas this primary must have; None if it is not the primary any more.
+    async def of(self, primary: RedisAddress) -> KnownReplicas | None:
+        """The replicas of this primary; None if it is not the primary any more.
 
         Raises :exc:`ConnectionLost` if no Sentinel answers.
         """
@@ -37,7 +35,7 @@ class SentinelReplicas:
             if trio.current_time() - self._asked_at >= _FRESH:
                 await self._ask()
         assert self._primary is not None
-        return self._count if self._url.node(*self._primary) == primary else None
+        return self._known if self._url.node(*self._primary) == primary else None
 
     def forget(self) -> None:
         """Ask again before the next answer: a server has failed."""
@@ -47,10 +45,8 @@ class SentinelReplicas:
         now = trio.current_time()
         told: list[_Told] = await ask_servers(self._url.seeds, self._read)
         node = newest_primary(answer for answer, _ in told)
-        if node != self._primary:
-            self._former, self._former_until = self._primary, now + FORMER
-            self._primary = node
-        self._count = count_replicas(told, node, self._former if now < self._former_until else None)
+        self._primary = node
+        self._known = know_replicas(told, node)
         self._asked_at = now
 
     async def _read(self, redis: RedisConnection, sentinel: RedisAddress) -> _Told:

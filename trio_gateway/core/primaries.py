@@ -4,13 +4,15 @@ Publisher, gateway and command line read the answers and decide here, so that th
 never lead them to different servers.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any, Final, NamedTuple
 
 from .slots import Node, SlotMap
 
-FORMER: Final = 10.0  # seconds in which a former primary becomes a replica
+_CONNECTED: Final = re.compile(rb"^connected_slaves:(\d+)\r?$", re.MULTILINE)
+_REPLICA: Final = re.compile(rb"^slave\d+:ip=([^,]+),port=(\d+),", re.MULTILINE)
 _SETTLED: Final = 3000  # milliseconds after which most Sentinels know of a new primary
 
 
@@ -67,30 +69,59 @@ class Replica(NamedTuple):
         except (AttributeError, LookupError, TypeError):
             raise ValueError("the server sent an invalid reply") from None
 
-    def counts(self, former: Node | None) -> bool:
-        """Whether it must have an event that all replicas have.
+    @property
+    def counts(self) -> bool:
+        """Whether it must have an event that all replicas have."""
+        return self.lost_for is None or self.lost_for < _SETTLED
 
-        One that has just got lost may have become the primary: the Sentinel that does that closes
-        the connections to it. Until most Sentinels know, the primary of before goes on taking
-        events, and its other replicas confirm them, but all of that will be lost.
 
-        After that, the ``former`` primary is such a replica for a while, and does not count.
+class ConnectedReplicas(NamedTuple):
+    """The replicas that are connected to a primary, as it says itself."""
+
+    number: int
+    nodes: frozenset[Node]
+
+    @classmethod
+    def read(cls, reply: Any) -> "ConnectedReplicas":
+        """Read the reply to ``INFO replication``; raises :exc:`ValueError`."""
+        found = _CONNECTED.search(reply) if isinstance(reply, bytes) else None
+        if found is None:
+            raise ValueError("the server sent an invalid reply")
+        nodes = ((host.decode(), int(port)) for host, port in _REPLICA.findall(reply))
+        return cls(int(found[1]), frozenset(nodes))
+
+
+class KnownReplicas(NamedTuple):
+    """The replicas of a primary that count, as the Sentinels know them.
+
+    One that has just got lost may have become the primary: the Sentinel that does that closes the
+    connections to it. Until most Sentinels know, the primary of before goes on taking events, and
+    its other replicas confirm them, but all of that will be lost.
+    """
+
+    number: int = 0
+    lost: frozenset[Node] = frozenset()  # of them, a moment ago
+
+    def wanted(self, connected: ConnectedReplicas) -> int:
+        """How many must have an event that all have, when these are connected.
+
+        A connected one does not stand for one that is lost: it may be a former primary that was
+        started again, and that the Sentinels do not know as a replica yet.
         """
-        if self.lost_for is None:
-            return True
-        return self.lost_for < _SETTLED and self.node != former
+        return max(self.number, connected.number + len(self.lost - connected.nodes))
 
 
-def count_replicas(
-    told: Iterable[tuple[SentinelAnswer, Iterable[Replica]]], primary: Node, former: Node | None
-) -> int:
-    """How many replicas the primary must have, by those Sentinels that know it as the primary."""
-    counts = [
-        sum(each.counts(former) for each in replicas)
-        for answer, replicas in told
-        if answer.primary == primary
-    ]
-    return max(counts, default=0)
+def know_replicas(
+    told: Iterable[tuple[SentinelAnswer, Iterable[Replica]]], primary: Node
+) -> KnownReplicas:
+    """The replicas of the primary, by those Sentinels that know it as the primary."""
+    number, lost = 0, set[Node]()
+    for answer, replicas in told:
+        if answer.primary == primary:
+            counting = [each for each in replicas if each.counts]
+            number = max(number, len(counting))
+            lost |= {each.node for each in counting if each.lost_for is not None}
+    return KnownReplicas(number, frozenset(lost))
 
 
 class NodeAnswer(NamedTuple):

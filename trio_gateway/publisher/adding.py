@@ -1,15 +1,14 @@
 """Adding an entry to a stream, and waiting until replicas have it."""
 
-import re
 from collections.abc import Callable
 from typing import Final, Literal
 
+from ..core.primaries import ConnectedReplicas, KnownReplicas
 from ..redis_url import RedisAddress
 from .errors import InDoubt
 from .links import Command, Link, NoReply, Refused
 
 _WAIT: Final = 1.0  # seconds for the replicas
-_CONNECTED: Final = re.compile(rb"^connected_slaves:(\d+)\r?$", re.MULTILINE)
 
 Confirm = int | Literal["all"]
 
@@ -23,11 +22,14 @@ def check_confirm(confirm: object) -> None:
 
 
 def add(
-    command: Command, confirm: Confirm, replicas: Callable[[RedisAddress], int | None], link: Link
+    command: Command,
+    confirm: Confirm,
+    replicas: Callable[[RedisAddress], KnownReplicas | None],
+    link: Link,
 ) -> str:
     """Run the XADD, and return the entry's id as soon as ``confirm`` replicas have the entry.
 
-    ``"all"`` are those that are connected, but not fewer than ``replicas(address)``.
+    ``"all"`` are those that are connected, and what :class:`KnownReplicas` adds to them.
 
     WAIT is about what its own connection has written to its own server, so an entry is confirmed
     only where it was written: if another server becomes the primary in between, the connection
@@ -45,11 +47,11 @@ def add(
     entry = link.receive(bytes).decode()
     try:
         if is_all:
-            if not (connected := _connected(link)):
+            if not (connected := _connected(link)).number:
                 raise InDoubt(f"{link} has no replica", entry=entry)
             if (known := replicas(link.address)) is None:
                 raise NoReply(f"{link} is not the primary any more")
-            wanted = max(connected, known)
+            wanted = known.wanted(connected)
             link.send(_waiting(wanted))
         confirmed = link.receive(int)
     except NoReply as failed:
@@ -71,9 +73,8 @@ def _waiting(replicas: int) -> Command:
     return "WAIT", replicas, int(1000 * _WAIT)
 
 
-def _connected(link: Link) -> int:
-    """The number of replicas of this server, from its reply to INFO."""
-    found = _CONNECTED.search(link.receive(bytes))
-    if found is None:
-        raise NoReply(f"{link} sent an invalid reply")
-    return int(found[1])
+def _connected(link: Link) -> ConnectedReplicas:
+    try:
+        return ConnectedReplicas.read(link.receive(bytes))
+    except ValueError:
+        raise NoReply(f"{link} sent an invalid reply") from None

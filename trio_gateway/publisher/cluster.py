@@ -5,7 +5,7 @@ import threading
 import time
 from typing import Final
 
-from ..core.primaries import NodeAnswer, newest_slots
+from ..core.primaries import KnownReplicas, NodeAnswer, newest_slots
 from ..core.slots import SlotMap, slot_of
 from ..redis_url import RedisAddress, RedisUrl
 from .asking import Round, asking_links, no_error
@@ -35,8 +35,9 @@ class Cluster:
             raise NotReached(f"no node of the Cluster at {self._url} owns the slot of {key}")
         return self._url.node(*node)
 
-    def replicas_of(self, primary: RedisAddress) -> int | None:
-        return 0  # while a slot gets another primary, the one of before takes no events
+    def replicas_of(self, primary: RedisAddress) -> KnownReplicas | None:
+        # While a slot gets another primary, the one of before takes no events.
+        return KnownReplicas()
 
     def suspect(self, address: RedisAddress) -> None:
         self._suspect = address

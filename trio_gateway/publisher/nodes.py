@@ -6,6 +6,7 @@ they said last counts while none of them answers.
 
 from typing import Protocol
 
+from ..core.primaries import KnownReplicas
 from ..redis_url import RedisAddress, RedisKind, RedisUrl
 from .cluster import Cluster
 from .sentinels import Sentinels
@@ -17,8 +18,8 @@ class Nodes(Protocol):
     def primary_of(self, key: str) -> RedisAddress:
         """The server that accepts writes to the key. Raises :exc:`NotReached` if it is unknown."""
 
-    def replicas_of(self, primary: RedisAddress) -> int | None:
-        """How many replicas this primary must have at least; 0 if nothing is known about that.
+    def replicas_of(self, primary: RedisAddress) -> KnownReplicas | None:
+        """The replicas of this primary; none if nothing is known about that.
 
         None if it has stopped being the primary.
         """
@@ -51,8 +52,8 @@ class _Server:
     def primary_of(self, key: str) -> RedisAddress:
         return self._address
 
-    def replicas_of(self, primary: RedisAddress) -> int | None:
-        return 0
+    def replicas_of(self, primary: RedisAddress) -> KnownReplicas | None:
+        return KnownReplicas()
 
     def suspect(self, address: RedisAddress) -> None:
         pass

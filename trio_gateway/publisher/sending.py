@@ -7,6 +7,7 @@ from typing import Final
 
 import redis
 
+from ..core.primaries import KnownReplicas
 from ..core.slots import read_node
 from ..redis_url import RedisAddress, RedisKind, RedisUrl
 from .errors import InDoubt, PublishFailed
@@ -32,7 +33,7 @@ class Sender:
         self._links.close()
         self._nodes.close()
 
-    def replicas_of(self, primary: RedisAddress) -> int | None:
+    def replicas_of(self, primary: RedisAddress) -> KnownReplicas | None:
         """What :meth:`Nodes.replicas_of` says, if ``counts_replicas``."""
         return self._nodes.replicas_of(primary)
 

@@ -4,8 +4,7 @@ import threading
 import time
 from typing import Any
 
-from ..core.primaries import FORMER, Replica, SentinelAnswer, count_replicas, newest_primary
-from ..core.slots import Node
+from ..core.primaries import KnownReplicas, Replica, SentinelAnswer, know_replicas, newest_primary
 from ..redis_url import RedisAddress, RedisUrl
 from .asking import PATIENCE, Round, asking_links, no_error
 from .links import Command, NotReached
@@ -30,10 +29,7 @@ class Sentinels:
             self._questions.append(("SENTINEL", "REPLICAS", url.master_name))
         self._one_at_a_time = threading.Lock()
         self._primary: RedisAddress | None = None
-        self._node: Node | None = None  # the same, as the Sentinels name it
-        self._replicas = 0
-        self._former: Node | None = None  # the primary of before
-        self._former_until = 0.0
+        self._replicas = KnownReplicas()
         self._fresh_until = 0.0
 
     def primary_of(self, key: str) -> RedisAddress:
@@ -42,7 +38,7 @@ class Sentinels:
                 self._primary = self._look()
             return self._primary
 
-    def replicas_of(self, primary: RedisAddress) -> int | None:
+    def replicas_of(self, primary: RedisAddress) -> KnownReplicas | None:
         return self._replicas if primary == self._primary else None
 
     def suspect(self, address: RedisAddress) -> None:
@@ -72,11 +68,7 @@ class Sentinels:
                 return self._primary
             raise NotReached(f"no Sentinel tells where the primary is: {asking}")
         node = newest_primary(answer for answer, _ in said)
-        if node != self._node:
-            self._former, self._former_until = self._node, time.monotonic() + FORMER
-            self._node = node
-        former = self._former if time.monotonic() < self._former_until else None
-        self._replicas = count_replicas(said, node, former)
+        self._replicas = know_replicas(said, node)
         return self._url.node(*node)
 
     def _read(
