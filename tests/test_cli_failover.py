@@ -58,7 +58,7 @@ def check(url: str) -> tuple[int, str]:
 def test_check_finds_no_problem_in_a_healthy_set(servers: RedisSet) -> None:
     servers.wait_healthy()
     status, text = check(servers.url)
-    assert (status, text.splitlines()[-1]) == (0, "The gateway can start.")
+    assert (status, text.splitlines()[-1]) == (0, "The gateway can start."), text
     assert f"the same rights on the {len(servers.nodes) - 1} other servers" in text
     assert "appendonly is no" in text
 

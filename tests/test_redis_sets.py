@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import redis
 
-from trio_gateway.redis_sets import NotRunning, cluster_set, sentinel_set, single_redis
+from trio_gateway.redis_sets import Node, NotRunning, cluster_set, sentinel_set, single_redis
+from trio_gateway.redis_sets.cluster import Cluster
 from trio_gateway.redis_sets.redis_set import majority
 
 PASSWORD = "a /password@1"
@@ -111,3 +112,27 @@ def test_without_a_majority_nobody_is_the_primary() -> None:
     for answers in ([1, 2], [1], []):
         with pytest.raises(NotRunning):
             majority(answers, 3)
+
+
+class SaysThat(Node):
+    """The one primary of a Cluster, with a replica that the nodes may not tell each other of."""
+
+    def __init__(self, *replicas: object) -> None:
+        self._replies: dict[str, object] = {
+            "INFO": "cluster_state:ok\r\ncluster_known_nodes:1\r\n",
+            "NODES": "id 127.0.0.1:1@2 myself,master - 0 0 1 connected 0-16383",
+            "SLOTS": [[0, 16383, ["127.0.0.1", 1, "id"], *replicas]],
+        }
+
+    def try_ask(self, *command: str | int, timeout: float = 1.0) -> object:
+        return self._replies[str(command[1])]
+
+    def info(self, section: str) -> dict[str, object]:
+        return {"role": "master", "connected_slaves": 1}
+
+
+def test_a_cluster_is_healthy_once_its_nodes_tell_of_the_replicas() -> None:
+    """``check`` would miss them, which a node has at once and the others a second later."""
+    for replicas in ([], [["127.0.0.1", 2, "other"]]):
+        found = Cluster("redis+cluster://", [SaysThat(*replicas)], {}, None)
+        assert found.is_healthy() is bool(replicas)

@@ -46,7 +46,7 @@ class Cluster(RedisSet):
         return [node for node in self.nodes if node.info("replication").get("role") == "master"]
 
     def is_healthy(self) -> bool:
-        """Whether every node sees all slots covered, and every replica has its data."""
+        """Whether every node sees all slots covered, and every replica with its data."""
         return all(self._is_in_order(node) for node in self.nodes)
 
     def _is_in_order(self, node: Node) -> bool:
@@ -55,6 +55,10 @@ class Cluster(RedisSet):
             return False
         told = (node.try_ask("CLUSTER", "NODES") or "").splitlines()
         if any("fail" in line.split()[2] for line in told):
+            return False
+        # They tell each other of a replica that has its data up to a second later.
+        slots = node.try_ask("CLUSTER", "SLOTS") or []
+        if not all(replicas for _start, _end, _primary, *replicas in slots):
             return False
         found = node.info("replication")
         if found.get("role") == "slave":
