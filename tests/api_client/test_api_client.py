@@ -21,6 +21,7 @@ from tests.support.gateways import (
     received,
     running,
     serving,
+    until,
     valkey,
     with_certificate,
 )
@@ -217,9 +218,11 @@ async def test_presence_is_that_of_a_branch(redis_url: str, tmp_path: Path, use:
         admitted(gateway.staff_url("waiter", sub="22", branch_ids=[2])),
         admitted(gateway.diner_url(session_id=456, table_id=10)),
     ):
-        found = await use(lambda api: api.presence(1, 1), where(gateway), secret_of("all"))
         assert gateway.app.parts.cluster is not None
-        node = gateway.app.parts.cluster.registry.name
+        registry = gateway.app.parts.cluster.registry
+        node = registry.name
+        await until(lambda: node in registry.nodes)  # before that, Redis is told of nobody
+        found = await use(lambda api: api.presence(1, 1), where(gateway), secret_of("all"))
         one = await use(lambda api: api.presence(1, 1, node=node), where(gateway), secret_of("all"))
     assert one.users == found.users
     (user,) = found.users
