@@ -114,7 +114,7 @@ def test_without_a_majority_nobody_is_the_primary() -> None:
             majority(answers, 3)
 
 
-class SaysThat(Node):
+class FakePrimary(Node):
     """The one primary of a Cluster, with a replica that the nodes may not tell each other of."""
 
     def __init__(self, *replicas: object) -> None:
@@ -134,5 +134,5 @@ class SaysThat(Node):
 def test_a_cluster_is_healthy_once_its_nodes_tell_of_the_replicas() -> None:
     """``check`` would miss them, which a node has at once and the others a second later."""
     for replicas in ([], [["127.0.0.1", 2, "other"]]):
-        found = Cluster("redis+cluster://", [SaysThat(*replicas)], {}, None)
+        found = Cluster("redis+cluster://", [FakePrimary(*replicas)], {}, None)
         assert found.is_healthy() is bool(replicas)

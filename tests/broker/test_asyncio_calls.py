@@ -1,4 +1,4 @@
-"""Calls into an asyncio loop: who is cancelled when, and what the caller sees of it."""
+"""Calls into an asyncio loop: their results, errors and cancellation."""
 
 import asyncio
 

@@ -1,4 +1,4 @@
-"""Tracked events: those of the last while that must be confirmed, by their place in the stream."""
+"""Tracked events: those whose receipts are kept, by their place in the stream."""
 
 from bisect import bisect_left
 from collections import OrderedDict, deque
@@ -105,16 +105,16 @@ class TrackedEvents:
         return self._tracked.get(Place(event.stream, event.position))
 
     def find(self, place: Place) -> Sent | None:
-        """The tracked event at this place, or that is escalated there; None if there is none."""
+        """The tracked event that came, or was escalated, at this place; None if there is none."""
         tracked = self._tracked.get(place) or self._escalated.get(place)
         return None if tracked is None else Sent(place.position, tracked)
 
     def original(self, place: Place) -> Tracked | None:
-        """The tracked event that came at this place."""
+        """The tracked event that came at this place; None if there is none."""
         return self._tracked.get(place)
 
     def escalated(self, place: Place) -> Tracked | None:
-        """The tracked event that is escalated at this place."""
+        """The tracked event that was escalated at this place; None if there is none."""
         return self._escalated.get(place)
 
     def since(self, tenant: int, stream: Stream, position: Position) -> Iterator[Sent]:
